@@ -1,0 +1,7 @@
+"""`python -m featkd`, which torchrun needs."""
+
+import sys
+
+from featkd.cli import main
+
+sys.exit(main())

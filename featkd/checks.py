@@ -1,0 +1,113 @@
+"""Argument checks: every error names the argument, what came and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+METRICS = ("mse", "spectral")
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    """Raise TypeError unless `x` is a real floating-point tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+
+
+def check_shape(name: str, x: Tensor, expected: Sequence[int | str]) -> None:
+    """Raise ValueError unless `x` has the expected shape; a str stands for any size."""
+    fits = x.dim() == len(expected) and all(
+        isinstance(want, str) or want == got for want, got in zip(expected, x.shape, strict=True)
+    )
+    if not fits:
+        want = ", ".join(str(size) for size in expected)
+        raise ValueError(f"{name}: expected shape ({want}), got {tuple(x.shape)}")
+
+
+def check_not_empty(name: str, x: Tensor) -> None:
+    """Raise ValueError where a mean over `x` would be 0/0."""
+    if x.numel() == 0:
+        raise ValueError(f"{name}: has no elements (shape {tuple(x.shape)}); the mean is undefined")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """Raise ValueError where the given tensors lie on more than one device."""
+    places = {name: x.device for name, x in tensors.items() if x is not None}
+    if len(set(places.values())) > 1:
+        listed = ", ".join(f"{name} on {device}" for name, device in places.items())
+        raise ValueError(f"all tensors must be on one device, got {listed}")
+
+
+def check_constant(name: str, x: Tensor) -> None:
+    """Raise ValueError where a gradient with respect to `x` would silently be dropped."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: requires grad, but the loss gives the teacher no gradient; "
+            f"run the teacher under torch.no_grad() or pass {name}.detach()"
+        )
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is a finite number above zero."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise ValueError unless `value` lies in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
+
+
+def check_metric(metric: str) -> None:
+    """Raise ValueError unless `metric` names a feature distance."""
+    if metric not in METRICS:
+        raise ValueError(f"metric: expected one of {', '.join(METRICS)}; got {metric!r}")
+
+
+def resolve_grid(metric: str, grid: tuple[int, int] | None, tokens: int) -> tuple[int, int] | None:
+    """The patch grid that a metric needs: None for "mse", a square one where none is given.
+
+    Raises:
+        ValueError: the grid's product is not the number of tokens, or none is given and the
+            tokens form no square.
+    """
+    if metric == "mse":
+        return None
+    if grid is None:
+        side = math.isqrt(tokens)
+        if side * side != tokens:
+            raise ValueError(
+                f"grid: {tokens} tokens form no square; pass grid=(H, W) with H*W == {tokens}"
+            )
+        return side, side
+    height, width = grid
+    if height < 1 or width < 1 or height * width != tokens:
+        raise ValueError(
+            f"grid: ({height}, {width}) has {height * width} cells, "
+            f"but the feature maps have {tokens} tokens"
+        )
+    return height, width
+
+
+def check_norm(
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    channels: int,
+    names: tuple[str, str] = ("norm_weight", "norm_bias"),
+) -> None:
+    """Check a LayerNorm's parameters: none, the weight alone, or both, of shape (channels,)."""
+    if norm_weight is None:
+        if norm_bias is not None:
+            raise ValueError(f"{names[1]}: given without {names[0]}")
+        return
+    check_floating(names[0], norm_weight)
+    check_shape(names[0], norm_weight, (channels,))
+    if norm_bias is not None:
+        check_floating(names[1], norm_bias)
+        check_shape(names[1], norm_bias, (channels,))

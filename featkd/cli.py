@@ -1,0 +1,173 @@
+"""The command line: `featkd distill` and `featkd demo`.
+
+Exit codes: 0 done, 1 failed while running, 2 bad arguments or recipe, 128 + N stopped by signal N.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+
+import featkd
+
+if TYPE_CHECKING:
+    from featkd.train.recipe import Recipe
+
+_COMMANDS = ("distill", "demo")
+_USAGE = f"""\
+featkd {featkd.__version__}: feature distillation of Vision Transformers
+
+usage: featkd COMMAND [arguments]      featkd COMMAND --help
+
+  distill RECIPE [--field value ...]   train a student, with or without a teacher
+  demo [--out DIR]                     teacher and four students on scikit-learn's digits
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (default: this process's) and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(featkd.__version__)
+        return 0
+    command, rest = words[0], words[1:]
+    if command == "distill":
+        return _run(_distill, rest)
+    if command == "demo":
+        return _run(_demo, rest)
+    from featkd.train.recipe import suggestion
+
+    return _fail(f"no command {command!r}{suggestion(command, _COMMANDS)}\n\n{_USAGE}", 2)
+
+
+def _run(command: Callable[[list[str]], int], words: list[str]) -> int:
+    """Run a command and turn the errors a user can mend into one clear message."""
+    from featkd.data import BadImageError
+    from featkd.train.checkpoint import CheckpointError
+    from featkd.train.engine import TrainingDiverged
+
+    try:
+        return command(words)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except (BadImageError, CheckpointError, TrainingDiverged, OSError) as error:
+        return _fail(str(error), 1)
+    except (ValueError, TypeError) as error:
+        return _fail(str(error), 2)
+
+
+def _distill(words: list[str]) -> int:
+    from featkd.train import distributed, recipe
+    from featkd.train.dryrun import dry_run
+    from featkd.train.engine import Trainer
+
+    parser = _recipe_parser("featkd distill")
+    if words and not words[0].startswith("-"):
+        path = recipe.find_recipe(words[0])
+        recipe.check_fields(path)
+        words = ["--config", str(path), *words[1:]]
+    _check_options(words)
+    run, options = _split(parser, parser.parse_args(words))
+    if options.print_config:
+        print(recipe.to_yaml(run), end="")
+        return 0
+    try:
+        context = distributed.start(run.device)
+        if options.dry_run:
+            report = dry_run(run, context)
+            if context.is_main:
+                print(report)
+            return 0
+        outcome = Trainer(run, context).run(options.resume)
+        if outcome.interrupted_by is not None:
+            return 128 + outcome.interrupted_by
+        if context.is_main:
+            best = outcome.best
+            print(
+                f"{run.out}: {outcome.updates} updates, best top-1 {best['top1']:.2f} % "
+                f"({best['weights']} weights, epoch {best['epoch']}), "
+                f"{outcome.images_per_s:.1f} images/s"
+            )
+        return 0
+    finally:
+        distributed.stop()
+
+
+def _demo(words: list[str]) -> int:
+    from featkd.demo import run_demo
+
+    parser = ArgumentParser(prog="featkd demo", description=run_demo.__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo-report"), help="folder to write to")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds a student")
+    parser.add_argument("--epochs", type=int, default=None, help="epochs a run (default: recipe's)")
+    args = parser.parse_args(words)
+    return run_demo(args.out, seeds=args.seeds, epochs=args.epochs)
+
+
+class _Parser(ArgumentParser):
+    """Reports an error without the hundred lines of usage that a recipe's fields make."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        sys.exit(_fail(f"{message}\nsee {self.prog} --help", 2))
+
+
+def _recipe_parser(prog: str) -> ArgumentParser:
+    from featkd.train.recipe import Recipe, shipped_recipes
+
+    parser = _Parser(
+        prog=prog,
+        print_config=None,
+        description=(
+            "Train a student as a recipe says. The first argument is a recipe file or the name of "
+            f"one that ships with featkd: {', '.join(shipped_recipes())}."
+        ),
+    )
+    parser.add_argument("--config", action="config", help="the same as the first argument")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        help="auto: go on from the last checkpoint in out, if any; never; or a checkpoint file",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, take two updates, and say what the run would do",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the whole recipe as YAML and stop"
+    )
+    parser.add_class_arguments(Recipe)
+    return parser
+
+
+def _check_options(words: Sequence[str]) -> None:
+    """Refuse an unknown option and name the nearest; the parser would only refuse it."""
+    from featkd.train.recipe import RecipeError, field_names, suggestion
+
+    known = [*field_names(), "config", "resume", "dry-run", "print-config", "help"]
+    for word in words:
+        name = word[2:].split("=")[0]
+        free = name.startswith(("student.options.", "teacher.options."))
+        if word.startswith("--") and name not in known and not free:
+            raise RecipeError(f"no option --{name}{suggestion(name, known)}")
+
+
+def _split(parser: ArgumentParser, parsed: Namespace) -> tuple[Recipe, Namespace]:
+    """The recipe among the parsed arguments, and the arguments."""
+    from featkd.train.recipe import Recipe
+
+    built = parser.instantiate(parsed)
+    return Recipe(**{entry.name: built[entry.name] for entry in fields(Recipe)}), parsed
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"featkd: {message}", file=sys.stderr)
+    return code

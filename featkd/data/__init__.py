@@ -1,0 +1,26 @@
+"""Image loading: class folders on disk -> batches of normalised tensors, the same on any machine.
+
+>>> from featkd.data import DataConfig, build_loader
+>>> config = DataConfig(path="/data/imagenet", workers=8)
+>>> loader = build_loader(config, split="train", batch_size=512, seed=0)  # doctest: +SKIP
+"""
+
+from featkd.data.augment import build_transform
+from featkd.data.config import AugmentConfig, DataConfig
+from featkd.data.imagefolder import BadImageError, ImageFolder, read_image
+from featkd.data.loader import Batch, Loader, build_loader
+from featkd.data.sampler import EpochSampler, Key
+
+__all__ = [
+    "AugmentConfig",
+    "BadImageError",
+    "Batch",
+    "DataConfig",
+    "EpochSampler",
+    "ImageFolder",
+    "Key",
+    "Loader",
+    "build_loader",
+    "build_transform",
+    "read_image",
+]

@@ -1,0 +1,141 @@
+"""What to load and how to augment it; the defaults are the published ImageNet recipe [EM26]."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from featkd.checks import check_fraction, check_positive
+
+_RAND_AUGMENT = re.compile(
+    r"rand(-(m\d+|n\d+|p[\d.]+|mstd[\d.]+|mmax\d+|inc[01]|t(weights|3aw?)))*"
+)
+
+
+def _check_range(name: str, value: tuple[float, float], upper: float) -> None:
+    """Raise ValueError unless `value` is an increasing pair of numbers in (0, upper]."""
+    if len(value) != 2 or not 0 < value[0] <= value[1] <= upper:
+        limit = "" if upper == float("inf") else f" <= {upper:g}"
+        raise ValueError(f"{name}: expected (low, high) with 0 < low <= high{limit}, got {value!r}")
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    """Raise ValueError unless `value` is a whole number >= least."""
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Training augmentation, in the order in which it is applied.
+
+    Digits and other tiny images need little of it: `rand_augment=None, scale=(1, 1), ratio=(1, 1),
+    hflip=0, random_erasing=0, repeats=1` turns all of it off.
+
+    Args:
+        scale: smallest and largest share of the image's area that the random crop keeps.
+        ratio: smallest and largest aspect ratio of the random crop.
+        hflip: probability of a horizontal flip.
+        rand_augment: timm's RandAugment string, e.g. "rand-m9-n2-mstd0.5-inc1"; null turns it off.
+        color_jitter: strength of brightness, contrast and saturation jitter; null turns it off.
+            Only without rand_augment: timm drops it beside RandAugment without a word.
+        random_erasing: probability of filling a rectangle with normal noise, pixel by pixel.
+        repeats: copies of each image drawn in an epoch, each augmented differently (repeated
+            augmentation); the epoch keeps its length. 1 turns it off.
+
+    Raises:
+        ValueError: a field is out of its range.
+
+    Example:
+        >>> AugmentConfig(hflip=2.0)
+        Traceback (most recent call last):
+        ValueError: augment.hflip: expected a number from 0 to 1, got 2.0
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    rand_augment: str | None = "rand-m9-n2-mstd0.5-inc1"
+    color_jitter: float | None = None
+    random_erasing: float = 0.25
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        _check_range("augment.scale", self.scale, 1.0)
+        _check_range("augment.ratio", self.ratio, float("inf"))
+        check_fraction("augment.hflip", self.hflip)
+        check_fraction("augment.random_erasing", self.random_erasing)
+        _check_count("augment.repeats", self.repeats, 1)
+        if self.rand_augment is not None and not _RAND_AUGMENT.fullmatch(self.rand_augment):
+            raise ValueError(
+                "augment.rand_augment: expected null or a RandAugment string of timm such as "
+                f'"rand-m9-n2-mstd0.5-inc1", got {self.rand_augment!r}'
+            )
+        if self.color_jitter is not None:
+            check_positive("augment.color_jitter", self.color_jitter)
+            if self.rand_augment is not None and "-t3a" not in self.rand_augment:
+                raise ValueError(
+                    f"augment.color_jitter: got {self.color_jitter!r} beside rand_augment="
+                    f"{self.rand_augment!r}, where timm ignores it; set one of the two to null"
+                )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """An image set on disk, `<path>/<split>/<class>/*.jpg`, and its preprocessing.
+
+    The class folders of the *training* split, in alphabetical order, are the classes.
+
+    Args:
+        path: folder that holds the split folders.
+        train_split: folder of the training images under path; "." is path itself.
+        val_split: folder of the validation images under path; "." is path itself.
+        img_size: height and width of the images given to the model, in pixels.
+        mean: mean of the red, green and blue channel, subtracted from values in 0..1.
+        std: standard deviation of the channels, by which the difference is divided.
+        crop_pct: share of the shorter side that the evaluation's central crop keeps.
+        interpolation: filter for resizing.
+        workers: loader processes on each rank; 0 loads in the training process.
+        on_bad_image: "error" stops at an unreadable image; "skip" replaces it by the next
+            readable one in training and leaves it out in evaluation.
+        augment: augmentation of the training images.
+
+    Raises:
+        ValueError: a field is out of its range.
+    """
+
+    path: str = ""
+    train_split: str = "train"
+    val_split: str = "val"
+    img_size: int = 224
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    crop_pct: float = 0.875
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    workers: int = 8
+    on_bad_image: Literal["error", "skip"] = "error"
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("train_split", "val_split"):
+            if not getattr(self, name):
+                raise ValueError(f'data.{name}: expected a folder under path (or "."), got ""')
+        _check_count("data.img_size", self.img_size, 1)
+        _check_count("data.workers", self.workers, 0)
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != 3:
+                raise ValueError(f"data.{name}: expected 3 numbers, got {getattr(self, name)!r}")
+        for value in self.std:
+            check_positive("data.std", value)
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"data.crop_pct: expected 0 < crop_pct <= 1, got {self.crop_pct!r}")
+        for name, allowed in (
+            ("interpolation", ("bicubic", "bilinear")),
+            ("on_bad_image", ("error", "skip")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"data.{name}: expected one of {', '.join(allowed)}; "
+                    f"got {getattr(self, name)!r}"
+                )

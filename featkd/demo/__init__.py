@@ -1,0 +1,5 @@
+"""`featkd demo`: a teacher and four students on the digits that ship with scikit-learn."""
+
+from featkd.demo.run import run_demo
+
+__all__ = ["run_demo"]

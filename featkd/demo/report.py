@@ -1,0 +1,132 @@
+"""The demo's table and its report page."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from featkd import environment
+from featkd.demo.results import STUDENTS, RunResult, spread
+from featkd.files import atomic_write
+from featkd.train.recipe import Recipe, to_yaml
+
+_COLOURS = ("#8c8c8c", "#d1495b", "#3a86c8", "#2a9d6f")
+
+
+def rows(teacher: RunResult, results: list[RunResult]) -> list[dict[str, str]]:
+    """The table's rows: the teacher, then the students over their seeds."""
+    found = [_row("teacher", [teacher])]
+    return found + [_row(name, [r for r in results if r.name == name]) for name in STUDENTS]
+
+
+def _row(name: str, runs: list[RunResult]) -> dict[str, str]:
+    top1, deviation = spread([run.top1 for run in runs])
+    speed, _ = spread([run.images_per_s for run in runs])
+    return {
+        "model": name,
+        "parameters": f"{runs[0].parameters:,}",
+        "top-1 %": f"{top1:.2f}",
+        "std": f"{deviation:.2f}" if len(runs) > 1 else "-",
+        "seeds": str(len(runs)),
+        "images/s": f"{speed:.0f}",
+    }
+
+
+def as_table(teacher: RunResult, results: list[RunResult]) -> str:
+    """The table as text: names to the left, figures to the right."""
+    table = rows(teacher, results)
+    names = list(table[0])
+    widths = {n: max(len(n), *(len(row[n]) for row in table)) for n in names}
+    lines = [{n: n for n in names}, {n: "-" * widths[n] for n in names}, *table]
+    return "\n".join(
+        "  ".join(
+            line[n].ljust(widths[n]) if n == "model" else line[n].rjust(widths[n]) for n in names
+        )
+        for line in lines
+    )
+
+
+def write_report(
+    out: Path, recipe: Recipe, teacher: RunResult, results: list[RunResult], seconds: float
+) -> Path:
+    """Write `out/report.html`: table, curves, recipe, versions, in one self-contained page."""
+    page = (
+        Environment(loader=PackageLoader("featkd.demo"), autoescape=True)
+        .get_template("report.html")
+        .render(
+            rows=rows(teacher, results),
+            accuracy=Markup(_accuracy_plot(teacher, results)),
+            features=Markup(_feature_plot(results)),
+            recipe=to_yaml(recipe),
+            facts={
+                **environment.versions(),
+                "commit": environment.commit(),
+                **environment.machine(),
+            },
+            minutes=f"{seconds / 60:.1f}",
+        )
+    )
+    path = out / "report.html"
+    with atomic_write(path) as file:
+        file.write(page.encode())
+    return path
+
+
+def _accuracy_plot(teacher: RunResult, results: list[RunResult]) -> str:
+    figure, axes = _figure("epoch", "validation top-1 (%)")
+    for colour, name in zip(_COLOURS, STUDENTS, strict=True):
+        curves = [run.curve() for run in results if run.name == name]
+        epochs = [epoch for epoch, _ in curves[0]]
+        values = [[value for _, value in curve] for curve in curves]
+        middle = [spread(list(column))[0] for column in zip(*values, strict=True)]
+        axes.plot(epochs, middle, color=colour, label=name)
+        low, high = ([f(c) for c in zip(*values, strict=True)] for f in (min, max))
+        axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.axhline(teacher.top1, color="#888888", linestyle=":", label="teacher, at its end")
+    best = max(run.top1 for run in [teacher, *results])
+    axes.set_ylim(max(0.0, best - 30), min(100.0, best + 2))
+    return _as_svg(figure, axes)
+
+
+def _feature_plot(results: list[RunResult]) -> str:
+    figure, axes = _figure("update", "feature loss (not weighted)")
+    for colour, (name, (_, distilled)) in zip(_COLOURS, STUDENTS.items(), strict=True):
+        if not distilled:
+            continue
+        for number, run in enumerate(r for r in results if r.name == name):
+            points = run.feature_losses()
+            axes.plot(
+                [update for update, _ in points],
+                [value for _, value in points],
+                color=colour,
+                linewidth=1,
+                label=name if number == 0 else None,
+            )
+    axes.set_yscale("log")
+    return _as_svg(figure, axes)
+
+
+def _figure(x: str, y: str):  # type: ignore[no-untyped-def]  # matplotlib's Figure and Axes
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    grey = "#888888"  # readable on a light and on a dark page
+    axes.set_xlabel(x, color=grey)
+    axes.set_ylabel(y, color=grey)
+    axes.tick_params(which="both", colors=grey)
+    for spine in axes.spines.values():
+        spine.set_color(grey)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _as_svg(figure: Figure, axes) -> str:  # type: ignore[no-untyped-def]
+    axes.legend(frameon=False, labelcolor="#888888", fontsize=9)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True)
+    return text.getvalue()[text.getvalue().index("<svg") :]

@@ -1,0 +1,45 @@
+"""What the demo compares, and the results of its runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from featkd.train.logs import read_csv
+from featkd.train.recipe import Arch
+
+# What the four students differ in; everything else is recipes/demo.yaml.
+STUDENTS: dict[str, tuple[Arch, bool]] = {
+    "plain, cross-entropy": ("plain", False),
+    "plain, feature KD": ("plain", True),
+    "Lift, feature KD": ("lift", True),
+    "WideLast, feature KD": ("widelast", True),
+}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One finished run: its name, seed, size, accuracy in per cent, speed, and its folder."""
+
+    name: str
+    seed: int
+    parameters: int
+    top1: float
+    images_per_s: float
+    folder: Path
+
+    def curve(self) -> list[tuple[int, float]]:
+        """(epoch, top-1 in per cent) of every evaluation."""
+        rows = read_csv(self.folder / "eval.csv")
+        return [(int(r["epoch"]), float(r["top1"])) for r in rows if r["weights"] == "model"]
+
+    def feature_losses(self) -> list[tuple[int, float]]:
+        """(update, feature loss) of every logged row."""
+        rows = read_csv(self.folder / "metrics.csv")
+        return [(int(r["update"]), float(r["features"])) for r in rows]
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (0 for one value)."""
+    return mean(values), stdev(values) if len(values) > 1 else 0.0

@@ -1,0 +1,121 @@
+"""Train the demo's teacher and students, each by the same engine as any other run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from featkd.demo.digits import write_digits
+from featkd.demo.report import as_table, write_report
+from featkd.demo.results import STUDENTS, RunResult
+from featkd.train import distributed
+from featkd.train.engine import Trainer
+from featkd.train.recipe import LossConfig, Recipe, TeacherConfig, find_recipe, load_recipe
+
+
+def run_demo(out: Path, seeds: int = 3, epochs: int | None = None) -> int:
+    """Train a teacher, then plain, Lift and WideLast students of several seeds, on real digits.
+
+    Finished runs found in `out` are not repeated. Prints a table and writes `out/report.html`.
+
+    Args:
+        out: folder for the images, the runs and the report.
+        seeds: seeds a student.
+        epochs: epochs a run; None takes the recipe's.
+
+    Returns:
+        The exit code.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds: expected a whole number >= 1, got {seeds}")
+    started = time.perf_counter()
+    write_digits(out / "digits")
+    recipe = load_recipe(find_recipe("demo"))
+    recipe.data = replace(recipe.data, path=str(out / "digits"))
+    if epochs is not None:
+        warmup = min(recipe.optim.warmup_epochs, epochs - 1)
+        recipe.optim = replace(recipe.optim, epochs=epochs, warmup_epochs=warmup)
+    print("training the teacher", file=sys.stderr)
+    teacher = train("teacher", teacher_recipe(recipe, out / "teacher"))
+    jobs = {
+        (name, seed): student_recipe(recipe, name, seed, out, teacher)
+        for seed in range(seeds)
+        for name in STUDENTS
+    }
+    results = train_all(jobs)
+    table = as_table(teacher, results)
+    seconds = time.perf_counter() - started
+    page = write_report(out, recipe, teacher, results, seconds)
+    print(f"{table}\n\n{seconds:.0f} s in all; report: {page}")
+    return 0
+
+
+def teacher_recipe(recipe: Recipe, folder: Path) -> Recipe:
+    """The demo's teacher: the recipe's teacher model, trained alone as a plain student."""
+    assert recipe.teacher is not None
+    options = dict(recipe.teacher.options)
+    student = replace(recipe.student, base=recipe.teacher.name, arch="plain", options=options)
+    loss = LossConfig(label_smoothing=recipe.loss.label_smoothing)
+    return replace(recipe, out=str(folder), student=student, teacher=None, loss=loss)
+
+
+def student_recipe(recipe: Recipe, name: str, seed: int, out: Path, teacher: RunResult) -> Recipe:
+    """One of `STUDENTS`: the recipe with that student and seed, and the trained teacher."""
+    arch, distilled = STUDENTS[name]
+    folder = out / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
+    student = replace(recipe.student, arch=arch)
+    changed = replace(recipe, out=str(folder), seed=seed, student=student)
+    if not distilled:
+        loss = LossConfig(label_smoothing=recipe.loss.label_smoothing)
+        return replace(changed, teacher=None, loss=loss)
+    assert recipe.teacher is not None
+    checkpoint = str(teacher.folder / "last.pt")
+    config: TeacherConfig = replace(recipe.teacher, checkpoint=checkpoint, weights="model")
+    return replace(changed, teacher=config)
+
+
+def train(name: str, recipe: Recipe) -> RunResult:
+    """Run one recipe in this process (going on from its checkpoint, if any)."""
+    trainer = Trainer(recipe, distributed.start("cpu"))
+    outcome = trainer.run(quiet=True)
+    if outcome.interrupted_by is not None:
+        raise KeyboardInterrupt
+    return RunResult(
+        name=name,
+        seed=recipe.seed,
+        parameters=sum(p.numel() for p in trainer.parts.student.parameters()),
+        top1=outcome.scores["model"]["top1"],
+        images_per_s=outcome.images_per_s,
+        folder=Path(recipe.out),
+    )
+
+
+def train_all(jobs: dict[tuple[str, int], Recipe]) -> list[RunResult]:
+    """Run recipes side by side, one single-threaded process a core; results in the jobs' order.
+
+    The models are so small that one run gains nothing from a second core.
+    """
+    cores = len(os.sched_getaffinity(0))
+    spawn = multiprocessing.get_context("spawn")
+    found: dict[tuple[str, int], RunResult] = {}
+    with ProcessPoolExecutor(
+        min(cores, len(jobs)), spawn, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        running = {pool.submit(train, key[0], recipe): key for key, recipe in jobs.items()}
+        try:
+            for future in tqdm(
+                as_completed(running), total=len(running), unit="run", desc="training students"
+            ):
+                found[running[future]] = future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [found[key] for key in jobs]

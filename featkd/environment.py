@@ -1,0 +1,63 @@
+"""The versions and the machine behind a result, stored beside every checkpoint and figure."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import featkd
+
+_PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "pillow")
+
+
+def versions() -> dict[str, str]:
+    """Versions of featkd, Python and the packages that results depend on."""
+    found = {"featkd": featkd.__version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def commit() -> str:
+    """Git commit of the source tree featkd runs from; "unknown" outside a checkout."""
+    source = Path(featkd.__file__).resolve().parent
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(source), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return result.stdout.strip()
+
+
+def machine() -> dict[str, str]:
+    """Processor, cores and accelerator; asks torch for the latter."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor_name(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "torch_threads": str(torch.get_num_threads()),
+        "accelerator": device,
+    }
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"

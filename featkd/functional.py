@@ -1,0 +1,293 @@
+"""The public functions: documented, checked, and handed to a backend.
+
+Shapes: B images, N tokens (patches, row-major, no CLS), Cs/Ct student/teacher channels, K classes.
+Scalars come back as float32, or float64 where the first argument is float64. All functions are
+differentiable in everything but the teacher's tensors, deterministic, and write to no input.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from featkd import checks, reference
+
+Metric = Literal["mse", "spectral"]
+
+__all__ = ["lift_head", "projected_feature_kd", "soft_kd", "widelast_projection"]
+
+
+def projected_feature_kd(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    metric: Metric = "mse",
+    grid: tuple[int, int] | None = None,
+) -> Tensor:
+    """Distance of a student's (projected) feature map from a teacher's.
+
+    With Y = LN(S W^T + b) (either step left out where its parameters are None) and E = Y - T:
+    "mse" is mean(E^2); "spectral" is the mean over real and imaginary parts of
+    rfft2(E, norm="ortho")^2 on the patch grid ([EM26], MSE and SpectralKD losses; section 3 of
+    docs/method.md has the FFT-free form that is computed).
+
+    Args:
+        student: (B, N, Cs), floating.
+        teacher: (B, N, Ct), floating, needing no gradient; its dtype may differ.
+        weight: (Ct, Cs) or None; None needs Cs == Ct.
+        bias: (Ct,) or None; only with `weight`.
+        norm_weight: (Ct,) or None (no LayerNorm).
+        norm_bias: (Ct,) or None; only with `norm_weight`.
+        eps: LayerNorm's epsilon.
+        metric: "mse" or "spectral".
+        grid: (H, W) with H*W == N; "spectral" only. None takes a square grid.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        TypeError: an integer tensor.
+        ValueError: shapes, devices or the grid don't fit, an empty input, a teacher that
+            requires grad.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.zeros(2, 4, 3), torch.ones(2, 4, 5)
+        >>> projected_feature_kd(student, teacher, weight=torch.ones(5, 3))
+        tensor(1.)
+    """
+    checks.check_metric(metric)
+    checks.check_positive("eps", eps)
+    checks.check_floating("student", student)
+    checks.check_shape("student", student, ("B", "N", "Cs"))
+    batch, tokens, width = student.shape
+    if weight is None:
+        if bias is not None:
+            raise ValueError("bias: given without weight")
+    else:
+        checks.check_floating("weight", weight)
+        checks.check_shape("weight", weight, ("Ct", width))
+        width = weight.shape[0]
+        if bias is not None:
+            checks.check_floating("bias", bias)
+            checks.check_shape("bias", bias, (width,))
+    checks.check_norm(norm_weight, norm_bias, width)
+    _check_teacher_map(teacher, (batch, tokens, width))
+    checks.check_not_empty("student", student)
+    checks.check_same_device(
+        student=student,
+        teacher=teacher,
+        weight=weight,
+        bias=bias,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+    )
+    return reference.projected_feature_kd(
+        student,
+        teacher,
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        eps=eps,
+        metric=metric,
+        grid=checks.resolve_grid(metric, grid, tokens),
+    )
+
+
+def widelast_projection(
+    x: Tensor,
+    weight: Tensor,
+    proj_norm_weight: Tensor,
+    proj_norm_bias: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    *,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Entry of a block that is wider than the one before: the new residual stream and its norm.
+
+    r = LN_p(x W^T) and u = LN_1(r) ([EM26], WideLast): r goes on as the residual stream, u into
+    the block's attention.
+
+    Args:
+        x: (B, N, Cs), floating.
+        weight: (Ct, Cs).
+        proj_norm_weight, proj_norm_bias, norm1_weight, norm1_bias: (Ct,).
+        eps: epsilon of both LayerNorms.
+
+    Returns:
+        (residual, normed), both (B, N, Ct) in x's dtype.
+
+    Raises:
+        TypeError: an integer tensor.
+        ValueError: shapes or devices don't fit.
+
+    Example:
+        >>> import torch
+        >>> ones, zeros = torch.ones(4), torch.zeros(4)
+        >>> r, u = widelast_projection(torch.randn(2, 9, 3), torch.randn(4, 3),
+        ...                            ones, zeros, ones, zeros)
+        >>> r.shape, u.shape
+        (torch.Size([2, 9, 4]), torch.Size([2, 9, 4]))
+    """
+    checks.check_positive("eps", eps)
+    checks.check_floating("x", x)
+    checks.check_shape("x", x, ("B", "N", "Cs"))
+    checks.check_floating("weight", weight)
+    checks.check_shape("weight", weight, ("Ct", x.shape[2]))
+    width = weight.shape[0]
+    checks.check_norm(
+        proj_norm_weight, proj_norm_bias, width, ("proj_norm_weight", "proj_norm_bias")
+    )
+    checks.check_norm(norm1_weight, norm1_bias, width, ("norm1_weight", "norm1_bias"))
+    checks.check_same_device(
+        x=x,
+        weight=weight,
+        proj_norm_weight=proj_norm_weight,
+        proj_norm_bias=proj_norm_bias,
+        norm1_weight=norm1_weight,
+        norm1_bias=norm1_bias,
+    )
+    return reference.widelast_projection(
+        x, weight, proj_norm_weight, proj_norm_bias, norm1_weight, norm1_bias, eps=eps
+    )
+
+
+def lift_head(
+    features: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    teacher: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    metric: Metric = "mse",
+    grid: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Lift's head: project the patch tokens to the teacher's width, pool, and compare.
+
+    z = LN(f W^T) ([EM26], Lift); pooled = mean of z over the tokens, which a Linear classifies;
+    loss = `projected_feature_kd`'s distance of z from the teacher's map.
+
+    Args:
+        features: (B, N, Cs), the last block's raw patch tokens, floating.
+        weight: (Ct, Cs).
+        norm_weight, norm_bias: (Ct,).
+        teacher: (B, N, Ct) or None (no loss).
+        eps, metric, grid: as in `projected_feature_kd`.
+
+    Returns:
+        (pooled (B, Ct) in features' dtype, scalar loss or None).
+
+    Raises:
+        TypeError: an integer tensor.
+        ValueError: shapes, devices or the grid don't fit, an empty input, a teacher that
+            requires grad.
+
+    Example:
+        >>> import torch
+        >>> pooled, loss = lift_head(torch.randn(2, 9, 3), torch.randn(4, 3),
+        ...                          torch.ones(4), torch.zeros(4))
+        >>> pooled.shape, loss
+        (torch.Size([2, 4]), None)
+    """
+    checks.check_metric(metric)
+    checks.check_positive("eps", eps)
+    checks.check_floating("features", features)
+    checks.check_shape("features", features, ("B", "N", "Cs"))
+    batch, tokens, channels = features.shape
+    checks.check_floating("weight", weight)
+    checks.check_shape("weight", weight, ("Ct", channels))
+    checks.check_norm(norm_weight, norm_bias, weight.shape[0])
+    checks.check_not_empty("features", features)
+    if teacher is not None:
+        _check_teacher_map(teacher, (batch, tokens, weight.shape[0]))
+    checks.check_same_device(
+        features=features,
+        weight=weight,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        teacher=teacher,
+    )
+    return reference.lift_head(
+        features,
+        weight,
+        norm_weight,
+        norm_bias,
+        teacher,
+        eps=eps,
+        metric=metric,
+        grid=None if teacher is None else checks.resolve_grid(metric, grid, tokens),
+    )
+
+
+def soft_kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    target: Tensor,
+    *,
+    alpha: float,
+    tau: float = 1.0,
+) -> Tensor:
+    """Cross-entropy and softened KL divergence, weighted as published.
+
+    (1 - alpha) CE(student, target) + alpha tau^2 KL(softmax(teacher/tau) || softmax(student/tau)),
+    batch means ([EM26], SoftKD).
+
+    Args:
+        student_logits: (B, K), floating.
+        teacher_logits: (B, K), floating, needing no gradient; may be None where alpha is 0.
+        target: (B,) class indices, int64, each in [0, K); or (B, K) soft labels, floating.
+        alpha: weight of the teacher, from 0 to 1.
+        tau: temperature, > 0.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        TypeError: an integer tensor where logits are expected, or a target of a wrong dtype.
+        ValueError: shapes, devices, alpha or tau don't fit, an empty batch, no teacher where
+            alpha > 0, a teacher that requires grad.
+
+    Example:
+        >>> import torch
+        >>> soft_kd(torch.zeros(2, 4), None, torch.tensor([0, 3]), alpha=0.0)  # log 4
+        tensor(1.3863)
+    """
+    checks.check_fraction("alpha", alpha)
+    checks.check_positive("tau", tau)
+    checks.check_floating("student_logits", student_logits)
+    checks.check_shape("student_logits", student_logits, ("B", "K"))
+    checks.check_not_empty("student_logits", student_logits)
+    batch, classes = student_logits.shape
+    if target.dim() == 1:
+        if target.dtype != torch.int64:
+            raise TypeError(f"target: class indices must be int64, got {target.dtype}")
+        checks.check_shape("target", target, (batch,))
+    else:
+        checks.check_floating("target", target)
+        checks.check_shape("target", target, (batch, classes))
+    if teacher_logits is not None:
+        checks.check_floating("teacher_logits", teacher_logits)
+        checks.check_shape("teacher_logits", teacher_logits, (batch, classes))
+        checks.check_constant("teacher_logits", teacher_logits)
+    elif alpha > 0:
+        raise ValueError(f"teacher_logits: None, but alpha is {alpha} (only 0 needs no teacher)")
+    checks.check_same_device(
+        student_logits=student_logits, teacher_logits=teacher_logits, target=target
+    )
+    return reference.soft_kd(student_logits, teacher_logits, target, alpha=alpha, tau=tau)
+
+
+def _check_teacher_map(teacher: Tensor, shape: tuple[int, int, int]) -> None:
+    checks.check_floating("teacher", teacher)
+    checks.check_shape("teacher", teacher, shape)
+    checks.check_constant("teacher", teacher)

@@ -1,0 +1,209 @@
+"""The losses as modules: those that own a projector, and the published training objective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from featkd import checks
+from featkd.functional import Metric, projected_feature_kd, soft_kd
+
+__all__ = [
+    "DistillationLoss",
+    "DistillationTerms",
+    "ProjectedFeatureKD",
+    "pool_channels",
+    "smooth_labels",
+]
+
+
+class ProjectedFeatureKD(nn.Module):
+    """Feature distillation through a linear projector that the loss owns (and trains).
+
+    Equation and source as in `featkd.functional.projected_feature_kd`. The projector's parameters
+    belong to the optimizer: add `loss.parameters()` to it.
+
+    Args:
+        student_dim: Cs.
+        teacher_dim: Ct.
+        bias: whether the projector has a bias.
+        norm: whether a LayerNorm follows it, as in Lift.
+        eps: LayerNorm's epsilon.
+        metric: "mse" or "spectral".
+        grid: (H, W), "spectral" only; None takes a square grid.
+
+    Example:
+        >>> loss = ProjectedFeatureKD(192, 384)
+        >>> loss(torch.randn(2, 49, 192), torch.randn(2, 49, 384)).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        *,
+        bias: bool = False,
+        norm: bool = True,
+        eps: float = 1e-5,
+        metric: Metric = "mse",
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        checks.check_metric(metric)
+        self.proj = nn.Linear(student_dim, teacher_dim, bias=bias)
+        self.norm = nn.LayerNorm(teacher_dim, eps=eps) if norm else None
+        self.eps = eps
+        self.metric: Metric = metric
+        self.grid = grid
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """(B, N, Cs), (B, N, Ct) -> scalar."""
+        return projected_feature_kd(
+            student,
+            teacher,
+            self.proj.weight,
+            self.proj.bias,
+            None if self.norm is None else self.norm.weight,
+            None if self.norm is None else self.norm.bias,
+            eps=self.eps,
+            metric=self.metric,
+            grid=self.grid,
+        )
+
+
+class DistillationTerms(NamedTuple):
+    """What a training step logs; all scalars, `total` is the one to differentiate."""
+
+    total: Tensor
+    logits: Tensor
+    """(1 - alpha) CE + alpha tau^2 KL."""
+    features: Tensor
+    """Mean feature loss over the layer pairs, before its weights; 0 where there is none."""
+
+
+class DistillationLoss(nn.Module):
+    """The published objective: (1 - alpha) CE + beta w_feat L_feat + alpha L_soft ([EM26]).
+
+    L_soft = tau^2 KL(teacher || student); L_feat is the mean over layer pairs. Where the widths of
+    a pair differ, the wider map is average-pooled over neighbouring channels to the narrower
+    width (the baseline that fails, and why Lift and WideLast exist).
+
+    Args:
+        alpha: weight of the teacher's logits, from 0 (cross-entropy alone) to 1.
+        beta, w_feat: the feature loss is weighted by their product.
+        tau: temperature.
+        feature: "mse", "spectral", or None for no feature loss.
+        label_smoothing: spread over the classes of integer targets, from 0 to 1.
+        grid: (H, W) of the patch grid, "spectral" only; None takes a square grid.
+
+    Example:
+        >>> loss = DistillationLoss(alpha=0.9, w_feat=0.2, feature="mse")
+        >>> maps = [torch.randn(2, 49, 8)]
+        >>> loss(torch.randn(2, 5), torch.tensor([0, 4]), torch.randn(2, 5), maps, maps).features
+        tensor(0.)
+    """
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 0.0,
+        beta: float = 1.0,
+        w_feat: float = 0.2,
+        tau: float = 1.0,
+        feature: Metric | None = None,
+        label_smoothing: float = 0.0,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        checks.check_fraction("alpha", alpha)
+        checks.check_fraction("label_smoothing", label_smoothing)
+        checks.check_positive("tau", tau)
+        if feature is not None:
+            checks.check_metric(feature)
+        self.alpha = alpha
+        self.beta = beta
+        self.w_feat = w_feat
+        self.tau = tau
+        self.feature = feature
+        self.label_smoothing = label_smoothing
+        self.grid = grid
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        target: Tensor,
+        teacher_logits: Tensor | None = None,
+        student_features: Sequence[Tensor] = (),
+        teacher_features: Sequence[Tensor] = (),
+    ) -> DistillationTerms:
+        """The loss of one batch.
+
+        Args:
+            student_logits: (B, K).
+            target: (B,) int64 indices or (B, K) soft labels.
+            teacher_logits: (B, K), or None where alpha is 0.
+            student_features, teacher_features: one (B, N, C) map a layer pair, in the same order.
+
+        Raises:
+            ValueError: the lists' lengths differ, are empty where `feature` asks for a loss, or a
+                pair's token counts differ.
+        """
+        if self.label_smoothing > 0 and target.dim() == 1:
+            target = smooth_labels(target, student_logits.shape[1], self.label_smoothing)
+        logits = soft_kd(student_logits, teacher_logits, target, alpha=self.alpha, tau=self.tau)
+        if self.feature is None:
+            return DistillationTerms(logits, logits.detach(), torch.zeros_like(logits))
+        features = self._feature_loss(student_features, teacher_features)
+        total = logits + self.beta * self.w_feat * features
+        return DistillationTerms(total, logits.detach(), features.detach())
+
+    def _feature_loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        assert self.feature is not None
+        if len(student) != len(teacher) or not student:
+            raise ValueError(
+                f"student_features, teacher_features: expected as many maps of each, at least one; "
+                f"got {len(student)} and {len(teacher)}"
+            )
+        terms = []
+        for number, (s, t) in enumerate(zip(student, teacher, strict=True)):
+            if s.shape[:2] != t.shape[:2]:
+                raise ValueError(
+                    f"layer pair {number}: the student's map is {tuple(s.shape)}, the teacher's "
+                    f"{tuple(t.shape)}; images and tokens must agree (same image and patch size)"
+                )
+            s, t = pool_channels(s, t)
+            terms.append(projected_feature_kd(s, t, metric=self.feature, grid=self.grid))
+        return torch.stack(terms).mean()
+
+
+def pool_channels(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Average-pool the wider of two maps over neighbouring channels to the narrower width.
+
+    Args:
+        student: (B, N, Cs). teacher: (B, N, Ct).
+
+    Returns:
+        Both with min(Cs, Ct) channels; a map of that width already is returned as it came.
+
+    Example:
+        >>> s, t = pool_channels(torch.zeros(1, 1, 2), torch.tensor([[[1., 3., 5., 7.]]]))
+        >>> t
+        tensor([[[2., 6.]]])
+    """
+    width = min(student.shape[2], teacher.shape[2])
+    if student.shape[2] > width:
+        student = F.adaptive_avg_pool1d(student, width)
+    if teacher.shape[2] > width:
+        teacher = F.adaptive_avg_pool1d(teacher, width)
+    return student, teacher
+
+
+def smooth_labels(target: Tensor, classes: int, smoothing: float) -> Tensor:
+    """(B,) class indices -> (B, classes) float32 soft labels: 1 - s on the class, s / K on all."""
+    soft = torch.full((len(target), classes), smoothing / classes, device=target.device)
+    return soft.scatter_add_(1, target[:, None], torch.full_like(soft[:, :1], 1 - smoothing))

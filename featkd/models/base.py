@@ -1,0 +1,50 @@
+"""What the Lift and the WideLast student share: a timm ViT whose head has its own width."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from timm.layers import get_device_dtype
+from timm.models.vision_transformer import VisionTransformer, get_init_weights_vit
+from torch import nn
+
+from featkd.models.features import BlockFeatures
+
+
+class StudentVisionTransformer(BlockFeatures, VisionTransformer):  # type: ignore[misc]
+    """timm's VisionTransformer, except that the head is `num_features`, not `embed_dim`, wide.
+
+    `embed_dim` stays the width of the patch embedding, of the class token and of `pos_embed`.
+    """
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a fresh one, as timm's models do.
+
+        Args:
+            num_classes: the new number of classes; 0 for no head.
+            global_pool: a new pooling, where the student has a choice; None keeps the present one.
+        """
+        super().reset_classifier(0, global_pool)  # the pooling, and an Identity for the head
+        self.num_classes = num_classes
+        if num_classes > 0:
+            self.head = nn.Linear(self.num_features, num_classes, **get_device_dtype(self))
+            self.head.train(self.training)
+
+    def _set_num_features(self, width: int) -> None:
+        """Take a new width for the head, and a head of that width with timm's initialisation."""
+        self.num_features = self.head_hidden_size = width
+        self.reset_classifier(self.num_classes)
+        mode = self.weight_init_mode
+        head_bias = -math.log(self.num_classes) if "nlhb" in mode else 0.0
+        init: Any = get_init_weights_vit(mode, head_bias)
+        init(self.head, name="head")
+
+
+def check_vision_transformer(model: nn.Module, arch: str) -> None:
+    """Raise ValueError unless `model` is a plain VisionTransformer, fit to be rebuilt."""
+    if type(model) is not VisionTransformer:
+        raise ValueError(
+            f"base: arch {arch!r} needs a model of timm's class VisionTransformer, "
+            f"got {type(model).__name__}"
+        )

@@ -1,0 +1,226 @@
+"""Features as return values: `forward_with_features` on timm's transformers, without hooks.
+
+timm builds the models, so their parameters, their state-dict keys and their pretrained weights
+stay timm's; only the class of an instance changes, to one that has the additional method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+from timm.models.cait import Cait
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+
+class FeatureModel(Protocol):
+    """An nn.Module that returns its features beside its logits: what every model here is."""
+
+    training: bool
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+    def forward_with_features(
+        self, images: Tensor, layers: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits and the patch-token maps of some layers, in one forward pass.
+
+        The maps are what the layers put out: before the final norm, without class, register or
+        distillation tokens, and with a gradient. A layer is a transformer block; in CaiT a
+        self-attention block (the class-attention blocks are no layers); in Swin a stage, whose
+        (B, H, W, C) output comes as tokens. The last layer of a Lift student is its lifted map.
+
+        Args:
+            images: (B, in_chans, H, W), of the model's dtype (or under autocast).
+            layers: indices as in Python: negative ones count from the end; any order, repeats
+                allowed, none at all allowed.
+
+        Returns:
+            logits (B, classes), and a list with one map (B, N, C) for each of `layers`, in that
+            order. A map may be a strided view (the prefix tokens are cut off, not copied away),
+            and a layer asked for twice comes as one tensor twice.
+
+        Raises:
+            ValueError: a layer is out of range.
+            TypeError: `layers` is no sequence of ints.
+        """
+        ...
+
+    def train(self, mode: bool = True) -> Any: ...
+    def eval(self) -> Any: ...
+    def to(self, *args: Any, **kwargs: Any) -> Any: ...
+    def requires_grad_(self, requires_grad: bool = True) -> Any: ...
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any: ...
+
+
+def resolve_layers(layers: Iterable[int], depth: int) -> tuple[int, ...]:
+    """Turn Python-style layer indices into indices from 0 to depth - 1.
+
+    Args:
+        layers: ints; negative ones count from the end.
+        depth: the number of layers.
+
+    Returns:
+        As many indices, in the same order.
+
+    Raises:
+        ValueError: an index is out of range.
+        TypeError: `layers` is no sequence, or holds something else than ints.
+
+    Example:
+        >>> resolve_layers([0, -1], depth=12)
+        (0, 11)
+    """
+    if isinstance(layers, (int, str)):
+        raise TypeError(f"layers: expected a sequence of ints, got {layers!r}")
+    resolved = []
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise TypeError(f"layers: expected ints, got {layer!r} ({type(layer).__name__})")
+        if not -depth <= layer < depth:
+            raise ValueError(
+                f"layers: {layer} is out of range for a model with {depth} layers "
+                f"(valid: {-depth}..{depth - 1})"
+            )
+        resolved.append(layer % depth)
+    return tuple(resolved)
+
+
+class BlockFeatures:
+    """`forward_with_features` for models whose layers are `self.blocks` (ViT and CaiT)."""
+
+    def forward_with_features(
+        self: Any, images: Tensor, layers: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits and the raw patch tokens (B, N, C) of `layers`; see `FeatureModel`."""
+        wanted = resolve_layers(layers, len(self.blocks))
+        if not wanted:  # timm's forward_intermediates takes no empty selection
+            return self.forward(images), []
+        distinct = sorted(set(wanted))  # timm returns each block once, in the blocks' order
+        tokens, maps = self.forward_intermediates(images, indices=distinct, output_fmt="NLC")
+        found = dict(zip(distinct, maps, strict=True))
+        return self.forward_head(tokens), [found[layer] for layer in wanted]
+
+
+class StageFeatures:
+    """`forward_with_features` for Swin, whose layers are the stages in `self.layers`."""
+
+    def forward_with_features(
+        self: Any, images: Tensor, layers: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits and the raw tokens (B, H*W, C) of the stages `layers`; see `FeatureModel`."""
+        wanted = resolve_layers(layers, len(self.layers))
+        # The stages put out (B, H, W, C), which is the token layout already. timm's
+        # forward_intermediates would copy every map to (B, C, H, W), and this would copy it back.
+        x = self.patch_embed(images)
+        found = {}
+        for index, stage in enumerate(self.layers):
+            x = stage(x)
+            if index in wanted:
+                found[index] = x.flatten(1, 2)
+        return self.forward_head(self.norm(x)), [found[layer] for layer in wanted]
+
+
+class FeatureVisionTransformer(BlockFeatures, VisionTransformer):  # type: ignore[misc]
+    """timm's VisionTransformer (ViT, DeiT, and the DINO, CLIP and MAE encoders) with features."""
+
+
+class FeatureDistilledTransformer(BlockFeatures, VisionTransformerDistilled):  # type: ignore[misc]
+    """timm's DeiT with a distillation token, with features.
+
+    With timm's `set_distilled_training(True)` and in training mode the logits are timm's pair
+    (class head, distillation head).
+    """
+
+
+class FeatureCait(BlockFeatures, Cait):  # type: ignore[misc]
+    """timm's Cait, with the maps of its self-attention blocks as features."""
+
+
+class FeatureSwinTransformer(StageFeatures, SwinTransformer):  # type: ignore[misc]
+    """timm's SwinTransformer, with the maps of its stages as features."""
+
+
+# Plain classes with a name, not types made at run time: models can be pickled and copied.
+_WITH_FEATURES: dict[type, type] = {
+    VisionTransformer: FeatureVisionTransformer,
+    VisionTransformerDistilled: FeatureDistilledTransformer,
+    Cait: FeatureCait,
+    SwinTransformer: FeatureSwinTransformer,
+}
+
+
+def with_features(model: nn.Module) -> FeatureModel:
+    """Give a timm model the method `forward_with_features`, in place.
+
+    Parameters, buffers, state-dict keys and `model(images)` stay as they are.
+
+    Args:
+        model: a VisionTransformer, VisionTransformerDistilled, Cait or SwinTransformer of timm.
+
+    Returns:
+        `model`, now of a subclass of its class.
+
+    Raises:
+        ValueError: another kind of model.
+
+    Example:
+        >>> import timm, torch
+        >>> size = dict(img_size=32, patch_size=16, embed_dim=48, depth=2, num_heads=3)
+        >>> model = with_features(timm.create_model("vit_tiny_patch16_224", **size))
+        >>> logits, maps = model.forward_with_features(torch.zeros(1, 3, 32, 32), [-1])
+        >>> tuple(maps[0].shape)
+        (1, 4, 48)
+    """
+    if not isinstance(model, (BlockFeatures, StageFeatures)):
+        if type(model) not in _WITH_FEATURES:
+            raise ValueError(
+                f"model: expected one of timm's "
+                f"{', '.join(kind.__name__ for kind in _WITH_FEATURES)}; "
+                f"got {type(model).__name__}"
+            )
+        model.__class__ = _WITH_FEATURES[type(model)]
+    return cast(FeatureModel, model)
+
+
+def num_layers(model: FeatureModel) -> int:
+    """How many layers `model.forward_with_features` can return."""
+    return len(_layers(model))
+
+
+def feature_grid(model: FeatureModel, layer: int = -1) -> tuple[int, int] | None:
+    """The grid (H, W) whose cells are the tokens of a layer's map, row by row.
+
+    Args:
+        model: any model with features.
+        layer: which layer; it matters for Swin alone, whose stages have different grids.
+
+    Returns:
+        (H, W), or None where the model alone does not say: it takes images of any size, or
+        drops patches at random.
+
+    Raises:
+        ValueError: the layer is out of range.
+    """
+    (index,) = resolve_layers([layer], num_layers(model))
+    timm_model = cast(Any, model)
+    if getattr(timm_model, "dynamic_img_size", False):
+        return None
+    if isinstance(model, StageFeatures):
+        height, width = timm_model.layers[index].output_resolution
+        return height, width
+    if not isinstance(getattr(timm_model, "patch_drop", nn.Identity()), nn.Identity):
+        return None
+    height, width = timm_model.patch_embed.grid_size
+    return height, width
+
+
+def _layers(model: FeatureModel) -> nn.Sequential:
+    if isinstance(model, StageFeatures):
+        return cast(nn.Sequential, cast(Any, model).layers)
+    return cast(nn.Sequential, cast(Any, model).blocks)

@@ -1,0 +1,111 @@
+"""The Lift student: the projector to the teacher's width stays in the model [EM26]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch.nn.functional as F
+from timm.layers import get_device_dtype
+from torch import Tensor, nn
+
+from featkd.models.base import StudentVisionTransformer, check_vision_transformer
+from featkd.models.features import resolve_layers
+
+PUBLISHED_EPS = 1e-5  # torch's default, which the published Lift has; timm's norms have 1e-6
+
+
+class Lift(StudentVisionTransformer):
+    """A ViT that classifies from its last patch tokens, lifted to the teacher's width.
+
+    With f the patch tokens (no class token) of the last block before the final norm, and W of
+    shape (teacher_dim, width) without a bias [EM26, Lift]:
+
+        z      = LayerNorm(f W^T)              eps 1e-5; the map that is matched to the teacher's
+        logits = head(mean of z over the patch tokens)
+
+    The base's own final norm and head would be dead weight, so they are not there.
+    Made by `Lift.adopt` or `featkd.models.create_student(arch="lift")`.
+    """
+
+    projection: nn.Linear
+    projection_norm: nn.LayerNorm
+
+    @classmethod
+    def adopt(cls, model: nn.Module, teacher_dim: int) -> Lift:
+        """Turn a timm VisionTransformer into a Lift student, in place.
+
+        Args:
+            model: a VisionTransformer; its blocks keep their weights.
+            teacher_dim: the width of the teacher's map.
+
+        Returns:
+            `model`, now a Lift.
+
+        Raises:
+            ValueError: `model` is of another class, or `teacher_dim` is below 1.
+        """
+        check_vision_transformer(model, "lift")
+        if teacher_dim < 1:
+            raise ValueError(f"teacher_dim: expected an int >= 1, got {teacher_dim}")
+        model.__class__ = cls
+        lift = cast(Any, model)
+        factory = get_device_dtype(lift)
+        lift.norm, lift.fc_norm, lift.attn_pool = nn.Identity(), nn.Identity(), None
+        lift.global_pool = "avg"
+        lift.projection = nn.Linear(lift.embed_dim, teacher_dim, bias=False, **factory)
+        nn.init.trunc_normal_(lift.projection.weight, std=0.02)  # as timm's other linear layers
+        lift.projection_norm = nn.LayerNorm(teacher_dim, eps=PUBLISHED_EPS, **factory)
+        lift._set_num_features(teacher_dim)
+        return cast(Lift, lift)
+
+    def lift(self, tokens: Tensor) -> Tensor:
+        """z = LayerNorm(f W^T) of patch tokens f: (B, N, width) -> (B, N, teacher_dim)."""
+        norm = self.projection_norm
+        projected = F.linear(tokens, self.projection.weight)
+        return F.layer_norm(projected, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The lifted map z (B, N, teacher_dim) of images (B, C, H, W)."""
+        tokens = super().forward_features(x, *args, **kwargs)
+        return self.lift(tokens[:, self.num_prefix_tokens :])
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """timm's method: the blocks' raw maps, and as final features the lifted map."""
+        found = super().forward_intermediates(x, *args, **kwargs)
+        if isinstance(found, tuple):
+            tokens, maps = found
+            return self.lift(tokens[:, self.num_prefix_tokens :]), maps
+        if isinstance(found, dict) and "image_features" in found:
+            tokens = found["image_features"]
+            found["image_features"] = self.lift(tokens[:, self.num_prefix_tokens :])
+        return found
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits (B, classes) of the lifted map (B, N, teacher_dim): its mean, then the head."""
+        pooled: Tensor = self.head_drop(x.mean(dim=1))
+        return pooled if pre_logits else cast(Tensor, self.head(pooled))
+
+    def forward_with_features(
+        self, images: Tensor, layers: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits and maps; the last layer's is z (B, N, teacher_dim); see `FeatureModel`."""
+        last = len(self.blocks) - 1
+        wanted = resolve_layers(layers, last + 1)
+        earlier = sorted(set(wanted) - {last})
+        if earlier:
+            lifted, maps = self.forward_intermediates(images, indices=earlier, output_fmt="NLC")
+        else:
+            lifted, maps = self.forward_features(images), []
+        found = {**dict(zip(earlier, maps, strict=True)), last: lifted}
+        return self.forward_head(lifted), [found[layer] for layer in wanted]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a fresh one; the pooling is the mean over the patch tokens.
+
+        Raises:
+            ValueError: `global_pool` is neither None nor "avg".
+        """
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"global_pool: Lift allows None or 'avg', got {global_pool!r}")
+        super().reset_classifier(num_classes)

@@ -1,0 +1,237 @@
+"""Checkpoints in the layout that the paper's authors published [EM26], in both directions.
+
+| Published name            | here                     | Student                                 |
+|---------------------------|--------------------------|-----------------------------------------|
+| `base_model.X`            | `X`                      | Lift: the blocks and the embeddings     |
+| `base_model.norm.*`       | (dropped)                | Lift: dead weight                       |
+| `base_model.head.*`       | (dropped)                | Lift: dead weight                       |
+| `projections.L.weight`    | `projection.weight`      | Lift; L is the last block's index       |
+| `layer_norms.L.*`         | `projection_norm.*`      | Lift                                    |
+| `head.*`                  | `head.*`                 | both                                    |
+| everything else           | the same                 | WideLast and the other schedules        |
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from os import PathLike
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+
+from featkd.models.features import FeatureModel
+from featkd.models.lift import Lift
+from featkd.models.students import create_student
+from featkd.models.weights import (
+    CheckpointMismatch,
+    Weights,
+    load_strictly,
+    mismatch,
+    read_state_dict,
+)
+from featkd.models.widelast import SCHEDULES, WideLast, schedule
+
+_LIFT_PREFIX = "base_model."
+_DEAD = ("norm.weight", "norm.bias", "head.weight", "head.bias")
+_PUBLISHED_HEADS = 3  # DeiT-Tiny's; head counts leave no trace in the shapes of the weights
+
+
+class _Shape(NamedTuple):
+    """What the tensors of a student tell about its shape."""
+
+    widths: tuple[int, ...]
+    patch_size: tuple[int, int]
+    grid: int
+    in_chans: int
+    mlp_ratio: float
+    num_classes: int
+
+
+def load_published(
+    path: str | PathLike[str],
+    *,
+    arch: str | None = None,
+    num_heads: int | None = None,
+    weights: Weights = "auto",
+) -> FeatureModel:
+    """Load a student in the published layout, working out its shape from the tensors.
+
+    Args:
+        path: a .pth or .safetensors file (see `read_state_dict` for what is read, and how).
+        arch: the schedule, where the widths fit several; of those, `widelast` (published as
+            `heads_step`) comes before `fixed_step`, and `heads_linear` before `fixed_linear`.
+        num_heads: heads of the first block; 3, as published, where not given.
+        weights: which weights of a checkpoint that has several; see `read_state_dict`.
+
+    Returns:
+        The Lift or WideLast student, in evaluation mode.
+
+    Raises:
+        CheckpointMismatch: names are missing or odd, or the widths are no schedule's.
+        ValueError: the file can't be read safely, or `arch` or `num_heads` don't fit.
+    """
+    state = read_state_dict(path, weights)
+    is_lift = any(name.startswith(_LIFT_PREFIX) for name in state)
+    state = _from_published_lift(state, path) if is_lift else state
+    shape = _shape(state, path, "lift" if is_lift else "widelast")
+    heads = _PUBLISHED_HEADS if num_heads is None else num_heads
+    if heads < 1 or shape.widths[0] % heads:
+        raise ValueError(
+            f"num_heads: expected a divisor of the width of {path}, {shape.widths[0]}; got {heads}"
+        )
+    if is_lift:
+        if arch not in (None, "lift"):
+            raise ValueError(f"arch: {path} holds a Lift student, got {arch!r}; allowed: 'lift'")
+        found, teacher_dim = "lift", state["projection.weight"].shape[0]
+    else:
+        found, teacher_dim = _matching_schedule(shape.widths, heads, arch, path), shape.widths[-1]
+    model = create_student(
+        "deit_tiny_patch16_224",
+        found,
+        teacher_dim,
+        shape.num_classes,
+        img_size=(shape.grid * shape.patch_size[0], shape.grid * shape.patch_size[1]),
+        patch_size=shape.patch_size,
+        in_chans=shape.in_chans,
+        embed_dim=shape.widths[0],
+        depth=len(shape.widths),
+        num_heads=heads,
+        mlp_ratio=shape.mlp_ratio,
+    )
+    load_strictly(cast(nn.Module, model), state, path, f"the {found} student of its shapes")
+    model.eval()
+    return model
+
+
+def to_published(model: nn.Module | FeatureModel) -> dict[str, Tensor]:
+    """A student's state dict in the published layout: the reverse of `load_published`.
+
+    The published Lift's dead tensors (`base_model.norm.*`, `base_model.head.*`) don't exist here,
+    so they are not in the result.
+
+    Args:
+        model: a Lift or a WideLast student.
+
+    Returns:
+        Name to tensor; the tensors are the model's own, not copies.
+
+    Raises:
+        TypeError: another model.
+    """
+    if not isinstance(model, (Lift, WideLast)):
+        raise TypeError(f"model: expected a Lift or a WideLast, got {type(model).__name__}")
+    state: dict[str, Tensor] = dict(cast(Any, model).state_dict())
+    if isinstance(model, WideLast):
+        return state
+    outer = _lift_names(len(cast(Any, model).blocks) - 1)
+    names = {ours: theirs for theirs, ours in outer.items()}
+    return {names.get(name, f"{_LIFT_PREFIX}{name}"): value for name, value in state.items()}
+
+
+def _lift_names(last: int) -> dict[str, str]:
+    """The published names outside `base_model.` of a Lift whose last block is `last`, and ours."""
+    return {
+        f"projections.{last}.weight": "projection.weight",
+        f"layer_norms.{last}.weight": "projection_norm.weight",
+        f"layer_norms.{last}.bias": "projection_norm.bias",
+        "head.weight": "head.weight",
+        "head.bias": "head.bias",
+    }
+
+
+def _from_published_lift(state: dict[str, Tensor], path: str | PathLike[str]) -> dict[str, Tensor]:
+    """Rename a published Lift's tensors to ours, and drop the dead ones."""
+    inner = {
+        name.removeprefix(_LIFT_PREFIX): value
+        for name, value in state.items()
+        if name.startswith(_LIFT_PREFIX)
+    }
+    names = _lift_names(_depth(inner, path, "lift") - 1)
+    outer = {name: value for name, value in state.items() if not name.startswith(_LIFT_PREFIX)}
+    problems = {
+        "missing": [name for name in names if name not in outer],
+        "unexpected": [name for name in outer if name not in names],
+    }
+    if any(problems.values()):
+        raise mismatch(path, "the published Lift", problems)
+    live = {name: value for name, value in inner.items() if name not in _DEAD}
+    return live | {names[name]: value for name, value in outer.items()}
+
+
+def _depth(state: dict[str, Tensor], path: str | PathLike[str], model_name: str) -> int:
+    found = [match for name in state if (match := re.match(r"blocks\.(\d+)\.", name))]
+    if not found:
+        raise mismatch(path, f"a published {model_name} student", {"missing": ["blocks.0.*"]})
+    return 1 + max(int(match[1]) for match in found)
+
+
+def _shape(state: dict[str, Tensor], path: str | PathLike[str], model_name: str) -> _Shape:
+    """Read a student's shape off the tensors, here in our names."""
+    depth = _depth(state, path, model_name)
+    norms = [f"blocks.{index}.norm1.weight" for index in range(depth)]
+    patches, positions, classifier, hidden = (
+        "patch_embed.proj.weight",
+        "pos_embed",
+        "head.weight",
+        "blocks.0.mlp.fc1.weight",
+    )
+    needed = {**dict.fromkeys(norms, 1), patches: 4, positions: 3, classifier: 2, hidden: 2}
+    if "projection_norm.weight" in state:  # a Lift
+        needed["projection.weight"] = 2
+    problems = {
+        "missing": [name for name in needed if name not in state],
+        "of another rank": [
+            f"{name} {tuple(state[name].shape)} instead of {dims} dimensions"
+            for name, dims in needed.items()
+            if name in state and state[name].dim() != dims
+        ],
+    }
+    if any(problems.values()):
+        raise mismatch(path, f"a published {model_name} student", problems)
+    tokens = state[positions].shape[1] - 1  # one of the positions is the class token's
+    grid = math.isqrt(max(tokens, 0))
+    if grid < 1 or grid * grid != tokens:
+        raise CheckpointMismatch(
+            f"checkpoint: {path}: pos_embed has {tokens} patch positions, which form no square"
+        )
+    widths = tuple(state[name].shape[0] for name in norms)
+    _, in_chans, *patch_size = state[patches].shape
+    return _Shape(
+        widths=widths,
+        patch_size=(patch_size[0], patch_size[1]),
+        grid=grid,
+        in_chans=in_chans,
+        mlp_ratio=state[hidden].shape[0] / widths[0],
+        num_classes=state[classifier].shape[0],
+    )
+
+
+def _matching_schedule(
+    widths: tuple[int, ...], heads: int, arch: str | None, path: str | PathLike[str]
+) -> str:
+    """The first schedule, of `arch` or of all, that has these widths."""
+    if arch is not None and arch not in SCHEDULES:
+        raise ValueError(
+            f"arch: expected one of {', '.join(SCHEDULES)} for {path}, which holds no Lift; "
+            f"got {arch!r}"
+        )
+    reasons = []
+    for candidate in SCHEDULES if arch is None else (arch,):
+        try:
+            sizes = schedule(candidate, widths[0], heads, len(widths), widths[-1])
+        except ValueError as error:
+            reasons.append(f"{candidate}: {error}")
+            continue
+        expected = tuple(size.width for size in sizes)
+        if expected == widths:
+            return candidate
+        reasons.append(f"{candidate}: has {_widths(expected)}")
+    raise CheckpointMismatch(
+        f"checkpoint: {path} has blocks of the widths {_widths(widths)}, which are no schedule's "
+        f"({'; '.join(reasons)})"
+    )
+
+
+def _widths(widths: tuple[int, ...]) -> str:
+    return "/".join(str(width) for width in widths)

@@ -1,0 +1,107 @@
+"""The paper's students by name: importing this registers them with timm [EM26].
+
+Example:
+    >>> import featkd.models, timm
+    >>> student = timm.create_model("deit_tiny_lift384_patch16_224", num_classes=10)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import generate_default_cfgs, register_model, resolve_pretrained_cfg
+
+from featkd.models.features import FeatureModel
+from featkd.models.students import create_student
+
+_register: Callable[[Callable[..., FeatureModel]], Callable[..., FeatureModel]] = register_model
+
+_NAMES = (
+    "deit_tiny_lift384_patch16_224",
+    "deit_tiny_widelast384_patch16_224",
+    "deit_tiny_heads_linear384_patch16_224",
+    "deit_tiny_fixed_linear384_patch16_224",
+    "deit_tiny_fixed_step384_patch16_224",
+    "deit_tiny_w204_patch16_224",
+    "deit_tiny_w219_patch16_224",
+)
+
+# What timm's loaders read: the data settings of DeiT-Tiny. None of these has weights to download.
+default_cfgs = generate_default_cfgs(
+    {
+        name: {
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "fixed_input_size": True,
+            "crop_pct": 0.9,
+            "interpolation": "bicubic",
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        }
+        for name in _NAMES
+    }
+)
+
+
+@_register
+def deit_tiny_lift384_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
+    """DeiT-Tiny with the Lift to 384 channels."""
+    return _deit_tiny("deit_tiny_lift384_patch16_224", "lift", pretrained, kwargs)
+
+
+@_register
+def deit_tiny_widelast384_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
+    """DeiT-Tiny with a last block of 384 channels and 6 heads."""
+    return _deit_tiny("deit_tiny_widelast384_patch16_224", "widelast", pretrained, kwargs)
+
+
+@_register
+def deit_tiny_heads_linear384_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
+    """DeiT-Tiny whose last blocks have 256, 320, 384 channels and 4, 5, 6 heads."""
+    return _deit_tiny("deit_tiny_heads_linear384_patch16_224", "heads_linear", pretrained, kwargs)
+
+
+@_register
+def deit_tiny_fixed_linear384_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
+    """DeiT-Tiny whose last blocks have 240, 312, 384 channels and 3 heads each."""
+    return _deit_tiny("deit_tiny_fixed_linear384_patch16_224", "fixed_linear", pretrained, kwargs)
+
+
+@_register
+def deit_tiny_fixed_step384_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
+    """DeiT-Tiny with a last block of 384 channels and 3 heads."""
+    return _deit_tiny("deit_tiny_fixed_step384_patch16_224", "fixed_step", pretrained, kwargs)
+
+
+@_register
+def deit_tiny_w204_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
+    """A control: DeiT-Tiny, 204 channels wide throughout."""
+    kwargs.setdefault("embed_dim", 204)
+    return _deit_tiny("deit_tiny_w204_patch16_224", "plain", pretrained, kwargs)
+
+
+@_register
+def deit_tiny_w219_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
+    """A control: DeiT-Tiny, 219 channels wide throughout."""
+    kwargs.setdefault("embed_dim", 219)
+    return _deit_tiny("deit_tiny_w219_patch16_224", "plain", pretrained, kwargs)
+
+
+def _deit_tiny(name: str, arch: str, pretrained: bool, kwargs: dict[str, Any]) -> FeatureModel:
+    if pretrained:
+        raise ValueError(
+            f"pretrained: there are no weights of {name!r} to download, got True; allowed: False "
+            f"(featkd.models.load_published reads published files)"
+        )
+    kwargs.pop("cache_dir", None)  # where timm would put a download
+    cfg = resolve_pretrained_cfg(
+        name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
+    ).to_dict()
+    num_classes = kwargs.pop("num_classes", cfg["num_classes"])
+    return create_student(
+        "deit_tiny_patch16_224", arch, 384, num_classes, pretrained_cfg=cfg, **kwargs
+    )

@@ -1,0 +1,57 @@
+"""`create_teacher`: a frozen timm model with features."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import timm
+
+from featkd.models.features import FeatureModel, with_features
+from featkd.models.students import check_timm_name
+from featkd.models.weights import Weights, load_strictly, read_state_dict
+
+
+def create_teacher(
+    name: str,
+    pretrained: bool = False,
+    checkpoint: str | PathLike[str] | None = None,
+    weights: Weights = "auto",
+    **timm_kwargs: Any,
+) -> FeatureModel:
+    """Make a teacher: evaluation mode, no parameter asks for a gradient.
+
+    Args:
+        name: a timm model name (ViT, DeiT, CaiT, Swin, or a student of featkd).
+        pretrained: let timm download its weights.
+        checkpoint: a weight file instead: .safetensors, or one of torch.save (see
+            `read_state_dict`); every tensor must fit.
+        weights: which weights of a checkpoint that has several; "auto" prefers the averaged
+            ones (EMA).
+        timm_kwargs: further arguments of the timm model, such as `num_classes`, `img_size`.
+
+    Returns:
+        The model, with `forward_with_features` (see `FeatureModel`).
+
+    Raises:
+        ValueError: an unknown name (the nearest one is suggested), both `pretrained` and
+            `checkpoint`, or a file that can't be read safely.
+        CheckpointMismatch: the file's tensors are not the model's; it lists which.
+
+    Example:
+        >>> teacher = create_teacher("deit_tiny_patch16_224", depth=1)
+        >>> teacher.training, any(p.requires_grad for p in teacher.parameters())
+        (False, False)
+    """
+    check_timm_name("name", name)
+    if pretrained and checkpoint is not None:
+        raise ValueError(
+            f"checkpoint: {checkpoint} given together with pretrained=True; allowed: one of them"
+        )
+    model = timm.create_model(name, pretrained=pretrained, **timm_kwargs)
+    if checkpoint is not None:
+        load_strictly(model, read_state_dict(checkpoint, weights), checkpoint, name)
+    teacher = with_features(model)
+    teacher.eval()
+    teacher.requires_grad_(False)
+    return teacher

@@ -1,0 +1,145 @@
+"""Read weight files without running code from them, and load them without leaving anything out."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+Weights = Literal["auto", "model", "model_ema"]
+
+_EMA_KEYS = ("model_ema", "state_dict_ema")
+_MODEL_KEYS = ("model", "state_dict")
+_WRAPPERS = ("module.", "_orig_mod.")  # of DDP and timm's ModelEma, and of torch.compile
+_MAX_LISTED = 20
+
+
+class CheckpointMismatch(ValueError):
+    """A file's tensors are not the ones that a model has."""
+
+
+def read_state_dict(path: str | PathLike[str], weights: Weights = "auto") -> dict[str, Tensor]:
+    """Read a state dict from a file, on the CPU.
+
+    No code from the file is run: .safetensors holds none, and any other file is read by
+    torch.load with weights_only=True (argparse.Namespace, in which DeiT's training scripts save
+    their arguments, is the one class admitted besides torch's own list).
+
+    Args:
+        path: a .safetensors file, or one of torch.save that holds a plain state dict or a
+            checkpoint: a dict with a state dict under "model" or "state_dict", and maybe
+            an averaged one under "model_ema" or "state_dict_ema".
+        weights: which of a checkpoint's weights: the averaged ones ("model_ema"), the last ones
+            ("model"), or the averaged ones where there are any ("auto").
+
+    Returns:
+        Name to tensor, without the prefixes ("module.") that wrappers put on every name.
+
+    Raises:
+        ValueError: the file is no weight file, or has not what `weights` asks for.
+        OSError: the file can't be read.
+    """
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights: expected one of {get_args(Weights)}, got {weights!r}")
+    path = Path(path)
+    content: Any
+    if path.suffix == ".safetensors":
+        try:
+            content = safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"checkpoint: {path} is no safetensors file: {error}") from error
+    else:
+        content = _torch_load(path)
+    state = _choose(content, weights, path)
+    odd = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    if odd or not state:
+        what = f"holds more than tensors: {_listed(odd)}" if odd else "holds no tensor"
+        raise ValueError(f"checkpoint: {path} {what}")
+    return _unwrapped(state)
+
+
+def load_strictly(
+    model: nn.Module, state: Mapping[str, Tensor], path: str | PathLike[str], model_name: str
+) -> None:
+    """Load every tensor of `state` into `model`, or nothing at all.
+
+    Args:
+        model: receives the weights.
+        state: name to tensor.
+        path: the file that `state` came from, for the error.
+        model_name: what to call the model in the error.
+
+    Raises:
+        CheckpointMismatch: names are missing or unexpected, or shapes differ; it lists them.
+    """
+    own = model.state_dict()
+    wrong = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    problems = {
+        "missing": [name for name in own if name not in state],
+        "unexpected": [name for name in state if name not in own],
+        "of another shape": wrong,
+    }
+    if any(problems.values()):
+        raise mismatch(path, model_name, problems)
+    model.load_state_dict(state)
+
+
+def mismatch(
+    path: str | PathLike[str], model_name: str, problems: Mapping[str, Sequence[str]]
+) -> CheckpointMismatch:
+    """The error that says which names of a file don't fit a model, by kind of problem."""
+    parts = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names]
+    return CheckpointMismatch(f"checkpoint: {path} does not fit {model_name}; {'; '.join(parts)}")
+
+
+def _torch_load(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"checkpoint: {path} is no weight file, or holds objects that can't be read without "
+            f"running code from it; save its state dict alone. torch says: {error}"
+        ) from error
+    except (EOFError, RuntimeError) as error:
+        raise ValueError(f"checkpoint: {path} is damaged or no weight file: {error}") from error
+
+
+def _choose(content: Any, weights: Weights, path: Path) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"checkpoint: {path} holds a {type(content).__name__}, expected a dict of tensors"
+        )
+    inside = [key for key in (*_EMA_KEYS, *_MODEL_KEYS) if isinstance(content.get(key), Mapping)]
+    allowed = {"auto": (*_EMA_KEYS, *_MODEL_KEYS), "model_ema": _EMA_KEYS, "model": _MODEL_KEYS}
+    for key in allowed[weights]:
+        if key in inside:
+            return dict(content[key])
+    if inside or weights == "model_ema":
+        found = ", ".join(inside) or "a plain state dict"
+        raise ValueError(f"weights: {weights!r} is not in {path}, which holds {found}")
+    return dict(content)
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Cut off the prefixes that are on *every* name: one on some names is no wrapper's."""
+    for prefix in _WRAPPERS * 2:  # a wrapper may hold the other
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more

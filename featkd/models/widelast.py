@@ -1,0 +1,212 @@
+"""The students whose late blocks have the teacher's width [EM26]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import timm
+from timm.layers import LayerNorm, get_device_dtype
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from featkd.models.base import StudentVisionTransformer, check_vision_transformer
+
+SCHEDULES = ("widelast", "fixed_step", "heads_linear", "fixed_linear")
+
+
+class BlockSize(NamedTuple):
+    """The width of a block's residual stream, and its number of attention heads."""
+
+    width: int
+    heads: int
+
+
+def schedule(
+    arch: str, width: int, heads: int, depth: int, teacher_dim: int
+) -> tuple[BlockSize, ...]:
+    """The size of every block of a student with late blocks as wide as the teacher [EM26].
+
+    `widelast` (published name `heads_step`) and `fixed_step` widen the last block alone.
+    `heads_linear` and `fixed_linear` widen the last n = max(1, depth // 4) blocks, the j-th of
+    them (j = 1..n) by the share j/n of the way from `width` to `teacher_dim`:
+
+    - `heads_linear` keeps the channels per head, c = width / heads, and adds heads: the j-th has
+      h_j = heads + floor(j/n * (teacher_dim/c - heads)) of them and is c h_j wide. `widelast`
+      is the same with n = 1.
+    - `fixed_linear` keeps the number of heads and widens them: the j-th block has
+      c + j/n * (teacher_dim/heads - c) channels per head, rounded down to a multiple of 8 (but
+      never below c; the last block is exactly as wide as the teacher). `fixed_step` is the same
+      with n = 1.
+
+    For DeiT-Tiny (192 wide, 3 heads, 12 blocks) and a teacher of 384 these are the published
+    widths, 9x192, 256, 320, 384 and 9x192, 240, 312, 384.
+
+    Args:
+        arch: one of `SCHEDULES`.
+        width: the width of the first blocks.
+        heads: their number of heads.
+        depth: the number of blocks.
+        teacher_dim: the width of the last block.
+
+    Returns:
+        `depth` sizes.
+
+    Raises:
+        ValueError: `arch` is unknown; `width` is no multiple of `heads`; `teacher_dim` is not
+            above `width`, or no multiple of what the schedule keeps fixed.
+
+    Example:
+        >>> [size.width for size in schedule("fixed_linear", 192, 3, 12, 384)[8:]]
+        [192, 240, 312, 384]
+    """
+    if arch not in SCHEDULES:
+        raise ValueError(f"arch: expected one of {', '.join(SCHEDULES)}; got {arch!r}")
+    if width % heads:
+        raise ValueError(f"embed_dim: {width} is no multiple of num_heads, {heads}")
+    if teacher_dim <= width:
+        raise ValueError(
+            f"teacher_dim: arch {arch!r} needs more than the student's {width}, got {teacher_dim}"
+        )
+    per_head = width // heads
+    keeps_heads = arch.startswith("fixed")
+    unit = heads if keeps_heads else per_head
+    if teacher_dim % unit:
+        kept = f"its {heads} heads" if keeps_heads else f"its {per_head} channels per head"
+        raise ValueError(
+            f"teacher_dim: arch {arch!r} keeps {kept}, so teacher_dim must be a multiple of "
+            f"{unit}; got {teacher_dim}"
+        )
+    ramp = max(1, depth // 4) if arch.endswith("linear") else 1
+    sizes = [BlockSize(width, heads)] * (depth - ramp)
+    for step in range(1, ramp):
+        if keeps_heads:
+            linear = per_head + (teacher_dim // heads - per_head) * step // ramp
+            sizes.append(BlockSize(max(per_head, linear // 8 * 8) * heads, heads))
+        else:
+            more = (teacher_dim // per_head - heads) * step // ramp
+            sizes.append(BlockSize((heads + more) * per_head, heads + more))
+    last_heads = heads if keeps_heads else teacher_dim // per_head
+    return (*sizes, BlockSize(teacher_dim, last_heads))
+
+
+class WideBlock(Block):  # type: ignore[misc]
+    """A pre-norm block that starts a wider residual stream [EM26, WideLast].
+
+        r = proj_norm(proj_in(x));   y = r + attn(norm1(r));   out = y + mlp(norm2(y))
+
+    Args:
+        in_dim: the width of the block before.
+        dim: this block's width.
+        norm_layer: the class of all its norms.
+        device, dtype: of the parameters.
+        options: the other arguments of timm's Block.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        norm_layer: type[nn.Module] = LayerNorm,
+        device: Any = None,
+        dtype: Any = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(dim=dim, norm_layer=norm_layer, device=device, dtype=dtype, **options)
+        self.proj_in = nn.Linear(in_dim, dim, bias=False, device=device, dtype=dtype)
+        self.proj_norm = norm_layer(dim, device=device, dtype=dtype)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The wider residual stream r and norm1(r), both (B, N, dim), from x (B, N, in_dim)."""
+        residual = self.proj_norm(self.proj_in(x))
+        return residual, self.norm1(residual)
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """(B, N, in_dim) -> (B, N, dim)."""
+        residual, normed = self.project(x)
+        attended = self.attn(normed, attn_mask=attn_mask, is_causal=is_causal)
+        x = residual + self.drop_path1(self.ls1(attended))
+        mixed: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return mixed
+
+
+class BlockFactory:
+    """timm's `block_fn`: every call hands out the next block, in its own size."""
+
+    def __init__(self, sizes: Sequence[BlockSize]) -> None:
+        self._sizes = tuple(sizes)
+        self._made = 0
+
+    def __call__(self, *, dim: int, num_heads: int, **options: Any) -> nn.Module:
+        """The next block; `dim` and `num_heads`, the model's own, give way to the schedule."""
+        del num_heads
+        before = self._sizes[self._made - 1].width if self._made else dim
+        width, heads = self._sizes[self._made]
+        self._made += 1
+        if width == before:
+            return cast(nn.Module, Block(dim=width, num_heads=heads, **options))
+        return WideBlock(in_dim=before, dim=width, num_heads=heads, **options)
+
+
+class WideLast(StudentVisionTransformer):
+    """A ViT whose last blocks have the teacher's width, by one of the `SCHEDULES` [EM26].
+
+    A block whose width differs from the one before it is a `WideBlock`; the final norm and the
+    head have the last width. The matched map is the last block's output; pooling (the class
+    token's, in DeiT) and attention (fused) are the base's.
+    Made by `WideLast.build` or `featkd.models.create_student(arch="widelast")`.
+    """
+
+    sizes: tuple[BlockSize, ...]
+
+    @classmethod
+    def build(cls, base: str, arch: str, teacher_dim: int, **timm_kwargs: Any) -> WideLast:
+        """Let timm build `base` with the block sizes of a schedule.
+
+        Args:
+            base: the timm name of a VisionTransformer.
+            arch: one of `SCHEDULES`.
+            teacher_dim: the width of the last block.
+            timm_kwargs: further arguments of the timm model.
+
+        Raises:
+            ValueError: the base is no plain VisionTransformer with timm's standard blocks, or it
+                pools by attention; or the widths do not fit (see `schedule`).
+        """
+        probe_kwargs = {**timm_kwargs, "device": "meta"}  # shapes alone, no memory, no random draw
+        probe = timm.create_model(base, **probe_kwargs)
+        check_vision_transformer(probe, arch)
+        if probe.attn_pool is not None:
+            raise ValueError(
+                f"global_pool: arch {arch!r} allows token, avg, avgmax or max; "
+                f"got {probe.global_pool!r}"
+            )
+        first = probe.blocks[0]
+        if type(first) is not Block:
+            raise ValueError(
+                f"base: arch {arch!r} needs timm's standard Block, "
+                f"but {base!r} is made of {type(first).__name__}"
+            )
+        sizes = schedule(
+            arch, probe.embed_dim, first.attn.num_heads, len(probe.blocks), teacher_dim
+        )
+        model = timm.create_model(base, block_fn=BlockFactory(sizes), **timm_kwargs)
+        model._model_args.pop("block_fn", None)  # timm writes these into exported config files
+        model.__class__ = cls
+        model.sizes = sizes
+        model._widen_end()
+        return cast(WideLast, model)
+
+    def _widen_end(self) -> None:
+        """Give the final norm, the head and timm's feature records the blocks' widths."""
+        width = self.sizes[-1].width
+        for name in ("norm", "fc_norm"):  # one of them is the final norm, the other an Identity
+            norm = getattr(self, name)
+            if not isinstance(norm, nn.Identity):
+                wider = type(norm)(width, eps=norm.eps, **get_device_dtype(self))
+                setattr(self, name, wider)
+        for info, size in zip(self.feature_info, self.sizes, strict=True):
+            info["num_chs"] = size.width
+        self._set_num_features(width)

@@ -1,0 +1,1 @@
+"""Training by feature distillation: recipes, the loop, checkpoints, the dry run."""

@@ -1,0 +1,272 @@
+"""From a recipe to the parts of a run: loaders, models, loss, optimizer, schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from featkd.data import Loader, build_loader
+from featkd.losses import DistillationLoss
+from featkd.models import create_student, create_teacher
+from featkd.models.features import FeatureModel, feature_grid, num_layers, resolve_layers
+from featkd.train.distributed import ProcessContext
+from featkd.train.recipe import Recipe, RecipeError
+
+
+class FeatureForward(nn.Module):
+    """A model's `forward_with_features` as a module's forward, for DDP and torch.compile."""
+
+    def __init__(self, model: FeatureModel, layers: tuple[int, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.layers = layers
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return self.model.forward_with_features(images, self.layers)
+
+
+@dataclass
+class Parts:
+    """What a run works with; `student_forward` and `teacher_forward` are what the loop calls."""
+
+    train_loader: Loader
+    val_loader: Loader
+    student: FeatureModel
+    student_forward: nn.Module
+    teacher: FeatureModel | None
+    teacher_forward: nn.Module | None
+    loss: DistillationLoss
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    scaler: torch.amp.GradScaler
+    ema: Any  # timm's ModelEmaV3 (untyped) or None
+    num_classes: int
+    global_batch: int
+    updates_per_epoch: int
+    notes: list[str]
+
+    def close(self) -> None:
+        """Shut the loaders' workers down."""
+        self.train_loader.close()
+        self.val_loader.close()
+
+
+def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = True) -> Parts:
+    """Build everything a run needs.
+
+    Args:
+        recipe: the run.
+        context: this process.
+        strict_classes: refuse a model with more outputs than there are class folders.
+
+    Raises:
+        RecipeError: parts that don't fit each other; names the fields.
+        ValueError: from the parts themselves (data folders, layers, model names, checkpoints).
+    """
+    notes: list[str] = []
+    train_loader = _loader(recipe, context, "train")
+    val_loader = _loader(recipe, context, "val")
+    try:
+        num_classes = _num_classes(recipe, len(train_loader.classes), strict_classes, notes)
+        student, teacher = _models(recipe, num_classes)
+        student.to(context.device)
+        if teacher is not None:
+            teacher.to(context.device)
+        _check_fit(recipe, student, teacher, context, notes)
+
+        updates_per_epoch = len(train_loader) // recipe.optim.accumulate
+        if updates_per_epoch == 0:
+            raise RecipeError(
+                f"optim.accumulate: {recipe.optim.accumulate} micro-batches an update, but an "
+                f"epoch has {len(train_loader)}"
+            )
+        global_batch = recipe.batch_size * context.world_size * recipe.optim.accumulate
+        optimizer = _optimizer(recipe, student, global_batch, context)
+        scheduler = _scheduler(recipe, optimizer, updates_per_epoch)
+        ema = None if recipe.ema_decay is None else ModelEmaV3(student, decay=recipe.ema_decay)
+        student_forward: nn.Module = FeatureForward(student, _pair_layers(recipe, student, 0))
+        teacher_forward = (
+            None if teacher is None else FeatureForward(teacher, _pair_layers(recipe, teacher, 1))
+        )
+        if recipe.compile:
+            student_forward.compile()
+            if teacher_forward is not None:
+                teacher_forward.compile()
+        if context.world_size > 1:
+            student_forward = DistributedDataParallel(
+                student_forward,
+                device_ids=[context.device] if context.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+            )
+    except BaseException:
+        train_loader.close()
+        val_loader.close()
+        raise
+    return Parts(
+        train_loader=train_loader,
+        val_loader=val_loader,
+        student=student,
+        student_forward=student_forward,
+        teacher=teacher,
+        teacher_forward=teacher_forward,
+        loss=_loss(recipe, student),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=torch.amp.GradScaler(context.device.type, enabled=recipe.amp == "fp16"),
+        ema=ema,
+        num_classes=num_classes,
+        global_batch=global_batch,
+        updates_per_epoch=updates_per_epoch,
+        notes=notes,
+    )
+
+
+def _loader(recipe: Recipe, context: ProcessContext, split: str) -> Loader:
+    return build_loader(
+        recipe.data,
+        split="train" if split == "train" else "val",
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        rank=context.rank,
+        world_size=context.world_size,
+        pin_memory=context.device.type == "cuda",
+    )
+
+
+def _num_classes(recipe: Recipe, found: int, strict: bool, notes: list[str]) -> int:
+    asked = recipe.student.num_classes
+    if asked is None or asked == found:
+        return found
+    message = (
+        f"student.num_classes: {asked}, but the training set has {found} class folders; "
+        f"their numbers would not be the model's"
+    )
+    if strict or asked < found:
+        raise RecipeError(message)
+    notes.append(message)
+    return asked
+
+
+def _models(recipe: Recipe, num_classes: int) -> tuple[FeatureModel, FeatureModel | None]:
+    torch.manual_seed(recipe.seed)
+    config = recipe.student
+    options = {"img_size": recipe.data.img_size, **config.options}
+    student = create_student(config.base, config.arch, config.teacher_dim, num_classes, **options)
+    if recipe.teacher is None:
+        return student, None
+    options = {"img_size": recipe.data.img_size, **recipe.teacher.options}
+    if not recipe.teacher.pretrained:
+        options.setdefault("num_classes", num_classes)
+    teacher = create_teacher(
+        recipe.teacher.name,
+        pretrained=recipe.teacher.pretrained,
+        checkpoint=recipe.teacher.checkpoint,
+        weights=recipe.teacher.weights,
+        **options,
+    )
+    return student, teacher
+
+
+def _pair_layers(recipe: Recipe, model: FeatureModel, side: int) -> tuple[int, ...]:
+    if recipe.loss.feature is None:
+        return ()
+    try:
+        return resolve_layers([pair[side] for pair in recipe.loss.pairs], num_layers(model))
+    except ValueError as error:
+        raise RecipeError(f"loss.pairs ({('student', 'teacher')[side]}): {error}") from error
+
+
+def _check_fit(
+    recipe: Recipe,
+    student: FeatureModel,
+    teacher: FeatureModel | None,
+    context: ProcessContext,
+    notes: list[str],
+) -> None:
+    """One image through both models: do logits, tokens and widths fit each other?"""
+    if teacher is None:
+        return
+    size = recipe.data.img_size
+    image = torch.zeros(1, 3, size, size, device=context.device)
+    s_layers, t_layers = _pair_layers(recipe, student, 0), _pair_layers(recipe, teacher, 1)
+    training = student.training
+    student.eval()
+    with torch.no_grad():
+        s_logits, s_maps = student.forward_with_features(image, s_layers)
+        t_logits, t_maps = teacher.forward_with_features(image, t_layers)
+    student.train(training)
+    if recipe.loss.alpha > 0 and s_logits.shape != t_logits.shape:
+        raise RecipeError(
+            f"loss.alpha: needs logits of the same classes, but the student has "
+            f"{s_logits.shape[1]} and the teacher {t_logits.shape[1]}"
+        )
+    for s_layer, t_layer, s, t in zip(s_layers, t_layers, s_maps, t_maps, strict=True):
+        pair = f"layer pair [{s_layer}, {t_layer}]"
+        if s.shape[1] != t.shape[1]:
+            raise RecipeError(
+                f"loss.pairs: {pair}: the student's map has {s.shape[1]} tokens, the teacher's "
+                f"{t.shape[1]}; image and patch sizes must give the same grid"
+            )
+        if s.shape[2] == t.shape[2]:
+            continue
+        if recipe.student.arch != "plain" and s_layer == num_layers(student) - 1:
+            raise RecipeError(
+                f"student.teacher_dim: {recipe.student.teacher_dim}, but the teacher's layer "
+                f"{t_layer} has {t.shape[2]} channels and the student's matched map {s.shape[2]}"
+            )
+        notes.append(f"{pair}: {s.shape[2]} against {t.shape[2]} channels: the wider map is pooled")
+
+
+def _optimizer(
+    recipe: Recipe, student: FeatureModel, global_batch: int, context: ProcessContext
+) -> torch.optim.Optimizer:
+    config = recipe.optim
+    fused = {"fused": True} if context.device.type == "cuda" and "adam" in config.optimizer else {}
+    optimizer = create_optimizer_v2(
+        student,
+        opt=config.optimizer,
+        lr=config.lr * global_batch / config.lr_batch,
+        weight_decay=config.weight_decay,
+        eps=config.eps,
+        **fused,
+    )
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    return optimizer
+
+
+def _scheduler(
+    recipe: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int
+) -> Scheduler:
+    config = recipe.optim
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=config.epochs,
+        warmup_epochs=config.warmup_epochs,
+        warmup_lr=config.warmup_lr,
+        min_lr=config.min_lr,
+        step_on_epochs=config.step_on == "epoch",
+        updates_per_epoch=updates_per_epoch,
+    )
+    return scheduler
+
+
+def _loss(recipe: Recipe, student: FeatureModel) -> DistillationLoss:
+    config = recipe.loss
+    return DistillationLoss(
+        alpha=config.alpha,
+        beta=config.beta,
+        w_feat=config.w_feat,
+        tau=config.tau,
+        feature=config.feature,
+        label_smoothing=config.label_smoothing,
+        grid=feature_grid(student) if config.feature == "spectral" else None,
+    )

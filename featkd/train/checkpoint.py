@@ -1,0 +1,123 @@
+"""Checkpoints: what is saved, when it is kept, and how a run finds its way back."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featkd.files import atomic_link, atomic_write, remove_leftovers
+
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that can't be written, read, or used with this recipe; names file and cause."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run in one folder: `last.pt`, `best.pt`, `epoch-<n>.pt`.
+
+    Every file appears whole or not at all. `best.pt` and `epoch-<n>.pt` are further names of the
+    same file where they are equal to the last, so that keeping them costs no second write.
+
+    Args:
+        folder: where they lie; made if missing.
+        keep_every: keep every k-th epoch's state for good, or None.
+    """
+
+    def __init__(self, folder: Path, keep_every: int | None = None) -> None:
+        self.folder = folder
+        self.keep_every = keep_every
+        self.last = folder / "last.pt"
+        self.best = folder / "best.pt"
+
+    def prepare(self) -> None:
+        """Make the folder and clear what a killed run left half-written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
+
+    def save(
+        self, state: dict[str, Any], *, is_best: bool = False, ended_epoch: int | None = None
+    ) -> None:
+        """Save `state` as the last checkpoint.
+
+        Args:
+            state: tensors and plain values only, so that it loads with weights_only.
+            is_best: whether it is the best so far.
+            ended_epoch: number of epochs done, where one has just ended.
+
+        Raises:
+            CheckpointError: the disk is full or the folder not writable; the checkpoints that
+                were there before are untouched.
+        """
+        try:
+            with atomic_write(self.last) as file:
+                torch.save({"format": FORMAT, **state}, file)
+            if is_best:
+                atomic_link(self.last, self.best)
+            if ended_epoch is not None and self.keep_every and ended_epoch % self.keep_every == 0:
+                atomic_link(self.last, self.folder / f"epoch-{ended_epoch:04d}.pt")
+        except (OSError, RuntimeError) as error:  # torch.save turns a short write into the latter
+            raise CheckpointError(
+                f"could not save {self.last}: {error}; earlier checkpoints are untouched"
+            ) from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of featkd onto the CPU, without unpickling any code.
+
+    Raises:
+        CheckpointError: it is missing, damaged, of another kind or of another format.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"could not read the checkpoint {path}: {error}") from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise CheckpointError(f"{path}: not a checkpoint of a featkd run")
+    if state["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path}: checkpoint format {state['format']}, this featkd reads {FORMAT}"
+        )
+    return state
+
+
+def check_same_model(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Compare the recipe in a checkpoint with the one that is to go on from it.
+
+    Args:
+        path: the checkpoint, for the message.
+        saved, current: the recipes as plain dicts.
+
+    Returns:
+        The fields that differ, as "field: saved -> current" (not those that only say where and
+        how often something is written).
+
+    Raises:
+        CheckpointError: the students differ.
+    """
+    harmless = ("out", "log_every", "checkpoint", "device", "data.workers", "data.path")
+    changed = {
+        name: f"{name}: {old!r} -> {new!r}"
+        for name, old, new in _differences(saved, current)
+        if not any(name == h or name.startswith(f"{h}.") for h in harmless)
+    }
+    student = [text for name, text in changed.items() if name.startswith("student")]
+    if student:
+        raise CheckpointError(
+            f"{path}: holds another student than the recipe asks for ({'; '.join(student)})"
+        )
+    return list(changed.values())
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in [*old, *(k for k in new if k not in old)]:
+            inner = f"{name}.{key}" if name else str(key)
+            found += _differences(old.get(key), new.get(key), inner)
+        return found
+    return [] if old == new else [(name, old, new)]

@@ -1,0 +1,87 @@
+"""Process group of a run: started by torchrun, or a single process."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ProcessContext:
+    """This process's place among those of the run (`rank` is a process, never a matrix's)."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files and prints."""
+        return self.rank == 0
+
+    def any_true(self, flag: bool) -> bool:
+        """Whether `flag` is set in any process; all processes must call it at the same point."""
+        if self.world_size == 1:
+            return flag
+        value = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum of `x` over all processes, as a new tensor; all must call it at the same point."""
+        total = x.clone()
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def start(device: str = "auto") -> ProcessContext:
+    """Join the process group that torchrun describes in the environment, if any.
+
+    Args:
+        device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N"; under torchrun "cuda"
+            is this process's own, by LOCAL_RANK.
+
+    Raises:
+        ValueError: an unknown device, or CUDA asked for where there is none.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    place = _resolve_device(device, int(os.environ.get("LOCAL_RANK", "0")), world_size)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    return ProcessContext(rank, world_size, place)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _resolve_device(device: str, local_rank: int, world_size: int) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N; got {device!r}") from error
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N; got {device!r}")
+    if place.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device: {device!r} asked for, but torch sees no CUDA device")
+        if place.index is None or world_size > 1:
+            place = torch.device("cuda", local_rank)
+    return place

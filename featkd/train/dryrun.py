@@ -1,0 +1,150 @@
+"""Dry run: build everything, take two updates, and say what the real run would do."""
+
+from __future__ import annotations
+
+import resource
+import time
+from datetime import timedelta
+from itertools import islice
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from featkd.models.features import FeatureModel
+from featkd.train.distributed import ProcessContext
+from featkd.train.engine import Trainer
+from featkd.train.recipe import Recipe
+
+
+def dry_run(recipe: Recipe, context: ProcessContext) -> str:
+    """A report of what `recipe` would do here; writes no file and saves no weights.
+
+    The first of two updates warms up (and compiles); the second is timed, its loading of data
+    included only as far as it was not done ahead. The estimated time is that update's times the
+    number of updates: it leaves out evaluation and saving.
+
+    Raises:
+        The same errors as the run itself.
+    """
+    trainer = Trainer(recipe, context, strict_classes=False)
+    parts = trainer.parts
+    try:
+        parts.student.train()
+        parts.train_loader.set_epoch(0)
+        need = 2 * recipe.optim.accumulate
+        batches = list(islice(parts.train_loader, need))
+        if len(batches) < need:  # a set of a single update: take it twice
+            batches = (batches * need)[:need]
+        trainer.step(batches[: recipe.optim.accumulate])
+        _wait(context.device)
+        started = time.perf_counter()
+        terms = trainer.step(batches[recipe.optim.accumulate :])
+        _wait(context.device)
+        seconds = time.perf_counter() - started
+    finally:
+        parts.close()
+
+    total = trainer.total_updates
+    config = recipe.optim
+    lines = [
+        ("student", _describe(parts.student, recipe)),
+        ("teacher", "none" if parts.teacher is None else _describe(parts.teacher, recipe)),
+        ("data", _describe_data(trainer)),
+        ("objective", _describe_loss(recipe)),
+        (
+            "batch",
+            f"{parts.global_batch} images an update ({recipe.batch_size} x {context.world_size} "
+            f"processes x {config.accumulate} accumulated)",
+        ),
+        (
+            "schedule",
+            f"{config.epochs} epochs of {parts.updates_per_epoch} updates = {total} updates; "
+            f"{config.optimizer}, peak lr {config.lr * parts.global_batch / config.lr_batch:.3g}, "
+            f"warm-up {config.warmup_epochs} epochs, cosine to {config.min_lr:g}",
+        ),
+        (
+            "precision",
+            f"{recipe.amp} autocast, torch.compile {'on' if recipe.compile else 'off'}, "
+            f"weight average {recipe.ema_decay}",
+        ),
+        ("device", _describe_device(context.device)),
+        (
+            "two updates",
+            f"loss {terms.total.item():.4f} (logits {terms.logits.item():.4f}, features "
+            f"{terms.features.item():.4f})",
+        ),
+        ("throughput", f"{parts.global_batch / seconds:.1f} images/s ({seconds:.2f} s an update)"),
+        ("peak memory", _peak_memory(context.device)),
+        ("estimated time", f"{timedelta(seconds=round(seconds * total))} for training here"),
+        (
+            "would write",
+            f"{trainer.folder}/ (last.pt, best.pt, metrics.csv, eval.csv, tensorboard/)",
+        ),
+    ]
+    lines += [("note", note) for note in parts.notes]
+    return "\n".join(f"{name:15s} {text}" for name, text in lines)
+
+
+def _describe(model: FeatureModel, recipe: Recipe) -> str:
+    config = recipe.teacher if not any(p.requires_grad for p in model.parameters()) else None
+    if config is None:
+        name = f"{recipe.student.base} ({recipe.student.arch})"
+    elif config.pretrained:
+        name = f"{config.name} (timm's weights)"
+    else:
+        name = f"{config.name} ({config.checkpoint or 'random weights'})"
+    parameters = sum(p.numel() for p in model.parameters())
+    size = recipe.data.img_size
+    return (
+        f"{name}, {parameters:,} parameters, {_forward_macs(model, size) / 1e9:.3f} GMACs an image"
+    )
+
+
+def _forward_macs(model: FeatureModel, size: int) -> int:
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(torch.zeros(1, 3, size, size, device=device))
+    model.train(training)
+    return counter.get_total_flops() // 2
+
+
+def _describe_data(trainer: Trainer) -> str:
+    data = trainer.recipe.data
+    train, val = trainer.parts.train_loader, trainer.parts.val_loader
+    return (
+        f"{data.path}: {train.num_samples} training and {val.num_samples} validation images, "
+        f"{len(train.classes)} classes, at {data.img_size} x {data.img_size}, "
+        f"{data.augment.repeats} augmented copies an image"
+    )
+
+
+def _describe_loss(recipe: Recipe) -> str:
+    loss = recipe.loss
+    text = f"{1 - loss.alpha:g} CE (label smoothing {loss.label_smoothing:g})"
+    if loss.feature is not None:
+        pairs = ", ".join(f"{s} <- {t}" for s, t in loss.pairs)
+        text += f" + {loss.beta * loss.w_feat:g} {loss.feature} features (layers {pairs})"
+    if loss.alpha > 0:
+        text += f" + {loss.alpha:g} soft KD (tau {loss.tau:g})"
+    return text
+
+
+def _describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _peak_memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on the device"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{peak / 2**20:.2f} GiB resident, this process"
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

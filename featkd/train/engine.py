@@ -1,0 +1,369 @@
+"""The training loop: updates, evaluation, checkpoints, resuming, stopping."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featkd import environment
+from featkd.data import Batch
+from featkd.losses import DistillationTerms
+from featkd.models.features import FeatureModel
+from featkd.seeding import derive_seed
+from featkd.train import checkpoint
+from featkd.train.build import Parts, build
+from featkd.train.checkpoint import CheckpointError, CheckpointStore
+from featkd.train.distributed import ProcessContext
+from featkd.train.evaluate import evaluate
+from featkd.train.interrupt import Interrupt
+from featkd.train.logs import RunLog
+from featkd.train.recipe import Recipe, to_dict
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer finite."""
+
+
+@dataclass
+class Outcome:
+    """How a run ended.
+
+    `scores` holds the last evaluation: weights ("model", "ema") -> {"top1", "top5", "loss"}.
+    """
+
+    updates: int
+    scores: dict[str, dict[str, float]]
+    best: dict[str, Any]
+    images_per_s: float
+    interrupted_by: int | None = None
+
+
+class Trainer:
+    """One training run in this process.
+
+    Nothing in an update waits for the device: losses are summed there and read only every
+    `log_every` updates.
+
+    Args:
+        recipe: the run.
+        context: this process's place.
+        strict_classes: refuse a model with more outputs than there are class folders.
+    """
+
+    def __init__(
+        self, recipe: Recipe, context: ProcessContext, *, strict_classes: bool = True
+    ) -> None:
+        self.recipe = recipe
+        self.context = context
+        self.parts: Parts = build(recipe, context, strict_classes=strict_classes)
+        self.folder = Path(recipe.out)
+        self.store = CheckpointStore(self.folder, recipe.checkpoint.keep_every)
+        self.update = 0  # optimizer updates done
+        self.epoch = 0  # epochs done
+        self.batch = 0  # micro-batches done in the epoch
+        self.best: dict[str, Any] = {}
+        self.scores: dict[str, dict[str, float]] = {}
+        self.bad_files: list[str] = []
+        self._meter = torch.zeros(3, device=context.device)
+        self._metered = 0
+        self._seconds = 0.0
+        self._timed_updates = 0
+
+    @property
+    def total_updates(self) -> int:
+        """Updates of the whole run."""
+        return self.parts.updates_per_epoch * self.recipe.optim.epochs
+
+    def run(self, resume: str = "auto", *, quiet: bool = False) -> Outcome:
+        """Train to the end, or until SIGINT or SIGTERM, which leave a checkpoint.
+
+        Args:
+            resume: "auto" goes on from the output folder's last checkpoint where there is one,
+                "never" starts anew (refused where there is one), else a checkpoint file.
+            quiet: print nothing.
+
+        Raises:
+            CheckpointError: a checkpoint can't be written, read or used.
+            TrainingDiverged: the loss is not finite.
+            featkd.data.BadImageError: an unreadable image under on_bad_image="error".
+        """
+        if self.context.is_main:
+            self.store.prepare()
+        self.context.barrier()
+        messages = [*self.parts.notes, *self._resume(resume)]
+        log = RunLog(
+            self.folder if self.context.is_main else None, self.update, self.total_updates, quiet
+        )
+        for message in messages:
+            log.say(message)
+        stopped_by = None
+        try:
+            with Interrupt() as interrupt:
+                while self.epoch < self.recipe.optim.epochs and stopped_by is None:
+                    stopped_by = self._train_epoch(log, interrupt)
+                if stopped_by is not None:
+                    self._save()
+                    log.say(f"stopped by signal {stopped_by}; --resume auto goes on from here")
+        finally:
+            log.close()
+            self.parts.close()
+        images = self._timed_updates * self.parts.global_batch
+        return Outcome(
+            updates=self.update,
+            scores=self.scores,
+            best=self.best,
+            images_per_s=images / self._seconds if self._seconds else math.nan,
+            interrupted_by=stopped_by,
+        )
+
+    def step(self, batches: list[Batch]) -> DistillationTerms:
+        """One optimizer update from `accumulate` micro-batches; returns the last one's terms."""
+        parts, recipe = self.parts, self.recipe
+        # Drop-path and the like depend on the update alone: a resumed run repeats them exactly.
+        torch.manual_seed(derive_seed(recipe.seed, self.update, self.context.rank))
+        self._set_lr()
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with self._no_sync(not last):
+                terms = self.losses(batch)
+                scaled: Tensor = parts.scaler.scale(terms.total / len(batches))
+                torch.autograd.backward(scaled)
+            self._meter += torch.stack((terms.total.detach(), terms.logits, terms.features))
+            self._metered += 1
+        if recipe.optim.clip_grad is not None:
+            parts.scaler.unscale_(parts.optimizer)
+            nn.utils.clip_grad_norm_(parts.student.parameters(), recipe.optim.clip_grad)
+        parts.scaler.step(parts.optimizer)
+        parts.scaler.update()
+        parts.optimizer.zero_grad(set_to_none=True)
+        if parts.ema is not None:
+            parts.ema.update(parts.student)
+        self.update += 1
+        self.batch += len(batches)
+        return terms
+
+    def losses(self, batch: Batch) -> DistillationTerms:
+        """The objective of one micro-batch."""
+        parts = self.parts
+        images = batch.images.to(self.context.device, non_blocking=True)
+        targets = batch.targets.to(self.context.device, non_blocking=True)
+        teacher_logits: Tensor | None = None
+        teacher_maps: list[Tensor] = []
+        with self._autocast():
+            if parts.teacher_forward is not None:
+                with torch.no_grad():
+                    teacher_logits, teacher_maps = parts.teacher_forward(images)
+            logits, maps = parts.student_forward(images)
+            terms = parts.loss(logits, targets, teacher_logits, maps, teacher_maps)
+        assert isinstance(terms, DistillationTerms)
+        return terms
+
+    def _train_epoch(self, log: RunLog, interrupt: Interrupt) -> int | None:
+        """Train the rest of the current epoch; returns the signal that stopped it, if any."""
+        parts, recipe = self.parts, self.recipe
+        parts.student.train()
+        parts.train_loader.set_epoch(self.epoch, self.batch)
+        last_batch = parts.updates_per_epoch * recipe.optim.accumulate
+        pending: list[Batch] = []
+        watch = Stopwatch()
+        for batch in parts.train_loader:
+            self._report_bad(batch.bad, log)
+            pending.append(batch)
+            if len(pending) < recipe.optim.accumulate:
+                continue
+            self.step(pending)
+            pending = []
+            watch.updates += 1
+            log.advance()
+            if self.update % recipe.log_every == 0 or self.batch == last_batch:
+                self._log(log, watch)
+            if self.batch == last_batch:
+                break
+            stopped_by = self._stop_agreed(interrupt)
+            if stopped_by is not None:
+                return stopped_by
+            every = recipe.checkpoint.every_updates
+            if every is not None and self.update % every == 0:
+                with watch.paused():
+                    self._save()
+        self.epoch += 1
+        self.batch = 0
+        ended = self.epoch == recipe.optim.epochs
+        if ended or self.epoch % recipe.checkpoint.every_epochs == 0:
+            improved = self._evaluate(log)
+            self._save(is_best=improved, ended_epoch=self.epoch)
+        return None if ended else self._stop_agreed(interrupt, at_log=True)
+
+    def _set_lr(self) -> None:
+        if self.recipe.optim.step_on == "epoch":
+            self.parts.scheduler.step(self.epoch)
+        else:
+            self.parts.scheduler.step_update(self.update)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        dtype = AMP_DTYPES.get(self.recipe.amp)
+        if dtype is None:
+            return nullcontext()
+        return torch.autocast(self.context.device.type, dtype=dtype)
+
+    def _no_sync(self, active: bool) -> AbstractContextManager[object]:
+        """Without DDP's gradient all-reduce, for all micro-batches but an update's last."""
+        forward = self.parts.student_forward
+        if active and isinstance(forward, nn.parallel.DistributedDataParallel):
+            return forward.no_sync()
+        return nullcontext()
+
+    def _stop_agreed(self, interrupt: Interrupt, at_log: bool = False) -> int | None:
+        """The signal to stop for; several processes agree at logged updates only (it syncs)."""
+        if self.context.world_size == 1:
+            return interrupt.signal
+        if not (at_log or self.update % self.recipe.log_every == 0):
+            return None
+        if not self.context.any_true(interrupt.signal is not None):
+            return None
+        return interrupt.signal or signal.SIGTERM
+
+    def _log(self, log: RunLog, watch: Stopwatch) -> None:
+        """The one place where training waits for the device: read the summed losses."""
+        total = self.context.sum(self._meter).tolist()
+        loss, logits, features = (x / (self._metered * self.context.world_size) for x in total)
+        self._meter.zero_()
+        self._metered = 0
+        seconds, updates = watch.lap()
+        self._seconds += seconds
+        self._timed_updates += updates
+        if not math.isfinite(loss):
+            raise TrainingDiverged(
+                f"the loss is {loss} by update {self.update} (logits {logits}, features "
+                f"{features}); the last checkpoint is {self.store.last}"
+            )
+        log.train(
+            {
+                "update": self.update,
+                "epoch": self.epoch,
+                "lr": max(group["lr"] for group in self.parts.optimizer.param_groups),
+                "loss": loss,
+                "logits": logits,
+                "features": features,
+                "images_per_s": round(updates * self.parts.global_batch / seconds, 1),
+            }
+        )
+
+    def _evaluate(self, log: RunLog) -> bool:
+        """Score the weights and their average; returns whether either is the best so far."""
+        parts = self.parts
+        models: dict[str, FeatureModel] = {"model": parts.student}
+        if parts.ema is not None:
+            models["ema"] = parts.ema.module
+        improved = False
+        for weights, model in models.items():
+            found = evaluate(
+                model, parts.val_loader, parts.num_classes, self.context.device, self._autocast
+            )
+            self._report_bad(found.bad, log)
+            scores = {"top1": found.top1, "top5": found.top5, "loss": found.loss}
+            self.scores[weights] = scores
+            row: dict[str, Any] = {"update": self.update, "epoch": self.epoch, "weights": weights}
+            log.evaluation({**row, **scores, "images": found.images})
+            if not self.best or found.top1 > self.best["top1"]:
+                self.best = {**row, **scores}
+                improved = True
+        return improved
+
+    def _report_bad(self, files: list[str], log: RunLog) -> None:
+        for file in files:
+            if file not in self.bad_files:
+                self.bad_files.append(file)
+                log.say(f"unreadable image {len(self.bad_files)}, left out: {file}")
+
+    def _save(self, *, is_best: bool = False, ended_epoch: int | None = None) -> None:
+        parts = self.parts
+        meter = self.context.sum(self._meter)  # all processes take part
+        if self.context.is_main:
+            state = {
+                "model": parts.student.state_dict(),
+                "model_ema": None if parts.ema is None else parts.ema.module.state_dict(),
+                "optimizer": parts.optimizer.state_dict(),
+                "scaler": parts.scaler.state_dict(),
+                "update": self.update,
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "meter": meter,
+                "metered": self._metered,
+                "best": self.best,
+                "scores": self.scores,
+                "bad_files": self.bad_files,
+                "recipe": to_dict(self.recipe),
+                "versions": environment.versions(),
+                "world_size": self.context.world_size,
+            }
+            self.store.save(state, is_best=is_best, ended_epoch=ended_epoch)
+        self.context.barrier()
+
+    def _resume(self, resume: str) -> list[str]:
+        """Take up a checkpoint where `resume` asks for one; returns what the user should know."""
+        path = self.store.last if resume in ("auto", "never") else Path(resume)
+        if resume == "never" and path.exists():
+            raise CheckpointError(
+                f"resume: never, but {path} exists; choose another out, or --resume auto"
+            )
+        if resume in ("auto", "never") and not path.exists():
+            return []
+        state = checkpoint.load(path)
+        changed = checkpoint.check_same_model(path, state["recipe"], to_dict(self.recipe))
+        parts = self.parts
+        if (state["model_ema"] is None) != (parts.ema is None):
+            raise CheckpointError(
+                f"{path}: was saved {'without' if parts.ema else 'with'} a weight average, the "
+                f"recipe has ema_decay: {self.recipe.ema_decay}"
+            )
+        parts.student.load_state_dict(state["model"])
+        if parts.ema is not None:
+            parts.ema.module.load_state_dict(state["model_ema"])
+        parts.optimizer.load_state_dict(state["optimizer"])
+        parts.scaler.load_state_dict(state["scaler"])
+        self.update, self.epoch, self.batch = state["update"], state["epoch"], state["batch"]
+        self.best, self.scores = state["best"], state["scores"]
+        self.bad_files = state["bad_files"]
+        if self.context.is_main:  # the sum over all processes; the others start from zero
+            self._meter.copy_(state["meter"])
+        self._metered = state["metered"]
+        messages = [f"resumed from {path} after update {self.update} (epoch {self.epoch})"]
+        if state["world_size"] != self.context.world_size:
+            changed.append(f"processes: {state['world_size']} -> {self.context.world_size}")
+        if changed:
+            messages.append(f"changed since that checkpoint: {'; '.join(changed)}")
+        return messages
+
+
+class Stopwatch:
+    """Wall time of updates, without the pauses for saving."""
+
+    def __init__(self) -> None:
+        self.updates = 0
+        self._since = time.perf_counter()
+
+    def lap(self) -> tuple[float, int]:
+        """Seconds and updates since the last lap."""
+        now = time.perf_counter()
+        lap = now - self._since, self.updates
+        self._since, self.updates = now, 0
+        return lap
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count."""
+        stopped = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - stopped

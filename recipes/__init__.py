@@ -1,0 +1,1 @@
+"""Recipes as YAML files: the published runs, the demo, and runs that fit two CPU cores."""

@@ -1,0 +1,9 @@
+"""Maps the repository's top-level folders to import names; everything else is in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["featkd", "featkd.*"]), "featkd.recipes"],
+    package_dir={"featkd.recipes": "recipes"},
+    package_data={"featkd": ["py.typed", "*/templates/*"], "featkd.recipes": ["*.yaml"]},
+)

@@ -1,0 +1,62 @@
+"""Small image sets on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from featkd.data import AugmentConfig
+
+MakeSet = Callable[..., Path]
+
+
+def save_noise(path: Path, size: tuple[int, int] = (24, 20), seed: int = 0) -> None:
+    """A smooth random picture; `size` is (width, height)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path)
+
+
+@pytest.fixture
+def make_set(tmp_path: Path) -> MakeSet:
+    """make_set(train=12, val=5, classes=3): the root of a set with that many images a split."""
+
+    def make(train: int = 12, val: int = 5, classes: int = 3) -> Path:
+        for number in range(train + val):
+            split, i = ("train", number) if number < train else ("val", number - train)
+            name = f"{split}/class{i * classes // (train if split == 'train' else val)}/{i:03d}.jpg"
+            save_noise(tmp_path / "set" / name, seed=number)
+        return tmp_path / "set"
+
+    return make
+
+
+@pytest.fixture
+def no_augment() -> AugmentConfig:
+    """Nothing random is left."""
+    return AugmentConfig(
+        rand_augment=None, scale=(1, 1), ratio=(1, 1), hflip=0, random_erasing=0, repeats=1
+    )
+
+
+def break_file(path: Path, how: str) -> None:
+    """Make an image unreadable."""
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-40])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "text":
+        path.write_text("<html>404 not found</html>")
+    else:
+        path.unlink()
+        path.symlink_to("nowhere.jpg")
+
+
+@pytest.fixture
+def spoil() -> Callable[[Path, str], None]:
+    """spoil(path, "truncated" | "empty" | "text" | "dangling")."""
+    return break_file

@@ -1,0 +1,100 @@
+"""The configuration: the published defaults, and an error for every field out of range."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jsonargparse
+import pytest
+
+from featkd.data import AugmentConfig, DataConfig
+
+
+def test_defaults_are_the_published_recipe() -> None:
+    augment = AugmentConfig()
+    assert augment.rand_augment == "rand-m9-n2-mstd0.5-inc1"
+    assert (augment.scale, augment.ratio) == ((0.08, 1.0), (3 / 4, 4 / 3))
+    assert (augment.hflip, augment.random_erasing, augment.repeats) == (0.5, 0.25, 3)
+    assert augment.color_jitter is None
+    data = DataConfig()
+    assert (data.img_size, data.crop_pct, data.interpolation) == (224, 0.875, "bicubic")
+    assert data.augment == augment
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("scale", (0.0, 1.0)),
+        ("scale", (0.5, 0.2)),
+        ("scale", (0.5, 1.1)),
+        ("scale", (0.5,)),
+        ("ratio", (0.0, 1.0)),
+        ("ratio", (2.0, 1.0)),
+        ("hflip", -0.1),
+        ("hflip", float("nan")),
+        ("random_erasing", 1.5),
+        ("repeats", 0),
+        ("repeats", 1.5),
+        ("rand_augment", ""),
+        ("rand_augment", "augmix-m3"),
+        ("rand_augment", "rand-m9-q2"),
+        ("color_jitter", -1.0),
+        ("color_jitter", 0.4),
+    ],
+)
+def test_augment_errors(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"augment\.{field}: .*") as raised:
+        AugmentConfig(**{field: value})
+    assert repr(value) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "shown"),
+    [
+        ("img_size", 0, "0"),
+        ("workers", -1, "-1"),
+        ("mean", (0.5, 0.5), "(0.5, 0.5)"),
+        ("std", (0.5,), "(0.5,)"),
+        ("std", (0.5, 0.0, 0.5), "0.0"),
+        ("crop_pct", 0.0, "0.0"),
+        ("crop_pct", 1.1, "1.1"),
+        ("interpolation", "nearest", "'nearest'"),
+        ("on_bad_image", "ignore", "'ignore'"),
+        ("train_split", "", '""'),
+        ("val_split", "", '""'),
+    ],
+)
+def test_data_errors(field: str, value: Any, shown: str) -> None:
+    with pytest.raises(ValueError, match=rf"data\.{field}: ") as raised:
+        DataConfig(**{field: value})
+    assert shown in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["rand", "rand-m9-mstd0.5-inc1", "rand-m7-n3-p0.8-mmax20", "rand-m9-tweights", "rand-t3a"],
+)
+def test_rand_augment_strings_of_timm(text: str) -> None:
+    AugmentConfig(rand_augment=text)
+
+
+def test_color_jitter_where_timm_applies_it() -> None:
+    AugmentConfig(color_jitter=0.3, rand_augment=None)
+    AugmentConfig(color_jitter=0.3, rand_augment="rand-m9-t3a")
+
+
+def test_every_field_has_its_help_text() -> None:
+    """jsonargparse takes the command line's help from the docstrings."""
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(DataConfig, "data")
+    text = " ".join(parser.format_help().split())
+    for config, prefix in ((DataConfig, "data"), (AugmentConfig, "data.augment")):
+        for field in dataclasses.fields(config):
+            if field.name == "augment":
+                continue
+            described = text.split(f"--{prefix}.{field.name} ")[-1].split("(type:")[0]
+            assert len(described.split()) > 3, field.name
+    parsed = parser.parse_args(["--data.augment.scale=[0.5,1]", "--data.augment.rand_augment=null"])
+    built = parser.instantiate(parsed).data
+    assert built.augment == AugmentConfig(scale=(0.5, 1.0), rand_augment=None)

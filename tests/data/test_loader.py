@@ -1,0 +1,393 @@
+"""Batches: the same on any number of workers and ranks, resumable, and no process left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from conftest import MakeSet
+from torch import Tensor
+
+from featkd.data import AugmentConfig, BadImageError, Batch, DataConfig, Loader, build_loader
+
+Spoil = Callable[[Path, str], None]
+Split = Literal["train", "val"]
+# Every kind of draw is likely; under 256 images the repeats need no multiple of 256.
+STRONG = AugmentConfig(random_erasing=0.5, repeats=1)
+
+
+@contextlib.contextmanager
+def loading(
+    root: Path, split: Split = "train", batch_size: int = 4, **options: Any
+) -> Iterator[Loader]:
+    names = ("seed", "rank", "world_size", "pin_memory")
+    call = {name: options.pop(name) for name in names if name in options}
+    config = DataConfig(str(root), **{"img_size": 16, "augment": STRONG, "workers": 0, **options})
+    loader = build_loader(config, split=split, batch_size=batch_size, **call)
+    try:
+        yield loader
+    finally:
+        loader.close()
+
+
+def same(first: list[Batch], second: list[Batch]) -> bool:
+    return len(first) == len(second) and all(
+        torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def alive() -> list[int | None]:
+    return [child.pid for child in multiprocessing.active_children()]
+
+
+def test_a_batch(make_set: MakeSet) -> None:
+    with loading(make_set(train=14)) as loader:
+        batches = list(loader)
+        assert len(loader) == len(batches) == 3  # the last, partial one is dropped
+        assert loader.num_samples == 14
+        assert loader.classes == ["class0", "class1", "class2"]
+        for batch in batches:
+            assert batch.images.shape == (4, 3, 16, 16)
+            assert batch.images.dtype == torch.float32
+            assert batch.images.is_contiguous()
+            assert (batch.targets.shape, batch.targets.dtype) == ((4,), torch.int64)
+            assert batch.bad == []
+
+
+def test_evaluation_keeps_the_partial_batch(make_set: MakeSet) -> None:
+    with loading(make_set(val=14), "val") as loader:
+        assert len(loader) == 4
+        assert [len(batch.targets) for batch in loader] == [4, 4, 4, 2]
+        loader.set_epoch(9)
+        assert (
+            torch.cat([batch.targets for batch in loader]).tolist() == [0] * 5 + [1] * 5 + [2] * 4
+        )
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_number_of_workers_changes_nothing(make_set: MakeSet, split: Split) -> None:
+    root = make_set(train=20, val=9)
+    seen = []
+    for workers in (0, 1, 2):
+        with loading(root, split, workers=workers, seed=7) as loader:
+            epochs = []
+            for epoch in (0, 1, 0):
+                loader.set_epoch(epoch)
+                epochs.append(list(loader))
+            assert same(epochs[0], epochs[2])
+            assert same(epochs[0], epochs[1]) == (split == "val")
+            seen.append(epochs[0] + epochs[1])
+    assert same(seen[0], seen[1])
+    assert same(seen[0], seen[2])
+
+
+def test_the_seed_matters(make_set: MakeSet) -> None:
+    root = make_set()
+    seen = []
+    for seed in (0, 1):
+        with loading(root, seed=seed) as loader:
+            seen.append(list(loader))
+    assert not same(*seen)
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_the_number_of_ranks_changes_no_pixel(make_set: MakeSet, repeats: int) -> None:
+    """Over all ranks: the same images with the same augmentations, whatever the world size."""
+    root = make_set(train=16)
+    augment = AugmentConfig(random_erasing=0.5, repeats=repeats)
+    unions = []
+    for world_size in (1, 2, 4):
+        images = []
+        for rank in range(world_size):
+            with loading(root, rank=rank, world_size=world_size, augment=augment) as loader:
+                loader.set_epoch(3)
+                images += [image for batch in loader for image in batch.images]
+        unions.append(sorted(image.numpy().tobytes() for image in images))
+    assert len(unions[0]) == len(set(unions[0])) == 16
+    assert unions[0] == unions[1] == unions[2]
+
+
+def test_copies_of_an_image_are_augmented_differently_on_each_rank(make_set: MakeSet) -> None:
+    """The published code seeds every rank alike, so that copies come out equal. Flips and crops
+    alone can coincide on an 8 x 8 picture, but not erasing's noise."""
+    root = make_set(train=12, classes=12)
+    augment = AugmentConfig(random_erasing=1.0, repeats=3)
+    ranks = []
+    for rank in range(3):
+        with loading(root, rank=rank, world_size=3, augment=augment) as loader:
+            (batch,) = loader
+            ranks.append(batch)
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        assert torch.equal(ranks[first].targets, ranks[second].targets)  # copies of one image
+        for a, b in zip(ranks[first].images, ranks[second].images, strict=True):
+            assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_epoch_resumes_where_it_stopped(make_set: MakeSet, workers: int, split: Split) -> None:
+    root = make_set(train=22, val=22)
+    with loading(root, split, workers=workers) as loader:
+        loader.set_epoch(5)
+        whole = list(loader)
+    with loading(root, split, workers=workers) as loader:
+        for start in (2, len(whole), 0):
+            loader.set_epoch(5, start_batch=start)
+            assert same(list(loader), whole[start:])
+            assert len(loader) == len(whole)
+        loader.set_epoch(6, start_batch=1)
+        assert len(list(loader)) == len(whole) - 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_evaluation_counts_each_image_once(make_set: MakeSet, world_size: int) -> None:
+    root = make_set(val=5, classes=5)
+    targets = []
+    for rank in range(world_size):
+        with loading(root, "val", 2, rank=rank, world_size=world_size) as loader:
+            batches = list(loader)
+            assert len(batches) == len(loader)
+            targets += [target for batch in batches for target in batch.targets.tolist()]
+    assert sorted(targets) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_trainings_generators_are_left_alone(make_set: MakeSet, workers: int) -> None:
+    def states() -> tuple[Any, str, Tensor]:
+        return random.getstate(), repr(np.random.get_state()), torch.get_rng_state()
+
+    with loading(make_set(), workers=workers) as loader:
+        before = states()
+        for epoch in range(2):
+            loader.set_epoch(epoch)
+            list(loader)
+        after = states()
+    assert before[:2] == after[:2]
+    assert torch.equal(before[2], after[2])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("how", ["truncated", "empty", "text"])
+def test_a_bad_image_under_error(make_set: MakeSet, spoil: Spoil, workers: int, how: str) -> None:
+    root = make_set(val=8, classes=1)
+    bad = root / "val/class0/005.jpg"
+    content = bad.read_bytes()
+    spoil(bad, how)
+    with loading(root, "val", 2, workers=workers) as loader:
+        batches = iter(loader)
+        assert [len(next(batches).targets) for _ in range(2)] == [2, 2]
+        with pytest.raises(BadImageError, match=f"cannot read image {bad}: ") as raised:
+            next(batches)
+        assert raised.value.path == str(bad)
+        bad.write_bytes(content)
+        assert len(list(loader)) == 4  # the workers live on
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("how", ["truncated", "empty", "text"])
+def test_bad_images_under_skip(make_set: MakeSet, spoil: Spoil, workers: int, how: str) -> None:
+    root = make_set(train=8, val=9, classes=1)
+    for name in ("train/class0/007", "val/class0/000", "val/class0/001", "val/class0/003"):
+        spoil(root / f"{name}.jpg", how)
+    skip: dict[str, Any] = {"on_bad_image": "skip", "workers": workers}
+    with loading(root, "train", 4, **skip) as loader:
+        for epoch in range(2):
+            loader.set_epoch(epoch)
+            batches = list(loader)
+            assert [len(batch.targets) for batch in batches] == [4, 4]
+            assert [path for batch in batches for path in batch.bad] == [
+                str(root / "train/class0/007.jpg")
+            ]
+        assert list(loader.bad_images) == [str(root / "train/class0/007.jpg")]
+        assert all(loader.bad_images.values())
+    with loading(root, "val", 2, **skip) as loader:
+        batches = list(loader)
+        # The first batch has no image left: it is passed over, its files come with the next.
+        assert [len(batch.targets) for batch in batches] == [1, 2, 2, 1]
+        names = [[Path(path).stem for path in batch.bad] for batch in batches]
+        assert names == [["000", "001", "003"], [], [], []]
+        assert len(loader.bad_images) == 3
+
+
+def test_a_split_of_bad_images_gives_no_batch(make_set: MakeSet, spoil: Spoil) -> None:
+    root = make_set(val=3, classes=1)
+    for path in (root / "val/class0").iterdir():
+        spoil(path, "empty")
+    with loading(root, "val", 2, on_bad_image="skip") as loader:
+        assert list(loader) == []
+        assert set(loader.bad_images.values()) == {"the file is empty"}
+        assert len(loader.bad_images) == 3
+
+
+def test_a_disk_of_bad_images_ends_the_training(make_set: MakeSet, spoil: Spoil) -> None:
+    root = make_set(train=40, classes=1)
+    for path in (root / "train/class0").iterdir():
+        spoil(path, "text")
+    with (
+        loading(root, on_bad_image="skip", workers=2) as loader,
+        pytest.raises(BadImageError, match="the 15 images after it"),
+    ):
+        list(loader)
+
+
+def test_break_and_begin_anew(make_set: MakeSet) -> None:
+    with loading(make_set(train=40), workers=2) as loader:
+        whole = list(loader)
+        pids = alive()
+        for stop in (1, 3):
+            for number, batch in enumerate(loader, start=1):
+                if number == stop:
+                    assert same([batch], [whole[stop - 1]])
+                    break
+        assert same(list(loader), whole)
+        assert alive() == pids  # the same workers all along
+        loader.set_epoch(1)
+        assert not same(list(loader), whole)
+
+
+def test_a_second_iterator_ends_the_first(make_set: MakeSet) -> None:
+    with loading(make_set(train=40), workers=1) as loader:
+        first = iter(loader)
+        next(first)
+        second = iter(loader)
+        with pytest.raises(RuntimeError, match="a newer iteration of this loader has begun"):
+            next(first)
+        assert len(list(second)) == 10
+
+
+def test_close_ends_the_workers_also_after_an_exception(make_set: MakeSet) -> None:
+    with loading(make_set(train=40), workers=2) as loader:
+        with contextlib.suppress(KeyError):
+            for _ in loader:
+                raise KeyError
+        assert len(alive()) == 2
+        loader.close()
+        assert alive() == []
+        loader.close()
+        running = iter(loader)  # it starts new workers
+        next(running)
+        assert len(alive()) == 2
+        loader.close()
+        assert alive() == []
+        with pytest.raises(RuntimeError, match="this one is over"):
+            next(running)
+
+
+def test_a_killed_worker_is_an_error_not_a_hang(make_set: MakeSet) -> None:
+    with loading(make_set(train=400), workers=2) as loader:
+        batches = iter(loader)
+        next(batches)
+        pid = alive()[0]
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match=r"DataLoader worker|loader worker died"):
+            list(batches)
+    assert alive() == []
+
+
+ENDING = """
+import multiprocessing, signal, sys, time
+from featkd.data import DataConfig, build_loader
+config = DataConfig(sys.argv[1], img_size=16, workers=2)
+loader = build_loader(config, split="train", batch_size=4)
+came = []
+if sys.argv[2] == "handled":
+    signal.signal(signal.SIGINT, lambda *_: came.append(1))
+batches = iter(loader)
+next(batches)
+print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+if sys.argv[2] == "raise":
+    raise KeyError("out of the loop")
+while not came:
+    time.sleep(0.01)
+print(len(list(batches)), "more batches")
+"""
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "handled", "raise"])
+def test_an_end_in_mid_epoch_leaves_no_process(make_set: MakeSet, how: str) -> None:
+    """Without close(). A terminal's Ctrl-C reaches the whole process group; where the main process
+    handles it (to save its state), the workers go on."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDING, str(make_set(train=400)), how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert process.stdout is not None
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(workers) == 2
+    if how != "raise":
+        os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=30)
+    if how == "handled":
+        assert (process.returncode, output) == (0, "99 more batches\n"), errors
+    else:
+        assert process.returncode != 0
+        assert errors.count("Traceback") == 1
+        assert ("KeyboardInterrupt" if how == "ctrl-c" else "out of the loop") in errors
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, f"workers {workers} live on"
+        time.sleep(0.05)
+
+
+def test_errors(make_set: MakeSet) -> None:
+    root = make_set(train=12)
+    config = DataConfig(str(root), img_size=16, workers=0)
+
+    def fails(message: str, **options: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            build_loader(config, **{"split": "train", "batch_size": 4, **options})
+
+    fails("split: expected train or val, got 'test'", split="test")
+    fails("batch_size: expected >= 1, got 0", batch_size=0)
+    fails(r"batch_size: 13 is more than the 12 samples .*\(12 images in ", batch_size=13)
+    fails(r"batch_size: 8 .* the 6 samples .*world_size 2\)", batch_size=8, world_size=2)
+    fails("rank: expected 0 <= rank < world_size = 2, got 2", rank=2, world_size=2)
+    fails("seed: ", seed=-1)
+    with loading(root) as loader:
+        for start in (-1, 4):
+            with pytest.raises(ValueError, match=rf"start_batch: expected 0\.\.3, got {start}"):
+                loader.set_epoch(0, start)
+        with pytest.raises(ValueError, match="epoch: expected >= 0, got -1"):
+            loader.set_epoch(-1)
+
+
+def test_real_photographs() -> None:
+    """Photographs of all sizes and modes, and CIFAR-10, through the published augmentation."""
+    root = os.environ.get("FEATKD_TEST_DATA")
+    if root is None:
+        pytest.skip("FEATKD_TEST_DATA names no folder with cifar10/ and imagenet-sample/")
+    photographs = DataConfig(f"{root}/imagenet-sample", ".", ".", workers=2)
+    for split in ("train", "val"):
+        loader = build_loader(photographs, split=split, batch_size=25)
+        batches = [batch for number, batch in enumerate(loader) if number < 3]
+        loader.close()
+        images = torch.cat([batch.images for batch in batches])
+        assert images.shape == (75, 3, 224, 224)
+        assert len(loader.classes) == loader.num_samples == 250
+        # Natural images under ImageNet's statistics.
+        assert abs(float(images.mean())) < 0.4
+        assert 0.7 < float(images.std()) < 1.4
+    cifar = DataConfig(f"{root}/cifar10", val_split="test", img_size=32, workers=2)
+    loader = build_loader(cifar, split="val", batch_size=500)
+    targets = torch.cat([batch.targets for batch in loader])
+    loader.close()
+    assert loader.classes[:3] == ["airplane", "automobile", "bird"]
+    assert torch.bincount(targets).tolist() == [1000] * 10

@@ -1,0 +1,93 @@
+"""Small models, and a ViT written out by hand that knows nothing but tensors and equations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TINY = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 48,
+    "depth": 4,
+    "num_heads": 3,
+    "num_classes": 10,
+}
+
+
+@pytest.fixture
+def tiny() -> dict[str, object]:
+    """timm arguments of a ViT with 16 patches, 4 blocks, 48 channels and 3 heads."""
+    return dict(TINY)
+
+
+@pytest.fixture
+def shaken() -> Callable[[nn.Module], nn.Module]:
+    """Move every parameter off its initial value, so that no norm, bias or scale is trivial."""
+
+    def shake(model: nn.Module) -> nn.Module:
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.2 * noise.to(parameter))
+        return model
+
+    return shake
+
+
+@pytest.fixture
+def plain_vit() -> Callable[..., list[Tensor]]:
+    """Every block's output (B, 1 + N, C), computed from a state dict in timm's layout."""
+
+    def run(
+        state: Mapping[str, Tensor], images: Tensor, heads: Sequence[int], eps: float = 1e-6
+    ) -> list[Tensor]:
+        def linear(x: Tensor, name: str) -> Tensor:
+            return x @ state[f"{name}.weight"].T + state.get(f"{name}.bias", torch.tensor(0.0))
+
+        def norm(x: Tensor, name: str) -> Tensor:
+            return layer_norm(x, state[f"{name}.weight"], state[f"{name}.bias"], eps)
+
+        patch = state["patch_embed.proj.weight"].shape[-1]
+        b, c, h, w = images.shape
+        cells = images.reshape(b, c, h // patch, patch, w // patch, patch)
+        cells = cells.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * patch * patch)
+        kernel = state["patch_embed.proj.weight"].flatten(1)
+        x = cells @ kernel.T + state["patch_embed.proj.bias"]
+        x = torch.cat([state["cls_token"].expand(b, -1, -1), x], dim=1) + state["pos_embed"]
+        outputs = []
+        for index, count in enumerate(heads):
+            name = f"blocks.{index}"
+            if f"{name}.proj_in.weight" in state:
+                x = norm(linear(x, f"{name}.proj_in"), f"{name}.proj_norm")
+            qkv = linear(norm(x, f"{name}.norm1"), f"{name}.attn.qkv")
+            q, k, v = (
+                part.unflatten(-1, (count, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1)
+            )
+            attention = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+            mixed = (attention @ v).transpose(1, 2).flatten(2)
+            x = x + linear(mixed, f"{name}.attn.proj")
+            hidden = F.gelu(linear(norm(x, f"{name}.norm2"), f"{name}.mlp.fc1"))
+            x = x + linear(hidden, f"{name}.mlp.fc2")
+            outputs.append(x)
+        return outputs
+
+    return run
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    centred = x - x.mean(dim=-1, keepdim=True)
+    variance = centred.square().mean(dim=-1, keepdim=True)
+    return centred / (variance + eps).sqrt() * weight + bias
+
+
+@pytest.fixture(name="layer_norm")
+def _layer_norm() -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    """LayerNorm over the last dimension, from its definition."""
+    return layer_norm

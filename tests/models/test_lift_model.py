@@ -1,0 +1,147 @@
+"""The Lift student against equations on tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from featkd.models import Lift, create_student, feature_grid
+
+PlainVit = Callable[..., list[Tensor]]
+
+
+@pytest.fixture
+def lift(tiny: dict[str, Any], shaken: Any) -> Any:
+    torch.manual_seed(0)
+    return shaken(create_student("deit_tiny_patch16_224", "lift", 96, **tiny)).eval()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+# A small W makes the variance under the norm comparable to eps: 1e-6 in its place would show.
+@pytest.mark.parametrize("scale", [1.0, 2e-3])
+def test_against_the_equations(
+    lift: Any, images: Tensor, plain_vit: PlainVit, layer_norm: Any, scale: float
+) -> None:
+    lift, images = lift.double(), images.double()
+    with torch.no_grad():
+        lift.projection.weight.mul_(scale)
+    state = lift.state_dict()
+    blocks = plain_vit(state, images, heads=(3, 3, 3, 3))
+    projected = blocks[-1][:, 1:] @ state["projection.weight"].T
+    norm = state["projection_norm.weight"], state["projection_norm.bias"]
+    z = layer_norm(projected, *norm, 1e-5)
+    expected = z.mean(dim=1) @ state["head.weight"].T + state["head.bias"]
+    if scale < 1:
+        assert not torch.allclose(z, layer_norm(projected, *norm, 1e-6), rtol=1e-3)
+    logits, (last, first, again) = lift.forward_with_features(images, [-1, 0, 3])
+    torch.testing.assert_close(last, z, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(first, blocks[0][:, 1:], rtol=1e-9, atol=1e-9)
+    assert again is last
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(lift(images), logits)
+    torch.testing.assert_close(lift.forward_features(images), z, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("layers", [[], [-1], [0, 1], [3, 0, 3]])
+def test_logits_do_not_depend_on_the_layers_asked_for(
+    lift: Any, images: Tensor, layers: list[int]
+) -> None:
+    logits, maps = lift.forward_with_features(images, layers)
+    assert torch.equal(logits, lift(images))
+    assert [m.shape[-1] for m in maps] == [96 if layer in (-1, 3) else 48 for layer in layers]
+
+
+def test_blocks_are_those_of_the_adopted_model(tiny: dict[str, Any]) -> None:
+    base = timm.create_model("deit_tiny_patch16_224", **tiny)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    student = Lift.adopt(base, 96)
+    after = student.state_dict()
+    kept = set(before) - {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    assert set(after) - kept == {
+        "projection.weight",
+        "projection_norm.weight",
+        "projection_norm.bias",
+        "head.weight",
+        "head.bias",
+    }
+    assert all(torch.equal(after[name], before[name]) for name in kept)
+    assert 0.018 < float(after["projection.weight"].std()) < 0.022
+    assert 0.015 < float(after["head.weight"].std()) < 0.025
+    assert not after["head.bias"].any()
+
+
+@pytest.mark.parametrize("with_map", [True, False])
+def test_every_parameter_has_a_gradient(lift: Any, images: Tensor, with_map: bool) -> None:
+    logits, (z,) = lift.forward_with_features(images, [-1])
+    loss = logits.square().mean() + (z.sin().mean() if with_map else 0.0)
+    loss.backward()
+    assert [name for name, p in lift.named_parameters() if p.grad is None] == []
+    assert lift.projection.weight.grad.abs().sum() > 0
+
+
+def test_timms_intermediates_end_in_the_lifted_map(lift: Any, images: Tensor) -> None:
+    _, (z, first) = lift.forward_with_features(images, [-1, 0])
+    final, maps = lift.forward_intermediates(images, indices=[0], output_fmt="NLC")
+    assert torch.equal(final, z)
+    assert torch.equal(maps[0], first)
+    as_dict = lift.forward_intermediates(images, [0], output_fmt="NLC", output_dict=True)
+    assert torch.equal(as_dict["image_features"], z)
+    alone = lift.forward_intermediates(images, [0], output_fmt="NLC", intermediates_only=True)
+    assert torch.equal(alone[0], first)
+
+
+def test_classifier_can_be_replaced(lift: Any, images: Tensor) -> None:
+    pooled = lift.forward_head(lift.forward_features(images), pre_logits=True)
+    assert lift.get_classifier() is lift.head
+    lift.reset_classifier(5)
+    assert lift.head.weight.shape == (5, 96)
+    assert lift(images).shape == (2, 5)
+    lift.reset_classifier(0, "avg")
+    assert lift.num_classes == 0
+    assert torch.equal(lift(images), pooled)
+    with pytest.raises(ValueError, match="global_pool: Lift allows None or 'avg', got 'token'"):
+        lift.reset_classifier(5, "token")
+
+
+@pytest.mark.parametrize(
+    ("base", "prefix"),
+    [("vit_small_patch14_reg4_dinov2", 5), ("vit_base_patch16_siglip_224", 0)],
+)
+def test_any_prefix_tokens_are_left_out(base: str, prefix: int, tiny: dict[str, Any]) -> None:
+    student: Any = create_student(base, "lift", 64, **tiny).eval()
+    tokens: list[Tensor] = []
+    student.blocks[-1].register_forward_hook(lambda _m, _i, output: tokens.append(output))
+    _, (z,) = student.forward_with_features(torch.randn(2, 3, 32, 32), [-1])
+    assert torch.equal(z, student.lift(tokens[0][:, prefix:]))
+    assert z.shape == (2, 16, 64)
+    assert feature_grid(student) == (4, 4)
+    z.sum().backward()
+    assert not any("attn_pool" in name or "norm." == name for name in student.state_dict())
+
+
+def test_compiled_by_inductor(lift: Any, images: Tensor) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lift.forward_with_features, fullgraph=True)
+    logits, maps = lift.forward_with_features(images, (0, -1))
+    got_logits, got = compiled(images, (0, -1))
+    torch.testing.assert_close(got_logits, logits, rtol=1e-4, atol=1e-4)
+    for a, b in zip(got, maps, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_bad_arguments(tiny: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"teacher_dim: expected an int >= 1, got 0"):
+        create_student("deit_tiny_patch16_224", "lift", 0, **tiny)
+    with pytest.raises(ValueError, match=r"base: arch 'lift' needs .* got VisionTransformerDist"):
+        create_student("deit_tiny_distilled_patch16_224", "lift", 96, **tiny)
+    with pytest.raises(ValueError, match=r"base: arch 'lift' needs .* got ResNet"):
+        create_student("resnet10t", "lift", 96)

@@ -1,0 +1,260 @@
+"""forward_with_features against forward hooks on an untouched timm model."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from featkd.models import feature_grid, num_layers, resolve_layers, with_features
+
+VIT = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 48,
+    "depth": 4,
+    "num_heads": 3,
+    "num_classes": 10,
+}
+SWIN = {
+    "img_size": 32,
+    "patch_size": 2,
+    "window_size": 2,
+    "embed_dim": 24,
+    "depths": (1, 2, 1),
+    "num_heads": (1, 2, 3),
+    "num_classes": 10,
+}
+# name of the family: timm name, arguments, prefix tokens
+FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "deit": ("deit_tiny_patch16_224", VIT, 1),
+    "deit_distilled": ("deit_tiny_distilled_patch16_224", VIT, 2),
+    "dinov2_registers": ("vit_small_patch14_reg4_dinov2", VIT, 5),
+    "clip": ("vit_base_patch16_clip_224", VIT, 1),
+    "siglip": ("vit_base_patch16_siglip_224", VIT, 0),
+    "average_pooled": ("vit_tiny_patch16_224", {**VIT, "global_pool": "avg"}, 1),
+    "cait": ("cait_xxs24_224", {**VIT, "num_heads": 4}, 0),
+    "swin": ("swin_tiny_patch4_window7_224", SWIN, 0),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest, shaken: Any) -> tuple[nn.Module, int]:
+    """An untouched timm model in evaluation mode, and its number of prefix tokens."""
+    name, options, prefix = FAMILIES[request.param]
+    torch.manual_seed(0)
+    return shaken(timm.create_model(name, **options)).eval(), prefix
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def hooked(model: nn.Module, images: Tensor, prefix: int) -> tuple[Tensor, list[Tensor]]:
+    """Logits and every layer's patch tokens, by hooks on timm's modules."""
+    maps: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        tokens = output.reshape(len(output), -1, output.shape[-1])
+        maps.append(tokens[:, prefix:])
+
+    stages: Any = model.layers if hasattr(model, "layers") else model.blocks
+    handles = [stage.register_forward_hook(keep) for stage in stages]
+    logits = model(images)
+    for handle in handles:
+        handle.remove()
+    return logits, maps
+
+
+def test_maps_and_logits_are_timms(family: tuple[nn.Module, int], images: Tensor) -> None:
+    untouched, prefix = family
+    model: Any = with_features(copy.deepcopy(untouched))
+    logits, maps = hooked(untouched, images, prefix)
+    depth = len(maps)
+    layers = [-1, 0, 1, depth - 1, 0, -depth]
+    got_logits, got = model.forward_with_features(images, layers)
+    assert torch.equal(got_logits, logits)
+    assert torch.equal(model(images), logits)
+    assert num_layers(model) == depth
+    assert len(got) == len(layers)
+    for layer, found in zip(layers, got, strict=True):
+        assert torch.equal(found, maps[layer])
+    logits_alone, nothing = model.forward_with_features(images, [])
+    assert torch.equal(logits_alone, logits)
+    assert nothing == []
+
+
+def test_adoption_is_in_place_and_keeps_the_state(family: tuple[nn.Module, int]) -> None:
+    untouched, _ = family
+    before = {name: value.clone() for name, value in untouched.state_dict().items()}
+    model: Any = with_features(untouched)
+    assert model is untouched
+    assert isinstance(model, type(untouched).__mro__[2])
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert with_features(model) is model
+
+
+def test_gradients_flow_through_maps_and_logits(
+    family: tuple[nn.Module, int], images: Tensor
+) -> None:
+    untouched, prefix = family[0].double(), family[1]
+    images = images.double()
+    model: Any = with_features(copy.deepcopy(untouched))
+    logits, maps = hooked(untouched, images, prefix)
+    (logits.square().sum() + maps[0].square().sum() + maps[-1].sin().sum()).backward()
+    logits, got = model.forward_with_features(images, [0, -1])
+    (logits.square().sum() + got[0].square().sum() + got[1].sin().sum()).backward()
+    wanted = dict(untouched.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(parameter.grad, wanted[name].grad)
+
+
+def test_one_forward_pass(family: tuple[nn.Module, int], images: Tensor) -> None:
+    model: Any = with_features(family[0])
+    calls: list[int] = []
+    stages = model.layers if hasattr(model, "layers") else model.blocks
+    for stage in stages:
+        stage.register_forward_hook(lambda *_: calls.append(1))
+    model.forward_with_features(images, [0, -1, 0])
+    assert len(calls) == len(stages)
+
+
+def test_compiles_without_a_graph_break(family: tuple[nn.Module, int], images: Tensor) -> None:
+    model: Any = with_features(family[0])
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward_with_features, fullgraph=True, backend="eager")
+    for layers in ((0, -1), ()):
+        logits, maps = model.forward_with_features(images, layers)
+        got_logits, got = compiled(images, layers)
+        assert torch.equal(got_logits, logits)
+        assert len(got) == len(layers)
+        assert all(torch.equal(a, b) for a, b in zip(got, maps, strict=True))
+
+
+def test_checkpointed_blocks_give_the_same_gradients(
+    family: tuple[nn.Module, int], images: Tensor
+) -> None:
+    def gradients(model: Any) -> dict[str, Tensor]:
+        logits, maps = model.forward_with_features(images.double(), [0, -1])
+        (logits.square().sum() + maps[0].sum() + maps[1].square().sum()).backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    plain: Any = with_features(family[0].double())
+    saving = copy.deepcopy(plain)
+    saving.set_grad_checkpointing(True)
+    wanted = gradients(plain)
+    for name, gradient in gradients(saving).items():
+        torch.testing.assert_close(gradient, wanted[name])
+
+
+def test_autocast_and_training_mode_match_a_plain_call(
+    family: tuple[nn.Module, int], images: Tensor
+) -> None:
+    model: Any = with_features(family[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model.forward_with_features(images, [-1])[0], model(images))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    model.train()
+    torch.manual_seed(3)
+    logits = model(images)
+    torch.manual_seed(3)
+    assert torch.equal(model.forward_with_features(images, [0, -1])[0], logits)
+    assert not torch.equal(model(images), logits)  # there was something random to match
+
+
+def test_models_can_be_pickled_and_copied(family: tuple[nn.Module, int], images: Tensor) -> None:
+    model: Any = with_features(family[0])
+    logits, (features,) = model.forward_with_features(images, [-1])
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        got_logits, (got,) = twin.forward_with_features(images, [-1])
+        assert torch.equal(got_logits, logits)
+        assert torch.equal(got, features)
+
+
+def test_distilled_training_returns_timms_pair(images: Tensor) -> None:
+    model: Any = with_features(timm.create_model(FAMILIES["deit_distilled"][0], **VIT))
+    model.set_distilled_training(True)
+    logits, (features,) = model.forward_with_features(images, [-1])
+    assert [tuple(head.shape) for head in logits] == [(2, 10), (2, 10)]
+    assert features.shape == (2, 16, 48)
+
+
+def test_other_models_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"model: expected one of timm's .*Cait.*; got ResNet"):
+        with_features(timm.create_model("resnet10t"))
+
+
+def test_resolve_layers_counts_as_python_does() -> None:
+    assert resolve_layers([0, 11, -1, -12, 3, 3], 12) == (0, 11, 11, 0, 3, 3)
+    assert resolve_layers((), 12) == ()
+
+
+@pytest.mark.parametrize("layer", [12, -13])
+def test_layers_out_of_range(layer: int, images: Tensor) -> None:
+    message = rf"^layers: {layer} is out of range for a model with 12 layers \(valid: -12\.\.11\)$"
+    with pytest.raises(ValueError, match=message):
+        resolve_layers([0, layer], 12)
+    model: Any = with_features(timm.create_model("deit_tiny_patch16_224", **{**VIT, "depth": 12}))
+    with pytest.raises(ValueError, match=message):
+        model.forward_with_features(images, [layer])
+
+
+@pytest.mark.parametrize("layers", [[1.0], ["1"], [True], [None], 3, "12"])
+def test_layers_of_another_type(layers: Any) -> None:
+    with pytest.raises(TypeError, match=r"^layers: expected"):
+        resolve_layers(layers, 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "layer", "grid"),
+    [
+        ("deit_tiny_patch16_224", {**VIT, "img_size": (32, 48)}, -1, (4, 6)),
+        ("vit_small_patch14_reg4_dinov2", {**VIT, "img_size": (48, 32)}, 0, (6, 4)),
+        ("cait_xxs24_224", {**VIT, "num_heads": 4, "img_size": (32, 48)}, -1, (4, 6)),
+        ("swin_tiny_patch4_window7_224", {**SWIN, "img_size": (32, 48)}, 0, (16, 24)),
+        ("swin_tiny_patch4_window7_224", {**SWIN, "img_size": (32, 48)}, -1, (4, 6)),
+    ],
+)
+def test_feature_grid_is_the_maps_grid(
+    name: str, options: dict[str, Any], layer: int, grid: tuple[int, int]
+) -> None:
+    model: Any = with_features(timm.create_model(name, **options))
+    assert feature_grid(model, layer) == grid
+    _, (features,) = model.forward_with_features(torch.zeros(1, 3, *options["img_size"]), [layer])
+    assert features.shape[1] == grid[0] * grid[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("deit_tiny_patch16_224", {**VIT, "dynamic_img_size": True}),
+        ("deit_tiny_patch16_224", {**VIT, "patch_drop_rate": 0.5}),
+        ("swin_tiny_patch4_window7_224", {**SWIN, "dynamic_img_size": True}),
+    ],
+)
+def test_feature_grid_is_unknown(name: str, options: dict[str, Any]) -> None:
+    model = with_features(timm.create_model(name, **options))
+    assert feature_grid(model) is None
+
+
+def test_feature_grid_checks_its_layer() -> None:
+    model = with_features(timm.create_model("swin_tiny_patch4_window7_224", **SWIN))
+    with pytest.raises(ValueError, match=r"layers: 3 is out of range for a model with 3 layers"):
+        feature_grid(model, 3)
+
+
+def test_dynamic_image_sizes_give_their_own_number_of_tokens() -> None:
+    options = {**VIT, "dynamic_img_size": True}
+    model: Any = with_features(timm.create_model("deit_tiny_patch16_224", **options))
+    _, (features,) = model.forward_with_features(torch.zeros(1, 3, 16, 48), [-1])
+    assert features.shape == (1, 12, 48)

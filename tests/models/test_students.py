@@ -1,0 +1,208 @@
+"""create_student, the names registered with timm, and what optimizers read off the models."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.optim import create_optimizer_v2
+from timm.optim._param_groups import param_groups_layer_decay
+from torch import Tensor, nn
+
+from featkd.models import ARCHS, create_student, num_layers
+
+# [EM26], with 1000 classes
+PARAMETERS = {
+    "deit_tiny_patch16_224": 5_717_416,
+    "deit_tiny_lift384_patch16_224": 5_983_528,
+    "deit_tiny_widelast384_patch16_224": 7_313_896,
+    "deit_tiny_fixed_step384_patch16_224": 7_313_896,
+    "deit_tiny_heads_linear384_patch16_224": 8_628_264,
+    "deit_tiny_fixed_linear384_patch16_224": 8_458_816,
+    "deit_tiny_w204_patch16_224": 6_427_204,
+    "deit_tiny_w219_patch16_224": 7_372_759,
+}
+REGISTERED = [name for name in PARAMETERS if name != "deit_tiny_patch16_224"]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_parameter_counts(name: str) -> None:
+    model = timm.create_model(name, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_create_student_makes_the_registered_shapes(arch: str) -> None:
+    student: Any = create_student(arch=arch, device="meta")
+    name = "deit_tiny_patch16_224" if arch == "plain" else f"deit_tiny_{arch}384_patch16_224"
+    registered = timm.create_model(name, device="meta")
+    shapes = {name: value.shape for name, value in student.state_dict().items()}
+    assert shapes == {name: value.shape for name, value in registered.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_timm_makes_the_registered_students(name: str) -> None:
+    model = timm.create_model(name, num_classes=10, drop_path_rate=0.1, img_size=32, depth=4)
+    logits, (features,) = model.forward_with_features(torch.zeros(2, 3, 32, 32), [-1])
+    assert logits.shape == (2, 10)
+    width = int(name.split("_w")[1][:3]) if "_w2" in name else 384
+    assert features.shape == (2, 4, width)
+    assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
+    config = resolve_model_data_config(model)
+    assert config["input_size"] == (3, 32, 32)
+    assert config["crop_pct"] == 0.9
+    assert model.pretrained_cfg["architecture"] == name
+    assert not {"url", "hf_hub_id", "file"} & set(model.pretrained_cfg)
+    assert model.default_cfg is model.pretrained_cfg
+    assert timm.list_models(name) == [name]
+    assert timm.list_pretrained(name) == []
+    with pytest.raises(ValueError, match=r"pretrained: there are no weights of .* allowed: False"):
+        timm.create_model(name, pretrained=True)
+
+
+def test_a_changed_base_does_not_offer_the_bases_weights(tiny: dict[str, Any]) -> None:
+    for arch in ("lift", "widelast"):
+        student: Any = create_student("deit_tiny_patch16_224", arch, 96, **tiny)
+        assert not {"url", "hf_hub_id", "architecture"} & set(student.pretrained_cfg)
+    plain: Any = create_student("deit_tiny_patch16_224", **tiny)
+    assert plain.pretrained_cfg["architecture"] == "deit_tiny_patch16_224"
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "layers"),
+    [
+        ("cait_xxs24_224", {"depth": 3, "embed_dim": 32, "num_heads": 4, "img_size": 32}, 3),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16, "img_size": 32},
+            2,
+        ),
+        ("vit_tiny_patch16_224", {"depth": 1, "img_size": 32}, 1),
+    ],
+)
+def test_plain_takes_every_family(base: str, options: dict[str, Any], layers: int) -> None:
+    student = create_student(base, num_classes=10, **options)
+    assert student.training
+    assert num_layers(student) == layers
+    assert student(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"arch": "wide_last"}, r"arch: unknown 'wide_last', did you mean 'widelast'\?; allowed"),
+        ({"arch": "?"}, r"arch: unknown '\?'; allowed: plain, lift, widelast, fixed_step"),
+        ({"base": "diet_tiny_patch16_224"}, r"base: .* did you mean 'deit_tiny_patch16_224'\?"),
+        ({"base": "vit_tiny_patch16_224.augreg_in1"}, r"mean 'vit_tiny_patch16_224.augreg_in21k"),
+        ({"base": "resnet10t"}, r"model: expected one of timm's .* got ResNet"),
+        ({"features_only": True}, r"features_only: True is not supported"),
+        ({"arch": "widelast", "pretrained": True}, r"pretrained: .* allowed: False"),
+        ({"arch": "widelast", "teacher_dim": 100}, r"teacher_dim: .* got 100"),
+        ({"arch": "fixed_step", "embed_dim": 200}, r"embed_dim: 200 is no multiple|divisible"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_student(**arguments)
+
+
+MODELS = {
+    "lift": ("deit_tiny_patch16_224", "lift", {}),
+    "widelast": ("deit_tiny_patch16_224", "widelast", {}),
+    "registers": ("vit_small_patch14_reg4_dinov2", "widelast", {}),
+    "distilled": ("deit_tiny_distilled_patch16_224", "plain", {}),
+    "cait": ("cait_xxs24_224", "plain", {}),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_weight_decay_leaves_embeddings_norms_and_biases_alone(
+    kind: str, tiny: dict[str, Any]
+) -> None:
+    base, arch, _ = MODELS[kind]
+    student: Any = create_student(base, arch, 96, **tiny)
+    optimizer = create_optimizer_v2(student, opt="adamw", lr=1e-3, weight_decay=0.05)
+    decayed = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
+    names = {name: decayed[id(p)] for name, p in student.named_parameters()}
+    tokens = {"pos_embed", "cls_token", "dist_token", "reg_token"}
+    for name, decay in names.items():
+        small = name in tokens or name.endswith(".bias") or "norm" in name or "gamma" in name
+        assert decay == (0.0 if small else 0.05), name
+    assert "pos_embed" in names
+    assert "cls_token" in names
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_layer_decay_covers_every_parameter(arch: str, tiny: dict[str, Any]) -> None:
+    student: Any = create_student("deit_tiny_patch16_224", arch, 96, **tiny)
+    groups = param_groups_layer_decay(
+        student, 0.05, no_weight_decay_list=student.no_weight_decay(), layer_decay=0.5
+    )
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    names = {name: scale[id(p)] for name, p in student.named_parameters()}
+    assert names["head.weight"] == 1.0
+    assert names["blocks.0.attn.qkv.weight"] < names["blocks.3.attn.qkv.weight"] <= 1.0
+    assert names["patch_embed.proj.weight"] == names["cls_token"] == min(names.values())
+    if arch == "lift":
+        assert names["projection.weight"] == 1.0
+    elif arch != "plain":
+        assert names["blocks.3.proj_in.weight"] == names["blocks.3.attn.qkv.weight"]
+
+
+@pytest.mark.parametrize("arch", ["lift", "widelast"])
+def test_checkpointed_blocks_give_the_same_gradients(arch: str, tiny: dict[str, Any]) -> None:
+    student: Any = create_student("deit_tiny_patch16_224", arch, 96, **tiny).to(torch.float64)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+
+    def gradients() -> dict[str, Tensor]:
+        student.zero_grad()
+        logits, maps = student.forward_with_features(images, [0, -1])
+        (logits.square().sum() + maps[0].sum() + maps[1].sin().sum()).backward()
+        return {name: p.grad.clone() for name, p in student.named_parameters()}
+
+    wanted = gradients()
+    student.set_grad_checkpointing(True)
+    student.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    calls: list[int] = []
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, wanted[name])
+    assert len(calls) == 2  # forward, and once more on the way back
+
+
+def test_optimising_trains_both_losses(tiny: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    student: Any = create_student("deit_tiny_patch16_224", "lift", 96, **tiny)
+    images, target = torch.randn(8, 3, 32, 32), torch.randn(8, 16, 96)
+    labels = torch.arange(8)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        logits, (z,) = student.forward_with_features(images, [-1])
+        loss = nn.functional.cross_entropy(logits, labels) + nn.functional.mse_loss(z, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_importing_loads_nothing_heavier_than_timm() -> None:
+    program = (
+        "import sys, timm, safetensors.torch\n"
+        "before = {name.partition('.')[0] for name in sys.modules}\n"
+        "import featkd.models\n"
+        "after = {name.partition('.')[0] for name in sys.modules}\n"
+        "new = after - before - set(sys.stdlib_module_names)\n"
+        "import torch\n"
+        "assert new == {'featkd'}, new\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert 'onnx' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -1,0 +1,236 @@
+"""The students with wide late blocks: their schedules, and a forward pass written out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor
+
+from featkd.models import WideLast, create_student
+from featkd.models.widelast import SCHEDULES, WideBlock, schedule
+
+PlainVit = Callable[..., list[Tensor]]
+
+PUBLISHED = {  # [EM26]: widths and heads of DeiT-Tiny's 12 blocks
+    "widelast": ([192] * 11 + [384], [3] * 11 + [6]),
+    "fixed_step": ([192] * 11 + [384], [3] * 12),
+    "heads_linear": ([192] * 9 + [256, 320, 384], [3] * 9 + [4, 5, 6]),
+    "fixed_linear": ([192] * 9 + [240, 312, 384], [3] * 12),
+}
+# 8 blocks, so that the linear schedules widen two
+SIZES = {
+    "widelast": ([24] * 7 + [96], [3] * 7 + [12]),
+    "fixed_step": ([24] * 7 + [96], [3] * 8),
+    "heads_linear": ([24] * 6 + [56, 96], [3] * 6 + [7, 12]),
+    "fixed_linear": ([24] * 6 + [48, 96], [3] * 8),
+}
+SMALL = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 8,
+    "num_heads": 3,
+    "num_classes": 10,
+}
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def student(arch: str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return create_student("deit_tiny_patch16_224", arch, 96, **{**SMALL, **options})
+
+
+@pytest.mark.parametrize("arch", SCHEDULES)
+def test_published_sizes(arch: str) -> None:
+    widths, heads = PUBLISHED[arch]
+    sizes = schedule(arch, 192, 3, 12, 384)
+    assert [size.width for size in sizes] == widths
+    assert [size.heads for size in sizes] == heads
+
+
+@pytest.mark.parametrize("arch", SCHEDULES)
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 7, 8, 12, 24, 40])
+@pytest.mark.parametrize(("width", "heads", "teacher"), [(24, 3, 96), (192, 3, 768), (66, 3, 132)])
+def test_schedules_fit_any_size(
+    arch: str, depth: int, width: int, heads: int, teacher: int
+) -> None:
+    sizes = schedule(arch, width, heads, depth, teacher)
+    widths = [size.width for size in sizes]
+    assert len(sizes) == depth
+    assert widths == sorted(widths)
+    assert widths[-1] == teacher
+    widened = max(1, depth // 4) if arch.endswith("linear") else 1
+    assert widths[: depth - widened] == [width] * (depth - widened)
+    for size in sizes:
+        assert size.width % size.heads == 0
+        if arch.startswith("fixed"):
+            assert size.heads == heads
+        else:
+            assert size.width // size.heads == width // heads
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("wide", 192, 3, 12, 384), r"arch: expected one of widelast, .*; got 'wide'"),
+        (("widelast", 200, 3, 12, 384), r"embed_dim: 200 is no multiple of num_heads, 3"),
+        (("widelast", 192, 3, 12, 100), r"teacher_dim: .* more than the student's 192, got 100"),
+        (("widelast", 192, 3, 12, 192), r"teacher_dim: .* more than the student's 192, got 192"),
+        (("widelast", 192, 3, 12, 400), r"teacher_dim: .* a multiple of 64; got 400"),
+        (("heads_linear", 192, 3, 12, 400), r"teacher_dim: .* a multiple of 64; got 400"),
+        (("fixed_step", 192, 3, 12, 400), r"teacher_dim: .* a multiple of 3; got 400"),
+        (("fixed_linear", 192, 3, 12, 400), r"teacher_dim: .* a multiple of 3; got 400"),
+    ],
+)
+def test_sizes_that_do_not_fit(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        schedule(*arguments)
+
+
+@pytest.mark.parametrize("arch", SCHEDULES)
+def test_against_the_equations(
+    arch: str, images: Tensor, plain_vit: PlainVit, layer_norm: Any, shaken: Any
+) -> None:
+    widths, heads = SIZES[arch]
+    model = shaken(student(arch)).double().eval()
+    images = images.double()
+    state = model.state_dict()
+    blocks = plain_vit(state, images, heads)
+    normed = layer_norm(blocks[-1][:, 0], state["norm.weight"], state["norm.bias"], 1e-6)
+    expected = normed @ state["head.weight"].T + state["head.bias"]
+    logits, maps = model.forward_with_features(images, range(8))
+    assert [found.shape[-1] for found in maps] == widths
+    for found, block in zip(maps, blocks, strict=True):
+        torch.testing.assert_close(found, block[:, 1:], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(model(images), logits)
+
+
+def test_state_dict_has_the_published_names() -> None:
+    names = set(student("widelast").state_dict())
+    plain = set(student("plain").state_dict())
+    extra = {f"blocks.7.proj_{x}" for x in ("in.weight", "norm.weight", "norm.bias")}
+    assert names == plain | extra
+
+
+@pytest.mark.parametrize("arch", SCHEDULES)
+@pytest.mark.parametrize("with_map", [True, False])
+def test_every_parameter_has_a_gradient(arch: str, images: Tensor, with_map: bool) -> None:
+    model = student(arch)
+    logits, (features,) = model.forward_with_features(images, [-1])
+    (logits.square().mean() + (features.sin().mean() if with_map else 0.0)).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert model.blocks[-1].proj_in.weight.grad.abs().sum() > 0
+
+
+def test_initialised_as_timm_does() -> None:
+    model = student("widelast", img_size=32, embed_dim=48, depth=2)
+    for weight in (model.blocks[-1].proj_in.weight, model.head.weight):
+        assert 0.017 < float(weight.std()) < 0.023
+    assert not model.head.bias.any()
+    assert model.blocks[-1].proj_in.bias is None
+    for norm in (model.blocks[-1].proj_norm, model.norm):
+        assert norm.eps == 1e-6
+        assert bool((norm.weight == 1).all())
+        assert not norm.bias.any()
+    zeros = student("widelast", weight_init="jax_nlhb").head
+    assert not zeros.weight.any()
+    torch.testing.assert_close(zeros.bias.exp(), torch.full((10,), 0.1))
+
+
+def test_same_seed_same_student() -> None:
+    first, second = student("heads_linear").state_dict(), student("heads_linear").state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_attention_is_fused(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads: list[int] = []
+    fused = F.scaled_dot_product_attention
+
+    def counted(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        heads.append(q.shape[1])
+        return fused(q, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    student("heads_linear").eval()(images)
+    assert heads == SIZES["heads_linear"][1]
+
+
+def test_options_of_the_base_reach_every_block(images: Tensor) -> None:
+    model = student("widelast", init_values=0.1, qk_norm=True, mlp_ratio=2.0, drop_path_rate=0.3)
+    assert [type(block) for block in model.blocks] == [Block] * 7 + [WideBlock]
+    last = model.blocks[-1]
+    assert last.ls1.gamma.shape == (96,)
+    assert last.attn.q_norm.weight.shape == (8,)
+    assert last.mlp.fc1.weight.shape == (192, 96)
+    assert last.drop_path1.drop_prob == pytest.approx(0.3)
+    model.forward_with_features(images, [-1])[0].sum().backward()
+
+
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax"])
+def test_pooling_is_the_bases(pool: str, images: Tensor) -> None:
+    model = student("widelast", global_pool=pool, class_token=False).eval()
+    logits, (features,) = model.forward_with_features(images, [-1])
+    assert features.shape == (2, 16, 96)
+    mean, largest = features.mean(dim=1), features.amax(dim=1)
+    pooled = {"avg": mean, "max": largest, "avgmax": (mean + largest) / 2}[pool]
+    normed = F.layer_norm(pooled, (96,), model.fc_norm.weight, model.fc_norm.bias, 1e-6)
+    torch.testing.assert_close(logits, F.linear(normed, model.head.weight, model.head.bias))
+
+
+def test_classifier_and_timms_records(images: Tensor) -> None:
+    model = student("heads_linear")
+    assert (model.embed_dim, model.num_features, model.head_hidden_size) == (24, 96, 96)
+    assert [info["num_chs"] for info in model.feature_info] == SIZES["heads_linear"][0]
+    assert "block_fn" not in model._model_args
+    assert model.get_classifier() is model.head
+    model.reset_classifier(5)
+    assert model(images).shape == (2, 5)
+    model.reset_classifier(7, global_pool="avg")
+    assert model(images).shape == (2, 7)
+    model.reset_classifier(0)
+    assert model(images).shape == (2, 96)
+
+
+def test_image_size_can_change_later() -> None:
+    model = student("widelast")
+    model.set_input_size(img_size=(48, 32))
+    assert model.forward_with_features(torch.zeros(1, 3, 48, 32), [-1])[1][0].shape == (1, 24, 96)
+
+
+def test_compiled_by_inductor(images: Tensor) -> None:
+    torch._dynamo.reset()
+    model = student("widelast", depth=2)
+    compiled = torch.compile(model.forward_with_features, fullgraph=True)
+    logits, maps = model.forward_with_features(images, (0, -1))
+    got_logits, got = compiled(images, (0, -1))
+    torch.testing.assert_close(got_logits, logits, rtol=1e-4, atol=1e-4)
+    for a, b in zip(got, maps, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "message"),
+    [
+        ("cait_xxs24_224", SMALL, r"base: arch 'widelast' needs .* got Cait"),
+        ("deit_tiny_distilled_patch16_224", SMALL, r"got VisionTransformerDistilled"),
+        ("vit_small_patch16_18x2_224", SMALL, r"base: .* standard Block, .* ParallelThingsBlock"),
+        ("vit_base_patch16_siglip_224", SMALL, r"global_pool: .* allows token, .* got 'map'"),
+    ],
+)
+def test_bases_that_cannot_be_widened(base: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_student(base, "widelast", 96, **options)
+
+
+def test_the_class_is_public() -> None:
+    assert isinstance(student("fixed_linear"), WideLast)

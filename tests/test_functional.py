@@ -1,0 +1,274 @@
+"""The public functions against independent float64 computations, and their argument errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from featkd.functional import lift_head, projected_feature_kd, soft_kd, widelast_projection
+
+F64 = torch.float64
+
+
+def randn(*shape: int, grad: bool = False, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_(grad)
+
+
+def by_fft(difference: Tensor, grid: tuple[int, int]) -> Tensor:
+    """SpectralKD as published: MSE of the stacked real and imaginary parts of rfft2."""
+    batch, _, channels = difference.shape
+    maps = difference.transpose(1, 2).reshape(batch, channels, *grid)
+    spectrum = torch.fft.rfft2(maps, norm="ortho")
+    stacked = torch.stack((spectrum.real, spectrum.imag))
+    return F.mse_loss(stacked, torch.zeros_like(stacked))
+
+
+def by_hand_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    scaled = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+    return scaled if bias is None else scaled + bias
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    height=st.integers(1, 9), width=st.integers(1, 9), batch=st.integers(1, 3), c=st.integers(1, 5)
+)
+def test_spectral_equals_the_fft_in_value_and_gradient(height, width, batch, c):
+    student = randn(batch, height * width, c, grad=True)
+    twin = student.detach().clone().requires_grad_()
+    teacher = randn(batch, height * width, c, seed=1)
+    ours = projected_feature_kd(student, teacher, metric="spectral", grid=(height, width))
+    theirs = by_fft(twin - teacher, (height, width))
+    ours.backward()
+    theirs.backward()
+    assert ours.dtype == F64
+    assert abs(ours - theirs).item() <= 1e-12 * max(1.0, theirs.item())
+    assert (student.grad - twin.grad).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("metric", ["mse", "spectral"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norm", ["none", "weight", "both"])
+@pytest.mark.parametrize("grid", [(4, 3), (3, 4), (1, 12), (12, 1)])
+def test_projected_feature_kd_by_hand(metric, bias, norm, grid):
+    student, teacher = randn(2, 12, 5, grad=True), randn(2, 12, 7, seed=1)
+    weight = randn(7, 5, grad=True)
+    b = randn(7, grad=True) if bias else None
+    gamma = None if norm == "none" else randn(7, grad=True, seed=3)
+    beta = randn(7, grad=True, seed=4) if norm == "both" else None
+    parameters = [p for p in (student, weight, b, gamma, beta) if p is not None]
+
+    loss = projected_feature_kd(
+        student, teacher, weight, b, gamma, beta, eps=1e-3, metric=metric, grid=grid
+    )
+    got = torch.autograd.grad(loss, parameters)
+
+    projected = torch.einsum("bnc,dc->bnd", student, weight)
+    if b is not None:
+        projected = projected + b
+    if gamma is not None:
+        projected = by_hand_norm(projected, gamma, beta, 1e-3)
+    error = projected - teacher
+    expected = (error**2).mean() if metric == "mse" else by_fft(error, grid)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(got, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_widelast_projection_by_hand():
+    x, weight = randn(2, 5, 3), randn(6, 3)
+    p = [randn(6, seed=s) for s in range(1, 5)]
+    residual, normed = widelast_projection(x, weight, *p, eps=1e-3)
+    expected = by_hand_norm(torch.einsum("bnc,dc->bnd", x, weight), p[0], p[1], 1e-3)
+    torch.testing.assert_close(residual, expected)
+    torch.testing.assert_close(normed, by_hand_norm(expected, p[2], p[3], 1e-3))
+
+
+@pytest.mark.parametrize("metric", ["mse", "spectral"])
+def test_lift_head_by_hand(metric):
+    features, weight = randn(2, 6, 3), randn(4, 3)
+    gamma, beta, teacher = randn(4, seed=1), randn(4, seed=2), randn(2, 6, 4)
+    pooled, loss = lift_head(
+        features, weight, gamma, beta, teacher, eps=1e-3, metric=metric, grid=(2, 3)
+    )
+    z = by_hand_norm(torch.einsum("bnc,dc->bnd", features, weight), gamma, beta, 1e-3)
+    expected = ((z - teacher) ** 2).mean() if metric == "mse" else by_fft(z - teacher, (2, 3))
+    torch.testing.assert_close(pooled, z.sum(1) / 6)
+    torch.testing.assert_close(loss, expected)
+    alone, none = lift_head(features, weight, gamma, beta, eps=1e-3)
+    assert none is None
+    assert torch.equal(alone, pooled)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("tau", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("soft", [False, True])
+def test_soft_kd_by_hand(alpha, tau, soft):
+    student, teacher = randn(3, 5), randn(3, 5, seed=1)
+    target = randn(3, 5, seed=2).softmax(1) if soft else torch.tensor([4, 0, 2])
+    got = soft_kd(student, teacher, target, alpha=alpha, tau=tau)
+    expected = 0.0
+    for row in range(3):
+        p = [math.exp(v) for v in student[row].tolist()]
+        log_p = [math.log(v / sum(p)) for v in p]
+        weights = target[row].tolist() if soft else [float(k == target[row]) for k in range(5)]
+        ce = -sum(w * lp for w, lp in zip(weights, log_p, strict=True))
+        s = [math.exp(v / tau) for v in student[row].tolist()]
+        t = [math.exp(v / tau) for v in teacher[row].tolist()]
+        kl = sum(
+            b / sum(t) * math.log((b / sum(t)) / (a / sum(s))) for a, b in zip(s, t, strict=True)
+        )
+        expected += ((1 - alpha) * ce + alpha * tau**2 * kl) / 3
+    assert float(got) == pytest.approx(expected, rel=1e-12)
+
+
+def test_soft_kd_equals_torch_cross_entropy_with_smoothing():
+    from featkd.losses import smooth_labels
+
+    student, target = randn(4, 6, dtype=torch.float32), torch.tensor([0, 5, 3, 3])
+    soft = smooth_labels(target, 6, 0.1)
+    expected = F.cross_entropy(student, target, label_smoothing=0.1)
+    torch.testing.assert_close(soft_kd(student, None, soft, alpha=0.0), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_inputs_are_computed_in_float32(dtype):
+    """The only rounding is the inputs' own: the result equals float64's on the rounded inputs."""
+    s, t, w = (randn(*shape).to(dtype) for shape in ((2, 49, 32), (2, 49, 64), (64, 32)))
+    g, b = torch.ones(64, dtype=dtype), torch.zeros(64, dtype=dtype)
+    loss = projected_feature_kd(s, t, w, None, g, b)
+    exact = projected_feature_kd(s.double(), t.double(), w.double(), None, g.double(), b.double())
+    assert loss.dtype == torch.float32
+    assert abs(float(loss) - float(exact)) <= 1e-6 * float(exact)
+
+
+@pytest.mark.parametrize("function", ["feature", "lift", "widelast", "soft"])
+def test_autocast_changes_no_result(function):
+    def run() -> Tensor:
+        x = randn(2, 4, 3, dtype=torch.float32)
+        w = randn(4, 3, dtype=torch.float32)
+        one, zero = torch.ones(4), torch.zeros(4)
+        if function == "feature":
+            return projected_feature_kd(x, torch.ones(2, 4, 4), w, None, one, zero)
+        if function == "lift":
+            return lift_head(x, w, one, zero)[0]
+        if function == "widelast":
+            return widelast_projection(x, w, one, zero, one, zero)[1]
+        return soft_kd(x[0], x[1], torch.zeros(4, dtype=torch.int64), alpha=0.5)
+
+    plain = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(run(), plain)
+
+
+def test_views_upstream_gradient_and_inputs_untouched():
+    base = randn(4, 12, 10)
+    student = base[::2, :, 1::3].transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    teacher = randn(1, 12, 3, seed=9).expand(2, 12, 3)
+    before = student.detach().clone()
+    loss = projected_feature_kd(student, teacher)
+    (scaled,) = torch.autograd.grad(loss * 3, student, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(again, 2 * (before - teacher) / before.numel())
+    torch.testing.assert_close(scaled, 3 * again)
+    assert torch.equal(student.detach(), before)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("metric", ["mse", "spectral"])
+def test_nan_and_inf_are_not_hidden(bad, metric):
+    student = randn(1, 4, 3)
+    student[0, 1, 2] = bad
+    assert not torch.isfinite(projected_feature_kd(student, randn(1, 4, 3, seed=1), metric=metric))
+    assert not torch.isfinite(soft_kd(student[0], student[0], torch.zeros(4).long(), alpha=0.5))
+
+
+def test_gradcheck_in_float64():
+    args = (randn(2, 6, 3, grad=True), randn(2, 6, 4), randn(4, 3, grad=True))
+    norm = (randn(4, grad=True), randn(4, grad=True, seed=1))
+    for metric in ("mse", "spectral"):
+        assert torch.autograd.gradcheck(
+            lambda s, t, w, g, b, m=metric: projected_feature_kd(
+                s, t, w, None, g, b, metric=m, grid=(2, 3)
+            ),
+            (*args, *norm),
+        )
+    logits, soft = randn(3, 5, grad=True), randn(3, 5, seed=2).softmax(1)
+    assert torch.autograd.gradcheck(
+        lambda x: soft_kd(x, randn(3, 5, seed=1), soft, alpha=0.7, tau=2.0), (logits,)
+    )
+
+
+FEATURE_ERRORS = {
+    "student: expected a floating": dict(student=torch.zeros(1, 4, 3, dtype=torch.int32)),
+    r"student: expected shape \(B, N, Cs\), got \(4, 3\)": dict(student=torch.zeros(4, 3)),
+    r"teacher: expected shape \(1, 4, 3\), got \(1, 5, 3\)": dict(teacher=torch.zeros(1, 5, 3)),
+    "teacher: requires grad": dict(teacher=torch.zeros(1, 4, 3, requires_grad=True)),
+    r"weight: expected shape \(Ct, 3\), got \(3, 4\)": dict(weight=torch.zeros(3, 4)),
+    "bias: given without weight": dict(bias=torch.zeros(3)),
+    r"norm_weight: expected shape \(3\)": dict(norm_weight=torch.zeros(4)),
+    "norm_bias: given without norm_weight": dict(norm_bias=torch.zeros(3)),
+    "metric: expected one of mse, spectral; got 'l1'": dict(metric="l1"),
+    r"grid: \(2, 3\) has 6 cells, but the feature maps have 4": dict(
+        metric="spectral", grid=(2, 3)
+    ),
+    "eps: expected a finite number > 0, got 0": dict(eps=0.0),
+    "student: has no elements": dict(student=torch.zeros(0, 4, 3), teacher=torch.zeros(0, 4, 3)),
+    "one device, got student on cpu, teacher on meta": dict(
+        teacher=torch.zeros(1, 4, 3, device="meta")
+    ),
+}
+
+
+@pytest.mark.parametrize("message", FEATURE_ERRORS)
+def test_projected_feature_kd_errors(message):
+    arguments = {"student": torch.zeros(1, 4, 3), "teacher": torch.zeros(1, 4, 3)}
+    with pytest.raises((TypeError, ValueError), match=message):
+        projected_feature_kd(**{**arguments, **FEATURE_ERRORS[message]})
+
+
+def test_spectral_without_a_square_needs_a_grid():
+    with pytest.raises(ValueError, match="grid: 6 tokens form no square"):
+        projected_feature_kd(torch.zeros(1, 6, 3), torch.zeros(1, 6, 3), metric="spectral")
+
+
+SOFT_ERRORS = {
+    "alpha: expected a number from 0 to 1, got 1.5": dict(alpha=1.5),
+    "tau: expected a finite number > 0, got 0": dict(tau=0.0),
+    "teacher_logits: None, but alpha is 0.5": dict(teacher_logits=None),
+    "target: class indices must be int64, got torch.float32": dict(target=torch.zeros(2)),
+    r"target: expected shape \(2\), got \(3,\)": dict(target=torch.zeros(3).long()),
+    r"target: expected shape \(2, 4\), got \(2, 3\)": dict(target=torch.zeros(2, 3)),
+    r"teacher_logits: expected shape \(2, 4\)": dict(teacher_logits=torch.zeros(2, 5)),
+    "student_logits: has no elements": dict(student_logits=torch.zeros(0, 4)),
+    "teacher_logits: requires grad": dict(teacher_logits=torch.zeros(2, 4, requires_grad=True)),
+}
+
+
+@pytest.mark.parametrize("message", SOFT_ERRORS)
+def test_soft_kd_errors(message):
+    arguments = dict(
+        student_logits=torch.zeros(2, 4),
+        teacher_logits=torch.zeros(2, 4),
+        target=torch.zeros(2).long(),
+        alpha=0.5,
+    )
+    with pytest.raises((TypeError, ValueError), match=message):
+        soft_kd(**{**arguments, **SOFT_ERRORS[message]})
+
+
+def test_fullgraph_compile():
+    def step(x: Tensor, w: Tensor, t: Tensor, logits: Tensor) -> Tensor:
+        loss = projected_feature_kd(x, t, w, metric="spectral")
+        return loss + soft_kd(logits, logits.detach(), torch.zeros(2).long(), alpha=0.5)
+
+    args = (randn(2, 4, 3, grad=True), randn(5, 3), randn(2, 4, 5), randn(2, 6))
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args), step(*args))

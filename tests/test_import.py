@@ -1,0 +1,87 @@
+"""Importing featkd is light, and imports between its layers only go down."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import featkd
+
+PACKAGE = Path(featkd.__file__).parent
+
+# design order, highest first; a module may import from its own row and from rows below it
+LAYERS = (
+    ("__main__",),
+    ("cli",),
+    ("demo",),
+    ("train",),
+    ("models", "data"),
+    ("losses",),
+    ("functional",),
+    ("reference",),
+    ("checks", "environment", "files", "seeding", "recipes", "__init__"),
+)
+
+
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_loads_nothing_heavy():
+    heavy = "('torch', 'timm', 'triton', 'nvidia.dali', 'matplotlib', 'sklearn', 'jsonargparse')"
+    out = run(f"import sys, featkd; print([m for m in {heavy} if m in sys.modules])")
+    assert out.strip() == "[]"
+
+
+def test_functions_and_losses_take_under_two_seconds_after_torch():
+    out = run(
+        "import time, sys, torch; t = time.perf_counter(); import featkd.losses; "
+        "s = time.perf_counter() - t; "
+        "print(s, torch.cuda.is_initialized(), 'timm' in sys.modules, 'nvidia.dali' in sys.modules)"
+    )
+    seconds, *loaded = out.split()
+    assert float(seconds) < 2
+    assert loaded == ["False", "False", "False"]
+
+
+def test_lazy_submodules():
+    assert "functional" in dir(featkd)
+    assert featkd.functional.projected_feature_kd is not None
+    with pytest.raises(AttributeError, match="no attribute 'functionall'"):
+        featkd.functionall  # noqa: B018
+
+
+def row(module: str) -> int:
+    return next(n for n, names in enumerate(LAYERS) if module in names)
+
+
+def imports_of(path: Path) -> set[str]:
+    """First names below featkd that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            parts = node.module.split(".")
+            if parts == ["featkd"]:
+                found |= {alias.name for alias in node.names if (PACKAGE / alias.name).is_dir()}
+                found |= {a.name for a in node.names if (PACKAGE / f"{a.name}.py").is_file()}
+            elif parts[0] == "featkd":
+                found.add(parts[1])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("featkd.")}
+        else:
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"relative: {path}"
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
+def test_imports_only_go_down(path):
+    module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for imported in imports_of(path):
+        if imported != module:
+            assert row(imported) > row(module), f"{path} imports featkd.{imported}"

@@ -1,0 +1,119 @@
+"""The loss modules: the published objective put together by hand, pooling, projectors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featkd.losses import DistillationLoss, ProjectedFeatureKD, pool_channels
+
+
+def maps(*widths: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 9, width, generator=generator) for width in widths]
+
+
+@pytest.mark.parametrize("feature", ["mse", "spectral"])
+def test_published_objective_by_hand(feature):
+    """(1 - alpha) CE + beta w_feat L_feat + alpha tau^2 KL, every weight different from 1."""
+    alpha, beta, w_feat, tau, smoothing = 0.9, 3.0, 0.2, 2.0, 0.1
+    (logits, teacher_logits), target = torch.randn(2, 2, 5).unbind(), torch.tensor([1, 4])
+    student, teacher = maps(8, 6), maps(8, 6, seed=1)
+    loss = DistillationLoss(
+        alpha=alpha, beta=beta, w_feat=w_feat, tau=tau, feature=feature, label_smoothing=smoothing
+    )
+    terms = loss(logits, target, teacher_logits, student, teacher)
+
+    ce = F.cross_entropy(logits, target, label_smoothing=smoothing)
+    kl = F.kl_div(
+        F.log_softmax(logits / tau, 1),
+        F.log_softmax(teacher_logits / tau, 1),
+        log_target=True,
+        reduction="batchmean",
+    )
+    pairs = []
+    for s, t in zip(student, teacher, strict=True):
+        d = s - t
+        if feature == "spectral":
+            z = torch.fft.rfft2(d.transpose(1, 2).reshape(2, -1, 3, 3), norm="ortho")
+            d = torch.stack((z.real, z.imag))
+        pairs.append(d.square().mean())
+    l_feat = (pairs[0] + pairs[1]) / 2
+    expected = (1 - alpha) * ce + beta * w_feat * l_feat + alpha * tau**2 * kl
+    torch.testing.assert_close(terms.total, expected)
+    torch.testing.assert_close(terms.features, l_feat)
+    torch.testing.assert_close(terms.logits, (1 - alpha) * ce + alpha * tau**2 * kl)
+
+
+def test_without_teacher_it_is_cross_entropy():
+    logits, target = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 1, 2])
+    terms = DistillationLoss(label_smoothing=0.1)(logits, target)
+    torch.testing.assert_close(terms.total, F.cross_entropy(logits, target, label_smoothing=0.1))
+    assert terms.total.requires_grad
+    assert not terms.logits.requires_grad
+    assert terms.features == 0
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(4, 8), (8, 4), (6, 9), (5, 5)])
+def test_wider_map_is_pooled_over_neighbouring_channels(student, teacher):
+    (s,), (t,) = maps(student), maps(teacher, seed=1)
+    got = pool_channels(s, t)
+    width = min(student, teacher)
+    for original, pooled in zip((s, t), got, strict=True):
+        assert pooled.shape == (2, 9, width)
+        if original.shape[2] == width:
+            assert pooled is original
+            continue
+        for channel in range(width):  # adaptive pooling's bins: floor(i n / m) .. ceil((i+1) n / m)
+            n = original.shape[2]
+            low, high = channel * n // width, -((-(channel + 1) * n) // width)
+            torch.testing.assert_close(pooled[..., channel], original[..., low:high].mean(-1))
+
+
+def test_gradient_reaches_the_student_through_pooling():
+    (s,), (t,) = maps(8), maps(4, seed=1)
+    s.requires_grad_()
+    loss = DistillationLoss(feature="mse", w_feat=1.0)
+    logits = torch.zeros(2, 3)
+    loss(logits, torch.tensor([0, 1]), None, [s], [t]).total.backward()
+    expected = (s.detach().reshape(2, 9, 4, 2).mean(-1) - t) * 2 / t.numel() / 2
+    torch.testing.assert_close(s.grad, expected.repeat_interleave(2, -1))
+
+
+def test_projected_feature_kd_module_trains_its_projector():
+    torch.manual_seed(0)
+    module = ProjectedFeatureKD(3, 5, bias=True, metric="spectral", grid=(3, 3))
+    student, teacher = torch.randn(2, 9, 3), torch.randn(2, 9, 5)
+    expected_map = F.layer_norm(module.proj(student), (5,)) - teacher
+    z = torch.fft.rfft2(expected_map.transpose(1, 2).reshape(2, 5, 3, 3), norm="ortho")
+    expected = torch.stack((z.real, z.imag)).square().mean()
+    loss = module(student, teacher)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert len(list(module.parameters())) == 4
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        ([], [], "at least one; got 0 and 0"),
+        (maps(4), maps(4, 4), "got 1 and 2"),
+        (maps(4), [torch.zeros(2, 4, 4)], "layer pair 0: the student's map is"),
+    ],
+)
+def test_unfit_maps(student, teacher, message):
+    loss = DistillationLoss(feature="mse")
+    with pytest.raises(ValueError, match=message):
+        loss(torch.zeros(2, 3), torch.tensor([0, 1]), None, student, teacher)
+
+
+@pytest.mark.parametrize(
+    "field", [{"alpha": 2.0}, {"label_smoothing": -0.1}, {"tau": 0.0}, {"feature": "cosine"}]
+)
+def test_bad_settings(field):
+    name = "metric" if "feature" in field else next(iter(field))
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        DistillationLoss(**field)

@@ -1,0 +1,114 @@
+"""Recipes: the published values, round trips, and the errors of a wrong one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from featkd.train.recipe import (
+    CheckpointConfig,
+    LossConfig,
+    OptimConfig,
+    Recipe,
+    RecipeError,
+    TeacherConfig,
+    field_names,
+    find_recipe,
+    load_recipe,
+    shipped_recipes,
+    to_dict,
+    to_yaml,
+)
+
+# [EM26] by way of design/method.md section 4: arch, alpha, feature loss
+PUBLISHED = {
+    "lift_imagenet_softkd_spectral": ("lift", 0.9, "spectral"),
+    "lift_imagenet_mse": ("lift", 0.0, "mse"),
+    "widelast_imagenet_softkd_mse": ("widelast", 0.9, "mse"),
+    "widelast_imagenet_spectral": ("widelast", 0.0, "spectral"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_values(name):
+    recipe = load_recipe(find_recipe(name))
+    loss, optim, data = recipe.loss, recipe.optim, recipe.data
+    assert (recipe.student.arch, loss.alpha, loss.feature) == PUBLISHED[name]
+    assert (recipe.student.base, recipe.student.teacher_dim) == ("deit_tiny_patch16_224", 384)
+    assert recipe.student.num_classes == 1000
+    assert recipe.student.options == {}  # drop 0, drop-path 0
+    assert recipe.teacher is not None
+    assert (recipe.teacher.name, recipe.teacher.pretrained) == ("cait_s24_224", True)
+    assert (loss.w_feat, loss.beta, loss.tau, loss.label_smoothing) == (0.2, 1, 1, 0.1)
+    assert loss.pairs == [(11, 23)]
+    assert (optim.optimizer, optim.weight_decay, optim.eps) == ("adamw", 0.05, 1e-8)
+    assert (optim.lr, optim.lr_batch, recipe.batch_size) == (5e-4, 512, 512)
+    assert (optim.clip_grad, optim.accumulate) == (None, 1)
+    assert (optim.epochs, optim.warmup_epochs) == (300, 5)
+    assert (optim.warmup_lr, optim.min_lr) == (1e-6, 1e-5)
+    assert (recipe.ema_decay, recipe.amp) == (0.99996, "fp16")
+    assert (data.img_size, data.interpolation) == (224, "bicubic")
+    augment = data.augment
+    assert augment.rand_augment == "rand-m9-n2-mstd0.5-inc1"
+    assert (augment.random_erasing, augment.hflip, augment.repeats) == (0.25, 0.5, 3)
+    assert augment.color_jitter is None
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_survive_a_round_trip(name, tmp_path: Path):
+    recipe = load_recipe(find_recipe(name))
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(to_yaml(recipe))
+    again = load_recipe(copy)
+    assert to_dict(again) == to_dict(recipe)
+    assert dataclasses.asdict(again) == dataclasses.asdict(recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs: 3", "unknown field 'epochs'.*fields here: out, seed"),
+        ("optim: {learning_rate: 1}", "unknown field 'optim.learning_rate'"),
+        ("optim: {epoch: 3}", "unknown field 'optim.epoch'; did you mean 'epochs'?"),
+        ("data: {augment: {repeat: 1}}", "'data.augment.repeat'; did you mean 'repeats'?"),
+        ("teacher: {nmae: x}", "unknown field 'teacher.nmae'; did you mean 'name'?"),
+        ("[1, 2]", "expected a mapping of fields"),
+        ("a: [", "can't be read as YAML"),
+        ("optim: {lr: fast}", "optim.lr"),
+        ("optim: {lr: -1}", "optim.lr: expected a finite number > 0, got -1"),
+        ("student: {arch: lft}", "student.arch"),
+        ("loss: {alpha: 0.5}", "loss.alpha: 0.5 needs a teacher"),
+        ("loss: {feature: mse}", "loss.feature: 'mse' needs a teacher"),
+        ("teacher: {name: x}", "teacher: given, but the loss does not use it"),
+    ],
+)
+def test_wrong_recipes(text, message, tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+
+
+def test_out_of_range_values():
+    with pytest.raises(RecipeError, match=r"optim.warmup_epochs: 5 leaves nothing of the 5"):
+        OptimConfig(epochs=5, warmup_epochs=5)
+    with pytest.raises(RecipeError, match=r"checkpoint.keep_every: expected .* > 0, got 0"):
+        CheckpointConfig(keep_every=0)
+    with pytest.raises(RecipeError, match=r"batch_size: expected .* > 0, got 0"):
+        Recipe(batch_size=0)
+    with pytest.raises(RecipeError, match="ema_decay: expected null"):
+        Recipe(ema_decay=1.0)
+    with pytest.raises(RecipeError, match=r"loss.pairs: empty"):
+        Recipe(teacher=TeacherConfig(), loss=LossConfig(feature="mse", pairs=[]))
+
+
+def test_unknown_recipe_name():
+    with pytest.raises(RecipeError, match="did you mean 'lift_imagenet_mse'"):
+        find_recipe("lift_imagenet_mes")
+
+
+def test_field_names():
+    names = field_names()
+    assert {"optim.lr", "teacher.name", "data.augment.repeats", "out"} <= set(names)

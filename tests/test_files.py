@@ -23,6 +23,7 @@ def test_write_replaces_and_leaves_nothing_else(tmp_path: Path):
 def test_an_error_leaves_the_old_file(tmp_path: Path):
     target = tmp_path / "file"
     target.write_bytes(b"old")
+
     def fail_half_way():
         with atomic_write(target) as file:
             file.write(b"half")

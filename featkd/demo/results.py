@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 from featkd.train.logs import read_csv
 from featkd.train.recipe import Arch
@@ -43,3 +43,8 @@ class RunResult:
 def spread(values: list[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (0 for one value)."""
     return mean(values), stdev(values) if len(values) > 1 else 0.0
+
+
+def throughput(folder: Path) -> float:
+    """Median of a run's logged images/s (from its files: a finished run is not run again)."""
+    return median(float(row["images_per_s"]) for row in read_csv(folder / "metrics.csv"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from featkd.demo.digits import write_digits
 from featkd.demo.report import as_table, write_report
-from featkd.demo.results import STUDENTS, RunResult
+from featkd.demo.results import STUDENTS, RunResult, throughput
 from featkd.train import distributed
 from featkd.train.engine import Trainer
 from featkd.train.recipe import LossConfig, Recipe, TeacherConfig, find_recipe, load_recipe
@@ -43,14 +42,14 @@ def run_demo(out: Path, seeds: int = 3, epochs: int | None = None) -> int:
     if epochs is not None:
         warmup = min(recipe.optim.warmup_epochs, epochs - 1)
         recipe.optim = replace(recipe.optim, epochs=epochs, warmup_epochs=warmup)
-    print("training the teacher", file=sys.stderr)
-    teacher = train("teacher", teacher_recipe(recipe, out / "teacher"))
+    alone = {("teacher", recipe.seed): teacher_recipe(recipe, out / "teacher")}
+    (teacher,) = train_all(alone, "training the teacher")
     jobs = {
         (name, seed): student_recipe(recipe, name, seed, out, teacher)
         for seed in range(seeds)
         for name in STUDENTS
     }
-    results = train_all(jobs)
+    results = train_all(jobs, "training the students")
     table = as_table(teacher, results)
     seconds = time.perf_counter() - started
     page = write_report(out, recipe, teacher, results, seconds)
@@ -93,15 +92,19 @@ def train(name: str, recipe: Recipe) -> RunResult:
         seed=recipe.seed,
         parameters=sum(p.numel() for p in trainer.parts.student.parameters()),
         top1=outcome.scores["model"]["top1"],
-        images_per_s=outcome.images_per_s,
+        images_per_s=throughput(Path(recipe.out)),
         folder=Path(recipe.out),
     )
 
 
-def train_all(jobs: dict[tuple[str, int], Recipe]) -> list[RunResult]:
+def train_all(jobs: dict[tuple[str, int], Recipe], what: str) -> list[RunResult]:
     """Run recipes side by side, one single-threaded process a core; results in the jobs' order.
 
     The models are so small that one run gains nothing from a second core.
+
+    Args:
+        jobs: (name, seed) -> recipe.
+        what: what the progress bar says.
     """
     cores = len(os.sched_getaffinity(0))
     spawn = multiprocessing.get_context("spawn")
@@ -111,9 +114,7 @@ def train_all(jobs: dict[tuple[str, int], Recipe]) -> list[RunResult]:
     ) as pool:
         running = {pool.submit(train, key[0], recipe): key for key, recipe in jobs.items()}
         try:
-            for future in tqdm(
-                as_completed(running), total=len(running), unit="run", desc="training students"
-            ):
+            for future in tqdm(as_completed(running), total=len(running), unit="run", desc=what):
                 found[running[future]] = future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

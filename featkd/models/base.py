@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import timm
 from timm.layers import get_device_dtype
 from timm.models.vision_transformer import VisionTransformer, get_init_weights_vit
 from torch import nn
@@ -39,6 +40,16 @@ class StudentVisionTransformer(BlockFeatures, VisionTransformer):  # type: ignor
         head_bias = -math.log(self.num_classes) if "nlhb" in mode else 0.0
         init: Any = get_init_weights_vit(mode, head_bias)
         init(self.head, name="head")
+
+
+def build_timm(name: str, **timm_kwargs: Any) -> nn.Module:
+    """Let timm build a model; the sizes that timm asserts on are a ValueError here."""
+    try:
+        model: nn.Module = timm.create_model(name, **timm_kwargs)
+    except AssertionError as error:
+        options = ", ".join(f"{key}={value!r}" for key, value in timm_kwargs.items())
+        raise ValueError(f"{options}: timm can't build {name!r} of these: {error}") from error
+    return model
 
 
 def check_vision_transformer(model: nn.Module, arch: str) -> None:

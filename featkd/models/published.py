@@ -53,7 +53,7 @@ def load_published(
     *,
     arch: str | None = None,
     num_heads: int | None = None,
-    weights: Weights = "auto",
+    weights: Weights = "model",
 ) -> FeatureModel:
     """Load a student in the published layout, working out its shape from the tensors.
 
@@ -62,7 +62,9 @@ def load_published(
         arch: the schedule, where the widths fit several; of those, `widelast` (published as
             `heads_step`) comes before `fixed_step`, and `heads_linear` before `fixed_linear`.
         num_heads: heads of the first block; 3, as published, where not given.
-        weights: which weights of a checkpoint that has several; see `read_state_dict`.
+        weights: which weights of a checkpoint that has several (see `read_state_dict`). Not the
+            averaged ones, unless asked for: the published accuracies are of the last ones, as
+            the published code keeps an average but never evaluates it.
 
     Returns:
         The Lift or WideLast student, in evaluation mode.

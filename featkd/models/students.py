@@ -9,6 +9,7 @@ from typing import Any
 import timm
 from timm.models import filter_pretrained_cfg, get_pretrained_cfg
 
+from featkd.models.base import build_timm
 from featkd.models.features import FeatureModel, with_features
 from featkd.models.lift import Lift
 from featkd.models.widelast import SCHEDULES, WideLast
@@ -55,9 +56,9 @@ def create_student(
         raise ValueError("features_only: True is not supported; use model.forward_with_features")
     timm_kwargs["num_classes"] = num_classes
     if arch == "plain":
-        return with_features(timm.create_model(base, **timm_kwargs))
+        return with_features(build_timm(base, **timm_kwargs))
     if arch == "lift":
-        model: Any = Lift.adopt(timm.create_model(base, **timm_kwargs), teacher_dim)
+        model: Any = Lift.adopt(build_timm(base, **timm_kwargs), teacher_dim)
     else:
         if timm_kwargs.get("pretrained"):
             raise ValueError(

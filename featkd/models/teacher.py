@@ -5,8 +5,7 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any
 
-import timm
-
+from featkd.models.base import build_timm
 from featkd.models.features import FeatureModel, with_features
 from featkd.models.students import check_timm_name
 from featkd.models.weights import Weights, load_strictly, read_state_dict
@@ -48,7 +47,7 @@ def create_teacher(
         raise ValueError(
             f"checkpoint: {checkpoint} given together with pretrained=True; allowed: one of them"
         )
-    model = timm.create_model(name, pretrained=pretrained, **timm_kwargs)
+    model = build_timm(name, pretrained=pretrained, **timm_kwargs)
     if checkpoint is not None:
         load_strictly(model, read_state_dict(checkpoint, weights), checkpoint, name)
     teacher = with_features(model)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
-import timm
 from timm.layers import LayerNorm, get_device_dtype
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from featkd.models.base import StudentVisionTransformer, check_vision_transformer
+from featkd.models.base import (
+    StudentVisionTransformer,
+    build_timm,
+    check_vision_transformer,
+)
 
 SCHEDULES = ("widelast", "fixed_step", "heads_linear", "fixed_linear")
 
@@ -175,8 +178,8 @@ class WideLast(StudentVisionTransformer):
             ValueError: the base is no plain VisionTransformer with timm's standard blocks, or it
                 pools by attention; or the widths do not fit (see `schedule`).
         """
-        probe_kwargs = {**timm_kwargs, "device": "meta"}  # shapes alone, no memory, no random draw
-        probe = timm.create_model(base, **probe_kwargs)
+        on_meta = {**timm_kwargs, "device": "meta"}  # shapes alone: no memory, no random draw
+        probe: Any = build_timm(base, **on_meta)
         check_vision_transformer(probe, arch)
         if probe.attn_pool is not None:
             raise ValueError(
@@ -192,7 +195,7 @@ class WideLast(StudentVisionTransformer):
         sizes = schedule(
             arch, probe.embed_dim, first.attn.num_heads, len(probe.blocks), teacher_dim
         )
-        model = timm.create_model(base, block_fn=BlockFactory(sizes), **timm_kwargs)
+        model: Any = build_timm(base, **timm_kwargs, block_fn=BlockFactory(sizes))
         model._model_args.pop("block_fn", None)  # timm writes these into exported config files
         model.__class__ = cls
         model.sizes = sizes

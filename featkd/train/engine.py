@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from featkd import environment
-from featkd.data import Batch
+from featkd.data import Batch, Loader
 from featkd.losses import DistillationTerms
 from featkd.models.features import FeatureModel
 from featkd.seeding import derive_seed
@@ -74,7 +74,7 @@ class Trainer:
         self.batch = 0  # micro-batches done in the epoch
         self.best: dict[str, Any] = {}
         self.scores: dict[str, dict[str, float]] = {}
-        self.bad_files: list[str] = []
+        self.bad_files: dict[str, str] = {}  # path -> cause
         self._meter = torch.zeros(3, device=context.device)
         self._metered = 0
         self._seconds = 0.0
@@ -178,7 +178,7 @@ class Trainer:
         pending: list[Batch] = []
         watch = Stopwatch()
         for batch in parts.train_loader:
-            self._report_bad(batch.bad, log)
+            self._report_bad(parts.train_loader, log)
             pending.append(batch)
             if len(pending) < recipe.optim.accumulate:
                 continue
@@ -271,7 +271,7 @@ class Trainer:
             found = evaluate(
                 model, parts.val_loader, parts.num_classes, self.context.device, self._autocast
             )
-            self._report_bad(found.bad, log)
+            self._report_bad(parts.val_loader, log)
             scores = {"top1": found.top1, "top5": found.top5, "loss": found.loss}
             self.scores[weights] = scores
             row: dict[str, Any] = {"update": self.update, "epoch": self.epoch, "weights": weights}
@@ -281,11 +281,12 @@ class Trainer:
                 improved = True
         return improved
 
-    def _report_bad(self, files: list[str], log: RunLog) -> None:
-        for file in files:
-            if file not in self.bad_files:
-                self.bad_files.append(file)
-                log.say(f"unreadable image {len(self.bad_files)}, left out: {file}")
+    def _report_bad(self, loader: Loader, log: RunLog) -> None:
+        """Name each unreadable image once (under on_bad_image="skip")."""
+        for path, cause in loader.bad_images.items():
+            if path not in self.bad_files:
+                self.bad_files[path] = cause
+                log.say(f"unreadable image no. {len(self.bad_files)}, left out: {path}: {cause}")
 
     def _save(self, *, is_best: bool = False, ended_epoch: int | None = None) -> None:
         parts = self.parts

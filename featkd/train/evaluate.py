@@ -17,13 +17,12 @@ from featkd.models.features import FeatureModel
 
 @dataclass
 class Evaluation:
-    """Scores in per cent, mean cross-entropy, images counted, and unreadable files passed over."""
+    """Scores in per cent, mean cross-entropy, and the number of images they are over."""
 
     top1: float
     top5: float
     loss: float
     images: int
-    bad: list[str]
 
 
 def evaluate(
@@ -53,12 +52,10 @@ def evaluate(
     ).to(device)
     loss = MeanMetric().to(device)
     count = torch.zeros((), dtype=torch.int64, device=device)
-    bad: list[str] = []
     training = model.training
     model.eval()
     with torch.no_grad():
         for batch in loader:
-            bad += batch.bad
             images = batch.images.to(device, non_blocking=True)
             targets = batch.targets.to(device, non_blocking=True)
             with autocast():
@@ -78,5 +75,4 @@ def evaluate(
         top5=100 * scores["top5"].item(),
         loss=loss.compute().item(),
         images=int(count.item()),
-        bad=bad,
     )

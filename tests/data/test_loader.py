@@ -322,7 +322,7 @@ def test_an_end_in_mid_epoch_leaves_no_process(make_set: MakeSet, how: str) -> N
     """Without close(). A terminal's Ctrl-C reaches the whole process group; where the main process
     handles it (to save its state), the workers go on."""
     process = subprocess.Popen(
-        [sys.executable, "-c", ENDING, str(make_set(train=400)), how],
+        [sys.executable, "-c", ENDING, str(make_set(train=256)), how],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -336,7 +336,7 @@ def test_an_end_in_mid_epoch_leaves_no_process(make_set: MakeSet, how: str) -> N
         os.killpg(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=30)
     if how == "handled":
-        assert (process.returncode, output) == (0, "99 more batches\n"), errors
+        assert (process.returncode, output) == (0, "63 more batches\n"), errors
     else:
         assert process.returncode != 0
         assert errors.count("Traceback") == 1

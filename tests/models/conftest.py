@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,26 @@ TINY = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small only lose time to threads, the more so beside other processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def tiny() -> dict[str, object]:
     """timm arguments of a ViT with 16 patches, 4 blocks, 48 channels and 3 heads."""
     return dict(TINY)
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    """Forget what torch.compile compiled before, so that a test sees its own graph breaks."""
+    reset: Any = torch.compiler.reset  # untyped in torch
+    reset()
 
 
 @pytest.fixture
@@ -68,7 +85,8 @@ def plain_vit() -> Callable[..., list[Tensor]]:
                 x = norm(linear(x, f"{name}.proj_in"), f"{name}.proj_norm")
             qkv = linear(norm(x, f"{name}.norm1"), f"{name}.attn.qkv")
             q, k, v = (
-                part.unflatten(-1, (count, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1)
+                part.reshape(*part.shape[:2], count, -1).transpose(1, 2)
+                for part in qkv.chunk(3, dim=-1)
             )
             attention = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)
             mixed = (attention @ v).transpose(1, 2).flatten(2)

@@ -113,6 +113,19 @@ def test_against_the_equations(
         torch.testing.assert_close(found, block[:, 1:], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
     assert torch.equal(model(images), logits)
+    parameters = dict(model.named_parameters())
+    by_hand = plain_vit(parameters, images, heads)
+    for layer in (0, -1):  # a map alone, so that one cut off from the graph shows
+        _, (found,) = model.forward_with_features(images, [layer])
+        gradients = [
+            torch.autograd.grad(output.sin().sum(), list(parameters.values()), allow_unused=True)
+            for output in (by_hand[layer][:, 1:], found)
+        ]
+        by_hand = plain_vit(parameters, images, heads)
+        for name, wanted, got in zip(parameters, *gradients, strict=True):
+            assert (got is None) == (wanted is None), name
+            if got is not None:
+                torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-8)
 
 
 def test_state_dict_has_the_published_names() -> None:
@@ -135,7 +148,7 @@ def test_every_parameter_has_a_gradient(arch: str, images: Tensor, with_map: boo
 def test_initialised_as_timm_does() -> None:
     model = student("widelast", img_size=32, embed_dim=48, depth=2)
     for weight in (model.blocks[-1].proj_in.weight, model.head.weight):
-        assert 0.017 < float(weight.std()) < 0.023
+        assert 0.017 < float(weight.detach().std()) < 0.023
     assert not model.head.bias.any()
     assert model.blocks[-1].proj_in.bias is None
     for norm in (model.blocks[-1].proj_norm, model.norm):
@@ -176,6 +189,17 @@ def test_options_of_the_base_reach_every_block(images: Tensor) -> None:
     model.forward_with_features(images, [-1])[0].sum().backward()
 
 
+@pytest.mark.parametrize(("first", "second"), [(0.0, 1.0), (1.0, 0.0), (1.0, 1.0)])
+def test_drop_path_of_the_widening_block(first: float, second: float) -> None:
+    block: Any = student("widelast", drop_path_rate=0.5).blocks[-1].train()
+    block.drop_path1.drop_prob, block.drop_path2.drop_prob = first, second
+    x = torch.randn(2, 5, 24)
+    residual, normed = block.project(x)
+    expected = residual if first else residual + block.attn(normed)
+    expected = expected if second else expected + block.mlp(block.norm2(expected))
+    torch.testing.assert_close(block(x), expected)
+
+
 @pytest.mark.parametrize("pool", ["avg", "max", "avgmax"])
 def test_pooling_is_the_bases(pool: str, images: Tensor) -> None:
     model = student("widelast", global_pool=pool, class_token=False).eval()
@@ -207,10 +231,10 @@ def test_image_size_can_change_later() -> None:
     assert model.forward_with_features(torch.zeros(1, 3, 48, 32), [-1])[1][0].shape == (1, 24, 96)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_by_inductor(images: Tensor) -> None:
-    torch._dynamo.reset()
-    model = student("widelast", depth=2)
-    compiled = torch.compile(model.forward_with_features, fullgraph=True)
+    model = student("widelast", depth=2).eval()
+    compiled: Any = torch.compile(model.forward_with_features, fullgraph=True)
     logits, maps = model.forward_with_features(images, (0, -1))
     got_logits, got = compiled(images, (0, -1))
     torch.testing.assert_close(got_logits, logits, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,249 @@
+"""load_published on synthetic files, written from the published names and shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from featkd.models import (
+    CheckpointMismatch,
+    Lift,
+    WideLast,
+    create_student,
+    load_published,
+    to_published,
+)
+
+PlainVit = Callable[..., list[Tensor]]
+CLASSES, PATCH, GRID, CHANNELS = 10, 8, 3, 3
+
+
+def vit_tensors(widths: Sequence[int]) -> dict[str, Tensor]:
+    """Random tensors of a ViT's published names [EM26], for blocks of the given widths."""
+    generator = torch.Generator().manual_seed(len(widths))
+
+    def draw(*shape: int) -> Tensor:
+        return 0.3 * torch.randn(shape, generator=generator)
+
+    first = widths[0]
+    state = {
+        "cls_token": draw(1, 1, first),
+        "pos_embed": draw(1, 1 + GRID * GRID, first),
+        "patch_embed.proj.weight": draw(first, CHANNELS, PATCH, PATCH),
+        "patch_embed.proj.bias": draw(first),
+    }
+    for index, (before, width) in enumerate(zip((first, *widths), widths, strict=False)):
+        name = f"blocks.{index}"
+        if before != width:
+            state[f"{name}.proj_in.weight"] = draw(width, before)
+            state[f"{name}.proj_norm.weight"] = 1 + draw(width)
+            state[f"{name}.proj_norm.bias"] = draw(width)
+        for norm in ("norm1", "norm2"):
+            state[f"{name}.{norm}.weight"] = 1 + draw(width)
+            state[f"{name}.{norm}.bias"] = draw(width)
+        shapes = {"attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
+        for layer, (rows, columns) in shapes.items():
+            state[f"{name}.{layer}.weight"] = draw(rows * width, columns * width)
+            state[f"{name}.{layer}.bias"] = draw(rows * width)
+    state["norm.weight"], state["norm.bias"] = 1 + draw(widths[-1]), draw(widths[-1])
+    state["head.weight"], state["head.bias"] = draw(CLASSES, widths[-1]), draw(CLASSES)
+    return state
+
+
+def lift_tensors(width: int = 24, depth: int = 3, teacher: int = 40) -> dict[str, Tensor]:
+    """The published Lift's tensors, with the dead norm and head of its base model."""
+    state = {f"base_model.{name}": v for name, v in vit_tensors([width] * depth).items()}
+    generator = torch.Generator().manual_seed(9)
+    last = depth - 1
+    state[f"projections.{last}.weight"] = 0.01 * torch.randn(teacher, width, generator=generator)
+    state[f"layer_norms.{last}.weight"] = 1 + torch.randn(teacher, generator=generator)
+    state[f"layer_norms.{last}.bias"] = torch.randn(teacher, generator=generator)
+    state["head.weight"] = torch.randn(CLASSES, teacher, generator=generator)
+    state["head.bias"] = torch.randn(CLASSES, generator=generator)
+    return state
+
+
+WIDE = {  # widths and heads of blocks, for a first block of 24 channels and 3 heads
+    "widelast": ([24, 24, 24, 48], [3, 3, 3, 6]),
+    "fixed_step": ([24, 24, 24, 48], [3, 3, 3, 3]),
+    "heads_linear": ([24] * 6 + [56, 96], [3] * 6 + [7, 12]),
+    "fixed_linear": ([24] * 6 + [48, 96], [3] * 8),
+}
+
+
+@pytest.fixture
+def images() -> Tensor:
+    size = GRID * PATCH
+    return torch.randn(2, CHANNELS, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def saved(tmp_path: Path, state: dict[str, Tensor]) -> Path:
+    path = tmp_path / "published.pth"
+    torch.save({"model": state, "epoch": 300}, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_lift(
+    tmp_path: Path, suffix: str, images: Tensor, plain_vit: PlainVit, layer_norm: Any
+) -> None:
+    state = lift_tensors()
+    path = saved(tmp_path, state)
+    if suffix == "safetensors":
+        path = path.with_suffix(".safetensors")
+        safetensors.torch.save_file(state, path)
+    model: Any = load_published(path)
+    assert isinstance(model, Lift)
+    assert not model.training
+    base = {n.removeprefix("base_model."): v.double() for n, v in state.items()}
+    tokens = plain_vit(base, images.double(), [3, 3, 3])[-1][:, 1:]
+    norm = base["layer_norms.2.weight"], base["layer_norms.2.bias"]
+    z = layer_norm(tokens @ base["projections.2.weight"].T, *norm, 1e-5)
+    expected = z.mean(dim=1) @ state["head.weight"].double().T + state["head.bias"].double()
+    logits, (features,) = model.double().forward_with_features(images.double(), [-1])
+    torch.testing.assert_close(features, z, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("arch", WIDE)
+def test_wide_students(arch: str, tmp_path: Path, images: Tensor, plain_vit: PlainVit) -> None:
+    widths, heads = WIDE[arch]
+    state = vit_tensors(widths)
+    chosen = "fixed_step" if arch == "fixed_step" else None  # the others are found out
+    model: Any = load_published(saved(tmp_path, state), arch=chosen)
+    assert isinstance(model, WideLast)
+    assert [size.heads for size in model.sizes] == heads
+    double = {name: value.double() for name, value in state.items()}
+    expected = plain_vit(double, images.double(), heads)[-1][:, 1:]
+    _, (features,) = model.double().forward_with_features(images.double(), [-1])
+    torch.testing.assert_close(features, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_round_trip_of_lift(tmp_path: Path, dead: bool) -> None:
+    state = lift_tensors()
+    live = {
+        name: value
+        for name, value in state.items()
+        if not name.startswith(("base_model.norm.", "base_model.head."))
+    }
+    back = to_published(load_published(saved(tmp_path, state if dead else live)))
+    assert set(back) == set(live)
+    assert all(torch.equal(back[name], live[name]) for name in live)
+
+
+@pytest.mark.parametrize("arch", WIDE)
+def test_round_trip_of_wide_students(arch: str, tmp_path: Path) -> None:
+    state = vit_tensors(WIDE[arch][0])
+    back = to_published(load_published(saved(tmp_path, state), arch=arch))
+    assert set(back) == set(state)
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("arch", ["lift", "widelast"])
+def test_students_of_featkd_go_there_and_back(
+    arch: str, tmp_path: Path, tiny: dict[str, Any], shaken: Any
+) -> None:
+    student: Any = shaken(create_student("deit_tiny_patch16_224", arch, 96, **tiny)).eval()
+    again: Any = load_published(saved(tmp_path, to_published(student)))
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(again(images), student(images))
+    with pytest.raises(TypeError, match="model: expected a Lift or a WideLast, got Linear"):
+        to_published(torch.nn.Linear(1, 1))
+
+
+def test_published_sizes_of_deit_tiny(tmp_path: Path) -> None:
+    meta: Any = create_student(arch="widelast", device="meta")
+    state = {name: torch.zeros(value.shape) for name, value in meta.state_dict().items()}
+    model: Any = load_published(saved(tmp_path, state))
+    assert [tuple(size) for size in model.sizes] == [(192, 3)] * 11 + [(384, 6)]
+    assert model.patch_embed.img_size == (224, 224)
+    assert sum(p.numel() for p in model.parameters()) == 7_313_896
+
+
+def test_the_last_weights_are_the_published_ones(tmp_path: Path) -> None:
+    last = vit_tensors([24, 48])
+    averaged = {name: value + 1 for name, value in last.items()}
+    path = tmp_path / "both.pth"
+    torch.save({"model": last, "model_ema": averaged}, path)
+    assert torch.equal(to_published(load_published(path))["head.bias"], last["head.bias"])
+    chosen = to_published(load_published(path, weights="model_ema"))
+    assert torch.equal(chosen["head.bias"], averaged["head.bias"])
+
+
+def test_other_numbers_of_heads(tmp_path: Path) -> None:
+    path = saved(tmp_path, vit_tensors([24, 24, 24, 48]))
+    model: Any = load_published(path, num_heads=2)
+    assert [size.heads for size in model.sizes] == [2, 2, 2, 4]
+    with pytest.raises(ValueError, match=r"num_heads: expected a divisor .* 24; got 5"):
+        load_published(path, num_heads=5)
+    lift: Any = load_published(saved(tmp_path, lift_tensors()), num_heads=4)
+    assert lift.blocks[0].attn.num_heads == 4
+
+
+@pytest.mark.parametrize("name", list(lift_tensors()))
+def test_lift_misses_no_tensor_silently(name: str, tmp_path: Path) -> None:
+    state = lift_tensors()
+    del state[name]
+    path = saved(tmp_path, state)
+    if name.startswith(("base_model.norm.", "base_model.head.")):
+        load_published(path)
+        return
+    with pytest.raises(CheckpointMismatch) as caught:
+        load_published(path)
+    assert f"1 missing: {name.removeprefix('base_model.')}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", list(vit_tensors([24, 48])))
+def test_widelast_misses_no_tensor_silently(name: str, tmp_path: Path) -> None:
+    state = vit_tensors([24, 48])
+    del state[name]
+    with pytest.raises(CheckpointMismatch, match=rf"1 missing: {name}$"):
+        load_published(saved(tmp_path, state))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    ["extra", "base_model.extra", "projections.0.weight", "layer_norms.2.extra", "norm.weight"],
+)
+def test_odd_names_in_lift(odd: str, tmp_path: Path) -> None:
+    state = {**lift_tensors(), odd: torch.zeros(1)}
+    with pytest.raises(
+        CheckpointMismatch, match=f"1 unexpected: {odd.removeprefix('base_model.')}"
+    ):
+        load_published(saved(tmp_path, state))
+
+
+def test_odd_names_and_shapes_in_widelast(tmp_path: Path) -> None:
+    state = vit_tensors([24, 48])
+    with pytest.raises(CheckpointMismatch, match=r"1 unexpected: blocks\.0\.proj_in\.weight"):
+        load_published(saved(tmp_path, {**state, "blocks.0.proj_in.weight": torch.zeros(24, 24)}))
+    with pytest.raises(CheckpointMismatch, match=r"1 of another shape: cls_token \(1, 1, 7\)"):
+        load_published(saved(tmp_path, {**state, "cls_token": torch.zeros(1, 1, 7)}))
+    with pytest.raises(CheckpointMismatch, match=r"1 of another rank: pos_embed \(5, 24\)"):
+        load_published(saved(tmp_path, {**state, "pos_embed": torch.zeros(5, 24)}))
+    with pytest.raises(CheckpointMismatch, match="has 6 patch positions, which form no square"):
+        load_published(saved(tmp_path, {**state, "pos_embed": torch.zeros(1, 7, 24)}))
+
+
+def test_other_models_and_widths(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointMismatch, match=r"1 missing: blocks\.0\.\*"):
+        load_published(saved(tmp_path, {"conv.weight": torch.zeros(1)}))
+    with pytest.raises(CheckpointMismatch, match=r"widths 24/24/24, which are no schedule's"):
+        load_published(saved(tmp_path, vit_tensors([24, 24, 24])))
+    with pytest.raises(CheckpointMismatch, match=r"widths 24/48/48, .*widelast: has 24/24/48"):
+        load_published(saved(tmp_path, vit_tensors([24, 48, 48])))
+    path = saved(tmp_path, vit_tensors([24, 48]))
+    with pytest.raises(ValueError, match=r"arch: expected one of widelast, .* got 'heads_step'"):
+        load_published(path, arch="heads_step")
+    with pytest.raises(ValueError, match=r"arch: .* holds a Lift student, got 'widelast'"):
+        load_published(saved(tmp_path, lift_tensors()), arch="widelast")
+    eight = saved(tmp_path, vit_tensors([24] * 6 + [56, 96]))
+    with pytest.raises(CheckpointMismatch, match="fixed_linear: has 24/24/24/24/24/24/48/96"):
+        load_published(eight, arch="fixed_linear")

@@ -1,0 +1,105 @@
+"""create_teacher: frozen, in evaluation mode, and with exactly the weights of the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from featkd.models import CheckpointMismatch, create_student, create_teacher
+
+NAME = "cait_xxs24_224"
+SIZE: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 4,
+    "num_classes": 10,
+}
+
+
+@pytest.fixture(name="source")
+def _source(shaken: Any) -> Any:
+    return shaken(timm.create_model(NAME, **SIZE)).eval()
+
+
+def test_frozen_and_in_evaluation_mode() -> None:
+    teacher: Any = create_teacher(NAME, **SIZE, drop_rate=0.5)
+    assert not any(module.training for module in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    logits, (features,) = teacher.forward_with_features(torch.zeros(1, 3, 32, 32), [-1])
+    assert not logits.requires_grad
+    assert not features.requires_grad
+    assert features.shape == (1, 16, 32)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_weights_of_a_file(source: Any, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"teacher.{suffix}"
+    if suffix == "safetensors":
+        safetensors.torch.save_file(source.state_dict(), path)
+    else:
+        torch.save({f"module.{name}": v for name, v in source.state_dict().items()}, path)
+    teacher = create_teacher(NAME, checkpoint=path, **SIZE)
+    state = teacher.state_dict()
+    assert list(state) == list(source.state_dict())
+    assert all(torch.equal(state[name], value) for name, value in source.state_dict().items())
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(teacher(images), source(images).detach())
+
+
+def test_weights_of_a_training_run(source: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run.pth"
+    averaged = {name: value + 1 for name, value in source.state_dict().items()}
+    torch.save({"model": source.state_dict(), "model_ema": averaged}, path)
+    for weights, wanted in (("auto", averaged), ("model", source.state_dict())):
+        teacher = create_teacher(NAME, checkpoint=path, weights=weights, **SIZE)  # type: ignore[arg-type]
+        state = teacher.state_dict()
+        assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+
+
+def test_timms_own_weights(source: Any, tmp_path: Path) -> None:
+    path = tmp_path / "timm.pth"
+    torch.save(source.state_dict(), path)
+    # timm reads the file in place of a download, which is all that differs from pretrained=True
+    overlay = {"file": str(path), "num_classes": 10}
+    teacher = create_teacher(NAME, pretrained=True, pretrained_cfg_overlay=overlay, **SIZE)
+    state = teacher.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in source.state_dict().items())
+
+
+def test_files_that_do_not_fit(source: Any, tmp_path: Path) -> None:
+    path = tmp_path / "teacher.pth"
+    torch.save(source.state_dict(), path)
+    message = r"teacher\.pth does not fit cait_xxs24_224; 2 of another shape: head\.weight \(10, 32"
+    with pytest.raises(CheckpointMismatch, match=message):
+        create_teacher(NAME, checkpoint=path, **{**SIZE, "num_classes": 5})
+    with pytest.raises(CheckpointMismatch, match=r"18 unexpected: blocks\.1\.gamma_1"):
+        create_teacher(NAME, checkpoint=path, **{**SIZE, "depth": 1})
+    with pytest.raises(CheckpointMismatch, match=r"18 missing: blocks\.2\.gamma_1"):
+        create_teacher(NAME, checkpoint=path, **{**SIZE, "depth": 3})
+
+
+def test_a_student_can_teach(tmp_path: Path, tiny: dict[str, Any], shaken: Any) -> None:
+    student: Any = shaken(create_student("deit_tiny_patch16_224", "lift", 384, **tiny)).eval()
+    path = tmp_path / "student.pth"
+    torch.save({"model": student.state_dict()}, path)
+    teacher = create_teacher("deit_tiny_lift384_patch16_224", checkpoint=path, **tiny)
+    images = torch.randn(2, 3, 32, 32)
+    _, (wanted,) = student.forward_with_features(images, [-1])
+    _, (got,) = teacher.forward_with_features(images, [-1])
+    torch.testing.assert_close(got, wanted.detach())
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"name: timm has no model .* did you mean 'cait_s24_224'"):
+        create_teacher("cait_s24_242")
+    with pytest.raises(ValueError, match=r"checkpoint: .* together with pretrained=True"):
+        create_teacher(NAME, pretrained=True, checkpoint=tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"model: expected one of timm's .* got ResNet"):
+        create_teacher("resnet10t")

@@ -1,0 +1,162 @@
+"""Reading weight files: every layout, and nothing that runs code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from featkd.models import CheckpointMismatch, read_state_dict
+from featkd.models.weights import load_strictly
+
+LAST = {"a.weight": torch.zeros(2, 3), "b.bias": torch.zeros(4)}
+AVERAGED = {name: value + 1 for name, value in LAST.items()}
+
+
+def saved(tmp_path: Path, content: Any) -> Path:
+    path = tmp_path / "weights.pth"
+    torch.save(content, path)
+    return path
+
+
+def same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
+    return list(got) == list(wanted) and all(torch.equal(got[n], wanted[n]) for n in wanted)
+
+
+def test_plain_files(tmp_path: Path) -> None:
+    assert same(read_state_dict(saved(tmp_path, LAST)), LAST)
+    assert same(read_state_dict(str(saved(tmp_path, LAST)), "model"), LAST)
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(AVERAGED, path)
+    assert same(read_state_dict(path), AVERAGED)
+
+
+@pytest.mark.parametrize(
+    ("last", "averaged"), [("model", "model_ema"), ("state_dict", "state_dict_ema")]
+)
+def test_checkpoints(tmp_path: Path, last: str, averaged: str) -> None:
+    both = saved(tmp_path, {"epoch": 3, last: LAST, averaged: AVERAGED, "optimizer": {"lr": 0.1}})
+    assert same(read_state_dict(both), AVERAGED)
+    assert same(read_state_dict(both, "model_ema"), AVERAGED)
+    assert same(read_state_dict(both, "model"), LAST)
+    only = saved(tmp_path, {"epoch": 3, last: LAST, averaged: None})
+    assert same(read_state_dict(only), LAST)
+    with pytest.raises(ValueError, match=rf"weights: 'model_ema' is not in .* holds {last}$"):
+        read_state_dict(only, "model_ema")
+
+
+def test_averages_are_not_taken_for_the_last_weights(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"model_ema": AVERAGED})
+    with pytest.raises(ValueError, match=r"weights: 'model' is not in .* holds model_ema"):
+        read_state_dict(path, "model")
+    with pytest.raises(ValueError, match=r"'model_ema' is not in .* holds a plain state dict"):
+        read_state_dict(saved(tmp_path, LAST), "model_ema")
+    with pytest.raises(ValueError, match=r"weights: expected one of .*, got 'ema'"):
+        read_state_dict(path, "ema")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "module.module."])
+def test_prefixes_of_wrappers_are_cut_off(tmp_path: Path, prefix: str) -> None:
+    wrapped = {f"{prefix}{name}": value for name, value in LAST.items()}
+    assert same(read_state_dict(saved(tmp_path, {"model": wrapped})), LAST)
+
+
+def test_a_prefix_on_some_names_belongs_to_the_names(tmp_path: Path) -> None:
+    mixed = {"module.a": torch.zeros(1), "b": torch.zeros(1)}
+    assert same(read_state_dict(saved(tmp_path, mixed)), mixed)
+
+
+def test_arguments_of_deits_scripts_are_admitted(tmp_path: Path) -> None:
+    arguments = argparse.Namespace(lr=5e-4, model="deit_tiny_patch16_224")
+    assert same(read_state_dict(saved(tmp_path, {"model": LAST, "args": arguments})), LAST)
+
+
+class _Harmful:
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.victim),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_no_code_is_run(tmp_path: Path, zipped: bool) -> None:
+    victim = tmp_path / "made by the file"
+    path = tmp_path / "harmful.pth"
+    content = {"model": LAST, "args": _Harmful(victim)}
+    if zipped:
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(ValueError, match=r"checkpoint: .*harmful\.pth is no weight file, or"):
+        read_state_dict(path)
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize("name", ["damaged.pth", "damaged.safetensors"])
+def test_damaged_files(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    for content in (b"", b"nothing like a weight file" * 9):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"checkpoint: .*{name} is "):
+            read_state_dict(path)
+    torch.save({"model": {"a": torch.randn(1000)}}, path)
+    path.write_bytes(path.read_bytes()[:1500])
+    with pytest.raises(ValueError, match=rf"checkpoint: .*{name} is "):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.zeros(1)], "holds a list, expected a dict of tensors"),
+        ({}, "holds no tensor"),
+        ({"model": {}}, "holds no tensor"),
+        ({"a": torch.zeros(1), "epoch": 3}, "holds more than tensors: epoch"),
+    ],
+)
+def test_files_of_something_else(tmp_path: Path, content: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_state_dict(saved(tmp_path, content))
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    for name in ("none.pth", "none.safetensors"):
+        with pytest.raises(FileNotFoundError):
+            read_state_dict(tmp_path / name)
+
+
+def test_numpy_objects_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"model": LAST, "best": np.array([1.0])})
+    with pytest.raises(ValueError, match="save its state dict alone"):
+        read_state_dict(path)
+
+
+def test_loading_is_strict_and_all_or_nothing() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {name: value + 1 for name, value in before.items()}
+    del state["0.bias"]
+    state["2.bias"] = torch.zeros(1)
+    state["1.weight"] = torch.zeros(4, 4)
+    with pytest.raises(CheckpointMismatch) as caught:
+        load_strictly(model, state, "x.pth", "net")
+    assert str(caught.value) == (
+        "checkpoint: x.pth does not fit net; 1 missing: 0.bias; 1 unexpected: 2.bias; "
+        "1 of another shape: 1.weight (4, 4) instead of (4, 3)"
+    )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_long_lists_say_how_many() -> None:
+    state = {f"odd.{index}": torch.zeros(1) for index in range(25)}
+    with pytest.raises(CheckpointMismatch, match=r"25 unexpected: odd\.0, .*odd\.19, and 5 more"):
+        load_strictly(nn.Linear(1, 1), state, "x.pth", "net")

@@ -1,0 +1,221 @@
+"""The command line as a user meets it: real processes, exit codes, messages, signals."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from featkd.cli import main
+from featkd.train.checkpoint import load
+from featkd.train.logs import read_csv
+from featkd.train.recipe import to_yaml
+
+
+@pytest.fixture
+def recipe_file(recipe, tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(recipe))
+    return path
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "featkd", *map(str, words)]
+
+
+def call(*words: object, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*words),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+        **options,
+    )
+
+
+def start(*words: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_updates(metrics: Path, updates: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while len(read_csv(metrics)) < updates:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def losses(out: Path) -> list[tuple[str, str]]:
+    return [(row["update"], row["loss"]) for row in read_csv(out / "metrics.csv")]
+
+
+@pytest.fixture(scope="module")
+def _shared() -> dict[str, list[tuple[str, str]]]:
+    return {}
+
+
+LONG = ("--optim.epochs", 8, "--checkpoint.every_updates", 4, "--data.workers", 2)
+
+
+@pytest.fixture
+def unbroken(recipe_file, tmp_path, _shared) -> list[tuple[str, str]]:
+    """The losses of the LONG run in one go (the same in every test: made once)."""
+    if "losses" not in _shared:
+        out = tmp_path / "unbroken"
+        done = call("distill", recipe_file, "--out", out, *LONG)
+        assert done.returncode == 0, done.stderr
+        _shared["losses"] = losses(out)
+        assert len(_shared["losses"]) == 48
+    return _shared["losses"]
+
+
+def test_killed_and_resumed_run_repeats_the_unbroken_one_bit_for_bit(
+    recipe_file, tmp_path, unbroken
+):
+    out = tmp_path / "killed"
+    process = start("distill", recipe_file, "--out", out, *LONG)
+    wait_for_updates(out / "metrics.csv", 15, process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert len(read_csv(out / "metrics.csv")) < 48
+    resumed = call("distill", recipe_file, "--out", out, *LONG)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed from" in resumed.stderr
+    assert losses(out) == unbroken
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_leaves_a_checkpoint_and_says_so(recipe_file, tmp_path, unbroken, number, code):
+    out = tmp_path / "stopped"
+    process = start("distill", recipe_file, "--out", out, *LONG)
+    wait_for_updates(out / "metrics.csv", 10, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "--resume auto goes on from here" in errors
+    done = load(out / "last.pt")["update"]
+    assert 10 <= done < 48
+    assert len(read_csv(out / "metrics.csv")) == done
+    resumed = call("distill", recipe_file, "--out", out, *LONG)
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(out) == unbroken
+
+
+def test_two_processes_train_one_model(recipe_file, tmp_path):
+    """torchrun, gloo: the same global batch gives the weights of one process with twice the batch.
+
+    Not to the bit: BatchNorm-free models sum gradients in another order, that is all.
+    """
+    same = (
+        "--optim.epochs", 1, "--optim.warmup_epochs", 0, "--student.options.drop_path_rate", 0,
+        "--data.augment.random_erasing", 0, "--log_every", 2,
+    )  # fmt: skip
+    one = call("distill", recipe_file, "--out", tmp_path / "one", "--batch_size", 16, *same)
+    assert one.returncode == 0, one.stderr
+    runner = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    words = ["--standalone", "-m", "featkd", "distill", recipe_file, "--out", tmp_path / "two"]
+    two = subprocess.run(
+        [*runner, *map(str, (*words, *same))],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert two.returncode == 0, two.stderr
+    a, b = (load(tmp_path / name / "last.pt") for name in ("one", "two"))
+    assert (a["world_size"], b["world_size"]) == (1, 2)
+    for key, value in a["model"].items():
+        torch.testing.assert_close(b["model"][key], value, rtol=1e-3, atol=2e-5)
+    rows = [read_csv(tmp_path / name / "metrics.csv") for name in ("one", "two")]
+    for x, y in zip(*rows, strict=True):
+        assert float(x["loss"]) == pytest.approx(float(y["loss"]), rel=1e-4)
+    assert {r["images"] for r in read_csv(tmp_path / "two" / "eval.csv")} == {"12"}
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(recipe_file, tmp_path):
+    """A file-size limit below a checkpoint's size: the real error of a real write."""
+    out = tmp_path / "run"
+    assert call("distill", recipe_file, "--out", out).returncode == 0
+    before = (out / "last.pt").read_bytes()
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, resource.RLIM_INFINITY))
+
+    failed = call("distill", recipe_file, "--out", out, "--optim.epochs", 3, preexec_fn=limit)
+    assert failed.returncode == 1
+    assert f"could not save {out / 'last.pt'}" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert (out / "last.pt").read_bytes() == before
+    assert not list(out.glob(".*.tmp"))
+    assert call("distill", recipe_file, "--out", out, "--optim.epochs", 3).returncode == 0
+
+
+def test_dry_run_says_what_it_would_do_and_writes_nothing(recipe_file, tmp_path):
+    out = tmp_path / "run"
+    done = call("distill", recipe_file, "--dry-run", "--student.num_classes", 5)
+    assert done.returncode == 0, done.stderr
+    assert not out.exists()
+    report = dict(line.split(None, 1) for line in done.stdout.splitlines())
+    assert "(widelast)" in report["student"]
+    assert "48 training and 12 validation images, 3 classes" in report["data"]
+    assert "2 epochs of 6 updates = 12 updates" in report["schedule"]
+    assert report["note"].startswith("student.num_classes: 5, but the training set has 3")
+    assert {"throughput", "peak", "estimated", "would"} <= set(report)
+
+
+def test_print_config_is_a_recipe_again(recipe_file, tmp_path, recipe):
+    printed = call("distill", recipe_file, "--optim.lr", 0.5, "--print-config").stdout
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(printed)
+    again = call("distill", copy, "--print-config").stdout
+    assert again == printed
+    assert "lr: 0.5" in printed
+
+
+MISTAKES = {
+    "no recipe": (("distill", "no-such"), 2, "no file 'no-such' and no shipped recipe"),
+    "unknown option": (("distill", "RECIPE", "--optim.lrr", "1"), 2, "did you mean 'optim.lr'?"),
+    "wrong type": (("distill", "RECIPE", "--optim.lr", "fast"), 2, "optim.lr"),
+    "out of range": (("distill", "RECIPE", "--optim.lr=-1"), 2, "expected a finite number > 0"),
+    "no folder": (("distill", "RECIPE", "--data.path", "/no/such"), 2, "/no/such"),
+    "no device": (("distill", "RECIPE", "--device", "tpu"), 2, "device: expected auto, cpu, cuda"),
+    "no model": (("distill", "RECIPE", "--student.base", "deit_tinny_patch16_224"), 2, "deit_tiny"),
+    "layer": (("distill", "RECIPE", "--loss.pairs", "[[5, 0]]"), 2, "5 is out of range"),
+    "no file": (("distill", "RECIPE", "--teacher.checkpoint", "/no/such.pt"), 2, "/no/such.pt"),
+    "no command": (("destill",), 2, "no command 'destill'; did you mean 'distill'?"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_get_one_clear_message(recipe_file, mistake, capsys):
+    words, code, message = MISTAKES[mistake]
+    try:
+        got = main([str(recipe_file) if w == "RECIPE" else w for w in words])
+    except SystemExit as stop:
+        got = stop.code  # type: ignore[assignment]
+    errors = capsys.readouterr().err
+    assert got == code
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_help_and_version(capsys):
+    assert main(["--help"]) == 0
+    assert "distill RECIPE" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert main([]) == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["distill", "--help"])
+    assert stop.value.code == 0
+    assert "learning rate at a global batch of lr_batch images" in capsys.readouterr().out

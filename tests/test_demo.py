@@ -1,0 +1,101 @@
+"""The demo, shortened: real digits, five models through the real engine, table and page."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from featkd.demo import run_demo
+from featkd.demo.digits import write_digits
+from featkd.demo.results import STUDENTS, RunResult, spread
+from featkd.train.checkpoint import load
+
+
+def test_digits_are_scikit_learns(tmp_path: Path):
+    write_digits(tmp_path)
+    files = {s: sorted((tmp_path / s).rglob("*.png")) for s in ("train", "val")}
+    assert {s: len(f) for s, f in files.items()} == {"train": 1437, "val": 360}
+    digits = load_digits()
+    seen = set()
+    for path in files["train"] + files["val"]:
+        number = int(path.stem)
+        seen.add(number)
+        assert digits.target[number] == int(path.parent.name)
+        pixels = np.asarray(Image.open(path), dtype=float) * 16 / 255
+        assert np.abs(pixels - digits.images[number]).max() < 0.04
+    assert len(seen) == 1797
+
+
+def test_spread():
+    assert spread([90.0, 94.0]) == (92.0, pytest.approx(2.8284271))
+    assert spread([90.0]) == (90.0, 0.0)
+
+
+class Page(HTMLParser):
+    """Counts the tags of a page and collects what it would load from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.external: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag in ("script", "link", "img", "iframe"):
+            self.external.append(tag)
+
+
+@pytest.mark.slow
+def test_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run_demo(tmp_path, seeds=2, epochs=1) == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    parameters = {"teacher": "302,666", **dict.fromkeys(STUDENTS)}
+    for name in parameters:
+        (line,) = [x for x in lines if x.startswith(name)]
+        figures = line.removeprefix(name).split()
+        assert len(figures) == 5
+        assert figures[3] == ("1" if name == "teacher" else "2")
+        assert 0 <= float(figures[1]) <= 100
+    states = {p.parent.name: load(p) for p in tmp_path.glob("*-seed*/last.pt")}
+    assert len(states) == 8
+    assert {s["update"] for s in states.values()} == {22}  # the same number of updates for all
+    for name, (arch, distilled) in STUDENTS.items():
+        state = states[f"{name.replace(', ', '-').replace(' ', '-')}-seed1"]
+        assert state["recipe"]["student"]["arch"] == arch
+        assert (state["recipe"]["teacher"] is not None) == distilled
+        assert state["recipe"]["seed"] == 1
+
+    text = (tmp_path / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.external == []
+    assert not re.search(r"url\(https?:|src=", text)
+    assert page.tags.count("svg") == 2
+    for name in STUDENTS:
+        assert name in text
+
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("last.pt")}
+    assert run_demo(tmp_path, seeds=2, epochs=1) == 0  # nothing is trained again
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("last.pt")}
+
+
+def test_zero_seeds_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="seeds: expected a whole number >= 1, got 0"):
+        run_demo(tmp_path, seeds=0)
+
+
+def test_curves_are_read_from_the_runs_files(tmp_path: Path):
+    (tmp_path / "eval.csv").write_text(
+        "update,epoch,weights,top1\n5,1,model,50.0\n5,1,ema,40.0\n9,2,model,75.0\n"
+    )
+    (tmp_path / "metrics.csv").write_text("update,features\n5,0.5\n9,0.25\n")
+    result = RunResult("x", 0, 1, 75.0, 1.0, tmp_path)
+    assert result.curve() == [(1, 50.0), (2, 75.0)]
+    assert result.feature_losses() == [(5, 0.5), (9, 0.25)]

@@ -306,6 +306,8 @@ class Trainer:
                 "scores": self.scores,
                 "bad_files": self.bad_files,
                 "recipe": to_dict(self.recipe),
+                "classes": parts.train_loader.classes,
+                "num_classes": parts.num_classes,
                 "versions": environment.versions(),
                 "world_size": self.context.world_size,
             }

@@ -217,9 +217,7 @@ def _require(name: str, value: float, bound: Literal["> 0", ">= 0"]) -> None:
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """A recipe as plain lists, dicts, strings and numbers, as YAML and checkpoints hold it."""
-    plain = yaml.safe_load(yaml.safe_dump(_untuple(dataclasses.asdict(recipe))))
-    assert isinstance(plain, dict)
-    return plain
+    return {name: _untuple(value) for name, value in dataclasses.asdict(recipe).items()}
 
 
 def to_yaml(recipe: Recipe) -> str:

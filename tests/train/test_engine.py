@@ -16,6 +16,7 @@ from featkd.train.distributed import ProcessContext
 from featkd.train.engine import Outcome, Trainer, TrainingDiverged
 from featkd.train.logs import read_csv
 from featkd.train.recipe import Recipe, RecipeError, StudentConfig, TeacherConfig, to_dict
+from featkd.train.trained import load_trained
 
 CPU = ProcessContext(0, 1, torch.device("cpu"))
 
@@ -245,6 +246,20 @@ def test_mixed_precision(recipe, amp):
     run(full)
     assert losses[0] == pytest.approx(float(column(full, "loss")[0]), rel=0.05)
     assert losses != [float(x) for x in column(full, "loss")]
+
+
+@pytest.mark.parametrize("arch", ["plain", "lift", "widelast"])
+def test_a_trained_student_comes_back_from_its_checkpoint(recipe, arch):
+    recipe = replace(recipe, student=replace(recipe.student, arch=arch))
+    trainer = Trainer(recipe, CPU)
+    trainer.run(quiet=True)
+    images = torch.randn(2, 3, 16, 16)
+    originals = {"model": trainer.parts.student, "model_ema": trainer.parts.ema.module}
+    originals["auto"] = originals["model_ema"]
+    for weights, original in originals.items():
+        loaded = load_trained(Path(recipe.out) / "last.pt", weights)
+        assert not loaded.training
+        assert torch.equal(loaded(images), original.eval()(images))
 
 
 def test_a_student_of_featkd_becomes_a_teacher(alone, recipe):

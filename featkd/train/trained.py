@@ -1,0 +1,42 @@
+"""A trained student back from a checkpoint, without its recipe file."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from featkd.models import FeatureModel, create_student
+from featkd.models.weights import Weights, read_state_dict
+from featkd.train import checkpoint
+
+
+def load_trained(path: str | PathLike[str], weights: Weights = "auto") -> FeatureModel:
+    """Rebuild the student of a training run and load its weights.
+
+    Args:
+        path: a checkpoint of `featkd distill` (last.pt, best.pt, epoch-<n>.pt).
+        weights: "model" for the weights of the last update, "model_ema" for their average,
+            "auto" for the average where the run kept one.
+
+    Returns:
+        The student, on the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: no checkpoint of featkd.
+        ValueError: it has no such weights.
+
+    Example:
+        >>> student = load_trained("runs/cifar10_widelast/best.pt")  # doctest: +SKIP
+    """
+    state = checkpoint.load(Path(path))
+    config, data = state["recipe"]["student"], state["recipe"]["data"]
+    student = create_student(
+        config["base"],
+        config["arch"],
+        config["teacher_dim"],
+        state["num_classes"],
+        **{"img_size": data["img_size"], **config["options"]},
+    )
+    student.load_state_dict(read_state_dict(path, weights))
+    student.eval()
+    return student

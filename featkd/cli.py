@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed while running, 2 bad arguments or recipe, 128 + N s
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from jsonargparse import ArgumentParser, Namespace
 import featkd
 
 if TYPE_CHECKING:
+    from featkd.train.engine import Outcome
     from featkd.train.recipe import Recipe
 
 _COMMANDS = ("distill", "demo")
@@ -94,15 +96,25 @@ def _distill(words: list[str]) -> int:
         if outcome.interrupted_by is not None:
             return 128 + outcome.interrupted_by
         if context.is_main:
-            best = outcome.best
-            print(
-                f"{run.out}: {outcome.updates} updates, best top-1 {best['top1']:.2f} % "
-                f"({best['weights']} weights, epoch {best['epoch']}), "
-                f"{outcome.images_per_s:.1f} images/s"
-            )
+            print(f"{run.out}: {_summary(outcome)}")
         return 0
     finally:
         distributed.stop()
+
+
+def _summary(outcome: Outcome) -> str:
+    best = outcome.best
+    facts = [
+        f"{outcome.updates} updates",
+        f"best top-1 {best['top1']:.2f} % ({best['weights']} weights, epoch {best['epoch']})",
+    ]
+    if math.isnan(outcome.images_per_s):
+        facts.append("nothing was left to train")
+    else:
+        facts.append(f"{outcome.images_per_s:.1f} images/s")
+    if outcome.bad_files:
+        facts.append(f"{len(outcome.bad_files)} unreadable images left out")
+    return ", ".join(facts)
 
 
 def _demo(words: list[str]) -> int:

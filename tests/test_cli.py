@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,6 +183,23 @@ def test_print_config_is_a_recipe_again(recipe_file, tmp_path, recipe):
     again = call("distill", copy, "--print-config").stdout
     assert again == printed
     assert "lr: 0.5" in printed
+
+
+def test_the_last_line_sums_the_run_up(recipe_file, images, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(images, broken)
+    (broken / "val" / "red" / "1.png").write_bytes(b"no picture")
+    words = ["distill", str(recipe_file), "--data.path", str(broken), "--optim.epochs", "1"]
+    words += ["--optim.warmup_epochs", "0"]
+    assert main(words) == 1
+    assert "red/1.png" in capsys.readouterr().err
+    words += ["--data.on_bad_image", "skip"]
+    assert main(words) == 0
+    first = capsys.readouterr()
+    assert re.search(r"6 updates, best top-1 .* images/s, 1 unreadable images left out", first.out)
+    assert re.search(r"unreadable image no. 1, left out: \S*red/1.png", first.err)
+    assert main(words) == 0
+    assert "nothing was left to train" in capsys.readouterr().out
 
 
 MISTAKES = {

@@ -39,13 +39,15 @@ class TrainingDiverged(RuntimeError):
 class Outcome:
     """How a run ended.
 
-    `scores` holds the last evaluation: weights ("model", "ema") -> {"top1", "top5", "loss"}.
+    `scores` holds the last evaluation: weights ("model", "ema") -> {"top1", "top5", "loss"};
+    `bad_files` the images that were left out: path -> cause.
     """
 
     updates: int
     scores: dict[str, dict[str, float]]
     best: dict[str, Any]
     images_per_s: float
+    bad_files: dict[str, str]
     interrupted_by: int | None = None
 
 
@@ -124,6 +126,7 @@ class Trainer:
             scores=self.scores,
             best=self.best,
             images_per_s=images / self._seconds if self._seconds else math.nan,
+            bad_files=self.bad_files,
             interrupted_by=stopped_by,
         )
 

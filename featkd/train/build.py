@@ -90,6 +90,11 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
             )
         global_batch = recipe.batch_size * context.world_size * recipe.optim.accumulate
         optimizer = _optimizer(recipe, student, global_batch, context)
+        if recipe.optim.min_lr > (peak := peak_lr(recipe, global_batch)):
+            notes.append(
+                f"optim.min_lr: {recipe.optim.min_lr:g} is above the peak learning rate {peak:.3g} "
+                f"(optim.lr, scaled by {global_batch} / optim.lr_batch)"
+            )
         scheduler = _scheduler(recipe, optimizer, updates_per_epoch)
         ema = None if recipe.ema_decay is None else ModelEmaV3(student, decay=recipe.ema_decay)
         student_forward: nn.Module = FeatureForward(student, _pair_layers(recipe, student, 0))
@@ -233,13 +238,18 @@ def _optimizer(
     optimizer = create_optimizer_v2(
         student,
         opt=config.optimizer,
-        lr=config.lr * global_batch / config.lr_batch,
+        lr=peak_lr(recipe, global_batch),
         weight_decay=config.weight_decay,
         eps=config.eps,
         **fused,
     )
     assert isinstance(optimizer, torch.optim.Optimizer)
     return optimizer
+
+
+def peak_lr(recipe: Recipe, global_batch: int) -> float:
+    """The learning rate after the warm-up: linear in the global batch."""
+    return recipe.optim.lr * global_batch / recipe.optim.lr_batch
 
 
 def _scheduler(

@@ -8,9 +8,11 @@ from datetime import timedelta
 from itertools import islice
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from featkd.models.features import FeatureModel
+from featkd.train.build import peak_lr
 from featkd.train.distributed import ProcessContext
 from featkd.train.engine import Trainer
 from featkd.train.recipe import Recipe
@@ -59,7 +61,7 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
         (
             "schedule",
             f"{config.epochs} epochs of {parts.updates_per_epoch} updates = {total} updates; "
-            f"{config.optimizer}, peak lr {config.lr * parts.global_batch / config.lr_batch:.3g}, "
+            f"{config.optimizer}, peak lr {peak_lr(recipe, parts.global_batch):.3g}, "
             f"warm-up {config.warmup_epochs} epochs, cosine to {config.min_lr:g}",
         ),
         (
@@ -94,18 +96,18 @@ def _describe(model: FeatureModel, recipe: Recipe) -> str:
     else:
         name = f"{config.name} ({config.checkpoint or 'random weights'})"
     parameters = sum(p.numel() for p in model.parameters())
-    size = recipe.data.img_size
-    return (
-        f"{name}, {parameters:,} parameters, {_forward_macs(model, size) / 1e9:.3f} GMACs an image"
-    )
+    macs = forward_macs(model, recipe.data.img_size)
+    return f"{name}, {parameters:,} parameters, {macs / 1e9:.3f} GMACs an image"
 
 
-def _forward_macs(model: FeatureModel, size: int) -> int:
+def forward_macs(model: FeatureModel, size: int) -> int:
+    """Multiply-adds of the matrix products of one image's forward pass."""
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
+    # The counter does not know the CPU's fused attention; the plain one is made of products.
+    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(1, 3, size, size, device=device))
     model.train(training)
     return counter.get_total_flops() // 2

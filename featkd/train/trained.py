@@ -24,9 +24,6 @@ def load_trained(path: str | PathLike[str], weights: Weights = "auto") -> Featur
     Raises:
         CheckpointError: no checkpoint of featkd.
         ValueError: it has no such weights.
-
-    Example:
-        >>> student = load_trained("runs/cifar10_widelast/best.pt")  # doctest: +SKIP
     """
     state = checkpoint.load(Path(path))
     config, data = state["recipe"]["student"], state["recipe"]["data"]

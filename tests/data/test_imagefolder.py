@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MakeSet, save_noise
 from PIL import Image
 
 from featkd.data import AugmentConfig, BadImageError, DataConfig, ImageFolder, Key, read_image
 from featkd.data.imagefolder import MAX_TRIES
+from tests.data.conftest import MakeSet, save_noise
 
 Spoil = Callable[[Path, str], None]
 HOWS = {

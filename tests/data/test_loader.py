@@ -17,10 +17,10 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from conftest import MakeSet
 from torch import Tensor
 
 from featkd.data import AugmentConfig, BadImageError, Batch, DataConfig, Loader, build_loader
+from tests.data.conftest import MakeSet
 
 Spoil = Callable[[Path, str], None]
 Split = Literal["train", "val"]

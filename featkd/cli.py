@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(_distill, rest)
     if command == "demo":
         return _run(_demo, rest)
-    from featkd.train.recipe import suggestion
+    from featkd.checks import suggestion
 
     return _fail(f"no command {command!r}{suggestion(command, _COMMANDS)}\n\n{_USAGE}", 2)
 
@@ -104,10 +104,11 @@ def _distill(words: list[str]) -> int:
 
 def _summary(outcome: Outcome) -> str:
     best = outcome.best
-    facts = [
-        f"{outcome.updates} updates",
-        f"best top-1 {best['top1']:.2f} % ({best['weights']} weights, epoch {best['epoch']})",
-    ]
+    facts = [f"{outcome.updates} updates"]
+    if best:  # not where a run ended without ever being evaluated
+        facts.append(
+            f"best top-1 {best['top1']:.2f} % ({best['weights']} weights, epoch {best['epoch']})"
+        )
     if math.isnan(outcome.images_per_s):
         facts.append("nothing was left to train")
     else:
@@ -166,7 +167,8 @@ def _recipe_parser(prog: str) -> ArgumentParser:
 
 def _check_options(words: Sequence[str]) -> None:
     """Refuse an unknown option and name the nearest; the parser would only refuse it."""
-    from featkd.train.recipe import RecipeError, field_names, suggestion
+    from featkd.checks import suggestion
+    from featkd.train.recipe import RecipeError, field_names
 
     known = [*field_names(), "config", "resume", "dry-run", "print-config", "help"]
     for word in words:

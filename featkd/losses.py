@@ -99,7 +99,7 @@ class DistillationLoss(nn.Module):
         tau: temperature.
         feature: "mse", "spectral", or None for no feature loss.
         label_smoothing: spread over the classes of integer targets, from 0 to 1.
-        grid: (H, W) of the patch grid, "spectral" only; None takes a square grid.
+        grids: (H, W) of the patch grid of each pair, "spectral" only; None takes square grids.
 
     Example:
         >>> loss = DistillationLoss(alpha=0.9, w_feat=0.2, feature="mse")
@@ -117,7 +117,7 @@ class DistillationLoss(nn.Module):
         tau: float = 1.0,
         feature: Metric | None = None,
         label_smoothing: float = 0.0,
-        grid: tuple[int, int] | None = None,
+        grids: Sequence[tuple[int, int] | None] | None = None,
     ) -> None:
         super().__init__()
         checks.check_fraction("alpha", alpha)
@@ -131,7 +131,7 @@ class DistillationLoss(nn.Module):
         self.tau = tau
         self.feature = feature
         self.label_smoothing = label_smoothing
-        self.grid = grid
+        self.grids = grids
 
     def forward(
         self,
@@ -169,15 +169,18 @@ class DistillationLoss(nn.Module):
                 f"student_features, teacher_features: expected as many maps of each, at least one; "
                 f"got {len(student)} and {len(teacher)}"
             )
+        grids = self.grids or [None] * len(student)
+        if len(grids) != len(student):
+            raise ValueError(f"grids: {len(grids)} given for {len(student)} layer pairs")
         terms = []
-        for number, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        for number, (s, t, grid) in enumerate(zip(student, teacher, grids, strict=True)):
             if s.shape[:2] != t.shape[:2]:
                 raise ValueError(
                     f"layer pair {number}: the student's map is {tuple(s.shape)}, the teacher's "
                     f"{tuple(t.shape)}; images and tokens must agree (same image and patch size)"
                 )
             s, t = pool_channels(s, t)
-            terms.append(projected_feature_kd(s, t, metric=self.feature, grid=self.grid))
+            terms.append(projected_feature_kd(s, t, metric=self.feature, grid=grid))
         return torch.stack(terms).mean()
 
 

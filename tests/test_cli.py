@@ -44,8 +44,13 @@ def call(*words: object, **options) -> subprocess.CompletedProcess[str]:
 
 
 def start(*words: object) -> subprocess.Popen[str]:
+    """In a process group of its own, as a shell starts it."""
     return subprocess.Popen(
-        command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(*words),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -102,7 +107,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_so(recipe_file, tmp_path, unbroken,
     out = tmp_path / "stopped"
     process = start("distill", recipe_file, "--out", out, *LONG)
     wait_for_updates(out / "metrics.csv", 10, process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # the loader's workers get it too, as from a terminal
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
     assert "--resume auto goes on from here" in errors
@@ -125,10 +130,8 @@ def test_two_processes_train_one_model(recipe_file, tmp_path):
     )  # fmt: skip
     one = call("distill", recipe_file, "--out", tmp_path / "one", "--batch_size", 16, *same)
     assert one.returncode == 0, one.stderr
-    runner = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    words = ["--standalone", "-m", "featkd", "distill", recipe_file, "--out", tmp_path / "two"]
     two = subprocess.run(
-        [*runner, *map(str, (*words, *same))],
+        [*TWO, *map(str, (recipe_file, "--out", tmp_path / "two", *same))],
         capture_output=True,
         text=True,
         timeout=120,
@@ -143,6 +146,53 @@ def test_two_processes_train_one_model(recipe_file, tmp_path):
     for x, y in zip(*rows, strict=True):
         assert float(x["loss"]) == pytest.approx(float(y["loss"]), rel=1e-4)
     assert {r["images"] for r in read_csv(tmp_path / "two" / "eval.csv")} == {"12"}
+
+
+TWO = (
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+    "-m", "featkd", "distill",
+)  # fmt: skip
+
+
+def test_two_processes_stop_together_and_leave_a_checkpoint(recipe_file, tmp_path):
+    """SIGTERM to torchrun, far from any logged update."""
+    out = tmp_path / "run"
+    words = [*TWO, str(recipe_file), "--out", str(out), "--optim.epochs", "500"]
+    words += ["--log_every", "100000", "--checkpoint.every_epochs", "1000"]
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    wait_for_updates(out / "metrics.csv", 3, process)  # an epoch's last update is logged
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=25)  # torchrun kills after 30 s
+    assert process.returncode != 0
+    assert "stopped by signal 15" in errors
+    assert load(out / "last.pt")["update"] > 3
+
+
+def test_bad_images_of_every_process_are_named(recipe_file, images, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(images, broken)
+    paths = sorted((broken / "val").rglob("*.png"))[:2]  # one falls to each process
+    for path in paths:
+        path.write_bytes(b"no picture")
+    words = [*TWO, str(recipe_file), "--data.path", str(broken), "--data.on_bad_image", "skip"]
+    words += ["--batch_size", "4", "--optim.epochs", "1", "--optim.warmup_epochs", "0"]
+    done = subprocess.run(
+        words,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 unreadable images left out" in done.stdout
+    for path in paths:
+        assert f"left out: {path}" in done.stderr
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(recipe_file, tmp_path):
@@ -168,11 +218,15 @@ def test_dry_run_says_what_it_would_do_and_writes_nothing(recipe_file, tmp_path)
     done = call("distill", recipe_file, "--dry-run", "--student.num_classes", 5)
     assert done.returncode == 0, done.stderr
     assert not out.exists()
-    report = dict(line.split(None, 1) for line in done.stdout.splitlines())
+    lines = [line.split(None, 1) for line in done.stdout.splitlines()]
+    report = dict(lines)
     assert "(widelast)" in report["student"]
     assert "48 training and 12 validation images, 3 classes" in report["data"]
     assert "2 epochs of 6 updates = 12 updates" in report["schedule"]
-    assert report["note"].startswith("student.num_classes: 5, but the training set has 3")
+    notes = [text for name, text in lines if name == "note"]
+    assert notes[0].startswith("student.num_classes: 5, but the training set has 3")
+    assert notes[1].startswith("teacher: vit_tiny_patch16_224 has random weights")
+    assert "images/s loading (0 workers a process)" in report["throughput"]
     assert {"throughput", "peak", "estimated", "would"} <= set(report)
 
 

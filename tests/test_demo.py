@@ -8,13 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from featkd.demo import run_demo
 from featkd.demo.digits import write_digits
 from featkd.demo.results import STUDENTS, RunResult, spread
+from featkd.demo.run import keep_or_clear
+from featkd.environment import versions
 from featkd.train.checkpoint import load
+from featkd.train.recipe import find_recipe, load_recipe, to_dict
 
 
 def test_digits_are_scikit_learns(tmp_path: Path):
@@ -86,6 +90,29 @@ def test_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("last.pt")}
 
 
+def test_runs_of_another_recipe_are_not_taken_up(tmp_path: Path):
+    recipe = load_recipe(find_recipe("demo"))
+    recipe.out = str(tmp_path / "run")
+    last = tmp_path / "run" / "last.pt"
+    last.parent.mkdir()
+
+    def save(**changes: object) -> None:
+        state = {"format": 1, "recipe": to_dict(recipe), "versions": versions(), **changes}
+        last.parent.mkdir(exist_ok=True)
+        torch.save(state, last)
+
+    save()
+    assert keep_or_clear(recipe)
+    assert last.exists()
+    for wrong in ({"recipe": {}}, {"versions": {"featkd": "0.0.1"}}):
+        save(**wrong)
+        assert not keep_or_clear(recipe)
+        assert not last.exists()
+    save()
+    assert not keep_or_clear(recipe, wanted=False)
+    assert not last.exists()
+
+
 def test_zero_seeds_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="seeds: expected a whole number >= 1, got 0"):
         run_demo(tmp_path, seeds=0)
@@ -95,7 +122,7 @@ def test_curves_are_read_from_the_runs_files(tmp_path: Path):
     (tmp_path / "eval.csv").write_text(
         "update,epoch,weights,top1\n5,1,model,50.0\n5,1,ema,40.0\n9,2,model,75.0\n"
     )
-    (tmp_path / "metrics.csv").write_text("update,features\n5,0.5\n9,0.25\n")
+    (tmp_path / "metrics.csv").write_text("update,feature_loss\n5,0.5\n9,0.25\n")
     result = RunResult("x", 0, 1, 75.0, 1.0, tmp_path)
     assert result.curve() == [(1, 50.0), (2, 75.0)]
     assert result.feature_losses() == [(5, 0.5), (9, 0.25)]

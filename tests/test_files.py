@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,8 +48,14 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path):
     assert result.returncode == -9
     assert target.read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 2  # the half-written one is still there
+    (tmp_path / ".mine.tmp").touch()
+    (tmp_path / f".other.{os.getpid()}.tmp").touch()  # of a process that still runs
     remove_leftovers(tmp_path)
-    assert list(tmp_path.iterdir()) == [target]
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "file",
+        ".mine.tmp",
+        f".other.{os.getpid()}.tmp",
+    }
 
 
 def test_link_survives_a_new_original(tmp_path: Path):

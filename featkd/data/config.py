@@ -9,7 +9,7 @@ from typing import Literal
 from featkd.checks import check_fraction, check_positive
 
 _RAND_AUGMENT = re.compile(
-    r"rand(-(m\d+|n\d+|p[\d.]+|mstd[\d.]+|mmax\d+|inc[01]|t(weights|3aw?)))*"
+    r"rand(-(m\d+|n\d+|p\d+(\.\d+)?|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3aw?)))*"
 )
 
 

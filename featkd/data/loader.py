@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import os
 from collections.abc import Iterator
 from typing import Literal, NamedTuple, Protocol
 
@@ -227,6 +227,10 @@ def _collate(
 
 
 def _start_worker(worker: int) -> None:
-    """Ctrl-C is for the main process, which ends its workers; one thread each, as they are many."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A process group of its own, and one thread, as workers are many.
+
+    Ctrl-C, and SIGTERM to the whole group, then reach the main process alone, which needs its
+    workers until it has stopped; it ends them itself, and they end when it is gone.
+    """
+    os.setpgid(0, 0)
     torch.set_num_threads(1)

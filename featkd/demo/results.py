@@ -37,7 +37,7 @@ class RunResult:
     def feature_losses(self) -> list[tuple[int, float]]:
         """(update, feature loss) of every logged row."""
         rows = read_csv(self.folder / "metrics.csv")
-        return [(int(r["update"]), float(r["features"])) for r in rows]
+        return [(int(r["update"]), float(r["feature_loss"])) for r in rows]
 
 
 def spread(values: list[float]) -> tuple[float, float]:

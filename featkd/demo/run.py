@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
+import signal
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
 
+from featkd import environment
 from featkd.demo.digits import write_digits
 from featkd.demo.report import as_table, write_report
 from featkd.demo.results import STUDENTS, RunResult, throughput
-from featkd.train import distributed
+from featkd.train import checkpoint, distributed
 from featkd.train.engine import Trainer
-from featkd.train.recipe import LossConfig, Recipe, TeacherConfig, find_recipe, load_recipe
+from featkd.train.recipe import (
+    LossConfig,
+    Recipe,
+    TeacherConfig,
+    find_recipe,
+    load_recipe,
+    to_dict,
+)
 
 
 def run_demo(out: Path, seeds: int = 3, epochs: int | None = None) -> int:
     """Train a teacher, then plain, Lift and WideLast students of several seeds, on real digits.
 
-    Finished runs found in `out` are not repeated. Prints a table and writes `out/report.html`.
+    Runs found in `out` are taken up only where recipe and versions are the same. Prints a table
+    and writes `out/report.html`.
 
     Args:
         out: folder for the images, the runs and the report.
@@ -35,6 +48,7 @@ def run_demo(out: Path, seeds: int = 3, epochs: int | None = None) -> int:
     """
     if seeds < 1:
         raise ValueError(f"seeds: expected a whole number >= 1, got {seeds}")
+    signal.signal(signal.SIGTERM, _stop)
     started = time.perf_counter()
     write_digits(out / "digits")
     recipe = load_recipe(find_recipe("demo"))
@@ -42,19 +56,40 @@ def run_demo(out: Path, seeds: int = 3, epochs: int | None = None) -> int:
     if epochs is not None:
         warmup = min(recipe.optim.warmup_epochs, epochs - 1)
         recipe.optim = replace(recipe.optim, epochs=epochs, warmup_epochs=warmup)
-    alone = {("teacher", recipe.seed): teacher_recipe(recipe, out / "teacher")}
-    (teacher,) = train_all(alone, "training the teacher")
+    alone = teacher_recipe(recipe, out / "teacher")
+    same_teacher = keep_or_clear(alone)
+    (teacher,) = train_all({("teacher", recipe.seed): alone}, "training the teacher")
     jobs = {
         (name, seed): student_recipe(recipe, name, seed, out, teacher)
         for seed in range(seeds)
         for name in STUDENTS
     }
+    found = [keep_or_clear(job, wanted=same_teacher) for job in jobs.values()]
     results = train_all(jobs, "training the students")
+    if any(found):
+        print(f"{sum(found)} of {len(found)} students were found in {out}, begun or finished\n")
     table = as_table(teacher, results)
     seconds = time.perf_counter() - started
     page = write_report(out, recipe, teacher, results, seconds)
     print(f"{table}\n\n{seconds:.0f} s in all; report: {page}")
     return 0
+
+
+def keep_or_clear(recipe: Recipe, wanted: bool = True) -> bool:
+    """Whether a run's folder can be gone on from; clears it where not.
+
+    Args:
+        recipe: the run.
+        wanted: False clears it in any case.
+    """
+    last = Path(recipe.out) / "last.pt"
+    if wanted and last.exists():
+        state = checkpoint.load(last)
+        same_recipe = state["recipe"] == to_dict(recipe)
+        if same_recipe and state["versions"] == environment.versions():
+            return True
+    shutil.rmtree(recipe.out, ignore_errors=True)
+    return False
 
 
 def teacher_recipe(recipe: Recipe, folder: Path) -> Recipe:
@@ -76,8 +111,8 @@ def student_recipe(recipe: Recipe, name: str, seed: int, out: Path, teacher: Run
         loss = LossConfig(label_smoothing=recipe.loss.label_smoothing)
         return replace(changed, teacher=None, loss=loss)
     assert recipe.teacher is not None
-    checkpoint = str(teacher.folder / "last.pt")
-    config: TeacherConfig = replace(recipe.teacher, checkpoint=checkpoint, weights="model")
+    weights = str(teacher.folder / "last.pt")
+    config: TeacherConfig = replace(recipe.teacher, checkpoint=weights, weights="model")
     return replace(changed, teacher=config)
 
 
@@ -118,5 +153,12 @@ def train_all(jobs: dict[tuple[str, int], Recipe], what: str) -> list[RunResult]
                 found[running[future]] = future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()  # it saves what it has; Ctrl-C reached it by itself
             raise
     return [found[key] for key in jobs]
+
+
+def _stop(number: int, _: FrameType | None) -> NoReturn:
+    """End as after an exception, so that the running children are ended as well."""
+    raise SystemExit(128 + number)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Any
 
 import timm
 from timm.models import filter_pretrained_cfg, get_pretrained_cfg
 
+from featkd.checks import suggestion
 from featkd.models.base import build_timm
 from featkd.models.features import FeatureModel, with_features
 from featkd.models.lift import Lift
@@ -50,7 +50,9 @@ def create_student(
         7313896
     """
     if arch not in ARCHS:
-        raise ValueError(f"arch: unknown {arch!r}{_nearest(arch, ARCHS)}; allowed: {_names(ARCHS)}")
+        raise ValueError(
+            f"arch: unknown {arch!r}{suggestion(arch, ARCHS)}; allowed: {_names(ARCHS)}"
+        )
     check_timm_name("base", base)
     if timm_kwargs.get("features_only"):
         raise ValueError("features_only: True is not supported; use model.forward_with_features")
@@ -82,18 +84,13 @@ def check_timm_name(argument: str, name: str) -> None:
     if ":" in name:
         return
     if not timm.is_model(name):
-        near = _nearest(name.partition(".")[0], timm.list_models())
+        near = suggestion(name.partition(".")[0], timm.list_models())
         raise ValueError(f"{argument}: timm has no model {name!r}{near}")
     try:
         get_pretrained_cfg(name)
     except RuntimeError as error:
-        near = _nearest(name, timm.list_models(f"{name.partition('.')[0]}.*", include_tags=True))
+        near = suggestion(name, timm.list_models(f"{name.partition('.')[0]}.*", include_tags=True))
         raise ValueError(f"{argument}: timm has no weights {name!r}{near}") from error
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _names(names: Iterable[str]) -> str:

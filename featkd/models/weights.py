@@ -37,7 +37,8 @@ def read_state_dict(path: str | PathLike[str], weights: Weights = "auto") -> dic
             checkpoint: a dict with a state dict under "model" or "state_dict", and maybe
             an averaged one under "model_ema" or "state_dict_ema".
         weights: which of a checkpoint's weights: the averaged ones ("model_ema"), the last ones
-            ("model"), or the averaged ones where there are any ("auto").
+            ("model"), or ("auto") those that scored better when the file was written, if it is
+            a checkpoint of featkd, else the averaged ones where there are any.
 
     Returns:
         Name to tensor, without the prefixes ("module.") that wrappers put on every name.
@@ -122,7 +123,9 @@ def _choose(content: Any, weights: Weights, path: Path) -> dict[str, Any]:
             f"checkpoint: {path} holds a {type(content).__name__}, expected a dict of tensors"
         )
     inside = [key for key in (*_EMA_KEYS, *_MODEL_KEYS) if isinstance(content.get(key), Mapping)]
-    allowed = {"auto": (*_EMA_KEYS, *_MODEL_KEYS), "model_ema": _EMA_KEYS, "model": _MODEL_KEYS}
+    last_first = _scored_last_weights_higher(content)
+    both = (*_MODEL_KEYS, *_EMA_KEYS) if last_first else (*_EMA_KEYS, *_MODEL_KEYS)
+    allowed = {"auto": both, "model_ema": _EMA_KEYS, "model": _MODEL_KEYS}
     for key in allowed[weights]:
         if key in inside:
             return dict(content[key])
@@ -130,6 +133,19 @@ def _choose(content: Any, weights: Weights, path: Path) -> dict[str, Any]:
         found = ", ".join(inside) or "a plain state dict"
         raise ValueError(f"weights: {weights!r} is not in {path}, which holds {found}")
     return dict(content)
+
+
+def _scored_last_weights_higher(content: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint of featkd says that its average is no better than its weights.
+
+    A long average of a short run is little more than the initial weights: it must not be taken
+    for the better of the two unseen.
+    """
+    scores = content.get("scores")
+    if not isinstance(scores, Mapping):
+        return False
+    model, ema = (scores.get(key, {}).get("top1", 0.0) for key in ("model", "ema"))
+    return bool(model >= ema)
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:

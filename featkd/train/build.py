@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from featkd.checks import suggestion
 from featkd.data import Loader, build_loader
 from featkd.losses import DistillationLoss
 from featkd.models import create_student, create_teacher
@@ -76,7 +80,7 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
     val_loader = _loader(recipe, context, "val")
     try:
         num_classes = _num_classes(recipe, len(train_loader.classes), strict_classes, notes)
-        student, teacher = _models(recipe, num_classes)
+        student, teacher = _models(recipe, num_classes, notes)
         student.to(context.device)
         if teacher is not None:
             teacher.to(context.device)
@@ -160,24 +164,47 @@ def _num_classes(recipe: Recipe, found: int, strict: bool, notes: list[str]) -> 
     return asked
 
 
-def _models(recipe: Recipe, num_classes: int) -> tuple[FeatureModel, FeatureModel | None]:
+def _models(
+    recipe: Recipe, num_classes: int, notes: list[str]
+) -> tuple[FeatureModel, FeatureModel | None]:
     torch.manual_seed(recipe.seed)
-    config = recipe.student
+    config, teacher_config = recipe.student, recipe.teacher
     options = {"img_size": recipe.data.img_size, **config.options}
-    student = create_student(config.base, config.arch, config.teacher_dim, num_classes, **options)
-    if recipe.teacher is None:
+    with _naming("student"):
+        student = create_student(
+            config.base, config.arch, config.teacher_dim, num_classes, **options
+        )
+    if teacher_config is None:
         return student, None
-    options = {"img_size": recipe.data.img_size, **recipe.teacher.options}
-    if not recipe.teacher.pretrained:
+    options = {"img_size": recipe.data.img_size, **teacher_config.options}
+    checkpoint = teacher_config.checkpoint
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise RecipeError(f"teacher.checkpoint: no file {checkpoint!r}")
+    if not teacher_config.pretrained:
         options.setdefault("num_classes", num_classes)
-    teacher = create_teacher(
-        recipe.teacher.name,
-        pretrained=recipe.teacher.pretrained,
-        checkpoint=recipe.teacher.checkpoint,
-        weights=recipe.teacher.weights,
-        **options,
-    )
+        if checkpoint is None:
+            notes.append(
+                f"teacher: {teacher_config.name} has random weights "
+                f"(teacher.pretrained is false and teacher.checkpoint is null)"
+            )
+    with _naming("teacher"):
+        teacher = create_teacher(
+            teacher_config.name,
+            pretrained=teacher_config.pretrained,
+            checkpoint=checkpoint,
+            weights=teacher_config.weights,
+            **options,
+        )
     return student, teacher
+
+
+@contextmanager
+def _naming(field: str) -> Iterator[None]:
+    """Say which part of the recipe a model's error is about."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{field}: {error}") from error
 
 
 def _pair_layers(recipe: Recipe, model: FeatureModel, side: int) -> tuple[int, ...]:
@@ -234,7 +261,15 @@ def _optimizer(
     recipe: Recipe, student: FeatureModel, global_batch: int, context: ProcessContext
 ) -> torch.optim.Optimizer:
     config = recipe.optim
-    fused = {"fused": True} if context.device.type == "cuda" and "adam" in config.optimizer else {}
+    names = list_optimizers()
+    if config.optimizer not in names:
+        near = suggestion(config.optimizer, names)
+        raise RecipeError(f"optim.optimizer: timm has no {config.optimizer!r}{near}")
+    fused = (
+        {"fused": True}
+        if context.device.type == "cuda" and config.optimizer in ("adam", "adamw")
+        else {}
+    )
     optimizer = create_optimizer_v2(
         student,
         opt=config.optimizer,
@@ -278,5 +313,5 @@ def _loss(recipe: Recipe, student: FeatureModel) -> DistillationLoss:
         tau=config.tau,
         feature=config.feature,
         label_smoothing=config.label_smoothing,
-        grid=feature_grid(student) if config.feature == "spectral" else None,
+        grids=[feature_grid(student, layer) for layer in _pair_layers(recipe, student, 0)] or None,
     )

@@ -35,8 +35,15 @@ class CheckpointStore:
         self.best = folder / "best.pt"
 
     def prepare(self) -> None:
-        """Make the folder and clear what a killed run left half-written."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Make the folder and clear what a killed run left half-written.
+
+        Raises:
+            CheckpointError: there is a file in its place.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise CheckpointError(f"out: {self.folder} is a file, expected a folder") from error
         remove_leftovers(self.folder)
 
     def save(
@@ -111,6 +118,32 @@ def check_same_model(path: Path, saved: dict[str, Any], current: dict[str, Any])
             f"{path}: holds another student than the recipe asks for ({'; '.join(student)})"
         )
     return list(changed.values())
+
+
+def check_position(
+    path: Path, state: dict[str, Any], recipe: dict[str, Any], world_size: int
+) -> None:
+    """Raise CheckpointError where a position within an epoch means something else by now."""
+    if state["batch"] == 0:
+        return
+    saved = state["recipe"]
+    for name, old, new in (
+        ("batch_size", saved["batch_size"], recipe["batch_size"]),
+        ("optim.accumulate", saved["optim"]["accumulate"], recipe["optim"]["accumulate"]),
+        ("data.augment", saved["data"]["augment"], recipe["data"]["augment"]),
+        ("processes", state["world_size"], world_size),
+    ):
+        if old != new:
+            raise CheckpointError(
+                f"{path}: was saved within an epoch with {name}: {old!r}; go on with that to the "
+                f"epoch's end before changing it to {new!r}"
+            )
+
+
+def named(classes: list[str]) -> str:
+    """The first few of some class names, and how many there are."""
+    few = ", ".join(classes[:5])
+    return few if len(classes) <= 5 else f"{few}, ... {len(classes)} in all"
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:

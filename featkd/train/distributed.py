@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ class ProcessContext:
     rank: int
     world_size: int
     device: torch.device
+    control: Any = None
+    """Group of CPU messages, which wait for no device; None is the default group."""
 
     @property
     def is_main(self) -> bool:
@@ -27,9 +30,17 @@ class ProcessContext:
         """Whether `flag` is set in any process; all processes must call it at the same point."""
         if self.world_size == 1:
             return flag
-        value = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
         return bool(value.item())
+
+    def merged(self, facts: dict[str, str]) -> dict[str, str]:
+        """The facts of all processes; all must call it at the same point."""
+        if self.world_size == 1:
+            return facts
+        found: list[dict[str, str]] = [{} for _ in range(self.world_size)]
+        dist.all_gather_object(found, facts, group=self.control)
+        return {key: value for part in found for key, value in part.items()}
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum of `x` over all processes, as a new tensor; all must call it at the same point."""
@@ -59,9 +70,12 @@ def start(device: str = "auto") -> ProcessContext:
     place = _resolve_device(device, int(os.environ.get("LOCAL_RANK", "0")), world_size)
     if place.type == "cuda":
         torch.cuda.set_device(place)
+    control = None
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    return ProcessContext(rank, world_size, place)
+    if world_size > 1 and place.type == "cuda":
+        control = dist.new_group(backend="gloo")
+    return ProcessContext(rank, world_size, place, control)
 
 
 def stop() -> None:

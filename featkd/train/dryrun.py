@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from datetime import timedelta
@@ -11,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from featkd.data import Batch
 from featkd.models.features import FeatureModel
 from featkd.train.build import peak_lr
 from featkd.train.distributed import ProcessContext
@@ -21,9 +23,9 @@ from featkd.train.recipe import Recipe
 def dry_run(recipe: Recipe, context: ProcessContext) -> str:
     """A report of what `recipe` would do here; writes no file and saves no weights.
 
-    The first of two updates warms up (and compiles); the second is timed, its loading of data
-    included only as far as it was not done ahead. The estimated time is that update's times the
-    number of updates: it leaves out evaluation and saving.
+    The first of two updates warms up (and compiles); the second is timed. Loading is timed by
+    itself, over enough batches that those loaded ahead don't count for much. The estimated time is
+    that of the slower of the two for all updates: it leaves out evaluation and saving.
 
     Raises:
         The same errors as the run itself.
@@ -33,10 +35,7 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
     try:
         parts.student.train()
         parts.train_loader.set_epoch(0)
-        need = 2 * recipe.optim.accumulate
-        batches = list(islice(parts.train_loader, need))
-        if len(batches) < need:  # a set of a single update: take it twice
-            batches = (batches * need)[:need]
+        batches, loading = _load(trainer, 2 * recipe.optim.accumulate)
         trainer.step(batches[: recipe.optim.accumulate])
         _wait(context.device)
         started = time.perf_counter()
@@ -47,6 +46,7 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
         parts.close()
 
     total = trainer.total_updates
+    slower = max(seconds, parts.global_batch / loading)
     config = recipe.optim
     lines = [
         ("student", _describe(parts.student, recipe)),
@@ -75,9 +75,13 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
             f"loss {terms.total.item():.4f} (logits {terms.logits.item():.4f}, features "
             f"{terms.features.item():.4f})",
         ),
-        ("throughput", f"{parts.global_batch / seconds:.1f} images/s ({seconds:.2f} s an update)"),
+        (
+            "throughput",
+            f"{parts.global_batch / seconds:.1f} images/s computing ({seconds:.2f} s an update), "
+            f"{loading:.1f} images/s loading ({recipe.data.workers} workers a process)",
+        ),
         ("peak memory", _peak_memory(context.device)),
-        ("estimated time", f"{timedelta(seconds=round(seconds * total))} for training here"),
+        ("estimated time", f"{timedelta(seconds=round(slower * total))} for training here"),
         (
             "would write",
             f"{trainer.folder}/ (last.pt, best.pt, metrics.csv, eval.csv, tensorboard/)",
@@ -85,6 +89,24 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
     ]
     lines += [("note", note) for note in parts.notes]
     return "\n".join(f"{name:15s} {text}" for name, text in lines)
+
+
+def _load(trainer: Trainer, need: int) -> tuple[list[Batch], float]:
+    """`need` batches, and the images/s at which all processes' loaders bring more of them."""
+    loader, workers = trainer.parts.train_loader, trainer.recipe.data.workers
+    batches = iter(loader)
+    kept = [next(batches)]
+    started = time.perf_counter()
+    count = 0
+    # Twice what the workers have loaded ahead (2 batches each) by the time the first one came.
+    for batch in islice(batches, max(need - 1, 4 * workers)):
+        count += len(batch.targets)
+        if len(kept) < need:
+            kept.append(batch)
+    seconds = time.perf_counter() - started
+    if count == 0:  # the whole set is one batch
+        return kept * need, math.inf
+    return (kept * need)[:need], count * trainer.context.world_size / seconds
 
 
 def _describe(model: FeatureModel, recipe: Recipe) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from featkd import environment
 from featkd.data import Batch, Loader
 from featkd.losses import DistillationTerms
 from featkd.models.features import FeatureModel
+from featkd.models.weights import load_strictly
 from featkd.seeding import derive_seed
 from featkd.train import checkpoint
 from featkd.train.build import Parts, build
@@ -206,7 +207,7 @@ class Trainer:
         if ended or self.epoch % recipe.checkpoint.every_epochs == 0:
             improved = self._evaluate(log)
             self._save(is_best=improved, ended_epoch=self.epoch)
-        return None if ended else self._stop_agreed(interrupt, at_log=True)
+        return None if ended else self._stop_agreed(interrupt)
 
     def _set_lr(self) -> None:
         if self.recipe.optim.step_on == "epoch":
@@ -227,12 +228,8 @@ class Trainer:
             return forward.no_sync()
         return nullcontext()
 
-    def _stop_agreed(self, interrupt: Interrupt, at_log: bool = False) -> int | None:
-        """The signal to stop for; several processes agree at logged updates only (it syncs)."""
-        if self.context.world_size == 1:
-            return interrupt.signal
-        if not (at_log or self.update % self.recipe.log_every == 0):
-            return None
+    def _stop_agreed(self, interrupt: Interrupt) -> int | None:
+        """The signal that any process was told to stop by; waits for the processes, no device."""
         if not self.context.any_true(interrupt.signal is not None):
             return None
         return interrupt.signal or signal.SIGTERM
@@ -257,8 +254,8 @@ class Trainer:
                 "epoch": self.epoch,
                 "lr": max(group["lr"] for group in self.parts.optimizer.param_groups),
                 "loss": loss,
-                "logits": logits,
-                "features": features,
+                "logits_loss": logits,
+                "feature_loss": features,
                 "images_per_s": round(updates * self.parts.global_batch / seconds, 1),
             }
         )
@@ -275,6 +272,7 @@ class Trainer:
                 model, parts.val_loader, parts.num_classes, self.context.device, self._autocast
             )
             self._report_bad(parts.val_loader, log)
+            self._name_bad(self.context.merged(self.bad_files), log)
             scores = {"top1": found.top1, "top5": found.top5, "loss": found.loss}
             self.scores[weights] = scores
             row: dict[str, Any] = {"update": self.update, "epoch": self.epoch, "weights": weights}
@@ -286,7 +284,10 @@ class Trainer:
 
     def _report_bad(self, loader: Loader, log: RunLog) -> None:
         """Name each unreadable image once (under on_bad_image="skip")."""
-        for path, cause in loader.bad_images.items():
+        self._name_bad(loader.bad_images, log)
+
+    def _name_bad(self, files: Mapping[str, str], log: RunLog) -> None:
+        for path, cause in files.items():
             if path not in self.bad_files:
                 self.bad_files[path] = cause
                 log.say(f"unreadable image no. {len(self.bad_files)}, left out: {path}: {cause}")
@@ -294,6 +295,7 @@ class Trainer:
     def _save(self, *, is_best: bool = False, ended_epoch: int | None = None) -> None:
         parts = self.parts
         meter = self.context.sum(self._meter)  # all processes take part
+        bad_files = self.context.merged(self.bad_files)
         if self.context.is_main:
             state = {
                 "model": parts.student.state_dict(),
@@ -307,7 +309,7 @@ class Trainer:
                 "metered": self._metered,
                 "best": self.best,
                 "scores": self.scores,
-                "bad_files": self.bad_files,
+                "bad_files": bad_files,
                 "recipe": to_dict(self.recipe),
                 "classes": parts.train_loader.classes,
                 "num_classes": parts.num_classes,
@@ -334,9 +336,16 @@ class Trainer:
                 f"{path}: was saved {'without' if parts.ema else 'with'} a weight average, the "
                 f"recipe has ema_decay: {self.recipe.ema_decay}"
             )
-        parts.student.load_state_dict(state["model"])
+        if state["classes"] != parts.train_loader.classes:
+            raise CheckpointError(
+                f"{path}: was trained on other classes ({checkpoint.named(state['classes'])}) than "
+                f"the class folders are ({checkpoint.named(parts.train_loader.classes)})"
+            )
+        checkpoint.check_position(path, state, to_dict(self.recipe), self.context.world_size)
+        student = cast(nn.Module, parts.student)
+        load_strictly(student, state["model"], path, "the recipe's student")
         if parts.ema is not None:
-            parts.ema.module.load_state_dict(state["model_ema"])
+            load_strictly(parts.ema.module, state["model_ema"], path, "the recipe's student")
         parts.optimizer.load_state_dict(state["optimizer"])
         parts.scaler.load_state_dict(state["scaler"])
         self.update, self.epoch, self.batch = state["update"], state["epoch"], state["batch"]

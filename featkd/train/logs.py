@@ -52,7 +52,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if None not in row.values()]
 
 
-TRAIN_COLUMNS = ("update", "epoch", "lr", "loss", "logits", "features", "images_per_s")
+TRAIN_COLUMNS = ("update", "epoch", "lr", "loss", "logits_loss", "feature_loss", "images_per_s")
 EVAL_COLUMNS = ("update", "epoch", "weights", "top1", "top5", "loss", "images")
 
 
@@ -99,7 +99,11 @@ class RunLog:
         self._train.write(row)
         for name in TRAIN_COLUMNS[2:]:
             self._board.add_scalar(f"train/{name}", row[name], int(row["update"]))
-        self._bar.set_postfix_str(f"{row['images_per_s']} img/s, loss {float(row['loss']):.4f}")
+        news = f"{row['images_per_s']} images/s, loss {float(row['loss']):.4f}"
+        if self._bar.disable:  # no terminal: a line in the log instead
+            self.say(f"update {row['update']} of {self.total}: {news}")
+        else:
+            self._bar.set_postfix_str(news)
 
     def evaluation(self, row: Mapping[str, float | int | str]) -> None:
         """A row of EVAL_COLUMNS."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
+from featkd.checks import suggestion
 from featkd.data.config import DataConfig
 
 Arch = Literal["plain", "lift", "widelast", "heads_linear", "fixed_linear", "fixed_step"]
@@ -53,7 +53,7 @@ class TeacherConfig:
         pretrained: whether timm downloads its weights.
         checkpoint: a weights file instead (.safetensors, .pth, or a checkpoint of featkd).
         weights: which weights of a checkpoint of featkd: the averaged ones ("model_ema"), the
-            last ones ("model"), or the averaged ones where there are any ("auto").
+            last ones ("model"), or those of the two that scored better ("auto").
         options: further arguments of the timm model.
     """
 
@@ -85,6 +85,16 @@ class LossConfig:
     feature: Literal["mse", "spectral"] | None = None
     pairs: list[tuple[int, int]] = field(default_factory=lambda: [(-1, -1)])
     label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require("loss.tau", self.tau, "> 0")
+        for name in ("beta", "w_feat"):
+            _require(f"loss.{name}", getattr(self, name), ">= 0")
+        for name in ("alpha", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RecipeError(
+                    f"loss.{name}: expected a number from 0 to 1, got {getattr(self, name)!r}"
+                )
 
 
 @dataclass
@@ -299,8 +309,13 @@ def _check_mapping(content: Mapping[str, Any], cls: type, path: Path, prefix: st
                 f"{suggestion(str(key), list(known))}; fields here: {', '.join(known)}"
             )
         inner = known[key]
-        if inner is not None and isinstance(value, dict):
-            _check_mapping(value, inner, path, f"{prefix}{key}.")
+        if inner is None or (value is None and inner is TeacherConfig):
+            continue
+        if not isinstance(value, dict):
+            raise RecipeError(
+                f"recipe {path}: {prefix}{key}: expected a mapping of fields, got {value!r}"
+            )
+        _check_mapping(value, inner, path, f"{prefix}{key}.")
 
 
 def field_types(cls: type) -> dict[str, type | None]:
@@ -324,9 +339,3 @@ def field_names(cls: type = Recipe, prefix: str = "") -> list[str]:
         if inner is not None:
             names += field_names(inner, f"{prefix}{name}.")
     return names
-
-
-def suggestion(name: str, known: Sequence[str]) -> str:
-    """ "; did you mean 'x'?" for the nearest known name, or nothing."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""

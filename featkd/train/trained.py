@@ -16,7 +16,7 @@ def load_trained(path: str | PathLike[str], weights: Weights = "auto") -> Featur
     Args:
         path: a checkpoint of `featkd distill` (last.pt, best.pt, epoch-<n>.pt).
         weights: "model" for the weights of the last update, "model_ema" for their average,
-            "auto" for the average where the run kept one.
+            "auto" for those of the two that scored better when the file was written.
 
     Returns:
         The student, on the CPU, in evaluation mode.
@@ -32,7 +32,7 @@ def load_trained(path: str | PathLike[str], weights: Weights = "auto") -> Featur
         config["arch"],
         config["teacher_dim"],
         state["num_classes"],
-        **{"img_size": data["img_size"], **config["options"]},
+        **{"img_size": data["img_size"], **config["options"], "pretrained": False},
     )
     student.load_state_dict(read_state_dict(path, weights))
     student.eval()

@@ -39,6 +39,7 @@ def test_defaults_are_the_published_recipe() -> None:
         ("rand_augment", ""),
         ("rand_augment", "augmix-m3"),
         ("rand_augment", "rand-m9-q2"),
+        ("rand_augment", "rand-m9-mstd.5.5"),
         ("color_jitter", -1.0),
         ("color_jitter", 0.4),
     ],

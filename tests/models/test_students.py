@@ -95,7 +95,7 @@ def test_plain_takes_every_family(base: str, options: dict[str, Any], layers: in
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"arch": "wide_last"}, r"arch: unknown 'wide_last', did you mean 'widelast'\?; allowed"),
+        ({"arch": "wide_last"}, r"arch: unknown 'wide_last'; did you mean 'widelast'\?; allowed"),
         ({"arch": "?"}, r"arch: unknown '\?'; allowed: plain, lift, widelast, fixed_step"),
         ({"base": "diet_tiny_patch16_224"}, r"base: .* did you mean 'deit_tiny_patch16_224'\?"),
         ({"base": "vit_tiny_patch16_224.augreg_in1"}, r"mean 'vit_tiny_patch16_224.augreg_in21k"),

@@ -1,4 +1,4 @@
-"""The training loop: what an update computes, what a run writes, how it stops and goes on."""
+"""The training loop: what an update computes, what a run writes, what is refused."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from featkd.data import BadImageError
-from featkd.train.checkpoint import CheckpointError, load
+from featkd.train.checkpoint import load
 from featkd.train.distributed import ProcessContext
 from featkd.train.engine import Outcome, Trainer, TrainingDiverged
 from featkd.train.logs import read_csv
 from featkd.train.recipe import Recipe, RecipeError, StudentConfig, TeacherConfig, to_dict
-from featkd.train.trained import load_trained
 
 CPU = ProcessContext(0, 1, torch.device("cpu"))
 
@@ -114,122 +113,6 @@ def test_accumulation_equals_one_large_batch(alone):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("every_updates", [None, 4])
-def test_resuming_repeats_the_unbroken_run_bit_for_bit(recipe, every_updates, tmp_path):
-    """Stop after some update, go on in a new Trainer: losses and weights are those of one run."""
-    recipe = replace(
-        recipe,
-        optim=replace(recipe.optim, accumulate=2, epochs=3),
-        checkpoint=replace(recipe.checkpoint, every_updates=every_updates),
-        log_every=2,
-    )
-    whole = replace(recipe, out=str(tmp_path / "whole"))
-    run(whole)
-    stopped = Trainer(recipe, CPU)
-    updates = 0
-    step = stopped.step
-
-    class Stop(Exception):
-        pass
-
-    def stop_after_five(batches):
-        nonlocal updates
-        if updates == 5:
-            raise Stop
-        updates += 1
-        return step(batches)
-
-    stopped.step = stop_after_five  # type: ignore[method-assign]
-    with pytest.raises(Stop):
-        stopped.run(quiet=True)
-    state = load(Path(recipe.out) / "last.pt")
-    assert (state["update"], state["batch"]) == ((3, 0) if every_updates is None else (4, 2))
-    run(recipe)
-    assert column(recipe, "update") == column(whole, "update")
-    assert column(recipe, "loss") == column(whole, "loss")
-    for name in ("last.pt", "best.pt"):
-        assert same_weights(Path(recipe.out) / name, Path(whole.out) / name)
-    for field in ("top1", "loss"):
-        assert [r[field] for r in read_csv(Path(recipe.out) / "eval.csv")] == [
-            r[field] for r in read_csv(Path(whole.out) / "eval.csv")
-        ]
-
-
-def test_the_best_score_survives_a_resume(recipe):
-    outcome = run(recipe)
-    longer = replace(recipe, optim=replace(recipe.optim, epochs=3))
-    trainer = Trainer(longer, CPU)
-    trainer._resume("auto")
-    assert trainer.best == outcome.best
-    assert trainer.update == 12
-
-
-def test_a_finished_run_is_not_repeated(recipe):
-    first = run(recipe)
-    before = (Path(recipe.out) / "last.pt").stat().st_mtime_ns
-    again = run(recipe)
-    assert (Path(recipe.out) / "last.pt").stat().st_mtime_ns == before
-    assert again.scores == first.scores
-
-
-def test_checkpoints_are_kept_by_policy(recipe):
-    recipe = replace(
-        recipe,
-        optim=replace(recipe.optim, epochs=5),
-        checkpoint=replace(recipe.checkpoint, keep_every=2, every_epochs=1),
-    )
-    run(recipe)
-    names = {p.name for p in Path(recipe.out).glob("*.pt")}
-    assert names == {"last.pt", "best.pt", "epoch-0002.pt", "epoch-0004.pt"}
-    assert load(Path(recipe.out) / "epoch-0004.pt")["epoch"] == 4
-
-
-def test_never_resume_refuses_an_old_run(recipe):
-    run(recipe)
-    with pytest.raises(CheckpointError, match=r"resume: never, but .*last.pt exists"):
-        run(recipe, "never")
-
-
-def test_another_student_is_refused(recipe, tmp_path):
-    run(recipe)
-    other = replace(recipe, student=replace(recipe.student, arch="lift"))
-    with pytest.raises(CheckpointError, match=r"student.arch: 'widelast' -> 'lift'"):
-        run(other)
-    elsewhere = replace(other, out=str(tmp_path / "elsewhere"))
-    with pytest.raises(CheckpointError, match="another student"):
-        run(elsewhere, str(Path(recipe.out) / "last.pt"))
-    with pytest.raises(CheckpointError, match="with a weight average"):
-        run(replace(recipe, ema_decay=None))
-
-
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
-def test_a_damaged_checkpoint_is_named(recipe, content):
-    run(recipe)
-    last = Path(recipe.out) / "last.pt"
-    last.write_bytes(last.read_bytes()[:2000] if content is None else content)
-    with pytest.raises(CheckpointError, match=r"could not read the checkpoint .*last.pt"):
-        run(recipe)
-
-
-def test_a_full_disk_leaves_the_old_checkpoint(recipe, monkeypatch):
-    """The write fails half-way, as on a full disk; test_cli.py has a real file-size limit."""
-    run(recipe)
-    last = Path(recipe.out) / "last.pt"
-    before = last.read_bytes()
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("featkd.files.os.fsync", full)
-    longer = replace(recipe, optim=replace(recipe.optim, epochs=3))
-    trainer = Trainer(longer, CPU)
-    trainer._resume("auto")
-    with pytest.raises(CheckpointError, match=r"could not save .*No space left.*untouched"):
-        trainer._save()
-    assert last.read_bytes() == before
-    assert not list(Path(recipe.out).glob(".*.tmp"))
-
-
 def test_divergence_is_an_error(alone):
     wild = replace(alone, optim=replace(alone.optim, lr=1e30, warmup_epochs=0, epochs=3))
     with pytest.raises(TrainingDiverged, match="the loss is"):
@@ -248,36 +131,106 @@ def test_mixed_precision(recipe, amp):
     assert losses != [float(x) for x in column(full, "loss")]
 
 
-@pytest.mark.parametrize("arch", ["plain", "lift", "widelast"])
-def test_a_trained_student_comes_back_from_its_checkpoint(recipe, arch):
-    recipe = replace(recipe, student=replace(recipe.student, arch=arch))
-    trainer = Trainer(recipe, CPU)
-    trainer.run(quiet=True)
-    images = torch.randn(2, 3, 16, 16)
-    originals = {"model": trainer.parts.student, "model_ema": trainer.parts.ema.module}
-    originals["auto"] = originals["model_ema"]
-    for weights, original in originals.items():
-        loaded = load_trained(Path(recipe.out) / "last.pt", weights)
-        assert not loaded.training
-        assert torch.equal(loaded(images), original.eval()(images))
+def test_average_is_the_closed_form(alone):
+    alone.student.options["drop_path_rate"] = 0.0
+    trainer = Trainer(replace(alone, ema_decay=0.75), CPU)
+    history = [{k: v.clone() for k, v in trainer.parts.student.state_dict().items()}]
+    for batch in list(trainer.parts.train_loader)[:2]:
+        trainer.step([batch])
+        history.append({k: v.clone() for k, v in trainer.parts.student.state_dict().items()})
+    for key, value in trainer.parts.ema.module.state_dict().items():
+        expected = 0.75**2 * history[0][key] + 0.75 * 0.25 * history[1][key]
+        torch.testing.assert_close(value, expected + 0.25 * history[2][key])
+        assert not torch.equal(value, history[2][key]) or torch.equal(value, history[0][key])
 
 
-def test_a_student_of_featkd_becomes_a_teacher(alone, recipe):
-    teacher = replace(
-        alone,
-        out=alone.out + "-teacher",
-        student=StudentConfig(
-            base=recipe.teacher.name, arch="plain", options=dict(recipe.teacher.options)
-        ),
+def test_evaluation_scores_the_average_itself(alone):
+    """A decay of 0.99996 leaves the average at the start: it must not score like the student."""
+    outcome = run(replace(alone, ema_decay=0.99996, optim=replace(alone.optim, epochs=6)))
+    assert outcome.scores["ema"]["loss"] > outcome.scores["model"]["loss"] + 0.1
+
+
+def test_learning_rate_by_epoch_is_warm_up_and_cosine(alone):
+    """The published schedule: constant within an epoch; 2 of 6 epochs of warm-up from 1e-6."""
+    optim = replace(
+        alone.optim, step_on="epoch", epochs=6, warmup_epochs=2, lr=4e-3, lr_batch=16, min_lr=1e-5
     )
-    run(teacher)
-    checkpoint = Path(teacher.out) / "last.pt"
-    for weights, key in (("model", "model"), ("model_ema", "model_ema"), ("auto", "model_ema")):
-        config = replace(recipe.teacher, checkpoint=str(checkpoint), weights=weights)
-        trainer = Trainer(replace(recipe, teacher=config), CPU)
-        loaded, saved = trainer.parts.teacher.state_dict(), load(checkpoint)[key]
-        assert all(torch.equal(loaded[k], saved[k]) for k in saved)
-        assert not any(p.requires_grad for p in trainer.parts.teacher.parameters())
+    run(replace(alone, optim=optim))
+    peak = 4e-3 * 8 / 16
+    expected = [1e-6, 1e-6 + (peak - 1e-6) / 2] + [
+        1e-5 + (peak - 1e-5) * (1 + math.cos(math.pi * epoch / 6)) / 2 for epoch in (2, 3, 4, 5)
+    ]
+    rates = [float(x) for x in column(alone, "lr")]
+    assert rates == pytest.approx([rate for rate in expected for _ in range(6)], rel=1e-6)
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_gradients_are_clipped_at_their_true_norm(alone, amp):
+    """With loss scaling the gradients must be unscaled first."""
+    norms = []
+    trainer = Trainer(
+        replace(alone, amp=amp, optim=replace(alone.optim, clip_grad=1e-3), ema_decay=None), CPU
+    )
+    original = trainer.parts.optimizer.step
+
+    def note_norm(*args, **options):
+        grads = [p.grad for p in trainer.parts.student.parameters()]
+        norms.append(torch.nn.utils.get_total_norm(grads).item())
+        return original(*args, **options)
+
+    trainer.parts.optimizer.step = note_norm  # type: ignore[method-assign]
+    batch = next(iter(trainer.parts.train_loader))
+    for _ in range(20):  # fp16: updates are skipped until the scale no longer overflows
+        trainer.step([batch])
+    assert norms
+    assert norms == pytest.approx([1e-3] * len(norms), rel=1e-2)
+
+
+def test_weight_decay_spares_biases_norms_and_embeddings(alone):
+    trainer = Trainer(alone, CPU)
+    names = {id(p): name for name, p in trainer.parts.student.named_parameters()}
+    decayed, spared = set(), set()
+    for group in trainer.parts.optimizer.param_groups:
+        assert group["weight_decay"] in (0.0, 0.05)
+        (decayed if group["weight_decay"] else spared).update(names[id(p)] for p in group["params"])
+    assert decayed | spared == set(names.values())
+    assert {"pos_embed", "cls_token", "head.bias", "norm.weight"} <= spared
+    assert all(name.endswith("weight") and "norm" not in name for name in decayed)
+    assert {"blocks.1.proj_in.weight", "head.weight", "patch_embed.proj.weight"} <= decayed
+
+
+def test_drop_path_differs_from_update_to_update(alone):
+    alone.student.options["drop_path_rate"] = 0.5
+    trainer = Trainer(replace(alone, ema_decay=None, optim=replace(alone.optim, lr=1e-30)), CPU)
+    trainer.parts.student.train()
+    batch = next(iter(trainer.parts.train_loader))
+    assert len({trainer.step([batch]).total.item() for _ in range(6)}) > 1
+
+
+def test_model_errors_name_the_part_of_the_recipe(recipe):
+    student, teacher = recipe.student, recipe.teacher
+    with pytest.raises(RecipeError, match=r"^student: .*patchsize"):
+        Trainer(replace(recipe, student=replace(student, options={"patchsize": 4})), CPU)
+    with pytest.raises(RecipeError, match=r"^teacher: .*no model 'vit_tinny"):
+        Trainer(replace(recipe, teacher=replace(teacher, name="vit_tinny_patch16_224")), CPU)
+    with pytest.raises(RecipeError, match=r"optim.optimizer: timm has no 'adamv'; did you mean"):
+        Trainer(replace(recipe, optim=replace(recipe.optim, optimizer="adamv")), CPU)
+
+
+def test_spectral_pairs_of_a_swin_student_have_a_grid_each(recipe):
+    swin = {
+        "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (1, 1), "num_heads": (2, 2),
+    }  # fmt: skip
+    recipe = replace(
+        recipe,
+        student=StudentConfig(base="swin_tiny_patch4_window7_224", options=dict(swin)),
+        teacher=TeacherConfig(name="swin_tiny_patch4_window7_224", options=dict(swin)),
+        loss=replace(recipe.loss, pairs=[(0, 0), (1, 1)]),
+    )
+    trainer = Trainer(recipe, CPU)
+    assert trainer.parts.loss.grids == [(8, 8), (4, 4)]
+    terms = trainer.losses(next(iter(trainer.parts.val_loader)))
+    assert terms.total.isfinite()
 
 
 def test_teacher_is_not_trained(recipe):
@@ -330,15 +283,6 @@ def test_widths_grids_and_classes_that_do_not_fit(recipe):
         Trainer(replace(recipe, student=replace(student, num_classes=5)), CPU)
     with pytest.raises(RecipeError, match=r"optim.accumulate: 7 .* an epoch has 6"):
         Trainer(replace(recipe, optim=replace(recipe.optim, accumulate=7)), CPU)
-
-
-def test_plain_student_of_another_width_is_pooled_and_said(recipe):
-    plain = replace(recipe, student=replace(recipe.student, arch="plain"))
-    trainer = Trainer(plain, CPU)
-    assert trainer.parts.notes == [
-        "layer pair [1, 1]: 12 against 24 channels: the wider map is pooled"
-    ]
-    trainer.run(quiet=True)
 
 
 def test_compiled_run(recipe):

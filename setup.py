@@ -5,5 +5,8 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["featkd", "featkd.*"]), "featkd.recipes"],
     package_dir={"featkd.recipes": "recipes"},
-    package_data={"featkd": ["py.typed", "*/templates/*"], "featkd.recipes": ["*.yaml"]},
+    package_data={
+        "featkd": ["py.typed", "*/templates/*", "ptx/runtime/*.h"],
+        "featkd.recipes": ["*.yaml"],
+    },
 )

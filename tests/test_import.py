@@ -15,6 +15,7 @@ PACKAGE = Path(featkd.__file__).parent
 
 # design order, highest first; a module may import from its own row and from rows below it
 LAYERS = (
+    ("ptx",),  # a test bench: nothing imports it
     ("__main__",),
     ("cli",),
     ("demo",),
@@ -85,3 +86,8 @@ def test_imports_only_go_down(path):
     for imported in imports_of(path):
         if imported != module:
             assert row(imported) > row(module), f"{path} imports featkd.{imported}"
+
+
+def test_the_test_bench_needs_only_the_lowest_layer():
+    found = set().union(*(imports_of(path) for path in (PACKAGE / "ptx").rglob("*.py")))
+    assert found <= {"ptx", *LAYERS[-1]}

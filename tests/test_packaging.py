@@ -38,6 +38,7 @@ def test_wheel_contents(wheel: Path):
         str(p.relative_to(ROOT)) for p in (ROOT / "featkd").rglob("*.py") if "tests" not in p.parts
     }
     expected |= {"featkd/py.typed", "featkd/demo/templates/report.html"}
+    expected |= {f"featkd/ptx/runtime/{p.name}" for p in (ROOT / "featkd/ptx/runtime").iterdir()}
     assert expected <= names
     assert not [n for n in names if n.startswith(("tests/", "benchmarks/"))]
 

@@ -1,0 +1,85 @@
+"""C++ to a shared library: compiled once, kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+RUNTIME = Path(__file__).parent / "runtime"
+FLAGS = (
+    *("-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing"),
+    *("-w", "-shared", "-fPIC", "-pthread"),
+)
+
+
+class CompilerError(RuntimeError):
+    """No C++ compiler, or one that could not compile the translated kernel."""
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/featkd/ptx, by default below ~/.cache; made where it is missing."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "featkd" / "ptx"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def find_compiler() -> str:
+    """The C++ compiler: $CXX, or g++ or clang++ on the path.
+
+    Raises:
+        CompilerError: there is none.
+    """
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise CompilerError(
+        "featkd.ptx compiles kernels with a C++ compiler, and none was found: "
+        "install g++ or clang++, or name one in CXX"
+    )
+
+
+def _machine() -> str:
+    """What -march=native depends on, so that a cache shared by machines stays right."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "".join(sorted({x for x in lines if x.startswith(("flags", "model name"))}))
+    except OSError:
+        return platform.processor()
+
+
+def build(code: str, check: bool, count: bool) -> Path:
+    """Compile translated C++ with the runtime; returns the shared library's path.
+
+    The library's name is a hash of the code, the runtime, the flags, the compiler and the
+    machine. It is compiled aside and renamed, so that processes building at once are safe.
+
+    Raises:
+        CompilerError: there is no compiler, or it fails.
+    """
+    compiler = find_compiler()
+    flags = [*FLAGS, f"-DFEATKD_CHECK={int(check)}", f"-DFEATKD_COUNT={int(count)}"]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    digest = hashlib.sha256()
+    headers = [header.read_text() for header in sorted(RUNTIME.glob("*.h"))]
+    for text in (code, *headers, *flags, compiler, version, _machine()):
+        digest.update(text.encode() + b"\0")
+    library = cache_folder() / f"{digest.hexdigest()[:32]}.so"
+    if library.exists():
+        return library
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        source, made = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
+        source.write_text(code)
+        command = [compiler, *flags, f"-I{RUNTIME}", str(source), "-o", str(made)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise CompilerError(
+                f"{compiler} could not compile the translated kernel:\n{result.stderr[:4000]}"
+            )
+        os.replace(made, library)
+    return library

@@ -1,0 +1,296 @@
+"""Runs PTX kernels on the CPU, with checks and counters: `Emulator(ptx).launch(...)`."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from featkd.ptx.build import build
+from featkd.ptx.parser import PtxError, Variable, parse
+from featkd.ptx.reports import TOTALS, Counters, Launch, RawReport, make_report
+from featkd.ptx.translate import Kernel, translate
+
+# bytes of shared memory a block may have, from NVIDIA's table of compute capabilities
+SHARED_LIMITS = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227}
+_MOST_THREADS = 1024
+_GRID_LIMITS = (2**31 - 1, 65535, 65535)
+
+
+class _RawAllocation(ctypes.Structure):
+    _fields_ = [
+        ("address", ctypes.c_uint64),
+        ("bytes", ctypes.c_uint64),
+        ("granule", ctypes.c_uint32),
+        ("poisoned", ctypes.c_uint32),
+    ]
+
+
+class _RawLaunch(ctypes.Structure):
+    """`LaunchRequest` of runtime/launch.h."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint32 * 3),
+        ("size", ctypes.c_uint32 * 3),
+        ("dynamic_shared", ctypes.c_uint32),
+        ("workers", ctypes.c_uint32),
+        ("allocation_count", ctypes.c_uint32),
+        ("unused", ctypes.c_uint32),
+        ("seed", ctypes.c_uint64),
+        ("time_limit", ctypes.c_double),
+        ("parameters", ctypes.c_void_p),
+        ("allocations", ctypes.c_void_p),
+    ]
+
+
+def _signature(kernel: Kernel) -> str:
+    def one(p: Variable) -> str:
+        if p.count != 1:
+            return f"{p.bytes} bytes {p.name}"
+        return f"{'pointer' if p.pointer else p.type} {p.name}"
+
+    return f"{kernel.name}({', '.join(one(p) for p in kernel.parameters)})"
+
+
+def _memory(value: object) -> tuple[int, int, int] | None:
+    """Address, bytes from it to the last element, and element size of an array; else None."""
+    if isinstance(value, np.ndarray):
+        sizes, strides, item = value.shape, value.strides, value.itemsize
+        address = value.ctypes.data
+    elif isinstance(value, torch.Tensor):
+        if value.device.type != "cpu":
+            raise TypeError(f"tensor arguments must be on the CPU, got one on {value.device}")
+        item, sizes = value.element_size(), tuple(value.shape)
+        strides, address = tuple(s * item for s in value.stride()), value.data_ptr()
+    else:
+        return None
+    if any(s < 0 for s in strides):
+        raise ValueError("array arguments must not have negative strides")
+    if 0 in sizes:
+        return address, 0, item
+    last = sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
+    return address, last + item, item
+
+
+def _scalar(value: Any, parameter: Variable) -> bytes | None:
+    """The bytes of a scalar argument; None where it does not fit the parameter."""
+    kind, size = parameter.type, parameter.bytes
+    if isinstance(value, bytes):
+        return value if len(value) == size else None
+    if isinstance(value, np.generic):
+        return value.tobytes() if value.nbytes == size else None
+    if parameter.count != 1:
+        return None
+    if isinstance(value, bool | int):
+        if kind.startswith("f"):
+            return None
+        low, high = -(2 ** (8 * size - 1)), 2 ** (8 * size)
+        return (int(value) % high).to_bytes(size, "little") if low <= value < high else None
+    if isinstance(value, float):
+        code = {"f32": "<f", "f64": "<d", "b32": "<f", "b64": "<d"}.get(kind)
+        return struct.pack(code, value) if code else None
+    return None
+
+
+def _triple(name: str, value: int | Sequence[int], limits: Sequence[int]) -> list[int]:
+    sizes = [value] if isinstance(value, int) else list(value)
+    if not 1 <= len(sizes) <= 3:
+        raise ValueError(f"{name}: expected 1 to 3 sizes, got {value!r}")
+    sizes += [1] * (3 - len(sizes))
+    for size, limit in zip(sizes, limits, strict=True):
+        if not 1 <= size <= limit:
+            raise ValueError(f"{name}: sizes must be from 1 to {limit}, got {value!r}")
+    return sizes
+
+
+class Emulator:
+    """A PTX file, translated and compiled for the CPU.
+
+    Args:
+        ptx: PTX text.
+        check: look for races, uninitialised reads, out-of-bounds accesses and the like. Without
+            it nothing is checked, and a wrong address can crash the process.
+        count: fill `Launch.counters`.
+
+    Raises:
+        PtxError: the text cannot be read, or its target is newer than the emulator knows.
+        UnsupportedInstruction: it holds an instruction that is not implemented.
+        CompilerError: there is no C++ compiler.
+    """
+
+    def __init__(self, ptx: str, check: bool = True, count: bool = False) -> None:
+        module = parse(ptx)
+        digits = module.target.removeprefix("sm_").rstrip("af")
+        self.arch = int(digits) if digits.isdigit() else 0
+        if self.arch not in SHARED_LIMITS:
+            known = ", ".join(f"sm_{a}" for a in SHARED_LIMITS)
+            raise PtxError(f"target {module.target} is not supported; those that are: {known}")
+        self.check, self.count = check, count
+        self.program = translate(module)
+        self.library: Path = build(self.program.code, check, count)
+        self._library = ctypes.CDLL(str(self.library))
+        for name, result in (
+            ("reports", ctypes.POINTER(RawReport)),
+            ("totals", ctypes.POINTER(ctypes.c_uint64)),
+            ("executed", ctypes.POINTER(ctypes.c_uint64)),
+            ("report_count", ctypes.c_uint32),
+            ("seconds", ctypes.c_double),
+            ("free", None),
+        ):
+            function = getattr(self._library, f"featkd_ptx_{name}")
+            function.argtypes, function.restype = [ctypes.c_void_p], result
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the kernels that can be launched."""
+        return tuple(self.program.kernels)
+
+    def _kernel(self, name: str) -> Kernel:
+        if name not in self.program.kernels:
+            raise ValueError(f"name: no kernel {name!r}; those there: {', '.join(self.kernels)}")
+        return self.program.kernels[name]
+
+    def _arguments(
+        self, kernel: Kernel, args: Sequence[Any], outputs: Sequence[int]
+    ) -> tuple[list[bytes], list[_RawAllocation], dict[int, str]]:
+        expected = f"expected {_signature(kernel)}"
+        if len(args) != len(kernel.parameters):
+            wanted = len(kernel.parameters)
+            raise TypeError(f"args: {kernel.name} takes {wanted}, got {len(args)}; {expected}")
+        data: list[bytes] = []
+        allocations: list[_RawAllocation] = []
+        places: dict[int, str] = {}
+        for i, (value, parameter) in enumerate(zip(args, kernel.parameters, strict=True)):
+            memory = _memory(value)
+            if memory is not None:
+                if parameter.bytes != 8 or parameter.type.startswith("f"):
+                    raise TypeError(f"args[{i}]: {parameter.name} takes no array; {expected}")
+                address, size, item = memory
+                data.append(struct.pack("<Q", address))
+                places[len(allocations)] = f"args[{i}]"
+                granule = item if item in (1, 2, 4) else 4 if item % 4 == 0 else 1
+                poisoned = i in outputs
+                if poisoned:
+                    ctypes.memset(address, 0xFF, size)
+                allocations.append(_RawAllocation(address, size, granule, poisoned))
+                continue
+            if i in outputs:
+                raise TypeError(f"outputs: args[{i}] is no array")
+            packed = b"\0" * 8 if value is None and parameter.bytes == 8 else None
+            packed = packed or _scalar(value, parameter)
+            if packed is None or (parameter.pointer and value is not None):
+                got = f"{type(value).__name__} {value!r:.40}"
+                raise TypeError(
+                    f"args[{i}]: {got} does not fit .{parameter.type} {parameter.name}; {expected}"
+                )
+            data.append(packed)
+        for name, size, ptx_name in self.program.globals:
+            function = getattr(self._library, f"{name}_address")
+            function.restype = ctypes.c_void_p
+            places[len(allocations)] = ptx_name
+            allocations.append(_RawAllocation(function(), size, 1, False))
+        return data, allocations, places
+
+    def launch(
+        self,
+        name: str,
+        args: Sequence[Any],
+        grid: int | Sequence[int],
+        block: int | Sequence[int],
+        shared_bytes: int = 0,
+        seed: int = 0,
+        time_limit: float = 60.0,
+        outputs: Sequence[int] = (),
+        workers: int | None = None,
+    ) -> Launch:
+        """Run a kernel; arrays are read and written in place.
+
+        Args:
+            name: the kernel, as the PTX names it.
+            args: for a pointer a numpy array, a CPU tensor or None (a null pointer); for a
+                number a numpy scalar, int or float; for a struct its bytes.
+            grid, block: up to three sizes.
+            shared_bytes: dynamic shared memory of a block.
+            seed: order in which threads run; 0 is by thread id, any other a random one. Results
+                and reports are the same for the same seed.
+            time_limit: seconds after which the launch is stopped and reported.
+            outputs: positions in `args` of arrays that the kernel must fill: they are overwritten
+                with 0xFF bytes, and reading or leaving such a byte is reported.
+            workers: OS threads that share the blocks, by default one a core. Kernels with atomics
+                on global memory always get one, so that sums come in one order.
+
+        Raises:
+            ValueError: no such kernel; sizes or shared memory beyond the chip's.
+            TypeError: wrong number or type of arguments; says the signature.
+        """
+        kernel = self._kernel(name)
+        sizes = _triple("block", block, (1024, 1024, 64))
+        if math.prod(sizes) > _MOST_THREADS:
+            raise ValueError(f"block: {math.prod(sizes)} threads, at most {_MOST_THREADS} allowed")
+        if kernel.threads and math.prod(kernel.threads) != math.prod(sizes):
+            raise ValueError(f"block: {name} requires {kernel.threads} threads, got {block!r}")
+        blocks = _triple("grid", grid, _GRID_LIMITS)
+        limit, total = SHARED_LIMITS[self.arch] * 1024, kernel.static_shared + shared_bytes
+        if shared_bytes < 0 or total > limit:
+            raise ValueError(
+                f"shared_bytes: {shared_bytes} and {kernel.static_shared} static bytes; a block "
+                f"of sm_{self.arch} may have {limit}"
+            )
+        bad = [i for i in outputs if not 0 <= i < len(args)]
+        if bad:
+            raise ValueError(f"outputs: no args{bad}; there are {len(args)}")
+        data, allocations, places = self._arguments(kernel, args, outputs)
+        cores = workers or len(os.sched_getaffinity(0))
+        if self.program.uses_global_atomics:
+            cores = 1
+        buffers = [ctypes.create_string_buffer(x, max(16, len(x))) for x in data]
+        parameters = (ctypes.c_void_p * max(len(buffers), 1))(*map(ctypes.addressof, buffers))
+        table = (_RawAllocation * max(len(allocations), 1))(*allocations)
+        request = _RawLaunch(
+            (ctypes.c_uint32 * 3)(*blocks),
+            (ctypes.c_uint32 * 3)(*sizes),
+            shared_bytes,
+            min(cores, math.prod(blocks)),
+            len(allocations),
+            0,
+            seed & (2**64 - 1),
+            time_limit,
+            ctypes.addressof(parameters),
+            ctypes.addressof(table),
+        )
+        start = getattr(self._library, kernel.function)
+        start.argtypes, start.restype = [ctypes.c_void_p], ctypes.c_void_p
+        outcome = start(ctypes.addressof(request))
+        try:
+            return self._outcome(outcome, kernel, places)
+        finally:
+            self._library.featkd_ptx_free(outcome)
+
+    def _outcome(self, outcome: int, kernel: Kernel, places: dict[int, str]) -> Launch:
+        library = self._library
+        sources = {line: str(source) for line, source in self.program.sources.items()}
+        found = library.featkd_ptx_reports(outcome)
+        reports = tuple(
+            make_report(found[i], kernel.name, sources, places)
+            for i in range(library.featkd_ptx_report_count(outcome))
+        )
+        counters = None
+        if self.count:
+            totals = library.featkd_ptx_totals(outcome)
+            executed = library.featkd_ptx_executed(outcome)
+            instructions: dict[str, int] = {}
+            flops: dict[str, int] = {}
+            for i, (kind, each) in enumerate(self.program.classes):
+                instructions[kind] = instructions.get(kind, 0) + executed[i]
+                if each:
+                    flops[kind] = flops.get(kind, 0) + each * executed[i]
+            named = {name: int(totals[i]) for i, name in enumerate(TOTALS)}
+            counters = Counters(instructions, flops, **named)
+        return Launch(library.featkd_ptx_seconds(outcome), reports, counters)

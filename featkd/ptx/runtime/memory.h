@@ -1,0 +1,288 @@
+// The memory spaces: loads, stores, atomics, asynchronous copies, and what is checked and counted.
+#pragma once
+#include "machine.h"
+
+// Generic addresses carry their space in the top byte; global ones are plain host addresses.
+constexpr u64 kSharedTag = 1ull << 56, kLocalTag = 2ull << 56, kOffsetMask = kSharedTag - 1;
+enum ByteState : u8 { EMPTY, VALID, PENDING };
+
+#ifndef FEATKD_SHARED_GRANULE
+#define FEATKD_SHARED_GRANULE 4
+#endif
+
+static thread_local u64 spare_bytes[8];  // where accesses outside of memory go
+
+inline void race(Thread& t, Cell& cell, Access kind, bool same, ReportKind report_kind, u32 line,
+                 Space space, u64 offset, u32 bytes, s32 argument) {
+  auto meets = [&](const Stamp& s) {
+    if (before(t, s)) return false;
+    report(t, report_kind, line, space, offset, bytes, argument, (s32)s.thread - 1, s.line);
+    return true;
+  };
+  const Stamp now{t.id + 1, t.block->worker.epoch, t.clock, line};
+  // writing the value already written since the last barrier changes nothing for anybody
+  if (kind == WRITE && same && cell.write.thread && cell.write.epoch == now.epoch) return;
+  bool found = meets(cell.write);
+  if (kind != ATOMIC && !found) found = meets(cell.atomic);
+  if (kind != READ && !found) found = meets(cell.read) || meets(cell.other_read);
+  if (kind == WRITE) cell.write = now;
+  else if (kind == ATOMIC) cell.atomic = now;
+  else if (cell.read.epoch != now.epoch || cell.read.thread == now.thread) cell.read = now;
+  else cell.other_read = now;
+}
+
+// Claims [offset, offset + bytes) of shared memory for an access; returns its host address.
+inline u8* shared_access(Thread& t, u64 offset, u32 bytes, u32 align, Access kind, bool same, u32 line) {
+  Worker& w = t.block->worker;
+  if constexpr (kCheck) {
+    if (offset + bytes > w.shared.size()) {
+      report(t, OUT_OF_BOUNDS, line, SHARED, offset, bytes);
+      return (u8*)spare_bytes;
+    }
+    if (offset % align) report(t, MISALIGNED, line, SHARED, offset, bytes);
+    bool empty = false, pending = false;
+    for (u32 i = 0; i < bytes; i++) {
+      u8& state = w.shared_state[offset + i];
+      pending |= state == PENDING;
+      if (kind != WRITE) empty |= state == EMPTY;
+      else if (state == EMPTY) state = VALID;
+    }
+    if (pending) report(t, MISSING_WAIT, line, SHARED, offset, bytes);
+    else if (empty) report(t, UNINITIALISED, line, SHARED, offset, bytes);
+    for (u64 c = offset / FEATKD_SHARED_GRANULE; c <= (offset + bytes - 1) / FEATKD_SHARED_GRANULE; c++)
+      race(t, w.shared_cells[c], kind, same, SHARED_RACE, line, SHARED, offset, bytes, -1);
+  }
+  return w.shared.data() + offset;
+}
+
+inline u8* local_access(Thread& t, u64 offset, u32 bytes, u32 align, Access kind, u32 line) {
+  Worker& w = t.block->worker;
+  const u64 base = (u64)t.id * w.launch.local_bytes;
+  if constexpr (kCheck) {
+    if (offset + bytes > t.local_top) {
+      report(t, OUT_OF_BOUNDS, line, LOCAL, offset, bytes);
+      return (u8*)spare_bytes;
+    }
+    if (offset % align) report(t, MISALIGNED, line, LOCAL, offset, bytes);
+    bool empty = false;
+    for (u32 i = 0; i < bytes; i++) {
+      u8& state = w.local_state[base + offset + i];
+      if (kind == WRITE) state = VALID;
+      else empty |= state == EMPTY;
+    }
+    if (empty) report(t, UNINITIALISED, line, LOCAL, offset, bytes);
+  }
+  if constexpr (kCount) w.totals[kind == WRITE ? T_LOCAL_WRITE : T_LOCAL_READ] += bytes;
+  return w.local.data() + base + offset;
+}
+
+// an address in a register: 32-bit ones wrap at 32 bits
+template <class R>
+inline u64 wrap_address(R base, s64 offset) {
+  return sizeof(R) == 4 ? (u64)(u32)((u32)base + (u32)offset) : (u64)base + (u64)offset;
+}
+
+inline void count_instruction(Thread& t, u32 number) {
+  if constexpr (kCount) t.block->worker.executed[number]++;
+}
+
+inline s32 find_allocation(LaunchState& launch, u64 address, u32 bytes) {
+  static thread_local u32 last = 0;
+  auto holds = [&](u32 i) {
+    const Allocation& a = launch.allocations[i];
+    return address >= a.address && address + bytes <= a.address + a.bytes;
+  };
+  if (last < launch.allocation_count && holds(last)) return (s32)last;
+  for (u32 i = 0; i < launch.allocation_count; i++)
+    if (holds(i)) return (s32)(last = i);
+  return -1;
+}
+
+inline void lower(std::atomic<u64>& slot, u64 key) {
+  u64 seen = slot.load(std::memory_order_relaxed);
+  while ((seen == 0 || key < seen) && !slot.compare_exchange_weak(seen, key)) {}
+}
+inline void raise(std::atomic<u64>& slot, u64 key) {
+  u64 seen = slot.load(std::memory_order_relaxed);
+  while (key > seen && !slot.compare_exchange_weak(seen, key)) {}
+}
+
+inline u8* global_access(Thread& t, u64 address, u32 bytes, u32 align, Access kind, bool same, u32 line) {
+  Worker& w = t.block->worker;
+  LaunchState& launch = w.launch;
+  if constexpr (kCheck || kCount) {
+    const s32 found = find_allocation(launch, address, bytes);
+    if (found < 0) {
+      if constexpr (kCheck) report(t, OUT_OF_BOUNDS, line, GLOBAL, address, bytes);
+      return (u8*)spare_bytes;
+    }
+    const Allocation& a = launch.allocations[found];
+    const u64 offset = address - a.address;
+    if (kind != READ) std::fill_n(&launch.written[found][offset], bytes, 1);
+    if constexpr (kCount)
+      if (kind != WRITE) std::fill_n(&launch.read[found][offset], bytes, 1);
+    if constexpr (kCheck) {
+      if (address % align) report(t, MISALIGNED, line, GLOBAL, offset, bytes, found);
+      if (kind == READ && a.poisoned)
+        for (u32 i = 0; i < bytes; i++)
+          if (!launch.written[found][offset + i]) {
+            report(t, UNINITIALISED, line, GLOBAL, offset, bytes, found);
+            break;
+          }
+      const u64 key = ((u64)t.block->linear + 1) << 32 | line;
+      for (u64 c = offset / a.granule; c <= (offset + bytes - 1) / a.granule; c++) {
+        race(t, w.global_cells[found][c], kind, same, GLOBAL_RACE, line, GLOBAL, offset, bytes, found);
+        lower(launch.touched[found][6 * c + 2 * kind], key);
+        raise(launch.touched[found][6 * c + 2 * kind + 1], key);
+      }
+    }
+  }
+  return (u8*)address;
+}
+
+inline Space space_of(Space space, u64& address) {
+  if (space == NO_SPACE) {
+    space = address >> 56 == 1 ? SHARED : address >> 56 == 2 ? LOCAL : GLOBAL;
+  }
+  if (space != GLOBAL) address &= kOffsetMask;
+  return space;
+}
+
+inline void log_access(Thread& t, Space space, u64 address, u32 bytes, Access kind, u32 site) {
+  if constexpr (kCount) {
+    if (space == LOCAL) return;
+    Worker& w = t.block->worker;
+    if (space == GLOBAL) w.totals[kind == READ ? T_READ_BYTES : T_WRITE_BYTES] += bytes;
+    // the site's low bits say what it is: 0 shared, 1 global read, 2 global write
+    const u32 tag = space == SHARED ? 0 : kind == READ ? 1 : 2;
+    w.log.push_back({address, t.warp, site << 2 | tag, t.runs[site]++, bytes});
+  }
+}
+
+inline u8* claim(Thread& t, Space space, u64 address, u32 bytes, u32 align, Access kind, bool same, u32 line) {
+  if (space == SHARED) return shared_access(t, address, bytes, align, kind, same, line);
+  if (space == LOCAL) return local_access(t, address, bytes, align, kind, line);
+  return global_access(t, address, bytes, align, kind, same, line);
+}
+
+inline void load(Thread& t, Space space, u64 address, void* to, u32 bytes, u32 line, u32 site) {
+  space = space_of(space, address);
+  log_access(t, space, address, bytes, READ, site);
+  memcpy(to, claim(t, space, address, bytes, bytes, READ, false, line), bytes);
+}
+
+// would the store change memory? only asked when checking, and only of memory that is there
+inline bool holds_already(Thread& t, Space space, u64 address, const void* from, u32 bytes) {
+  Worker& w = t.block->worker;
+  if (space == SHARED)
+    return address + bytes <= w.shared.size() && !memcmp(w.shared.data() + address, from, bytes);
+  return space == GLOBAL && find_allocation(w.launch, address, bytes) >= 0 && !memcmp((void*)address, from, bytes);
+}
+
+inline void store(Thread& t, Space space, u64 address, const void* from, u32 bytes, u32 line, u32 site) {
+  space = space_of(space, address);
+  log_access(t, space, address, bytes, WRITE, site);
+  const bool same = kCheck && holds_already(t, space, address, from, bytes);
+  memcpy(claim(t, space, address, bytes, bytes, WRITE, same, line), from, bytes);
+}
+
+// Read, change and write back as one step; no fiber switch can come between, and kernels with
+// global atomics run their blocks on one OS thread. Returns the old value.
+template <class T, class F>
+inline T atomic_(Thread& t, Space space, u64 address, F change, u32 line, u32 site) {
+  space = space_of(space, address);
+  log_access(t, space, address, sizeof(T), ATOMIC, site);
+  if constexpr (kCount) t.block->worker.totals[T_ATOMICS]++;
+  u8* at = claim(t, space, address, sizeof(T), sizeof(T), ATOMIC, false, line);
+  T old;
+  memcpy((void*)&old, at, sizeof old);
+  const T changed = change(old);
+  memcpy(at, (const void*)&changed, sizeof changed);
+  return old;
+}
+
+// ---- cp.async: the bytes arrive at the wait, the latest moment the hardware allows
+
+inline void copy_async(Thread& t, u64 to, u64 from, u32 bytes, u32 filled, u32 line, u32 site) {
+  u64 offset = to & kOffsetMask;
+  log_access(t, SHARED, offset, bytes, WRITE, site);
+  if (filled) log_access(t, GLOBAL, from, filled, READ, site + 1);
+  shared_access(t, offset, bytes, bytes, WRITE, false, line);
+  if constexpr (kCheck)
+    if (offset + bytes <= t.block->worker.shared.size())
+      std::fill_n(&t.block->worker.shared_state[offset], bytes, PENDING);
+  t.copies.push_back({(u32)offset, from, bytes, std::min(filled, bytes), t.copy_group, line, site});
+}
+
+inline void finish_copies(Thread& t, int groups_left) {
+  size_t kept = 0;
+  for (AsyncCopy& c : t.copies) {
+    if (groups_left >= 0 && c.group >= t.copy_group - groups_left) {
+      t.copies[kept++] = c;
+      continue;
+    }
+    Worker& w = t.block->worker;
+    if constexpr (kCheck)
+      if (c.to + c.bytes <= w.shared.size()) std::fill_n(&w.shared_state[c.to], c.bytes, VALID);
+    u8 data[16] = {};
+    if (c.filled) memcpy(data, global_access(t, c.from, c.filled, c.filled, READ, false, c.line), c.filled);
+    memcpy(shared_access(t, c.to, c.bytes, c.bytes, WRITE, false, c.line), data, c.bytes);
+  }
+  t.copies.resize(kept);
+}
+
+// ---- local frames
+
+struct Frame {
+  Thread& thread;
+  u32 before;
+  u32 base;
+  Frame(Thread& t, u32 bytes) : thread(t), before(t.local_top), base((t.local_top + 15) & ~15u) {
+    t.local_top = base + bytes;
+    // sized by the translator for every function once: only recursion gets past it
+    if (t.local_top > t.block->worker.launch.local_bytes) stop_block(t, STACK_OVERFLOW, t.line);
+    if constexpr (kCheck)
+      std::fill_n(&t.block->worker.local_state[(u64)t.id * t.block->worker.launch.local_bytes + base], bytes, EMPTY);
+  }
+  ~Frame() { thread.local_top = before; }
+};
+
+// ---- counters
+
+// What each warp instruction touched: 32-byte sectors of global memory, 4-byte banks of shared.
+inline void Worker::flush_log() {
+  std::stable_sort(log.begin(), log.end(), [](const Logged& a, const Logged& b) {
+    return std::tie(a.warp, a.site, a.run) < std::tie(b.warp, b.site, b.run);
+  });
+  for (size_t i = 0; i < log.size();) {
+    size_t end = i;
+    while (end < log.size() && log[end].warp == log[i].warp && log[end].site == log[i].site && log[end].run == log[i].run) end++;
+    if ((log[i].site & 3) == 0) {
+      // wide accesses go in as many turns as it takes to move 128 bytes each
+      const size_t lanes = std::max<size_t>(1, 128 / std::max(log[i].bytes, 4u));
+      totals[T_SHARED_REQUESTS]++;
+      for (size_t part = i; part < end; part += lanes) {
+        std::vector<u64> words;
+        for (size_t j = part; j < std::min(end, part + lanes); j++)
+          for (u64 word = log[j].address / 4; word <= (log[j].address + log[j].bytes - 1) / 4; word++) words.push_back(word);
+        std::sort(words.begin(), words.end());
+        words.erase(std::unique(words.begin(), words.end()), words.end());
+        u32 banks[32] = {}, most = 0;
+        for (u64 word : words) most = std::max(most, ++banks[word % 32]);
+        totals[T_SHARED_WAVEFRONTS] += most;
+        totals[T_SHARED_CONFLICTS] += most - 1;
+      }
+    } else {
+      std::vector<u64> sectors;
+      for (size_t j = i; j < end; j++)
+        for (u64 sector = log[j].address / 32; sector <= (log[j].address + log[j].bytes - 1) / 32; sector++) sectors.push_back(sector);
+      std::sort(sectors.begin(), sectors.end());
+      const u64 distinct = std::unique(sectors.begin(), sectors.end()) - sectors.begin();
+      const bool read = (log[i].site & 3) == 1;
+      totals[read ? T_READ_SECTORS : T_WRITE_SECTORS] += distinct;
+      totals[read ? T_READ_REQUESTS : T_WRITE_REQUESTS]++;
+    }
+    i = end;
+  }
+  log.clear();
+}

@@ -1,0 +1,405 @@
+// Number formats, rounding and the arithmetic that C++ has no operator for.
+#pragma once
+#include <algorithm>
+#include <cfenv>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef uint64_t u64;
+typedef int8_t s8;
+typedef int16_t s16;
+typedef int32_t s32;
+typedef int64_t s64;
+typedef float f32;
+typedef double f64;
+typedef u8 b8;
+typedef u16 b16;
+typedef u32 b32;
+typedef u64 b64;
+
+enum Rounding { RN, RZ, RM, RP, RNA };
+
+template <class To, class From>
+inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit casts keep the size");
+  To to;
+  memcpy((void*)&to, &from, sizeof to);
+  return to;
+}
+
+// Encode x with EXPONENT and MANTISSA bits; IEEE subnormals, infinities, and the canonical NaN.
+template <int EXPONENT, int MANTISSA>
+inline u32 narrow(double x, Rounding rounding) {
+  const u32 infinity = ((1u << EXPONENT) - 1) << MANTISSA;
+  const u32 sign = std::signbit(x) ? 1u << (EXPONENT + MANTISSA) : 0;
+  if (x != x) return infinity | ((1u << MANTISSA) - 1);
+  if (std::isinf(x)) return sign | infinity;
+  if (x == 0) return sign;
+  const int bias = (1 << (EXPONENT - 1)) - 1;
+  int exponent;
+  std::frexp(x, &exponent);
+  int last = std::max(exponent - 1, 1 - bias) - MANTISSA;  // exponent of the last kept bit
+  const double scaled = std::ldexp(std::fabs(x), -last);
+  u32 kept = (u32)scaled;
+  const double rest = scaled - kept;
+  const bool away = rounding == RN    ? rest > 0.5 || (rest == 0.5 && (kept & 1))
+                    : rounding == RNA ? rest >= 0.5
+                    : rounding == RM  ? sign && rest > 0
+                    : rounding == RP  ? !sign && rest > 0
+                                      : false;
+  kept += away;
+  if (kept >> (MANTISSA + 1)) {
+    kept >>= 1;
+    last++;
+  }
+  if (kept < (1u << MANTISSA)) return sign | kept;
+  const int biased = last + MANTISSA + bias;
+  if (biased >= (1 << EXPONENT) - 1) {
+    const bool to_infinity = rounding == RN || rounding == RNA || (rounding == RM && sign) ||
+                             (rounding == RP && !sign);
+    return sign | (to_infinity ? infinity : infinity - 1);
+  }
+  return sign | ((u32)biased << MANTISSA) | (kept - (1u << MANTISSA));
+}
+
+struct f16 {
+  u16 bits;
+  f16() = default;
+  f16(float x) : bits(x != x ? 0x7fff : bits_as<u16>((_Float16)x)) {}
+  f16(double x) : bits((u16)narrow<5, 10>(x, RN)) {}
+  operator float() const { return (float)bits_as<_Float16>(bits); }
+};
+
+struct bf16 {
+  u16 bits;
+  bf16() = default;
+  bf16(float x) {
+    const u32 b = bits_as<u32>(x);
+    bits = x != x ? 0x7fff : (u16)((b + 0x7fff + ((b >> 16) & 1)) >> 16);
+  }
+  bf16(double x) : bits((u16)narrow<8, 7>(x, RN)) {}
+  operator float() const { return bits_as<float>((u32)bits << 16); }
+};
+
+template <class T>
+constexpr bool is_half = std::is_same_v<T, f16> || std::is_same_v<T, bf16>;
+template <class T>
+constexpr bool is_float = is_half<T> || std::is_floating_point_v<T>;
+
+// the low bits of register r as a T
+template <class T, class R>
+inline T as(R r) {
+  if constexpr (std::is_same_v<T, bool>) return r;
+  else {
+    u64 wide = 0;
+    memcpy(&wide, &r, sizeof r);
+    T value;
+    memcpy((void*)&value, &wide, sizeof value);
+    return value;
+  }
+}
+
+// value into register r: signed integers extend their sign, all else extends with zeros
+template <class R, class T>
+inline void put(R& r, T value) {
+  if constexpr (std::is_same_v<T, bool>) r = value;
+  else {
+    u64 wide = 0;
+    if constexpr (std::is_integral_v<T> && std::is_signed_v<T>) wide = (u64)(s64)value;
+    else memcpy(&wide, &value, sizeof value);
+    memcpy((void*)&r, &wide, sizeof r);
+  }
+}
+
+// f(a, b, c) under a directed rounding mode; volatile keeps the sum between the mode switches
+template <Rounding R, class T, class F>
+inline T rounded(F f, T a, T b = T(), T c = T()) {
+  if constexpr (R == RN) return f(a, b, c);
+  else {
+    volatile T x = a, y = b, z = c;
+    const int before = fegetround();
+    fesetround(R == RZ ? FE_TOWARDZERO : R == RM ? FE_DOWNWARD : FE_UPWARD);
+    volatile T result = f((T)x, (T)y, (T)z);
+    fesetround(before);
+    return result;
+  }
+}
+
+template <bool FTZ, class T>
+inline T flush(T x) {
+  if constexpr (FTZ && std::is_same_v<T, float>)
+    return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.f, x) : x;
+  return x;
+}
+
+template <bool FTZ, bool SAT, class T>
+inline T finish(T x) {
+  x = flush<FTZ>(x);
+  if constexpr (SAT) return (float)x > 0 ? ((float)x < 1 ? x : T(1.f)) : T(0.f);
+  return x;
+}
+
+// c + a*b of halves rounded once: an inexact sum in double is first rounded to odd
+inline double fma_to_odd(double a, double b, double c) {
+  const double product = a * b, sum = product + c;
+  if (!std::isfinite(sum)) return sum;
+  const double back = sum - product;
+  const double error = (product - (sum - back)) + (c - back);
+  if (error == 0 || (bits_as<u64>(sum) & 1)) return sum;
+  return std::nextafter(sum, error > 0 ? HUGE_VAL : -HUGE_VAL);
+}
+
+#define PTX_BINARY(name, symbol)                                                               \
+  template <class T, Rounding R, bool FTZ, bool SAT>                                           \
+  inline T name(T a, T b) {                                                                    \
+    if constexpr (is_half<T>) return finish<false, SAT>(T((double)(float)a symbol (double)(float)b)); \
+    else                                                                                       \
+      return finish<FTZ, SAT>(rounded<R, T>([](T x, T y, T) { return x symbol y; },            \
+                                            flush<FTZ>(a), flush<FTZ>(b)));                    \
+  }
+PTX_BINARY(add_, +)
+PTX_BINARY(sub_, -)
+PTX_BINARY(mul_, *)
+PTX_BINARY(div_, /)
+#undef PTX_BINARY
+
+template <class T, Rounding R, bool FTZ, bool SAT>
+inline T fma_(T a, T b, T c) {
+  if constexpr (is_half<T>)
+    return finish<false, SAT>(T(fma_to_odd((double)(float)a, (double)(float)b, (double)(float)c)));
+  else
+    return finish<FTZ, SAT>(rounded<R, T>([](T x, T y, T z) { return std::fma(x, y, z); },
+                                          flush<FTZ>(a), flush<FTZ>(b), flush<FTZ>(c)));
+}
+
+// square root, reciprocal and the like: `exact` maps T to T
+template <Rounding R, bool FTZ, bool SAT, class T, class F>
+inline T unary_(F exact, T a) {
+  if constexpr (is_half<T>) return T((float)exact((float)a));
+  else
+    return finish<FTZ, SAT>(
+        rounded<R, T>([&](T x, T, T) { return (T)exact(x); }, flush<FTZ>(a)));
+}
+
+template <class T, bool NAN_WINS, bool FTZ>
+inline T min_(T a, T b) {
+  if constexpr (std::is_integral_v<T>) return a < b ? a : b;
+  else {
+    const bool nan_a = a != a, nan_b = b != b;
+    if (nan_a || nan_b) {
+      if (NAN_WINS || (nan_a && nan_b)) return T(std::numeric_limits<float>::quiet_NaN());
+      return nan_a ? b : a;
+    }
+    a = flush<FTZ>(a), b = flush<FTZ>(b);
+    if (a == b) return std::signbit((double)a) ? a : b;  // -0 below +0
+    return a < b ? a : b;
+  }
+}
+
+template <class T, bool NAN_WINS, bool FTZ>
+inline T max_(T a, T b) {
+  if constexpr (std::is_integral_v<T>) return a > b ? a : b;
+  else {
+    const bool nan_a = a != a, nan_b = b != b;
+    if (nan_a || nan_b) {
+      if (NAN_WINS || (nan_a && nan_b)) return T(std::numeric_limits<float>::quiet_NaN());
+      return nan_a ? b : a;
+    }
+    a = flush<FTZ>(a), b = flush<FTZ>(b);
+    if (a == b) return std::signbit((double)a) ? b : a;
+    return a > b ? a : b;
+  }
+}
+
+// both halves of a packed pair
+template <class H, class F>
+inline u32 pairwise(F f, u32 a, u32 b = 0, u32 c = 0) {
+  u32 result = 0;
+  for (int half = 0; half < 32; half += 16) {
+    const H r = f(as<H>((u16)(a >> half)), as<H>((u16)(b >> half)), as<H>((u16)(c >> half)));
+    result |= (u32)r.bits << half;
+  }
+  return result;
+}
+
+// clears or flips the sign bit only, as the hardware does, NaN included
+template <class T>
+inline T absolute(T a) {
+  if constexpr (std::is_integral_v<T>) return a < 0 ? (T)(0 - (std::make_unsigned_t<T>)a) : a;
+  else if constexpr (is_half<T>) return as<T>((u16)(a.bits & 0x7fff));
+  else return std::fabs(a);
+}
+template <class T>
+inline T negative(T a) {
+  if constexpr (std::is_integral_v<T>) return (T)(0 - (std::make_unsigned_t<T>)a);
+  else if constexpr (is_half<T>) return as<T>((u16)(a.bits ^ 0x8000));
+  else return -a;
+}
+
+// ---- integers
+
+template <class T>
+using Wide = std::conditional_t<
+    sizeof(T) == 8, std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>,
+    std::conditional_t<sizeof(T) == 4, std::conditional_t<std::is_signed_v<T>, s64, u64>,
+                       std::conditional_t<std::is_signed_v<T>, s32, u32>>>;
+template <class T>
+inline T mul_lo(T a, T b) { return (T)((Wide<std::make_unsigned_t<T>>)a * (Wide<std::make_unsigned_t<T>>)b); }
+template <class T>
+inline T mul_hi(T a, T b) { return (T)(((Wide<T>)a * (Wide<T>)b) >> (8 * sizeof(T))); }
+template <class T>
+inline Wide<T> mul_wide(T a, T b) { return (Wide<T>)a * (Wide<T>)b; }
+template <class T>
+inline T wrap_add(T a, T b) { using U = std::make_unsigned_t<T>; return (T)(U)((U)a + (U)b); }
+template <class T>
+inline T wrap_sub(T a, T b) { using U = std::make_unsigned_t<T>; return (T)(U)((U)a - (U)b); }
+template <class T>
+inline T sat_to(__int128 x) {
+  return (T)std::min<__int128>(std::max<__int128>(x, std::numeric_limits<T>::min()), std::numeric_limits<T>::max());
+}
+// division by zero gives all ones on the hardware; the most negative over -1 wraps
+template <class T>
+inline T div_int(T a, T b) { return b == 0 ? (T)-1 : (T)((Wide<T>)a / (Wide<T>)b); }
+template <class T>
+inline T rem_int(T a, T b) { return b == 0 ? a : (T)((Wide<T>)a % (Wide<T>)b); }
+// shifts past the width give zero, or the sign
+template <class T>
+inline T shift_left(T a, u32 n) { return n >= 8 * sizeof(T) ? T(0) : (T)(a << n); }
+template <class T>
+inline T shift_right(T a, u32 n) {
+  if constexpr (std::is_signed_v<T>) return (T)(a >> std::min<u32>(n, 8 * sizeof(T) - 1));
+  else return n >= 8 * sizeof(T) ? T(0) : (T)(a >> n);
+}
+inline u32 funnel_left(u32 low, u32 high, u32 n) { return (u32)(((((u64)high << 32) | low) << n) >> 32); }
+inline u32 funnel_right(u32 low, u32 high, u32 n) { return (u32)((((u64)high << 32) | low) >> n); }
+template <class T>
+inline u32 leading_zeros(T a) {
+  return a == 0 ? 8 * sizeof(T) : sizeof(T) == 8 ? __builtin_clzll(a) : __builtin_clz((u32)a);
+}
+template <class T>
+inline u32 find_top(T a, bool shift_amount) {
+  std::make_unsigned_t<T> x = (std::make_unsigned_t<T>)(a < 0 ? ~a : a);
+  if (x == 0) return ~0u;
+  const u32 lead = leading_zeros(x);
+  return shift_amount ? lead : 8 * sizeof(T) - 1 - lead;
+}
+template <class T>
+inline T reverse_bits(T a) {
+  T r = 0;
+  for (u32 i = 0; i < 8 * sizeof(T); i++) r |= ((a >> i) & 1) << (8 * sizeof(T) - 1 - i);
+  return r;
+}
+template <class T>
+inline T extract_field(T a, u32 start, u32 length) {
+  using U = std::make_unsigned_t<T>;
+  const u32 width = 8 * sizeof(T);
+  start &= 255, length &= 255;
+  const u32 top = std::min(start + length - 1, width - 1);
+  const bool sign = std::is_signed_v<T> && length && (((U)a >> top) & 1);
+  U result = 0;
+  for (u32 i = 0; i < width; i++) {
+    const bool bit = i < length && start + i < width ? ((U)a >> (start + i)) & 1 : sign;
+    result |= (U)bit << i;
+  }
+  return (T)result;
+}
+template <class T>
+inline T insert_field(T field, T into, u32 start, u32 length) {
+  start &= 255, length &= 255;
+  for (u32 i = 0; i < length && start + i < 8 * sizeof(T); i++)
+    into = (into & ~((T)1 << (start + i))) | (((field >> i) & 1) << (start + i));
+  return into;
+}
+inline u32 permute_bytes(u32 a, u32 b, u32 selector) {
+  const u64 source = a | (u64)b << 32;
+  u32 result = 0;
+  for (int i = 0; i < 4; i++) {
+    const u32 nibble = selector >> (4 * i);
+    u8 byte = (u8)(source >> (8 * (nibble & 7)));
+    if (nibble & 8) byte = byte & 0x80 ? 0xff : 0;
+    result |= (u32)byte << (8 * i);
+  }
+  return result;
+}
+inline u32 lop3_(u32 a, u32 b, u32 c, u32 table) {
+  u32 result = 0;
+  for (int i = 0; i < 8; i++)
+    if (table >> i & 1) result |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  return result;
+}
+inline u32 dot4(u32 a, bool a_signed, u32 b, bool b_signed, u32 c) {
+  for (int i = 0; i < 32; i += 8)
+    c += (u32)((a_signed ? (s32)(s8)(a >> i) : (s32)(u8)(a >> i)) * (b_signed ? (s32)(s8)(b >> i) : (s32)(u8)(b >> i)));
+  return c;
+}
+
+// ---- conversions
+
+template <class T>
+inline double widen(T x) {
+  if constexpr (is_half<T>) return (double)(float)x;
+  else return (double)x;
+}
+
+// a floating value to an integer: rounded, clamped to the range, NaN as the hardware gives it
+template <class I, Rounding R, bool FTZ, class F>
+inline I to_int(F from) {
+  if (from != from) {
+    const bool high_bit = std::is_same_v<F, double> || sizeof(I) == 8;
+    return high_bit ? (I)(std::make_unsigned_t<I>)((u64)1 << (8 * sizeof(I) - 1)) : I(0);
+  }
+  double x = widen(flush<FTZ>(from));
+  x = R == RN ? std::nearbyint(x) : R == RZ ? std::trunc(x) : R == RM ? std::floor(x) : std::ceil(x);
+  const double low = std::is_signed_v<I> ? -std::ldexp(1., 8 * sizeof(I) - 1) : 0;
+  const double high = std::ldexp(1., 8 * sizeof(I) - (std::is_signed_v<I> ? 1 : 0));
+  return x <= low ? std::numeric_limits<I>::min() : x >= high ? std::numeric_limits<I>::max() : (I)x;
+}
+
+template <class F, Rounding R, bool SAT, class I>
+inline F int_to_float(I x) {
+  F result;
+  if constexpr (is_half<F>) {
+    // to odd in double first, so that 64-bit integers are rounded once
+    double wide = rounded<RZ, double>([&](double, double, double) { volatile I v = x; return (double)v; }, 0.);
+    if ((__int128)wide != (__int128)x) wide = bits_as<double>(bits_as<u64>(wide) | 1);
+    result = as<F>((u16)narrow<std::is_same_v<F, f16> ? 5 : 8, std::is_same_v<F, f16> ? 10 : 7>(wide, R));
+  } else {
+    result = rounded<R, F>([&](F, F, F) { volatile I v = x; return (F)v; }, F(0));
+  }
+  return finish<false, SAT>(result);
+}
+
+template <class To, Rounding R, bool FTZ, bool SAT, bool RELU, class From>
+inline To to_float(From from) {
+  const From x = flush<FTZ>(from);
+  To result;
+  if constexpr (std::is_same_v<To, double>) result = widen(x);
+  else if constexpr (std::is_same_v<To, float>) {
+    if constexpr (std::is_same_v<From, double> && R != RN) result = bits_as<float>(narrow<8, 23>(x, R));
+    else result = x != x ? bits_as<float>(0x7fffffffu) : (float)x;
+  } else if constexpr (R == RN) result = To(x);
+  else result = as<To>((u16)narrow<std::is_same_v<To, f16> ? 5 : 8, std::is_same_v<To, f16> ? 10 : 7>(widen(x), R));
+  if constexpr (RELU) if ((float)result < 0 || std::signbit((float)result)) result = result != result ? result : To(0.f);
+  return finish<FTZ, SAT>(result);
+}
+
+// the float itself, rounded to a whole number
+template <class T, Rounding R, bool FTZ, bool SAT>
+inline T to_whole(T from) {
+  if constexpr (is_half<T>) return T(to_whole<float, R, false, SAT>((float)from));
+  else {
+    const T x = flush<FTZ>(from);
+    return finish<FTZ, SAT>(R == RN ? std::nearbyint(x) : R == RZ ? std::trunc(x) : R == RM ? std::floor(x) : std::ceil(x));
+  }
+}
+
+template <Rounding R>
+inline u32 to_tf32(float x) {
+  return x != x ? 0x7fffffffu : narrow<8, 10>((double)x, R) << 13;
+}

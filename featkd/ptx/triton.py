@@ -1,0 +1,140 @@
+"""From a Triton kernel and CPU tensors to results: compiled ahead of time, executed on the CPU."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from featkd.ptx.emulator import Emulator
+from featkd.ptx.reports import Launch
+
+_POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+
+
+def _specialise(name: str, value: Any) -> tuple[str, bool]:
+    """Triton type of an argument, and whether a launch would know that 16 divides it."""
+    if isinstance(value, torch.Tensor):
+        if value.dtype not in _POINTERS:
+            raise TypeError(f"{name}: tensors of {value.dtype} are not supported")
+        return _POINTERS[value.dtype], value.data_ptr() % 16 == 0
+    if isinstance(value, bool):
+        return "u1", False
+    if isinstance(value, int):
+        if not -(2**63) <= value < 2**64:
+            raise ValueError(f"{name}: {value} does not fit 64 bits")
+        kind = "i32" if -(2**31) <= value < 2**31 else "i64" if value < 2**63 else "u64"
+        return kind, value % 16 == 0
+    if isinstance(value, float):
+        return "fp32", False
+    raise TypeError(f"{name}: expected a tensor or a number, got {type(value).__name__}")
+
+
+@lru_cache(maxsize=64)
+def _emulator(ptx: str, check: bool, count: bool) -> Emulator:
+    return Emulator(ptx, check=check, count=count)
+
+
+def compile_triton(
+    kernel: Any, arguments: dict[str, Any], arch: int, num_warps: int, num_stages: int
+) -> Any:
+    """Compile a `triton.jit` function as a launch with these arguments would."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        # a launch turns None and the integer 1 into constants, unless told not to specialise
+        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name], divisible = _specialise(parameter.name, value)
+        if divisible and not parameter.do_not_specialize:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def run_triton(
+    kernel: Any,
+    grid: int | Sequence[int],
+    *args: Any,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    arch: int = 80,
+    check: bool = True,
+    count: bool = False,
+    seed: int = 0,
+    time_limit: float = 60.0,
+    outputs: Sequence[str] = (),
+    **constexprs: Any,
+) -> Launch:
+    """Compile a Triton kernel to PTX and execute that on the CPU.
+
+    Args:
+        kernel: a `triton.jit` function.
+        grid: up to three sizes.
+        args: the kernel's arguments: CPU tensors (read and written in place) and numbers, with
+            the specialisation of a real launch: divisibility by 16 of pointers and integers, and
+            the integer 1, are compiled in.
+        num_warps, num_stages, arch: as for Triton; `arch` 80 or 90.
+        check, count, seed, time_limit: as for `Emulator` and its `launch`.
+        outputs: names of tensor arguments that the kernel must fill.
+        constexprs: the other arguments by name.
+
+    Raises:
+        TypeError: arguments that do not fit the kernel.
+        UnsupportedInstruction: Triton's PTX holds what the emulator lacks.
+    """
+    if not hasattr(kernel, "params"):
+        raise TypeError(f"kernel: expected a triton.jit function, got {type(kernel).__name__}")
+    bound = inspect.signature(kernel.fn).bind(*args, **constexprs)
+    bound.apply_defaults()
+    arguments = dict(bound.arguments)
+    unknown = [name for name in outputs if not isinstance(arguments.get(name), torch.Tensor)]
+    if unknown:
+        raise TypeError(f"outputs: {', '.join(unknown)} are no tensor arguments")
+    compiled = compile_triton(kernel, arguments, arch, num_warps, num_stages)
+    emulator = _emulator(compiled.asm["ptx"], check, count)
+    constant = {
+        p.name
+        for p in kernel.params
+        if p.is_constexpr
+        or arguments[p.name] is None
+        or (type(arguments[p.name]) is int and arguments[p.name] == 1 and not p.do_not_specialize)
+    }
+    names = [p.name for p in kernel.params if p.name not in constant]
+    # the compiler adds two pointers to scratch memory, which these kernels leave alone
+    scratch = compiled.metadata.global_scratch_size + compiled.metadata.profile_scratch_size
+    if scratch:
+        raise TypeError(f"kernel: asks for {scratch} bytes of scratch memory, not supported")
+    return emulator.launch(
+        compiled.metadata.name,
+        [*(arguments[name] for name in names), None, None],
+        grid,
+        32 * num_warps,
+        shared_bytes=compiled.metadata.shared,
+        seed=seed,
+        time_limit=time_limit,
+        outputs=[names.index(name) for name in outputs],
+    )

@@ -1,0 +1,77 @@
+"""Triton kernels that the emulator's tests run."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_mean(x, o, n, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    values = tl.load(x + tl.program_id(0) * n + columns, mask=columns < n, other=0.0)
+    tl.store(o + tl.program_id(0), tl.sum(values, 0) / n)
+
+
+@triton.jit
+def softmax(x, o, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * n + tl.arange(0, BLOCK)
+    mask = tl.arange(0, BLOCK) < n
+    values = tl.load(x + at, mask=mask, other=-float("inf")).to(tl.float32)
+    values = tl.exp(values - tl.max(values, 0))
+    tl.store(o + at, (values / tl.sum(values, 0)).to(o.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def layer_norm(x, weight, bias, o, n, eps, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    mask = columns < n
+    at = tl.program_id(0) * n + columns
+    values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(values, 0) / n
+    centred = tl.where(mask, values - mean, 0.0)
+    scale = 1 / tl.sqrt(tl.sum(centred * centred, 0) / n + eps)
+    w = tl.load(weight + columns, mask=mask).to(tl.float32)
+    b = tl.load(bias + columns, mask=mask).to(tl.float32)
+    tl.store(o + at, (centred * scale * w + b).to(o.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def matmul(a, b, c, M, N, K, BLOCK: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, K, DEPTH):
+        k = start + tl.arange(0, DEPTH)
+        left = (m[:, None] < M) & (k[None, :] < K)
+        right = (k[:, None] < K) & (n[None, :] < N)
+        x = tl.load(a + m[:, None] * K + k[None, :], mask=left, other=0.0)
+        y = tl.load(b + k[:, None] * N + n[None, :], mask=right, other=0.0)
+        total = tl.dot(x, y, total, input_precision=PRECISION)
+    inside = (m[:, None] < M) & (n[None, :] < N)
+    tl.store(c + m[:, None] * N + n[None, :], total.to(c.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def attention(q, k, v, o, N, scale, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1) * N * D
+    d = tl.arange(0, D)
+    at = head + rows[:, None] * D + d[None, :]
+    queries = tl.load(q + at, mask=rows[:, None] < N, other=0.0)
+    top = tl.full((ROWS,), -float("inf"), tl.float32)
+    weight = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS, D), tl.float32)
+    for start in range(0, N, KEYS):
+        keys = start + tl.arange(0, KEYS)
+        there = head + keys[:, None] * D + d[None, :]
+        kt = tl.load(k + there, mask=keys[:, None] < N, other=0.0)
+        vt = tl.load(v + there, mask=keys[:, None] < N, other=0.0)
+        scores = tl.dot(queries, tl.trans(kt)) * scale
+        scores = tl.where(keys[None, :] < N, scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        share = tl.exp(scores - new_top[:, None])
+        fade = tl.exp(top - new_top)
+        weight = weight * fade + tl.sum(share, 1)
+        total = total * fade[:, None] + tl.dot(share.to(vt.dtype), vt)
+        top = new_top
+    result = (total / weight[:, None]).to(o.dtype.element_ty)
+    tl.store(o + at, result, mask=rows[:, None] < N)

@@ -202,7 +202,7 @@ def parse_operand(text: str, line: int) -> Operand:
         match = _ADDRESS.match(text[1:-1].strip())
         assert match is not None  # the pattern matches any text
         base, offset = match[1].strip(), parse_integer(match[2]) if match[2] else 0
-        if re.fullmatch(r"-?(0x)?[0-9a-fA-F]+", base):
+        if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)", base):
             return Address(None, parse_integer(base) + offset)
         return Address(base, offset)
     if "|" in text:

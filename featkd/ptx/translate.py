@@ -55,8 +55,8 @@ class Program:
 class _Translator:
     def __init__(self, module: Module) -> None:
         self.module = module
-        self.shared: dict[str, int] = {}
-        self.shared_bytes = 0
+        self.shared: dict[str, dict[str, int]] = {}
+        self.static_shared: dict[str, int] = {}
         self.extern_shared: list[str] = []
         self.globals: list[tuple[str, int, str]] = []
         self.definitions: list[str] = []
@@ -71,13 +71,17 @@ class _Translator:
 
     # ---- variables
 
-    def place_shared(self, variable: Variable) -> None:
-        if variable.count < 0 or variable.bytes == 0:
-            self.extern_shared.append(variable.name)
-            return
-        align = variable.align
-        self.shared[variable.name] = (self.shared_bytes + align - 1) // align * align
-        self.shared_bytes = self.shared[variable.name] + variable.bytes
+    def place_shared(self, variables: list[Variable], start: int) -> tuple[dict[str, int], int]:
+        """Offsets of sized shared variables from `start` on, and where they end."""
+        offsets: dict[str, int] = {}
+        for variable in variables:
+            if variable.count < 0 or variable.bytes == 0:
+                self.extern_shared.append(variable.name)
+                continue
+            start = (start + variable.align - 1) // variable.align * variable.align
+            offsets[variable.name] = start
+            start += variable.bytes
+        return offsets, (start + 15) // 16 * 16
 
     def define_global(self, variable: Variable) -> None:
         name, size = symbol("V_", variable.name), max(variable.bytes, 1)
@@ -99,19 +103,26 @@ class _Translator:
         self.globals.append((name, size, variable.name))
 
     def collect(self) -> None:
+        module_shared = [v for v in self.module.variables if v.space == "shared"]
+        common, end = self.place_shared(module_shared, 0)
+        # a .func's variables lie below those of every kernel; kernels share the rest
+        for function in sorted(self.module.functions, key=lambda f: f.entry):
+            inside = [v for v in function.body if isinstance(v, Variable)]
+            own, stop = self.place_shared([v for v in inside if v.space == "shared"], end)
+            self.shared[function.name] = common | own
+            self.static_shared[function.name] = stop
+            end = end if function.entry else stop
+            for variable in inside:
+                if variable.space in ("global", "const"):
+                    self.define_global(variable)
         for variable in self.module.variables:
-            if variable.space == "shared":
-                self.place_shared(variable)
-            elif variable.space in ("global", "const"):
+            if variable.space in ("global", "const"):
                 self.define_global(variable)
-        for function in self.module.functions:
-            for statement in function.body:
-                if isinstance(statement, Variable) and statement.space == "shared":
-                    self.place_shared(statement)
-                if isinstance(statement, Variable) and statement.space in ("global", "const"):
-                    self.define_global(statement)
-        self.shared_bytes = (self.shared_bytes + 15) // 16 * 16
-        self.shared |= dict.fromkeys(self.extern_shared, self.shared_bytes)
+        if self.extern_shared:
+            largest = max(self.static_shared.values(), default=0)
+            for name, offsets in self.shared.items():
+                offsets |= dict.fromkeys(self.extern_shared, largest)
+                self.static_shared[name] = largest
 
     # ---- functions
 
@@ -146,7 +157,7 @@ class _Translator:
 
     def function(self, function: Function) -> str:
         scope = Scope(
-            shared=self.shared,
+            shared=self.shared[function.name],
             globals={name for _, _, name in self.globals},
             parameters={p.name for p in (*function.parameters, *function.results)},
             functions=self.bodies,
@@ -210,8 +221,8 @@ class _Translator:
         stack = (stack + 4095) // 4096 * 4096
         launches = [
             f'extern "C" Outcome* {symbol("launch_", f.name)}(const LaunchRequest* r) {{ '
-            f"return start_launch(*r, {symbol('K_', f.name)}, {self.shared_bytes}, {stack}, "
-            f"{self.local_bytes}, {self.sites}, {len(self.classes)}); }}"
+            f"return start_launch(*r, {symbol('K_', f.name)}, {self.static_shared[f.name]}, "
+            f"{stack}, {self.local_bytes}, {self.sites}, {len(self.classes)}); }}"
             for f in present
             if f.entry
         ]
@@ -232,7 +243,11 @@ class _Translator:
         )
         kernels = {
             f.name: Kernel(
-                f.name, symbol("launch_", f.name), f.parameters, f.threads, self.shared_bytes
+                f.name,
+                symbol("launch_", f.name),
+                f.parameters,
+                f.threads,
+                self.static_shared[f.name],
             )
             for f in present
             if f.entry

@@ -208,6 +208,8 @@ inline void join(Block& b, const std::vector<u32>& members, const std::vector<u3
 // ---- barriers
 
 inline void Block::release(Barrier& barrier) {
+  if (kCheck && !barrier.expected && alive < count && !barrier.waiting.empty())
+    report(threads[barrier.waiting[0]], DIVERGENT_BARRIER, barrier.line);  // some have left
   if (barrier.joined.size() >= alive) worker.epoch++;
   else join(*this, barrier.joined, barrier.waiting);
   if (kCount) {
@@ -221,25 +223,39 @@ inline void Block::release(Barrier& barrier) {
   barrier = Barrier();
 }
 
+// The thread that arrived before this one at another line or with another count, if that is wrong:
+// lanes of a warp must meet a barrier together, and so must all threads where none are counted.
+inline s32 differs(Thread& t, const Barrier& barrier, u32 id, u32 expected, u32 line) {
+  if (barrier.waiting.empty()) return -1;
+  if (barrier.expected != expected || (!expected && barrier.line != line)) return (s32)barrier.waiting[0];
+  Block& b = *t.block;
+  const u32 first = t.id & ~31u;
+  for (u32 i = first; i < std::min(first + 32, b.count); i++) {
+    const Thread& o = b.threads[i];
+    if (o.state == AT_BARRIER && o.barrier == id && o.line != line) return (s32)i;
+  }
+  return -1;
+}
+
 // `expected` 0: all threads. wait false: bar.arrive. Returns how many threads voted yes.
 inline u32 barrier_(Thread& t, u32 id, u32 expected, bool wait, bool vote, u32 line) {
   Block& b = *t.block;
   Barrier& barrier = b.barriers[id & 15];
-  const u32 threads = expected ? std::min(expected, b.count) : b.count;
-  if (!barrier.arrived) barrier.line = line, barrier.expected = threads;
-  else if (kCheck && wait && !barrier.waiting.empty() && (barrier.line != line || barrier.expected != threads))
-    report(t, DIVERGENT_BARRIER, line, NO_SPACE, 0, 0, -1, (s32)barrier.waiting[0], barrier.line);
+  if (kCheck && wait) {
+    const s32 other = differs(t, barrier, id, expected, line);
+    if (other >= 0) report(t, DIVERGENT_BARRIER, line, NO_SPACE, 0, 0, -1, other, b.threads[other].line);
+  }
+  if (!barrier.arrived) barrier.expected = expected;
+  barrier.line = line;
   barrier.arrived++;
   barrier.votes += vote;
   barrier.joined.push_back(t.id);
   if (wait) {
-    barrier.line = line;
     barrier.waiting.push_back(t.id);
     t.state = AT_BARRIER, t.line = line, t.barrier = id;
   }
   const u32 votes = barrier.votes;
-  const u32 needed = barrier.expected == b.count ? b.alive : barrier.expected;
-  if (barrier.arrived >= needed) {
+  if (barrier.arrived >= (barrier.expected ? barrier.expected : b.alive)) {
     b.release(barrier);
     return votes;
   }
@@ -317,10 +333,7 @@ inline void thread_main() {
   t.state = DONE;
   b.alive--;
   for (Barrier& barrier : b.barriers)
-    if (barrier.arrived && barrier.expected == b.count && barrier.arrived >= b.alive) {
-      if (kCheck) report(t, DIVERGENT_BARRIER, barrier.line);
-      b.release(barrier);
-    }
+    if (barrier.arrived && !barrier.expected && barrier.arrived >= b.alive) b.release(barrier);
   const u32 first = t.id & ~31u;
   for (u32 rest = living(b, first); rest; rest &= rest - 1) {
     const u32 lane = __builtin_ctz(rest);

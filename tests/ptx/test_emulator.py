@@ -1,0 +1,147 @@
+"""Launching: arguments, sizes, bad input, the cache, several processes, determinism."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from ptx_text import HEAD, SHARED, kernel
+
+from featkd.ptx import CompilerError, Emulator, PtxError, UnsupportedInstruction
+from featkd.ptx.build import cache_folder
+from featkd.ptx.parser import Address, Immediate, Instruction, Register, parse
+
+SCALE = "ld.param.f32 %f0, [c];\nld.global.f32 %f1, [%rd1];\nmul.rn.f32 %f1, %f1, %f0;\n"
+SCALE += "st.global.f32 [%rd1], %f1;"
+SIGNATURE = ".param .u64 .ptr .global .align 4 a, .param .f32 c, .param .s32 n"
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    return Emulator(kernel(SCALE, SIGNATURE, name="scale"))
+
+
+@pytest.mark.parametrize("make", [np.arange, torch.arange])
+def test_arrays_of_numpy_and_torch_are_changed_in_place(emulator, make):
+    a = make(8, dtype=np.float32 if make is np.arange else torch.float32)
+    assert emulator.launch("scale", [a, 2.0, 8], 1, 8).reports == ()
+    assert [float(x) for x in a] == [2.0 * i for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        ([], r"scale takes 3, got 0; expected scale\(pointer a, f32 c, s32 n\)"),
+        ([np.zeros(8, np.float32), 2, 8], r"args\[1\]: int 2 does not fit \.f32 c; expected scale"),
+        ([np.zeros(8, np.float32), 2.0, 2**40], r"args\[2\]: int 1099511627776 does not fit"),
+        ([np.zeros(8, np.float32), 2.0, np.int64(3)], r"args\[2\]: int64"),
+        ([3, 2.0, 8], r"args\[0\]: int 3 does not fit"),
+        ([np.zeros(8, np.float32), np.zeros(2, np.float32), 8], r"args\[1\]: c takes no array"),
+    ],
+)
+def test_wrong_arguments(emulator, args, error):
+    with pytest.raises(TypeError, match=error):
+        emulator.launch("scale", args, 1, 8)
+
+
+def test_wrong_names_and_sizes(emulator):
+    args = [np.zeros(8, np.float32), 2.0, 8]
+    with pytest.raises(ValueError, match="no kernel 'scales'; those there: scale"):
+        emulator.launch("scales", args, 1, 8)
+    with pytest.raises(ValueError, match="block: 2048 threads, at most 1024 allowed"):
+        emulator.launch("scale", args, 1, (1024, 2))
+    with pytest.raises(ValueError, match="grid: sizes must be from 1 to"):
+        emulator.launch("scale", args, 0, 8)
+    with pytest.raises(ValueError, match="a block of sm_80 may have 166912"):
+        emulator.launch("scale", args, 1, 8, shared_bytes=163 * 1024 + 1)
+    emulator.launch("scale", args, 1, 8, shared_bytes=163 * 1024)
+
+
+def test_newer_targets_and_what_is_not_ptx():
+    with pytest.raises(PtxError, match="target sm_100 is not supported; those that are: sm_75"):
+        Emulator(kernel("", target="sm_100"))
+    with pytest.raises(PtxError, match=r"\.version or \.target is missing"):
+        Emulator("int main() {}")
+
+
+@pytest.mark.parametrize(
+    ("instruction", "why"),
+    [
+        ("wgmma.fence.sync.aligned;", "wgmma.fence.sync.aligned"),
+        ("add.rna.f32 %f1, %f1, %f1;", "add.rna.f32"),
+        ("cvt.rn.satfinite.e4m3x2.f32 %h0, %f0, %f1;", "modifier .satfinite"),
+        ("cp.async.bulk.wait_group 0;", "cp.async.bulk"),
+        ("mul.s32 %r1, %r1, %r1;", "mul.s32"),
+    ],
+)
+def test_unsupported_instructions_are_named_with_their_line(instruction, why):
+    text = kernel(instruction)
+    line = next(i for i, x in enumerate(text.splitlines(), 1) if instruction in x)
+    with pytest.raises(UnsupportedInstruction, match=f"PTX line {line}: .*{why}"):
+        Emulator(text)
+
+
+def test_no_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(CompilerError, match="none was found: install"):
+        Emulator(kernel("", name="needs_compiler"))
+
+
+def test_the_library_is_kept_and_several_processes_build_at_once(tmp_path):
+    (tmp_path / "k.ptx").write_text(kernel("", name="together"))
+    code = "import sys; from featkd.ptx import Emulator; "
+    code += "print(Emulator(open(sys.argv[1]).read()).library)"
+    environment = os.environ | {
+        "XDG_CACHE_HOME": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [sys.executable, "-c", code, str(tmp_path / "k.ptx")]
+    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(3)]
+    libraries = {p.communicate()[0].decode().strip() for p in running}
+    assert len(libraries) == 1
+    assert [str(p) for p in (tmp_path / "featkd" / "ptx").iterdir()] == [*libraries]
+
+
+def test_results_and_reports_repeat_and_do_not_depend_on_the_number_of_workers():
+    race = SHARED + "mov.u32 %r5, s;\nst.shared.u32 [%r5], %r0;\nbar.sync 0;\n"
+    race += "ld.shared.u32 %r6, [%r5];\nmov.u32 %r7, %ctaid.x;\nmul.wide.u32 %rd2, %r7, 4;\n"
+    race += "add.s64 %rd2, %rd0, %rd2;\nst.global.u32 [%rd2], %r6;"
+    emulator = Emulator(kernel(race, shared=256))
+    outcomes = []
+    for seed, workers in [(7, 1), (7, 2), (7, 2), (8, 2)]:
+        a = np.zeros(50, np.uint32)
+        reports = emulator.launch("k", [a], 50, 64, seed=seed, workers=workers).reports
+        outcomes.append((a.tolist(), reports))
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+    assert outcomes[3][0] != outcomes[0][0]
+    assert len(set(outcomes[0][0])) > 1  # the last writer differs from block to block
+
+
+def test_unchecked_run_gives_the_same_result():
+    ptx = kernel(SCALE, SIGNATURE, name="scale")
+    a = np.arange(8, dtype=np.float32)
+    assert Emulator(ptx, check=False).launch("scale", [a, 2.0, 8], 1, 8).reports == ()
+    assert a.tolist() == [2.0 * i for i in range(8)]
+
+
+def test_parser_gives_typed_instructions_with_places():
+    text = HEAD + '.file 1 "k.py"\n.visible .entry k(.param .u32 n)\n{\n.reg .b32 %r<3>;\n'
+    text += ".loc 1 42 0\n@!%p0 ld.global.v2.u32 {%r0, %r1}, [%rd0+-8]; // why\n"
+    text += "add.s32 %r2,\n%r1,0x10;\n}\n"
+    (function,) = parse(text).functions
+    load, add = (s for s in function.body if isinstance(s, Instruction))
+    assert (load.opcode, load.line, str(load.source)) == ("ld.global.v2.u32", 9, "k.py:42")
+    assert load.guard == Register("%p0", negated=True)
+    assert load.operands[1] == Address("%rd0", -8)
+    assert (add.line, add.operands[2]) == (10, Immediate(16, "int"))
+    assert function.parameters[0].name == "n"
+    assert function.parameters[0].bytes == 4
+    assert cache_folder().is_dir()

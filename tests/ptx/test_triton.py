@@ -11,7 +11,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import triton_kernels as kernels
 
-from featkd.ptx import run_triton
+from featkd.ptx import Emulator, run_triton
+from featkd.ptx.triton import compile_triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # half an ulp of a result near 1, and the sums' own errors
@@ -97,3 +98,26 @@ def test_arguments_by_name_and_missing_ones():
         run_triton(close, 5)
     with pytest.raises(TypeError, match="outputs: nothing are no tensor arguments"):
         run_triton(kernels.row_mean, 5, x, o, 200, BLOCK=256, outputs=["nothing"])
+
+
+@pytest.mark.parametrize(
+    ("removed", "kind"),
+    [("bar.sync", "shared-race"), ("cp.async.wait_group", "missing-async-wait"), (None, None)],
+)
+def test_a_pipelined_matmul_without_its_barriers_or_waits_is_reported(removed, kind):
+    a, b = random(64, 160, dtype=torch.bfloat16), random(160, 64, dtype=torch.bfloat16, seed=1)
+    c = torch.empty(64, 64, dtype=torch.bfloat16)
+    sizes = dict(M=64, N=64, K=160, BLOCK=64, DEPTH=32, PRECISION="ieee")
+    compiled = compile_triton(kernels.matmul, dict(a=a, b=b, c=c, **sizes), 80, 4, 3)
+    lines = compiled.asm["ptx"].splitlines()
+    kept = [x for x in lines if removed is None or not x.strip().startswith(removed)]
+    assert removed is None or len(lines) - len(kept) >= 4
+    reports = (
+        Emulator("\n".join(kept))
+        .launch(
+            *("matmul", [a, b, c, 64, 64, 160, None, None], 1, 128),
+            **dict(shared_bytes=compiled.metadata.shared, outputs=[2]),
+        )
+        .reports
+    )
+    assert (kind in {r.kind for r in reports}) if removed else reports == ()

@@ -85,6 +85,8 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         if teacher is not None:
             teacher.to(context.device)
         _check_fit(recipe, student, teacher, context, notes)
+        if recipe.amp == "fp16" and context.device.type == "cpu":
+            notes.append("amp: fp16 is many times slower than bf16 on most CPUs; try --amp bf16")
 
         updates_per_epoch = len(train_loader) // recipe.optim.accumulate
         if updates_per_epoch == 0:

@@ -13,24 +13,10 @@ import torch
 from featkd.data import BadImageError
 from featkd.train.checkpoint import load
 from featkd.train.distributed import ProcessContext
-from featkd.train.engine import Outcome, Trainer, TrainingDiverged
+from featkd.train.engine import Trainer, TrainingDiverged
 from featkd.train.logs import read_csv
-from featkd.train.recipe import Recipe, RecipeError, StudentConfig, TeacherConfig, to_dict
-
-CPU = ProcessContext(0, 1, torch.device("cpu"))
-
-
-def run(recipe: Recipe, resume: str = "auto") -> Outcome:
-    return Trainer(recipe, CPU).run(resume, quiet=True)
-
-
-def column(recipe: Recipe, name: str) -> list[str]:
-    return [row[name] for row in read_csv(Path(recipe.out) / "metrics.csv")]
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    a, b = load(one)["model"], load(other)["model"]
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+from featkd.train.recipe import RecipeError, StudentConfig, TeacherConfig, to_dict
+from tests.train.runs import CPU, column, run
 
 
 def test_a_run_learns_and_writes_what_it_says(recipe):

@@ -10,26 +10,11 @@ import pytest
 import torch
 
 from featkd.train.checkpoint import CheckpointError, load
-from featkd.train.distributed import ProcessContext
-from featkd.train.engine import Outcome, Trainer
+from featkd.train.engine import Trainer
 from featkd.train.logs import read_csv
-from featkd.train.recipe import Recipe, StudentConfig
+from featkd.train.recipe import StudentConfig
 from featkd.train.trained import load_trained
-
-CPU = ProcessContext(0, 1, torch.device("cpu"))
-
-
-def run(recipe: Recipe, resume: str = "auto") -> Outcome:
-    return Trainer(recipe, CPU).run(resume, quiet=True)
-
-
-def column(recipe: Recipe, name: str) -> list[str]:
-    return [row[name] for row in read_csv(Path(recipe.out) / "metrics.csv")]
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    a, b = load(one)["model"], load(other)["model"]
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+from tests.train.runs import CPU, column, run, same_weights
 
 
 @pytest.mark.parametrize("every_updates", [None, 4, 5])

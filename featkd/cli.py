@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
@@ -126,7 +128,13 @@ def _demo(words: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="seeds a student")
     parser.add_argument("--epochs", type=int, default=None, help="epochs a run (default: recipe's)")
     args = parser.parse_args(words)
+    signal.signal(signal.SIGTERM, _stop)
     return run_demo(args.out, seeds=args.seeds, epochs=args.epochs)
+
+
+def _stop(number: int, _: FrameType | None) -> NoReturn:
+    """End as after an exception, so that the demo's running children are ended as well."""
+    raise SystemExit(128 + number)
 
 
 class _Parser(ArgumentParser):

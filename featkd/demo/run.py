@@ -5,13 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-import signal
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 import torch
 from tqdm import tqdm
@@ -48,7 +45,6 @@ def run_demo(out: Path, seeds: int = 3, epochs: int | None = None) -> int:
     """
     if seeds < 1:
         raise ValueError(f"seeds: expected a whole number >= 1, got {seeds}")
-    signal.signal(signal.SIGTERM, _stop)
     started = time.perf_counter()
     write_digits(out / "digits")
     recipe = load_recipe(find_recipe("demo"))
@@ -157,8 +153,3 @@ def train_all(jobs: dict[tuple[str, int], Recipe], what: str) -> list[RunResult]
                 child.terminate()  # it saves what it has; Ctrl-C reached it by itself
             raise
     return [found[key] for key in jobs]
-
-
-def _stop(number: int, _: FrameType | None) -> NoReturn:
-    """End as after an exception, so that the running children are ended as well."""
-    raise SystemExit(128 + number)

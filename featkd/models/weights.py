@@ -58,7 +58,7 @@ def read_state_dict(path: str | PathLike[str], weights: Weights = "auto") -> dic
             raise ValueError(f"checkpoint: {path} is no safetensors file: {error}") from error
     else:
         content = _torch_load(path)
-    state = _choose(content, weights, path)
+    state = choose_weights(content, weights, path)
     odd = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if odd or not state:
         what = f"holds more than tensors: {_listed(odd)}" if odd else "holds no tensor"
@@ -117,7 +117,8 @@ def _torch_load(path: Path) -> Any:
         raise ValueError(f"checkpoint: {path} is damaged or no weight file: {error}") from error
 
 
-def _choose(content: Any, weights: Weights, path: Path) -> dict[str, Any]:
+def choose_weights(content: Any, weights: Weights, path: Path) -> dict[str, Any]:
+    """The state dict that `weights` asks for among what a file holds; see `read_state_dict`."""
     if not isinstance(content, dict):
         raise ValueError(
             f"checkpoint: {path} holds a {type(content).__name__}, expected a dict of tensors"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from featkd import environment
-from featkd.data import Batch, Loader
+from featkd.data import Batch
 from featkd.losses import DistillationTerms
 from featkd.models.features import FeatureModel
 from featkd.models.weights import load_strictly
@@ -182,7 +182,7 @@ class Trainer:
         pending: list[Batch] = []
         watch = Stopwatch()
         for batch in parts.train_loader:
-            self._report_bad(parts.train_loader, log)
+            self._name_bad(parts.train_loader.bad_images, log)
             pending.append(batch)
             if len(pending) < recipe.optim.accumulate:
                 continue
@@ -271,8 +271,6 @@ class Trainer:
             found = evaluate(
                 model, parts.val_loader, parts.num_classes, self.context.device, self._autocast
             )
-            self._report_bad(parts.val_loader, log)
-            self._name_bad(self.context.merged(self.bad_files), log)
             scores = {"top1": found.top1, "top5": found.top5, "loss": found.loss}
             self.scores[weights] = scores
             row: dict[str, Any] = {"update": self.update, "epoch": self.epoch, "weights": weights}
@@ -280,13 +278,12 @@ class Trainer:
             if not self.best or found.top1 > self.best["top1"]:
                 self.best = {**row, **scores}
                 improved = True
+        self._name_bad(parts.val_loader.bad_images, log)
+        self._name_bad(self.context.merged(self.bad_files), log)
         return improved
 
-    def _report_bad(self, loader: Loader, log: RunLog) -> None:
-        """Name each unreadable image once (under on_bad_image="skip")."""
-        self._name_bad(loader.bad_images, log)
-
     def _name_bad(self, files: Mapping[str, str], log: RunLog) -> None:
+        """Name each unreadable image once (under on_bad_image="skip")."""
         for path, cause in files.items():
             if path not in self.bad_files:
                 self.bad_files[path] = cause

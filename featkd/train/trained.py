@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 
 from featkd.models import FeatureModel, create_student
-from featkd.models.weights import Weights, read_state_dict
+from featkd.models.weights import Weights, choose_weights
 from featkd.train import checkpoint
 
 
@@ -34,6 +34,6 @@ def load_trained(path: str | PathLike[str], weights: Weights = "auto") -> Featur
         state["num_classes"],
         **{"img_size": data["img_size"], **config["options"], "pretrained": False},
     )
-    student.load_state_dict(read_state_dict(path, weights))
+    student.load_state_dict(choose_weights(state, weights, Path(path)))
     student.eval()
     return student

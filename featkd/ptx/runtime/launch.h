@@ -2,6 +2,8 @@
 #pragma once
 #include <thread>
 
+#include "convert.h"
+#include "integers.h"
 #include "warp.h"
 
 struct Outcome {

@@ -187,35 +187,25 @@ inline T unary_(F exact, T a) {
         rounded<R, T>([&](T x, T, T) { return (T)exact(x); }, flush<FTZ>(a)));
 }
 
-template <class T, bool NAN_WINS, bool FTZ>
-inline T min_(T a, T b) {
-  if constexpr (std::is_integral_v<T>) return a < b ? a : b;
+// the smaller or the larger: a NaN loses to a number unless it must win, and -0 is below +0
+template <bool LARGER, class T, bool NAN_WINS, bool FTZ>
+inline T extreme(T a, T b) {
+  if constexpr (std::is_integral_v<T>) return (a < b) == LARGER ? b : a;
   else {
     const bool nan_a = a != a, nan_b = b != b;
     if (nan_a || nan_b) {
       if (NAN_WINS || (nan_a && nan_b)) return T(std::numeric_limits<float>::quiet_NaN());
-      return nan_a ? b : a;
+      return flush<FTZ>(nan_a ? b : a);
     }
     a = flush<FTZ>(a), b = flush<FTZ>(b);
-    if (a == b) return std::signbit((double)a) ? a : b;  // -0 below +0
-    return a < b ? a : b;
+    const bool a_below = a < b || (a == b && std::signbit((double)a));
+    return a_below == LARGER ? b : a;
   }
 }
-
 template <class T, bool NAN_WINS, bool FTZ>
-inline T max_(T a, T b) {
-  if constexpr (std::is_integral_v<T>) return a > b ? a : b;
-  else {
-    const bool nan_a = a != a, nan_b = b != b;
-    if (nan_a || nan_b) {
-      if (NAN_WINS || (nan_a && nan_b)) return T(std::numeric_limits<float>::quiet_NaN());
-      return nan_a ? b : a;
-    }
-    a = flush<FTZ>(a), b = flush<FTZ>(b);
-    if (a == b) return std::signbit((double)a) ? b : a;
-    return a > b ? a : b;
-  }
-}
+inline T min_(T a, T b) { return extreme<false, T, NAN_WINS, FTZ>(a, b); }
+template <class T, bool NAN_WINS, bool FTZ>
+inline T max_(T a, T b) { return extreme<true, T, NAN_WINS, FTZ>(a, b); }
 
 // both halves of a packed pair
 template <class H, class F>

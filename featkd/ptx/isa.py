@@ -99,7 +99,7 @@ def binary(name: str, packed: bool = True) -> tuple[Form, ...]:
     )
     if not packed:
         return forms
-    call = f"[](auto x, auto y, auto) {{{{ return {name}_<{{T}}, RN, false, {{S}}>(x, y); }}}}"
+    call = f"[](auto x, auto y, auto) {{{{ return {name}_<{{T}}, RN, {{F}}, {{S}}>(x, y); }}}}"
     return (
         *forms,
         Form(
@@ -115,7 +115,7 @@ def binary(name: str, packed: bool = True) -> tuple[Form, ...]:
 def extreme(name: str) -> tuple[Form, ...]:
     """min or max; NaN wins only where .NaN asks for it."""
     nan = fs("NaN")
-    call = "[](auto x, auto y, auto) {{{{ return {n}_<{{T}}, {w}, false>(x, y); }}}}"
+    call = "[](auto x, auto y, auto) {{{{ return {n}_<{{T}}, {w}, {{F}}>(x, y); }}}}"
     pair = f"pairwise<{{{{T}}}}>({call}, {{{{a}}}}, {{{{b}}}})"
     return (
         Form(INTS, f"{name}_<{{T}}, false, false>({{a}}, {{b}})"),
@@ -145,7 +145,7 @@ def function(code: str, types: frozenset[str] = F) -> tuple[Form, ...]:
 
 def flipped(name: str) -> tuple[Form, ...]:
     signed = fs("s16", "s32", "s64")
-    pair = f"pairwise<{{T}}>([](auto x, auto, auto) {{{{ return {name}(x); }}}}, {{a}})"
+    pair = f"pairwise<{{T}}>([](auto x, auto, auto) {{{{ return flush<{{F}}>({name}(x)); }}}}, {{a}})"
     return (
         Form(signed, f"{name}<{{T}}>({{a}})"),
         Form(F | HALVES, f"flush<{{F}}>({name}<{{T}}>({{a}}))", allows=fs("ftz"), kind="float"),
@@ -160,7 +160,7 @@ def logic(symbol: str, predicate: str) -> tuple[Form, ...]:
 _FMA = "fma_<{T}, {R}, {F}, {S}>({a}, {b}, {c})"
 _FMA2 = (
     "pairwise<{T}>([](auto x, auto y, auto z) "
-    "{{ return fma_<{T}, RN, false, {S}>(x, y, z); }}, {a}, {b}, {c})"
+    "{{ return fma_<{T}, RN, {F}, {S}>(x, y, z); }}, {a}, {b}, {c})"
 )
 _RELU = "max_<{T}, true, false>(fma_<{T}, RN, false, false>({a}, {b}, {c}), {T}(0.f))"
 NARROW = fs("u16", "s16", "u32", "s32")

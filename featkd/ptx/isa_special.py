@@ -59,7 +59,7 @@ def setp(site: Site) -> str:
     x, y = site.argument(1, own), site.argument(2, own)
     if is_float:
         wide = "f64" if own == "f64" else "f32"
-        x, y = (f"flush<{cpp_bool(site.has('ftz'))}>(({wide}){v})" for v in (x, y))
+        x, y = (f"({wide})flush<{cpp_bool(site.has('ftz'))}>({v})" for v in (x, y))
     symbols = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
     ordered = "(x_ == x_ && y_ == y_)"
     if comparison == "ne" and is_float:

@@ -8,6 +8,10 @@ inline double widen(T x) {
   else return (double)x;
 }
 
+// .ftz of cvt is about the subnormals of f32 alone
+template <bool FTZ, class T>
+inline T flush_single(T x) { return flush<FTZ && std::is_same_v<T, float>>(x); }
+
 // a floating value to an integer: rounded, clamped to the range, NaN as the hardware gives it
 template <class I, Rounding R, bool FTZ, class F>
 inline I to_int(F from) {
@@ -15,7 +19,7 @@ inline I to_int(F from) {
     const bool high_bit = std::is_same_v<F, double> || sizeof(I) == 8;
     return high_bit ? (I)(std::make_unsigned_t<I>)((u64)1 << (8 * sizeof(I) - 1)) : I(0);
   }
-  double x = widen(flush<FTZ>(from));
+  double x = widen(flush_single<FTZ>(from));
   x = R == RN ? std::nearbyint(x) : R == RZ ? std::trunc(x) : R == RM ? std::floor(x) : std::ceil(x);
   const double low = std::is_signed_v<I> ? -std::ldexp(1., 8 * sizeof(I) - 1) : 0;
   const double high = std::ldexp(1., 8 * sizeof(I) - (std::is_signed_v<I> ? 1 : 0));
@@ -38,7 +42,7 @@ inline F int_to_float(I x) {
 
 template <class To, Rounding R, bool FTZ, bool SAT, bool RELU, class From>
 inline To to_float(From from) {
-  const From x = flush<FTZ>(from);
+  const From x = flush_single<FTZ>(from);
   To result;
   if constexpr (std::is_same_v<To, double>) result = widen(x);
   else if constexpr (std::is_same_v<To, float>) {
@@ -47,7 +51,7 @@ inline To to_float(From from) {
   } else if constexpr (R == RN) result = To(x);
   else result = as<To>((u16)narrow<std::is_same_v<To, f16> ? 5 : 8, std::is_same_v<To, f16> ? 10 : 7>(widen(x), R));
   if constexpr (RELU) if ((float)result < 0 || std::signbit((float)result)) result = result != result ? result : To(0.f);
-  return finish<FTZ, SAT>(result);
+  return finish<false, SAT>(flush_single<FTZ>(result));
 }
 
 // the float itself, rounded to a whole number

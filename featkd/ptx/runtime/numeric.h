@@ -131,11 +131,15 @@ inline T rounded(F f, T a, T b = T(), T c = T()) {
   }
 }
 
+template <class T>
+constexpr double smallest_normal = std::is_same_v<T, f16>      ? 0x1p-14
+                                   : std::is_same_v<T, double> ? 0x1p-1022
+                                                               : 0x1p-126;
+// .ftz: subnormals, of halves too, become zeros of their sign
 template <bool FTZ, class T>
 inline T flush(T x) {
-  if constexpr (FTZ && std::is_same_v<T, float>)
-    return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.f, x) : x;
-  return x;
+  if constexpr (FTZ) return std::fabs((double)x) < smallest_normal<T> ? T(std::copysign(0.f, (float)x)) : x;
+  else return x;
 }
 
 template <bool FTZ, bool SAT, class T>
@@ -158,7 +162,8 @@ inline double fma_to_odd(double a, double b, double c) {
 #define PTX_BINARY(name, symbol)                                                               \
   template <class T, Rounding R, bool FTZ, bool SAT>                                           \
   inline T name(T a, T b) {                                                                    \
-    if constexpr (is_half<T>) return finish<false, SAT>(T((double)(float)a symbol (double)(float)b)); \
+    if constexpr (is_half<T>)                                                                  \
+      return finish<FTZ, SAT>(T((double)flush<FTZ>(a) symbol (double)flush<FTZ>(b)));          \
     else                                                                                       \
       return finish<FTZ, SAT>(rounded<R, T>([](T x, T y, T) { return x symbol y; },            \
                                             flush<FTZ>(a), flush<FTZ>(b)));                    \
@@ -172,7 +177,7 @@ PTX_BINARY(div_, /)
 template <class T, Rounding R, bool FTZ, bool SAT>
 inline T fma_(T a, T b, T c) {
   if constexpr (is_half<T>)
-    return finish<false, SAT>(T(fma_to_odd((double)(float)a, (double)(float)b, (double)(float)c)));
+    return finish<FTZ, SAT>(T(fma_to_odd(flush<FTZ>(a), flush<FTZ>(b), flush<FTZ>(c))));
   else
     return finish<FTZ, SAT>(rounded<R, T>([](T x, T y, T z) { return std::fma(x, y, z); },
                                           flush<FTZ>(a), flush<FTZ>(b), flush<FTZ>(c)));
@@ -181,7 +186,7 @@ inline T fma_(T a, T b, T c) {
 // square root, reciprocal and the like: `exact` maps T to T
 template <Rounding R, bool FTZ, bool SAT, class T, class F>
 inline T unary_(F exact, T a) {
-  if constexpr (is_half<T>) return T((float)exact((float)a));
+  if constexpr (is_half<T>) return finish<FTZ, SAT>(T(exact((double)flush<FTZ>(a))));
   else
     return finish<FTZ, SAT>(
         rounded<R, T>([&](T x, T, T) { return (T)exact(x); }, flush<FTZ>(a)));

@@ -136,10 +136,13 @@ def extreme(name: str) -> tuple[Form, ...]:
 def function(code: str, types: frozenset[str] = F) -> tuple[Form, ...]:
     """A float function of one operand; `code` is its exact value of x."""
     lam = f"[](auto x) {{{{ return {code}; }}}}"
+    one = f"unary_<{{R}}, {{F}}, {{S}}>({lam}, {{a}})"
+    if not types & HALVES:
+        return (Form(types, one, allows=FLOAT_MODS, kind="special"),)
+    each = f"[](auto y, auto, auto) {{{{ return unary_<RN, {{F}}, false>({lam}, y); }}}}"
     return (
-        Form(
-            types, f"unary_<{{R}}, {{F}}, {{S}}>({lam}, {{a}})", allows=FLOAT_MODS, kind="special"
-        ),
+        Form(types, one, allows=FLOAT_MODS, kind="special"),
+        Form(PACKED, f"pairwise<{{T}}>({each}, {{a}})", allows=fs("approx", "ftz"), kind="special"),
     )
 
 
@@ -162,7 +165,12 @@ _FMA2 = (
     "pairwise<{T}>([](auto x, auto y, auto z) "
     "{{ return fma_<{T}, RN, {F}, {S}>(x, y, z); }}, {a}, {b}, {c})"
 )
-_RELU = "max_<{T}, true, false>(fma_<{T}, RN, false, false>({a}, {b}, {c}), {T}(0.f))"
+_RELU = "max_<{T}, true, false>(fma_<{T}, RN, {F}, false>({a}, {b}, {c}), {T}(0.f))"
+_RELU2 = (
+    "pairwise<{T}>([](auto x, auto y, auto z) "
+    "{{ return max_<{T}, true, false>(fma_<{T}, RN, {F}, false>(x, y, z), {T}(0.f)); }}, "
+    "{a}, {b}, {c})"
+)
 NARROW = fs("u16", "s16", "u32", "s32")
 
 TABLE: dict[str, tuple[Form | Code, ...]] = {
@@ -204,7 +212,8 @@ TABLE: dict[str, tuple[Form | Code, ...]] = {
     "fma": (
         Form(F | HALVES, _FMA, allows=FLOAT_MODS - {"approx", "full"}, kind="fma", flops=2),
         Form(PACKED, _FMA2, allows=fs("rn", "ftz", "sat"), kind="fma", flops=4),
-        Form(HALVES, _RELU, fs("rn", "relu"), kind="fma", flops=2),
+        Form(HALVES, _RELU, fs("rn", "relu"), fs("ftz"), kind="fma", flops=2),
+        Form(PACKED, _RELU2, fs("rn", "relu"), fs("ftz"), kind="fma", flops=4),
     ),
     "div": (*binary("div", packed=False), Form(INTS, "div_int<{T}>({a}, {b})")),
     "rem": (Form(INTS, "rem_int<{T}>({a}, {b})"),),

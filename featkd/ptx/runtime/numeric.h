@@ -145,7 +145,7 @@ inline T flush(T x) {
 template <bool FTZ, bool SAT, class T>
 inline T finish(T x) {
   x = flush<FTZ>(x);
-  if constexpr (SAT) return (float)x > 0 ? ((float)x < 1 ? x : T(1.f)) : T(0.f);
+  if constexpr (SAT) return (double)x > 0 ? ((double)x < 1 ? x : T(1.f)) : T(0.f);
   return x;
 }
 

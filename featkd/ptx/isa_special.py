@@ -185,10 +185,7 @@ def cvt(site: Site) -> str:
     elif source in _FLOATS:
         if whole is None:
             raise site.unsupported("needs .rni, .rzi, .rmi or .rpi")
-        narrow = SIZES[target] == 1
-        kind = target[0] + ("16" if narrow else target[1:])
-        code = f"to_int<{kind}, {whole}, {ftz}, {source}>({x})"
-        code = f"sat_to<{target}>({code})" if narrow else code
+        code = f"to_int<{target}, {whole}, {ftz}, {source}>({x})"
     elif target in _FLOATS:
         code = f"int_to_float<{target}, {mode}, {sat}, {source}>({x})"
     else:

@@ -95,7 +95,7 @@ def testp(site: Site) -> str:
         "infinite": "std::isinf(x_)",
         "number": "!std::isnan(x_)",
         "notanumber": "std::isnan(x_)",
-        "normal": "std::isnormal(x_)",
+        "normal": "(std::isnormal(x_) || x_ == 0)",
         "subnormal": "(std::fpclassify(x_) == FP_SUBNORMAL)",
     }
     test = tests[site.one(*tests)]

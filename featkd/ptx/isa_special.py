@@ -51,6 +51,8 @@ def setp(site: Site) -> str:
     comparison, *rest = site.modifiers
     combine = next((m for m in rest if m in ("and", "or", "xor")), None)
     site.only(comparison, "and", "or", "xor", "ftz")
+    if ptx_type in ("f16x2", "bf16x2"):
+        raise site.unsupported("comparison of pairs")
     is_float = ptx_type in _FLOATS
     own = cpp_type(ptx_type)
     if comparison in ("lo", "ls", "hi", "hs"):
@@ -80,9 +82,9 @@ def setp(site: Site) -> str:
         last, other = f"test {joined} with", f"!test {joined} with"
     target = site.operands[0]
     if root == "set":
-        result = "f32" if site.types[0] == "f32" else "u32"
-        yes = "1.f" if result == "f32" else "~0u"
-        return code + site.assign(target, f"({result})({last} ? {yes} : 0)")
+        result = cpp_type(site.types[0])
+        yes, no = ("1.f", "0.f") if result in _FLOATS else ("-1", "0")
+        return code + site.assign(target, f"({result})({last} ? {yes} : {no})")
     targets = target.items if isinstance(target, Pair) else (target,)
     values = (last, other)
     code += "".join(f"bool p{i} = {values[i]};" for i in range(len(targets)))

@@ -148,7 +148,9 @@ def function(code: str, types: frozenset[str] = F) -> tuple[Form, ...]:
 
 def flipped(name: str) -> tuple[Form, ...]:
     signed = fs("s16", "s32", "s64")
-    pair = f"pairwise<{{T}}>([](auto x, auto, auto) {{{{ return flush<{{F}}>({name}(x)); }}}}, {{a}})"
+    pair = (
+        f"pairwise<{{T}}>([](auto x, auto, auto) {{{{ return flush<{{F}}>({name}(x)); }}}}, {{a}})"
+    )
     return (
         Form(signed, f"{name}<{{T}}>({{a}})"),
         Form(F | HALVES, f"flush<{{F}}>({name}<{{T}}>({{a}}))", allows=fs("ftz"), kind="float"),

@@ -183,7 +183,11 @@ def moved(kind: str) -> Case:
 MOVES = [
     case("mov.b32 {d}, {{a}, {b}};", "u32 u16 u16", lambda a, b: a | b << 16),
     case("mov.b64 {d}, {{a}, {b}};", "u64 u32 u32", lambda a, b: a | b << 32),
-    case("mov.b64 {d}, {{a}, {b}, 1, {a}};", "u64 u16 u16", lambda a, b: a | b << 16 | 1 << 32 | a << 48),
+    case(
+        "mov.b64 {d}, {{a}, {b}, 1, {a}};",
+        "u64 u16 u16",
+        lambda a, b: a | b << 16 | 1 << 32 | a << 48,
+    ),
     case("mov.b32 {%h1, {d}}, {a};", "u16 u32", lambda a: a >> 16),
     case("mov.b64 {{d}, _}, {a};", "u32 u64", lambda a: a),
     case("mov.b64 {%h1, %h2, {d}, %h3}, {a};", "u16 u64", lambda a: a >> 32),
@@ -206,7 +210,11 @@ CASES = [
     *(c for kind in ("b32", "b64") for c in counts(kind)),
     *(c for kind in INTS for c in comparisons(kind)),
     *(
-        case(f"setp.{name}.{kind} %p0, {{a}}, {{b}};\nselp.u32 {{d}}, 1, 0, %p0;", f"u32 {own(kind)} {own(kind)}", COMPARISONS[name])
+        case(
+            f"setp.{name}.{kind} %p0, {{a}}, {{b}};\nselp.u32 {{d}}, 1, 0, %p0;",
+            f"u32 {own(kind)} {own(kind)}",
+            COMPARISONS[name],
+        )
         for kind in BITS
         for name in ("eq", "ne")
     ),

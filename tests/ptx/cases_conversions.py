@@ -21,7 +21,9 @@ def between_ints(target: str, source: str) -> list[Case]:
     found = []
     ends = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if source[0] == "s" else (0, 2**bits - 1)
     if any(clip(x, target) != x for x in ends):
-        found.append(operation(f"cvt.sat.{types.replace(' ', '.')}", types, each(lambda a: clip(a, target))))
+        found.append(
+            operation(f"cvt.sat.{types.replace(' ', '.')}", types, each(lambda a: clip(a, target)))
+        )
     if target != source:
         found.append(operation(f"cvt.{types.replace(' ', '.')}", types, lambda a: a))
     return found
@@ -146,7 +148,12 @@ CASES = [
     whole("f32", "rpi", ".ftz"),
     whole("f32", "rni", ".ftz.sat"),
     whole("f16", "rmi", ".sat"),
-    *(packed(half, mode, more) for half in HALVES for mode in ("rn", "rz") for more in ("", ".relu")),
+    *(
+        packed(half, mode, more)
+        for half in HALVES
+        for mode in ("rn", "rz")
+        for more in ("", ".relu")
+    ),
     operation("cvt.rna.tf32.f32", "u32 f32", tf32),
     operation("cvt.rn.tf32.f32", "u32 f32", tf32_even),
     operation("cvt.rz.tf32.f32", "u32 f32", tf32_zero),

@@ -146,9 +146,7 @@ CASES = [
     *saturated(),
     *(c for kind in ("u32", "s32", "u64", "s64") for c in carries(kind)),
     *(dot4(a, b) for a in ("u32", "s32") for b in ("u32", "s32")),
-    operation(
-        "mul24.lo.u32", "u32 u32 u32", each(lambda a, b: low_bits(a, 24) * low_bits(b, 24))
-    ),
+    operation("mul24.lo.u32", "u32 u32 u32", each(lambda a, b: low_bits(a, 24) * low_bits(b, 24))),
     operation(
         "mul24.lo.s32",
         "s32 s32 s32",

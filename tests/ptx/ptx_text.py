@@ -27,9 +27,10 @@ def kernel(
     return HEAD.replace("sm_80", target) + f"{text}{body}\nret;\n}}\n"
 
 
-def together(*files: str) -> str:
+def together(*files: str, target: str = "sm_80") -> str:
     """One file with the kernels of several, so that they are compiled once."""
-    return HEAD + "".join(file.removeprefix(HEAD) for file in files)
+    bodies = (file.partition(".address_size 64\n")[2] for file in files)
+    return HEAD.replace("sm_80", target) + "".join(bodies)
 
 
 # addresses in shared memory: %r2 this thread's element, %r3 that of the thread across the block

@@ -181,9 +181,10 @@ def values(kind: str) -> np.ndarray:
 
 def decode(bits: np.ndarray, kind: str) -> np.ndarray:
     """Bits of halves as float64."""
-    if kind == "f16":
-        return bits.view("f2").astype("f8")
-    return (bits.astype("u4") << 16).view("f4").astype("f8")
+    with np.errstate(invalid="ignore"):  # numpy warns of signalling NaNs
+        if kind == "f16":
+            return bits.view("f2").astype("f8")
+        return (bits.astype("u4") << 16).view("f4").astype("f8")
 
 
 def seen(raw: np.ndarray, kind: str) -> np.ndarray:

@@ -225,7 +225,7 @@ inline void finish_copies(Thread& t, int groups_left) {
     if constexpr (kCheck)
       if (c.to + c.bytes <= w.shared.size()) std::fill_n(&w.shared_state[c.to], c.bytes, VALID);
     u8 data[16] = {};
-    if (c.filled) memcpy(data, global_access(t, c.from, c.filled, c.filled, READ, false, c.line), c.filled);
+    if (c.filled) memcpy(data, global_access(t, c.from, c.filled, c.bytes, READ, false, c.line), c.filled);
     memcpy(shared_access(t, c.to, c.bytes, c.bytes, WRITE, false, c.line), data, c.bytes);
   }
   t.copies.resize(kept);

@@ -311,7 +311,12 @@ def copy_async(site: Site) -> str:
     size = site.operands[2]
     if not isinstance(size, Immediate) or size.bits not in (4, 8, 16):
         raise site.unsupported("copy size")
-    filled = site.argument(3, "u32") if len(site.operands) > 3 else str(size.bits)
+    filled = str(size.bits)
+    if len(site.operands) > 3:
+        last = site.operands[3]
+        # as a bool a register keeps its type, which tells a predicate from a count
+        read = site.value(last, "u32" if isinstance(last, Immediate) else "bool")
+        filled = f"copied_bytes({size.bits}, {read})"
     return (
         f"copy_async(t, {site.address(0)}, {site.address(1)}, {size.bits}, {filled}, "
         f"{site.line}, {site.new_sites(2)});"

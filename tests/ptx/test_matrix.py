@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def product(shape: tuple, name: str) -> str:
     for i, x in enumerate(names):
         text += f"ld.global.b{8 * word} {x}, [%rd2+{word * i}];\n"
     ends = np.cumsum([0, *counts]).tolist()
-    a, b, c = ("{" + ", ".join(names[i:j]) + "}" for i, j in zip(ends[:-1], ends[1:], strict=True))
+    a, b, c = ("{" + ", ".join(names[i:j]) + "}" for i, j in itertools.pairwise(ends))
     text += f"mma.sync.aligned.{shape[0]} {c}, {a}, {b}, {c};\n"
     for i in range(ends[2], total):
         text += f"st.global.b{8 * word} [%rd2+{word * i}], {names[i]};\n"

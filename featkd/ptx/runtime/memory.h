@@ -203,6 +203,13 @@ inline T atomic_(Thread& t, Space space, u64 address, F change, u32 line, u32 si
 
 // ---- cp.async: the bytes arrive at the wait, the latest moment the hardware allows
 
+// the last operand of cp.async: how many bytes are read, or a predicate that says to read none
+template <class R>
+inline u32 copied_bytes(u32 bytes, R operand) {
+  if constexpr (std::is_same_v<R, bool>) return operand ? 0 : bytes;
+  else return std::min((u32)operand, bytes);
+}
+
 inline void copy_async(Thread& t, u64 to, u64 from, u32 bytes, u32 filled, u32 line, u32 site) {
   u64 offset = to & kOffsetMask;
   log_access(t, SHARED, offset, bytes, WRITE, site);
@@ -211,7 +218,7 @@ inline void copy_async(Thread& t, u64 to, u64 from, u32 bytes, u32 filled, u32 l
   if constexpr (kCheck)
     if (offset + bytes <= t.block->worker.shared.size())
       std::fill_n(&t.block->worker.shared_state[offset], bytes, PENDING);
-  t.copies.push_back({(u32)offset, from, bytes, std::min(filled, bytes), t.copy_group, line, site});
+  t.copies.push_back({(u32)offset, from, bytes, filled, t.copy_group, line, site});
 }
 
 inline void finish_copies(Thread& t, int groups_left) {

@@ -16,8 +16,11 @@ from featkd.ptx.parser import SIZES, Instruction
 from featkd.ptx.site import Code, Scope, Site, cpp_type
 
 INTS = frozenset(f"{k}{n}" for k in "us" for n in (16, 32, 64))
-BITS = frozenset(f"b{n}" for n in (8, 16, 32, 64))
+BITS = frozenset(f"b{n}" for n in (16, 32, 64))
+LONG = frozenset(f"{k}{n}" for k in "us" for n in (32, 64))
+LONG_BITS = BITS - {"b16"}
 F = frozenset(("f32", "f64"))
+SINGLE = frozenset(("f32",))
 HALVES = frozenset(("f16", "bf16"))
 PACKED = frozenset(("f16x2", "bf16x2"))
 W32 = frozenset(("b32", "u32", "s32"))
@@ -90,7 +93,7 @@ def binary(name: str, packed: bool = True) -> tuple[Form, ...]:
     """Rounded float arithmetic on two operands, packed halves included."""
     forms = (
         Form(
-            F | HALVES,
+            F | HALVES if packed else F,
             f"{name}_<{{T}}, {{R}}, {{F}}, {{S}}>({{a}}, {{b}})",
             allows=FLOAT_MODS,
             kind=name,
@@ -126,14 +129,18 @@ def extreme(name: str) -> tuple[Form, ...]:
             kind="float",
         ),
         Form(
-            F | HALVES, f"{name}_<{{T}}, true, {{F}}>({{a}}, {{b}})", nan, fs("ftz"), kind="float"
+            HALVES | SINGLE,
+            f"{name}_<{{T}}, true, {{F}}>({{a}}, {{b}})",
+            nan,
+            fs("ftz"),
+            kind="float",
         ),
         Form(PACKED, pair.format(n=name, w="false"), allows=fs("ftz"), kind="float"),
         Form(PACKED, pair.format(n=name, w="true"), nan, fs("ftz"), kind="float"),
     )
 
 
-def function(code: str, types: frozenset[str] = F) -> tuple[Form, ...]:
+def function(code: str, types: frozenset[str]) -> tuple[Form, ...]:
     """A float function of one operand; `code` is its exact value of x."""
     lam = f"[](auto x) {{{{ return {code}; }}}}"
     one = f"unary_<{{R}}, {{F}}, {{S}}>({lam}, {{a}})"
@@ -229,14 +236,14 @@ TABLE: dict[str, tuple[Form | Code, ...]] = {
     ),
     "min": extreme("min"),
     "max": extreme("max"),
-    "sqrt": function("std::sqrt(x)"),
-    "rcp": function("1 / x"),
-    "rsqrt": function("1 / std::sqrt((double)x)"),
-    "ex2": function("std::exp2(x)", F | HALVES),
-    "lg2": function("std::log2(x)"),
-    "sin": function("std::sin(x)"),
-    "cos": function("std::cos(x)"),
-    "tanh": function("std::tanh(x)", F | HALVES),
+    "sqrt": function("std::sqrt(x)", F),
+    "rcp": function("1 / x", F),
+    "rsqrt": function("1 / std::sqrt((double)x)", F),
+    "ex2": function("std::exp2(x)", SINGLE | HALVES),
+    "lg2": function("std::log2(x)", SINGLE),
+    "sin": function("std::sin(x)", SINGLE),
+    "cos": function("std::cos(x)", SINGLE),
+    "tanh": function("std::tanh(x)", SINGLE | HALVES),
     "copysign": (Form(F, "std::copysign({b}, {a})", kind="float"),),
     "and": logic("&", "&&"),
     "or": logic("|", "||"),
@@ -253,17 +260,17 @@ TABLE: dict[str, tuple[Form | Code, ...]] = {
     ),
     "lop3": (Form(fs("b32"), "lop3_({a}, {b}, {c}, {d})"),),
     "prmt": (Form(fs("b32"), "permute_bytes({a}, {b}, {c})"),),
-    "bfe": (Form(INTS, "extract_field<{T}>({a}, {b}, {c})", operands="T u32 u32"),),
-    "bfi": (Form(BITS, "insert_field<{T}>({a}, {b}, {c}, {d})", operands="T T u32 u32"),),
-    "brev": (Form(BITS, "reverse_bits<{T}>({a})"),),
-    "popc": (Form(BITS, "__builtin_popcountll({a})", result="u32"),),
-    "clz": (Form(BITS, "leading_zeros<{T}>({a})", result="u32"),),
+    "bfe": (Form(LONG, "extract_field<{T}>({a}, {b}, {c})", operands="T u32 u32"),),
+    "bfi": (Form(LONG_BITS, "insert_field<{T}>({a}, {b}, {c}, {d})", operands="T T u32 u32"),),
+    "brev": (Form(LONG_BITS, "reverse_bits<{T}>({a})"),),
+    "popc": (Form(LONG_BITS, "__builtin_popcountll({a})", result="u32"),),
+    "clz": (Form(LONG_BITS, "leading_zeros<{T}>({a})", result="u32"),),
     "bfind": (
-        Form(INTS, "find_top<{T}>({a}, false)", result="u32"),
-        Form(INTS, "find_top<{T}>({a}, true)", fs("shiftamt"), result="u32"),
+        Form(LONG, "find_top<{T}>({a}, false)", result="u32"),
+        Form(LONG, "find_top<{T}>({a}, true)", fs("shiftamt"), result="u32"),
     ),
     "dp4a": (special.dp4a,),
-    "selp": (Form(BITS | INTS | F | HALVES, "{c} ? {a} : {b}", operands="T T bool"),),
+    "selp": (Form(BITS | INTS | F, "{c} ? {a} : {b}", operands="T T bool"),),
     "mov": (special.mov,),
     "setp": (special.setp,),
     "set": (special.setp,),

@@ -89,9 +89,13 @@ ld.param.b32 %r5, [r0];
 st.param.b64 [q0], %rd1;
 call mark, (q0);
 }"""
-LEAVE = "setp.lt.u32 %p0, %r0, 20;\n@%p0 exit;\nsetp.lt.u32 %p0, %r0, 40;\n@%p0 ret;\nmov.u32 %r5, 1;"
+LEAVE = (
+    "setp.lt.u32 %p0, %r0, 20;\n@%p0 exit;\nsetp.lt.u32 %p0, %r0, 40;\n@%p0 ret;\nmov.u32 %r5, 1;"
+)
 # hints at timing, and fences: the memory is coherent here
-NOTHING = SHARED + """mov.u32 %r5, 9;
+NOTHING = (
+    SHARED
+    + """mov.u32 %r5, 9;
 st.shared.u32 [%r2], %r5;
 membar.cta;
 membar.gl;
@@ -103,6 +107,7 @@ prefetch.local.L1 [%rd2];
 prefetchu.L1 [%rd1];
 nanosleep.u32 100;
 ld.shared.u32 %r5, [%r2];"""
+)
 TRAP = "mov.u32 %r5, 1;\nsetp.eq.u32 %p0, %r0, 5;\n@%p0 trap;"
 SPECIAL = ["%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%ctaid.x", "%ctaid.y"]
 SPECIAL += ["%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid", "%warpid", "%nwarpid"]

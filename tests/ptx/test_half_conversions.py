@@ -48,9 +48,13 @@ def convert(target: str, source: str, modifiers: str) -> str:
     return kernel(text, PARAMETERS, name="_".join(["cvt", target, source, *modifiers.split(".")]))
 
 
+def text() -> str:
+    return together(*(convert(*c) for c in CONVERSIONS), target="sm_90")
+
+
 @pytest.fixture(scope="module")
 def emulator():
-    return Emulator(together(*(convert(*c) for c in CONVERSIONS), target="sm_90"))
+    return Emulator(text())
 
 
 def run(emulator: Emulator, conversion: tuple[str, str, str], *operands: np.ndarray) -> np.ndarray:

@@ -49,7 +49,8 @@ def moved(space: str, kind: str, count: int) -> str:
     if space != "global":
         for x in first:
             text += f"mov.{kind.replace('b8', 'b16')} {x}, 0;\n"
-        text += f"ld{where}{vector}.{kind} {names}, [%rd5];\nst.global{vector}.{kind} [%rd4], {names};\n"
+        text += f"ld{where}{vector}.{kind} {names}, [%rd5];\n"
+        text += f"st.global{vector}.{kind} [%rd4], {names};\n"
     return kernel(text, PARAMETERS, shared=1024, name=f"move_{space}_{kind}_{count}")
 
 

@@ -1,0 +1,89 @@
+"""Every instruction of the table, in every type it takes, is translated by some test."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import cases_bits
+import cases_conversions
+import cases_floats
+import cases_integers
+from instruction_cases import text
+
+from featkd.ptx import isa
+from featkd.ptx.parser import Instruction, parse
+from featkd.ptx.site import Scope, Site
+from tests.ptx import (
+    test_atomics,
+    test_barriers,
+    test_control,
+    test_half_conversions,
+    test_matrix,
+    test_memory,
+    test_warp,
+)
+
+TABLES = (cases_integers, cases_bits, cases_floats, cases_conversions)
+KERNELS = (
+    *(test_atomics, test_barriers, test_control, test_half_conversions),
+    *(test_matrix, test_memory, test_warp),
+)
+# what each test module compiles and compares with an evaluation of its own
+TEXTS = {m.__name__.rpartition(".")[2]: text(m.CASES) for m in TABLES}
+TEXTS |= {m.__name__.rpartition(".")[2]: m.text() for m in KERNELS}
+
+
+def instructions() -> list[Instruction]:
+    functions = [f for ptx in TEXTS.values() for f in parse(ptx).functions]
+    return [x for f in functions for x in f.body if isinstance(x, Instruction)]
+
+
+@pytest.fixture(scope="module")
+def translated() -> dict[str, list[Instruction]]:
+    found: dict[str, list[Instruction]] = {}
+    for instruction in instructions():
+        found.setdefault(instruction.parts[0], []).append(instruction)
+    return found
+
+
+def uncovered(table: dict, translated: dict[str, list[Instruction]]) -> list[str]:
+    """Opcodes, and types of an opcode's forms, that no test translates."""
+    missing = [opcode for opcode in table if opcode not in translated]
+    for opcode, forms in table.items():
+        sites = [Site(x, Scope()) for x in translated.get(opcode, ())]
+        for i, form in enumerate(forms):
+            if isinstance(form, isa.Form):
+                # the first form that fits is the one used
+                earlier = [f for f in forms[:i] if isinstance(f, isa.Form)]
+                used = [s for s in sites if form.fits(s) and not any(f.fits(s) for f in earlier)]
+                seen = {s.types[0] for s in used}
+                needs = "".join(f".{x}" for x in sorted(form.needs))
+                missing += [f"{opcode}{needs}.{x}" for x in sorted(form.types - seen)]
+    return missing
+
+
+def test_every_form_of_the_table_is_tested_in_every_type(translated):
+    assert uncovered(isa.TABLE, translated) == []
+
+
+def test_a_form_without_a_test_is_found(translated):
+    form = isa.Form(isa.INTS, "{a}", isa.fs("new"))
+    table = isa.TABLE | {"neg": (*isa.TABLE["neg"], form), "newer": (form,)}
+    missing = uncovered(table, translated)
+    assert "newer" in missing
+    assert {x for x in missing if not x.startswith("newer")} == {f"neg.new.{x}" for x in isa.INTS}
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs ptxas, not found")
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_tested_ptx_is_valid(name, tmp_path):
+    (tmp_path / "k.ptx").write_text(TEXTS[name])
+    command = ["ptxas", "-arch=sm_90", "-O0", str(tmp_path / "k.ptx"), "-o", str(tmp_path / "k")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[:2000]

@@ -200,6 +200,8 @@ class _Translator:
                 scope.parameters.add(statement.name)
                 size = max(statement.bytes, 1)
                 lines.append(f"alignas(16) u8 {symbol('P_', statement.name)}[{size}];")
+        if not function.entry:
+            frame = max(frame, 16)  # so that recursion meets the end of local memory, and no crash
         self.sites = scope.sites
         self.registers = max(self.registers, len(registers))
         self.local_bytes += (frame + 15) // 16 * 16

@@ -28,6 +28,7 @@ class Fault:
     grid: int = 1
     output: bool = False
     time_limit: float = 20.0
+    declarations: str = ""
 
 
 def faults(name: str, kind: str, body: str, fault: str, clean: str, **more) -> Fault:
@@ -57,6 +58,27 @@ LOCAL += "ld.local.u32 %r6, [%rd2+4];\nst.global.u32 [%rd1], %r6;"
 SPIN = "mov.u32 %r5, 0;\nLOOP:\nadd.u32 %r5, %r5, @@;\nsetp.lt.u32 %p0, %r5, 9;\n@%p0 bra LOOP;\n"
 SPLIT = "setp.lt.u32 %p0, %r0, 16;\n@%p0 bra LOW;\nshfl.sync.bfly.b32 %r5, %r0, 1, 31, HIGH;\n"
 SPLIT += "bra END;\nLOW:\nshfl.sync.bfly.b32 %r5, %r0, 1, 31, MASK;\nEND:\n"
+# recursion to the depth given, in a function of the kernel's own, with or without a frame
+DOWN = """.func DOWN(.param .b32 n)
+{
+.reg .pred %p<2>;
+.reg .b32 %r<3>;
+FRAME
+ld.param.u32 %r1, [n];
+setp.eq.u32 %p1, %r1, 0;
+@%p1 bra END;
+sub.u32 %r2, %r1, 1;
+{
+.param .b32 q;
+st.param.b32 [q], %r2;
+call DOWN, (q);
+}
+END:
+ret;
+}
+"""
+FRAME = DOWN.replace("FRAME", ".local .align 4 .b8 depot[40];")
+DEPTH = "{\n.param .b32 q;\nst.param.b32 [q], @@;\ncall DOWN, (q);\n}\nst.global.u32 [%rd1], %r0;"
 
 TABLE = [
     faults("barrier between write and read", "shared-race", SWAP, "", "bar.sync 0;"),
@@ -221,6 +243,15 @@ TABLE = [
         threads=16,
     ),
     faults("loop without an end", "time-limit", SPIN, "0", "1", time_limit=0.3),
+    faults(
+        "recursion",
+        "stack-overflow",
+        DEPTH,
+        "1000000",
+        "0",
+        declarations=DOWN.replace("FRAME", ""),
+    ),
+    faults("recursion with a frame", "stack-overflow", DEPTH, "9999", "0", declarations=FRAME),
     faults("trap", "trap", "@@\nst.global.u32 [%rd1], %r0;", "trap;", ""),
     faults(
         "shuffle from a lane outside of the mask",
@@ -243,12 +274,12 @@ TABLE = [
 
 @pytest.fixture(scope="module")
 def emulator():
-    bodies = {
-        f"{i}_{side}": body
-        for i, f in enumerate(TABLE)
-        for side, body in (("faulty", f.faulty), ("clean", f.clean))
-    }
-    files = [kernel(body, shared=256, name=f"k{name}") for name, body in bodies.items()]
+    files = []
+    for i, fault in enumerate(TABLE):
+        for side, body in (("faulty", fault.faulty), ("clean", fault.clean)):
+            name = f"k{i}_{side}"
+            text = kernel(body, shared=256, declarations=fault.declarations, name=name)
+            files.append(text.replace("DOWN", f"down_{name}"))
     return Emulator(together(*files))
 
 
@@ -277,4 +308,4 @@ def test_fault_is_reported_and_its_clean_twin_is_silent(emulator, fault):
 
 
 def test_every_kind_has_a_planted_fault():
-    assert set().union(*(f.kinds for f in TABLE)) | {"stack-overflow"} == set(KINDS)
+    assert set().union(*(f.kinds for f in TABLE)) == set(KINDS)

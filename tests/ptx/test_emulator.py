@@ -12,9 +12,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ptx_text import HEAD, SHARED, kernel
+from ptx_text import HEAD, SHARED, kernel, together
 
-from featkd.ptx import CompilerError, Emulator, PtxError, UnsupportedInstruction
+from featkd.ptx import CompilerError, Emulator, PtxError, UnsupportedInstruction, build
 from featkd.ptx.build import cache_folder
 from featkd.ptx.parser import Address, Immediate, Instruction, Register, parse
 
@@ -104,7 +104,7 @@ def test_the_library_is_kept_and_several_processes_build_at_once(tmp_path):
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     command = [sys.executable, "-c", code, str(tmp_path / "k.ptx")]
-    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(3)]
+    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(2)]
     libraries = {p.communicate()[0].decode().strip() for p in running}
     assert len(libraries) == 1
     assert [str(p) for p in (tmp_path / "featkd" / "ptx").iterdir()] == [*libraries]
@@ -123,6 +123,32 @@ def test_results_and_reports_repeat_and_do_not_depend_on_the_number_of_workers()
     assert outcomes[0] == outcomes[1] == outcomes[2]
     assert outcomes[3][0] != outcomes[0][0]
     assert len(set(outcomes[0][0])) > 1  # the last writer differs from block to block
+
+
+def test_portable_fibers_give_the_same_results_and_reports(monkeypatch):
+    """The switch of stacks without assembly, which other processors than x86-64 take."""
+    swap = SHARED + "st.shared.u32 [%r2], %r0;\n@@\nld.shared.u32 %r5, [%r3];\n"
+    swap += "shfl.sync.bfly.b32 %r6, %r5, 3, 31, -1;\nbar.sync 0;\nst.global.u32 [%rd1], %r6;"
+    ptx = together(
+        kernel(swap.replace("@@", "bar.sync 0;"), shared=512, name="clean"),
+        kernel(swap.replace("@@", ""), shared=512, name="faulty"),
+    )
+    outcomes = []
+    for flags in ((), ("-DFEATKD_PORTABLE_FIBERS",)):
+        monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
+        emulator, found = Emulator(ptx, count=True), []
+        for name in ("clean", "faulty"):
+            for seed in (0, 3):
+                a = np.zeros(128, np.uint32)
+                launch = emulator.launch(name, [a], 2, 128, seed=seed, workers=2)
+                found.append((a.tolist(), launch.reports, launch.counters))
+        outcomes.append((emulator.library, found))
+    (fast, expected), (portable, got) = outcomes
+    assert [b"swapcontext" in x.read_bytes() for x in (fast, portable)] == [False, True]
+    assert got == expected
+    (clean, _, _), *_ = expected
+    assert clean == [127 - (t ^ 3) for t in range(128)]
+    assert {r.kind for r in expected[2][1]} >= {"shared-race"}
 
 
 def test_unchecked_run_gives_the_same_result():

@@ -6,7 +6,8 @@
 #include <cstdlib>
 #include <new>
 
-#if defined(__x86_64__)
+// FEATKD_PORTABLE_FIBERS is how the tests reach the other way on x86-64
+#if defined(__x86_64__) && !defined(FEATKD_PORTABLE_FIBERS)
 
 // saves the callee-saved registers and MXCSR's owner stays the OS thread; switches the stack
 extern "C" void featkd_ptx_switch(void** save, void* to);

@@ -1,6 +1,7 @@
 """The table from opcode to C++: one line an instruction form.
 
-To add an instruction, add one `Form` to `TABLE` (and one row to tests/ptx/test_instructions.py).
+To add an instruction, add one `Form` to `TABLE`, and cases to tests/ptx/cases_*.py
+until tests/ptx/test_coverage.py passes.
 In a form's code, {a} {b} {c} {d} are the operands after the destination, {T} their C++ type,
 {R} the rounding mode, {F} and {S} whether .ftz and .sat are given. Forms that need more than an
 expression are functions in `isa_special.py` and `isa_warp.py`.

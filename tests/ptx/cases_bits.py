@@ -6,8 +6,9 @@ import operator
 from collections.abc import Callable
 
 import numpy as np
-from cases_integers import INTS, each, low_bits, size
-from instruction_cases import Case, case, operation
+
+from tests.ptx.cases_integers import INTS, each, low_bits, size
+from tests.ptx.instruction_cases import Case, case, operation
 
 BITS = ("b16", "b32", "b64")
 COMPARISONS: dict[str, Callable] = {

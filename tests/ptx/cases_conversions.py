@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from cases_integers import clip, each
-from exact_arithmetic import clamp, flush, relu, round_array
-from instruction_cases import Case, operation
+
+from tests.ptx.cases_integers import clip, each
+from tests.ptx.exact_arithmetic import clamp, flush, relu, round_array
+from tests.ptx.instruction_cases import Case, operation
 
 INTS = tuple(f"{sign}{bits}" for bits in (8, 16, 32, 64) for sign in "us")
 FLOATS, HALVES = ("f32", "f64"), ("f16", "bf16")

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from exact_arithmetic import arithmetic, flush, relu
-from instruction_cases import Case, case, operation
+
+from tests.ptx.exact_arithmetic import arithmetic, flush, relu
+from tests.ptx.instruction_cases import Case, case, operation
 
 FLOATS, HALVES, PAIRS = ("f32", "f64"), ("f16", "bf16"), ("f16x2", "bf16x2")
 MODES = ("rn", "rz", "rm", "rp")

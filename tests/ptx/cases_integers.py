@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from instruction_cases import Case, case, operation
+
+from tests.ptx.instruction_cases import Case, case, operation
 
 INTS = ("u16", "s16", "u32", "s32", "u64", "s64")
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from exact_arithmetic import round_array
-from ptx_text import kernel, together
+import pytest
 
 from featkd.ptx import Emulator
+from tests.ptx.exact_arithmetic import round_array
+from tests.ptx.ptx_text import kernel, together
 
 NAN, INF = np.nan, np.inf
 THREADS = 256
@@ -159,6 +160,11 @@ def text(cases: list[Case]) -> str:
     return together(
         *(kernel(body(c), four, name=f"case{i}") for i, c in enumerate(cases)), target="sm_90"
     )
+
+
+def numbered(cases: list[Case]) -> list:
+    """Each case with its number, for parametrize."""
+    return [pytest.param(i, c, id=f"{i}-{c}") for i, c in enumerate(cases)]
 
 
 def values(kind: str) -> np.ndarray:

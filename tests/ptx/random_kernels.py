@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from cases_conversions import to_int
-from cases_floats import lesser
-from cases_integers import each, low_bits, quotient
-from exact_arithmetic import arithmetic
-from instruction_cases import wrapped
+
+from tests.ptx.cases_conversions import to_int
+from tests.ptx.cases_floats import lesser
+from tests.ptx.cases_integers import each, low_bits, quotient
+from tests.ptx.exact_arithmetic import arithmetic
+from tests.ptx.instruction_cases import wrapped
 
 THREADS = 64
 Environment = dict[str, np.ndarray]

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from exact_arithmetic import arithmetic, round_array
-from instruction_cases import KINDS, same, seen, values
-from ptx_text import kernel, together
-
 from featkd.ptx import Emulator
+from tests.ptx.exact_arithmetic import arithmetic, round_array
+from tests.ptx.instruction_cases import KINDS, same, seen, values
+from tests.ptx.ptx_text import kernel, together
 
 PARAMETERS = ".param .u64 a, .param .u64 b, .param .u64 c"
 SPACES = ("global", "shared", "generic")

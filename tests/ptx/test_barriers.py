@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ptx_text import SHARED, kernel, together
-
 from featkd.ptx import Emulator
+from tests.ptx.ptx_text import SHARED, kernel, together
 
 PARAMETERS = ".param .u64 a, .param .u64 b"
 VOTER = "ld.param.u64 %rd2, [b];\nsub.s64 %rd3, %rd1, %rd0;\nadd.s64 %rd2, %rd2, %rd3;\n"

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ptx_text import SHARED, kernel, together
-
 from featkd.ptx import Emulator
+from tests.ptx.ptx_text import SHARED, kernel, together
 
 STORE = "\nst.global.u32 [%rd1], %r5;"
 # steps until the Collatz walk of thread + 1 meets 1

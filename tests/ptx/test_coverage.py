@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-import cases_bits
-import cases_conversions
-import cases_floats
-import cases_integers
-from instruction_cases import text
 
 from featkd.ptx import isa
 from featkd.ptx.parser import Instruction, parse
 from featkd.ptx.site import Scope, Site
 from tests.ptx import (
+    cases_bits,
+    cases_conversions,
+    cases_floats,
+    cases_integers,
     test_atomics,
     test_barriers,
     test_control,
@@ -28,6 +23,7 @@ from tests.ptx import (
     test_memory,
     test_warp,
 )
+from tests.ptx.instruction_cases import text
 
 TABLES = (cases_integers, cases_bits, cases_floats, cases_conversions)
 KERNELS = (

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from instruction_cases import KINDS, decode
-from ptx_text import kernel, together
-
 from featkd.ptx import Emulator
+from tests.ptx.instruction_cases import KINDS, decode
+from tests.ptx.ptx_text import kernel, together
 
 HALVES = ("f16", "bf16")
 WIDE = ("f32", "f64")

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ptx_text import kernel, together
-
 from featkd.ptx import Emulator
+from tests.ptx.ptx_text import kernel, together
 
 # name, rows and depth of A, its type, the sum's type, and B's type where it differs
 SHAPES = [

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ptx_text import kernel, together
-
 from featkd.ptx import Emulator
+from tests.ptx.ptx_text import kernel, together
 
 PARAMETERS = ".param .u64 a, .param .u64 b, .param .u64 c"
 SPACES = ("global", "shared", "local", "generic")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent))
-from random_kernels import (
+from featkd.ptx import Emulator
+from tests.ptx.random_kernels import (
     PRELUDE,
     THREADS,
     TYPES,
@@ -24,10 +23,8 @@ from random_kernels import (
     one_operator,
 )
 
-from featkd.ptx import Emulator
-
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, not found")
-KERNELS = 16
+KERNELS = 12
 
 
 def draw(seed: int) -> dict[str, Statement]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import reduce
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ptx_text import kernel, together
-
 from featkd.ptx import Emulator
+from tests.ptx.ptx_text import kernel, together
 
 ALL = 2**32 - 1
 MASKS = (ALL, 0x0000FFFF, 0x0F0F1248, 1 << 31)

@@ -39,10 +39,10 @@ class _RawLaunch(ctypes.Structure):
     _fields_ = [
         ("grid", ctypes.c_uint32 * 3),
         ("size", ctypes.c_uint32 * 3),
+        ("cluster", ctypes.c_uint32 * 3),
         ("dynamic_shared", ctypes.c_uint32),
         ("workers", ctypes.c_uint32),
         ("allocation_count", ctypes.c_uint32),
-        ("unused", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
         ("time_limit", ctypes.c_double),
         ("parameters", ctypes.c_void_p),
@@ -256,10 +256,10 @@ class Emulator:
         request = _RawLaunch(
             (ctypes.c_uint32 * 3)(*blocks),
             (ctypes.c_uint32 * 3)(*sizes),
+            (ctypes.c_uint32 * 3)(1, 1, 1),
             shared_bytes,
             min(cores, math.prod(blocks)),
             len(allocations),
-            0,
             seed & (2**64 - 1),
             time_limit,
             ctypes.addressof(parameters),

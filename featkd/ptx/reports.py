@@ -21,6 +21,7 @@ KINDS = (
     "trap",
     "warp-mismatch",
     "stack-overflow",
+    "cluster-exit",
 )
 _SPACES = ("global", "shared", "local", "")
 _MEANING = {
@@ -42,6 +43,8 @@ _MEANING = {
     "warp-mismatch": "lanes of a warp disagree on a warp-wide operation: another line, a lane "
     "outside of the mask, or less than a whole warp",
     "stack-overflow": "recursion, which is not supported",
+    "cluster-exit": "touches the shared memory of a block of the cluster, and nothing makes that "
+    "block wait before it ends",
 }
 
 
@@ -56,7 +59,9 @@ class RawReport(ctypes.Structure):
         ("block", ctypes.c_uint32 * 3),
         ("thread", ctypes.c_int32),
         ("other", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
         ("argument", ctypes.c_int32),
+        ("unused", ctypes.c_uint32),
         ("offset", ctypes.c_uint64),
         ("bytes", ctypes.c_uint64),
         ("count", ctypes.c_uint64),
@@ -74,6 +79,7 @@ class Report:
         source, other_source: the source lines behind them, "" where the PTX names none.
         block: x, y, z of the block.
         threads: linear ids in the block of the threads concerned; for "block-race" none.
+        rank: the second thread's block in the cluster, None where it is the same block.
         count: how often it was found.
         message: all of this in words.
     """
@@ -86,6 +92,7 @@ class Report:
     other_source: str
     block: tuple[int, int, int]
     threads: tuple[int, ...]
+    rank: int | None
     count: int
     message: str
 
@@ -113,6 +120,9 @@ def make_report(
         parts.append(f"block {block}")
     if threads:
         parts.append("threads " + " and ".join(str(t) for t in threads))
+    rank = raw.rank if raw.rank >= 0 else None
+    if rank is not None:
+        parts[-1] += f" of block {rank} of the cluster"
     space = _SPACES[raw.space]
     if raw.argument >= 0:
         parts.append(f"{raw.bytes} bytes at offset {raw.offset} of {places[raw.argument]}")
@@ -128,6 +138,7 @@ def make_report(
         other_source,
         block,
         threads,
+        rank,
         raw.count,
         "; ".join(parts),
     )

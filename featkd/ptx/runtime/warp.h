@@ -1,6 +1,6 @@
 // Operations that a whole warp does together: shuffles, votes, reductions, matrices.
 #pragma once
-#include "memory.h"
+#include "copies.h"
 
 enum MmaType : u32 { MMA_BF16, MMA_F16, MMA_TF32, MMA_F64, MMA_S8, MMA_U8 };
 

@@ -1,0 +1,27 @@
+// cp.async: the bytes arrive at the wait, the latest moment the hardware allows.
+#pragma once
+#include "memory.h"
+
+inline void copy_async(Thread& t, u64 to, u64 from, u32 bytes, u32 filled, u32 line, u32 site) {
+  u64 offset = to & kOffsetMask;
+  log_access(t, SHARED, offset, bytes, WRITE, site);
+  if (filled) log_access(t, GLOBAL, from, filled, READ, site + 1);
+  shared_access(t, offset, bytes, bytes, WRITE, false, line);
+  if constexpr (kCheck) mark_shared(t, offset, bytes, PENDING);
+  t.copies.push_back({(u32)offset, from, bytes, std::min(filled, bytes), t.copy_group, line, site});
+}
+
+inline void finish_copies(Thread& t, int groups_left) {
+  size_t kept = 0;
+  for (AsyncCopy& c : t.copies) {
+    if (groups_left >= 0 && c.group >= t.copy_group - groups_left) {
+      t.copies[kept++] = c;
+      continue;
+    }
+    if constexpr (kCheck) mark_shared(t, c.to, c.bytes, VALID);
+    u8 data[16] = {};
+    if (c.filled) memcpy(data, global_access(t, c.from, c.filled, c.filled, READ, false, c.line), c.filled);
+    memcpy(shared_access(t, c.to, c.bytes, c.bytes, WRITE, false, c.line), data, c.bytes);
+  }
+  t.copies.resize(kept);
+}

@@ -21,6 +21,7 @@ from featkd.ptx.translate import Kernel, translate
 # bytes of shared memory a block may have, from NVIDIA's table of compute capabilities
 SHARED_LIMITS = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227}
 _MOST_THREADS = 1024
+_MOST_BLOCKS = 16  # of a cluster, where the kernel allows sizes that are not portable
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
 
@@ -198,6 +199,21 @@ class Emulator:
             allocations.append(_RawAllocation(function(), size, 1, False))
         return data, allocations, places
 
+    def _cluster(
+        self, kernel: Kernel, cluster: int | Sequence[int] | None, grid: list[int]
+    ) -> list[int]:
+        sizes = _triple("cluster", cluster or kernel.cluster or 1, (_MOST_BLOCKS,) * 3)
+        if math.prod(sizes) > (_MOST_BLOCKS if self.arch >= 90 else 1):
+            raise ValueError(
+                f"cluster: {sizes} has {math.prod(sizes)} blocks; from sm_90 on at most "
+                f"{_MOST_BLOCKS} are allowed, before none, and this is sm_{self.arch}"
+            )
+        if kernel.cluster and sizes != _triple("cluster", kernel.cluster, (_MOST_BLOCKS,) * 3):
+            raise ValueError(f"cluster: {kernel.name} requires {kernel.cluster}, got {cluster!r}")
+        if any(blocks % size for blocks, size in zip(grid, sizes, strict=True)):
+            raise ValueError(f"grid: {grid} is no multiple of the cluster's {sizes}")
+        return sizes
+
     def launch(
         self,
         name: str,
@@ -209,6 +225,7 @@ class Emulator:
         time_limit: float = 60.0,
         outputs: Sequence[int] = (),
         workers: int | None = None,
+        cluster: int | Sequence[int] | None = None,
     ) -> Launch:
         """Run a kernel; arrays are read and written in place.
 
@@ -225,6 +242,7 @@ class Emulator:
                 with 0xFF bytes, and reading or leaving such a byte is reported.
             workers: OS threads that share the blocks, by default one a core. Kernels with atomics
                 on global memory always get one, so that sums come in one order.
+            cluster: up to three sizes in blocks; by default what the kernel requires, else 1.
 
         Raises:
             ValueError: no such kernel; sizes or shared memory beyond the chip's.
@@ -237,6 +255,7 @@ class Emulator:
         if kernel.threads and math.prod(kernel.threads) != math.prod(sizes):
             raise ValueError(f"block: {name} requires {kernel.threads} threads, got {block!r}")
         blocks = _triple("grid", grid, _GRID_LIMITS)
+        clusters = self._cluster(kernel, cluster, blocks)
         limit, total = SHARED_LIMITS[self.arch] * 1024, kernel.static_shared + shared_bytes
         if shared_bytes < 0 or total > limit:
             raise ValueError(
@@ -256,9 +275,9 @@ class Emulator:
         request = _RawLaunch(
             (ctypes.c_uint32 * 3)(*blocks),
             (ctypes.c_uint32 * 3)(*sizes),
-            (ctypes.c_uint32 * 3)(1, 1, 1),
+            (ctypes.c_uint32 * 3)(*clusters),
             shared_bytes,
-            min(cores, math.prod(blocks)),
+            min(cores, math.prod(blocks) // math.prod(clusters)),
             len(allocations),
             seed & (2**64 - 1),
             time_limit,

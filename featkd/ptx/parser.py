@@ -155,6 +155,7 @@ class Function:
     body: list[Statement] = field(default_factory=list)
     declared_only: bool = False
     threads: tuple[int, ...] | None = None  # .reqntid
+    cluster: tuple[int, ...] | None = None  # .reqnctapercluster
 
 
 @dataclass
@@ -324,14 +325,18 @@ class _Parser:
             parts = split_list(text[1:-1]) if text else []
             return tuple(v for part in parts for v in parse_variables(part, line))
 
-        threads = re.search(r"\.reqntid\s+([\d,\s]+)", match[5])
+        def sizes(directive: str) -> tuple[int, ...] | None:
+            found = re.search(rf"\.{directive}\s+([\d,\s]+)", match[5])
+            return tuple(int(x) for x in split_list(found[1])) if found else None
+
         return Function(
             match[3],
             match[1] == "entry",
             variables(match[4]),
             variables(match[2]),
             line,
-            threads=tuple(int(x) for x in split_list(threads[1])) if threads else None,
+            threads=sizes("reqntid"),
+            cluster=sizes("reqnctapercluster"),
         )
 
     def module(self) -> Module:

@@ -22,6 +22,8 @@ KINDS = (
     "warp-mismatch",
     "stack-overflow",
     "cluster-exit",
+    "invalid-mbarrier",
+    "missing-fence",
 )
 _SPACES = ("global", "shared", "local", "")
 _MEANING = {
@@ -36,7 +38,7 @@ _MEANING = {
     "divergent-barrier": "threads of the block meet a barrier at different places, or some have "
     "exited",
     "deadlock": "no thread of the block can go on",
-    "missing-async-wait": "touches the target of a cp.async that was not waited for",
+    "missing-async-wait": "touches what an asynchronous operation uses, before it was waited for",
     "unwritten-output": "the launch ended with bytes of this output never written",
     "time-limit": "still running at the time limit; the launch was stopped",
     "trap": "a trap or a failed device assertion",
@@ -45,6 +47,10 @@ _MEANING = {
     "stack-overflow": "recursion, which is not supported",
     "cluster-exit": "touches the shared memory of a block of the cluster, and nothing makes that "
     "block wait before it ends",
+    "invalid-mbarrier": "no mbarrier was initialised here, or it is initialised twice or with "
+    "count 0, or it gets more arrivals than it expects",
+    "missing-fence": "an asynchronous operation uses what ordinary instructions wrote, and no "
+    "fence.proxy.async (shared memory) or wgmma.fence (registers) lies between",
 }
 
 

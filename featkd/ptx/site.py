@@ -22,6 +22,23 @@ SPECIAL = {
     **{f"%ntid.{d}": f"t.block->worker.launch.size[{i}]" for i, d in enumerate("xyz")},
     **{f"%ctaid.{d}": f"t.block->{d}" for d in "xyz"},
     **{f"%nctaid.{d}": f"t.block->worker.launch.grid[{i}]" for i, d in enumerate("xyz")},
+    **{
+        f"%cluster_ctaid.{d}": f"(t.block->{d} % t.block->worker.launch.cluster[{i}])"
+        for i, d in enumerate("xyz")
+    },
+    **{f"%cluster_nctaid.{d}": f"t.block->worker.launch.cluster[{i}]" for i, d in enumerate("xyz")},
+    **{
+        f"%clusterid.{d}": f"(t.block->{d} / t.block->worker.launch.cluster[{i}])"
+        for i, d in enumerate("xyz")
+    },
+    **{
+        f"%nclusterid.{d}": f"(t.block->worker.launch.grid[{i}] / "
+        f"t.block->worker.launch.cluster[{i}])"
+        for i, d in enumerate("xyz")
+    },
+    "%cluster_ctarank": "t.block->rank",
+    "%cluster_nctarank": "(u32)t.block->cluster.blocks.size()",
+    "%is_explicit_cluster": "(t.block->cluster.blocks.size() > 1)",
     "%laneid": "t.lane",
     "%warpid": "t.warp",
     "%nwarpid": "((t.block->count + 31) / 32)",

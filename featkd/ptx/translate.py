@@ -30,6 +30,7 @@ class Kernel:
     function: str
     parameters: tuple[Variable, ...]
     threads: tuple[int, ...] | None
+    cluster: tuple[int, ...] | None
     static_shared: int
 
 
@@ -67,6 +68,7 @@ class _Translator:
         self.registers = 0
         self.smallest_shared = 4
         self.atomics = False
+        self.async_proxy = False
         self.bodies = {f.name for f in module.functions if not f.declared_only}
 
     # ---- variables
@@ -148,6 +150,7 @@ class _Translator:
             kind = next((p for p in reversed(instruction.parts) if p in SIZES), "b32")
             if "param" not in instruction.parts:
                 self.smallest_shared = min(self.smallest_shared, SIZES[kind])
+        self.async_proxy |= root == "wgmma" or "bulk" in instruction.parts
         if instruction.guard is None:
             return f"{{ {counted} }}"
         guard = scope.register(instruction.guard.name)
@@ -232,6 +235,7 @@ class _Translator:
         code = "\n".join(
             [
                 f"#define FEATKD_SHARED_GRANULE {self.smallest_shared}",
+                f"#define FEATKD_ASYNC_PROXY {int(self.async_proxy)}",
                 '#include "launch.h"',
                 *self.definitions,
                 *heads,
@@ -247,6 +251,7 @@ class _Translator:
                 symbol("launch_", f.name),
                 f.parameters,
                 f.threads,
+                f.cluster,
                 self.static_shared[f.name],
             )
             for f in present

@@ -277,5 +277,5 @@ def test_fault_is_reported_and_its_clean_twin_is_silent(emulator, fault):
 
 
 def test_every_kind_has_a_planted_fault():
-    elsewhere = {"stack-overflow", "cluster-exit"}  # the latter in test_hopper.py
+    elsewhere = {"stack-overflow", "invalid-mbarrier", "cluster-exit", "missing-fence"}
     assert set().union(*(f.kinds for f in TABLE)) | elsewhere == set(KINDS)

@@ -70,11 +70,16 @@ struct Clocks {
     for (u32 i = 0; i < count; i++) row[i] = std::max(row[i], from[i]);
   }
 
+  static void learn(Knowledge& into, const Knowledge& from) {
+    into.resize(std::max(into.size(), from.size()), 0);
+    for (size_t i = 0; i < from.size(); i++) into[i] = std::max(into[i], from[i]);
+  }
+
+ private:
   static void merge(Knowledge& into, const u32* row) {
     for (size_t i = 0; i < into.size(); i++) into[i] = std::max(into[i], row[i]);
   }
 
- private:
   void open() {
     if (!seen.empty()) return;
     seen.assign((size_t)count * count, 0);

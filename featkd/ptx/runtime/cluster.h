@@ -1,6 +1,7 @@
 // The life of a cluster: its blocks start, their threads take turns, the last one ends.
 #pragma once
 #include "counters.h"
+#include "mbarrier.h"
 #include "warp.h"
 
 // A block ended: whatever other blocks did in its shared memory must have come before that.
@@ -36,7 +37,10 @@ inline void end_thread(Thread& t) {
   const bool arrived = t.in_cluster_barrier && t.cluster_phase == c.barrier.phase;
   if (!arrived && --c.barrier.missing == 0) complete_cluster_barrier(c);
   if constexpr (kCheck)
-    if (!b.alive && c.blocks.size() > 1) check_exit(t);
+    if (!b.alive) {
+      check_landings(t);
+      if (c.blocks.size() > 1) check_exit(t);
+    }
 }
 
 inline void thread_main() {
@@ -72,6 +76,7 @@ inline Cluster::Cluster(Worker& w) : worker(w) {
     shared_state.resize(shared.size());
     local_state.resize(local.size());
     shared_cells.resize(shared.size() / FEATKD_SHARED_GRANULE + 1);
+    unfenced.resize(shared_cells.size());
   }
 }
 
@@ -102,6 +107,8 @@ inline void Cluster::start(Stacks& stacks, u32 number) {
   if constexpr (kCheck) {
     std::fill(shared_state.begin(), shared_state.end(), 0);
     std::fill(local_state.begin(), local_state.end(), 0);
+    std::fill(unfenced.begin(), unfenced.end(), 0);
+    unfenced_cells.clear();
   }
   place_blocks(number);
   for (Block& b : blocks) {
@@ -116,40 +123,50 @@ inline void Cluster::start(Stacks& stacks, u32 number) {
       t.x = i % launch.size[0], t.y = i / launch.size[0] % launch.size[1];
       t.z = i / launch.size[0] / launch.size[1];
       t.state = i < count ? READY : DONE, t.fuel = 4096, t.carry = 0, t.line = 0;
-      t.copies.clear(), t.copy_group = 0, t.local_top = 0, t.in_cluster_barrier = false;
+      t.copies.clear(), t.copy_group = 0, t.copy_number = 0, t.local_top = 0;
+      t.polling = t.in_cluster_barrier = false;
       if constexpr (kCount) t.runs.assign(launch.sites, 0);
       if (i < count) t.context.start(stacks[t.self], stacks.bytes(), thread_main);
     }
   }
+  mbarriers.clear();
   barrier = ClusterBarrier();
   barrier.missing = alive;
 }
 
-// every thread that can runs once, to where it has to wait
-inline void Cluster::pass(const std::vector<u32>& order, bool& ran) {
+// Every thread that can runs once, to where it has to wait. Idle: all that ran asked an mbarrier,
+// as they did the last time, and it was not ready.
+inline Pass Cluster::pass(const std::vector<u32>& order) {
+  Pass result = PASS_STUCK;
   for (u32 i : order) {
     Thread& t = threads[i];
     if (t.state != READY) continue;
-    ran = true;
+    const bool polled = t.polling;
     starting_thread = &t;
     switch_context(scheduler, t.context);
+    const bool idle = polled && t.polling && t.state == READY;
+    result = idle ? std::max(result, PASS_IDLE) : PASS_WORKED;
     if (abandoned) break;
   }
+  return result;
 }
 
 inline void Cluster::run(Stacks& stacks, u32 number) {
+  // threads that only ask might still give up by themselves after some tries
+  constexpr u32 kIdlePasses = 2000;
   LaunchState& launch = worker.launch;
   start(stacks, number);
   random = (launch.seed + 1) * 0x9e3779b97f4a7c15ull ^ ((u64)linear + 1) * 0xbf58476d1ce4e5b9ull;
   if (!random) random = 1;
   std::vector<u32> order(threads.size());
   for (u32 i = 0; i < order.size(); i++) order[i] = i;
+  u32 idle = 0;
   while (alive && !abandoned) {
     if (launch.seed)
       for (u32 i = (u32)order.size() - 1; i; i--) std::swap(order[i], order[next_random(random) % (i + 1)]);
-    bool ran = false;
-    pass(order, ran);
-    if (!ran) {
+    const Pass passed = pass(order);
+    idle = passed == PASS_IDLE ? idle + 1 : 0;
+    if (passed == PASS_STUCK || idle > kIdlePasses) {
       for (Thread& t : threads)
         if (t.state != DONE) report(t, DEADLOCK, t.line);
       break;

@@ -3,12 +3,18 @@
 #include "memory.h"
 
 inline void copy_async(Thread& t, u64 to, u64 from, u32 bytes, u32 filled, u32 line, u32 site) {
-  u64 offset = to & kOffsetMask;
+  const u64 offset = to & kOffsetMask;
   log_access(t, SHARED, offset, bytes, WRITE, site);
   if (filled) log_access(t, GLOBAL, from, filled, READ, site + 1);
   shared_access(t, offset, bytes, bytes, WRITE, false, line);
   if constexpr (kCheck) mark_shared(t, offset, bytes, PENDING);
-  t.copies.push_back({(u32)offset, from, bytes, std::min(filled, bytes), t.copy_group, line, site});
+  t.copies.push_back({(u32)offset, from, bytes, std::min(filled, bytes), t.copy_group, t.copy_number++, line});
+}
+
+inline void copy_bytes(Thread& t, const AsyncCopy& c, u8* to) {
+  u8 data[16] = {};
+  if (c.filled) memcpy(data, global_access(t, c.from, c.filled, c.filled, READ, false, c.line), c.filled);
+  memcpy(to, data, c.bytes);
 }
 
 inline void finish_copies(Thread& t, int groups_left) {
@@ -19,9 +25,23 @@ inline void finish_copies(Thread& t, int groups_left) {
       continue;
     }
     if constexpr (kCheck) mark_shared(t, c.to, c.bytes, VALID);
-    u8 data[16] = {};
-    if (c.filled) memcpy(data, global_access(t, c.from, c.filled, c.filled, READ, false, c.line), c.filled);
-    memcpy(shared_access(t, c.to, c.bytes, c.bytes, WRITE, false, c.line), data, c.bytes);
+    copy_bytes(t, c, shared_access(t, c.to, c.bytes, c.bytes, WRITE, false, c.line));
+  }
+  t.copies.resize(kept);
+}
+
+// Those numbered below `end` land, for an mbarrier that waits for them. As accesses they stay where
+// the thread issued them: what it did since is not part of what the mbarrier tells.
+inline void land_copies(Thread& t, u32 end) {
+  size_t kept = 0;
+  for (AsyncCopy& c : t.copies) {
+    if (c.number >= end) {
+      t.copies[kept++] = c;
+      continue;
+    }
+    if constexpr (kCheck) mark_shared(t, c.to, c.bytes, VALID);
+    const SharedPlace place = place_shared(t, c.to, c.bytes);
+    if (place.block) copy_bytes(t, c, &t.block->cluster.shared[place.at]);
   }
   t.copies.resize(kept);
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <map>
 #include <memory>
 #include <tuple>
@@ -23,7 +24,7 @@ constexpr bool kCount = FEATKD_COUNT;
 enum ReportKind : u32 {
   SHARED_RACE, GLOBAL_RACE, BLOCK_RACE, UNINITIALISED, OUT_OF_BOUNDS, MISALIGNED,
   DIVERGENT_BARRIER, DEADLOCK, MISSING_WAIT, UNWRITTEN, TIME_LIMIT, TRAP, WARP_MISMATCH, STACK_OVERFLOW,
-  CLUSTER_EXIT,
+  CLUSTER_EXIT, BAD_MBARRIER, MISSING_FENCE,
 };
 enum Space : u32 { GLOBAL, SHARED, LOCAL, NO_SPACE };
 enum Access : u32 { READ, WRITE, ATOMIC };
@@ -54,7 +55,7 @@ struct AsyncCopy {
   u64 from;
   u32 bytes, filled;
   int group;
-  u32 line, site;
+  u32 number, line;
 };
 
 struct Thread {
@@ -69,6 +70,8 @@ struct Thread {
   u32 cluster_phase;
   std::vector<AsyncCopy> copies;
   int copy_group;
+  u32 copy_number;
+  bool polling;  // the last thing it did was to ask in vain whether it may go on
   u32 local_top;
   std::vector<u32> runs;  // how often each memory site ran, when counting
 };
@@ -82,6 +85,21 @@ struct ClusterBarrier {
   u32 missing = 0;  // threads that have neither arrived nor ended
   u32 phase = 0;
   Knowledge arriving, known;
+};
+
+// something on its way that an mbarrier waits for
+struct Mbarrier;
+struct Landing {
+  Thread* thread;
+  u32 line;
+  std::function<void(Mbarrier&)> arrive;
+};
+
+struct Mbarrier {
+  u32 expected = 0, pending = 0, phase = 0;
+  s64 bytes = 0;  // announced and not yet there
+  Knowledge arriving, known;
+  std::vector<Landing> landings;
 };
 
 // one access of one lane, kept until the block's next barrier to find what its warp did together
@@ -140,6 +158,8 @@ struct Block {
   void flush_log();
 };
 
+enum Pass : u32 { PASS_STUCK, PASS_IDLE, PASS_WORKED };
+
 // Blocks that run together, their threads interleaved on one OS thread; mostly a single block.
 struct Cluster {
   Worker& worker;
@@ -151,8 +171,11 @@ struct Cluster {
   std::vector<Thread> threads;
   std::vector<u8> shared, shared_state, local, local_state;
   std::vector<Cell> shared_cells;
+  std::vector<u8> unfenced;  // by cell: holds what only ordinary instructions see for sure
+  std::vector<u32> unfenced_cells;
   Clocks clocks;
   ClusterBarrier barrier;
+  std::map<u64, Mbarrier> mbarriers;  // by place in the cluster's shared memory
   Context scheduler;
   u64 random = 0;
   bool abandoned = false;
@@ -163,7 +186,7 @@ struct Cluster {
  private:
   void start(Stacks& stacks, u32 number);
   void place_blocks(u32 number);
-  void pass(const std::vector<u32>& order, bool& ran);
+  Pass pass(const std::vector<u32>& order);
 };
 
 static thread_local Thread* starting_thread;
@@ -197,6 +220,7 @@ inline void stop_block(Thread& t, ReportKind kind, u32 line) {
 inline void spend(Thread& t, u32 line) {
   if (--t.fuel) return;
   t.fuel = 4096;
+  t.polling = false;
   LaunchState& launch = t.block->worker.launch;
   if (!launch.stop && std::chrono::steady_clock::now() > launch.deadline) {
     report(t, TIME_LIMIT, line);

@@ -1,14 +1,10 @@
 // The memory spaces: loads, stores, atomics, and what is checked.
 #pragma once
-#include "barriers.h"
+#include "proxy.h"
 
 // Generic addresses carry their space in the top byte; global ones are plain host addresses.
 constexpr u64 kSharedTag = 1ull << 56, kLocalTag = 2ull << 56, kOffsetMask = kSharedTag - 1;
 enum ByteState : u8 { EMPTY, VALID, PENDING };
-
-#ifndef FEATKD_SHARED_GRANULE
-#define FEATKD_SHARED_GRANULE 4
-#endif
 
 static thread_local u64 spare_bytes[8];  // where accesses outside of memory go
 
@@ -74,8 +70,11 @@ inline u8* shared_access(Thread& t, u64 address, u32 bytes, u32 align, Access ki
     }
     if (pending) report(t, MISSING_WAIT, line, SHARED, address, bytes);
     else if (empty) report(t, UNINITIALISED, line, SHARED, address, bytes);
-    for (u64 i = place.at / FEATKD_SHARED_GRANULE; i <= (place.at + bytes - 1) / FEATKD_SHARED_GRANULE; i++)
+    for (u64 i = place.at / FEATKD_SHARED_GRANULE; i <= (place.at + bytes - 1) / FEATKD_SHARED_GRANULE; i++) {
       race(t, c.shared_cells[i], kind, same, SHARED_RACE, line, SHARED, address, bytes, -1);
+      if constexpr (kProxyCheck)
+        if (kind != READ) note_ordinary_write(c, i);
+    }
   }
   return c.shared.data() + place.at;
 }
@@ -227,6 +226,20 @@ inline T atomic_(Thread& t, Space space, u64 address, F change, u32 line, u32 si
   const T changed = change(old);
   memcpy(at, (const void*)&changed, sizeof changed);
   return old;
+}
+
+// ---- clusters
+
+// the same place in the shared memory of block `rank` of the cluster; generic addresses stay so
+template <class A>
+inline A map_shared(A address, u32 rank) {
+  const u64 own = (u64)address & ~((u64)0xff << kRankShift);
+  return (A)(own | (u64)(rank + 1) << kRankShift);
+}
+
+inline u32 rank_of(Thread& t, u64 address) {
+  const u32 named = (u32)((address & kOffsetMask) >> kRankShift);
+  return named ? named - 1 : t.block->rank;
 }
 
 // ---- local frames

@@ -3,7 +3,8 @@
 To add an instruction, add one `Form` to `TABLE` (and one row to tests/ptx/test_instructions.py).
 In a form's code, {a} {b} {c} {d} are the operands after the destination, {T} their C++ type,
 {R} the rounding mode, {F} and {S} whether .ftz and .sat are given. Forms that need more than an
-expression are functions in `isa_special.py`, `isa_sync.py`, `isa_async.py` and `isa_warp.py`.
+expression are functions in `isa_special.py` and
+its siblings.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from featkd.ptx import isa_async as asynchronous
 from featkd.ptx import isa_special as special
 from featkd.ptx import isa_sync as sync
 from featkd.ptx import isa_warp as warp
+from featkd.ptx import isa_wgmma as warpgroup
 from featkd.ptx.parser import SIZES, Instruction
 from featkd.ptx.site import Code, Scope, Site, cpp_type
 
@@ -291,6 +293,7 @@ TABLE: dict[str, tuple[Form | Code, ...]] = {
     "ldmatrix": (warp.matrix,),
     "stmatrix": (warp.matrix,),
     "mma": (warp.mma,),
+    "wgmma": (warpgroup.wgmma,),
     "cp": (asynchronous.copy_async,),
     # no effect on the emulated machine: memory is coherent, and these only hint at timing
     "membar": (special.nothing,),
@@ -330,6 +333,9 @@ def classify(root: str, site: Site) -> tuple[str, int]:
     """Counter class and flops a thread of an instruction that has no `Form`."""
     if root == "mma":
         return f"mma.{site.types[1]}", warp.mma_flops(site)
+    if root == "wgmma":
+        flops = warpgroup.flops(site)
+        return (f"wgmma.{site.types[1]}", flops) if flops else ("control", 0)
     if root in _MEMORY:
         return "memory", 0
     if root in _CONTROL:

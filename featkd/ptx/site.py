@@ -81,6 +81,7 @@ class Scope:
     globals: set[str] = field(default_factory=set)
     functions: set[str] = field(default_factory=set)
     targets: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    product_registers: set[str] = field(default_factory=set)  # of wgmma
     sites: int = 0
     is_entry: bool = True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from featkd.ptx import isa
+from featkd.ptx import isa, isa_wgmma
 from featkd.ptx.parser import (
     SIZES,
     Brace,
@@ -16,7 +16,7 @@ from featkd.ptx.parser import (
     Source,
     Variable,
 )
-from featkd.ptx.site import Scope, symbol
+from featkd.ptx.site import Scope, Site, symbol
 
 _REGISTERS = {1: "u16", 2: "u16", 4: "u32", 8: "u64"}
 _REGISTERS_ON_STACK = 24  # bytes a PTX register may take in g++'s frame, spills included
@@ -143,6 +143,9 @@ class _Translator:
         code, kind, flops = isa.translate(instruction, scope)
         number = self.classes.setdefault((kind, flops), len(self.classes))
         counted = f"count_instruction(t, {number}); {code}"
+        if scope.product_registers:
+            site = Site(instruction, scope)
+            counted = isa_wgmma.touches(instruction, site, scope.product_registers) + counted
         root = instruction.parts[0]
         if root in ("atom", "red") and not any(p.startswith("shared") for p in instruction.parts):
             self.atomics = True
@@ -173,6 +176,8 @@ class _Translator:
         for statement in function.body:
             if isinstance(statement, Label) and statement.targets:
                 scope.targets[statement.name] = statement.targets
+            elif isinstance(statement, Instruction):
+                scope.product_registers |= isa_wgmma.registers(statement)
         for statement in function.body:
             if isinstance(statement, Brace):
                 lines.append(statement.text)

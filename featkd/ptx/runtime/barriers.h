@@ -102,6 +102,7 @@ inline void cluster_wait(Thread& t, u32 line) {
 enum WarpOperation : u32 {
   W_SYNC, W_UP, W_DOWN, W_BFLY, W_IDX, W_ALL, W_ANY, W_BALLOT, W_UNI, W_MATCH_ANY, W_MATCH_ALL,
   W_ADD, W_MIN, W_MAX, W_AND, W_OR, W_XOR, W_MIN_SIGNED, W_MAX_SIGNED, W_LDMATRIX, W_STMATRIX, W_MMA,
+  W_PRODUCT, W_PRODUCT_WAIT,
 };
 void complete_warp(Block& block, u32 first, u32 mask);
 

@@ -48,6 +48,7 @@ inline void thread_main() {
   LaunchState& launch = t.block->worker.launch;
   launch.kernel(t, launch.parameters);
   finish_copies(t, -1);
+  check_products(t);
   end_thread(t);
   yield_(t);
   abort();  // a finished thread is never scheduled again
@@ -124,6 +125,7 @@ inline void Cluster::start(Stacks& stacks, u32 number) {
       t.z = i / launch.size[0] / launch.size[1];
       t.state = i < count ? READY : DONE, t.fuel = 4096, t.carry = 0, t.line = 0;
       t.copies.clear(), t.copy_group = 0, t.copy_number = 0, t.local_top = 0;
+      t.products.clear(), t.product_group = 0, t.unfenced_registers.clear();
       t.polling = t.in_cluster_barrier = false;
       if constexpr (kCount) t.runs.assign(launch.sites, 0);
       if (i < count) t.context.start(stacks[t.self], stacks.bytes(), thread_main);

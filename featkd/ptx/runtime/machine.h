@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <tuple>
+#include <unordered_set>
 #include <vector>
 
 #include "clocks.h"
@@ -58,6 +59,22 @@ struct AsyncCopy {
   u32 number, line;
 };
 
+enum ProductFlags : u32 {
+  LEFT_IN_REGISTERS = 1, LEFT_TRANSPOSED = 2, RIGHT_TRANSPOSED = 4, LEFT_NEGATED = 8, RIGHT_NEGATED = 16, HALF_SUMS = 32,
+};
+
+// a wgmma.mma_async in flight, as one thread sees it
+struct Product {
+  u32 line, type, columns, flags;
+  bool adds;
+  u64 a, b;  // descriptors of the operands in shared memory
+  u32 group = 0, left[4] = {};
+  const u32* left_registers[4] = {};
+  std::vector<u32*> target;  // accumulators
+  std::vector<u32> held;     // their values, once they are known
+  u64 digest = 0;            // of the operands when it was issued
+};
+
 struct Thread {
   Context context;
   Block* block;
@@ -72,6 +89,9 @@ struct Thread {
   int copy_group;
   u32 copy_number;
   bool polling;  // the last thing it did was to ask in vain whether it may go on
+  std::vector<Product> products;
+  u32 product_group;
+  std::unordered_set<const u32*> unfenced_registers;  // written since the last wgmma.fence
   u32 local_top;
   std::vector<u32> runs;  // how often each memory site ran, when counting
 };

@@ -160,31 +160,6 @@ TABLE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def emulator():
-    files = [
-        kernel(body, shared=512, name=f"k{i}_{side}")
-        for i, f in enumerate(TABLE)
-        for side, body in (("faulty", f.faulty), ("clean", f.clean))
-    ]
-    return Emulator(together(*files).replace("sm_80", "sm_90"))
-
-
-@pytest.mark.parametrize("fault", TABLE, ids=lambda f: f.name)
-def test_fault_is_reported_and_its_clean_twin_is_silent(emulator, fault):
-    for seed in (0, 1, 2):
-        runs = {
-            side: emulator.launch(
-                f"k{TABLE.index(fault)}_{side}", [np.arange(64, dtype=np.uint32)], 1, 64, seed=seed
-            ).reports
-            for side in ("faulty", "clean")
-        }
-        follows = {"uninitialised-read"} if "shared-race" in fault.kinds else set()
-        found = {r.kind for r in runs["faulty"]}
-        assert fault.kinds <= found <= fault.kinds | follows, [str(r) for r in runs["faulty"]]
-        assert [str(r) for r in runs["clean"]] == []
-
-
 # ---- states and counts, against a model of the phases
 
 STATES = (
@@ -213,20 +188,11 @@ END:
 """
 )
 
-
-def test_states_counts_and_bytes():
-    out = np.zeros(6, np.uint32)
-    emulator = Emulator(kernel(STATES, shared=512, target="sm_90"))
-    assert [str(r) for r in emulator.launch("k", [out], 1, 64).reports] == []
-    # 5 arrivals due; 2 came; one came and left for good; 2 came, but 24 bytes are due: not over.
-    # 20 + 8 of 24 + 4 bytes came: over, the next phase (parity 1) is not, and 4 are due in it
-    assert out.tolist() == [5, 3, 0, 1, 0, 4]
-
-
 # ---- one thread of a warp, and instructions that change nothing here
 
-SMALL = """activemask.b32 %r5;
-elect.sync %r6|%p2, 0xfffffff0;
+SMALL = """mov.u32 %r6, 0;
+setp.lt.u32 %p3, %r0, 4;
+@!%p3 elect.sync %r6|%p2, 0xfffffff0;
 selp.u32 %r7, 1, 0, %p2;
 add.u32 %r7, %r7, %r6;
 griddepcontrol.wait;
@@ -242,11 +208,42 @@ griddepcontrol.launch_dependents;
 st.global.u32 [%rd1], %r7;"""
 
 
-def test_elect_and_what_has_no_effect():
+@pytest.fixture(scope="module")
+def emulator():
+    files = [
+        kernel(body, shared=512, name=f"k{i}_{side}")
+        for i, f in enumerate(TABLE)
+        for side, body in (("faulty", f.faulty), ("clean", f.clean))
+    ]
+    files.append(kernel(STATES, shared=512, name="states"))
+    files.append(kernel(SMALL, name="small"))
+    return Emulator(together(*files).replace("sm_80", "sm_90"))
+
+
+@pytest.mark.parametrize("fault", TABLE, ids=lambda f: f.name)
+def test_fault_is_reported_and_its_clean_twin_is_silent(emulator, fault):
+    for seed in (0, 1, 2):
+        runs = {
+            side: emulator.launch(
+                f"k{TABLE.index(fault)}_{side}", [np.arange(64, dtype=np.uint32)], 1, 64, seed=seed
+            ).reports
+            for side in ("faulty", "clean")
+        }
+        follows = {"uninitialised-read"} if "shared-race" in fault.kinds else set()
+        found = {r.kind for r in runs["faulty"]}
+        assert fault.kinds <= found <= fault.kinds | follows, [str(r) for r in runs["faulty"]]
+        assert [str(r) for r in runs["clean"]] == []
+
+
+def test_states_counts_and_bytes(emulator):
+    out = np.zeros(6, np.uint32)
+    assert [str(r) for r in emulator.launch("states", [out], 1, 64).reports] == []
+    # 5 arrivals due; 2 came; one came and left for good; 2 came, but 24 bytes are due: not over.
+    # 20 + 8 of 24 + 4 bytes came: over, the next phase (parity 1) is not, and 4 are due in it
+    assert out.tolist() == [5, 3, 0, 1, 0, 4]
+
+
+def test_elect_and_what_has_no_effect(emulator):
     out = np.zeros(32, np.uint32)
-    body = SMALL.replace("elect", "setp.lt.u32 %p3, %r0, 4;\n@!%p3 elect")
-    emulator = Emulator(
-        kernel(body.replace("activemask.b32 %r5;", "mov.u32 %r6, 0;"), target="sm_90")
-    )
-    assert [str(r) for r in emulator.launch("k", [out], 1, 32).reports] == []
+    assert [str(r) for r in emulator.launch("small", [out], 1, 32).reports] == []
     assert out[4:].tolist() == [5] + [4] * 27

@@ -48,7 +48,9 @@ inline void thread_main() {
   LaunchState& launch = t.block->worker.launch;
   launch.kernel(t, launch.parameters);
   finish_copies(t, -1);
+#if FEATKD_ASYNC_PROXY
   check_products(t);
+#endif
   end_thread(t);
   yield_(t);
   abort();  // a finished thread is never scheduled again

@@ -2,11 +2,9 @@
 #pragma once
 #include <atomic>
 #include <chrono>
-#include <functional>
 #include <map>
 #include <memory>
 #include <tuple>
-#include <unordered_set>
 #include <vector>
 
 #include "clocks.h"
@@ -91,7 +89,7 @@ struct Thread {
   bool polling;  // the last thing it did was to ask in vain whether it may go on
   std::vector<Product> products;
   u32 product_group;
-  std::unordered_set<const u32*> unfenced_registers;  // written since the last wgmma.fence
+  std::vector<const u32*> unfenced_registers;  // written since the last wgmma.fence
   u32 local_top;
   std::vector<u32> runs;  // how often each memory site ran, when counting
 };
@@ -107,12 +105,13 @@ struct ClusterBarrier {
   Knowledge arriving, known;
 };
 
-// something on its way that an mbarrier waits for
-struct Mbarrier;
+// Something on its way that an mbarrier waits for: the cp.async of a thread numbered below `end`, or
+// a bulk copy of `bytes`.
 struct Landing {
   Thread* thread;
-  u32 line;
-  std::function<void(Mbarrier&)> arrive;
+  u32 line, end, bytes;
+  u64 from, to;
+  Knowledge known;  // what comes before it
 };
 
 struct Mbarrier {

@@ -75,7 +75,12 @@ inline void mbarrier_transaction(Thread& t, u64 address, s64 bytes, u32 line) {
 inline void land(Mbarrier& m) {
   std::vector<Landing> landings;
   landings.swap(m.landings);
-  for (Landing& landing : landings) landing.arrive(m);
+  for (Landing& landing : landings) {
+    land_copies(*landing.thread, landing.end);
+    if constexpr (kCheck) Clocks::learn(m.arriving, landing.known);
+    m.pending -= m.pending > 0;
+    complete_phase(m);
+  }
 }
 
 inline bool phase_passed(Mbarrier& m, u64 value, bool parity) {
@@ -105,15 +110,8 @@ inline void mbarrier_track_copies(Thread& t, u64 address, bool counted, u32 line
   Mbarrier* m = find_mbarrier(t, address, line);
   if (!m) return;
   if (!counted) m->pending++;
-  Knowledge known;
-  if constexpr (kCheck) t.block->cluster.clocks.release(t.self, known);
-  const u32 end = t.copy_number;
-  m->landings.push_back({&t, line, [&t, end, known](Mbarrier& reached) {
-    land_copies(t, end);
-    if constexpr (kCheck) Clocks::learn(reached.arriving, known);
-    reached.pending -= reached.pending > 0;
-    complete_phase(reached);
-  }});
+  m->landings.push_back({&t, line, t.copy_number});
+  if constexpr (kCheck) t.block->cluster.clocks.release(t.self, m->landings.back().known);
 }
 
 // A block ends while copies are still on their way into its shared memory.

@@ -1,6 +1,9 @@
 // Operations that a whole warp does together: shuffles, votes, reductions.
 #pragma once
+#include "matrix.h"
+#if FEATKD_ASYNC_PROXY  // only kernels that use it pay for its compilation
 #include "wgmma.h"
+#endif
 
 inline void shuffle(Block& b, Thread* w, u32 mask, u32 operation) {
   (void)b;
@@ -50,8 +53,10 @@ inline void complete_warp(Block& b, u32 first, u32 mask) {
     }
     switch (operation) {
       case W_MMA: return mma(w);
+#if FEATKD_ASYNC_PROXY
       case W_PRODUCT: return issue_products(w);
       case W_PRODUCT_WAIT: return finish_products(w);
+#endif
       default: return matrix_transfer(w, operation == W_LDMATRIX);
     }
   }

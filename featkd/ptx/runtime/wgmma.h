@@ -134,6 +134,10 @@ inline void run_product(Thread* w, size_t number) {
 
 inline bool is_target(const Product& p, const u32* r) { return std::find(p.target.begin(), p.target.end(), r) != p.target.end(); }
 
+inline bool is_unfenced(const Thread& t, const u32* r) {
+  return std::find(t.unfenced_registers.begin(), t.unfenced_registers.end(), r) != t.unfenced_registers.end();
+}
+
 // All lanes have issued the product that is last in their lists.
 inline void issue_products(Thread* w) {
   const size_t number = w[0].products.size() - 1;
@@ -172,8 +176,8 @@ inline void issue_product(Thread& t, Product p, u32* const* target, u32 count, u
     for (u32 i = 0; i < 4; i++) p.left[i] = *left[i], p.left_registers[i] = left[i];
   if constexpr (kCheck) {
     bool unfenced = false;
-    for (const u32* r : p.target) unfenced |= t.unfenced_registers.count(r) > 0;
-    for (u32 i = 0; left && i < 4; i++) unfenced |= t.unfenced_registers.count(left[i]) > 0;
+    for (const u32* r : p.target) unfenced |= is_unfenced(t, r);
+    for (u32 i = 0; left && i < 4; i++) unfenced |= is_unfenced(t, left[i]);
     if (unfenced) report(t, MISSING_FENCE, p.line);
   }
   bool in_flight = false;
@@ -194,7 +198,7 @@ inline void wait_products(Thread& t, u32 left, u32 line) {
 // Called where an ordinary instruction uses a register that some product of the kernel uses too.
 inline void touch_register(Thread& t, const u32* r, bool writes, u32 line) {
   if constexpr (kCheck) {
-    if (writes) t.unfenced_registers.insert(r);
+    if (writes && !is_unfenced(t, r)) t.unfenced_registers.push_back(r);
     for (const Product& p : t.products) {
       const bool is_left = (p.flags & LEFT_IN_REGISTERS) && std::count(p.left_registers, p.left_registers + 4, r);
       if (is_target(p, r) || (writes && is_left)) {

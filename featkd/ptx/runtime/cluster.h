@@ -50,6 +50,7 @@ inline void thread_main() {
   finish_copies(t, -1);
 #if FEATKD_ASYNC_PROXY
   check_products(t);
+  end_stores(t);
 #endif
   end_thread(t);
   yield_(t);
@@ -127,7 +128,7 @@ inline void Cluster::start(Stacks& stacks, u32 number) {
       t.z = i / launch.size[0] / launch.size[1];
       t.state = i < count ? READY : DONE, t.fuel = 4096, t.carry = 0, t.line = 0;
       t.copies.clear(), t.copy_group = 0, t.copy_number = 0, t.local_top = 0;
-      t.products.clear(), t.product_group = 0, t.unfenced_registers.clear();
+      t.stores.clear(), t.store_group = 0, t.products.clear(), t.product_group = 0, t.unfenced_registers.clear();
       t.polling = t.in_cluster_barrier = false;
       if constexpr (kCount) t.runs.assign(launch.sites, 0);
       if (i < count) t.context.start(stacks[t.self], stacks.bytes(), thread_main);

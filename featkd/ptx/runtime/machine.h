@@ -57,6 +57,14 @@ struct AsyncCopy {
   u32 number, line;
 };
 
+// a bulk copy to global memory; it holds the data once they are read
+struct BulkStore {
+  u64 to, from;
+  u32 bytes, group, line;
+  u64 digest;  // of the source when it was issued
+  std::vector<u8> data;
+};
+
 enum ProductFlags : u32 {
   LEFT_IN_REGISTERS = 1, LEFT_TRANSPOSED = 2, RIGHT_TRANSPOSED = 4, LEFT_NEGATED = 8, RIGHT_NEGATED = 16, HALF_SUMS = 32,
 };
@@ -87,6 +95,8 @@ struct Thread {
   int copy_group;
   u32 copy_number;
   bool polling;  // the last thing it did was to ask in vain whether it may go on
+  std::vector<BulkStore> stores;
+  u32 store_group;
   std::vector<Product> products;
   u32 product_group;
   std::vector<const u32*> unfenced_registers;  // written since the last wgmma.fence

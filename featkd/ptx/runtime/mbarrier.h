@@ -76,9 +76,16 @@ inline void land(Mbarrier& m) {
   std::vector<Landing> landings;
   landings.swap(m.landings);
   for (Landing& landing : landings) {
-    land_copies(*landing.thread, landing.end);
     if constexpr (kCheck) Clocks::learn(m.arriving, landing.known);
-    m.pending -= m.pending > 0;
+    if (landing.bytes) {
+      Cluster& c = landing.thread->block->cluster;
+      memcpy(&c.shared[landing.to], (const void*)landing.from, landing.bytes);
+      if constexpr (kCheck) std::fill_n(&c.shared_state[landing.to], landing.bytes, VALID);
+      m.bytes -= landing.bytes;
+    } else {
+      land_copies(*landing.thread, landing.end);
+      m.pending -= m.pending > 0;
+    }
     complete_phase(m);
   }
 }

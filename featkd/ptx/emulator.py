@@ -16,6 +16,8 @@ import torch
 from featkd.ptx.build import build
 from featkd.ptx.parser import PtxError, Variable, parse
 from featkd.ptx.reports import TOTALS, Counters, Launch, RawReport, make_report
+from featkd.ptx.tensor_map import BYTES as MAP_BYTES
+from featkd.ptx.tensor_map import TensorMap
 from featkd.ptx.translate import Kernel, translate
 
 # bytes of shared memory a block may have, from NVIDIA's table of compute capabilities
@@ -169,12 +171,14 @@ class Emulator:
         allocations: list[_RawAllocation] = []
         places: dict[int, str] = {}
         for i, (value, parameter) in enumerate(zip(args, kernel.parameters, strict=True)):
-            memory = _memory(value)
+            is_map = isinstance(value, TensorMap)
+            memory = _memory(value.array if is_map else value)
             if memory is not None:
-                if parameter.bytes != 8 or parameter.type.startswith("f"):
-                    raise TypeError(f"args[{i}]: {parameter.name} takes no array; {expected}")
+                if parameter.bytes != (MAP_BYTES if is_map else 8) or parameter.type[0] == "f":
+                    takes = "tensor map" if is_map else "array"
+                    raise TypeError(f"args[{i}]: {parameter.name} takes no {takes}; {expected}")
                 address, size, item = memory
-                data.append(struct.pack("<Q", address))
+                data.append(value.pack() if is_map else struct.pack("<Q", address))
                 places[len(allocations)] = f"args[{i}]"
                 granule = item if item in (1, 2, 4) else 4 if item % 4 == 0 else 1
                 poisoned = i in outputs
@@ -232,7 +236,8 @@ class Emulator:
         Args:
             name: the kernel, as the PTX names it.
             args: for a pointer a numpy array, a CPU tensor or None (a null pointer); for a
-                number a numpy scalar, int or float; for a struct its bytes.
+                number a numpy scalar, int or float; for a struct its bytes; for a tensor map a
+                `TensorMap`.
             grid, block: up to three sizes.
             shared_bytes: dynamic shared memory of a block.
             seed: order in which threads run; 0 is by thread id, any other a random one. Results

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 
-from featkd.ptx.parser import Address, Immediate
+from featkd.ptx.parser import Address, Immediate, TensorAddress
 from featkd.ptx.site import Site, cpp_bool
 
 
 def copy_async(site: Site) -> str:
-    if not site.modifiers or site.modifiers[0] != "async" or site.has("tensor"):
+    if not site.modifiers or site.modifiers[0] != "async":
         raise site.unsupported()
+    if site.has("tensor"):
+        return _tensor(site)
     if site.has("bulk"):
         return _bulk(site)
     if site.has("mbarrier"):
@@ -77,3 +79,27 @@ def _bulk(site: Site) -> str:
         return f"bulk_load_many(t, {to}, {source}, {size}, {rest.format(mask=mask)}"
     space = "GLOBAL" if ends[1] == "global" else "SHARED"
     return f"bulk_load(t, {to}, {space}, {source}, {size}, {rest.format(mask='')}"
+
+
+def _tensor(site: Site) -> str:
+    """Tiles of tensors; `im2col` and the modes of gather and scatter are not there."""
+    rank = int(site.one(*(f"{n}d" for n in range(1, 6)))[0])
+    if site.has("prefetch"):
+        return ";"
+    is_store = site.has("bulk_group")
+    ends = [m for m in site.modifiers if m in ("global", "shared", "shared::cluster")]
+    kind = ("bulk_group",) if is_store else (_ON_MBARRIER, "multicast::cluster")
+    site.only("async", "bulk", "tensor", "tile", f"{rank}d", *ends, *kind, "L2::cache_hint")
+    if len(ends) != 2 or (ends[0] == "global") != is_store:
+        raise site.unsupported("state spaces")
+    tensor = site.operands[0 if is_store else 1]
+    if not isinstance(tensor, TensorAddress) or len(tensor.at) != rank:
+        raise site.unsupported("coordinates")
+    at = ", ".join(site.value(x, "s32") for x in tensor.at)
+    box = f"{site.place(tensor.map)}, {rank}, at"
+    code = f"s32 at[5] = {{{at}}};"
+    end = f"{site.line}, {site.new_sites()});"
+    if is_store:
+        return f"{code} tensor_store(t, {box}, {site.address(1)}, {end}"
+    mask = site.argument(3, "u16") if site.has("multicast::cluster") else "0"
+    return f"{code} tensor_load(t, {site.address(0)}, {box}, {site.address(2)}, {mask}, {end}"

@@ -81,13 +81,21 @@ class Address:
 
 
 @dataclass(frozen=True)
+class TensorAddress:
+    """`[map, {x, y}]`: a box of a tensor, by its first element."""
+
+    map: Address
+    at: tuple[Operand, ...]
+
+
+@dataclass(frozen=True)
 class Group:
     """`(a, b)`: the results or arguments of a call."""
 
     items: tuple[Operand, ...]
 
 
-Operand = Register | Immediate | Vector | Pair | Address | Group
+Operand = Register | Immediate | Vector | Pair | Address | TensorAddress | Group
 
 
 @dataclass(frozen=True)
@@ -199,6 +207,10 @@ def parse_operand(text: str, line: int) -> Operand:
         return Vector(tuple(parse_operand(x, line) for x in split_list(text[1:-1])))
     if text.startswith("("):
         return Group(tuple(parse_operand(x, line) for x in split_list(text[1:-1])))
+    if text.startswith("[") and len(parts := split_list(text[1:-1])) == 2:
+        place, at = parse_operand(f"[{parts[0]}]", line), parse_operand(parts[1], line)
+        if isinstance(place, Address) and isinstance(at, Vector):
+            return TensorAddress(place, at.items)
     if text.startswith("["):
         match = _ADDRESS.match(text[1:-1].strip())
         assert match is not None  # the pattern matches any text

@@ -24,6 +24,7 @@ KINDS = (
     "cluster-exit",
     "invalid-mbarrier",
     "missing-fence",
+    "invalid-tensor-map",
 )
 _SPACES = ("global", "shared", "local", "")
 _MEANING = {
@@ -49,6 +50,7 @@ _MEANING = {
     "block wait before it ends",
     "invalid-mbarrier": "no mbarrier was initialised here, or it is initialised twice or with "
     "count 0, or it gets more arrivals than it expects",
+    "invalid-tensor-map": "a tensor copy whose map is none, or has another number of dimensions",
     "missing-fence": "an asynchronous operation uses what ordinary instructions wrote, and no "
     "fence.proxy.async (shared memory) or wgmma.fence (registers) lies between",
 }

@@ -194,10 +194,13 @@ class Site:
         return operand.items if isinstance(operand, Vector) else (operand,)
 
     def address(self, index: int) -> str:
-        """Operand `[base + offset]` as a 64-bit C++ expression."""
+        """Operand number `index`, `[base + offset]`, as a 64-bit C++ expression."""
         operand = self.operands[index]
         if not isinstance(operand, Address):
             raise self.unsupported("expected an address")
+        return self.place(operand)
+
+    def place(self, operand: Address) -> str:
         base = "0ull" if operand.base is None else f"(u64)({self.name(operand.base)})"
         if operand.base is not None and self.scope.register(operand.base):
             # 32-bit addresses wrap at 32 bits, as with a negative offset kept as unsigned

@@ -24,23 +24,33 @@ inline u8* bulk_source(Thread& t, Space space, u64 from, u32 bytes, u32 line) {
   return source == (u8*)spare_bytes ? nullptr : source;
 }
 
-// To shared memory, of the thread's block or another one's; the mbarrier lies in the same block.
-inline void bulk_load(Thread& t, u64 to, Space space, u64 from, u32 bytes, u64 barrier, u32 line, u32 site) {
-  if (!check_bulk_sizes(t, to, from, bytes, line)) return;
+// Claims the target now and has the bytes land once somebody waits at the mbarrier.
+inline Landing* bulk_target(Thread& t, u64 to, u32 bytes, u64 barrier, u32 line) {
   Cluster& c = t.block->cluster;
-  to &= kOffsetMask;
-  if (space == GLOBAL) log_access(t, GLOBAL, from, bytes, READ, site);
-  const u8* source = bulk_source(t, space, from, bytes, line);
   shared_access(t, to, bytes, 1, WRITE, false, line);
   Mbarrier* m = find_mbarrier(t, barrier, line);
   const SharedPlace place = place_shared(t, to, bytes);
-  if (!source || !m || !place.block) return;
-  m->landings.push_back({&t, line, 0, bytes, (u64)source, place.at});
+  if (!m || !place.block) return nullptr;
+  m->landings.push_back({&t, line, 0, bytes, 0, place.at});
   if constexpr (kCheck) {
     mark_shared(t, to, bytes, PENDING);
     c.clocks.release(t.self, m->landings.back().known);
   }
   if constexpr (kProxyCheck) forget_ordinary_writes(c, place.at, bytes);
+  return &m->landings.back();
+}
+
+inline void bulk_land(Thread& t, u64 to, const std::vector<u8>& data, u64 barrier, u32 line) {
+  if (Landing* landing = bulk_target(t, to, (u32)data.size(), barrier, line)) landing->data = data;
+}
+
+// To shared memory, of the thread's block or another one's; the mbarrier lies in the same block.
+inline void bulk_load(Thread& t, u64 to, Space space, u64 from, u32 bytes, u64 barrier, u32 line, u32 site) {
+  if (!check_bulk_sizes(t, to, from, bytes, line)) return;
+  if (space == GLOBAL) log_access(t, GLOBAL, from, bytes, READ, site);
+  const u8* source = bulk_source(t, space, from, bytes, line);
+  if (!source) return;
+  if (Landing* landing = bulk_target(t, to & kOffsetMask, bytes, barrier, line)) landing->from = (u64)source;
 }
 
 // The same bytes to the same place in each block of the cluster whose bit is set.
@@ -63,6 +73,8 @@ inline void bulk_store(Thread& t, u64 to, u64 from, u32 bytes, u32 line, u32 sit
   if (source) t.stores.push_back({to, from & kOffsetMask, bytes, t.store_group, line, kCheck ? digest_of(source, bytes) : 0});
 }
 
+void write_tensor(Thread& t, const BulkStore& s);
+
 // The groups but the latest `left` have read their source and, unless `only_read`, are written.
 inline void finish_stores(Thread& t, u32 left, bool only_read) {
   size_t kept = 0;
@@ -74,7 +86,9 @@ inline void finish_stores(Thread& t, u32 left, bool only_read) {
         if (digest_of(source, s.bytes) != s.digest) report(t, MISSING_WAIT, s.line, SHARED, s.from, s.bytes);
       s.data.assign(source, source + s.bytes);
     }
-    if (due && !only_read) {
+    if (due && !only_read && s.map) {
+      write_tensor(t, s);
+    } else if (due && !only_read) {
       u8* target = global_access(t, s.to, s.bytes, 1, WRITE, false, s.line);
       if (target != (u8*)spare_bytes) memcpy(target, s.data.data(), s.bytes);
     } else {

@@ -23,7 +23,7 @@ constexpr bool kCount = FEATKD_COUNT;
 enum ReportKind : u32 {
   SHARED_RACE, GLOBAL_RACE, BLOCK_RACE, UNINITIALISED, OUT_OF_BOUNDS, MISALIGNED,
   DIVERGENT_BARRIER, DEADLOCK, MISSING_WAIT, UNWRITTEN, TIME_LIMIT, TRAP, WARP_MISMATCH, STACK_OVERFLOW,
-  CLUSTER_EXIT, BAD_MBARRIER, MISSING_FENCE,
+  CLUSTER_EXIT, BAD_MBARRIER, MISSING_FENCE, BAD_TENSOR_MAP,
 };
 enum Space : u32 { GLOBAL, SHARED, LOCAL, NO_SPACE };
 enum Access : u32 { READ, WRITE, ATOMIC };
@@ -57,12 +57,15 @@ struct AsyncCopy {
   u32 number, line;
 };
 
+struct TensorMap;
 // a bulk copy to global memory; it holds the data once they are read
 struct BulkStore {
   u64 to, from;
   u32 bytes, group, line;
   u64 digest;  // of the source when it was issued
   std::vector<u8> data;
+  const TensorMap* map = nullptr;  // where `to` is a box of a tensor, and its first element
+  s32 at[5] = {};
 };
 
 enum ProductFlags : u32 {
@@ -121,7 +124,8 @@ struct Landing {
   Thread* thread;
   u32 line, end, bytes;
   u64 from, to;
-  Knowledge known;  // what comes before it
+  Knowledge known;       // what comes before it
+  std::vector<u8> data;  // of a tensor, already gathered
 };
 
 struct Mbarrier {

@@ -79,7 +79,8 @@ inline void land(Mbarrier& m) {
     if constexpr (kCheck) Clocks::learn(m.arriving, landing.known);
     if (landing.bytes) {
       Cluster& c = landing.thread->block->cluster;
-      memcpy(&c.shared[landing.to], (const void*)landing.from, landing.bytes);
+      const void* from = landing.data.empty() ? (const void*)landing.from : landing.data.data();
+      memcpy(&c.shared[landing.to], from, landing.bytes);
       if constexpr (kCheck) std::fill_n(&c.shared_state[landing.to], landing.bytes, VALID);
       m.bytes -= landing.bytes;
     } else {

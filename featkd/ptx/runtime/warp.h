@@ -2,7 +2,7 @@
 #pragma once
 #include "matrix.h"
 #if FEATKD_ASYNC_PROXY  // only kernels that use it pay for its compilation
-#include "bulk.h"
+#include "tensor.h"
 #include "wgmma.h"
 #endif
 

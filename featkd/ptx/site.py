@@ -39,6 +39,8 @@ SPECIAL = {
     "%cluster_ctarank": "t.block->rank",
     "%cluster_nctarank": "(u32)t.block->cluster.blocks.size()",
     "%is_explicit_cluster": "(t.block->cluster.blocks.size() > 1)",
+    **dict.fromkeys(("%globaltimer", "%clock64"), "tick(t)"),
+    **dict.fromkeys(("%globaltimer_lo", "%clock"), "(u32)tick(t)"),
     "%laneid": "t.lane",
     "%warpid": "t.warp",
     "%nwarpid": "((t.block->count + 31) / 32)",

@@ -105,6 +105,7 @@ inline void Cluster::start(Stacks& stacks, u32 number) {
   LaunchState& launch = worker.launch;
   const u32 count = launch.threads_a_block();
   alive = 0;
+  ticks = 0;
   abandoned = false;
   clocks.start((u32)threads.size());
   std::fill(shared.begin(), shared.end(), 0xff);

@@ -210,7 +210,7 @@ struct Cluster {
   ClusterBarrier barrier;
   std::map<u64, Mbarrier> mbarriers;  // by place in the cluster's shared memory
   Context scheduler;
-  u64 random = 0;
+  u64 random = 0, ticks = 0;
   bool abandoned = false;
 
   explicit Cluster(Worker& w);
@@ -248,6 +248,9 @@ inline void stop_block(Thread& t, ReportKind kind, u32 line) {
   t.block->cluster.abandoned = true;
   yield_(t);
 }
+
+// The clocks: they move on when they are read, so that launches repeat.
+inline u64 tick(Thread& t) { return t.block->cluster.ticks += 1000; }
 
 // Called at every jump: a loop that never ends lets others run, and meets the time limit.
 inline void spend(Thread& t, u32 line) {

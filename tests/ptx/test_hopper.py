@@ -1,4 +1,4 @@
-"""Clusters: nvcc's PTX of cooperative-groups kernels, executed; skipped where there is no nvcc."""
+"""nvcc's PTX for sm_90, executed: clusters, barriers, copies; skipped where there is no nvcc."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from ptx_text import kernel
 
-from featkd.ptx import Emulator
+from featkd.ptx import Emulator, TensorMap
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, not found")
 
 SOURCE = r"""
 #include <cooperative_groups.h>
+#include <cuda.h>
+#include <cuda/barrier>
 #include <cuda/ptx>
+#include <utility>
 namespace cg = cooperative_groups;
+namespace ptx = cuda::ptx;
+using barrier = cuda::barrier<cuda::thread_scope_block>;
 // `fault` plants one of those that the tests expect to be reported
 
 // every block reads the next one's shared memory
@@ -54,19 +59,19 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) remote(int fault, int* out)
   __shared__ int data[32];
   __shared__ alignas(8) uint64_t ready;
   cg::cluster_group c = cg::this_cluster();
-  if (threadIdx.x == 0) cuda::ptx::mbarrier_init(&ready, 32);
+  if (threadIdx.x == 0) ptx::mbarrier_init(&ready, 32);
   c.sync();
   if (c.block_rank() == 0) {
     c.map_shared_rank(data, 1)[threadIdx.x] = 7 * threadIdx.x;
     auto* far = c.map_shared_rank(&ready, 1);
     if (fault == 4)
-      cuda::ptx::mbarrier_arrive(cuda::ptx::sem_relaxed, cuda::ptx::scope_cluster,
-                                 cuda::ptx::space_cluster, far);
+      ptx::mbarrier_arrive(ptx::sem_relaxed, ptx::scope_cluster,
+                                 ptx::space_cluster, far);
     else
-      cuda::ptx::mbarrier_arrive(cuda::ptx::sem_release, cuda::ptx::scope_cluster,
-                                 cuda::ptx::space_cluster, far);
+      ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cluster,
+                                 ptx::space_cluster, far);
   } else {
-    while (!cuda::ptx::mbarrier_try_wait_parity(cuda::ptx::sem_acquire, cuda::ptx::scope_cluster,
+    while (!ptx::mbarrier_try_wait_parity(ptx::sem_acquire, ptx::scope_cluster,
                                                 &ready, 0)) {}
     out[threadIdx.x] = data[31 - threadIdx.x];
   }
@@ -90,8 +95,58 @@ extern "C" __global__ void __cluster_dims__(2, 2, 1) places(unsigned* out) {
   cg::cluster_group c = cg::this_cluster();
   unsigned place = c.block_rank() + 10 * c.block_index().x + 100 * c.block_index().y;
   place += 1000 * c.num_blocks() + 10000 * c.dim_blocks().y;
-  unsigned cluster = cuda::ptx::get_sreg_clusterid_x() + 10 * cuda::ptx::get_sreg_clusterid_y();
+  unsigned cluster = ptx::get_sreg_clusterid_x() + 10 * ptx::get_sreg_clusterid_y();
   if (threadIdx.x == 0) out[blockIdx.y * gridDim.x + blockIdx.x] = place + 100000 * cluster;
+}
+
+// a tile comes by a tensor copy, each thread adds to it, and it goes back
+extern "C" __global__ void tile(int fault, const __grid_constant__ CUtensorMap map, int x, int y) {
+  __shared__ alignas(128) int s[8][32];
+#pragma nv_diag_suppress static_var_with_dynamic_init
+  __shared__ barrier bar;
+  if (threadIdx.x == 0) {
+    init(&bar, blockDim.x);
+    ptx::fence_proxy_async(ptx::space_shared);
+  }
+  __syncthreads();
+  barrier::arrival_token token;
+  if (threadIdx.x == 0) {
+    int32_t at[2] = {x, y};
+    ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, &s, &map, at,
+                              cuda::device::barrier_native_handle(bar));
+    token = cuda::device::barrier_arrive_tx(bar, 1, sizeof(s));
+  } else {
+    token = bar.arrive();
+  }
+  if (fault != 7) bar.wait(std::move(token));
+  s[threadIdx.x / 32][threadIdx.x % 32] += threadIdx.x;
+  if (fault != 6) ptx::fence_proxy_async(ptx::space_shared);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int32_t at[2] = {x, y};
+    ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &map, at, &s);
+    ptx::cp_async_bulk_commit_group();
+    ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
+    (&bar)->~barrier();
+  }
+}
+// a row at a time by cp.async, which a barrier waits for, and out in reverse
+extern "C" __global__ void pipe(int fault, const int* x, int* out, int n) {
+  __shared__ alignas(16) int s[2][64];
+  __shared__ barrier full[2];
+  if (threadIdx.x < 2) init(&full[threadIdx.x], blockDim.x);
+  __syncthreads();
+  auto get = [&](int i) {
+    int at = threadIdx.x;
+    cuda::memcpy_async(&s[i % 2][at], &x[i * 64 + at], cuda::aligned_size_t<4>(4), full[i % 2]);
+  };
+  get(0);
+  for (int i = 0; i < n; i++) {
+    if (i + 1 < n) get(i + 1);
+    full[i % 2].arrive_and_wait();
+    out[i * 64 + threadIdx.x] = s[i % 2][63 - threadIdx.x];
+    if (fault != 8) __syncthreads();
+  }
 }
 
 // redux, match, stmatrix and ldmatrix as sm_90 has them
@@ -183,6 +238,43 @@ def test_fault_is_reported(emulator, fault, name, kinds):
         assert kinds <= found <= kinds | {"uninitialised-read"}, [str(r) for r in reports]
         # a race of the histogram's first report may be one within a block
         assert name == "histogram" or any(r.rank is not None for r in reports)
+
+
+def run_tile(emulator: Emulator, seed: int, fault: int = 0):
+    x = np.arange(20 * 48, dtype=np.int32).reshape(20, 48)
+    want = x.copy()
+    want[4:12, 8:40] += np.arange(256).reshape(8, 32)
+    args = [fault, TensorMap(x, (8, 32)), 8, 4]
+    return emulator.launch("tile", args, 1, 256, seed=seed).reports, (x == want).all()
+
+
+def run_pipe(emulator: Emulator, seed: int, fault: int = 0):
+    x, out = np.arange(640, dtype=np.int32), np.zeros(640, np.int32)
+    launch = emulator.launch("pipe", [fault, x, out, 10], 1, 64, outputs=[2], seed=seed)
+    return launch.reports, (out == x.reshape(10, 64)[:, ::-1].ravel()).all()
+
+
+@needs_nvcc
+@pytest.mark.parametrize("run", [run_tile, run_pipe])
+def test_copies_that_a_barrier_waits_for(emulator, run):
+    for seed in range(3):
+        reports, right = run(emulator, seed)
+        assert [str(r) for r in reports] == []
+        assert right
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("fault", "run", "kind"),
+    [
+        (6, run_tile, "missing-fence"),
+        (7, run_tile, "missing-async-wait"),
+        (8, run_pipe, "shared-race"),  # overwrites the row that others still read
+    ],
+)
+def test_faulty_copies_are_reported(emulator, fault, run, kind):
+    for seed in range(3):
+        assert kind in {r.kind for r in run(emulator, seed, fault)[0]}
 
 
 @needs_nvcc

@@ -53,6 +53,22 @@ class Program:
     uses_global_atomics: bool
 
 
+def _local_labels(function: Function) -> dict[int, list[str]]:
+    """The labels of each scope, by the place of its brace in the body: PTX hides them outside."""
+    found: dict[int, list[str]] = {}
+    scopes: list[int] = []
+    for i, statement in enumerate(function.body):
+        if isinstance(statement, Brace):
+            if statement.text == "{":
+                scopes.append(i)
+                found[i] = []
+            else:
+                scopes.pop()
+        elif isinstance(statement, Label) and scopes and not statement.targets:
+            found[scopes[-1]].append(symbol("L_", statement.name))
+    return found
+
+
 class _Translator:
     def __init__(self, module: Module) -> None:
         self.module = module
@@ -178,9 +194,11 @@ class _Translator:
                 scope.targets[statement.name] = statement.targets
             elif isinstance(statement, Instruction):
                 scope.product_registers |= isa_wgmma.registers(statement)
-        for statement in function.body:
+        labels = _local_labels(function)
+        for i, statement in enumerate(function.body):
             if isinstance(statement, Brace):
-                lines.append(statement.text)
+                hidden = f" __label__ {', '.join(labels[i])};" if labels.get(i) else ""
+                lines.append(statement.text + hidden)
                 if statement.text == "{":
                     scope.registers.append({})
                 else:

@@ -202,6 +202,14 @@ fence.mbarrier_init.release.cluster;
 fence.acq_rel.cluster;
 fence.sc.gpu;
 nanosleep.u32 100;
+{
+bra.uni L;
+L:
+}
+{
+bra.uni L;
+L:
+}
 barrier.sync.aligned 0;
 bar.sync 0;
 griddepcontrol.launch_dependents;
@@ -243,7 +251,7 @@ def test_states_counts_and_bytes(emulator):
     assert out.tolist() == [5, 3, 0, 1, 0, 4]
 
 
-def test_elect_and_what_has_no_effect(emulator):
+def test_elect_scoped_labels_and_what_has_no_effect(emulator):
     out = np.zeros(32, np.uint32)
     assert [str(r) for r in emulator.launch("small", [out], 1, 32).reports] == []
     assert out[4:].tolist() == [5] + [4] * 27

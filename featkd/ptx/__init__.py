@@ -8,6 +8,7 @@ from featkd.ptx.emulator import Emulator
 from featkd.ptx.parser import PtxError
 from featkd.ptx.reports import Counters, Launch, Report
 from featkd.ptx.site import UnsupportedInstruction
+from featkd.ptx.tensor_map import TensorMap
 from featkd.ptx.triton import run_triton
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Launch",
     "PtxError",
     "Report",
+    "TensorMap",
     "UnsupportedInstruction",
     "run_triton",
 ]

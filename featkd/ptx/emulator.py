@@ -16,11 +16,14 @@ import torch
 from featkd.ptx.build import build
 from featkd.ptx.parser import PtxError, Variable, parse
 from featkd.ptx.reports import TOTALS, Counters, Launch, RawReport, make_report
+from featkd.ptx.tensor_map import BYTES as MAP_BYTES
+from featkd.ptx.tensor_map import TensorMap
 from featkd.ptx.translate import Kernel, translate
 
 # bytes of shared memory a block may have, from NVIDIA's table of compute capabilities
 SHARED_LIMITS = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227}
 _MOST_THREADS = 1024
+_MOST_BLOCKS = 16  # of a cluster, where the kernel allows sizes that are not portable
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
 
@@ -39,10 +42,10 @@ class _RawLaunch(ctypes.Structure):
     _fields_ = [
         ("grid", ctypes.c_uint32 * 3),
         ("size", ctypes.c_uint32 * 3),
+        ("cluster", ctypes.c_uint32 * 3),
         ("dynamic_shared", ctypes.c_uint32),
         ("workers", ctypes.c_uint32),
         ("allocation_count", ctypes.c_uint32),
-        ("unused", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
         ("time_limit", ctypes.c_double),
         ("parameters", ctypes.c_void_p),
@@ -168,12 +171,14 @@ class Emulator:
         allocations: list[_RawAllocation] = []
         places: dict[int, str] = {}
         for i, (value, parameter) in enumerate(zip(args, kernel.parameters, strict=True)):
-            memory = _memory(value)
+            is_map = isinstance(value, TensorMap)
+            memory = _memory(value.array if is_map else value)
             if memory is not None:
-                if parameter.bytes != 8 or parameter.type.startswith("f"):
-                    raise TypeError(f"args[{i}]: {parameter.name} takes no array; {expected}")
+                if parameter.bytes != (MAP_BYTES if is_map else 8) or parameter.type[0] == "f":
+                    takes = "tensor map" if is_map else "array"
+                    raise TypeError(f"args[{i}]: {parameter.name} takes no {takes}; {expected}")
                 address, size, item = memory
-                data.append(struct.pack("<Q", address))
+                data.append(value.pack() if is_map else struct.pack("<Q", address))
                 places[len(allocations)] = f"args[{i}]"
                 granule = item if item in (1, 2, 4) else 4 if item % 4 == 0 else 1
                 poisoned = i in outputs
@@ -198,6 +203,21 @@ class Emulator:
             allocations.append(_RawAllocation(function(), size, 1, False))
         return data, allocations, places
 
+    def _cluster(
+        self, kernel: Kernel, cluster: int | Sequence[int] | None, grid: list[int]
+    ) -> list[int]:
+        sizes = _triple("cluster", cluster or kernel.cluster or 1, (_MOST_BLOCKS,) * 3)
+        if math.prod(sizes) > (_MOST_BLOCKS if self.arch >= 90 else 1):
+            raise ValueError(
+                f"cluster: {sizes} has {math.prod(sizes)} blocks; from sm_90 on at most "
+                f"{_MOST_BLOCKS} are allowed, before none, and this is sm_{self.arch}"
+            )
+        if kernel.cluster and sizes != _triple("cluster", kernel.cluster, (_MOST_BLOCKS,) * 3):
+            raise ValueError(f"cluster: {kernel.name} requires {kernel.cluster}, got {cluster!r}")
+        if any(blocks % size for blocks, size in zip(grid, sizes, strict=True)):
+            raise ValueError(f"grid: {grid} is no multiple of the cluster's {sizes}")
+        return sizes
+
     def launch(
         self,
         name: str,
@@ -209,13 +229,15 @@ class Emulator:
         time_limit: float = 60.0,
         outputs: Sequence[int] = (),
         workers: int | None = None,
+        cluster: int | Sequence[int] | None = None,
     ) -> Launch:
         """Run a kernel; arrays are read and written in place.
 
         Args:
             name: the kernel, as the PTX names it.
             args: for a pointer a numpy array, a CPU tensor or None (a null pointer); for a
-                number a numpy scalar, int or float; for a struct its bytes.
+                number a numpy scalar, int or float; for a struct its bytes; for a tensor map a
+                `TensorMap`.
             grid, block: up to three sizes.
             shared_bytes: dynamic shared memory of a block.
             seed: order in which threads run; 0 is by thread id, any other a random one. Results
@@ -225,6 +247,7 @@ class Emulator:
                 with 0xFF bytes, and reading or leaving such a byte is reported.
             workers: OS threads that share the blocks, by default one a core. Kernels with atomics
                 on global memory always get one, so that sums come in one order.
+            cluster: up to three sizes in blocks; by default what the kernel requires, else 1.
 
         Raises:
             ValueError: no such kernel; sizes or shared memory beyond the chip's.
@@ -237,6 +260,7 @@ class Emulator:
         if kernel.threads and math.prod(kernel.threads) != math.prod(sizes):
             raise ValueError(f"block: {name} requires {kernel.threads} threads, got {block!r}")
         blocks = _triple("grid", grid, _GRID_LIMITS)
+        clusters = self._cluster(kernel, cluster, blocks)
         limit, total = SHARED_LIMITS[self.arch] * 1024, kernel.static_shared + shared_bytes
         if shared_bytes < 0 or total > limit:
             raise ValueError(
@@ -256,10 +280,10 @@ class Emulator:
         request = _RawLaunch(
             (ctypes.c_uint32 * 3)(*blocks),
             (ctypes.c_uint32 * 3)(*sizes),
+            (ctypes.c_uint32 * 3)(*clusters),
             shared_bytes,
-            min(cores, math.prod(blocks)),
+            min(cores, math.prod(blocks) // math.prod(clusters)),
             len(allocations),
-            0,
             seed & (2**64 - 1),
             time_limit,
             ctypes.addressof(parameters),

@@ -4,15 +4,19 @@ To add an instruction, add one `Form` to `TABLE`, and cases to tests/ptx/cases_*
 until tests/ptx/test_coverage.py passes.
 In a form's code, {a} {b} {c} {d} are the operands after the destination, {T} their C++ type,
 {R} the rounding mode, {F} and {S} whether .ftz and .sat are given. Forms that need more than an
-expression are functions in `isa_special.py` and `isa_warp.py`.
+expression are functions in `isa_special.py` and
+its siblings.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from featkd.ptx import isa_async as asynchronous
 from featkd.ptx import isa_special as special
+from featkd.ptx import isa_sync as sync
 from featkd.ptx import isa_warp as warp
+from featkd.ptx import isa_wgmma as warpgroup
 from featkd.ptx.parser import SIZES, Instruction
 from featkd.ptx.site import Code, Scope, Site, cpp_type
 
@@ -290,8 +294,16 @@ TABLE: dict[str, tuple[Form | Code, ...]] = {
     "ret": (special.leave,),
     "exit": (special.leave,),
     "trap": (special.trap,),
-    "bar": (special.barrier,),
-    "barrier": (special.barrier,),
+    "bar": (sync.barrier,),
+    "barrier": (sync.barrier,),
+    "mbarrier": (sync.mbarrier,),
+    "fence": (sync.fence,),
+    "elect": (sync.elect,),
+    "griddepcontrol": (sync.grid_dependency,),
+    "setmaxnreg": (sync.register_count,),
+    "nanosleep": (sync.sleep,),
+    "mapa": (special.mapa,),
+    "getctarank": (special.block_rank,),
     "activemask": (Form(fs("b32"), "(1u << t.lane)"),),
     "shfl": (warp.shuffle,),
     "vote": (warp.vote,),
@@ -300,18 +312,20 @@ TABLE: dict[str, tuple[Form | Code, ...]] = {
     "ldmatrix": (warp.matrix,),
     "stmatrix": (warp.matrix,),
     "mma": (warp.mma,),
-    "cp": (special.copy_async,),
+    "wgmma": (warpgroup.wgmma,),
+    "cp": (asynchronous.copy_async,),
     # no effect on the emulated machine: memory is coherent, and these only hint at timing
     "membar": (special.nothing,),
-    "fence": (special.nothing,),
     "prefetch": (special.nothing,),
     "prefetchu": (special.nothing,),
-    "nanosleep": (special.nothing,),
 }
 
 _MEMORY = ("ld", "ldu", "st", "atom", "red", "cp", "ldmatrix", "stmatrix")
-_CONTROL = ("bra", "brx", "call", "ret", "exit", "trap", "bar", "barrier", "membar", "fence")
-_WARP = ("shfl", "vote", "match", "redux")
+_CONTROL = (
+    *("bra", "brx", "call", "ret", "exit", "trap", "bar", "barrier", "membar", "fence"),
+    *("mbarrier", "griddepcontrol", "setmaxnreg", "nanosleep"),
+)
+_WARP = ("shfl", "vote", "match", "redux", "elect")
 
 
 def translate(instruction: Instruction, scope: Scope) -> tuple[str, str, int]:
@@ -338,6 +352,9 @@ def classify(root: str, site: Site) -> tuple[str, int]:
     """Counter class and flops a thread of an instruction that has no `Form`."""
     if root == "mma":
         return f"mma.{site.types[1]}", warp.mma_flops(site)
+    if root == "wgmma":
+        flops = warpgroup.flops(site)
+        return (f"wgmma.{site.types[1]}", flops) if flops else ("control", 0)
     if root in _MEMORY:
         return "memory", 0
     if root in _CONTROL:

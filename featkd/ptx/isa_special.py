@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import re
 
-from featkd.ptx.parser import SIZES, Address, Group, Immediate, Operand, Pair, Register, Vector
+from featkd.ptx.parser import SIZES, Address, Group, Operand, Pair, Register, Vector
 from featkd.ptx.site import Site, cpp_bool, cpp_type, cpp_unsigned, symbol
 
 _FLOATS = ("f16", "bf16", "f32", "f64")
 _ROUND = {"rn": "RN", "rz": "RZ", "rm": "RM", "rp": "RP", "rna": "RNA"}
 _WHOLE = {"rni": "RN", "rzi": "RZ", "rmi": "RM", "rpi": "RP"}
-_SPACES = {"global": "GLOBAL", "const": "GLOBAL", "shared": "SHARED", "local": "LOCAL"}
+_SPACES = {
+    "global": "GLOBAL",
+    "const": "GLOBAL",
+    "local": "LOCAL",
+    "shared": "SHARED",
+    "shared::cluster": "SHARED",
+}
 _SCOPES = ("cta", "cluster", "gpu", "sys")
 _ORDERS = ("weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "sc")
 
@@ -196,10 +202,11 @@ def cvt(site: Site) -> str:
 
 
 def cvta(site: Site) -> str:
-    site.only("to", "global", "shared", "local", "const", "param")
-    space = site.one("global", "shared", "local", "const", "param")
+    spaces = ("global", "shared", "shared::cluster", "local", "const", "param")
+    site.only("to", *spaces)
+    space = site.one(*spaces)
     x = site.argument(1, cpp_type(site.types[0]))
-    tag = {"shared": "kSharedTag", "local": "kLocalTag"}.get(space)
+    tag = {"shared": "kSharedTag", "local": "kLocalTag"}.get(space.removesuffix("::cluster"))
     if tag and site.has("to"):
         code = f"(u64)({x}) & kOffsetMask"
     else:
@@ -208,10 +215,25 @@ def cvta(site: Site) -> str:
 
 
 def isspacep(site: Site) -> str:
-    site.only("global", "shared", "local")
-    tag = {"shared": 1, "local": 2, "global": 0}[site.one("global", "shared", "local")]
-    code = f"(({site.argument(1, 'u64')}) >> 56) == {tag}"
+    spaces = {"global": 0, "shared": 1, "shared::cluster": 1, "local": 2}
+    site.only(*spaces)
+    space, x = site.one(*spaces), site.argument(1, "u64")
+    code = f"(({x}) >> 56) == {spaces[space]}"
+    if space == "shared":
+        code += f" && rank_of(t, {x}) == t.block->rank"
     return site.assign(site.operands[0], f"(bool)({code})")
+
+
+def mapa(site: Site) -> str:
+    site.only("shared::cluster")
+    own = cpp_type(site.types[0])
+    code = f"map_shared<{own}>({site.argument(1, own)}, {site.argument(2, 'u32')})"
+    return site.assign(site.operands[0], code)
+
+
+def block_rank(site: Site) -> str:
+    site.only("shared::cluster")
+    return site.assign(site.operands[0], f"rank_of(t, {site.argument(1, 'u64')})")
 
 
 # ---- memory
@@ -257,7 +279,7 @@ def load_store(site: Site) -> str:
 def atomic(site: Site) -> str:
     kinds = ("add", "min", "max", "and", "or", "xor", "inc", "dec", "exch", "cas")
     kind = site.one(*kinds)
-    site.only(kind, *_SCOPES, *_ORDERS, "global", "shared", "noftz")
+    site.only(kind, *_SCOPES, *_ORDERS, *_SPACES, "noftz")
     returns = site.instruction.parts[0] == "atom"
     own, first = cpp_type(site.types[0]), 1 if returns else 0
     if site.types[0] in ("f16x2", "bf16x2"):
@@ -289,38 +311,6 @@ def atomic(site: Site) -> str:
         f"[&]({own} old) -> {own} {{ return {change}; }}, {site.line}, {site.new_sites()});"
     )
     return code + (site.assign(site.operands[0], "was") if returns else "(void)was;")
-
-
-def copy_async(site: Site) -> str:
-    if not site.modifiers or site.modifiers[0] != "async" or site.has("bulk"):
-        raise site.unsupported()
-    if site.has("commit_group"):
-        site.only("async", "commit_group")
-        return "t.copy_group++;"
-    if site.has("wait_group"):
-        site.only("async", "wait_group")
-        left = site.operands[0]
-        if not isinstance(left, Immediate):
-            raise site.unsupported("operand form")
-        return f"finish_copies(t, {left.bits});"
-    if site.has("wait_all"):
-        site.only("async", "wait_all")
-        return "t.copy_group++; finish_copies(t, 0);"
-    hints = [m for m in site.modifiers if re.fullmatch(r"L2::\d+B", m)]
-    site.only("async", "ca", "cg", "shared", "global", *hints)
-    size = site.operands[2]
-    if not isinstance(size, Immediate) or size.bits not in (4, 8, 16):
-        raise site.unsupported("copy size")
-    filled = str(size.bits)
-    if len(site.operands) > 3:
-        last = site.operands[3]
-        # as a bool a register keeps its type, which tells a predicate from a count
-        read = site.value(last, "u32" if isinstance(last, Immediate) else "bool")
-        filled = f"copied_bytes({size.bits}, {read})"
-    return (
-        f"copy_async(t, {site.address(0)}, {site.address(1)}, {size.bits}, {filled}, "
-        f"{site.line}, {site.new_sites(2)});"
-    )
 
 
 # ---- control
@@ -374,26 +364,3 @@ def leave(site: Site) -> str:
 
 def trap(site: Site) -> str:
     return f"stop_block(t, TRAP, {site.line});"
-
-
-def barrier(site: Site) -> str:
-    if site.has("warp"):
-        site.only("warp", "sync")
-        return f"warp_sync(t, W_SYNC, {site.argument(0, 'u32')}, {site.line});"
-    site.only("cta", "sync", "arrive", "red", "popc", "and", "or", "aligned")
-    kind = site.one("sync", "arrive", "red")
-    first = 1 if kind == "red" else 0
-    last = len(site.operands) - (1 if kind == "red" else 0)
-    number = site.argument(first, "u32")
-    count = site.argument(first + 1, "u32") if last > first + 1 else "0"
-    if kind != "red":
-        wait = cpp_bool(kind == "sync")
-        return f"barrier_(t, {number}, {count}, {wait}, false, {site.line});"
-    operation = site.one("popc", "and", "or")
-    vote = site.value(site.operands[-1], "bool")
-    code = f"u32 votes = barrier_(t, {number}, {count}, true, {vote}, {site.line});"
-    everybody = f"(({count}) ? ({count}) : t.block->count)"
-    result = {"popc": "votes", "or": "votes != 0", "and": f"votes == {everybody}"}[operation]
-    return code + site.assign(
-        site.operands[0], f"({'u32' if operation == 'popc' else 'bool'})({result})"
-    )

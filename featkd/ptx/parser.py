@@ -81,13 +81,21 @@ class Address:
 
 
 @dataclass(frozen=True)
+class TensorAddress:
+    """`[map, {x, y}]`: a box of a tensor, by its first element."""
+
+    map: Address
+    at: tuple[Operand, ...]
+
+
+@dataclass(frozen=True)
 class Group:
     """`(a, b)`: the results or arguments of a call."""
 
     items: tuple[Operand, ...]
 
 
-Operand = Register | Immediate | Vector | Pair | Address | Group
+Operand = Register | Immediate | Vector | Pair | Address | TensorAddress | Group
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,7 @@ class Function:
     body: list[Statement] = field(default_factory=list)
     declared_only: bool = False
     threads: tuple[int, ...] | None = None  # .reqntid
+    cluster: tuple[int, ...] | None = None  # .reqnctapercluster
 
 
 @dataclass
@@ -198,6 +207,10 @@ def parse_operand(text: str, line: int) -> Operand:
         return Vector(tuple(parse_operand(x, line) for x in split_list(text[1:-1])))
     if text.startswith("("):
         return Group(tuple(parse_operand(x, line) for x in split_list(text[1:-1])))
+    if text.startswith("[") and len(parts := split_list(text[1:-1])) == 2:
+        place, at = parse_operand(f"[{parts[0]}]", line), parse_operand(parts[1], line)
+        if isinstance(place, Address) and isinstance(at, Vector):
+            return TensorAddress(place, at.items)
     if text.startswith("["):
         match = _ADDRESS.match(text[1:-1].strip())
         assert match is not None  # the pattern matches any text
@@ -324,14 +337,18 @@ class _Parser:
             parts = split_list(text[1:-1]) if text else []
             return tuple(v for part in parts for v in parse_variables(part, line))
 
-        threads = re.search(r"\.reqntid\s+([\d,\s]+)", match[5])
+        def sizes(directive: str) -> tuple[int, ...] | None:
+            found = re.search(rf"\.{directive}\s+([\d,\s]+)", match[5])
+            return tuple(int(x) for x in split_list(found[1])) if found else None
+
         return Function(
             match[3],
             match[1] == "entry",
             variables(match[4]),
             variables(match[2]),
             line,
-            threads=tuple(int(x) for x in split_list(threads[1])) if threads else None,
+            threads=sizes("reqntid"),
+            cluster=sizes("reqnctapercluster"),
         )
 
     def module(self) -> Module:

@@ -21,6 +21,10 @@ KINDS = (
     "trap",
     "warp-mismatch",
     "stack-overflow",
+    "cluster-exit",
+    "invalid-mbarrier",
+    "missing-fence",
+    "invalid-tensor-map",
 )
 _SPACES = ("global", "shared", "local", "")
 _MEANING = {
@@ -35,13 +39,20 @@ _MEANING = {
     "divergent-barrier": "threads of the block meet a barrier at different places, or some have "
     "exited",
     "deadlock": "no thread of the block can go on",
-    "missing-async-wait": "touches the target of a cp.async that was not waited for",
+    "missing-async-wait": "touches what an asynchronous operation uses, before it was waited for",
     "unwritten-output": "the launch ended with bytes of this output never written",
     "time-limit": "still running at the time limit; the launch was stopped",
     "trap": "a trap or a failed device assertion",
     "warp-mismatch": "lanes of a warp disagree on a warp-wide operation: another line, a lane "
     "outside of the mask, or less than a whole warp",
     "stack-overflow": "recursion, which is not supported",
+    "cluster-exit": "touches the shared memory of a block of the cluster, and nothing makes that "
+    "block wait before it ends",
+    "invalid-mbarrier": "no mbarrier was initialised here, or it is initialised twice or with "
+    "count 0, or it gets more arrivals than it expects",
+    "invalid-tensor-map": "a tensor copy whose map is none, or has another number of dimensions",
+    "missing-fence": "an asynchronous operation uses what ordinary instructions wrote, and no "
+    "fence.proxy.async (shared memory) or wgmma.fence (registers) lies between",
 }
 
 
@@ -56,7 +67,9 @@ class RawReport(ctypes.Structure):
         ("block", ctypes.c_uint32 * 3),
         ("thread", ctypes.c_int32),
         ("other", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
         ("argument", ctypes.c_int32),
+        ("unused", ctypes.c_uint32),
         ("offset", ctypes.c_uint64),
         ("bytes", ctypes.c_uint64),
         ("count", ctypes.c_uint64),
@@ -74,6 +87,7 @@ class Report:
         source, other_source: the source lines behind them, "" where the PTX names none.
         block: x, y, z of the block.
         threads: linear ids in the block of the threads concerned; for "block-race" none.
+        rank: the second thread's block in the cluster, None where it is the same block.
         count: how often it was found.
         message: all of this in words.
     """
@@ -86,6 +100,7 @@ class Report:
     other_source: str
     block: tuple[int, int, int]
     threads: tuple[int, ...]
+    rank: int | None
     count: int
     message: str
 
@@ -113,6 +128,9 @@ def make_report(
         parts.append(f"block {block}")
     if threads:
         parts.append("threads " + " and ".join(str(t) for t in threads))
+    rank = raw.rank if raw.rank >= 0 else None
+    if rank is not None:
+        parts[-1] += f" of block {rank} of the cluster"
     space = _SPACES[raw.space]
     if raw.argument >= 0:
         parts.append(f"{raw.bytes} bytes at offset {raw.offset} of {places[raw.argument]}")
@@ -128,6 +146,7 @@ def make_report(
         other_source,
         block,
         threads,
+        rank,
         raw.count,
         "; ".join(parts),
     )

@@ -22,6 +22,25 @@ SPECIAL = {
     **{f"%ntid.{d}": f"t.block->worker.launch.size[{i}]" for i, d in enumerate("xyz")},
     **{f"%ctaid.{d}": f"t.block->{d}" for d in "xyz"},
     **{f"%nctaid.{d}": f"t.block->worker.launch.grid[{i}]" for i, d in enumerate("xyz")},
+    **{
+        f"%cluster_ctaid.{d}": f"(t.block->{d} % t.block->worker.launch.cluster[{i}])"
+        for i, d in enumerate("xyz")
+    },
+    **{f"%cluster_nctaid.{d}": f"t.block->worker.launch.cluster[{i}]" for i, d in enumerate("xyz")},
+    **{
+        f"%clusterid.{d}": f"(t.block->{d} / t.block->worker.launch.cluster[{i}])"
+        for i, d in enumerate("xyz")
+    },
+    **{
+        f"%nclusterid.{d}": f"(t.block->worker.launch.grid[{i}] / "
+        f"t.block->worker.launch.cluster[{i}])"
+        for i, d in enumerate("xyz")
+    },
+    "%cluster_ctarank": "t.block->rank",
+    "%cluster_nctarank": "(u32)t.block->cluster.blocks.size()",
+    "%is_explicit_cluster": "(t.block->cluster.blocks.size() > 1)",
+    **dict.fromkeys(("%globaltimer", "%clock64"), "tick(t)"),
+    **dict.fromkeys(("%globaltimer_lo", "%clock"), "(u32)tick(t)"),
     "%laneid": "t.lane",
     "%warpid": "t.warp",
     "%nwarpid": "((t.block->count + 31) / 32)",
@@ -64,6 +83,7 @@ class Scope:
     globals: set[str] = field(default_factory=set)
     functions: set[str] = field(default_factory=set)
     targets: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    product_registers: set[str] = field(default_factory=set)  # of wgmma
     sites: int = 0
     is_entry: bool = True
 
@@ -176,10 +196,13 @@ class Site:
         return operand.items if isinstance(operand, Vector) else (operand,)
 
     def address(self, index: int) -> str:
-        """Operand `[base + offset]` as a 64-bit C++ expression."""
+        """Operand number `index`, `[base + offset]`, as a 64-bit C++ expression."""
         operand = self.operands[index]
         if not isinstance(operand, Address):
             raise self.unsupported("expected an address")
+        return self.place(operand)
+
+    def place(self, operand: Address) -> str:
         base = "0ull" if operand.base is None else f"(u64)({self.name(operand.base)})"
         if operand.base is not None and self.scope.register(operand.base):
             # 32-bit addresses wrap at 32 bits, as with a negative offset kept as unsigned

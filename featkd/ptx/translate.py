@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from featkd.ptx import isa
+from featkd.ptx import isa, isa_wgmma
 from featkd.ptx.parser import (
     SIZES,
     Brace,
@@ -16,7 +16,7 @@ from featkd.ptx.parser import (
     Source,
     Variable,
 )
-from featkd.ptx.site import Scope, symbol
+from featkd.ptx.site import Scope, Site, symbol
 
 _REGISTERS = {1: "u16", 2: "u16", 4: "u32", 8: "u64"}
 _REGISTERS_ON_STACK = 24  # bytes a PTX register may take in g++'s frame, spills included
@@ -30,6 +30,7 @@ class Kernel:
     function: str
     parameters: tuple[Variable, ...]
     threads: tuple[int, ...] | None
+    cluster: tuple[int, ...] | None
     static_shared: int
 
 
@@ -52,6 +53,22 @@ class Program:
     uses_global_atomics: bool
 
 
+def _local_labels(function: Function) -> dict[int, list[str]]:
+    """The labels of each scope, by the place of its brace in the body: PTX hides them outside."""
+    found: dict[int, list[str]] = {}
+    scopes: list[int] = []
+    for i, statement in enumerate(function.body):
+        if isinstance(statement, Brace):
+            if statement.text == "{":
+                scopes.append(i)
+                found[i] = []
+            else:
+                scopes.pop()
+        elif isinstance(statement, Label) and scopes and not statement.targets:
+            found[scopes[-1]].append(symbol("L_", statement.name))
+    return found
+
+
 class _Translator:
     def __init__(self, module: Module) -> None:
         self.module = module
@@ -67,6 +84,7 @@ class _Translator:
         self.registers = 0
         self.smallest_shared = 4
         self.atomics = False
+        self.async_proxy = False
         self.bodies = {f.name for f in module.functions if not f.declared_only}
 
     # ---- variables
@@ -141,6 +159,9 @@ class _Translator:
         code, kind, flops = isa.translate(instruction, scope)
         number = self.classes.setdefault((kind, flops), len(self.classes))
         counted = f"count_instruction(t, {number}); {code}"
+        if scope.product_registers:
+            site = Site(instruction, scope)
+            counted = isa_wgmma.touches(instruction, site, scope.product_registers) + counted
         root = instruction.parts[0]
         if root in ("atom", "red") and not any(p.startswith("shared") for p in instruction.parts):
             self.atomics = True
@@ -148,6 +169,7 @@ class _Translator:
             kind = next((p for p in reversed(instruction.parts) if p in SIZES), "b32")
             if "param" not in instruction.parts:
                 self.smallest_shared = min(self.smallest_shared, SIZES[kind])
+        self.async_proxy |= root == "wgmma" or "bulk" in instruction.parts
         if instruction.guard is None:
             return f"{{ {counted} }}"
         guard = scope.register(instruction.guard.name)
@@ -170,9 +192,13 @@ class _Translator:
         for statement in function.body:
             if isinstance(statement, Label) and statement.targets:
                 scope.targets[statement.name] = statement.targets
-        for statement in function.body:
+            elif isinstance(statement, Instruction):
+                scope.product_registers |= isa_wgmma.registers(statement)
+        labels = _local_labels(function)
+        for i, statement in enumerate(function.body):
             if isinstance(statement, Brace):
-                lines.append(statement.text)
+                hidden = f" __label__ {', '.join(labels[i])};" if labels.get(i) else ""
+                lines.append(statement.text + hidden)
                 if statement.text == "{":
                     scope.registers.append({})
                 else:
@@ -234,6 +260,7 @@ class _Translator:
         code = "\n".join(
             [
                 f"#define FEATKD_SHARED_GRANULE {self.smallest_shared}",
+                f"#define FEATKD_ASYNC_PROXY {int(self.async_proxy)}",
                 '#include "launch.h"',
                 *self.definitions,
                 *heads,
@@ -249,6 +276,7 @@ class _Translator:
                 symbol("launch_", f.name),
                 f.parameters,
                 f.threads,
+                f.cluster,
                 self.static_shared[f.name],
             )
             for f in present

@@ -11,6 +11,7 @@ import torch
 
 from featkd.ptx.emulator import Emulator
 from featkd.ptx.reports import Launch
+from featkd.ptx.tensor_map import TensorMap
 
 _POINTERS = {
     torch.float64: "*fp64",
@@ -26,8 +27,27 @@ _POINTERS = {
 }
 
 
+def _is_descriptor(value: Any) -> bool:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return isinstance(value, TensorDescriptor)
+
+
+def _expand(name: str, value: Any, layout: dict[str, Any]) -> list[Any]:
+    """What a launch passes for a tensor descriptor: its map, sizes and strides."""
+    if layout["is_im2col"] or layout["fp4_padded"] or value.padding != "zero":
+        raise TypeError(f"{name}: only plain tensor descriptors that pad with zeros are supported")
+    tensor = torch.as_strided(value.base, value.shape, value.strides)
+    swizzle = (0, 32, 64, 128)[layout["swizzle"]]
+    tensor_map = TensorMap(tensor, tuple(layout["block_size"]), swizzle)
+    return [tensor_map, *value.shape, *value.strides]
+
+
 def _specialise(name: str, value: Any) -> tuple[str, bool]:
     """Triton type of an argument, and whether a launch would know that 16 divides it."""
+    if _is_descriptor(value):
+        kind = _POINTERS[value.base.dtype].removeprefix("*")
+        return f"tensordesc<{kind}[{', '.join(map(str, value.block_shape))}]>", False
     if isinstance(value, torch.Tensor):
         if value.dtype not in _POINTERS:
             raise TypeError(f"{name}: tensors of {value.dtype} are not supported")
@@ -94,9 +114,10 @@ def run_triton(
     Args:
         kernel: a `triton.jit` function.
         grid: up to three sizes.
-        args: the kernel's arguments: CPU tensors (read and written in place) and numbers, with
-            the specialisation of a real launch: divisibility by 16 of pointers and integers, and
-            the integer 1, are compiled in.
+        args: the kernel's arguments: CPU tensors (read and written in place), numbers, and for
+            `arch` 90 `TensorDescriptor`s of CPU tensors, with the specialisation of a real
+            launch: divisibility by 16 of pointers and integers, and the integer 1, are compiled
+            in.
         num_warps, num_stages, arch: as for Triton; `arch` 80 or 90.
         check, count, seed, time_limit: as for `Emulator` and its `launch`.
         outputs: names of tensor arguments that the kernel must fill.
@@ -111,7 +132,12 @@ def run_triton(
     bound = inspect.signature(kernel.fn).bind(*args, **constexprs)
     bound.apply_defaults()
     arguments = dict(bound.arguments)
-    unknown = [name for name in outputs if not isinstance(arguments.get(name), torch.Tensor)]
+    unknown = [
+        name
+        for name in outputs
+        if not isinstance(arguments.get(name), torch.Tensor)
+        and not _is_descriptor(arguments.get(name))
+    ]
     if unknown:
         raise TypeError(f"outputs: {', '.join(unknown)} are no tensor arguments")
     compiled = compile_triton(kernel, arguments, arch, num_warps, num_stages)
@@ -128,13 +154,19 @@ def run_triton(
     scratch = compiled.metadata.global_scratch_size + compiled.metadata.profile_scratch_size
     if scratch:
         raise TypeError(f"kernel: asks for {scratch} bytes of scratch memory, not supported")
+    values: list[Any] = []
+    places: dict[str, int] = {}
+    layouts = iter(compiled.metadata.tensordesc_meta or ())
+    for name in names:
+        places[name], value = len(values), arguments[name]
+        values += _expand(name, value, next(layouts)) if _is_descriptor(value) else [value]
     return emulator.launch(
         compiled.metadata.name,
-        [*(arguments[name] for name in names), None, None],
+        [*values, None, None],
         grid,
         32 * num_warps,
         shared_bytes=compiled.metadata.shared,
         seed=seed,
         time_limit=time_limit,
-        outputs=[names.index(name) for name in outputs],
+        outputs=[places[name] for name in outputs],
     )

@@ -74,10 +74,10 @@ def test_newer_targets_and_what_is_not_ptx():
 @pytest.mark.parametrize(
     ("instruction", "why"),
     [
-        ("wgmma.fence.sync.aligned;", "wgmma.fence.sync.aligned"),
+        ("tcgen05.fence::before_thread_sync;", "tcgen05.fence::before_thread_sync"),
         ("add.rna.f32 %f1, %f1, %f1;", "add.rna.f32"),
         ("cvt.rn.satfinite.e4m3x2.f32 %h0, %f0, %f1;", "modifier .satfinite"),
-        ("cp.async.bulk.wait_group 0;", "cp.async.bulk"),
+        ("cp.reduce.async.bulk.commit_group;", "cp.reduce.async.bulk"),
         ("mul.s32 %r1, %r1, %r1;", "mul.s32"),
     ],
 )

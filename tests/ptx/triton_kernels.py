@@ -75,3 +75,12 @@ def attention(q, k, v, o, N, scale, ROWS: tl.constexpr, KEYS: tl.constexpr, D: t
         top = new_top
     result = (total / weight[:, None]).to(o.dtype.element_ty)
     tl.store(o + at, result, mask=rows[:, None] < N)
+
+
+@triton.jit
+def descriptor_matmul(a, b, c, K, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    m, n = tl.program_id(0) * BLOCK, tl.program_id(1) * BLOCK
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for k in range(0, K, DEPTH):
+        total = tl.dot(a.load([m, k]), b.load([k, n]), total)
+    c.store([m, n], total.to(c.dtype))

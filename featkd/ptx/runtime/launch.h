@@ -2,9 +2,9 @@
 #pragma once
 #include <thread>
 
+#include "cluster.h"
 #include "convert.h"
 #include "integers.h"
-#include "warp.h"
 
 struct Outcome {
   std::vector<Report> reports;
@@ -12,32 +12,19 @@ struct Outcome {
   double seconds = 0;
 };
 
-inline void run_blocks(LaunchState& launch, Worker& worker, u32 index) {
-  const u32 threads = launch.size[0] * launch.size[1] * launch.size[2];
-  const u32 shared = launch.static_shared + launch.dynamic_shared;
-  worker.shared.resize(shared);
-  worker.local.resize((size_t)threads * launch.local_bytes);
+inline void run_clusters(LaunchState& launch, Worker& worker, u32 index) {
   worker.executed.assign(launch.classes, 0);
-  if (kCheck) {
-    worker.shared_state.resize(shared);
-    worker.local_state.resize((size_t)threads * launch.local_bytes);
-    worker.shared_cells.resize(shared / FEATKD_SHARED_GRANULE + 1);
+  if constexpr (kCheck)
     for (u32 i = 0; i < launch.allocation_count; i++)
       worker.global_cells.emplace_back(launch.allocations[i].bytes / launch.allocations[i].granule + 1);
-  }
-  Stacks stacks(threads, launch.stack_bytes);
-  Block block(worker);
-  const u64 blocks = (u64)launch.grid[0] * launch.grid[1] * launch.grid[2];
-  for (u64 i = index; i < blocks && !launch.stop; i += launch.workers) {
-    block.linear = (u32)i;
-    block.x = i % launch.grid[0];
-    block.y = i / launch.grid[0] % launch.grid[1];
-    block.z = i / launch.grid[0] / launch.grid[1];
-    block.run(stacks);
-  }
+  Cluster cluster(worker);
+  Stacks stacks(cluster.threads.size(), launch.stack_bytes);
+  const u64 clusters = (u64)launch.grid[0] * launch.grid[1] * launch.grid[2] / launch.blocks_a_cluster();
+  for (u64 i = index; i < clusters && !launch.stop; i += launch.workers) cluster.run(stacks, (u32)i);
 }
 
-// Two blocks touched the same bytes and one of them wrote: nothing orders blocks of a launch.
+// Two blocks touched the same bytes and one of them wrote: nothing orders blocks of a launch, but
+// for those of a cluster, which count here as its first block.
 inline void find_block_races(LaunchState& launch, std::vector<Report>& reports) {
   auto block_of = [](u64 key) { return (key >> 32) - 1; };
   std::map<std::pair<u32, u32>, Report> found;
@@ -60,7 +47,7 @@ inline void find_block_races(LaunchState& launch, std::vector<Report>& reports) 
       const u32 linear = (u32)block_of(two);
       Report r{BLOCK_RACE, GLOBAL, (u32)two, (u32)one,
                {linear % launch.grid[0], linear / launch.grid[0] % launch.grid[1], linear / launch.grid[0] / launch.grid[1]},
-               -1, (s32)block_of(one), (s32)a, c * launch.allocations[a].granule, launch.allocations[a].granule, 0};
+               -1, (s32)block_of(one), -1, (s32)a, 0, c * launch.allocations[a].granule, launch.allocations[a].granule, 0};
       found.try_emplace({r.line, r.other_line}, r).first->second.count++;
     }
   }
@@ -83,8 +70,8 @@ inline Outcome* run_launch(LaunchState& launch) {
   std::vector<std::unique_ptr<Worker>> workers;
   for (u32 i = 0; i < launch.workers; i++) workers.push_back(std::make_unique<Worker>(launch));
   std::vector<std::thread> others;
-  for (u32 i = 1; i < launch.workers; i++) others.emplace_back([&, i] { run_blocks(launch, *workers[i], i); });
-  run_blocks(launch, *workers[0], 0);
+  for (u32 i = 1; i < launch.workers; i++) others.emplace_back([&, i] { run_clusters(launch, *workers[i], i); });
+  run_clusters(launch, *workers[0], 0);
   for (std::thread& other : others) other.join();
 
   auto* outcome = new Outcome;
@@ -111,7 +98,7 @@ inline Outcome* run_launch(LaunchState& launch) {
       const u64 missing = std::count(written.begin(), written.end(), 0);
       if (launch.allocations[i].poisoned && missing) {
         const u64 first = std::find(written.begin(), written.end(), 0) - written.begin();
-        outcome->reports.push_back({UNWRITTEN, GLOBAL, 0, 0, {0, 0, 0}, -1, -1, (s32)i, first, missing, 1});
+        outcome->reports.push_back({UNWRITTEN, GLOBAL, 0, 0, {0, 0, 0}, -1, -1, -1, (s32)i, 0, first, missing, 1});
       }
     }
   }
@@ -126,7 +113,7 @@ inline Outcome* run_launch(LaunchState& launch) {
 
 // read from Python through ctypes: keep in step with RawLaunch there
 struct LaunchRequest {
-  u32 grid[3], size[3], dynamic_shared, workers, allocation_count, unused;
+  u32 grid[3], size[3], cluster[3], dynamic_shared, workers, allocation_count;
   u64 seed;
   double time_limit;
   u8** parameters;
@@ -147,6 +134,7 @@ inline Outcome* start_launch(const LaunchRequest& request, void (*kernel)(Thread
   LaunchState launch;
   memcpy(launch.grid, request.grid, sizeof launch.grid);
   memcpy(launch.size, request.size, sizeof launch.size);
+  memcpy(launch.cluster, request.cluster, sizeof launch.cluster);
   launch.dynamic_shared = request.dynamic_shared, launch.static_shared = static_shared;
   launch.workers = request.workers, launch.seed = request.seed, launch.time_limit = request.time_limit;
   launch.parameters = request.parameters, launch.allocations = request.allocations;

@@ -1,25 +1,21 @@
-// The memory spaces: loads, stores, atomics, asynchronous copies, and what is checked and counted.
+// The memory spaces: loads, stores, atomics, and what is checked.
 #pragma once
-#include "machine.h"
+#include "proxy.h"
 
 // Generic addresses carry their space in the top byte; global ones are plain host addresses.
 constexpr u64 kSharedTag = 1ull << 56, kLocalTag = 2ull << 56, kOffsetMask = kSharedTag - 1;
 enum ByteState : u8 { EMPTY, VALID, PENDING };
-
-#ifndef FEATKD_SHARED_GRANULE
-#define FEATKD_SHARED_GRANULE 4
-#endif
 
 static thread_local u64 spare_bytes[8];  // where accesses outside of memory go
 
 inline void race(Thread& t, Cell& cell, Access kind, bool same, ReportKind report_kind, u32 line,
                  Space space, u64 offset, u32 bytes, s32 argument) {
   auto meets = [&](const Stamp& s) {
-    if (before(t, s)) return false;
+    if (t.block->cluster.clocks.before(t.self, s)) return false;
     report(t, report_kind, line, space, offset, bytes, argument, (s32)s.thread - 1, s.line);
     return true;
   };
-  const Stamp now{t.id + 1, t.block->worker.epoch, t.clock, line};
+  const Stamp now = t.block->cluster.clocks.stamp(t.self, line);
   // writing the value already written since the last barrier changes nothing for anybody
   if (kind == WRITE && same && cell.write.thread && cell.write.epoch == now.epoch) return;
   bool found = meets(cell.write);
@@ -31,33 +27,62 @@ inline void race(Thread& t, Cell& cell, Access kind, bool same, ReportKind repor
   else cell.other_read = now;
 }
 
-// Claims [offset, offset + bytes) of shared memory for an access; returns its host address.
-inline u8* shared_access(Thread& t, u64 offset, u32 bytes, u32 align, Access kind, bool same, u32 line) {
-  Worker& w = t.block->worker;
+// An address of shared memory names a block of the cluster, plus one, in bits 24 and up; 0 is the
+// thread's own.
+constexpr u32 kRankShift = 24;
+
+struct SharedPlace {
+  Block* block;  // null outside of every block
+  u64 offset;    // in that block's memory
+  u64 at;        // in the cluster's
+};
+
+inline SharedPlace place_shared(Thread& t, u64 address, u64 bytes) {
+  Cluster& c = t.block->cluster;
+  const u64 named = address >> kRankShift, offset = address & ((1u << kRankShift) - 1);
+  const u64 rank = named ? named - 1 : t.block->rank;
+  const bool inside = rank < c.blocks.size() && offset + bytes <= c.shared_bytes;
+  return {inside ? &c.blocks[rank] : nullptr, offset, rank * c.shared_stride + offset};
+}
+
+inline void mark_shared(Thread& t, u64 address, u64 bytes, ByteState state) {
+  const SharedPlace place = place_shared(t, address, bytes);
+  if (place.block) std::fill_n(&t.block->cluster.shared_state[place.at], bytes, state);
+}
+
+// Claims `bytes` of shared memory from `address` on for an access; returns their host address.
+inline u8* shared_access(Thread& t, u64 address, u32 bytes, u32 align, Access kind, bool same, u32 line) {
+  Cluster& c = t.block->cluster;
+  const SharedPlace place = place_shared(t, address, bytes);
   if constexpr (kCheck) {
-    if (offset + bytes > w.shared.size()) {
-      report(t, OUT_OF_BOUNDS, line, SHARED, offset, bytes);
+    if (!place.block) {
+      report(t, OUT_OF_BOUNDS, line, SHARED, address, bytes);
       return (u8*)spare_bytes;
     }
-    if (offset % align) report(t, MISALIGNED, line, SHARED, offset, bytes);
+    if (!place.block->alive) report(t, CLUSTER_EXIT, line, SHARED, address, bytes);
+    if (place.offset % align) report(t, MISALIGNED, line, SHARED, address, bytes);
     bool empty = false, pending = false;
     for (u32 i = 0; i < bytes; i++) {
-      u8& state = w.shared_state[offset + i];
+      u8& state = c.shared_state[place.at + i];
       pending |= state == PENDING;
       if (kind != WRITE) empty |= state == EMPTY;
       else if (state == EMPTY) state = VALID;
     }
-    if (pending) report(t, MISSING_WAIT, line, SHARED, offset, bytes);
-    else if (empty) report(t, UNINITIALISED, line, SHARED, offset, bytes);
-    for (u64 c = offset / FEATKD_SHARED_GRANULE; c <= (offset + bytes - 1) / FEATKD_SHARED_GRANULE; c++)
-      race(t, w.shared_cells[c], kind, same, SHARED_RACE, line, SHARED, offset, bytes, -1);
+    if (pending) report(t, MISSING_WAIT, line, SHARED, address, bytes);
+    else if (empty) report(t, UNINITIALISED, line, SHARED, address, bytes);
+    for (u64 i = place.at / FEATKD_SHARED_GRANULE; i <= (place.at + bytes - 1) / FEATKD_SHARED_GRANULE; i++) {
+      race(t, c.shared_cells[i], kind, same, SHARED_RACE, line, SHARED, address, bytes, -1);
+      if constexpr (kProxyCheck)
+        if (kind != READ) note_ordinary_write(c, i);
+    }
   }
-  return w.shared.data() + offset;
+  return c.shared.data() + place.at;
 }
 
 inline u8* local_access(Thread& t, u64 offset, u32 bytes, u32 align, Access kind, u32 line) {
   Worker& w = t.block->worker;
-  const u64 base = (u64)t.id * w.launch.local_bytes;
+  Cluster& c = t.block->cluster;
+  const u64 base = (u64)t.self * w.launch.local_bytes;
   if constexpr (kCheck) {
     if (offset + bytes > t.local_top) {
       report(t, OUT_OF_BOUNDS, line, LOCAL, offset, bytes);
@@ -66,14 +91,14 @@ inline u8* local_access(Thread& t, u64 offset, u32 bytes, u32 align, Access kind
     if (offset % align) report(t, MISALIGNED, line, LOCAL, offset, bytes);
     bool empty = false;
     for (u32 i = 0; i < bytes; i++) {
-      u8& state = w.local_state[base + offset + i];
+      u8& state = c.local_state[base + offset + i];
       if (kind == WRITE) state = VALID;
       else empty |= state == EMPTY;
     }
     if (empty) report(t, UNINITIALISED, line, LOCAL, offset, bytes);
   }
   if constexpr (kCount) w.totals[kind == WRITE ? T_LOCAL_WRITE : T_LOCAL_READ] += bytes;
-  return w.local.data() + base + offset;
+  return c.local.data() + base + offset;
 }
 
 // an address in a register: 32-bit ones wrap at 32 bits
@@ -129,7 +154,7 @@ inline u8* global_access(Thread& t, u64 address, u32 bytes, u32 align, Access ki
             report(t, UNINITIALISED, line, GLOBAL, offset, bytes, found);
             break;
           }
-      const u64 key = ((u64)t.block->linear + 1) << 32 | line;
+      const u64 key = ((u64)t.block->cluster.linear + 1) << 32 | line;
       for (u64 c = offset / a.granule; c <= (offset + bytes - 1) / a.granule; c++) {
         race(t, w.global_cells[found][c], kind, same, GLOBAL_RACE, line, GLOBAL, offset, bytes, found);
         lower(launch.touched[found][6 * c + 2 * kind], key);
@@ -155,7 +180,7 @@ inline void log_access(Thread& t, Space space, u64 address, u32 bytes, Access ki
     if (space == GLOBAL) w.totals[kind == READ ? T_READ_BYTES : T_WRITE_BYTES] += bytes;
     // the site's low bits say what it is: 0 shared, 1 global read, 2 global write
     const u32 tag = space == SHARED ? 0 : kind == READ ? 1 : 2;
-    w.log.push_back({address, t.warp, site << 2 | tag, t.runs[site]++, bytes});
+    t.block->log.push_back({address, t.warp, site << 2 | tag, t.runs[site]++, bytes});
   }
 }
 
@@ -173,10 +198,12 @@ inline void load(Thread& t, Space space, u64 address, void* to, u32 bytes, u32 l
 
 // would the store change memory? only asked when checking, and only of memory that is there
 inline bool holds_already(Thread& t, Space space, u64 address, const void* from, u32 bytes) {
-  Worker& w = t.block->worker;
-  if (space == SHARED)
-    return address + bytes <= w.shared.size() && !memcmp(w.shared.data() + address, from, bytes);
-  return space == GLOBAL && find_allocation(w.launch, address, bytes) >= 0 && !memcmp((void*)address, from, bytes);
+  if (space == SHARED) {
+    const SharedPlace place = place_shared(t, address, bytes);
+    return place.block && !memcmp(&t.block->cluster.shared[place.at], from, bytes);
+  }
+  LaunchState& launch = t.block->worker.launch;
+  return space == GLOBAL && find_allocation(launch, address, bytes) >= 0 && !memcmp((void*)address, from, bytes);
 }
 
 inline void store(Thread& t, Space space, u64 address, const void* from, u32 bytes, u32 line, u32 site) {
@@ -201,41 +228,18 @@ inline T atomic_(Thread& t, Space space, u64 address, F change, u32 line, u32 si
   return old;
 }
 
-// ---- cp.async: the bytes arrive at the wait, the latest moment the hardware allows
+// ---- clusters
 
-// the last operand of cp.async: how many bytes are read, or a predicate that says to read none
-template <class R>
-inline u32 copied_bytes(u32 bytes, R operand) {
-  if constexpr (std::is_same_v<R, bool>) return operand ? 0 : bytes;
-  else return std::min((u32)operand, bytes);
+// the same place in the shared memory of block `rank` of the cluster; generic addresses stay so
+template <class A>
+inline A map_shared(A address, u32 rank) {
+  const u64 own = (u64)address & ~((u64)0xff << kRankShift);
+  return (A)(own | (u64)(rank + 1) << kRankShift);
 }
 
-inline void copy_async(Thread& t, u64 to, u64 from, u32 bytes, u32 filled, u32 line, u32 site) {
-  u64 offset = to & kOffsetMask;
-  log_access(t, SHARED, offset, bytes, WRITE, site);
-  if (filled) log_access(t, GLOBAL, from, filled, READ, site + 1);
-  shared_access(t, offset, bytes, bytes, WRITE, false, line);
-  if constexpr (kCheck)
-    if (offset + bytes <= t.block->worker.shared.size())
-      std::fill_n(&t.block->worker.shared_state[offset], bytes, PENDING);
-  t.copies.push_back({(u32)offset, from, bytes, filled, t.copy_group, line, site});
-}
-
-inline void finish_copies(Thread& t, int groups_left) {
-  size_t kept = 0;
-  for (AsyncCopy& c : t.copies) {
-    if (groups_left >= 0 && c.group >= t.copy_group - groups_left) {
-      t.copies[kept++] = c;
-      continue;
-    }
-    Worker& w = t.block->worker;
-    if constexpr (kCheck)
-      if (c.to + c.bytes <= w.shared.size()) std::fill_n(&w.shared_state[c.to], c.bytes, VALID);
-    u8 data[16] = {};
-    if (c.filled) memcpy(data, global_access(t, c.from, c.filled, c.bytes, READ, false, c.line), c.filled);
-    memcpy(shared_access(t, c.to, c.bytes, c.bytes, WRITE, false, c.line), data, c.bytes);
-  }
-  t.copies.resize(kept);
+inline u32 rank_of(Thread& t, u64 address) {
+  const u32 named = (u32)((address & kOffsetMask) >> kRankShift);
+  return named ? named - 1 : t.block->rank;
 }
 
 // ---- local frames
@@ -249,47 +253,7 @@ struct Frame {
     // sized by the translator for every function once: only recursion gets past it
     if (t.local_top > t.block->worker.launch.local_bytes) stop_block(t, STACK_OVERFLOW, t.line);
     if constexpr (kCheck)
-      std::fill_n(&t.block->worker.local_state[(u64)t.id * t.block->worker.launch.local_bytes + base], bytes, EMPTY);
+      std::fill_n(&t.block->cluster.local_state[(u64)t.self * t.block->worker.launch.local_bytes + base], bytes, EMPTY);
   }
   ~Frame() { thread.local_top = before; }
 };
-
-// ---- counters
-
-// What each warp instruction touched: 32-byte sectors of global memory, 4-byte banks of shared.
-inline void Worker::flush_log() {
-  std::stable_sort(log.begin(), log.end(), [](const Logged& a, const Logged& b) {
-    return std::tie(a.warp, a.site, a.run) < std::tie(b.warp, b.site, b.run);
-  });
-  for (size_t i = 0; i < log.size();) {
-    size_t end = i;
-    while (end < log.size() && log[end].warp == log[i].warp && log[end].site == log[i].site && log[end].run == log[i].run) end++;
-    if ((log[i].site & 3) == 0) {
-      // wide accesses go in as many turns as it takes to move 128 bytes each
-      const size_t lanes = std::max<size_t>(1, 128 / std::max(log[i].bytes, 4u));
-      totals[T_SHARED_REQUESTS]++;
-      for (size_t part = i; part < end; part += lanes) {
-        std::vector<u64> words;
-        for (size_t j = part; j < std::min(end, part + lanes); j++)
-          for (u64 word = log[j].address / 4; word <= (log[j].address + log[j].bytes - 1) / 4; word++) words.push_back(word);
-        std::sort(words.begin(), words.end());
-        words.erase(std::unique(words.begin(), words.end()), words.end());
-        u32 banks[32] = {}, most = 0;
-        for (u64 word : words) most = std::max(most, ++banks[word % 32]);
-        totals[T_SHARED_WAVEFRONTS] += most;
-        totals[T_SHARED_CONFLICTS] += most - 1;
-      }
-    } else {
-      std::vector<u64> sectors;
-      for (size_t j = i; j < end; j++)
-        for (u64 sector = log[j].address / 32; sector <= (log[j].address + log[j].bytes - 1) / 32; sector++) sectors.push_back(sector);
-      std::sort(sectors.begin(), sectors.end());
-      const u64 distinct = std::unique(sectors.begin(), sectors.end()) - sectors.begin();
-      const bool read = (log[i].site & 3) == 1;
-      totals[read ? T_READ_SECTORS : T_WRITE_SECTORS] += distinct;
-      totals[read ? T_READ_REQUESTS : T_WRITE_REQUESTS]++;
-    }
-    i = end;
-  }
-  log.clear();
-}

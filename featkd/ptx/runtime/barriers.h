@@ -1,0 +1,153 @@
+// Where threads meet: the barriers of a block and of a cluster, and warp operations.
+#pragma once
+#include "machine.h"
+
+inline void Block::release(Barrier& barrier) {
+  if (kCheck && !barrier.expected && alive < count && !barrier.waiting.empty())
+    report(cluster.threads[barrier.waiting[0]], DIVERGENT_BARRIER, barrier.line);  // some have left
+  if constexpr (kCheck) {
+    if (barrier.joined.size() >= cluster.alive) cluster.clocks.join_all();
+    else cluster.clocks.join(barrier.joined, barrier.waiting);
+  }
+  if constexpr (kCount) {
+    worker.totals[T_BARRIERS]++;
+    flush_log();
+  }
+  for (u32 i : barrier.waiting) {
+    cluster.threads[i].state = READY;
+    cluster.threads[i].barrier_result = barrier.votes;
+  }
+  barrier = Barrier();
+}
+
+// The thread that arrived before this one at another line or with another count, if that is wrong:
+// lanes of a warp must meet a barrier together, and so must all threads where none are counted.
+inline s32 differs(Thread& t, const Barrier& barrier, u32 id, u32 expected, u32 line) {
+  if (barrier.waiting.empty()) return -1;
+  if (barrier.expected != expected || (!expected && barrier.line != line)) return (s32)barrier.waiting[0];
+  Block& b = *t.block;
+  const u32 first = t.id & ~31u;
+  for (u32 i = first; i < std::min(first + 32, b.count); i++) {
+    const Thread& o = b.threads[i];
+    if (o.state == AT_BARRIER && o.barrier == id && o.line != line) return (s32)o.self;
+  }
+  return -1;
+}
+
+// `expected` 0: all threads. wait false: bar.arrive. Returns how many threads voted yes.
+inline u32 barrier_(Thread& t, u32 id, u32 expected, bool wait, bool vote, u32 line) {
+  Block& b = *t.block;
+  Barrier& barrier = b.barriers[id & 15];
+  if (kCheck && wait) {
+    const s32 other = differs(t, barrier, id, expected, line);
+    if (other >= 0) report(t, DIVERGENT_BARRIER, line, NO_SPACE, 0, 0, -1, other, b.cluster.threads[other].line);
+  }
+  if (!barrier.arrived) barrier.expected = expected;
+  barrier.line = line;
+  barrier.arrived++;
+  barrier.votes += vote;
+  barrier.joined.push_back(t.self);
+  if (wait) {
+    barrier.waiting.push_back(t.self);
+    t.state = AT_BARRIER, t.line = line, t.barrier = id;
+  }
+  const u32 votes = barrier.votes;
+  if (barrier.arrived >= (barrier.expected ? barrier.expected : b.alive)) {
+    b.release(barrier);
+    return votes;
+  }
+  if (wait) yield_(t);
+  return (u32)t.barrier_result;
+}
+
+// ---- the cluster's barrier: arriving and waiting are two steps
+
+inline void complete_cluster_barrier(Cluster& c) {
+  c.barrier.phase++;
+  c.barrier.missing = c.alive;
+  if constexpr (kCheck) c.barrier.known = c.barrier.arriving;
+  for (Thread& t : c.threads)
+    if (t.state == AT_CLUSTER) t.state = READY;
+}
+
+inline void cluster_arrive(Thread& t, bool releases, u32 line) {
+  Cluster& c = t.block->cluster;
+  if (t.in_cluster_barrier) {
+    if constexpr (kCheck) report(t, DIVERGENT_BARRIER, line);  // arrives twice without a wait
+    return;
+  }
+  t.in_cluster_barrier = true;
+  t.cluster_phase = c.barrier.phase;
+  if constexpr (kCheck)
+    if (releases) c.clocks.release(t.self, c.barrier.arriving);
+  if (--c.barrier.missing == 0) complete_cluster_barrier(c);
+}
+
+inline void cluster_wait(Thread& t, u32 line) {
+  Cluster& c = t.block->cluster;
+  if (!t.in_cluster_barrier) {
+    if constexpr (kCheck) report(t, DIVERGENT_BARRIER, line);  // waits without having arrived
+    return;
+  }
+  if (c.barrier.phase == t.cluster_phase) {
+    t.state = AT_CLUSTER, t.line = line;
+    yield_(t);
+  }
+  t.in_cluster_barrier = false;
+  if constexpr (kCheck) c.clocks.acquire(t.self, c.barrier.known);
+}
+
+// ---- warps
+
+enum WarpOperation : u32 {
+  W_SYNC, W_UP, W_DOWN, W_BFLY, W_IDX, W_ALL, W_ANY, W_BALLOT, W_UNI, W_MATCH_ANY, W_MATCH_ALL,
+  W_ADD, W_MIN, W_MAX, W_AND, W_OR, W_XOR, W_MIN_SIGNED, W_MAX_SIGNED, W_LDMATRIX, W_STMATRIX, W_MMA,
+  W_PRODUCT, W_PRODUCT_WAIT,
+};
+void complete_warp(Block& block, u32 first, u32 mask);
+
+inline u32 living(Block& b, u32 first) {
+  u32 mask = 0;
+  for (u32 l = 0; l < 32 && first + l < b.count; l++)
+    if (b.threads[first + l].state != DONE) mask |= 1u << l;
+  return mask;
+}
+
+// completes the operation that lane `leader` waits at, once all lanes it names are there
+inline bool try_complete(Block& b, u32 first, u32 leader) {
+  Thread* w = &b.threads[first];
+  const u32 mask = w[leader].mask & living(b, first);
+  for (u32 rest = mask; rest; rest &= rest - 1) {
+    Thread& o = w[__builtin_ctz(rest)];
+    if (o.state != AT_WARP || o.mask != w[leader].mask || o.operation != w[leader].operation) return false;
+  }
+  if (kCheck)
+    for (u32 rest = mask; rest; rest &= rest - 1) {
+      Thread& o = w[__builtin_ctz(rest)];
+      if (o.line != w[leader].line) {
+        report(o, WARP_MISMATCH, o.line, NO_SPACE, 0, 0, -1, (s32)w[leader].self, w[leader].line);
+        break;
+      }
+    }
+  complete_warp(b, first, mask);
+  for (u32 rest = mask; rest; rest &= rest - 1) w[__builtin_ctz(rest)].state = READY;
+  if (w[leader].operation == W_SYNC) {
+    if constexpr (kCount) b.worker.totals[T_WARP_SYNCS]++;
+    if constexpr (kCheck) {
+      std::vector<u32> members;
+      for (u32 rest = mask; rest; rest &= rest - 1) members.push_back(w[__builtin_ctz(rest)].self);
+      if (mask == living(b, first)) b.cluster.clocks.join_warp(members);
+      else b.cluster.clocks.join(members, members);
+    }
+  }
+  return true;
+}
+
+inline void warp_sync(Thread& t, u32 operation, u32 mask, u32 line) {
+  Block& b = *t.block;
+  const u32 first = t.id & ~31u, size = std::min(32u, b.count - first);
+  mask &= size == 32 ? ~0u : (1u << size) - 1;
+  if (kCheck && !(mask >> t.lane & 1)) report(t, WARP_MISMATCH, line);
+  t.operation = operation, t.mask = mask | 1u << t.lane, t.line = line, t.state = AT_WARP;
+  if (!try_complete(b, first, t.lane)) yield_(t);
+}

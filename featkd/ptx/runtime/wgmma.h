@@ -1,0 +1,219 @@
+// Matrix products of a warpgroup. They run at the wait, the latest moment the hardware allows: until
+// then the accumulators hold NaN, and the operands in shared memory must not change.
+#pragma once
+#include "copies.h"
+#include "matrix.h"
+
+// ---- operands in shared memory, as the matrix descriptor says
+
+struct OperandLayout {
+  u64 start, leading, stride, swizzle, base;  // swizzle: bytes of a row of the pattern, 16 for none
+  bool transposed;                            // the dimension that is not summed over is contiguous
+};
+
+inline OperandLayout decode_descriptor(u64 descriptor, bool transposed) {
+  auto field = [&](u32 from) { return (descriptor >> from & 0x3fff) << 4; };
+  static const u32 swizzles[4] = {16, 128, 64, 32};
+  return {field(0), field(16), field(32), swizzles[descriptor >> 62], descriptor >> 49 & 7, transposed};
+}
+
+// Where 16 bytes lie that start at position `outer` of the dimension not summed over and `inner` of
+// the one summed over. `wide`: elements in 16 bytes. Patterns are 8 rows of `swizzle` bytes, whose
+// 16-byte columns are permuted by the row.
+inline u64 operand_address(const OperandLayout& o, u32 outer, u32 inner, u32 wide) {
+  const u32 row = o.transposed ? inner : outer, column = (o.transposed ? outer : inner) / wide;
+  u64 at = o.start;
+  if (o.swizzle == 16) {
+    at += row % 8 * 16;
+    at += o.transposed ? row / 8 * o.leading + column * o.stride : row / 8 * o.stride + column * o.leading;
+    return at;
+  }
+  const u32 columns = (u32)o.swizzle / 16;
+  at += row % 8 * o.swizzle + row / 8 * o.stride;
+  at += o.transposed ? column % columns * 16 + column / columns * o.leading : column * 16;
+  return at ^ ((at >> 7) - o.base & (columns - 1)) << 4;
+}
+
+// ---- one product of a warp: its 16 rows of A, all of B
+
+struct WarpProduct {
+  double a[16][32], b[32][256];
+  u64 digest;  // of the operands' bytes
+};
+static thread_local WarpProduct warp_product;
+
+inline u32 depth_of(const Product& p) { return p.type == MMA_TF32 ? 8 : 16; }
+
+// Reads `outer` x depth elements from row `first` on; `put` gets each with its two positions.
+template <class F>
+inline void read_operand(Thread& t, const Product& p, const OperandLayout& layout, u32 first, u32 outer, bool issued, F put) {
+  const u32 size = p.type == MMA_TF32 ? 4 : 2, wide = 16 / size, depth = depth_of(p);
+  const u32 rows = layout.transposed ? depth : outer, columns = layout.transposed ? outer : depth;
+  for (u32 row = 0; row < rows; row++)
+    for (u32 column = 0; column < columns; column += wide) {
+      const u32 i = layout.transposed ? column : row, k = layout.transposed ? row : column;
+      const u64 address = operand_address(layout, first + i, k, wide);
+      u8* memory = shared_access(t, address, 16, 16, READ, false, p.line);
+      if constexpr (kProxyCheck)
+        if (issued && place_shared(t, address, 16).block) check_fenced(t, place_shared(t, address, 16).at, address, 16, p.line);
+      u64 words[2];
+      memcpy(words, memory, 16);
+      warp_product.digest = (warp_product.digest * 0x100000001b3ull ^ words[0]) * 0x100000001b3ull ^ words[1];
+      for (u32 e = 0; e < wide; e++) {
+        u32 bits = 0;
+        memcpy(&bits, memory + e * size, size);
+        put(layout.transposed ? i + e : i, layout.transposed ? k : k + e, element(bits, 0, p.type));
+      }
+    }
+}
+
+inline void read_operands(Thread* w, size_t number, bool issued) {
+  const Product& p = w[0].products[number];
+  WarpProduct& m = warp_product;
+  const u32 first = w[0].warp % 4 * 16;
+  m.digest = 0;
+  if (!(p.flags & LEFT_IN_REGISTERS))
+    read_operand(w[0], p, decode_descriptor(p.a, p.flags & LEFT_TRANSPOSED), first, 16, issued,
+                 [&](u32 i, u32 k, double x) { m.a[i][k] = x; });
+  read_operand(w[0], p, decode_descriptor(p.b, p.flags & RIGHT_TRANSPOSED), 0, p.columns, issued,
+               [&](u32 j, u32 k, double x) { m.b[k][j] = x; });
+}
+
+inline void read_left_registers(Thread* w, size_t number) {
+  const u32 type = w[0].products[number].type, pack = type == MMA_TF32 ? 1 : 2;
+  for (u32 lane = 0; lane < 32; lane++)
+    for (u32 i = 0; i < 4; i++)
+      for (u32 h = 0; h < pack; h++)
+        warp_product.a[lane / 4 + 8 * (i % 2)][lane % 4 * pack + h + 4 * pack * (i / 2)] =
+            element(w[lane].products[number].left[i], h, type);
+}
+
+// a result goes to the next product in flight that adds to it, or to its registers
+inline void hand_on(Thread& t, size_t number, const std::vector<u32>& values) {
+  const Product& done = t.products[number];
+  for (size_t i = number + 1; i < t.products.size(); i++)
+    if (t.products[i].target[0] == done.target[0]) {
+      t.products[i].held = values;
+      return;
+    }
+  for (size_t i = 0; i < values.size(); i++) *done.target[i] = values[i];
+}
+
+inline void run_product(Thread* w, size_t number) {
+  const Product& p = w[0].products[number];
+  WarpProduct& m = warp_product;
+  read_operands(w, number, false);
+  if constexpr (kCheck)
+    if (m.digest != p.digest) report(w[0], MISSING_WAIT, p.line, SHARED, decode_descriptor(p.b, false).start, 16);
+  if (p.flags & LEFT_IN_REGISTERS) read_left_registers(w, number);
+  const double sign = (p.flags & LEFT_NEGATED ? -1 : 1) * (p.flags & RIGHT_NEGATED ? -1 : 1);
+  const u32 depth = depth_of(p);
+  for (u32 lane = 0; lane < 32; lane++) {
+    const Product& own = w[lane].products[number];
+    std::vector<u32> values = own.held;
+    for (u32 i = 0; i < p.columns / 2; i++) {
+      const u32 row = lane / 4 + 8 * (i / 2 % 2), column = 8 * (i / 4) + lane % 4 * 2 + i % 2;
+      double sum = 0;
+      for (u32 k = 0; k < depth; k++) sum += m.a[row][k] * m.b[k][column];
+      sum *= sign;
+      if (p.flags & HALF_SUMS) {
+        u32& pair = values[i / 2];
+        const u32 shift = i % 2 * 16;
+        if (own.adds) sum += element(pair, i % 2, MMA_F16);
+        pair = (pair & ~(0xffffu << shift)) | (u32)f16(sum).bits << shift;
+      } else {
+        if (own.adds) sum += bits_as<float>(values[i]);
+        values[i] = bits_as<u32>((float)sum);
+      }
+    }
+    hand_on(w[lane], number, values);
+  }
+}
+
+// ---- what the instructions do
+
+inline bool is_target(const Product& p, const u32* r) { return std::find(p.target.begin(), p.target.end(), r) != p.target.end(); }
+
+inline bool is_unfenced(const Thread& t, const u32* r) {
+  return std::find(t.unfenced_registers.begin(), t.unfenced_registers.end(), r) != t.unfenced_registers.end();
+}
+
+// All lanes have issued the product that is last in their lists.
+inline void issue_products(Thread* w) {
+  const size_t number = w[0].products.size() - 1;
+  if constexpr (kCheck) {
+    for (u32 lane = 1; lane < 32; lane++) {
+      const Product &one = w[0].products[number], &other = w[lane].products.back();
+      const bool same = w[lane].products.size() == number + 1 && other.b == one.b && other.adds == one.adds &&
+                        ((one.flags & LEFT_IN_REGISTERS) || other.a == one.a);
+      if (!same) report(w[lane], WARP_MISMATCH, one.line, NO_SPACE, 0, 0, -1, (s32)w[0].self, one.line);
+    }
+    read_operands(w, number, true);
+    w[0].products[number].digest = warp_product.digest;
+  }
+}
+
+// All lanes wait for the groups but the latest so many, which the first lane has in in[0].
+inline void finish_products(Thread* w) {
+  const u32 left = (u32)w[0].in[0];
+  size_t done = 0;
+  while (done < w[0].products.size() && w[0].products[done].group + left < w[0].product_group) {
+    bool all = true;
+    for (u32 lane = 0; lane < 32; lane++) all &= w[lane].products.size() > done;
+    if (!all) break;
+    run_product(w, done++);
+  }
+  for (u32 lane = 0; lane < 32; lane++) {
+    auto& products = w[lane].products;
+    products.erase(products.begin(), products.begin() + std::min(done, products.size()));
+  }
+}
+
+inline void issue_product(Thread& t, Product p, u32* const* target, u32 count, u32* const* left) {
+  p.group = t.product_group;
+  p.target.assign(target, target + count);
+  if (left)
+    for (u32 i = 0; i < 4; i++) p.left[i] = *left[i], p.left_registers[i] = left[i];
+  if constexpr (kCheck) {
+    bool unfenced = false;
+    for (const u32* r : p.target) unfenced |= is_unfenced(t, r);
+    for (u32 i = 0; left && i < 4; i++) unfenced |= is_unfenced(t, left[i]);
+    if (unfenced) report(t, MISSING_FENCE, p.line);
+  }
+  bool in_flight = false;
+  for (const Product& other : t.products) in_flight |= is_target(other, target[0]);
+  p.held.assign(count, 0);
+  for (u32 i = 0; i < count && !in_flight; i++) p.held[i] = *target[i];
+  if constexpr (kCheck)
+    for (u32 i = 0; i < count; i++) *target[i] = ~0u;
+  t.products.push_back(std::move(p));
+  warp_sync(t, W_PRODUCT, ~0u, t.products.back().line);
+}
+
+inline void wait_products(Thread& t, u32 left, u32 line) {
+  t.in[0] = left;
+  warp_sync(t, W_PRODUCT_WAIT, ~0u, line);
+}
+
+// Called where an ordinary instruction uses a register that some product of the kernel uses too.
+inline void touch_register(Thread& t, const u32* r, bool writes, u32 line) {
+  if constexpr (kCheck) {
+    if (writes && !is_unfenced(t, r)) t.unfenced_registers.push_back(r);
+    for (const Product& p : t.products) {
+      const bool is_left = (p.flags & LEFT_IN_REGISTERS) && std::count(p.left_registers, p.left_registers + 4, r);
+      if (is_target(p, r) || (writes && is_left)) {
+        report(t, MISSING_WAIT, line, NO_SPACE, 0, 0, -1, -1, p.line);
+        return;
+      }
+    }
+  }
+}
+
+inline void fence_registers(Thread& t) {
+  if constexpr (kCheck) t.unfenced_registers.clear();
+}
+
+inline void check_products(Thread& t) {
+  if constexpr (kCheck)
+    if (!t.products.empty()) report(t, MISSING_WAIT, t.products[0].line);
+}

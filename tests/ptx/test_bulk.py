@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ptx_text import SHARED, kernel, together
-
 from featkd.ptx import Emulator
+from tests.ptx.ptx_text import SHARED, kernel, together
 
 # 64 threads; 256 bytes of data, behind them an mbarrier (%r10) and at 512 a copy of the data
 START = (
@@ -70,6 +66,9 @@ st.shared.u32 [%r2], %r16;
 {FENCE}{BARRIER}xor.b32 %r13, %r12, 1;
 add.u32 %r14, %r4, 512;
 mapa.shared::cluster.u32 %r14, %r14, %r13;
+getctarank.shared::cluster.u32 %r15, %r14;
+setp.ne.u32 %p5, %r15, %r13;
+@%p5 trap;
 mapa.shared::cluster.u32 %r15, %r10, %r13;
 @%p1 cp.async.bulk.shared::cluster.shared::cta.{ON} [%r14], [%r4], 256, [%r15];
 """
@@ -156,11 +155,15 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def emulator():
+def text() -> str:
     two = ".param .u64 a, .param .u64 b"
     files = (kernel(c.body, two, shared=1024, name=f"k{i}") for i, c in enumerate(CASES))
-    return Emulator(together(*files).replace("sm_80", "sm_90"), count=True)
+    return together(*files).replace("sm_80", "sm_90")
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    return Emulator(text(), count=True)
 
 
 def aligned(values: np.ndarray) -> np.ndarray:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ptx_text import SHARED, kernel, together
-
 from featkd.ptx import Emulator
 from featkd.ptx.reports import KINDS
+from tests.ptx.ptx_text import SHARED, kernel, together
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import triton_kernels as kernels
-from ptx_text import kernel, together
-
 from featkd.ptx import Emulator, run_triton
+from tests.ptx import triton_kernels as kernels
+from tests.ptx.ptx_text import kernel, together
 
 COPY = "mul.wide.u32 %rd2, %r0, STRIDE;\nadd.s64 %rd2, %rd0, %rd2;\nld.global.f32 %f0, [%rd2];\n"
 COPY += "ld.param.u64 %rd3, [b];\nadd.s64 %rd4, %rd3, %rd1;\nsub.s64 %rd4, %rd4, %rd0;\n"

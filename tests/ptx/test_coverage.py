@@ -17,11 +17,15 @@ from tests.ptx import (
     cases_integers,
     test_atomics,
     test_barriers,
+    test_bulk,
     test_control,
     test_half_conversions,
     test_matrix,
+    test_mbarrier,
     test_memory,
+    test_tensor_copies,
     test_warp,
+    test_wgmma,
 )
 from tests.ptx.instruction_cases import text
 
@@ -29,6 +33,7 @@ TABLES = (cases_integers, cases_bits, cases_floats, cases_conversions)
 KERNELS = (
     *(test_atomics, test_barriers, test_control, test_half_conversions),
     *(test_matrix, test_memory, test_warp),
+    *(test_bulk, test_mbarrier, test_tensor_copies, test_wgmma),  # sm_90
 )
 # what each test module compiles and compares with an evaluation of its own
 TEXTS = {m.__name__.rpartition(".")[2]: text(m.CASES) for m in TABLES}
@@ -80,6 +85,6 @@ def test_a_form_without_a_test_is_found(translated):
 @pytest.mark.parametrize("name", TEXTS)
 def test_the_tested_ptx_is_valid(name, tmp_path):
     (tmp_path / "k.ptx").write_text(TEXTS[name])
-    command = ["ptxas", "-arch=sm_90", "-O0", str(tmp_path / "k.ptx"), "-o", str(tmp_path / "k")]
+    command = ["ptxas", "-arch=sm_90a", "-O0", str(tmp_path / "k.ptx"), "-o", str(tmp_path / "k")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[:2000]

@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ptx_text import HEAD, SHARED, kernel, together
-
 from featkd.ptx import CompilerError, Emulator, PtxError, UnsupportedInstruction, build
 from featkd.ptx.build import cache_folder
 from featkd.ptx.parser import Address, Immediate, Instruction, Register, parse
+from tests.ptx.ptx_text import HEAD, SHARED, kernel, together
 
 SCALE = "ld.param.f32 %f0, [c];\nld.global.f32 %f1, [%rd1];\nmul.rn.f32 %f1, %f1, %f0;\n"
 SCALE += "st.global.f32 [%rd1], %f1;"

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ptx_text import SHARED, kernel, together
-from test_checks import Fault, faults
-
 from featkd.ptx import Emulator
+from tests.ptx.ptx_text import SHARED, kernel, together
+from tests.ptx.test_checks import Fault, faults
 
 # the mbarrier lies behind 256 bytes of data; %r10 is its address, thread 0 initialises it
 BARRIER = SHARED + "add.u32 %r10, %r4, 256;\nsetp.eq.u32 %p1, %r0, 0;\n"
@@ -216,8 +211,7 @@ griddepcontrol.launch_dependents;
 st.global.u32 [%rd1], %r7;"""
 
 
-@pytest.fixture(scope="module")
-def emulator():
+def text() -> str:
     files = [
         kernel(body, shared=512, name=f"k{i}_{side}")
         for i, f in enumerate(TABLE)
@@ -225,7 +219,12 @@ def emulator():
     ]
     files.append(kernel(STATES, shared=512, name="states"))
     files.append(kernel(SMALL, name="small"))
-    return Emulator(together(*files).replace("sm_80", "sm_90"))
+    return together(*files).replace("sm_80", "sm_90a").replace("8.0", "8.6", 1)
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    return Emulator(text())
 
 
 @pytest.mark.parametrize("fault", TABLE, ids=lambda f: f.name)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ptx_text import kernel, together
-
 from featkd.ptx import Emulator, TensorMap
+from tests.ptx.ptx_text import kernel, together
 
 TYPES = {2: np.uint16, 4: np.uint32}
 START = """mov.u32 %r2, s;
@@ -107,15 +103,17 @@ def store(box: Box) -> str:
     return START + move + text + "cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;\n"
 
 
-@pytest.fixture(scope="module")
-def emulator():
+def text() -> str:
     parameters = ".param .u64 a, .param .align 64 .b8 map[128]"
     named = {f"{f.__name__}{i}": f(box) for i, box in enumerate(BOXES) for f in (load, store)}
-    files = (kernel(text, parameters, shared=8208, name=name) for name, text in named.items())
-    text = (
-        together(*files).replace("sm_80", "sm_90").replace(".align 16 .b8 s", ".align 1024 .b8 s")
-    )
-    return Emulator(text, count=True)
+    files = (kernel(code, parameters, shared=8208, name=name) for name, code in named.items())
+    moved = together(*files).replace("sm_80", "sm_90")
+    return moved.replace(".align 16 .b8 s", ".align 1024 .b8 s")
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    return Emulator(text(), count=True)
 
 
 @pytest.mark.parametrize("number", range(len(BOXES)), ids=lambda i: str(BOXES[i].box))

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import triton_kernels as kernels
-
 from featkd.ptx import Emulator, run_triton
 from featkd.ptx.triton import compile_triton
+from tests.ptx import triton_kernels as kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # half an ulp of a result near 1, and the sums' own errors

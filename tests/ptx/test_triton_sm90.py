@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-sys.path.insert(0, str(Path(__file__).parent))
-import triton_kernels as kernels
-
 from featkd.ptx import Emulator, run_triton
 from featkd.ptx.triton import compile_triton
+from tests.ptx import triton_kernels as kernels
 
 ULP = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ptx_text import kernel, together
-
 from featkd.ptx import Emulator
+from tests.ptx.ptx_text import kernel, together
 
 TYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32}
 SWIZZLES = {16: 0, 128: 1, 64: 2, 32: 3}  # bytes of a row of the pattern to the descriptor's code
@@ -194,13 +190,17 @@ def body(c: Case, memory: np.ndarray, descriptors: list[tuple[int, int]]) -> str
 SM_90 = ("sm_80", "sm_90a")
 
 
-@pytest.fixture(scope="module")
-def emulator():
+def text() -> str:
     files = [
         kernel(body(c, *image(c)), TWO, shared=len(image(c)[0]), name=f"k{i}")
         for i, c in enumerate(CASES)
     ]
-    return Emulator(together(*files).replace(*SM_90))
+    return together(*files).replace(*SM_90)
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    return Emulator(text())
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda i: str(CASES[i]))

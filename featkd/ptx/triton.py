@@ -70,7 +70,12 @@ def _emulator(ptx: str, check: bool, count: bool) -> Emulator:
 
 
 def compile_triton(
-    kernel: Any, arguments: dict[str, Any], arch: int, num_warps: int, num_stages: int
+    kernel: Any,
+    arguments: dict[str, Any],
+    arch: int,
+    num_warps: int,
+    num_stages: int,
+    enable_fp_fusion: bool = True,
 ) -> Any:
     """Compile a `triton.jit` function as a launch with these arguments would."""
     import triton
@@ -91,7 +96,11 @@ def compile_triton(
         if divisible and not parameter.do_not_specialize:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "enable_fp_fusion": enable_fp_fusion,
+    }
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -101,6 +110,7 @@ def run_triton(
     *args: Any,
     num_warps: int = 4,
     num_stages: int = 3,
+    enable_fp_fusion: bool = True,
     arch: int = 80,
     check: bool = True,
     count: bool = False,
@@ -118,7 +128,7 @@ def run_triton(
             `arch` 90 `TensorDescriptor`s of CPU tensors, with the specialisation of a real
             launch: divisibility by 16 of pointers and integers, and the integer 1, are compiled
             in.
-        num_warps, num_stages, arch: as for Triton; `arch` 80 or 90.
+        num_warps, num_stages, enable_fp_fusion, arch: as for Triton; `arch` 80 or 90.
         check, count, seed, time_limit: as for `Emulator` and its `launch`.
         outputs: names of tensor arguments that the kernel must fill.
         constexprs: the other arguments by name.
@@ -140,7 +150,7 @@ def run_triton(
     ]
     if unknown:
         raise TypeError(f"outputs: {', '.join(unknown)} are no tensor arguments")
-    compiled = compile_triton(kernel, arguments, arch, num_warps, num_stages)
+    compiled = compile_triton(kernel, arguments, arch, num_warps, num_stages, enable_fp_fusion)
     emulator = _emulator(compiled.asm["ptx"], check, count)
     constant = {
         p.name

@@ -162,3 +162,11 @@ def test_a_map_that_is_none_is_reported(emulator):
 def test_bad_maps(array, box, swizzle, error):
     with pytest.raises(ValueError, match=error):
         TensorMap(array, box, swizzle)
+
+
+def test_maps_and_arrays_are_told_apart(emulator):
+    array = BOXES[0].tensor()
+    with pytest.raises(TypeError, match=r"args\[0\]: a takes no tensor map"):
+        emulator.launch("load0", [TensorMap(array, BOXES[0].box), array], 1, 32)
+    with pytest.raises(TypeError, match=r"args\[1\]: map takes no array"):
+        emulator.launch("load0", [array, array], 1, 32)

@@ -3,8 +3,8 @@
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["featkd", "featkd.*"]), "featkd.recipes"],
-    package_dir={"featkd.recipes": "recipes"},
+    packages=[*find_packages(include=["featkd", "featkd.*"]), "featkd.recipes", "featkd.kernels"],
+    package_dir={"featkd.recipes": "recipes", "featkd.kernels": "kernels"},
     package_data={
         "featkd": ["py.typed", "*/templates/*", "ptx/runtime/*.h"],
         "featkd.recipes": ["*.yaml"],

@@ -9,16 +9,20 @@ Importing this package loads nothing heavy: submodules load when first used.
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 __version__ = "0.1.0"
 
 _SUBMODULES = ("data", "functional", "losses", "models", "reference", "train")
 
-__all__ = ["__version__", *_SUBMODULES]
+_BACKENDS = ("last_backend", "use_backend")
+
+__all__ = ["__version__", *_BACKENDS, *_SUBMODULES]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    if name in _BACKENDS:
+        return getattr(importlib.import_module(f"{__name__}.backends"), name)
     if name in _SUBMODULES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

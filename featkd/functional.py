@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from featkd import checks, reference
+from featkd.ops import projected_feature_kd as ops
 
 Metric = Literal["mse", "spectral"]
 
@@ -89,7 +90,7 @@ def projected_feature_kd(
         norm_weight=norm_weight,
         norm_bias=norm_bias,
     )
-    return reference.projected_feature_kd(
+    return ops.projected_feature_kd(
         student,
         teacher,
         weight,

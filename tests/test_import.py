@@ -23,8 +23,10 @@ LAYERS = (
     ("models", "data"),
     ("losses",),
     ("functional",),
+    ("ops",),
+    ("kernels", "cpu"),
     ("reference",),
-    ("checks", "environment", "files", "seeding", "recipes", "__init__"),
+    ("backends", "checks", "environment", "files", "seeding", "recipes", "__init__"),
 )
 
 

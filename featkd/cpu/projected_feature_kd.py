@@ -1,0 +1,116 @@
+"""projected_feature_kd on CPU tensors: loss and all gradients from one sweep over the images.
+
+A chunk of a few hundred rows stays in the cache from its projection to its gradients, and no
+tensor of all rows by Ct channels exists. Equations as in `featkd.reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from featkd.reference import accumulation_dtype
+
+_ROWS = 392  # of a chunk: two images of 14 x 14 patches; 196 to 392 measured best at 192 -> 384
+
+
+def sweep(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *,
+    eps: float,
+    width: int,
+    compute: torch.dtype,
+    need_student: bool,
+    need_parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass over the rows.
+
+    Args:
+        student, teacher: (B, N, Cs) and (B, N, Ct), any strides.
+        weight, bias, norm_weight, norm_bias: (Ct, Cs), (Ct,), (Ct,), (Ct,), or None.
+        width: columns of the patch grid for the spectral metric, 0 for the mse.
+        compute: type to which the projection's operands are rounded (autocast).
+        need_student, need_parameters: which gradients to form; those not needed are empty.
+
+    Returns:
+        sum(E H), and gradients of half of it: the student's (B, N, Cs) and the parameters', flat,
+        one after another in the order of the arguments. H is E, or E with its row sums.
+    """
+    dtype = accumulation_dtype(student.dtype)
+
+    def exact(x: Tensor) -> Tensor:
+        return x.to(compute).to(dtype) if x.dtype != compute else x.to(dtype)
+
+    w = None if weight is None else exact(weight.detach())
+    b, gamma, beta = (
+        p if p is None else p.detach().to(dtype) for p in (bias, norm_weight, norm_bias)
+    )
+    channels = teacher.shape[2]
+    present = [p for p in (w, b, gamma, beta) if p is not None]
+    flat = torch.zeros(sum(p.numel() for p in present) if need_parameters else 0, dtype=dtype)
+    parts = iter(torch.split(flat, [p.numel() for p in present]) if need_parameters else ())
+    d_weight, d_bias, d_gamma, d_beta = (
+        next(parts).view(p.shape) if need_parameters and p is not None else None
+        for p in (w, b, gamma, beta)
+    )
+    d_student = torch.empty(student.shape if need_student else 0, dtype=student.dtype)
+    total = torch.zeros((), dtype=dtype)
+    for images, tokens in _chunks(student.shape[0], student.shape[1], width or 1):
+        s = student[images, tokens].reshape(-1, student.shape[2]).contiguous()
+        s = s.to(dtype) if w is None else exact(s)
+        target = teacher[images, tokens].reshape(-1, channels).contiguous()
+        p = s if w is None else s @ w.t() if b is None else torch.addmm(b, s, w.t())
+        if gamma is None:
+            error = p - target if w is None else p.sub_(target)
+        else:
+            error, mean, rstd = torch.native_layer_norm(p, (channels,), gamma, beta, eps)
+            error.sub_(target)
+        half = _with_row_sums(error, width) if width else error
+        total += torch.dot(error.view(-1), half.view(-1))
+        if not (need_student or need_parameters):
+            continue
+        slope = half
+        if gamma is not None:
+            wanted = [True, d_gamma is not None, d_beta is not None]
+            slope, *vectors = torch.ops.aten.native_layer_norm_backward(
+                half, p, (channels,), mean, rstd, gamma, beta, wanted
+            )
+            for kept, more in zip((d_gamma, d_beta), vectors, strict=True):
+                if kept is not None:
+                    kept += more
+        if d_weight is not None:
+            d_weight.addmm_(slope.t(), s)
+        if d_bias is not None:
+            d_bias += slope.sum(0)
+        if need_student:
+            place = d_student[images, tokens]
+            place.copy_((slope if w is None else slope @ w).view(place.shape))
+    return total, d_student, flat
+
+
+def _chunks(batch: int, tokens: int, width: int) -> list[tuple[slice, slice]]:
+    """Slices of images and tokens with about `_ROWS` rows each, whole image rows of `width`."""
+    if tokens <= _ROWS:
+        images = max(1, _ROWS // tokens)
+        return [(slice(i, i + images), slice(None)) for i in range(0, batch, images)]
+    step = max(1, _ROWS // width) * width
+    return [
+        (slice(i, i + 1), slice(n, n + step)) for i in range(batch) for n in range(0, tokens, step)
+    ]
+
+
+def _with_row_sums(error: Tensor, width: int) -> Tensor:
+    """H of the spectral metric: e + 1/W sum_w e, and where W is even the alternating sums too."""
+    rows = error.view(-1, width, error.shape[1])
+    half = rows + rows.sum(1, keepdim=True) / width
+    if width % 2 == 0:
+        even, odd = (rows[:, start::2].sum(1, keepdim=True) for start in (0, 1))
+        alternating = (even - odd) / width
+        half[:, 0::2] += alternating
+        half[:, 1::2] -= alternating
+    return half.view_as(error)

@@ -1,0 +1,253 @@
+"""The op behind `functional.projected_feature_kd`: schema, autograd, choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from featkd import backends, reference
+from featkd.reference import accumulation_dtype
+
+NAME = "projected_feature_kd"
+_MOST_COLUMNS = 64  # of the patch grid: a tile of rows in Triton holds whole image rows
+
+
+def projected_feature_kd(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *,
+    eps: float,
+    metric: str,
+    grid: tuple[int, int] | None,
+) -> Tensor:
+    """The loss by the chosen backend; arguments as in `featkd.reference`, taken as valid."""
+    width = 0 if grid is None else grid[1]
+
+    def unsupported(backend: str) -> str:
+        if backend == "cpu":
+            return "" if student.device.type == "cpu" else f"tensors on {student.device.type}"
+        from featkd.kernels.launch import can_run_on
+
+        if not can_run_on(student.device):
+            return f"Triton kernels cannot run on tensors on {student.device.type}"
+        if width > _MOST_COLUMNS:
+            return f"a patch grid of {width} columns, more than {_MOST_COLUMNS}"
+        if student.shape[0] * student.shape[1] >= 2**31:
+            return f"{student.shape[0] * student.shape[1]} tokens, not below 2^31"
+        return ""
+
+    backend = backends.choose(NAME, student.device, unsupported)
+    if backend == "reference":
+        backends.record(NAME, backend)
+        return reference.projected_feature_kd(
+            *(student, teacher, weight, bias, norm_weight, norm_bias),
+            eps=eps,
+            metric=metric,
+            grid=grid,
+        )
+    parameters = (weight, bias, norm_weight, norm_bias)
+    grad = torch.is_grad_enabled()
+    compute = student.dtype
+    kind = student.device.type
+    narrowing = backend == "triton" and weight is not None and compute != torch.float64
+    if narrowing and torch.is_autocast_enabled(kind):
+        compute = torch.get_autocast_dtype(kind)  # as F.linear would; on a CPU it gains nothing
+    outputs: tuple[Tensor, ...] = _forward(
+        *(student, teacher, *parameters),
+        eps,
+        width,
+        compute,
+        grad and student.requires_grad,
+        grad and any(p is not None and p.requires_grad for p in parameters),
+        backend,
+    )
+    return outputs[0]
+
+
+def _factor(teacher: Tensor, width: int) -> float:
+    """Loss / sum(E H): a mean over elements, or over the half spectrum's real and imaginary."""
+    batch, tokens, channels = teacher.shape
+    if not width:
+        return 1 / teacher.numel()
+    return 0.25 / (batch * channels * (tokens // width) * (width // 2 + 1))
+
+
+@torch.library.custom_op("featkd::projected_feature_kd", mutates_args=())
+def _forward(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    width: int,
+    compute: torch.dtype,
+    need_student: bool,
+    need_parameters: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, dS without the loss's scale, and what `_backward` needs for the parameters.
+
+    The last is all their gradients, flat, from the CPU path, and from Triton the (B N, 4)
+    statistics of the norm. What is not needed is empty.
+    """
+    backends.record(NAME, backend)
+    factor = _factor(teacher, width)
+    if backend == "cpu":
+        from featkd.cpu.projected_feature_kd import sweep
+
+        with torch.autocast("cpu", enabled=False):  # it would round the projection's operands
+            total, d_student, d_parameters = sweep(
+                *(student, teacher, weight, bias, norm_weight, norm_bias),
+                eps=eps,
+                width=width,
+                compute=compute,
+                need_student=need_student,
+                need_parameters=need_parameters,
+            )
+        return total * factor, d_student, d_parameters
+    from featkd.kernels import projected_feature_kd as kernels
+
+    total, gradient, statistics = kernels.forward(
+        *(student, teacher, kernels.Parameters(weight, bias, norm_weight, norm_bias)),
+        eps=eps,
+        width=width,
+        compute=compute,
+        need_student=need_student,
+        need_parameters=need_parameters,
+    )
+    empty = student.new_empty(0)
+    return (
+        (total * factor).to(accumulation_dtype(student.dtype)),
+        empty if gradient is None else gradient,
+        student.new_empty(0, dtype=accumulation_dtype(compute))
+        if statistics is None
+        else statistics,
+    )
+
+
+@_forward.register_fake
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    width: int,
+    compute: torch.dtype,
+    need_student: bool,
+    need_parameters: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(student.dtype)
+    d_student = student.new_empty(student.shape if need_student else (0,))
+    if backend == "cpu":
+        parameters = (weight, bias, norm_weight, norm_bias)
+        count = sum(p.numel() for p in parameters if p is not None) if need_parameters else 0
+        kept = student.new_empty(count, dtype=dtype)
+    else:
+        normed = need_parameters and norm_weight is not None
+        shape = (student.shape[0] * student.shape[1], 4) if normed else (0,)
+        kept = student.new_empty(shape, dtype=accumulation_dtype(compute))
+    return student.new_empty((), dtype=dtype), d_student, kept
+
+
+@torch.library.custom_op("featkd::projected_feature_kd_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    d_student: Tensor,
+    kept: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    width: int,
+    compute: torch.dtype,
+    need_student: bool,
+    need_parameters: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the student, weight, bias, norm's weight and bias; empty where not needed."""
+    # scaled here and not in `_forward`: sums of unscaled gradients keep their bits in half types
+    factor = grad * (2 * _factor(teacher, width))
+    parameters = (weight, bias, norm_weight, norm_bias)
+    empty = [student.new_empty(0) for _ in range(5)]
+    results = [d_student * factor if need_student else empty[0]]
+    if not need_parameters:
+        return tuple(results + empty[1:])  # type: ignore[return-value]
+    sums: list[Tensor | None]
+    if backend == "cpu":
+        sizes = [0 if p is None else p.numel() for p in parameters]
+        sums = list(torch.split(kept, sizes))
+    else:
+        from featkd.kernels import projected_feature_kd as kernels
+
+        d_weight, vectors = kernels.backward(
+            *(student, teacher, kernels.Parameters(*parameters)),
+            kept if norm_weight is not None else None,
+            width=width,
+            compute=compute,
+        )
+        sums = [d_weight, *vectors]
+    for parameter, total, nothing in zip(parameters, sums, empty[1:], strict=True):
+        if parameter is None or total is None:
+            results.append(nothing)
+        else:
+            results.append((total.view(parameter.shape) * factor).to(parameter.dtype))
+    return tuple(results)  # type: ignore[return-value]
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    d_student: Tensor,
+    kept: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    width: int,
+    compute: torch.dtype,
+    need_student: bool,
+    need_parameters: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    results = [student.new_empty(student.shape if need_student else (0,))]
+    for parameter in (weight, bias, norm_weight, norm_bias):
+        there = need_parameters and parameter is not None
+        results.append(torch.empty_like(parameter) if there else student.new_empty(0))  # type: ignore[arg-type]
+    return tuple(results)  # type: ignore[return-value]
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    student, teacher, weight, bias, norm_weight, norm_bias, _, *rest = inputs
+    _, d_student, kept = output
+    ctx.save_for_backward(d_student, kept, student, teacher, weight, bias, norm_weight, norm_bias)
+    ctx.rest = rest
+    ctx.mark_non_differentiable(d_student, kept)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    saved = ctx.saved_tensors
+    nothing = (None,) * 12
+    if grad is None:
+        return nothing
+    results = _backward(grad, *saved, *ctx.rest)
+    needed = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5)]  # 1 is the teacher
+    gradients = [r if n else None for r, n in zip(results, needed, strict=True)]
+    return (gradients[0], None, *gradients[1:], *nothing[6:])
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)

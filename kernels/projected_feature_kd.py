@@ -1,0 +1,446 @@
+"""projected_feature_kd in Triton: loss and dS from one pass over the rows, dW from a second.
+
+P = S W^T + b, Y = LN(P), E = Y - T, loss = scale * sum(E * H), H = E (mse) or E with its row sums
+(spectral, `rows.with_row_sums`); then dLoss/dE = 2 scale H. Gradients are stored without the
+factor 2 scale, so that half-precision ones do not underflow; the upstream gradient, unknown in
+the forward pass, joins that factor later. [EM26], feature losses.
+
+Traffic a row, bf16, 192 -> 384: S and T read once (1,152 B), dS written (384 B) and, with a
+LayerNorm, four row statistics (16 B). P, Y, E and their gradients stay in registers. Every program
+reads W again, from L2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from featkd.kernels import rows
+from featkd.kernels.launch import launch
+from featkd.kernels.shapes import (
+    accumulator_type,
+    channel_block,
+    channels_adjacent,
+    matmul_precision,
+    triton_type,
+)
+from torch import Tensor
+
+
+@triton.jit
+def _projected(
+    blocks, student, offsets, valid, weight, weight_stride, bias, j,
+    CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Channel block j of P, (rows, CT_BLOCK): without a weight the student's own channels."""
+    if weight is None:
+        result = rows.load_rows(student, offsets, valid, j, CT, CT_BLOCK).to(ACC)
+    else:
+        result = rows.project(
+            blocks, weight, weight_stride, bias, j,
+            CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
+        )  # fmt: skip
+    return result
+
+
+@triton.jit
+def _distance(
+    normed, teacher, offsets, gamma, beta, valid, width, j,
+    CT: tl.constexpr, CT_BLOCK: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr,
+    SPECTRAL: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """E and H of channel block j from x_hat (from P, where there is no norm); zero outside."""
+    output = normed
+    if gamma is not None:
+        output *= rows.load_channels(gamma, j, CT, CT_BLOCK, ACC)[None, :]
+    if beta is not None:
+        output += rows.load_channels(beta, j, CT, CT_BLOCK, ACC)[None, :]
+    target = rows.load_rows(teacher, offsets, valid, j, CT, CT_BLOCK).to(ACC)
+    error = rows.inside(output - target, valid, j, CT, CT_BLOCK)
+    half = error
+    if SPECTRAL:
+        half = rows.with_row_sums(error, width, HB, WB, CT_BLOCK, ACC)
+    return error, half
+
+
+@triton.jit
+def _slope(
+    half, normed, gamma, rstd, mean_g, mean_gx, j,
+    CT: tl.constexpr, CT_BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dP = rstd (g - mean(g) - x_hat mean(g x_hat)), g = gamma H; without a norm dP = H."""
+    result = half
+    if gamma is not None:
+        g = half * rows.load_channels(gamma, j, CT, CT_BLOCK, ACC)[None, :]
+        result = rstd[:, None] * (g - mean_g[:, None] - normed * mean_gx[:, None])
+    return result
+
+
+@triton.jit
+def _through_weight(
+    sums, slope, weight, weight_stride, valid, j,
+    CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dS + dP W over channel block j of dP: a block of dS an entry of the tuple."""
+    operand = rows.inside(slope, valid, j, CT, CT_BLOCK).to(COMPUTE)
+    result = ()
+    for k in tl.static_range(tl.cdiv(CS, CS_BLOCK)):
+        w = rows.load_weight(weight, weight_stride, j, k, CT, CS, CT_BLOCK, CS_BLOCK).to(COMPUTE)
+        result = result + (
+            tl.dot(operand, w, sums[k], input_precision=PRECISION, out_dtype=ACC),
+        )  # fmt: skip
+    return result
+
+
+@triton.jit
+def loss_and_student_gradient(
+    student,  # (B, N, Cs) any floating dtype, channels adjacent
+    teacher,  # (B, N, Ct) any floating dtype, channels adjacent
+    weight,  # (Ct, Cs) or None
+    bias,  # (Ct,) or None
+    gamma,  # (Ct,) LayerNorm's weight, or None
+    beta,  # (Ct,) or None
+    gradient,  # (B N, Cs) student's dtype: dS / (2 scale), or None
+    statistics,  # (B N, 4) ACC: mean, rstd, mean(g), mean(g x_hat), or None
+    partial,  # (programs,) ACC: each program's sum of E H
+    student_image, student_token, teacher_image, teacher_token, weight_stride,
+    tokens, width, image_rows, eps,
+    CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
+    HB: tl.constexpr, WB: tl.constexpr, SPECTRAL: tl.constexpr,
+    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program a tile of rows; one sweep over the channels without a norm, three with one.
+
+    A norm needs two reductions over the channels before its gradient. P is formed again for each,
+    on the tensor cores, and T read again, from L2: P and H of a tile do not fit in registers
+    (64 x 384 of both spilled 1 to 16 KB a thread), and in memory they are what fusion avoids.
+    """
+    BLOCKS: tl.constexpr = tl.cdiv(CT, CT_BLOCK)
+    first = tl.program_id(0) * HB
+    image, token, valid = rows.tile_places(first, image_rows, width, tokens, HB, WB)
+    from_student = image * student_image + token * student_token
+    from_teacher = image * teacher_image + token * teacher_token
+    row = image * tokens + token
+    blocks = rows.load_student(student, weight, from_student, valid, CS, CS_BLOCK, COMPUTE)
+    mean = tl.zeros((HB * WB,), ACC)
+    rstd = tl.zeros((HB * WB,), ACC)
+    energy = tl.zeros((HB * WB,), ACC)
+    mean_g = tl.zeros((HB * WB,), ACC)
+    mean_gx = tl.zeros((HB * WB,), ACC)
+    if gamma is not None:
+        squares = tl.zeros((HB * WB,), ACC)
+        for j in range(BLOCKS):
+            p = _projected(
+                blocks, student, from_student, valid, weight, weight_stride, bias, j,
+                CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
+            )  # fmt: skip
+            # join the block's mean and squared deviations to those of the blocks before it
+            # (Chan, Golub and LeVeque): sums of squares alone would cancel
+            count = tl.minimum(CT - j * CT_BLOCK, CT_BLOCK).to(ACC)
+            share = count / (j * CT_BLOCK + count)
+            shift = tl.sum(p, 1) / count - mean
+            centred = rows.inside(p - (mean + shift)[:, None], valid, j, CT, CT_BLOCK)
+            squares += tl.sum(centred * centred, 1) + shift * shift * (count * (1 - share))
+            mean += shift * share
+        rstd = 1.0 / tl.sqrt(squares / CT + eps)
+        for j in range(BLOCKS):
+            p = _projected(
+                blocks, student, from_student, valid, weight, weight_stride, bias, j,
+                CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
+            )  # fmt: skip
+            x = (p - mean[:, None]) * rstd[:, None]
+            error, half = _distance(
+                x, teacher, from_teacher, gamma, beta, valid, width, j,
+                CT, CT_BLOCK, HB, WB, SPECTRAL, ACC,
+            )  # fmt: skip
+            energy += tl.sum(error * half, 1)
+            g = half * rows.load_channels(gamma, j, CT, CT_BLOCK, ACC)[None, :]
+            mean_g += tl.sum(g, 1)
+            mean_gx += tl.sum(g * x, 1)
+        mean_g = mean_g / CT
+        mean_gx = mean_gx / CT
+        rows.store_statistics(statistics, row, valid, mean, rstd, mean_g, mean_gx)
+
+    if gamma is None or gradient is not None:
+        sums = rows.zero_blocks(HB * WB, CS, CS_BLOCK, ACC)
+        for j in range(BLOCKS):
+            x = _projected(
+                blocks, student, from_student, valid, weight, weight_stride, bias, j,
+                CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
+            )  # fmt: skip
+            if gamma is not None:
+                x = (x - mean[:, None]) * rstd[:, None]
+            error, half = _distance(
+                x, teacher, from_teacher, gamma, beta, valid, width, j,
+                CT, CT_BLOCK, HB, WB, SPECTRAL, ACC,
+            )  # fmt: skip
+            if gamma is None:
+                energy += tl.sum(error * half, 1)
+            if gradient is not None:
+                slope = _slope(half, x, gamma, rstd, mean_g, mean_gx, j, CT, CT_BLOCK, ACC)
+                if weight is None:
+                    rows.store_rows(gradient, row * CT, valid, slope, j, CT, CT_BLOCK)
+                else:
+                    sums = _through_weight(
+                        sums, slope, weight, weight_stride, valid, j,
+                        CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
+                    )  # fmt: skip
+        if gradient is not None and weight is not None:
+            for k in tl.static_range(tl.cdiv(CS, CS_BLOCK)):
+                rows.store_rows(gradient, row * CS, valid, sums[k], k, CS, CS_BLOCK)
+    tl.store(partial + tl.program_id(0), tl.sum(energy, 0))
+
+
+@triton.jit
+def parameter_gradients(
+    student, teacher, weight, bias, gamma, beta,
+    statistics,  # (B N, 4) ACC as `loss_and_student_gradient` left them, or None without a norm
+    weight_partial,  # (splits, Ct, Cs) ACC, or None without a weight
+    vector_partial,  # (splits, 3, Ct) ACC: sums over rows of dP, H x_hat, H
+    student_image, student_token, teacher_image, teacher_token, weight_stride,
+    tokens, width, image_rows, tiles,
+    CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
+    HB: tl.constexpr, WB: tl.constexpr, SPECTRAL: tl.constexpr,
+    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dW = dP^T S and the vectors' gradients: a program a channel block and a share of the tiles.
+
+    With the row statistics at hand, a channel block of dP needs no other block. Programs of the
+    same rows are neighbours in the grid: S comes from memory once and from L2 after that. Sums
+    over rows are added up in a fixed order by the caller: no atomics.
+    """
+    j = tl.program_id(0)
+    split = tl.program_id(1)
+    sums = rows.zero_blocks(CT_BLOCK, CS, CS_BLOCK, ACC)
+    sum_slope = tl.zeros((CT_BLOCK,), ACC)
+    sum_gamma = tl.zeros((CT_BLOCK,), ACC)
+    sum_beta = tl.zeros((CT_BLOCK,), ACC)
+    for tile in range(split * tiles, (split + 1) * tiles):
+        image, token, valid = rows.tile_places(tile * HB, image_rows, width, tokens, HB, WB)
+        from_student = image * student_image + token * student_token
+        from_teacher = image * teacher_image + token * teacher_token
+        blocks = rows.load_student(student, weight, from_student, valid, CS, CS_BLOCK, COMPUTE)
+        x = _projected(
+            blocks, student, from_student, valid, weight, weight_stride, bias, j,
+            CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
+        )  # fmt: skip
+        rstd = tl.zeros((HB * WB,), ACC)
+        mean_g = rstd
+        mean_gx = rstd
+        if gamma is not None:
+            row = image * tokens + token
+            mean, rstd, mean_g, mean_gx = rows.load_statistics(statistics, row, valid)
+            x = (x - mean[:, None]) * rstd[:, None]
+        _, half = _distance(
+            x, teacher, from_teacher, gamma, beta, valid, width, j,
+            CT, CT_BLOCK, HB, WB, SPECTRAL, ACC,
+        )  # fmt: skip
+        slope = _slope(half, x, gamma, rstd, mean_g, mean_gx, j, CT, CT_BLOCK, ACC)
+        slope = rows.inside(slope, valid, j, CT, CT_BLOCK)
+        if weight is not None:
+            sums = rows.add_outer(
+                sums, slope, student, from_student, valid,
+                CS, CS_BLOCK, COMPUTE, ACC, PRECISION,
+            )  # fmt: skip
+        sum_slope += tl.sum(slope, 0)
+        sum_gamma += tl.sum(half * x, 0)
+        sum_beta += tl.sum(half, 0)
+    if weight is not None:
+        rows.store_weight_partial(weight_partial, split, j, sums, CT, CS, CT_BLOCK, CS_BLOCK)
+    channel = j * CT_BLOCK + tl.arange(0, CT_BLOCK)
+    at = vector_partial + split * (3 * CT) + channel
+    tl.store(at, sum_slope, mask=channel < CT)
+    tl.store(at + CT, sum_gamma, mask=channel < CT)
+    tl.store(at + 2 * CT, sum_beta, mask=channel < CT)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes of a launch: places (rows) of a tile, and channels of a block."""
+
+    rows: int
+    student_block: int
+    teacher_block: int
+    num_warps: int = 8
+    num_stages: int = 1
+
+
+def loss_config(student_width: int, teacher_width: int, compute: torch.dtype) -> Config:
+    """Tiles of `loss_and_student_gradient`, by the registers that compilation ahead shows."""
+    return Config(
+        32 if compute.itemsize == 2 else 16,
+        channel_block(student_width, compute),
+        min(64, channel_block(teacher_width, compute)),
+    )
+
+
+def gradient_config(student_width: int, teacher_width: int, compute: torch.dtype) -> Config:
+    """Tiles of `parameter_gradients`: dW of a block, (teacher_block, Cs), stays in registers."""
+    return Config(
+        32 if compute.itemsize == 2 else 16,
+        min(64, channel_block(student_width, compute)),
+        min(32, channel_block(teacher_width, compute)),
+        num_warps=4,
+    )
+
+
+def split_count(rows: int) -> int:
+    """Programs that share the rows of dW: 1,024 each, as fewer would write more partial sums than
+    they read rows, and no more than a GPU of 132 processors needs with three channel blocks."""
+    return max(1, min(44, rows // 1024))
+
+
+class Parameters(NamedTuple):
+    """The projector's and the LayerNorm's; None where there is none."""
+
+    weight: Tensor | None  # (Ct, Cs)
+    bias: Tensor | None  # (Ct,)
+    gamma: Tensor | None  # (Ct,)
+    beta: Tensor | None  # (Ct,)
+
+
+def _tiles(config: Config, width: int) -> tuple[int, int]:
+    """HB and WB: image rows of a tile and their places, `width` tokens in each."""
+    places = triton.next_power_of_2(width)
+    return max(1, config.rows // places), places
+
+
+def _arguments(
+    student: Tensor,
+    teacher: Tensor,
+    parameters: Parameters,
+    width: int,
+    compute: torch.dtype,
+    config: Config,
+) -> dict[str, Any]:
+    """The arguments that the kernels share; a `width` of 0 is the mse."""
+    batch, tokens, _ = student.shape
+    columns = width or 1
+    image_rows, places = _tiles(config, columns)
+    weight = parameters.weight
+    return {
+        "student": student,
+        "teacher": teacher,
+        **parameters._asdict(),
+        "student_image": student.stride(0),
+        "student_token": student.stride(1),
+        "teacher_image": teacher.stride(0),
+        "teacher_token": teacher.stride(1),
+        "weight_stride": 0 if weight is None else weight.stride(0),
+        "tokens": tokens,
+        "width": columns,
+        "image_rows": batch * tokens // columns,
+        "CS": student.shape[2],
+        "CT": teacher.shape[2],
+        "CS_BLOCK": config.student_block,
+        "CT_BLOCK": config.teacher_block,
+        "HB": image_rows,
+        "WB": places,
+        "SPECTRAL": width > 0,
+        "COMPUTE": triton_type(compute),
+        "ACC": triton_type(accumulator_type(compute)),
+        "PRECISION": matmul_precision(compute),
+    }
+
+
+def forward(
+    student: Tensor,
+    teacher: Tensor,
+    parameters: Parameters,
+    *,
+    eps: float,
+    width: int,
+    compute: torch.dtype,
+    need_student: bool,
+    need_parameters: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """sum(E H), the student's gradient without the loss's scale, and the row statistics.
+
+    Args:
+        student, teacher: (B, N, Cs) and (B, N, Ct); copied where channels are not adjacent.
+        eps: LayerNorm's epsilon.
+        width: columns of the patch grid for the spectral metric, 0 for the mse.
+        compute: type of the products' operands.
+        need_student: form dS (B, N, Cs), in the student's dtype.
+        need_parameters: keep the (B N, 4) statistics that `backward` needs, where there is a norm.
+
+    Returns:
+        A scalar, dS / (2 scale) and the statistics, None where not needed.
+    """
+    student, teacher = channels_adjacent(student), channels_adjacent(teacher)
+    parameters = Parameters(*(None if p is None else channels_adjacent(p) for p in parameters))
+    batch, tokens, channels = student.shape
+    norm = parameters.gamma is not None
+    config = loss_config(channels, teacher.shape[2], compute)
+    arguments = _arguments(student, teacher, parameters, width, compute, config)
+    programs = triton.cdiv(arguments["image_rows"], arguments["HB"])
+    kind = accumulator_type(compute)
+    partial = student.new_empty(programs, dtype=kind)
+    gradient = student.new_empty(student.shape) if need_student else None
+    statistics = None
+    if need_parameters and norm:
+        statistics = student.new_empty(batch * tokens, 4, dtype=kind)
+    launch(
+        loss_and_student_gradient,
+        (programs,),
+        {
+            **arguments,
+            "gradient": gradient,
+            "statistics": statistics,
+            "partial": partial,
+            "eps": eps,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return partial.sum(), gradient, statistics
+
+
+def backward(
+    student: Tensor,
+    teacher: Tensor,
+    parameters: Parameters,
+    statistics: Tensor | None,
+    *,
+    width: int,
+    compute: torch.dtype,
+) -> tuple[Tensor | None, Tensor]:
+    """The parameters' gradients without the loss's scale.
+
+    Returns:
+        dW (Ct, Cs) or None, and (3, Ct): of the bias, of the norm's weight, of its bias; all in
+        the accumulators' dtype.
+    """
+    student, teacher = channels_adjacent(student), channels_adjacent(teacher)
+    parameters = Parameters(*(None if p is None else channels_adjacent(p) for p in parameters))
+    batch, tokens, channels = student.shape
+    config = gradient_config(channels, teacher.shape[2], compute)
+    arguments = _arguments(student, teacher, parameters, width, compute, config)
+    tiles = triton.cdiv(arguments["image_rows"], arguments["HB"])
+    per_split = triton.cdiv(tiles, split_count(batch * tokens))
+    splits = triton.cdiv(tiles, per_split)
+    kind, width_out = accumulator_type(compute), teacher.shape[2]
+    weight_partial = None
+    if parameters.weight is not None:
+        weight_partial = student.new_empty(splits, width_out, channels, dtype=kind)
+    vector_partial = student.new_empty(splits, 3, width_out, dtype=kind)
+    launch(
+        parameter_gradients,
+        (triton.cdiv(width_out, config.teacher_block), splits),
+        {
+            **arguments,
+            "statistics": statistics,
+            "weight_partial": weight_partial,
+            "vector_partial": vector_partial,
+            "tiles": per_split,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    d_weight = None if weight_partial is None else weight_partial.sum(0)
+    return d_weight, vector_partial.sum(0)

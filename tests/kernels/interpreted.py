@@ -28,22 +28,77 @@ PROBLEMS = [
 # (name, file, what stands there, what a slip would have put there)
 MUTANTS = [
     ("zeroed gradient", "projected_feature_kd", "sums[k], k, CS", "sums[k] * 0, k, CS"),
-    ("gradient of the wrong sign", "projected_feature_kd", "rstd[:, None] * (g", "-rstd[:, None] * (g"),
+    (
+        "gradient of the wrong sign",
+        "projected_feature_kd",
+        "rstd[:, None] * (g",
+        "-rstd[:, None] * (g",
+    ),
     ("dropped mean(g)", "projected_feature_kd", "(g - mean_g[:, None] - ", "(g - "),
     ("dropped mean(g x_hat)", "projected_feature_kd", " - normed * mean_gx[:, None])", ")"),
-    ("dropped gamma", "projected_feature_kd", "g = half * rows.load_channels(gamma, j, CT, CT_BLOCK, ACC)[None, :]", "g = half"),
-    ("dropped epsilon", "projected_feature_kd", "squares / CT + eps", "squares / CT + 2 * eps + 1e-3"),
-    ("dropped spectral term", "rows", "total = rows + plain + sign * alternating", "total = rows + plain"),
-    ("dropped row sums", "rows", "total = rows + plain + sign * alternating", "total = rows + sign * alternating"),
-    ("alternating sum at odd widths", "rows", "tl.where(width % 2 == 0, alternating, 0.0)", "alternating"),
-    ("skipped last tile", "projected_feature_kd", "programs = triton.cdiv(", "programs = -1 + triton.cdiv("),
-    ("skipped last channel block", "projected_feature_kd", "for j in range(BLOCKS):", "for j in range(BLOCKS - 1):"),
-    ("skipped last split", "projected_feature_kd", "(split + 1) * tiles)", "(split + 1) * tiles - split)"),
+    (
+        "dropped gamma",
+        "projected_feature_kd",
+        "g = half * rows.load_channels(gamma, j, CT, CT_BLOCK, ACC)[None, :]",
+        "g = half",
+    ),
+    (
+        "dropped epsilon",
+        "projected_feature_kd",
+        "squares / CT + eps",
+        "squares / CT + 2 * eps + 1e-3",
+    ),
+    (
+        "dropped spectral term",
+        "rows",
+        "total = rows + plain + sign * alternating",
+        "total = rows + plain",
+    ),
+    (
+        "dropped row sums",
+        "rows",
+        "total = rows + plain + sign * alternating",
+        "total = rows + sign * alternating",
+    ),
+    (
+        "alternating sum at odd widths",
+        "rows",
+        "tl.where(width % 2 == 0, alternating, 0.0)",
+        "alternating",
+    ),
+    (
+        "skipped last tile",
+        "projected_feature_kd",
+        "programs = triton.cdiv(",
+        "programs = -1 + triton.cdiv(",
+    ),
+    (
+        "skipped last channel block",
+        "projected_feature_kd",
+        "for j in range(BLOCKS):",
+        "for j in range(BLOCKS - 1):",
+    ),
+    (
+        "skipped last split",
+        "projected_feature_kd",
+        "(split + 1) * tiles)",
+        "(split + 1) * tiles - split)",
+    ),
     ("wrong stride of the weight", "rows", "out[:, None] * stride", "out[:, None] * (stride - 1)"),
-    ("wrong stride of the teacher", "projected_feature_kd", "image * teacher_image", "image * student_image"),
-    ("swapped statistics", "rows", "tl.join(tl.join(a, c), tl.join(b, d))", "tl.join(tl.join(a, d), tl.join(b, c))"),
+    (
+        "wrong stride of the teacher",
+        "projected_feature_kd",
+        "image * teacher_image",
+        "image * student_image",
+    ),
+    (
+        "swapped statistics",
+        "rows",
+        "tl.join(tl.join(a, c), tl.join(b, d))",
+        "tl.join(tl.join(a, d), tl.join(b, c))",
+    ),
     ("dropped bias", "rows", "total += load_channels(bias", "total += 0 * load_channels(bias"),
-]  # fmt: skip
+]
 
 
 def errors(kernels: ModuleType, problem: Problem) -> dict[str, float]:

@@ -21,7 +21,7 @@ PROBLEMS = [
     Problem(3, 9, 8, 8, 3, bias=True),
     Problem(1, 1, 5, 7, 1, norm="weight"),
     Problem(2, 800, 6, 10, 20, norm="none"),  # more tokens than a chunk has rows
-    Problem(2, 500, 6, 10, 0, bias=True),
+    Problem(2, 1000, 6, 10, 0, bias=True),
     Problem(5, 12, 7, 7, 4, projector=False, norm="none"),
     Problem(5, 12, 7, 7, 3, projector=False),
 ]
@@ -205,7 +205,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_tensor_of_all_rows_by_teacher_channels():
-    student, teacher, weight, _, gamma, beta = Problem(16, 196, 8, 64).tensors(torch.float32)
+    student, teacher, weight, _, gamma, beta = Problem(32, 196, 8, 64).tensors(torch.float32)
     Largest.elements = 0
     with Largest():
         cpu.sweep(

@@ -173,6 +173,14 @@ TABLE = [
     ),
     faults("global past the end", "out-of-bounds", "ld.global.u32 %r5, [%rd1+@@];", "772", "768"),
     faults("global before the start", "out-of-bounds", "ld.global.u32 %r5, [%rd1+@@];", "-4", "0"),
+    # a null pointer's neighbour, whose end is where addresses start again
+    faults(
+        "global just before zero",
+        "out-of-bounds",
+        "add.s64 %rd2, %rd1, 4;\n@@\nld.global.u32 %r5, [%rd2+-4];",
+        "mov.u64 %rd2, 0;",
+        "",
+    ),
     faults(
         "shared past the end", "out-of-bounds", SHARED + "st.shared.u32 [%r2+@@], %r0;", "4", "0"
     ),

@@ -115,7 +115,8 @@ inline s32 find_allocation(LaunchState& launch, u64 address, u32 bytes) {
   static thread_local u32 last = 0;
   auto holds = [&](u32 i) {
     const Allocation& a = launch.allocations[i];
-    return address >= a.address && address + bytes <= a.address + a.bytes;
+    const u64 offset = address - a.address;  // huge where the address lies before
+    return offset < a.bytes && bytes <= a.bytes - offset;
   };
   if (last < launch.allocation_count && holds(last)) return (s32)last;
   for (u32 i = 0; i < launch.allocation_count; i++)

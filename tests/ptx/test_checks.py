@@ -49,6 +49,15 @@ ASYNC += "cp.async.commit_group;\n@@\nld.shared.f32 %f1, [%r5];\nst.global.f32 [
 NAMED = SHARED + "setp.lt.u32 %p0, %r0, 64;\n@!%p0 bra END;\nst.shared.u32 [%r2], %r0;\n@@\n"
 NAMED += "xor.b32 %r5, %r1, 128;\nmov.u32 %r6, s;\nadd.u32 %r5, %r5, %r6;\n"
 NAMED += "ld.shared.u32 %r7, [%r5];\nst.global.u32 [%rd1], %r7;\nEND:\n"
+# half of the threads only arrive: what they do before is ordered, what they do after is not
+ARRIVE = SHARED + "setp.ge.u32 %p0, %r0, 32;\n@%p0 bra WAIT;\n@@\nmov.u32 %r7, 0;\nbra END;\n"
+ARRIVE += "WAIT:\nbar.sync 1, 64;\nld.shared.u32 %r7, [%r3];\nEND:\nst.global.u32 [%rd1], %r7;"
+BEFORE = "st.shared.u32 [%r2], %r0;\nbar.arrive 1, 64;"
+AFTER = "bar.arrive 1, 64;\nst.shared.u32 [%r2], %r0;"
+# one warp writes and ends, the other one passes a barrier of its own
+GONE = SHARED + "setp.lt.u32 %p0, %r0, 32;\n@%p0 bra LOW;\nst.shared.u32 [%r2], %r0;\n@@\n"
+GONE += "bra END;\nLOW:\nbar.sync 1, COUNT;\nbar.sync 2, 32;\nld.shared.u32 %r7, [%r3];\n"
+GONE += "st.global.u32 [%rd1], %r7;\nEND:\n"
 LOCAL = ".local .align 4 .b8 depot[32];\nmov.u64 %rd2, depot;\nmov.u32 %r5, 3;\n@@\n"
 LOCAL += "ld.local.u32 %r6, [%rd2+4];\nst.global.u32 [%rd1], %r6;"
 SPIN = "mov.u32 %r5, 0;\nLOOP:\nadd.u32 %r5, %r5, @@;\nsetp.lt.u32 %p0, %r5, 9;\n@%p0 bra LOOP;\n"
@@ -90,6 +99,13 @@ TABLE = [
         "bar.warp.sync -1;",
         "bar.sync 1, 64;",
         threads=128,
+    ),
+    faults("write after an arrival", "shared-race", ARRIVE, AFTER, BEFORE),
+    Fault(
+        "writer that ends before a barrier of others",
+        {"shared-race"},
+        GONE.replace("COUNT", "32").replace("@@", ""),
+        GONE.replace("COUNT", "64").replace("@@", "bar.arrive 1, 64;"),
     ),
     faults(
         "two threads write one place",

@@ -6,8 +6,10 @@ inline void Block::release(Barrier& barrier) {
   if (kCheck && !barrier.expected && alive < count && !barrier.waiting.empty())
     report(cluster.threads[barrier.waiting[0]], DIVERGENT_BARRIER, barrier.line);  // some have left
   if constexpr (kCheck) {
-    if (barrier.joined.size() >= cluster.alive) cluster.clocks.join_all();
-    else cluster.clocks.join(barrier.joined, barrier.waiting);
+    // where threads are counted, one that has ended or only arrived learns nothing of the others
+    const u32 everybody = barrier.expected ? count * (u32)cluster.blocks.size() : cluster.alive;
+    if (barrier.waiting.size() >= everybody) cluster.clocks.join_all();
+    else cluster.clocks.join(barrier.waiting, barrier.arriving);
   }
   if constexpr (kCount) {
     worker.totals[T_BARRIERS]++;
@@ -46,7 +48,7 @@ inline u32 barrier_(Thread& t, u32 id, u32 expected, bool wait, bool vote, u32 l
   barrier.line = line;
   barrier.arrived++;
   barrier.votes += vote;
-  barrier.joined.push_back(t.self);
+  if (kCheck && !wait) b.cluster.clocks.release(t.self, barrier.arriving);
   if (wait) {
     barrier.waiting.push_back(t.self);
     t.state = AT_BARRIER, t.line = line, t.barrier = id;
@@ -137,7 +139,7 @@ inline bool try_complete(Block& b, u32 first, u32 leader) {
       std::vector<u32> members;
       for (u32 rest = mask; rest; rest &= rest - 1) members.push_back(w[__builtin_ctz(rest)].self);
       if (mask == living(b, first)) b.cluster.clocks.join_warp(members);
-      else b.cluster.clocks.join(members, members);
+      else b.cluster.clocks.join(members);
     }
   }
   return true;

@@ -109,7 +109,8 @@ struct Thread {
 
 struct Barrier {
   u32 arrived = 0, line = 0, expected = 0, votes = 0;
-  std::vector<u32> waiting, joined;  // threads of the cluster
+  std::vector<u32> waiting;  // threads of the cluster
+  Knowledge arriving;        // of those that arrived and went on, as it was then
 };
 
 struct ClusterBarrier {

@@ -13,7 +13,7 @@ inline void Block::release(Barrier& barrier) {
   }
   if constexpr (kCount) {
     worker.totals[T_BARRIERS]++;
-    flush_log();
+    if (barrier.waiting.size() == alive) flush_log();  // else some warp is between two of its lanes
   }
   for (u32 i : barrier.waiting) {
     cluster.threads[i].state = READY;

@@ -136,10 +136,10 @@ struct Mbarrier {
   std::vector<Landing> landings;
 };
 
-// one access of one lane, kept until the block's next barrier to find what its warp did together
+// one access of one lane, kept until all of the block meet to find what its warp did together
 struct Logged {
   u64 address;
-  u32 warp, site, run, bytes;
+  u32 thread, site, run, bytes;
 };
 
 struct LaunchState {

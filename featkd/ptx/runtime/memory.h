@@ -181,7 +181,7 @@ inline void log_access(Thread& t, Space space, u64 address, u32 bytes, Access ki
     if (space == GLOBAL) w.totals[kind == READ ? T_READ_BYTES : T_WRITE_BYTES] += bytes;
     // the site's low bits say what it is: 0 shared, 1 global read, 2 global write
     const u32 tag = space == SHARED ? 0 : kind == READ ? 1 : 2;
-    t.block->log.push_back({address, t.warp, site << 2 | tag, t.runs[site]++, bytes});
+    t.block->log.push_back({address, t.id, site << 2 | tag, t.runs[site]++, bytes});
   }
 }
 

@@ -42,6 +42,7 @@ LANES += "st.shared.u32 [%r2], %r0;\n@@\nld.shared.u32 %r7, [%r5];\nst.global.u3
 HALVES = "and.b32 %r8, %r0, 31;\nsetp.lt.u32 %p0, %r8, 16;\n"
 HALVES += "@%p0 bra LOW;\nbar.warp.sync 0xffff0000;\nbra END;\n"
 HALVES += "LOW:\nbar.warp.sync 0x0000ffff;\nEND:\n"
+BRANCHES = HALVES.replace("0xffff0000", "-1").replace("0x0000ffff", "-1")
 ACROSS = LANES.replace("xor.b32 %r5, %r1, 4", "xor.b32 %r5, %r1, 64")
 ASYNC = SHARED + "mul.wide.u32 %rd2, %r0, 16;\nadd.s64 %rd2, %rd0, %rd2;\nshl.b32 %r5, %r0, 4;\n"
 ASYNC += "mov.u32 %r6, s;\nadd.u32 %r5, %r5, %r6;\ncp.async.cg.shared.global [%r5], [%rd2], 16;\n"
@@ -92,6 +93,8 @@ TABLE = [
     faults("warp sync", "shared-race", LANES, "", "bar.warp.sync -1;"),
     faults("warp sync of half the lanes", "shared-race", ACROSS, HALVES, "bar.warp.sync -1;"),
     Fault("warp sync of the right half", set(), LANES.replace("@@", HALVES), ""),
+    # the lanes of a sync may come from different branches
+    Fault("warp sync at two lines", set(), LANES.replace("@@", BRANCHES), ""),
     faults(
         "named barrier of another group",
         "shared-race",

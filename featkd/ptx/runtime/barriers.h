@@ -123,7 +123,8 @@ inline bool try_complete(Block& b, u32 first, u32 leader) {
     Thread& o = w[__builtin_ctz(rest)];
     if (o.state != AT_WARP || o.mask != w[leader].mask || o.operation != w[leader].operation) return false;
   }
-  if (kCheck)
+  // since sm_70 lanes may meet in a sync from different branches
+  if (kCheck && w[leader].operation != W_SYNC)
     for (u32 rest = mask; rest; rest &= rest - 1) {
       Thread& o = w[__builtin_ctz(rest)];
       if (o.line != w[leader].line) {

@@ -182,6 +182,15 @@ TABLE = [
         threads=256,
     ),
     faults(
+        "sum into an output that nobody set to zero",
+        "uninitialised-read",
+        "@@\nred.global.add.u32 [%rd1], %r0;",
+        "",
+        "st.global.u32 [%rd1], 0;",
+        output=True,
+        threads=256,
+    ),
+    faults(
         "output with a gap",
         "unwritten-output",
         "setp.ne.u32 %p0, %r0, 5;\n@@ st.global.u32 [%rd1], %r0;",

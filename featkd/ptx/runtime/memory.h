@@ -144,17 +144,14 @@ inline u8* global_access(Thread& t, u64 address, u32 bytes, u32 align, Access ki
     }
     const Allocation& a = launch.allocations[found];
     const u64 offset = address - a.address;
-    if (kind != READ) std::fill_n(&launch.written[found][offset], bytes, 1);
+    u8* written = &launch.written[found][offset];
+    const bool unwritten = kind != WRITE && a.poisoned && std::find(written, written + bytes, 0) != written + bytes;
+    if (kind != READ) std::fill_n(written, bytes, 1);
     if constexpr (kCount)
       if (kind != WRITE) std::fill_n(&launch.read[found][offset], bytes, 1);
     if constexpr (kCheck) {
       if (address % align) report(t, MISALIGNED, line, GLOBAL, offset, bytes, found);
-      if (kind == READ && a.poisoned)
-        for (u32 i = 0; i < bytes; i++)
-          if (!launch.written[found][offset + i]) {
-            report(t, UNINITIALISED, line, GLOBAL, offset, bytes, found);
-            break;
-          }
+      if (unwritten) report(t, UNINITIALISED, line, GLOBAL, offset, bytes, found);
       const u64 key = ((u64)t.block->cluster.linear + 1) << 32 | line;
       for (u64 c = offset / a.granule; c <= (offset + bytes - 1) / a.granule; c++) {
         race(t, w.global_cells[found][c], kind, same, GLOBAL_RACE, line, GLOBAL, offset, bytes, found);

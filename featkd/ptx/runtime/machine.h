@@ -42,6 +42,7 @@ struct Report {
 struct Allocation {
   u64 address, bytes;
   u32 granule, poisoned;  // granule: bytes a race cell covers
+  const u8* gaps;         // of a poisoned one: 2 for each byte between its elements; null where none
 };
 
 enum State : u8 { READY, AT_WARP, AT_BARRIER, AT_CLUSTER, DONE };
@@ -154,7 +155,7 @@ struct LaunchState {
   u32 stack_bytes, local_bytes, sites, classes;
   std::chrono::steady_clock::time_point deadline;
   std::atomic<bool> stop{false};
-  // per allocation: bytes written (poisoned or counted), bytes read; and per granule six keys of
+  // per allocation: bytes written (1; 2 in gaps, which nobody has to write), bytes read; and per granule six keys of
   // the clusters that touched it
   std::vector<std::vector<u8>> written, read;
   std::vector<std::vector<std::atomic<u64>>> touched;

@@ -84,6 +84,16 @@ def test_attention(dtype):
     close(o, want, 2.0**15 if dtype == torch.float32 else 2)
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+def test_hints_at_caches(arch):
+    x, y, o = random(300, dtype=torch.float32), random(300, dtype=torch.float32), torch.empty(300)
+    launch = run_triton(
+        *(kernels.evicting_sum, 2, x, y, o, 300), **dict(BLOCK=256, arch=arch, outputs=["o"])
+    )
+    assert launch.reports == ()
+    assert (o == x + y).all()
+
+
 def test_arguments_by_name_and_missing_ones():
     x, o = random(5, 200, dtype=torch.float32), torch.empty(5)
     assert run_triton(kernels.row_mean, 5, x=x, o=o, n=200, BLOCK=256).reports == ()

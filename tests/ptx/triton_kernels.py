@@ -92,3 +92,8 @@ def evicting_sum(x, y, o, n, BLOCK: tl.constexpr):
     first = tl.load(x + at, mask=at < n, eviction_policy="evict_first")
     last = tl.load(y + at, mask=at < n, eviction_policy="evict_last")
     tl.store(o + at, first + last, mask=at < n, eviction_policy="evict_first")
+
+
+@triton.jit(do_not_specialize=["free"], do_not_specialize_on_alignment=["unaligned"])
+def integers(o, plain, free, unaligned, wide: tl.int64):
+    tl.store(o, plain + free + unaligned + wide)

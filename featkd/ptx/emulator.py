@@ -7,6 +7,7 @@ import math
 import os
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ class _RawAllocation(ctypes.Structure):
         ("bytes", ctypes.c_uint64),
         ("granule", ctypes.c_uint32),
         ("poisoned", ctypes.c_uint32),
+        ("gaps", ctypes.c_void_p),
     ]
+    kept: np.ndarray | None = None  # what `gaps` points to
 
 
 class _RawLaunch(ctypes.Structure):
@@ -62,24 +65,49 @@ def _signature(kernel: Kernel) -> str:
     return f"{kernel.name}({', '.join(one(p) for p in kernel.parameters)})"
 
 
-def _memory(value: object) -> tuple[int, int, int] | None:
-    """Address, bytes from it to the last element, and element size of an array; else None."""
+@dataclass(frozen=True)
+class _Memory:
+    """Where an array lies; `bytes` from its address to the end of the last element."""
+
+    address: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    item: int
+
+    @property
+    def bytes(self) -> int:
+        if 0 in self.sizes:
+            return 0
+        return self.item + sum((n - 1) * s for n, s in zip(self.sizes, self.strides, strict=True))
+
+    def poison(self) -> np.ndarray | None:
+        """Fill the elements with 0xFF; returns a 2 for each byte between them, None without any."""
+        if self.bytes <= math.prod(self.sizes) * self.item:
+            ctypes.memset(self.address, 0xFF, self.bytes)
+            return None
+        gaps = np.full(self.bytes, 2, np.uint8)
+        memory = np.ctypeslib.as_array((ctypes.c_uint8 * self.bytes).from_address(self.address))
+        for target, value in ((memory, 0xFF), (gaps, 0)):
+            shape, strides = (*self.sizes, self.item), (*self.strides, 1)
+            np.lib.stride_tricks.as_strided(target, shape, strides)[...] = value
+        return gaps
+
+
+def _memory(value: object, name: str) -> _Memory | None:
+    """Where the array lies that argument `name` is; None where it is no array."""
     if isinstance(value, np.ndarray):
         sizes, strides, item = value.shape, value.strides, value.itemsize
         address = value.ctypes.data
     elif isinstance(value, torch.Tensor):
         if value.device.type != "cpu":
-            raise TypeError(f"tensor arguments must be on the CPU, got one on {value.device}")
+            raise TypeError(f"{name}: tensors must be on the CPU, got one on {value.device}")
         item, sizes = value.element_size(), tuple(value.shape)
         strides, address = tuple(s * item for s in value.stride()), value.data_ptr()
     else:
         return None
     if any(s < 0 for s in strides):
-        raise ValueError("array arguments must not have negative strides")
-    if 0 in sizes:
-        return address, 0, item
-    last = sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
-    return address, last + item, item
+        raise ValueError(f"{name}: arrays must not have negative strides, got {strides} bytes")
+    return _Memory(address, sizes, strides, item)
 
 
 def _scalar(value: Any, parameter: Variable) -> bytes | None:
@@ -87,9 +115,11 @@ def _scalar(value: Any, parameter: Variable) -> bytes | None:
     kind, size = parameter.type, parameter.bytes
     if isinstance(value, bytes):
         return value if len(value) == size else None
-    if isinstance(value, np.generic):
-        return value.tobytes() if value.nbytes == size else None
-    if parameter.count != 1:
+    if isinstance(value, np.generic) and value.nbytes == size:
+        # untyped parameters and structs take any bytes
+        same_kind = kind.startswith("f") == isinstance(value, np.floating)
+        return value.tobytes() if same_kind or kind.startswith("b") else None
+    if parameter.count != 1 or isinstance(value, np.generic):
         return None
     if isinstance(value, bool | int):
         if kind.startswith("f"):
@@ -170,25 +200,27 @@ class Emulator:
         data: list[bytes] = []
         allocations: list[_RawAllocation] = []
         places: dict[int, str] = {}
+        filled: dict[int, _Memory] = {}
         for i, (value, parameter) in enumerate(zip(args, kernel.parameters, strict=True)):
             is_map = isinstance(value, TensorMap)
-            memory = _memory(value.array if is_map else value)
+            memory = _memory(value.array if is_map else value, f"args[{i}]")
             if memory is not None:
                 if parameter.bytes != (MAP_BYTES if is_map else 8) or parameter.type[0] == "f":
                     takes = "tensor map" if is_map else "array"
                     raise TypeError(f"args[{i}]: {parameter.name} takes no {takes}; {expected}")
-                address, size, item = memory
-                data.append(value.pack() if is_map else struct.pack("<Q", address))
+                data.append(value.pack() if is_map else struct.pack("<Q", memory.address))
                 places[len(allocations)] = f"args[{i}]"
-                granule = item if item in (1, 2, 4) else 4 if item % 4 == 0 else 1
-                poisoned = i in outputs
-                if poisoned:
-                    ctypes.memset(address, 0xFF, size)
-                allocations.append(_RawAllocation(address, size, granule, poisoned))
+                granule = math.gcd(memory.item, 4)
+                if i in outputs:
+                    filled[len(allocations)] = memory
+                allocations.append(
+                    _RawAllocation(memory.address, memory.bytes, granule, i in outputs)
+                )
                 continue
             if i in outputs:
                 raise TypeError(f"outputs: args[{i}] is no array")
-            packed = b"\0" * 8 if value is None and parameter.bytes == 8 else None
+            is_null = value is None and parameter.bytes == 8 and parameter.type[0] != "f"
+            packed = b"\0" * 8 if is_null else None
             packed = packed or _scalar(value, parameter)
             if packed is None or (parameter.pointer and value is not None):
                 got = f"{type(value).__name__} {value!r:.40}"
@@ -196,6 +228,10 @@ class Emulator:
                     f"args[{i}]: {got} does not fit .{parameter.type} {parameter.name}; {expected}"
                 )
             data.append(packed)
+        for place, memory in filled.items():
+            gaps = memory.poison()
+            if gaps is not None:
+                allocations[place].kept, allocations[place].gaps = gaps, gaps.ctypes.data
         for name, size, ptx_name in self.program.globals:
             function = getattr(self._library, f"{name}_address")
             function.restype = ctypes.c_void_p

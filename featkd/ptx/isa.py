@@ -318,6 +318,7 @@ TABLE: dict[str, tuple[Form | Code, ...]] = {
     "membar": (special.nothing,),
     "prefetch": (special.nothing,),
     "prefetchu": (special.nothing,),
+    "createpolicy": (special.cache_policy,),
 }
 
 _MEMORY = ("ld", "ldu", "st", "atom", "red", "cp", "ldmatrix", "stmatrix")

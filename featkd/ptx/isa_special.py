@@ -25,6 +25,12 @@ def nothing(site: Site) -> str:
     return ";"
 
 
+def cache_policy(site: Site) -> str:
+    """There are no caches here: any policy is 0."""
+    site.only("fractional", "L2::evict_first", "L2::evict_last", "L2::evict_normal")
+    return site.assign(site.operands[0], "(u64)0")
+
+
 # ---- moves and comparisons
 
 
@@ -245,7 +251,9 @@ def _space(site: Site) -> str:
 
 
 def load_store(site: Site) -> str:
-    hints = [m for m in site.modifiers if re.fullmatch(r"L[12]::(evict_\w+|no_allocate|\d+B)", m)]
+    # a cache hint comes with a policy as the last operand
+    hint = r"L[12]::(evict_\w+|no_allocate|\d+B|cache_hint)"
+    hints = [m for m in site.modifiers if re.fullmatch(hint, m)]
     cache = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc")
     spaces = (*_SPACES, "param")
     site.only("v2", "v4", *spaces, *cache, *hints, *_SCOPES, *_ORDERS)

@@ -175,10 +175,6 @@ class Module:
     variables: list[Variable]
     functions: list[Function]
 
-    @property
-    def kernels(self) -> dict[str, Function]:
-        return {f.name: f for f in self.functions if f.entry}
-
 
 def split_list(text: str) -> list[str]:
     """Split at the commas outside brackets."""
@@ -237,10 +233,9 @@ def parse_variables(text: str, line: int) -> list[Variable]:
     Raises:
         PtxError: it is no declaration.
     """
-    first, *rest = split_list(text)
     variables: list[Variable] = []
     attributes: list[str] = []
-    for part in [first, *rest]:
+    for part in split_list(text):
         match = _VARIABLE.match(part)
         if not match:
             raise PtxError(f"PTX line {line}: cannot read declaration {part[:80]!r}")
@@ -251,13 +246,11 @@ def parse_variables(text: str, line: int) -> list[Variable]:
             raise PtxError(f"PTX line {line}: cannot read declaration {part[:80]!r}")
         align = int(attributes[attributes.index("align") + 1]) if "align" in attributes else 0
         pointer = "ptr" in attributes
-        count = 1
+        count, names = 1, [match["name"]]
         for size in re.findall(r"\[([^\]]*)\]", match["dims"]):
             count = count * int(size) if size.strip() else -1
         if match["count"]:
             names = [f"{match['name']}{i}" for i in range(int(match["count"][1:-1]))]
-        else:
-            names = [match["name"]]
         align = (0 if pointer else align) or SIZES.get(kind, 1)
         variables += [
             Variable(space, kind, name, count, align, line, match["init"], pointer)

@@ -64,6 +64,14 @@ def _specialise(name: str, value: Any) -> tuple[str, bool]:
     raise TypeError(f"{name}: expected a tensor or a number, got {type(value).__name__}")
 
 
+def _is_constant(parameter: Any, value: Any) -> bool:
+    """Whether a launch compiles the value in: None, and the integer 1 unless told otherwise."""
+    if parameter.is_constexpr or value is None:
+        return True
+    free = parameter.do_not_specialize or parameter.annotation_type
+    return type(value) is int and value == 1 and not free
+
+
 @lru_cache(maxsize=64)
 def _emulator(ptx: str, check: bool, count: bool) -> Emulator:
     return Emulator(ptx, check=check, count=count)
@@ -87,13 +95,13 @@ def compile_triton(
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        # a launch turns None and the integer 1 into constants, unless told not to specialise
-        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or is_one:
+        if _is_constant(parameter, value):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
-        signature[parameter.name], divisible = _specialise(parameter.name, value)
-        if divisible and not parameter.do_not_specialize:
+        kind, divisible = _specialise(parameter.name, value)
+        signature[parameter.name] = parameter.annotation_type or kind
+        free = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+        if divisible and not free:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {
@@ -152,14 +160,7 @@ def run_triton(
         raise TypeError(f"outputs: {', '.join(unknown)} are no tensor arguments")
     compiled = compile_triton(kernel, arguments, arch, num_warps, num_stages, enable_fp_fusion)
     emulator = _emulator(compiled.asm["ptx"], check, count)
-    constant = {
-        p.name
-        for p in kernel.params
-        if p.is_constexpr
-        or arguments[p.name] is None
-        or (type(arguments[p.name]) is int and arguments[p.name] == 1 and not p.do_not_specialize)
-    }
-    names = [p.name for p in kernel.params if p.name not in constant]
+    names = [p.name for p in kernel.params if not _is_constant(p, arguments[p.name])]
     # the compiler adds two pointers to scratch memory, which these kernels leave alone
     scratch = compiled.metadata.global_scratch_size + compiled.metadata.profile_scratch_size
     if scratch:

@@ -76,6 +76,8 @@ mapa.shared::cluster.u32 %r15, %r10, %r13;
     + OWN.replace("[%r3]", "[%r3+512]")
 )
 LEAVE = CLUSTER + "\n"
+REMOTE = SHARED + "mov.u32 %r12, %cluster_ctarank;\nxor.b32 %r12, %r12, 1;\n"
+REMOTE += "mapa.shared::cluster.u32 %r13, %r2, %r12;\nst.shared::cluster.u32 [%r13], %r0;\n"
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ CASES = [
     ),
     case("multicast", MULTICAST + OWN + LEAVE, want=HALVES, cluster=2),
     case("between blocks", SWAP + LEAVE, want=EXCHANGED, cluster=2),
+    case("leaving while others write here", REMOTE, "cluster-exit", cluster=2),
+    case("leaving once they have written", REMOTE + LEAVE, want=np.zeros(128), cluster=2),
     case(
         "between blocks without a fence",
         SWAP.replace(FENCE, "") + LEAVE,

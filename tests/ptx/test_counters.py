@@ -41,6 +41,9 @@ mul.rn.f32 %f4, %f4, %f4;
 red.global.add.f32 [%rd0], %f4;"""
 LOCAL = ".local .align 4 .b8 depot[16];\nmov.u64 %rd2, depot;\nst.local.u32 [%rd2], %r0;\n"
 LOCAL += "ld.local.u32 %r5, [%rd2];\nst.global.u32 [%rd1], %r5;"
+# one warp reads while the other one passes a barrier of its own
+APART = "setp.lt.u32 %p0, %r0, 32;\n@%p0 bra LOW;\nld.global.u32 %r5, [%rd1];\nbra END;\n"
+APART += "LOW:\nbar.sync 1, 32;\nEND:\n"
 TWO = ".param .u64 a, .param .u64 b"
 
 
@@ -54,13 +57,14 @@ def emulator():
             kernel(TRANSPOSE.replace("PITCH", "132"), shared=32 * 33 * 4, name="padded"),
             kernel(WIDE, shared=512, name="wide"),
             kernel(LOCAL, name="local"),
+            kernel(APART, name="apart"),
         ),
         count=True,
     )
 
 
-def count(emulator, name, arrays, threads, grid=1):
-    launch = emulator.launch(name, arrays, grid, threads)
+def count(emulator, name, arrays, threads, grid=1, seed=0):
+    launch = emulator.launch(name, arrays, grid, threads, seed=seed)
     return launch.counters
 
 
@@ -104,9 +108,16 @@ def test_transpose(emulator, name, conflicts):
     assert c.barriers == 1
 
 
-def test_wide_accesses_flops_and_atomics(emulator):
+@pytest.mark.parametrize("seed", range(3))
+def test_a_barrier_of_one_warp_does_not_cut_an_access_of_another(emulator, seed):
+    c = count(emulator, "apart", [aligned(64)], 64, seed=seed)
+    assert (c.global_read_requests, c.global_read_sectors) == (1, 4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_wide_accesses_flops_and_atomics(emulator, seed):
     # 32 lanes of 16 bytes: 512 bytes, 16 sectors; shared memory moves them in 4 passes
-    c = count(emulator, "wide", [aligned(128)], 32)
+    c = count(emulator, "wide", [aligned(128)], 32, seed=seed)
     assert (c.global_read_bytes, c.global_read_sectors) == (512 + 0, 16)
     assert (c.shared_requests, c.shared_wavefronts, c.shared_conflicts) == (1, 4, 0)
     assert c.flops == {"fma.f32": 64, "add.f32": 32, "mul.f32": 32}

@@ -1,4 +1,4 @@
-"""Every instruction of the table, in every type it takes, is translated by some test."""
+"""Every instruction of the table, in every type, and every kind of report is in some test."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from featkd.ptx import isa
 from featkd.ptx.parser import Instruction, parse
+from featkd.ptx.reports import KINDS
 from featkd.ptx.site import Scope, Site
 from tests.ptx import (
     cases_bits,
@@ -18,6 +19,7 @@ from tests.ptx import (
     test_atomics,
     test_barriers,
     test_bulk,
+    test_checks,
     test_control,
     test_half_conversions,
     test_matrix,
@@ -79,6 +81,15 @@ def test_a_form_without_a_test_is_found(translated):
     missing = uncovered(table, translated)
     assert "newer" in missing
     assert {x for x in missing if not x.startswith("newer")} == {f"neg.new.{x}" for x in isa.INTS}
+
+
+def test_every_kind_has_a_planted_fault():
+    planted = set().union(*(f.kinds for f in (*test_checks.TABLE, *test_mbarrier.TABLE)))
+    # the first kind is the planted one, others may follow from it; a bulk copy's clean twin is
+    # the case with a result that its fault was made from
+    planted |= {c.kinds[0] for c in test_bulk.CASES if c.kinds}
+    planted |= {kind for _, kind in test_tensor_copies.BAD_MAPS.values()}
+    assert planted == set(KINDS)
 
 
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs ptxas, not found")

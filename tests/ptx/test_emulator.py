@@ -39,6 +39,8 @@ def test_arrays_of_numpy_and_torch_are_changed_in_place(emulator, make):
         ([np.zeros(8, np.float32), 2, 8], r"args\[1\]: int 2 does not fit \.f32 c; expected scale"),
         ([np.zeros(8, np.float32), 2.0, 2**40], r"args\[2\]: int 1099511627776 does not fit"),
         ([np.zeros(8, np.float32), 2.0, np.int64(3)], r"args\[2\]: int64"),
+        ([np.zeros(8, np.float32), np.int32(2), 8], r"args\[1\]: int32 .* does not fit \.f32 c"),
+        ([np.zeros(8, np.float32), 2.0, np.float32(8)], r"args\[2\]: float32 .* not fit \.s32 n"),
         ([3, 2.0, 8], r"args\[0\]: int 3 does not fit"),
         ([np.zeros(8, np.float32), np.zeros(2, np.float32), 8], r"args\[1\]: c takes no array"),
     ],
@@ -59,6 +61,54 @@ def test_wrong_names_and_sizes(emulator):
     with pytest.raises(ValueError, match="a block of sm_80 may have 166912"):
         emulator.launch("scale", args, 1, 8, shared_bytes=163 * 1024 + 1)
     emulator.launch("scale", args, 1, 8, shared_bytes=163 * 1024)
+
+
+STRIDED = """ld.param.u32 %r2, [n];
+mul.wide.u32 %rd2, %r0, %r2;
+add.s64 %rd2, %rd0, %rd2;
+setp.ne.u32 %p0, %r0, 5;
+@@ st.global.u32 [%rd2], %r0;"""
+
+
+@pytest.fixture(scope="module")
+def strided():
+    two = ".param .u64 a, .param .u32 n"
+    return Emulator(
+        together(
+            kernel(STRIDED.replace("@@", ""), two, name="all"),
+            kernel(STRIDED.replace("@@", "@%p0"), two, name="gap"),
+        ),
+        count=True,
+    )
+
+
+@pytest.mark.parametrize("make", [np.arange, torch.arange])
+def test_what_lies_between_the_elements_of_an_output_is_left_alone(strided, make):
+    base = make(48, dtype=np.int32 if make is np.arange else torch.int32)
+    launch = strided.launch("all", [base[::3], 12], 1, 16, outputs=[0])
+    assert launch.reports == ()
+    assert launch.counters.distinct_write_bytes == 64
+    assert [int(x) for x in base] == [x if x % 3 else x // 3 for x in range(48)]
+    (report,) = strided.launch("gap", [base[::3], 12], 1, 16, outputs=[0]).reports
+    assert report.kind == "unwritten-output"
+    assert "4 bytes at offset 60 of args[0]" in report.message
+
+
+def test_outputs_are_only_overwritten_by_a_launch(strided):
+    a = np.arange(4, dtype=np.int32)
+    with pytest.raises(TypeError, match="does not fit"):
+        strided.launch("all", [a, 2.5], 1, 4, outputs=[0])
+    assert a.tolist() == [0, 1, 2, 3]
+
+
+def test_arrays_that_no_kernel_can_use(strided):
+    with pytest.raises(ValueError, match=r"args\[0\]: arrays must not have negative strides"):
+        strided.launch("all", [np.arange(4)[::-1], 4], 1, 4)
+    with pytest.raises(TypeError, match=r"args\[0\]: tensors must be on the CPU, got one on meta"):
+        strided.launch("all", [torch.empty(4, device="meta"), 4], 1, 4)
+    empty = np.zeros((0, 3), np.int32)
+    (report,) = strided.launch("all", [empty, 4], 1, 1, outputs=[0]).reports
+    assert report.kind == "out-of-bounds"
 
 
 def test_newer_targets_and_what_is_not_ptx():
@@ -136,7 +186,8 @@ def test_portable_fibers_give_the_same_results_and_reports(monkeypatch):
         emulator, found = Emulator(ptx, count=True), []
         for name in ("clean", "faulty"):
             for seed in (0, 3):
-                a = np.zeros(128, np.uint32)
+                memory = np.zeros(136, np.uint32)
+                a = memory[-memory.ctypes.data % 32 // 4 :][:128]  # from a sector's start on
                 launch = emulator.launch(name, [a], 2, 128, seed=seed, workers=2)
                 found.append((a.tolist(), launch.reports, launch.counters))
         outcomes.append((emulator.library, found))

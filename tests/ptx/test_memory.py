@@ -59,6 +59,9 @@ MODIFIED = [
     "ld.global.cg.b32 %r5, [%rd3];\nst.global.cs.b32 [%rd4], %r5;",
     "ldu.global.b32 %r5, [%rd3];\nst.global.L1::evict_last.b32 [%rd4], %r5;",
     "ld.global.v2.b32 {%r5, %r6}, [%rd3+-0];\nst.global.v2.b32 [%rd4], {%r5, %r6};",
+    "createpolicy.fractional.L2::evict_first.b64 %rd6, 1.0;\n"
+    "ld.global.L1::evict_first.L2::cache_hint.b32 %r5, [%rd3], %rd6;\n"
+    "st.global.L1::evict_first.L2::cache_hint.b32 [%rd4], %r5, %rd6;",
     "cvta.to.global.u64 %rd6, %rd3;\nld.global.b32 %r5, [%rd6];\nst.b32 [%rd4], %r5;",
     "ld.global.b32 %r5, [%rd3];\nsub.s64 %rd6, %rd4, 4096;\nst.global.b32 [%rd6+4096], %r5;",
 ]

@@ -84,6 +84,28 @@ def test_attention(dtype):
     close(o, want, 2.0**15 if dtype == torch.float32 else 2)
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+def test_hints_at_caches(arch):
+    x, y, o = random(300, dtype=torch.float32), random(300, dtype=torch.float32), torch.empty(300)
+    launch = run_triton(
+        *(kernels.evicting_sum, 2, x, y, o, 300), **dict(BLOCK=256, arch=arch, outputs=["o"])
+    )
+    assert launch.reports == ()
+    assert (o == x + y).all()
+
+
+@pytest.mark.parametrize("n", [1, 16, 3])
+def test_integers_are_specialised_as_at_a_launch(n):
+    o = torch.zeros(1, dtype=torch.int64)
+    assert run_triton(kernels.integers, 1, o, n, n, n, n, outputs=["o"]).reports == ()
+    assert o.item() == 4 * n
+    arguments = dict(o=o, plain=n, free=n, unaligned=n, wide=n)
+    source = compile_triton(kernels.integers, arguments, 80, 4, 3).src
+    one, aligned = (n == 1) * ["constexpr"] or ["i32"], {0} | ({1, 4} if n == 16 else set())
+    assert list(source.signature.values()) == ["*i64", *one, "i32", *one, "i64"]
+    assert {i for (i,) in source.attrs} == aligned
+
+
 def test_arguments_by_name_and_missing_ones():
     x, o = random(5, 200, dtype=torch.float32), torch.empty(5)
     assert run_triton(kernels.row_mean, 5, x=x, o=o, n=200, BLOCK=256).reports == ()

@@ -84,3 +84,16 @@ def descriptor_matmul(a, b, c, K, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
     for k in range(0, K, DEPTH):
         total = tl.dot(a.load([m, k]), b.load([k, n]), total)
     c.store([m, n], total.to(c.dtype))
+
+
+@triton.jit
+def evicting_sum(x, y, o, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.load(x + at, mask=at < n, eviction_policy="evict_first")
+    last = tl.load(y + at, mask=at < n, eviction_policy="evict_last")
+    tl.store(o + at, first + last, mask=at < n, eviction_policy="evict_first")
+
+
+@triton.jit(do_not_specialize=["free"], do_not_specialize_on_alignment=["unaligned"])
+def integers(o, plain, free, unaligned, wide: tl.int64):
+    tl.store(o, plain + free + unaligned + wide)

@@ -6,12 +6,14 @@ inline void Block::release(Barrier& barrier) {
   if (kCheck && !barrier.expected && alive < count && !barrier.waiting.empty())
     report(cluster.threads[barrier.waiting[0]], DIVERGENT_BARRIER, barrier.line);  // some have left
   if constexpr (kCheck) {
-    if (barrier.joined.size() >= cluster.alive) cluster.clocks.join_all();
-    else cluster.clocks.join(barrier.joined, barrier.waiting);
+    // where threads are counted, one that has ended or only arrived learns nothing of the others
+    const u32 everybody = barrier.expected ? count * (u32)cluster.blocks.size() : cluster.alive;
+    if (barrier.waiting.size() >= everybody) cluster.clocks.join_all();
+    else cluster.clocks.join(barrier.waiting, barrier.arriving);
   }
   if constexpr (kCount) {
     worker.totals[T_BARRIERS]++;
-    flush_log();
+    if (barrier.waiting.size() == alive) flush_log();  // else some warp is between two of its lanes
   }
   for (u32 i : barrier.waiting) {
     cluster.threads[i].state = READY;
@@ -46,7 +48,7 @@ inline u32 barrier_(Thread& t, u32 id, u32 expected, bool wait, bool vote, u32 l
   barrier.line = line;
   barrier.arrived++;
   barrier.votes += vote;
-  barrier.joined.push_back(t.self);
+  if (kCheck && !wait) b.cluster.clocks.release(t.self, barrier.arriving);
   if (wait) {
     barrier.waiting.push_back(t.self);
     t.state = AT_BARRIER, t.line = line, t.barrier = id;
@@ -121,7 +123,8 @@ inline bool try_complete(Block& b, u32 first, u32 leader) {
     Thread& o = w[__builtin_ctz(rest)];
     if (o.state != AT_WARP || o.mask != w[leader].mask || o.operation != w[leader].operation) return false;
   }
-  if (kCheck)
+  // since sm_70 lanes may meet in a sync from different branches
+  if (kCheck && w[leader].operation != W_SYNC)
     for (u32 rest = mask; rest; rest &= rest - 1) {
       Thread& o = w[__builtin_ctz(rest)];
       if (o.line != w[leader].line) {
@@ -137,7 +140,7 @@ inline bool try_complete(Block& b, u32 first, u32 leader) {
       std::vector<u32> members;
       for (u32 rest = mask; rest; rest &= rest - 1) members.push_back(w[__builtin_ctz(rest)].self);
       if (mask == living(b, first)) b.cluster.clocks.join_warp(members);
-      else b.cluster.clocks.join(members, members);
+      else b.cluster.clocks.join(members);
     }
   }
   return true;

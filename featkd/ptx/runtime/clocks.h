@@ -41,17 +41,18 @@ struct Clocks {
   // all threads meet
   void join_all() { epoch++; }
 
-  // all of `members` have met; those of `learners` now know what every member did before
-  void join(const std::vector<u32>& members, const std::vector<u32>& learners) {
+  // all of `members` have met: each knows what the others did before, and what comes with `arriving`
+  void join(const std::vector<u32>& members, const Knowledge& arriving = {}) {
     open();
-    std::vector<u32> all(count, 0);
+    Knowledge all = arriving;
+    all.resize(count, 0);
     for (u32 m : members) merge(all, &seen[(size_t)m * count]);
     for (u32 m : members) all[m] = ++now[m];
-    for (u32 m : learners) std::copy(all.begin(), all.end(), &seen[(size_t)m * count]);
+    for (u32 m : members) std::copy(all.begin(), all.end(), &seen[(size_t)m * count]);
   }
 
   void join_warp(const std::vector<u32>& members) {
-    if (!seen.empty()) join(members, members);
+    if (!seen.empty()) join(members);
     for (u32 m : members) floors[m] = ++now[m];
   }
 

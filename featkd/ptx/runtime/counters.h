@@ -6,19 +6,21 @@
 inline void Block::flush_log() {
   u64* totals = worker.totals;
   std::stable_sort(log.begin(), log.end(), [](const Logged& a, const Logged& b) {
-    return std::tie(a.warp, a.site, a.run) < std::tie(b.warp, b.site, b.run);
+    const u32 warp_a = a.thread / 32, warp_b = b.thread / 32;
+    return std::tie(warp_a, a.site, a.run, a.thread) < std::tie(warp_b, b.site, b.run, b.thread);
   });
   for (size_t i = 0; i < log.size();) {
     size_t end = i;
-    while (end < log.size() && log[end].warp == log[i].warp && log[end].site == log[i].site && log[end].run == log[i].run) end++;
+    while (end < log.size() && log[end].thread / 32 == log[i].thread / 32 && log[end].site == log[i].site && log[end].run == log[i].run) end++;
     if ((log[i].site & 3) == 0) {
-      // wide accesses go in as many turns as it takes to move 128 bytes each
-      const size_t lanes = std::max<size_t>(1, 128 / std::max(log[i].bytes, 4u));
+      // wide accesses go in turns of so many lanes, side by side, that make 128 bytes
+      const u32 lanes = std::max(1u, 128 / std::max(log[i].bytes, 4u));
       totals[T_SHARED_REQUESTS]++;
-      for (size_t part = i; part < end; part += lanes) {
+      for (size_t part = i, next; part < end; part = next) {
         std::vector<u64> words;
-        for (size_t j = part; j < std::min(end, part + lanes); j++)
-          for (u64 word = log[j].address / 4; word <= (log[j].address + log[j].bytes - 1) / 4; word++) words.push_back(word);
+        const u32 turn = log[part].thread / lanes;
+        for (next = part; next < end && log[next].thread / lanes == turn; next++)
+          for (u64 word = log[next].address / 4; word <= (log[next].address + log[next].bytes - 1) / 4; word++) words.push_back(word);
         std::sort(words.begin(), words.end());
         words.erase(std::unique(words.begin(), words.end()), words.end());
         u32 banks[32] = {}, most = 0;

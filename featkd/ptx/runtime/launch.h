@@ -63,6 +63,7 @@ inline Outcome* run_launch(LaunchState& launch) {
     launch.written.resize(n), launch.read.resize(n);
     for (u32 i = 0; i < n; i++) {
       launch.written[i].resize(launch.allocations[i].bytes);
+      if (const u8* gaps = launch.allocations[i].gaps) std::copy_n(gaps, launch.written[i].size(), launch.written[i].begin());
       if (kCount) launch.read[i].resize(launch.allocations[i].bytes);
       if (kCheck) launch.touched.emplace_back(6 * (launch.allocations[i].bytes / launch.allocations[i].granule + 1));
     }

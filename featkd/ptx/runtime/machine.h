@@ -42,6 +42,7 @@ struct Report {
 struct Allocation {
   u64 address, bytes;
   u32 granule, poisoned;  // granule: bytes a race cell covers
+  const u8* gaps;         // of a poisoned one: 2 for each byte between its elements; null where none
 };
 
 enum State : u8 { READY, AT_WARP, AT_BARRIER, AT_CLUSTER, DONE };
@@ -109,7 +110,8 @@ struct Thread {
 
 struct Barrier {
   u32 arrived = 0, line = 0, expected = 0, votes = 0;
-  std::vector<u32> waiting, joined;  // threads of the cluster
+  std::vector<u32> waiting;  // threads of the cluster
+  Knowledge arriving;        // of those that arrived and went on, as it was then
 };
 
 struct ClusterBarrier {
@@ -135,10 +137,10 @@ struct Mbarrier {
   std::vector<Landing> landings;
 };
 
-// one access of one lane, kept until the block's next barrier to find what its warp did together
+// one access of one lane, kept until all of the block meet to find what its warp did together
 struct Logged {
   u64 address;
-  u32 warp, site, run, bytes;
+  u32 thread, site, run, bytes;
 };
 
 struct LaunchState {
@@ -153,7 +155,7 @@ struct LaunchState {
   u32 stack_bytes, local_bytes, sites, classes;
   std::chrono::steady_clock::time_point deadline;
   std::atomic<bool> stop{false};
-  // per allocation: bytes written (poisoned or counted), bytes read; and per granule six keys of
+  // per allocation: bytes written (1; 2 in gaps, which nobody has to write), bytes read; and per granule six keys of
   // the clusters that touched it
   std::vector<std::vector<u8>> written, read;
   std::vector<std::vector<std::atomic<u64>>> touched;

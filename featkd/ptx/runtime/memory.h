@@ -115,7 +115,8 @@ inline s32 find_allocation(LaunchState& launch, u64 address, u32 bytes) {
   static thread_local u32 last = 0;
   auto holds = [&](u32 i) {
     const Allocation& a = launch.allocations[i];
-    return address >= a.address && address + bytes <= a.address + a.bytes;
+    const u64 offset = address - a.address;  // huge where the address lies before
+    return offset < a.bytes && bytes <= a.bytes - offset;
   };
   if (last < launch.allocation_count && holds(last)) return (s32)last;
   for (u32 i = 0; i < launch.allocation_count; i++)
@@ -143,17 +144,14 @@ inline u8* global_access(Thread& t, u64 address, u32 bytes, u32 align, Access ki
     }
     const Allocation& a = launch.allocations[found];
     const u64 offset = address - a.address;
-    if (kind != READ) std::fill_n(&launch.written[found][offset], bytes, 1);
+    u8* written = &launch.written[found][offset];
+    const bool unwritten = kind != WRITE && a.poisoned && std::find(written, written + bytes, 0) != written + bytes;
+    if (kind != READ) std::fill_n(written, bytes, 1);
     if constexpr (kCount)
       if (kind != WRITE) std::fill_n(&launch.read[found][offset], bytes, 1);
     if constexpr (kCheck) {
       if (address % align) report(t, MISALIGNED, line, GLOBAL, offset, bytes, found);
-      if (kind == READ && a.poisoned)
-        for (u32 i = 0; i < bytes; i++)
-          if (!launch.written[found][offset + i]) {
-            report(t, UNINITIALISED, line, GLOBAL, offset, bytes, found);
-            break;
-          }
+      if (unwritten) report(t, UNINITIALISED, line, GLOBAL, offset, bytes, found);
       const u64 key = ((u64)t.block->cluster.linear + 1) << 32 | line;
       for (u64 c = offset / a.granule; c <= (offset + bytes - 1) / a.granule; c++) {
         race(t, w.global_cells[found][c], kind, same, GLOBAL_RACE, line, GLOBAL, offset, bytes, found);
@@ -180,7 +178,7 @@ inline void log_access(Thread& t, Space space, u64 address, u32 bytes, Access ki
     if (space == GLOBAL) w.totals[kind == READ ? T_READ_BYTES : T_WRITE_BYTES] += bytes;
     // the site's low bits say what it is: 0 shared, 1 global read, 2 global write
     const u32 tag = space == SHARED ? 0 : kind == READ ? 1 : 2;
-    t.block->log.push_back({address, t.warp, site << 2 | tag, t.runs[site]++, bytes});
+    t.block->log.push_back({address, t.id, site << 2 | tag, t.runs[site]++, bytes});
   }
 }
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from featkd.kernels import rows
+from featkd.kernels import distance, rows
 from featkd.kernels.launch import launch
 from featkd.kernels.shapes import (
     accumulator_type,
@@ -28,73 +28,6 @@ from featkd.kernels.shapes import (
     triton_type,
 )
 from torch import Tensor
-
-
-@triton.jit
-def _projected(
-    blocks, student, offsets, valid, weight, weight_stride, bias, j,
-    CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
-    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Channel block j of P, (rows, CT_BLOCK): without a weight the student's own channels."""
-    if weight is None:
-        result = rows.load_rows(student, offsets, valid, j, CT, CT_BLOCK).to(ACC)
-    else:
-        result = rows.project(
-            blocks, weight, weight_stride, bias, j,
-            CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
-        )  # fmt: skip
-    return result
-
-
-@triton.jit
-def _distance(
-    normed, teacher, offsets, gamma, beta, valid, width, j,
-    CT: tl.constexpr, CT_BLOCK: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr,
-    SPECTRAL: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """E and H of channel block j from x_hat (from P, where there is no norm); zero outside."""
-    output = normed
-    if gamma is not None:
-        output *= rows.load_channels(gamma, j, CT, CT_BLOCK, ACC)[None, :]
-    if beta is not None:
-        output += rows.load_channels(beta, j, CT, CT_BLOCK, ACC)[None, :]
-    target = rows.load_rows(teacher, offsets, valid, j, CT, CT_BLOCK).to(ACC)
-    error = rows.inside(output - target, valid, j, CT, CT_BLOCK)
-    half = error
-    if SPECTRAL:
-        half = rows.with_row_sums(error, width, HB, WB, CT_BLOCK, ACC)
-    return error, half
-
-
-@triton.jit
-def _slope(
-    half, normed, gamma, rstd, mean_g, mean_gx, j,
-    CT: tl.constexpr, CT_BLOCK: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """dP = rstd (g - mean(g) - x_hat mean(g x_hat)), g = gamma H; without a norm dP = H."""
-    result = half
-    if gamma is not None:
-        g = half * rows.load_channels(gamma, j, CT, CT_BLOCK, ACC)[None, :]
-        result = rstd[:, None] * (g - mean_g[:, None] - normed * mean_gx[:, None])
-    return result
-
-
-@triton.jit
-def _through_weight(
-    sums, slope, weight, weight_stride, valid, j,
-    CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
-    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dS + dP W over channel block j of dP: a block of dS an entry of the tuple."""
-    operand = rows.inside(slope, valid, j, CT, CT_BLOCK).to(COMPUTE)
-    result = ()
-    for k in tl.static_range(tl.cdiv(CS, CS_BLOCK)):
-        w = rows.load_weight(weight, weight_stride, j, k, CT, CS, CT_BLOCK, CS_BLOCK).to(COMPUTE)
-        result = result + (
-            tl.dot(operand, w, sums[k], input_precision=PRECISION, out_dtype=ACC),
-        )  # fmt: skip
-    return result
 
 
 @triton.jit
@@ -135,7 +68,7 @@ def loss_and_student_gradient(
     if gamma is not None:
         squares = tl.zeros((HB * WB,), ACC)
         for j in range(BLOCKS):
-            p = _projected(
+            p = distance.projected(
                 blocks, student, from_student, valid, weight, weight_stride, bias, j,
                 CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
             )  # fmt: skip
@@ -149,12 +82,12 @@ def loss_and_student_gradient(
             mean += shift * share
         rstd = 1.0 / tl.sqrt(squares / CT + eps)
         for j in range(BLOCKS):
-            p = _projected(
+            p = distance.projected(
                 blocks, student, from_student, valid, weight, weight_stride, bias, j,
                 CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
             )  # fmt: skip
             x = (p - mean[:, None]) * rstd[:, None]
-            error, half = _distance(
+            error, half = distance.error_and_half(
                 x, teacher, from_teacher, gamma, beta, valid, width, j,
                 CT, CT_BLOCK, HB, WB, SPECTRAL, ACC,
             )  # fmt: skip
@@ -169,24 +102,24 @@ def loss_and_student_gradient(
     if gamma is None or gradient is not None:
         sums = rows.zero_blocks(HB * WB, CS, CS_BLOCK, ACC)
         for j in range(BLOCKS):
-            x = _projected(
+            x = distance.projected(
                 blocks, student, from_student, valid, weight, weight_stride, bias, j,
                 CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
             )  # fmt: skip
             if gamma is not None:
                 x = (x - mean[:, None]) * rstd[:, None]
-            error, half = _distance(
+            error, half = distance.error_and_half(
                 x, teacher, from_teacher, gamma, beta, valid, width, j,
                 CT, CT_BLOCK, HB, WB, SPECTRAL, ACC,
             )  # fmt: skip
             if gamma is None:
                 energy += tl.sum(error * half, 1)
             if gradient is not None:
-                slope = _slope(half, x, gamma, rstd, mean_g, mean_gx, j, CT, CT_BLOCK, ACC)
+                slope = distance.slope(half, x, gamma, rstd, mean_g, mean_gx, j, CT, CT_BLOCK, ACC)
                 if weight is None:
                     rows.store_rows(gradient, row * CT, valid, slope, j, CT, CT_BLOCK)
                 else:
-                    sums = _through_weight(
+                    sums = distance.through_weight(
                         sums, slope, weight, weight_stride, valid, j,
                         CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
                     )  # fmt: skip
@@ -225,7 +158,7 @@ def parameter_gradients(
         from_student = image * student_image + token * student_token
         from_teacher = image * teacher_image + token * teacher_token
         blocks = rows.load_student(student, weight, from_student, valid, CS, CS_BLOCK, COMPUTE)
-        x = _projected(
+        x = distance.projected(
             blocks, student, from_student, valid, weight, weight_stride, bias, j,
             CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
         )  # fmt: skip
@@ -236,11 +169,11 @@ def parameter_gradients(
             row = image * tokens + token
             mean, rstd, mean_g, mean_gx = rows.load_statistics(statistics, row, valid)
             x = (x - mean[:, None]) * rstd[:, None]
-        _, half = _distance(
+        _, half = distance.error_and_half(
             x, teacher, from_teacher, gamma, beta, valid, width, j,
             CT, CT_BLOCK, HB, WB, SPECTRAL, ACC,
         )  # fmt: skip
-        slope = _slope(half, x, gamma, rstd, mean_g, mean_gx, j, CT, CT_BLOCK, ACC)
+        slope = distance.slope(half, x, gamma, rstd, mean_g, mean_gx, j, CT, CT_BLOCK, ACC)
         slope = rows.inside(slope, valid, j, CT, CT_BLOCK)
         if weight is not None:
             sums = rows.add_outer(

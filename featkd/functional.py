@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from featkd import checks, reference
-from featkd.ops import projected_feature_kd as ops
+from featkd.ops import projected_feature_kd as projected_feature_kd_op
 
 Metric = Literal["mse", "spectral"]
 
@@ -58,6 +58,13 @@ def projected_feature_kd(
         ValueError: shapes, devices or the grid don't fit, an empty input, a teacher that
             requires grad.
 
+    Notes:
+        CUDA tensors run on Triton kernels, CPU tensors on a fused sweep (`featkd.use_backend`).
+        Both form the gradients without a (B, N, Ct) tensor in memory and repeat bitwise; they
+        keep one map of the student's size for the backward pass. The teacher's map stays alive
+        until then. Under autocast the kernels round S and W as a linear layer would; a student
+        in half precision rounds W to its type. Gradients cannot be differentiated again.
+
     Example:
         >>> import torch
         >>> student, teacher = torch.zeros(2, 4, 3), torch.ones(2, 4, 5)
@@ -90,7 +97,7 @@ def projected_feature_kd(
         norm_weight=norm_weight,
         norm_bias=norm_bias,
     )
-    return ops.projected_feature_kd(
+    return projected_feature_kd_op.projected_feature_kd(
         student,
         teacher,
         weight,

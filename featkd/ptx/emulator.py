@@ -133,7 +133,10 @@ def _scalar(value: Any, parameter: Variable) -> bytes | None:
 
 
 def _triple(name: str, value: int | Sequence[int], limits: Sequence[int]) -> list[int]:
-    sizes = [value] if isinstance(value, int) else list(value)
+    sizes = list(value) if isinstance(value, Sequence) else [value]
+    if not all(isinstance(size, int | np.integer) for size in sizes):
+        raise TypeError(f"{name}: expected an int or up to 3 of them, got {value!r}")
+    sizes = [int(size) for size in sizes]
     if not 1 <= len(sizes) <= 3:
         raise ValueError(f"{name}: expected 1 to 3 sizes, got {value!r}")
     sizes += [1] * (3 - len(sizes))

@@ -81,7 +81,8 @@ class _Translator:
         self.sources: dict[int, Source] = {}
         self.sites = 0
         self.local_bytes = 0
-        self.registers = 0
+        self.registers = 0  # of the largest kernel
+        self.called_registers = 0  # of all functions together: they may call each other in a chain
         self.smallest_shared = 4
         self.atomics = False
         self.async_proxy = False
@@ -229,7 +230,10 @@ class _Translator:
         if not function.entry:
             frame = max(frame, 16)  # so that recursion meets the end of local memory, and no crash
         self.sites = scope.sites
-        self.registers = max(self.registers, len(registers))
+        if function.entry:
+            self.registers = max(self.registers, len(registers))
+        else:
+            self.called_registers += len(registers)
         self.local_bytes += (frame + 15) // 16 * 16
         unpack = [
             f"u8* {symbol('P_', p.name)} = parameters[{i}];"
@@ -245,7 +249,7 @@ class _Translator:
         present = [f for f in self.module.functions if not f.declared_only]
         functions = [self.function(f) for f in present]
         heads = [self.head(f) + ";" for f in present if not f.entry]
-        stack = (1 << 16) + _REGISTERS_ON_STACK * self.registers
+        stack = (1 << 16) + _REGISTERS_ON_STACK * (self.registers + self.called_registers)
         stack = (stack + 4095) // 4096 * 4096
         launches = [
             f'extern "C" Outcome* {symbol("launch_", f.name)}(const LaunchRequest* r) {{ '

@@ -58,6 +58,9 @@ def test_wrong_names_and_sizes(emulator):
         emulator.launch("scale", args, 1, (1024, 2))
     with pytest.raises(ValueError, match="grid: sizes must be from 1 to"):
         emulator.launch("scale", args, 0, 8)
+    with pytest.raises(TypeError, match=r"grid: expected an int or up to 3 of them, got 1\.5"):
+        emulator.launch("scale", args, 1.5, 8)
+    emulator.launch("scale", args, np.int64(1), (np.int32(8), 1))
     with pytest.raises(ValueError, match="a block of sm_80 may have 166912"):
         emulator.launch("scale", args, 1, 8, shared_bytes=163 * 1024 + 1)
     emulator.launch("scale", args, 1, 8, shared_bytes=163 * 1024)

@@ -237,6 +237,14 @@ class Parameters(NamedTuple):
     beta: Tensor | None  # (Ct,)
 
 
+def _loadable(
+    student: Tensor, teacher: Tensor, parameters: Parameters
+) -> tuple[Tensor, Tensor, Parameters]:
+    """The same tensors, copied where their channels are not adjacent in memory."""
+    adjacent = (None if p is None else channels_adjacent(p) for p in parameters)
+    return channels_adjacent(student), channels_adjacent(teacher), Parameters(*adjacent)
+
+
 def _tiles(config: Config, width: int) -> tuple[int, int]:
     """HB and WB: image rows of a tile and their places, `width` tokens in each."""
     places = triton.next_power_of_2(width)
@@ -305,8 +313,7 @@ def forward(
     Returns:
         A scalar, dS / (2 scale) and the statistics, None where not needed.
     """
-    student, teacher = channels_adjacent(student), channels_adjacent(teacher)
-    parameters = Parameters(*(None if p is None else channels_adjacent(p) for p in parameters))
+    student, teacher, parameters = _loadable(student, teacher, parameters)
     batch, tokens, channels = student.shape
     norm = parameters.gamma is not None
     config = loss_config(channels, teacher.shape[2], compute)
@@ -349,8 +356,7 @@ def backward(
         dW (Ct, Cs) or None, and (3, Ct): of the bias, of the norm's weight, of its bias; all in
         the accumulators' dtype.
     """
-    student, teacher = channels_adjacent(student), channels_adjacent(teacher)
-    parameters = Parameters(*(None if p is None else channels_adjacent(p) for p in parameters))
+    student, teacher, parameters = _loadable(student, teacher, parameters)
     batch, tokens, channels = student.shape
     config = gradient_config(channels, teacher.shape[2], compute)
     arguments = _arguments(student, teacher, parameters, width, compute, config)

@@ -6,6 +6,7 @@ Pieces of the kernels whose loss is scale * sum(E H), with E = LN(S W^T + b) - T
 
 import triton
 import triton.language as tl
+
 from featkd.kernels import rows
 
 

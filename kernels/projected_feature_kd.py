@@ -18,16 +18,17 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from featkd.kernels import distance, rows
 from featkd.kernels.launch import launch
 from featkd.kernels.shapes import (
-    accumulator_type,
     channel_block,
     channels_adjacent,
     matmul_precision,
     triton_type,
 )
-from torch import Tensor
+from featkd.reference import accumulation_dtype
 
 
 @triton.jit
@@ -284,7 +285,7 @@ def _arguments(
         "WB": places,
         "SPECTRAL": width > 0,
         "COMPUTE": triton_type(compute),
-        "ACC": triton_type(accumulator_type(compute)),
+        "ACC": triton_type(accumulation_dtype(compute)),
         "PRECISION": matmul_precision(compute),
     }
 
@@ -319,7 +320,7 @@ def forward(
     config = loss_config(channels, teacher.shape[2], compute)
     arguments = _arguments(student, teacher, parameters, width, compute, config)
     programs = triton.cdiv(arguments["image_rows"], arguments["HB"])
-    kind = accumulator_type(compute)
+    kind = accumulation_dtype(compute)
     partial = student.new_empty(programs, dtype=kind)
     gradient = student.new_empty(student.shape) if need_student else None
     statistics = None
@@ -363,7 +364,7 @@ def backward(
     tiles = triton.cdiv(arguments["image_rows"], arguments["HB"])
     per_split = triton.cdiv(tiles, split_count(batch * tokens))
     splits = triton.cdiv(tiles, per_split)
-    kind, width_out = accumulator_type(compute), teacher.shape[2]
+    kind, width_out = accumulation_dtype(compute), teacher.shape[2]
     weight_partial = None
     if parameters.weight is not None:
         weight_partial = student.new_empty(splits, width_out, channels, dtype=kind)

@@ -21,11 +21,6 @@ def triton_type(dtype: torch.dtype) -> Any:
     return _TYPES[dtype]
 
 
-def accumulator_type(compute: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for every narrower dtype."""
-    return torch.float64 if compute == torch.float64 else torch.float32
-
-
 def matmul_precision(compute: torch.dtype) -> str:
     """How float32 operands are multiplied: three tf32 products on the tensor cores, about as
     exact as float32 itself, or one where torch's own switch allows tf32."""

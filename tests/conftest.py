@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,14 @@ from featkd.train.recipe import LossConfig, OptimConfig, Recipe, StudentConfig, 
 CLASSES = ("blue", "green", "red")
 TINY = {"patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3}
 TEACHER = TINY | {"embed_dim": 24, "num_heads": 6}
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """featkd.ptx keeps what it compiles in a cache folder of the test run's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def sweep(
     dtype = accumulation_dtype(student.dtype)
 
     def exact(x: Tensor) -> Tensor:
-        return x.to(compute).to(dtype) if x.dtype != compute else x.to(dtype)
+        return x.to(compute).to(dtype)
 
     w = None if weight is None else exact(weight.detach())
     b, gamma, beta = (

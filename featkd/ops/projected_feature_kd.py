@@ -123,11 +123,9 @@ def _forward(
     )
     empty = student.new_empty(0)
     return (
-        (total * factor).to(accumulation_dtype(student.dtype)),
+        total * factor,
         empty if gradient is None else gradient,
-        student.new_empty(0, dtype=accumulation_dtype(compute))
-        if statistics is None
-        else statistics,
+        total.new_empty(0) if statistics is None else statistics,
     )
 
 
@@ -155,7 +153,7 @@ def _(
     else:
         normed = need_parameters and norm_weight is not None
         shape = (student.shape[0] * student.shape[1], 4) if normed else (0,)
-        kept = student.new_empty(shape, dtype=accumulation_dtype(compute))
+        kept = student.new_empty(shape, dtype=dtype)
     return student.new_empty((), dtype=dtype), d_student, kept
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from featkd.kernels.launch import redirect
 
+from featkd.kernels.launch import redirect
 from featkd.ptx import run_triton
 
 # tensor arguments that a kernel writes: poisoned before the launch, and to be filled by it
@@ -15,11 +15,8 @@ WRITTEN = {
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    """Compiled kernels go to a cache folder of the test run's own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+def cache(compiled_kernels):
+    """All share the test run's own cache folder."""
 
 
 @pytest.fixture

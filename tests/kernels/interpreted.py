@@ -116,10 +116,9 @@ def errors(kernels: ModuleType, problem: Problem) -> dict[str, float]:
 
 def gradcheck() -> None:
     """float64 against autograd, and torch's numerical gradients through the public function."""
-    from featkd.kernels import projected_feature_kd as kernels
-
     import featkd
     from featkd.functional import projected_feature_kd
+    from featkd.kernels import projected_feature_kd as kernels
 
     for problem in PROBLEMS:
         found = errors(kernels, problem)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from featkd.kernels import projected_feature_kd as kernels
 
 import featkd
+from featkd.kernels import projected_feature_kd as kernels
 from tests.kernels.feature_kd_cases import Problem, assert_as_exact_as_eager
 from tests.ops.test_projected_feature_kd import run, views
 

@@ -1,18 +1,10 @@
-"""Compiled kernels go to a cache folder of the test run's own."""
+"""Every test of this folder compiles kernels."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    if before is None:
-        del os.environ["XDG_CACHE_HOME"]
-    else:
-        os.environ["XDG_CACHE_HOME"] = before
+def cache(compiled_kernels):
+    """All share the test run's own cache folder."""

@@ -13,6 +13,7 @@ import torch
 Launcher = Callable[[Any, tuple[int, ...], dict[str, Any], dict[str, Any]], None]
 
 _redirected: Launcher | None = None
+_redirected_arch = 80
 
 
 def launch(
@@ -41,14 +42,26 @@ def launch(
 
 
 @contextmanager
-def redirect(launcher: Launcher) -> Iterator[None]:
-    """Hand every launch to `launcher` while the block runs: emulators, recorders, counters."""
-    global _redirected
-    before, _redirected = _redirected, launcher
+def redirect(launcher: Launcher, arch: int = 80) -> Iterator[None]:
+    """Hand every launch to `launcher` while the block runs: emulators, recorders, counters.
+
+    `arch` is the compute capability, times ten, that launch configurations are chosen for.
+    """
+    global _redirected, _redirected_arch
+    before = _redirected, _redirected_arch
+    _redirected, _redirected_arch = launcher, arch
     try:
         yield
     finally:
-        _redirected = before
+        _redirected, _redirected_arch = before
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability, times ten, of the GPU that a launch would run on: 80, 86, 90, 100, ..."""
+    if _redirected is not None or device.type != "cuda":
+        return _redirected_arch
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def can_run_on(device: torch.device) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from featkd import backends, reference
+from featkd.ops import support
 from featkd.reference import accumulation_dtype
 
 NAME = "projected_feature_kd"
@@ -28,17 +29,10 @@ def projected_feature_kd(
     width = 0 if grid is None else grid[1]
 
     def unsupported(backend: str) -> str:
-        if backend == "cpu":
-            return "" if student.device.type == "cpu" else f"tensors on {student.device.type}"
-        from featkd.kernels.launch import can_run_on
-
-        if not can_run_on(student.device):
-            return f"Triton kernels cannot run on tensors on {student.device.type}"
-        if width > _MOST_COLUMNS:
+        why = support.unsupported(backend, student, student.shape[0] * student.shape[1])
+        if not why and backend == "triton" and width > _MOST_COLUMNS:
             return f"a patch grid of {width} columns, more than {_MOST_COLUMNS}"
-        if student.shape[0] * student.shape[1] >= 2**31:
-            return f"{student.shape[0] * student.shape[1]} tokens, not below 2^31"
-        return ""
+        return why
 
     backend = backends.choose(NAME, student.device, unsupported)
     if backend == "reference":
@@ -51,11 +45,7 @@ def projected_feature_kd(
         )
     parameters = (weight, bias, norm_weight, norm_bias)
     grad = torch.is_grad_enabled()
-    compute = student.dtype
-    kind = student.device.type
-    narrowing = backend == "triton" and weight is not None and compute != torch.float64
-    if narrowing and torch.is_autocast_enabled(kind):
-        compute = torch.get_autocast_dtype(kind)  # as F.linear would; on a CPU it gains nothing
+    compute = student.dtype if weight is None else support.operand_dtype(backend, student)
     outputs: tuple[Tensor, ...] = _forward(
         *(student, teacher, *parameters),
         eps,

@@ -1,7 +1,11 @@
-"""Run in a process of its own under TRITON_INTERPRET=1: the kernels themselves, in float64.
+"""Run in a process of its own under TRITON_INTERPRET=1: an op's kernels themselves, in float64.
 
-python -m tests.kernels.interpreted gradcheck
-python -m tests.kernels.interpreted mutants
+python -m tests.kernels.interpreted OP gradcheck
+python -m tests.kernels.interpreted OP mutants
+
+`tests.kernels.float64_OP` defines what is run: `worst(kernels)` is the largest relative error over
+its problems of the kernels of a module, `gradcheck()` calls torch's through the public function,
+and MUTANTS are (name, what stands in the kernels' source, what a slip would have put there).
 """
 
 from __future__ import annotations
@@ -11,138 +15,26 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType
-
-import torch
 
 from featkd import kernels as package
-from featkd.ops.projected_feature_kd import _factor
-from tests.kernels.feature_kd_cases import Problem, evaluate, relative
-
-PROBLEMS = [
-    Problem(2, 15, 24, 40, 5, bias=True),
-    Problem(3, 8, 20, 24, 4),
-    Problem(3, 9, 16, 33, 0, norm="none", bias=True),
-    Problem(5, 12, 36, 36, 4, projector=False, norm="none"),
-]
-# (name, what stands in the kernels, what a slip would have put there)
-MUTANTS = [
-    ("zeroed gradient", "sums[k], k, CS", "sums[k] * 0, k, CS"),
-    (
-        "gradient of the wrong sign",
-        "rstd[:, None] * (g",
-        "-rstd[:, None] * (g",
-    ),
-    ("dropped mean(g)", "(g - mean_g[:, None] - ", "(g - "),
-    ("dropped mean(g x_hat)", " - normed * mean_gx[:, None])", ")"),
-    (
-        "dropped gamma",
-        "g = half * rows.load_channels(gamma, j, CT, CT_BLOCK, ACC)[None, :]",
-        "g = half",
-    ),
-    (
-        "dropped epsilon",
-        "squares / CT + eps",
-        "squares / CT + 2 * eps + 1e-3",
-    ),
-    (
-        "dropped spectral term",
-        "total = rows + plain + sign * alternating",
-        "total = rows + plain",
-    ),
-    (
-        "dropped row sums",
-        "total = rows + plain + sign * alternating",
-        "total = rows + sign * alternating",
-    ),
-    (
-        "alternating sum at odd widths",
-        "tl.where(width % 2 == 0, alternating, 0.0)",
-        "alternating",
-    ),
-    (
-        "skipped last tile",
-        "programs = triton.cdiv(",
-        "programs = -1 + triton.cdiv(",
-    ),
-    (
-        "skipped last channel block",
-        "for j in range(BLOCKS):",
-        "for j in range(BLOCKS - 1):",
-    ),
-    (
-        "skipped last split",
-        "(split + 1) * tiles)",
-        "(split + 1) * tiles - split)",
-    ),
-    ("wrong stride of the weight", "out[:, None] * stride", "out[:, None] * (stride - 1)"),
-    (
-        "wrong stride of the teacher",
-        "image * teacher_image",
-        "image * student_image",
-    ),
-    (
-        "swapped statistics",
-        "tl.join(tl.join(a, c), tl.join(b, d))",
-        "tl.join(tl.join(a, d), tl.join(b, c))",
-    ),
-    ("dropped bias", "total += load_channels(bias", "total += 0 * load_channels(bias"),
-]
 
 
-def errors(kernels: ModuleType, problem: Problem) -> dict[str, float]:
-    """Relative errors in float64 of the loss and every gradient, by the kernels of a module."""
-    small = kernels.Config(16, 16, 32, num_warps=1)
-    kernels.loss_config = kernels.gradient_config = lambda *_: small
-    kernels.split_count = lambda rows: 2
-    tensors = problem.tensors(torch.float64)
-    student, teacher, *parameters = tensors
-    names = ("weight", "bias", "norm_weight", "norm_bias")
-    arguments = {"width": problem.width, "compute": torch.float64}
-    bundle = kernels.Parameters(*parameters)
-    total, d_student, statistics = kernels.forward(
-        student, teacher, bundle, eps=1e-5, need_student=True, need_parameters=True, **arguments
-    )
-    factor = _factor(teacher, problem.width)
-    got = {"loss": total * factor, "student": 2 * factor * d_student}
-    d_weight, vectors = kernels.backward(student, teacher, bundle, statistics, **arguments)
-    for name, parameter, value in zip(names, parameters, [d_weight, *vectors], strict=True):
-        if parameter is not None:
-            got[name] = 2 * factor * value
-    want = evaluate(tensors, problem.width, torch.float64)
-    assert set(got) == set(want)
-    return {name: relative(got[name].nan_to_num(1e9), x) for name, x in want.items()}
-
-
-def gradcheck() -> None:
+def gradcheck(op: str) -> None:
     """float64 against autograd, and torch's numerical gradients through the public function."""
-    import featkd
-    from featkd.functional import projected_feature_kd
-    from featkd.kernels import projected_feature_kd as kernels
-
-    for problem in PROBLEMS:
-        found = errors(kernels, problem)
-        assert max(found.values()) < 1e-13, (str(problem), found)
-    for width in (0, 2, 3):
-        tensors = Problem(1, 6, 3, 5, width, bias=True).tensors(torch.float64)
-        leaves = [x.requires_grad_() for i, x in enumerate(tensors) if i != 1]
-        metric, grid = ("spectral", (6 // width, width)) if width else ("mse", None)
-
-        def loss(student, *parameters, teacher=tensors[1], metric=metric, grid=grid):
-            return projected_feature_kd(student, teacher, *parameters, metric=metric, grid=grid)
-
-        with featkd.use_backend("triton"):
-            torch.autograd.gradcheck(loss, leaves)
-        assert featkd.last_backend("projected_feature_kd") == "triton"
+    suite = importlib.import_module(f"tests.kernels.float64_{op}")
+    found = suite.worst(importlib.import_module(f"featkd.kernels.{op}"))
+    assert found < 1e-13, found
+    suite.gradcheck()
     print("gradcheck passed")
 
 
-def mutants() -> None:
+def mutants(op: str) -> None:
     """Prints each mutant's largest error over the problems: a slip that stays small is not seen."""
+    suite = importlib.import_module(f"tests.kernels.float64_{op}")
     folder = Path(tempfile.mkdtemp())
     sys.path.insert(0, str(folder))
     source = Path(next(iter(package.__path__)))
-    for i, (name, there, slip) in enumerate([("none", "", ""), *MUTANTS]):
+    for i, (name, there, slip) in enumerate([("none", "", ""), *suite.MUTANTS]):
         copy = folder / f"mutant{i}"
         shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
         texts = {path: path.read_text() for path in copy.glob("*.py")}
@@ -150,10 +42,9 @@ def mutants() -> None:
         for path, text in texts.items():
             slipped = text.replace(there, slip) if there else text
             path.write_text(slipped.replace("featkd.kernels", copy.name))
-        kernels = importlib.import_module(f"{copy.name}.projected_feature_kd")
-        worst = max(max(errors(kernels, problem).values()) for problem in PROBLEMS)
-        print(f"{name}\t{worst:.3e}")
+        kernels = importlib.import_module(f"{copy.name}.{op}")
+        print(f"{name}\t{suite.worst(kernels):.3e}", flush=True)
 
 
 if __name__ == "__main__":
-    {"gradcheck": gradcheck, "mutants": mutants}[sys.argv[1]]()
+    {"gradcheck": gradcheck, "mutants": mutants}[sys.argv[2]](sys.argv[1])

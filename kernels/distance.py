@@ -16,9 +16,17 @@ def projected(
     CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Channel block j of P, (rows, CT_BLOCK): without a weight the student's own channels."""
+    """Channel block j of P, (rows, CT_BLOCK): without a weight the student's own channels.
+
+    `blocks` are the student's (`rows.load_student`), or empty to load them here.
+    """
     if weight is None:
         result = rows.load_rows(student, offsets, valid, j, CT, CT_BLOCK).to(ACC)
+    elif len(blocks) == 0:
+        result = rows.project_streamed(
+            student, offsets, valid, weight, weight_stride, bias, j,
+            CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
+        )  # fmt: skip
     else:
         result = rows.project(
             blocks, weight, weight_stride, bias, j,

@@ -45,7 +45,7 @@ def loss_and_student_gradient(
     student_image, student_token, teacher_image, teacher_token, weight_stride,
     tokens, width, image_rows, eps,
     CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
-    HB: tl.constexpr, WB: tl.constexpr, SPECTRAL: tl.constexpr,
+    HB: tl.constexpr, WB: tl.constexpr, SPECTRAL: tl.constexpr, HOLD: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program a tile of rows; one sweep over the channels without a norm, three with one.
@@ -60,7 +60,7 @@ def loss_and_student_gradient(
     from_student = image * student_image + token * student_token
     from_teacher = image * teacher_image + token * teacher_token
     row = image * tokens + token
-    blocks = rows.load_student(student, weight, from_student, valid, CS, CS_BLOCK, COMPUTE)
+    blocks = rows.load_student(student, weight, from_student, valid, CS, CS_BLOCK, COMPUTE, HOLD)
     mean = tl.zeros((HB * WB,), ACC)
     rstd = tl.zeros((HB * WB,), ACC)
     energy = tl.zeros((HB * WB,), ACC)
@@ -139,7 +139,7 @@ def parameter_gradients(
     student_image, student_token, teacher_image, teacher_token, weight_stride,
     tokens, width, image_rows, tiles,
     CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
-    HB: tl.constexpr, WB: tl.constexpr, SPECTRAL: tl.constexpr,
+    HB: tl.constexpr, WB: tl.constexpr, SPECTRAL: tl.constexpr, GROUP: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dW = dP^T S and the vectors' gradients: a program a channel block and a share of the tiles.
@@ -150,7 +150,8 @@ def parameter_gradients(
     """
     j = tl.program_id(0)
     split = tl.program_id(1)
-    sums = rows.zero_blocks(CT_BLOCK, CS, CS_BLOCK, ACC)
+    first = tl.program_id(2) * GROUP
+    sums = rows.zero_blocks(CT_BLOCK, GROUP * CS_BLOCK, CS_BLOCK, ACC)
     sum_slope = tl.zeros((CT_BLOCK,), ACC)
     sum_gamma = tl.zeros((CT_BLOCK,), ACC)
     sum_beta = tl.zeros((CT_BLOCK,), ACC)
@@ -158,9 +159,8 @@ def parameter_gradients(
         image, token, valid = rows.tile_places(tile * HB, image_rows, width, tokens, HB, WB)
         from_student = image * student_image + token * student_token
         from_teacher = image * teacher_image + token * teacher_token
-        blocks = rows.load_student(student, weight, from_student, valid, CS, CS_BLOCK, COMPUTE)
         x = distance.projected(
-            blocks, student, from_student, valid, weight, weight_stride, bias, j,
+            (), student, from_student, valid, weight, weight_stride, bias, j,
             CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
         )  # fmt: skip
         rstd = tl.zeros((HB * WB,), ACC)
@@ -178,19 +178,20 @@ def parameter_gradients(
         slope = rows.inside(slope, valid, j, CT, CT_BLOCK)
         if weight is not None:
             sums = rows.add_outer(
-                sums, slope, student, from_student, valid,
+                sums, slope, student, from_student, valid, first,
                 CS, CS_BLOCK, COMPUTE, ACC, PRECISION,
             )  # fmt: skip
         sum_slope += tl.sum(slope, 0)
         sum_gamma += tl.sum(half * x, 0)
         sum_beta += tl.sum(half, 0)
     if weight is not None:
-        rows.store_weight_partial(weight_partial, split, j, sums, CT, CS, CT_BLOCK, CS_BLOCK)
+        rows.store_weight_partial(weight_partial, split, j, sums, first, CT, CS, CT_BLOCK, CS_BLOCK)
     channel = j * CT_BLOCK + tl.arange(0, CT_BLOCK)
     at = vector_partial + split * (3 * CT) + channel
-    tl.store(at, sum_slope, mask=channel < CT)
-    tl.store(at + CT, sum_gamma, mask=channel < CT)
-    tl.store(at + 2 * CT, sum_beta, mask=channel < CT)
+    mine = (channel < CT) & (first == 0)  # every group has the same sums
+    tl.store(at, sum_slope, mask=mine)
+    tl.store(at + CT, sum_gamma, mask=mine)
+    tl.store(at + 2 * CT, sum_beta, mask=mine)
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,10 @@ class Config:
     teacher_block: int
     num_warps: int = 8
     num_stages: int = 1
+    hold: bool = True
+    """Whether a loss tile's rows of S stay in registers from one channel block to the next."""
+    group: int = 64
+    """Most blocks of student channels whose dW one program adds up."""
 
 
 def loss_config(student_width: int, teacher_width: int, compute: torch.dtype) -> Config:
@@ -335,6 +340,7 @@ def forward(
             "statistics": statistics,
             "partial": partial,
             "eps": eps,
+            "HOLD": config.hold,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -365,19 +371,22 @@ def backward(
     per_split = triton.cdiv(tiles, split_count(batch * tokens))
     splits = triton.cdiv(tiles, per_split)
     kind, width_out = accumulation_dtype(compute), teacher.shape[2]
+    blocks = triton.cdiv(channels, config.student_block) if parameters.weight is not None else 1
+    group = min(blocks, config.group)
     weight_partial = None
     if parameters.weight is not None:
         weight_partial = student.new_empty(splits, width_out, channels, dtype=kind)
     vector_partial = student.new_empty(splits, 3, width_out, dtype=kind)
     launch(
         parameter_gradients,
-        (triton.cdiv(width_out, config.teacher_block), splits),
+        (triton.cdiv(width_out, config.teacher_block), splits, triton.cdiv(blocks, group)),
         {
             **arguments,
             "statistics": statistics,
             "weight_partial": weight_partial,
             "vector_partial": vector_partial,
             "tiles": per_split,
+            "GROUP": group,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,

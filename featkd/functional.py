@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from featkd import checks, reference
+from featkd.ops import lift_head as lift_head_op
 from featkd.ops import projected_feature_kd as projected_feature_kd_op
 
 Metric = Literal["mse", "spectral"]
@@ -225,7 +226,7 @@ def lift_head(
         norm_bias=norm_bias,
         teacher=teacher,
     )
-    return reference.lift_head(
+    return lift_head_op.lift_head(
         features,
         weight,
         norm_weight,

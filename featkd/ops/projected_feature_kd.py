@@ -58,14 +58,6 @@ def projected_feature_kd(
     return outputs[0]
 
 
-def _factor(teacher: Tensor, width: int) -> float:
-    """Loss / sum(E H): a mean over elements, or over the half spectrum's real and imaginary."""
-    batch, tokens, channels = teacher.shape
-    if not width:
-        return 1 / teacher.numel()
-    return 0.25 / (batch * channels * (tokens // width) * (width // 2 + 1))
-
-
 @torch.library.custom_op("featkd::projected_feature_kd", mutates_args=())
 def _forward(
     student: Tensor,
@@ -87,7 +79,7 @@ def _forward(
     statistics of the norm. What is not needed is empty.
     """
     backends.record(NAME, backend)
-    factor = _factor(teacher, width)
+    factor = support.distance_factor(teacher, width)
     if backend == "cpu":
         from featkd.cpu.projected_feature_kd import sweep
 
@@ -166,7 +158,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the student, weight, bias, norm's weight and bias; empty where not needed."""
     # scaled here and not in `_forward`: sums of unscaled gradients keep their bits in half types
-    factor = grad * (2 * _factor(teacher, width))
+    factor = grad * (2 * support.distance_factor(teacher, width))
     parameters = (weight, bias, norm_weight, norm_bias)
     empty = [student.new_empty(0) for _ in range(5)]
     results = [d_student * factor if need_student else empty[0]]

@@ -29,3 +29,12 @@ def operand_dtype(backend: str, x: Tensor) -> torch.dtype:
     if backend == "triton" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
+
+
+def distance_factor(teacher: Tensor, width: int) -> float:
+    """Loss / sum(E H) of a feature distance: a mean over the elements of E, or, with `width`
+    columns of the patch grid, over the real and imaginary parts of its half spectrum."""
+    batch, tokens, channels = teacher.shape
+    if not width:
+        return 1 / teacher.numel()
+    return 0.25 / (batch * channels * (tokens // width) * (width // 2 + 1))

@@ -9,8 +9,11 @@ from featkd.ptx import run_triton
 
 # tensor arguments that a kernel writes: poisoned before the launch, and to be filled by it
 WRITTEN = {
+    "features_gradient": ("totals", "gradient"),
+    "head_gradients": ("weight_partial", "vector_partial"),
     "loss_and_student_gradient": ("gradient", "statistics", "partial"),
     "parameter_gradients": ("weight_partial", "vector_partial"),
+    "pool_and_distance": ("pooled_partial", "statistics", "energy_partial"),
 }
 
 

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from featkd.ops.projected_feature_kd import _factor
+from featkd.ops.support import distance_factor
 from tests.kernels.feature_kd_cases import Problem, evaluate, relative
 
 PROBLEMS = [
@@ -93,7 +93,7 @@ def errors(kernels: ModuleType, problem: Problem) -> dict[str, float]:
     total, d_student, statistics = kernels.forward(
         student, teacher, bundle, eps=1e-5, need_student=True, need_parameters=True, **arguments
     )
-    factor = _factor(teacher, problem.width)
+    factor = distance_factor(teacher, problem.width)
     got = {"loss": total * factor, "student": 2 * factor * d_student}
     d_weight, vectors = kernels.backward(student, teacher, bundle, statistics, **arguments)
     for name, parameter, value in zip(names, parameters, [d_weight, *vectors], strict=True):

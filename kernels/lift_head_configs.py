@@ -1,0 +1,92 @@
+"""Launch configurations of lift_head's kernels, by widths, compute dtype and architecture.
+
+Chosen by compilation ahead of time: the largest tiles, to read W from L2 as seldom as possible,
+that leave a thread without a stack, spectral metric included. Products of 64 rows and more read
+their operands from shared memory on sm_90 and sm_100, and sm_100 keeps sums in tensor memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from featkd.kernels.shapes import channel_block
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes of a launch: places (rows) of a tile, channels of a block, and of a group.
+
+    A group is the student channels whose sums one program holds in registers; there are more
+    programs where the student is wider.
+    """
+
+    rows: int
+    student_block: int
+    teacher_block: int
+    group: int = 0
+    num_warps: int = 8
+    num_stages: int = 2
+
+    def groups(self, student_width: int) -> int:
+        """Into how many groups the student's blocks go evenly."""
+        blocks = triton.cdiv(student_width, self.student_block)
+        most = max(1, self.group // self.student_block)
+        return next(n for n in range(1, blocks + 1) if blocks % n == 0 and blocks // n <= most)
+
+
+def _config(
+    student: int, teacher: int, compute: torch.dtype, sizes: tuple[int, int, int]
+) -> Config:
+    """`sizes` (rows, channels of a teacher's block, of a group), with blocks that fit the maps."""
+    tile, block, group = sizes
+    return Config(
+        tile,
+        min(64 if compute.itemsize == 2 else 32, channel_block(student, compute)),
+        min(block, channel_block(teacher, compute)),
+        group,
+    )
+
+
+def distance_config(
+    student: int, teacher: int, width: int, compute: torch.dtype, arch: int
+) -> Config:
+    """Tiles of `pool_and_distance`."""
+    if compute.itemsize > 2:
+        return _config(student, teacher, compute, (64, 32, 0))
+    large = width == 0 and arch // 10 != 10
+    return _config(student, teacher, compute, (128 if large else 64, 64, 0))
+
+
+def features_config(
+    student: int, teacher: int, width: int, compute: torch.dtype, arch: int
+) -> Config:
+    """Tiles of `features_gradient`: a group of df, (rows, group), stays in registers."""
+    if compute.itemsize > 2:
+        return _config(student, teacher, compute, (64, 32 if arch // 10 == 10 else 16, 192))
+    if arch // 10 in (9, 10):
+        return _config(student, teacher, compute, (64, 64 if student <= 192 else 32, 384))
+    if width > 32:  # of the patch grid: a tile holds whole image rows, 64 places of them here
+        return _config(student, teacher, compute, (64, 32, 128))
+    if student <= 192:
+        return _config(student, teacher, compute, (64, 32, 192))
+    return _config(student, teacher, compute, (32, 64, 384))
+
+
+def head_config(student: int, teacher: int, width: int, compute: torch.dtype, arch: int) -> Config:
+    """Tiles of `head_gradients`: dW of a block and group, (block, group), stays in registers."""
+    if compute.itemsize > 2:
+        return _config(student, teacher, compute, (32, 16, 64 if width > 32 else 192))
+    if arch // 10 == 10 or (arch // 10 == 9 and student <= 192):
+        return _config(student, teacher, compute, (64, 64, 384))
+    if arch // 10 == 9 or student <= 192:
+        return _config(student, teacher, compute, (64, 32, 384))
+    return _config(student, teacher, compute, (64, 16, 384) if width > 32 else (32, 32, 384))
+
+
+def split_count(rows: int) -> int:
+    """Programs that share the rows of dW: 1,024 each, as fewer would write more partial sums than
+    they read rows, and no more than a GPU of 132 processors needs with three channel blocks."""
+    return max(1, min(44, rows // 1024))

@@ -201,6 +201,14 @@ def lift_head(
         ValueError: shapes, devices or the grid don't fit, an empty input, a teacher that
             requires grad.
 
+    Notes:
+        CUDA tensors run on Triton kernels, CPU tensors on fused sweeps (`featkd.use_backend`).
+        Neither writes z or another (B, N, Ct) tensor, in training or at inference, and both repeat
+        bitwise. For the backward pass the kernels keep 16 bytes a token and the teacher's map; the
+        CPU path 4 bytes, and with a teacher one map of the features' size. A patch grid of more
+        than 64 columns runs on plain torch on a GPU. Autocast and half precision as in
+        `projected_feature_kd`. Gradients cannot be differentiated again.
+
     Example:
         >>> import torch
         >>> pooled, loss = lift_head(torch.randn(2, 9, 3), torch.randn(4, 3),

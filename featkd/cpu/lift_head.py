@@ -114,13 +114,13 @@ def backward(
     sums: list[Tensor] = []
     if need_parameters and d_loss is not None:
         sizes = [weight.numel(), len(weight), len(weight)]
-        sums = [x * d_loss for x in d_parameters.split(sizes)]
+        sums = [x * d_loss for x in torch.split(d_parameters, sizes)]
         sums[0] = sums[0].view(weight.shape)
     if d_pooled is None:
         assert d_loss is not None
         return (d_features * d_loss if need_features else features.new_empty(0)), sums
     dtype = rstd.dtype
-    tokens, channels = features.shape[1:]
+    batch, tokens, channels = features.shape
     centred = centre(weight, compute, dtype)
     g = d_pooled * (gamma.detach().to(dtype) / tokens)
     g -= g.mean(1, keepdim=True)
@@ -128,7 +128,7 @@ def backward(
     square = centred.t() @ centred
     result = torch.empty(features.shape if need_features else 0, dtype=features.dtype)
     outer = torch.zeros_like(square)
-    for images, part in chunks(*features.shape[:2], 1):
+    for images, part in chunks(batch, tokens, 1):
         f = features[images, part].to(compute).to(dtype).contiguous()
         r = rstd[images, part].unsqueeze(2)
         # rstd^2 m, with m = rstd f.v / Ct

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from timm.layers import get_device_dtype
 from torch import Tensor, nn
 
+from featkd.functional import lift_head
 from featkd.models.base import StudentVisionTransformer, check_vision_transformer
 from featkd.models.features import resolve_layers
 
@@ -23,6 +25,9 @@ class Lift(StudentVisionTransformer):
 
         z      = LayerNorm(f W^T)              eps 1e-5; the map that is matched to the teacher's
         logits = head(mean of z over the patch tokens)
+
+    The logits alone come without z in memory (`featkd.functional.lift_head`, whose gradients cannot
+    be differentiated again); where the last layer's map is asked for, z is formed and returned.
 
     The base's own final norm and head would be dead weight, so they are not there.
     Made by `Lift.adopt` or `featkd.models.create_student(arch="lift")`.
@@ -65,6 +70,20 @@ class Lift(StudentVisionTransformer):
         projected = F.linear(tokens, self.projection.weight)
         return F.layer_norm(projected, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Logits (B, classes) of images (B, C, H, W)."""
+        tracing: Any = torch.jit  # untyped in torch
+        if torch.compiler.is_exporting() or tracing.is_tracing():
+            return cast(Tensor, super().forward(x, *args, **kwargs))  # only operators of torch
+        tokens = super().forward_features(x, *args, **kwargs)
+        return self._classify(tokens[:, self.num_prefix_tokens :])
+
+    def _classify(self, tokens: Tensor) -> Tensor:
+        """Logits of the last block's patch tokens (B, N, width)."""
+        norm = self.projection_norm
+        pooled, _ = lift_head(tokens, self.projection.weight, norm.weight, norm.bias, eps=norm.eps)
+        return cast(Tensor, self.head(self.head_drop(pooled)))
+
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The lifted map z (B, N, teacher_dim) of images (B, C, H, W)."""
         tokens = super().forward_features(x, *args, **kwargs)
@@ -93,10 +112,16 @@ class Lift(StudentVisionTransformer):
         last = len(self.blocks) - 1
         wanted = resolve_layers(layers, last + 1)
         earlier = sorted(set(wanted) - {last})
+        maps: list[Tensor] = []
         if earlier:
-            lifted, maps = self.forward_intermediates(images, indices=earlier, output_fmt="NLC")
+            tokens, maps = super().forward_intermediates(images, indices=earlier, output_fmt="NLC")
         else:
-            lifted, maps = self.forward_features(images), []
+            tokens = super().forward_features(images)
+        patches = tokens[:, self.num_prefix_tokens :]
+        if last not in wanted:
+            found = dict(zip(earlier, maps, strict=True))
+            return self._classify(patches), [found[layer] for layer in wanted]
+        lifted = self.lift(patches)
         found = {**dict(zip(earlier, maps, strict=True)), last: lifted}
         return self.forward_head(lifted), [found[layer] for layer in wanted]
 

@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import Tensor
 
+import featkd
 from featkd.models import Lift, create_student, feature_grid
 
 PlainVit = Callable[..., list[Tensor]]
@@ -47,7 +48,7 @@ def test_against_the_equations(
     torch.testing.assert_close(first, blocks[0][:, 1:], rtol=1e-9, atol=1e-9)
     assert again is last
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
-    assert torch.equal(lift(images), logits)
+    torch.testing.assert_close(lift(images), expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(lift.forward_features(images), z, rtol=1e-9, atol=1e-9)
 
 
@@ -75,12 +76,41 @@ def test_gradients_are_those_of_the_equations(
                 torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
+def test_logits_alone_come_without_the_lifted_map(
+    lift: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the plain forward pass, training or not, nor the maps of earlier layers need it."""
+    lift.head_drop.p = 0.5
+    torch.manual_seed(3)
+    dropped = lift.train().forward_head(lift.forward_features(images))
+    monkeypatch.setattr(lift, "lift", lambda tokens: pytest.fail("formed the lifted map"))
+    torch.manual_seed(3)
+    logits = lift(images)
+    torch.testing.assert_close(logits, dropped, rtol=1e-5, atol=1e-5)
+    assert featkd.last_backend("lift_head") == "cpu"
+    logits.square().sum().backward()
+    assert [name for name, p in lift.named_parameters() if p.grad is None] == []
+    lift.eval()
+    with torch.no_grad():
+        logits = lift(images)
+        assert torch.equal(lift.forward_with_features(images, [])[0], logits)
+        assert torch.equal(lift.forward_with_features(images, [1, 0])[0], logits)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_traced_with_operators_of_torch_alone(lift: Any, images: Tensor) -> None:
+    jit: Any = torch.jit
+    traced = jit.trace(lift, images)
+    assert "featkd" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(images), lift(images), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("layers", [[], [-1], [0, 1], [3, 0, 3]])
 def test_logits_do_not_depend_on_the_layers_asked_for(
     lift: Any, images: Tensor, layers: list[int]
 ) -> None:
     logits, maps = lift.forward_with_features(images, layers)
-    assert torch.equal(logits, lift(images))
+    torch.testing.assert_close(logits, lift(images), rtol=1e-5, atol=1e-5)
     assert [m.shape[-1] for m in maps] == [96 if layer in (-1, 3) else 48 for layer in layers]
 
 
@@ -131,7 +161,7 @@ def test_classifier_can_be_replaced(lift: Any, images: Tensor) -> None:
     assert lift(images).shape == (2, 5)
     lift.reset_classifier(0, "avg")
     assert lift.num_classes == 0
-    assert torch.equal(lift(images), pooled)
+    torch.testing.assert_close(lift(images), pooled, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="global_pool: Lift allows None or 'avg', got 'token'"):
         lift.reset_classifier(5, "token")
 
@@ -156,6 +186,9 @@ def test_any_prefix_tokens_are_left_out(base: str, prefix: int, tiny: dict[str, 
 def test_compiled_by_inductor(tiny: dict[str, Any], images: Tensor) -> None:
     torch.manual_seed(0)
     lift: Any = create_student("deit_tiny_patch16_224", "lift", 96, **{**tiny, "depth": 2}).eval()
+    torch.testing.assert_close(
+        torch.compile(lift, fullgraph=True)(images), lift(images), rtol=1e-4, atol=1e-4
+    )
     compiled: Any = torch.compile(lift.forward_with_features, fullgraph=True)
     logits, maps = lift.forward_with_features(images, (0, -1))
     got_logits, got = compiled(images, (0, -1))

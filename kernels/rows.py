@@ -154,7 +154,8 @@ def store_weight_partial(
     partial, split, j, sums, first,
     CT: tl.constexpr, CS: tl.constexpr, CT_BLOCK: tl.constexpr, CS_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows j CT_BLOCK and on of entry `split` of a (splits, CT, CS) tensor, from block `first` on."""
+    """Entry `split` of a (splits, CT, CS) tensor: rows j CT_BLOCK and on, columns of the blocks
+    `first` and on."""
     channel = j * CT_BLOCK + tl.arange(0, CT_BLOCK)
     offsets = (split * CT + channel).to(tl.int64) * CS
     for k in tl.static_range(len(sums)):

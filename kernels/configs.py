@@ -35,7 +35,9 @@ def loss_config(student_width: int, teacher_width: int, compute: torch.dtype, ar
 
     Every program reads W four times from L2, so rows are worth having. What bounds them is dS,
     rows x Cs in float32. `wgmma` and `tcgen05` read operands from shared memory and leave room
-    for twice the rows; tensor memory (sm_100) has 512 columns, which dS and a block of P share.
+    for twice the rows. S is held only where loading it again spills: of two products in one loop
+    Triton spreads the warps over rows alone, and 64 held rows were multiplied twice (counted).
+    Tensor memory (sm_100) has 512 columns, which dS and a block of P share.
     """
     blocks = min(64, channel_block(student_width, compute)), channel_block(teacher_width, compute)
     if compute.itemsize > 2:
@@ -44,10 +46,10 @@ def loss_config(student_width: int, teacher_width: int, compute: torch.dtype, ar
     if student_width > 384:
         return Config(32, blocks[0], min(64, blocks[1]), hold=arch in (80, 100, 103))
     if student_width > 192:
-        return Config(64 if large else 32, blocks[0], min(64, blocks[1]), hold=not large)
+        return Config(64 if large else 32, blocks[0], min(64, blocks[1]), hold=False)
     if large:
         return Config(128, blocks[0], min(64, blocks[1]), hold=False)
-    return Config(64, min(32, blocks[0]), min(32, blocks[1]))
+    return Config(64, min(32, blocks[0]), min(32, blocks[1]), hold=False)
 
 
 def gradient_config(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -90,6 +91,7 @@ def _add_run(parser: ArgumentParser) -> None:
 def _run(options: Namespace) -> int:
     check_positive("--min-seconds", options.min_seconds)
     from . import cases, results, run
+    from .variants import Disagreement
 
     chosen = cases.select(
         *(options.ops, options.shapes, options.dtypes, options.directions, options.batches)
@@ -99,14 +101,18 @@ def _run(options: Namespace) -> int:
     if out is not None:
         if out.suffix != ".csv":
             raise ValueError(f"--out: expected a name that ends in .csv, got {out}")
-        results.check_same_machine(out, results.this_machine())
+        results.check_same_machine(out, results.this_machine(device.type))
     print(f"{len(chosen)} cases; medians in ms, in brackets eager's time / it; extra peak in MiB")
     rows: list[Row] = []
-    for number, measured in enumerate(run.measure(chosen, device, options.min_seconds), 1):
-        print(f"{number:3} {_summary(measured)}", flush=True)
-        rows += measured
-        if out is not None:  # after every case: an interrupted run keeps what it has
-            results.append(out, measured)
+    try:
+        for number, measured in enumerate(run.measure(chosen, device, options.min_seconds), 1):
+            print(f"{number:3} {_summary(measured)}", flush=True)
+            rows += measured
+            if out is not None:  # after every case: an interrupted run keeps what it has
+                results.append(out, measured)
+    except Disagreement as error:
+        print(f"featkd: {error}", file=sys.stderr)
+        return 1
     if options.json is not None:
         backends = {row.case: row.backend for row in rows if row.variant == "featkd"}
         meta = {**results.meta_of(rows[0]), "device": str(device), "backends": backends}

@@ -36,6 +36,7 @@ class Row:
     cores: str
     torch_threads: str
     accelerator: str
+    """The GPU that the case ran on, "none" for the CPU."""
     omp_wait_policy: str
     copy_gb_per_s: float
     """Rate of torch's large copies on this machine, read and write counted."""
@@ -93,7 +94,7 @@ class ResultsError(ValueError):
     """A results file that cannot be used as asked."""
 
 
-def describe_run() -> dict[str, str]:
+def describe_run(device: str) -> dict[str, str]:
     """The part of a row that says when, from what source, with what and on which machine."""
     commit = environment.commit() + ("+changes" if environment.has_changes() else "")
     installed = environment.versions()
@@ -101,14 +102,17 @@ def describe_run() -> dict[str, str]:
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
         **{name: installed[name] for name in _VERSIONS},
-        **this_machine(),
+        **this_machine(device),
     }
 
 
-def this_machine() -> dict[str, str]:
-    """The machine and the settings that its times depend on."""
-    waiting = os.environ.get("OMP_WAIT_POLICY", "default").lower()
-    return environment.machine() | {"omp_wait_policy": waiting}
+def this_machine(device: str) -> dict[str, str]:
+    """The machine and the settings that times on "cpu" or "cuda" depend on."""
+    found = environment.machine()
+    found["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "default").lower()
+    if device == "cpu":
+        found["accelerator"] = "none"
+    return found
 
 
 def read(path: Path) -> list[Row]:

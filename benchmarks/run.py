@@ -18,7 +18,7 @@ def measure(cases: Sequence[Case], device: torch.device, min_seconds: float) -> 
     Args:
         min_seconds: time to spend on each variant of each case, at least; ten rounds at least.
     """
-    run = results.describe_run()
+    run = results.describe_run(device.type)
     rates = roofline.measure_rates(device, [case.dtype for case in cases])
     clock = timing.clock_for(device)
     for case in cases:

@@ -22,7 +22,7 @@ _TOLERANCE = {"fp32": 1e-3, "fp16": 0.03, "bf16": 0.06}
 _UPSTREAM = 1024.0  # a GradScaler's: gradients of means over millions underflow in fp16 without
 
 
-class Disagreement(ValueError):
+class Disagreement(Exception):
     """Two variants computed different things; their times would mean nothing."""
 
 

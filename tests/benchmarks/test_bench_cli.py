@@ -3,60 +3,71 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
 from featkd.benchmarks import results
 from featkd.cli import main
 
 
-@pytest.mark.usefixtures("tiny")
-def test_run_then_plot_table_and_compare(tmp_path, capsys):
-    stored, again = tmp_path / "stored.csv", tmp_path / "again.csv"
-    words = ["bench", "run", "--ops", "soft_kd", "--directions", "both"]
-    words += ["--min-seconds", "0.001", "--json", str(tmp_path / "run.json")]
-    assert main([*words, "--out", str(stored)]) == 0
-    assert "soft_kd/soft/2x12/fp32/both" in capsys.readouterr().out
-    rows = results.read(stored)
-    assert [(r.form, r.variant) for r in rows] == [
-        (form, v) for form in ("indices", "soft") for v in ("eager", "compile", "featkd")
-    ]
-    assert {r.backend for r in rows if r.variant != "featkd"} == {"torch"}
+@pytest.fixture
+def ran(tiny, tmp_path, capsys):
+    """The file of one real run, its JSON, and its rows."""
+    stored, report = tmp_path / "stored.csv", tmp_path / "run.json"
+    words = ["bench", "run", "--ops", "widelast_projection", "--directions", "both"]
+    words += ["--min-seconds", "0.001", "--json", str(report), "--out", str(stored)]
+    assert main(words) == 0
+    assert "widelast_projection/two-norms/2x8x6to10/fp32/both" in capsys.readouterr().out
+    return stored, json.loads(report.read_text()), results.read(stored)
+
+
+def test_run_then_plot_table_and_compare(ran, tmp_path, capsys):
+    stored, written, rows = ran
+    assert [row.variant for row in rows] == ["eager", "compile", "featkd"]
+    assert [row.backend for row in rows[:2]] == ["torch", "torch"]
     assert all(r.rounds >= 10 and r.q20_ms <= r.median_ms <= r.q80_ms for r in rows)
-    assert all(r.peak_bytes > 0 and r.roofline_share > 0 for r in rows)
+    assert all(r.peak_bytes > 0 and r.roofline_share > 0 and r.error < 1e-5 for r in rows)
     assert rows[0].speedup == 1
-    written = json.loads((tmp_path / "run.json").read_text())
-    assert written["meta"]["backends"] == {r.case: r.backend for r in rows if r.variant == "featkd"}
+    assert written["meta"]["backends"] == {rows[2].case: rows[2].backend}
     assert {"commit", "versions", "machine"} <= set(written["meta"])
     figures = {(r["name"], r["variant"], r["metric"]): r["value"] for r in written["rows"]}
     assert len(figures) == len(written["rows"])
     for row in rows:
         assert figures[row.case, row.variant, "peak_bytes"] == row.peak_bytes
 
-    for command, file in (("plot", "p.svg"), ("table", None)):
-        done = ["bench", command, str(stored), "--json", str(tmp_path / f"{command}.json")]
-        assert main([*done, *(["--out", str(tmp_path / file)] if file else [])]) == 0
-        content = json.loads((tmp_path / f"{command}.json").read_text())
+    for command, out in (("plot", ["--out", str(tmp_path / "p.svg")]), ("table", [])):
+        report = tmp_path / f"{command}.json"
+        assert main(["bench", command, str(stored), *out, "--json", str(report)]) == 0
+        content = json.loads(report.read_text())
         assert content["meta"]["results"] == str(stored)
         assert content["rows"]
     assert (tmp_path / "p.svg").stat().st_size > 0
-    assert "| soft_kd/soft/2x12/fp32/both |" in capsys.readouterr().out
+    assert f"| {rows[0].case} |" in capsys.readouterr().out
 
-    worse = [r for r in rows if r.form == "indices"]
-    slow = dict(median_ms=1e3, q20_ms=1e3, q80_ms=1e3, speedup=1e-6)
-    results.append(again, [*worse[:2], type(worse[2])(**{**vars(worse[2]), **slow})])
-    report = tmp_path / "compare.json"
     assert main(["bench", "compare", str(stored), str(stored)]) == 0
+    again, report = tmp_path / "again.csv", tmp_path / "compare.json"
+    results.append(stored, [replace(rows[2], form="gone")])
+    slow = replace(rows[2], median_ms=1e3, q20_ms=1e3, q80_ms=1e3, speedup=1e-6)
+    results.append(again, [*rows[:2], slow])
     capsys.readouterr()
     assert main(["bench", "compare", str(stored), str(again), "--json", str(report)]) == 1
     said = capsys.readouterr().out
-    assert f"{worse[0].case}: takes 1e+03 ms" in said
-    assert f"not in {again}: soft_kd/soft/2x12/fp32/both" in said
+    assert f"{rows[0].case}: takes 1e+03 ms" in said
+    assert f"not in {again}: widelast_projection/gone/2x8x6to10/fp32/both" in said
     assert "1 cases compared, 1 worse" in said
     content = json.loads(report.read_text())
     assert content["meta"]["old"]["commit"] == rows[0].commit
     flags = {r["metric"]: r["value"] for r in content["rows"]}
     assert (flags["is_slower"], flags["fell_back"]) == (1, 0)
+
+
+def test_a_wrong_variant_ends_the_run(tiny, monkeypatch, capsys):
+    monkeypatch.setattr("featkd.benchmarks.soft_kd.soft_kd", lambda *_, **__: torch.ones(()))
+    monkeypatch.setattr("featkd.benchmarks.variants.VARIANTS", ("eager", "featkd"))
+    assert main(["bench", "run", "--ops", "soft_kd", "--directions", "forward"]) == 1
+    assert "featkd differs from eager in output 0" in capsys.readouterr().err
 
 
 MISTAKES = {

@@ -84,7 +84,7 @@ def test_a_variant_that_computes_something_else_is_not_timed(direction):
     with pytest.raises(variants.Disagreement, match=r"featkd differs from eager in .* by "):
         variants.prepare(bad, ["eager", "featkd"], CPU)
     nothing = Case(replace(case.problem, featkd=lambda x: honest(x)[:1]), "fp32", direction)
-    with pytest.raises(ValueError, match=r"argument|zip"):
+    with pytest.raises(ValueError, match="zip"):
         variants.prepare(nothing, ["featkd"], CPU)
 
 

@@ -76,6 +76,7 @@ def test_json_form(tmp_path, make_row):
 
 
 def test_this_run_describes_itself():
-    run = results.describe_run()
+    run = results.describe_run("cpu")
     assert set(results.COLUMNS) >= set(run)
-    assert results.meta_of(run)["machine"] == results.this_machine()
+    assert results.meta_of(run)["machine"] == results.this_machine("cpu")
+    assert run["accelerator"] == "none"

@@ -6,11 +6,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
 from featkd.checks import check_positive, suggestion
+
+from .arguments import Parser, check_folders, several
 
 if TYPE_CHECKING:
     import torch
@@ -43,42 +45,28 @@ def bench(words: Sequence[str]) -> int:
         known = ", ".join(_COMMANDS)
         near = suggestion(command, _COMMANDS)
         raise ValueError(f"bench: expected one of {known}; got {command!r}{near}")
-    parser = _Parser(prog=f"featkd bench {command}", description=_COMMANDS[command])
+    parser = Parser(prog=f"featkd bench {command}", description=_COMMANDS[command])
     add, work = _PARTS[command]
     add(parser)
     parser.add_argument("--json", type=str, default=None, metavar="FILE", help="figures as JSON")
     options = parser.parse_args(rest)
-    for name in ("json", "out"):
-        value = options.get(name)
-        if value is not None and not Path(value).absolute().parent.is_dir():
-            raise FileNotFoundError(f"--{name}: no folder {Path(value).parent} to write {value} in")
+    check_folders(options, ("json", "out"))
     return work(options)
-
-
-class _Parser(ArgumentParser):
-    """Raises what is wrong for the caller to report, in place of printing a usage and exiting."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ValueError(f"{message}\nsee {self.prog} --help")
 
 
 def _add_run(parser: ArgumentParser) -> None:
     from . import cases, sizes
     from .problem import DIRECTIONS, DTYPES
 
-    def several(name: str, allowed: Sequence[str], default: Sequence[str]) -> None:
-        text = f"among {', '.join(allowed)} (default: {' '.join(default)})"
-        parser.add_argument(f"--{name}", nargs="+", type=str, default=list(default), help=text)
-
-    several("ops", tuple(cases.OPS), tuple(cases.OPS))
+    several(parser, "ops", tuple(cases.OPS), tuple(cases.OPS))
     parser.add_argument(
         "--shapes", type=str, default="small", help=f"{', '.join(sizes.SETS)} or all"
     )
     parser.add_argument(
         "--batches", nargs="+", type=int, default=[], help="only shapes of so many images"
     )
-    several("dtypes", tuple(DTYPES), ("fp32",))
-    several("directions", DIRECTIONS, ("forward", "both"))
+    several(parser, "dtypes", tuple(DTYPES), ("fp32",))
+    several(parser, "directions", DIRECTIONS, ("forward", "both"))
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
     parser.add_argument(
         "--min-seconds", type=float, default=1.0, help="to spend on each variant of each case"

@@ -1,4 +1,4 @@
-"""The command line: `featkd distill`, `featkd bench` and `featkd demo`.
+"""The command line: `featkd distill`, `featkd bench`, `featkd kernels` and `featkd demo`.
 
 Exit codes: 0 done, 1 failed while running, 2 bad arguments or recipe, 128 + N stopped by signal N.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from featkd.train.engine import Outcome
     from featkd.train.recipe import Recipe
 
-_COMMANDS = ("distill", "bench", "demo")
+_COMMANDS = ("distill", "bench", "kernels", "demo")
 _USAGE = f"""\
 featkd {featkd.__version__}: feature distillation of Vision Transformers
 
@@ -31,6 +31,7 @@ usage: featkd COMMAND [arguments]      featkd COMMAND --help
 
   distill RECIPE [--field value ...]   train a student, with or without a teacher
   bench run|plot|table|compare         time the fused ops beside eager torch and torch.compile
+  kernels report                       compile every kernel, count its traffic, check the rules
   demo [--out DIR]                     teacher and four students on scikit-learn's digits
 """
 
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(_distill, rest)
     if command == "bench":
         return _run(_bench, rest)
+    if command == "kernels":
+        return _run(_kernels, rest)
     if command == "demo":
         return _run(_demo, rest)
     from featkd.checks import suggestion
@@ -127,6 +130,13 @@ def _bench(words: list[str]) -> int:
     from featkd.benchmarks.cli import bench
 
     code: int = bench(words)
+    return code
+
+
+def _kernels(words: list[str]) -> int:
+    from featkd.benchmarks.kernels_cli import kernels
+
+    code: int = kernels(words)
     return code
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from featkd import checks, reference
@@ -48,13 +47,13 @@ def projected_feature_kd(
         norm_bias: (Ct,) or None; only with `norm_weight`.
         eps: LayerNorm's epsilon.
         metric: "mse" or "spectral".
-        grid: (H, W) with H*W == N; "spectral" only. None takes a square grid.
+        grid: (H, W) with H*W == N, used by "spectral" alone. None takes a square grid.
 
     Returns:
         A scalar.
 
     Raises:
-        TypeError: an integer tensor.
+        TypeError: an integer tensor, or something else than a tensor or a number.
         ValueError: shapes, devices or the grid don't fit, an empty input, a teacher that
             requires grad.
 
@@ -86,9 +85,9 @@ def projected_feature_kd(
         if bias is not None:
             checks.check_floating("bias", bias)
             checks.check_shape("bias", bias, (width,))
-    checks.check_norm(norm_weight, norm_bias, width)
-    _check_teacher_map(teacher, (batch, tokens, width))
+    checks.check_norm(norm_weight, norm_bias, width, optional=True)
     checks.check_not_empty("student", student)
+    _check_teacher_map(teacher, (batch, tokens, width))
     checks.check_same_device(
         student=student,
         teacher=teacher,
@@ -135,7 +134,7 @@ def widelast_projection(
         (residual, normed), both (B, N, Ct) in x's dtype.
 
     Raises:
-        TypeError: an integer tensor.
+        TypeError: an integer tensor, or something else than a tensor or a number.
         ValueError: shapes or devices don't fit.
 
     Example:
@@ -196,7 +195,7 @@ def lift_head(
         (pooled (B, Ct) in features' dtype, scalar loss or None).
 
     Raises:
-        TypeError: an integer tensor.
+        TypeError: an integer tensor, or something else than a tensor or a number.
         ValueError: shapes, devices or the grid don't fit, an empty input, a teacher that
             requires grad.
 
@@ -261,7 +260,8 @@ def soft_kd(
         A scalar.
 
     Raises:
-        TypeError: an integer tensor where logits are expected, or a target of a wrong dtype.
+        TypeError: an integer tensor where logits are expected, a target of a wrong dtype, or
+            something else than a tensor or a number.
         ValueError: shapes, devices, alpha or tau don't fit, an empty batch, no teacher where
             alpha > 0, a teacher that requires grad.
 
@@ -276,13 +276,7 @@ def soft_kd(
     checks.check_shape("student_logits", student_logits, ("B", "K"))
     checks.check_not_empty("student_logits", student_logits)
     batch, classes = student_logits.shape
-    if target.dim() == 1:
-        if target.dtype != torch.int64:
-            raise TypeError(f"target: class indices must be int64, got {target.dtype}")
-        checks.check_shape("target", target, (batch,))
-    else:
-        checks.check_floating("target", target)
-        checks.check_shape("target", target, (batch, classes))
+    checks.check_target("target", target, batch, classes)
     if teacher_logits is not None:
         checks.check_floating("teacher_logits", teacher_logits)
         checks.check_shape("teacher_logits", teacher_logits, (batch, classes))
@@ -298,4 +292,5 @@ def soft_kd(
 def _check_teacher_map(teacher: Tensor, shape: tuple[int, int, int]) -> None:
     checks.check_floating("teacher", teacher)
     checks.check_shape("teacher", teacher, shape)
+    checks.check_not_empty("teacher", teacher)
     checks.check_constant("teacher", teacher)

@@ -27,9 +27,10 @@ def projected_feature_kd(
 ) -> Tensor:
     """The loss by the chosen backend; arguments as in `featkd.reference`, taken as valid."""
     width = 0 if grid is None else grid[1]
+    others = (teacher, weight, bias, norm_weight, norm_bias)
 
     def unsupported(backend: str) -> str:
-        why = support.unsupported(backend, student, student.shape[0] * student.shape[1])
+        why = support.unsupported(backend, student, student.shape[0] * student.shape[1], others)
         if not why and backend == "triton" and width > _MOST_COLUMNS:
             return f"a patch grid of {width} columns, more than {_MOST_COLUMNS}"
         return why

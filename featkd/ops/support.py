@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-def unsupported(backend: str, x: Tensor, rows: int) -> str:
-    """Why "cpu" or "triton" cannot take a call on `x` with so many rows at all, or ""."""
+
+def unsupported(backend: str, x: Tensor, rows: int, others: Iterable[Tensor | None] = ()) -> str:
+    """Why "cpu" or "triton" cannot take a call on `x` with so many rows at all, or "".
+
+    `others` are the call's further tensors; only their dtypes matter.
+    """
     kind = x.device.type
+    for tensor in (x, *others):
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return f"a tensor in {tensor.dtype}"
     if backend == "cpu":
         return "" if kind == "cpu" else f"tensors on {kind}"
     from featkd.kernels.launch import can_run_on

@@ -98,6 +98,24 @@ def sweep(
     return total, d_student, flat
 
 
+def difference_gradient(student: Tensor, teacher: Tensor, width: int, factor: Tensor) -> Tensor:
+    """The student's gradient where there is neither weight nor norm: factor * H, (B, N, C).
+
+    Formed in the backward pass: S - T costs less than writing it, keeping it and scaling it.
+    """
+    dtype = accumulation_dtype(student.dtype)
+    result = torch.empty(student.shape, dtype=student.dtype)
+    for images, tokens in _chunks(student.shape[0], student.shape[1], width or 1):
+        place, s = result[images, tokens], student[images, tokens]
+        if width or place.dtype != dtype:
+            error = s.to(dtype) - teacher[images, tokens]
+            half = _with_row_sums(error.view(-1, s.shape[2]), width) if width else error
+            place.copy_(half.view(s.shape).mul_(factor))
+        else:
+            torch.sub(s, teacher[images, tokens], out=place).mul_(factor)
+    return result
+
+
 def _chunks(batch: int, tokens: int, width: int) -> list[tuple[slice, slice]]:
     """Slices of images and tokens with about `_ROWS` rows each, whole image rows of `width`."""
     if tokens <= _ROWS:

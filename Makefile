@@ -9,7 +9,7 @@ BENCH ?= cpu-epyc-avx2-2cores
 BENCH_ARGS ?= --shapes published --batches 32 --dtypes fp32 bf16 --directions forward both
 BENCH_CSV := benchmarks/results/$(BENCH).csv
 
-.PHONY: env demo test bench lint types format clean
+.PHONY: env demo test report bench lint types format clean
 
 env: $(STAMP)
 
@@ -32,6 +32,9 @@ bench: $(STAMP)
 	$(BIN)/featkd bench plot $(BENCH_CSV) --out docs/bench-$(BENCH).svg
 	@if grep -qF '<!-- bench $(BENCH) -->' docs/results.md; \
 		then $(BIN)/featkd bench table $(BENCH_CSV) --out docs/results.md; fi
+
+report: $(STAMP)
+	OMP_WAIT_POLICY=passive $(BIN)/featkd kernels report
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

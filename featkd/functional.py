@@ -13,6 +13,7 @@ from torch import Tensor
 
 from featkd import checks, reference
 from featkd.ops import projected_feature_kd as projected_feature_kd_op
+from featkd.ops import soft_kd as soft_kd_op
 
 Metric = Literal["mse", "spectral"]
 
@@ -252,8 +253,10 @@ def soft_kd(
     Args:
         student_logits: (B, K), floating.
         teacher_logits: (B, K), floating, needing no gradient; may be None where alpha is 0.
-        target: (B,) class indices, int64, each in [0, K); or (B, K) soft labels, floating.
-        alpha: weight of the teacher, from 0 to 1.
+        target: (B,) class indices, int64, each in [0, K); or (B, K) soft labels, floating, whatever
+            they sum to. Dtypes of all three may differ.
+        alpha: weight of the teacher, from 0 to 1. A term of weight zero is left out, and its
+            tensor not looked at.
         tau: temperature, > 0.
 
     Returns:
@@ -264,6 +267,18 @@ def soft_kd(
             something else than a tensor or a number.
         ValueError: shapes, devices, alpha or tau don't fit, an empty batch, no teacher where
             alpha > 0, a teacher that requires grad.
+        RuntimeError: on a CPU, a class index outside of [0, K) ("index 7 is out of bounds for
+            dimension 1 with size 5"; no index is ignored, -100 neither). On a GPU, where asking
+            would wait for it, such a row makes the loss NaN, and its own gradient.
+
+    Notes:
+        CUDA tensors run on Triton kernels, CPU tensors on a fused sweep (`featkd.use_backend`).
+        Both compute in float32 (float64 for a float64 student), under autocast too, and form
+        the gradient with the loss: one (B, K) tensor in the student's dtype is kept for the
+        backward pass, and no softmax. Without grad mode it is not formed. Results repeat bitwise.
+        Soft labels that require grad get theirs from the reference, with a warning. Masked
+        classes (logits of -inf) give what the equation gives in IEEE arithmetic: a finite
+        cross-entropy for indices, NaN for 0 * inf. Gradients cannot be differentiated again.
 
     Example:
         >>> import torch
@@ -286,7 +301,7 @@ def soft_kd(
     checks.check_same_device(
         student_logits=student_logits, teacher_logits=teacher_logits, target=target
     )
-    return reference.soft_kd(student_logits, teacher_logits, target, alpha=alpha, tau=tau)
+    return soft_kd_op.soft_kd(student_logits, teacher_logits, target, alpha=alpha, tau=tau)
 
 
 def _check_teacher_map(teacher: Tensor, shape: tuple[int, int, int]) -> None:

@@ -22,13 +22,16 @@ def tile_places(first, image_rows, width, tokens, HB: tl.constexpr, WB: tl.const
 
 
 @triton.jit
-def load_rows(base, offsets, valid, block, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    """Block number `block` of the channels of each row: (rows, BLOCK), zero outside."""
+def load_rows(
+    base, offsets, valid, block,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, OUTSIDE: tl.constexpr = 0.0,
+):  # fmt: skip
+    """Block number `block` of the channels of each row: (rows, BLOCK), `OUTSIDE` past the edges."""
     channel = block * BLOCK + tl.arange(0, BLOCK)
     mask = valid[:, None]
     if CHANNELS % BLOCK != 0:
         mask = mask & (channel < CHANNELS)[None, :]
-    return tl.load(base + offsets[:, None] + channel[None, :], mask=mask, other=0.0)
+    return tl.load(base + offsets[:, None] + channel[None, :], mask=mask, other=OUTSIDE)
 
 
 @triton.jit

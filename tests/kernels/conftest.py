@@ -13,6 +13,8 @@ from featkd.ptx import run_triton
 WRITTEN = {
     "loss_and_student_gradient": ("gradient", "statistics", "partial"),
     "parameter_gradients": ("weight_partial", "vector_partial"),
+    "loss_and_logit_gradient": ("gradient", "losses"),
+    "scale": ("scaled",),
 }
 
 

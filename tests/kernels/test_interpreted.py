@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-OPS = ("projected_feature_kd",)
+OPS = ("projected_feature_kd", "soft_kd")
 
 
 def interpreted(op: str, what: str) -> str:

@@ -37,18 +37,32 @@ def draw(rows: Sequence[Row], path: Path) -> list[Measured]:
         raise ResultsError("no case in the results has a time of the eager variant")
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     # the same results make the same file: no random ids, no date, and no fonts drawn as paths
     with mpl.rc_context({"svg.hashsalt": "featkd", "svg.fonttype": "none", "font.size": 8}):
         heights = [len(cases) for cases in groups.values()]
-        figure = Figure(figsize=(10, 0.8 + sum(0.2 * h + 0.75 for h in heights)))
-        panels = figure.subplots(len(groups), 2, squeeze=False, height_ratios=heights)
+        figure = Figure(
+            figsize=(10, 1 + sum(0.2 * h + 0.45 for h in heights)), layout="constrained"
+        )
+        panels = figure.subplots(
+            len(groups), 2, squeeze=False, height_ratios=heights, sharex="col", sharey="row"
+        )
         for (title, cases), (left, right) in zip(groups.items(), panels, strict=True):
             _draw_times(left, title, cases)
             _draw_memory(right, cases)
-        panels[0][0].legend(fontsize=7)
+        left, right = panels[-1]
+        left.set_xlabel("time as a multiple of eager's")
+        left.set_xscale("log")
+        left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.xaxis.set_minor_locator(NullLocator())
+        right.set_xlabel("extra peak memory, MiB")
+        right.set_xscale("symlog", linthresh=1)
+        right.set_xlim(left=-0.1)
+        for axis in (left.xaxis, right.xaxis):
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        figure.legend(*left.get_legend_handles_labels(), loc="outside upper right", ncols=3)
         figure.suptitle(_origin(rows[-1]), fontsize=8)
-        figure.tight_layout()
         with atomic_write(path) as file:
             meta = {"Date": None} if path.suffix == ".svg" else None
             figure.savefig(file, format=path.suffix[1:], dpi=150, metadata=meta)
@@ -79,8 +93,8 @@ def _draw_times(axes: Axes, title: str, cases: Group) -> None:
         there = [(y, by[variant]) for y, by in enumerate(cases.values()) if variant in by]
         ratios = [1 / row.speedup for _, row in there]
         spread = [
-            [ratio * (1 - row.q20_ms / row.median_ms) for ratio, (_, row) in zip(ratios, there)],  # noqa: B905
-            [ratio * (row.q80_ms / row.median_ms - 1) for ratio, (_, row) in zip(ratios, there)],  # noqa: B905
+            [(1 - row.q20_ms / row.median_ms) / row.speedup for _, row in there],
+            [(row.q80_ms / row.median_ms - 1) / row.speedup for _, row in there],
         ]
         axes.errorbar(
             ratios,
@@ -92,12 +106,10 @@ def _draw_times(axes: Axes, title: str, cases: Group) -> None:
             color=_COLOURS[variant],
             label=variant,
         )
-    axes.set_xscale("log")
     axes.axvline(1, color=_COLOURS["eager"], linewidth=0.5)
     axes.set_yticks(range(len(cases)), list(cases), fontsize=7)
     axes.invert_yaxis()
-    axes.set_title(title, loc="left")
-    axes.set_xlabel("time / eager's")
+    axes.set_title(title, loc="left", fontsize=8)
 
 
 def _draw_memory(axes: Axes, cases: Group) -> None:
@@ -110,10 +122,6 @@ def _draw_memory(axes: Axes, cases: Group) -> None:
             markersize=4,
             color=_COLOURS[variant],
         )
-    axes.set_xscale("symlog", linthresh=0.01)
-    axes.set_yticks(range(len(cases)), [""] * len(cases))
-    axes.invert_yaxis()
-    axes.set_xlabel("extra peak memory, MiB")
 
 
 def _origin(row: Row) -> str:

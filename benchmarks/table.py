@@ -30,14 +30,19 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _line(case: str, eager: Row, compiled: Row, ours: Row) -> str:
-    times = [f"{r.median_ms:.3g} [{r.q20_ms:.3g}, {r.q80_ms:.3g}]" for r in (eager, compiled, ours)]
+    three = (eager, compiled, ours)
+    times = [f"{_short(r.median_ms)} [{_short(r.q20_ms)}, {_short(r.q80_ms)}]" for r in three]
     # beside eager, not median / median: the two were taken moments apart
     best = ours.speedup / max(1.0, compiled.speedup)
-    memory = [f"{r.peak_bytes / 2**20:.1f}" for r in (eager, compiled, ours)]
+    memory = [f"{r.peak_bytes / 2**20:.1f}" for r in three]
     against = f"{best:.2f}" if best >= 1 else f"**{best:.2f}**"
     share = f"{100 * ours.roofline_share:.0f} %"
     cells = [case, *times, f"{ours.speedup:.2f}", against, *memory, share, ours.backend]
     return f"| {' | '.join(cells)} |\n"
+
+
+def _short(ms: float) -> str:
+    return f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}"
 
 
 def write_into(document: Path, name: str, text: str) -> None:

@@ -274,8 +274,8 @@ def soft_kd(
     Notes:
         CUDA tensors run on Triton kernels, CPU tensors on a fused sweep (`featkd.use_backend`).
         Both compute in float32 (float64 for a float64 student), under autocast too, and form
-        the gradient with the loss: one (B, K) tensor in the student's dtype is kept for the
-        backward pass, and no softmax. Without grad mode it is not formed. Results repeat bitwise.
+        the gradient with the loss: it and the student's logits are kept for the backward pass,
+        and no softmax. Without grad mode it is not formed. Results repeat bitwise.
         Soft labels that require grad get theirs from the reference, with a warning. Masked
         classes (logits of -inf) give what the equation gives in IEEE arithmetic: a finite
         cross-entropy for indices, NaN for 0 * inf. Gradients cannot be differentiated again.

@@ -80,8 +80,11 @@ def _(
 
 
 @torch.library.custom_op("featkd::soft_kd_backward", mutates_args=())
-def _backward(grad: Tensor, gradient: Tensor, backend: str) -> Tensor:
-    """`_forward`'s gradient times upstream's over B: a half type holds the one, not both."""
+def _backward(grad: Tensor, gradient: Tensor, student: Tensor, backend: str) -> Tensor:
+    """`_forward`'s gradient times upstream's over B: a half type holds the one, not both.
+
+    The student is taken so that differentiating the result again is an error, not zero.
+    """
     if backend == "cpu":
         return gradient * (grad / gradient.shape[0])
     from featkd.kernels import soft_kd as kernels
@@ -91,13 +94,13 @@ def _backward(grad: Tensor, gradient: Tensor, backend: str) -> Tensor:
 
 
 @_backward.register_fake
-def _(grad: Tensor, gradient: Tensor, backend: str) -> Tensor:
+def _(grad: Tensor, gradient: Tensor, student: Tensor, backend: str) -> Tensor:
     return torch.empty_like(gradient)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _, gradient = output
-    ctx.save_for_backward(gradient)
+    ctx.save_for_backward(gradient, inputs[0])
     ctx.backend = inputs[-1]
     ctx.mark_non_differentiable(gradient)
     ctx.set_materialize_grads(False)

@@ -69,9 +69,11 @@ class Comparison:
             if change.fell_back:
                 why.append(f"runs on the reference, ran on {change.old.backend}")
             if change.is_slower:
+                busy = [row.load for row in (change.old, change.new) if row.was_busy]
                 why.append(
                     f"takes {change.new.median_ms:.3g} ms, took {change.old.median_ms:.3g} "
                     f"(x {change.ratio:.2f}, x {change.ratio_to_eager:.2f} beside eager)"
+                    + (f", but at a load of {max(busy):.1f}: measure again" if busy else "")
                 )
             if change.holds_more:
                 why.append(f"holds {change.new.peak_bytes} bytes, held {change.old.peak_bytes}")

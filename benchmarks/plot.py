@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from featkd.files import atomic_write
 
-from .results import Measured, ResultsError, Row, newest
+from .results import Measured, ResultsError, Row, newest, origin
 from .variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def draw(rows: Sequence[Row], path: Path) -> list[Measured]:
         for axis in (left.xaxis, right.xaxis):
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper right", ncols=3)
-        figure.suptitle(_origin(rows[-1]), fontsize=8)
+        figure.suptitle(origin(newest(rows).values()), fontsize=7, x=0, ha="left")
         with atomic_write(path) as file:
             meta = {"Date": None} if path.suffix == ".svg" else None
             figure.savefig(file, format=path.suffix[1:], dpi=150, metadata=meta)
@@ -122,11 +122,3 @@ def _draw_memory(axes: Axes, cases: Group) -> None:
             markersize=4,
             color=_COLOURS[variant],
         )
-
-
-def _origin(row: Row) -> str:
-    device = row.processor if row.accelerator == "none" else row.accelerator
-    return (
-        f"{device}, {row.instructions}, {row.torch_threads} threads, torch {row.torch}, "
-        f"featkd {row.commit[:10]}, {row.time[:10]}"
-    )

@@ -50,6 +50,8 @@ class Row:
     variant: str
     backend: str
     """featkd's backend (cpu, triton, reference); "torch" for the other variants."""
+    load: float
+    """The machine's load average over the case's last minute, of which its own threads are part."""
     rounds: int
     median_ms: float
     q20_ms: float
@@ -75,6 +77,11 @@ class Row:
     def case(self) -> str:
         """Name of what was timed, without the variant."""
         return "/".join((self.op, self.form, self.shape, self.dtype, self.direction))
+
+    @property
+    def was_busy(self) -> bool:
+        """Whether more wanted to run than this case's threads."""
+        return self.load > int(self.torch_threads) + 0.5
 
     @property
     def machine(self) -> dict[str, str]:
@@ -154,6 +161,23 @@ def newest(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
     return {(row.case, row.variant): row for row in rows}
 
 
+def origin(rows: Iterable[Row]) -> str:
+    """Where rows come from, as a line of text: machine, versions, commits, days, load."""
+    known = list(rows)
+
+    def several(texts: Iterable[str]) -> str:
+        return " and ".join(dict.fromkeys(texts))
+
+    last = known[-1]
+    device = last.processor if last.accelerator == "none" else last.accelerator
+    loads = sorted(row.load for row in known)
+    return (
+        f"{device}, {last.instructions}, {last.torch_threads} threads, "
+        f"torch {several(r.torch for r in known)}, featkd {several(r.commit[:10] for r in known)}, "
+        f"{several(r.time[:10] for r in known)}, load average {loads[0]:.1f} to {loads[-1]:.1f}"
+    )
+
+
 def check_same_machine(path: Path, machine: Mapping[str, str]) -> None:
     """Raise ResultsError where a results file holds another machine's rows."""
     for row in read(path) if path.is_file() else ():
@@ -197,7 +221,8 @@ Measured = tuple[str, str, str, str, float]
 """(name, variant, metric, unit, value) of the JSON form."""
 
 _UNITS = {
-    "median_ms": "ms", "q20_ms": "ms", "q80_ms": "ms", "speedup": "ratio", "rounds": "count",
+    "load": "processes", "median_ms": "ms",
+    "q20_ms": "ms", "q80_ms": "ms", "speedup": "ratio", "rounds": "count",
     "peak_bytes": "bytes", "floor_bytes": "bytes", "flops": "flop", "gb_per_s": "GB/s",
     "error": "ratio", "roofline_share": "ratio",
 }  # fmt: skip

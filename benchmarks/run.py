@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ def _measure(
     flops = roofline.least_flops(case.problem, case.direction)
     least = rates.least_seconds(moved, flops, case.dtype)
     times = timing.take_turns(prepared.steps, clock, min_seconds=min_seconds)
+    load = os.getloadavg()[0]
     rows = []
     for name, step in prepared.steps.items():
         low, median, high = timing.quantiles(times[name])
@@ -52,6 +54,7 @@ def _measure(
             "direction": case.direction,
             "variant": name,
             "backend": prepared.backend if name == "featkd" else "torch",
+            "load": load,
             "rounds": len(times[name]),
             "median_ms": 1e3 * median,
             "q20_ms": 1e3 * low,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from featkd.files import atomic_write
 
-from .results import ResultsError, Row, newest
+from .results import ResultsError, Row, newest, origin
 from .variants import VARIANTS
 
 _HEAD = (
@@ -19,14 +19,15 @@ _HEAD = (
 def markdown(rows: Sequence[Row]) -> str:
     """Newest figures of every case that has all variants: median [20 %, 80 %], peak memory.
 
-    Where featkd is slower than the best of the other two, its ratio to it is bold.
+    Where featkd is slower than the best of the other two, its ratio to it is bold. A line below
+    says where the figures come from.
     """
     latest = newest(rows)
     lines = [_HEAD]
     for case in dict.fromkeys(case for case, _ in latest):
         if all((case, variant) in latest for variant in VARIANTS):
             lines.append(_line(case, *(latest[case, variant] for variant in VARIANTS)))
-    return "".join(lines)
+    return "".join([*lines, "\n", origin(latest.values()), ".\n"])
 
 
 def _line(case: str, eager: Row, compiled: Row, ours: Row) -> str:

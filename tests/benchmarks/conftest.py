@@ -48,6 +48,7 @@ def make_row() -> Callable[..., Row]:
             "direction": "both",
             "variant": "featkd",
             "backend": "cpu",
+            "load": 2.0,
             "rounds": 20,
             "median_ms": 2.0,
             "q20_ms": 1.9,

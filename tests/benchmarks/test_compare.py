@@ -32,6 +32,7 @@ def slower(factor: float, eager: float = 1.0) -> dict[str, float]:
         ({}, ""),
         (slower(1.1), ""),  # below the tolerance
         (slower(1.3), "takes 2.6 ms, took 2 "),
+        (slower(1.3) | {"load": 3.1}, "beside eager), but at a load of 3.1: measure again"),
         (slower(0.5), ""),
         (slower(1.3, eager=1.3), ""),  # a busy machine
         (slower(1.0, eager=0.5), ""),  # eager became faster

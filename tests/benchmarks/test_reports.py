@@ -38,8 +38,12 @@ def test_plot_mistakes(tmp_path, rows, make_row):
 
 def test_table(rows, make_row):
     alone = make_row(op="widelast_projection")  # not beside the others: no line
-    lines = table.markdown([*rows, alone]).splitlines()
-    assert len(lines) == 2 + 3
+    *lines, empty, origin = table.markdown([*rows, alone]).splitlines()
+    assert (len(lines), empty) == (2 + 3, "")
+    assert origin == (
+        "Some, CPU, AVX2, 2 threads, torch 2.14.1, featkd 0123456789, 2026-11-24, "
+        "load average 2.0 to 2.0."
+    )
     assert {line.count("|") for line in lines} == {lines[0].count("|")}
     first = [cell.strip() for cell in lines[2].split("|")]
     assert first[1] == "soft_kd/indices/32x1000/fp32/both"

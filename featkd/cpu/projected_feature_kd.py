@@ -104,15 +104,14 @@ def difference_gradient(student: Tensor, teacher: Tensor, width: int, factor: Te
     Formed in the backward pass: S - T costs less than writing it, keeping it and scaling it.
     """
     dtype = accumulation_dtype(student.dtype)
+    if not width and student.dtype == teacher.dtype == dtype:
+        return torch.sub(student, teacher).mul_(factor)
     result = torch.empty(student.shape, dtype=student.dtype)
     for images, tokens in _chunks(student.shape[0], student.shape[1], width or 1):
         place, s = result[images, tokens], student[images, tokens]
-        if width or place.dtype != dtype:
-            error = s.to(dtype) - teacher[images, tokens]
-            half = _with_row_sums(error.view(-1, s.shape[2]), width) if width else error
-            place.copy_(half.view(s.shape).mul_(factor))
-        else:
-            torch.sub(s, teacher[images, tokens], out=place).mul_(factor)
+        error = s.to(dtype) - teacher[images, tokens]
+        half = _with_row_sums(error.view(-1, s.shape[2]), width) if width else error
+        place.copy_(half.view(s.shape).mul_(factor))
     return result
 
 

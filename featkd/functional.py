@@ -11,9 +11,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from featkd import checks, reference
+from featkd import checks
+from featkd.ops import lift_head as lift_head_op
 from featkd.ops import projected_feature_kd as projected_feature_kd_op
 from featkd.ops import soft_kd as soft_kd_op
+from featkd.ops import widelast_projection as widelast_projection_op
 
 Metric = Literal["mse", "spectral"]
 
@@ -132,11 +134,22 @@ def widelast_projection(
         eps: epsilon of both LayerNorms.
 
     Returns:
-        (residual, normed), both (B, N, Ct) in x's dtype.
+        (residual, normed), both (B, N, Ct) in x's dtype. Under autocast on a GPU the residual is
+        float32, as LayerNorm's output is, and the normed map has autocast's dtype, to which the
+        linear layer that takes it would round it.
 
     Raises:
         TypeError: an integer tensor, or something else than a tensor or a number.
         ValueError: shapes or devices don't fit.
+
+    Notes:
+        CUDA tensors run on Triton kernels: x is read and both maps are written once, LN_1 takes r
+        unrounded, and nothing but four numbers a row is kept for the backward pass, which forms
+        x W^T again. CPU tensors run on a fused sweep (`featkd.use_backend`), which ignores autocast
+        and keeps x W^T in float32 and float64 alone. Both form the gradients without a (B, N, Ct)
+        tensor of their own and repeat bitwise; a gradient of either map that is expanded from a
+        scalar is copied. Gradients cannot be differentiated again. A graph that is being exported
+        gets plain torch operators.
 
     Example:
         >>> import torch
@@ -164,7 +177,7 @@ def widelast_projection(
         norm1_weight=norm1_weight,
         norm1_bias=norm1_bias,
     )
-    return reference.widelast_projection(
+    return widelast_projection_op.widelast_projection(
         x, weight, proj_norm_weight, proj_norm_bias, norm1_weight, norm1_bias, eps=eps
     )
 
@@ -200,6 +213,11 @@ def lift_head(
         ValueError: shapes, devices or the grid don't fit, an empty input, a teacher that
             requires grad.
 
+    Notes:
+        z is never a (B, N, Ct) tensor in memory: pooling needs the norm's statistics of each token
+        and a weighted sum of the features. Backends, rounding and determinism as in
+        `projected_feature_kd`: features in half precision round W to their type.
+
     Example:
         >>> import torch
         >>> pooled, loss = lift_head(torch.randn(2, 9, 3), torch.randn(4, 3),
@@ -225,7 +243,7 @@ def lift_head(
         norm_bias=norm_bias,
         teacher=teacher,
     )
-    return reference.lift_head(
+    return lift_head_op.lift_head(
         features,
         weight,
         norm_weight,

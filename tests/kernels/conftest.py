@@ -11,10 +11,15 @@ from featkd.ptx import run_triton
 
 # tensor arguments that a kernel writes: poisoned before the launch, and to be filled by it
 WRITTEN = {
+    "features_gradient": ("totals", "gradient"),
+    "head_gradients": ("weight_partial", "vector_partial"),
     "loss_and_student_gradient": ("gradient", "statistics", "partial"),
     "parameter_gradients": ("weight_partial", "vector_partial"),
     "loss_and_logit_gradient": ("gradient", "losses"),
     "scale": ("scaled",),
+    "project_and_normalise": ("residual", "normed", "statistics"),
+    "input_gradient": ("means", "gradient"),
+    "pool_and_distance": ("pooled_partial", "statistics", "energy_partial"),
 }
 
 

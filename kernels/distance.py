@@ -16,15 +16,48 @@ def projected(
     CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Channel block j of P, (rows, CT_BLOCK): without a weight the student's own channels."""
+    """Channel block j of P, (rows, CT_BLOCK): without a weight the student's own channels.
+
+    `blocks` are the student's (`rows.load_student`), or empty to load them here.
+    """
     if weight is None:
         result = rows.load_rows(student, offsets, valid, j, CT, CT_BLOCK).to(ACC)
+    elif len(blocks) == 0:
+        result = rows.project_streamed(
+            student, offsets, valid, weight, weight_stride, bias, j,
+            CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
+        )  # fmt: skip
     else:
         result = rows.project(
             blocks, weight, weight_stride, bias, j,
             CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
         )  # fmt: skip
     return result
+
+
+@triton.jit
+def row_statistics(
+    student, offsets, valid, weight, weight_stride, eps,
+    CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Mean and 1 / standard deviation of each row of P = S W^T, block by block, P streamed."""
+    mean = tl.zeros((valid.shape[0],), ACC)
+    squares = tl.zeros((valid.shape[0],), ACC)
+    for j in range(tl.cdiv(CT, CT_BLOCK)):
+        p = rows.project_streamed(
+            student, offsets, valid, weight, weight_stride, None, j,
+            CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
+        )  # fmt: skip
+        # join the block's mean and squared deviations to those of the blocks before it
+        # (Chan, Golub and LeVeque): sums of squares alone would cancel
+        count = tl.minimum(CT - j * CT_BLOCK, CT_BLOCK).to(ACC)
+        share = count / (j * CT_BLOCK + count)
+        shift = tl.sum(p, 1) / count - mean
+        centred = rows.inside(p - (mean + shift)[:, None], valid, j, CT, CT_BLOCK)
+        squares += tl.sum(centred * centred, 1) + shift * shift * (count * (1 - share))
+        mean += shift * share
+    return mean, 1.0 / tl.sqrt(squares / CT + eps)
 
 
 @triton.jit
@@ -64,13 +97,14 @@ def slope(
 def through_weight(
     sums, slope, weight, weight_stride, valid, j,
     CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
-    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, first=0,
 ):  # fmt: skip
-    """dS + dP W over channel block j of dP: a block of dS an entry of the tuple."""
+    """dS + dP W over channel block j of dP: an entry of the tuple a block of dS, from `first`."""
     operand = rows.inside(slope, valid, j, CT, CT_BLOCK).to(COMPUTE)
     result = ()
-    for k in tl.static_range(tl.cdiv(CS, CS_BLOCK)):
-        w = rows.load_weight(weight, weight_stride, j, k, CT, CS, CT_BLOCK, CS_BLOCK).to(COMPUTE)
+    for k in tl.static_range(len(sums)):
+        w = rows.load_weight(weight, weight_stride, j, first + k, CT, CS, CT_BLOCK, CS_BLOCK)
+        w = w.to(COMPUTE)
         result = result + (
             tl.dot(operand, w, sums[k], input_precision=PRECISION, out_dtype=ACC),
         )  # fmt: skip

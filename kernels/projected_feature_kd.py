@@ -12,7 +12,7 @@ reads W again, from L2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from featkd.kernels import distance, rows
-from featkd.kernels.launch import launch
-from featkd.kernels.shapes import (
-    channel_block,
-    channels_adjacent,
-    matmul_precision,
-    triton_type,
-)
+from featkd.kernels.configs import Config, gradient_config, loss_config, split_count
+from featkd.kernels.launch import architecture, launch
+from featkd.kernels.shapes import channels_adjacent, matmul_precision, triton_type
 from featkd.reference import accumulation_dtype
 
 
@@ -45,7 +41,7 @@ def loss_and_student_gradient(
     student_image, student_token, teacher_image, teacher_token, weight_stride,
     tokens, width, image_rows, eps,
     CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
-    HB: tl.constexpr, WB: tl.constexpr, SPECTRAL: tl.constexpr,
+    HB: tl.constexpr, WB: tl.constexpr, SPECTRAL: tl.constexpr, HOLD: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program a tile of rows; one sweep over the channels without a norm, three with one.
@@ -60,7 +56,7 @@ def loss_and_student_gradient(
     from_student = image * student_image + token * student_token
     from_teacher = image * teacher_image + token * teacher_token
     row = image * tokens + token
-    blocks = rows.load_student(student, weight, from_student, valid, CS, CS_BLOCK, COMPUTE)
+    blocks = rows.load_student(student, weight, from_student, valid, CS, CS_BLOCK, COMPUTE, HOLD)
     mean = tl.zeros((HB * WB,), ACC)
     rstd = tl.zeros((HB * WB,), ACC)
     energy = tl.zeros((HB * WB,), ACC)
@@ -139,7 +135,7 @@ def parameter_gradients(
     student_image, student_token, teacher_image, teacher_token, weight_stride,
     tokens, width, image_rows, tiles,
     CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
-    HB: tl.constexpr, WB: tl.constexpr, SPECTRAL: tl.constexpr,
+    HB: tl.constexpr, WB: tl.constexpr, SPECTRAL: tl.constexpr, GROUP: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dW = dP^T S and the vectors' gradients: a program a channel block and a share of the tiles.
@@ -150,7 +146,8 @@ def parameter_gradients(
     """
     j = tl.program_id(0)
     split = tl.program_id(1)
-    sums = rows.zero_blocks(CT_BLOCK, CS, CS_BLOCK, ACC)
+    first = tl.program_id(2) * GROUP
+    sums = rows.zero_blocks(CT_BLOCK, GROUP * CS_BLOCK, CS_BLOCK, ACC)
     sum_slope = tl.zeros((CT_BLOCK,), ACC)
     sum_gamma = tl.zeros((CT_BLOCK,), ACC)
     sum_beta = tl.zeros((CT_BLOCK,), ACC)
@@ -158,9 +155,8 @@ def parameter_gradients(
         image, token, valid = rows.tile_places(tile * HB, image_rows, width, tokens, HB, WB)
         from_student = image * student_image + token * student_token
         from_teacher = image * teacher_image + token * teacher_token
-        blocks = rows.load_student(student, weight, from_student, valid, CS, CS_BLOCK, COMPUTE)
         x = distance.projected(
-            blocks, student, from_student, valid, weight, weight_stride, bias, j,
+            (), student, from_student, valid, weight, weight_stride, bias, j,
             CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
         )  # fmt: skip
         rstd = tl.zeros((HB * WB,), ACC)
@@ -178,55 +174,20 @@ def parameter_gradients(
         slope = rows.inside(slope, valid, j, CT, CT_BLOCK)
         if weight is not None:
             sums = rows.add_outer(
-                sums, slope, student, from_student, valid,
+                sums, slope, student, from_student, valid, first,
                 CS, CS_BLOCK, COMPUTE, ACC, PRECISION,
             )  # fmt: skip
         sum_slope += tl.sum(slope, 0)
         sum_gamma += tl.sum(half * x, 0)
         sum_beta += tl.sum(half, 0)
     if weight is not None:
-        rows.store_weight_partial(weight_partial, split, j, sums, CT, CS, CT_BLOCK, CS_BLOCK)
+        rows.store_weight_partial(weight_partial, split, j, sums, first, CT, CS, CT_BLOCK, CS_BLOCK)
     channel = j * CT_BLOCK + tl.arange(0, CT_BLOCK)
     at = vector_partial + split * (3 * CT) + channel
-    tl.store(at, sum_slope, mask=channel < CT)
-    tl.store(at + CT, sum_gamma, mask=channel < CT)
-    tl.store(at + 2 * CT, sum_beta, mask=channel < CT)
-
-
-@dataclass(frozen=True)
-class Config:
-    """Tile sizes of a launch: places (rows) of a tile, and channels of a block."""
-
-    rows: int
-    student_block: int
-    teacher_block: int
-    num_warps: int = 8
-    num_stages: int = 1
-
-
-def loss_config(student_width: int, teacher_width: int, compute: torch.dtype) -> Config:
-    """Tiles of `loss_and_student_gradient`, by the registers that compilation ahead shows."""
-    return Config(
-        32 if compute.itemsize == 2 else 16,
-        channel_block(student_width, compute),
-        min(64, channel_block(teacher_width, compute)),
-    )
-
-
-def gradient_config(student_width: int, teacher_width: int, compute: torch.dtype) -> Config:
-    """Tiles of `parameter_gradients`: dW of a block, (teacher_block, Cs), stays in registers."""
-    return Config(
-        32 if compute.itemsize == 2 else 16,
-        min(64, channel_block(student_width, compute)),
-        min(32, channel_block(teacher_width, compute)),
-        num_warps=4,
-    )
-
-
-def split_count(rows: int) -> int:
-    """Programs that share the rows of dW: 1,024 each, as fewer would write more partial sums than
-    they read rows, and no more than a GPU of 132 processors needs with three channel blocks."""
-    return max(1, min(44, rows // 1024))
+    mine = (channel < CT) & (first == 0)  # every group has the same sums
+    tl.store(at, sum_slope, mask=mine)
+    tl.store(at + CT, sum_gamma, mask=mine)
+    tl.store(at + 2 * CT, sum_beta, mask=mine)
 
 
 class Parameters(NamedTuple):
@@ -317,7 +278,7 @@ def forward(
     student, teacher, parameters = _loadable(student, teacher, parameters)
     batch, tokens, channels = student.shape
     norm = parameters.gamma is not None
-    config = loss_config(channels, teacher.shape[2], compute)
+    config = loss_config(channels, teacher.shape[2], compute, architecture(student.device))
     arguments = _arguments(student, teacher, parameters, width, compute, config)
     programs = triton.cdiv(arguments["image_rows"], arguments["HB"])
     kind = accumulation_dtype(compute)
@@ -335,6 +296,7 @@ def forward(
             "statistics": statistics,
             "partial": partial,
             "eps": eps,
+            "HOLD": config.hold,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -359,25 +321,29 @@ def backward(
     """
     student, teacher, parameters = _loadable(student, teacher, parameters)
     batch, tokens, channels = student.shape
-    config = gradient_config(channels, teacher.shape[2], compute)
+    width_out, kind = teacher.shape[2], accumulation_dtype(compute)
+    config = gradient_config(channels, width_out, compute, architecture(student.device))
     arguments = _arguments(student, teacher, parameters, width, compute, config)
+    blocks = 1 if parameters.weight is None else triton.cdiv(channels, config.student_block)
+    group = min(blocks, config.group)
+    programs = triton.cdiv(width_out, config.teacher_block), triton.cdiv(blocks, group)
     tiles = triton.cdiv(arguments["image_rows"], arguments["HB"])
-    per_split = triton.cdiv(tiles, split_count(batch * tokens))
+    per_split = triton.cdiv(tiles, split_count(batch * tokens, math.prod(programs)))
     splits = triton.cdiv(tiles, per_split)
-    kind, width_out = accumulation_dtype(compute), teacher.shape[2]
     weight_partial = None
     if parameters.weight is not None:
         weight_partial = student.new_empty(splits, width_out, channels, dtype=kind)
     vector_partial = student.new_empty(splits, 3, width_out, dtype=kind)
     launch(
         parameter_gradients,
-        (triton.cdiv(width_out, config.teacher_block), splits),
+        (programs[0], splits, programs[1]),
         {
             **arguments,
             "statistics": statistics,
             "weight_partial": weight_partial,
             "vector_partial": vector_partial,
             "tiles": per_split,
+            "GROUP": group,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,

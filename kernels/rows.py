@@ -77,10 +77,14 @@ def load_weight(
 def load_student(
     student, weight, offsets, valid,
     CS: tl.constexpr, CS_BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+    HOLD: tl.constexpr = True,
 ):  # fmt: skip
-    """All channel blocks of the rows as operands of products: a tuple; empty without a weight."""
+    """All channel blocks of the rows as operands of products: a tuple.
+
+    Empty without a weight, and where registers cannot hold them (`project_streamed`).
+    """
     blocks = ()
-    if weight is not None:
+    if HOLD and weight is not None:
         for k in tl.static_range(tl.cdiv(CS, CS_BLOCK)):
             blocks = blocks + (load_rows(student, offsets, valid, k, CS, CS_BLOCK).to(COMPUTE),)
     return blocks
@@ -103,6 +107,23 @@ def project(
 
 
 @triton.jit
+def project_streamed(
+    student, offsets, valid, weight, stride, bias, j,
+    CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`project` for rows that are not held: loaded again, from the cache, for each block j."""
+    total = tl.zeros((valid.shape[0], CT_BLOCK), ACC)
+    for k in range(tl.cdiv(CS, CS_BLOCK)):
+        block = load_rows(student, offsets, valid, k, CS, CS_BLOCK).to(COMPUTE)
+        w = load_weight(weight, stride, j, k, CT, CS, CT_BLOCK, CS_BLOCK).to(COMPUTE)
+        total = tl.dot(block, tl.trans(w), total, input_precision=PRECISION, out_dtype=ACC)
+    if bias is not None:
+        total += load_channels(bias, j, CT, CT_BLOCK, ACC)[None, :]
+    return total
+
+
+@triton.jit
 def zero_blocks(ROWS: tl.constexpr, CS: tl.constexpr, CS_BLOCK: tl.constexpr, ACC: tl.constexpr):
     """A tuple of (ROWS, CS_BLOCK) zeros that covers CS channels."""
     blocks = ()
@@ -113,19 +134,19 @@ def zero_blocks(ROWS: tl.constexpr, CS: tl.constexpr, CS_BLOCK: tl.constexpr, AC
 
 @triton.jit
 def add_outer(
-    sums, slope, student, offsets, valid,
+    sums, slope, student, offsets, valid, first,
     CS: tl.constexpr, CS_BLOCK: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sums + slope^T S: (CT_BLOCK, CS_BLOCK) an entry of the tuple.
+    """sums + slope^T S: (CT_BLOCK, CS_BLOCK) an entry of the tuple, from block `first` of S on.
 
     S is loaded once more, from the cache: kept from the projection, whose operand layout is
     another, it would spill.
     """
     operand = tl.trans(slope.to(COMPUTE))
     result = ()
-    for k in tl.static_range(tl.cdiv(CS, CS_BLOCK)):
-        block = load_rows(student, offsets, valid, k, CS, CS_BLOCK).to(COMPUTE)
+    for k in tl.static_range(len(sums)):
+        block = load_rows(student, offsets, valid, first + k, CS, CS_BLOCK).to(COMPUTE)
         total = tl.dot(operand, block, sums[k], input_precision=PRECISION, out_dtype=ACC)
         result = result + (total,)
     return result
@@ -133,14 +154,15 @@ def add_outer(
 
 @triton.jit
 def store_weight_partial(
-    partial, split, j, sums,
+    partial, split, j, sums, first,
     CT: tl.constexpr, CS: tl.constexpr, CT_BLOCK: tl.constexpr, CS_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows j CT_BLOCK and on of entry `split` of a (splits, CT, CS) tensor."""
+    """Entry `split` of a (splits, CT, CS) tensor: rows j CT_BLOCK and on, columns of the blocks
+    `first` and on."""
     channel = j * CT_BLOCK + tl.arange(0, CT_BLOCK)
     offsets = (split * CT + channel).to(tl.int64) * CS
-    for k in tl.static_range(tl.cdiv(CS, CS_BLOCK)):
-        store_rows(partial, offsets, channel < CT, sums[k], k, CS, CS_BLOCK)
+    for k in tl.static_range(len(sums)):
+        store_rows(partial, offsets, channel < CT, sums[k], first + k, CS, CS_BLOCK)
 
 
 @triton.jit

@@ -6,6 +6,8 @@ tensor of all rows by Ct channels exists. Equations as in `featkd.reference`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ def sweep(
     compute: torch.dtype,
     need_student: bool,
     need_parameters: bool,
+    observe: Callable[[slice, slice, Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pass over the rows.
 
@@ -38,6 +41,8 @@ def sweep(
         width: columns of the patch grid for the spectral metric, 0 for the mse.
         compute: type to which the projection's operands are rounded (autocast).
         need_student, need_parameters: which gradients to form; those not needed are empty.
+        observe: called with each chunk's slices of images and tokens, its rows of the student, and
+            the norm's 1 / standard deviation of each; only with a norm.
 
     Returns:
         sum(E H), and gradients of half of it: the student's (B, N, Cs) and the parameters', flat,
@@ -62,7 +67,7 @@ def sweep(
     )
     d_student = torch.empty(student.shape if need_student else 0, dtype=student.dtype)
     total = torch.zeros((), dtype=dtype)
-    for images, tokens in _chunks(student.shape[0], student.shape[1], width or 1):
+    for images, tokens in chunks(student.shape[0], student.shape[1], width or 1):
         s = student[images, tokens].reshape(-1, student.shape[2]).contiguous()
         s = s.to(dtype) if w is None else exact(s)
         target = teacher[images, tokens].reshape(-1, channels).contiguous()
@@ -72,7 +77,9 @@ def sweep(
         else:
             error, mean, rstd = torch.native_layer_norm(p, (channels,), gamma, beta, eps)
             error.sub_(target)
-        half = _with_row_sums(error, width) if width else error
+            if observe is not None:
+                observe(images, tokens, s, rstd)
+        half = with_row_sums(error, width) if width else error
         total += torch.dot(error.view(-1), half.view(-1))
         if not (need_student or need_parameters):
             continue
@@ -98,7 +105,24 @@ def sweep(
     return total, d_student, flat
 
 
-def _chunks(batch: int, tokens: int, width: int) -> list[tuple[slice, slice]]:
+def difference_gradient(student: Tensor, teacher: Tensor, width: int, factor: Tensor) -> Tensor:
+    """The student's gradient where there is neither weight nor norm: factor * H, (B, N, C).
+
+    Formed in the backward pass: S - T costs less than writing it, keeping it and scaling it.
+    """
+    dtype = accumulation_dtype(student.dtype)
+    if not width and student.dtype == teacher.dtype == dtype:
+        return torch.sub(student, teacher).mul_(factor)
+    result = torch.empty(student.shape, dtype=student.dtype)
+    for images, tokens in chunks(student.shape[0], student.shape[1], width or 1):
+        place, s = result[images, tokens], student[images, tokens]
+        error = s.to(dtype) - teacher[images, tokens]
+        half = with_row_sums(error.view(-1, s.shape[2]), width) if width else error
+        place.copy_(half.view(s.shape).mul_(factor))
+    return result
+
+
+def chunks(batch: int, tokens: int, width: int) -> list[tuple[slice, slice]]:
     """Slices of images and tokens with about `_ROWS` rows each, whole image rows of `width`."""
     if tokens <= _ROWS:
         images = max(1, _ROWS // tokens)
@@ -109,7 +133,7 @@ def _chunks(batch: int, tokens: int, width: int) -> list[tuple[slice, slice]]:
     ]
 
 
-def _with_row_sums(error: Tensor, width: int) -> Tensor:
+def with_row_sums(error: Tensor, width: int) -> Tensor:
     """H of the spectral metric: e + 1/W sum_w e, and where W is even the alternating sums too."""
     rows = error.view(-1, width, error.shape[1])
     half = rows + rows.sum(1, keepdim=True) / width

@@ -1,0 +1,261 @@
+"""The op behind `functional.lift_head`: schema, autograd, choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from featkd import backends, reference
+from featkd.ops import support
+from featkd.reference import accumulation_dtype
+
+NAME = "lift_head"
+_MOST_COLUMNS = 64  # of the patch grid: a tile of rows in Triton holds whole image rows
+
+
+def lift_head(
+    features: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    teacher: Tensor | None,
+    *,
+    eps: float,
+    metric: str,
+    grid: tuple[int, int] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Pooled map and loss by the chosen backend; arguments as in `featkd.reference`."""
+    width = 0 if grid is None else grid[1]
+
+    def unsupported(backend: str) -> str:
+        why = support.unsupported(backend, features, features.shape[0] * features.shape[1])
+        if not why and backend == "triton" and width > _MOST_COLUMNS:
+            return f"a patch grid of {width} columns, more than {_MOST_COLUMNS}"
+        return why
+
+    backend = backends.choose(NAME, features.device, unsupported)
+    parameters = (weight, norm_weight, norm_bias)
+    if backend == "reference":
+        backends.record(NAME, backend)
+        return reference.lift_head(
+            features, *parameters, teacher, eps=eps, metric=metric, grid=grid
+        )
+    grad = torch.is_grad_enabled()
+    outputs: tuple[Tensor, ...] = _forward(
+        *(features, *parameters, teacher),
+        eps,
+        width,
+        support.operand_dtype(backend, features),
+        grad and features.requires_grad,
+        grad and any(p.requires_grad for p in parameters),
+        backend,
+    )
+    return outputs[0], None if teacher is None else outputs[1]
+
+
+def _factor(teacher: Tensor, width: int) -> float:
+    """Loss / sum(E H): a mean over elements, or over the half spectrum's real and imaginary."""
+    batch, tokens, channels = teacher.shape
+    if not width:
+        return 1 / teacher.numel()
+    return 0.25 / (batch * channels * (tokens // width) * (width // 2 + 1))
+
+
+@torch.library.custom_op("featkd::lift_head", mutates_args=())
+def _forward(
+    features: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    teacher: Tensor | None,
+    eps: float,
+    width: int,
+    compute: torch.dtype,
+    need_features: bool,
+    need_parameters: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The pooled map, the loss (0 without a teacher), and what `_backward` needs, else empty.
+
+    From Triton that is the (B N, 4) statistics of the norm. From the CPU path, 1 / std of each row
+    (B, N), the means of its product with f (B, Cs), and the gradients of sum(E H) / 2: df (B, N,
+    Cs) and, flat, the parameters'.
+    """
+    backends.record(NAME, backend)
+    dtype = accumulation_dtype(features.dtype)
+    needed = need_features or need_parameters
+    empty = [features.new_empty(0, dtype=x) for x in (dtype, dtype, features.dtype, dtype)]
+    kept: tuple[Tensor, ...]
+    with _no_autocast(features):
+        if backend == "cpu":
+            from featkd.cpu import lift_head as cpu
+
+            means, rstd, energy, *gradients = cpu.forward(
+                *(features, weight, norm_weight, norm_bias, teacher),
+                eps=eps,
+                width=width,
+                compute=compute,
+                need_features=need_features,
+                need_parameters=need_parameters,
+            )
+            kept = (rstd, means, *gradients) if needed else tuple(empty)
+        else:
+            from featkd.kernels import lift_head as kernels
+
+            sums, total, statistics = kernels.forward(
+                *(features, kernels.Head(weight, norm_weight, norm_bias), teacher),
+                eps=eps,
+                width=width,
+                compute=compute,
+                need_statistics=needed,
+            )
+            means = sums / features.shape[1]
+            energy = sums.new_zeros(()) if total is None else total
+            kept = (empty[0] if statistics is None else statistics, *empty[1:])
+        projected = means @ weight.to(compute).to(dtype).t()
+        projected -= projected.mean(1, keepdim=True)
+        pooled = torch.addcmul(norm_bias.to(dtype), projected, norm_weight.to(dtype))
+    loss = energy if teacher is None else energy * _factor(teacher, width)
+    return (pooled.to(features.dtype), loss, *kept)  # type: ignore[return-value]
+
+
+@_forward.register_fake
+def _(
+    features: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    teacher: Tensor | None,
+    eps: float,
+    width: int,
+    compute: torch.dtype,
+    need_features: bool,
+    need_parameters: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, tokens, channels = features.shape
+    dtype = accumulation_dtype(features.dtype)
+    needed, empty = need_features or need_parameters, (0,)
+    on_cpu = backend == "cpu"
+    compared = on_cpu and teacher is not None
+    parameters = (weight, norm_weight, norm_bias)
+    count = sum(p.numel() for p in parameters) if compared and need_parameters else 0
+    statistics = ((batch, tokens) if on_cpu else (batch * tokens, 4)) if needed else empty
+    return (
+        features.new_empty(batch, weight.shape[0]),
+        features.new_empty((), dtype=dtype),
+        features.new_empty(statistics, dtype=dtype),
+        features.new_empty((batch, channels) if on_cpu and needed else empty, dtype=dtype),
+        features.new_empty(features.shape if compared and need_features else empty),
+        features.new_empty(count, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("featkd::lift_head_backward", mutates_args=())
+def _backward(
+    d_pooled: Tensor | None,
+    d_loss: Tensor | None,
+    statistics: Tensor,
+    means: Tensor,
+    d_features: Tensor,
+    d_parameters: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    teacher: Tensor | None,
+    width: int,
+    compute: torch.dtype,
+    need_features: bool,
+    need_parameters: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the features, weight, norm's weight and bias; empty where not needed."""
+    parameters = (weight, norm_weight, norm_bias)
+    results = [features.new_empty(0) for _ in range(4)]
+    dtype = statistics.dtype
+    d_pooled = None if d_pooled is None else d_pooled.to(dtype)
+    if teacher is None:
+        d_loss = None
+    else:  # the loss's scale joins here: sums of unscaled gradients keep their bits in half types
+        d_loss = None if d_loss is None else d_loss * (2 * _factor(teacher, width))
+    with _no_autocast(features):
+        if backend == "cpu":
+            from featkd.cpu import lift_head as cpu
+
+            results[0], gradients = cpu.backward(
+                *(features, weight, norm_weight, statistics, means),
+                *(d_pooled, d_loss, d_features, d_parameters),
+                compute=compute,
+                need_features=need_features,
+                need_parameters=need_parameters,
+            )
+        else:
+            from featkd.kernels import lift_head as kernels
+
+            gradient, gradients = kernels.backward(
+                *(features, kernels.Head(*parameters), teacher, statistics, d_loss, d_pooled),
+                width=width,
+                compute=compute,
+                need_features=need_features,
+                need_parameters=need_parameters,
+            )
+            if gradient is not None:
+                results[0] = gradient
+    if need_parameters:
+        pairs = zip(parameters, gradients, strict=True)
+        results[1:] = [x.to(p.dtype) for p, x in pairs]
+    return tuple(results)  # type: ignore[return-value]
+
+
+@_backward.register_fake
+def _(
+    d_pooled: Tensor | None,
+    d_loss: Tensor | None,
+    statistics: Tensor,
+    means: Tensor,
+    d_features: Tensor,
+    d_parameters: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    teacher: Tensor | None,
+    width: int,
+    compute: torch.dtype,
+    need_features: bool,
+    need_parameters: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    results = [features.new_empty(features.shape if need_features else (0,))]
+    for p in (weight, norm_weight, norm_bias):
+        empty = features.new_empty(0)
+        results.append(p.new_empty(p.shape) if need_parameters else empty)
+    return tuple(results)  # type: ignore[return-value]
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """It would round the operands of the products that end the work."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    features, weight, norm_weight, norm_bias, teacher, _, *rest = inputs
+    _, loss, *kept = output
+    ctx.save_for_backward(*kept, features, weight, norm_weight, norm_bias, teacher)
+    ctx.rest = rest
+    ctx.mark_non_differentiable(*kept, *(() if teacher is not None else (loss,)))
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, d_pooled, d_loss, *_):  # type: ignore[no-untyped-def]
+    nothing = (None,) * 11
+    if d_pooled is None and d_loss is None:
+        return nothing
+    results = _backward(d_pooled, d_loss, *ctx.saved_tensors, *ctx.rest)
+    needed = ctx.needs_input_grad[:4]
+    gradients = [r if n else None for r, n in zip(results, needed, strict=True)]
+    return (*gradients, *nothing[4:])
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)

@@ -12,8 +12,10 @@ from featkd.ptx import Counters, run_triton
 from .aot import run
 from .problem import Case
 
-# by the names of their arguments: sums and statistics that a better kernel would not need
-_HELPERS = ("partial", "statistics")
+# by the names of their arguments: sums, statistics and unscaled gradients, which are neither inputs
+# nor results of an op
+_HELPERS = ("partial", "statistics", "totals", "means")
+_UNSCALED = "values"
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Traffic:
     """Bytes of each tensor that is an input or a result of the op, by place and size."""
     partial_bytes: int
     """Of sums that torch reads once more to finish them."""
+    unscaled: frozenset[tuple[int, int]] = frozenset()
+    """The tensors that an earlier launch has written for this one to scale."""
 
     @property
     def moved(self) -> int:
@@ -59,6 +63,9 @@ def count(case: Case, arch: int = 80) -> list[Traffic]:
                     if k not in helpers
                 },
                 partial_bytes=sum(tensors[k].nbytes for k in helpers if "partial" in k),
+                unscaled=frozenset(
+                    (v.data_ptr(), v.nbytes) for k, v in tensors.items() if k == _UNSCALED
+                ),
             )
         )
 
@@ -73,5 +80,8 @@ def over_floor(launches: list[Traffic], parameter_gradients: int) -> float:
         parameter_gradients: bytes of the parameters' gradients, which torch writes.
     """
     tensors = {key: size for launch in launches for key, size in launch.tensors.items()}
+    for launch in launches:
+        for key in launch.unscaled:
+            tensors.pop(key, None)
     moved = sum(launch.moved + launch.partial_bytes for launch in launches) + parameter_gradients
     return moved / (sum(tensors.values()) + parameter_gradients)

@@ -181,8 +181,14 @@ def _backward(
         from featkd.cpu.projected_feature_kd import difference_gradient
 
         results = [difference_gradient(student, teacher, width, factor)]
+    elif not need_student:
+        results = [empty[0]]
+    elif backend == "cpu":
+        results = [d_student * factor]
     else:
-        results = [d_student * factor if need_student else empty[0]]
+        from featkd.kernels.scaled import times
+
+        results = [times(d_student, factor)]
     if not need_parameters:
         return tuple(results + empty[1:])  # type: ignore[return-value]
     sums: list[Tensor | None]

@@ -109,11 +109,14 @@ def test_traffic_of_the_loss_without_a_projector_is_the_floor():
         for c in cases.select(["projected_feature_kd"], "small", ["bf16"], ["both"])
         if c.problem.form == "mse-widelast"
     )
-    (launch,) = traffic.count(case)
+    launch, scaling = traffic.count(case)
     maps = 3 * 4 * 196 * 384 * 2  # student, teacher, gradient
     assert launch.floor == maps
     assert maps < launch.moved < 1.01 * maps  # and each program's sum
     assert traffic.over_floor([launch], 0) < 1.01
+    # the gradient is read and written once more when the upstream factor is known
+    assert scaling.moved == 2 * maps // 3 + 4
+    assert traffic.over_floor([launch, scaling], 0) == pytest.approx(5 / 3, rel=0.01)
 
 
 def test_broken_traffic_rules_are_named():

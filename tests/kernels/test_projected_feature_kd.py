@@ -25,7 +25,7 @@ PROBLEMS = [
     (Problem(5, 7, 36, 36, 0, projector=False), (torch.float32,)),
 ]
 CASES = [(problem, dtype) for problem, dtypes in PROBLEMS for dtype in dtypes]
-BOTH = ["loss_and_student_gradient", "parameter_gradients"]
+ALL = ["loss_and_student_gradient", "scale", "parameter_gradients"]
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_exact_as_eager(executed, monkeypatch, problem, dtype):
     with featkd.use_backend("triton"):
         got = run(tensors, problem.width)
     assert featkd.last_backend("projected_feature_kd") == "triton"
-    assert executed == (BOTH if problem.projector or problem.norm != "none" else BOTH[:1])
+    assert executed == (ALL if problem.projector or problem.norm != "none" else ALL[:2])
     assert_as_exact_as_eager(got, tensors, problem.width)
 
 
@@ -56,7 +56,7 @@ def test_exact_as_eager_at_the_published_widths(executed, dtype):
     tensors = problem.tensors(dtype)
     with featkd.use_backend("triton"):
         got = run(tensors, problem.width)
-    assert executed == BOTH
+    assert executed == ALL
     assert_as_exact_as_eager(got, tensors, problem.width)
 
 
@@ -66,7 +66,7 @@ def test_exact_as_eager_by_wgmma(executed_on_hopper):
     tensors = problem.tensors(torch.bfloat16)
     with featkd.use_backend("triton"):
         got = run(tensors, problem.width)
-    assert executed_on_hopper == BOTH
+    assert executed_on_hopper == ALL
     assert_as_exact_as_eager(got, tensors, problem.width)
 
 

@@ -4,8 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
+# the name of this machine's results; the default's are of the machine that docs/results.md is about
+BENCH ?= cpu-epyc-avx2-2cores
+BENCH_ARGS ?= --shapes published --batches 32 --dtypes fp32 bf16 --directions forward both
+BENCH_CSV := benchmarks/results/$(BENCH).csv
 
-.PHONY: env demo test lint types format clean
+.PHONY: env demo test report bench lint types format clean
 
 env: $(STAMP)
 
@@ -22,6 +26,15 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+bench: $(STAMP)
+	$(BIN)/featkd bench run $(BENCH_ARGS) --out $(BENCH_CSV)
+	$(BIN)/featkd bench plot $(BENCH_CSV) --out docs/bench-$(BENCH).svg
+	@if grep -qF '<!-- bench $(BENCH) -->' docs/results.md; \
+		then $(BIN)/featkd bench table $(BENCH_CSV) --out docs/results.md; fi
+
+report: $(STAMP)
+	OMP_WAIT_POLICY=passive $(BIN)/featkd kernels report
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

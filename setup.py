@@ -2,9 +2,14 @@
 
 from setuptools import find_packages, setup
 
+FOLDERS = ("benchmarks", "kernels", "recipes")
+
 setup(
-    packages=[*find_packages(include=["featkd", "featkd.*"]), "featkd.recipes", "featkd.kernels"],
-    package_dir={"featkd.recipes": "recipes", "featkd.kernels": "kernels"},
+    packages=[
+        *find_packages(include=["featkd", "featkd.*"]),
+        *(f"featkd.{folder}" for folder in FOLDERS),
+    ],
+    package_dir={f"featkd.{folder}": folder for folder in FOLDERS},
     package_data={
         "featkd": ["py.typed", "*/templates/*", "ptx/runtime/*.h"],
         "featkd.recipes": ["*.yaml"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -18,10 +19,15 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def check_floating(name: str, x: Tensor) -> None:
-    """Raise TypeError unless `x` is a real floating-point tensor."""
+def check_tensor(name: str, x: Tensor) -> None:
+    """Raise TypeError unless `x` is a tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    """Raise TypeError unless `x` is a real floating-point tensor."""
+    check_tensor(name, x)
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
 
@@ -34,6 +40,21 @@ def check_shape(name: str, x: Tensor, expected: Sequence[int | str]) -> None:
     if not fits:
         want = ", ".join(str(size) for size in expected)
         raise ValueError(f"{name}: expected shape ({want}), got {tuple(x.shape)}")
+
+
+def check_target(name: str, x: Tensor, batch: int, classes: int) -> None:
+    """Check (batch,) class indices or (batch, classes) soft labels, but not their values."""
+    check_tensor(name, x)
+    if x.dim() not in (1, 2):
+        raise ValueError(
+            f"{name}: expected shape ({batch}) for class indices or ({batch}, {classes}) for soft "
+            f"labels, got {tuple(x.shape)}"
+        )
+    if x.dim() == 2:
+        check_floating(name, x)
+    elif x.dtype != torch.int64:
+        raise TypeError(f"{name}: class indices must be int64, got {x.dtype}")
+    check_shape(name, x, (batch, classes)[: x.dim()])
 
 
 def check_not_empty(name: str, x: Tensor) -> None:
@@ -61,14 +82,21 @@ def check_constant(name: str, x: Tensor) -> None:
 
 def check_positive(name: str, value: float) -> None:
     """Raise ValueError unless `value` is a finite number above zero."""
-    if not (math.isfinite(value) and value > 0):
+    _check_number(name, value, "a finite number > 0")
+    if not 0 < value < math.inf:  # as torch.compile can trace it of a value that varies
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
 
 
 def check_fraction(name: str, value: float) -> None:
     """Raise ValueError unless `value` lies in [0, 1]."""
+    _check_number(name, value, "a number from 0 to 1")
     if not 0 <= value <= 1:
         raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
+
+
+def _check_number(name: str, value: object, allowed: str) -> None:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected {allowed}, got {value!r}")
 
 
 def check_metric(metric: str) -> None:
@@ -81,25 +109,29 @@ def resolve_grid(metric: str, grid: tuple[int, int] | None, tokens: int) -> tupl
     """The patch grid that a metric needs: None for "mse", a square one where none is given.
 
     Raises:
-        ValueError: the grid's product is not the number of tokens, or none is given and the
-            tokens form no square.
+        TypeError: the grid is no pair of ints.
+        ValueError: the grid's product is not the number of tokens (whatever the metric), or
+            "spectral" gets none and the tokens form no square.
     """
+    if grid is not None:
+        pair = isinstance(grid, (tuple, list)) and len(grid) == 2
+        if not (pair and all(isinstance(size, numbers.Integral) for size in grid)):
+            raise TypeError(f"grid: expected None or a pair of ints (H, W), got {grid!r}")
+        height, width = grid
+        if height < 1 or width < 1 or height * width != tokens:
+            raise ValueError(
+                f"grid: ({height}, {width}) has {height * width} cells, but the feature maps have "
+                f"{tokens} tokens; expected H >= 1 and W >= 1 with H*W == {tokens}"
+            )
+        return (height, width) if metric == "spectral" else None
     if metric == "mse":
         return None
-    if grid is None:
-        side = math.isqrt(tokens)
-        if side * side != tokens:
-            raise ValueError(
-                f"grid: {tokens} tokens form no square; pass grid=(H, W) with H*W == {tokens}"
-            )
-        return side, side
-    height, width = grid
-    if height < 1 or width < 1 or height * width != tokens:
+    side = math.isqrt(tokens)
+    if side * side != tokens:
         raise ValueError(
-            f"grid: ({height}, {width}) has {height * width} cells, "
-            f"but the feature maps have {tokens} tokens"
+            f"grid: {tokens} tokens form no square; pass grid=(H, W) with H*W == {tokens}"
         )
-    return height, width
+    return side, side
 
 
 def check_norm(
@@ -107,8 +139,16 @@ def check_norm(
     norm_bias: Tensor | None,
     channels: int,
     names: tuple[str, str] = ("norm_weight", "norm_bias"),
+    *,
+    optional: bool = False,
 ) -> None:
-    """Check a LayerNorm's parameters: none, the weight alone, or both, of shape (channels,)."""
+    """Check a LayerNorm's parameters of shape (channels,).
+
+    Both are needed, or, where they are optional: none, the weight alone, or both.
+    """
+    if not optional:
+        for name, x in zip(names, (norm_weight, norm_bias), strict=True):
+            check_floating(name, x)  # type: ignore[arg-type]
     if norm_weight is None:
         if norm_bias is not None:
             raise ValueError(f"{names[1]}: given without {names[0]}")

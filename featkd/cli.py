@@ -1,4 +1,4 @@
-"""The command line: `featkd distill` and `featkd demo`.
+"""The command line: `featkd distill`, `featkd bench`, `featkd kernels` and `featkd demo`.
 
 Exit codes: 0 done, 1 failed while running, 2 bad arguments or recipe, 128 + N stopped by signal N.
 """
@@ -23,13 +23,15 @@ if TYPE_CHECKING:
     from featkd.train.engine import Outcome
     from featkd.train.recipe import Recipe
 
-_COMMANDS = ("distill", "demo")
+_COMMANDS = ("distill", "bench", "kernels", "demo")
 _USAGE = f"""\
 featkd {featkd.__version__}: feature distillation of Vision Transformers
 
 usage: featkd COMMAND [arguments]      featkd COMMAND --help
 
   distill RECIPE [--field value ...]   train a student, with or without a teacher
+  bench run|plot|table|compare         time the fused ops beside eager torch and torch.compile
+  kernels report                       compile every kernel, count its traffic, check the rules
   demo [--out DIR]                     teacher and four students on scikit-learn's digits
 """
 
@@ -49,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, rest = words[0], words[1:]
     if command == "distill":
         return _run(_distill, rest)
+    if command == "bench":
+        return _run(_bench, rest)
+    if command == "kernels":
+        return _run(_kernels, rest)
     if command == "demo":
         return _run(_demo, rest)
     from featkd.checks import suggestion
@@ -118,6 +124,20 @@ def _summary(outcome: Outcome) -> str:
     if outcome.bad_files:
         facts.append(f"{len(outcome.bad_files)} unreadable images left out")
     return ", ".join(facts)
+
+
+def _bench(words: list[str]) -> int:
+    from featkd.benchmarks.cli import bench
+
+    code: int = bench(words)
+    return code
+
+
+def _kernels(words: list[str]) -> int:
+    from featkd.benchmarks.kernels_cli import kernels
+
+    code: int = kernels(words)
+    return code
 
 
 def _demo(words: list[str]) -> int:

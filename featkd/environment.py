@@ -40,6 +40,16 @@ def commit() -> str:
     return result.stdout.strip()
 
 
+def has_changes() -> bool:
+    """Whether tracked source files differ from `commit()`; False outside a checkout."""
+    source = Path(featkd.__file__).resolve().parent.parent
+    words = ["git", "-C", str(source), "diff", "--quiet", "HEAD", "--", "*.py", "*.cu", "*.cpp"]
+    try:
+        return subprocess.run(words, capture_output=True, timeout=10).returncode == 1
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
 def machine() -> dict[str, str]:
     """Processor, cores and accelerator; asks torch for the latter."""
     import torch
@@ -48,6 +58,7 @@ def machine() -> dict[str, str]:
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": str(len(os.sched_getaffinity(0))),
         "torch_threads": str(torch.get_num_threads()),
         "accelerator": device,

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from featkd import checks, reference
+from featkd import checks
 from featkd.ops import lift_head as lift_head_op
 from featkd.ops import projected_feature_kd as projected_feature_kd_op
+from featkd.ops import soft_kd as soft_kd_op
+from featkd.ops import widelast_projection as widelast_projection_op
 
 Metric = Literal["mse", "spectral"]
 
@@ -49,13 +50,13 @@ def projected_feature_kd(
         norm_bias: (Ct,) or None; only with `norm_weight`.
         eps: LayerNorm's epsilon.
         metric: "mse" or "spectral".
-        grid: (H, W) with H*W == N; "spectral" only. None takes a square grid.
+        grid: (H, W) with H*W == N, used by "spectral" alone. None takes a square grid.
 
     Returns:
         A scalar.
 
     Raises:
-        TypeError: an integer tensor.
+        TypeError: an integer tensor, or something else than a tensor or a number.
         ValueError: shapes, devices or the grid don't fit, an empty input, a teacher that
             requires grad.
 
@@ -87,9 +88,9 @@ def projected_feature_kd(
         if bias is not None:
             checks.check_floating("bias", bias)
             checks.check_shape("bias", bias, (width,))
-    checks.check_norm(norm_weight, norm_bias, width)
-    _check_teacher_map(teacher, (batch, tokens, width))
+    checks.check_norm(norm_weight, norm_bias, width, optional=True)
     checks.check_not_empty("student", student)
+    _check_teacher_map(teacher, (batch, tokens, width))
     checks.check_same_device(
         student=student,
         teacher=teacher,
@@ -133,11 +134,22 @@ def widelast_projection(
         eps: epsilon of both LayerNorms.
 
     Returns:
-        (residual, normed), both (B, N, Ct) in x's dtype.
+        (residual, normed), both (B, N, Ct) in x's dtype. Under autocast on a GPU the residual is
+        float32, as LayerNorm's output is, and the normed map has autocast's dtype, to which the
+        linear layer that takes it would round it.
 
     Raises:
-        TypeError: an integer tensor.
+        TypeError: an integer tensor, or something else than a tensor or a number.
         ValueError: shapes or devices don't fit.
+
+    Notes:
+        CUDA tensors run on Triton kernels: x is read and both maps are written once, LN_1 takes r
+        unrounded, and nothing but four numbers a row is kept for the backward pass, which forms
+        x W^T again. CPU tensors run on a fused sweep (`featkd.use_backend`), which ignores autocast
+        and keeps x W^T in float32 and float64 alone. Both form the gradients without a (B, N, Ct)
+        tensor of their own and repeat bitwise; a gradient of either map that is expanded from a
+        scalar is copied. Gradients cannot be differentiated again. A graph that is being exported
+        gets plain torch operators.
 
     Example:
         >>> import torch
@@ -165,7 +177,7 @@ def widelast_projection(
         norm1_weight=norm1_weight,
         norm1_bias=norm1_bias,
     )
-    return reference.widelast_projection(
+    return widelast_projection_op.widelast_projection(
         x, weight, proj_norm_weight, proj_norm_bias, norm1_weight, norm1_bias, eps=eps
     )
 
@@ -197,7 +209,7 @@ def lift_head(
         (pooled (B, Ct) in features' dtype, scalar loss or None).
 
     Raises:
-        TypeError: an integer tensor.
+        TypeError: an integer tensor, or something else than a tensor or a number.
         ValueError: shapes, devices or the grid don't fit, an empty input, a teacher that
             requires grad.
 
@@ -262,17 +274,32 @@ def soft_kd(
     Args:
         student_logits: (B, K), floating.
         teacher_logits: (B, K), floating, needing no gradient; may be None where alpha is 0.
-        target: (B,) class indices, int64, each in [0, K); or (B, K) soft labels, floating.
-        alpha: weight of the teacher, from 0 to 1.
+        target: (B,) class indices, int64, each in [0, K); or (B, K) soft labels, floating, whatever
+            they sum to. Dtypes of all three may differ.
+        alpha: weight of the teacher, from 0 to 1. A term of weight zero is left out, and its
+            tensor not looked at.
         tau: temperature, > 0.
 
     Returns:
         A scalar.
 
     Raises:
-        TypeError: an integer tensor where logits are expected, or a target of a wrong dtype.
+        TypeError: an integer tensor where logits are expected, a target of a wrong dtype, or
+            something else than a tensor or a number.
         ValueError: shapes, devices, alpha or tau don't fit, an empty batch, no teacher where
             alpha > 0, a teacher that requires grad.
+        RuntimeError: on a CPU, a class index outside of [0, K) ("index 7 is out of bounds for
+            dimension 1 with size 5"; no index is ignored, -100 neither). On a GPU, where asking
+            would wait for it, such a row makes the loss NaN, and its own gradient.
+
+    Notes:
+        CUDA tensors run on Triton kernels, CPU tensors on a fused sweep (`featkd.use_backend`).
+        Both compute in float32 (float64 for a float64 student), under autocast too, and form
+        the gradient with the loss: it and the student's logits are kept for the backward pass,
+        and no softmax. Without grad mode it is not formed. Results repeat bitwise.
+        Soft labels that require grad get theirs from the reference, with a warning. Masked
+        classes (logits of -inf) give what the equation gives in IEEE arithmetic: a finite
+        cross-entropy for indices, NaN for 0 * inf. Gradients cannot be differentiated again.
 
     Example:
         >>> import torch
@@ -285,13 +312,7 @@ def soft_kd(
     checks.check_shape("student_logits", student_logits, ("B", "K"))
     checks.check_not_empty("student_logits", student_logits)
     batch, classes = student_logits.shape
-    if target.dim() == 1:
-        if target.dtype != torch.int64:
-            raise TypeError(f"target: class indices must be int64, got {target.dtype}")
-        checks.check_shape("target", target, (batch,))
-    else:
-        checks.check_floating("target", target)
-        checks.check_shape("target", target, (batch, classes))
+    checks.check_target("target", target, batch, classes)
     if teacher_logits is not None:
         checks.check_floating("teacher_logits", teacher_logits)
         checks.check_shape("teacher_logits", teacher_logits, (batch, classes))
@@ -301,10 +322,11 @@ def soft_kd(
     checks.check_same_device(
         student_logits=student_logits, teacher_logits=teacher_logits, target=target
     )
-    return reference.soft_kd(student_logits, teacher_logits, target, alpha=alpha, tau=tau)
+    return soft_kd_op.soft_kd(student_logits, teacher_logits, target, alpha=alpha, tau=tau)
 
 
 def _check_teacher_map(teacher: Tensor, shape: tuple[int, int, int]) -> None:
     checks.check_floating("teacher", teacher)
     checks.check_shape("teacher", teacher, shape)
+    checks.check_not_empty("teacher", teacher)
     checks.check_constant("teacher", teacher)

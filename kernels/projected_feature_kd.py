@@ -12,7 +12,7 @@ reads W again, from L2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from featkd.kernels import distance, rows
-from featkd.kernels.launch import launch
-from featkd.kernels.shapes import (
-    channel_block,
-    channels_adjacent,
-    matmul_precision,
-    triton_type,
-)
+from featkd.kernels.configs import Config, gradient_config, loss_config, split_count
+from featkd.kernels.launch import architecture, launch
+from featkd.kernels.shapes import channels_adjacent, matmul_precision, triton_type
 from featkd.reference import accumulation_dtype
 
 
@@ -194,46 +190,6 @@ def parameter_gradients(
     tl.store(at + 2 * CT, sum_beta, mask=mine)
 
 
-@dataclass(frozen=True)
-class Config:
-    """Tile sizes of a launch: places (rows) of a tile, and channels of a block."""
-
-    rows: int
-    student_block: int
-    teacher_block: int
-    num_warps: int = 8
-    num_stages: int = 1
-    hold: bool = True
-    """Whether a loss tile's rows of S stay in registers from one channel block to the next."""
-    group: int = 64
-    """Most blocks of student channels whose dW one program adds up."""
-
-
-def loss_config(student_width: int, teacher_width: int, compute: torch.dtype) -> Config:
-    """Tiles of `loss_and_student_gradient`, by the registers that compilation ahead shows."""
-    return Config(
-        32 if compute.itemsize == 2 else 16,
-        channel_block(student_width, compute),
-        min(64, channel_block(teacher_width, compute)),
-    )
-
-
-def gradient_config(student_width: int, teacher_width: int, compute: torch.dtype) -> Config:
-    """Tiles of `parameter_gradients`: dW of a block, (teacher_block, Cs), stays in registers."""
-    return Config(
-        32 if compute.itemsize == 2 else 16,
-        min(64, channel_block(student_width, compute)),
-        min(32, channel_block(teacher_width, compute)),
-        num_warps=4,
-    )
-
-
-def split_count(rows: int) -> int:
-    """Programs that share the rows of dW: 1,024 each, as fewer would write more partial sums than
-    they read rows, and no more than a GPU of 132 processors needs with three channel blocks."""
-    return max(1, min(44, rows // 1024))
-
-
 class Parameters(NamedTuple):
     """The projector's and the LayerNorm's; None where there is none."""
 
@@ -322,7 +278,7 @@ def forward(
     student, teacher, parameters = _loadable(student, teacher, parameters)
     batch, tokens, channels = student.shape
     norm = parameters.gamma is not None
-    config = loss_config(channels, teacher.shape[2], compute)
+    config = loss_config(channels, teacher.shape[2], compute, architecture(student.device))
     arguments = _arguments(student, teacher, parameters, width, compute, config)
     programs = triton.cdiv(arguments["image_rows"], arguments["HB"])
     kind = accumulation_dtype(compute)
@@ -365,21 +321,22 @@ def backward(
     """
     student, teacher, parameters = _loadable(student, teacher, parameters)
     batch, tokens, channels = student.shape
-    config = gradient_config(channels, teacher.shape[2], compute)
+    width_out, kind = teacher.shape[2], accumulation_dtype(compute)
+    config = gradient_config(channels, width_out, compute, architecture(student.device))
     arguments = _arguments(student, teacher, parameters, width, compute, config)
-    tiles = triton.cdiv(arguments["image_rows"], arguments["HB"])
-    per_split = triton.cdiv(tiles, split_count(batch * tokens))
-    splits = triton.cdiv(tiles, per_split)
-    kind, width_out = accumulation_dtype(compute), teacher.shape[2]
-    blocks = triton.cdiv(channels, config.student_block) if parameters.weight is not None else 1
+    blocks = 1 if parameters.weight is None else triton.cdiv(channels, config.student_block)
     group = min(blocks, config.group)
+    programs = triton.cdiv(width_out, config.teacher_block), triton.cdiv(blocks, group)
+    tiles = triton.cdiv(arguments["image_rows"], arguments["HB"])
+    per_split = triton.cdiv(tiles, split_count(batch * tokens, math.prod(programs)))
+    splits = triton.cdiv(tiles, per_split)
     weight_partial = None
     if parameters.weight is not None:
         weight_partial = student.new_empty(splits, width_out, channels, dtype=kind)
     vector_partial = student.new_empty(splits, 3, width_out, dtype=kind)
     launch(
         parameter_gradients,
-        (triton.cdiv(width_out, config.teacher_block), splits, triton.cdiv(blocks, group)),
+        (programs[0], splits, programs[1]),
         {
             **arguments,
             "statistics": statistics,

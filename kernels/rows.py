@@ -22,13 +22,16 @@ def tile_places(first, image_rows, width, tokens, HB: tl.constexpr, WB: tl.const
 
 
 @triton.jit
-def load_rows(base, offsets, valid, block, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    """Block number `block` of the channels of each row: (rows, BLOCK), zero outside."""
+def load_rows(
+    base, offsets, valid, block,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, OUTSIDE: tl.constexpr = 0.0,
+):  # fmt: skip
+    """Block number `block` of the channels of each row: (rows, BLOCK), `OUTSIDE` past the edges."""
     channel = block * BLOCK + tl.arange(0, BLOCK)
     mask = valid[:, None]
     if CHANNELS % BLOCK != 0:
         mask = mask & (channel < CHANNELS)[None, :]
-    return tl.load(base + offsets[:, None] + channel[None, :], mask=mask, other=0.0)
+    return tl.load(base + offsets[:, None] + channel[None, :], mask=mask, other=OUTSIDE)
 
 
 @triton.jit
@@ -154,7 +157,8 @@ def store_weight_partial(
     partial, split, j, sums, first,
     CT: tl.constexpr, CS: tl.constexpr, CT_BLOCK: tl.constexpr, CS_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows j CT_BLOCK and on of entry `split` of a (splits, CT, CS) tensor, from block `first` on."""
+    """Entry `split` of a (splits, CT, CS) tensor: rows j CT_BLOCK and on, columns of the blocks
+    `first` and on."""
     channel = j * CT_BLOCK + tl.arange(0, CT_BLOCK)
     offsets = (split * CT + channel).to(tl.int64) * CS
     for k in tl.static_range(len(sums)):

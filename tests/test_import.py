@@ -15,10 +15,9 @@ PACKAGE = Path(featkd.__file__).parent
 
 # design order, highest first; a module may import from its own row and from rows below it
 LAYERS = (
-    ("ptx",),  # a test bench: nothing imports it
     ("__main__",),
     ("cli",),
-    ("demo",),
+    ("demo", "benchmarks"),
     ("train",),
     ("models", "data"),
     ("losses",),
@@ -26,6 +25,7 @@ LAYERS = (
     ("ops",),
     ("kernels", "cpu"),
     ("reference",),
+    ("ptx",),  # a test bench: only benchmarks imports it
     ("backends", "checks", "environment", "files", "seeding", "recipes", "__init__"),
 )
 
@@ -77,19 +77,23 @@ def imports_of(path: Path) -> set[str]:
                 found.add(parts[1])
         elif isinstance(node, ast.Import):
             found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("featkd.")}
-        else:
-            assert not (isinstance(node, ast.ImportFrom) and node.level), f"relative: {path}"
+        elif isinstance(node, ast.ImportFrom):  # mypy knows benchmarks/ by that name alone
+            assert (path.parent.name, node.level) == ("benchmarks", 1), f"relative: {path}"
+            found.add("benchmarks")
     return found
 
 
-@pytest.mark.parametrize(
-    "path",
-    [*sorted(PACKAGE.rglob("*.py")), *sorted((PACKAGE.parent / "kernels").glob("*.py"))],
-    ids=lambda p: p.stem,
-)
-def test_imports_only_go_down(path):
-    inside = path.is_relative_to(PACKAGE)  # kernels/, beside it, is featkd.kernels
-    module = path.relative_to(PACKAGE).parts[0].removesuffix(".py") if inside else "kernels"
+def modules() -> dict[Path, str]:
+    """Every source file and the first name below featkd that it belongs to."""
+    inside = sorted(PACKAGE.rglob("*.py"))
+    found = {path: path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in inside}
+    for name in ("kernels", "benchmarks"):  # beside the package: featkd.kernels and so on
+        found |= dict.fromkeys(sorted((PACKAGE.parent / name).glob("*.py")), name)
+    return found
+
+
+@pytest.mark.parametrize(("path", "module"), modules().items(), ids=lambda x: Path(x).stem)
+def test_imports_only_go_down(path, module):
     for imported in imports_of(path):
         if imported != module:
             assert row(imported) > row(module), f"{path} imports featkd.{imported}"
@@ -98,3 +102,8 @@ def test_imports_only_go_down(path):
 def test_the_test_bench_needs_only_the_lowest_layer():
     found = set().union(*(imports_of(path) for path in (PACKAGE / "ptx").rglob("*.py")))
     assert found <= {"ptx", *LAYERS[-1]}
+
+
+def test_only_benchmarks_import_the_test_bench():
+    users = {module for path, module in modules().items() if "ptx" in imports_of(path)}
+    assert users <= {"ptx", "benchmarks"}

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "featkd", "kernels", "recipes")
+SOURCES = (
+    *("pyproject.toml", "setup.py", "README.md", "LICENSE"),
+    *("featkd", "benchmarks", "kernels", "recipes"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,8 @@ def test_wheel_contents(wheel: Path):
     expected |= {
         str(p.relative_to(ROOT)) for p in (ROOT / "featkd").rglob("*.py") if "tests" not in p.parts
     }
-    expected |= {f"featkd/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    for folder in ("kernels", "benchmarks"):
+        expected |= {f"featkd/{folder}/{p.name}" for p in (ROOT / folder).glob("*.py")}
     expected |= {"featkd/py.typed", "featkd/demo/templates/report.html"}
     expected |= {f"featkd/ptx/runtime/{p.name}" for p in (ROOT / "featkd/ptx/runtime").iterdir()}
     assert expected <= names
@@ -48,7 +52,8 @@ def test_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
-        "import featkd, featkd.kernels.launch; from featkd.train.recipe import shipped_recipes\n"
+        "import featkd, featkd.kernels.launch, featkd.benchmarks.cli\n"
+        "from featkd.train.recipe import shipped_recipes\n"
         "print(featkd.__file__, *shipped_recipes())"
     )
     done = subprocess.run(

@@ -118,7 +118,9 @@ def backward(
         sums[0] = sums[0].view(weight.shape)
     if d_pooled is None:
         assert d_loss is not None
-        return (d_features * d_loss if need_features else features.new_empty(0)), sums
+        # a scalar would be rounded to a half type, where it may be 0
+        scaled = torch.mul(d_features, d_loss.view(1, 1, 1)) if need_features else d_features
+        return scaled.to(features.dtype) if need_features else features.new_empty(0), sums
     dtype = rstd.dtype
     batch, tokens, channels = features.shape
     centred = centre(weight, compute, dtype)

@@ -79,7 +79,7 @@ def sweep(
             error.sub_(target)
             if observe is not None:
                 observe(images, tokens, s, rstd)
-        half = _with_row_sums(error, width) if width else error
+        half = with_row_sums(error, width) if width else error
         total += torch.dot(error.view(-1), half.view(-1))
         if not (need_student or need_parameters):
             continue
@@ -105,6 +105,23 @@ def sweep(
     return total, d_student, flat
 
 
+def difference_gradient(student: Tensor, teacher: Tensor, width: int, factor: Tensor) -> Tensor:
+    """The student's gradient where there is neither weight nor norm: factor * H, (B, N, C).
+
+    Formed in the backward pass: S - T costs less than writing it, keeping it and scaling it.
+    """
+    dtype = accumulation_dtype(student.dtype)
+    if not width and student.dtype == teacher.dtype == dtype:
+        return torch.sub(student, teacher).mul_(factor)
+    result = torch.empty(student.shape, dtype=student.dtype)
+    for images, tokens in chunks(student.shape[0], student.shape[1], width or 1):
+        place, s = result[images, tokens], student[images, tokens]
+        error = s.to(dtype) - teacher[images, tokens]
+        half = with_row_sums(error.view(-1, s.shape[2]), width) if width else error
+        place.copy_(half.view(s.shape).mul_(factor))
+    return result
+
+
 def chunks(batch: int, tokens: int, width: int) -> list[tuple[slice, slice]]:
     """Slices of images and tokens with about `_ROWS` rows each, whole image rows of `width`."""
     if tokens <= _ROWS:
@@ -116,7 +133,7 @@ def chunks(batch: int, tokens: int, width: int) -> list[tuple[slice, slice]]:
     ]
 
 
-def _with_row_sums(error: Tensor, width: int) -> Tensor:
+def with_row_sums(error: Tensor, width: int) -> Tensor:
     """H of the spectral metric: e + 1/W sum_w e, and where W is even the alternating sums too."""
     rows = error.view(-1, width, error.shape[1])
     half = rows + rows.sum(1, keepdim=True) / width

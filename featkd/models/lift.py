@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from timm.layers import get_device_dtype
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from featkd.functional import lift_head
 from featkd.models.base import StudentVisionTransformer, check_vision_transformer
 from featkd.models.features import resolve_layers
+from featkd.ops.support import is_being_exported
 
 PUBLISHED_EPS = 1e-5  # torch's default, which the published Lift has; timm's norms have 1e-6
 
@@ -72,9 +72,8 @@ class Lift(StudentVisionTransformer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W)."""
-        tracing: Any = torch.jit  # untyped in torch
-        if torch.compiler.is_exporting() or tracing.is_tracing():
-            return cast(Tensor, super().forward(x, *args, **kwargs))  # only operators of torch
+        if is_being_exported():  # as plain layers in the model's own dtype
+            return cast(Tensor, super().forward(x, *args, **kwargs))
         tokens = super().forward_features(x, *args, **kwargs)
         return self._classify(tokens[:, self.num_prefix_tokens :])
 

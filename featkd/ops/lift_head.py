@@ -26,17 +26,22 @@ def lift_head(
 ) -> tuple[Tensor, Tensor | None]:
     """Pooled map and loss by the chosen backend; arguments as in `featkd.reference`."""
     width = 0 if grid is None else grid[1]
+    parameters = (weight, norm_weight, norm_bias)
 
     def unsupported(backend: str) -> str:
-        why = support.unsupported(backend, features, features.shape[0] * features.shape[1])
+        rows = features.shape[0] * features.shape[1]
+        why = support.unsupported(backend, features, rows, (*parameters, teacher))
+        if not why and not weight.numel():
+            return "no channels"
         if not why and backend == "triton" and width > _MOST_COLUMNS:
             return f"a patch grid of {width} columns, more than {_MOST_COLUMNS}"
         return why
 
-    backend = backends.choose(NAME, features.device, unsupported)
-    parameters = (weight, norm_weight, norm_bias)
+    exported = support.is_being_exported()
+    backend = "reference" if exported else backends.choose(NAME, features.device, unsupported)
     if backend == "reference":
-        backends.record(NAME, backend)
+        if not exported:
+            backends.record(NAME, backend)
         return reference.lift_head(
             features, *parameters, teacher, eps=eps, metric=metric, grid=grid
         )

@@ -27,9 +27,10 @@ def projected_feature_kd(
 ) -> Tensor:
     """The loss by the chosen backend; arguments as in `featkd.reference`, taken as valid."""
     width = 0 if grid is None else grid[1]
+    others = (teacher, weight, bias, norm_weight, norm_bias)
 
     def unsupported(backend: str) -> str:
-        why = support.unsupported(backend, student, student.shape[0] * student.shape[1])
+        why = support.unsupported(backend, student, student.shape[0] * student.shape[1], others)
         if not why and backend == "triton" and width > _MOST_COLUMNS:
             return f"a patch grid of {width} columns, more than {_MOST_COLUMNS}"
         return why
@@ -58,6 +59,11 @@ def projected_feature_kd(
     return outputs[0]
 
 
+def _gradient_with_loss(backend: str, weight: Tensor | None, norm_weight: Tensor | None) -> bool:
+    """Whether dS is formed in the forward pass."""
+    return backend != "cpu" or weight is not None or norm_weight is not None
+
+
 @torch.library.custom_op("featkd::projected_feature_kd", mutates_args=())
 def _forward(
     student: Tensor,
@@ -83,6 +89,7 @@ def _forward(
     if backend == "cpu":
         from featkd.cpu.projected_feature_kd import sweep
 
+        need_student = need_student and _gradient_with_loss(backend, weight, norm_weight)
         with torch.autocast("cpu", enabled=False):  # it would round the projection's operands
             total, d_student, d_parameters = sweep(
                 *(student, teacher, weight, bias, norm_weight, norm_bias),
@@ -127,6 +134,7 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(student.dtype)
+    need_student = need_student and _gradient_with_loss(backend, weight, norm_weight)
     d_student = student.new_empty(student.shape if need_student else (0,))
     if backend == "cpu":
         parameters = (weight, bias, norm_weight, norm_bias)
@@ -161,7 +169,18 @@ def _backward(
     factor = grad * (2 * support.distance_factor(teacher, width))
     parameters = (weight, bias, norm_weight, norm_bias)
     empty = [student.new_empty(0) for _ in range(5)]
-    results = [d_student * factor if need_student else empty[0]]
+    if need_student and not _gradient_with_loss(backend, weight, norm_weight):
+        from featkd.cpu.projected_feature_kd import difference_gradient
+
+        results = [difference_gradient(student, teacher, width, factor)]
+    elif not need_student:
+        results = [empty[0]]
+    elif backend == "cpu":
+        results = [d_student * factor]
+    else:
+        from featkd.kernels.scaled import times
+
+        results = [times(d_student, factor)]
     if not need_parameters:
         return tuple(results + empty[1:])  # type: ignore[return-value]
     sums: list[Tensor | None]

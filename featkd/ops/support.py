@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-def unsupported(backend: str, x: Tensor, rows: int) -> str:
-    """Why "cpu" or "triton" cannot take a call on `x` with so many rows at all, or ""."""
+
+def unsupported(backend: str, x: Tensor, rows: int, others: Iterable[Tensor | None] = ()) -> str:
+    """Why "cpu" or "triton" cannot take a call on `x` with so many rows at all, or "".
+
+    `others` are the call's further tensors; only their dtypes matter.
+    """
     kind = x.device.type
+    for tensor in (x, *others):
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return f"a tensor in {tensor.dtype}"
     if backend == "cpu":
         return "" if kind == "cpu" else f"tensors on {kind}"
     from featkd.kernels.launch import can_run_on
@@ -25,10 +35,19 @@ def operand_dtype(backend: str, x: Tensor) -> torch.dtype:
 
     On a CPU the fused paths ignore autocast: rounding would cost time there and gain nothing.
     """
-    kind = x.device.type
-    if backend == "triton" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    return torch.get_autocast_dtype(x.device.type) if is_cast(backend, x) else x.dtype
+
+
+def is_cast(backend: str, x: Tensor) -> bool:
+    """Whether a fused path follows autocast for `x`, which it does on a GPU below float64."""
+    on = torch.is_autocast_enabled(x.device.type)
+    return backend == "triton" and x.dtype != torch.float64 and on
+
+
+def is_being_exported() -> bool:
+    """Whether a graph is being made for elsewhere, which must hold torch's own operators alone."""
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return bool(torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or tracing)
 
 
 def distance_factor(teacher: Tensor, width: int) -> float:

@@ -106,10 +106,38 @@ def _pointers(site: Site, items: tuple[Operand, ...]) -> str:
     return ", ".join(f"&{site.name(name)}" for name in names)
 
 
+def copied(instruction: Instruction) -> tuple[str, str] | None:
+    """Target and source of a `mov` from a register to a register.
+
+    ptxas gives both the same hardware register where one of them is a product's, so that such a
+    copy defines nothing: compilers put it between `wgmma.fence` and the product.
+    """
+    if instruction.parts[0] != "mov" or instruction.guard is not None:
+        return None
+    target, source = instruction.operands
+    if not isinstance(target, Register) or not isinstance(source, Register):
+        return None
+    return target.name, source.name
+
+
+def with_sources(names: set[str], copies: dict[str, set[str]]) -> set[str]:
+    """The registers that products use, and those that are copied to them on any path."""
+    found, left = set(names), list(names)
+    while left:
+        new = copies.get(left.pop(), set()) - found
+        found |= new
+        left += new
+    return found
+
+
 def touches(instruction: Instruction, site: Site, names: set[str]) -> str:
     """Statements that check an ordinary instruction's use of registers that products use."""
     if instruction.parts[0] == "wgmma":
         return ""
+    names = {name for name in names if site.scope.register(name)}  # a copy's source may be special
+    if (copy := copied(instruction)) and names.issuperset(copy):
+        target, source = (f"&{site.name(name)}" for name in copy)
+        return f"copy_register(t, {target}, {source}, {site.line});"
     code = ""
     stores = instruction.parts[0] in ("st", "red", "stmatrix", "cp", "bra")
     for i, operand in enumerate(instruction.operands):

@@ -190,11 +190,15 @@ class _Translator:
         registers: list[str] = []
         lines: list[str] = []
         frame = 0
+        copies: dict[str, set[str]] = {}
         for statement in function.body:
             if isinstance(statement, Label) and statement.targets:
                 scope.targets[statement.name] = statement.targets
             elif isinstance(statement, Instruction):
                 scope.product_registers |= isa_wgmma.registers(statement)
+                if copy := isa_wgmma.copied(statement):
+                    copies.setdefault(copy[0], set()).add(copy[1])
+        scope.product_registers = isa_wgmma.with_sources(scope.product_registers, copies)
         labels = _local_labels(function)
         for i, statement in enumerate(function.body):
             if isinstance(statement, Brace):

@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from featkd.backends import use_backend
 from featkd.data import Batch
 from featkd.models.features import FeatureModel
 from featkd.train.build import peak_lr
@@ -128,8 +129,9 @@ def forward_macs(model: FeatureModel, size: int) -> int:
     training = model.training
     model.eval()
     counter = FlopCounterMode(display=False)
-    # The counter does not know the CPU's fused attention; the plain one is made of products.
-    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    # The counter does not know fused operations, the CPU's attention and featkd's own; the plain
+    # ones are made of products.
+    with counter, torch.no_grad(), use_backend("reference"), sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(1, 3, size, size, device=device))
     model.train(training)
     return counter.get_total_flops() // 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from featkd.kernels.launch import redirect
@@ -13,6 +15,10 @@ WRITTEN = {
     "head_gradients": ("weight_partial", "vector_partial"),
     "loss_and_student_gradient": ("gradient", "statistics", "partial"),
     "parameter_gradients": ("weight_partial", "vector_partial"),
+    "loss_and_logit_gradient": ("gradient", "losses"),
+    "scale": ("scaled",),
+    "project_and_normalise": ("residual", "normed", "statistics"),
+    "input_gradient": ("means", "gradient"),
     "pool_and_distance": ("pooled_partial", "statistics", "energy_partial"),
 }
 
@@ -22,17 +28,30 @@ def cache(compiled_kernels):
     """All share the test run's own cache folder."""
 
 
-@pytest.fixture
-def executed():
-    """Launches run on the emulator while the test does; the names of the kernels that ran."""
+def execute(arch: int) -> Iterator[list[str]]:
+    """Launches run on the emulator meanwhile; yields the names of the kernels that ran."""
     ran: list[str] = []
 
     def run(kernel, grid, arguments, options):
         name = kernel.fn.__name__
         outputs = [x for x in WRITTEN[name] if arguments[x] is not None]
-        launch = run_triton(kernel, grid, outputs=outputs, seed=5, **arguments, **options)
+        launch = run_triton(
+            kernel, grid, outputs=outputs, seed=5, arch=arch, **arguments, **options
+        )
         assert launch.reports == (), "\n".join(map(str, launch.reports))
         ran.append(name)
 
-    with redirect(run):
+    with redirect(run, arch):
         yield ran
+
+
+@pytest.fixture
+def executed():
+    """The names of the kernels that the test has run, as compiled for sm_80."""
+    yield from execute(80)
+
+
+@pytest.fixture
+def executed_on_hopper():
+    """The same for sm_90, whose larger tiles multiply by wgmma."""
+    yield from execute(90)

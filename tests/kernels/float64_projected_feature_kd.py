@@ -66,6 +66,7 @@ MUTANTS = [
         "(split + 1) * tiles - split)",
     ),
     ("wrong stride of the weight", "out[:, None] * stride", "out[:, None] * (stride - 1)"),
+    ("skipped last group of channels", "* GROUP\n", "* 0\n"),
     (
         "wrong stride of the teacher",
         "image * teacher_image",
@@ -82,9 +83,10 @@ MUTANTS = [
 
 def errors(kernels: ModuleType, problem: Problem) -> dict[str, float]:
     """Relative errors in float64 of the loss and every gradient, by the kernels of a module."""
-    small = kernels.Config(16, 16, 32, num_warps=1)
+    hold = problem.batch == 2
+    small = kernels.Config(16, 16, 32, num_warps=1, hold=hold, group=1)
     kernels.loss_config = kernels.gradient_config = lambda *_: small
-    kernels.split_count = lambda rows: 2
+    kernels.split_count = lambda *_: 2
     tensors = problem.tensors(torch.float64)
     student, teacher, *parameters = tensors
     names = ("weight", "bias", "norm_weight", "norm_bias")

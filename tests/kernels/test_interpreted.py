@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-OPS = ("lift_head", "projected_feature_kd")
+OPS = ("projected_feature_kd", "soft_kd", "widelast_projection", "lift_head")
 
 
 def interpreted(op: str, what: str) -> str:

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from featkd.functional import widelast_projection
 from featkd.models import WideLast, create_student
 from featkd.models.widelast import SCHEDULES, WideBlock, schedule
 
@@ -198,6 +200,56 @@ def test_drop_path_of_the_widening_block(first: float, second: float) -> None:
     expected = residual if first else residual + block.attn(normed)
     expected = expected if second else expected + block.mlp(block.norm2(expected))
     torch.testing.assert_close(block(x), expected)
+
+
+def _adapted(block: Any) -> None:
+    block.proj_in = nn.Sequential(block.proj_in)
+
+
+def _rms(block: Any) -> None:
+    block.norm1 = nn.RMSNorm(96)
+
+
+def _other_epsilon(block: Any) -> None:
+    block.norm1.eps = 1e-2
+
+
+def _parametrised(block: Any) -> None:
+    parametrize.register_parametrization(block.proj_in, "weight", nn.Identity())
+
+
+@pytest.mark.parametrize("change", [None, _adapted, _rms, _other_epsilon, _parametrised])
+def test_the_entry_is_fused_where_its_modules_are_plain(
+    change: Callable[[Any], None] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block: Any = student("widelast").blocks[-1]
+    if change is not None:
+        change(block)
+    calls: list[Any] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return widelast_projection(*args, **kwargs)
+
+    monkeypatch.setattr("featkd.models.widelast.widelast_projection", counted)
+    x = torch.randn(2, 5, 24)
+    residual, normed = block.project(x)
+    assert len(calls) == (change is None)
+    by_hand = block.proj_norm(block.proj_in(x))
+    torch.testing.assert_close(residual, by_hand)
+    torch.testing.assert_close(normed, block.norm1(by_hand))
+
+
+def test_hooks_on_the_entrys_modules_run() -> None:
+    block: Any = student("widelast").blocks[-1]
+    for module in (block.proj_in, block.proj_norm, block.norm1):
+        seen: list[Tensor] = []
+        handle = module.register_forward_hook(lambda _, __, y, seen=seen: seen.append(y))
+        residual, normed = block.project(torch.randn(2, 5, 24))
+        handle.remove()
+        assert len(seen) == 1
+    torch.testing.assert_close(seen[0], normed)
+    assert residual.shape == normed.shape
 
 
 @pytest.mark.parametrize("pool", ["avg", "max", "avgmax"])

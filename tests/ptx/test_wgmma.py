@@ -240,12 +240,26 @@ FAULTS = {
         LAST,
         "mov.b32 %acc3, 0;\n" + LAST,
     ),
+    "accumulator copied after the fence from what was changed after it": (
+        "missing-fence",
+        "wgmma.fence.sync.aligned;\n",
+        "wgmma.fence.sync.aligned;\nmov.b32 %r9, 0;\nmov.b32 %acc3, %r9;\n",
+    ),
+    "accumulator changed after the fence": (
+        "missing-fence",
+        "wgmma.fence.sync.aligned;\n",
+        "wgmma.fence.sync.aligned;\nadd.u32 %acc3, %acc3, 0;\n",
+    ),
     "operand changed in flight": ("missing-async-wait", LAST, OVERWRITE + LAST),
     "lanes with other descriptors": ("warp-mismatch", "wgmma.mma_async", LANES + "wgmma.mma_async"),
 }
 CLEAN_TWINS = {
     "operand changed after the wait": (LAST, LAST + OVERWRITE),
     "accumulator changed after the wait": (LAST, LAST + "mov.b32 %acc3, 0;\n"),
+    "accumulator copied after the fence from what was set before it": (
+        "wgmma.fence.sync.aligned;\n",
+        "mov.b32 %r9, 0;\nwgmma.fence.sync.aligned;\nmov.b32 %acc3, %r9;\n",
+    ),
     "accumulator changed before the fence": ("wgmma.fence", "mov.b32 %acc3, 0;\nwgmma.fence"),
 }
 

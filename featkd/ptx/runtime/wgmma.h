@@ -209,6 +209,16 @@ inline void touch_register(Thread& t, const u32* r, bool writes, u32 line) {
   }
 }
 
+// A plain copy of a register, see isa_wgmma.copied: as fenced as its source.
+inline void copy_register(Thread& t, const u32* target, const u32* source, u32 line) {
+  if constexpr (kCheck) {
+    touch_register(t, source, false, line);
+    touch_register(t, target, true, line);
+    auto& all = t.unfenced_registers;
+    if (!is_unfenced(t, source)) all.erase(std::remove(all.begin(), all.end(), target), all.end());
+  }
+}
+
 inline void fence_registers(Thread& t) {
   if constexpr (kCheck) t.unfenced_registers.clear();
 }

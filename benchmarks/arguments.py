@@ -1,0 +1,32 @@
+"""What the command lines of this folder have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+
+
+class Parser(ArgumentParser):
+    """Raises what is wrong for the caller to report, in place of printing a usage and exiting."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ValueError(f"{message}\nsee {self.prog} --help")
+
+
+def several(
+    parser: ArgumentParser, name: str, allowed: Sequence[str], default: Sequence[str]
+) -> None:
+    """Add an option that takes some words among `allowed`."""
+    text = f"among {', '.join(allowed)} (default: {' '.join(default)})"
+    parser.add_argument(f"--{name}", nargs="+", type=str, default=list(default), help=text)
+
+
+def check_folders(options: Namespace, names: Sequence[str]) -> None:
+    """Raise FileNotFoundError, before the work, where a result could not be written after it."""
+    for name in names:
+        value = options.get(name)
+        if value is not None and not Path(value).absolute().parent.is_dir():
+            raise FileNotFoundError(f"--{name}: no folder {Path(value).parent} to write {value} in")

@@ -1,0 +1,133 @@
+"""Regression mode: this machine's stored results against new ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import results
+from .results import Measured, ResultsError, Row
+
+_VARIANT = "featkd"  # the others are what it is held against
+
+
+@dataclass(frozen=True)
+class Change:
+    """featkd's figures of one case in both files."""
+
+    old: Row
+    new: Row
+    tolerance: float
+
+    @property
+    def ratio(self) -> float:
+        """New median time / old."""
+        return self.new.median_ms / self.old.median_ms
+
+    @property
+    def ratio_to_eager(self) -> float:
+        """The same with both taken as multiples of eager's time in the rounds beside them."""
+        return self.old.speedup / self.new.speedup
+
+    @property
+    def is_slower(self) -> bool:
+        """Slower by three measures, each of which noise alone can fool.
+
+        The median grew by more than the tolerance (a busy machine does that); so did the time
+        relative to eager's beside it (a faster eager does that); and four fifths of the new times
+        are above four fifths of the old ones (few rounds, widely spread, are not).
+        """
+        return (
+            min(self.ratio, self.ratio_to_eager) > 1 + self.tolerance
+            and self.new.q20_ms > self.old.q80_ms
+        )
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether a fused op now runs on the reference."""
+        return self.new.backend == "reference" != self.old.backend
+
+    @property
+    def holds_more(self) -> bool:
+        """Whether the peak memory, which has no noise, grew by more than the tolerance."""
+        return self.new.peak_bytes > self.old.peak_bytes * (1 + self.tolerance) + 4096
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The cases in both files, and the old file's that the new one lacks."""
+
+    changes: tuple[Change, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def failures(self) -> list[str]:
+        """A line for each case that became slower, larger, or fell back."""
+        lines = []
+        for change in self.changes:
+            why = []
+            if change.fell_back:
+                why.append(f"runs on the reference, ran on {change.old.backend}")
+            if change.is_slower:
+                busy = [row.load for row in (change.old, change.new) if row.was_busy]
+                why.append(
+                    f"takes {change.new.median_ms:.3g} ms, took {change.old.median_ms:.3g} "
+                    f"(x {change.ratio:.2f}, x {change.ratio_to_eager:.2f} beside eager)"
+                    + (f", but at a load of {max(busy):.1f}: measure again" if busy else "")
+                )
+            if change.holds_more:
+                why.append(f"holds {change.new.peak_bytes} bytes, held {change.old.peak_bytes}")
+            if why:
+                lines.append(f"{change.new.case}: {'; '.join(why)}")
+        return lines
+
+    def measured(self) -> list[Measured]:
+        """The JSON form."""
+        rows: list[Measured] = []
+        for c in self.changes:
+            for metric, value in (
+                ("time_ratio", c.ratio),
+                ("time_ratio_to_eager", c.ratio_to_eager),
+                ("is_slower", float(c.is_slower)),
+                ("fell_back", float(c.fell_back)),
+                ("holds_more", float(c.holds_more)),
+            ):
+                unit = "ratio" if metric.startswith("time") else "flag"
+                rows.append((c.new.case, _VARIANT, metric, unit, value))
+        return rows
+
+
+def compare(old: Path, new: Path, tolerance: float) -> Comparison:
+    """featkd's newest times in `new` against its newest in `old`.
+
+    Raises:
+        ResultsError: the files are of different machines, or have no case in common.
+        FileNotFoundError: one is missing.
+    """
+    before, after = _newest(old), _newest(new)
+    if before and after:
+        first, second = (next(iter(rows.values())) for rows in (before, after))
+        different = results.difference(first.machine, second.machine)
+        if different:
+            raise ResultsError(
+                f"{old} and {new} are results of different machines ({different}); "
+                "their times say nothing about the code"
+            )
+    both = [case for case in before if case in after]
+    if not both:
+        raise ResultsError(f"{old} and {new} have no case of the {_VARIANT} variant in common")
+    return Comparison(
+        tuple(Change(before[case], after[case], tolerance) for case in both),
+        tuple(case for case in before if case not in after),
+    )
+
+
+def _newest(path: Path) -> dict[str, Row]:
+    """featkd's last row of every case; all must be of one machine."""
+    rows = results.newest(results.read(path))
+    first = next(iter(rows.values()))
+    for row in rows.values():
+        different = results.difference(first.machine, row.machine)
+        if different:
+            raise ResultsError(f"{path}: its own rows are of different machines ({different})")
+    return {case: row for (case, variant), row in rows.items() if variant == _VARIANT}

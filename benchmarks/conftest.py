@@ -1,0 +1,40 @@
+"""`pytest benchmarks --bench-shapes published ...`: which cases pytest-benchmark times."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# before torch is loaded, as `featkd bench` has it: threads that wait by spinning turn each
+# parallel loop of a busy machine into milliseconds
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+_DEFAULTS = {"shapes": "small", "dtypes": "fp32", "directions": "forward,both"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("featkd benchmarks")
+    for name, default in _DEFAULTS.items():
+        text = f"as `featkd bench run --{name}`, comma-separated (default: {default})"
+        group.addoption(f"--bench-{name}", default=default, help=text)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if not {"case", "variant"} <= set(metafunc.fixturenames):
+        return
+    from .cases import OPS, select
+    from .variants import VARIANTS
+
+    # the default where these options were not added: this file isn't below a given path then
+    shapes, dtypes, directions = (
+        str(metafunc.config.getoption(f"--bench-{name}", default))
+        for name, default in _DEFAULTS.items()
+    )
+    try:
+        cases = select(tuple(OPS), shapes, dtypes.split(","), directions.split(","))
+    except ValueError as error:
+        raise pytest.UsageError(f"--bench-{error}") from None
+    metafunc.parametrize("case", cases, ids=lambda case: case.name)
+    metafunc.parametrize("variant", VARIANTS)

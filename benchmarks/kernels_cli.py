@@ -1,0 +1,89 @@
+"""`featkd kernels report`: compile, count, check, and write down."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from featkd.checks import suggestion
+from featkd.files import atomic_write
+
+from .arguments import Parser, check_folders, several
+
+_HELP = """\
+usage: featkd kernels report [arguments]      featkd kernels report --help
+
+  report   compile every kernel for sm_80, sm_90 and sm_100, count its traffic, check the rules
+"""
+
+
+def kernels(words: Sequence[str]) -> int:
+    """Run `featkd kernels ...`; the exit code is 1 where a rule is broken.
+
+    Raises:
+        ValueError: bad arguments.
+        FileNotFoundError: no folder to write a file in.
+    """
+    if not words or words[0] in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0 if words else 2
+    if words[0] != "report":
+        near = suggestion(words[0], ["report"])
+        raise ValueError(f"kernels: expected report; got {words[0]!r}{near}")
+    return _report(list(words[1:]))
+
+
+def _report(words: list[str]) -> int:
+    from . import cases, chips, report, results, sizes
+    from .problem import DTYPES
+
+    archs = [str(chip.arch) for chip in chips.CHIPS]
+    parser = Parser(prog="featkd kernels report", description=_HELP.splitlines()[2].strip())
+    several(parser, "ops", tuple(cases.OPS), tuple(cases.OPS))
+    several(parser, "dtypes", tuple(DTYPES), tuple(DTYPES))
+    several(parser, "archs", archs, archs)
+    several(parser, "shapes", sizes.SETS, ("small",))
+    several(parser, "count", ("none", *DTYPES), ("bf16",))
+    parser.add_argument("--csv", type=str, default=None, metavar="FILE", help="figures as CSV")
+    parser.add_argument("--json", type=str, default=None, metavar="FILE", help="figures as JSON")
+    options = parser.parse_args(words)
+    check_folders(options, ("csv", "json"))
+    for name, given, allowed in (
+        ("--ops", options.ops, tuple(cases.OPS)),
+        ("--dtypes", options.dtypes, tuple(DTYPES)),
+        ("--archs", options.archs, archs),
+        ("--count", options.count, ("none", *DTYPES)),
+        ("--shapes", options.shapes, sizes.SETS),
+    ):
+        cases.check_known(name, given, allowed)
+    workers = len(os.sched_getaffinity(0))
+    asked = [
+        question
+        for name in options.shapes
+        for question in report.questions(options.ops, name, options.dtypes)
+    ]
+    compiled = list(report.compile_all(asked, [int(arch) for arch in options.archs], workers))
+    print(report.compiled_table(compiled))
+    counted = [name for name in options.count if name != "none"]
+    moved = list(report.count_all(report.questions(options.ops, "small", counted), workers))
+    if moved:
+        print(f"\n{report.moved_table(moved)}\n\n{report.modelled_table(moved)}")
+    figures = report.figures(compiled, moved)
+    if options.json is not None:
+        meta = results.meta_of(results.describe_run("cpu"))
+        sources = {chip.name: chip.source for chip in chips.CHIPS}
+        results.write_json(Path(options.json), {**meta, "chips": sources}, figures)
+    if options.csv is not None:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("name", "variant", "metric", "unit", "value"))
+        writer.writerows(figures)
+        with atomic_write(Path(options.csv)) as file:
+            file.write(text.getvalue().encode())
+    broken = [row for row in compiled if row.broken], [row for row in moved if row.broken]
+    total = len(broken[0]) + len(broken[1])
+    print(f"\n{len(compiled)} kernels compiled, {total} broken rules")
+    return 1 if total else 0

@@ -1,0 +1,61 @@
+"""lift_head: Lift's pooled features alone (inference), and with the feature loss (training)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from featkd.functional import Metric, lift_head
+
+from . import sizes
+from .problem import Maps, Normal, Problem, Tensors
+from .projected_feature_kd import LIFT_PARAMETERS, distance, lift_tensors
+
+Form = Literal["mse", "spectral", "pool"]
+_FORMS: tuple[Form, ...] = ("mse", "spectral", "pool")
+
+
+def problems(shapes: str) -> list[Problem]:
+    """The op's problems of a set of sizes."""
+    return [_head(maps, form) for maps in sizes.MAPS[shapes] for form in _FORMS]
+
+
+def _head(maps: Maps, form: Form) -> Problem:
+    """z = LN(f W^T), its mean over the tokens, and, unless only pooled, its distance from T."""
+    metric: Metric = "spectral" if form == "spectral" else "mse"
+    grid = maps.grid if metric == "spectral" else None
+
+    def tensors(normal: Normal) -> Tensors:
+        drawn = lift_tensors(maps, normal)
+        if form == "pool":
+            del drawn["teacher"]
+        return drawn
+
+    def eager(x: Tensors) -> tuple[Tensor, ...]:
+        z = F.linear(x["student"], x["weight"])
+        z = F.layer_norm(z, (maps.teacher,), x["norm_weight"], x["norm_bias"], 1e-5)
+        pooled = z.mean(1)
+        if form == "pool":
+            return (pooled,)
+        return pooled, distance(z, x["teacher"], metric, maps.grid)
+
+    def ours(x: Tensors) -> tuple[Tensor, ...]:
+        parameters = (x["weight"], x["norm_weight"], x["norm_bias"])
+        pooled, loss = lift_head(
+            x["student"], *parameters, x.get("teacher"), metric=metric, grid=grid
+        )
+        return (pooled,) if loss is None else (pooled, loss)
+
+    return Problem(
+        op="lift_head",
+        form=form,
+        shape=str(maps),
+        batch=maps.batch,
+        differentiable=LIFT_PARAMETERS,
+        multiply_adds=maps.multiply_adds,
+        tensors=tensors,
+        eager=eager,
+        featkd=ours,
+    )

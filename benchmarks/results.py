@@ -1,0 +1,256 @@
+"""The rows of results: what a row says, the CSV file they are kept in, and the JSON form."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+
+from featkd import environment
+from featkd.files import atomic_write
+
+_VERSIONS = ("featkd", "python", "torch", "triton")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of one case, with everything needed to read it later."""
+
+    time: str
+    """Of the run's start, UTC; the same in all its rows."""
+    commit: str
+    """Of featkd, with "+changes" where source files were not as committed."""
+    featkd: str
+    python: str
+    torch: str
+    triton: str
+    system: str
+    processor: str
+    instructions: str
+    """Vector instructions that torch uses, for instance AVX2."""
+    cores: str
+    torch_threads: str
+    accelerator: str
+    """The GPU that the case ran on, "none" for the CPU."""
+    omp_wait_policy: str
+    copy_gb_per_s: float
+    """Rate of torch's large copies on this machine, read and write counted."""
+    gflop_per_s: float
+    """Rate of torch's large matrix products in this dtype."""
+    op: str
+    form: str
+    shape: str
+    dtype: str
+    direction: str
+    variant: str
+    backend: str
+    """featkd's backend (cpu, triton, reference); "torch" for the other variants."""
+    load: float
+    """The machine's load average over the case's last minute, of which its own threads are part."""
+    rounds: int
+    median_ms: float
+    q20_ms: float
+    q80_ms: float
+    speedup: float
+    """Median over the rounds of eager's time / this one's."""
+    peak_bytes: int
+    """Most memory held above what was allocated before the call."""
+    floor_bytes: int
+    """Each input read once and each output written once."""
+    flops: int
+    """Of the matrix products that cannot be avoided."""
+    gb_per_s: float
+    """floor_bytes / median."""
+    error: float
+    """Largest relative L2 error among the outputs (forward) or gradients, against eager torch in
+    the next wider type."""
+    roofline_share: float
+    """Time of floor_bytes and flops at the machine's own rates / median; small cases, whose
+    data stay in a cache, can exceed 1."""
+
+    @property
+    def case(self) -> str:
+        """Name of what was timed, without the variant."""
+        return "/".join((self.op, self.form, self.shape, self.dtype, self.direction))
+
+    @property
+    def was_busy(self) -> bool:
+        """Whether more wanted to run than this case's threads."""
+        return self.load > int(self.torch_threads) + 0.5
+
+    @property
+    def machine(self) -> dict[str, str]:
+        """What must be equal for two times to be comparable."""
+        return {name: str(getattr(self, name)) for name in MACHINE}
+
+
+MACHINE = (
+    "system", "processor", "instructions", "cores", "torch_threads", "accelerator",
+    "omp_wait_policy",
+)  # fmt: skip
+COLUMNS = tuple(field.name for field in fields(Row))
+_KINDS = {"float": float, "int": int, "str": str}
+
+
+class ResultsError(ValueError):
+    """A results file that cannot be used as asked."""
+
+
+def describe_run(device: str) -> dict[str, str]:
+    """The part of a row that says when, from what source, with what and on which machine."""
+    commit = environment.commit() + ("+changes" if environment.has_changes() else "")
+    installed = environment.versions()
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
+        **{name: installed[name] for name in _VERSIONS},
+        **this_machine(device),
+    }
+
+
+def this_machine(device: str) -> dict[str, str]:
+    """The machine and the settings that times on "cpu" or "cuda" depend on."""
+    found = environment.machine()
+    found["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "default").lower()
+    if device == "cpu":
+        found["accelerator"] = "none"
+    return found
+
+
+def read(path: Path) -> list[Row]:
+    """All rows of a results file, oldest first.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ResultsError: not a results file, one without rows, or a value that is none of its column's.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no results file {path}")
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ResultsError(f"{path}: expected the columns {', '.join(COLUMNS)}")
+        rows = [_parse(row, path, reader.line_num) for row in reader]
+    if not rows:
+        raise ResultsError(f"{path}: has no rows")
+    return rows
+
+
+def _parse(row: Mapping[str, str | None], path: Path, line: int) -> Row:
+    values = {}
+    for field in fields(Row):
+        text = row[field.name]
+        try:
+            if text is None:
+                raise ValueError
+            values[field.name] = _KINDS[str(field.type)](text)
+        except ValueError:
+            raise ResultsError(
+                f"{path}, line {line}: {field.name} should be a {field.type}, got {text!r}"
+            ) from None
+    return Row(**values)
+
+
+def newest(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
+    """The last row of every case and variant, by (case, variant), in the order of the file."""
+    return {(row.case, row.variant): row for row in rows}
+
+
+def origin(rows: Iterable[Row]) -> str:
+    """Where rows come from, as a line of text: machine, versions, commits, days, load."""
+    known = list(rows)
+
+    def several(texts: Iterable[str]) -> str:
+        return " and ".join(dict.fromkeys(texts))
+
+    last = known[-1]
+    device = last.processor if last.accelerator == "none" else last.accelerator
+    loads = sorted(row.load for row in known)
+    return (
+        f"{device}, {last.instructions}, {last.torch_threads} threads, "
+        f"torch {several(r.torch for r in known)}, featkd {several(r.commit[:10] for r in known)}, "
+        f"{several(r.time[:10] for r in known)}, load average {loads[0]:.1f} to {loads[-1]:.1f}"
+    )
+
+
+def check_same_machine(path: Path, machine: Mapping[str, str]) -> None:
+    """Raise ResultsError where a results file holds another machine's rows."""
+    for row in read(path) if path.is_file() else ():
+        different = difference(row.machine, machine)
+        if different:
+            raise ResultsError(
+                f"{path} holds results of another machine ({different}); choose another file"
+            )
+
+
+def difference(one: Mapping[str, str], other: Mapping[str, str]) -> str:
+    """ "cores: 2 and 8, ..." of two machines, "" where they are the same."""
+    return ", ".join(
+        f"{name}: {one[name]} and {other[name]}" for name in MACHINE if one[name] != other[name]
+    )
+
+
+def append(path: Path, rows: Sequence[Row]) -> None:
+    """Add rows to a results file, which is at any moment either the old one or the new one.
+
+    Raises:
+        ResultsError: the file is no results file, or another machine's.
+    """
+    for row in rows[:1]:
+        check_same_machine(path, row.machine)
+    known = read(path) if path.is_file() else []
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(_texts(row) for row in [*known, *rows])
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def _texts(row: Row) -> dict[str, str]:
+    values = asdict(row).items()
+    return {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in values}
+
+
+Measured = tuple[str, str, str, str, float]
+"""(name, variant, metric, unit, value) of the JSON form."""
+
+_UNITS = {
+    "load": "processes", "median_ms": "ms",
+    "q20_ms": "ms", "q80_ms": "ms", "speedup": "ratio", "rounds": "count",
+    "peak_bytes": "bytes", "floor_bytes": "bytes", "flops": "flop", "gb_per_s": "GB/s",
+    "error": "ratio", "roofline_share": "ratio",
+}  # fmt: skip
+
+
+def measured(rows: Iterable[Row]) -> list[Measured]:
+    """Every figure of the rows, in the JSON form."""
+    return [
+        (row.case, row.variant, metric, unit, getattr(row, metric))
+        for row in rows
+        for metric, unit in _UNITS.items()
+    ]
+
+
+def write_json(path: Path, meta: Mapping[str, object], rows: Iterable[Measured]) -> None:
+    """{"meta": {...}, "rows": [{"name", "variant", "metric", "unit", "value"}, ...]}."""
+    names = ("name", "variant", "metric", "unit", "value")
+    content = {"meta": dict(meta), "rows": [dict(zip(names, r, strict=True)) for r in rows]}
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def meta_of(run: Mapping[str, str] | Row) -> dict[str, object]:
+    """The meta of the JSON form, of `describe_run()` or of a row."""
+    said = asdict(run) if isinstance(run, Row) else run
+    return {
+        "time": said["time"],
+        "commit": said["commit"],
+        "versions": {name: said[name] for name in _VERSIONS},
+        "machine": {name: said[name] for name in MACHINE},
+    }

@@ -1,0 +1,89 @@
+"""What a case must move and multiply at least, and how fast this machine does either."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .problem import DTYPES, Direction, Problem
+from .variants import Prepared
+
+
+def floor_bytes(prepared: Prepared, problem: Problem, direction: Direction) -> int:
+    """Each input read once, each output written once; no cache smaller than that can do better.
+
+    "backward" reads the inputs and the upstream gradients and writes the gradients; "both" reads
+    the inputs once for both halves, which is below what an op can do whose outputs the upstream
+    gradients depend on.
+    """
+    inputs = _bytes(prepared.inputs.values())
+    gradients = _bytes(prepared.inputs[name] for name in problem.differentiable)
+    outputs, upstream = _bytes(prepared.outputs), _bytes(prepared.upstream)
+    if direction == "forward":
+        return inputs + outputs
+    if direction == "backward":
+        return inputs + upstream + gradients
+    return inputs + outputs + upstream + gradients
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def least_flops(problem: Problem, direction: Direction) -> int:
+    """Of the matrix products, recomputed ones left out."""
+    passes = {"forward": 1, "backward": 2, "both": 3}[direction]
+    return 2 * problem.multiply_adds * passes
+
+
+@dataclass(frozen=True)
+class Rates:
+    """This machine's own rates: torch's large copy, and its large matrix product by dtype."""
+
+    copy_gb_per_s: float
+    gflop_per_s: dict[str, float]
+
+    def least_seconds(self, moved: int, flops: int, dtype: str) -> float:
+        """The roofline: the longer of moving and multiplying at these rates.
+
+        Products of half-precision inputs may be computed in fp32 where that is faster, as it is
+        on CPUs without bf16 instructions.
+        """
+        rate = max(self.gflop_per_s[dtype], self.gflop_per_s["fp32"])
+        return max(moved / self.copy_gb_per_s, flops / rate) / 1e9
+
+
+def measure_rates(device: torch.device, dtypes: Sequence[str]) -> Rates:
+    """The best of a few large copies and products; some seconds on a CPU."""
+    cuda = device.type == "cuda"
+    elements = (256 if cuda else 64) * 2**20 // 4
+    source = torch.zeros(elements, device=device)
+    target = torch.empty_like(source)
+    seconds = _best(partial(target.copy_, source), device)
+    copy = 2 * 4 * elements / seconds / 1e9
+    del source, target
+    size = 8192 if cuda else 512
+    rates = {}
+    for name in dict.fromkeys(("fp32", *dtypes)):
+        matrix = torch.ones(size, size, device=device, dtype=DTYPES[name])
+        out = torch.empty_like(matrix)
+        seconds = _best(partial(torch.mm, matrix, matrix, out=out), device)
+        rates[name] = 2 * size**3 / seconds / 1e9
+    return Rates(copy, rates)
+
+
+def _best(work: Callable[[], Tensor], device: torch.device) -> float:
+    """Least seconds of half a second's calls and at least three: others use the machine too."""
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < 0.5:
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,30 @@
+"""The sizes that are timed, by name of the set."""
+
+from __future__ import annotations
+
+from .problem import Maps
+
+SETS = ("small", "published", "large")
+
+_PUBLISHED_BATCHES = (32, 64, 128, 256)
+
+# small: a moment's run. published: DeiT-Tiny from CaiT-S24 at 224 x 224, patch 16 ([EM26]).
+# large: teachers of ViT-L's (1024) and ViT-H's (1280, patch 14) width, from the two students
+# in use for them
+MAPS = {
+    "small": (Maps(4, (14, 14), 192, 384),),
+    "published": tuple(Maps(batch, (14, 14), 192, 384) for batch in _PUBLISHED_BATCHES),
+    "large": (
+        Maps(32, (14, 14), 192, 1024),
+        Maps(32, (14, 14), 384, 1024),
+        Maps(32, (16, 16), 384, 1280),
+        Maps(32, (16, 16), 768, 1280),
+    ),
+}
+
+# (images, classes): ImageNet-1K's classes and, large, those of ImageNet-21K
+LOGITS = {
+    "small": ((4, 1000),),
+    "published": tuple((batch, 1000) for batch in _PUBLISHED_BATCHES),
+    "large": ((32, 21841), (256, 21841)),
+}

@@ -1,0 +1,67 @@
+"""The results as a Markdown table, on its own or inside a document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from featkd.files import atomic_write
+
+from .results import ResultsError, Row, newest, origin
+from .variants import VARIANTS
+
+_HEAD = (
+    "| case | eager ms | compile ms | featkd ms | vs eager | vs best | MiB, eager | compile | "
+    "featkd | roofline | backend |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|\n"
+)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Newest figures of every case that has all variants: median [20 %, 80 %], peak memory.
+
+    Where featkd is slower than the best of the other two, its ratio to it is bold. A line below
+    says where the figures come from.
+    """
+    latest = newest(rows)
+    lines = [_HEAD]
+    for case in dict.fromkeys(case for case, _ in latest):
+        if all((case, variant) in latest for variant in VARIANTS):
+            lines.append(_line(case, *(latest[case, variant] for variant in VARIANTS)))
+    return "".join([*lines, "\n", origin(latest.values()), ".\n"])
+
+
+def _line(case: str, eager: Row, compiled: Row, ours: Row) -> str:
+    three = (eager, compiled, ours)
+    times = [f"{_short(r.median_ms)} [{_short(r.q20_ms)}, {_short(r.q80_ms)}]" for r in three]
+    # beside eager, not median / median: the two were taken moments apart
+    best = ours.speedup / max(1.0, compiled.speedup)
+    memory = [f"{r.peak_bytes / 2**20:.1f}" for r in three]
+    against = f"{best:.2f}" if best >= 1 else f"**{best:.2f}**"
+    share = f"{100 * ours.roofline_share:.0f} %"
+    cells = [case, *times, f"{ours.speedup:.2f}", against, *memory, share, ours.backend]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _short(ms: float) -> str:
+    return f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}"
+
+
+def write_into(document: Path, name: str, text: str) -> None:
+    """Replace what is between a document's two marks of that name.
+
+    Raises:
+        FileNotFoundError: no such document.
+        ResultsError: it has no such marks.
+    """
+    if not document.is_file():
+        raise FileNotFoundError(f"no document {document}")
+    begin, end = f"<!-- bench {name} -->\n", f"<!-- end bench {name} -->"
+    before, found, rest = document.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ResultsError(
+            f"{document}: expected the lines {begin.strip()!r} and {end!r}, between which the "
+            "table goes"
+        )
+    with atomic_write(document) as file:
+        file.write(f"{before}{begin}\n{text}\n{end}{after}".encode())

@@ -1,0 +1,51 @@
+"""widelast_projection: the entry of a block that is wider than the one before."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from featkd.functional import widelast_projection
+
+from . import sizes
+from .problem import Maps, Normal, Problem, Tensors
+
+_PARAMETERS = ("weight", "proj_norm_weight", "proj_norm_bias", "norm1_weight", "norm1_bias")
+
+
+def problems(shapes: str) -> list[Problem]:
+    """The op's problems of a set of sizes."""
+    return [_entry(maps) for maps in sizes.MAPS[shapes]]
+
+
+def _entry(maps: Maps) -> Problem:
+    """r = LN_p(x W^T) and u = LN_1(r)."""
+    width = (maps.teacher,)
+
+    def tensors(normal: Normal) -> Tensors:
+        return {
+            "x": normal(maps.batch, maps.tokens, maps.student),
+            "weight": normal(maps.teacher, maps.student, scale=maps.student**-0.5),
+            "proj_norm_weight": normal(maps.teacher, scale=0.1, mean=1),
+            "proj_norm_bias": normal(maps.teacher, scale=0.1),
+            "norm1_weight": normal(maps.teacher, scale=0.1, mean=1),
+            "norm1_bias": normal(maps.teacher, scale=0.1),
+        }
+
+    def eager(x: Tensors) -> tuple[Tensor, ...]:
+        h = F.linear(x["x"], x["weight"])
+        residual = F.layer_norm(h, width, x["proj_norm_weight"], x["proj_norm_bias"], 1e-6)
+        normed = F.layer_norm(residual, width, x["norm1_weight"], x["norm1_bias"], 1e-6)
+        return residual, normed
+
+    return Problem(
+        op="widelast_projection",
+        form="two-norms",
+        shape=str(maps),
+        batch=maps.batch,
+        differentiable=("x", *_PARAMETERS),
+        multiply_adds=maps.multiply_adds,
+        tensors=tensors,
+        eager=eager,
+        featkd=lambda x: widelast_projection(x["x"], *(x[name] for name in _PARAMETERS)),
+    )

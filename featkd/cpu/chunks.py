@@ -1,0 +1,19 @@
+"""How the CPU paths cut a map of tokens into chunks that stay in the cache."""
+
+from __future__ import annotations
+
+
+def row_chunks(batch: int, tokens: int, rows: int) -> list[tuple[slice, slice]]:
+    """Slices of the images and of their tokens that cover (batch, tokens), `rows` each at most.
+
+    Whole images where one fits, so that an expanded or transposed map is copied a chunk at a time.
+
+    Example:
+        >>> row_chunks(3, 2, 4)
+        [(slice(0, 2, None), slice(None, None, None)), (slice(2, 4, None), slice(None, None, None))]
+    """
+    if tokens <= rows:
+        images = max(1, rows // max(1, tokens))
+        return [(slice(i, i + images), slice(None)) for i in range(0, batch, images)]
+    steps = range(0, tokens, rows)
+    return [(slice(i, i + 1), slice(n, n + rows)) for i in range(batch) for n in steps]

@@ -1,0 +1,259 @@
+"""soft_kd in Triton: the loss of each row of logits and its gradient from one read of the row.
+
+With p and s the student's softmaxes at temperatures 1 and tau, t the teacher's at tau, and labels y
+(one-hot for class indices):
+
+    loss = (1 - alpha) (-sum_k y_k log p_k) + alpha tau^2 sum_k t_k (log t_k - log s_k)
+    d loss / d x = (1 - alpha) (p sum_k y_k - y) + alpha tau (s - t)
+
+[EM26], SoftKD. The gradient is kept as it stands there: the mean's 1/B and the upstream gradient
+join in `backward`, since their product with a small p is below what fp16 holds.
+
+Traffic a row of K classes in bf16: student and teacher read once (4 K bytes), the gradient written
+(2 K), and read and written once more in the backward pass. Rows of more than 8,192 classes are
+read three times, for their maxima, their sums and their gradient; the last two from the cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from featkd.kernels import rows
+from featkd.kernels.launch import launch
+from featkd.kernels.scaled import times
+from featkd.kernels.shapes import channels_adjacent, triton_type
+from featkd.reference import accumulation_dtype
+
+
+@triton.jit
+def loss_and_logit_gradient(
+    student,  # (B, K) any floating dtype, classes adjacent
+    teacher,  # (B, K) any floating dtype, classes adjacent; None: no KL term
+    target,  # (B,) int64, or (B, K) any floating dtype, classes adjacent; None: no CE term
+    gradient,  # (B, K) student's dtype: of the row's loss, or None
+    losses,  # (B,) ACC: each row's loss
+    student_row, teacher_row, target_row, batch,
+    ce_weight, kl_weight, per_tau,  # 1 - alpha, alpha tau^2, 1 / tau
+    ce_rest, kl_rest, per_tau_rest,  # what float32 leaves of them, or None
+    CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SOFT: tl.constexpr, WARM: tl.constexpr,
+    STUDENT_ALIGNED: tl.constexpr, TEACHER_ALIGNED: tl.constexpr, TARGET_ALIGNED: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """A program a few rows: their maxima, their sums, their gradient.
+
+    Each is a sweep over blocks of classes. Where one block holds the row, the compiler finds the
+    loads and exponentials of the sweeps to be the same, and keeps them in registers.
+    """
+    BLOCKS: tl.constexpr = tl.cdiv(CLASSES, BLOCK)
+    LOWEST: tl.constexpr = float("-inf")
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = row < batch
+    row = row.to(tl.int64)  # an offset in elements may pass 2^31
+    # the compiler knows strides that 16 divides; a row of 1,000 halves starts at 16 bytes as well
+    from_student = tl.multiple_of(row * student_row, STUDENT_ALIGNED)
+    from_teacher = tl.multiple_of(row * teacher_row, TEACHER_ALIGNED)
+    from_target = tl.multiple_of(row * target_row, TARGET_ALIGNED)
+    ce_weight = _number(ce_weight, ce_rest, ACC)
+    kl_weight = _number(kl_weight, kl_rest, ACC)
+    per_tau = _number(per_tau, per_tau_rest, ACC)
+
+    x_top = tl.full((ROWS, BLOCK), LOWEST, ACC)
+    z_top = tl.full((ROWS, BLOCK), LOWEST, ACC)
+    for k in range(BLOCKS):
+        x = rows.load_rows(student, from_student, valid, k, CLASSES, BLOCK, LOWEST)
+        x_top = tl.maximum(x_top, x.to(ACC))
+        if teacher is not None:
+            z = rows.load_rows(teacher, from_teacher, valid, k, CLASSES, BLOCK, LOWEST)
+            z_top = tl.maximum(z_top, z.to(ACC))
+    x_top = tl.max(x_top, 1)[:, None]
+    z_top = tl.max(z_top, 1)[:, None]
+
+    sum_p = tl.zeros((ROWS, BLOCK), ACC)
+    sum_s = tl.zeros((ROWS, BLOCK), ACC)
+    sum_t = tl.zeros((ROWS, BLOCK), ACC)
+    apart = tl.zeros((ROWS, BLOCK), ACC)
+    mass = tl.zeros((ROWS, BLOCK), ACC)
+    picked = tl.zeros((ROWS, BLOCK), ACC)
+    for k in range(BLOCKS):
+        x = rows.load_rows(student, from_student, valid, k, CLASSES, BLOCK, LOWEST)
+        x = x.to(ACC) - x_top
+        if target is not None:
+            sum_p += tl.exp(x)
+        if teacher is not None:
+            z = rows.load_rows(teacher, from_teacher, valid, k, CLASSES, BLOCK, LOWEST)
+            z = z.to(ACC) - z_top
+            t = _exp(z, per_tau, WARM)
+            sum_s += _exp(x, per_tau, WARM)
+            sum_t += t
+            apart += rows.inside(t * (z - x), valid, k, CLASSES, BLOCK)
+        if SOFT:
+            y = rows.load_rows(target, from_target, valid, k, CLASSES, BLOCK, 0.0).to(ACC)
+            mass += y
+            picked += rows.inside(y * x, valid, k, CLASSES, BLOCK)
+    sum_p = tl.sum(sum_p, 1)
+    sum_s = tl.sum(sum_s, 1)
+    sum_t = tl.sum(sum_t, 1)
+    mass = tl.sum(mass, 1)
+    picked = tl.sum(picked, 1)
+    loss = tl.zeros((ROWS,), ACC)
+    if target is not None:
+        if not SOFT:
+            label = tl.load(target + from_target, mask=valid, other=0)
+            known = (label >= 0) & (label < CLASSES)
+            mass = tl.where(known, 1.0, float("nan")).to(ACC)
+            picked = tl.load(student + from_student + label, mask=valid & known, other=0.0)
+            picked = picked.to(ACC) - tl.reshape(x_top, (ROWS,))
+        loss += ce_weight * (mass * tl.log(sum_p) - picked)
+    if teacher is not None:
+        divergence = tl.sum(apart, 1) / sum_t
+        if WARM:
+            divergence *= per_tau
+        loss += kl_weight * (divergence + tl.log(sum_s) - tl.log(sum_t))
+
+    if gradient is not None:
+        kl_slope = kl_weight
+        if WARM:
+            kl_slope *= per_tau
+        of_p = (ce_weight * mass / sum_p)[:, None]
+        of_s = (kl_slope / sum_s)[:, None]
+        of_t = (kl_slope / sum_t)[:, None]
+        for k in range(BLOCKS):
+            x = rows.load_rows(student, from_student, valid, k, CLASSES, BLOCK, LOWEST)
+            x = x.to(ACC) - x_top
+            slope = tl.zeros((ROWS, BLOCK), ACC)
+            if teacher is not None:
+                z = rows.load_rows(teacher, from_teacher, valid, k, CLASSES, BLOCK, LOWEST)
+                z = z.to(ACC) - z_top
+                slope += _exp(x, per_tau, WARM) * of_s - _exp(z, per_tau, WARM) * of_t
+            if target is not None:
+                if SOFT:
+                    y = rows.load_rows(target, from_target, valid, k, CLASSES, BLOCK, 0.0)
+                    slope += tl.exp(x) * of_p - ce_weight * y.to(ACC)
+                else:
+                    here = (k * BLOCK + tl.arange(0, BLOCK))[None, :] == label[:, None]
+                    slope += tl.exp(x) * of_p - tl.where(here, ce_weight, 0.0)
+            rows.store_rows(gradient, row * CLASSES, valid, slope, k, CLASSES, BLOCK)
+    # last: a store would keep the compiler from seeing that the sweeps load the same
+    tl.store(losses + row, loss, mask=valid)
+
+
+@triton.jit
+def _number(value, rest, ACC: tl.constexpr):
+    """(1,) ACC: a launch passes numbers as float32, and of a float64 the rest besides."""
+    value = tl.zeros((1,), ACC) + value
+    if rest is not None:
+        value += rest
+    return value
+
+
+@triton.jit
+def _exp(x, per_tau, WARM: tl.constexpr):
+    """exp(x / tau); with tau 1 the very exp(x) of the other softmax."""
+    if WARM:
+        x = x * per_tau
+    return tl.exp(x)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a launch: rows of a program, and classes of a block (a power of two)."""
+
+    rows: int
+    block: int
+    num_warps: int
+
+
+def config(classes: int, kind: torch.dtype) -> Config:
+    """One block a row as long as its registers suffice, and several rows where they are short.
+
+    Compiled ahead of time nothing spills with 8 to 16 logits a thread of each tensor; whole rows
+    of 16,384 with soft labels do, and so do longer ones in blocks of 4,096. `kind` is the
+    accumulators'.
+    """
+    whole = triton.next_power_of_2(classes)
+    block = whole if whole * kind.itemsize <= 4 * 8192 else 2048
+    rows_each = max(1, 256 // block)
+    return Config(rows_each, block, num_warps=max(1, min(16, rows_each * block // 256)))
+
+
+def _parts(value: float, kind: torch.dtype) -> tuple[float, float | None]:
+    """`value` as a float32 and, where `kind` is float64, what that leaves of it."""
+    high = ctypes.c_float(value).value
+    return high, value - high if kind == torch.float64 else None
+
+
+def forward(
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    *,
+    alpha: float,
+    tau: float,
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The rows' losses, and the gradient of their sum.
+
+    Args:
+        student: (B, K); like the others copied where its classes are not adjacent.
+        teacher: (B, K), or None where alpha is 0.
+        target: (B,) int64 or (B, K) floating, or None where alpha is 1. A row whose index is
+            outside of [0, K) has a loss and a gradient of NaN.
+        alpha, tau: as in `featkd.functional.soft_kd`.
+        need_gradient: form the gradient (B, K), in the student's dtype.
+    """
+    student = channels_adjacent(student)
+    teacher = None if teacher is None else channels_adjacent(teacher)
+    soft = target is not None and target.dim() == 2
+    target = channels_adjacent(target) if soft else target
+    batch, classes = student.shape
+    kind = accumulation_dtype(student.dtype)
+    chosen = config(classes, kind)
+    losses = student.new_empty(batch, dtype=kind)
+    gradient = student.new_empty(batch, classes) if need_gradient else None
+    strides = [0 if x is None else x.stride(0) for x in (student, teacher, target)]
+    ce, kl, per_tau = (_parts(x, kind) for x in (1 - alpha, alpha * tau**2, 1 / tau))
+    launch(
+        loss_and_logit_gradient,
+        (triton.cdiv(batch, chosen.rows),),
+        {
+            "student": student,
+            "teacher": teacher,
+            "target": target,
+            "gradient": gradient,
+            "losses": losses,
+            "student_row": strides[0],
+            "teacher_row": strides[1],
+            "target_row": strides[2],
+            "batch": batch,
+            "ce_weight": ce[0],
+            "kl_weight": kl[0],
+            "per_tau": per_tau[0],
+            "ce_rest": ce[1],
+            "kl_rest": kl[1],
+            "per_tau_rest": per_tau[1],
+            "CLASSES": classes,
+            "ROWS": chosen.rows,
+            "BLOCK": chosen.block,
+            "SOFT": soft,
+            "WARM": tau != 1,
+            "STUDENT_ALIGNED": math.gcd(strides[0], 16),
+            "TEACHER_ALIGNED": math.gcd(strides[1], 16),
+            "TARGET_ALIGNED": math.gcd(strides[2], 16),
+            "ACC": triton_type(kind),
+        },
+        num_warps=chosen.num_warps,
+    )
+    return losses, gradient
+
+
+def backward(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """The gradient of the mean, times the upstream one: in `gradient`'s dtype, rounded once."""
+    return times(gradient, upstream / gradient.shape[0])

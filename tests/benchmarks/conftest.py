@@ -1,0 +1,79 @@
+"""Cases of a few elements, and made-up rows of results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from featkd.benchmarks import sizes
+from featkd.benchmarks.problem import Maps
+from featkd.benchmarks.results import Row
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The set "small" becomes (2, 2 x 4, 6) to 10 and (2, 12)."""
+    monkeypatch.setitem(sizes.MAPS, "small", (Maps(2, (2, 4), 6, 10),))
+    monkeypatch.setitem(sizes.LOGITS, "small", ((2, 12),))
+
+
+@pytest.fixture
+def make_row() -> Callable[..., Row]:
+    def make(**changes: Any) -> Row:
+        values: dict[str, Any] = {
+            "time": "2026-11-24T06:00:00+00:00",
+            "commit": "0123456789abcdef",
+            "featkd": "0.1.0",
+            "python": "3.11.9",
+            "torch": "2.14.1",
+            "triton": "3.8.0",
+            "system": "Linux x86_64",
+            "processor": "Some, CPU",
+            "instructions": "AVX2",
+            "cores": "2",
+            "torch_threads": "2",
+            "accelerator": "none",
+            "omp_wait_policy": "passive",
+            "copy_gb_per_s": 11.5,
+            "gflop_per_s": 48.25,
+            "op": "soft_kd",
+            "form": "indices",
+            "shape": "32x1000",
+            "dtype": "fp32",
+            "direction": "both",
+            "variant": "featkd",
+            "backend": "cpu",
+            "load": 2.0,
+            "rounds": 20,
+            "median_ms": 2.0,
+            "q20_ms": 1.9,
+            "q80_ms": 2.1,
+            "speedup": 1.5,
+            "peak_bytes": 1_000_000,
+            "floor_bytes": 256_000,
+            "flops": 0,
+            "gb_per_s": 0.128,
+            "error": 1.25e-7,
+            "roofline_share": 0.011,
+        }
+        return Row(**(values | changes))
+
+    return make
+
+
+@pytest.fixture
+def three(make_row) -> Callable[..., list[Row]]:
+    """Rows of eager, compile and featkd of one case."""
+
+    def make(**changes: Any) -> list[Row]:
+        eager = dict(variant="eager", median_ms=3.0, q20_ms=2.9, q80_ms=3.1, speedup=1.0)
+        compiled = dict(variant="compile", median_ms=1.8, q20_ms=1.7, q80_ms=1.9, speedup=1.7)
+        others = [make_row(backend="torch", **x, **changes) for x in (eager, compiled)]
+        return [*others, make_row(**changes)]
+
+    return make

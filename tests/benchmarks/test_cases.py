@@ -1,0 +1,122 @@
+"""What is timed: every op in every direction and variant, and that the variants agree."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from featkd import functional
+from featkd.benchmarks import roofline, variants
+from featkd.benchmarks.cases import OPS, select
+from featkd.benchmarks.problem import DIRECTIONS, DTYPES, Case
+from tests.benchmarks.conftest import CPU
+
+
+def test_every_public_op_has_cases():
+    assert set(OPS) == set(functional.__all__)
+    cases = select(shapes="all", dtypes=tuple(DTYPES), directions=DIRECTIONS)
+    assert len({case.name for case in cases}) == len(cases)
+    for op in OPS:
+        mine = [c for c in cases if c.problem.op == op]
+        assert {(c.dtype, c.direction) for c in mine} == {
+            (t, d) for t in DTYPES for d in DIRECTIONS
+        }
+    forms = {c.problem.form for c in cases if c.problem.op == "projected_feature_kd"}
+    projected = {f"{m}-{use}" for m in ("mse", "spectral") for use in ("lift", "widelast")}
+    assert forms == projected | {"spectral-8pairs"}
+
+
+def test_published_and_large_sizes():
+    shapes = {c.problem.shape for c in select(shapes="published")}
+    assert {f"{b}x196x192to384" for b in (32, 64, 128, 256)} <= shapes
+    assert {f"{b}x1000" for b in (32, 64, 128, 256)} <= shapes
+    large = {c.problem.shape for c in select(ops=["lift_head"], shapes="large")}
+    assert {"32x196x192to1024", "32x256x768to1280"} <= large
+    only = select(shapes="published", batches=[64])
+    assert {c.problem.batch for c in only} == {64}
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"ops": ["soft_kdd"]}, "ops: expected .*; got 'soft_kdd'; did you mean 'soft_kd'?"),
+        ({"shapes": "big"}, "shapes: expected small, published, large, all; got 'big'"),
+        ({"dtypes": ["fp8"]}, "dtypes: expected fp32, bf16, fp16; got 'fp8'"),
+        ({"directions": []}, "directions: expected at least one of forward, backward, both"),
+        ({"batches": [7]}, "batches: the chosen problems have 4 images; got 7"),
+    ],
+)
+def test_unknown_choices(choice, message):
+    with pytest.raises(ValueError, match=message):
+        select(**choice)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("op", OPS)
+def test_featkd_agrees_with_eager_in_every_case(op, direction, dtype):
+    for case in select([op], "small", [dtype], [direction]):
+        prepared = variants.prepare(case, ["eager", "featkd"], CPU)
+        assert list(prepared.steps) == ["eager", "featkd"]
+        assert prepared.backend in ("cpu", "reference")
+        assert prepared.errors["featkd"] <= 2 * prepared.errors["eager"] + 1e-6
+        for step in prepared.steps.values():
+            results = step()
+            expected = len(case.problem.differentiable)
+            assert len(results) == (len(prepared.outputs) if direction == "forward" else expected)
+            assert not any(x.requires_grad for x in results)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_variant_that_computes_something_else_is_not_timed(direction):
+    (case, *_) = select(["lift_head"], "small", ["fp32"], [direction])
+    honest = case.problem.featkd
+
+    def wrong(x):
+        pooled, loss = honest(x)
+        return pooled, 1.01 * loss
+
+    bad = Case(replace(case.problem, featkd=wrong), "fp32", direction)
+    with pytest.raises(variants.Disagreement, match=r"featkd differs from eager in .* by "):
+        variants.prepare(bad, ["eager", "featkd"], CPU)
+    nothing = Case(replace(case.problem, featkd=lambda x: honest(x)[:1]), "fp32", direction)
+    with pytest.raises(ValueError, match="zip"):
+        variants.prepare(nothing, ["featkd"], CPU)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_nan_is_a_disagreement():
+    (case, *_) = select(["soft_kd"], "small", ["fp32"], ["forward"])
+    lost = replace(case.problem, featkd=lambda x: (torch.tensor(float("nan")),))
+    with pytest.raises(variants.Disagreement):
+        variants.prepare(Case(lost, "fp32", "forward"), ["featkd"], CPU)
+
+
+def test_floor_is_that_of_the_design():
+    """bf16, 192 to 384: S and T read and dS written are 2 (2 Cs + Ct) = 1,536 bytes a row."""
+    (case,) = (
+        c
+        for c in select(["projected_feature_kd"], "small", ["bf16"], ["both"])
+        if c.problem.form == "mse-lift"
+    )
+    prepared = variants.prepare(case, ["featkd"], CPU)
+    parameters = 2 * (384 * 192 + 2 * 384)
+    scalars = 2 * 2  # the loss and its upstream gradient
+    floor = {d: roofline.floor_bytes(prepared, case.problem, d) for d in DIRECTIONS}
+    assert floor["both"] == 4 * 196 * 1536 + 2 * parameters + scalars
+    assert floor["forward"] == 4 * 196 * 1152 + parameters + 2
+    assert floor["backward"] == floor["both"] - 2
+    flops = {d: roofline.least_flops(case.problem, d) for d in DIRECTIONS}
+    assert flops["forward"] == 2 * 4 * 196 * 192 * 384
+    assert flops["both"] == 3 * flops["forward"] == flops["forward"] + flops["backward"]
+
+
+def test_roofline_takes_the_slower_of_moving_and_multiplying():
+    rates = roofline.Rates(copy_gb_per_s=10.0, gflop_per_s={"fp32": 50.0, "bf16": 0.6})
+    assert rates.least_seconds(10**9, 10**9, "fp32") == pytest.approx(0.1)
+    assert rates.least_seconds(10**8, 10**10, "fp32") == pytest.approx(0.2)
+    assert rates.least_seconds(0, 10**10, "bf16") == pytest.approx(0.2)  # in fp32, which is faster

@@ -1,0 +1,324 @@
+"""What the public functions refuse, pass on, or leave to the reference, argument by argument."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import featkd
+from featkd import backends
+from featkd.functional import lift_head, projected_feature_kd, soft_kd, widelast_projection
+from featkd.kernels.launch import redirect
+
+FUNCTIONS = {f.__name__: f for f in (projected_feature_kd, widelast_projection, lift_head, soft_kd)}
+MAPS = {"projected_feature_kd": "student", "widelast_projection": "x", "lift_head": "features"}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def arguments(name: str) -> dict[str, Any]:
+    """A valid call, with every tensor that the function takes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    if name == "soft_kd":
+        logits = {"student_logits": randn(2, 5), "teacher_logits": randn(2, 5)}
+        return {**logits, "target": randn(2, 5).softmax(1), "alpha": 0.5, "tau": 2.0}
+    maps = {MAPS[name]: randn(2, 4, 3), "weight": randn(6, 3)}
+    if name == "widelast_projection":
+        norms = ("proj_norm_weight", "proj_norm_bias", "norm1_weight", "norm1_bias")
+        return {**maps, **{norm: randn(6) for norm in norms}, "eps": 1e-3}
+    norm = {"norm_weight": randn(6), "norm_bias": randn(6)}
+    bias = {"bias": randn(6)} if name == "projected_feature_kd" else {}
+    options = {"eps": 1e-3, "metric": "spectral", "grid": (2, 2)}
+    return {**maps, **bias, **norm, "teacher": randn(2, 4, 6), **options}
+
+
+TENSORS = [
+    (name, argument)
+    for name in FUNCTIONS
+    for argument, value in arguments(name).items()
+    if isinstance(value, Tensor)
+]
+TEACHERS = {
+    "projected_feature_kd": "teacher",
+    "lift_head": "teacher",
+    "soft_kd": "teacher_logits",
+}
+
+
+def call(name: str, **changes: Any) -> tuple[Tensor, ...]:
+    found = FUNCTIONS[name](**{**arguments(name), **changes})  # type: ignore[operator]
+    return found if isinstance(found, tuple) else (found,)
+
+
+@pytest.mark.parametrize(("name", "argument"), TENSORS)
+def test_no_tensor(name, argument):
+    value = arguments(name)[argument]
+    for other in (value.tolist(), value.numpy()):
+        message = f"{argument}: expected a torch.Tensor, got {type(other).__name__}"
+        with pytest.raises(TypeError, match=message):
+            call(name, **{argument: other})
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize(("name", "argument"), TENSORS)
+def test_no_floating_point(name, argument, dtype):
+    value = arguments(name)[argument].to(dtype)
+    message = f"{argument}: expected a floating-point tensor, got {dtype}"
+    with pytest.raises(TypeError, match=message):
+        call(name, **{argument: value})
+
+
+@pytest.mark.parametrize(("name", "argument"), TENSORS)
+def test_shapes(name, argument):
+    value = arguments(name)[argument]
+    wrong = [value[..., None], value[0]]
+    if argument != next(iter(arguments(name))):  # the first one's sizes are the rule
+        wrong += [torch.cat((value, value[..., :1]), -1), torch.cat((value, value[:1]))]
+    if argument == "weight":
+        wrong.pop()  # its rows are the width that the others must have
+    if argument == "target":
+        wrong[1] = value.sum()
+    for x in wrong:
+        got = ", ".join(map(str, x.shape)) + ("," if x.dim() == 1 else "")
+        message = rf"^{argument}: expected shape \(.+\).*, got \({got}\)"
+        with pytest.raises(ValueError, match=message):
+            call(name, **{argument: x})
+
+
+@pytest.mark.parametrize("most", ["cpu", "meta"])
+@pytest.mark.parametrize(("name", "argument"), TENSORS)
+def test_devices(name, argument, most):
+    """One tensor is elsewhere; the error lists where each is."""
+    given = {key: x.to(most) if isinstance(x, Tensor) else x for key, x in arguments(name).items()}
+    other = {"cpu": "meta", "meta": "cpu"}[most]
+    given[argument] = torch.empty_like(given[argument], device=other)
+    with pytest.raises(ValueError, match=f"must be on one device, got .*{argument} on {other}"):
+        FUNCTIONS[name](**given)
+
+
+@pytest.mark.parametrize(("name", "argument"), TEACHERS.items())
+def test_a_teacher_with_a_gradient(name, argument):
+    teacher = arguments(name)[argument].requires_grad_()
+    message = f"{argument}: requires grad, .*no_grad.*{argument}.detach"
+    with pytest.raises(ValueError, match=message):
+        call(name, **{argument: teacher})
+    with torch.no_grad():  # nothing is lost there
+        assert torch.equal(call(name, **{argument: teacher})[-1], call(name)[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "argument"),
+    [
+        ("projected_feature_kd", {"student": (0, 4, 3), "teacher": (0, 4, 6)}, "student"),
+        ("projected_feature_kd", {"student": (2, 0, 3), "teacher": (2, 0, 6)}, "student"),
+        ("projected_feature_kd", {"student": (2, 4, 0), "weight": (6, 0)}, "student"),
+        ("lift_head", {"features": (0, 4, 3), "teacher": (0, 4, 6)}, "features"),
+        ("lift_head", {"features": (2, 0, 3), "teacher": (2, 0, 6)}, "features"),
+        (
+            "soft_kd",
+            dict.fromkeys(("student_logits", "teacher_logits", "target"), (0, 5)),
+            "student_logits",
+        ),
+        (
+            "soft_kd",
+            dict.fromkeys(("student_logits", "teacher_logits", "target"), (2, 0)),
+            "student_logits",
+        ),
+    ],
+)
+def test_a_mean_over_nothing(name, changes, argument):
+    empty = {key: torch.zeros(shape) for key, shape in changes.items()}
+    shape = ", ".join(map(str, changes[argument]))
+    with pytest.raises(ValueError, match=rf"{argument}: has no elements \(shape \({shape}\)\)"):
+        call(name, **empty)
+
+
+def test_no_teacher_channels():
+    none = torch.zeros(0)
+    with pytest.raises(ValueError, match="teacher: has no elements"):
+        projected_feature_kd(torch.zeros(2, 4, 3), torch.zeros(2, 4, 0), torch.zeros(0, 3))
+    with pytest.raises(ValueError, match="teacher: has no elements"):
+        lift_head(torch.zeros(2, 4, 3), torch.zeros(0, 3), none, none, torch.zeros(2, 4, 0))
+
+
+def test_widelast_of_no_images_is_no_images():
+    residual, normed = call("widelast_projection", x=torch.zeros(0, 4, 3))
+    assert residual.shape == normed.shape == (0, 4, 6)
+
+
+NUMBERS = [
+    (name, argument)
+    for name in FUNCTIONS
+    for argument in ("eps", "alpha", "tau")
+    if argument in arguments(name)
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), NUMBERS)
+def test_numbers(name, argument):
+    allowed = {"alpha": "a number from 0 to 1"}.get(argument, "a finite number > 0")
+    for wrong in ("0.5", None, torch.tensor(0.5), 1j):
+        with pytest.raises(TypeError, match=f"{argument}: expected {allowed}, got"):
+            call(name, **{argument: wrong})
+    for wrong in (-1, math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match=f"{argument}: expected {allowed}, got {wrong}"):
+            call(name, **{argument: wrong})
+    call(name, **{argument: np.float32(0.5)})
+
+
+@pytest.mark.parametrize("name", ["projected_feature_kd", "lift_head"])
+@pytest.mark.parametrize("metric", ["mse", "spectral"])
+def test_grids(name, metric):
+    for wrong in ((2, 3), (0, 4), (-2, -2), (5, 1)):
+        message = rf"grid: \({wrong[0]}, {wrong[1]}\) has .* have 4 tokens; expected .* == 4"
+        with pytest.raises(ValueError, match=message):
+            call(name, metric=metric, grid=wrong)
+    for malformed in (4, (4,), (2, 2, 1), (2.0, 2.0), "22"):
+        with pytest.raises(TypeError, match="grid: expected None or a pair of ints"):
+            call(name, metric=metric, grid=malformed)
+    for right in ((4, 1), [2, 2], torch.Size((1, 4)), (np.int64(2), np.int64(2)), None):
+        assert call(name, metric=metric, grid=right)[-1].isfinite()
+
+
+@pytest.mark.parametrize("name", ["projected_feature_kd", "lift_head"])
+def test_metrics_and_grids_that_are_missing(name):
+    for wrong in ("l1", "MSE", None, 2):
+        with pytest.raises(
+            ValueError, match=f"metric: expected one of mse, spectral; got {wrong!r}"
+        ):
+            call(name, metric=wrong)
+    maps = {MAPS[name]: torch.zeros(2, 6, 3), "teacher": torch.zeros(2, 6, 6)}
+    with pytest.raises(ValueError, match=r"grid: 6 tokens form no square; pass grid=\(H, W\)"):
+        call(name, **maps, grid=None)
+
+
+def test_parameters_that_go_together():
+    student, teacher = torch.zeros(2, 4, 3), torch.zeros(2, 4, 3)
+    with pytest.raises(ValueError, match="bias: given without weight"):
+        projected_feature_kd(student, teacher, bias=torch.zeros(3))
+    with pytest.raises(ValueError, match="norm_bias: given without norm_weight"):
+        projected_feature_kd(student, teacher, norm_bias=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"teacher: expected shape \(2, 4, 3\), got \(2, 4, 6\)"):
+        projected_feature_kd(student, torch.zeros(2, 4, 6))
+    with pytest.raises(ValueError, match=r"teacher_logits: None, but alpha is 0.5"):
+        call("soft_kd", teacher_logits=None)
+    for name in ("lift_head", "widelast_projection"):  # a norm left out is no default there
+        for argument, value in arguments(name).items():
+            if isinstance(value, Tensor) and argument != "teacher":
+                with pytest.raises(
+                    TypeError, match=f"{argument}: expected a torch.Tensor, got None"
+                ):
+                    call(name, **{argument: None})
+
+
+def test_class_indices():
+    for wrong in (torch.zeros(2), torch.zeros(2, dtype=torch.int32)):
+        with pytest.raises(
+            TypeError, match=f"target: class indices must be int64, got {wrong.dtype}"
+        ):
+            call("soft_kd", target=wrong)
+    with pytest.raises(ValueError, match=r"target: expected shape \(2\), got \(3,\)"):
+        call("soft_kd", target=torch.zeros(3, dtype=torch.int64))
+    shapes = r"target: expected shape \(2\) for class indices or \(2, 5\) for soft labels, got \(\)"
+    with pytest.raises(ValueError, match=shapes):
+        call("soft_kd", target=torch.tensor(0))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(("name", "argument"), TENSORS)
+def test_nan_and_inf_come_through(name, argument, backend, bad):
+    value = arguments(name)[argument].clone()
+    value.view(-1)[1] = bad
+    with featkd.use_backend(backend):
+        assert not all(x.isfinite().all() for x in call(name, **{argument: value}))
+
+
+@pytest.mark.parametrize("other", DTYPES, ids=str)
+@pytest.mark.parametrize("own", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_dtypes_may_differ(name, own, other):
+    """Each tensor counts with the value that it has; its gradient comes in its own dtype."""
+    first = next(iter(arguments(name)))
+    constant = (*TEACHERS.values(), "target")
+    given, exact = arguments(name), arguments(name)
+    for key, x in given.items():
+        if isinstance(x, Tensor):
+            given[key] = x.to(own if key == first else other).requires_grad_(key not in constant)
+            exact[key] = given[key].detach().double()
+    if name in ("projected_feature_kd", "lift_head") and own.itemsize == 2:  # as documented
+        exact["weight"] = given["weight"].detach().to(own).double()
+    got = call(name, **given)
+    for mine, theirs in zip(got, call(name, **exact), strict=True):
+        if mine.dim() == 0:
+            assert mine.dtype == torch.promote_types(own, torch.float32)
+            torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=0)
+        else:
+            assert mine.dtype == own
+            rounding = {"rtol": torch.finfo(own).eps, "atol": 1e-5}
+            torch.testing.assert_close(mine.double(), theirs, **rounding)
+    sum(x.double().sum() for x in got).backward()
+    for key, x in given.items():
+        if isinstance(x, Tensor) and key not in constant:
+            assert x.grad.dtype == x.dtype, key
+
+
+def refuse(*_: Any) -> None:
+    raise AssertionError("a kernel was launched")
+
+
+TOO_MUCH = {
+    "a patch grid of 65 columns, more than 64": dict(
+        student=torch.ones(1, 65, 2), teacher=torch.zeros(1, 65, 2), metric="spectral", grid=(1, 65)
+    ),
+    r"2147483648 tokens, not below 2\^31": dict(
+        student=torch.empty(2**16, 2**15, 1, device="meta"),
+        teacher=torch.empty(2**16, 2**15, 1, device="meta"),
+    ),
+    "a tensor in torch.float8_e4m3fn": dict(
+        student=torch.ones(1, 4, 2), teacher=torch.zeros(1, 4, 2).to(torch.float8_e4m3fn)
+    ),
+}
+
+
+@pytest.mark.parametrize("why", TOO_MUCH)
+def test_what_the_kernels_do_not_take_goes_to_the_reference_with_one_warning(why, monkeypatch):
+    monkeypatch.setattr(backends, "_warned", set())
+    given = TOO_MUCH[why]
+    with redirect(refuse), featkd.use_backend("triton"):  # as if there were a GPU
+        message = f"featkd.projected_feature_kd runs on the reference backend: {why}"
+        with pytest.warns(UserWarning, match=message) as caught:
+            loss = projected_feature_kd(**given)
+        assert [warning.filename for warning in caught] == [__file__]
+        assert featkd.last_backend("projected_feature_kd") == "reference"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            projected_feature_kd(**given)
+            projected_feature_kd(**given)
+    if loss.device.type == "cpu":
+        with featkd.use_backend("reference"):
+            assert torch.equal(loss, projected_feature_kd(**given))
+
+
+def test_just_below_the_limit_is_launched():
+    maps = torch.ones(1, 64, 2), torch.zeros(1, 64, 2)
+    launched = pytest.raises(AssertionError, match="a kernel was launched")
+    with redirect(refuse), featkd.use_backend("triton"), launched:
+        projected_feature_kd(*maps, metric="spectral", grid=(1, 64))
+
+
+def test_what_the_cpu_path_does_not_take(monkeypatch):
+    monkeypatch.setattr(backends, "_warned", set())
+    student = torch.ones(1, 4, 2, device="meta")
+    with featkd.use_backend("cpu"), pytest.warns(UserWarning, match="reference.*: tensors on meta"):
+        projected_feature_kd(student, student)
+    assert featkd.last_backend("projected_feature_kd") == "reference"

@@ -11,22 +11,36 @@ from featkd.kernels import rows
 
 @triton.jit
 def product(
+    x, offsets, valid, weight, j,
+    ROWS: tl.constexpr, CS: tl.constexpr, CT: tl.constexpr,
+    CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Channel block j of h, (ROWS, CT_BLOCK), a block of x's channels at a time."""
+    total = tl.zeros((ROWS, CT_BLOCK), ACC)
+    for k in range(tl.cdiv(CS, CS_BLOCK)):
+        block = rows.load_rows(x, offsets, valid, k, CS, CS_BLOCK).to(COMPUTE)
+        w = rows.load_weight(weight, CS, j, k, CT, CS, CT_BLOCK, CS_BLOCK)
+        total = tl.dot(block, tl.trans(w), total, input_precision=PRECISION, out_dtype=ACC)
+    return total
+
+
+@triton.jit
+def product_of(
     held, x, offsets, valid, weight, j,
     ROWS: tl.constexpr, CS: tl.constexpr, CT: tl.constexpr,
     CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
-    """Channel block j of h, (ROWS, CT_BLOCK), from the rows of x held, or loaded again."""
+    """The same, where HOLD says so from the rows of x that are held as operands."""
     if HOLD:
         total = rows.project(
             held, weight, CS, None, j, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION
         )
     else:
-        total = tl.zeros((ROWS, CT_BLOCK), ACC)
-        for k in range(tl.cdiv(CS, CS_BLOCK)):
-            block = rows.load_rows(x, offsets, valid, k, CS, CS_BLOCK).to(COMPUTE)
-            w = rows.load_weight(weight, CS, j, k, CT, CS, CT_BLOCK, CS_BLOCK).to(COMPUTE)
-            total = tl.dot(block, tl.trans(w), total, input_precision=PRECISION, out_dtype=ACC)
+        total = product(
+            x, offsets, valid, weight, j, ROWS, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION
+        )
     return total
 
 
@@ -34,13 +48,11 @@ def product(
 def hold_weight(
     weight, j,
     CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
-    COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """The rows of W of channel block j as operands: a tuple over blocks of x's channels."""
     blocks = ()
     for k in tl.static_range(tl.cdiv(CS, CS_BLOCK)):
-        w = rows.load_weight(weight, CS, j, k, CT, CS, CT_BLOCK, CS_BLOCK).to(COMPUTE)
-        blocks = blocks + (w,)
+        blocks = blocks + (rows.load_weight(weight, CS, j, k, CT, CS, CT_BLOCK, CS_BLOCK),)
     return blocks
 
 
@@ -72,7 +84,7 @@ def whole_product(
         block = rows.load_rows(x, offsets, valid, k, CS, CS_BLOCK).to(COMPUTE)
         sums = ()
         for j in tl.static_range(tl.cdiv(CT, CT_BLOCK)):
-            w = rows.load_weight(weight, CS, j, k, CT, CS, CT_BLOCK, CS_BLOCK).to(COMPUTE)
+            w = rows.load_weight(weight, CS, j, k, CT, CS, CT_BLOCK, CS_BLOCK)
             total = tl.dot(block, tl.trans(w), result[j], input_precision=PRECISION, out_dtype=ACC)
             sums = sums + (total,)
         result = sums

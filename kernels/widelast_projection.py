@@ -6,11 +6,9 @@ what a norm has centred and scaled:
     dr_total = dr + rstd_r (g - mean(g) - r_hat mean(g r_hat))
     dh = rstd_h (q - mean(q) - h_hat mean(q h_hat)),  q = gamma_p dr_total;   dx = dh W
 
-mean(q) and mean(q h_hat) are linear in t = dr + rstd_r g and the two means before them, so that
-all four come from one sweep over the channels.
-
-Traffic a row, bf16, 192 -> 384: x read (384 B), r and u written (1,536 B) and, where a gradient is
-wanted, four row statistics (16 B). h is formed again in the backward pass and never in memory.
+mean(q) and mean(q h_hat) are linear in t = dr + rstd_r g and the two means before them: all four
+come from one sweep. h is formed again in the backward pass and never in memory. Forward traffic a
+row, bf16, 192 -> 384: x read (384 B), r and u (1,536 B) and, for a gradient, statistics (16 B).
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ from featkd.reference import accumulation_dtype
 @triton.jit
 def project_and_normalise(
     x,  # (B, N, Cs) any floating dtype, channels adjacent
-    weight,  # (Ct, Cs) contiguous
+    weight,  # (Ct, Cs) contiguous, of the type COMPUTE
     gamma_p, beta_p,  # (Ct,) LN_p's
     gamma_1, beta_1,  # (Ct,) LN_1's
     residual,  # (B N, Ct): r
@@ -57,12 +55,12 @@ def project_and_normalise(
     statistics, for u. That reads W three times, from L2, and lets a tile have more rows.
     """
     image, token, valid = rows.tile_places(tl.program_id(0) * ROWS, total, 1, tokens, ROWS, 1)
-    from_x = image * x_image + token * x_token
+    at = image * x_image + token * x_token
     row = image * tokens + token
     BLOCKS: tl.constexpr = tl.cdiv(CT, CT_BLOCK)
     if HOLD:
         h = two_norms.whole_product(
-            x, from_x, valid, weight, ROWS, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION
+            x, at, valid, weight, ROWS, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION
         )
         mean_h, squares = two_norms.whole_moments(h, valid, CT, CT_BLOCK)
         rstd_h = 1.0 / tl.sqrt(squares / CT + eps)
@@ -81,9 +79,8 @@ def project_and_normalise(
         squares = tl.zeros((ROWS,), ACC)
         for j in range(BLOCKS):
             block = two_norms.product(
-                (), x, from_x, valid, weight, j,
-                ROWS, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION, False,
-            )  # fmt: skip
+                x, at, valid, weight, j, ROWS, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION
+            )
             mean_h, squares = two_norms.join_moments(
                 mean_h, squares, block, valid, j, CT, CT_BLOCK, ACC
             )
@@ -92,9 +89,8 @@ def project_and_normalise(
         squares = tl.zeros((ROWS,), ACC)
         for j in range(BLOCKS):
             block = two_norms.product(
-                (), x, from_x, valid, weight, j,
-                ROWS, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION, False,
-            )  # fmt: skip
+                x, at, valid, weight, j, ROWS, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION
+            )
             block = two_norms.normed(block, mean_h, rstd_h, gamma_p, beta_p, j, CT, CT_BLOCK, ACC)
             rows.store_rows(residual, row * CT, valid, block, j, CT, CT_BLOCK)
             mean_r, squares = two_norms.join_moments(
@@ -103,9 +99,8 @@ def project_and_normalise(
         rstd_r = 1.0 / tl.sqrt(squares / CT + eps)
         for j in range(BLOCKS):
             block = two_norms.product(
-                (), x, from_x, valid, weight, j,
-                ROWS, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION, False,
-            )  # fmt: skip
+                x, at, valid, weight, j, ROWS, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION
+            )
             block = two_norms.normed(block, mean_h, rstd_h, gamma_p, beta_p, j, CT, CT_BLOCK, ACC)
             block = two_norms.normed(block, mean_r, rstd_r, gamma_1, beta_1, j, CT, CT_BLOCK, ACC)
             rows.store_rows(normed, row * CT, valid, block, j, CT, CT_BLOCK)
@@ -144,7 +139,7 @@ def input_gradient(
     sum_g, sum_gr, sum_q, sum_qh, sum_r, sum_h, sum_rh = zero, zero, zero, zero, zero, zero, zero
     sum_gamma = tl.sum(tl.zeros((CT_BLOCK,), ACC), 0)
     for j in range(BLOCKS):
-        h = two_norms.product(
+        h = two_norms.product_of(
             held, x, from_x, valid, weight, j,
             ROWS, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION, HOLD,
         )  # fmt: skip
@@ -175,7 +170,7 @@ def input_gradient(
     if gradient is not None:
         sums = rows.zero_blocks(ROWS, CS, CS_BLOCK, ACC)
         for j in range(BLOCKS):
-            h = two_norms.product(
+            h = two_norms.product_of(
                 held, x, from_x, valid, weight, j,
                 ROWS, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION, HOLD,
             )  # fmt: skip
@@ -193,7 +188,7 @@ def input_gradient(
             operand = dh.to(COMPUTE)
             more = ()
             for k in tl.static_range(tl.cdiv(CS, CS_BLOCK)):
-                w = rows.load_weight(weight, CS, j, k, CT, CS, CT_BLOCK, CS_BLOCK).to(COMPUTE)
+                w = rows.load_weight(weight, CS, j, k, CT, CS, CT_BLOCK, CS_BLOCK)
                 block = tl.dot(operand, w, sums[k], input_precision=PRECISION, out_dtype=ACC)
                 more = more + (block,)
             sums = more
@@ -226,24 +221,23 @@ def parameter_gradients(
     sums = rows.zero_blocks(CT_BLOCK, GROUP * CS_BLOCK, CS_BLOCK, ACC)
     weights = ()
     if HOLD:
-        weights = two_norms.hold_weight(weight, j, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE)
+        weights = two_norms.hold_weight(weight, j, CS, CT, CS_BLOCK, CT_BLOCK)
     zeros = tl.zeros((CT_BLOCK,), ACC)
     sum_gamma_p, sum_beta_p, sum_gamma_1, sum_beta_1 = zeros, zeros, zeros, zeros
     for tile in range(split * tiles, (split + 1) * tiles):
         image, token, valid = rows.tile_places(tile * ROWS, total, 1, tokens, ROWS, 1)
-        from_x = image * x_image + token * x_token
+        at = image * x_image + token * x_token
         row = image * tokens + token
         mean_h, rstd_h, mean_r, rstd_r = rows.load_statistics(statistics, row, valid)
         mean_1, mean_2, mean_3, mean_4 = rows.load_statistics(means, row, valid)
         if HOLD:
             h = two_norms.product_with_held(
-                weights, x, from_x, valid, ROWS, CS, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION
+                weights, x, at, valid, ROWS, CS, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION
             )
         else:
             h = two_norms.product(
-                (), x, from_x, valid, weight, j,
-                ROWS, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION, False,
-            )  # fmt: skip
+                x, at, valid, weight, j, ROWS, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION
+            )
         h_hat, r_hat = two_norms.hats(
             h, mean_h, rstd_h, mean_r, rstd_r, gamma_p, beta_p, valid, j, CT, CT_BLOCK, ACC
         )
@@ -263,7 +257,7 @@ def parameter_gradients(
         operand = tl.trans(dh.to(COMPUTE))
         more = ()
         for k in tl.static_range(GROUP):
-            block = rows.load_rows(x, from_x, valid, group * GROUP + k, CS, CS_BLOCK).to(COMPUTE)
+            block = rows.load_rows(x, at, valid, group * GROUP + k, CS, CS_BLOCK).to(COMPUTE)
             block = tl.dot(operand, block, sums[k], input_precision=PRECISION, out_dtype=ACC)
             more = more + (block,)
         sums = more
@@ -274,11 +268,11 @@ def parameter_gradients(
             weight_partial, offsets, channel < CT, sums[k], group * GROUP + k, CS, CS_BLOCK
         )
     if group == 0:
-        at = vector_partial + split * (4 * CT) + channel
-        tl.store(at, sum_gamma_p, mask=channel < CT)
-        tl.store(at + CT, sum_beta_p, mask=channel < CT)
-        tl.store(at + 2 * CT, sum_gamma_1, mask=channel < CT)
-        tl.store(at + 3 * CT, sum_beta_1, mask=channel < CT)
+        place = vector_partial + split * (4 * CT) + channel
+        tl.store(place, sum_gamma_p, mask=channel < CT)
+        tl.store(place + CT, sum_beta_p, mask=channel < CT)
+        tl.store(place + 2 * CT, sum_gamma_1, mask=channel < CT)
+        tl.store(place + 3 * CT, sum_beta_1, mask=channel < CT)
 
 
 def forward(
@@ -303,7 +297,7 @@ def forward(
     Returns:
         r and u (B, N, Ct), and the statistics, None where not needed.
     """
-    x, parameters = loadable(x, parameters)
+    x, parameters = loadable(x, parameters, compute)
     batch, tokens, channels = x.shape
     width, kind = parameters.weight.shape[0], accumulation_dtype(compute)
     config = forward_config(channels, width, compute, architecture(x.device))
@@ -351,7 +345,7 @@ def backward(
         dx (B, N, Cs) in x's dtype; dW (Ct, Cs), and (4, Ct) of gamma_p, beta_p, gamma_1 and
         beta_1, in the accumulators' dtype. None where not needed.
     """
-    x, parameters = loadable(x, parameters)
+    x, parameters = loadable(x, parameters, compute)
     batch, tokens, channels = x.shape
     width, kind = parameters.weight.shape[0], accumulation_dtype(compute)
     arch = architecture(x.device)
@@ -384,10 +378,10 @@ def backward(
     splits = triton.cdiv(tiles, per_split)
     weight_partial = x.new_empty(splits, width, channels, dtype=kind)
     vector_partial = x.new_empty(splits, 4, width, dtype=kind)
-    groups = triton.cdiv(channels, config.student_block) // config.group
+    blocks = triton.cdiv(channels, config.student_block) * triton.cdiv(width, config.teacher_block)
     launch(
         parameter_gradients,
-        (triton.cdiv(width, config.teacher_block) * groups, splits),
+        (blocks // config.group, splits),
         {
             **shared_arguments(x, parameters, compute, config),
             **upstream,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -28,8 +29,9 @@ def cache(compiled_kernels):
     """All share the test run's own cache folder."""
 
 
-def execute(arch: int) -> Iterator[list[str]]:
-    """Launches run on the emulator meanwhile; yields the names of the kernels that ran."""
+@contextmanager
+def executing(arch: int) -> Iterator[list[str]]:
+    """Launches run on the emulator, compiled for `arch`; the names of the kernels that ran."""
     ran: list[str] = []
 
     def run(kernel, grid, arguments, options):
@@ -48,10 +50,12 @@ def execute(arch: int) -> Iterator[list[str]]:
 @pytest.fixture
 def executed():
     """The names of the kernels that the test has run, as compiled for sm_80."""
-    yield from execute(80)
+    with executing(80) as ran:
+        yield ran
 
 
 @pytest.fixture
 def executed_on_hopper():
     """The same for sm_90, whose larger tiles multiply by wgmma."""
-    yield from execute(90)
+    with executing(90) as ran:
+        yield ran

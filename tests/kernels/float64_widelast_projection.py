@@ -116,13 +116,16 @@ def gradcheck() -> None:
     from featkd.kernels import widelast_projection as kernels
 
     use(kernels, SMALL[True])
-    for used in ("both", "residual", "normed"):
-        *leaves, _, _ = Problem(1, 2, 2, 3).tensors(torch.float64)
-        chosen = slice(0 if used != "normed" else 1, 2 if used != "residual" else 1)
+    leaves = [x.requires_grad_() for x in Problem(1, 2, 2, 3).tensors(torch.float64)[:6]]
+    with featkd.use_backend("triton"):
+        for chosen in (slice(0, 2), slice(0, 1), slice(1, 2)):  # r and u, r, u
 
-        def outputs(*inputs, chosen=chosen):
-            return widelast_projection(*inputs, eps=EPS)[chosen]
+            def outputs(*inputs, chosen=chosen):
+                return widelast_projection(*inputs, eps=EPS)[chosen]
 
-        with featkd.use_backend("triton"):
-            torch.autograd.gradcheck(outputs, [x.requires_grad_() for x in leaves])
-        assert featkd.last_backend("widelast_projection") == "triton"
+            torch.autograd.gradcheck(outputs, leaves, fast_mode=chosen != slice(0, 2))
+        x, *parameters = leaves
+        fixed = [p.detach() for p in parameters]
+        torch.autograd.gradcheck(lambda x: outputs(x, *fixed), x, fast_mode=True)
+        torch.autograd.gradcheck(lambda *p: outputs(x.detach(), *p), parameters, fast_mode=True)
+    assert featkd.last_backend("widelast_projection") == "triton"

@@ -14,6 +14,7 @@ from featkd.kernels.widelast_launch import (
     parameter_config,
     split_count,
 )
+from tests.kernels.conftest import executing
 from tests.kernels.feature_kd_cases import relative
 from tests.kernels.widelast_cases import Problem, assert_as_exact_as_eager
 from tests.ops.test_projected_feature_kd import views
@@ -60,11 +61,12 @@ def test_exact_as_eager(executed, tiles, problem, config, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_exact_as_eager_at_the_published_widths(executed, dtype):
-    problem = Problem(1, 70, 192, 384)
-    tensors = problem.tensors(dtype)
-    with featkd.use_backend("triton"):
+@pytest.mark.parametrize(
+    ("dtype", "arch"), [*((dtype, 80) for dtype in DTYPES), (torch.bfloat16, 90)], ids=str
+)
+def test_exact_as_eager_at_the_published_widths(dtype, arch):
+    tensors = Problem(1, 140, 192, 384).tensors(dtype)
+    with executing(arch) as executed, featkd.use_backend("triton"):
         got = run(tensors)
     assert executed == [FORWARD, *BACKWARD]
     assert_as_exact_as_eager(got, tensors, "both")
@@ -83,23 +85,18 @@ def test_views_and_expanded_gradients_give_the_same_bits(executed, tiles):
                 assert torch.equal(value, plain[key]), (name, key)
 
 
-def test_only_what_is_needed_is_launched(executed, tiles):
+def test_without_gradients_one_kernel_runs_and_keeps_nothing(executed, tiles):
+    """What runs for some gradients alone: see `float64_widelast_projection.gradcheck`."""
     tiles(HELD)
-    *inputs, d_residual, d_normed = Problem(2, 10, 24, 40).tensors(torch.bfloat16)
-    before = [x.clone() for x in inputs]
+    tensors = Problem(2, 10, 24, 40).tensors(torch.bfloat16)
+    before = [t.clone() for t in tensors]
     with featkd.use_backend("triton"):
-        want = run([*inputs, d_residual, d_normed])
+        want = run(tensors)
         executed.clear()
-        op(*inputs)
-        assert executed == [FORWARD]
-        for i, names in ((0, BACKWARD[:1]), (1, BACKWARD)):
-            executed.clear()
-            leaves = list(inputs)
-            leaf = leaves[i] = inputs[i].clone().requires_grad_()
-            (found,) = torch.autograd.grad(op(*leaves), leaf, (d_residual, d_normed))
-            assert executed == [FORWARD, *names]
-            assert torch.equal(found, want[("x", "weight")[i]])
-    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
+        outputs = op(*tensors[:6])
+    assert executed == [FORWARD]
+    assert all(torch.equal(y, want[name]) for y, name in zip(outputs, want, strict=False))
+    assert all(torch.equal(t, y) for t, y in zip(tensors, before, strict=True))
 
 
 def test_nan_stays_in_its_row(executed, tiles):

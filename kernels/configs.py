@@ -65,10 +65,10 @@ def gradient_config(
     return Config(32, block, min(32, teacher_block), group=384 // block)
 
 
-def split_count(rows: int, programs: int) -> int:
+def split_count(rows: int, programs: int = 3) -> int:
     """Programs that share the rows of dW, where `programs` share its elements.
 
     As many as a GPU of 132 processors needs, each with at least 1,024 rows: fewer would write
-    more partial sums than they read rows.
+    more partial sums than they read rows. By default there are three channel blocks.
     """
     return max(1, min(triton.cdiv(132, programs), rows // 1024))

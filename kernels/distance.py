@@ -37,27 +37,49 @@ def projected(
 
 @triton.jit
 def row_statistics(
-    student, offsets, valid, weight, weight_stride, eps,
+    blocks, student, offsets, valid, weight, weight_stride, bias, eps,
     CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Mean and 1 / standard deviation of each row of P = S W^T, block by block, P streamed."""
+    """Mean and 1 / standard deviation of each row of P, formed block by block."""
     mean = tl.zeros((valid.shape[0],), ACC)
     squares = tl.zeros((valid.shape[0],), ACC)
     for j in range(tl.cdiv(CT, CT_BLOCK)):
-        p = rows.project_streamed(
-            student, offsets, valid, weight, weight_stride, None, j,
+        p = projected(
+            blocks, student, offsets, valid, weight, weight_stride, bias, j,
             CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
         )  # fmt: skip
-        # join the block's mean and squared deviations to those of the blocks before it
-        # (Chan, Golub and LeVeque): sums of squares alone would cancel
-        count = tl.minimum(CT - j * CT_BLOCK, CT_BLOCK).to(ACC)
-        share = count / (j * CT_BLOCK + count)
-        shift = tl.sum(p, 1) / count - mean
-        centred = rows.inside(p - (mean + shift)[:, None], valid, j, CT, CT_BLOCK)
-        squares += tl.sum(centred * centred, 1) + shift * shift * (count * (1 - share))
-        mean += shift * share
+        mean, squares = rows.join_moments(mean, squares, p, valid, j, CT, CT_BLOCK, ACC)
     return mean, 1.0 / tl.sqrt(squares / CT + eps)
+
+
+@triton.jit
+def row_sums(
+    blocks, student, offsets, teacher, from_teacher, valid, weight, weight_stride, bias,
+    gamma, beta, mean, rstd, width,
+    CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
+    HB: tl.constexpr, WB: tl.constexpr, SPECTRAL: tl.constexpr,
+    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of each row, where a norm follows P: sum of E H, mean of g = gamma H, mean of g x_hat."""
+    energy = tl.zeros((HB * WB,), ACC)
+    sum_g = tl.zeros((HB * WB,), ACC)
+    sum_gx = tl.zeros((HB * WB,), ACC)
+    for j in range(tl.cdiv(CT, CT_BLOCK)):
+        p = projected(
+            blocks, student, offsets, valid, weight, weight_stride, bias, j,
+            CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
+        )  # fmt: skip
+        x = (p - mean[:, None]) * rstd[:, None]
+        error, half = error_and_half(
+            x, teacher, from_teacher, gamma, beta, valid, width, j,
+            CT, CT_BLOCK, HB, WB, SPECTRAL, ACC,
+        )  # fmt: skip
+        energy += tl.sum(error * half, 1)
+        g = half * rows.load_channels(gamma, j, CT, CT_BLOCK, ACC)[None, :]
+        sum_g += tl.sum(g, 1)
+        sum_gx += tl.sum(g * x, 1)
+    return energy, sum_g / CT, sum_gx / CT
 
 
 @triton.jit
@@ -90,22 +112,4 @@ def slope(
     if gamma is not None:
         g = half * rows.load_channels(gamma, j, CT, CT_BLOCK, ACC)[None, :]
         result = rstd[:, None] * (g - mean_g[:, None] - normed * mean_gx[:, None])
-    return result
-
-
-@triton.jit
-def through_weight(
-    sums, slope, weight, weight_stride, valid, j,
-    CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
-    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, first=0,
-):  # fmt: skip
-    """dS + dP W over channel block j of dP: an entry of the tuple a block of dS, from `first`."""
-    operand = rows.inside(slope, valid, j, CT, CT_BLOCK).to(COMPUTE)
-    result = ()
-    for k in tl.static_range(len(sums)):
-        w = rows.load_weight(weight, weight_stride, j, first + k, CT, CS, CT_BLOCK, CS_BLOCK)
-        w = w.to(COMPUTE)
-        result = result + (
-            tl.dot(operand, w, sums[k], input_precision=PRECISION, out_dtype=ACC),
-        )  # fmt: skip
     return result

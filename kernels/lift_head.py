@@ -19,23 +19,22 @@ pass, moves 3.9 KB too, in 8 products, and keeps 384 B a row in between.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from featkd.kernels import distance, rows
+from featkd.kernels.configs import split_count
 from featkd.kernels.launch import architecture, launch
-from featkd.kernels.lift_head_configs import (
-    Config,
+from featkd.kernels.lift_launch import (
+    Head,
     distance_config,
     features_config,
     head_config,
-    split_count,
+    loadable,
+    shared_arguments,
 )
-from featkd.kernels.shapes import channels_adjacent, matmul_precision, triton_type
 from featkd.reference import accumulation_dtype
 
 
@@ -62,7 +61,7 @@ def pool_and_distance(
     image, token, valid = _places(tl.program_id(0), image_rows, width, tokens, tiles, HB, WB)
     from_features = image * features_image + token * features_token
     mean, rstd = distance.row_statistics(
-        features, from_features, valid, weight, weight_stride, eps,
+        (), features, from_features, valid, weight, weight_stride, None, eps,
         CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
     )  # fmt: skip
     at = pooled_partial + tl.program_id(0).to(tl.int64) * CS
@@ -74,23 +73,11 @@ def pool_and_distance(
     mean_gx = tl.zeros((HB * WB,), ACC)
     if teacher is not None:
         from_teacher = image * teacher_image + token * teacher_token
-        energy = tl.zeros((HB * WB,), ACC)
-        for j in range(tl.cdiv(CT, CT_BLOCK)):
-            p = rows.project_streamed(
-                features, from_features, valid, weight, weight_stride, None, j,
-                CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
-            )  # fmt: skip
-            x = (p - mean[:, None]) * rstd[:, None]
-            error, half = distance.error_and_half(
-                x, teacher, from_teacher, gamma, beta, valid, width, j,
-                CT, CT_BLOCK, HB, WB, SPECTRAL, ACC,
-            )  # fmt: skip
-            energy += tl.sum(error * half, 1)
-            g = half * rows.load_channels(gamma, j, CT, CT_BLOCK, ACC)[None, :]
-            mean_g += tl.sum(g, 1)
-            mean_gx += tl.sum(g * x, 1)
-        mean_g = mean_g / CT
-        mean_gx = mean_gx / CT
+        energy, mean_g, mean_gx = distance.row_sums(
+            (), features, from_features, teacher, from_teacher, valid, weight, weight_stride,
+            None, gamma, beta, mean, rstd, width,
+            CS, CT, CS_BLOCK, CT_BLOCK, HB, WB, SPECTRAL, COMPUTE, ACC, PRECISION,
+        )  # fmt: skip
         tl.store(energy_partial + tl.program_id(0), tl.sum(energy, 0))
     rows.store_statistics(statistics, image * tokens + token, valid, mean, rstd, mean_g, mean_gx)
 
@@ -149,9 +136,10 @@ def features_gradient(
                 CT, CT_BLOCK, HB, WB, SPECTRAL, ACC,
             )  # fmt: skip
             slope = distance.slope(dz, x, gamma, rstd, mean_g, mean_gx, j, CT, CT_BLOCK, ACC)
-            sums = distance.through_weight(
-                sums, slope, weight, weight_stride, valid, j,
-                CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION, group * GROUP,
+            slope = rows.inside(slope, valid, j, CT, CT_BLOCK)
+            sums = rows.through_weight(
+                sums, slope, weight, weight_stride, j, group * GROUP,
+                CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
             )  # fmt: skip
         size = tl.load(scales + 1)
         for k in tl.static_range(GROUP):
@@ -245,64 +233,6 @@ def _map_gradient(
     return rows.inside(total, valid, j, CT, CT_BLOCK)
 
 
-class Head(NamedTuple):
-    """The projector's weight and the LayerNorm's parameters."""
-
-    weight: Tensor  # (Ct, Cs)
-    gamma: Tensor  # (Ct,)
-    beta: Tensor  # (Ct,)
-
-
-def _loadable(
-    features: Tensor, head: Head, teacher: Tensor | None
-) -> tuple[Tensor, Head, Tensor | None]:
-    """The same tensors, copied where their channels are not adjacent in memory."""
-    adjacent = Head(*map(channels_adjacent, head))
-    target = None if teacher is None else channels_adjacent(teacher)
-    return channels_adjacent(features), adjacent, target
-
-
-def _arguments(
-    features: Tensor,
-    head: Head,
-    teacher: Tensor | None,
-    width: int,
-    compute: torch.dtype,
-    config: Config,
-) -> dict[str, Any]:
-    """The arguments that the kernels share; a `width` of 0 is the mse."""
-    _, tokens, channels = features.shape
-    columns = width or 1
-    places = triton.next_power_of_2(columns)
-    image_rows = tokens // columns
-    tile = min(config.rows // places, triton.next_power_of_2(image_rows))
-    tile = max(tile, triton.cdiv(16, places))  # a product on the tensor cores has 16 rows or more
-    return {
-        "features": features,
-        "teacher": teacher,
-        **head._asdict(),
-        "features_image": features.stride(0),
-        "features_token": features.stride(1),
-        "teacher_image": 0 if teacher is None else teacher.stride(0),
-        "teacher_token": 0 if teacher is None else teacher.stride(1),
-        "weight_stride": head.weight.stride(0),
-        "tokens": tokens,
-        "width": columns,
-        "image_rows": image_rows,
-        "tiles": triton.cdiv(image_rows, tile),
-        "CS": channels,
-        "CT": head.weight.shape[0],
-        "CS_BLOCK": config.student_block,
-        "CT_BLOCK": config.teacher_block,
-        "HB": tile,
-        "WB": places,
-        "SPECTRAL": width > 0,
-        "COMPUTE": triton_type(compute),
-        "ACC": triton_type(accumulation_dtype(compute)),
-        "PRECISION": matmul_precision(compute),
-    }
-
-
 def forward(
     features: Tensor,
     head: Head,
@@ -326,11 +256,11 @@ def forward(
         The mean of x_hat over each image's tokens (B, Ct), sum(E H) or None without a teacher, and
         the statistics or None; all in the accumulators' dtype.
     """
-    features, head, teacher = _loadable(features, head, teacher)
+    features, head, teacher = loadable(features, head, teacher)
     batch, tokens, channels = features.shape
     arch = architecture(features.device)
     config = distance_config(channels, head.weight.shape[0], width, compute, arch)
-    arguments = _arguments(features, head, teacher, width, compute, config)
+    arguments = shared_arguments(features, head, teacher, width, compute, config)
     kind, tiles = accumulation_dtype(compute), arguments["tiles"]
     pooled = features.new_empty(batch, tiles, channels, dtype=kind)
     energy = None if teacher is None else features.new_empty(batch, tiles, dtype=kind)
@@ -377,7 +307,7 @@ def backward(
     """
     if d_loss is None:
         teacher = None
-    features, head, teacher = _loadable(features, head, teacher)
+    features, head, teacher = loadable(features, head, teacher)
     batch, tokens, channels = features.shape
     teacher_width = head.weight.shape[0]
     arch, kind = architecture(features.device), accumulation_dtype(compute)
@@ -390,7 +320,7 @@ def backward(
     gradient = features.new_empty(features.shape) if need_features else None
     totals = torch.empty_like(statistics) if need_parameters else None
     config = features_config(channels, teacher_width, width, compute, arch)
-    arguments = _arguments(features, head, teacher, width, compute, config)
+    arguments = shared_arguments(features, head, teacher, width, compute, config)
     groups = config.groups(channels)
     launch(
         features_gradient,
@@ -412,7 +342,7 @@ def backward(
     if totals is None:
         return gradient, []
     config = head_config(channels, teacher_width, width, compute, arch)
-    arguments = _arguments(features, head, teacher, width, compute, config)
+    arguments = shared_arguments(features, head, teacher, width, compute, config)
     groups = config.groups(channels)
     tiles = batch * arguments["tiles"]
     tiles_a_split = triton.cdiv(tiles, split_count(batch * tokens))

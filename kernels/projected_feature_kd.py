@@ -63,37 +63,15 @@ def loss_and_student_gradient(
     mean_g = tl.zeros((HB * WB,), ACC)
     mean_gx = tl.zeros((HB * WB,), ACC)
     if gamma is not None:
-        squares = tl.zeros((HB * WB,), ACC)
-        for j in range(BLOCKS):
-            p = distance.projected(
-                blocks, student, from_student, valid, weight, weight_stride, bias, j,
-                CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
-            )  # fmt: skip
-            # join the block's mean and squared deviations to those of the blocks before it
-            # (Chan, Golub and LeVeque): sums of squares alone would cancel
-            count = tl.minimum(CT - j * CT_BLOCK, CT_BLOCK).to(ACC)
-            share = count / (j * CT_BLOCK + count)
-            shift = tl.sum(p, 1) / count - mean
-            centred = rows.inside(p - (mean + shift)[:, None], valid, j, CT, CT_BLOCK)
-            squares += tl.sum(centred * centred, 1) + shift * shift * (count * (1 - share))
-            mean += shift * share
-        rstd = 1.0 / tl.sqrt(squares / CT + eps)
-        for j in range(BLOCKS):
-            p = distance.projected(
-                blocks, student, from_student, valid, weight, weight_stride, bias, j,
-                CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
-            )  # fmt: skip
-            x = (p - mean[:, None]) * rstd[:, None]
-            error, half = distance.error_and_half(
-                x, teacher, from_teacher, gamma, beta, valid, width, j,
-                CT, CT_BLOCK, HB, WB, SPECTRAL, ACC,
-            )  # fmt: skip
-            energy += tl.sum(error * half, 1)
-            g = half * rows.load_channels(gamma, j, CT, CT_BLOCK, ACC)[None, :]
-            mean_g += tl.sum(g, 1)
-            mean_gx += tl.sum(g * x, 1)
-        mean_g = mean_g / CT
-        mean_gx = mean_gx / CT
+        mean, rstd = distance.row_statistics(
+            blocks, student, from_student, valid, weight, weight_stride, bias, eps,
+            CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
+        )  # fmt: skip
+        energy, mean_g, mean_gx = distance.row_sums(
+            blocks, student, from_student, teacher, from_teacher, valid, weight, weight_stride,
+            bias, gamma, beta, mean, rstd, width,
+            CS, CT, CS_BLOCK, CT_BLOCK, HB, WB, SPECTRAL, COMPUTE, ACC, PRECISION,
+        )  # fmt: skip
         rows.store_statistics(statistics, row, valid, mean, rstd, mean_g, mean_gx)
 
     if gamma is None or gradient is not None:
@@ -116,8 +94,9 @@ def loss_and_student_gradient(
                 if weight is None:
                     rows.store_rows(gradient, row * CT, valid, slope, j, CT, CT_BLOCK)
                 else:
-                    sums = distance.through_weight(
-                        sums, slope, weight, weight_stride, valid, j,
+                    slope = rows.inside(slope, valid, j, CT, CT_BLOCK)
+                    sums = rows.through_weight(
+                        sums, slope, weight, weight_stride, j, 0,
                         CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
                     )  # fmt: skip
         if gradient is not None and weight is not None:

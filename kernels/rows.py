@@ -133,6 +133,40 @@ def zero_blocks(ROWS: tl.constexpr, CS: tl.constexpr, CS_BLOCK: tl.constexpr, AC
 
 
 @triton.jit
+def join_moments(
+    mean, squares, values, valid, j,
+    CT: tl.constexpr, CT_BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Mean and squared deviations of the channel blocks up to j, from those before j and block j.
+
+    By Chan, Golub and LeVeque: sums of squares alone would cancel.
+    """
+    count = tl.minimum(CT - j * CT_BLOCK, CT_BLOCK).to(ACC)
+    share = count / (j * CT_BLOCK + count)
+    shift = tl.sum(values, 1) / count - mean
+    centred = inside(values - (mean + shift)[:, None], valid, j, CT, CT_BLOCK)
+    squares += tl.sum(centred * centred, 1) + shift * shift * (count * (1 - share))
+    return mean + shift * share, squares
+
+
+@triton.jit
+def through_weight(
+    sums, slope, weight, stride, j, first,
+    CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """sums + slope W, slope being channel block j: an entry of the tuple a block of S's channels,
+    from block `first` on. `slope` must be zero outside."""
+    operand = slope.to(COMPUTE)
+    result = ()
+    for k in tl.static_range(len(sums)):
+        w = load_weight(weight, stride, j, first + k, CT, CS, CT_BLOCK, CS_BLOCK).to(COMPUTE)
+        total = tl.dot(operand, w, sums[k], input_precision=PRECISION, out_dtype=ACC)
+        result = result + (total,)
+    return result
+
+
+@triton.jit
 def add_outer(
     sums, slope, student, offsets, valid, first,
     CS: tl.constexpr, CS_BLOCK: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr,

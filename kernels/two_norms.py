@@ -10,41 +10,6 @@ from featkd.kernels import rows
 
 
 @triton.jit
-def product(
-    x, offsets, valid, weight, j,
-    ROWS: tl.constexpr, CS: tl.constexpr, CT: tl.constexpr,
-    CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
-    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Channel block j of h, (ROWS, CT_BLOCK), a block of x's channels at a time."""
-    total = tl.zeros((ROWS, CT_BLOCK), ACC)
-    for k in range(tl.cdiv(CS, CS_BLOCK)):
-        block = rows.load_rows(x, offsets, valid, k, CS, CS_BLOCK).to(COMPUTE)
-        w = rows.load_weight(weight, CS, j, k, CT, CS, CT_BLOCK, CS_BLOCK)
-        total = tl.dot(block, tl.trans(w), total, input_precision=PRECISION, out_dtype=ACC)
-    return total
-
-
-@triton.jit
-def product_of(
-    held, x, offsets, valid, weight, j,
-    ROWS: tl.constexpr, CS: tl.constexpr, CT: tl.constexpr,
-    CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
-    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, HOLD: tl.constexpr,
-):  # fmt: skip
-    """The same, where HOLD says so from the rows of x that are held as operands."""
-    if HOLD:
-        total = rows.project(
-            held, weight, CS, None, j, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION
-        )
-    else:
-        total = product(
-            x, offsets, valid, weight, j, ROWS, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION
-        )
-    return total
-
-
-@triton.jit
 def hold_weight(
     weight, j,
     CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
@@ -103,23 +68,6 @@ def whole_moments(blocks, valid, CT: tl.constexpr, CT_BLOCK: tl.constexpr):
         centred = rows.inside(blocks[j] - mean[:, None], valid, j, CT, CT_BLOCK)
         squares += centred * centred
     return mean, tl.sum(squares, 1)
-
-
-@triton.jit
-def join_moments(
-    mean, squares, values, valid, j,
-    CT: tl.constexpr, CT_BLOCK: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Mean and squared deviations of the channel blocks up to j, from those before j and block j.
-
-    By Chan, Golub and LeVeque: sums of squares alone would cancel.
-    """
-    count = tl.minimum(CT - j * CT_BLOCK, CT_BLOCK).to(ACC)
-    share = count / (j * CT_BLOCK + count)
-    shift = tl.sum(values, 1) / count - mean
-    centred = rows.inside(values - (mean + shift)[:, None], valid, j, CT, CT_BLOCK)
-    squares += tl.sum(centred * centred, 1) + shift * shift * (count * (1 - share))
-    return mean + shift * share, squares
 
 
 @triton.jit

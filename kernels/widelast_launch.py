@@ -126,12 +126,6 @@ def parameter_config(student: int, teacher: int, compute: torch.dtype, arch: int
     return _config(student, teacher, rows, (64, 64), hold=True, group=6, stages=1)
 
 
-def split_count(rows: int) -> int:
-    """Programs that share the rows of dW: 1,024 each, as fewer would write more partial sums than
-    they read rows, and no more than a GPU of 132 processors needs with three channel blocks."""
-    return max(1, min(44, rows // 1024))
-
-
 def loadable(x: Tensor, parameters: Parameters, compute: torch.dtype) -> tuple[Tensor, Parameters]:
     """The same tensors, copied where their channels, or the weight's rows, are not adjacent.
 

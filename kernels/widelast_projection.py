@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from featkd.kernels import rows, two_norms
+from featkd.kernels import distance, rows, two_norms
+from featkd.kernels.configs import split_count
 from featkd.kernels.launch import architecture, launch
 from featkd.kernels.shapes import channels_adjacent
 from featkd.kernels.widelast_launch import (
@@ -30,7 +31,6 @@ from featkd.kernels.widelast_launch import (
     loadable,
     parameter_config,
     shared_arguments,
-    split_count,
 )
 from featkd.reference import accumulation_dtype
 
@@ -78,29 +78,28 @@ def project_and_normalise(
         mean_h = tl.zeros((ROWS,), ACC)
         squares = tl.zeros((ROWS,), ACC)
         for j in range(BLOCKS):
-            block = two_norms.product(
-                x, at, valid, weight, j, ROWS, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION
-            )
-            mean_h, squares = two_norms.join_moments(
-                mean_h, squares, block, valid, j, CT, CT_BLOCK, ACC
-            )
+            block = rows.project_streamed(
+                x, at, valid, weight, CS, None, j,
+                CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
+            )  # fmt: skip
+            mean_h, squares = rows.join_moments(mean_h, squares, block, valid, j, CT, CT_BLOCK, ACC)
         rstd_h = 1.0 / tl.sqrt(squares / CT + eps)
         mean_r = tl.zeros((ROWS,), ACC)
         squares = tl.zeros((ROWS,), ACC)
         for j in range(BLOCKS):
-            block = two_norms.product(
-                x, at, valid, weight, j, ROWS, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION
-            )
+            block = rows.project_streamed(
+                x, at, valid, weight, CS, None, j,
+                CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
+            )  # fmt: skip
             block = two_norms.normed(block, mean_h, rstd_h, gamma_p, beta_p, j, CT, CT_BLOCK, ACC)
             rows.store_rows(residual, row * CT, valid, block, j, CT, CT_BLOCK)
-            mean_r, squares = two_norms.join_moments(
-                mean_r, squares, block, valid, j, CT, CT_BLOCK, ACC
-            )
+            mean_r, squares = rows.join_moments(mean_r, squares, block, valid, j, CT, CT_BLOCK, ACC)
         rstd_r = 1.0 / tl.sqrt(squares / CT + eps)
         for j in range(BLOCKS):
-            block = two_norms.product(
-                x, at, valid, weight, j, ROWS, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION
-            )
+            block = rows.project_streamed(
+                x, at, valid, weight, CS, None, j,
+                CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
+            )  # fmt: skip
             block = two_norms.normed(block, mean_h, rstd_h, gamma_p, beta_p, j, CT, CT_BLOCK, ACC)
             block = two_norms.normed(block, mean_r, rstd_r, gamma_1, beta_1, j, CT, CT_BLOCK, ACC)
             rows.store_rows(normed, row * CT, valid, block, j, CT, CT_BLOCK)
@@ -132,16 +131,14 @@ def input_gradient(
     row = image * tokens + token
     BLOCKS: tl.constexpr = tl.cdiv(CT, CT_BLOCK)
     mean_h, rstd_h, mean_r, rstd_r = rows.load_statistics(statistics, row, valid)
-    held = ()
-    if HOLD:
-        held = rows.load_student(x, weight, from_x, valid, CS, CS_BLOCK, COMPUTE)
+    held = rows.load_student(x, weight, from_x, valid, CS, CS_BLOCK, COMPUTE, HOLD)
     zero = tl.zeros((ROWS,), ACC)
     sum_g, sum_gr, sum_q, sum_qh, sum_r, sum_h, sum_rh = zero, zero, zero, zero, zero, zero, zero
     sum_gamma = tl.sum(tl.zeros((CT_BLOCK,), ACC), 0)
     for j in range(BLOCKS):
-        h = two_norms.product_of(
-            held, x, from_x, valid, weight, j,
-            ROWS, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION, HOLD,
+        h = distance.projected(
+            held, x, from_x, valid, weight, CS, None, j,
+            CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
         )  # fmt: skip
         h_hat, r_hat = two_norms.hats(
             h, mean_h, rstd_h, mean_r, rstd_r, gamma_p, beta_p, valid, j, CT, CT_BLOCK, ACC
@@ -170,9 +167,9 @@ def input_gradient(
     if gradient is not None:
         sums = rows.zero_blocks(ROWS, CS, CS_BLOCK, ACC)
         for j in range(BLOCKS):
-            h = two_norms.product_of(
-                held, x, from_x, valid, weight, j,
-                ROWS, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION, HOLD,
+            h = distance.projected(
+                held, x, from_x, valid, weight, CS, None, j,
+                CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
             )  # fmt: skip
             h_hat, r_hat = two_norms.hats(
                 h, mean_h, rstd_h, mean_r, rstd_r, gamma_p, beta_p, valid, j, CT, CT_BLOCK, ACC
@@ -185,13 +182,10 @@ def input_gradient(
                 h_hat, r_hat, t, rstd_h, mean_1, mean_2, mean_3, mean_4, gamma_p, valid, j,
                 CT, CT_BLOCK, ACC,
             )  # fmt: skip
-            operand = dh.to(COMPUTE)
-            more = ()
-            for k in tl.static_range(tl.cdiv(CS, CS_BLOCK)):
-                w = rows.load_weight(weight, CS, j, k, CT, CS, CT_BLOCK, CS_BLOCK)
-                block = tl.dot(operand, w, sums[k], input_precision=PRECISION, out_dtype=ACC)
-                more = more + (block,)
-            sums = more
+            sums = rows.through_weight(
+                sums, dh, weight, CS, j, 0,
+                CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
+            )  # fmt: skip
         for k in tl.static_range(tl.cdiv(CS, CS_BLOCK)):
             rows.store_rows(gradient, row * CS, valid, sums[k], k, CS, CS_BLOCK)
 
@@ -235,9 +229,10 @@ def parameter_gradients(
                 weights, x, at, valid, ROWS, CS, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION
             )
         else:
-            h = two_norms.product(
-                x, at, valid, weight, j, ROWS, CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION
-            )
+            h = rows.project_streamed(
+                x, at, valid, weight, CS, None, j,
+                CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
+            )  # fmt: skip
         h_hat, r_hat = two_norms.hats(
             h, mean_h, rstd_h, mean_r, rstd_r, gamma_p, beta_p, valid, j, CT, CT_BLOCK, ACC
         )
@@ -254,20 +249,14 @@ def parameter_gradients(
         )  # fmt: skip
         sum_gamma_p += tl.sum(dr * h_hat, 0)
         sum_beta_p += tl.sum(dr, 0)
-        operand = tl.trans(dh.to(COMPUTE))
-        more = ()
-        for k in tl.static_range(GROUP):
-            block = rows.load_rows(x, at, valid, group * GROUP + k, CS, CS_BLOCK).to(COMPUTE)
-            block = tl.dot(operand, block, sums[k], input_precision=PRECISION, out_dtype=ACC)
-            more = more + (block,)
-        sums = more
-    channel = j * CT_BLOCK + tl.arange(0, CT_BLOCK)
-    offsets = (split * CT + channel).to(tl.int64) * CS
-    for k in tl.static_range(GROUP):
-        rows.store_rows(
-            weight_partial, offsets, channel < CT, sums[k], group * GROUP + k, CS, CS_BLOCK
+        sums = rows.add_outer(
+            sums, dh, x, at, valid, group * GROUP, CS, CS_BLOCK, COMPUTE, ACC, PRECISION
         )
+    rows.store_weight_partial(
+        weight_partial, split, j, sums, group * GROUP, CT, CS, CT_BLOCK, CS_BLOCK
+    )
     if group == 0:
+        channel = j * CT_BLOCK + tl.arange(0, CT_BLOCK)
         place = vector_partial + split * (4 * CT) + channel
         tl.store(place, sum_gamma_p, mask=channel < CT)
         tl.store(place + CT, sum_beta_p, mask=channel < CT)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 
-def row_chunks(batch: int, tokens: int, rows: int) -> list[tuple[slice, slice]]:
-    """Slices of the images and of their tokens that cover (batch, tokens), `rows` each at most.
+def row_chunks(batch: int, tokens: int, rows: int, width: int = 1) -> list[tuple[slice, slice]]:
+    """Slices of the images and of their tokens that cover (batch, tokens), `rows` each at most, in
+    whole image rows of `width` tokens, at least one.
 
     Whole images where one fits, so that an expanded or transposed map is copied a chunk at a time.
 
@@ -15,5 +16,6 @@ def row_chunks(batch: int, tokens: int, rows: int) -> list[tuple[slice, slice]]:
     if tokens <= rows:
         images = max(1, rows // max(1, tokens))
         return [(slice(i, i + images), slice(None)) for i in range(0, batch, images)]
-    steps = range(0, tokens, rows)
-    return [(slice(i, i + 1), slice(n, n + rows)) for i in range(batch) for n in steps]
+    step = max(1, rows // width) * width
+    steps = range(0, tokens, step)
+    return [(slice(i, i + 1), slice(n, n + step)) for i in range(batch) for n in steps]

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from featkd.cpu.projected_feature_kd import chunks, sweep
+from featkd.cpu.chunks import row_chunks
+from featkd.cpu.projected_feature_kd import ROWS, sweep
 from featkd.reference import accumulation_dtype
 
 
@@ -72,7 +73,7 @@ def forward(
     else:
         energy = torch.zeros((), dtype=dtype)
         d_features, d_parameters = features.new_empty(0), energy.new_empty(0)
-        for images, part in chunks(batch, tokens, 1):
+        for images, part in row_chunks(batch, tokens, ROWS):
             rows = features[images, part].to(compute).to(dtype).reshape(-1, channels).contiguous()
             norms = torch.linalg.vector_norm(rows @ centred.t(), dim=1)
             observe(images, part, rows, norms.square_().div_(len(weight)).add_(eps).rsqrt_())
@@ -130,7 +131,7 @@ def backward(
     square = centred.t() @ centred
     result = torch.empty(features.shape if need_features else 0, dtype=features.dtype)
     outer = torch.zeros_like(square)
-    for images, part in chunks(batch, tokens, 1):
+    for images, part in row_chunks(batch, tokens, ROWS):
         f = features[images, part].to(compute).to(dtype).contiguous()
         r = rstd[images, part].unsqueeze(2)
         # rstd^2 m, with m = rstd f.v / Ct

@@ -11,11 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from featkd.cpu.chunks import row_chunks
 from featkd.reference import accumulation_dtype
 
 # of a chunk: four images of 14 x 14 patches. Loss and gradients of (32, 196, 192) -> 384 took 30.0,
 # 24.9, 22.7, 22.7, 27.0 ms with 196, 392, 784, 1568, 3136 (two AVX2 cores of 512 KiB L2 each)
-_ROWS = 784
+ROWS = 784
 
 
 def sweep(
@@ -67,7 +68,7 @@ def sweep(
     )
     d_student = torch.empty(student.shape if need_student else 0, dtype=student.dtype)
     total = torch.zeros((), dtype=dtype)
-    for images, tokens in chunks(student.shape[0], student.shape[1], width or 1):
+    for images, tokens in row_chunks(student.shape[0], student.shape[1], ROWS, width or 1):
         s = student[images, tokens].reshape(-1, student.shape[2]).contiguous()
         s = s.to(dtype) if w is None else exact(s)
         target = teacher[images, tokens].reshape(-1, channels).contiguous()
@@ -114,23 +115,12 @@ def difference_gradient(student: Tensor, teacher: Tensor, width: int, factor: Te
     if not width and student.dtype == teacher.dtype == dtype:
         return torch.sub(student, teacher).mul_(factor)
     result = torch.empty(student.shape, dtype=student.dtype)
-    for images, tokens in chunks(student.shape[0], student.shape[1], width or 1):
+    for images, tokens in row_chunks(student.shape[0], student.shape[1], ROWS, width or 1):
         place, s = result[images, tokens], student[images, tokens]
         error = s.to(dtype) - teacher[images, tokens]
         half = with_row_sums(error.view(-1, s.shape[2]), width) if width else error
         place.copy_(half.view(s.shape).mul_(factor))
     return result
-
-
-def chunks(batch: int, tokens: int, width: int) -> list[tuple[slice, slice]]:
-    """Slices of images and tokens with about `_ROWS` rows each, whole image rows of `width`."""
-    if tokens <= _ROWS:
-        images = max(1, _ROWS // tokens)
-        return [(slice(i, i + images), slice(None)) for i in range(0, batch, images)]
-    step = max(1, _ROWS // width) * width
-    return [
-        (slice(i, i + 1), slice(n, n + step)) for i in range(batch) for n in range(0, tokens, step)
-    ]
 
 
 def with_row_sums(error: Tensor, width: int) -> Tensor:

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import torch
 
+from featkd.kernels.lift_launch import Config
 from featkd.ops.support import distance_factor
 from tests.kernels.feature_kd_cases import relative
 from tests.kernels.lift_head_cases import Problem, evaluate
@@ -58,7 +59,7 @@ MUTANTS = [
 
 def errors(kernels: ModuleType, problem: Problem) -> dict[str, float]:
     """Relative errors in float64 of the outputs and every gradient, by the kernels of a module."""
-    small = kernels.Config(16, 16, 16, 16, num_warps=1)
+    small = Config(16, 16, 16, 16, num_warps=1)
     kernels.distance_config = kernels.features_config = kernels.head_config = lambda *_: small
     kernels.split_count = lambda rows: 2
     x = problem.inputs(torch.float64)

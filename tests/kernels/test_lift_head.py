@@ -9,12 +9,13 @@ import torch
 
 import featkd
 from featkd.kernels import lift_head as kernels
+from featkd.kernels.lift_launch import Config
 from tests.kernels.feature_kd_cases import relative
 from tests.kernels.lift_head_cases import Problem, assert_as_exact_as_eager, evaluate, run
 
 ALL = ["pool_and_distance", "features_gradient", "head_gradients"]
 # tiles of 16 places and blocks of few channels, so that small problems have several
-SMALL = kernels.Config(16, 16, 32, 16, num_warps=1, num_stages=1)
+SMALL = Config(16, 16, 32, 16, num_warps=1, num_stages=1)
 # several images whose tokens do not fill their tiles, channels that do not fill their blocks and
 # make one group and several; mse, spectral with an odd and an even grid
 MSE = Problem(2, 19, 24, 40)
@@ -25,7 +26,7 @@ CASES = [
 ]
 
 
-def choose(monkeypatch: pytest.MonkeyPatch, config: kernels.Config) -> None:
+def choose(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
     """Let every launch take this configuration, and two programs share dW's rows."""
     for name in ("distance_config", "features_config", "head_config"):
         monkeypatch.setattr(kernels, name, lambda *_: config)

@@ -1,6 +1,6 @@
-"""Launch configurations of lift_head's kernels, by widths, compute dtype and architecture.
+"""Launches of `lift_head.py`: what all take, and tiles by widths, dtype and chip.
 
-Chosen by compilation ahead of time: the largest tiles, to read W from L2 as seldom as possible,
+Tiles are chosen by compilation ahead of time: the largest, to read W from L2 as seldom as possible,
 that leave a thread without a stack, spectral metric included. Products of 64 rows and more read
 their operands from shared memory on sm_90 and sm_100, and sm_100 keeps sums in tensor memory.
 """
@@ -8,11 +8,19 @@ their operands from shared memory on sm_90 and sm_100, and sm_100 keeps sums in 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
-from featkd.kernels.shapes import channel_block
+from featkd.kernels.shapes import (
+    channel_block,
+    channels_adjacent,
+    matmul_precision,
+    triton_type,
+)
+from featkd.reference import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,59 @@ def head_config(student: int, teacher: int, width: int, compute: torch.dtype, ar
     return _config(student, teacher, compute, (64, 16, 384) if width > 32 else (32, 32, 384))
 
 
-def split_count(rows: int) -> int:
-    """Programs that share the rows of dW: 1,024 each, as fewer would write more partial sums than
-    they read rows, and no more than a GPU of 132 processors needs with three channel blocks."""
-    return max(1, min(44, rows // 1024))
+class Head(NamedTuple):
+    """The projector's weight and the LayerNorm's parameters."""
+
+    weight: Tensor  # (Ct, Cs)
+    gamma: Tensor  # (Ct,)
+    beta: Tensor  # (Ct,)
+
+
+def loadable(
+    features: Tensor, head: Head, teacher: Tensor | None
+) -> tuple[Tensor, Head, Tensor | None]:
+    """The same tensors, copied where their channels are not adjacent in memory."""
+    adjacent = Head(*map(channels_adjacent, head))
+    target = None if teacher is None else channels_adjacent(teacher)
+    return channels_adjacent(features), adjacent, target
+
+
+def shared_arguments(
+    features: Tensor,
+    head: Head,
+    teacher: Tensor | None,
+    width: int,
+    compute: torch.dtype,
+    config: Config,
+) -> dict[str, Any]:
+    """The arguments that the kernels share; a `width` of 0 is the mse."""
+    _, tokens, channels = features.shape
+    columns = width or 1
+    places = triton.next_power_of_2(columns)
+    image_rows = tokens // columns
+    tile = min(config.rows // places, triton.next_power_of_2(image_rows))
+    tile = max(tile, triton.cdiv(16, places))  # a product on the tensor cores has 16 rows or more
+    return {
+        "features": features,
+        "teacher": teacher,
+        **head._asdict(),
+        "features_image": features.stride(0),
+        "features_token": features.stride(1),
+        "teacher_image": 0 if teacher is None else teacher.stride(0),
+        "teacher_token": 0 if teacher is None else teacher.stride(1),
+        "weight_stride": head.weight.stride(0),
+        "tokens": tokens,
+        "width": columns,
+        "image_rows": image_rows,
+        "tiles": triton.cdiv(image_rows, tile),
+        "CS": channels,
+        "CT": head.weight.shape[0],
+        "CS_BLOCK": config.student_block,
+        "CT_BLOCK": config.teacher_block,
+        "HB": tile,
+        "WB": places,
+        "SPECTRAL": width > 0,
+        "COMPUTE": triton_type(compute),
+        "ACC": triton_type(accumulation_dtype(compute)),
+        "PRECISION": matmul_precision(compute),
+    }

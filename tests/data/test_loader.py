@@ -304,6 +304,7 @@ from featkd.data import DataConfig, build_loader
 config = DataConfig(sys.argv[1], img_size=16, workers=2)
 loader = build_loader(config, split="train", batch_size=4)
 came = []
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it otherwise
 if sys.argv[2] == "handled":
     signal.signal(signal.SIGINT, lambda *_: came.append(1))
 batches = iter(loader)

@@ -64,7 +64,7 @@ MUTANTS = [
         "image * du_image + token * du_token",
         "image * du_image + token * x_token",
     ),
-    ("wrong stride of the weight", "held, weight, CS, None", "held, weight, CS - 1, None"),
+    ("wrong stride of the weight", "valid, weight, CS, None", "valid, weight, CS - 1, None"),
     (
         "swapped statistics",
         "tl.join(tl.join(a, c), tl.join(b, d))",

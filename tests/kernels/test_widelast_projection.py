@@ -7,12 +7,12 @@ import torch
 
 import featkd
 from featkd.kernels import widelast_projection as kernels
+from featkd.kernels.configs import split_count
 from featkd.kernels.widelast_launch import (
     Config,
     forward_config,
     input_config,
     parameter_config,
-    split_count,
 )
 from tests.kernels.conftest import executing
 from tests.kernels.feature_kd_cases import relative

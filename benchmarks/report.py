@@ -7,8 +7,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 
-import torch
-
 from . import aot, cases, traffic
 from .chips import CHIPS, chip_of, modelled_us
 from .problem import Case
@@ -54,7 +52,7 @@ class Moved:
     op: str
     launches: list[traffic.Traffic]
     over_floor: float
-    """All launches and torch's sums over partial results, over the floor."""
+    """Of all launches together."""
     least_flops: int
     """Of the matrix products that the forward pass cannot avoid; at least 1."""
 
@@ -123,13 +121,7 @@ def count_all(asked: Sequence[Question], workers: int) -> Iterator[Moved]:
 def _count(question: Question) -> Moved:
     case = question.case
     launches = traffic.count(case)
-    shapes = case.inputs(torch.device("cpu"))
-    parameters = sum(
-        shapes[name].nbytes
-        for name in case.problem.differentiable
-        if name.endswith(("weight", "bias"))
-    )
-    over = traffic.over_floor(launches, parameters)
+    over = traffic.over_floor(launches)
     least = max(2 * case.problem.multiply_adds, 1)
     return Moved(_name(case), case.problem.op, launches, over, least)
 

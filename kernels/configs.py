@@ -30,7 +30,9 @@ class Config:
     """Most blocks of student channels whose dW one program adds up."""
 
 
-def loss_config(student_width: int, teacher_width: int, compute: torch.dtype, arch: int) -> Config:
+def loss_config(
+    student_width: int, teacher_width: int, compute: torch.dtype, arch: int, projected: bool = True
+) -> Config:
     """Tiles of a kernel that forms the loss and dS: the most rows that compile without a spill.
 
     Every program reads W four times from L2, so rows are worth having. What bounds them is dS,
@@ -38,10 +40,14 @@ def loss_config(student_width: int, teacher_width: int, compute: torch.dtype, ar
     for twice the rows. S is held only where loading it again spills: of two products in one loop
     Triton spreads the warps over rows alone, and 64 held rows were multiplied twice (counted).
     Tensor memory (sm_100) has 512 columns, which dS and a block of P share.
+
+    Args:
+        projected: whether there is a weight; without one nothing is multiplied or held.
     """
     blocks = min(64, channel_block(student_width, compute)), channel_block(teacher_width, compute)
     if compute.itemsize > 2:
-        return Config(16, blocks[0], min(32, blocks[1]), hold=False)
+        rows = 16 if projected else 32  # with fewer, a thread's loads are of 8 bytes
+        return Config(rows, blocks[0], min(32, blocks[1]), hold=False)
     large = arch in LARGE_TILES
     if student_width > 384:
         return Config(32, blocks[0], min(64, blocks[1]), hold=arch in (80, 100, 103))
@@ -68,7 +74,8 @@ def gradient_config(
 def split_count(rows: int, programs: int = 3) -> int:
     """Programs that share the rows of dW, where `programs` share its elements.
 
-    As many as a GPU of 132 processors needs, each with at least 1,024 rows: fewer would write
-    more partial sums than they read rows. By default there are three channel blocks.
+    As many as a GPU of 132 processors needs, each with at least 2,048 rows: with fewer, writing and
+    reading partial sums would be more than a fifth of reading the rows (bf16, 192 -> 384). By
+    default there are three channel blocks.
     """
-    return max(1, min(triton.cdiv(132, programs), rows // 1024))
+    return max(1, min(triton.cdiv(132, programs), rows // 2048))

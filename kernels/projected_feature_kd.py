@@ -23,6 +23,7 @@ from torch import Tensor
 from featkd.kernels import distance, rows
 from featkd.kernels.configs import Config, gradient_config, loss_config, split_count
 from featkd.kernels.launch import architecture, launch
+from featkd.kernels.scaled import sum_times
 from featkd.kernels.shapes import channels_adjacent, matmul_precision, triton_type
 from featkd.reference import accumulation_dtype
 
@@ -257,7 +258,8 @@ def forward(
     student, teacher, parameters = _loadable(student, teacher, parameters)
     batch, tokens, channels = student.shape
     norm = parameters.gamma is not None
-    config = loss_config(channels, teacher.shape[2], compute, architecture(student.device))
+    arch, projected = architecture(student.device), parameters.weight is not None
+    config = loss_config(channels, teacher.shape[2], compute, arch, projected)
     arguments = _arguments(student, teacher, parameters, width, compute, config)
     programs = triton.cdiv(arguments["image_rows"], arguments["HB"])
     kind = accumulation_dtype(compute)
@@ -288,15 +290,17 @@ def backward(
     teacher: Tensor,
     parameters: Parameters,
     statistics: Tensor | None,
+    factor: Tensor,
     *,
     width: int,
     compute: torch.dtype,
-) -> tuple[Tensor | None, Tensor]:
-    """The parameters' gradients without the loss's scale.
+) -> list[Tensor | None]:
+    """The parameters' gradients, each in its parameter's dtype; None where there is no parameter.
 
-    Returns:
-        dW (Ct, Cs) or None, and (3, Ct): of the bias, of the norm's weight, of its bias; all in
-        the accumulators' dtype.
+    Args:
+        student, teacher, parameters, width, compute: as in `forward`.
+        statistics: as `forward` left them.
+        factor: 2 scale times the upstream gradient, a scalar in the accumulators' dtype.
     """
     student, teacher, parameters = _loadable(student, teacher, parameters)
     batch, tokens, channels = student.shape
@@ -327,5 +331,8 @@ def backward(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    d_weight = None if weight_partial is None else weight_partial.sum(0)
-    return d_weight, vector_partial.sum(0)
+    sums = (weight_partial, *vector_partial.unbind(1))
+    return [
+        None if p is None or partial is None else sum_times(partial, factor, p.dtype)
+        for p, partial in zip(parameters, sums, strict=True)
+    ]

@@ -23,6 +23,7 @@ from torch import Tensor
 from featkd.kernels import distance, rows, two_norms
 from featkd.kernels.configs import split_count
 from featkd.kernels.launch import architecture, launch
+from featkd.kernels.scaled import sum_times
 from featkd.kernels.shapes import channels_adjacent
 from featkd.kernels.widelast_launch import (
     Parameters,
@@ -320,7 +321,7 @@ def backward(
     compute: torch.dtype,
     need_input: bool,
     need_parameters: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, list[Tensor]]:
     """The gradients.
 
     Args:
@@ -331,9 +332,10 @@ def backward(
         need_input, need_parameters: which gradients to form.
 
     Returns:
-        dx (B, N, Cs) in x's dtype; dW (Ct, Cs), and (4, Ct) of gamma_p, beta_p, gamma_1 and
-        beta_1, in the accumulators' dtype. None where not needed.
+        dx (B, N, Cs), None where not needed; the parameters' gradients, none of them where not
+        needed; each in the dtype of what it is the gradient of.
     """
+    dtypes = [p.dtype for p in parameters]
     x, parameters = loadable(x, parameters, compute)
     batch, tokens, channels = x.shape
     width, kind = parameters.weight.shape[0], accumulation_dtype(compute)
@@ -360,7 +362,7 @@ def backward(
         num_stages=config.num_stages,
     )
     if means is None:
-        return d_input, None, None
+        return d_input, []
     config = parameter_config(channels, width, compute, arch)
     tiles = triton.cdiv(batch * tokens, config.rows)
     per_split = triton.cdiv(tiles, split_count(batch * tokens))
@@ -384,4 +386,5 @@ def backward(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return d_input, weight_partial.sum(0), vector_partial.sum(0)
+    sums = (weight_partial, *vector_partial.unbind(1))
+    return d_input, [sum_times(x, None, kind) for x, kind in zip(sums, dtypes, strict=True)]

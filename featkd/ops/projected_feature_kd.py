@@ -183,25 +183,25 @@ def _backward(
         results = [times(d_student, factor)]
     if not need_parameters:
         return tuple(results + empty[1:])  # type: ignore[return-value]
-    sums: list[Tensor | None]
+    gradients: list[Tensor | None]
     if backend == "cpu":
-        sizes = [0 if p is None else p.numel() for p in parameters]
-        sums = list(torch.split(kept, sizes))
+        sums = torch.split(kept, [0 if p is None else p.numel() for p in parameters])
+        gradients = [
+            None if p is None else (total.view(p.shape) * factor).to(p.dtype)
+            for p, total in zip(parameters, sums, strict=True)
+        ]
     else:
         from featkd.kernels import projected_feature_kd as kernels
 
-        d_weight, vectors = kernels.backward(
+        gradients = kernels.backward(
             *(student, teacher, kernels.Parameters(*parameters)),
             kept if norm_weight is not None else None,
+            factor,
             width=width,
             compute=compute,
         )
-        sums = [d_weight, *vectors]
-    for parameter, total, nothing in zip(parameters, sums, empty[1:], strict=True):
-        if parameter is None or total is None:
-            results.append(nothing)
-        else:
-            results.append((total.view(parameter.shape) * factor).to(parameter.dtype))
+    for gradient, nothing in zip(gradients, empty[1:], strict=True):
+        results.append(nothing if gradient is None else gradient)
     return tuple(results)  # type: ignore[return-value]
 
 

@@ -113,15 +113,15 @@ def test_traffic_of_the_loss_without_a_projector_is_the_floor():
     maps = 3 * 4 * 196 * 384 * 2  # student, teacher, gradient
     assert launch.floor == maps
     assert maps < launch.moved < 1.01 * maps  # and each program's sum
-    assert traffic.over_floor([launch], 0) < 1.01
+    assert traffic.over_floor([launch]) < 1.01
     # the gradient is read and written once more when the upstream factor is known
     assert scaling.moved == 2 * maps // 3 + 4
-    assert traffic.over_floor([launch, scaling], 0) == pytest.approx(5 / 3, rel=0.01)
+    assert traffic.over_floor([launch, scaling]) == pytest.approx(5 / 3, rel=0.01)
 
 
 def test_broken_traffic_rules_are_named():
     counters = traffic.Counters(distinct_read_bytes=900, distinct_write_bytes=500)
-    launch = traffic.Traffic("kernel", counters, {(0, 1000): 1000}, 0)
+    launch = traffic.Traffic("kernel", counters, {(0, 1000): 1000})
     for op, expected in (("projected_feature_kd", 2), ("widelast_projection", 1), ("soft_kd", 0)):
         found = report.Moved("case", op, [launch], 2.6, 1).broken
         assert len(found) == expected

@@ -48,6 +48,7 @@ MUTANTS = [
     ("skipped last split", "first + tiles_a_split, all", "first + tiles_a_split - split, all"),
     ("groups of dW in each other's place", "sums[k], first + k, CS", "sums[k], k, CS"),
     ("groups of df in each other's place", "size, group * GROUP + k", "size, k"),
+    ("skipped last partial sum", "in range(splits)", "in range(splits - 1)"),
     ("dropped epsilon", "squares / CT + eps", "squares / CT + 2 * eps + 1e-3"),
     ("dropped spectral term", "rows + plain + sign * alternating", "rows + plain"),
     ("dropped row sums", "rows + plain + sign * alternating", "rows + sign * alternating"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 import torch
@@ -77,6 +78,9 @@ MUTANTS = [
         "tl.join(tl.join(a, c), tl.join(b, d))",
         "tl.join(tl.join(a, d), tl.join(b, c))",
     ),
+    ("missing factor of the loss and upstream", "total * tl.load(factor)", "total"),
+    ("missing factor of dS", ".to(factor.dtype.element_ty) * tl.load(factor)", ""),
+    ("skipped last partial sum", "in range(splits)", "in range(splits - 1)"),
     ("dropped bias", "total += load_channels(bias", "total += 0 * load_channels(bias"),
 ]
 
@@ -96,11 +100,11 @@ def errors(kernels: ModuleType, problem: Problem) -> dict[str, float]:
         student, teacher, bundle, eps=1e-5, need_student=True, need_parameters=True, **arguments
     )
     factor = distance_factor(teacher, problem.width)
-    got = {"loss": total * factor, "student": 2 * factor * d_student}
-    d_weight, vectors = kernels.backward(student, teacher, bundle, statistics, **arguments)
-    for name, parameter, value in zip(names, parameters, [d_weight, *vectors], strict=True):
-        if parameter is not None:
-            got[name] = 2 * factor * value
+    scale = torch.tensor(2 * factor, dtype=torch.float64)
+    scaled = importlib.import_module(f"{kernels.__package__}.scaled")
+    got = {"loss": total * factor, "student": scaled.times(d_student, scale)}
+    gradients = kernels.backward(student, teacher, bundle, statistics, scale, **arguments)
+    got |= {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
     want = evaluate(tensors, problem.width, torch.float64)
     assert set(got) == set(want)
     return {name: relative(got[name].nan_to_num(1e9), x) for name, x in want.items()}

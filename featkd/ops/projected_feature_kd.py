@@ -224,8 +224,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     results = [student.new_empty(student.shape if need_student else (0,))]
     for parameter in (weight, bias, norm_weight, norm_bias):
-        there = need_parameters and parameter is not None
-        results.append(torch.empty_like(parameter) if there else student.new_empty(0))  # type: ignore[arg-type]
+        like = parameter if need_parameters else None
+        results.append(student.new_empty(0) if like is None else like.new_empty(like.shape))
     return tuple(results)  # type: ignore[return-value]
 
 

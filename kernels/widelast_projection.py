@@ -198,7 +198,7 @@ def parameter_gradients(
     vector_partial,  # (splits, 4, Ct) ACC: sums over rows of dr h_hat, dr, du r_hat, du
     x_image, x_token, dr_image, dr_token, du_image, du_token, tokens, total, tiles,
     CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, HOLD: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, HOLD: tl.constexpr, GROUPS: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dW = dh^T x and the norms' gradients: a program a block of dW and a share of the tiles.
@@ -210,6 +210,7 @@ def parameter_gradients(
     rows are added up in a fixed order by the caller: no atomics.
     """
     BLOCKS: tl.constexpr = tl.cdiv(CT, CT_BLOCK)
+    GROUP: tl.constexpr = tl.cdiv(CS, CS_BLOCK) // GROUPS
     j = tl.program_id(0) % BLOCKS
     group = tl.program_id(0) // BLOCKS
     split = tl.program_id(1)
@@ -369,10 +370,10 @@ def backward(
     splits = triton.cdiv(tiles, per_split)
     weight_partial = x.new_empty(splits, width, channels, dtype=kind)
     vector_partial = x.new_empty(splits, 4, width, dtype=kind)
-    blocks = triton.cdiv(channels, config.student_block) * triton.cdiv(width, config.teacher_block)
+    groups = config.groups(channels)
     launch(
         parameter_gradients,
-        (blocks // config.group, splits),
+        (triton.cdiv(width, config.teacher_block) * groups, splits),
         {
             **shared_arguments(x, parameters, compute, config),
             **upstream,
@@ -381,7 +382,7 @@ def backward(
             "weight_partial": weight_partial,
             "vector_partial": vector_partial,
             "tiles": per_split,
-            "GROUP": config.group,
+            "GROUPS": groups,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -6,14 +6,14 @@ from types import ModuleType
 
 import torch
 
-from featkd.kernels.widelast_launch import Config
+from featkd.kernels.configs import Config
 from tests.kernels.feature_kd_cases import relative
 from tests.kernels.widelast_cases import EPS, NAMES, Problem, evaluate
 
 # two tiles of 16 rows, two channel blocks of 16, two groups of x's channel blocks; once with h and
 # x held and once not
 PROBLEMS = [(Problem(2, 9, 20, 24), False), (Problem(2, 9, 20, 24), True)]
-SMALL = {hold: Config(16, 16, 16, hold=hold, num_warps=1) for hold in (False, True)}
+SMALL = {hold: Config(16, 16, 16, 16, hold, num_warps=1) for hold in (False, True)}
 # (name, what stands in the kernels, what a slip would have put there)
 MUTANTS = [
     ("zeroed gradient", "valid, sums[k], k, CS, CS_BLOCK", "valid, sums[k] * 0, k, CS, CS_BLOCK"),

@@ -9,7 +9,7 @@ import torch
 
 import featkd
 from featkd.kernels import lift_head as kernels
-from featkd.kernels.lift_launch import Config
+from featkd.kernels.configs import Config
 from tests.kernels.feature_kd_cases import relative
 from tests.kernels.lift_head_cases import Problem, assert_as_exact_as_eager, evaluate, run
 

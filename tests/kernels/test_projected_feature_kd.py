@@ -13,7 +13,7 @@ from tests.kernels.feature_kd_cases import Problem, assert_as_exact_as_eager
 from tests.ops.test_projected_feature_kd import run, views
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SMALL = kernels.Config(16, 16, 32, num_warps=1, group=1)
+SMALL = kernels.Config(16, 16, 32, 16, num_warps=1, num_stages=1)
 # between them: spectral with an odd, an even and one column, mse; several channel blocks and one;
 # rows and channels that do not fill their tiles; each parameter there and missing
 PROBLEMS = [

@@ -67,8 +67,8 @@ def _report(words: list[str]) -> int:
     ]
     compiled = list(report.compile_all(asked, [int(arch) for arch in options.archs], workers))
     print(report.compiled_table(compiled))
-    counted = [name for name in options.count if name != "none"]
-    moved = list(report.count_all(report.questions(options.ops, "small", counted), workers))
+    counted = report.counted(options.ops, [name for name in options.count if name != "none"])
+    moved = list(report.count_all(counted, workers))
     if moved:
         print(f"\n{report.moved_table(moved)}\n\n{report.modelled_table(moved)}")
     figures = report.figures(compiled, moved)

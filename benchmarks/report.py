@@ -38,7 +38,7 @@ class Compiled:
                 code.shared > chip.shared_bytes
             ),
             "multiplies matrices without tensor cores": code.products and not code.tensor_core,
-            "no 16-byte load": not code.wide_loads,
+            "no 16-byte load": code.aligned and not code.wide_loads,
             f"{code.doubles} float64 instructions": code.doubles,
         }
         return [text for text, broken in checks.items() if broken]
@@ -94,6 +94,13 @@ def questions(ops: Sequence[str], shapes: str, dtypes: Sequence[str]) -> list[Qu
     ]
 
 
+def counted(ops: Sequence[str], dtypes: Sequence[str]) -> list[Question]:
+    """The cases whose traffic is counted: the published shapes, the fewest images of them."""
+    asked = questions(ops, "published", dtypes)
+    fewest = min((q.case.problem.batch for q in asked), default=0)
+    return [q for q in asked if q.case.problem.batch == fewest]
+
+
 def compile_all(
     asked: Sequence[Question], archs: Sequence[int], workers: int
 ) -> Iterator[Compiled]:
@@ -137,7 +144,8 @@ def compiled_table(rows: Sequence[Compiled]) -> str:
     for row in rows:
         code = row.code
         loads = f"{code.wide_loads}/{code.loads}"
-        figures = (code.registers, code.stack, code.spills, code.shared, code.tensor_core, loads)
+        tensor = f"{code.tensor_core} {code.instructions}".rstrip()
+        figures = (code.registers, code.stack, code.spills, code.shared, tensor, loads)
         verdict = "; ".join(row.broken) or "ok"
         name = f"{row.case} {row.kernel}"
         lines.append((name, row.arch, *figures, code.doubles, verdict))

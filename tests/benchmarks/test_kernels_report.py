@@ -69,6 +69,7 @@ def test_good_kernels_break_no_rule(arch):
     assert good.broken == []
     assert good.code.products
     assert good.code.tensor_core > 0
+    assert good.code.instructions == "HMMA"
 
 
 @pytest.mark.parametrize(
@@ -86,9 +87,14 @@ def test_planted_faults_are_seen(kernel, size, constants, rule):
     assert any(rule in text for text in broken), broken
 
 
+def test_rows_that_begin_anywhere_need_no_wide_load():
+    code = aot.Code(64, 0, 0, 0, False, 0, "", 1, 0, 0, False)
+    assert report.Compiled("case", "kernel", 80, code).broken == []
+
+
 @pytest.mark.parametrize(("arch", "broken"), [(80, 1), (90, 0)])
 def test_shared_memory_must_fit_the_chip(arch, broken):
-    code = aot.Code(64, 0, 0, 200 * 1024, False, 0, 1, 1, 0)
+    code = aot.Code(64, 0, 0, 200 * 1024, False, 0, "", 1, 1, 0, True)
     found = report.Compiled("case", "kernel", arch, code).broken
     assert len(found) == broken
     assert all("204800 bytes of shared memory, A100 has 166912" in text for text in found)

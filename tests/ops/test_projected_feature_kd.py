@@ -273,6 +273,6 @@ def test_backends_by_name(monkeypatch):
     with pytest.raises(ValueError, match="backend: expected one of auto, triton, cpu, reference"):
         featkd.use_backend("cuda").__enter__()
     monkeypatch.setenv("FEATKD_BACKEND", "gpu")
-    monkeypatch.setattr("featkd.backends._wanted", None)
+    monkeypatch.setattr("featkd.backends._default", None)
     with pytest.raises(ValueError, match="FEATKD_BACKEND: expected one of"):
         projected_feature_kd(student, teacher, weight)

@@ -29,7 +29,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
     """(op, backend) of everything that ran; nothing has asked for a backend."""
     found: set[tuple[str, str]] = set()
     monkeypatch.setattr(backends, "record", lambda op, backend: found.add((op, backend)))
-    monkeypatch.setattr(backends, "_wanted", None)
+    monkeypatch.setattr(backends, "_default", None)
     monkeypatch.delenv("FEATKD_BACKEND", raising=False)
     return found
 

@@ -115,7 +115,18 @@ def choose(op: str, device: torch.device, unsupported: Callable[[str], str]) -> 
     why = unsupported(backend)
     if not why:
         return backend
-    if (op, why) not in _warned and not torch.compiler.is_compiling():
-        _warned.add((op, why))
-        warnings.warn(f"featkd.{op} runs on the reference backend: {why}", stacklevel=4)
+    _warn_once(op, why)
     return "reference"
+
+
+def _warn_once(op: str, why: str) -> bool:
+    if (op, why) not in _warned:
+        _warned.add((op, why))
+        warnings.warn(f"featkd.{op} runs on the reference backend: {why}", stacklevel=5)
+    return True
+
+
+# torch.compile runs it as it traces the call, and puts True in its place: no graph break, and no
+# guard on what was warned of. `torch.compiler.assume_constant_result` sets the same, but imports
+# all of the compiler.
+_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch._dynamo.utils import counters
 
 import featkd
 from featkd import backends
-from featkd.functional import projected_feature_kd
+from featkd.functional import projected_feature_kd, widelast_projection
 
 
 @pytest.fixture(autouse=True)
@@ -137,3 +138,44 @@ def test_compiled_code_may_hold_the_block():
         torch.testing.assert_close(plain, fused)
         assert backends.wanted_backend() == "auto"
     assert not counters["graph_break"]
+
+
+def test_compiled_code_warns_once_as_it_is_traced():
+    """Whether compiled or not, and not once more for another graph or a run of it."""
+    student, teacher = maps()
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def loss(student: Tensor, factor: float) -> Tensor:
+        return factor * projected_feature_kd(student, teacher)
+
+    with featkd.use_backend("triton"):
+        message = "featkd.projected_feature_kd runs on the reference backend: Triton kernels cannot"
+        with pytest.warns(UserWarning, match=message) as caught:
+            got = loss(student, 2.0)
+        assert ["featkd" in str(warning.message) for warning in caught].count(True) == 1
+        compiled = counter.frame_count
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="featkd")
+            assert torch.equal(loss(student, 2.0), got)
+            assert counter.frame_count == compiled, "what was warned of is guarded on"
+            loss(student.detach().double(), 2.0)
+            assert counter.frame_count > compiled
+            projected_feature_kd(student, teacher)
+    assert featkd.last_backend("projected_feature_kd") == "reference"
+
+
+def test_compiled_code_warns_of_a_size_that_varies(monkeypatch):
+    monkeypatch.setattr("featkd.kernels.launch._redirected", lambda *_: pytest.fail("launched"))
+
+    @torch.compile(backend="eager", fullgraph=True, dynamic=True)
+    def outputs(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return widelast_projection(*inputs)
+
+    for channels in (1025, 1030):
+        inputs = torch.ones(1, 2, channels), torch.ones(3, channels), *torch.ones(4, 3)
+        with (
+            featkd.use_backend("triton"),
+            pytest.warns(UserWarning, match=f"{channels} student channels, more than 1024"),
+        ):
+            outputs(*inputs)

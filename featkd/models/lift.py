@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch.nn.functional as F
 from timm.layers import get_device_dtype
 from torch import Tensor, nn
 
 from featkd.functional import lift_head
 from featkd.models.base import StudentVisionTransformer, check_vision_transformer
 from featkd.models.features import resolve_layers
+from featkd.models.fusible import can_fuse
 from featkd.ops.support import is_being_exported
 
 PUBLISHED_EPS = 1e-5  # torch's default, which the published Lift has; timm's norms have 1e-6
@@ -27,7 +27,8 @@ class Lift(StudentVisionTransformer):
         logits = head(mean of z over the patch tokens)
 
     The logits alone come without z in memory (`featkd.functional.lift_head`, whose gradients cannot
-    be differentiated again); where the last layer's map is asked for, z is formed and returned.
+    be differentiated again), unless something stands in the place of the two layers, or hooks wait
+    for them; where the last layer's map is asked for, z is formed and returned.
 
     The base's own final norm and head would be dead weight, so they are not there.
     Made by `Lift.adopt` or `featkd.models.create_student(arch="lift")`.
@@ -66,9 +67,8 @@ class Lift(StudentVisionTransformer):
 
     def lift(self, tokens: Tensor) -> Tensor:
         """z = LayerNorm(f W^T) of patch tokens f: (B, N, width) -> (B, N, teacher_dim)."""
-        norm = self.projection_norm
-        projected = F.linear(tokens, self.projection.weight)
-        return F.layer_norm(projected, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        lifted: Tensor = self.projection_norm(self.projection(tokens))
+        return lifted
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W)."""
@@ -80,6 +80,8 @@ class Lift(StudentVisionTransformer):
     def _classify(self, tokens: Tensor) -> Tensor:
         """Logits of the last block's patch tokens (B, N, width)."""
         norm = self.projection_norm
+        if not can_fuse(self.projection, norm):
+            return self.forward_head(self.lift(tokens))
         pooled, _ = lift_head(tokens, self.projection.weight, norm.weight, norm.bias, eps=norm.eps)
         return cast(Tensor, self.head(self.head_drop(pooled)))
 

@@ -285,7 +285,9 @@ def test_widths_grids_and_classes_that_do_not_fit(recipe):
         Trainer(replace(recipe, optim=replace(recipe.optim, accumulate=7)), CPU)
 
 
-def test_compiled_run(recipe):
+@pytest.mark.parametrize("arch", ["widelast", "lift"])
+def test_compiled_run(recipe, arch):
+    recipe = replace(recipe, student=replace(recipe.student, arch=arch))
     recipe = replace(recipe, compile=True, optim=replace(recipe.optim, epochs=1, warmup_epochs=0))
     recipe.student.options["drop_path_rate"] = 0.0
     run(recipe)

@@ -140,6 +140,8 @@ class DistillationLoss(nn.Module):
         teacher_logits: Tensor | None = None,
         student_features: Sequence[Tensor] = (),
         teacher_features: Sequence[Tensor] = (),
+        *,
+        feature_loss: Tensor | None = None,
     ) -> DistillationTerms:
         """The loss of one batch.
 
@@ -148,6 +150,8 @@ class DistillationLoss(nn.Module):
             target: (B,) int64 indices or (B, K) soft labels.
             teacher_logits: (B, K), or None where alpha is 0.
             student_features, teacher_features: one (B, N, C) map a layer pair, in the same order.
+            feature_loss: L_feat, a scalar, in place of the maps where the student has formed it
+                (`featkd.models.Lift.forward_with_loss`).
 
         Raises:
             ValueError: the lists' lengths differ, are empty where `feature` asks for a loss, or a
@@ -158,7 +162,9 @@ class DistillationLoss(nn.Module):
         logits = soft_kd(student_logits, teacher_logits, target, alpha=self.alpha, tau=self.tau)
         if self.feature is None:
             return DistillationTerms(logits, logits.detach(), torch.zeros_like(logits))
-        features = self._feature_loss(student_features, teacher_features)
+        features = feature_loss
+        if features is None:
+            features = self._feature_loss(student_features, teacher_features)
         total = logits + self.beta * self.w_feat * features
         return DistillationTerms(total, logits.detach(), features.detach())
 

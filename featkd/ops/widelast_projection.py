@@ -29,7 +29,7 @@ def widelast_projection(
 
     def unsupported(backend: str) -> str:
         batch, tokens, channels = x.shape
-        why = support.unsupported(backend, x, batch * tokens)
+        why = support.unsupported(backend, x, batch * tokens, parameters)
         if not why and not weight.numel():
             return "no channels"
         if not why and backend == "triton" and channels > _MOST_STUDENT_CHANNELS:

@@ -139,13 +139,37 @@ def test_inputs_are_left_alone():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_and_inf_reach_the_loss_and_the_gradients(bad):
-    tensors = Problem(3, 12, 6, 10, 4).tensors(torch.float32)
-    tensors[1][1, 3, 2] = bad
+@pytest.mark.parametrize("which", ["student", "teacher", "weight", "bias", "norm_weight"])
+@pytest.mark.parametrize("width", [0, 4])
+def test_nan_and_inf_reach_the_loss_and_the_gradients(width, which, bad):
+    """Of a map, those of its own image and no other's."""
+    names = ("student", "teacher", "weight", "bias", "norm_weight", "norm_bias")
+    tensors = dict(
+        zip(names, Problem(3, 12, 6, 10, width, bias=True).tensors(torch.float32), strict=True)
+    )
+    of_map = which in ("student", "teacher")
+    poisoned = tensors[which][1, 3] if of_map else tensors[which][1:2].view(-1)
+    poisoned[2 if poisoned.numel() > 1 else 0] = bad
+    got = run(list(tensors.values()), width)
+    assert not got["loss"].isfinite()
+    for name in ("weight", "bias", "norm_weight", "norm_bias"):
+        assert not got[name].isfinite().all(), name
+    finite = got["student"].isfinite()
+    for image in range(3):
+        assert finite[image].all() == (of_map and image != 1), image
+    if of_map and not width:
+        assert finite[1].all(1).sum() == 11  # and of its own token
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", [0, 1])
+def test_nan_and_inf_without_a_projector(which, bad):
+    tensors = Problem(3, 12, 6, 6, 4, projector=False, norm="none").tensors(torch.float32)
+    tensors[which][1, 3, 2] = bad
     got = run(tensors, 4)
     assert not got["loss"].isfinite()
-    assert not got["student"][1].isfinite().all()
-    assert got["student"][0].isfinite().all()
+    assert not got["student"][1, 3].isfinite().all()
+    assert got["student"][0::2].isfinite().all()
 
 
 def test_several_threads_at_once():
@@ -273,6 +297,6 @@ def test_backends_by_name(monkeypatch):
     with pytest.raises(ValueError, match="backend: expected one of auto, triton, cpu, reference"):
         featkd.use_backend("cuda").__enter__()
     monkeypatch.setenv("FEATKD_BACKEND", "gpu")
-    monkeypatch.setattr("featkd.backends._wanted", None)
+    monkeypatch.setattr("featkd.backends._default", None)
     with pytest.raises(ValueError, match="FEATKD_BACKEND: expected one of"):
         projected_feature_kd(student, teacher, weight)

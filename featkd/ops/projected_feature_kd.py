@@ -10,7 +10,6 @@ from featkd.ops import support
 from featkd.reference import accumulation_dtype
 
 NAME = "projected_feature_kd"
-_MOST_COLUMNS = 64  # of the patch grid: a tile of rows in Triton holds whole image rows
 
 
 def projected_feature_kd(
@@ -31,8 +30,8 @@ def projected_feature_kd(
 
     def unsupported(backend: str) -> str:
         why = support.unsupported(backend, student, student.shape[0] * student.shape[1], others)
-        if not why and backend == "triton" and width > _MOST_COLUMNS:
-            return f"a patch grid of {width} columns, more than {_MOST_COLUMNS}"
+        if not why and backend == "triton" and width > support.MOST_COLUMNS:
+            return f"a patch grid of {width} columns, more than {support.MOST_COLUMNS}"
         return why
 
     backend = backends.choose(NAME, student.device, unsupported)

@@ -75,9 +75,9 @@ def record(case: Case, arch: int) -> list[Recorded]:
     return found
 
 
-def run(case: Case, launcher: Any, arch: int) -> None:
-    """A case's forward and backward pass on CPU tensors, every launch handed to `launcher`."""
-    inputs = case.inputs(torch.device("cpu"))
+def run(case: Case, launcher: Any, arch: int, device: str = "cpu") -> None:
+    """A case's forward and backward pass, every launch handed to `launcher`."""
+    inputs = case.inputs(torch.device(device))
     with featkd.use_backend("triton"), redirect(launcher, arch):
         outputs = case.problem.featkd(inputs)
         backend = featkd.last_backend(case.problem.op)

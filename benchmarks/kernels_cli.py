@@ -16,7 +16,8 @@ from .arguments import Parser, check_folders, several
 _HELP = """\
 usage: featkd kernels report [arguments]      featkd kernels report --help
 
-  report   compile every kernel for sm_80, sm_90 and sm_100, count its traffic, check the rules
+  report   compile every kernel for sm_80, sm_90 and sm_100, count its traffic, check the rules,
+           and measure it where there is a GPU
 """
 
 
@@ -37,7 +38,9 @@ def kernels(words: Sequence[str]) -> int:
 
 
 def _report(words: list[str]) -> int:
-    from . import cases, chips, report, results, sizes
+    import torch
+
+    from . import cases, chips, measured, report, results, sizes
     from .problem import DTYPES
 
     archs = [str(chip.arch) for chip in chips.CHIPS]
@@ -71,7 +74,11 @@ def _report(words: list[str]) -> int:
     moved = list(report.count_all(counted, workers))
     if moved:
         print(f"\n{report.moved_table(moved)}\n\n{report.modelled_table(moved)}")
-    figures = report.figures(compiled, moved)
+    name, timed = "", list[measured.Timed]()
+    if torch.cuda.is_available():
+        name, timed = measured.measure([question.case for question in asked])
+        print(f"\n{report.measured_table(name, timed)}")
+    figures = report.figures(compiled, moved, name, timed)
     if options.json is not None:
         meta = results.meta_of(results.describe_run("cpu"))
         sources = {chip.name: chip.source for chip in chips.CHIPS}

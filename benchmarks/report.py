@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 
-from . import aot, cases, traffic
+from . import aot, cases, measured, traffic
 from .chips import CHIPS, chip_of, modelled_us
 from .problem import Case
 from .results import Measured
@@ -201,6 +201,12 @@ def modelled_table(rows: Sequence[Moved]) -> str:
     return _aligned(header, lines)
 
 
+def measured_table(name: str, rows: Sequence[measured.Timed]) -> str:
+    """Microseconds of every launch, measured."""
+    lines = [(f"{row.case} {row.kernel}", f"{row.us:.2f}") for row in rows]
+    return _aligned(("measured: us", name), lines)
+
+
 def _aligned(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
     table = [list(header), *([str(cell) for cell in line] for line in lines)]
     widths = [max(len(line[i]) for line in table) for i in range(len(header))]
@@ -210,7 +216,12 @@ def _aligned(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
     )
 
 
-def figures(compiled: Sequence[Compiled], moved: Sequence[Moved]) -> list[Measured]:
+def figures(
+    compiled: Sequence[Compiled],
+    moved: Sequence[Moved],
+    name: str = "",
+    timed: Sequence[measured.Timed] = (),
+) -> list[Measured]:
     """Every figure as (name, variant, metric, unit, value)."""
     found: list[Measured] = []
     for row in compiled:
@@ -247,4 +258,7 @@ def figures(compiled: Sequence[Compiled], moved: Sequence[Moved]) -> list[Measur
                 time = modelled_us(chip, launch.moved, c.flops)
                 found.append((name, f"{chip.name} modelled, not measured", "time", "us", time))
         found.append((case.case, "sm_80 counted", "over_floor", "ratio", case.over_floor))
+    for timing in timed:
+        kernel = f"{timing.case}/{timing.kernel}"
+        found.append((kernel, f"{name} measured", "time", "us", timing.us))
     return found

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from featkd import checks
 from featkd.functional import Metric, projected_feature_kd, soft_kd
+from featkd.reference import accumulation_dtype
 
 __all__ = [
     "DistillationLoss",
@@ -205,11 +206,22 @@ def pool_channels(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         tensor([[[2., 6.]]])
     """
     width = min(student.shape[2], teacher.shape[2])
-    if student.shape[2] > width:
-        student = F.adaptive_avg_pool1d(student, width)
-    if teacher.shape[2] > width:
-        teacher = F.adaptive_avg_pool1d(teacher, width)
-    return student, teacher
+    return _pooled(student, width), _pooled(teacher, width)
+
+
+def _pooled(x: Tensor, width: int) -> Tensor:
+    """`adaptive_avg_pool1d`; where all windows are alike, without its detour: 0.7 ms in place of
+    12.4 for (32, 196, 384) to 192 on two CPU cores."""
+    several, left = divmod(x.shape[2], width)
+    if left:
+        return F.adaptive_avg_pool1d(x, width)
+    if several == 1:
+        return x
+    dtype = accumulation_dtype(x.dtype)
+    total = x[..., ::several].to(dtype)
+    for first in range(1, several):
+        total = total + x[..., first::several]
+    return (total / several).to(x.dtype)
 
 
 def smooth_labels(target: Tensor, classes: int, smoothing: float) -> Tensor:

@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from featkd.benchmarks import aot, cases, report, traffic
+from featkd.benchmarks import aot, cases, measured, report, traffic
 from featkd.benchmarks.chips import CHIPS, chip_of, modelled_us
 from featkd.cli import main
+from featkd.ptx import run_triton
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -132,6 +133,25 @@ def test_broken_traffic_rules_are_named():
         found = report.Moved("case", op, [launch], 2.6, 1).broken
         assert len(found) == expected
     assert report.Moved("case", "soft_kd", [launch], 9.0, 1).broken == []
+
+
+def test_every_launch_is_timed():
+    def timer(kernel, grid, arguments, options):
+        run_triton(kernel, grid, check=False, **arguments, **options)
+        return 2.5
+
+    (case,) = cases.select(["soft_kd"], "small", ["fp32"], ["both"])[:1]
+    name, timed = measured.measure([case], "cpu", timer)
+    assert [row.kernel for row in timed] == ["loss_and_logit_gradient", "scale"]
+    assert "2.50" in report.measured_table(name, timed)
+    rows = report.figures([], [], name, timed)
+    assert rows[0] == (
+        "soft_kd/indices/4x1000/fp32/loss_and_logit_gradient",
+        "cpu measured",
+        "time",
+        "us",
+        2.5,
+    )
 
 
 def test_command_writes_csv_and_json(tmp_path, capsys):

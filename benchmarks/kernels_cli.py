@@ -44,7 +44,9 @@ def _report(words: list[str]) -> int:
     from .problem import DTYPES
 
     archs = [str(chip.arch) for chip in chips.CHIPS]
-    parser = Parser(prog="featkd kernels report", description=" ".join(_HELP.split("report   ")[1].split()))
+    parser = Parser(
+        prog="featkd kernels report", description=" ".join(_HELP.split("report   ")[1].split())
+    )
     several(parser, "ops", tuple(cases.OPS), tuple(cases.OPS))
     several(parser, "dtypes", tuple(DTYPES), tuple(DTYPES))
     several(parser, "archs", archs, archs)

@@ -76,7 +76,10 @@ MISTAKES = {
         ["run", "--ops", "softkd"],
         "ops: expected projected_feature_kd, widelast_projection",
     ),
-    "no shapes": (["run", "--shapes", "tiny"], "shapes: expected small, published, large, all"),
+    "no shapes": (
+        ["run", "--shapes", "tiny"],
+        "shapes: expected small, published, large, grids, all",
+    ),
     "no dtype": (["run", "--dtypes", "fp32", "fp64"], "dtypes: expected fp32, bf16, fp16; got"),
     "no direction": (["run", "--directions", "back"], "directions: expected forward, backward, bo"),
     "batches": (["run", "--batches", "many"], "batches"),

@@ -191,7 +191,10 @@ def test_portable_fibers_give_the_same_results_and_reports(monkeypatch):
             for seed in (0, 3):
                 memory = np.zeros(136, np.uint32)
                 a = memory[-memory.ctypes.data % 32 // 4 :][:128]  # from a sector's start on
-                launch = emulator.launch(name, [a], 2, 128, seed=seed, workers=2)
+                # both blocks write the same places: of two workers either may come last, which
+                # tells in what the faulty one leaves
+                workers = 2 if name == "clean" else 1
+                launch = emulator.launch(name, [a], 2, 128, seed=seed, workers=workers)
                 found.append((a.tolist(), launch.reports, launch.counters))
         outcomes.append((emulator.library, found))
     (fast, expected), (portable, got) = outcomes

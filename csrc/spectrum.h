@@ -1,0 +1,121 @@
+// Singular values, energies and ranks of one matrix: the steps in their order.
+#pragma once
+
+#include "sturm.h"
+
+namespace featkd::FEATKD_ISA {
+
+// A team's scratch memory. The slab is done with before the vectors are needed, and these before
+// the counts and values.
+template <class Team, class Real>
+struct Scratch {
+  Lower<Team, Real> g;
+  Real *d, *e2, *shared;
+  uint64_t* slots;
+  int length;
+
+  FEATKD_INLINE static int padded(int n) { return (n + 31) / 32 * 32; }
+  FEATKD_INLINE static int points(int n) {
+    constexpr int STEP = width<Team, Real> * Team::UNROLL;
+    return padded((n + STEP - 1) / STEP * STEP);
+  }
+  FEATKD_INLINE static size_t shared_elements(int n, int groups) {
+    const size_t slab = Slab<Team, Real>::elements(n), counts = 2 * points(n);
+    const size_t vectors = Vectors<Real>::elements(padded(n), groups);
+    const size_t most = slab > vectors ? slab : vectors;
+    return most > counts ? most : counts;
+  }
+  FEATKD_INLINE static size_t matrix_elements(int n) {
+    return (Lower<Team, Real>::elements(n) + 15) / 16 * 16;
+  }
+  FEATKD_INLINE static size_t bytes(int n, int groups) {
+    const size_t numbers = matrix_elements(n) + 2 * padded(n) + shared_elements(n, groups);
+    return 8 * ((groups + 7) / 8 * 8) + (numbers + 15) / 16 * 16 * sizeof(Real);
+  }
+  FEATKD_INLINE Scratch(void* memory, int n, int groups)
+      : slots(static_cast<uint64_t*>(memory)), length(padded(n)) {
+    Real* numbers = reinterpret_cast<Real*>(slots + (groups + 7) / 8 * 8);
+    g = {numbers, n};
+    d = numbers + matrix_elements(n);
+    e2 = d + length;
+    shared = e2 + length;
+  }
+};
+
+template <class Real>
+struct Solution {
+  const Real* eigenvalues;  // of the scaled Gram matrix, ascending; null where there are none
+  double trace;
+  Scale<Real> scale;
+};
+
+// Needs no barrier before, and ends with one.
+template <class Real, class In, class Team>
+FEATKD_INLINE Solution<Real> solve(Team team, const Source<In>& x, Scratch<Team, Real> scratch) {
+  const int n = x.rows;
+  Solution<Real> found{nullptr, 0, find_scale<Real>(team, x, scratch.slots)};
+  if (!found.scale.finite || found.scale.zero) return found;  // in all lanes alike
+  gram(team, x, found.scale, scratch.shared, scratch.g);
+  team.barrier(9);
+  for (int i = 0; i < n; i++) found.trace += double(scratch.g.row(i)[i]);
+  const size_t used = Vectors<Real>::elements(scratch.length, team.size());
+  for (size_t i = team.rank() * team.lanes() + team.lane(); i < used;
+       i += team.size() * team.lanes())
+    scratch.shared[i] = 0;
+  team.barrier(10);
+  const Vectors<Real> vectors(scratch.shared, scratch.length, team.size());
+  tridiagonalise(team, scratch.g, vectors, scratch.d, scratch.e2);
+  Real* counts = scratch.shared;
+  Real* values = counts + Scratch<Team, Real>::points(n);
+  sturm(team, n, scratch.d, scratch.e2, counts, values);
+  team.barrier(11);
+  found.eigenvalues = values;
+  return found;
+}
+
+FEATKD_INLINE double scaled(double x, int exponent) {
+  const int half = exponent / 2;
+  return x * power_of_two(half, double()) * power_of_two(exponent - half, double());
+}
+
+// Writes the results of matrix `index`; for one lane alone. True where a float32 solve is too
+// near to a threshold, or too far from the trace, to be trusted with the ranks.
+template <class Out, class Real>
+FEATKD_INLINE bool write_results(const Problem& p, int64_t index, const Solution<Real>& found) {
+  const int n = p.rows;
+  Out* values = static_cast<Out*>(p.values) + index * n;
+  Out* curve = static_cast<Out*>(p.curve) + index * n;
+  int64_t* ranks = p.ranks + index * p.threshold_count;
+  if (found.eigenvalues == nullptr) {
+    const bool finite = found.scale.finite;
+    const Out nothing = finite ? Out(0) : Out(__builtin_nan(""));
+    for (int i = 0; i < n; i++) values[i] = curve[i] = nothing;
+    for (int t = 0; t < p.threshold_count; t++) ranks[t] = finite ? 0 : -1;
+    p.info[index] = finite ? SOLVED : NOT_FINITE;
+    p.residual[index] = finite ? 0 : __builtin_nan("");
+    return false;
+  }
+  double total = 0;
+  for (int i = 0; i < n; i++) total += double(found.eigenvalues[i]);
+  const double residual = magnitude(total / found.trace - 1);
+  bool doubtful = residual > WORST_RESIDUAL;
+  double sum = 0;
+  for (int t = 0; t < p.threshold_count; t++) ranks[t] = n;
+  for (int i = 0; i < n; i++) {
+    const double each = double(found.eigenvalues[n - 1 - i]);
+    const double sigma = each > 0 ? root(each) : 0;
+    sum += each;
+    const double share = sum / total < 1 ? sum / total : 1;
+    values[i] = Out(scaled(sigma, found.scale.exponent));
+    curve[i] = Out(share);
+    for (int t = 0; t < p.threshold_count; t++) {
+      doubtful |= magnitude(share - p.thresholds[t]) < NEAR_TIE && sizeof(Real) == 4;
+      if (ranks[t] == n && share >= p.thresholds[t] - TIE) ranks[t] = i + 1;
+    }
+  }
+  p.info[index] = residual > WORST_RESIDUAL ? NOT_ACCURATE : SOLVED;
+  p.residual[index] = residual;
+  return doubtful && sizeof(Real) == 4;
+}
+
+}  // namespace featkd::FEATKD_ISA

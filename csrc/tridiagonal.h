@@ -1,0 +1,171 @@
+// Householder tridiagonalisation of a symmetric matrix, from its last row up.
+#pragma once
+
+#include "gram.h"
+
+namespace featkd::FEATKD_ISA {
+
+// Scratch vectors, each of `length` numbers, all zero at first.
+template <class Real>
+struct Vectors {
+  Real *u, *old_u, *w, *y, *row, *row_sums, *dots, *norms, *partial;
+  int length;
+
+  // u, old_u, w, y, row, row_sums, and one partial sum vector and two numbers a group
+  FEATKD_INLINE static size_t elements(int length, int groups) {
+    return size_t(length) * (6 + groups) + 2 * size_t(groups + 7) / 8 * 8;
+  }
+  FEATKD_INLINE Vectors(Real* memory, int length, int groups)
+      : u(memory),
+        old_u(memory + length),
+        w(memory + 2 * length),
+        y(memory + 3 * length),
+        row(memory + 4 * length),
+        row_sums(memory + 5 * length),
+        dots(memory + (6 + groups) * length),
+        norms(dots + (groups + 7) / 8 * 8),
+        partial(memory + 6 * length),
+        length(length) {}
+};
+
+// Rows [i0, i0 + R): A -= v w^T + w v^T, and their share of y = A u: sums along the rows, and
+// down the columns for the half of A that is not kept.
+template <int R, class Real, class Team>
+FEATKD_INLINE void update_rows(Team team, int i0, Lower<Team, Real> a, const Vectors<Real>& s,
+                               Real* partial) {
+  constexpr int L = width<Team, Real>;
+  using V = Lane<Team, Real>;
+  const Real* v = s.old_u;
+  V v_row[R], w_row[R], u_row[R], sums[R];
+  Real* rows[R];
+FEATKD_UNROLLED
+  for (int r = 0; r < R; r++) {
+    v_row[r] = team.splat(v[i0 + r]);
+    w_row[r] = team.splat(s.w[i0 + r]);
+    u_row[r] = team.splat(s.u[i0 + r]);
+    sums[r] = team.splat(Real(0));
+    rows[r] = a.row(i0 + r);
+  }
+  int j = 0;
+  for (; j + L <= i0; j += L) {
+    const V vj = team.load(v + j), wj = team.load(s.w + j), uj = team.load(s.u + j);
+    V yj = team.load(partial + j);
+FEATKD_UNROLLED
+    for (int r = 0; r < R; r++) {
+      const V entry = team.load(rows[r] + j) - v_row[r] * wj - w_row[r] * vj;
+      team.store(rows[r] + j, entry);
+      sums[r] += entry * uj;
+      yj += entry * u_row[r];
+    }
+    team.store(partial + j, yj);
+  }
+  for (; j < i0 + R; j += L) {  // the diagonal passes through these vectors
+    const V vj = team.load(v + j), wj = team.load(s.w + j), uj = team.load(s.u + j);
+    const V lane = team.iota(Real()), zero = team.splat(Real(0));
+    V yj = team.load(partial + j);
+FEATKD_UNROLLED
+    for (int r = 0; r < R; r++) {
+      const int count = i0 + r + 1 - j;
+      if (count <= 0) continue;
+      const V moved = team.load_upto(rows[r] + j, count) - v_row[r] * wj - w_row[r] * vj;
+      const V entry = lane < team.splat(Real(count)) ? moved : zero;
+      team.store_upto(rows[r] + j, entry, count);
+      sums[r] += entry * uj;
+      yj += lane < team.splat(Real(count - 1)) ? entry * u_row[r] : zero;
+    }
+    team.store(partial + j, yj);
+  }
+FEATKD_UNROLLED
+  for (int r = 0; r < R; r++) {
+    const Real total = team.sum(sums[r]);
+    if (team.is_leader()) s.row_sums[i0 + r] = total;
+  }
+}
+
+// One pass over the k leading rows. A group keeps the same blocks of rows to the end.
+template <class Real, class Team>
+FEATKD_INLINE void update_and_multiply(Team team, int k, Lower<Team, Real> a,
+                                       const Vectors<Real>& s) {
+  constexpr int R = Team::ROWS, L = width<Team, Real>;
+  Real* partial = s.partial + team.rank() * s.length;
+  for (int j = 0; j < k; j += L) team.store(partial + j, team.splat(Real(0)));
+  for (int block = team.rank(); block * R < k; block += team.size())
+    if (block * R + R <= k)
+      update_rows<R>(team, block * R, a, s, partial);
+    else
+      for (int i = block * R; i < k; i++) update_rows<1>(team, i, a, s, partial);
+}
+
+// Reduces `a`, which is overwritten, to the tridiagonal matrix of diagonal d and squared
+// off-diagonals e2, none of them zero. Needs a barrier before, and ends with one.
+//
+// With H = I - tau u u^T a step is A <- H A H = A - u w^T - w u^T for w = tau (y - tau/2 (y.u) u),
+// y = A u. The update waits for the next step's pass, which forms that step's product from each
+// entry as it is written: one read and one write of A a step.
+template <class Real, class Team>
+FEATKD_INLINE void tridiagonalise(Team team, Lower<Team, Real> a, Vectors<Real> s, Real* d,
+                                  Real* e2) {
+  constexpr int L = width<Team, Real>;
+  using V = Lane<Team, Real>;
+  const V lane = team.iota(Real()), zero = team.splat(Real(0));
+  Real tau = 0;
+  for (int k = a.n; k >= 1; k--) {  // rows [0, k) are left; row k - 1 goes now
+    V dots = zero;
+    for (int j = team.rank() * L; j < k; j += team.size() * L) {
+      V y = team.load(s.row_sums + j);
+      for (int g = 0; g < team.size(); g++) y += team.load(s.partial + g * s.length + j);
+      y = lane < team.splat(Real(k - j)) ? y : zero;
+      team.store(s.y + j, y);
+      dots += y * team.load(s.u + j);
+    }
+    const Real dot = team.sum(dots);
+    if (team.is_leader()) s.dots[team.rank()] = dot;
+    team.barrier(4);
+
+    Real product = 0;
+    for (int g = 0; g < team.size(); g++) product += s.dots[g];
+    const Real half = tau * product / 2;
+    const Real u_last = s.u[k - 1], w_last = tau * (s.y[k - 1] - half * u_last);
+    const Real* last = a.row(k - 1);
+    V squares = zero;
+    for (int j = team.rank() * L; j < k; j += team.size() * L) {
+      const V u = team.load(s.u + j);
+      const V w = tau * (team.load(s.y + j) - half * u);
+      const V row = team.load_upto(last + j, k - j) - u_last * w - w_last * u;
+      team.store(s.w + j, w);
+      team.store(s.row + j, row);
+      squares += lane < team.splat(Real(k - 2 - j)) ? row * row : zero;
+    }
+    const Real norm = team.sum(squares);
+    if (team.is_leader()) s.norms[team.rank()] = norm;
+    team.barrier(5);
+
+    Real rest = 0;
+    for (int g = 0; g < team.size(); g++) rest += s.norms[g];
+    const Real alpha = k > 1 ? s.row[k - 2] : 0;
+    const Real length2 = alpha * alpha + rest;
+    const bool reflect = rest > Limits<Real>::TINY;
+    const Real beta = alpha > 0 ? -root(length2) : root(length2);
+    const Real factor = reflect ? 1 / (alpha - beta) : 0;
+    tau = reflect ? (beta - alpha) / beta : 0;
+    for (int j = team.rank() * L; j < s.length; j += team.size() * L) {
+      const V scaled = factor * team.load(s.row + j);
+      const V one = lane < team.splat(Real(k - 1 - j)) ? team.splat(Real(reflect)) : zero;
+      team.store(s.old_u + j, lane < team.splat(Real(k - 2 - j)) ? scaled : one);
+    }
+    if (team.rank() == 0 && team.is_leader()) {
+      d[k - 1] = s.row[k - 1];
+      const Real e = reflect ? length2 : alpha * alpha;
+      if (k > 1) e2[k - 2] = e > Limits<Real>::TINY ? e : Limits<Real>::TINY;
+    }
+    Real* swapped = s.u;
+    s.u = s.old_u;
+    s.old_u = swapped;
+    team.barrier(6);
+
+    update_and_multiply(team, k - 1, a, s);
+    team.barrier(7);
+  }
+}
+
+}  // namespace featkd::FEATKD_ISA

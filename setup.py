@@ -24,7 +24,7 @@ FOLDERS = ("benchmarks", "kernels", "recipes")
 CSRC = Path("csrc")
 TORCH_2_10 = "0x020a000000000000"
 FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"),
     # neither changes a result: square roots that set no errno, no floating-point traps
     *("-fno-math-errno", "-fno-trapping-math"),
 )

@@ -63,6 +63,7 @@ Call prepare(const Tensor& x, const Tensor& thresholds, bool wide) {
                   strides[2 - turned],
                   int32_t(rows),
                   wide,
+                  wide && type != featkd::Type::f64 ? 0x1p-27 : 0,
                   values.mutable_data_ptr(),
                   curve.mutable_data_ptr(),
                   static_cast<const double*>(thresholds.const_data_ptr()),

@@ -22,8 +22,8 @@ __attribute__((noinline)) bool solve_as(const Problem& p, int64_t index, void* m
   const auto run = [&](auto element) {
     using In = decltype(element);
     const In* data = static_cast<const In*>(p.data) + index * p.batch_stride;
-    found = solve<Real>(
-        team, Source<In>{data, p.rows, p.columns, p.row_stride, p.column_stride}, scratch);
+    const Source<In> x{data, p.rows, p.columns, p.row_stride, p.column_stride};
+    found = solve<Real>(team, x, Real(p.relative), scratch);
   };
   switch (p.type) {
     case Type::f32: run(float()); break;

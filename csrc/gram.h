@@ -117,53 +117,53 @@ FEATKD_INLINE void fill_slab(Team team, const Source<In>& x, int64_t k0, int dep
 }
 
 // Adds a slab's part of GRAM_ROWS rows of G, from row i0 on, in the columns of a panel.
-template <class Real, class Team>
+template <class Real, class Sum, class Team>
 FEATKD_INLINE void gram_tile(Team team, const Real* slab, int depth, int i0, int panel, bool add,
-                             Lower<Team, Real> g) {
+                             Lower<Team, Sum> g) {
   using S = Slab<Team, Real>;
   constexpr int R = Team::GRAM_ROWS, L = width<Team, Real>;
   Lane<Team, Real> sums[R][2];
+  FEATKD_UNROLLED
   for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = team.splat(Real(0));
   const Real* column = slab + panel * (S::DEPTH * S::STRIDE);
   const Real* row = slab + i0 / S::COLUMNS * (S::DEPTH * S::STRIDE) + i0 % S::COLUMNS;
   for (int k = 0; k < depth; k++, column += S::STRIDE, row += S::STRIDE) {
     const auto left = team.load(column), right = team.load(column + L);
-FEATKD_UNROLLED
+    FEATKD_UNROLLED
     for (int r = 0; r < R; r++) {
       const auto each = team.splat(row[r]);
       sums[r][0] += each * left;
       sums[r][1] += each * right;
     }
   }
-FEATKD_UNROLLED
+  FEATKD_UNROLLED
   for (int r = 0; r < R; r++)
-FEATKD_UNROLLED
+    FEATKD_UNROLLED
     for (int c = 0; c < 2; c++) {
       const int i = i0 + r, j = panel * S::COLUMNS + c * L, count = i + 1 - j;
-      if (i >= g.n || count <= 0) continue;
-      Real* to = g.row(i) + j;
-      team.store_upto(to, add ? team.load_upto(to, count) + sums[r][c] : sums[r][c], count);
+      if (i < g.n && count > 0) team.accumulate(g.row(i) + j, sums[r][c], count, add);
     }
 }
 
-// G = (s X)(s X)^T for the scale s. Ends without a barrier.
-template <class Real, class In, class Team>
+// G = (s X)(s X)^T for the scale s, of which no slab's part is yet rounded away. Ends with a
+// barrier.
+template <class Real, class Sum, class In, class Team>
 FEATKD_INLINE void gram(Team team, const Source<In>& x, Scale<Real> scale, Real* slab,
-                        Lower<Team, Real> g) {
+                        Lower<Team, Sum> g) {
   using S = Slab<Team, Real>;
   constexpr int R = Team::GRAM_ROWS;
   static_assert(S::COLUMNS % R == 0, "a tile's rows lie in one panel");
   const int tiles = (x.rows + R - 1) / R;
   for (int64_t k0 = 0; k0 < x.columns; k0 += S::DEPTH) {
     const int depth = x.columns - k0 < S::DEPTH ? int(x.columns - k0) : S::DEPTH;
-    team.barrier(2);
     fill_slab(team, x, k0, depth, scale, slab);
-    team.barrier(3);
+    team.barrier(2);
     int number = 0;
     for (int panel = 0; panel < S::panels(x.rows); panel++)
       for (int tile = panel * (S::COLUMNS / R); tile < tiles; tile++, number++)
         if (number % team.size() == team.rank())
           gram_tile(team, slab, depth, tile * R, panel, k0 > 0, g);
+    team.barrier(3);
   }
 }
 

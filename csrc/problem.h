@@ -19,6 +19,7 @@ struct Problem {
   int64_t batch, columns, batch_stride, row_stride, column_stride;
   int32_t rows;
   bool wide;  // solve in float64 whatever the type
+  double relative;  // share of a singular value at which its search may end
   void* values;  // (batch, rows) singular values, descending; float64 for Type::f64, else float32
   void* curve;  // (batch, rows) shares of the energy in the leading values, of the same type
   const double* thresholds;

@@ -9,18 +9,18 @@ namespace featkd::FEATKD_ISA {
 // the counts and values.
 template <class Team, class Real>
 struct Scratch {
+  using Sum = typename Team::template GramSum<Real>;
+  static constexpr bool ROUNDED = sizeof(Sum) != sizeof(Real);
+
+  uint64_t* slots;
+  Lower<Team, Sum> sums;  // G as it is added up; where that is in Real, the same as
   Lower<Team, Real> g;
   Real *d, *e2, *shared;
-  uint64_t* slots;
   int length;
 
   FEATKD_INLINE static int padded(int n) { return (n + 31) / 32 * 32; }
-  FEATKD_INLINE static int points(int n) {
-    constexpr int STEP = width<Team, Real> * Team::UNROLL;
-    return padded((n + STEP - 1) / STEP * STEP);
-  }
   FEATKD_INLINE static size_t shared_elements(int n, int groups) {
-    const size_t slab = Slab<Team, Real>::elements(n), counts = 2 * points(n);
+    const size_t slab = Slab<Team, Real>::elements(n), counts = 2 * padded(n);
     const size_t vectors = Vectors<Real>::elements(padded(n), groups);
     const size_t most = slab > vectors ? slab : vectors;
     return most > counts ? most : counts;
@@ -28,19 +28,32 @@ struct Scratch {
   FEATKD_INLINE static size_t matrix_elements(int n) {
     return (Lower<Team, Real>::elements(n) + 15) / 16 * 16;
   }
+  FEATKD_INLINE static size_t slot_count(int groups) { return (groups + 7) / 8 * 8; }
   FEATKD_INLINE static size_t bytes(int n, int groups) {
     const size_t numbers = matrix_elements(n) + 2 * padded(n) + shared_elements(n, groups);
-    return 8 * ((groups + 7) / 8 * 8) + (numbers + 15) / 16 * 16 * sizeof(Real);
+    return sizeof(uint64_t) * slot_count(groups) + ROUNDED * matrix_elements(n) * sizeof(Sum) +
+           (numbers + 15) / 16 * 16 * sizeof(Real);
   }
   FEATKD_INLINE Scratch(void* memory, int n, int groups)
       : slots(static_cast<uint64_t*>(memory)), length(padded(n)) {
-    Real* numbers = reinterpret_cast<Real*>(slots + (groups + 7) / 8 * 8);
-    g = {numbers, n};
-    d = numbers + matrix_elements(n);
+    sums = {reinterpret_cast<Sum*>(slots + slot_count(groups)), n};
+    g = {reinterpret_cast<Real*>(sums.data + ROUNDED * matrix_elements(n)), n};
+    d = g.data + matrix_elements(n);
     e2 = d + length;
     shared = e2 + length;
   }
 };
+
+// G = the sums, rounded to Real where they are wider.
+template <class Team, class Real>
+FEATKD_INLINE void round_sums(Team team, Scratch<Team, Real> scratch) {
+  if constexpr (Scratch<Team, Real>::ROUNDED)
+    for (int i = team.rank(); i < scratch.g.n; i += team.size()) {
+      const auto* from = scratch.sums.row(i);
+      Real* to = scratch.g.row(i);
+      for (int j = 0; j <= i; j++) to[j] = Real(from[j]);
+    }
+}
 
 template <class Real>
 struct Solution {
@@ -49,26 +62,28 @@ struct Solution {
   Scale<Real> scale;
 };
 
-// Needs no barrier before, and ends with one.
+// `relative` is the share of a singular value at which its search may end, 0 to search to the last
+// bit of the eigenvalue. Needs no barrier before, and ends with one.
 template <class Real, class In, class Team>
-FEATKD_INLINE Solution<Real> solve(Team team, const Source<In>& x, Scratch<Team, Real> scratch) {
+FEATKD_INLINE Solution<Real> solve(Team team, const Source<In>& x, Real relative,
+                                   Scratch<Team, Real> scratch) {
   const int n = x.rows;
   Solution<Real> found{nullptr, 0, find_scale<Real>(team, x, scratch.slots)};
   if (!found.scale.finite || found.scale.zero) return found;  // in all lanes alike
-  gram(team, x, found.scale, scratch.shared, scratch.g);
-  team.barrier(9);
-  for (int i = 0; i < n; i++) found.trace += double(scratch.g.row(i)[i]);
+  gram(team, x, found.scale, scratch.shared, scratch.sums);
+  for (int i = 0; i < n; i++) found.trace += double(scratch.sums.row(i)[i]);
+  round_sums(team, scratch);
   const size_t used = Vectors<Real>::elements(scratch.length, team.size());
   for (size_t i = team.rank() * team.lanes() + team.lane(); i < used;
        i += team.size() * team.lanes())
     scratch.shared[i] = 0;
-  team.barrier(10);
+  team.barrier(9);
   const Vectors<Real> vectors(scratch.shared, scratch.length, team.size());
   tridiagonalise(team, scratch.g, vectors, scratch.d, scratch.e2);
   Real* counts = scratch.shared;
-  Real* values = counts + Scratch<Team, Real>::points(n);
-  sturm(team, n, scratch.d, scratch.e2, counts, values);
-  team.barrier(11);
+  Real* values = counts + scratch.length;
+  sturm(team, n, scratch.d, scratch.e2, relative, counts, values);
+  team.barrier(10);
   found.eigenvalues = values;
   return found;
 }

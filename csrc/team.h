@@ -11,17 +11,22 @@
 //   lane(), lanes()                       for plain loops: the compiler makes vectors of a CPU's
 //   load(p), store(p, x)                  lane l touches p[l]
 //   load_upto(p, count), store_upto(...)  lanes below count alone; the others load 0
+//   accumulate(p, x, count, add)          p[l] (+)= x, in p's type
 //   splat(x), iota(Real())                the same in every lane; 0, 1, 2, ...
+//   first(x)                              the first lane's value; each lane's own in CUDA code
+//   widen(x), narrow(x, Real())           to float64 lanes and back
 //   sum(x), most(x)                       over a group's lanes, the same in every lane
 //   signs(x), as_real(count, Real())      1 where the sign bit is set, to be counted
 //   ROWS, GRAM_ROWS, UNROLL, SLAB_DEPTH   how much fits the registers and the nearest memory
 //   PACKED, PAD                           how matrices lie in the scratch memory
+//   GramSum                               the type in which a slab's sums are added up
 //
 // Groups talk through memory only, and only across a barrier. No lane returns before one.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define FEATKD_INLINE __device__ __forceinline__
@@ -67,17 +72,22 @@ struct VectorLanes {
   static constexpr int LANE_BYTES = BYTES;
   static constexpr bool PACKED = false;
   static constexpr int PAD = 0;
+  template <class Real>
+  using GramSum = double;
 
   // may_alias and aligned: the scratch memory holds plain arrays, aligned to whole vectors
   template <class Real>
   struct Vector {
     typedef Real Type __attribute__((vector_size(BYTES), may_alias));
     typedef typename Bits<Real>::Type Count __attribute__((vector_size(BYTES), may_alias));
+    typedef double Wide __attribute__((vector_size(BYTES / sizeof(Real) * sizeof(double))));
   };
   template <class Real>
   using LaneOf = typename Vector<Real>::Type;
   template <class Real>
   using CountOf = typename Vector<Real>::Count;
+  template <class Real>
+  using WideOf = typename Vector<Real>::Wide;
 
   FEATKD_INLINE static bool is_leader() { return true; }
   FEATKD_INLINE static int lane() { return 0; }
@@ -111,16 +121,37 @@ struct VectorLanes {
     for (int i = 0; i < BYTES / int(sizeof(Real)); i++) x[i] = Real(i);
     return x;
   }
-  template <class Real>
-  FEATKD_INLINE static Real sum_of(LaneOf<Real> x) {
-    Real parts[BYTES / sizeof(Real)];
-    for (int i = 0; i < BYTES / int(sizeof(Real)); i++) parts[i] = x[i];
-    for (int half = BYTES / int(sizeof(Real)) / 2; half; half /= 2)
+  template <class V>
+  FEATKD_INLINE static void accumulate(double* p, V x, int, bool add) {
+    constexpr int L = BYTES / int(sizeof(double)), COUNT = sizeof(V) / sizeof(x[0]);
+    FEATKD_UNROLLED
+    for (int part = 0; part < COUNT; part += L) {
+      LaneOf<double> each;
+      for (int i = 0; i < L; i++) each[i] = x[part + i];
+      store(p + part, add ? load(p + part) + each : each);
+    }
+  }
+  template <class V, class Real>
+  FEATKD_INLINE static Real first(V x, Real) {
+    return x[0];
+  }
+  FEATKD_INLINE static WideOf<float> widen(LaneOf<float> x) {
+    return __builtin_convertvector(x, WideOf<float>);
+  }
+  FEATKD_INLINE static WideOf<double> widen(LaneOf<double> x) { return x; }
+  FEATKD_INLINE static LaneOf<float> narrow(WideOf<float> x, float) {
+    return __builtin_convertvector(x, LaneOf<float>);
+  }
+  FEATKD_INLINE static LaneOf<double> narrow(WideOf<double> x, double) { return x; }
+  template <class V>
+  FEATKD_INLINE static auto sum(V x) {
+    constexpr int COUNT = sizeof(V) / sizeof(x[0]);
+    typename std::remove_reference<decltype(x[0])>::type parts[COUNT];
+    for (int i = 0; i < COUNT; i++) parts[i] = x[i];
+    for (int half = COUNT / 2; half; half /= 2)
       for (int i = 0; i < half; i++) parts[i] += parts[i + half];
     return parts[0];
   }
-  FEATKD_INLINE static float sum(LaneOf<float> x) { return sum_of<float>(x); }
-  FEATKD_INLINE static double sum(LaneOf<double> x) { return sum_of<double>(x); }
   FEATKD_INLINE static uint64_t most(uint64_t x) { return x; }
 
   FEATKD_INLINE static LaneOf<float> as_real(CountOf<float> x, float) {
@@ -137,7 +168,7 @@ struct VectorLanes {
 // One CPU thread with its vector registers: what production runs.
 template <int BYTES, int ROWS_, int UNROLL_>
 struct TeamOfOne : VectorLanes<BYTES> {
-  static constexpr int ROWS = ROWS_, GRAM_ROWS = 4, UNROLL = UNROLL_, SLAB_DEPTH = 128;
+  static constexpr int ROWS = ROWS_, GRAM_ROWS = 4, UNROLL = UNROLL_, SLAB_DEPTH = 64;
   FEATKD_INLINE static int rank() { return 0; }
   FEATKD_INLINE static int size() { return 1; }
   FEATKD_INLINE static void barrier(int) {}
@@ -149,9 +180,13 @@ struct Block {
   static constexpr int ROWS = 4, GRAM_ROWS = 4, UNROLL = 1, SLAB_DEPTH = 16, PAD = 1;
   static constexpr bool PACKED = true;
   template <class Real>
+  using GramSum = Real;
+  template <class Real>
   using LaneOf = Real;
   template <class Real>
   using CountOf = int;
+  template <class Real>
+  using WideOf = double;
 
   FEATKD_INLINE static int lane() { return threadIdx.x & 31; }
   FEATKD_INLINE static int lanes() { return 32; }
@@ -184,6 +219,19 @@ struct Block {
   template <class Real>
   FEATKD_INLINE static Real iota(Real) {
     return Real(lane());
+  }
+  template <class Real>
+  FEATKD_INLINE static void accumulate(Real* p, Real x, int count, bool add) {
+    if (lane() < count) p[lane()] = add ? p[lane()] + x : x;
+  }
+  template <class Real>
+  FEATKD_INLINE static Real first(Real x, Real) {
+    return x;
+  }
+  FEATKD_INLINE static double widen(double x) { return x; }
+  template <class Real>
+  FEATKD_INLINE static Real narrow(double x, Real) {
+    return Real(x);
   }
   // both lanes of a pair add the same two numbers: every lane ends with the same bits
   template <class Real>

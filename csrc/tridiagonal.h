@@ -8,12 +8,13 @@ namespace featkd::FEATKD_ISA {
 // Scratch vectors, each of `length` numbers, all zero at first.
 template <class Real>
 struct Vectors {
-  Real *u, *old_u, *w, *y, *row, *row_sums, *dots, *norms, *partial;
+  Real *u, *old_u, *w, *y, *row, *row_sums, *partial, *total;
+  double *dots, *norms;  // one a group
   int length;
 
-  // u, old_u, w, y, row, row_sums, and one partial sum vector and two numbers a group
+  // the six vectors; two vectors of sums and two numbers a group
   FEATKD_INLINE static size_t elements(int length, int groups) {
-    return size_t(length) * (6 + groups) + 2 * size_t(groups + 7) / 8 * 8;
+    return size_t(length) * (6 + 2 * groups) + 2 * (groups + 7) / 8 * 8 * sizeof(double) / sizeof(Real);
   }
   FEATKD_INLINE Vectors(Real* memory, int length, int groups)
       : u(memory),
@@ -22,9 +23,10 @@ struct Vectors {
         y(memory + 3 * length),
         row(memory + 4 * length),
         row_sums(memory + 5 * length),
-        dots(memory + (6 + groups) * length),
-        norms(dots + (groups + 7) / 8 * 8),
         partial(memory + 6 * length),
+        total(memory + (6 + groups) * length),
+        dots(reinterpret_cast<double*>(memory + (6 + 2 * groups) * length)),
+        norms(dots + (groups + 7) / 8 * 8),
         length(length) {}
 };
 
@@ -82,18 +84,32 @@ FEATKD_UNROLLED
   }
 }
 
-// One pass over the k leading rows. A group keeps the same blocks of rows to the end.
+// One pass over the k leading rows. A group keeps the same blocks of rows to the end. Its sums
+// down the columns start anew every 32 rows: a long chain of equal terms rounds to one side.
 template <class Real, class Team>
 FEATKD_INLINE void update_and_multiply(Team team, int k, Lower<Team, Real> a,
                                        const Vectors<Real>& s) {
-  constexpr int R = Team::ROWS, L = width<Team, Real>;
-  Real* partial = s.partial + team.rank() * s.length;
-  for (int j = 0; j < k; j += L) team.store(partial + j, team.splat(Real(0)));
-  for (int block = team.rank(); block * R < k; block += team.size())
+  constexpr int R = Team::ROWS, L = width<Team, Real>, MOST = 32 / R;
+  Real *partial = s.partial + team.rank() * s.length, *total = s.total + team.rank() * s.length;
+  const Lane<Team, Real> zero = team.splat(Real(0));
+  for (int j = 0; j < k; j += L) {
+    team.store(partial + j, zero);
+    team.store(total + j, zero);
+  }
+  int done = 0;
+  for (int block = team.rank(); block * R < k; block += team.size()) {
     if (block * R + R <= k)
       update_rows<R>(team, block * R, a, s, partial);
     else
       for (int i = block * R; i < k; i++) update_rows<1>(team, i, a, s, partial);
+    if (++done == MOST || (block + team.size()) * R >= k) {
+      for (int j = 0; j < block * R + R; j += L) {
+        team.store(total + j, team.load(total + j) + team.load(partial + j));
+        team.store(partial + j, zero);
+      }
+      done = 0;
+    }
+  }
 }
 
 // Reduces `a`, which is overwritten, to the tridiagonal matrix of diagonal d and squared
@@ -101,52 +117,56 @@ FEATKD_INLINE void update_and_multiply(Team team, int k, Lower<Team, Real> a,
 //
 // With H = I - tau u u^T a step is A <- H A H = A - u w^T - w u^T for w = tau (y - tau/2 (y.u) u),
 // y = A u. The update waits for the next step's pass, which forms that step's product from each
-// entry as it is written: one read and one write of A a step.
+// entry as it is written: one read and one write of A a step. What is of order n in a step is done
+// in float64: a rounded tau is an H that is not orthogonal, and moves the whole spectrum.
 template <class Real, class Team>
 FEATKD_INLINE void tridiagonalise(Team team, Lower<Team, Real> a, Vectors<Real> s, Real* d,
                                   Real* e2) {
   constexpr int L = width<Team, Real>;
   using V = Lane<Team, Real>;
+  using W = typename Team::template WideOf<Real>;
   const V lane = team.iota(Real()), zero = team.splat(Real(0));
-  Real tau = 0;
+  double tau = 0;
   for (int k = a.n; k >= 1; k--) {  // rows [0, k) are left; row k - 1 goes now
-    V dots = zero;
+    W dots = team.widen(zero);
     for (int j = team.rank() * L; j < k; j += team.size() * L) {
       V y = team.load(s.row_sums + j);
-      for (int g = 0; g < team.size(); g++) y += team.load(s.partial + g * s.length + j);
+      for (int g = 0; g < team.size(); g++) y += team.load(s.total + g * s.length + j);
       y = lane < team.splat(Real(k - j)) ? y : zero;
       team.store(s.y + j, y);
-      dots += y * team.load(s.u + j);
+      dots += team.widen(y) * team.widen(team.load(s.u + j));
     }
-    const Real dot = team.sum(dots);
+    const double dot = team.sum(dots);
     if (team.is_leader()) s.dots[team.rank()] = dot;
     team.barrier(4);
 
-    Real product = 0;
+    double product = 0;
     for (int g = 0; g < team.size(); g++) product += s.dots[g];
-    const Real half = tau * product / 2;
-    const Real u_last = s.u[k - 1], w_last = tau * (s.y[k - 1] - half * u_last);
+    const double half = tau * product / 2;
+    const double u_last = s.u[k - 1], w_last = tau * (s.y[k - 1] - half * u_last);
     const Real* last = a.row(k - 1);
-    V squares = zero;
+    W squares = team.widen(zero);
     for (int j = team.rank() * L; j < k; j += team.size() * L) {
-      const V u = team.load(s.u + j);
-      const V w = tau * (team.load(s.y + j) - half * u);
-      const V row = team.load_upto(last + j, k - j) - u_last * w - w_last * u;
-      team.store(s.w + j, w);
+      const W u = team.widen(team.load(s.u + j));
+      const W w = tau * (team.widen(team.load(s.y + j)) - half * u);
+      const W entry = team.widen(team.load_upto(last + j, k - j));
+      const V row = team.narrow(entry - u_last * w - w_last * u, Real());
+      team.store(s.w + j, team.narrow(w, Real()));
       team.store(s.row + j, row);
-      squares += lane < team.splat(Real(k - 2 - j)) ? row * row : zero;
+      const W counted = team.widen(lane < team.splat(Real(k - 2 - j)) ? row : zero);
+      squares += counted * counted;
     }
-    const Real norm = team.sum(squares);
+    const double norm = team.sum(squares);
     if (team.is_leader()) s.norms[team.rank()] = norm;
     team.barrier(5);
 
-    Real rest = 0;
+    double rest = 0;
     for (int g = 0; g < team.size(); g++) rest += s.norms[g];
-    const Real alpha = k > 1 ? s.row[k - 2] : 0;
-    const Real length2 = alpha * alpha + rest;
-    const bool reflect = rest > Limits<Real>::TINY;
-    const Real beta = alpha > 0 ? -root(length2) : root(length2);
-    const Real factor = reflect ? 1 / (alpha - beta) : 0;
+    const double alpha = k > 1 ? s.row[k - 2] : 0;
+    const double length2 = alpha * alpha + rest;
+    const bool reflect = rest > double(Limits<Real>::TINY);
+    const double beta = alpha > 0 ? -root(length2) : root(length2);
+    const Real factor = reflect ? Real(1 / (alpha - beta)) : Real(0);
     tau = reflect ? (beta - alpha) / beta : 0;
     for (int j = team.rank() * L; j < s.length; j += team.size() * L) {
       const V scaled = factor * team.load(s.row + j);
@@ -155,7 +175,7 @@ FEATKD_INLINE void tridiagonalise(Team team, Lower<Team, Real> a, Vectors<Real> 
     }
     if (team.rank() == 0 && team.is_leader()) {
       d[k - 1] = s.row[k - 1];
-      const Real e = reflect ? length2 : alpha * alpha;
+      const Real e = Real(reflect ? length2 : alpha * alpha);
       if (k > 1) e2[k - 2] = e > Limits<Real>::TINY ? e : Limits<Real>::TINY;
     }
     Real* swapped = s.u;

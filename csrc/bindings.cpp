@@ -8,6 +8,12 @@
 #include <tuple>
 
 #include "cpu.h"
+#if defined(FEATKD_WITH_CUDA)
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda.h"
+#endif
 
 namespace {
 
@@ -35,7 +41,7 @@ struct Call {
   Results results;
 };
 
-// x (B, N, D) of any strides, thresholds (T) float64 on the CPU
+// x (B, N, D) of any strides, thresholds (T) float64 on the same device
 Call prepare(const Tensor& x, const Tensor& thresholds, bool wide) {
   STD_TORCH_CHECK(x.dim() == 3, "x: expected shape (B, N, D), got ", x.dim(), " dimensions");
   const auto sizes = x.sizes(), strides = x.strides();
@@ -86,6 +92,43 @@ Results spectrum_cpu(Tensor x, Tensor thresholds, bool wide) {
   return call.results;
 }
 
+#if defined(FEATKD_WITH_CUDA)
+// torch's CUDA library has this function; one without CUDA has not, and loads this file too.
+void* current_stream(int32_t device) {
+  using Function = int32_t (*)(int32_t, void**);
+  static const auto ask =
+      reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  void* stream = nullptr;
+  STD_TORCH_CHECK(ask != nullptr && ask(device, &stream) == 0, "featkd.linalg: no CUDA stream");
+  return stream;
+}
+
+void launch(const Tensor& x, const featkd::Problem& problem, bool wide, bool only_resolved) {
+  featkd::LaunchPlan plan;
+  const char* error = featkd::plan_on_cuda(problem, wide, &plan);
+  STD_TORCH_CHECK(error == nullptr, "featkd.linalg: ", error);
+  const int64_t bytes = int64_t(plan.workspace);
+  const Tensor workspace = torch::stable::new_empty(
+      x, torch::headeronly::IntHeaderOnlyArrayRef(&bytes, 1), ScalarType::Byte);
+  error = featkd::solve_on_cuda(problem, wide, only_resolved, plan, workspace.mutable_data_ptr(),
+                                current_stream(x.get_device_index()));
+  STD_TORCH_CHECK(error == nullptr, "featkd.linalg: ", error);
+}
+
+// Never waits for the GPU: the second launch finds the marked matrices by itself.
+Results spectrum_cuda(Tensor x, Tensor thresholds, bool wide) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Call call = prepare(x, thresholds, wide);
+  const bool narrow = !wide && call.problem.type != featkd::Type::f64;
+  launch(x, call.problem, !narrow, false);
+  if (narrow) launch(x, call.problem, true, true);
+  return call.results;
+}
+#endif
+
 }  // namespace
 
+#if defined(FEATKD_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(featkd, CUDA, m) { m.impl("spectrum", TORCH_BOX(&spectrum_cuda)); }
+#endif
 STABLE_TORCH_LIBRARY_IMPL(featkd, CPU, m) { m.impl("spectrum", TORCH_BOX(&spectrum_cpu)); }

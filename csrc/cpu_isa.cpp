@@ -16,23 +16,8 @@ using One = TeamOfOne<FEATKD_VECTOR_BYTES, FEATKD_ROWS, FEATKD_UNROLL>;
 
 template <class Real>
 __attribute__((noinline)) bool solve_as(const Problem& p, int64_t index, void* memory) {
-  const One team;
   const Scratch<One, Real> scratch(memory, p.rows, 1);
-  Solution<Real> found{};
-  const auto run = [&](auto element) {
-    using In = decltype(element);
-    const In* data = static_cast<const In*>(p.data) + index * p.batch_stride;
-    const Source<In> x{data, p.rows, p.columns, p.row_stride, p.column_stride};
-    found = solve<Real>(team, x, Real(p.relative), scratch);
-  };
-  switch (p.type) {
-    case Type::f32: run(float()); break;
-    case Type::f64: run(double()); break;
-    case Type::bf16: run(BFloat16()); break;
-    case Type::f16: run(Half()); break;
-  }
-  if (p.type == Type::f64) return write_results<double>(p, index, found);
-  return write_results<float>(p, index, found);
+  return write_results(p, index, solve(One(), p, index, scratch));
 }
 
 size_t bytes(const Problem& p) {

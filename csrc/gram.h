@@ -24,10 +24,10 @@ struct Lower {
   Real* data;
   int n;
 
-  FEATKD_INLINE static int leading(int n) {  // a multiple of every vector's width, not of 1 KB
+  FEATKD_SIZE static int leading(int n) {  // a multiple of every vector's width, not of 1 KB
     return (n + 15) / 16 * 16 + 16 * ((n + 15) / 16 % 16 == 0);
   }
-  FEATKD_INLINE static size_t elements(int n) {
+  FEATKD_SIZE static size_t elements(int n) {
     return Team::PACKED ? size_t(n) * (n + 1) / 2 : size_t(n) * leading(n);
   }
   FEATKD_INLINE Real* row(int i) const {
@@ -67,8 +67,9 @@ FEATKD_INLINE Scale<Real> find_scale(Team team, const Source<In>& x, uint64_t* s
       }
   }
   uint64_t most = team.most(largest);
+  team.barrier(At<11>());  // the slots, and what is behind them, may be in use for the matrix before
   if (team.is_leader()) slots[team.rank()] = most;
-  team.barrier(1);
+  team.barrier(At<1>());
   for (int g = 0; g < team.size(); g++) most = slots[g] > most ? slots[g] : most;
   Scale<Real> scale{1, 1, 0, most < Format<In>::INFINITE, most == 0};
   if (scale.finite && !scale.zero) {
@@ -86,8 +87,8 @@ struct Slab {
   static constexpr int COLUMNS = 2 * width<Team, Real>;  // of G, a panel: two vectors
   static constexpr int STRIDE = COLUMNS + Team::PAD;
 
-  FEATKD_INLINE static int panels(int n) { return (n + COLUMNS - 1) / COLUMNS; }
-  FEATKD_INLINE static size_t elements(int n) { return size_t(panels(n)) * DEPTH * STRIDE; }
+  FEATKD_SIZE static int panels(int n) { return (n + COLUMNS - 1) / COLUMNS; }
+  FEATKD_SIZE static size_t elements(int n) { return size_t(panels(n)) * DEPTH * STRIDE; }
 };
 
 // Columns [k0, k0 + depth) of the scaled matrix, turned: panels of COLUMNS rows of x, in which
@@ -121,19 +122,30 @@ template <class Real, class Sum, class Team>
 FEATKD_INLINE void gram_tile(Team team, const Real* slab, int depth, int i0, int panel, bool add,
                              Lower<Team, Sum> g) {
   using S = Slab<Team, Real>;
-  constexpr int R = Team::GRAM_ROWS, L = width<Team, Real>;
-  Lane<Team, Real> sums[R][2];
+  constexpr int R = Team::GRAM_ROWS, L = width<Team, Real>, CHUNK = 16;  // of the sums' depth
+  Lane<Team, Real> totals[R][2];
   FEATKD_UNROLLED
-  for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = team.splat(Real(0));
+  for (int r = 0; r < R; r++) totals[r][0] = totals[r][1] = team.splat(Real(0));
   const Real* column = slab + panel * (S::DEPTH * S::STRIDE);
   const Real* row = slab + i0 / S::COLUMNS * (S::DEPTH * S::STRIDE) + i0 % S::COLUMNS;
-  for (int k = 0; k < depth; k++, column += S::STRIDE, row += S::STRIDE) {
-    const auto left = team.load(column), right = team.load(column + L);
+  for (int k0 = 0; k0 < depth; k0 += CHUNK) {
+    const int end = depth - k0 < CHUNK ? depth - k0 : CHUNK;
+    Lane<Team, Real> sums[R][2];
+    FEATKD_UNROLLED
+    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = team.splat(Real(0));
+    for (int k = 0; k < end; k++, column += S::STRIDE, row += S::STRIDE) {
+      const auto left = team.load(column), right = team.load(column + L);
+      FEATKD_UNROLLED
+      for (int r = 0; r < R; r++) {
+        const auto each = team.splat(row[r]);
+        sums[r][0] += each * left;
+        sums[r][1] += each * right;
+      }
+    }
     FEATKD_UNROLLED
     for (int r = 0; r < R; r++) {
-      const auto each = team.splat(row[r]);
-      sums[r][0] += each * left;
-      sums[r][1] += each * right;
+      totals[r][0] += sums[r][0];
+      totals[r][1] += sums[r][1];
     }
   }
   FEATKD_UNROLLED
@@ -141,7 +153,7 @@ FEATKD_INLINE void gram_tile(Team team, const Real* slab, int depth, int i0, int
     FEATKD_UNROLLED
     for (int c = 0; c < 2; c++) {
       const int i = i0 + r, j = panel * S::COLUMNS + c * L, count = i + 1 - j;
-      if (i < g.n && count > 0) team.accumulate(g.row(i) + j, sums[r][c], count, add);
+      if (i < g.n && count > 0) team.accumulate(g.row(i) + j, totals[r][c], count, add);
     }
 }
 
@@ -157,13 +169,13 @@ FEATKD_INLINE void gram(Team team, const Source<In>& x, Scale<Real> scale, Real*
   for (int64_t k0 = 0; k0 < x.columns; k0 += S::DEPTH) {
     const int depth = x.columns - k0 < S::DEPTH ? int(x.columns - k0) : S::DEPTH;
     fill_slab(team, x, k0, depth, scale, slab);
-    team.barrier(2);
+    team.barrier(At<2>());
     int number = 0;
     for (int panel = 0; panel < S::panels(x.rows); panel++)
       for (int tile = panel * (S::COLUMNS / R); tile < tiles; tile++, number++)
         if (number % team.size() == team.rank())
           gram_tile(team, slab, depth, tile * R, panel, k0 > 0, g);
-    team.barrier(3);
+    team.barrier(At<3>());
   }
 }
 

@@ -18,18 +18,18 @@ struct Scratch {
   Real *d, *e2, *shared;
   int length;
 
-  FEATKD_INLINE static int padded(int n) { return (n + 31) / 32 * 32; }
-  FEATKD_INLINE static size_t shared_elements(int n, int groups) {
+  FEATKD_SIZE static int padded(int n) { return (n + 31) / 32 * 32; }
+  FEATKD_SIZE static size_t shared_elements(int n, int groups) {
     const size_t slab = Slab<Team, Real>::elements(n), counts = 2 * padded(n);
     const size_t vectors = Vectors<Real>::elements(padded(n), groups);
     const size_t most = slab > vectors ? slab : vectors;
     return most > counts ? most : counts;
   }
-  FEATKD_INLINE static size_t matrix_elements(int n) {
+  FEATKD_SIZE static size_t matrix_elements(int n) {
     return (Lower<Team, Real>::elements(n) + 15) / 16 * 16;
   }
-  FEATKD_INLINE static size_t slot_count(int groups) { return (groups + 7) / 8 * 8; }
-  FEATKD_INLINE static size_t bytes(int n, int groups) {
+  FEATKD_SIZE static size_t slot_count(int groups) { return (groups + 7) / 8 * 8; }
+  FEATKD_SIZE static size_t bytes(int n, int groups) {
     const size_t numbers = matrix_elements(n) + 2 * padded(n) + shared_elements(n, groups);
     return sizeof(uint64_t) * slot_count(groups) + ROUNDED * matrix_elements(n) * sizeof(Sum) +
            (numbers + 15) / 16 * 16 * sizeof(Real);
@@ -62,29 +62,55 @@ struct Solution {
   Scale<Real> scale;
 };
 
-// `relative` is the share of a singular value at which its search may end, 0 to search to the last
-// bit of the eigenvalue. Needs no barrier before, and ends with one.
+// The scale and, where there is one, the Gram matrix. Ends with a barrier.
 template <class Real, class In, class Team>
-FEATKD_INLINE Solution<Real> solve(Team team, const Source<In>& x, Real relative,
-                                   Scratch<Team, Real> scratch) {
-  const int n = x.rows;
+FEATKD_INLINE Solution<Real> form(Team team, const Source<In>& x, Scratch<Team, Real> scratch) {
   Solution<Real> found{nullptr, 0, find_scale<Real>(team, x, scratch.slots)};
-  if (!found.scale.finite || found.scale.zero) return found;  // in all lanes alike
-  gram(team, x, found.scale, scratch.shared, scratch.sums);
+  if (found.scale.finite && !found.scale.zero)  // in all lanes alike
+    gram(team, x, found.scale, scratch.shared, scratch.sums);
+  return found;
+}
+
+// Its eigenvalues. `relative` is the share of a singular value at which its search may end, 0 to
+// search to the last bit of the eigenvalue. Ends with a barrier, where there is anything to do.
+template <class Real, class Team>
+FEATKD_INLINE void solve(Team team, Real relative, Scratch<Team, Real> scratch,
+                         Solution<Real>& found) {
+  if (!found.scale.finite || found.scale.zero) return;
+  const int n = scratch.g.n;
   for (int i = 0; i < n; i++) found.trace += double(scratch.sums.row(i)[i]);
   round_sums(team, scratch);
   const size_t used = Vectors<Real>::elements(scratch.length, team.size());
   for (size_t i = team.rank() * team.lanes() + team.lane(); i < used;
        i += team.size() * team.lanes())
     scratch.shared[i] = 0;
-  team.barrier(9);
+  team.barrier(At<9>());
   const Vectors<Real> vectors(scratch.shared, scratch.length, team.size());
   tridiagonalise(team, scratch.g, vectors, scratch.d, scratch.e2);
   Real* counts = scratch.shared;
   Real* values = counts + scratch.length;
   sturm(team, n, scratch.d, scratch.e2, relative, counts, values);
-  team.barrier(10);
+  team.barrier(At<10>());
   found.eigenvalues = values;
+}
+
+// Both for matrix `index`, whatever its type.
+template <class Real, class Team>
+FEATKD_INLINE Solution<Real> solve(Team team, const Problem& p, int64_t index,
+                                   Scratch<Team, Real> scratch) {
+  Solution<Real> found{};
+  const auto formed = [&](auto element) {
+    using In = decltype(element);
+    const In* data = static_cast<const In*>(p.data) + index * p.batch_stride;
+    return form(team, Source<In>{data, p.rows, p.columns, p.row_stride, p.column_stride}, scratch);
+  };
+  switch (p.type) {
+    case Type::f32: found = formed(float()); break;
+    case Type::f64: found = formed(double()); break;
+    case Type::bf16: found = formed(BFloat16()); break;
+    case Type::f16: found = formed(Half()); break;
+  }
+  solve(team, Real(p.relative), scratch, found);
   return found;
 }
 
@@ -93,7 +119,7 @@ FEATKD_INLINE double scaled(double x, int exponent) {
   return x * power_of_two(half, double()) * power_of_two(exponent - half, double());
 }
 
-// Writes the results of matrix `index`; for one lane alone. True where a float32 solve is too
+// Writes the results of matrix `index`; for one lane of one group. True where a float32 solve is too
 // near to a threshold, or too far from the trace, to be trusted with the ranks.
 template <class Out, class Real>
 FEATKD_INLINE bool write_results(const Problem& p, int64_t index, const Solution<Real>& found) {
@@ -131,6 +157,12 @@ FEATKD_INLINE bool write_results(const Problem& p, int64_t index, const Solution
   p.info[index] = residual > WORST_RESIDUAL ? NOT_ACCURATE : SOLVED;
   p.residual[index] = residual;
   return doubtful && sizeof(Real) == 4;
+}
+
+template <class Real>
+FEATKD_INLINE bool write_results(const Problem& p, int64_t index, const Solution<Real>& found) {
+  if (p.type == Type::f64) return write_results<double, Real>(p, index, found);
+  return write_results<float, Real>(p, index, found);
 }
 
 }  // namespace featkd::FEATKD_ISA

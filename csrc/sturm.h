@@ -129,7 +129,7 @@ FEATKD_INLINE void sturm(Team team, int n, const Real* d, const Real* e2, Real r
   s.relative = relative;
   for (int c = team.rank() * U; c < vectors; c += team.size() * U)
     search<U>(team, vectors - c < U ? vectors - c : U, n, d, e2, s, c * L, counts, (Real*)nullptr);
-  team.barrier(8);
+  team.barrier(At<8>());
   for (int c = team.rank() * U; c < vectors; c += team.size() * U)
     search<U>(team, vectors - c < U ? vectors - c : U, n, d, e2, s, c * L, counts, values);
 }

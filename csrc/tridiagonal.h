@@ -13,8 +13,9 @@ struct Vectors {
   int length;
 
   // the six vectors; two vectors of sums and two numbers a group
-  FEATKD_INLINE static size_t elements(int length, int groups) {
-    return size_t(length) * (6 + 2 * groups) + 2 * (groups + 7) / 8 * 8 * sizeof(double) / sizeof(Real);
+  FEATKD_SIZE static size_t elements(int length, int groups) {
+    const size_t numbers = 2 * (size_t(groups + 7) / 8 * 8);
+    return size_t(length) * (6 + 2 * groups) + numbers * (sizeof(double) / sizeof(Real));
   }
   FEATKD_INLINE Vectors(Real* memory, int length, int groups)
       : u(memory),
@@ -138,7 +139,7 @@ FEATKD_INLINE void tridiagonalise(Team team, Lower<Team, Real> a, Vectors<Real> 
     }
     const double dot = team.sum(dots);
     if (team.is_leader()) s.dots[team.rank()] = dot;
-    team.barrier(4);
+    team.barrier(At<4>());
 
     double product = 0;
     for (int g = 0; g < team.size(); g++) product += s.dots[g];
@@ -158,7 +159,7 @@ FEATKD_INLINE void tridiagonalise(Team team, Lower<Team, Real> a, Vectors<Real> 
     }
     const double norm = team.sum(squares);
     if (team.is_leader()) s.norms[team.rank()] = norm;
-    team.barrier(5);
+    team.barrier(At<5>());
 
     double rest = 0;
     for (int g = 0; g < team.size(); g++) rest += s.norms[g];
@@ -181,10 +182,10 @@ FEATKD_INLINE void tridiagonalise(Team team, Lower<Team, Real> a, Vectors<Real> 
     Real* swapped = s.u;
     s.u = s.old_u;
     s.old_u = swapped;
-    team.barrier(6);
+    team.barrier(At<6>());
 
     update_and_multiply(team, k - 1, a, s);
-    team.barrier(7);
+    team.barrier(At<7>());
   }
 }
 

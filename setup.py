@@ -88,7 +88,8 @@ def ninja_file(torch: Path, cuda: str | None, target: Path) -> str:
     lines = [
         "rule cxx\n  command = " + cxx + " $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {cxx} -shared -o $out $in $libraries",
+        # nvcc knows where its own libraries are
+        f"rule link\n  command = {cuda or cxx} -shared -o $out $in $libraries",
     ]
     objects = []
 
@@ -104,15 +105,14 @@ def ninja_file(torch: Path, cuda: str | None, target: Path) -> str:
     with_cuda = ("-DFEATKD_WITH_CUDA",) if cuda else ()
     target_version = f"-DTORCH_TARGET_VERSION={TORCH_2_10}"
     compiled("bindings", "bindings.cpp", (*FLAGS, headers, target_version, *with_cuda))
-    libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-pthread"]
+    libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
     if cuda:
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
         flags = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v")
         lines.append(f"rule nvcc\n  command = {cuda} $flags -MMD -MF $out.d -c $in -o $out")
         lines.append("  depfile = $out.d\n  deps = gcc")
         compiled("cuda", "cuda.cu", (*flags, *gencodes(archs)), "nvcc")
-        toolkit = Path(cuda).resolve().parent.parent
-        libraries += [f"-L{toolkit / 'lib64'}", "-lcudart_static", "-ldl", "-lrt"]
+        libraries += ["-cudart=static"]
     lines.append(f"build {target}: link {' '.join(objects)}\n  libraries = {' '.join(libraries)}")
     return "\n".join(lines) + "\n"
 

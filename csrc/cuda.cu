@@ -26,8 +26,8 @@ __device__ __forceinline__ void spectrum_of_batch(const Problem& p, bool only_re
 
 }  // namespace portable
 
-#define FEATKD_SPECTRUM_KERNEL(NAME, REAL)                                                        \
-  extern "C" __global__ void __launch_bounds__(THREADS) NAME(                                     \
+#define FEATKD_SPECTRUM_KERNEL(NAME, REAL, BLOCKS)                                                        \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(                                     \
       const void* data, int type, int64_t batch, int64_t columns, int64_t batch_stride,           \
       int64_t row_stride, int64_t column_stride, int rows, double relative, void* values,         \
       void* curve, const double* thresholds, int threshold_count, int64_t* ranks, int32_t* info,  \
@@ -38,8 +38,15 @@ __device__ __forceinline__ void spectrum_of_batch(const Problem& p, bool only_re
     portable::spectrum_of_batch<REAL>(p, only_resolved, bytes, workspace);                        \
   }
 
-FEATKD_SPECTRUM_KERNEL(featkd_spectrum_float32, float)
-FEATKD_SPECTRUM_KERNEL(featkd_spectrum_float64, double)
+// Blocks that a multiprocessor's registers must hold: at 196 rows its shared memory holds two of
+// float32 from sm_90 on, before and of float64 one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define FEATKD_FLOAT32_BLOCKS 2
+#else
+#define FEATKD_FLOAT32_BLOCKS 1
+#endif
+FEATKD_SPECTRUM_KERNEL(featkd_spectrum_float32, float, FEATKD_FLOAT32_BLOCKS)
+FEATKD_SPECTRUM_KERNEL(featkd_spectrum_float64, double, 1)
 
 namespace {
 

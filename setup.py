@@ -81,6 +81,13 @@ def jobs() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), memory // BYTES_A_JOB))
 
 
+def cpu_flags(isa: str) -> tuple[str, ...]:
+    """Of csrc/cpu_isa.cpp for one instruction set."""
+    size, rows, unroll, flags = ISAS[isa]
+    values = (f"ISA={isa}", f"VECTOR_BYTES={size}", f"ROWS={rows}", f"UNROLL={unroll}")
+    return (*FLAGS, *flags, *(f"-DFEATKD_{value}" for value in values))
+
+
 def ninja_file(torch: Path, cuda: str | None, target: Path) -> str:
     """The build as ninja reads it."""
     cxx = os.environ.get("CXX", "c++")
@@ -97,9 +104,8 @@ def ninja_file(torch: Path, cuda: str | None, target: Path) -> str:
         objects.append(f"{name}.o")
         lines.append(f"build {name}.o: {rule} {source / file}\n  flags = {' '.join(flags)}")
 
-    for isa, (size, rows, unroll, flags) in ISAS.items():
-        values = (f"ISA={isa}", f"VECTOR_BYTES={size}", f"ROWS={rows}", f"UNROLL={unroll}")
-        compiled(f"cpu_{isa}", "cpu_isa.cpp", (*FLAGS, *flags, *(f"-DFEATKD_{v}" for v in values)))
+    for isa in ISAS:
+        compiled(f"cpu_{isa}", "cpu_isa.cpp", cpu_flags(isa))
     compiled("cpu", "cpu.cpp", FLAGS)
     headers = f"-isystem {torch / 'include'}"
     with_cuda = ("-DFEATKD_WITH_CUDA",) if cuda else ()

@@ -149,7 +149,7 @@ def compiled_table(rows: Sequence[Compiled]) -> str:
         verdict = "; ".join(row.broken) or "ok"
         name = f"{row.case} {row.kernel}"
         lines.append((name, row.arch, *figures, code.doubles, verdict))
-    return _aligned(header, lines)
+    return aligned(header, lines)
 
 
 def moved_table(rows: Sequence[Moved]) -> str:
@@ -176,7 +176,7 @@ def moved_table(rows: Sequence[Moved]) -> str:
         lines.append(
             (f"{row.case} together", "", "", f"{row.over_floor:.2f}", "", "", "", "", verdict)
         )
-    return _aligned(header, lines)
+    return aligned(header, lines)
 
 
 def products(flops: dict[str, int]) -> int:
@@ -195,10 +195,11 @@ def modelled_table(rows: Sequence[Moved]) -> str:
         for row in rows
         for launch in row.launches
     ]
-    return _aligned(header, lines)
+    return aligned(header, lines)
 
 
-def _aligned(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+def aligned(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    """A table of text."""
     table = [list(header), *([str(cell) for cell in line] for line in lines)]
     widths = [max(len(line[i]) for line in table) for i in range(len(header))]
     return "\n".join(

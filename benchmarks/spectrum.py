@@ -1,4 +1,4 @@
-"""featkd.linalg beside torch and numpy at the sizes of feature maps, in turns.
+r"""featkd.linalg beside torch and numpy at the sizes of feature maps, in turns.
 
 python -m featkd.benchmarks.spectrum --out benchmarks/results/spectrum-NAME.csv
 """
@@ -30,7 +30,7 @@ SHAPES = (
     *((196, 192), (196, 384), (196, 768), (256, 1024), (256, 1280)),
     *((49, 768), (64, 64), (32, 32), (16, 16)),
 )
-NUMBERS_A_CALL = 4_000_000  # of all matrices of a call: some tens of the large ones
+NUMBERS_A_CALL = 1_000_000  # of all matrices of a call: a dozen of the larger ones
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,8 @@ def feature_maps(tokens: int, channels: int, count: int) -> Tensor:
     left = torch.randn(count, tokens, n, generator=generator) / torch.arange(1, n + 1)
     right = torch.randn(count, n, channels, generator=generator)
     common = torch.randn(count, 1, channels, generator=generator)
-    scales: Tensor = torch.randn(channels, generator=generator).exp()
-    maps: Tensor = (torch.bmm(left, right) + common) * scales
-    return maps
+    scales = torch.randn(channels, generator=generator).exp()
+    return torch.bmm(left, right).add(common).mul(scales)
 
 
 def _gram_values(x: Tensor) -> Tensor:
@@ -80,10 +79,12 @@ VARIANTS: dict[str, Callable[[Tensor], object]] = {
 def measure(min_seconds: float) -> Iterator[list[Timed]]:
     """The variants of each size, as they are measured."""
     for tokens, channels in SHAPES:
-        count = max(2, min(256, NUMBERS_A_CALL // (tokens * channels)))
+        count = max(2, min(128, NUMBERS_A_CALL // (tokens * channels)))
         x = feature_maps(tokens, channels, count)
         steps = {name: _step(function, x) for name, function in VARIANTS.items()}
-        times = timing.take_turns(steps, timing.clock_for(x.device), min_seconds=min_seconds)
+        times = timing.take_turns(
+            steps, timing.clock_for(x.device), min_seconds=min_seconds, min_rounds=5
+        )
         if featkd.last_backend("spectrum") != "cpu":
             raise RuntimeError("featkd.linalg runs on torch.linalg here: csrc is not built")
         load = os.getloadavg()[0]

@@ -64,7 +64,8 @@ def feature_maps(tokens: int, channels: int, count: int) -> Tensor:
 
 
 def _gram_values(x: Tensor) -> Tensor:
-    return torch.linalg.eigvalsh(x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x)
+    values: Tensor = torch.linalg.eigvalsh(x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x)
+    return values
 
 
 VARIANTS: dict[str, Callable[[Tensor], object]] = {

@@ -69,8 +69,8 @@ Call prepare(const Tensor& x, const Tensor& thresholds, bool wide) {
                   strides[2 - turned],
                   int32_t(rows),
                   wide,
-                  // an error below 1e-8 of the largest value, where float32 comes out
-                  wide && type != featkd::Type::f64 ? 0x1p-25 : 0,
+                  // an error below 1e-8 of the largest value, where values alone are asked for
+                  wide && type != featkd::Type::f64 && count == 0 ? 0x1p-25 : 0,
                   values.mutable_data_ptr(),
                   curve.mutable_data_ptr(),
                   static_cast<const double*>(thresholds.const_data_ptr()),

@@ -1,5 +1,5 @@
 // The operators of featkd.linalg for torch, by its stable ABI: one library for every torch from
-// 2.10 on. Their schemas are declared in featkd/ops/spectrum.py.
+// 2.10 on. Their schemas are declared in featkd/ops/spectrum.py and featkd/ops/jacobi.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -93,6 +93,24 @@ Results spectrum_cpu(Tensor x, Tensor thresholds, bool wide) {
   return call.results;
 }
 
+// rows (B, n, length) float64, dense, starting on a multiple of 64 bytes
+std::tuple<Tensor, Tensor, Tensor> jacobi_cpu(Tensor given) {
+  STD_TORCH_CHECK(given.dim() == 3 && given.scalar_type() == ScalarType::Double &&
+                      given.sizes()[2] % 8 == 0 && given.sizes()[1] <= given.sizes()[2],
+                  "rows: expected float64 of shape (B, n, length), length a multiple of 8");
+  const int64_t batch = given.sizes()[0], n = given.sizes()[1], length = given.sizes()[2];
+  const Tensor rows = torch::stable::clone(torch::stable::contiguous(given));
+  const Tensor turns = torch::stable::new_zeros(rows, given.sizes());
+  const Tensor sweeps = torch::stable::new_empty(
+      rows, torch::headeronly::IntHeaderOnlyArrayRef(&batch, 1), ScalarType::Int);
+  double* ones = static_cast<double*>(turns.mutable_data_ptr());
+  for (int64_t i = 0; i < batch * n; i++) ones[i * length + i % n] = 1;
+  featkd::jacobi_on_cpu(batch, int(n), int(length), static_cast<double*>(rows.mutable_data_ptr()),
+                        ones, static_cast<int32_t*>(sweeps.mutable_data_ptr()),
+                        int(torch::stable::get_num_threads()), run_parallel);
+  return {rows, turns, sweeps};
+}
+
 #if defined(FEATKD_WITH_CUDA)
 // torch's CUDA library has this function; one without CUDA has not, and loads this file too.
 void* current_stream(int32_t device) {
@@ -132,4 +150,7 @@ Results spectrum_cuda(Tensor x, Tensor thresholds, bool wide) {
 #if defined(FEATKD_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(featkd, CUDA, m) { m.impl("spectrum", TORCH_BOX(&spectrum_cuda)); }
 #endif
-STABLE_TORCH_LIBRARY_IMPL(featkd, CPU, m) { m.impl("spectrum", TORCH_BOX(&spectrum_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(featkd, CPU, m) {
+  m.impl("spectrum", TORCH_BOX(&spectrum_cpu));
+  m.impl("jacobi", TORCH_BOX(&jacobi_cpu));
+}

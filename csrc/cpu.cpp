@@ -57,7 +57,31 @@ void work(void* context) {
     queue.kernels->solve(*queue.problem, index, memory);
 }
 
+struct JacobiQueue {
+  int64_t batch;
+  int n, length;
+  double *rows, *turns;
+  int32_t* sweeps;
+  std::atomic<int64_t> next{0};
+};
+
+void work_on_jacobi(void* context) {
+  JacobiQueue& queue = *static_cast<JacobiQueue*>(context);
+  const int64_t size = int64_t(queue.n) * queue.length;
+  int64_t index;
+  while ((index = queue.next.fetch_add(1)) < queue.batch)
+    queue.sweeps[index] = cpu_kernels().jacobi(queue.n, queue.rows + index * size,
+                                               queue.turns + index * size, queue.length);
+}
+
 }  // namespace
+
+void jacobi_on_cpu(int64_t batch, int n, int length, double* rows, double* turns, int32_t* sweeps,
+                   int threads, Parallel parallel) {
+  JacobiQueue queue{batch, n, length, rows, turns, sweeps};
+  if (threads > batch) threads = int(batch);
+  if (threads >= 1) parallel(threads, work_on_jacobi, &queue);
+}
 
 void solve_on_cpu(const Problem& problem, int threads, Parallel parallel) {
   if (threads > problem.batch) threads = int(problem.batch);

@@ -1,6 +1,7 @@
 // The CPU kernels for one instruction set: compiled once for each, with its flags and a name of
 // its own in FEATKD_ISA. Nothing here may be a weak symbol, for the linker would keep one copy.
 #include "cpu.h"
+#include "jacobi.h"
 #include "spectrum.h"
 
 #define FEATKD_JOIN_(a, b) a##b
@@ -32,11 +33,15 @@ void solve_one(const Problem& p, int64_t index, void* memory) {
   if (!narrow || p.resolved[index]) solve_as<double>(p, index, memory);
 }
 
+int jacobi_one(int n, double* rows, double* turns, int length) {
+  return jacobi(One(), n, rows, turns, length);
+}
+
 }  // namespace
 }  // namespace FEATKD_ISA
 
 extern const CpuKernels FEATKD_JOIN(cpu_, FEATKD_ISA);
 const CpuKernels FEATKD_JOIN(cpu_, FEATKD_ISA) = {FEATKD_QUOTE(FEATKD_ISA), FEATKD_ISA::bytes,
-                                                  FEATKD_ISA::solve_one};
+                                                  FEATKD_ISA::solve_one, FEATKD_ISA::jacobi_one};
 
 }  // namespace featkd

@@ -9,12 +9,13 @@ its input. docs/linalg.md has the algorithm and how it was shown to be right.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from featkd import checks, reference
+from featkd.ops import jacobi as jacobi_op
 from featkd.ops import spectrum as spectrum_op
 from featkd.ops.spectrum import Spectrum
 
@@ -63,7 +64,7 @@ def svdvals(x: Tensor) -> Tensor:
     Notes:
         Computed in float64 whatever the dtype: values of float32 matrices are good to float32's
         rounding of the largest. For float64 matrices the error of a value s is about
-        1e-16 s_1^2 / s: tiny values are better taken from `svd`. Differentiable, twice too; the
+        1e-16 s_1^2 / s: tiny values are better taken from `svd` by Jacobi. Differentiable, twice too; the
         gradient takes torch.linalg.svd. Repeats bitwise.
 
     Example:
@@ -155,24 +156,28 @@ def energy_curve(x: Tensor) -> Tensor:
     return energy.cumsum(-1) / torch.where(total == 0, 1, total)
 
 
-def svd(x: Tensor, k: int | None = None) -> SVD:
+def svd(x: Tensor, k: int | None = None, *, method: Literal["auto", "jacobi"] = "auto") -> SVD:
     """Singular value decomposition, thin, or its k leading vectors.
 
     Args:
         x: (..., N, D), floating; half precision is computed and returned as float32.
         k: how many; None for all n.
+        method: "auto", or "jacobi" for tiny values: QR and one-sided Jacobi in float64.
 
     Returns:
         `SVD` of U (..., N, k), S (..., k) and Vh (..., k, D).
 
     Raises:
         TypeError: not a real floating-point tensor.
-        ValueError: fewer than two dimensions, or k not from 1 to n.
+        ValueError: fewer than two dimensions, an unknown method, or k not from 1 to n.
+        RuntimeError: "jacobi" and NaN or Inf.
 
     Notes:
-        All vectors come from torch.linalg.svd, with its gradient. The k leading ones come from
-        the eigenvectors of the smaller side's Gram matrix in float64; the other side's vectors,
-        X^T U / s, are orthonormalised. They carry no gradient.
+        With "auto" all vectors come from torch.linalg.svd, with its gradient. The k leading ones
+        come from the eigenvectors of the smaller side's Gram matrix in float64; the other side's
+        vectors, X^T U / s, are orthonormalised. They carry no gradient. Those of "jacobi" neither;
+        it has no GPU kernel, takes values below 1e-135 of the largest for zeros, and shares no
+        step but the QR with the others: it is their oracle.
 
     Example:
         >>> import torch
@@ -182,11 +187,19 @@ def svd(x: Tensor, k: int | None = None) -> SVD:
     """
     _check_matrices("x", x)
     smaller = min(x.shape[-2:])
-    if k is None:
+    if method not in ("auto", "jacobi"):
+        raise ValueError(f"method: expected 'auto' or 'jacobi', got {method!r}")
+    if k is None and method == "auto":
         return SVD(*torch.linalg.svd(x.to(reference.accumulation_dtype(x.dtype)), False))
-    if not 1 <= k <= smaller:
+    if k is not None and not 1 <= k <= smaller:
         raise ValueError(f"k: expected None or an int from 1 to {smaller}, got {k!r}")
-    return _leading(x.detach(), k)
+    if method == "auto":
+        assert k is not None
+        return _leading(x.detach(), k)
+    u, s, vh = (
+        part.to(reference.accumulation_dtype(x.dtype)) for part in jacobi_op.svd(x.detach())
+    )
+    return SVD(u[..., :k], s[..., :k], vh[..., :k, :])
 
 
 def _leading(x: Tensor, k: int) -> SVD:

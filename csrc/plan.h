@@ -23,8 +23,9 @@ struct LaunchPlan {
   size_t workspace;  // bytes of global memory, where the scratch does not fit the shared memory
 };
 
-// `scratch` are the bytes that a block needs. As many blocks as are resident at once go over the
-// batch; those whose scratch is in global memory are two a multiprocessor.
+// `scratch` are the bytes that a block needs. As many blocks as the shared memory holds at once go
+// over the batch (where the registers hold fewer, the rest wait); those whose scratch is in global
+// memory are two a multiprocessor.
 inline LaunchPlan plan_launch(size_t scratch, int64_t batch, const DeviceLimits& device) {
   LaunchPlan plan{0, 0, 0};
   int64_t each = 2;

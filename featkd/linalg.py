@@ -64,8 +64,8 @@ def svdvals(x: Tensor) -> Tensor:
     Notes:
         Computed in float64 whatever the dtype: values of float32 matrices are good to float32's
         rounding of the largest. For float64 matrices the error of a value s is about
-        1e-16 s_1^2 / s: tiny values are better taken from `svd` by Jacobi. Differentiable, twice too; the
-        gradient takes torch.linalg.svd. Repeats bitwise.
+        1e-16 s_1^2 / s: tiny values are better taken from `svd` by Jacobi. Differentiable, twice
+        too; the gradient takes torch.linalg.svd. Repeats bitwise.
 
     Example:
         >>> import torch

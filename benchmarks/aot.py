@@ -47,13 +47,17 @@ class Code:
     products: bool
     """Whether the source multiplies matrices."""
     tensor_core: int
-    """Instructions that do so on tensor cores (HMMA, HGMMA, UTC...MMA)."""
+    """Instructions that do so on tensor cores."""
+    instructions: str
+    """Their names: HMMA on all chips, HGMMA on sm_90, UTC...MMA on sm_100; "" for none."""
     loads: int
     """Instructions that read global memory, asynchronous copies included."""
     wide_loads: int
     """Those of 16 bytes a thread."""
     doubles: int
     """Arithmetic instructions in float64."""
+    aligned: bool
+    """Whether the rows of every tensor begin at multiples of 16 bytes, as a 16-byte load needs."""
 
 
 def record(case: Case, arch: int) -> list[Recorded]:
@@ -71,9 +75,9 @@ def record(case: Case, arch: int) -> list[Recorded]:
     return found
 
 
-def run(case: Case, launcher: Any, arch: int) -> None:
-    """A case's forward and backward pass on CPU tensors, every launch handed to `launcher`."""
-    inputs = case.inputs(torch.device("cpu"))
+def run(case: Case, launcher: Any, arch: int, device: str = "cpu") -> None:
+    """A case's forward and backward pass, every launch handed to `launcher`."""
+    inputs = case.inputs(torch.device(device))
     with featkd.use_backend("triton"), redirect(launcher, arch):
         outputs = case.problem.featkd(inputs)
         backend = featkd.last_backend(case.problem.op)
@@ -96,16 +100,20 @@ def compile_for(launch: Recorded, arch: int) -> Code:
     def count(pattern: str) -> int:
         return len(re.findall(pattern, sass))
 
+    products = re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", sass)
+    tensors = [x for x in launch.arguments.values() if isinstance(x, torch.Tensor)]
     return Code(
         registers=int(sizes[1]),
         stack=int(sizes[2]),
         spills=count(r"\b(?:LDL|STL)\b"),
         shared=compiled.metadata.shared,
         products="tt.dot" in compiled.asm["ttir"],
-        tensor_core=count(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"),
+        tensor_core=len(products),
+        instructions=" ".join(sorted(set(products))),
         loads=count(r"\b(?:LDG|LDGSTS|UBLKCP|UTMALDG)\b"),
         wide_loads=count(r"\b(?:LDG|LDGSTS)\.E\S*\.128") + count(r"\b(?:UBLKCP|UTMALDG)\b"),
         doubles=count(r"\b(?:DADD|DMUL|DFMA|DSETP|DMMA|F2F\.F64)\b"),
+        aligned=all(s * x.itemsize % 16 == 0 for x in tensors for s in x.stride()[:-1]),
     )
 
 

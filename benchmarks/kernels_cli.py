@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 _HELP = """\
 usage: featkd kernels report [arguments]      featkd kernels report --help
 
-  report   compile every kernel for sm_80, sm_90 and sm_100, count its traffic, check the rules
+  report   compile every kernel for sm_80, sm_90 and sm_100, count its traffic, check the rules,
+           and measure it where there is a GPU
 """
 
 
@@ -41,12 +42,15 @@ def kernels(words: Sequence[str]) -> int:
 
 
 def _report(words: list[str]) -> int:
-    from . import cases, chips, csrc_kernels, report, results, sizes
+    import torch
+
+    from . import cases, chips, csrc_kernels, measured, report, results, sizes
     from .problem import DTYPES
 
     archs = [str(chip.arch) for chip in chips.CHIPS]
     ops = (*cases.OPS, "spectrum")
-    parser = Parser(prog="featkd kernels report", description=_HELP.splitlines()[2].strip())
+    description = " ".join(_HELP.split("report   ")[1].split())
+    parser = Parser(prog="featkd kernels report", description=description)
     several(parser, "ops", ops, ops)
     several(parser, "dtypes", tuple(DTYPES), tuple(DTYPES))
     several(parser, "archs", archs, archs)
@@ -74,13 +78,17 @@ def _report(words: list[str]) -> int:
     ]
     compiled = list(report.compile_all(asked, [int(arch) for arch in options.archs], workers))
     print(report.compiled_table(compiled))
-    counted = [name for name in options.count if name != "none"]
-    moved = list(report.count_all(report.questions(asked_ops, "small", counted), workers))
+    counted = report.counted(asked_ops, [name for name in options.count if name != "none"])
+    moved = list(report.count_all(counted, workers))
     if moved:
         print(f"\n{report.moved_table(moved)}\n\n{report.modelled_table(moved)}")
+    name, timed = "", list[measured.Timed]()
+    if torch.cuda.is_available():
+        name, timed = measured.measure([question.case for question in asked])
+        print(f"\n{report.measured_table(name, timed)}")
     if own:
         print(f"\n{report.aligned(csrc_kernels.HEADER, csrc_kernels.rows(own))}")
-    figures = [*report.figures(compiled, moved), *csrc_kernels.figures(own)]
+    figures = [*report.figures(compiled, moved, name, timed), *csrc_kernels.figures(own)]
     if options.json is not None:
         meta = results.meta_of(results.describe_run("cpu"))
         sources = {chip.name: chip.source for chip in chips.CHIPS}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from .problem import Maps
 
-SETS = ("small", "published", "large")
+SETS = ("small", "published", "large", "grids")
 
 _PUBLISHED_BATCHES = (32, 64, 128, 256)
 
 # small: a moment's run. published: DeiT-Tiny from CaiT-S24 at 224 x 224, patch 16 ([EM26]).
 # large: teachers of ViT-L's (1024) and ViT-H's (1280, patch 14) width, from the two students
-# in use for them
+# in use for them. grids: one image each of 384 x 384 at patch 16 and of 518 x 518 at patch 14,
+# whose image rows are wider than a kernel's usual tile
 MAPS = {
     "small": (Maps(4, (14, 14), 192, 384),),
     "published": tuple(Maps(batch, (14, 14), 192, 384) for batch in _PUBLISHED_BATCHES),
@@ -20,6 +21,7 @@ MAPS = {
         Maps(32, (16, 16), 384, 1280),
         Maps(32, (16, 16), 768, 1280),
     ),
+    "grids": (Maps(1, (24, 24), 192, 384), Maps(1, (37, 37), 384, 1024)),
 }
 
 # (images, classes): ImageNet-1K's classes and, large, those of ImageNet-21K
@@ -27,4 +29,5 @@ LOGITS = {
     "small": ((4, 1000),),
     "published": tuple((batch, 1000) for batch in _PUBLISHED_BATCHES),
     "large": ((32, 21841), (256, 21841)),
+    "grids": (),
 }

@@ -26,8 +26,6 @@ class Traffic:
     counters: Counters
     tensors: dict[tuple[int, int], int]
     """Bytes of each tensor that is an input or a result of the op, by place and size."""
-    partial_bytes: int
-    """Of sums that torch reads once more to finish them."""
     unscaled: frozenset[tuple[int, int]] = frozenset()
     """The tensors that an earlier launch has written for this one to scale."""
 
@@ -62,7 +60,6 @@ def count(case: Case, arch: int = 80) -> list[Traffic]:
                     for k, v in tensors.items()
                     if k not in helpers
                 },
-                partial_bytes=sum(tensors[k].nbytes for k in helpers if "partial" in k),
                 unscaled=frozenset(
                     (v.data_ptr(), v.nbytes) for k, v in tensors.items() if k == _UNSCALED
                 ),
@@ -73,15 +70,10 @@ def count(case: Case, arch: int = 80) -> list[Traffic]:
     return found
 
 
-def over_floor(launches: list[Traffic], parameter_gradients: int) -> float:
-    """All launches' bytes, and torch's reading of partial sums, over the floor of them together.
-
-    Args:
-        parameter_gradients: bytes of the parameters' gradients, which torch writes.
-    """
+def over_floor(launches: list[Traffic]) -> float:
+    """All launches' bytes over the floor of them together."""
     tensors = {key: size for launch in launches for key, size in launch.tensors.items()}
     for launch in launches:
         for key in launch.unscaled:
             tensors.pop(key, None)
-    moved = sum(launch.moved + launch.partial_bytes for launch in launches) + parameter_gradients
-    return moved / (sum(tensors.values()) + parameter_gradients)
+    return sum(launch.moved for launch in launches) / sum(tensors.values())

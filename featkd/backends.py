@@ -7,6 +7,7 @@ torch (`featkd.reference`) for everything else and for what the other two do not
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,21 @@ import torch
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 
-_wanted: str | None = None  # None until first asked for: FEATKD_BACKEND, then "auto"
+
+class _Chosen(threading.local):
+    """What `use_backend` asks for in this thread.
+
+    Not a ContextVar: torch.compile traces reading one only in its newest versions, and setting one
+    in none. Set in `__init__`, which every thread calls: a class's attribute that an instance may
+    hide is guarded wrongly.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+
+_chosen = _Chosen()
+_default: str | None = None  # None until first asked for: FEATKD_BACKEND, then "auto"
 _last: dict[str, str] = {}
 _warned: set[tuple[str, str]] = set()
 
@@ -27,16 +42,23 @@ def _check(name: str, source: str) -> str:
 
 
 def wanted_backend() -> str:
-    """The backend asked for: by `use_backend`, else by FEATKD_BACKEND, else "auto"."""
-    global _wanted
-    if _wanted is None:
-        _wanted = _check(os.environ.get("FEATKD_BACKEND", "auto"), "FEATKD_BACKEND")
-    return _wanted
+    """The backend asked for: by this thread's `use_backend`, by FEATKD_BACKEND, or "auto"."""
+    global _default
+    if _chosen.name is not None:
+        return _chosen.name
+    if _default is None:
+        _default = _check(os.environ.get("FEATKD_BACKEND", "auto"), "FEATKD_BACKEND")
+    return _default
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Choose the backend of all ops in this process while the block runs.
+    """Choose the backend of all ops that this thread calls while the block runs.
+
+    A backward pass, in whatever thread, runs on its forward pass's backend. Other threads, also
+    those started inside of the block, choose for themselves; FEATKD_BACKEND is everyone's default.
+    What `torch.utils.checkpoint` computes again on a GPU runs in one of autograd's threads: put
+    the block inside of the function that is checkpointed.
 
     Args:
         name: "auto", "triton", "cpu" or "reference". What the named backend does not support
@@ -54,13 +76,12 @@ def use_backend(name: str) -> Iterator[None]:
         >>> featkd.last_backend("projected_feature_kd")
         'reference'
     """
-    global _wanted
-    before = wanted_backend()
-    _wanted = _check(name, "backend")
+    before = _chosen.name
+    _chosen.name = _check(name, "backend")
     try:
         yield
     finally:
-        _wanted = before
+        _chosen.name = before
 
 
 def last_backend(op: str) -> str | None:
@@ -94,7 +115,18 @@ def choose(op: str, device: torch.device, unsupported: Callable[[str], str]) -> 
     why = unsupported(backend)
     if not why:
         return backend
-    if (op, why) not in _warned and not torch.compiler.is_compiling():
-        _warned.add((op, why))
-        warnings.warn(f"featkd.{op} runs on the reference backend: {why}", stacklevel=4)
+    _warn_once(op, why)
     return "reference"
+
+
+def _warn_once(op: str, why: str) -> bool:
+    if (op, why) not in _warned:
+        _warned.add((op, why))
+        warnings.warn(f"featkd.{op} runs on the reference backend: {why}", stacklevel=5)
+    return True
+
+
+# torch.compile runs it as it traces the call, and puts True in its place: no graph break, and no
+# guard on what was warned of. `torch.compiler.assume_constant_result` sets the same, but imports
+# all of the compiler.
+_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -35,6 +35,7 @@ from featkd.kernels.lift_launch import (
     loadable,
     shared_arguments,
 )
+from featkd.kernels.scaled import sum_times
 from featkd.reference import accumulation_dtype
 
 
@@ -302,8 +303,8 @@ def backward(
         d_pooled: (B, Ct), or None; both in the accumulators' dtype.
 
     Returns:
-        df (B, N, Cs) in the features' dtype, None where not needed; dW, dgamma and dbeta in the
-        accumulators' dtype, none of them where not needed.
+        df (B, N, Cs), None where not needed; dW, dgamma and dbeta, none of them where not needed;
+        each in the dtype of what it is the gradient of.
     """
     if d_loss is None:
         teacher = None
@@ -366,8 +367,8 @@ def backward(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    sums = (weights.sum(0), *vectors.sum(0))
-    return gradient, [x * scales[1] for x in sums]
+    sums = zip(head, (weights, *vectors.unbind(1)), strict=True)
+    return gradient, [sum_times(x, scales[1], p.dtype) for p, x in sums]
 
 
 def _centred(weight: Tensor, compute: torch.dtype) -> Tensor:

@@ -7,13 +7,13 @@ their operands from shared memory on sm_90 and sm_100, and sm_100 keeps sums in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from featkd.kernels.configs import Config, products
 from featkd.kernels.shapes import (
     channel_block,
     channels_adjacent,
@@ -21,28 +21,6 @@ from featkd.kernels.shapes import (
     triton_type,
 )
 from featkd.reference import accumulation_dtype
-
-
-@dataclass(frozen=True)
-class Config:
-    """Tile sizes of a launch: places (rows) of a tile, channels of a block, and of a group.
-
-    A group is the student channels whose sums one program holds in registers; there are more
-    programs where the student is wider.
-    """
-
-    rows: int
-    student_block: int
-    teacher_block: int
-    group: int = 0
-    num_warps: int = 8
-    num_stages: int = 2
-
-    def groups(self, student_width: int) -> int:
-        """Into how many groups the student's blocks go evenly."""
-        blocks = triton.cdiv(student_width, self.student_block)
-        most = max(1, self.group // self.student_block)
-        return next(n for n in range(1, blocks + 1) if blocks % n == 0 and blocks // n <= most)
 
 
 def _config(
@@ -64,7 +42,7 @@ def distance_config(
     """Tiles of `pool_and_distance`."""
     if compute.itemsize > 2:
         return _config(student, teacher, compute, (64, 32, 0))
-    large = width == 0 and arch // 10 != 10
+    large = width == 0 and products(arch) != "tcgen05"
     return _config(student, teacher, compute, (128 if large else 64, 64, 0))
 
 
@@ -73,8 +51,10 @@ def features_config(
 ) -> Config:
     """Tiles of `features_gradient`: a group of df, (rows, group), stays in registers."""
     if compute.itemsize > 2:
-        return _config(student, teacher, compute, (64, 32 if arch // 10 == 10 else 16, 192))
-    if arch // 10 in (9, 10):
+        return _config(
+            student, teacher, compute, (64, 32 if products(arch) == "tcgen05" else 16, 192)
+        )
+    if products(arch) != "mma":
         return _config(student, teacher, compute, (64, 64 if student <= 192 else 32, 384))
     if width > 32:  # of the patch grid: a tile holds whole image rows, 64 places of them here
         return _config(student, teacher, compute, (64, 32, 128))
@@ -85,11 +65,12 @@ def features_config(
 
 def head_config(student: int, teacher: int, width: int, compute: torch.dtype, arch: int) -> Config:
     """Tiles of `head_gradients`: dW of a block and group, (block, group), stays in registers."""
+    kind = products(arch)
     if compute.itemsize > 2:
         return _config(student, teacher, compute, (32, 16, 64 if width > 32 else 192))
-    if arch // 10 == 10 or (arch // 10 == 9 and student <= 192):
+    if kind == "tcgen05" or (kind == "wgmma" and student <= 192):
         return _config(student, teacher, compute, (64, 64, 384))
-    if arch // 10 == 9 or student <= 192:
+    if kind == "wgmma" or student <= 192:
         return _config(student, teacher, compute, (64, 32, 384))
     return _config(student, teacher, compute, (64, 16, 384) if width > 32 else (32, 32, 384))
 

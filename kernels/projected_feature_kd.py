@@ -23,6 +23,7 @@ from torch import Tensor
 from featkd.kernels import distance, rows
 from featkd.kernels.configs import Config, gradient_config, loss_config, split_count
 from featkd.kernels.launch import architecture, launch
+from featkd.kernels.scaled import sum_times
 from featkd.kernels.shapes import channels_adjacent, matmul_precision, triton_type
 from featkd.reference import accumulation_dtype
 
@@ -42,15 +43,18 @@ def loss_and_student_gradient(
     tokens, width, image_rows, eps,
     CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
     HB: tl.constexpr, WB: tl.constexpr, SPECTRAL: tl.constexpr, HOLD: tl.constexpr,
+    GROUPS: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program a tile of rows; one sweep over the channels without a norm, three with one.
+    """A program a tile of rows and a group of dS's channels; one sweep without a norm, or three.
 
     A norm needs two reductions over the channels before its gradient. P is formed again for each,
     on the tensor cores, and T read again, from L2: P and H of a tile do not fit in registers
     (64 x 384 of both spilled 1 to 16 KB a thread), and in memory they are what fusion avoids.
     """
     BLOCKS: tl.constexpr = tl.cdiv(CT, CT_BLOCK)
+    GROUP: tl.constexpr = tl.cdiv(CS, CS_BLOCK) // GROUPS
+    group = 0 if GROUPS == 1 else tl.program_id(1)
     first = tl.program_id(0) * HB
     image, token, valid = rows.tile_places(first, image_rows, width, tokens, HB, WB)
     from_student = image * student_image + token * student_token
@@ -72,10 +76,11 @@ def loss_and_student_gradient(
             bias, gamma, beta, mean, rstd, width,
             CS, CT, CS_BLOCK, CT_BLOCK, HB, WB, SPECTRAL, COMPUTE, ACC, PRECISION,
         )  # fmt: skip
-        rows.store_statistics(statistics, row, valid, mean, rstd, mean_g, mean_gx)
+        if group == 0:
+            rows.store_statistics(statistics, row, valid, mean, rstd, mean_g, mean_gx)
 
     if gamma is None or gradient is not None:
-        sums = rows.zero_blocks(HB * WB, CS, CS_BLOCK, ACC)
+        sums = rows.zero_blocks(HB * WB, GROUP * CS_BLOCK, CS_BLOCK, ACC)
         for j in range(BLOCKS):
             x = distance.projected(
                 blocks, student, from_student, valid, weight, weight_stride, bias, j,
@@ -96,13 +101,14 @@ def loss_and_student_gradient(
                 else:
                     slope = rows.inside(slope, valid, j, CT, CT_BLOCK)
                     sums = rows.through_weight(
-                        sums, slope, weight, weight_stride, j, 0,
+                        sums, slope, weight, weight_stride, j, group * GROUP,
                         CS, CT, CS_BLOCK, CT_BLOCK, COMPUTE, ACC, PRECISION,
                     )  # fmt: skip
         if gradient is not None and weight is not None:
-            for k in tl.static_range(tl.cdiv(CS, CS_BLOCK)):
-                rows.store_rows(gradient, row * CS, valid, sums[k], k, CS, CS_BLOCK)
-    tl.store(partial + tl.program_id(0), tl.sum(energy, 0))
+            for k in tl.static_range(GROUP):
+                rows.store_rows(gradient, row * CS, valid, sums[k], group * GROUP + k, CS, CS_BLOCK)
+    if group == 0:
+        tl.store(partial + tl.program_id(0), tl.sum(energy, 0))
 
 
 @triton.jit
@@ -114,7 +120,7 @@ def parameter_gradients(
     student_image, student_token, teacher_image, teacher_token, weight_stride,
     tokens, width, image_rows, tiles,
     CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
-    HB: tl.constexpr, WB: tl.constexpr, SPECTRAL: tl.constexpr, GROUP: tl.constexpr,
+    HB: tl.constexpr, WB: tl.constexpr, SPECTRAL: tl.constexpr, GROUPS: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dW = dP^T S and the vectors' gradients: a program a channel block and a share of the tiles.
@@ -125,6 +131,7 @@ def parameter_gradients(
     """
     j = tl.program_id(0)
     split = tl.program_id(1)
+    GROUP: tl.constexpr = tl.cdiv(CS, CS_BLOCK) // GROUPS
     first = tl.program_id(2) * GROUP
     sums = rows.zero_blocks(CT_BLOCK, GROUP * CS_BLOCK, CS_BLOCK, ACC)
     sum_slope = tl.zeros((CT_BLOCK,), ACC)
@@ -257,7 +264,15 @@ def forward(
     student, teacher, parameters = _loadable(student, teacher, parameters)
     batch, tokens, channels = student.shape
     norm = parameters.gamma is not None
-    config = loss_config(channels, teacher.shape[2], compute, architecture(student.device))
+    config = loss_config(
+        channels,
+        teacher.shape[2],
+        compute,
+        architecture(student.device),
+        triton.next_power_of_2(width or 1),
+        parameters.weight is not None,
+    )
+    groups = config.groups(channels) if need_student and parameters.weight is not None else 1
     arguments = _arguments(student, teacher, parameters, width, compute, config)
     programs = triton.cdiv(arguments["image_rows"], arguments["HB"])
     kind = accumulation_dtype(compute)
@@ -268,7 +283,7 @@ def forward(
         statistics = student.new_empty(batch * tokens, 4, dtype=kind)
     launch(
         loss_and_student_gradient,
-        (programs,),
+        (programs, groups),
         {
             **arguments,
             "gradient": gradient,
@@ -276,6 +291,7 @@ def forward(
             "partial": partial,
             "eps": eps,
             "HOLD": config.hold,
+            "GROUPS": groups,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -288,24 +304,26 @@ def backward(
     teacher: Tensor,
     parameters: Parameters,
     statistics: Tensor | None,
+    factor: Tensor,
     *,
     width: int,
     compute: torch.dtype,
-) -> tuple[Tensor | None, Tensor]:
-    """The parameters' gradients without the loss's scale.
+) -> list[Tensor | None]:
+    """The parameters' gradients, each in its parameter's dtype; None where there is no parameter.
 
-    Returns:
-        dW (Ct, Cs) or None, and (3, Ct): of the bias, of the norm's weight, of its bias; all in
-        the accumulators' dtype.
+    Args:
+        student, teacher, parameters, width, compute: as in `forward`.
+        statistics: as `forward` left them.
+        factor: 2 scale times the upstream gradient, a scalar in the accumulators' dtype.
     """
     student, teacher, parameters = _loadable(student, teacher, parameters)
     batch, tokens, channels = student.shape
     width_out, kind = teacher.shape[2], accumulation_dtype(compute)
-    config = gradient_config(channels, width_out, compute, architecture(student.device))
+    places = triton.next_power_of_2(width or 1)
+    config = gradient_config(channels, width_out, compute, architecture(student.device), places)
     arguments = _arguments(student, teacher, parameters, width, compute, config)
-    blocks = 1 if parameters.weight is None else triton.cdiv(channels, config.student_block)
-    group = min(blocks, config.group)
-    programs = triton.cdiv(width_out, config.teacher_block), triton.cdiv(blocks, group)
+    groups = 1 if parameters.weight is None else config.groups(channels)
+    programs = triton.cdiv(width_out, config.teacher_block), groups
     tiles = triton.cdiv(arguments["image_rows"], arguments["HB"])
     per_split = triton.cdiv(tiles, split_count(batch * tokens, math.prod(programs)))
     splits = triton.cdiv(tiles, per_split)
@@ -322,10 +340,13 @@ def backward(
             "weight_partial": weight_partial,
             "vector_partial": vector_partial,
             "tiles": per_split,
-            "GROUP": group,
+            "GROUPS": groups,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    d_weight = None if weight_partial is None else weight_partial.sum(0)
-    return d_weight, vector_partial.sum(0)
+    sums = (weight_partial, *vector_partial.unbind(1))
+    return [
+        None if p is None or partial is None else sum_times(partial, factor, p.dtype)
+        for p, partial in zip(parameters, sums, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""A gradient times the factor that only the backward pass knows."""
+"""The end of gradients: partial sums added up, and the factor that the backward pass knows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from featkd.kernels.launch import launch
 
 _BLOCK = 2048
+_SUM_BLOCK = 512  # an element's partial sums are read one after another: more programs instead
 
 
 @triton.jit
@@ -27,6 +28,25 @@ def scale(
     there = place < elements
     product = tl.load(values + place, mask=there).to(factor.dtype.element_ty) * tl.load(factor)
     tl.store(scaled + place, product.to(scaled.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def sum_and_scale(
+    partial,  # (splits, elements) ACC, `stride` apart
+    factor,  # one number, ACC; None for 1
+    scaled,  # (elements,) any floating dtype
+    splits, stride, elements, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """scaled = factor * sum(partial), added up in the order of the splits."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = place < elements
+    total = tl.zeros((BLOCK,), partial.dtype.element_ty)
+    for _ in range(splits):
+        total += tl.load(partial + place, mask=there, other=0.0)
+        partial += stride
+    if factor is not None:
+        total = total * tl.load(factor)
+    tl.store(scaled + place, total.to(scaled.dtype.element_ty), mask=there)
 
 
 def times(values: Tensor, factor: Tensor) -> Tensor:
@@ -47,4 +67,25 @@ def times(values: Tensor, factor: Tensor) -> Tensor:
         "BLOCK": _BLOCK,
     }
     launch(scale, (triton.cdiv(values.numel(), _BLOCK),), arguments, num_warps=4)
+    return result
+
+
+def sum_times(partial: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """factor * partial.sum(0) in `dtype`, rounded once: one launch where torch takes three.
+
+    Args:
+        partial: (splits, ...) float32 or float64; each entry contiguous, to be added up.
+        factor: a scalar of the same dtype on the same device, or None for 1.
+    """
+    result = partial.new_empty(partial.shape[1:], dtype=dtype)
+    arguments: dict[str, Any] = {
+        "partial": partial,
+        "factor": factor,
+        "scaled": result,
+        "splits": len(partial),
+        "stride": partial.stride(0),
+        "elements": result.numel(),
+        "BLOCK": _SUM_BLOCK,
+    }
+    launch(sum_and_scale, (triton.cdiv(result.numel(), _SUM_BLOCK),), arguments, num_warps=4)
     return result

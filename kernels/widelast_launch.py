@@ -8,13 +8,13 @@ operands and leave their sums: in registers both (sm_80 to 89, sm_120), operands
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from featkd.kernels.configs import Config, products
 from featkd.kernels.shapes import channels_adjacent, matmul_precision, triton_type
 from featkd.reference import accumulation_dtype
 
@@ -29,19 +29,6 @@ class Parameters(NamedTuple):
     beta_1: Tensor  # (Ct,)
 
 
-@dataclass(frozen=True)
-class Config:
-    """Tile sizes of a launch: rows of a tile, channels of a block of x and of h."""
-
-    rows: int
-    student_block: int
-    teacher_block: int
-    hold: bool = False  # h in registers (forward), x or W as operands (backward)
-    group: int = 1  # blocks of x's channels that a program of dW takes; divides their number
-    num_warps: int = 8
-    num_stages: int = 2
-
-
 def _config(
     student: int,
     teacher: int,
@@ -52,19 +39,15 @@ def _config(
     group: int = 1,
     stages: int = 2,
 ) -> Config:
-    """`blocks` no wider than the maps need, and the largest group of at most `group` that fits."""
+    """`blocks` no wider than the maps need; `group` in blocks; `hold`: h stays in registers
+    (forward), x or W as operands (backward)."""
     student_block, teacher_block = (
         min(block, max(16, triton.next_power_of_2(width)))
         for block, width in zip(blocks, (student, teacher), strict=True)
     )
-    count = triton.cdiv(student, student_block)
-    group = max(g for g in range(1, group + 1) if count % g == 0)
-    return Config(rows, student_block, teacher_block, hold, group, num_stages=stages)
-
-
-def _products(arch: int) -> str:
-    """The instruction that an architecture's matrix products are made of."""
-    return "wgmma" if arch == 90 else "tcgen05" if 100 <= arch < 120 else "mma"
+    return Config(
+        rows, student_block, teacher_block, group * student_block, hold, num_stages=stages
+    )
 
 
 def forward_config(student: int, teacher: int, compute: torch.dtype, arch: int) -> Config:
@@ -73,7 +56,7 @@ def forward_config(student: int, teacher: int, compute: torch.dtype, arch: int) 
     h takes up to 128 of a thread's 255 registers; float32 operands and their tf32 parts take more
     of the rest. A sweep has 128 rows and reads W three times.
     """
-    size, mma = compute.itemsize, _products(arch) == "mma"
+    size, mma = compute.itemsize, products(arch) == "mma"
     if size == 8:
         return _config(student, teacher, 16, (16, 16), stages=1)
     if size == 2:
@@ -92,35 +75,35 @@ def forward_config(student: int, teacher: int, compute: torch.dtype, arch: int) 
 
 def input_config(student: int, teacher: int, compute: torch.dtype, arch: int) -> Config:
     """Tiles of `input_gradient`: dx of a tile, (rows, Cs), stays in registers."""
-    size, products = compute.itemsize, _products(arch)
+    size, kind = compute.itemsize, products(arch)
     if size == 8:
         return _config(student, teacher, 16, (16, 16), stages=1)
-    if size == 4 and products == "tcgen05" and student <= 384:
+    if size == 4 and kind == "tcgen05" and student <= 384:
         return _config(student, teacher, 64, (32, 32))
     if size == 4:
         rows, stages = (32, 2) if student <= 192 else (16, 3)
         return _config(student, teacher, rows, (64, 32), stages=stages)
-    if student > 384 or products == "mma":
+    if student > 384 or kind == "mma":
         rows = 64 if student <= 192 else 32 if student <= 768 else 16
         return _config(student, teacher, rows, (32 if student <= 192 else 64, 32))
     rows = 128 if student <= 192 else 64
-    if products == "wgmma":
+    if kind == "wgmma":
         return _config(student, teacher, rows, (64, 32), hold=True)
     return _config(student, teacher, rows, (64, 32 if rows == 128 else 64), hold=True, stages=1)
 
 
 def parameter_config(student: int, teacher: int, compute: torch.dtype, arch: int) -> Config:
     """Tiles of `parameter_gradients`: dW of a block, (teacher_block, group), stays in registers."""
-    size, products = compute.itemsize, _products(arch)
+    size, kind = compute.itemsize, products(arch)
     if size == 8:
         return _config(student, teacher, 16, (16, 16), group=2, stages=1)
     if size == 4:
         return _config(student, teacher, 16, (32, 32), group=4)
     if arch == 80 and 64 < student <= 192:
         return _config(student, teacher, 32, (64, 64), group=3, stages=3)
-    if products == "mma" or student > 768:
+    if kind == "mma" or student > 768:
         return _config(student, teacher, 32, (64, 32), group=6)
-    if products == "wgmma":  # beside x in float32, W of a wider block fits in no shared memory
+    if kind == "wgmma":  # beside x in float32, W of a wider block fits in no shared memory
         return _config(student, teacher, 32, (64, 64), hold=student <= 384, group=6)
     rows = 64 if student <= 384 else 32
     return _config(student, teacher, rows, (64, 64), hold=True, group=6, stages=1)

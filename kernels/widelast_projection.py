@@ -23,6 +23,7 @@ from torch import Tensor
 from featkd.kernels import distance, rows, two_norms
 from featkd.kernels.configs import split_count
 from featkd.kernels.launch import architecture, launch
+from featkd.kernels.scaled import sum_times
 from featkd.kernels.shapes import channels_adjacent
 from featkd.kernels.widelast_launch import (
     Parameters,
@@ -197,7 +198,7 @@ def parameter_gradients(
     vector_partial,  # (splits, 4, Ct) ACC: sums over rows of dr h_hat, dr, du r_hat, du
     x_image, x_token, dr_image, dr_token, du_image, du_token, tokens, total, tiles,
     CS: tl.constexpr, CT: tl.constexpr, CS_BLOCK: tl.constexpr, CT_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, HOLD: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, HOLD: tl.constexpr, GROUPS: tl.constexpr,
     COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dW = dh^T x and the norms' gradients: a program a block of dW and a share of the tiles.
@@ -209,6 +210,7 @@ def parameter_gradients(
     rows are added up in a fixed order by the caller: no atomics.
     """
     BLOCKS: tl.constexpr = tl.cdiv(CT, CT_BLOCK)
+    GROUP: tl.constexpr = tl.cdiv(CS, CS_BLOCK) // GROUPS
     j = tl.program_id(0) % BLOCKS
     group = tl.program_id(0) // BLOCKS
     split = tl.program_id(1)
@@ -320,7 +322,7 @@ def backward(
     compute: torch.dtype,
     need_input: bool,
     need_parameters: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, list[Tensor]]:
     """The gradients.
 
     Args:
@@ -331,9 +333,10 @@ def backward(
         need_input, need_parameters: which gradients to form.
 
     Returns:
-        dx (B, N, Cs) in x's dtype; dW (Ct, Cs), and (4, Ct) of gamma_p, beta_p, gamma_1 and
-        beta_1, in the accumulators' dtype. None where not needed.
+        dx (B, N, Cs), None where not needed; the parameters' gradients, none of them where not
+        needed; each in the dtype of what it is the gradient of.
     """
+    dtypes = [p.dtype for p in parameters]
     x, parameters = loadable(x, parameters, compute)
     batch, tokens, channels = x.shape
     width, kind = parameters.weight.shape[0], accumulation_dtype(compute)
@@ -360,17 +363,17 @@ def backward(
         num_stages=config.num_stages,
     )
     if means is None:
-        return d_input, None, None
+        return d_input, []
     config = parameter_config(channels, width, compute, arch)
     tiles = triton.cdiv(batch * tokens, config.rows)
     per_split = triton.cdiv(tiles, split_count(batch * tokens))
     splits = triton.cdiv(tiles, per_split)
     weight_partial = x.new_empty(splits, width, channels, dtype=kind)
     vector_partial = x.new_empty(splits, 4, width, dtype=kind)
-    blocks = triton.cdiv(channels, config.student_block) * triton.cdiv(width, config.teacher_block)
+    groups = config.groups(channels)
     launch(
         parameter_gradients,
-        (blocks // config.group, splits),
+        (triton.cdiv(width, config.teacher_block) * groups, splits),
         {
             **shared_arguments(x, parameters, compute, config),
             **upstream,
@@ -379,9 +382,10 @@ def backward(
             "weight_partial": weight_partial,
             "vector_partial": vector_partial,
             "tiles": per_split,
-            "GROUP": config.group,
+            "GROUPS": groups,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return d_input, weight_partial.sum(0), vector_partial.sum(0)
+    sums = (weight_partial, *vector_partial.unbind(1))
+    return d_input, [sum_times(x, None, kind) for x, kind in zip(sums, dtypes, strict=True)]

@@ -309,6 +309,21 @@ def test_what_the_kernels_do_not_take_goes_to_the_reference_with_one_warning(why
             assert torch.equal(loss, projected_feature_kd(**given))
 
 
+OTHERS = [(name, key) for name, key in TENSORS if key != next(iter(arguments(name)))]
+
+
+@pytest.mark.parametrize(("name", "argument"), OTHERS)
+def test_no_fused_path_takes_eight_bits(name, argument, monkeypatch):
+    """Of any tensor but the first, whose dtype is the work's."""
+    monkeypatch.setattr(backends, "_warned", set())
+    value = arguments(name)[argument].to(torch.float8_e4m3fn)
+    with pytest.warns(UserWarning, match=f"{name} runs on the reference .* in torch.float8_e4m3fn"):
+        got = call(name, **{argument: value})
+    assert featkd.last_backend(name) == "reference"
+    for ours, exact in zip(got, call(name, **{argument: value.float()}), strict=True):
+        torch.testing.assert_close(ours, exact)
+
+
 def test_just_below_the_limit_is_launched():
     maps = torch.ones(1, 64, 2), torch.zeros(1, 64, 2)
     launched = pytest.raises(AssertionError, match="a kernel was launched")

@@ -119,14 +119,15 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_so(recipe_file, tmp_path, unbroken,
     assert losses(out) == unbroken
 
 
-def test_two_processes_train_one_model(recipe_file, tmp_path):
+@pytest.mark.parametrize("arch", ["widelast", "lift"])
+def test_two_processes_train_one_model(recipe_file, tmp_path, arch):
     """torchrun, gloo: the same global batch gives the weights of one process with twice the batch.
 
     Not to the bit: BatchNorm-free models sum gradients in another order, that is all.
     """
     same = (
         "--optim.epochs", 1, "--optim.warmup_epochs", 0, "--student.options.drop_path_rate", 0,
-        "--data.augment.random_erasing", 0, "--log_every", 2,
+        "--data.augment.random_erasing", 0, "--log_every", 2, "--student.arch", arch,
     )  # fmt: skip
     one = call("distill", recipe_file, "--out", tmp_path / "one", "--batch_size", 16, *same)
     assert one.returncode == 0, one.stderr

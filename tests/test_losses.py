@@ -82,6 +82,18 @@ def test_gradient_reaches_the_student_through_pooling():
     torch.testing.assert_close(s.grad, expected.repeat_interleave(2, -1))
 
 
+def test_a_feature_loss_formed_elsewhere_stands_for_the_maps():
+    loss = DistillationLoss(beta=3.0, w_feat=0.2, feature="mse")
+    logits, target = torch.randn(2, 5), torch.tensor([1, 4])
+    formed = torch.tensor(0.75, requires_grad=True)
+    terms = loss(logits, target, feature_loss=formed)
+    torch.testing.assert_close(terms.total, F.cross_entropy(logits, target) + 0.6 * 0.75)
+    assert terms.features == 0.75
+    assert not terms.features.requires_grad
+    (gradient,) = torch.autograd.grad(terms.total, formed)
+    torch.testing.assert_close(gradient, torch.tensor(0.6))
+
+
 def test_projected_feature_kd_module_trains_its_projector():
     torch.manual_seed(0)
     module = ProjectedFeatureKD(3, 5, bias=True, metric="spectral", grid=(3, 3))

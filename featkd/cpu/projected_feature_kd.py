@@ -54,7 +54,7 @@ def sweep(
     def exact(x: Tensor) -> Tensor:
         return x.to(compute).to(dtype)
 
-    w = None if weight is None else exact(weight.detach())
+    w = None if weight is None else exact(weight.detach()).contiguous()
     b, gamma, beta = (
         p if p is None else p.detach().to(dtype) for p in (bias, norm_weight, norm_bias)
     )
@@ -112,12 +112,12 @@ def difference_gradient(student: Tensor, teacher: Tensor, width: int, factor: Te
     Formed in the backward pass: S - T costs less than writing it, keeping it and scaling it.
     """
     dtype = accumulation_dtype(student.dtype)
+    result = torch.empty(student.shape, dtype=student.dtype)  # contiguous, whatever the maps are
     if not width and student.dtype == teacher.dtype == dtype:
-        return torch.sub(student, teacher).mul_(factor)
-    result = torch.empty(student.shape, dtype=student.dtype)
+        return torch.sub(student, teacher, out=result).mul_(factor)
     for images, tokens in row_chunks(student.shape[0], student.shape[1], ROWS, width or 1):
         place, s = result[images, tokens], student[images, tokens]
-        error = s.to(dtype) - teacher[images, tokens]
+        error = (s.to(dtype) - teacher[images, tokens]).contiguous()
         half = with_row_sums(error.view(-1, s.shape[2]), width) if width else error
         place.copy_(half.view(s.shape).mul_(factor))
     return result

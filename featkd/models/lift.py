@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch.nn.functional as F
 from timm.layers import get_device_dtype
 from torch import Tensor, nn
 
-from featkd.functional import lift_head
+from featkd.functional import Metric, lift_head, projected_feature_kd
 from featkd.models.base import StudentVisionTransformer, check_vision_transformer
 from featkd.models.features import resolve_layers
+from featkd.models.fusible import can_fuse
 from featkd.ops.support import is_being_exported
 
 PUBLISHED_EPS = 1e-5  # torch's default, which the published Lift has; timm's norms have 1e-6
@@ -26,8 +26,10 @@ class Lift(StudentVisionTransformer):
         z      = LayerNorm(f W^T)              eps 1e-5; the map that is matched to the teacher's
         logits = head(mean of z over the patch tokens)
 
-    The logits alone come without z in memory (`featkd.functional.lift_head`, whose gradients cannot
-    be differentiated again); where the last layer's map is asked for, z is formed and returned.
+    Logits, and the loss by a teacher (`forward_with_loss`), come without z in memory
+    (`featkd.functional.lift_head`, whose gradients cannot be differentiated again), unless
+    something stands in the place of the two layers, or hooks wait for them. Where the last layer's
+    map is asked for, z is formed and returned.
 
     The base's own final norm and head would be dead weight, so they are not there.
     Made by `Lift.adopt` or `featkd.models.create_student(arch="lift")`.
@@ -66,22 +68,66 @@ class Lift(StudentVisionTransformer):
 
     def lift(self, tokens: Tensor) -> Tensor:
         """z = LayerNorm(f W^T) of patch tokens f: (B, N, width) -> (B, N, teacher_dim)."""
-        norm = self.projection_norm
-        projected = F.linear(tokens, self.projection.weight)
-        return F.layer_norm(projected, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        lifted: Tensor = self.projection_norm(self.projection(tokens))
+        return lifted
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W)."""
         if is_being_exported():  # as plain layers in the model's own dtype
             return cast(Tensor, super().forward(x, *args, **kwargs))
         tokens = super().forward_features(x, *args, **kwargs)
-        return self._classify(tokens[:, self.num_prefix_tokens :])
+        return self._finish(tokens[:, self.num_prefix_tokens :])[0]
 
-    def _classify(self, tokens: Tensor) -> Tensor:
-        """Logits of the last block's patch tokens (B, N, width)."""
-        norm = self.projection_norm
-        pooled, _ = lift_head(tokens, self.projection.weight, norm.weight, norm.bias, eps=norm.eps)
-        return cast(Tensor, self.head(self.head_drop(pooled)))
+    def forward_with_loss(
+        self,
+        images: Tensor,
+        teacher: Tensor,
+        *,
+        metric: Metric = "mse",
+        grid: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits, and the distance of the lifted map from the teacher's, without z in memory.
+
+        They are those of `forward_with_features(images, [-1])` and of
+        `featkd.functional.projected_feature_kd` on its map, in one `featkd.functional.lift_head`.
+
+        Args:
+            images: (B, C, H, W).
+            teacher: (B, N, teacher_dim), needing no gradient.
+            metric, grid: as in `projected_feature_kd`.
+
+        Returns:
+            logits (B, classes), and a scalar.
+
+        Raises:
+            ValueError: the teacher's shape, its device or the grid don't fit.
+        """
+        tokens = super().forward_features(images)[:, self.num_prefix_tokens :]
+        logits, loss = self._finish(tokens, teacher, metric, grid)
+        return logits, cast(Tensor, loss)
+
+    def _finish(
+        self,
+        tokens: Tensor,
+        teacher: Tensor | None = None,
+        metric: Metric = "mse",
+        grid: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits of the last block's patch tokens (B, N, width), and the loss by a teacher."""
+        linear, norm = self.projection, self.projection_norm
+        loss = None
+        if can_fuse(linear, norm):
+            pooled, loss = lift_head(
+                *(tokens, linear.weight, norm.weight, norm.bias, teacher),
+                eps=norm.eps,
+                metric=metric,
+                grid=grid,
+            )
+            return cast(Tensor, self.head(self.head_drop(pooled))), loss
+        lifted = self.lift(tokens)
+        if teacher is not None:
+            loss = projected_feature_kd(lifted, teacher, metric=metric, grid=grid)
+        return self.forward_head(lifted), loss
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The lifted map z (B, N, teacher_dim) of images (B, C, H, W)."""
@@ -119,7 +165,7 @@ class Lift(StudentVisionTransformer):
         patches = tokens[:, self.num_prefix_tokens :]
         if last not in wanted:
             found = dict(zip(earlier, maps, strict=True))
-            return self._classify(patches), [found[layer] for layer in wanted]
+            return self._finish(patches)[0], [found[layer] for layer in wanted]
         lifted = self.lift(patches)
         found = {**dict(zip(earlier, maps, strict=True)), last: lifted}
         return self.forward_head(lifted), [found[layer] for layer in wanted]

@@ -15,6 +15,7 @@ from featkd.models.base import (
     build_timm,
     check_vision_transformer,
 )
+from featkd.models.fusible import can_fuse
 from featkd.ops.support import is_being_exported
 
 SCHEDULES = ("widelast", "fixed_step", "heads_linear", "fixed_linear")
@@ -130,7 +131,7 @@ class WideBlock(Block):  # type: ignore[misc]
         adapter), hooks wait for them, or the model is being exported.
         """
         modules = (self.proj_in, self.proj_norm, self.norm1)
-        if is_being_exported() or not isinstance(x, Tensor) or not _can_fuse(*modules):
+        if is_being_exported() or not isinstance(x, Tensor) or not can_fuse(*modules):
             residual = self.proj_norm(self.proj_in(x))
             return residual, self.norm1(residual)
         _, first, second = cast(tuple[Any, ...], modules)
@@ -148,25 +149,6 @@ class WideBlock(Block):  # type: ignore[misc]
         x = residual + self.drop_path1(self.ls1(attended))
         mixed: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return mixed
-
-
-def _can_fuse(proj_in: Any, proj_norm: Any, norm1: Any) -> bool:
-    """Whether these are what `widelast_projection` computes, and nobody watches them run."""
-    if type(proj_in) is not nn.Linear or getattr(proj_in, "bias", None) is not None:
-        return False
-    for norm in (proj_norm, norm1):
-        if type(norm) not in (nn.LayerNorm, LayerNorm) or norm.eps != proj_norm.eps:
-            return False
-        if norm.weight is None or norm.bias is None or getattr(norm, "_fast_norm", False):
-            return False
-    weights = [p for module in (proj_in, proj_norm, norm1) for p in module.parameters()]
-    plain = all(type(p) in (Tensor, nn.Parameter) for p in weights)  # no quantised, no sharded ones
-    return plain and not any(_is_hooked(module) for module in (proj_in, proj_norm, norm1))
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    kinds = ("forward", "forward_pre", "backward", "backward_pre")
-    return any(getattr(module, f"_{kind}_hooks") for kind in kinds)
 
 
 class BlockFactory:

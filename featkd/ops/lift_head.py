@@ -10,7 +10,6 @@ from featkd.ops import support
 from featkd.reference import accumulation_dtype
 
 NAME = "lift_head"
-_MOST_COLUMNS = 64  # of the patch grid: a tile of rows in Triton holds whole image rows
 
 
 def lift_head(
@@ -33,8 +32,8 @@ def lift_head(
         why = support.unsupported(backend, features, rows, (*parameters, teacher))
         if not why and not weight.numel():
             return "no channels"
-        if not why and backend == "triton" and width > _MOST_COLUMNS:
-            return f"a patch grid of {width} columns, more than {_MOST_COLUMNS}"
+        if not why and backend == "triton" and width > support.MOST_COLUMNS:
+            return f"a patch grid of {width} columns, more than {support.MOST_COLUMNS}"
         return why
 
     exported = support.is_being_exported()

@@ -10,7 +10,6 @@ from featkd.ops import support
 from featkd.reference import accumulation_dtype
 
 NAME = "projected_feature_kd"
-_MOST_COLUMNS = 64  # of the patch grid: a tile of rows in Triton holds whole image rows
 
 
 def projected_feature_kd(
@@ -31,8 +30,8 @@ def projected_feature_kd(
 
     def unsupported(backend: str) -> str:
         why = support.unsupported(backend, student, student.shape[0] * student.shape[1], others)
-        if not why and backend == "triton" and width > _MOST_COLUMNS:
-            return f"a patch grid of {width} columns, more than {_MOST_COLUMNS}"
+        if not why and backend == "triton" and width > support.MOST_COLUMNS:
+            return f"a patch grid of {width} columns, more than {support.MOST_COLUMNS}"
         return why
 
     backend = backends.choose(NAME, student.device, unsupported)
@@ -183,25 +182,25 @@ def _backward(
         results = [times(d_student, factor)]
     if not need_parameters:
         return tuple(results + empty[1:])  # type: ignore[return-value]
-    sums: list[Tensor | None]
+    gradients: list[Tensor | None]
     if backend == "cpu":
-        sizes = [0 if p is None else p.numel() for p in parameters]
-        sums = list(torch.split(kept, sizes))
+        sums = torch.split(kept, [0 if p is None else p.numel() for p in parameters])
+        gradients = [
+            None if p is None else (total.view(p.shape) * factor).to(p.dtype)
+            for p, total in zip(parameters, sums, strict=True)
+        ]
     else:
         from featkd.kernels import projected_feature_kd as kernels
 
-        d_weight, vectors = kernels.backward(
+        gradients = kernels.backward(
             *(student, teacher, kernels.Parameters(*parameters)),
             kept if norm_weight is not None else None,
+            factor,
             width=width,
             compute=compute,
         )
-        sums = [d_weight, *vectors]
-    for parameter, total, nothing in zip(parameters, sums, empty[1:], strict=True):
-        if parameter is None or total is None:
-            results.append(nothing)
-        else:
-            results.append((total.view(parameter.shape) * factor).to(parameter.dtype))
+    for gradient, nothing in zip(gradients, empty[1:], strict=True):
+        results.append(nothing if gradient is None else gradient)
     return tuple(results)  # type: ignore[return-value]
 
 
@@ -224,8 +223,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     results = [student.new_empty(student.shape if need_student else (0,))]
     for parameter in (weight, bias, norm_weight, norm_bias):
-        there = need_parameters and parameter is not None
-        results.append(torch.empty_like(parameter) if there else student.new_empty(0))  # type: ignore[arg-type]
+        like = parameter if need_parameters else None
+        results.append(student.new_empty(0) if like is None else like.new_empty(like.shape))
     return tuple(results)  # type: ignore[return-value]
 
 

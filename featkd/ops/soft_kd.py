@@ -10,7 +10,6 @@ from featkd.ops import support
 from featkd.reference import accumulation_dtype
 
 NAME = "soft_kd"
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def soft_kd(
@@ -25,7 +24,7 @@ def soft_kd(
         if torch.is_grad_enabled() and labels is not None and labels.requires_grad:
             return "a target that requires grad"
         for x in (student, softened, labels):
-            if x is not None and x.is_floating_point() and x.dtype not in _DTYPES:
+            if x is not None and x.is_floating_point() and x.dtype not in support.DTYPES:
                 return f"logits or labels in {x.dtype}"
         return support.unsupported(backend, student, student.shape[0])
 

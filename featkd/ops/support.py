@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MOST_COLUMNS = 64  # of the patch grid: a tile of rows in Triton holds whole image rows
 
 
 def unsupported(backend: str, x: Tensor, rows: int, others: Iterable[Tensor | None] = ()) -> str:

@@ -29,7 +29,7 @@ def widelast_projection(
 
     def unsupported(backend: str) -> str:
         batch, tokens, channels = x.shape
-        why = support.unsupported(backend, x, batch * tokens)
+        why = support.unsupported(backend, x, batch * tokens, parameters)
         if not why and not weight.numel():
             return "no channels"
         if not why and backend == "triton" and channels > _MOST_STUDENT_CHANNELS:
@@ -170,19 +170,17 @@ def _backward(
     else:
         from featkd.kernels import widelast_projection as kernels
 
-        d_input, d_weight, vectors = kernels.backward(
+        d_input, sums = kernels.backward(
             *(x, kernels.Parameters(*parameters), d_residual, d_normed, statistics),
             compute=compute,
             need_input=need_input,
             need_parameters=need_parameters,
         )
-        sums = [] if d_weight is None or vectors is None else [d_weight, *vectors]
     results = [d_input if need_input and d_input is not None else x.new_empty(0)]
     if not need_parameters:
         results += [x.new_empty(0) for _ in parameters]
-    else:  # copies: the rows of one tensor must not leave the op as several
-        for parameter, total in zip(parameters, sums, strict=True):
-            results.append(total.to(parameter.dtype, copy=True))
+    else:
+        results += [x.to(p.dtype) for p, x in zip(parameters, sums, strict=True)]
     return tuple(results)  # type: ignore[return-value]
 
 

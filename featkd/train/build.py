@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from featkd.checks import suggestion
 from featkd.data import Loader, build_loader
+from featkd.functional import Metric
 from featkd.losses import DistillationLoss
-from featkd.models import create_student, create_teacher
+from featkd.models import Lift, create_student, create_teacher
 from featkd.models.features import FeatureModel, feature_grid, num_layers, resolve_layers
 from featkd.train.distributed import ProcessContext
 from featkd.train.recipe import Recipe, RecipeError
@@ -37,14 +38,32 @@ class FeatureForward(nn.Module):
         return self.model.forward_with_features(images, self.layers)
 
 
+class LossForward(nn.Module):
+    """A Lift student's `forward_with_loss` as a module's forward, for DDP and torch.compile."""
+
+    def __init__(self, model: Lift, metric: Metric) -> None:
+        super().__init__()
+        self.model = model
+        self.metric: Metric = metric
+        self.grid = feature_grid(model)
+
+    def forward(self, images: Tensor, teacher_map: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.forward_with_loss(images, teacher_map, metric=self.metric, grid=self.grid)
+
+
 @dataclass
 class Parts:
-    """What a run works with; `student_forward` and `teacher_forward` are what the loop calls."""
+    """What a run works with; `student_forward` and `teacher_forward` are what the loop calls.
+
+    With `student_forms_loss`, `student_forward` takes the teacher's map and returns the logits and
+    the feature loss; else it returns the logits and the maps.
+    """
 
     train_loader: Loader
     val_loader: Loader
     student: FeatureModel
     student_forward: nn.Module
+    student_forms_loss: bool
     teacher: FeatureModel | None
     teacher_forward: nn.Module | None
     loss: DistillationLoss
@@ -103,7 +122,8 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
             )
         scheduler = _scheduler(recipe, optimizer, updates_per_epoch)
         ema = None if recipe.ema_decay is None else ModelEmaV3(student, decay=recipe.ema_decay)
-        student_forward: nn.Module = FeatureForward(student, _pair_layers(recipe, student, 0))
+        student_forward = _student_forward(recipe, student)
+        student_forms_loss = isinstance(student_forward, LossForward)
         teacher_forward = (
             None if teacher is None else FeatureForward(teacher, _pair_layers(recipe, teacher, 1))
         )
@@ -126,6 +146,7 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         val_loader=val_loader,
         student=student,
         student_forward=student_forward,
+        student_forms_loss=student_forms_loss,
         teacher=teacher,
         teacher_forward=teacher_forward,
         loss=_loss(recipe, student),
@@ -216,6 +237,15 @@ def _pair_layers(recipe: Recipe, model: FeatureModel, side: int) -> tuple[int, .
         return resolve_layers([pair[side] for pair in recipe.loss.pairs], num_layers(model))
     except ValueError as error:
         raise RecipeError(f"loss.pairs ({('student', 'teacher')[side]}): {error}") from error
+
+
+def _student_forward(recipe: Recipe, student: FeatureModel) -> nn.Module:
+    """What the loop calls; a Lift student compares its last map itself, and never writes it."""
+    layers = _pair_layers(recipe, student, 0)
+    metric = recipe.loss.feature
+    if metric is not None and isinstance(student, Lift) and layers == (num_layers(student) - 1,):
+        return LossForward(student, metric)
+    return FeatureForward(student, layers)
 
 
 def _check_fit(

@@ -168,8 +168,13 @@ class Trainer:
             if parts.teacher_forward is not None:
                 with torch.no_grad():
                     teacher_logits, teacher_maps = parts.teacher_forward(images)
-            logits, maps = parts.student_forward(images)
-            terms = parts.loss(logits, targets, teacher_logits, maps, teacher_maps)
+            if parts.student_forms_loss:
+                (teacher_map,) = teacher_maps
+                logits, distance = parts.student_forward(images, teacher_map)
+                terms = parts.loss(logits, targets, teacher_logits, feature_loss=distance)
+            else:
+                logits, maps = parts.student_forward(images)
+                terms = parts.loss(logits, targets, teacher_logits, maps, teacher_maps)
         assert isinstance(terms, DistillationTerms)
         return terms
 

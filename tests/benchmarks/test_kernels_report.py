@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from featkd.benchmarks import aot, cases, report, traffic
+from featkd.benchmarks import aot, cases, measured, report, traffic
 from featkd.benchmarks.chips import CHIPS, chip_of, modelled_us
 from featkd.cli import main
+from featkd.ptx import run_triton
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,6 +70,7 @@ def test_good_kernels_break_no_rule(arch):
     assert good.broken == []
     assert good.code.products
     assert good.code.tensor_core > 0
+    assert good.code.instructions == "HMMA"
 
 
 @pytest.mark.parametrize(
@@ -86,9 +88,14 @@ def test_planted_faults_are_seen(kernel, size, constants, rule):
     assert any(rule in text for text in broken), broken
 
 
+def test_rows_that_begin_anywhere_need_no_wide_load():
+    code = aot.Code(64, 0, 0, 0, False, 0, "", 1, 0, 0, False)
+    assert report.Compiled("case", "kernel", 80, code).broken == []
+
+
 @pytest.mark.parametrize(("arch", "broken"), [(80, 1), (90, 0)])
 def test_shared_memory_must_fit_the_chip(arch, broken):
-    code = aot.Code(64, 0, 0, 200 * 1024, False, 0, 1, 1, 0)
+    code = aot.Code(64, 0, 0, 200 * 1024, False, 0, "", 1, 1, 0, True)
     found = report.Compiled("case", "kernel", arch, code).broken
     assert len(found) == broken
     assert all("204800 bytes of shared memory, A100 has 166912" in text for text in found)
@@ -113,19 +120,38 @@ def test_traffic_of_the_loss_without_a_projector_is_the_floor():
     maps = 3 * 4 * 196 * 384 * 2  # student, teacher, gradient
     assert launch.floor == maps
     assert maps < launch.moved < 1.01 * maps  # and each program's sum
-    assert traffic.over_floor([launch], 0) < 1.01
+    assert traffic.over_floor([launch]) < 1.01
     # the gradient is read and written once more when the upstream factor is known
     assert scaling.moved == 2 * maps // 3 + 4
-    assert traffic.over_floor([launch, scaling], 0) == pytest.approx(5 / 3, rel=0.01)
+    assert traffic.over_floor([launch, scaling]) == pytest.approx(5 / 3, rel=0.01)
 
 
 def test_broken_traffic_rules_are_named():
     counters = traffic.Counters(distinct_read_bytes=900, distinct_write_bytes=500)
-    launch = traffic.Traffic("kernel", counters, {(0, 1000): 1000}, 0)
+    launch = traffic.Traffic("kernel", counters, {(0, 1000): 1000})
     for op, expected in (("projected_feature_kd", 2), ("widelast_projection", 1), ("soft_kd", 0)):
         found = report.Moved("case", op, [launch], 2.6, 1).broken
         assert len(found) == expected
     assert report.Moved("case", "soft_kd", [launch], 9.0, 1).broken == []
+
+
+def test_every_launch_is_timed():
+    def timer(kernel, grid, arguments, options):
+        run_triton(kernel, grid, check=False, **arguments, **options)
+        return 2.5
+
+    (case,) = cases.select(["soft_kd"], "small", ["fp32"], ["both"])[:1]
+    name, timed = measured.measure([case], "cpu", timer)
+    assert [row.kernel for row in timed] == ["loss_and_logit_gradient", "scale"]
+    assert "2.50" in report.measured_table(name, timed)
+    rows = report.figures([], [], name, timed)
+    assert rows[0] == (
+        "soft_kd/indices/4x1000/fp32/loss_and_logit_gradient",
+        "cpu measured",
+        "time",
+        "us",
+        2.5,
+    )
 
 
 def test_command_writes_csv_and_json(tmp_path, capsys):

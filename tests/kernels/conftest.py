@@ -18,6 +18,7 @@ WRITTEN = {
     "parameter_gradients": ("weight_partial", "vector_partial"),
     "loss_and_logit_gradient": ("gradient", "losses"),
     "scale": ("scaled",),
+    "sum_and_scale": ("scaled",),
     "project_and_normalise": ("residual", "normed", "statistics"),
     "input_gradient": ("means", "gradient"),
     "pool_and_distance": ("pooled_partial", "statistics", "energy_partial"),

@@ -6,13 +6,14 @@ from types import ModuleType
 
 import torch
 
-from featkd.kernels.lift_launch import Config
+from featkd.kernels.configs import Config
 from featkd.ops.support import distance_factor
 from tests.kernels.feature_kd_cases import relative
 from tests.kernels.lift_head_cases import Problem, evaluate
 
 # an odd grid; no teacher; and two images whose tokens do not fill their two tiles, channels that do
 # not fill their blocks, and groups of those
+EPS = 0.1  # so large that dropping it is seen
 PROBLEMS = [
     Problem(1, 9, 16, 20, 3),
     Problem(2, 9, 20, 16, 0, compare=False),
@@ -48,7 +49,8 @@ MUTANTS = [
     ("skipped last split", "first + tiles_a_split, all", "first + tiles_a_split - split, all"),
     ("groups of dW in each other's place", "sums[k], first + k, CS", "sums[k], k, CS"),
     ("groups of df in each other's place", "size, group * GROUP + k", "size, k"),
-    ("dropped epsilon", "squares / CT + eps", "squares / CT + 2 * eps + 1e-3"),
+    ("skipped last partial sum", "in range(splits)", "in range(splits - 1)"),
+    ("dropped epsilon", "squares / CT + eps", "squares / CT"),
     ("dropped spectral term", "rows + plain + sign * alternating", "rows + plain"),
     ("dropped row sums", "rows + plain + sign * alternating", "rows + sign * alternating"),
     ("wrong stride of the weight", "out[:, None] * stride", "out[:, None] * (stride - 1)"),
@@ -66,7 +68,7 @@ def errors(kernels: ModuleType, problem: Problem) -> dict[str, float]:
     head = kernels.Head(x.weight, x.norm_weight, x.norm_bias)
     arguments = {"width": problem.width, "compute": torch.float64}
     pooled, total, statistics = kernels.forward(
-        x.features, head, x.teacher, eps=1e-5, need_statistics=True, **arguments
+        x.features, head, x.teacher, eps=EPS, need_statistics=True, **arguments
     )
     got = {"pooled": x.norm_bias + x.norm_weight * pooled}
     d_loss = None
@@ -81,7 +83,7 @@ def errors(kernels: ModuleType, problem: Problem) -> dict[str, float]:
         **arguments,
     )
     got |= dict(zip(("weight", "norm_weight", "norm_bias"), gradients, strict=True))
-    want = evaluate(x, problem.width)
+    want = evaluate(x, problem.width, EPS)
     assert set(got) == set(want)
     return {name: relative(got[name].nan_to_num(1e9), value) for name, value in want.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from featkd.ops.support import distance_factor
 from tests.kernels.feature_kd_cases import Problem, evaluate, relative
 
+EPS = 0.1  # so large that dropping it is seen
 PROBLEMS = [
     Problem(2, 15, 24, 40, 5, bias=True),
     Problem(3, 8, 20, 24, 4),
@@ -17,7 +19,12 @@ PROBLEMS = [
 ]
 # (name, what stands in the kernels, what a slip would have put there)
 MUTANTS = [
-    ("zeroed gradient", "sums[k], k, CS", "sums[k] * 0, k, CS"),
+    ("zeroed gradient", "valid, sums[k], group * GROUP", "valid, sums[k] * 0, group * GROUP"),
+    (
+        "zeroed dW",
+        "total = tl.dot(operand, block, sums[k]",
+        "total = tl.dot(0 * operand, block, sums[k]",
+    ),
     (
         "gradient of the wrong sign",
         "rstd[:, None] * (g",
@@ -33,7 +40,7 @@ MUTANTS = [
     (
         "dropped epsilon",
         "squares / CT + eps",
-        "squares / CT + 2 * eps + 1e-3",
+        "squares / CT",
     ),
     (
         "dropped spectral term",
@@ -66,7 +73,8 @@ MUTANTS = [
         "(split + 1) * tiles - split)",
     ),
     ("wrong stride of the weight", "out[:, None] * stride", "out[:, None] * (stride - 1)"),
-    ("skipped last group of channels", "* GROUP\n", "* 0\n"),
+    ("skipped last group of dW's channels", "first = tl.program_id(2) * GROUP", "first = 0"),
+    ("skipped last group of dS's channels", "0 if GROUPS == 1 else tl.program_id(1)", "0"),
     (
         "wrong stride of the teacher",
         "image * teacher_image",
@@ -77,6 +85,9 @@ MUTANTS = [
         "tl.join(tl.join(a, c), tl.join(b, d))",
         "tl.join(tl.join(a, d), tl.join(b, c))",
     ),
+    ("missing factor of the loss and upstream", "total * tl.load(factor)", "total"),
+    ("missing factor of dS", ".to(factor.dtype.element_ty) * tl.load(factor)", ""),
+    ("skipped last partial sum", "in range(splits)", "in range(splits - 1)"),
     ("dropped bias", "total += load_channels(bias", "total += 0 * load_channels(bias"),
 ]
 
@@ -84,7 +95,7 @@ MUTANTS = [
 def errors(kernels: ModuleType, problem: Problem) -> dict[str, float]:
     """Relative errors in float64 of the loss and every gradient, by the kernels of a module."""
     hold = problem.batch == 2
-    small = kernels.Config(16, 16, 32, num_warps=1, hold=hold, group=1)
+    small = kernels.Config(16, 16, 32, 16, hold, num_warps=1, num_stages=1)
     kernels.loss_config = kernels.gradient_config = lambda *_: small
     kernels.split_count = lambda *_: 2
     tensors = problem.tensors(torch.float64)
@@ -93,15 +104,15 @@ def errors(kernels: ModuleType, problem: Problem) -> dict[str, float]:
     arguments = {"width": problem.width, "compute": torch.float64}
     bundle = kernels.Parameters(*parameters)
     total, d_student, statistics = kernels.forward(
-        student, teacher, bundle, eps=1e-5, need_student=True, need_parameters=True, **arguments
+        student, teacher, bundle, eps=EPS, need_student=True, need_parameters=True, **arguments
     )
     factor = distance_factor(teacher, problem.width)
-    got = {"loss": total * factor, "student": 2 * factor * d_student}
-    d_weight, vectors = kernels.backward(student, teacher, bundle, statistics, **arguments)
-    for name, parameter, value in zip(names, parameters, [d_weight, *vectors], strict=True):
-        if parameter is not None:
-            got[name] = 2 * factor * value
-    want = evaluate(tensors, problem.width, torch.float64)
+    scale = torch.tensor(2 * factor, dtype=torch.float64)
+    scaled = importlib.import_module(f"{kernels.__package__}.scaled")
+    got = {"loss": total * factor, "student": scaled.times(d_student, scale)}
+    gradients = kernels.backward(student, teacher, bundle, statistics, scale, **arguments)
+    got |= {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
+    want = evaluate(tensors, problem.width, torch.float64, EPS)
     assert set(got) == set(want)
     return {name: relative(got[name].nan_to_num(1e9), x) for name, x in want.items()}
 

@@ -6,14 +6,14 @@ from types import ModuleType
 
 import torch
 
-from featkd.kernels.widelast_launch import Config
+from featkd.kernels.configs import Config
 from tests.kernels.feature_kd_cases import relative
 from tests.kernels.widelast_cases import EPS, NAMES, Problem, evaluate
 
 # two tiles of 16 rows, two channel blocks of 16, two groups of x's channel blocks; once with h and
 # x held and once not
 PROBLEMS = [(Problem(2, 9, 20, 24), False), (Problem(2, 9, 20, 24), True)]
-SMALL = {hold: Config(16, 16, 16, hold=hold, num_warps=1) for hold in (False, True)}
+SMALL = {hold: Config(16, 16, 16, 16, hold, num_warps=1) for hold in (False, True)}
 # (name, what stands in the kernels, what a slip would have put there)
 MUTANTS = [
     ("zeroed gradient", "valid, sums[k], k, CS, CS_BLOCK", "valid, sums[k] * 0, k, CS, CS_BLOCK"),
@@ -57,6 +57,7 @@ MUTANTS = [
         "for k in range(tl.cdiv(CS, CS_BLOCK)):",
         "for k in range(tl.cdiv(CS, CS_BLOCK) - 1):",
     ),
+    ("skipped last partial sum", "in range(splits)", "in range(splits - 1)"),
     ("skipped last split", "(split + 1) * tiles)", "(split + 1) * tiles - split)"),
     ("first group twice", "group = tl.program_id(0) // BLOCKS", "group = 0 * tl.program_id(0)"),
     (
@@ -89,13 +90,13 @@ def errors(kernels: ModuleType, problem: Problem, hold: bool) -> dict[str, float
     r, u, statistics = kernels.forward(
         x, parameters, eps=EPS, compute=compute, residual_dtype=compute, need_gradient=True
     )
-    d_input, d_weight, vectors = kernels.backward(
+    d_input, gradients = kernels.backward(
         *(x, parameters, d_residual, d_normed, statistics),
         compute=compute,
         need_input=True,
         need_parameters=True,
     )
-    got = dict(zip(NAMES, (r, u, d_input, d_weight, *vectors), strict=True))
+    got = dict(zip(NAMES, (r, u, d_input, *gradients), strict=True))
     want = evaluate(tensors, problem.used, torch.float64)
     return {name: relative(got[name].nan_to_num(1e9), x) for name, x in want.items()}
 

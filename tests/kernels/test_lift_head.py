@@ -9,11 +9,11 @@ import torch
 
 import featkd
 from featkd.kernels import lift_head as kernels
-from featkd.kernels.lift_launch import Config
+from featkd.kernels.configs import Config
 from tests.kernels.feature_kd_cases import relative
 from tests.kernels.lift_head_cases import Problem, assert_as_exact_as_eager, evaluate, run
 
-ALL = ["pool_and_distance", "features_gradient", "head_gradients"]
+ALL = ["pool_and_distance", "features_gradient", "head_gradients", *["sum_and_scale"] * 3]
 # tiles of 16 places and blocks of few channels, so that small problems have several
 SMALL = Config(16, 16, 32, 16, num_warps=1, num_stages=1)
 # several images whose tokens do not fill their tiles, channels that do not fill their blocks and
@@ -119,6 +119,6 @@ def test_groups_share_the_blocks_evenly(student, dtype, arch):
             assert blocks // config.groups(student) * config.student_block <= config.group
 
 
-@pytest.mark.parametrize("rows", [1, 1023, 50176, 10**9])
+@pytest.mark.parametrize("rows", [1, 2047, 50176, 10**9])
 def test_splits_are_bounded(rows):
     assert 1 <= kernels.split_count(rows) <= 44

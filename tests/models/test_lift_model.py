@@ -97,6 +97,35 @@ def test_logits_alone_come_without_the_lifted_map(
         assert torch.equal(lift.forward_with_features(images, [1, 0])[0], logits)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("metric", ["mse", "spectral"])
+def test_the_loss_by_a_teacher_comes_without_the_lifted_map(
+    lift: Any, images: Tensor, metric: Any, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lift, images = lift.double(), images.double()
+    generator = torch.Generator().manual_seed(2)
+    teacher = torch.randn(2, 16, 96, dtype=torch.float64, generator=generator)
+    options = {"metric": metric, "grid": (4, 4)}
+    logits, (z,) = lift.forward_with_features(images, [-1])
+    loss = featkd.functional.projected_feature_kd(z, teacher, **options)
+    if fused:
+        monkeypatch.setattr(lift, "lift", lambda tokens: pytest.fail("formed the lifted map"))
+    else:
+        lift.projection.register_forward_hook(lambda _m, _i, y: 1 * y)
+    got_logits, got_loss = lift.forward_with_loss(images, teacher, **options)
+    torch.testing.assert_close(got_logits, logits, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got_loss, loss, rtol=1e-9, atol=1e-9)
+    parameters = dict(lift.named_parameters())
+    totals = (logits.sin().sum() + loss, got_logits.sin().sum() + got_loss)
+    wanted, found = (torch.autograd.grad(x, list(parameters.values())) for x in totals)
+    for name, theirs, ours in zip(parameters, wanted, found, strict=True):
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-8, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    with pytest.raises(ValueError, match="teacher: expected shape"):
+        lift.forward_with_loss(images, teacher[:, 1:], **options)
+
+
 @pytest.mark.filterwarnings("ignore")  # of the tracer, about sizes
 def test_traced_with_operators_of_torch_alone(lift: Any, images: Tensor) -> None:
     jit: Any = torch.jit
@@ -194,6 +223,11 @@ def test_compiled_by_inductor(tiny: dict[str, Any], images: Tensor) -> None:
     got_logits, got = compiled(images, (0, -1))
     torch.testing.assert_close(got_logits, logits, rtol=1e-4, atol=1e-4)
     for a, b in zip(got, maps, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    teacher = torch.randn(2, 17, 96)[:, 1:]
+    compiled = torch.compile(lift.forward_with_loss, fullgraph=True)
+    pairs = zip(compiled(images, teacher), lift.forward_with_loss(images, teacher), strict=True)
+    for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 

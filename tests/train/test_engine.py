@@ -47,25 +47,39 @@ def test_a_run_learns_and_writes_what_it_says(recipe):
     assert state["versions"]["torch"] == torch.__version__.split("+")[0]
 
 
-def test_losses_are_the_published_objective(recipe):
+@pytest.mark.parametrize("layers", [[-1], [0, -1]])
+@pytest.mark.parametrize("arch", ["widelast", "lift"])
+def test_losses_are_the_published_objective(recipe, arch, layers):
     """One update against the formula written out with torch's own functions."""
     import torch.nn.functional as F
 
+    recipe = replace(
+        recipe,
+        student=replace(recipe.student, arch=arch),
+        loss=replace(recipe.loss, pairs=[(layer, layer) for layer in layers]),
+    )
     trainer = Trainer(recipe, CPU)
     parts = trainer.parts
     parts.student.eval()  # no drop-path
     batch = next(iter(parts.val_loader))
+    assert parts.student_forms_loss == (arch == "lift" and layers == [-1])
     terms = trainer.losses(batch)
     assert parts.teacher is not None
-    logits, (s,) = parts.student.forward_with_features(batch.images, [-1])
-    t_logits, (t,) = parts.teacher.forward_with_features(batch.images, [-1])
-    z = torch.fft.rfft2((s - t).transpose(1, 2).reshape(len(s), 24, 4, 4), norm="ortho")
-    feature = torch.stack((z.real, z.imag)).square().mean()
+    logits, maps = parts.student.forward_with_features(batch.images, layers)
+    t_logits, t_maps = parts.teacher.forward_with_features(batch.images, layers)
+    distances = []
+    for s, t in zip(maps, t_maps, strict=True):
+        pooled = t if s.shape == t.shape else F.avg_pool1d(t, 2)
+        error = (s - pooled).transpose(1, 2)
+        z = torch.fft.rfft2(error.reshape(*error.shape[:2], 4, 4), norm="ortho")
+        distances.append(torch.stack((z.real, z.imag)).square().mean())
+    feature = torch.stack(distances).mean()
     ce = F.cross_entropy(logits, batch.targets, label_smoothing=0.1)
     kl = F.kl_div(
         logits.log_softmax(1), t_logits.log_softmax(1), log_target=True, reduction="batchmean"
     )
     torch.testing.assert_close(terms.total, 0.5 * ce + 0.2 * feature + 0.5 * kl)
+    torch.testing.assert_close(terms.features, feature.detach())
 
 
 def test_an_update_reads_nothing_from_the_device(recipe):
@@ -271,7 +285,9 @@ def test_widths_grids_and_classes_that_do_not_fit(recipe):
         Trainer(replace(recipe, optim=replace(recipe.optim, accumulate=7)), CPU)
 
 
-def test_compiled_run(recipe):
+@pytest.mark.parametrize("arch", ["widelast", "lift"])
+def test_compiled_run(recipe, arch):
+    recipe = replace(recipe, student=replace(recipe.student, arch=arch))
     recipe = replace(recipe, compile=True, optim=replace(recipe.optim, epochs=1, warmup_epochs=0))
     recipe.student.options["drop_path_rate"] = 0.0
     run(recipe)

@@ -1,0 +1,305 @@
+"""Slips to plant in copies of featkd/cpu and featkd/ops, and what to run on such a copy.
+
+SUITES has, for each op, `worst`, the largest relative error in float64 of outputs and gradients
+over a few problems by the public function, and the slips: (name, what stands in the source, what a
+slip would have put there). Chunks hold 12 rows, so that small problems have several. Half types,
+for which some lines stand alone, are left to the ops' own tests.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import featkd
+from featkd import functional
+from tests.kernels import feature_kd_cases, lift_head_cases, soft_kd_cases, widelast_cases
+from tests.kernels.feature_kd_cases import relative
+from tests.ops import test_projected_feature_kd, test_soft_kd, test_widelast_projection
+
+UPSTREAM = -3.0
+SOURCES = [
+    path
+    for folder in ("cpu", "ops")
+    for path in sorted((Path(featkd.__file__).parent / folder).glob("*.py"))
+]
+
+
+def plant(folder: Path, name: str, there: str, slip: str) -> None:
+    """Write a package with cpu/ and ops/, and the slip where `there` stands, once in all."""
+    texts = {path: path.read_text() for path in SOURCES}
+    found = sum(text.count(there) for text in texts.values()) if there else 1
+    assert found == 1, f"stands {found} times in the sources: {there}"
+    for path, text in texts.items():
+        text = text.replace(there, slip) if there else text
+        for kind in ("cpu", "ops"):
+            text = text.replace(f"featkd.{kind}", f"{name}.{kind}")
+        target = folder / name / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text.replace('"featkd::', f'"{name}::'))
+
+
+def errors(op: str, name: str, patch: pytest.MonkeyPatch) -> Iterator[float]:
+    """The relative errors of the op in a planted package, problem by problem."""
+    small = {"ROWS": 12, "_ROWS": 12, "_LOGITS": 14}
+    importlib.import_module(f"{name}.cpu.{op}")
+    for module in [m for key, m in sys.modules.items() if key.startswith(f"{name}.cpu.")]:
+        for constant in small.keys() & vars(module).keys():
+            setattr(module, constant, small[constant])
+    patch.setattr(functional, f"{op}_op", importlib.import_module(f"{name}.ops.{op}"))
+    patch.setattr(featkd.backends, "_last", {})
+    for got, want in SUITES[op].results():
+        assert featkd.last_backend(op) == "cpu"
+        assert set(got) == set(want)
+        for key, value in want.items():
+            yield relative(got[key].nan_to_num(1e9), value)
+
+
+Results = Iterator[tuple[dict[str, Any], dict[str, Any]]]
+
+
+class Suite(NamedTuple):
+    """What is run, yielding outputs and gradients beside the exact ones; and the slips."""
+
+    results: Callable[[], Results]
+    slips: list[tuple[str, str, str]]
+
+
+def unscaled(got: dict[str, Any]) -> dict[str, Any]:
+    return {key: x if key == "loss" else x / UPSTREAM for key, x in got.items()}
+
+
+def projected_feature_kd() -> Results:
+    of = feature_kd_cases.Problem
+    for problem in (
+        of(5, 6, 3, 5, 2, bias=True),
+        of(2, 20, 3, 5, 5, norm="weight"),  # more tokens than a chunk has rows
+        of(5, 6, 3, 5),
+        of(5, 6, 4, 4, projector=False, norm="none"),
+        of(5, 6, 4, 4, 3, projector=False, norm="none"),
+    ):
+        tensors = problem.tensors(torch.float64)
+        got = test_projected_feature_kd.run(tensors, problem.width, UPSTREAM)
+        yield unscaled(got), feature_kd_cases.evaluate(tensors, problem.width, torch.float64)
+
+
+def lift_head() -> Results:
+    of = lift_head_cases.Problem
+    for problem in (
+        of(5, 6, 3, 5, 2),
+        of(2, 20, 3, 5, 5),
+        of(5, 6, 4, 6, compare=False),
+        of(2, 20, 4, 6, compare=False),
+    ):
+        x = problem.inputs(torch.float64)
+        yield lift_head_cases.run(x, problem.width), lift_head_cases.evaluate(x, problem.width)
+    x = of(5, 6, 3, 5).inputs(torch.float64)  # the loss alone
+    leaves = [p.requires_grad_() for p in x[:4]]
+    loss = functional.lift_head(*leaves, x.teacher)[1]
+    gradients = torch.autograd.grad(UPSTREAM * loss, leaves)
+    names = ("loss", "student", "weight", "norm_weight", "norm_bias")
+    tensors = [x.features, x.teacher, x.weight, None, x.norm_weight, x.norm_bias]
+    want = feature_kd_cases.evaluate(tensors, 0, torch.float64)
+    yield unscaled(dict(zip(names, (loss.detach(), *gradients), strict=True))), want
+
+
+def soft_kd() -> Results:
+    of = soft_kd_cases.Problem
+    for problem in (
+        of(5, 7),
+        of(5, 7, 0.6, soft=True),
+        of(5, 7, 0.6, tau=2.0, soft=True),
+        of(5, 7, 0.6, tau=2.0),
+        of(5, 7, alpha=0.0),
+        of(5, 7, alpha=1.0, tau=2.0),
+    ):
+        tensors = problem.tensors(torch.float64)
+        got = test_soft_kd.run(*tensors, problem, UPSTREAM)
+        yield unscaled(got), soft_kd_cases.evaluate(*tensors, problem.alpha, problem.tau)
+
+
+def widelast_projection() -> Results:
+    of = widelast_cases.Problem
+    for problem in (of(5, 6, 3, 5), of(2, 20, 3, 5), of(5, 6, 3, 5, "normed")):
+        tensors = problem.tensors(torch.float64)
+        want = widelast_cases.evaluate(tensors, problem.used, torch.float64)
+        yield test_widelast_projection.run(tensors, problem.used), want
+
+
+CHUNKS = [
+    ("skipped last images", "range(0, batch, images)]", "range(0, batch - images, images)]"),
+    ("skipped last tokens", "range(0, tokens, step)", "range(0, tokens - step, step)"),
+    ("images of the next chunk", "slice(i, i + images)", "slice(i, i + images + 1)"),
+]
+DISTANCE = [
+    ("dropped row sums", "rows + rows.sum(1, keepdim=True) / width", "rows.clone()"),
+    ("dropped alternating sums", "if width % 2 == 0:", "if False:"),
+    ("loss without H", "torch.dot(error.view(-1), half", "torch.dot(error.view(-1), error"),
+    ("wrong scale of the mse", "1 / teacher.numel()", "1 / teacher[0].numel()"),
+    ("wrong scale of the spectrum", "(width // 2 + 1)", "(width // 2)"),
+    ("dropped epsilon", "gamma, beta, eps)", "gamma, beta, 2 * eps + 1e-3)"),
+    (
+        "dropped means of the norm's gradient",
+        "for kept, more in zip((d_gamma, d_beta)",
+        "slope = half * gamma * rstd\n            for kept, more in zip((d_gamma, d_beta)",
+    ),
+    ("zeroed gradient of the student", "torch.mm(slope, w, out=place)", "place.zero_()"),
+    ("zeroed gradient of W", "d_weight.addmm_(slope.t(), s)", "pass"),
+    ("zeroed gradients of the norm", "kept += more", "pass"),
+]
+
+SUITES = {
+    "projected_feature_kd": Suite(
+        projected_feature_kd,
+        [
+            *CHUNKS,
+            *DISTANCE,
+            ("zeroed gradient of the bias", "d_bias += slope.sum(0)", "pass"),
+            ("dropped bias", "torch.addmm(b, s, w.t())", "s @ w.t()"),
+            ("missing scale of the loss", "total * factor, d_student, d_", "total, d_student, d_"),
+            (
+                "missing upstream gradient",
+                "factor = grad * (2 * support",
+                "factor = torch.ones_like(grad) * (2 * support",
+            ),
+            ("gradient of half the loss", "grad * (2 * support", "grad * (1 * support"),
+            ("missing scale of dS", "[d_student * factor]", "[d_student * 1]"),
+            ("missing scale of dW", "total.view(p.shape) * factor", "total.view(p.shape) * 1"),
+            (
+                "missing scale of a difference",
+                "half.view(s.shape).mul_(factor)",
+                "half.view(s.shape)",
+            ),
+        ],
+    ),
+    "lift_head": Suite(
+        lift_head,
+        [
+            *CHUNKS[:2],
+            *DISTANCE[:2],  # its sweep is projected_feature_kd's
+            ("W not centred", "return exact - exact.mean(0)", "return exact"),
+            ("skipped chunks of the pooled map", "means[images] += torch", "means[images] = torch"),
+            ("pooled sum without rstd", "place.copy_(scales.view_as(place))", "place.fill_(1)"),
+            ("a sum for the mean", "means /= tokens", "pass"),
+            ("dropped epsilon without a teacher", ".add_(eps).rsqrt_()", ".add_(1e-2).rsqrt_()"),
+            ("dropped gamma", "norm_weight.to(dtype), pooled)", "1 + 0 * norm_weight, pooled)"),
+            ("dropped gamma in the gradient", "(gamma.detach().to(dtype) / tokens)", "1 / tokens"),
+            ("pooled gradient not divided", ".to(dtype) / tokens)", ".to(dtype) / 1)"),
+            ("dropped mean(g)", "g -= g.mean(1, keepdim=True)", "pass"),
+            ("dropped mean(g x_hat) in df", ".mul_(-weights)", ".mul_(0 * weights)"),
+            ("dropped mean(g x_hat) in dW", "(centred, outer, alpha=-1)", "(centred, outer * 0)"),
+            ("wrong power of rstd", "r.pow(3)", "r.pow(2)"),
+            ("mean(g x_hat) not divided", ".mul_(r.pow(3)).div_(len(weight))", ".mul_(r.pow(3))"),
+            ("dropped pooled gradient", "df.addcmul_(r, v[images].unsqueeze(1))", "pass"),
+            ("dropped gradient of the loss", "x.add_(y) for x, y in", "x for x, y in"),
+            (
+                "missing upstream gradient in df",
+                "df.addcmul_(d_features[images, part].to(dtype), d_loss)",
+                "df.add_(d_features[images, part].to(dtype))",
+            ),
+            ("missing upstream gradient in dW", "x * d_loss for x in", "1 * x for x in"),
+            ("missing upstream gradient alone", "d_loss.view(1, 1, 1)) if", "1) if"),
+            ("missing scale of the loss", "energy * support.dist", "energy + 0 * support.dist"),
+            ("gradient of half the loss", "d_loss * (2 * support", "d_loss * (1 * support"),
+            ("zeroed gradient of gamma", "(d_pooled * (means @", "(0 * d_pooled * (means @"),
+        ],
+    ),
+    "soft_kd": Suite(
+        soft_kd,
+        [
+            ("skipped last chunk", "range(0, batch, step)", "range(0, batch - step, step)"),
+            ("zeroed gradient", "return gradient * (grad / ", "return gradient * (0 * grad / "),
+            ("missing upstream gradient", "(grad / gradient.shape[0])", "(1 / len(gradient))"),
+            ("missing mean", "(grad / gradient.shape[0])", "grad"),
+            (
+                "a sum of the losses",
+                "return losses.mean(), gradient",
+                "return losses.sum(), gradient",
+            ),
+            ("missing tau^2", "alpha=alpha * tau**2", "alpha=alpha"),
+            (
+                "missing tau in the gradient",
+                "s.sub_(t), alpha=alpha * tau)",
+                "s.sub_(t), alpha=alpha)",
+            ),
+            ("missing tau alone", "out=slope).mul_(alpha * tau)", "out=slope).mul_(alpha)"),
+            ("missing tau in the softmaxes", "x.div_(tau)", "pass"),
+            (
+                "dropped CE in the loss",
+                "loss.sub_(x.gather(1, labels)",
+                "loss.sub_(0 * x.gather(1, labels)",
+            ),
+            (
+                "dropped KL in the loss",
+                "loss.add_(apart.add_(log_t)",
+                "loss.add_(0 * apart.add_(log_t)",
+            ),
+            ("dropped partition function", ".sub_(log_s), alpha=", ", alpha="),
+            (
+                "dropped CE in the gradient",
+                "slope.mul_(mass * (1 - alpha)).add_(",
+                "slope.zero_().add_(",
+            ),
+            ("dropped KL in the gradient", ".sub_(t, alpha=alpha)", ""),
+            ("dropped share of KL", "mass * (1 - alpha) + alpha)", "mass * (1 - alpha))"),
+            ("dropped label", "scatter_(1, labels, alpha - 1,", "scatter_(1, labels, 0.0,"),
+            ("dropped soft label", "slope.sub_(labels, alpha=1 - alpha)", "pass"),
+            (
+                "soft labels taken to sum to one",
+                "mass = labels.sum(1, keepdim=True)",
+                "mass = torch.ones_like(loss)",
+            ),
+            ("no maximum taken off", "rows.amax(1, keepdim=True), out", "0 * rows, out"),
+        ],
+    ),
+    "widelast_projection": Suite(
+        widelast_projection,
+        [
+            *CHUNKS[:2],
+            ("zeroed gradient of x", "torch.mm(slope, weight, out=place)", "place.zero_()"),
+            ("zeroed gradient of W", "sums[0].addmm_(slope.t(), s)", "pass"),
+            ("zeroed gradients of the first norm", "zip(sums[1:3], more", "zip(sums[1:1], more"),
+            ("zeroed gradients of the second norm", "zip(sums[3:], more", "zip(sums[5:], more"),
+            ("dropped gradient of r", "else through.add_(slope)", "else through"),
+            ("dropped gradient of u", "else through.add_(slope)", "else slope"),
+            (
+                "dropped means of the first norm's gradient",
+                "slope, *more = norm_backward(slope, h,",
+                "slope, (_, *more) = slope * gamma_p * rstd_h, norm_backward(slope, h,",
+            ),
+            (
+                "dropped means of the second norm's gradient",
+                "slope = through if slope is None",
+                "through = du * gamma_1 * rstd_r\n            slope = through if slope is None",
+            ),
+            (
+                "dropped epsilon of h",
+                "(h, shape, gamma_p, beta_p, eps)\n",
+                "(h, shape, gamma_p, beta_p, 2 * eps)\n",
+            ),
+            ("dropped epsilon of r", "gamma_1, beta_1, eps)", "gamma_1, beta_1, 2 * eps)"),
+            ("dropped epsilon in the backward pass", "beta_p, eps)[0]", "beta_p, 2 * eps)[0]"),
+            (
+                "statistics of the first chunk",
+                "here = slice(done, done + len(s))",
+                "here = slice(0, len(s))",
+            ),
+            (
+                "statistics of the other norm",
+                "mean_h, rstd_h, mean_r, rstd_r =",
+                "mean_r, rstd_r, mean_h, rstd_h =",
+            ),
+            (
+                "outputs in each other's place",
+                "return residual, normed\n",
+                "return normed, residual\n",
+            ),
+        ],
+    ),
+}

@@ -1,0 +1,43 @@
+"""Slips planted in the CPU paths and the ops are seen by the comparisons in float64."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ops.planted import SUITES, errors, plant
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Problems this small only lose time to threads, the more so beside other processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("op", SUITES)
+def test_every_planted_slip_is_seen(op: str, tmp_path: Path) -> None:
+    unseen = {}
+    for number, (what, there, slip) in enumerate([("", "", ""), *SUITES[op].slips]):
+        name = f"planted_{op}_{number}"
+        plant(tmp_path, name, there, slip)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(tmp_path)
+            found = 0.0  # the largest relative error
+            for error in errors(op, name, patch):
+                found = max(found, error)
+                if what and found > 1e-4:
+                    break
+        for module in [m for m in sys.modules if m.startswith(name)]:
+            del sys.modules[module]
+        if not what:
+            assert found < 1e-12
+        elif found <= 1e-4:
+            unseen[what] = found
+    assert unseen == {}

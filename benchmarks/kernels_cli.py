@@ -7,11 +7,15 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from featkd.checks import suggestion
 from featkd.files import atomic_write
 
 from .arguments import Parser, check_folders, several
+
+if TYPE_CHECKING:
+    from . import csrc_kernels
 
 _HELP = """\
 usage: featkd kernels report [arguments]      featkd kernels report --help
@@ -40,14 +44,14 @@ def kernels(words: Sequence[str]) -> int:
 def _report(words: list[str]) -> int:
     import torch
 
-    from . import cases, chips, measured, report, results, sizes
+    from . import cases, chips, csrc_kernels, measured, report, results, sizes
     from .problem import DTYPES
 
     archs = [str(chip.arch) for chip in chips.CHIPS]
-    parser = Parser(
-        prog="featkd kernels report", description=" ".join(_HELP.split("report   ")[1].split())
-    )
-    several(parser, "ops", tuple(cases.OPS), tuple(cases.OPS))
+    ops = (*cases.OPS, "spectrum")
+    description = " ".join(_HELP.split("report   ")[1].split())
+    parser = Parser(prog="featkd kernels report", description=description)
+    several(parser, "ops", ops, ops)
     several(parser, "dtypes", tuple(DTYPES), tuple(DTYPES))
     several(parser, "archs", archs, archs)
     several(parser, "shapes", sizes.SETS, ("small",))
@@ -57,7 +61,7 @@ def _report(words: list[str]) -> int:
     options = parser.parse_args(words)
     check_folders(options, ("csv", "json"))
     for name, given, allowed in (
-        ("--ops", options.ops, tuple(cases.OPS)),
+        ("--ops", options.ops, ops),
         ("--dtypes", options.dtypes, tuple(DTYPES)),
         ("--archs", options.archs, archs),
         ("--count", options.count, ("none", *DTYPES)),
@@ -65,14 +69,16 @@ def _report(words: list[str]) -> int:
     ):
         cases.check_known(name, given, allowed)
     workers = len(os.sched_getaffinity(0))
+    own = _csrc([int(arch) for arch in options.archs]) if "spectrum" in options.ops else []
+    asked_ops = [op for op in options.ops if op != "spectrum"]
     asked = [
         question
         for name in options.shapes
-        for question in report.questions(options.ops, name, options.dtypes)
+        for question in report.questions(asked_ops, name, options.dtypes)
     ]
     compiled = list(report.compile_all(asked, [int(arch) for arch in options.archs], workers))
     print(report.compiled_table(compiled))
-    counted = report.counted(options.ops, [name for name in options.count if name != "none"])
+    counted = report.counted(asked_ops, [name for name in options.count if name != "none"])
     moved = list(report.count_all(counted, workers))
     if moved:
         print(f"\n{report.moved_table(moved)}\n\n{report.modelled_table(moved)}")
@@ -80,7 +86,9 @@ def _report(words: list[str]) -> int:
     if torch.cuda.is_available():
         name, timed = measured.measure([question.case for question in asked])
         print(f"\n{report.measured_table(name, timed)}")
-    figures = report.figures(compiled, moved, name, timed)
+    if own:
+        print(f"\n{report.aligned(csrc_kernels.HEADER, csrc_kernels.rows(own))}")
+    figures = [*report.figures(compiled, moved, name, timed), *csrc_kernels.figures(own)]
     if options.json is not None:
         meta = results.meta_of(results.describe_run("cpu"))
         sources = {chip.name: chip.source for chip in chips.CHIPS}
@@ -93,6 +101,17 @@ def _report(words: list[str]) -> int:
         with atomic_write(Path(options.csv)) as file:
             file.write(text.getvalue().encode())
     broken = [row for row in compiled if row.broken], [row for row in moved if row.broken]
-    total = len(broken[0]) + len(broken[1])
-    print(f"\n{len(compiled)} kernels compiled, {total} broken rules")
+    total = len(broken[0]) + len(broken[1]) + sum(1 for kernel in own if kernel.broken)
+    print(f"\n{len(compiled) + len(own)} kernels compiled, {total} broken rules")
     return 1 if total else 0
+
+
+def _csrc(archs: Sequence[int]) -> list[csrc_kernels.Kernel]:
+    """csrc's kernels; where nvcc is missing a line says so."""
+    from . import csrc_kernels
+
+    try:
+        return [kernel for arch in archs for kernel in csrc_kernels.compile_for(arch)]
+    except RuntimeError as error:
+        print(error)
+        return []

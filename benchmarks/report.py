@@ -152,7 +152,7 @@ def compiled_table(rows: Sequence[Compiled]) -> str:
         verdict = "; ".join(row.broken) or "ok"
         name = f"{row.case} {row.kernel}"
         lines.append((name, row.arch, *figures, code.doubles, verdict))
-    return _aligned(header, lines)
+    return aligned(header, lines)
 
 
 def moved_table(rows: Sequence[Moved]) -> str:
@@ -179,7 +179,7 @@ def moved_table(rows: Sequence[Moved]) -> str:
         lines.append(
             (f"{row.case} together", "", "", f"{row.over_floor:.2f}", "", "", "", "", verdict)
         )
-    return _aligned(header, lines)
+    return aligned(header, lines)
 
 
 def products(flops: dict[str, int]) -> int:
@@ -198,16 +198,17 @@ def modelled_table(rows: Sequence[Moved]) -> str:
         for row in rows
         for launch in row.launches
     ]
-    return _aligned(header, lines)
+    return aligned(header, lines)
 
 
 def measured_table(name: str, rows: Sequence[measured.Timed]) -> str:
     """Microseconds of every launch, measured."""
     lines = [(f"{row.case} {row.kernel}", f"{row.us:.2f}") for row in rows]
-    return _aligned(("measured: us", name), lines)
+    return aligned(("measured: us", name), lines)
 
 
-def _aligned(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+def aligned(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    """A table of text."""
     table = [list(header), *([str(cell) for cell in line] for line in lines)]
     widths = [max(len(line[i]) for line in table) for i in range(len(header))]
     return "\n".join(

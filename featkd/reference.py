@@ -7,11 +7,15 @@ float64. Arguments are taken as valid: `featkd.functional` checks them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+TIE = 1e-10
+"""A share this little below a threshold still reaches it: float64's rounding is less."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -140,6 +144,44 @@ def soft_kd(
             divergence = F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
             loss = loss + alpha * tau**2 * divergence
         return loss
+
+
+def spectrum(x: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, ...]:
+    """Singular values, energies and ranks by torch.linalg.svdvals in float64.
+
+    Args:
+        x: (..., N, D).
+        thresholds: T shares of the energy.
+
+    Returns:
+        The fields of `featkd.linalg.Spectrum`, n = min(N, D): values (..., n), curve (..., n),
+        ranks (..., T), info, residual and resolved (...).
+    """
+    dtype = accumulation_dtype(x.dtype)
+    finite = x.detach().isfinite().all(-1).all(-1)
+    each = finite[..., None]
+    wide = torch.where(each[..., None], x.double(), 0)
+    empty = wide.numel() == 0
+    largest = finite.double() if empty else wide.detach().abs().amax((-2, -1))
+    scale = torch.where(largest > 0, largest, 1)[..., None]
+    values = torch.linalg.svdvals(wide / scale[..., None])
+    energy = values.square()
+    total = energy.sum(-1, keepdim=True)
+    curve = (energy.cumsum(-1) / torch.where(total > 0, total, 1)).clamp(max=1)
+    levels = curve.new_tensor(list(thresholds))
+    below = (curve[..., None] < levels - TIE).sum(-2)
+    ranks = torch.where(each, torch.where(total > 0, (below + 1).clamp(max=curve.shape[-1]), 0), -1)
+    norm2 = (wide / scale[..., None]).square().sum((-2, -1))
+    residual = torch.where(norm2 > 0, (total[..., 0] / norm2 - 1).abs(), 0)
+    nan = float("nan")
+    return (
+        torch.where(each, values * scale, nan).to(dtype),
+        torch.where(each, curve, nan).to(dtype),
+        ranks,
+        (~finite).int(),
+        torch.where(finite, residual, nan).detach(),
+        torch.zeros_like(finite, dtype=torch.int32),
+    )
 
 
 def _project(

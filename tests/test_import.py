@@ -21,12 +21,12 @@ LAYERS = (
     ("train",),
     ("models", "data"),
     ("losses",),
-    ("functional",),
+    ("functional", "linalg"),
     ("ops",),
     ("kernels", "cpu"),
     ("reference",),
     ("ptx",),  # a test bench: only benchmarks imports it
-    ("backends", "checks", "environment", "files", "seeding", "recipes", "__init__"),
+    ("backends", "checks", "environment", "extension", "files", "seeding", "recipes", "__init__"),
 )
 
 

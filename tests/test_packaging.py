@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import featkd
 
 ROOT = Path(__file__).parent.parent
 SOURCES = (
     *("pyproject.toml", "setup.py", "README.md", "LICENSE"),
-    *("featkd", "benchmarks", "kernels", "recipes"),
+    *("featkd", "benchmarks", "csrc", "kernels", "recipes"),
 )
 
 
@@ -24,11 +28,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            built = shutil.ignore_patterns("__pycache__", "*.so")
+            shutil.copytree(source, copy / name, ignore=built)
         else:
             shutil.copy(source, copy)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", "dist", "."]
-    done = subprocess.run(build, cwd=copy, capture_output=True, text=True)
+    without_cuda = {**os.environ, "FEATKD_CUDA": "0"}  # half a minute less
+    done = subprocess.run(build, cwd=copy, capture_output=True, text=True, env=without_cuda)
     assert done.returncode == 0, done.stderr
     (found,) = (copy / "dist").glob("*.whl")
     return found
@@ -45,6 +51,8 @@ def test_wheel_contents(wheel: Path):
     expected |= {"featkd/py.typed", "featkd/demo/templates/report.html"}
     expected |= {f"featkd/ptx/runtime/{p.name}" for p in (ROOT / "featkd/ptx/runtime").iterdir()}
     assert expected <= names
+    assert "featkd/_csrc.so" in names
+    assert wheel.name.startswith(f"featkd-{featkd.__version__}-py3-none-linux_")
     assert not [n for n in names if n.startswith(("tests/", "benchmarks/"))]
 
 
@@ -54,6 +62,9 @@ def test_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path):
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
         "import featkd, featkd.kernels.launch, featkd.benchmarks.cli\n"
         "from featkd.train.recipe import shipped_recipes\n"
+        "import torch; from featkd import linalg\n"
+        "assert linalg.energy_ranks(torch.eye(10)).tolist() == [8, 9, 10, 10]\n"
+        "assert featkd.last_backend('spectrum') == 'cpu'\n"
         "print(featkd.__file__, *shipped_recipes())"
     )
     done = subprocess.run(
@@ -63,3 +74,54 @@ def test_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path):
     place, *recipes = done.stdout.split()
     assert Path(place).is_relative_to(tmp_path)
     assert "widelast_imagenet_softkd_mse" in recipes
+
+
+def functions() -> dict[str, Any]:
+    """setup.py's own, without running it."""
+    code = (ROOT / "setup.py").read_text().split("extensions = ")[0]
+    names: dict[str, Any] = {"__name__": "setup"}
+    exec(compile(code, "setup.py", "exec"), names)
+    return names
+
+
+def test_the_cuda_half_is_built_where_nvcc_is_and_not_where_it_is_forbidden(monkeypatch, capsys):
+    names = functions()
+    monkeypatch.setenv("FEATKD_CUDA", "0")
+    assert names["nvcc"]() is None
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    monkeypatch.setenv("FEATKD_CUDA", "")
+    assert names["nvcc"]() is None
+    assert capsys.readouterr().err == "featkd: the CUDA half of csrc is not built (no nvcc found)\n"
+    for value, message in (("1", "there is no nvcc"), ("yes", "expected 0, 1 or nothing")):
+        monkeypatch.setenv("FEATKD_CUDA", value)
+        with pytest.raises(SystemExit, match=message):
+            names["nvcc"]()
+
+
+def test_architectures():
+    gencodes = functions()["gencodes"]
+    assert gencodes("8.0;9.0a 10.0+PTX") == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_100,code=compute_100",
+    ]
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST"):
+        gencodes("Hopper")
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_no_instruction_set_lends_another_its_functions(isa: str, tmp_path: Path):
+    """A weak symbol would be kept once for all of them, perhaps in the AVX-512 form."""
+    names = functions()
+    if isa not in names["ISAS"] or shutil.which("nm") is None:
+        pytest.skip("another processor, or no nm")
+    flags = names["cpu_flags"](isa)
+    target = tmp_path / "isa.o"
+    command = [os.environ.get("CXX", "c++"), *flags, "-c", str(ROOT / "csrc/cpu_isa.cpp")]
+    subprocess.run([*command, "-o", str(target)], check=True)
+    table = subprocess.run(["nm", str(target)], check=True, capture_output=True, text=True).stdout
+    kinds = {line.split()[-2]: line.split()[-1] for line in table.splitlines()}
+    assert not {"V", "W", "v", "w", "u"} & set(kinds), table

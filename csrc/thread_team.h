@@ -1,0 +1,42 @@
+// A team of CPU threads that really run in parallel: slow, and there to be watched by
+// ThreadSanitizer. std::barrier is told apart for every phase; a reused pthread barrier hides
+// most of the barriers that are missing.
+#pragma once
+
+#include <barrier>
+#include <thread>
+#include <vector>
+
+#include "team.h"
+
+namespace featkd::FEATKD_ISA {
+
+struct ThreadTeam : VectorLanes<16> {
+  static constexpr int ROWS = 2, GRAM_ROWS = 4, UNROLL = 1, SLAB_DEPTH = 8;
+
+  int rank_, size_, dropped;
+  std::barrier<>* meeting;
+
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+  template <int NUMBER>
+  void barrier(At<NUMBER>) const {
+    if (NUMBER != dropped) meeting->arrive_and_wait();
+  }
+};
+
+// Runs body(team) in every thread of a team of `size`, in which barrier `dropped` is left out.
+template <class Body>
+void run_team(int size, int dropped, const Body& body) {
+  std::barrier<> meeting(size);
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < size; rank++)
+    threads.emplace_back([&, rank] {
+      ThreadTeam team;
+      team.rank_ = rank, team.size_ = size, team.dropped = dropped, team.meeting = &meeting;
+      body(team);
+    });
+  for (auto& thread : threads) thread.join();
+}
+
+}  // namespace featkd::FEATKD_ISA

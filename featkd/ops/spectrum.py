@@ -1,0 +1,112 @@
+"""The op behind `linalg`'s values and ranks: schema, fake, gradient, choice of backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from featkd import backends, extension, reference
+from featkd.ops import support
+
+NAME = "spectrum"
+MOST_ROWS = 512  # of csrc/problem.h: the smaller side
+
+
+class Spectrum(NamedTuple):
+    """Singular values of a batch of matrices, and how they were found.
+
+    Attributes:
+        values: (..., n) singular values, descending; n is the smaller side.
+        curve: (..., n) share of the squared Frobenius norm in the leading values; zeros for a
+            zero matrix.
+        ranks: (..., T) int64, the least number of values whose share reaches each threshold; 0
+            for a zero matrix, -1 where there is no answer.
+        info: (...) int32: 0 solved; 1 the matrix holds NaN or Inf, and its results are NaN; 2 the
+            eigenvalues' sum misses the trace by more than 2e-6.
+        residual: (...) float64, |sum of eigenvalues / trace - 1|.
+        resolved: (...) int32: 1 where a float32 solve lay within 1e-6 of a threshold, and float64
+            decided.
+    """
+
+    values: Tensor
+    curve: Tensor
+    ranks: Tensor
+    info: Tensor
+    residual: Tensor
+    resolved: Tensor
+
+
+def spectrum(x: Tensor, thresholds: Sequence[float], *, wide: bool) -> Spectrum:
+    """By the chosen backend; x (..., N, D) and thresholds taken as valid.
+
+    Args:
+        wide: whether to compute in float64 whatever the dtype; the results' dtype stays.
+    """
+    backend = backends.choose(NAME, x.device, lambda name: _unsupported(name, x))
+    backend = "cuda" if backend == "triton" else backend  # the GPU's backend is csrc's own here
+    backends.record(NAME, backend)
+    if backend == "reference":
+        return Spectrum(*reference.spectrum(x, thresholds))
+    batch = x.shape[:-2]
+    matrices = x.reshape(-1, *x.shape[-2:]) if x.dim() != 3 else x
+    levels = torch.tensor(list(thresholds), dtype=torch.float64)
+    found = torch.ops.featkd.spectrum(matrices, levels.to(x.device), wide)
+    return Spectrum(*(part.reshape((*batch, *part.shape[1:])) for part in found))
+
+
+def _unsupported(backend: str, x: Tensor) -> str:
+    if x.dtype not in support.DTYPES:
+        return f"a tensor in {x.dtype}"
+    if not 1 <= min(x.shape[-2:]) <= MOST_ROWS:
+        return (
+            f"matrices of {x.shape[-2]} x {x.shape[-1]}: the smaller side is not 1 to {MOST_ROWS}"
+        )
+    device = {"triton": "cuda"}.get(backend, backend)
+    if x.device.type != device:
+        return f"tensors on {x.device.type}"
+    why: str = extension.missing()
+    if why:
+        return why
+    return "" if extension.has_kernel("featkd::spectrum", device) else f"csrc has no {device} half"
+
+
+torch.library.define(
+    "featkd::spectrum",
+    "(Tensor x, Tensor thresholds, bool wide) -> "
+    "(Tensor values, Tensor curve, Tensor ranks, Tensor info, Tensor residual, Tensor resolved)",
+)
+
+
+@torch.library.register_fake("featkd::spectrum")  # type: ignore[untyped-decorator]
+def _(x: Tensor, thresholds: Tensor, wide: bool) -> tuple[Tensor, ...]:
+    batch, rows = x.shape[0], torch.sym_min(x.shape[1], x.shape[2])
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        x.new_empty((batch, rows), dtype=dtype),
+        x.new_empty((batch, rows), dtype=dtype),
+        x.new_empty((batch, thresholds.shape[0]), dtype=torch.int64),
+        x.new_empty(batch, dtype=torch.int32),
+        x.new_empty(batch, dtype=torch.float64),
+        x.new_empty(batch, dtype=torch.int32),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(inputs[0])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return None, None, None
+    (x,) = ctx.saved_tensors
+    # torch's own svd, so that the gradient can be differentiated again
+    u, _, vh = torch.linalg.svd(x.to(grad.dtype), full_matrices=False)
+    return ((u * grad.unsqueeze(-2)) @ vh).to(x.dtype), None, None
+
+
+torch.library.register_autograd("featkd::spectrum", _differentiate, setup_context=_setup_context)

@@ -1,0 +1,109 @@
+"""The CUDA kernels as nvcc compiles them, executed on the CPU with race checks."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from featkd import linalg
+from featkd.ptx import Emulator
+from tests.csrc import cuda_ptx
+from tests.csrc.cuda_ptx import KERNELS, solve
+from tests.csrc.test_teams import BARRIERS
+from tests.spectra import FAMILIES, THRESHOLDS, lapack
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, not found")
+SAME = [name for name in FAMILIES if name not in ("tiny", "huge")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(compiled_kernels):
+    """The test run's own cache folder."""
+
+
+@pytest.fixture(scope="module")
+def ptx(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return cuda_ptx.compile_ptx(tmp_path_factory.mktemp("ptx"))
+
+
+@pytest.fixture(scope="module")
+def emulators(ptx: str) -> dict[type, Emulator]:
+    return {real: Emulator(cuda_ptx.entry(ptx, name)) for real, name in KERNELS.items()}
+
+
+@pytest.fixture(scope="module")
+def switchable(ptx: str) -> Emulator:
+    kernel = KERNELS[np.float32]
+    return Emulator(cuda_ptx.with_switches(cuda_ptx.entry(ptx, kernel), kernel))
+
+
+def family(names: list[str], rows: int, columns: int, dtype: type = np.float32) -> np.ndarray:
+    rng = np.random.default_rng([rows, columns])
+    return np.stack([FAMILIES[name](rows, columns, rng) for name in names]).astype(dtype)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+@pytest.mark.parametrize("shape", [(1, 3), (2, 2), (5, 9), (33, 20)], ids=str)
+def test_families_without_a_report(emulators, shape, seed):
+    x = family(list(FAMILIES), *shape)
+    expected, twin = lapack(x), linalg.spectrum(torch.from_numpy(x), THRESHOLDS)
+    for real, emulator in emulators.items():
+        found = solve(emulator, x, real, blocks=3, seed=seed)
+        assert found.reports == ()
+        assert (found.info == 0).all()
+        bound = 5e-7 if real == np.float32 else 6e-8  # the curve is rounded to float32
+        assert np.abs(found.curve - expected.curve).max() <= bound
+        assert np.abs(found.curve - twin.curve.numpy()).max() <= 6e-7
+        sure = found.resolved == 0
+        assert (found.ranks == expected.ranks)[sure].all()
+        if real == np.float64:
+            assert sure.all()
+
+
+def test_the_largest_that_the_suite_runs(emulators):
+    x = family(["features", "dominated 0.99"], 64, 64)
+    found = solve(emulators[np.float32], x, np.float32, seed=3)
+    assert found.reports == ()
+    assert np.abs(found.curve - lapack(x).curve).max() <= 5e-7
+
+
+def test_other_types_strides_and_places(emulators):
+    x = family(["features", "repeated"], 24, 11)
+    bits = (np.ascontiguousarray(x).view(np.uint32) >> 16).astype(np.uint16)
+    rounded = (bits.astype(np.uint32) << 16).view(np.float32)
+    turned = np.ascontiguousarray(x.transpose(2, 1, 0)).transpose(2, 1, 0)
+    for given, same in ((bits, rounded), (turned, x), (x.astype(np.float64), x)):
+        for real, emulator in emulators.items():
+            for in_shared in (True, False):
+                found = solve(emulator, given, real, in_shared=in_shared)
+                assert found.reports == ()
+                assert np.abs(found.curve - lapack(same).curve).max() <= 5e-7
+
+
+def test_bad_matrices_among_good_ones(emulators):
+    x = family(SAME[:6], 12, 15)
+    clean = solve(emulators[np.float32], x, np.float32, blocks=1)
+    x[1, 0, 0], x[4, 11, 14] = np.nan, -np.inf
+    found = solve(emulators[np.float32], x, np.float32, blocks=1)
+    assert found.reports == ()
+    assert found.info.tolist() == [0, 1, 0, 0, 1, 0]
+    assert np.isnan(found.values[[1, 4]]).all()
+    assert (found.ranks[[1, 4]] == -1).all()
+    kept = [0, 2, 3, 5]
+    assert (found.curve[kept] == clean.curve[kept]).all()
+
+
+def test_every_barrier_is_in_the_ptx(ptx: str, switchable):
+    assert cuda_ptx.barriers(ptx) == set(BARRIERS)
+    x = family(["features", "zero"], 20, 9)
+    assert solve(switchable, x, np.float32, blocks=1).reports == ()
+
+
+@pytest.mark.parametrize("number", BARRIERS)
+def test_a_dropped_barrier_is_reported(switchable, number: int):
+    x = family(["features", "zero", "zero", "diagonal"], 36, 40)
+    reports = solve(switchable, x, np.float32, blocks=1, dropped=number).reports
+    assert {r.kind for r in reports} & {"shared-race", "uninitialised-read", "divergent-barrier"}

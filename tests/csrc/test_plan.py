@@ -1,0 +1,59 @@
+"""How the CUDA kernels would be launched, by the host code alone."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.csrc.test_teams import CSRC, compiler
+
+SOURCE = """
+#include <cstdio>
+#include <cstdlib>
+#include "plan.h"
+int main(int, char** a) {
+  const auto plan = featkd::plan_launch(
+      std::strtoull(a[1], nullptr, 10), std::strtoll(a[2], nullptr, 10),
+      {std::strtoull(a[3], nullptr, 10), std::strtoull(a[4], nullptr, 10), std::atoi(a[5])});
+  std::printf("%d %zu %zu", plan.blocks, plan.shared, plan.workspace);
+}
+"""
+KIB = 1024
+H100 = (227 * KIB, 228 * KIB, 132)
+A100 = (163 * KIB, 164 * KIB, 108)
+
+
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "plan.cpp").write_text(SOURCE)
+    command = [compiler(), "-std=c++17", f"-I{CSRC}", "plan.cpp", "-o", "plan"]
+    subprocess.run(command, cwd=folder, check=True)
+    return folder / "plan"
+
+
+@pytest.mark.parametrize(
+    ("scratch", "batch", "device", "blocks", "in_shared"),
+    [
+        (100 * KIB, 5000, H100, 2 * 132, True),  # two fit with what CUDA keeps of each
+        (100 * KIB, 5000, A100, 108, True),
+        (113 * KIB, 5000, H100, 2 * 132, True),
+        (114 * KIB, 5000, H100, 132, True),
+        (227 * KIB, 5000, H100, 132, True),
+        (227 * KIB + 1, 5000, H100, 2 * 132, False),
+        (8 * KIB, 5000, H100, 8 * 132, True),  # 2,048 threads
+        (100 * KIB, 7, H100, 7, True),
+        (300 * KIB, 7, H100, 7, False),
+        (100 * KIB, 0, H100, 0, True),
+        (100 * KIB, 2**40, H100, 2 * 132, True),
+    ],
+)
+def test_plans(planner: Path, scratch, batch, device, blocks, in_shared):
+    words = [str(x) for x in (scratch, batch, *device)]
+    out = subprocess.run([planner, *words], capture_output=True, text=True, check=True).stdout
+    found = [int(x) for x in out.split()]
+    assert found[:2] == [blocks, scratch if in_shared else 0]
+    each = -(-scratch // 256) * 256
+    assert found[2] == (0 if in_shared else each * blocks)

@@ -1,0 +1,137 @@
+"""Matrices with spectra that are hard for energy ranks, and what LAPACK says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+THRESHOLDS = (0.8, 0.9, 0.95, 0.99, 0.999)
+Rng = np.random.Generator
+
+
+def with_values(values: np.ndarray, rows: int, columns: int, rng: Rng) -> np.ndarray:
+    """A matrix with the given singular values and random singular vectors."""
+    left, _ = np.linalg.qr(rng.standard_normal((rows, len(values))))
+    right, _ = np.linalg.qr(rng.standard_normal((columns, len(values))))
+    return (left * values) @ right.T
+
+
+def dominated(share: float) -> Callable[[int, int, Rng], np.ndarray]:
+    """One mode has `share` of the energy, the others equal parts of the rest."""
+
+    def make(rows: int, columns: int, rng: Rng) -> np.ndarray:
+        n = min(rows, columns)
+        rest = (1 - share) / max(n - 1, 1)
+        return with_values(np.sqrt([share] + [rest] * (n - 1)), rows, columns, rng)
+
+    return make
+
+
+def geometric(rows: int, columns: int, rng: Rng) -> np.ndarray:
+    return with_values(0.9 ** np.arange(min(rows, columns)), rows, columns, rng)
+
+
+def graded(rows: int, columns: int, rng: Rng) -> np.ndarray:
+    """Values over twelve orders of magnitude."""
+    return with_values(np.logspace(0, -12, min(rows, columns)), rows, columns, rng)
+
+
+def flat(rows: int, columns: int, rng: Rng) -> np.ndarray:
+    return with_values(np.ones(min(rows, columns)), rows, columns, rng)
+
+
+def low_rank(rows: int, columns: int, rng: Rng) -> np.ndarray:
+    """Exactly, of small integers: rank 3."""
+    k = min(3, rows, columns)
+    return rng.integers(-3, 4, (rows, k)) @ rng.integers(-3, 4, (k, columns)).astype(float)
+
+
+def repeated(rows: int, columns: int, rng: Rng) -> np.ndarray:
+    """Four different values, each many times."""
+    n = min(rows, columns)
+    return with_values(np.sort(np.arange(n) % 4 + 1.0)[::-1], rows, columns, rng)
+
+
+def diagonal(rows: int, columns: int, rng: Rng) -> np.ndarray:
+    """The Gram matrix is diagonal already, and entries repeat."""
+    x = np.zeros((rows, columns))
+    n = min(rows, columns)
+    x[np.arange(n), np.arange(n)] = rng.integers(0, 3, n)
+    x[0, 0] = 2
+    return x
+
+
+def bidiagonal(rows: int, columns: int, rng: Rng) -> np.ndarray:
+    """The Gram matrix is tridiagonal already."""
+    return diagonal(rows, columns, rng) + np.eye(rows, columns, 1)
+
+
+def constant_tokens(rows: int, columns: int, rng: Rng) -> np.ndarray:
+    return np.ones((rows, 1)) * rng.standard_normal((1, columns))
+
+
+def duplicate_tokens(rows: int, columns: int, rng: Rng) -> np.ndarray:
+    return rng.standard_normal((rows, columns))[np.arange(rows) // 2]
+
+
+def zero_column(rows: int, columns: int, rng: Rng) -> np.ndarray:
+    x = rng.standard_normal((rows, columns))
+    x[:, ::3] = 0
+    x[rows // 2] = 0
+    return x
+
+
+def zero(rows: int, columns: int, rng: Rng) -> np.ndarray:
+    return np.zeros((rows, columns))
+
+
+def features(rows: int, columns: int, rng: Rng) -> np.ndarray:
+    """Like a ViT's: tokens with a strong common part, channels of unequal scale."""
+    scales = np.exp(rng.standard_normal(columns))
+    n = min(rows, columns)
+    smooth = with_values(1 / np.arange(1, n + 1), rows, columns, rng)
+    return (30 * smooth + rng.standard_normal((1, columns))) * scales
+
+
+def tiny(rows: int, columns: int, rng: Rng) -> np.ndarray:
+    return 1e-20 * features(rows, columns, rng)
+
+
+def huge(rows: int, columns: int, rng: Rng) -> np.ndarray:
+    return 1e20 * features(rows, columns, rng)
+
+
+FAMILIES: dict[str, Callable[[int, int, Rng], np.ndarray]] = {
+    "dominated 0.8": dominated(0.8),
+    "dominated 0.99": dominated(0.99),
+    **{
+        f.__name__: f
+        for f in (
+            *(geometric, graded, flat, low_rank, repeated, diagonal, bidiagonal),
+            *(constant_tokens, duplicate_tokens, zero_column, zero, features, tiny, huge),
+        )
+    },
+}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What float64 LAPACK says: values (B, n), curve (B, n), ranks (B, T)."""
+
+    values: np.ndarray
+    curve: np.ndarray
+    ranks: np.ndarray
+
+
+def lapack(x: np.ndarray, thresholds: tuple[float, ...] = THRESHOLDS) -> Expected:
+    """Of matrices (B, N, D); ranks by the rule of docs/linalg.md."""
+    values = np.linalg.svd(x.astype(np.float64), compute_uv=False)
+    largest = values[:, :1]
+    energy = (values / np.where(largest > 0, largest, 1)) ** 2
+    total = energy.sum(1, keepdims=True)
+    curve = np.cumsum(energy, 1) / np.where(total > 0, total, 1)
+    reached = curve[:, :, None] >= np.array(thresholds) - 1e-10
+    ranks = np.where(total > 0, reached.argmax(1) + 1, 0)
+    return Expected(values, curve, ranks)

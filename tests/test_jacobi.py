@@ -1,0 +1,83 @@
+"""One-sided Jacobi, the oracle that shares nothing with the Gram matrix's way."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import featkd
+from featkd import linalg
+from tests.spectra import FAMILIES, THRESHOLDS, lapack
+from tests.test_linalg import matrices
+
+ODD = [name for name in FAMILIES if name not in ("tiny", "huge")]
+
+
+@pytest.mark.parametrize("shape", [(40, 33), (20, 45), (17, 17), (1, 4), (4, 1)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decomposes_every_family(family: str, shape: tuple[int, int]):
+    x = matrices(family, *shape)
+    found = linalg.svd(x, method="jacobi")
+    assert featkd.last_backend("svd") == "cpu"
+    expected = lapack(x.numpy()).values
+    largest = torch.from_numpy(np.maximum(expected[:, :1], 1e-300))
+    assert ((found.S - torch.from_numpy(expected)).abs() / largest).max() < 1e-13
+    assert (found.S.diff(dim=-1) <= 1e-14 * largest).all()
+    n = min(shape)
+    for part in (found.U, found.Vh.mT):
+        assert (part.mT @ part - torch.eye(n)).abs().max() < 1e-12
+    shown = (found.U * found.S.unsqueeze(-2)) @ found.Vh
+    assert ((shown - x).abs().amax((1, 2)) / largest[:, 0]).max() < 1e-12
+
+
+def test_tiny_values_have_small_relative_error():
+    """X = Q diag(s) of exact powers of two and an exactly orthogonal Q: the values are known."""
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(4):
+        hadamard = torch.cat(
+            [torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)]
+        )
+    values = 2.0 ** -torch.arange(0, 96, 6, dtype=torch.float64)
+    found = linalg.svd((hadamard / 4) * values, method="jacobi").S
+    torch.testing.assert_close(found, values, rtol=1e-13, atol=0)
+    assert (linalg.svdvals((hadamard / 4) * values) / values - 1).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", ODD)
+def test_energy_ranks_by_jacobi_are_those_by_sturm(family: str):
+    x = matrices(family, 40, 50, count=3).float()
+    energy = linalg.svd(x.double(), method="jacobi").S.square()
+    total = energy.sum(-1, keepdim=True)
+    curve = energy.cumsum(-1) / torch.where(total > 0, total, 1)
+    below = (curve[..., None] < torch.tensor(THRESHOLDS, dtype=torch.float64) - 1e-10).sum(-2)
+    ranks = torch.where(total > 0, below + 1, 0)
+    assert torch.equal(linalg.energy_ranks(x, THRESHOLDS), ranks)
+
+
+def test_dtypes_batches_k_and_bitwise_repeats():
+    x = torch.randn(2, 3, 9, 7, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16):
+        found = linalg.svd(x.to(dtype), k=4, method="jacobi")
+        assert [tuple(part.shape) for part in found] == [(2, 3, 9, 4), (2, 3, 4), (2, 3, 4, 7)]
+        assert all(part.dtype == torch.float32 for part in found)
+        again = linalg.svd(x.to(dtype), k=4, method="jacobi")
+        assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True))
+    assert linalg.svd(x[:0], method="jacobi").S.shape == (0, 3, 7)
+
+
+def test_what_is_refused_or_left_to_torch():
+    x = torch.eye(3)
+    with pytest.raises(ValueError, match="method: expected 'auto' or 'jacobi', got 'qr'"):
+        linalg.svd(x, method="qr")  # type: ignore[arg-type]
+    x[1, 1] = float("nan")
+    with pytest.raises(RuntimeError, match="NaN or Inf"):
+        linalg.svd(x, method="jacobi")
+    with featkd.use_backend("reference"):
+        assert linalg.svd(torch.eye(3), method="jacobi").S.tolist() == [1, 1, 1]
+    assert featkd.last_backend("svd") == "reference"
+    with pytest.raises(RuntimeError, match="multiple of 8"):
+        torch.ops.featkd.jacobi(torch.zeros(1, 3, 3, dtype=torch.float64))
+    torch.library.opcheck(
+        torch.ops.featkd.jacobi.default, (torch.eye(3, 8, dtype=torch.float64)[None],)
+    )

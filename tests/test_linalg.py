@@ -1,0 +1,377 @@
+"""Singular values, curves and ranks against float64 LAPACK; bad input; torch's machinery."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import featkd
+from featkd import backends, extension, linalg, reference
+from featkd.ops import spectrum as spectrum_op
+from tests.spectra import FAMILIES, THRESHOLDS, lapack
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SHAPES = ((196, 192), (196, 384), (49, 96), (64, 64), (33, 20), (5, 5), (1, 7), (3, 1))
+
+
+def matrices(family: str, rows: int, columns: int, count: int = 2) -> Tensor:
+    """float64 (count, rows, columns), the same at every call."""
+    rng = np.random.default_rng([rows, columns, *family.encode()])
+    return torch.from_numpy(np.stack([FAMILIES[family](rows, columns, rng) for _ in range(count)]))
+
+
+def run(code: str, **environment: str) -> None:
+    """In a process of its own."""
+    path = os.pathsep.join((str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")))
+    known = {**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "passive", **environment}
+    done = subprocess.run([sys.executable, "-c", code], env=known, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_extension_is_built_and_used():
+    assert extension.missing() == ""
+    linalg.svdvals(torch.ones(2, 3))
+    assert featkd.last_backend("spectrum") == "cpu"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_and_curves_are_those_of_float64_lapack(family: str, shape: tuple[int, int]):
+    for dtype in (torch.float32, torch.float64):
+        x = matrices(family, *shape).to(dtype)
+        found, expected = linalg.spectrum(x, THRESHOLDS), lapack(x.numpy())
+        assert (found.ranks.numpy() == expected.ranks).all()
+        bound = 3e-7 if dtype == torch.float32 else 1e-12
+        assert np.abs(found.curve.double().numpy() - expected.curve).max() <= bound
+        assert (found.info == 0).all()
+        assert found.residual.max() < 2e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_svdvals_err_no_more_than_float32_rounding(family: str):
+    x = matrices(family, 196, 96).float()
+    expected = lapack(x.numpy()).values
+    found = linalg.svdvals(x).double().numpy()
+    largest = np.maximum(expected[:, :1], 1e-300)
+    assert (np.abs(found - expected) / largest).max() < 1e-7
+    if family not in ("tiny", "huge"):  # torch's own are no nearer
+        theirs = np.abs(torch.linalg.svdvals(x).double().numpy() - expected).max()
+        assert np.abs(found - expected).max() <= 2 * theirs + 1e-7 * largest.max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_of_the_fast_solve(dtype: torch.dtype):
+    x = matrices("features", 60, 96).to(dtype)
+    expected = lapack(x.double().numpy()).values
+    found = linalg.spectrum(x).values
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    large = expected >= 1e-1 * expected[:, :1]
+    error = np.abs(found.double().numpy() - expected) / expected[:, :1]
+    assert error[large].max() < 1e-6
+
+
+def test_float64_values():
+    x = matrices("features", 96, 60)
+    expected = lapack(x.numpy()).values
+    error = np.abs(linalg.svdvals(x).numpy() - expected) / expected[:, :1]
+    assert error[expected >= 1e-3 * expected[:, :1]].max() < 1e-12
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 40),
+    exponent=st.integers(-30, 30),
+    decay=st.floats(0, 1),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_shape_scale_and_spectrum(rows, columns, exponent, decay, seed):
+    rng = np.random.default_rng(seed)
+    n = min(rows, columns)
+    x = (
+        rng.standard_normal((3, rows, n))
+        * decay ** np.arange(n)
+        @ rng.standard_normal((n, columns))
+    )
+    x = torch.from_numpy(x * 10.0**exponent).float()
+    found, expected = linalg.spectrum(x, THRESHOLDS), lapack(x.numpy())
+    assert (found.ranks.numpy() == expected.ranks).all()
+    assert np.abs(found.curve.double().numpy() - expected.curve).max() <= 3e-7
+    assert (found.values.diff(dim=-1) <= 0).all()
+
+
+def test_subnormal_numbers():
+    x = torch.eye(4, 6) * 3e-45
+    x[0, 0] = 6e-45
+    assert torch.equal(linalg.svdvals(x), x.diagonal())
+    wide = torch.eye(4, 6, dtype=torch.float64) * 5e-324
+    assert torch.equal(linalg.svdvals(wide), wide.diagonal())
+
+
+def test_a_tie_is_decided_in_float64():
+    just_below, just_above = (
+        torch.diag(torch.tensor([0.9 + d, 0.1 - d], dtype=torch.float64).sqrt())
+        for d in (-3e-8, 3e-8)
+    )
+    for x, rank in ((just_below, 2), (just_above, 1)):
+        found = linalg.spectrum(x.float(), (0.9,))
+        assert found.resolved.item() == 1
+        assert found.ranks.item() == lapack(x.float()[None].numpy(), (0.9,)).ranks.item() == rank
+    assert linalg.spectrum(just_below.float(), (0.8,)).resolved.item() == 0
+
+
+def test_repeats_bitwise_whatever_the_threads_and_the_batch():
+    x = matrices("features", 60, 70, count=7).float()
+    before = torch.get_num_threads()
+    try:
+        runs = []
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            runs.append(linalg.spectrum(x))
+    finally:
+        torch.set_num_threads(before)
+    runs.append(linalg.spectrum(x[[3]]))
+    for field, once in zip(runs[0]._fields, runs[0], strict=True):
+        assert torch.equal(once, getattr(runs[1], field))
+        assert torch.equal(once, getattr(runs[2], field))
+        assert torch.equal(once[3:4], getattr(runs[3], field))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_bad_matrix_leaves_the_others_alone(bad: float, dtype: torch.dtype):
+    clean = matrices("features", 20, 30, count=4).to(dtype)
+    dirty = clean.clone()
+    dirty[2, 19, 29] = bad
+    for name in ("cpu", "reference"):
+        with featkd.use_backend(name):
+            before, after = linalg.spectrum(clean), linalg.spectrum(dirty)
+        assert after.info.tolist() == [0, 0, 1, 0]
+        assert after.ranks[2].tolist() == [-1] * 4
+        assert after.values[2].isnan().all()
+        assert after.curve[2].isnan().all()
+        assert after.residual[2].isnan()
+        for one, other in zip(before, after, strict=True):
+            assert torch.equal(one[[0, 1, 3]], other[[0, 1, 3]])
+
+
+def test_views_leading_dimensions_and_inputs_left_alone():
+    base = torch.randn(3, 50, 2, 40, generator=torch.Generator().manual_seed(0))
+    kept = base.clone()
+    for view in (
+        base.permute(0, 2, 1, 3),
+        base.permute(0, 2, 3, 1),
+        base[:, ::3, :, 1::2].permute(2, 0, 1, 3),
+        base[0, :, 0, :].expand(2, 2, 50, 40),
+        base.permute(2, 1, 0, 3)[..., 7],
+    ):
+        found = linalg.spectrum(view)
+        dense = linalg.spectrum(view.contiguous())
+        assert found.values.shape == (*view.shape[:-2], min(view.shape[-2:]))
+        assert found.ranks.shape == (*view.shape[:-2], 4)
+        assert torch.equal(found.ranks, dense.ranks)
+        torch.testing.assert_close(found.values, dense.values, rtol=0, atol=1e-4)
+    assert torch.equal(base, kept)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5), (2, 0, 4, 5), (3, 0, 5), (3, 5, 0), (0, 0)])
+def test_empty(shape: tuple[int, ...]):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = linalg.spectrum(torch.zeros(shape))
+    n = min(shape[-2:])
+    assert found.values.shape == found.curve.shape == (*shape[:-2], n)
+    assert found.ranks.shape == (*shape[:-2], 4)
+    assert (found.ranks == 0).all()
+
+
+def test_what_is_refused():
+    x = torch.ones(2, 3)
+    for function in (linalg.svdvals, linalg.energy_ranks, linalg.energy_curve, linalg.svd):
+        with pytest.raises(TypeError, match=r"x: expected a floating.*got torch\.int64"):
+            function(x.long())
+        with pytest.raises(TypeError, match=r"x: expected a floating.*got torch\.complex"):
+            function(x.to(torch.complex64))
+        with pytest.raises(TypeError, match=r"x: expected a torch\.Tensor, got list"):
+            function([[1.0]])  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=re.escape("x: expected at least 2 dimensions")):
+            function(x[0])
+    for bad in (0, -0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="thresholds: expected"):
+            linalg.energy_ranks(x, (0.8, bad))
+    with pytest.raises(TypeError, match="thresholds: expected a number"):
+        linalg.energy_ranks(x, ("0.8",))  # type: ignore[arg-type]
+    for k in (0, 3, -1):
+        with pytest.raises(ValueError, match=f"k: expected None or an int from 1 to 2, got {k}"):
+            linalg.svd(x, k=k)
+
+
+def test_other_sizes_and_machines_take_the_reference(monkeypatch):
+    large = torch.randn(1, 513, 514, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="smaller side is not 1 to 512"):
+        values = linalg.svdvals(large)
+    assert featkd.last_backend("spectrum") == "reference"
+    torch.testing.assert_close(values, torch.linalg.svdvals(large), rtol=1e-5, atol=1e-4)
+    monkeypatch.setattr(extension, "LIBRARY", extension.LIBRARY.with_name("_none.so"))
+    with pytest.warns(UserWarning, match="csrc is not built"):
+        assert linalg.energy_ranks(torch.eye(10)).tolist() == [8, 9, 10, 10]
+    assert featkd.last_backend("spectrum") == "reference"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_reference_agrees(family: str):
+    x = matrices(family, 20, 30).float()
+    expected = reference.spectrum(x, THRESHOLDS)
+    for wide in (False, True):
+        found = spectrum_op.spectrum(x, THRESHOLDS, wide=wide)
+        assert torch.equal(found.ranks, expected[2])
+        torch.testing.assert_close(found.curve, expected[1], rtol=0, atol=3e-7)
+        for one, other in zip(found, expected, strict=True):
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+
+
+def test_opcheck():
+    levels = torch.tensor([0.8, 0.9], dtype=torch.float64)
+    for dtype in DTYPES:
+        x = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+        for wide in (False, True):
+            torch.library.opcheck(
+                torch.ops.featkd.spectrum.default,
+                (x.mT.requires_grad_(dtype == torch.float64), levels, wide),
+            )
+
+
+def test_compiles_without_a_graph_break():
+    def both(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return linalg.energy_ranks(2 * x), linalg.svdvals(x) + 1, linalg.energy_curve(x)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for shape in ((3, 8, 12), (2, 4, 9, 5)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        for one, other in zip(compiled(x), both(x), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_gradients_are_torchs():
+    x = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x.requires_grad_()
+    weights = torch.randn(3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for function in (lambda s: s, lambda s: s.square(), lambda s: s.log()):
+        (ours,) = torch.autograd.grad((weights * function(linalg.svdvals(x))).sum(), x)
+        (theirs,) = torch.autograd.grad((weights * function(torch.linalg.svdvals(x))).sum(), x)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert torch.autograd.gradcheck(linalg.svdvals, x)
+    assert torch.autograd.gradgradcheck(linalg.svdvals, x)
+    assert torch.autograd.gradcheck(linalg.energy_curve, x)
+    assert not linalg.energy_ranks(x).requires_grad
+    half = x.detach().bfloat16().requires_grad_()
+    linalg.svdvals(half).sum().backward()
+    assert half.grad is not None
+    assert half.grad.dtype == torch.bfloat16
+
+
+def test_leading_vectors():
+    for shape in ((2, 60, 90), (90, 60), (40, 40)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        x = x * 0.9 ** torch.arange(shape[-1])
+        u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
+        for k in (1, 7, 40):
+            found = linalg.svd(x, k=k)
+            assert found.U.shape == (*shape[:-1], k)
+            assert found.Vh.shape == (*shape[:-2], k, shape[-1])
+            torch.testing.assert_close(found.S.double(), s[..., :k], rtol=0, atol=1e-5)
+            for part in (found.U.double(), found.Vh.double().mT):
+                assert (part.mT @ part - torch.eye(k)).abs().max() <= 5e-6
+            shown = found.U * found.S.unsqueeze(-2) @ found.Vh
+            best = (u[..., :k] * s[..., None, :k] @ vh[..., :k, :]).float()
+            torch.testing.assert_close(shown, best, rtol=0, atol=2e-5)
+    assert linalg.svd(torch.zeros(3, 4), k=2).S.tolist() == [0, 0]
+
+
+def test_thin_svd_is_torchs():
+    x = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x.requires_grad_()
+    found, theirs = linalg.svd(x), torch.linalg.svd(x, full_matrices=False)
+    torch.testing.assert_close((found.U * found.S.unsqueeze(-2)) @ found.Vh, x.detach())
+    torch.testing.assert_close(found.S, theirs.S)
+    (ours,) = torch.autograd.grad((found.U.abs() @ found.Vh.abs()).sum(), x)
+    (expected,) = torch.autograd.grad((theirs.U.abs() @ theirs.Vh.abs()).sum(), x)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_principal_angles():
+    angles = torch.tensor([1e-9, 1e-4, 0.3, torch.pi / 2 - 1e-9], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    base = torch.linalg.qr(torch.randn(20, 20, generator=generator, dtype=torch.float64)).Q
+    v1 = base[:, :4]
+    v2 = torch.cat([base[:, :4] * angles.cos() + base[:, 4:8] * angles.sin(), base[:, 8:9]], 1)
+    mixed = v2 @ torch.randn(5, 5, generator=generator, dtype=torch.float64)
+    for one, other in ((v1, mixed), (mixed, v1)):
+        found = linalg.principal_angles(one, other)
+        torch.testing.assert_close(found, angles, rtol=1e-6, atol=1e-14)
+    with pytest.raises(ValueError, match="v2: expected 20 rows"):
+        linalg.principal_angles(v1, v2[:19])
+    with pytest.raises(ValueError, match="at most as many columns as rows"):
+        linalg.principal_angles(v1.T, v1.T)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set_there_is(isa: str):
+    """In a process of its own: the choice is made once. One that is missing takes the next."""
+    code = (
+        "import torch; from featkd import linalg; from tests.spectra import *\n"
+        "x = np.stack([f(49, 96, np.random.default_rng(1)) for f in FAMILIES.values()])\n"
+        "for t in (torch.float32, torch.float64):\n"
+        "    y = torch.from_numpy(x).to(t); found = linalg.spectrum(y, THRESHOLDS)\n"
+        "    want = lapack(y.numpy())\n"
+        "    assert (found.ranks.numpy() == want.ranks).all()\n"
+        "    assert np.abs(found.curve.double().numpy() - want.curve).max() < 3e-7\n"
+    )
+    run(code, FEATKD_ISA=isa)
+
+
+def test_too_little_memory_is_an_error_and_nothing_else():
+    code = (
+        "import resource, torch; from featkd import linalg\n"
+        "torch.set_num_threads(512); x = torch.ones(600, 512, 512)\n"
+        "linalg.svdvals(x[:1])\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "limit = resource.getrlimit(resource.RLIMIT_AS)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, limit[1]))\n"
+        "try: linalg.svdvals(x); raise SystemExit('no error')\n"
+        "except RuntimeError as error: assert 'out of memory' in str(error), error\n"
+        "resource.setrlimit(resource.RLIMIT_AS, limit)\n"
+        "torch.set_num_threads(2); assert abs(linalg.svdvals(x[:3])[2, 0] - 512) < 1e-3\n"
+    )
+    run(code)
+
+
+def test_offsets_beyond_two_to_the_31():
+    """The last matrix starts 2^31 + elements into an expanded storage that is never filled."""
+    stride = 2**31 + 4096
+    storage = torch.empty(stride + 64 * 64, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    assert storage.numel() > 2**31
+    halves = torch.empty(0, dtype=torch.float16).set_(
+        storage.untyped_storage(), 0, (2, 30, 30), (stride // 2 - 1000, 30, 1)
+    )
+    generator = torch.Generator().manual_seed(0)
+    halves.copy_(torch.randn(2, 30, 30, generator=generator))
+    assert torch.equal(linalg.svdvals(halves), linalg.svdvals(halves.clone()))
+
+
+def test_backends_by_name():
+    with featkd.use_backend("reference"):
+        linalg.svdvals(torch.eye(2))
+        assert featkd.last_backend("spectrum") == "reference"
+    assert backends.last_backend("spectrum") == "reference"

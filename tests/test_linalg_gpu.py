@@ -1,0 +1,44 @@
+"""The accuracy suite on a CUDA device, where there is one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import featkd
+from featkd import linalg
+from tests.spectra import FAMILIES, THRESHOLDS, lapack
+from tests.test_linalg import SHAPES, matrices
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_and_curves_are_those_of_float64_lapack(family: str, shape: tuple[int, int]):
+    for dtype in (torch.float32, torch.float64):
+        x = matrices(family, *shape).to(dtype)
+        found, expected = linalg.spectrum(x.cuda(), THRESHOLDS), lapack(x.numpy())
+        assert featkd.last_backend("spectrum") == "cuda"
+        assert (found.ranks.cpu().numpy() == expected.ranks).all()
+        # sums over the depth of G are not in float64 there, as they are on a CPU
+        bound = 9e-7 if dtype == torch.float32 else 1e-12
+        assert np.abs(found.curve.cpu().double().numpy() - expected.curve).max() <= bound
+        twice = linalg.spectrum(x.cuda(), THRESHOLDS)
+        assert all(torch.equal(one, two) for one, two in zip(found, twice, strict=True))
+
+
+def test_another_stream_and_scratch_in_global_memory():
+    x = torch.randn(3, 500, 512, generator=torch.Generator().manual_seed(0))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        values = linalg.svdvals(x.cuda()).cpu()
+    torch.testing.assert_close(values, linalg.svdvals(x), rtol=0, atol=1e-4)
+
+
+def test_a_bad_matrix_is_told_apart():
+    x = matrices("features", 20, 30, count=3).float()
+    x[1, 3, 3] = float("nan")
+    found = linalg.spectrum(x.cuda())
+    assert found.info.tolist() == [0, 1, 0]
+    assert found.values[1].isnan().all()

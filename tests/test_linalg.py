@@ -299,6 +299,22 @@ def test_leading_vectors():
     assert linalg.svd(torch.zeros(3, 4), k=2).S.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("family", ["features", "geometric"])
+def test_leading_subspaces_are_as_exact_as_a_float32_svds(family: str):
+    x = matrices(family, 96, 192).float()
+    exact = torch.linalg.svd(x.double(), full_matrices=False).Vh.mT
+    theirs = torch.linalg.svd(x, full_matrices=False).Vh.mT
+    for matrix, ranks in enumerate(linalg.energy_ranks(x, (0.8, 0.9, 0.95)).tolist()):
+        for k in ranks:
+            want = exact[matrix, :, :k]
+            ours = linalg.svd(x[matrix], k=k).Vh.mT
+            errors = [
+                linalg.principal_angles(v.double(), want).sin().max()
+                for v in (ours, theirs[matrix, :, :k])
+            ]
+            assert errors[0] <= 2 * errors[1] + torch.finfo(torch.float32).eps, (k, errors)
+
+
 def test_thin_svd_is_torchs():
     x = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x.requires_grad_()

@@ -1,6 +1,7 @@
 """Ranks of many matrices against float64 LAPACK.
 
     FEATKD_MANY=10000 python -m pytest -s tests/test_linalg_many.py
+    FEATKD_FEATURES=F.npy python -m pytest -s tests/test_linalg_many.py    # (images, N, D), float32
 
 The suite takes a few of each family; the figures in docs/linalg.md are of that command.
 """
@@ -10,34 +11,60 @@ from __future__ import annotations
 import os
 
 import numpy as np
+import pytest
 import torch
 
 from featkd import linalg
 from tests.spectra import FAMILIES, THRESHOLDS, lapack
 
+FEATURES = os.environ.get("FEATKD_FEATURES", "")
 COUNT = int(os.environ.get("FEATKD_MANY", "160"))
 SHAPES = ((64, 64), (196, 192), (49, 96), (196, 384))
 
 
+class Tally:
+    """Matrices compared so far, and how they came out."""
+
+    done = mismatches = resolved = 0
+    worst = 0.0
+
+    def add(self, x: np.ndarray) -> None:
+        """Compare a batch with LAPACK."""
+        expected = lapack(x)
+        found = linalg.spectrum(torch.from_numpy(x), THRESHOLDS)
+        error = np.abs(found.curve.double().numpy() - expected.curve).max()
+        self.worst = max(self.worst, float(error))
+        self.mismatches += int((found.ranks.numpy() != expected.ranks).any(1).sum())
+        self.resolved += int(found.resolved.sum())
+        self.done += len(x)
+
+    def check(self) -> None:
+        """Print the figures, and hold them to the bars."""
+        print(
+            f"\n{self.done} matrices, {self.mismatches} with another rank than float64 LAPACK, "
+            f"worst curve error {self.worst:.1e}, {self.resolved} solved again in float64"
+        )
+        assert self.done
+        assert self.mismatches == 0
+        assert self.worst <= 3e-7
+
+
 def test_no_rank_differs():
     rng = np.random.default_rng(2026)
-    worst, mismatches, resolved, done = 0.0, 0, 0, 0
+    tally = Tally()
     each = -(-COUNT // len(FAMILIES))
-    for name, make in FAMILIES.items():
+    for make in FAMILIES.values():
         for first in range(0, each, 32):
             rows, columns = SHAPES[(first // 32) % len(SHAPES)]
             count = min(32, each - first)
-            x = np.stack([make(rows, columns, rng) for _ in range(count)]).astype(np.float32)
-            expected = lapack(x)
-            found = linalg.spectrum(torch.from_numpy(x), THRESHOLDS)
-            error = np.abs(found.curve.double().numpy() - expected.curve).max()
-            worst = max(worst, float(error))
-            assert worst <= 3e-7, name
-            mismatches += int((found.ranks.numpy() != expected.ranks).any(1).sum())
-            resolved += int(found.resolved.sum())
-            done += count
-    print(
-        f"\n{done} matrices, {mismatches} with another rank than float64 LAPACK, "
-        f"worst curve error {worst:.1e}, {resolved} solved again in float64"
-    )
-    assert mismatches == 0
+            tally.add(np.stack([make(rows, columns, rng) for _ in range(count)]).astype(np.float32))
+    tally.check()
+
+
+@pytest.mark.skipif(not FEATURES, reason="FEATKD_FEATURES names no file of features")
+def test_no_rank_of_these_features_differs():
+    features = np.load(FEATURES, mmap_mode="r")
+    tally = Tally()
+    for first in range(0, len(features), 64):
+        tally.add(np.ascontiguousarray(features[first : first + 64], np.float32))
+    tally.check()

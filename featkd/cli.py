@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch loads OpenMP: threads that wait by spinning take the cores that loader workers
     # need (measured on 2 cores with 1 worker and a second job: 29 images/s spinning, 268 passive).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # A moment of spinning joins the parallel parts of neighbouring operations, which passive threads
-    # sleep between: the loss of (32, 196, 192) to 384 took 20 ms with it and 26 without.
+    # A moment of spinning joins one operation's parallel part to the next one's, where passive
+    # threads sleep: the loss of (32, 196, 192) to 384 took 20 ms with it and 26 without.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):

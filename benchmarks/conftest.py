@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-# before torch is loaded, as `featkd bench` has it: threads that wait by spinning turn each
-# parallel loop of a busy machine into milliseconds
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from featkd import openmp
+
+openmp.set_defaults()  # before torch is loaded, as `featkd bench` has it
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 _DEFAULTS = {"shapes": "small", "dtypes": "fp32", "directions": "forward,both"}

@@ -40,13 +40,8 @@ class Kernel:
     """Bytes written and read by spills."""
 
     def shared(self, rows: int) -> int:
-        """Bytes of scratch memory of a block, as Scratch of csrc/spectrum.h counts them."""
-        size = 4 if self.name == "float32" else 8
-        length = _up(rows, 32)
-        vectors = length * (6 + 2 * WARPS) + 2 * _up(WARPS, 8) * 8 // size
-        shared = max(-(-rows // 64) * 16 * 65, vectors, 2 * length)
-        numbers = _up(rows * (rows + 1) // 2, 16) + 2 * length + shared
-        return 8 * _up(WARPS, 8) + _up(numbers, 16) * size
+        """Bytes of scratch memory of a block."""
+        return scratch_bytes(rows, 4 if self.name == "float32" else 8)
 
     def blocks(self, rows: int) -> int:
         """Resident at once on a multiprocessor; 0 where the scratch is in global memory."""
@@ -62,6 +57,19 @@ class Kernel:
         """What docs/linalg.md rules out."""
         spilled = self.stack or self.spills
         return [f"spills: {self.stack} bytes of stack"] if spilled else []
+
+
+def scratch_bytes(rows: int, size: int, groups: int = WARPS) -> int:
+    """As Scratch of csrc/spectrum.h counts them: sums, slots, the largest of slab, vectors, counts.
+
+    Args:
+        size: bytes of a number.
+    """
+    length = _up(rows, 32)
+    vectors = length * (6 + 2 * groups) + 2 * _up(groups, 8) * 8 // size
+    shared = max(-(-rows // 64) * 16 * 65, vectors, 2 * length)
+    numbers = _up(rows * (rows + 1) // 2, 16) + 2 * length + shared
+    return 8 * _up(groups, 8) + _up(numbers, 16) * size
 
 
 def _up(x: int, to: int) -> int:

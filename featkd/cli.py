@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 failed while running, 2 bad arguments or recipe, 128 + N s
 from __future__ import annotations
 
 import math
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 
 import featkd
+from featkd import openmp
 
 if TYPE_CHECKING:
     from featkd.train.engine import Outcome
@@ -38,12 +38,7 @@ usage: featkd COMMAND [arguments]      featkd COMMAND --help
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's) and return the exit code."""
-    # Before torch loads OpenMP: threads that wait by spinning take the cores that loader workers
-    # need (measured on 2 cores with 1 worker and a second job: 29 images/s spinning, 268 passive).
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # A moment of spinning joins one operation's parallel part to the next one's, where passive
-    # threads sleep: the loss of (32, 196, 192) to 384 took 20 ms with it and 26 without.
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    openmp.set_defaults()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_USAGE, end="")

@@ -6,11 +6,13 @@ Found by compiling ahead of time; `featkd kernels report` compiles them again an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 
-from featkd.kernels.shapes import channel_block
+from featkd.kernels.shapes import channel_block, matmul_precision, triton_type
+from featkd.reference import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,18 @@ class Config:
         blocks = triton.cdiv(student_width, self.student_block)
         most = max(1, self.group // self.student_block) if self.group else blocks
         return next(n for n in range(1, blocks + 1) if blocks % n == 0 and blocks // n <= most)
+
+    def constants(self, student: int, teacher: int, compute: torch.dtype) -> dict[str, Any]:
+        """Compile-time arguments of all kernels that multiply by W: widths, blocks, types."""
+        return {
+            "CS": student,
+            "CT": teacher,
+            "CS_BLOCK": self.student_block,
+            "CT_BLOCK": self.teacher_block,
+            "COMPUTE": triton_type(compute),
+            "ACC": triton_type(accumulation_dtype(compute)),
+            "PRECISION": matmul_precision(compute),
+        }
 
 
 def products(arch: int) -> str:

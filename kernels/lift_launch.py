@@ -14,13 +14,7 @@ import triton
 from torch import Tensor
 
 from featkd.kernels.configs import Config, products
-from featkd.kernels.shapes import (
-    channel_block,
-    channels_adjacent,
-    matmul_precision,
-    triton_type,
-)
-from featkd.reference import accumulation_dtype
+from featkd.kernels.shapes import channel_block, channels_adjacent
 
 
 def _config(
@@ -120,14 +114,8 @@ def shared_arguments(
         "width": columns,
         "image_rows": image_rows,
         "tiles": triton.cdiv(image_rows, tile),
-        "CS": channels,
-        "CT": head.weight.shape[0],
-        "CS_BLOCK": config.student_block,
-        "CT_BLOCK": config.teacher_block,
+        **config.constants(channels, len(head.weight), compute),
         "HB": tile,
         "WB": places,
         "SPECTRAL": width > 0,
-        "COMPUTE": triton_type(compute),
-        "ACC": triton_type(accumulation_dtype(compute)),
-        "PRECISION": matmul_precision(compute),
     }

@@ -24,7 +24,7 @@ from featkd.kernels import distance, rows
 from featkd.kernels.configs import Config, gradient_config, loss_config, split_count
 from featkd.kernels.launch import architecture, launch
 from featkd.kernels.scaled import sum_times
-from featkd.kernels.shapes import channels_adjacent, matmul_precision, triton_type
+from featkd.kernels.shapes import channels_adjacent
 from featkd.reference import accumulation_dtype
 
 
@@ -224,16 +224,10 @@ def _arguments(
         "tokens": tokens,
         "width": columns,
         "image_rows": batch * tokens // columns,
-        "CS": student.shape[2],
-        "CT": teacher.shape[2],
-        "CS_BLOCK": config.student_block,
-        "CT_BLOCK": config.teacher_block,
+        **config.constants(student.shape[2], teacher.shape[2], compute),
         "HB": image_rows,
         "WB": places,
         "SPECTRAL": width > 0,
-        "COMPUTE": triton_type(compute),
-        "ACC": triton_type(accumulation_dtype(compute)),
-        "PRECISION": matmul_precision(compute),
     }
 
 

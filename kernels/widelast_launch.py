@@ -15,8 +15,7 @@ import triton
 from torch import Tensor
 
 from featkd.kernels.configs import Config, products
-from featkd.kernels.shapes import channels_adjacent, matmul_precision, triton_type
-from featkd.reference import accumulation_dtype
+from featkd.kernels.shapes import channels_adjacent
 
 
 class Parameters(NamedTuple):
@@ -134,13 +133,7 @@ def shared_arguments(
         "x_token": x.stride(1),
         "tokens": tokens,
         "total": batch * tokens,
-        "CS": channels,
-        "CT": parameters.weight.shape[0],
-        "CS_BLOCK": config.student_block,
-        "CT_BLOCK": config.teacher_block,
+        **config.constants(channels, len(parameters.weight), compute),
         "ROWS": config.rows,
         "HOLD": config.hold,
-        "COMPUTE": triton_type(compute),
-        "ACC": triton_type(accumulation_dtype(compute)),
-        "PRECISION": matmul_precision(compute),
     }

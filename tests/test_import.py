@@ -26,7 +26,17 @@ LAYERS = (
     ("kernels", "cpu"),
     ("reference",),
     ("ptx",),  # a test bench: only benchmarks imports it
-    ("backends", "checks", "environment", "extension", "files", "seeding", "recipes", "__init__"),
+    (
+        "backends",
+        "checks",
+        "environment",
+        "extension",
+        "files",
+        "openmp",
+        "seeding",
+        "recipes",
+        "__init__",
+    ),
 )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from featkd.benchmarks.csrc_kernels import scratch_bytes
 from featkd.ptx import Emulator, Report
 from tests.spectra import THRESHOLDS
 
@@ -53,19 +54,6 @@ def with_switches(ptx: str, kernel: str) -> str:
 
 def barriers(ptx: str) -> set[int]:
     return {int(number) for number in re.findall(_MARK, ptx)}
-
-
-def scratch_bytes(n: int, size: int, groups: int) -> int:
-    """Of csrc/spectrum.h for a block: sums, slots, and the largest of slab, vectors, counts."""
-
-    def up(x: int, to: int) -> int:
-        return -(-x // to) * to
-
-    length = up(n, 32)
-    vectors = length * (6 + 2 * groups) + 2 * up(groups, 8) * 8 // size
-    shared = max(-(-n // 64) * 16 * 65, vectors, 2 * length)
-    numbers = up(n * (n + 1) // 2, 16) + 2 * length + shared
-    return 8 * up(groups, 8) + up(numbers, 16) * size
 
 
 @dataclass

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.ops.planted import SUITES, errors, plant
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Problems this small only lose time to threads, the more so beside other processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("op", SUITES)
 def test_every_planted_slip_is_seen(op: str, tmp_path: Path) -> None:
     unseen = {}

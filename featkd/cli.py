@@ -77,7 +77,8 @@ def _run(command: Callable[[list[str]], int], words: list[str]) -> int:
 
 
 def _distill(words: list[str]) -> int:
-    from featkd.train import distributed, recipe
+    from featkd import distributed
+    from featkd.train import recipe
     from featkd.train.dryrun import dry_run
     from featkd.train.engine import Trainer
 

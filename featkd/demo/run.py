@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from featkd import environment
+from featkd import distributed, environment
 from featkd.demo.digits import write_digits
 from featkd.demo.report import as_table, write_report
 from featkd.demo.results import STUDENTS, RunResult, throughput
-from featkd.train import checkpoint, distributed
+from featkd.train import checkpoint
 from featkd.train.engine import Trainer
 from featkd.train.recipe import (
     LossConfig,

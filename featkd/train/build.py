@@ -18,11 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from featkd.checks import suggestion
 from featkd.data import Loader, build_loader
+from featkd.distributed import ProcessContext
 from featkd.functional import Metric
 from featkd.losses import DistillationLoss
 from featkd.models import Lift, create_student, create_teacher
 from featkd.models.features import FeatureModel, feature_grid, num_layers, resolve_layers
-from featkd.train.distributed import ProcessContext
 from featkd.train.recipe import Recipe, RecipeError
 
 

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from featkd.backends import use_backend
 from featkd.data import Batch
+from featkd.distributed import ProcessContext
 from featkd.models.features import FeatureModel
 from featkd.train.build import peak_lr
-from featkd.train.distributed import ProcessContext
 from featkd.train.engine import Trainer
 from featkd.train.recipe import Recipe
 

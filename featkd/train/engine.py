@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from featkd import environment
 from featkd.data import Batch
+from featkd.distributed import ProcessContext
+from featkd.interrupt import Interrupt
 from featkd.losses import DistillationTerms
 from featkd.models.features import FeatureModel
 from featkd.models.weights import load_strictly
@@ -23,9 +25,7 @@ from featkd.seeding import derive_seed
 from featkd.train import checkpoint
 from featkd.train.build import Parts, build
 from featkd.train.checkpoint import CheckpointError, CheckpointStore
-from featkd.train.distributed import ProcessContext
 from featkd.train.evaluate import evaluate
-from featkd.train.interrupt import Interrupt
 from featkd.train.logs import RunLog
 from featkd.train.recipe import Recipe, to_dict
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from featkd.distributed import ProcessContext
 from featkd.train.checkpoint import load
-from featkd.train.distributed import ProcessContext
 from featkd.train.engine import Outcome, Trainer
 from featkd.train.logs import read_csv
 from featkd.train.recipe import Recipe

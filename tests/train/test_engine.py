@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from featkd.data import BadImageError
+from featkd.distributed import ProcessContext
 from featkd.train.checkpoint import load
-from featkd.train.distributed import ProcessContext
 from featkd.train.engine import Trainer, TrainingDiverged
 from featkd.train.logs import read_csv
 from featkd.train.recipe import RecipeError, StudentConfig, TeacherConfig, to_dict

@@ -1,4 +1,4 @@
-"""The command line: `featkd distill`, `featkd bench`, `featkd kernels` and `featkd demo`.
+"""The command line: `featkd distill`, `diagnose`, `bench`, `kernels` and `demo`.
 
 Exit codes: 0 done, 1 failed while running, 2 bad arguments or recipe, 128 + N stopped by signal N.
 """
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from featkd.train.engine import Outcome
     from featkd.train.recipe import Recipe
 
-_COMMANDS = ("distill", "bench", "kernels", "demo")
+_COMMANDS = ("distill", "diagnose", "bench", "kernels", "demo")
 _USAGE = f"""\
 featkd {featkd.__version__}: feature distillation of Vision Transformers
 
 usage: featkd COMMAND [arguments]      featkd COMMAND --help
 
   distill RECIPE [--field value ...]   train a student, with or without a teacher
+  diagnose --model M --data DIR --out DIR   measure the mismatch of feature maps
   bench run|plot|table|compare         time the fused ops beside eager torch and torch.compile
   kernels report                       compile every kernel, count its traffic, check the rules
   demo [--out DIR]                     teacher and four students on scikit-learn's digits
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, rest = words[0], words[1:]
     if command == "distill":
         return _run(_distill, rest)
+    if command == "diagnose":
+        return _run(_diagnose, rest)
     if command == "bench":
         return _run(_bench, rest)
     if command == "kernels":
@@ -63,16 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: Callable[[list[str]], int], words: list[str]) -> int:
     """Run a command and turn the errors a user can mend into one clear message."""
     from featkd.data import BadImageError
+    from featkd.diagnostics.source import UnreadableError
+    from featkd.diagnostics.state import StateError
     from featkd.train.checkpoint import CheckpointError
     from featkd.train.engine import TrainingDiverged
 
+    failures = (BadImageError, CheckpointError, StateError, TrainingDiverged, UnreadableError)
     try:
         return command(words)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (ValueError, TypeError, FileNotFoundError, NotADirectoryError) as error:
         return _fail(str(error), 2)
-    except (BadImageError, CheckpointError, TrainingDiverged, OSError) as error:
+    except (*failures, OSError) as error:
         return _fail(str(error), 1)
 
 
@@ -123,6 +129,12 @@ def _summary(outcome: Outcome) -> str:
     if outcome.bad_files:
         facts.append(f"{len(outcome.bad_files)} unreadable images left out")
     return ", ".join(facts)
+
+
+def _diagnose(words: list[str]) -> int:
+    from featkd.diagnose import diagnose
+
+    return diagnose(words)
 
 
 def _bench(words: list[str]) -> int:

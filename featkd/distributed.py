@@ -42,6 +42,22 @@ class ProcessContext:
         dist.all_gather_object(found, facts, group=self.control)
         return {key: value for part in found for key, value in part.items()}
 
+    def gather(self, value: object) -> list[Any]:
+        """The values of all processes, by rank, on process 0, and nothing on the others."""
+        if self.world_size == 1:
+            return [value]
+        found: list[Any] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, found, group=self.control)
+        return found or []
+
+    def broadcast(self, value: object) -> Any:
+        """Process 0's value, on all of them."""
+        if self.world_size == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, group=self.control)
+        return held[0]
+
     def sum(self, x: Tensor) -> Tensor:
         """Sum of `x` over all processes, as a new tensor; all must call it at the same point."""
         total = x.clone()

@@ -17,7 +17,7 @@ PACKAGE = Path(featkd.__file__).parent
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("demo", "benchmarks"),
+    ("demo", "benchmarks", "diagnose"),
     ("train",),
     ("models", "data", "diagnostics"),
     ("losses",),
@@ -35,6 +35,7 @@ LAYERS = (
         "files",
         "interrupt",
         "openmp",
+        "plots",
         "seeding",
         "recipes",
         "__init__",

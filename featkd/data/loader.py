@@ -148,7 +148,7 @@ class TorchLoader:
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=pin_memory,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             persistent_workers=workers > 0,
             # DataLoader draws the workers' base seed. Without a generator of its own it would
             # take it from the training's.
@@ -226,7 +226,7 @@ def _collate(
     return stacked, torch.tensor(targets, dtype=torch.int64), errors
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
     """A process group of its own, and one thread, as workers are many.
 
     Ctrl-C, and SIGTERM to the whole group, then reach the main process alone, which needs its

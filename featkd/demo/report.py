@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from featkd import environment
 from featkd.demo.results import STUDENTS, RunResult, spread
 from featkd.files import atomic_write
+from featkd.plots import GREY, as_svg, axes_for, legend
 from featkd.train.recipe import Recipe, to_yaml
 
 _COLOURS = ("#8c8c8c", "#d1495b", "#3a86c8", "#2a9d6f")
@@ -77,7 +76,7 @@ def write_report(
 
 
 def _accuracy_plot(teacher: RunResult, results: list[RunResult]) -> str:
-    figure, axes = _figure("epoch", "validation top-1 (%)")
+    figure, (axes,) = axes_for([("epoch", "validation top-1 (%)")])
     for colour, name in zip(_COLOURS, STUDENTS, strict=True):
         curves = [run.curve() for run in results if run.name == name]
         epochs = [epoch for epoch, _ in curves[0]]
@@ -86,14 +85,15 @@ def _accuracy_plot(teacher: RunResult, results: list[RunResult]) -> str:
         axes.plot(epochs, middle, color=colour, label=name)
         low, high = ([f(c) for c in zip(*values, strict=True)] for f in (min, max))
         axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.axhline(teacher.top1, color="#888888", linestyle=":", label="teacher, at its end")
+    axes.axhline(teacher.top1, color=GREY, linestyle=":", label="teacher, at its end")
     best = max(run.top1 for run in [teacher, *results])
     axes.set_ylim(max(0.0, best - 30), min(100.0, best + 2))
-    return _as_svg(figure, axes)
+    legend(axes)
+    return as_svg(figure)
 
 
 def _feature_plot(results: list[RunResult]) -> str:
-    figure, axes = _figure("update", "feature loss (not weighted)")
+    figure, (axes,) = axes_for([("update", "feature loss (not weighted)")])
     for colour, (name, (_, distilled)) in zip(_COLOURS, STUDENTS.items(), strict=True):
         if not distilled:
             continue
@@ -107,26 +107,5 @@ def _feature_plot(results: list[RunResult]) -> str:
                 label=name if number == 0 else None,
             )
     axes.set_yscale("log")
-    return _as_svg(figure, axes)
-
-
-def _figure(x: str, y: str):  # type: ignore[no-untyped-def]  # matplotlib's Figure and Axes
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-    figure.patch.set_alpha(0)
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0)
-    grey = "#888888"  # readable on a light and on a dark page
-    axes.set_xlabel(x, color=grey)
-    axes.set_ylabel(y, color=grey)
-    axes.tick_params(which="both", colors=grey)
-    for spine in axes.spines.values():
-        spine.set_color(grey)
-    axes.grid(alpha=0.25)
-    return figure, axes
-
-
-def _as_svg(figure: Figure, axes) -> str:  # type: ignore[no-untyped-def]
-    axes.legend(frameon=False, labelcolor="#888888", fontsize=9)
-    text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True)
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    legend(axes)
+    return as_svg(figure)

@@ -1,0 +1,315 @@
+"""`featkd diagnose`: from arguments to models or files, a run, and its report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser
+from tqdm import tqdm
+
+from featkd import distributed, environment
+from featkd.checks import suggestion
+from featkd.data import DataConfig
+from featkd.diagnostics import report, tables, verdicts
+from featkd.diagnostics.feature_files import FeatureFiles
+from featkd.diagnostics.model_features import ModelFeatures, Subject
+from featkd.diagnostics.reach import Reach, reach
+from featkd.diagnostics.run import DiagnosticsRun, Findings, RunOptions
+from featkd.diagnostics.source import Source, fingerprint
+from featkd.diagnostics.stream import Settings
+from featkd.distributed import ProcessContext
+from featkd.models import FeatureModel, create_teacher
+from featkd.train import checkpoint
+from featkd.train.trained import load_trained
+
+_EPILOG = """\
+A model is a timm name, or a checkpoint of `featkd distill` (.pt). Under torchrun the images are
+shared out, and the figures are the same for any number of processes."""
+
+
+def diagnose(words: Sequence[str]) -> int:
+    """Measure the mismatch of feature maps; the arguments are the command line's."""
+    parser = _parser()
+    _check_options(parser, words)
+    args = parser.parse_args(list(words))
+    settings = Settings(**{f.name: _tuple(args[f.name]) for f in fields(Settings)})
+    options = RunOptions(
+        keep=args.keep,
+        budget_gib=args.budget_gib,
+        on_bad=args.on_bad,
+        compiled=args.compile,
+        resume=args.resume == "auto",
+        save_seconds=args.save_seconds,
+    )
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"out: expected a folder, {out} is a file")
+    try:
+        context = distributed.start(args.device)
+        source = _source(args, context)
+        out.mkdir(parents=True, exist_ok=True)
+        with _Progress(context, source) as progress:
+            run = DiagnosticsRun(source, settings, options, out / "state", context, progress)
+            found = run.run()
+        if isinstance(found, int):
+            print(f"featkd: stopped; the same command goes on from {out}/state", file=sys.stderr)
+            return 128 + found
+        if found is not None:
+            _write(out, found, source, args, list(words))
+        context.barrier()
+        run.clear()
+        if context.is_main:
+            (out / "state").rmdir()
+        return 0
+    finally:
+        distributed.stop()
+
+
+def _write(out: Path, found: Findings, source: Source, args: Any, words: list[str]) -> None:
+    reaches = _reaches(found, args)
+    identity = source.identity()
+    about = {
+        "command": shlex.join(["featkd", "diagnose", *words]),
+        "run": _described(args),
+        "source": identity,
+        "settings": asdict(Settings(**{f.name: _tuple(args[f.name]) for f in fields(Settings)})),
+        "facts": {
+            **environment.versions(),
+            "commit": environment.commit(),
+            **environment.machine(),
+            "processes": os.environ.get("WORLD_SIZE", "1"),
+        },
+    }
+    summary = tables.write_tables(out, found, reaches, about)
+    page = report.write_report(out, found, reaches, about)
+    if args.json is not None:
+        from featkd.files import atomic_write
+
+        with atomic_write(Path(args.json)) as file:
+            file.write(json.dumps(summary, indent=1).encode())
+    for texts in verdicts.verdicts(found, report.focus_layers(list(found.layers))).values():
+        print("\n".join(texts))
+    for r in reaches[-1:]:
+        print(verdicts.reach_verdict(r))
+    for text in verdicts.warnings(found):
+        print(f"note: {text}")
+    print(f"{found.images} images, {found.images_per_s:.1f} images/s in the first pass: {page}")
+
+
+def _reaches(found: Findings, args: Any) -> list[Reach]:
+    if args.student is None or args.centred:
+        return []
+    width = [r.channels for layer, r in found.layers.items() if layer.model == "student"][-1]
+    return [reach(la, r, width) for la, r in found.layers.items() if la.model == "teacher"]
+
+
+def _described(args: Any) -> str:
+    if args.features is not None:
+        return f"feature files in {args.features}"
+    names = [
+        f"{label}{args[name]}{'' if _has_weights(args, name) else ' (random weights)'}"
+        for name, label in (("model", ""), ("student", "student "), ("teacher", "teacher "))
+        if args[name] is not None
+    ]
+    return f"{' and '.join(names)} on the images in {args.data}"
+
+
+def _has_weights(args: Any, name: str) -> bool:
+    given = args.checkpoint if name == "model" else args[f"{name}_checkpoint"]
+    return bool(args.pretrained or given or args[name].endswith(".pt"))
+
+
+# Sources.
+
+
+def _source(args: Any, context: ProcessContext) -> Source:
+    models = [name for name in ("model", "student", "teacher") if args[name] is not None]
+    if args.features is not None:
+        if models or args.data is not None:
+            others = ", ".join(f"--{name}" for name in models or ["data"])
+            raise ValueError(f"features: given together with {others}; give one of them")
+        return FeatureFiles(
+            Path(args.features),
+            args.layers,
+            allow_pickle=args.allow_pickle,
+            prefix_tokens=args.prefix_tokens,
+            chunk_size=args.batch_size,
+            on_bad=args.on_bad,
+        )
+    if models not in (["model"], ["student", "teacher"]):
+        raise ValueError(
+            f"model: expected --features, --model, or --student and --teacher; got "
+            f"{', '.join(models) or 'none of them'}"
+        )
+    if args.data is None:
+        raise ValueError("data: expected a folder of images beside the model, got none")
+    configs: list[dict[str, Any]] = []
+    subjects = []
+    for name in models:
+        model, config, about = _model(args, name)
+        model.to(context.device)
+        layers = args.get(f"{name}_layers") or args.layers
+        label = "" if name == "model" else name
+        subjects.append(Subject(label, model, None if layers is None else tuple(layers), about))
+        configs.append(config)
+    asked = {k: args[k] for k in ("img_size", "mean", "std", "crop_pct") if args[k] is not None}
+    differ = [k for k in configs[0] if k not in asked and configs[0][k] != configs[-1][k]]
+    if differ:
+        raise ValueError(
+            "student: the models were made for different images: "
+            + "; ".join(f"{k}: {configs[0][k]} and {configs[-1][k]}" for k in differ)
+            + "; say which with the options of these names"
+        )
+    return ModelFeatures(
+        subjects,
+        Path(args.data),
+        DataConfig(workers=args.workers, **{**configs[-1], **asked}),
+        device=context.device,
+        bf16=args.amp == "bf16",
+        limit=args.images,
+        chunk_size=args.batch_size,
+        on_bad=args.on_bad,
+    )
+
+
+def _model(args: Any, name: str) -> tuple[FeatureModel, dict[str, Any], dict[str, Any]]:
+    """A model, the preprocessing that it was made for, and what identifies it."""
+    word = args[name]
+    file = args.checkpoint if name == "model" else args[f"{name}_checkpoint"]
+    if word.endswith(".pt"):
+        path = Path(word)
+        if not path.is_file():
+            raise FileNotFoundError(f"{name}: no checkpoint {word}")
+        data = checkpoint.load(path)["recipe"]["data"]
+        kept = ("img_size", "mean", "std", "crop_pct", "interpolation")
+        about = {"name": word, "weights": _digest(path)}
+        model: Any = load_trained(path)
+        return model, {k: _tuple(data[k]) for k in kept}, about
+    options = dict(args[f"{name}_options"] or {})
+    if args.img_size is not None:
+        options["img_size"] = args.img_size
+    model = create_teacher(word, pretrained=args.pretrained, checkpoint=file, **options)
+    if not (args.pretrained or file):
+        torch.manual_seed(args.seed)
+        model = create_teacher(word, **options)
+        print(f"featkd: {name} {word} has random weights", file=sys.stderr)
+    made = model.pretrained_cfg
+    config = {
+        "img_size": options.get("img_size", made["input_size"][-1]),
+        "mean": tuple(made["mean"]),
+        "std": tuple(made["std"]),
+        "crop_pct": made["crop_pct"],
+        "interpolation": made["interpolation"],
+    }
+    weights = "pretrained" if args.pretrained else f"random, seed {args.seed}"
+    return model, config, {"name": word, "weights": _digest(Path(file)) if file else weights}
+
+
+def _digest(path: Path) -> str:
+    """Enough of a file to tell it from another version of itself."""
+    facts = path.stat()
+    return fingerprint([str(path.resolve()), str(facts.st_size), str(facts.st_mtime_ns)])
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+# The command line.
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="featkd diagnose",
+        description="Spectra, dataset PCA, subspace rotation and SEP of feature maps. " + _EPILOG,
+    )
+    add = parser.add_argument
+    what = "a timm name or a checkpoint of featkd distill"
+    add("--model", type=str, default=None, help=f"the model to look at: {what}")
+    add("--checkpoint", type=str, default=None, help="weights of --model, a file")
+    add("--student", type=str, default=None, help=f"the narrow one of two models: {what}")
+    add("--student-checkpoint", type=str, default=None, help="weights of --student, a file")
+    add("--student-layers", type=list[int], default=None, help="of --student; default: --layers")
+    add("--teacher", type=str, default=None, help=f"the wide one of two models: {what}")
+    add("--teacher-checkpoint", type=str, default=None, help="weights of --teacher, a file")
+    add("--teacher-layers", type=list[int], default=None, help="of --teacher; default: --layers")
+    add("--pretrained", action="store_true", help="let timm download the weights")
+    for name in ("model", "student", "teacher"):
+        help = f"further arguments of timm for --{name}, as YAML or JSON"
+        add(f"--{name}-options", type=dict[str, Any] | None, default=None, help=help)
+    add("--data", type=str, default=None, help="folder with images anywhere below it")
+    add("--features", type=str, default=None, help="folder of .npy, .npz or .safetensors files")
+    add("--allow-pickle", action="store_true", help="read object arrays; runs code from the files")
+    add(
+        "--prefix-tokens",
+        type=int | Literal["auto"],
+        default="auto",
+        help="class tokens at the front of the files' maps",
+    )
+    add("--out", type=str, required=True, help="folder for report.html and the tables")
+    add("--json", type=str, default=None, metavar="FILE", help="write summary.json here as well")
+    add("--layers", type=list[int] | None, default=None, help="as [0,-1]; default: all")
+    add("--images", type=int | None, default=None, help="only so many images, spread evenly")
+    add("--batch-size", type=int, default=16, help="images computed at once")
+    add("--img-size", type=int | None, default=None, help="default: the model's")
+    add("--mean", type=tuple[float, float, float] | None, default=None, help="default: the model's")
+    add("--std", type=tuple[float, float, float] | None, default=None, help="default: the model's")
+    add("--crop-pct", type=float | None, default=None, help="default: the model's")
+    add("--amp", type=Literal["off", "bf16"], default="off", help="precision of the models")
+    add("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--workers", type=int, default=2, help="processes that read images, for each process")
+    add("--keep", type=Literal["fp32", "bf16", "never"], default="fp32", help="for the second pass")
+    add("--budget-gib", type=float, default=8.0, help="most disk for kept features")
+    add("--on-bad", type=Literal["error", "skip"], default="error", help="unusable images")
+    add("--compile", action="store_true", help="torch.compile for elementwise and FFT parts")
+    add("--resume", type=Literal["auto", "never"], default="auto", help="go on from out/state")
+    add("--save-seconds", type=float, default=30.0, help="least time between two states")
+    parser.add_class_arguments(Settings)
+    return parser
+
+
+def _check_options(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Refuse an unknown option and name the nearest."""
+    known = [option[2:] for a in parser._actions for option in a.option_strings]
+    for word in words:
+        name = word[2:].split("=")[0]
+        if word.startswith("--") and name not in known and "-options." not in name:
+            raise ValueError(f"no option --{name}{suggestion(name, known)}")
+
+
+class _Progress:
+    """A bar on process 0: images of this process in each pass."""
+
+    def __init__(self, context: ProcessContext, source: Source) -> None:
+        self._shown = context.is_main
+        self._bar: Any = None
+        self._pass = 0
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __call__(self, number: int, done: int, total: int) -> None:
+        if not self._shown:
+            return
+        if number != self._pass:
+            self.__exit__()
+            self._pass = number
+            self._bar = tqdm(
+                total=total,
+                desc=("", "features", "captured energy")[number],
+                unit=" images",
+                disable=not sys.stderr.isatty(),
+            )
+        self._bar.update(done - self._bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

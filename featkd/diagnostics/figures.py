@@ -1,0 +1,169 @@
+"""The report's figures, readable on a light and on a dark page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from featkd.diagnostics.reach import Reach
+from featkd.diagnostics.run import Findings
+from featkd.diagnostics.source import Layer
+from featkd.diagnostics.stream import LayerResult
+from featkd.files import atomic_write
+from featkd.plots import GREY, as_svg, axes_for, legend
+
+_COLOURS = ("#3a86c8", "#d1495b", "#2a9d6f", "#c98a1b")
+
+
+def draw(findings: Findings, focus: Sequence[Layer], reaches: Sequence[Reach]) -> dict[str, Figure]:
+    """The figures by file name; those of single layers for the layers in `focus`."""
+    figures: dict[str, Figure] = {}
+    for layer in focus:
+        result = findings.layers[layer]
+        name = f"{layer.model or 'model'}-{layer.index}"
+        figures[f"ranks-{name}"] = _ranks(result)
+        figures[f"energy-{name}"] = _energy(result)
+        figures[f"sep-{name}"] = _sep(result)
+        if result.rotation is not None:
+            figures[f"rotation-{name}"] = _rotation(result)
+    if len(findings.layers) > len(focus):
+        figures["layers"] = _layers(findings)
+    if reaches:
+        figures["reach"] = _reach(findings, reaches)
+    return figures
+
+
+def save(figures: dict[str, Figure], folder: Path) -> dict[str, str]:
+    """Write each figure as PNG and SVG, and return the SVGs for a page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    inline = {}
+    for name, figure in figures.items():
+        inline[name] = as_svg(figure)
+        with atomic_write(folder / f"{name}.svg") as file:
+            file.write(f'<?xml version="1.0" encoding="utf-8"?>\n{inline[name]}'.encode())
+        with atomic_write(folder / f"{name}.png") as file:
+            figure.savefig(file, format="png", dpi=150, facecolor="white", transparent=False)
+    return inline
+
+
+def _ranks(r: LayerResult) -> Figure:
+    labels = [("energy rank of an image", "images")]
+    if r.captured is not None:
+        labels.append(("dataset axes an image needs", ""))
+    figure, found = axes_for(labels)
+    tables = [r.spectrum.ranks, *([] if r.captured is None else [r.captured.dims])]
+    for axes, table in zip(found, tables, strict=True):
+        for colour, threshold, column in zip(
+            _COLOURS, r.spectrum.thresholds, table.T, strict=False
+        ):
+            axes.hist(
+                column.numpy(), bins=40, color=colour, alpha=0.6, label=f"{100 * threshold:g} %"
+            )
+        legend(axes, "of the energy")
+    return figure
+
+
+def _energy(r: LayerResult) -> Figure:
+    figure, (axes,) = axes_for([("leading channels", "share of the energy")])
+    curves = [("one image's own subspace", r.spectrum.curve_mean, r.spectrum.curve_std)]
+    if r.captured is not None:
+        curves.append(("one image in the data set's", r.captured.curve_mean, r.captured.curve_std))
+    for colour, (label, mean, std) in zip(_COLOURS, curves, strict=False):
+        index = range(1, len(mean) + 1)
+        axes.plot(index, mean, color=colour, label=label)
+        axes.fill_between(index, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+    d = r.channels
+    axes.plot(range(1, d + 1), r.pca.spread, color=_COLOURS[2], label="all tokens, data set's axes")
+    axes.plot([0, d], [0, 1], color=GREY, linestyle=":", label="white noise")
+    axes.set_ylim(0, 1.02)
+    legend(axes)
+    return figure
+
+
+def _sep(r: LayerResult) -> Figure:
+    figure, (full, folded) = axes_for(
+        [("frequency d / D, as published", "cumulative energy"), ("one-sided frequency", "")]
+    )
+    for axes, mean, std, null in (
+        (full, r.sep.mean, r.sep.std, r.gaussian.mean),
+        (folded, r.sep.folded_mean, r.sep.folded_std, r.gaussian.folded_mean),
+    ):
+        x = [(i + 1) / len(mean) for i in range(len(mean))]
+        axes.plot(x, mean, color=_COLOURS[0], label="these features")
+        axes.fill_between(x, mean - std, mean + std, color=_COLOURS[0], alpha=0.15, linewidth=0)
+        axes.plot(x, null, color=_COLOURS[1], linestyle="--", label="Gaussian tokens")
+        axes.set_ylim(0, 1.02)
+    x = [(i + 1) / r.channels for i in range(r.channels)]
+    permuted = r.permutation.permuted_curve
+    full.plot(x, permuted, color=_COLOURS[2], linestyle=":", label="permuted channels")
+    legend(full)
+    return figure
+
+
+def _rotation(r: LayerResult) -> Figure:
+    assert r.rotation is not None
+    figure, (axes,) = axes_for([("image of the sample", "image of the sample")], height=4.6)
+    shown = axes.imshow(r.rotation.overlap.numpy(), vmin=0, vmax=1, cmap="viridis")
+    axes.grid(visible=False)
+    bar = figure.colorbar(shown, ax=axes)
+    bar.set_label(f"overlap of {r.rotation.k} leading dimensions", color=GREY)
+    bar.ax.tick_params(colors=GREY)
+    bar.ax.axhline(r.rotation.random, color="#ffffff", linewidth=1.5)
+    return figure
+
+
+def _layers(findings: Findings) -> Figure:
+    figure, (axes,) = axes_for([("layer", "channels (99th percentile over images)")])
+    models = sorted({layer.model for layer in findings.layers})
+    for number, model in enumerate(models):
+        rows = {la.index: r for la, r in findings.layers.items() if la.model == model}
+        index = sorted(rows)
+        level = _level(next(iter(rows.values())))
+        share = next(iter(rows.values())).spectrum.thresholds[level]
+        ranks = [rows[i].spectrum.summaries[level].percentile99 for i in index]
+        mark: dict[str, Any] = {"marker": "o", "markersize": 3, "color": _COLOURS[number]}
+        name = f"{model} " if model else ""
+        axes.plot(index, ranks, label=f"{name}image, {100 * share:g} %", **mark)
+        dims = [r.captured.summaries[level].percentile99 for r in rows.values() if r.captured]
+        if len(dims) == len(index):
+            axes.plot(
+                index, dims, linestyle="--", label=f"{name}data set, {100 * share:g} %", **mark
+            )
+        axes.plot(
+            index,
+            [rows[i].channels for i in index],
+            color=_COLOURS[number],
+            linestyle=":",
+            linewidth=1,
+            label=f"{name}width",
+        )
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    legend(axes)
+    return figure
+
+
+def _level(r: LayerResult) -> int:
+    """Position of the threshold nearest to 0.9."""
+    distance: Callable[[int], float] = lambda n: abs(r.spectrum.thresholds[n] - 0.9)  # noqa: E731
+    return min(range(len(r.spectrum.thresholds)), key=distance)
+
+
+def _reach(findings: Findings, reaches: Sequence[Reach]) -> Figure:
+    last = reaches[-1]
+    r = findings.layers[last.teacher]
+    figure, (axes,) = axes_for([("channels of the student", "share of the teacher's energy")])
+    d = range(1, r.channels + 1)
+    axes.plot(
+        d, r.pca.spread, color=_COLOURS[0], label="one projector for all images (Lift's limit)"
+    )
+    curve = r.spectrum.curve_mean
+    axes.plot(range(1, len(curve) + 1), curve, color=_COLOURS[2], label="one for each image")
+    axes.plot([last.channels], [last.pooled], "s", color=_COLOURS[1], label="no projector, pooled")
+    axes.axvline(last.channels, color=GREY, linestyle=":", label=f"student: {last.channels}")
+    axes.set_ylim(0, 1.02)
+    legend(axes)
+    return figure

@@ -1,0 +1,106 @@
+"""Feature maps kept on disk for the second pass, so that nothing is computed or read twice."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featkd.diagnostics.source import Layer
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class KeptFeatures:
+    """One flat file a layer, in the order in which the images came.
+
+    Args:
+        folder: where the files lie.
+        process: this process, in their names.
+        dtype: "fp32", or "bf16", which rounds each number to 8 bits.
+    """
+
+    def __init__(self, folder: Path, process: int, dtype: Literal["fp32", "bf16"]) -> None:
+        self._folder = folder
+        self._process = process
+        self._dtype = _DTYPES[dtype]
+        self._layers: list[Layer] = []
+        self._shapes: list[tuple[int, ...]] = []
+        self._images: list[Tensor] = []
+
+    def append(self, maps: dict[Layer, Tensor], images: Tensor) -> None:
+        """Write the maps of some images.
+
+        Raises:
+            OSError: the disk is full; what `state_dict` told before is whole.
+        """
+        if not self._layers:
+            self._layers = list(maps)
+            self._shapes = [tuple(m.shape[1:]) for m in maps.values()]
+        for position, m in enumerate(maps.values()):
+            numbers = m.detach().to("cpu", self._dtype).contiguous()
+            with self._path(position).open("ab") as file:
+                file.write(numbers.view(torch.uint8).numpy().data)
+        self._images.append(images)
+
+    def read(self, start: int = 0) -> Iterator[tuple[dict[Layer, Tensor], Tensor]]:
+        """Maps and images as they were appended, from the `start`-th time on; memory-mapped."""
+        total = sum(len(images) for images in self._images)
+        if not total:
+            return
+        kind = {torch.float32: np.float32, torch.bfloat16: np.int16}[self._dtype]
+        arrays = [
+            np.memmap(self._path(position), kind, "c", shape=(total, *shape))
+            for position, shape in enumerate(self._shapes)
+        ]
+        high = sum(len(images) for images in self._images[:start])
+        for images in self._images[start:]:
+            part = slice(high, high := high + len(images))
+            maps = {
+                layer: torch.from_numpy(array[part]).view(self._dtype)
+                for layer, array in zip(self._layers, arrays, strict=True)
+            }
+            yield maps, images
+
+    def sync(self) -> None:
+        """Flush to disk what was appended."""
+        for position in range(len(self._layers)):
+            with self._path(position).open("rb") as file:
+                os.fsync(file.fileno())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "layers": [(layer.model, layer.index) for layer in self._layers],
+            "shapes": self._shapes,
+            "images": torch.cat([torch.empty(0, dtype=torch.int64), *self._images]),
+            "lengths": [len(images) for images in self._images],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state; what was appended after it is cut off.
+
+        Raises:
+            ValueError: a file holds less than the state says.
+        """
+        self._layers = [Layer(*layer) for layer in state["layers"]]
+        self._shapes = [tuple(shape) for shape in state["shapes"]]
+        self._images = list(torch.split(state["images"], state["lengths"]))
+        for position, shape in enumerate(self._shapes):
+            path = self._path(position)
+            size = len(state["images"]) * int(np.prod(shape)) * self._dtype.itemsize
+            if not path.is_file() or path.stat().st_size < size:
+                raise ValueError(f"resume: {path} is missing or shorter than its state says")
+            os.truncate(path, size)
+
+    def remove(self) -> None:
+        """Delete this process's files."""
+        for path in self._folder.glob(f"kept-*-of-process-{self._process}.bin"):
+            path.unlink()
+
+    def _path(self, position: int) -> Path:
+        return self._folder / f"kept-{position}-of-process-{self._process}.bin"

@@ -1,0 +1,168 @@
+"""SEP and token bandwidth without any structure: permuted channels, Gaussian tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from featkd.diagnostics.sep import SEP, SHARES, SEPResult, cumulative_moments, first_reaching
+
+_TOKENS = 4096  # of the Gaussian null
+
+
+def gaussian_tokens(channels: int, seed: int = 0, tokens: int = _TOKENS) -> Tensor:
+    """Tokens (tokens, channels) of independent standard normals, float32."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, channels, generator=generator)
+
+
+def gaussian_sep(channels: int, shares: Sequence[float] = SHARES, seed: int = 0) -> SEPResult:
+    """SEP of Gaussian tokens of `channels` channels; their scale doesn't matter."""
+    stats = SEP()
+    stats.update(gaussian_tokens(channels, seed))
+    return stats.result(shares)
+
+
+@dataclass(frozen=True)
+class PermutationResult:
+    """SEP of a sample beside SEP of the same sample with its channels in random orders.
+
+    Attributes:
+        shares: the S shares of energy.
+        images: how many.
+        permutations: how many orders, each applied to all tokens.
+        observed: (S,) d/D of the sample in its own order.
+        low, high: (S,) 2.5th and 97.5th percentile of it over bootstraps of the images.
+        permuted_mean, permuted_low, permuted_high: (S,) mean and 2.5th and 97.5th percentile
+            over the orders.
+        p_value: (S,) share of the orders, the observed one among them, at least as far from the
+            orders' mean as the observed one.
+        permuted_curve: (D,) float64, the mean curve over the orders.
+    """
+
+    shares: tuple[float, ...]
+    images: int
+    permutations: int
+    observed: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    permuted_mean: tuple[float, ...]
+    permuted_low: tuple[float, ...]
+    permuted_high: tuple[float, ...]
+    p_value: tuple[float, ...]
+    permuted_curve: Tensor
+
+
+def permutation_test(
+    features: Tensor,
+    permutations: int = 100,
+    bootstraps: int = 200,
+    shares: Sequence[float] = SHARES,
+    seed: int = 0,
+) -> PermutationResult:
+    """Does the order of the channels carry anything?
+
+    Args:
+        features: (M, N, D) of a sample of images.
+        permutations: random orders of the channels.
+        bootstraps: resamples of the images, for the observed figure's interval.
+        shares: shares of energy.
+        seed: of both.
+
+    Raises:
+        ValueError: all features are zero.
+    """
+    d = features.shape[2]
+    x = features.float()
+    generator = torch.Generator().manual_seed(seed)
+    curves = torch.stack([_mean_curve(image) for image in x])  # (M, D)
+    curves = curves[~curves.isnan().any(1)]
+    if not len(curves):
+        raise ValueError("features: all of them are zero")
+    observed = _relative(curves.mean(0, keepdim=True), shares)[0]
+    picks = torch.randint(len(curves), (bootstraps, len(curves)), generator=generator)
+    boot = _relative(curves[picks].mean(1), shares)
+    orders = [torch.randperm(d, generator=generator) for _ in range(permutations)]
+    permuted_curves = torch.stack([_mean_curve(x[..., order]) for order in orders])
+    permuted = _relative(permuted_curves, shares)
+    middle = permuted.mean(0)
+    as_far = (permuted - middle).abs() >= (observed - middle).abs() - 1e-12
+    return PermutationResult(
+        shares=tuple(shares),
+        images=len(curves),
+        permutations=permutations,
+        observed=_floats(observed),
+        low=_floats(boot.quantile(0.025, dim=0)),
+        high=_floats(boot.quantile(0.975, dim=0)),
+        permuted_mean=_floats(middle),
+        permuted_low=_floats(permuted.quantile(0.025, dim=0)),
+        permuted_high=_floats(permuted.quantile(0.975, dim=0)),
+        p_value=_floats((1 + as_far.sum(0)) / (1 + permutations)),
+        permuted_curve=permuted_curves.mean(0),
+    )
+
+
+def _mean_curve(features: Tensor) -> Tensor:
+    """Mean cumulative share (D,) over the tokens of (..., D); NaN where all are zero."""
+    d = features.shape[-1]
+    sums, zero = cumulative_moments(features.reshape(-1, d))
+    c = sums[0] / (features.numel() // d - int(zero))
+    return torch.cat([c, (1 + c[0] - c[: d - len(c)]).flip(0)])
+
+
+def _relative(curves: Tensor, shares: Sequence[float]) -> Tensor:
+    """d/D (R, S) of curves (R, D)."""
+    found = [first_reaching(curve, shares) for curve in curves]
+    return torch.tensor(found, dtype=torch.float64) / curves.shape[1]
+
+
+def _floats(x: Tensor) -> tuple[float, ...]:
+    return tuple(float(value) for value in x)
+
+
+@dataclass(frozen=True)
+class BandwidthResult:
+    """Of how many of its channels a token makes use, whatever their order.
+
+    Attributes:
+        participation_mean, participation_std: (sum x^2)^2 / sum x^4 over D: 1 where all channels
+            have one energy, 1/D where one has all.
+        channels90_mean, channels90_std: share of the channels that hold 90 % of the energy,
+            largest first.
+        tokens: how many.
+    """
+
+    participation_mean: float
+    participation_std: float
+    channels90_mean: float
+    channels90_std: float
+    tokens: int
+
+
+def bandwidth(features: Tensor) -> BandwidthResult:
+    """The bandwidth of the tokens (..., D) that are not zero.
+
+    Raises:
+        ValueError: all of them are zero.
+    """
+    tokens = features.reshape(-1, features.shape[-1]).double()
+    tokens = tokens[tokens.abs().amax(1) > 0]
+    if not len(tokens):
+        raise ValueError("features: all of them are zero")
+    d = tokens.shape[1]
+    energy = (tokens / tokens.abs().amax(1, keepdim=True)).square()
+    energy /= energy.sum(1, keepdim=True)
+    participation = 1 / (d * energy.square().sum(1))
+    held = energy.sort(1, descending=True).values.cumsum(1)
+    # 0.9 itself, up to rounding, is enough
+    needed = ((held < 0.9 - 1e-10).sum(1) + 1) / d
+    return BandwidthResult(
+        participation_mean=float(participation.mean()),
+        participation_std=float(participation.std(unbiased=False)),
+        channels90_mean=float(needed.double().mean()),
+        channels90_std=float(needed.double().std(unbiased=False)),
+        tokens=len(tokens),
+    )

@@ -1,0 +1,177 @@
+"""SEP, the spectral energy pattern: a token's energy over the frequencies of its channels.
+
+A token's D channels are taken as a signal in their natural order ([EM26], section 3). The
+spectrum of a real signal is a mirror image of itself, so the published cumulative curve is near
+the diagonal whatever the token: read it beside the nulls of `nulls.py` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featkd import checks, reference
+from featkd.diagnostics.fixed_point import FixedPointSum
+
+SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
+_UNIT = 2.0**-30  # quantum of a sum of shares: 2^32 tokens fit
+
+
+@dataclass(frozen=True)
+class SEPResult:
+    """Over all tokens that are not zero.
+
+    Attributes:
+        shares: the S shares of energy.
+        mean, std: (D,) float64, cumulative share in the frequencies 0..d-1, as published.
+        bandwidth: (S,) int, first d (1-based) whose mean share reaches each of `shares`.
+        folded_mean, folded_std: (D // 2 + 1,) float64, the same over the one-sided spectrum.
+        folded_bandwidth: (S,) int, the same of the folded curve.
+        tokens: how many tokens.
+        zero_tokens: tokens left out, because all of their channels are zero.
+    """
+
+    shares: tuple[float, ...]
+    mean: Tensor
+    std: Tensor
+    bandwidth: tuple[int, ...]
+    folded_mean: Tensor
+    folded_std: Tensor
+    folded_bandwidth: tuple[int, ...]
+    tokens: int
+    zero_tokens: int
+
+    def relative(self) -> tuple[float, ...]:
+        """d / D at each share, the published figure."""
+        return tuple(d / len(self.mean) for d in self.bandwidth)
+
+    def folded_relative(self) -> tuple[float, ...]:
+        """d / (D // 2 + 1) of the folded curve at each share."""
+        return tuple(d / len(self.folded_mean) for d in self.folded_bandwidth)
+
+
+class SEP:
+    """Accumulates the cumulative spectra of all tokens.
+
+    Of the one-sided cumulative shares c alone, three sums are kept: c, c^2 and c_0 c. The
+    full curve is c up to the middle and 1 + c_0 - c, mirrored, after it; the folded one is
+    2 c - c_0. So no token is transformed twice, and no array of the full width is formed.
+
+    Args:
+        compiled: run the transform and the sums through torch.compile.
+    """
+
+    def __init__(self, compiled: bool = False) -> None:
+        self._moments = _compiled() if compiled else cumulative_moments
+        self._channels = 0
+        self._sums: FixedPointSum | None = None  # (3, D // 2 + 1)
+        self._tokens = 0
+        self._zero = 0
+
+    def update(self, features: Tensor) -> None:
+        """Add maps (..., D), floating and finite."""
+        checks.check_floating("features", features)
+        channels = features.shape[-1]
+        if self._sums is None:
+            self._channels = channels
+            self._sums = FixedPointSum((3, channels // 2 + 1), _UNIT)
+        elif channels != self._channels:
+            raise ValueError(
+                f"features: expected {self._channels} channels as before, got {channels}"
+            )
+        wide = reference.accumulation_dtype(features.dtype)
+        tokens = features.detach().to(wide).reshape(-1, channels)
+        sums, zero = self._moments(tokens)
+        self._sums.add(sums)
+        self._zero += (missing := int(zero))
+        self._tokens += len(tokens) - missing
+
+    def merge(self, other: SEP) -> None:
+        """Take over what `other` has seen."""
+        if other._sums is None:
+            return
+        if self._sums is None:
+            self.load_state_dict(other.state_dict())
+            return
+        self._sums.merge(other._sums)
+        self._tokens += other._tokens
+        self._zero += other._zero
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "channels": self._channels,
+            "sums": None if self._sums is None else self._sums.state_dict(),
+            "tokens": self._tokens,
+            "zero": self._zero,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._channels, self._tokens, self._zero = state["channels"], state["tokens"], state["zero"]
+        sums = state["sums"]
+        self._sums = None if sums is None else FixedPointSum.from_state_dict(sums)
+
+    def result(self, shares: Sequence[float] = SHARES) -> SEPResult:
+        """The curves over all tokens so far.
+
+        Raises:
+            ValueError: no token that is not zero came.
+        """
+        if self._sums is None or not self._tokens:
+            raise ValueError("features: no token with any energy came, so there is no SEP")
+        c, square, with_first = self._sums.value().cpu() / self._tokens
+        first, first_square = c[0], with_first[0]
+        after = self._channels - len(c)  # frequencies past the middle
+        tail = slice(0, after)  # c_{D-1-d} for d = K..D-1, to be mirrored
+        mean = torch.cat([c, (1 + first - c[tail]).flip(0)])
+        second = 1 + first_square + square[tail] + 2 * first - 2 * c[tail] - 2 * with_first[tail]
+        second = torch.cat([square, second.flip(0)])
+        folded = 2 * c - first
+        folded_second = 4 * square - 4 * with_first + first_square
+        folded[-1], folded_second[-1] = 1.0, 1.0  # the middle of an even D is there once
+        return SEPResult(
+            shares=tuple(shares),
+            mean=mean,
+            std=(second - mean.square()).clamp(min=0).sqrt(),
+            bandwidth=first_reaching(mean, shares),
+            folded_mean=folded,
+            folded_std=(folded_second - folded.square()).clamp(min=0).sqrt(),
+            folded_bandwidth=first_reaching(folded, shares),
+            tokens=self._tokens,
+            zero_tokens=self._zero,
+        )
+
+
+def cumulative_moments(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over tokens (M, D) of c, c^2 and c_0 c, (3, D // 2 + 1) float64; and how many are zero.
+
+    c_d is the share of a token's energy in the frequencies 0..d, d up to the middle.
+    """
+    # scaled by its largest entry, so that no square over- or underflows
+    largest = tokens.abs().amax(1, keepdim=True)
+    zero = largest == 0
+    parts = torch.view_as_real(torch.fft.rfft(tokens / torch.where(zero, 1, largest)))
+    power = parts.square().sum(-1)
+    last = power.shape[1] if tokens.shape[1] % 2 else power.shape[1] - 1
+    total = power.sum(1, keepdim=True) + power[:, 1:last].sum(1, keepdim=True)
+    c = (power / torch.where(zero, 1, total)).cumsum(1)
+    sums = [c, c.square(), c * c[:, :1]]
+    return torch.stack([part.sum(0, dtype=torch.float64) for part in sums]), zero.sum()
+
+
+_COMPILED: list[Callable[[Tensor], tuple[Tensor, Tensor]]] = []
+
+
+def _compiled() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """One compiled function for all accumulators of a process."""
+    if not _COMPILED:
+        _COMPILED.append(torch.compile(cumulative_moments))
+    return _COMPILED[0]
+
+
+def first_reaching(curve: Tensor, shares: Sequence[float]) -> tuple[int, ...]:
+    """The first 1-based index at which a curve reaches each share."""
+    return tuple(int((curve >= share).to(torch.uint8).argmax()) + 1 for share in shares)

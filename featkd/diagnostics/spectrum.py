@@ -1,0 +1,117 @@
+"""The per-image spectrum: energy ranks of every image and the mean energy curve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from featkd import checks, linalg
+from featkd.diagnostics.fixed_point import FixedPointSum
+from featkd.diagnostics.per_image import ImageTable, Summary, summarise
+
+_SHARE = 2.0**-38  # quantum of a share: 2^24 images fit, each to 2e-12
+
+
+@dataclass(frozen=True)
+class SpectrumResult:
+    """Over M images, n = min(N, D).
+
+    Attributes:
+        thresholds: the T shares of energy.
+        images: (M,) int64 indices, ascending.
+        ranks: (M, T) int32 energy ranks; 0 for an image whose features are all zero.
+        summaries: one for each threshold.
+        curve_mean, curve_std: (n,) float64, share of the energy in the r leading values.
+        unsolved: images whose eigenvalues missed the trace (info 2 of `linalg.spectrum`).
+    """
+
+    thresholds: tuple[float, ...]
+    images: Tensor
+    ranks: Tensor
+    summaries: tuple[Summary, ...]
+    curve_mean: Tensor
+    curve_std: Tensor
+    unsolved: int
+
+
+class SpectrumStats:
+    """Accumulates sigma_k^2 / sum sigma^2 of every image's map, not centred ([EM26], Figure 1).
+
+    Args:
+        thresholds: shares of energy in (0, 1] at which ranks are taken.
+    """
+
+    def __init__(self, thresholds: Sequence[float] = linalg.THRESHOLDS) -> None:
+        self.thresholds = tuple(thresholds)
+        self._table = ImageTable(len(self.thresholds))
+        self._unsolved = 0
+        self._curve: FixedPointSum | None = None
+        self._square: FixedPointSum | None = None
+
+    def update(self, features: Tensor, images: Tensor) -> None:
+        """Add the maps of some images.
+
+        Args:
+            features: (B, N, D), floating and finite.
+            images: (B,) int64, the images' indices.
+        """
+        checks.check_floating("features", features)
+        found = linalg.spectrum(features.detach(), self.thresholds)
+        curve = found.curve.double()
+        if self._curve is None or self._square is None:
+            self._curve = FixedPointSum((curve.shape[1],), _SHARE)
+            self._square = FixedPointSum((curve.shape[1],), _SHARE)
+        self._curve.add(curve.sum(0))
+        self._square.add(curve.square().sum(0))
+        self._table.add(images, found.ranks)
+        self._unsolved += int((found.info != 0).sum())
+
+    def merge(self, other: SpectrumStats) -> None:
+        """Take over what `other` has seen; the images must be others."""
+        self._table.merge(other._table)
+        self._unsolved += other._unsolved
+        for name in ("_curve", "_square"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is None:
+                setattr(self, name, theirs and FixedPointSum.from_state_dict(theirs.state_dict()))
+            elif theirs is not None:
+                mine.merge(theirs)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "table": self._table.state_dict(),
+            "unsolved": self._unsolved,
+            "curve": None if self._curve is None else self._curve.state_dict(),
+            "square": None if self._square is None else self._square.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._table.load_state_dict(state["table"])
+        self._unsolved = state["unsolved"]
+        for name in ("curve", "square"):
+            part = state[name]
+            setattr(self, f"_{name}", None if part is None else FixedPointSum.from_state_dict(part))
+
+    def result(self) -> SpectrumResult:
+        """The figures over all images so far.
+
+        Raises:
+            ValueError: no image came.
+        """
+        images, ranks = self._table.sorted()
+        if self._curve is None or self._square is None or not len(images):
+            raise ValueError("features: no image came, so there is no spectrum")
+        mean = self._curve.value() / len(images)
+        variance = self._square.value() / len(images) - mean.square()
+        return SpectrumResult(
+            thresholds=self.thresholds,
+            images=images,
+            ranks=ranks,
+            summaries=tuple(summarise(column) for column in ranks.T),
+            curve_mean=mean.cpu(),
+            curve_std=variance.clamp(min=0).sqrt().cpu(),
+            unsolved=self._unsolved,
+        )

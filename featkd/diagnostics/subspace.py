@@ -1,0 +1,93 @@
+"""Subspace rotation: leading subspaces of images beside each other and the data set's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from featkd import linalg
+from featkd.diagnostics.pca import PCAResult
+
+_PAIRS = 128  # pairs of images whose angles are computed one by one
+
+
+@dataclass(frozen=True)
+class RotationResult:
+    """Over a sample of M images, for the k leading right singular vectors of each.
+
+    The overlap of two subspaces is (1/k) sum cos^2 of their principal angles: 1 where they are
+    one, k/D on average where they are random.
+
+    Attributes:
+        k: dimensions of the subspaces; n at most.
+        images: (M,) int64, which images.
+        overlap: (M, M) float64, between the images.
+        overlap_dataset: (M,) float64, with the k leading axes of the data set.
+        pair_mean, pair_std: over the pairs of different images.
+        dataset_mean, dataset_std: over the images.
+        random: k / D, the expectation for random subspaces.
+        angles_deg: (k,) float64, mean principal angles between different images, in degrees.
+        random_angles_deg: (k,) float64, the same between random subspaces.
+    """
+
+    k: int
+    images: Tensor
+    overlap: Tensor
+    overlap_dataset: Tensor
+    pair_mean: float
+    pair_std: float
+    dataset_mean: float
+    dataset_std: float
+    random: float
+    angles_deg: Tensor
+    random_angles_deg: Tensor
+
+
+def rotation(
+    features: Tensor, images: Tensor, pca: PCAResult, k: int = 16, seed: int = 0
+) -> RotationResult:
+    """Compare the leading subspaces of some images.
+
+    Args:
+        features: (M, N, D), M >= 2.
+        images: (M,) int64, which they are.
+        pca: the axes of the data set.
+        k: dimensions; at most min(N, D), and no more where they are fewer.
+        seed: of the random subspaces.
+
+    Raises:
+        ValueError: one image alone.
+    """
+    if len(features) < 2:
+        raise ValueError(f"features: expected at least 2 images, got {len(features)}")
+    d = features.shape[2]
+    k = min(k, *features.shape[1:])
+    bases = linalg.svd(features.double(), k).Vh  # (M, k, D)
+    rows = bases.flatten(0, 1)
+    m = len(features)
+    overlap = (rows @ rows.T).square().reshape(m, k, m, k).sum((1, 3)) / k
+    with_dataset = (bases @ pca.vectors[:, :k].to(bases)).square().sum((1, 2)) / k
+    first, second = torch.triu_indices(len(features), len(features), 1)
+    pairs = overlap[first, second]
+    generator = torch.Generator().manual_seed(seed)
+    some = torch.randperm(len(first), generator=generator)[:_PAIRS]
+    random = torch.randn(2, 32, d, k, generator=generator, dtype=torch.float64)
+    return RotationResult(
+        k=k,
+        images=images,
+        overlap=overlap,
+        overlap_dataset=with_dataset,
+        pair_mean=float(pairs.mean()),
+        pair_std=float(pairs.std(unbiased=False)),
+        dataset_mean=float(with_dataset.mean()),
+        dataset_std=float(with_dataset.std(unbiased=False)),
+        random=k / d,
+        angles_deg=_mean_angles(bases[first[some]].mT, bases[second[some]].mT),
+        random_angles_deg=_mean_angles(random[0], random[1]),
+    )
+
+
+def _mean_angles(v1: Tensor, v2: Tensor) -> Tensor:
+    return torch.rad2deg(linalg.principal_angles(v1, v2)).mean(0)

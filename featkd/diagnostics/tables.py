@@ -1,0 +1,184 @@
+"""A run's findings as files for machines: summary.json, CSV tables, per-image numbers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from featkd.diagnostics.per_image import Summary
+from featkd.diagnostics.reach import Reach
+from featkd.diagnostics.run import Findings
+from featkd.diagnostics.source import Layer
+from featkd.diagnostics.stream import LayerResult
+from featkd.files import atomic_write
+
+SCHEMA = 1
+_SUMMARY = ("percentile99", "mean", "std", "median", "smallest", "largest")
+
+
+def write_tables(
+    out: Path, findings: Findings, reaches: Sequence[Reach], about: dict[str, Any]
+) -> dict[str, Any]:
+    """Write summary.json, ranks.csv, sep.csv, rotation.csv, curves.csv, per_image.safetensors.
+
+    Args:
+        out: the folder.
+        findings: of a finished run.
+        reaches: the student's limits, if there is a student.
+        about: command, versions, settings and the like, for summary.json's "about".
+
+    Returns:
+        What summary.json holds.
+    """
+    summary = {
+        "schema": SCHEMA,
+        "about": about,
+        "images": findings.images,
+        "images_per_s": findings.images_per_s,
+        "left_out": findings.bad,
+        "notes": findings.notes,
+        "layers": [_layer_summary(layer, r) for layer, r in findings.layers.items()],
+        "reach": [{**asdict(r), "teacher": str(r.teacher)} for r in reaches],
+    }
+    _write(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False).encode())
+    layers = findings.layers.items()
+    names = ("model", "layer")
+    _table(out / "ranks.csv", (*names, "measure", "threshold", *_SUMMARY), _rank_rows(layers))
+    columns = (*names, "share", "d", "d_over_D", "folded_d", "folded_d_over_D")
+    nulls = ("gaussian_d_over_D", "sample_d_over_D", "sample_low", "sample_high")
+    permuted = ("permuted_mean", "permuted_low", "permuted_high", "p_value")
+    _table(out / "sep.csv", (*columns, *nulls, *permuted), _sep_rows(layers))
+    rotation = ("k", "pair_mean", "pair_std", "dataset_mean", "dataset_std", "random")
+    _table(out / "rotation.csv", (*names, *rotation), _rotation_rows(layers, rotation))
+    _table(out / "curves.csv", (*names, "curve", "index", "mean", "std"), _curve_rows(layers))
+    tensors = {}
+    for layer, result in layers:
+        name = f"{layer.model or 'model'}.{layer.index}"
+        tensors[f"{name}.images"] = result.spectrum.images
+        tensors[f"{name}.ranks"] = result.spectrum.ranks
+        if result.captured is not None:
+            tensors[f"{name}.dims"] = result.captured.dims
+    _write(out / "per_image.safetensors", safetensors.torch.save(tensors))
+    return summary
+
+
+def _layer_summary(layer: Layer, r: LayerResult) -> dict[str, Any]:
+    levels = [f"{t:g}" for t in r.spectrum.thresholds]
+    rotation = None
+    if r.rotation is not None:
+        found = asdict(r.rotation)
+        rotation = {name: found[name] for name in found if not torch.is_tensor(found[name])}
+        rotation["angles_deg"] = r.rotation.angles_deg.tolist()
+        rotation["random_angles_deg"] = r.rotation.random_angles_deg.tolist()
+    permutation = asdict(r.permutation)
+    del permutation["permuted_curve"]
+    return {
+        "model": layer.model,
+        "layer": layer.index,
+        "tokens": r.tokens,
+        "channels": r.channels,
+        "images": r.images,
+        "svd": _summaries(levels, r.spectrum.summaries),
+        "pca": None if r.captured is None else _summaries(levels, r.captured.summaries),
+        "pca_centred": r.pca.centred,
+        "pca_of_all_tokens": {
+            level: int((r.pca.spread < t - 1e-10).sum()) + 1
+            for level, t in zip(levels, r.spectrum.thresholds, strict=True)
+        },
+        "unsolved": r.spectrum.unsolved,
+        "sep": {
+            "shares": list(r.sep.shares),
+            "d_over_D": list(r.sep.relative()),
+            "folded_d_over_D": list(r.sep.folded_relative()),
+            "gaussian_d_over_D": list(r.gaussian.relative()),
+            "gaussian_folded_d_over_D": list(r.gaussian.folded_relative()),
+            "zero_tokens": r.sep.zero_tokens,
+            "permutation": permutation,
+        },
+        "bandwidth": asdict(r.bandwidth),
+        "gaussian_bandwidth": asdict(r.gaussian_bandwidth),
+        "rotation": rotation,
+    }
+
+
+def _summaries(levels: Sequence[str], summaries: Sequence[Summary]) -> dict[str, Any]:
+    return {level: asdict(s) for level, s in zip(levels, summaries, strict=True)}
+
+
+_Layers = Iterable[tuple[Layer, LayerResult]]
+
+
+def _rank_rows(layers: _Layers) -> Iterable[Sequence[Any]]:
+    for layer, r in layers:
+        kinds: list[tuple[str, Sequence[Summary]]] = [("svd", r.spectrum.summaries)]
+        if r.captured is not None:
+            kinds.append(("pca", r.captured.summaries))
+        for kind, summaries in kinds:
+            for threshold, s in zip(r.spectrum.thresholds, summaries, strict=True):
+                yield layer.model, layer.index, kind, threshold, *(getattr(s, n) for n in _SUMMARY)
+
+
+def _sep_rows(layers: _Layers) -> Iterable[Sequence[Any]]:
+    for layer, r in layers:
+        p = r.permutation
+        yield from zip(
+            [layer.model] * len(r.sep.shares),
+            [layer.index] * len(r.sep.shares),
+            r.sep.shares,
+            r.sep.bandwidth,
+            r.sep.relative(),
+            r.sep.folded_bandwidth,
+            r.sep.folded_relative(),
+            r.gaussian.relative(),
+            *(p.observed, p.low, p.high, p.permuted_mean, p.permuted_low, p.permuted_high),
+            p.p_value,
+            strict=True,
+        )
+
+
+def _rotation_rows(layers: _Layers, columns: Sequence[str]) -> Iterable[Sequence[Any]]:
+    for layer, r in layers:
+        if r.rotation is not None:
+            yield layer.model, layer.index, *(getattr(r.rotation, name) for name in columns)
+
+
+def _curve_rows(layers: _Layers) -> Iterable[Sequence[Any]]:
+    for layer, r in layers:
+        curves = {
+            "svd": (r.spectrum.curve_mean, r.spectrum.curve_std),
+            "pca_of_all_tokens": (r.pca.spread, None),
+            "pca": (None, None)
+            if r.captured is None
+            else (r.captured.curve_mean, r.captured.curve_std),
+            "sep": (r.sep.mean, r.sep.std),
+            "sep_folded": (r.sep.folded_mean, r.sep.folded_std),
+            "sep_gaussian": (r.gaussian.mean, r.gaussian.std),
+            "sep_permuted": (r.permutation.permuted_curve, None),
+        }
+        for name, (mean, std) in curves.items():
+            if mean is None:
+                continue
+            deviations = [""] * len(mean) if std is None else std.tolist()
+            for index, (m, s) in enumerate(zip(mean.tolist(), deviations, strict=True), 1):
+                yield layer.model, layer.index, name, index, m, s
+
+
+def _table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([f"{v:.9g}" if isinstance(v, float) else v for v in row] for row in rows)
+    _write(path, text.getvalue().encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic_write(path) as file:
+        file.write(content)

@@ -1,0 +1,42 @@
+"""matplotlib figures for report pages: readable on a light and on a dark page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+GREY = "#888888"
+
+
+def axes_for(labels: Sequence[tuple[str, str]], height: float = 3.8) -> tuple[Figure, list[Any]]:
+    """A figure with one pair of axes beside the other for each (x label, y label)."""
+    figure = Figure(figsize=(6.4, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    found = [figure.add_subplot(1, len(labels), n + 1) for n in range(len(labels))]
+    for axes, (x, y) in zip(found, labels, strict=True):
+        axes.patch.set_alpha(0)
+        axes.set_xlabel(x, color=GREY)
+        axes.set_ylabel(y, color=GREY)
+        axes.tick_params(which="both", colors=GREY)
+        for spine in axes.spines.values():
+            spine.set_color(GREY)
+        axes.grid(alpha=0.25)
+    return figure, found
+
+
+def legend(axes: Any, title: str | None = None) -> None:
+    """A frameless legend in grey."""
+    made = axes.legend(frameon=False, labelcolor=GREY, fontsize=9, title=title)
+    made.get_title().set_color(GREY)
+
+
+def as_svg(figure: Figure) -> str:
+    """The figure as an <svg> element; equal figures give equal text."""
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "featkd"}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]

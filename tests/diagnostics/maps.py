@@ -1,0 +1,17 @@
+"""Feature maps with the structure of real ones: low rank an image, a subspace that rotates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def feature_maps(images: int, tokens: int, channels: int, seed: int = 0) -> Tensor:
+    """(images, tokens, channels) float32: a decaying spectrum, a common part, loud channels."""
+    generator = torch.Generator().manual_seed(seed)
+    n = min(tokens, channels)
+    left = torch.randn(images, tokens, n, generator=generator) / torch.arange(1, n + 1)
+    right = torch.randn(images, n, channels, generator=generator)
+    common = torch.randn(channels, generator=generator)
+    scales = torch.randn(channels, generator=generator).exp()
+    return (left @ right + common) * scales

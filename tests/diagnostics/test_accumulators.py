@@ -1,0 +1,299 @@
+"""The accumulators against the published definitions, and that no order changes a bit."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from featkd.diagnostics import CapturedEnergy, DatasetPCA, LayerDiagnostics, Settings
+from featkd.diagnostics.fixed_point import FixedPointSum, quantum_for
+from featkd.diagnostics.nulls import bandwidth, gaussian_sep, permutation_test
+from featkd.diagnostics.sample import FeatureSample
+from featkd.diagnostics.sep import SEP
+from featkd.diagnostics.spectrum import SpectrumStats
+from tests.diagnostics import published
+from tests.diagnostics.maps import feature_maps
+
+THRESHOLDS = (0.8, 0.9, 0.95, 0.99)
+QUICK = Settings(sample=6, permuted=3, permutations=10, k=3)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def assert_same(a, b, where=""):
+    """Bit for bit, through dataclasses."""
+    if is_dataclass(a):
+        for field in fields(a):
+            assert_same(getattr(a, field.name), getattr(b, field.name), f"{where}.{field.name}")
+    elif isinstance(a, Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, tuple):
+        assert len(a) == len(b)
+        for number, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{number}]")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize(
+    ("tokens", "channels", "dtype"),
+    [
+        (49, 32, torch.float32),
+        (25, 64, torch.float32),
+        (16, 33, torch.float64),
+        (36, 48, torch.bfloat16),
+        (7, 1, torch.float32),
+    ],
+)
+def test_equal_to_the_published_definitions(tokens, channels, dtype):
+    maps = feature_maps(40, tokens, channels).to(dtype)
+    plain = maps.double().numpy()
+    stats = LayerDiagnostics(QUICK)
+    for part in maps.split(7):
+        stats.update(part)
+    found = stats.result()
+
+    ranks, curves = published.spectrum(plain, THRESHOLDS)
+    assert np.array_equal(found.spectrum.ranks, ranks)
+    assert np.abs(found.spectrum.curve_mean.numpy() - curves.mean(0)).max() < 1e-6
+    assert np.abs(found.spectrum.curve_std.numpy() - curves.std(0)).max() < 1e-5
+    for column, summary in zip(ranks.T, found.spectrum.summaries, strict=True):
+        assert summary.percentile99 == round(np.percentile(column, 99))
+        assert (summary.mean, summary.median) == (column.mean(), np.median(column))
+
+    values, vectors = published.dataset_pca(plain)
+    assert np.abs(found.pca.eigenvalues.numpy() - values).max() < 1e-6 * values[0]
+    second = CapturedEnergy(found.pca, THRESHOLDS)
+    for number, part in enumerate(maps.split(7)):
+        second.update(part, torch.arange(7 * number, 7 * number + len(part)))
+    dims, curves = published.captured(plain, vectors, THRESHOLDS)
+    assert np.array_equal(second.result().dims, dims)
+    assert np.abs(second.result().curve_mean.numpy() - curves.mean(0)).max() < 1e-6
+    assert np.abs(second.result().curve_std.numpy() - curves.std(0)).max() < 1e-5
+
+    mean, std = published.sep(plain)
+    assert np.abs(found.sep.mean.numpy() - mean).max() < 1e-6
+    assert np.abs(found.sep.std.numpy() - std).max() < 1e-4
+    expected = tuple(published.reaching(mean, share) for share in found.sep.shares)
+    assert found.sep.bandwidth == expected
+
+
+def test_folded_curve_is_the_one_sided_spectrum():
+    for channels in (12, 13):
+        maps = feature_maps(3, 5, channels)
+        stats = SEP()
+        stats.update(maps)
+        power = np.abs(np.fft.rfft(maps.double().numpy().reshape(-1, channels))) ** 2
+        power[:, 1 : (channels + 1) // 2] *= 2
+        curves = np.cumsum(power, -1) / power.sum(-1, keepdims=True)
+        found = stats.result()
+        assert np.abs(found.folded_mean.numpy() - curves.mean(0)).max() < 1e-6
+        assert np.abs(found.folded_std.numpy() - curves.std(0)).max() < 1e-5
+
+
+def test_a_common_part_costs_no_accuracy():
+    """Tokens a thousand times further from the origin than from each other."""
+    maps = feature_maps(30, 25, 24) + 3e3
+    stats = DatasetPCA()
+    for part in maps.split(8):
+        stats.update(part)
+    for centred in (False, True):
+        values, _ = published.dataset_pca(maps.numpy(), centred)
+        found = stats.result(centred).eigenvalues.numpy()
+        assert np.abs(found - values)[1:].max() < 2e-6 * values[1]
+    pca = stats.result(centred=True)
+    second = CapturedEnergy(pca, THRESHOLDS)
+    second.update(maps.double(), torch.arange(30))
+    mean = maps.double().numpy().reshape(-1, 24).mean(0)
+    _, vectors = published.dataset_pca(maps.numpy(), True)
+    dims, _ = published.captured(maps.numpy(), vectors, THRESHOLDS, mean)
+    assert np.array_equal(second.result().dims, dims)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_merged_in_any_order_bit_for_bit(processes):
+    maps = feature_maps(33, 16, 20)
+    chunks = list(zip(maps.split(4), torch.arange(33).split(4), strict=True))
+
+    def run(order):
+        stats = LayerDiagnostics(QUICK)
+        stats.calibrate(maps[:4])
+        for number in order:
+            stats.update(*chunks[number])
+        return stats
+
+    alone = run(range(len(chunks))).result()
+    parts = [run(range(r, len(chunks), processes)) for r in reversed(range(processes))]
+    for part in parts[1:]:
+        parts[0].merge(part)
+    merged = parts[0].result()
+    assert_same(alone, merged)
+
+    second = CapturedEnergy(alone.pca, THRESHOLDS), CapturedEnergy(alone.pca, THRESHOLDS)
+    whole = CapturedEnergy(alone.pca, THRESHOLDS)
+    for number, chunk in enumerate(chunks):
+        second[number % 2].update(*chunk)
+        whole.update(*chunk)
+    second[1].merge(second[0])
+    assert_same(whole.result(), second[1].result())
+
+
+def test_a_state_goes_on_where_it_was(tmp_path):
+    maps = feature_maps(20, 9, 16)
+    whole, first = LayerDiagnostics(QUICK), LayerDiagnostics(QUICK)
+    whole.update(maps[:10])
+    first.update(maps[:10])
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    resumed = LayerDiagnostics(QUICK)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for stats in (whole, resumed):
+        stats.update(maps[10:])
+    assert_same(whole.result(), resumed.result())
+
+
+def test_gaussian_tokens_give_the_published_law():
+    for channels in (192, 384):
+        found = gaussian_sep(channels)
+        assert np.allclose(found.relative(), (0.5, 0.6, 0.7, 0.8, 0.9), atol=0.006)
+        assert np.allclose(found.folded_relative(), (0.5, 0.6, 0.7, 0.8, 0.9), atol=0.011)
+
+
+def test_zero_tokens_and_images():
+    maps = feature_maps(6, 9, 16)
+    maps[2] = 0
+    maps[3, :4] = 0
+    stats = LayerDiagnostics(QUICK)
+    stats.update(maps)
+    found = stats.result()
+    assert (found.sep.tokens, found.sep.zero_tokens) == (6 * 9 - 13, 13)
+    assert found.spectrum.ranks[2].tolist() == [0, 0, 0, 0]
+    second = CapturedEnergy(found.pca, THRESHOLDS)
+    second.update(maps, torch.arange(6))
+    assert second.result().dims[2].tolist() == [0, 0, 0, 0]
+    keep = maps.flatten(0, 1)[maps.flatten(0, 1).abs().amax(1) > 0]
+    mean, _ = published.sep(keep[None].numpy())
+    assert np.abs(found.sep.mean.numpy() - mean).max() < 1e-6
+
+
+def test_sep_takes_any_scale():
+    maps = feature_maps(4, 9, 16).double()
+    found = []
+    for scale in (1e-200, 1.0, 1e200):
+        stats = SEP()
+        stats.update(maps * scale)
+        found.append(stats.result().mean)
+    assert (found[0] - found[1]).abs().max() < 1e-9
+    assert (found[2] - found[1]).abs().max() < 1e-9
+
+
+def test_permutations_tell_order_from_none():
+    """Smooth channels have an order that a permutation destroys; Gaussian ones have none."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(6, 25, 64, generator=generator)
+    smooth = random.cumsum(-1)
+    found = permutation_test(smooth, permutations=30)
+    assert found.p_value[0] <= 1 / 31 + 1e-9
+    assert found.observed[0] < found.permuted_low[0]
+    assert min(permutation_test(random, permutations=30).p_value) > 0.05
+
+
+def test_bandwidth():
+    one = torch.zeros(1, 10)
+    one[0, 3] = 5.0
+    assert bandwidth(one).participation_mean == pytest.approx(0.1)
+    assert bandwidth(one).channels90_mean == pytest.approx(0.1)
+    even = torch.ones(2, 10)
+    assert bandwidth(even).participation_mean == pytest.approx(1)
+    assert bandwidth(even).channels90_mean == pytest.approx(0.9)
+    gaussian = torch.randn(4000, 96, generator=torch.Generator().manual_seed(0))
+    assert bandwidth(gaussian).participation_mean == pytest.approx(1 / 3, abs=0.02)
+
+
+def test_rotation():
+    maps = feature_maps(8, 25, 32)
+    stats = LayerDiagnostics(QUICK)
+    stats.update(maps)
+    found = stats.result().rotation
+    chosen = found.images.tolist()
+    assert len(chosen) == 6
+    for i in range(6):
+        for j in range(6):
+            expected = published.overlap(maps[chosen[i]].numpy(), maps[chosen[j]].numpy(), 3)
+            assert found.overlap[i, j].item() == pytest.approx(expected, abs=1e-6)
+    assert found.random == 3 / 32
+    same = LayerDiagnostics(QUICK)
+    same.update(maps[:1].expand(5, -1, -1) * torch.arange(1, 6).view(5, 1, 1))
+    assert same.result().rotation.pair_mean == pytest.approx(1)
+    assert same.result().rotation.dataset_mean == pytest.approx(1)
+    assert float(same.result().rotation.angles_deg.max()) < 1e-3
+
+
+def test_sample_is_uniform_and_the_same_in_any_order():
+    images = torch.arange(400)
+    features = images.view(-1, 1, 1).float()
+    counts = torch.zeros(400)
+    for seed in range(60):
+        sample = FeatureSample(20, seed)
+        for part in torch.randperm(400, generator=torch.Generator().manual_seed(seed)).split(30):
+            sample.update(features[part], part)
+        chosen, kept = sample.result()
+        straight = FeatureSample(20, seed)
+        straight.update(features, images)
+        assert torch.equal(chosen, straight.result()[0])
+        assert torch.equal(kept.flatten().long(), chosen)
+        counts[chosen] += 1
+    assert counts.sum() == 1200
+    assert counts.max() <= 12  # 3 are expected
+
+
+def test_fixed_point_sums_are_exact_and_refuse_what_they_cannot_hold():
+    values = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    forward, backward = FixedPointSum((3,), 2.0**-40), FixedPointSum((3,), 2.0**-40)
+    for value in values:
+        forward.add(value)
+    for value in values.flip(0):
+        backward.add(value)
+    assert torch.equal(forward.value(), backward.value())
+    assert (forward.value() - values.sum(0)).abs().max() < 50 * 2.0**-41
+    with pytest.raises(OverflowError, match="quanta"):
+        forward.add(torch.full((3,), 2.0**30, dtype=torch.float64))
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        forward.add(torch.full((3,), torch.nan, dtype=torch.float64))
+    with pytest.raises(ValueError, match="power of two"):
+        FixedPointSum((3,), 0.3)
+    assert quantum_for(3.0, 2) == 1.0
+
+
+def test_bad_input_is_named():
+    stats = LayerDiagnostics(QUICK)
+    stats.update(feature_maps(3, 9, 16))
+    with pytest.raises(ValueError, match=r"features: expected shape \(B, 9, 16\), got \(3, 9, 17"):
+        stats.update(feature_maps(3, 9, 17))
+    with pytest.raises(TypeError, match=r"features: expected a floating-point tensor"):
+        stats.update(torch.ones(3, 9, 16, dtype=torch.int64))
+    with pytest.raises(ValueError, match="features: hold NaN or Inf"):
+        stats.update(torch.full((1, 9, 16), torch.inf))
+    stats.update(feature_maps(3, 9, 16), torch.arange(2, 5))
+    with pytest.raises(ValueError, match="images: 1 came twice, the first is 2"):
+        stats.result()
+    with pytest.raises(ValueError, match="no image came"):
+        LayerDiagnostics(QUICK).result()
+    for wrong in ({"k": 0}, {"thresholds": (0.0,)}, {"sample": 1}, {"shares": ()}, {"seed": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Settings(**wrong)
+    one = SpectrumStats()
+    with pytest.raises(ValueError, match="no image came"):
+        one.result()
+
+
+def test_compiled_sep_is_the_same():
+    maps = feature_maps(3, 9, 16)
+    plain, compiled = SEP(), SEP(compiled=True)
+    for stats in (plain, compiled):
+        stats.update(maps)
+    assert (plain.result().mean - compiled.result().mean).abs().max() < 1e-6
+    assert (plain.result().std - compiled.result().std).abs().max() < 1e-5

@@ -1,0 +1,227 @@
+"""`featkd diagnose` as a user meets it: report, processes, kills, states, messages."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+from featkd.cli import main
+from tests.diagnostics import published
+from tests.diagnostics.maps import feature_maps
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+QUICK = ("--sample", "5", "--permuted", "3", "--permutations", "5", "--k", "3")
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    """60 files as published: two layers, a class token and 5 x 5 patches, 24 channels."""
+    folder = tmp_path_factory.mktemp("features")
+    maps = feature_maps(120, 26, 24).unflatten(0, (60, 2))
+    for number, m in enumerate(maps):
+        np.save(folder / f"{number:03}.npy", m.numpy())
+    return folder
+
+
+def arguments(features, out, *more):
+    words = ("diagnose", "--features", features, "--out", out, "--batch-size", "4", *QUICK, *more)
+    return [str(word) for word in words]
+
+
+def figures(out):
+    """What must not depend on how a run went."""
+    summary = json.loads((out / "summary.json").read_text())
+    for name in ("about", "images_per_s"):
+        del summary[name]
+    return summary, (out / "per_image.safetensors").read_bytes(), (out / "curves.csv").read_text()
+
+
+@pytest.fixture(scope="module")
+def alone(features, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    assert main(arguments(features, out)) == 0
+    return out
+
+
+class _Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.links, self.open = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag not in ("meta", "br", "link", "img", "path", "use"):
+            self.open.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href"):
+                self.links.append(value)
+
+    def handle_endtag(self, tag):
+        if tag not in ("path", "use"):
+            assert self.open.pop() == tag
+
+
+def test_report_tables_and_figures(features, alone):
+    summary = json.loads((alone / "summary.json").read_text())
+    assert (summary["schema"], summary["images"], len(summary["layers"])) == (1, 60, 2)
+    maps = np.stack([np.load(path) for path in sorted(features.glob("*.npy"))])[:, 1, 1:]
+    ranks, _ = published.spectrum(maps, (0.8, 0.9, 0.95, 0.99))
+    _, vectors = published.dataset_pca(maps)
+    dims, _ = published.captured(maps, vectors, (0.8, 0.9, 0.95, 0.99))
+    for kind, expected in (("svd", ranks), ("pca", dims)):
+        for column, level in zip(expected.T, ("0.8", "0.9", "0.95", "0.99"), strict=True):
+            found = summary["layers"][1][kind][level]
+            assert found["percentile99"] == round(np.percentile(column, 99))
+            assert found["mean"] == pytest.approx(column.mean())
+    assert not (alone / "state").exists()
+
+    page = _Page()
+    page.feed((alone / "report.html").read_text())
+    assert not page.open
+    assert page.tags.count("svg") == 5  # four of the last layer, one over the layers
+    assert all(link.startswith(("#", "data:image/png")) for link in page.links)  # nothing from elsewhere
+    drawn = sorted(path.name for path in (alone / "figures").iterdir())
+    assert len(drawn) == 10
+    assert (alone / "figures" / drawn[0]).read_bytes().startswith(b"\x89PNG")
+    assert len((alone / "ranks.csv").read_text().splitlines()) == 1 + 2 * 2 * 4
+
+
+@pytest.mark.slow
+def test_two_and_four_processes_give_the_same(features, alone, tmp_path):
+    for processes in (2, 4):
+        out = tmp_path / str(processes)
+        words = ["torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+        command = [sys.executable, "-m", *words, "-m", "featkd", *arguments(features, out)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
+        assert figures(out) == figures(alone)
+
+
+def test_killed_and_resumed_gives_the_same(features, alone, tmp_path):
+    words = arguments(features, tmp_path, "--save-seconds", "0", "--batch-size", "4")
+    state = tmp_path / "state" / "process-0-of-1.pt"
+    process = subprocess.Popen([sys.executable, "-m", "featkd", *words])
+    while process.poll() is None and not state.exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was faster than the kill"
+    assert torch.load(state)["state"]["pass"] == 1
+    assert main(words) == 0
+    assert figures(tmp_path) == figures(alone)
+    assert not (tmp_path / "state").exists()
+
+
+def test_state_of_another_run_is_refused(features, tmp_path, capsys, monkeypatch):
+    from featkd.diagnostics import run
+
+    interrupted = run.LayerDiagnostics.update
+
+    def fail_late(self, *arguments):
+        if self.images >= 8:
+            raise OSError(28, "No space left on device")
+        interrupted(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.LayerDiagnostics, "update", fail_late)
+        assert main(arguments(features, tmp_path, "--save-seconds", "0")) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert main(arguments(features, tmp_path, "--layers", "[1]")) == 1
+    message = capsys.readouterr().err
+    assert "is the state of another run" in message
+    assert "layers: [0, 1] there, [1] here" in message
+    assert main(arguments(features, tmp_path, "--resume", "never", "--layers", "[1]")) == 0
+
+
+@pytest.mark.parametrize("keep", ["bf16", "never", "budget"])
+def test_features_that_are_not_kept(features, alone, tmp_path, capsys, keep):
+    more = ("--budget-gib", "1e-6") if keep == "budget" else ("--keep", keep)
+    assert main(arguments(features, tmp_path, *more)) == 0
+    summary, mine = (json.loads((o / "summary.json").read_text()) for o in (alone, tmp_path))
+    if keep == "bf16":
+        assert mine["layers"][0]["svd"] == summary["layers"][0]["svd"]
+        for level, found in mine["layers"][0]["pca"].items():
+            expected = summary["layers"][0]["pca"][level]["mean"]
+            assert found["mean"] == pytest.approx(expected, abs=0.3)
+    else:
+        assert mine["layers"][0]["pca"] is None
+        assert "no file is read twice" in capsys.readouterr().out
+
+
+def test_nan_features(features, tmp_path, capsys):
+    folder = tmp_path / "features"
+    folder.mkdir()
+    for path in sorted(features.glob("*.npy"))[:9]:
+        m = np.load(path)
+        if path.name == "002.npy":
+            m[0, 7, 3] = np.nan
+        np.save(folder / path.name, m)
+    assert main(arguments(folder, tmp_path / "out")) == 1
+    assert "002.npy: layer 0: NaN or Inf" in capsys.readouterr().err
+    assert main(arguments(folder, tmp_path / "out", "--on-bad", "skip", "--resume", "never")) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["images"] == 8
+    assert [name[-7:] for name in summary["left_out"]] == ["002.npy"]
+    out = capsys.readouterr().out
+    assert "1 images were left out" in out
+    assert "8 images for 24 channels" in out
+
+
+def test_gaussian_features_are_called_the_null(tmp_path, capsys):
+    folder = tmp_path / "features"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for number in range(12):
+        np.save(folder / f"{number}.npy", torch.randn(49, 96, generator=generator).numpy())
+    assert main(arguments(folder, tmp_path / "out")) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    found = summary["layers"][0]["sep"]["d_over_D"]
+    assert np.allclose(found, (0.5, 0.6, 0.7, 0.8, 0.9), atol=0.011)
+    assert "This equals the null" in capsys.readouterr().out
+    assert "This equals the null" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_student_and_teacher(images, tmp_path, capsys):
+    options = '{"patch_size": 4, "depth": 2, "num_heads": 3, "embed_dim": 12}'
+    words = ("--student", "vit_tiny_patch16_224", "--teacher", "vit_tiny_patch16_224")
+    wide = '{"patch_size": 4, "depth": 2, "num_heads": 3, "embed_dim": 24}'
+    shared = ("--data", images, "--img-size", "16", "--workers", "0", *QUICK)
+    options = ("--student-options", options, "--teacher-options", wide)
+    call = [str(w) for w in ("diagnose", *words, *options, *shared, "--out", tmp_path)]
+    assert main(call) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [(r["model"], r["layer"]) for r in summary["layers"]] == [
+        ("student", 0), ("student", 1), ("teacher", 0), ("teacher", 1),
+    ]  # fmt: skip
+    last = summary["reach"][-1]
+    assert (last["channels"], last["teacher_channels"]) == (12, 24)
+    assert 0 < last["pooled"] < last["shared"] <= last["shared_with_bias"] < 1
+    assert last["shared"] < last["per_image"] <= 1
+    assert "random weights" in capsys.readouterr().err
+    assert "What the student can reach" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "expected --features, --model, or --student and --teacher; got none"),
+        (("--model", "deit_tiny_patch16_224"), "data: expected a folder of images"),
+        (("--student", "deit_tiny_patch16_224"), "--student and --teacher; got student"),
+        (("--features", "x", "--data", "y"), "features: given together with --data"),
+        (("--features", "/none"), "features: expected a folder of feature files, got /none"),
+        (("--feature", "x"), "no option --feature; did you mean 'features'?"),
+        (("--model", "deit_tinny_patch16_224", "--data", "/tmp"), "did you mean 'deit_tiny"),
+        (("--model", "none.pt", "--data", "/tmp"), "model: no checkpoint none.pt"),
+        (("--k", "0", "--features", "/none"), "k: expected a whole number >= 1, got 0"),
+    ],
+)
+def test_bad_arguments(words, message, tmp_path, capsys):
+    assert main(["diagnose", *words, "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,159 @@
+"""Feature files and models as sources: layouts, prefix tokens, and everything unusable."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from featkd.data import DataConfig
+from featkd.diagnostics.feature_files import FeatureFiles
+from featkd.diagnostics.model_features import ModelFeatures, Subject
+from featkd.diagnostics.source import Layer, UnreadableError, num_chunks
+from featkd.models import create_teacher
+from tests.diagnostics.maps import feature_maps
+
+
+@pytest.fixture
+def maps():
+    """(images, layers, tokens, channels): five images, three layers, 4 x 4 tokens and a class."""
+    return feature_maps(15, 17, 8).unflatten(0, (5, 3))
+
+
+def write_npy(folder, maps):
+    for number, m in enumerate(maps):
+        np.save(folder / f"{number:03}.npy", m.numpy())
+
+
+def all_maps(source, layer):
+    chunks = list(source.chunks(range(num_chunks(source))))
+    return torch.cat([c.maps[layer] for c in chunks]), torch.cat([c.images for c in chunks])
+
+
+def test_published_layout(tmp_path, maps):
+    write_npy(tmp_path, maps)
+    source = FeatureFiles(tmp_path, chunk_size=2)
+    assert source.layers == (Layer("", 0), Layer("", 1), Layer("", 2))
+    found, images = all_maps(source, Layer("", 1))
+    assert torch.equal(found, maps[:, 1, 1:])  # without the class token
+    assert images.tolist() == [0, 1, 2, 3, 4]
+    chosen = FeatureFiles(tmp_path, [-1], prefix_tokens=0)
+    assert torch.equal(all_maps(chosen, Layer("", 2))[0], maps[:, 2])
+
+
+def test_each_file_is_opened_once(tmp_path, maps, monkeypatch):
+    write_npy(tmp_path, maps)
+    opened = []
+    load = np.load
+    monkeypatch.setattr(np, "load", lambda path, **k: (opened.append(path), load(path, **k))[1])
+    all_maps(FeatureFiles(tmp_path, chunk_size=2), Layer("", 0))
+    assert len(opened) == len(set(opened)) == 5
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_named_layers_of_several_widths(tmp_path, suffix):
+    names = ("block_2", "block_10")
+    stored = []
+    for number in range(3):
+        first, second = feature_maps(1, 16, 6, number)[0], feature_maps(1, 4, 9, number)[0]
+        stored.append((first, second))
+        parts = dict(zip(names, (first, second), strict=True))
+        if suffix == "npz":
+            np.savez(tmp_path / f"{number}.npz", **{k: v.numpy() for k, v in parts.items()})
+        else:
+            safetensors.torch.save_file(parts, tmp_path / f"{number}.safetensors")
+    source = FeatureFiles(tmp_path)
+    for position in (0, 1):
+        found, _ = all_maps(source, Layer("", position))
+        assert torch.equal(found, torch.stack([image[position] for image in stored]))
+
+
+def test_object_arrays_need_the_opt_in(tmp_path):
+    stages = np.empty(2, dtype=object)
+    stages[0] = np.ones((4, 4, 3), np.float32)
+    stages[1] = np.ones((2, 2, 6), np.float32)
+    np.save(tmp_path / "0.npy", stages)
+    with pytest.raises(UnreadableError, match=r"0.npy holds an object array.*allow_pickle"):
+        FeatureFiles(tmp_path)
+    source = FeatureFiles(tmp_path, allow_pickle=True)
+    (chunk,) = source.chunks([0])
+    assert [tuple(m.shape) for m in chunk.maps.values()] == [(1, 16, 3), (1, 4, 6)]
+
+
+@pytest.mark.parametrize("kind", ["truncated", "width", "tokens", "garbage", "integers"])
+def test_one_bad_file_is_named(tmp_path, maps, kind):
+    write_npy(tmp_path, maps)
+    path = tmp_path / "003.npy"
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif kind == "garbage":
+        path.write_bytes(b"no array")
+    elif kind == "integers":
+        np.save(path, np.ones((3, 17, 8), np.int64))
+    else:
+        np.save(path, np.ones((3, 17, 9) if kind == "width" else (3, 26, 8), np.float32))
+    with pytest.raises(UnreadableError, match=r"003\.npy"):
+        all_maps(FeatureFiles(tmp_path), Layer("", 0))
+    source = FeatureFiles(tmp_path, on_bad="skip", chunk_size=2)
+    chunks = list(source.chunks(range(3)))
+    assert torch.cat([c.images for c in chunks]).tolist() == [0, 1, 2, 4]
+    assert [*chunks[1].bad] == [str(path)]
+
+
+def test_bad_folders_and_layers(tmp_path, maps):
+    with pytest.raises(FileNotFoundError, match="features: expected a folder"):
+        FeatureFiles(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"expected files of one of \.npy.*got none"):
+        FeatureFiles(tmp_path)
+    write_npy(tmp_path, maps)
+    with pytest.raises(ValueError, match=r"layers: 3 is out of range .*valid: -3\.\.2"):
+        FeatureFiles(tmp_path, [3])
+    with pytest.raises(ValueError, match="prefix_tokens: expected less than the 17 tokens"):
+        FeatureFiles(tmp_path, prefix_tokens=17)
+
+
+TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 3, "num_heads": 3}
+
+
+def test_models_on_images(images):
+    model = create_teacher("vit_tiny_patch16_224", **TINY)
+    config = DataConfig(img_size=16, workers=0)
+    source = ModelFeatures(
+        [Subject("", model, (-1, 0), {})],
+        images,
+        config,
+        device=torch.device("cpu"),
+        chunk_size=25,
+        limit=50,
+    )
+    assert source.num_images == 50
+    assert source.layers == (Layer("", 2), Layer("", 0))
+    chunk = next(source.chunks([1]))
+    assert chunk.images.tolist() == list(range(25, 50))
+    assert chunk.maps[Layer("", 2)].shape == (25, 16, 12)
+    classes = {source.name(image).split("/")[-2] for image in range(50)}
+    assert classes == {"blue", "green", "red"}  # spread over the folder, not its beginning
+    again = next(source.chunks([1]))
+    assert torch.equal(chunk.maps[Layer("", 0)], again.maps[Layer("", 0)])
+
+
+def test_unreadable_images(tmp_path):
+    for number in range(3):
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "1.png").write_bytes(b"")
+    model = create_teacher("vit_tiny_patch16_224", **TINY)
+
+    def source(**options):
+        subjects = [Subject("", model, None, {})]
+        config = DataConfig(img_size=16, workers=0)
+        return ModelFeatures(subjects, tmp_path, config, device=torch.device("cpu"), **options)
+
+    with pytest.raises(Exception, match=r"1\.png: the file is empty"):
+        next(source().chunks([0]))
+    chunk = next(source(on_bad="skip").chunks([0]))
+    assert chunk.images.tolist() == [0, 2]
+    assert [*chunk.bad.values()] == ["the file is empty"]
+    with pytest.raises(FileNotFoundError, match="data: expected a folder"):
+        ModelFeatures([], tmp_path / "none", DataConfig(), device=torch.device("cpu"))

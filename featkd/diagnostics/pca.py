@@ -85,9 +85,9 @@ class DatasetPCA:
                 f"{features.shape[-1]}"
             )
         tokens = _tokens(features)
-        tokens = tokens - self._pilot.to(tokens)
-        self._second.add(second_moment(tokens))
-        self._first.add(tokens.sum(0, dtype=torch.float64))
+        second, first = moments(tokens, self._pilot.to(tokens))
+        self._second.add(second)
+        self._first.add(first)
         self._tokens += len(tokens)
 
     def merge(self, other: DatasetPCA) -> None:
@@ -159,18 +159,22 @@ class DatasetPCA:
         )
 
 
-def second_moment(tokens: Tensor) -> Tensor:
-    """X^T X of tokens (M, D) in float64; sums of at most 784 products are in X's precision.
+def moments(tokens: Tensor, pilot: Tensor) -> tuple[Tensor, Tensor]:
+    """Y^T Y and the column sums of Y = tokens (M, D) - pilot (D,), in float64.
 
-    The upper triangle alone is multiplied, in block rows: 5/8 of the work of the square.
+    Sums of at most 784 products are in the tokens' precision. The upper triangle alone is
+    multiplied, in block rows: 5/8 of the work of the square.
     """
     d = tokens.shape[1]
-    total = tokens.new_zeros((d, d), dtype=torch.float64)
+    second = tokens.new_zeros((d, d), dtype=torch.float64)
+    first = tokens.new_zeros(d, dtype=torch.float64)
     block = max(64, -(-d // 4))
     for slab in torch.split(tokens, _SLAB):
+        y = slab - pilot
         for low in range(0, d, block):
-            total[low : low + block, low:] += slab[:, low : low + block].T @ slab[:, low:]
-    return total.triu() + total.triu(1).T
+            second[low : low + block, low:] += y[:, low : low + block].T @ y[:, low:]
+        first += y.sum(0, dtype=torch.float64)
+    return second.triu() + second.triu(1).T, first
 
 
 @dataclass(frozen=True)
@@ -230,10 +234,15 @@ class CapturedEnergy:
 
     def _captured(self, features: Tensor, dtype: torch.dtype) -> Tensor:
         """Cumulative shares (B, D) in float64."""
-        x = features.to(dtype)
-        if self._mean is not None:
-            x = x - self._mean.to(x)
-        energy = (x @ self._vectors.to(x)).square_().sum(1).double()
+        vectors = self._vectors.to(features.device, dtype)
+        mean = None if self._mean is None else self._mean.to(features.device, dtype)
+        # image by image on a CPU, where the product of one stays in the cache
+        size = 1 if features.device.type == "cpu" else len(features)
+        parts = []
+        for part in torch.split(features, size):
+            x = part.to(dtype) if mean is None else part.to(dtype) - mean
+            parts.append((x @ vectors).square_().sum(1, dtype=torch.float64))
+        energy = torch.cat(parts)
         total = energy.sum(1, keepdim=True)
         return energy.cumsum(1) / torch.where(total == 0, 1, total)
 

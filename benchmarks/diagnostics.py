@@ -1,0 +1,165 @@
+r"""featkd.diagnostics beside plain numpy that follows the published method, in turns.
+
+python -m featkd.benchmarks.diagnostics --out benchmarks/results/diagnostics-NAME.csv
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import featkd
+from featkd.checks import check_positive
+from featkd.diagnostics import SEP, CapturedEnergy, DatasetPCA, SpectrumStats
+from featkd.files import atomic_write
+
+from . import results, timing
+from .arguments import Parser, check_folders
+from .spectrum import feature_maps
+from .variants import Step
+
+CHUNK = 16
+_COLUMNS = ("part", "variant", "q20_ms", "median_ms", "q80_ms", "numpy_over_this", "rounds", "load")
+
+
+def spectra(features: Tensor) -> object:
+    """Energy ranks and curves of every image."""
+    stats = SpectrumStats()
+    for images in torch.split(torch.arange(len(features)), CHUNK):
+        stats.update(features[images[0] : images[-1] + 1], images)
+    return stats.result()
+
+
+def pca(features: Tensor) -> object:
+    """The data set's axes, and every image's energy in them."""
+    stats = DatasetPCA()
+    for part in torch.split(features, CHUNK):
+        stats.update(part)
+    second = CapturedEnergy(stats.result())
+    for images in torch.split(torch.arange(len(features)), CHUNK):
+        second.update(features[images[0] : images[-1] + 1], images)
+    return second.result()
+
+
+def sep(features: Tensor) -> object:
+    """The mean and the deviation of the tokens' cumulative spectra."""
+    stats = SEP()
+    for part in torch.split(features, CHUNK):
+        stats.update(part)
+    return stats.result()
+
+
+def numpy_spectra(features: Tensor) -> object:
+    """A singular value decomposition an image."""
+    curves = []
+    for x in features.numpy():
+        energy = np.linalg.svd(x, compute_uv=False) ** 2
+        curves.append(np.cumsum(energy) / energy.sum())
+    return [[np.searchsorted(c, t) + 1 for t in (0.8, 0.9, 0.95, 0.99)] for c in curves]
+
+
+def numpy_pca(features: Tensor) -> object:
+    """Two passes in float64."""
+    x = features.numpy()
+    second = np.zeros((x.shape[2], x.shape[2]))
+    for image in x:
+        wide = image.astype(np.float64)
+        second += wide.T @ wide
+    vectors = np.linalg.eigh(second)[1][:, ::-1]
+    curves = []
+    for image in x:
+        energy = ((image.astype(np.float64) @ vectors) ** 2).sum(0)
+        curves.append(np.cumsum(energy) / energy.sum())
+    return curves
+
+
+def numpy_sep(features: Tensor) -> object:
+    """A complex FFT of every token."""
+    total, square, count = 0.0, 0.0, 0
+    for image in features.numpy():
+        power = np.abs(np.fft.fft(image, axis=-1)) ** 2
+        curve = np.cumsum(power, -1) / power.sum(-1, keepdims=True)
+        total, square = total + curve.sum(0), square + (curve**2).sum(0)
+        count += len(image)
+    mean = total / count
+    return mean, np.sqrt(np.maximum(square / count - mean**2, 0))
+
+
+PARTS: dict[str, tuple[Callable[[Tensor], object], Callable[[Tensor], object]]] = {
+    "spectra": (spectra, numpy_spectra),
+    "pca": (pca, numpy_pca),
+    "sep": (sep, numpy_sep),
+}
+
+
+def measure(images: int, min_seconds: float) -> list[tuple[object, ...]]:
+    """Rows of `_COLUMNS`, of each part and of all three; milliseconds an image."""
+    features = feature_maps(196, 384, images)
+    steps = {}
+    for name, pair in PARTS.items():
+        for variant, function in zip(("featkd", "numpy"), pair, strict=True):
+            steps[f"{name} {variant}"] = _step(function, features)
+    times = timing.take_turns(
+        steps, timing.clock_for(features.device), min_seconds=min_seconds, min_rounds=3
+    )
+    if featkd.last_backend("spectrum") != "cpu":
+        raise RuntimeError("featkd.linalg runs on torch.linalg here: csrc is not built")
+    rounds = min(len(seconds) for seconds in times.values())
+    for variant in ("featkd", "numpy"):
+        parts = [times[f"{name} {variant}"][:rounds] for name in PARTS]
+        times[f"all {variant}"] = [sum(turn) for turn in zip(*parts, strict=True)]
+    load = os.getloadavg()[0]
+    rows = []
+    for name in (*PARTS, "all"):
+        for variant in ("featkd", "numpy"):
+            seconds = times[f"{name} {variant}"]
+            figures = (1e3 * s / images for s in timing.quantiles(seconds))
+            ratio = timing.speedup(times[f"{name} numpy"], seconds)
+            rows.append((name, variant, *figures, ratio, len(seconds), load))
+    return rows
+
+
+def _step(function: Callable[[Tensor], object], features: Tensor) -> Step:
+    def run(ready: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        function(features)
+        return ready
+
+    return Step(lambda: (), run)
+
+
+def main() -> None:
+    """Measure, print a line a variant, and write the results file where one is named."""
+    parser = Parser(prog="featkd.benchmarks.diagnostics", description="time featkd.diagnostics")
+    parser.add_argument("--images", type=int, default=500, help="of 196 x 384, in memory")
+    parser.add_argument("--min-seconds", type=float, default=1.0, help="for each variant")
+    parser.add_argument("--out", type=str, default=None, metavar="FILE.csv")
+    options = parser.parse_args()
+    check_positive("--images", options.images)
+    check_positive("--min-seconds", options.min_seconds)
+    check_folders(options, ("out",))
+    about = results.describe_run("cpu")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*about, *_COLUMNS])
+    for row in measure(options.images, options.min_seconds):
+        part, variant, _, median, _, ratio, *_ = row
+        print(f"{part:8} {variant:7} {median:8.3f} ms an image, numpy takes {ratio:5.1f} x")
+        figures = [f"{v:.6g}" if isinstance(v, float) else v for v in row]
+        writer.writerow([*about.values(), *figures])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    print(f"peak memory of the process: {peak:.0f} MiB, the features among it")
+    if options.out is not None:
+        with atomic_write(Path(options.out)) as file:
+            file.write(text.getvalue().encode())
+
+
+if __name__ == "__main__":
+    main()

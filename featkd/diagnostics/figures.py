@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from featkd.diagnostics.reach import Reach
 from featkd.diagnostics.run import Findings
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.stream import LayerResult
+from featkd.diagnostics.verdicts import nearest
 from featkd.files import atomic_write
 from featkd.plots import GREY, as_svg, axes_for, legend
 
@@ -56,12 +59,11 @@ def _ranks(r: LayerResult) -> Figure:
     figure, found = axes_for(labels)
     tables = [r.spectrum.ranks, *([] if r.captured is None else [r.captured.dims])]
     for axes, table in zip(found, tables, strict=True):
-        for colour, threshold, column in zip(
-            _COLOURS, r.spectrum.thresholds, table.T, strict=False
-        ):
-            axes.hist(
-                column.numpy(), bins=40, color=colour, alpha=0.6, label=f"{100 * threshold:g} %"
-            )
+        bins = np.linspace(0, int(table.max()) + 1, 41)
+        colours = itertools.cycle(_COLOURS)
+        for colour, threshold, column in zip(colours, r.spectrum.thresholds, table.T, strict=False):
+            label = f"{100 * threshold:g} %"
+            axes.hist(column.numpy(), bins=bins, color=colour, alpha=0.6, label=label)
         legend(axes, "of the energy")
     return figure
 
@@ -121,7 +123,7 @@ def _layers(findings: Findings) -> Figure:
     for number, model in enumerate(models):
         rows = {la.index: r for la, r in findings.layers.items() if la.model == model}
         index = sorted(rows)
-        level = _level(next(iter(rows.values())))
+        level = nearest(next(iter(rows.values())))
         share = next(iter(rows.values())).spectrum.thresholds[level]
         ranks = [rows[i].spectrum.summaries[level].percentile99 for i in index]
         mark: dict[str, Any] = {"marker": "o", "markersize": 3, "color": _COLOURS[number]}
@@ -144,12 +146,6 @@ def _layers(findings: Findings) -> Figure:
     axes.xaxis.get_major_locator().set_params(integer=True)
     legend(axes)
     return figure
-
-
-def _level(r: LayerResult) -> int:
-    """Position of the threshold nearest to 0.9."""
-    distance: Callable[[int], float] = lambda n: abs(r.spectrum.thresholds[n] - 0.9)  # noqa: E731
-    return min(range(len(r.spectrum.thresholds)), key=distance)
 
 
 def _reach(findings: Findings, reaches: Sequence[Reach]) -> Figure:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from featkd.diagnostics.nulls import PermutationResult
 from featkd.diagnostics.reach import Reach
 from featkd.diagnostics.run import Findings
 from featkd.diagnostics.source import Layer
@@ -48,43 +47,35 @@ def subspace_verdict(layer: Layer, r: LayerResult) -> str:
 
 def sep_verdict(r: LayerResult) -> str:
     """SEP beside its nulls: Gaussian tokens, and the same tokens with their channels permuted."""
-    p = r.permutation
-    permuted = zip(p.observed, p.permuted_low, p.permuted_high, strict=True)
-    within = all(low <= observed <= high for observed, low, high in permuted)
-    pairs = list(zip(r.sep.relative(), r.gaussian.relative(), strict=True))
-    figures = " ".join(f"{d:.3f}" for d, _ in pairs)
+    null = " ".join(f"{d:.3f}" for d in r.gaussian.relative())
+    figures = " ".join(f"{d:.3f}" for d in r.sep.relative())
     shares = " ".join(f"{100 * s:g}" for s in r.sep.shares)
+    p = r.permutation
+    least = min(1.0, min(p.p_value) * len(p.p_value))  # Bonferroni's correction
+    tried = f"{p.permutations} random orders of the channels, {p.images} images"
     text = f"SEP, d/D at {shares} %: {figures}"
-    if all(abs(d - null) <= _SAME for d, null in pairs):
+    pairs = zip(r.sep.relative(), r.gaussian.relative(), strict=True)
+    if all(abs(d - n) <= _SAME for d, n in pairs):
         text += (
-            ". This equals the null: Gaussian tokens give "
-            f"{' '.join(f'{null:.3f}' for _, null in pairs)}. The spectrum of a real signal is its "
-            "own mirror image, which forces the curve to the diagonal; it is no evidence of how "
-            "these features are encoded"
+            f". This equals the null: Gaussian tokens give {null}. The spectrum of a real signal "
+            "is its own mirror image, which forces the curve to the diagonal; it is no evidence "
+            "of how these features are encoded."
         )
-    elif within:
+        if least < 0.05:
+            text += f" The order of the channels matters all the same (p = {least:.2g}; {tried})."
+    elif least < 0.05:
         text += (
-            ". This lies within what the same tokens give in random orders of their channels "
-            f"({_range(p)}), which is a null as well: it is no evidence of how these features are "
-            "encoded"
+            f". This differs from the null (Gaussian tokens: {null}), and the order of the "
+            f"channels matters (p = {least:.2g}; {tried})."
         )
     else:
-        null = " ".join(f"{n:.3f}" for _, n in pairs)
-        text += f". This differs from the null (Gaussian tokens: {null})"
-    least = min(p.p_value) * len(p.p_value)  # Bonferroni's correction
-    tried = f"{p.permutations} random orders of {p.images} images"
-    if least < 0.05:
-        text += f". The order of the channels matters (p = {least:.2g} over {tried})."
-    else:
-        text += f". The order of the channels shows nothing (p > 0.05 over {tried})."
+        text += (
+            f". Gaussian tokens give {null}, and random orders of the same channels stray as far "
+            f"(p > 0.05; {tried}): it is no evidence of how these features are encoded."
+        )
     if r.sep.zero_tokens:
         text += f" {r.sep.zero_tokens} tokens are all zero and left out."
     return text
-
-
-def _range(p: PermutationResult) -> str:
-    pairs = zip(p.permuted_low, p.permuted_high, strict=True)
-    return ", ".join(f"{low:.3f} to {high:.3f}" for low, high in pairs)
 
 
 def bandwidth_verdict(r: LayerResult) -> str:

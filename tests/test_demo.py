@@ -84,6 +84,8 @@ def test_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert page.tags.count("svg") == 2
     for name in STUDENTS:
         assert name in text
+    assert 'href="diagnostics/report.html"' in text
+    assert "What the student can reach" in (tmp_path / "diagnostics" / "report.html").read_text()
 
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("last.pt")}
     assert run_demo(tmp_path, seeds=2, epochs=1) == 0  # nothing is trained again

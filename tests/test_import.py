@@ -17,7 +17,8 @@ PACKAGE = Path(featkd.__file__).parent
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("demo", "benchmarks", "diagnose"),
+    ("demo", "benchmarks"),
+    ("diagnose",),
     ("train",),
     ("diagnostics",),
     ("models", "data"),

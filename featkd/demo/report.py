@@ -13,6 +13,7 @@ from featkd.files import atomic_write
 from featkd.plots import GREY, as_svg, axes_for, legend
 from featkd.train.recipe import Recipe, to_yaml
 
+DIAGNOSTICS = "diagnostics"  # folder beside the report
 _COLOURS = ("#8c8c8c", "#d1495b", "#3a86c8", "#2a9d6f")
 
 
@@ -61,6 +62,7 @@ def write_report(
             accuracy=Markup(_accuracy_plot(teacher, results)),
             features=Markup(_feature_plot(results)),
             recipe=to_yaml(recipe),
+            diagnostics=f"{DIAGNOSTICS}/report.html",
             facts={
                 **environment.versions(),
                 "commit": environment.commit(),

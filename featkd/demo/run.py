@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from featkd import distributed, environment
 from featkd.demo.digits import write_digits
-from featkd.demo.report import as_table, write_report
+from featkd.demo.report import DIAGNOSTICS, as_table, write_report
 from featkd.demo.results import STUDENTS, RunResult, throughput
+from featkd.diagnose import diagnose
 from featkd.train import checkpoint
 from featkd.train.engine import Trainer
 from featkd.train.recipe import (
@@ -32,8 +33,8 @@ from featkd.train.recipe import (
 def run_demo(out: Path, seeds: int = 3, epochs: int | None = None) -> int:
     """Train a teacher, then plain, Lift and WideLast students of several seeds, on real digits.
 
-    Runs found in `out` are taken up only where recipe and versions are the same. Prints a table
-    and writes `out/report.html`.
+    Runs found in `out` are taken up only where recipe and versions are the same. Prints a table,
+    writes `out/report.html`, and diagnoses the maps of the teacher and the first student.
 
     Args:
         out: folder for the images, the runs and the report.
@@ -67,8 +68,16 @@ def run_demo(out: Path, seeds: int = 3, epochs: int | None = None) -> int:
     table = as_table(teacher, results)
     seconds = time.perf_counter() - started
     page = write_report(out, recipe, teacher, results, seconds)
-    print(f"{table}\n\n{seconds:.0f} s in all; report: {page}")
-    return 0
+    print(f"{table}\n\n{seconds:.0f} s in all; report: {page}\n")
+    return compare_maps(out, teacher, results[0])
+
+
+def compare_maps(out: Path, teacher: RunResult, student: RunResult) -> int:
+    """Diagnose the teacher's maps beside a student's on the validation images."""
+    models = ("--teacher", teacher.folder / "last.pt", "--student", student.folder / "last.pt")
+    where = ("--data", out / "digits" / "val", "--out", out / DIAGNOSTICS)
+    how = ("--device", "cpu", "--workers", "0", "--batch-size", "36", "--resume", "never")
+    return diagnose([str(word) for word in (*models, *where, *how)])
 
 
 def keep_or_clear(recipe: Recipe, wanted: bool = True) -> bool:

@@ -14,7 +14,6 @@ from featkd.diagnostics.reach import Reach
 from featkd.diagnostics.run import Findings
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.stream import LayerResult
-from featkd.diagnostics.verdicts import nearest
 from featkd.files import atomic_write
 from featkd.plots import GREY, as_svg, axes_for, legend
 
@@ -123,7 +122,7 @@ def _layers(findings: Findings) -> Figure:
     for number, model in enumerate(models):
         rows = {la.index: r for la, r in findings.layers.items() if la.model == model}
         index = sorted(rows)
-        level = nearest(next(iter(rows.values())))
+        level = next(iter(rows.values())).spectrum.typical
         share = next(iter(rows.values())).spectrum.thresholds[level]
         ranks = [rows[i].spectrum.summaries[level].percentile99 for i in index]
         mark: dict[str, Any] = {"marker": "o", "markersize": 3, "color": _COLOURS[number]}

@@ -40,7 +40,7 @@ def write_report(
     pictures = {name: Markup(svg) for name, svg in drawn.items()}
     sections = [
         {
-            "title": f"Layer {layer}",
+            "title": str(layer).capitalize(),
             "verdicts": found,
             "figures": [
                 (pictures[key], caption)

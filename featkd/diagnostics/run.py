@@ -214,7 +214,7 @@ class DiagnosticsRun:
             good = torch.isfinite(m).flatten(1).all(1).cpu()
             for image in chunk.images[~good].tolist():
                 name = self.source.name(image)
-                message = f"layer {layer}: NaN or Inf among the features"
+                message = f"{layer}: NaN or Inf among the features"
                 if self.options.on_bad == "error":
                     raise UnreadableError(f"{name}: {message}")
                 self._bad[name] = message

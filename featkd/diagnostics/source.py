@@ -18,7 +18,7 @@ class Layer:
     index: int
 
     def __str__(self) -> str:
-        return f"{self.model} {self.index}".strip()
+        return f"{self.model} layer {self.index}".strip()
 
 
 @dataclass

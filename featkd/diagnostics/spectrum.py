@@ -36,6 +36,11 @@ class SpectrumResult:
     curve_std: Tensor
     unsolved: int
 
+    @property
+    def typical(self) -> int:
+        """Position of the threshold nearest to 0.9, at which figures are put into words."""
+        return min(range(len(self.thresholds)), key=lambda n: abs(self.thresholds[n] - 0.9))
+
 
 class SpectrumStats:
     """Accumulates sigma_k^2 / sum sigma^2 of every image's map, not centred ([EM26], Figure 1).

@@ -27,7 +27,8 @@ class Settings:
         sample: images whose features are kept, for rotation, bandwidth and permutations.
         permuted: images among them that the permutation test uses.
         permutations: random orders of the channels.
-        k: dimensions of the subspaces that are compared.
+        k: dimensions of the subspaces that are compared; None for the median energy rank at the
+            threshold nearest to 0.9.
         centred: subtract the data set's mean token for the PCA.
         seed: of the sample, the permutations and the Gaussian tokens.
 
@@ -40,7 +41,7 @@ class Settings:
     sample: int = 64
     permuted: int = 16
     permutations: int = 100
-    k: int = 16
+    k: int | None = None
     centred: bool = False
     seed: int = 0
 
@@ -55,6 +56,8 @@ class Settings:
                     raise ValueError(f"{name}: expected numbers above 0 and at most 1, got 0")
         for name, least in (("sample", 2), ("permuted", 1), ("permutations", 1), ("k", 1)):
             value = getattr(self, name)
+            if name == "k" and value is None:
+                continue
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
         if not 0 <= self.seed < 2**63:
@@ -199,12 +202,14 @@ class LayerDiagnostics:
             raise ValueError("features: no image came")
         settings, (tokens, channels) = self.settings, self._shape
         pca = self.pca()
+        spectrum = self._spectrum.result()
+        typical_rank = max(1, round(spectrum.summaries[spectrum.typical].median))
         images, features = self._sample.result()
         return LayerResult(
             tokens=tokens,
             channels=channels,
             images=self._seen,
-            spectrum=self._spectrum.result(),
+            spectrum=spectrum,
             pca=pca,
             sep=self._sep.result(settings.shares),
             gaussian=nulls.gaussian_sep(channels, settings.shares, settings.seed),
@@ -214,7 +219,7 @@ class LayerDiagnostics:
                 shares=settings.shares,
                 seed=settings.seed,
             ),
-            rotation=rotation(features, images, pca, settings.k, settings.seed)
+            rotation=rotation(features, images, pca, settings.k or typical_rank, settings.seed)
             if len(images) > 1
             else None,
             bandwidth=nulls.bandwidth(features),

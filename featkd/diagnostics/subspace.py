@@ -46,7 +46,7 @@ class RotationResult:
 
 
 def rotation(
-    features: Tensor, images: Tensor, pca: PCAResult, k: int = 16, seed: int = 0
+    features: Tensor, images: Tensor, pca: PCAResult, k: int, seed: int = 0
 ) -> RotationResult:
     """Compare the leading subspaces of some images.
 

@@ -12,19 +12,14 @@ from featkd.diagnostics.stream import LayerResult
 _SAME = 0.015  # difference of d/D below which two curves are called equal
 
 
-def nearest(r: LayerResult, share: float = 0.9) -> int:
-    """Position of the threshold nearest to a share."""
-    thresholds = r.spectrum.thresholds
-    return min(range(len(thresholds)), key=lambda n: abs(thresholds[n] - share))
-
-
 def subspace_verdict(layer: Layer, r: LayerResult) -> str:
     """Ranks of images beside the dimensions of the data set, and whether the subspace rotates."""
-    level = nearest(r)
+    level = r.spectrum.typical
+    name = str(layer).capitalize()
     share = f"{100 * r.spectrum.thresholds[level]:g} %"
     own = r.spectrum.summaries[level].percentile99
     text = (
-        f"Layer {layer}: one image's map needs at most {own} dimensions for {share} of its energy "
+        f"{name}: one image's map needs at most {own} dimensions for {share} of its energy "
         f"(99th percentile; {r.channels} channels, {r.tokens} tokens)"
     )
     if r.captured is None:
@@ -96,13 +91,14 @@ def bandwidth_verdict(r: LayerResult) -> str:
 
 def reach_verdict(r: Reach) -> str:
     """What a student can reach, as a sentence."""
+    name = str(r.teacher).capitalize()
     if r.channels >= r.teacher_channels:
         return (
-            f"Teacher layer {r.teacher}: the student's {r.channels} channels are as many as the "
+            f"{name}: the student's {r.channels} channels are as many as the "
             f"teacher's {r.teacher_channels}; no linear limit."
         )
     text = (
-        f"Teacher layer {r.teacher}, {r.channels} against {r.teacher_channels} channels. Pooled, "
+        f"{name}, {r.channels} against {r.teacher_channels} channels. Pooled, "
         f"without a projector: at most {100 * r.pooled:.1f} % of the teacher's energy. One linear "
         f"projector for all images, kept (Lift) or dropped after training: {100 * r.shared:.1f} % "
         f"({100 * r.shared_with_bias:.1f} % with a bias). If each image had its own: "
@@ -119,12 +115,12 @@ def pca_warning(layer: Layer, r: LayerResult) -> str | None:
     tokens = r.images * r.tokens
     if tokens < 2 * r.channels:
         return (
-            f"layer {layer}: {tokens} tokens for {r.channels} channels: the data set's axes are "
+            f"{layer}: {tokens} tokens for {r.channels} channels: the data set's axes are "
             "those of these images, and dimensions of the data set come out too low"
         )
     if r.images < r.channels:
         return (
-            f"layer {layer}: {r.images} images for {r.channels} channels: axes with little energy "
+            f"{layer}: {r.images} images for {r.channels} channels: axes with little energy "
             "are not settled, and the dimensions at high shares are lower bounds"
         )
     return None

@@ -26,6 +26,7 @@ from featkd.diagnostics.run import DiagnosticsRun, Findings, RunOptions
 from featkd.diagnostics.source import Source, fingerprint
 from featkd.diagnostics.stream import Settings
 from featkd.distributed import ProcessContext
+from featkd.files import atomic_write
 from featkd.models import FeatureModel, create_teacher
 from featkd.train import checkpoint
 from featkd.train.trained import load_trained
@@ -41,46 +42,54 @@ def diagnose(words: Sequence[str]) -> int:
     _check_options(parser, words)
     args = parser.parse_args(list(words))
     settings = Settings(**{f.name: _tuple(args[f.name]) for f in fields(Settings)})
-    options = RunOptions(
-        keep=args.keep,
-        budget_gib=args.budget_gib,
-        on_bad=args.on_bad,
-        compiled=args.compile,
-        resume=args.resume == "auto",
-        save_seconds=args.save_seconds,
-    )
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"out: expected a folder, {out} is a file")
     try:
-        context = distributed.start(args.device)
-        source = _source(args, context)
-        out.mkdir(parents=True, exist_ok=True)
-        with _Progress(context, source) as progress:
-            run = DiagnosticsRun(source, settings, options, out / "state", context, progress)
-            found = run.run()
-        if isinstance(found, int):
-            print(f"featkd: stopped; the same command goes on from {out}/state", file=sys.stderr)
-            return 128 + found
-        if found is not None:
-            _write(out, found, source, args, list(words))
-        context.barrier()
-        run.clear()
-        if context.is_main:
-            (out / "state").rmdir()
-        return 0
+        return _run(args, list(words), settings, out, distributed.start(args.device))
     finally:
         distributed.stop()
 
 
-def _write(out: Path, found: Findings, source: Source, args: Any, words: list[str]) -> None:
+def _run(
+    args: Any, words: list[str], settings: Settings, out: Path, context: ProcessContext
+) -> int:
+    on_gpu = context.device.type == "cuda"
+    options = RunOptions(
+        keep=args.keep,
+        budget_gib=args.budget_gib,
+        on_bad=args.on_bad,
+        compiled=args.compile == "on" or (args.compile == "auto" and on_gpu),
+        resume=args.resume == "auto",
+        save_seconds=args.save_seconds,
+    )
+    source = _source(args, context)
+    out.mkdir(parents=True, exist_ok=True)
+    with _Progress(context) as progress:
+        run = DiagnosticsRun(source, settings, options, out / "state", context, progress)
+        found = run.run()
+    if isinstance(found, int):
+        print(f"featkd: stopped; the same command goes on from {out}/state", file=sys.stderr)
+        return 128 + found
+    if found is not None:
+        _write(out, found, source, settings, args, words)
+    context.barrier()
+    run.clear()
+    context.barrier()
+    if context.is_main:
+        (out / "state").rmdir()
+    return 0
+
+
+def _write(
+    out: Path, found: Findings, source: Source, settings: Settings, args: Any, words: list[str]
+) -> None:
     reaches = _reaches(found, args)
-    identity = source.identity()
     about = {
         "command": shlex.join(["featkd", "diagnose", *words]),
         "run": _described(args),
-        "source": identity,
-        "settings": asdict(Settings(**{f.name: _tuple(args[f.name]) for f in fields(Settings)})),
+        "source": source.identity(),
+        "settings": asdict(settings),
         "facts": {
             **environment.versions(),
             "commit": environment.commit(),
@@ -91,8 +100,6 @@ def _write(out: Path, found: Findings, source: Source, args: Any, words: list[st
     summary = tables.write_tables(out, found, reaches, about)
     page = report.write_report(out, found, reaches, about)
     if args.json is not None:
-        from featkd.files import atomic_write
-
         with atomic_write(Path(args.json)) as file:
             file.write(json.dumps(summary, indent=1).encode())
     for texts in verdicts.verdicts(found, report.focus_layers(list(found.layers))).values():
@@ -269,7 +276,8 @@ def _parser() -> ArgumentParser:
     add("--keep", type=Literal["fp32", "bf16", "never"], default="fp32", help="for the second pass")
     add("--budget-gib", type=float, default=8.0, help="most disk for kept features")
     add("--on-bad", type=Literal["error", "skip"], default="error", help="unusable images")
-    add("--compile", action="store_true", help="torch.compile for elementwise and FFT parts")
+    compiled = "torch.compile for elementwise and FFT parts; auto: on a GPU"
+    add("--compile", type=Literal["auto", "on", "off"], default="auto", help=compiled)
     add("--resume", type=Literal["auto", "never"], default="auto", help="go on from out/state")
     add("--save-seconds", type=float, default=30.0, help="least time between two states")
     parser.add_class_arguments(Settings)
@@ -288,7 +296,7 @@ def _check_options(parser: ArgumentParser, words: Sequence[str]) -> None:
 class _Progress:
     """A bar on process 0: images of this process in each pass."""
 
-    def __init__(self, context: ProcessContext, source: Source) -> None:
+    def __init__(self, context: ProcessContext) -> None:
         self._shown = context.is_main
         self._bar: Any = None
         self._pass = 0

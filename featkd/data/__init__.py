@@ -7,8 +7,9 @@
 
 from featkd.data.augment import build_transform
 from featkd.data.config import AugmentConfig, DataConfig
+from featkd.data.factory import build_loader
 from featkd.data.imagefolder import BadImageError, ImageFolder, read_image
-from featkd.data.loader import Batch, Loader, build_loader
+from featkd.data.loader import Batch, Loader
 from featkd.data.sampler import EpochSampler, Key
 
 __all__ = [

@@ -96,7 +96,10 @@ class DataConfig:
         std: standard deviation of the channels, by which the difference is divided.
         crop_pct: share of the shorter side that the evaluation's central crop keeps.
         interpolation: filter for resizing.
-        workers: loader processes on each rank; 0 loads in the training process.
+        workers: loader processes on each rank; 0 loads in the training process. With DALI its
+            threads.
+        backend: what decodes and transforms: "timm" (Pillow, in processes), "dali" (NVIDIA DALI),
+            or "auto": DALI where batches go to a CUDA device and it can do what is asked.
         on_bad_image: "error" stops at an unreadable image; "skip" replaces it by the next
             readable one in training and leaves it out in evaluation.
         augment: augmentation of the training images.
@@ -114,6 +117,7 @@ class DataConfig:
     crop_pct: float = 0.875
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     workers: int = 8
+    backend: Literal["auto", "timm", "dali"] = "auto"
     on_bad_image: Literal["error", "skip"] = "error"
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
@@ -132,6 +136,7 @@ class DataConfig:
             raise ValueError(f"data.crop_pct: expected 0 < crop_pct <= 1, got {self.crop_pct!r}")
         for name, allowed in (
             ("interpolation", ("bicubic", "bilinear")),
+            ("backend", ("auto", "timm", "dali")),
             ("on_bad_image", ("error", "skip")),
         ):
             if getattr(self, name) not in allowed:

@@ -1,17 +1,18 @@
-"""The factory that gives batches, and the loader of torch, timm and Pillow behind it."""
+"""What a loader is, and the one on torch, timm and Pillow."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.dataloader import default_collate
 
-from featkd.data.config import DataConfig
 from featkd.data.imagefolder import BadImageError, ImageFolder, Sample
 from featkd.data.sampler import EpochSampler
 
@@ -58,68 +59,6 @@ class Loader(Protocol):
         ...
 
 
-def build_loader(
-    config: DataConfig,
-    *,
-    split: Literal["train", "val"],
-    batch_size: int,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    pin_memory: bool = False,
-) -> Loader:
-    """The loader of a split.
-
-    Training: shuffled, augmented, the last partial batch dropped; see `EpochSampler` for repeated
-    augmentation and ranks. Evaluation: in order, each image on exactly one rank, so that the
-    number of batches can differ between ranks, and can be 0 on some.
-
-    Args:
-        config: the image set and its preprocessing.
-        split: "train" or "val".
-        batch_size: images in a batch on this rank.
-        seed: seed of the run, the same on all ranks; with (epoch, image, copy) it fixes every
-            pixel, whatever the number of workers or ranks.
-        rank: this process.
-        world_size: number of processes.
-        pin_memory: copy batches to page-locked memory (for transfers to a GPU).
-
-    Returns:
-        A Loader. Call `set_epoch` before each epoch and `close` at the end.
-
-    Raises:
-        FileNotFoundError: a folder is missing or holds no images.
-        ValueError: an argument is out of its range, or a training epoch is under one batch.
-
-    Notes:
-        Each worker holds two batches ahead in shared memory (batch 512 at 224 pixels: 308 MB
-        each).
-    """
-    if split not in ("train", "val"):
-        raise ValueError(f"split: expected train or val, got {split!r}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected >= 1, got {batch_size}")
-    dataset = ImageFolder(config, split, seed)
-    training = split == "train"
-    sampler = EpochSampler(
-        len(dataset),
-        training=training,
-        repeats=config.augment.repeats if training else 1,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-    )
-    if training and len(sampler) < batch_size:
-        raise ValueError(
-            f"batch_size: {batch_size} is more than the {len(sampler)} samples of an epoch on "
-            f"this rank ({len(dataset)} images in {dataset.folder}, world_size {world_size}), "
-            "so that an epoch would have no batch"
-        )
-    return TorchLoader(
-        dataset, sampler, batch_size=batch_size, workers=config.workers, pin_memory=pin_memory
-    )
-
-
 class TorchLoader:
     """`Loader` on torch's DataLoader; see `build_loader`, which makes it."""
 
@@ -149,6 +88,7 @@ class TorchLoader:
             collate_fn=_collate,
             pin_memory=pin_memory,
             worker_init_fn=start_worker,
+            multiprocessing_context=worker_context() if workers else None,
             persistent_workers=workers > 0,
             # DataLoader draws the workers' base seed. Without a generator of its own it would
             # take it from the training's.
@@ -224,6 +164,18 @@ def _collate(
     errors = [error for sample in samples for error in sample.bad]
     stacked = default_collate(images) if images else torch.empty(0)
     return stacked, torch.tensor(targets, dtype=torch.int64), errors
+
+
+def worker_context() -> str | None:
+    """How a DataLoader starts its workers: None for torch's own way, which is to fork.
+
+    DALI has threads of its own, and a process forked beside them can wait for ever for a lock
+    that one of them held (seen here); workers then come from a clean server process.
+    """
+    if "nvidia.dali" not in sys.modules:
+        return None
+    multiprocessing.set_forkserver_preload(["featkd.data.loader"])
+    return "forkserver"
 
 
 def start_worker(worker: int) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from featkd.data import BadImageError, DataConfig, build_transform, read_image
-from featkd.data.loader import start_worker
+from featkd.data.loader import start_worker, worker_context
 from featkd.diagnostics.source import Chunk, Layer, fingerprint
 from featkd.models import FeatureModel, num_layers, resolve_layers
 
@@ -113,11 +113,13 @@ class ModelFeatures:
 
     def chunks(self, numbers: Sequence[int]) -> Iterator[Chunk]:
         """See `Source`."""
+        workers = min(self._config.workers, len(numbers))
         loader = DataLoader(
             self._files,
             batch_size=None,
             sampler=list(numbers),
-            num_workers=min(self._config.workers, len(numbers)),
+            num_workers=workers,
+            multiprocessing_context=worker_context() if workers else None,
             pin_memory=self._device.type == "cuda",
             worker_init_fn=start_worker,
             generator=torch.Generator(),

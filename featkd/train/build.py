@@ -169,7 +169,7 @@ def _loader(recipe: Recipe, context: ProcessContext, split: str) -> Loader:
         seed=recipe.seed,
         rank=context.rank,
         world_size=context.world_size,
-        pin_memory=context.device.type == "cuda",
+        device=context.device,
     )
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,15 +27,27 @@ Spoil = Callable[[Path, str], None]
 Split = Literal["train", "val"]
 # Every kind of draw is likely; under 256 images the repeats need no multiple of 256.
 STRONG = AugmentConfig(random_erasing=0.5, repeats=1)
+DEFAULTS: dict[str, Any] = {"augment": STRONG}
+
+
+@pytest.fixture(params=["timm", "dali"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The loader that a test is about, one after the other."""
+    chosen: str = request.param
+    if chosen == "dali":
+        pytest.importorskip("nvidia.dali")
+        monkeypatch.setitem(DEFAULTS, "augment", replace(STRONG, rand_augment=None))
+    monkeypatch.setitem(DEFAULTS, "backend", chosen)
+    return chosen
 
 
 @contextlib.contextmanager
 def loading(
     root: Path, split: Split = "train", batch_size: int = 4, **options: Any
 ) -> Iterator[Loader]:
-    names = ("seed", "rank", "world_size", "pin_memory")
+    names = ("seed", "rank", "world_size", "device")
     call = {name: options.pop(name) for name in names if name in options}
-    config = DataConfig(str(root), **{"img_size": 16, "augment": STRONG, "workers": 0, **options})
+    config = DataConfig(str(root), **{"img_size": 16, "workers": 0, **DEFAULTS, **options})
     loader = build_loader(config, split=split, batch_size=batch_size, **call)
     try:
         yield loader
@@ -53,6 +66,7 @@ def alive() -> list[int | None]:
     return [child.pid for child in multiprocessing.active_children()]
 
 
+@pytest.mark.usefixtures("backend")
 def test_a_batch(make_set: MakeSet) -> None:
     with loading(make_set(train=14)) as loader:
         batches = list(loader)
@@ -67,6 +81,7 @@ def test_a_batch(make_set: MakeSet) -> None:
             assert batch.bad == []
 
 
+@pytest.mark.usefixtures("backend")
 def test_evaluation_keeps_the_partial_batch(make_set: MakeSet) -> None:
     with loading(make_set(val=14), "val") as loader:
         assert len(loader) == 4
@@ -94,6 +109,7 @@ def test_the_number_of_workers_changes_nothing(make_set: MakeSet, split: Split) 
     assert same(seen[0], seen[2])
 
 
+@pytest.mark.usefixtures("backend")
 def test_the_seed_matters(make_set: MakeSet) -> None:
     root = make_set()
     seen = []
@@ -103,11 +119,12 @@ def test_the_seed_matters(make_set: MakeSet) -> None:
     assert not same(*seen)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_the_number_of_ranks_changes_no_pixel(make_set: MakeSet, repeats: int) -> None:
     """Over all ranks: the same images with the same augmentations, whatever the world size."""
     root = make_set(train=16)
-    augment = AugmentConfig(random_erasing=0.5, repeats=repeats)
+    augment = replace(DEFAULTS["augment"], repeats=repeats)
     unions = []
     for world_size in (1, 2, 4):
         images = []
@@ -136,6 +153,7 @@ def test_copies_of_an_image_are_augmented_differently_on_each_rank(make_set: Mak
             assert not torch.equal(a, b)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_an_epoch_resumes_where_it_stopped(make_set: MakeSet, workers: int, split: Split) -> None:
@@ -152,6 +170,7 @@ def test_an_epoch_resumes_where_it_stopped(make_set: MakeSet, workers: int, spli
         assert len(list(loader)) == len(whole) - 1
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_evaluation_counts_each_image_once(make_set: MakeSet, world_size: int) -> None:
     root = make_set(val=5, classes=5)
@@ -164,6 +183,7 @@ def test_evaluation_counts_each_image_once(make_set: MakeSet, world_size: int) -
     assert sorted(targets) == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_trainings_generators_are_left_alone(make_set: MakeSet, workers: int) -> None:
     def states() -> tuple[Any, str, Tensor]:
@@ -179,6 +199,7 @@ def test_the_trainings_generators_are_left_alone(make_set: MakeSet, workers: int
     assert torch.equal(before[2], after[2])
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("how", ["truncated", "empty", "text"])
 def test_a_bad_image_under_error(make_set: MakeSet, spoil: Spoil, workers: int, how: str) -> None:
@@ -196,6 +217,7 @@ def test_a_bad_image_under_error(make_set: MakeSet, spoil: Spoil, workers: int, 
         assert len(list(loader)) == 4  # the workers live on
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("how", ["truncated", "empty", "text"])
 def test_bad_images_under_skip(make_set: MakeSet, spoil: Spoil, workers: int, how: str) -> None:
@@ -222,6 +244,7 @@ def test_bad_images_under_skip(make_set: MakeSet, spoil: Spoil, workers: int, ho
         assert len(loader.bad_images) == 3
 
 
+@pytest.mark.usefixtures("backend")
 def test_a_split_of_bad_images_gives_no_batch(make_set: MakeSet, spoil: Spoil) -> None:
     root = make_set(val=3, classes=1)
     for path in (root / "val/class0").iterdir():
@@ -232,6 +255,7 @@ def test_a_split_of_bad_images_gives_no_batch(make_set: MakeSet, spoil: Spoil) -
         assert len(loader.bad_images) == 3
 
 
+@pytest.mark.usefixtures("backend")
 def test_a_disk_of_bad_images_ends_the_training(make_set: MakeSet, spoil: Spoil) -> None:
     root = make_set(train=40, classes=1)
     for path in (root / "train/class0").iterdir():
@@ -243,6 +267,7 @@ def test_a_disk_of_bad_images_ends_the_training(make_set: MakeSet, spoil: Spoil)
         list(loader)
 
 
+@pytest.mark.usefixtures("backend")
 def test_break_and_begin_anew(make_set: MakeSet) -> None:
     with loading(make_set(train=40), workers=2) as loader:
         whole = list(loader)
@@ -258,6 +283,7 @@ def test_break_and_begin_anew(make_set: MakeSet) -> None:
         assert not same(list(loader), whole)
 
 
+@pytest.mark.usefixtures("backend")
 def test_a_second_iterator_ends_the_first(make_set: MakeSet) -> None:
     with loading(make_set(train=40), workers=1) as loader:
         first = iter(loader)

@@ -1,0 +1,99 @@
+"""The one place that picks a loader."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import torch
+
+from featkd.data.config import DataConfig
+from featkd.data.imagefolder import ImageFolder
+from featkd.data.loader import Loader, TorchLoader
+from featkd.data.sampler import EpochSampler
+
+
+def build_loader(
+    config: DataConfig,
+    *,
+    split: Literal["train", "val"],
+    batch_size: int,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> Loader:
+    """The loader of a split.
+
+    Training: shuffled, augmented, the last partial batch dropped; see `EpochSampler` for repeated
+    augmentation and ranks. Evaluation: in order, each image on exactly one rank, so that the
+    number of batches can differ between ranks, and can be 0 on some.
+
+    Args:
+        config: the image set and its preprocessing.
+        split: "train" or "val".
+        batch_size: images in a batch on this rank.
+        seed: seed of the run, the same on all ranks; with (epoch, image, copy) it fixes every
+            pixel, whatever the number of workers or ranks.
+        rank: this process.
+        world_size: number of processes.
+        device: where the batches are going. DALI puts them there; timm's loader leaves them in
+            memory, page-locked where they go to a GPU.
+
+    Returns:
+        A Loader. Call `set_epoch` before each epoch and `close` at the end.
+
+    Raises:
+        FileNotFoundError: a folder is missing or holds no images.
+        ValueError: an argument is out of its range, a training epoch is under one batch, or
+            data.backend is "dali" and can't do what is asked; it says why.
+
+    Notes:
+        A worker of timm's loader holds two batches ahead in shared memory (batch 512 at 224
+        pixels: 308 MB each).
+    """
+    if split not in ("train", "val"):
+        raise ValueError(f"split: expected train or val, got {split!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected >= 1, got {batch_size}")
+    dataset = ImageFolder(config, split, seed)
+    training = split == "train"
+    sampler = EpochSampler(
+        len(dataset),
+        training=training,
+        repeats=config.augment.repeats if training else 1,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+    )
+    if training and len(sampler) < batch_size:
+        raise ValueError(
+            f"batch_size: {batch_size} is more than the {len(sampler)} samples of an epoch on "
+            f"this rank ({len(dataset)} images in {dataset.folder}, world_size {world_size}), "
+            "so that an epoch would have no batch"
+        )
+    device = torch.device(device)
+    if _with_dali(config, training, device):
+        from featkd.data.dali import DaliLoader
+
+        return DaliLoader(dataset, config, sampler, batch_size=batch_size, device=device)
+    return TorchLoader(
+        dataset,
+        sampler,
+        batch_size=batch_size,
+        workers=config.workers,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def _with_dali(config: DataConfig, training: bool, device: torch.device) -> bool:
+    if config.backend == "timm" or (config.backend == "auto" and device.type != "cuda"):
+        return False
+    from featkd.data.dali import why_not
+
+    why = why_not(config, training)
+    if why and config.backend == "dali":
+        raise ValueError(f'data.backend: "dali" can\'t be used: {why}; allowed: "timm", "auto"')
+    if why:
+        warnings.warn(f"images are loaded by timm, not by DALI: {why}", stacklevel=3)
+    return not why

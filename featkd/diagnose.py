@@ -27,7 +27,7 @@ from featkd.diagnostics.source import Source, fingerprint
 from featkd.diagnostics.stream import Settings
 from featkd.distributed import ProcessContext
 from featkd.files import atomic_write
-from featkd.models import FeatureModel, create_teacher
+from featkd.models import FeatureModel, Lift, create_teacher
 from featkd.train import checkpoint
 from featkd.train.trained import load_trained
 
@@ -42,6 +42,7 @@ def diagnose(words: Sequence[str]) -> int:
     _check_options(parser, words)
     args = parser.parse_args(list(words))
     settings = Settings(**{f.name: _tuple(args[f.name]) for f in fields(Settings)})
+    _check(args)
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"out: expected a folder, {out} is a file")
@@ -49,6 +50,21 @@ def diagnose(words: Sequence[str]) -> int:
         return _run(args, list(words), settings, out, distributed.start(args.device))
     finally:
         distributed.stop()
+
+
+def _check(args: Any) -> None:
+    """What would otherwise come up only after hours, or as a riddle."""
+    for name in ("batch_size", "images"):
+        if args[name] is not None and args[name] < 1:
+            raise ValueError(f"{name}: expected a whole number >= 1, got {args[name]}")
+    for name in ("layers", "student_layers", "teacher_layers"):
+        chosen = args[name]
+        if chosen is not None and (not chosen or len(set(chosen)) < len(chosen)):
+            raise ValueError(f"{name}: expected layers, each once, got {chosen}")
+    if args.centred and args.student is not None:
+        raise ValueError("centred: got true beside --student, whose reach needs uncentred axes")
+    if args.json is not None and not Path(args.json).absolute().parent.is_dir():
+        raise FileNotFoundError(f"json: no folder {Path(args.json).absolute().parent}")
 
 
 def _run(
@@ -73,18 +89,14 @@ def _run(
         return 128 + found
     if found is not None:
         _write(out, found, source, settings, args, words)
-    context.barrier()
     run.clear()
-    context.barrier()
-    if context.is_main:
-        (out / "state").rmdir()
     return 0
 
 
 def _write(
     out: Path, found: Findings, source: Source, settings: Settings, args: Any, words: list[str]
 ) -> None:
-    reaches = _reaches(found, args)
+    reaches = _reaches(found, source)
     about = {
         "command": shlex.join(["featkd", "diagnose", *words]),
         "run": _described(args),
@@ -93,6 +105,7 @@ def _write(
         "facts": {
             **environment.versions(),
             "commit": environment.commit(),
+            "uncommitted changes": "yes" if environment.has_changes() else "no",
             **environment.machine(),
             "processes": os.environ.get("WORLD_SIZE", "1"),
         },
@@ -108,13 +121,18 @@ def _write(
         print(verdicts.reach_verdict(r))
     for text in verdicts.warnings(found):
         print(f"note: {text}")
-    print(f"{found.images} images, {found.images_per_s:.1f} images/s in the first pass: {page}")
+    speed = found.images_per_s
+    pace = "" if speed is None else f", {speed:.1f} images/s in the first pass of process 0"
+    print(f"{found.images} images{pace}: {page}")
 
 
-def _reaches(found: Findings, args: Any) -> list[Reach]:
-    if args.student is None or args.centred:
+def _reaches(found: Findings, source: Source) -> list[Reach]:
+    """The student's limits: of the width behind its projector, if it has one."""
+    widths = {la.index: r.channels for la, r in found.layers.items() if la.model == "student"}
+    if not widths or not isinstance(source, ModelFeatures):
         return []
-    width = [r.channels for layer, r in found.layers.items() if layer.model == "student"][-1]
+    student = source.model("student")
+    width = student.embed_dim if isinstance(student, Lift) else widths[max(widths)]
     return [reach(la, r, width) for la, r in found.layers.items() if la.model == "teacher"]
 
 
@@ -143,9 +161,14 @@ def _source(args: Any, context: ProcessContext) -> Source:
         if models or args.data is not None:
             others = ", ".join(f"--{name}" for name in models or ["data"])
             raise ValueError(f"features: given together with {others}; give one of them")
+        unused = ("checkpoint", "pretrained", "img_size", "mean", "std", "crop_pct")
+        wrong = [name for name in unused if args[name]]
+        if wrong:
+            raise ValueError(f"{wrong[0]}: given together with --features, which needs no model")
         return FeatureFiles(
             Path(args.features),
             args.layers,
+            limit=args.images,
             allow_pickle=args.allow_pickle,
             prefix_tokens=args.prefix_tokens,
             chunk_size=args.batch_size,
@@ -168,14 +191,12 @@ def _source(args: Any, context: ProcessContext) -> Source:
         subjects.append(Subject(label, model, None if layers is None else tuple(layers), about))
         configs.append(config)
     asked = {k: args[k] for k in ("img_size", "mean", "std", "crop_pct") if args[k] is not None}
-    differ = [k for k in configs[0] if k not in asked and configs[0][k] != configs[-1][k]]
-    if differ:
+    if "img_size" not in asked and configs[0]["img_size"] != configs[-1]["img_size"]:
         raise ValueError(
-            "student: the models were made for different images: "
-            + "; ".join(f"{k}: {configs[0][k]} and {configs[-1][k]}" for k in differ)
-            + "; say which with the options of these names"
+            f"img_size: the student was made for {configs[0]['img_size']} pixels, the teacher for "
+            f"{configs[-1]['img_size']}; say which with --img-size"
         )
-    return ModelFeatures(
+    source = ModelFeatures(
         subjects,
         Path(args.data),
         DataConfig(workers=args.workers, **{**configs[-1], **asked}),
@@ -185,6 +206,16 @@ def _source(args: Any, context: ProcessContext) -> Source:
         chunk_size=args.batch_size,
         on_bad=args.on_bad,
     )
+    random = [name for name in models if not _has_weights(args, name)]
+    if random:
+        source.notes.append(f"random weights: {' and '.join(random)}")
+    for k in configs[0]:
+        if k not in asked and configs[0][k] != configs[-1][k]:
+            source.notes.append(
+                f"images are preprocessed for the teacher ({k} {configs[-1][k]}), not as the "
+                f"student's are ({configs[0][k]})"
+            )
+    return source
 
 
 def _model(args: Any, name: str) -> tuple[FeatureModel, dict[str, Any], dict[str, Any]]:
@@ -195,19 +226,23 @@ def _model(args: Any, name: str) -> tuple[FeatureModel, dict[str, Any], dict[str
         path = Path(word)
         if not path.is_file():
             raise FileNotFoundError(f"{name}: no checkpoint {word}")
+        for other in ("img_size", f"{name}_options", "pretrained"):
+            if args[other]:
+                raise ValueError(f"{other}: got {args[other]!r} beside {word}, which fixes it")
+        if file:
+            raise ValueError(f"checkpoint: got {file} beside {word}, which holds its weights")
         data = checkpoint.load(path)["recipe"]["data"]
         kept = ("img_size", "mean", "std", "crop_pct", "interpolation")
-        about = {"name": word, "weights": _digest(path)}
+        about = {"name": word, "weights": fingerprint([path])}
         model: Any = load_trained(path)
         return model, {k: _tuple(data[k]) for k in kept}, about
     options = dict(args[f"{name}_options"] or {})
     if args.img_size is not None:
         options["img_size"] = args.img_size
-    model = create_teacher(word, pretrained=args.pretrained, checkpoint=file, **options)
     if not (args.pretrained or file):
         torch.manual_seed(args.seed)
-        model = create_teacher(word, **options)
         print(f"featkd: {name} {word} has random weights", file=sys.stderr)
+    model = create_teacher(word, pretrained=args.pretrained, checkpoint=file, **options)
     made = model.pretrained_cfg
     config = {
         "img_size": options.get("img_size", made["input_size"][-1]),
@@ -217,13 +252,8 @@ def _model(args: Any, name: str) -> tuple[FeatureModel, dict[str, Any], dict[str
         "interpolation": made["interpolation"],
     }
     weights = "pretrained" if args.pretrained else f"random, seed {args.seed}"
-    return model, config, {"name": word, "weights": _digest(Path(file)) if file else weights}
-
-
-def _digest(path: Path) -> str:
-    """Enough of a file to tell it from another version of itself."""
-    facts = path.stat()
-    return fingerprint([str(path.resolve()), str(facts.st_size), str(facts.st_mtime_ns)])
+    about = {"name": word, "weights": fingerprint([file]) if file else weights}
+    return model, config, {**about, "options": {k: str(v) for k, v in options.items()}}
 
 
 def _tuple(value: Any) -> Any:

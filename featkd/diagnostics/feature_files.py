@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from featkd.diagnostics.source import Chunk, Layer, UnreadableError, fingerprint
+from featkd.diagnostics.source import Chunk, Layer, UnreadableError, evenly, fingerprint
 
 _SUFFIXES = (".npy", ".npz", ".safetensors")
 _PREFIXES = (0, 1, 2, 5)  # none; class; class and distillation; class and four registers
@@ -34,6 +34,7 @@ class FeatureFiles:
         allow_pickle: read object arrays. That runs code that the file brings along.
         prefix_tokens: class and other tokens to drop at the front of each map; "auto" drops as
             few of 0, 1, 2 or 5 as leave a square number, as published.
+        limit: only so many files, spread evenly over the folder; None for all.
         chunk_size: files read at once.
         on_bad: "error" stops at an unusable file; "skip" leaves it out.
 
@@ -52,6 +53,7 @@ class FeatureFiles:
         *,
         allow_pickle: bool = False,
         prefix_tokens: int | Literal["auto"] = "auto",
+        limit: int | None = None,
         chunk_size: int = 16,
         on_bad: Literal["error", "skip"] = "error",
     ) -> None:
@@ -66,7 +68,7 @@ class FeatureFiles:
                 f"features: expected files of one of {', '.join(_SUFFIXES)} in {folder}, got {what}"
             )
         self.folder = folder
-        self._paths = kinds[there[0]]
+        self._paths = [kinds[there[0]][n] for n in evenly(len(kinds[there[0]]), limit)]
         self.num_images = len(self._paths)
         self.chunk_size = chunk_size
         self._allow_pickle = allow_pickle
@@ -86,6 +88,26 @@ class FeatureFiles:
                     f"of layer {index}, got {self._prefix[index]}"
                 )
         self._shapes = [tuple(m.shape) for m in first]
+        self.notes = self._about_prefixes() if prefix_tokens == "auto" else []
+
+    def _about_prefixes(self) -> list[str]:
+        """Which tokens were taken for class tokens, and where none could be told."""
+        notes = []
+        tokens = {layer.index: self._shapes[layer.index][0] for layer in self.layers}
+        dropped = sorted({(tokens[n], self._prefix[n]) for n in tokens if self._prefix[n]})
+        for count, prefix in dropped:
+            notes.append(
+                f"of {count} tokens a map the first {prefix} are taken for class or other extra "
+                "tokens and dropped (prefix_tokens says otherwise)"
+            )
+        left = {n: tokens[n] - self._prefix[n] for n in tokens}
+        odd = sorted({n for n in left.values() if math.isqrt(n) ** 2 != n})
+        for count in odd:
+            notes.append(
+                f"{count} tokens a map form no square, so class tokens could not be told from "
+                "others and none were dropped (prefix_tokens says how many to drop)"
+            )
+        return notes
 
     def _first_readable(self) -> tuple[int, list[Tensor]]:
         """The file that says how many layers there are, and its maps."""
@@ -103,7 +125,7 @@ class FeatureFiles:
     def identity(self) -> dict[str, Any]:
         return {
             "features": str(self.folder.resolve()),
-            "files": f"{self.num_images} ({fingerprint([p.name for p in self._paths])})",
+            "files": f"{self.num_images} ({fingerprint(self._paths)})",
             "layers": [layer.index for layer in self.layers],
             "prefix tokens": [self._prefix[layer.index] for layer in self.layers],
             "chunk": self.chunk_size,
@@ -146,6 +168,7 @@ class FeatureFiles:
 
 def _read(path: Path, allow_pickle: bool) -> list[Tensor]:
     """The maps of a file, each (tokens, channels), in the layers' order."""
+    stages = False  # Swin's: (H, W, channels) is one map, not H layers
     try:
         if path.suffix == ".safetensors":
             named = safetensors.torch.load_file(path)
@@ -156,7 +179,7 @@ def _read(path: Path, allow_pickle: bool) -> list[Tensor]:
                 with loaded:
                     parts = [loaded[name] for name in sorted(loaded.files, key=_natural)]
             elif loaded.dtype == object:
-                parts = list(loaded)
+                parts, stages = list(loaded), True
             else:
                 parts = [loaded]
             arrays = [torch.from_numpy(np.ascontiguousarray(part)) for part in parts]
@@ -176,7 +199,7 @@ def _read(path: Path, allow_pickle: bool) -> list[Tensor]:
     except Exception as error:  # zipfile, pickle and zlib have errors of their own
         kind = type(error).__name__
         raise UnreadableError(f"features: {path} is damaged: {kind}: {error}") from error
-    maps = _as_layers(arrays)
+    maps = _as_layers(arrays, stages)
     if not maps or any(m.dim() != 2 or not m.numel() for m in maps):
         raise UnreadableError(
             f"features: expected (layers, tokens, channels) or (tokens, channels) in {path}, got "
@@ -189,8 +212,8 @@ def _read(path: Path, allow_pickle: bool) -> list[Tensor]:
     return maps
 
 
-def _as_layers(arrays: list[Tensor]) -> list[Tensor]:
-    if len(arrays) == 1 and arrays[0].dim() == 3:
+def _as_layers(arrays: list[Tensor], stages: bool) -> list[Tensor]:
+    if len(arrays) == 1 and arrays[0].dim() == 3 and not stages:
         return list(arrays[0])
     return [a.flatten(0, 1) if a.dim() == 3 else a for a in arrays]  # Swin's (H, W, channels)
 

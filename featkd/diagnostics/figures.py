@@ -78,7 +78,10 @@ def _energy(r: LayerResult) -> Figure:
         axes.fill_between(index, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
     d = r.channels
     axes.plot(range(1, d + 1), r.pca.spread, color=_COLOURS[2], label="all tokens, data set's axes")
-    axes.plot([0, d], [0, 1], color=GREY, linestyle=":", label="white noise")
+    null = r.gaussian_spectrum.curve_mean
+    index = range(1, len(null) + 1)
+    axes.plot(index, null, color=_COLOURS[0], linestyle=":", label="Gaussian, own subspace")
+    axes.plot([0, d], [0, 1], color=_COLOURS[1], linestyle=":", label="Gaussian, the data set's")
     axes.set_ylim(0, 1.02)
     legend(axes)
     return figure
@@ -152,11 +155,13 @@ def _reach(findings: Findings, reaches: Sequence[Reach]) -> Figure:
     r = findings.layers[last.teacher]
     figure, (axes,) = axes_for([("channels of the student", "share of the teacher's energy")])
     d = range(1, r.channels + 1)
-    axes.plot(
-        d, r.pca.spread, color=_COLOURS[0], label="one projector for all images (Lift's limit)"
-    )
-    curve = r.spectrum.curve_mean
-    axes.plot(range(1, len(curve) + 1), curve, color=_COLOURS[2], label="one for each image")
+    axes.plot(d, r.pca.spread, color=_COLOURS[0], label="one projector for all images")
+    for curve, style, label in (
+        (r.spectrum.curve_weighted, "-", "one for each image"),
+        (r.gaussian_spectrum.curve_mean, ":", "one for each Gaussian map"),
+    ):
+        axes.plot(range(1, len(curve) + 1), curve, style, color=_COLOURS[2], label=label)
+    axes.plot([last.channels], [last.shared_with_bias], "o", color=_COLOURS[0], label="with a bias")
     axes.plot([last.channels], [last.pooled], "s", color=_COLOURS[1], label="no projector, pooled")
     axes.axvline(last.channels, color=GREY, linestyle=":", label=f"student: {last.channels}")
     axes.set_ylim(0, 1.02)

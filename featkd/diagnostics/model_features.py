@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from featkd.data import BadImageError, DataConfig, build_transform, read_image
 from featkd.data.loader import start_worker, worker_context
-from featkd.diagnostics.source import Chunk, Layer, fingerprint
+from featkd.diagnostics.source import Chunk, Layer, evenly, fingerprint
 from featkd.models import FeatureModel, num_layers, resolve_layers
 
 
@@ -72,6 +72,7 @@ class ModelFeatures:
         self._files = _Images(_find_images(folder, limit), config, chunk_size, on_bad == "skip")
         self.num_images = len(self._files.paths)
         self.chunk_size = chunk_size
+        self.notes: list[str] = []
         self._config = config
         self._device = device
         self._bf16 = bf16
@@ -87,6 +88,10 @@ class ModelFeatures:
         self.layers = tuple(
             Layer(subject.name, index) for subject, layers in self._models for index in layers
         )
+
+    def model(self, name: str) -> FeatureModel:
+        """The model of a subject's name."""
+        return next(subject.model for subject, _ in self._models if subject.name == name)
 
     def name(self, image: int) -> str:
         return self._files.paths[image]
@@ -178,7 +183,4 @@ def _find_images(folder: Path, limit: int | None) -> list[str]:
         raise FileNotFoundError(
             f"data: no image below {folder}; expected files ending in {', '.join(IMG_EXTENSIONS)}"
         )
-    if limit is not None and limit < len(found):
-        # the files are sorted by class: the first ones would be of a few classes
-        found = [found[position * len(found) // limit] for position in range(limit)]
-    return found
+    return [found[position] for position in evenly(len(found), limit)]

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from featkd.diagnostics.sep import SEP, SHARES, SEPResult, cumulative_moments, first_reaching
+from featkd.diagnostics.sep import (
+    SEP,
+    SHARES,
+    SEPResult,
+    cumulative_moments,
+    first_reaching,
+    safe_scale,
+)
+from featkd.diagnostics.spectrum import SpectrumResult, SpectrumStats
 
 _TOKENS = 4096  # of the Gaussian null
 
@@ -26,6 +34,16 @@ def gaussian_sep(channels: int, shares: Sequence[float] = SHARES, seed: int = 0)
     return stats.result(shares)
 
 
+def gaussian_spectrum(
+    tokens: int, channels: int, thresholds: Sequence[float], seed: int = 0, images: int = 8
+) -> SpectrumResult:
+    """Energy ranks and curve of Gaussian maps of one size: what counting alone makes low rank."""
+    stats = SpectrumStats(thresholds)
+    maps = gaussian_tokens(channels, seed, images * tokens).reshape(images, tokens, channels)
+    stats.update(maps, torch.arange(images))
+    return stats.result()
+
+
 @dataclass(frozen=True)
 class PermutationResult:
     """SEP of a sample beside SEP of the same sample with its channels in random orders.
@@ -40,6 +58,8 @@ class PermutationResult:
             over the orders.
         p_value: (S,) share of the orders, the observed one among them, at least as far from the
             orders' mean as the observed one.
+        p_joint: the same of the largest distance over all shares, each in units of its own
+            standard deviation over the orders: one test, however many shares.
         permuted_curve: (D,) float64, the mean curve over the orders.
     """
 
@@ -53,6 +73,7 @@ class PermutationResult:
     permuted_low: tuple[float, ...]
     permuted_high: tuple[float, ...]
     p_value: tuple[float, ...]
+    p_joint: float
     permuted_curve: Tensor
 
 
@@ -77,6 +98,7 @@ def permutation_test(
     """
     d = features.shape[2]
     x = features.float()
+    x = x * safe_scale(x)
     generator = torch.Generator().manual_seed(seed)
     curves = torch.stack([_mean_curve(image) for image in x])  # (M, D)
     curves = curves[~curves.isnan().any(1)]
@@ -89,6 +111,9 @@ def permutation_test(
     permuted_curves = torch.stack([_mean_curve(x[..., order]) for order in orders])
     permuted = _relative(permuted_curves, shares)
     middle = permuted.mean(0)
+    spread = permuted.std(0, unbiased=False) + 1 / d  # d/D moves in steps of 1/D
+    largest = ((permuted - middle).abs() / spread).amax(1)
+    joint = int((largest >= ((observed - middle).abs() / spread).max() - 1e-12).sum())
     as_far = (permuted - middle).abs() >= (observed - middle).abs() - 1e-12
     return PermutationResult(
         shares=tuple(shares),
@@ -101,6 +126,7 @@ def permutation_test(
         permuted_low=_floats(permuted.quantile(0.025, dim=0)),
         permuted_high=_floats(permuted.quantile(0.975, dim=0)),
         p_value=_floats((1 + as_far.sum(0)) / (1 + permutations)),
+        p_joint=(1 + joint) / (1 + permutations),
         permuted_curve=permuted_curves.mean(0),
     )
 

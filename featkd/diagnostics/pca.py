@@ -10,13 +10,10 @@ import torch
 from torch import Tensor
 
 from featkd import checks, linalg, reference
-from featkd.diagnostics.fixed_point import FixedPointSum, quantum_for
+from featkd.diagnostics.exact_sum import ExactSum
 from featkd.diagnostics.per_image import ImageTable, Summary, summarise
 
-# 2^-36 of the pilot's largest entry; 2^26 chunks like the pilot fit below int64's bound
-_BITS = 36
 _SLAB = 784  # tokens that are summed in the features' precision before float64 takes over
-_SHARE = 2.0**-38
 _TIE = 1e-10  # of featkd.linalg: a share this close below a threshold reaches it
 _NEAR = 2e-6  # float32 decides no dimension whose share is this near to a threshold
 
@@ -46,30 +43,26 @@ class DatasetPCA:
     """Accumulates C = sum_i X_i^T X_i / tokens ([EM26], Figure 2).
 
     Tokens are taken relative to a pilot mean, so that a large common part costs no accuracy;
-    `result` puts it back in float64. Sums within 784 tokens are in the features' own precision,
-    beyond that in fixed point (`FixedPointSum`).
+    `result` puts it back in float64. Products, and sums within 784 tokens, are in the features'
+    own precision (float32 at least), sums beyond that exact (`ExactSum`).
     """
 
     def __init__(self) -> None:
         self._pilot: Tensor | None = None
-        self._second: FixedPointSum | None = None
-        self._first: FixedPointSum | None = None
+        self._second: ExactSum | None = None
+        self._first: ExactSum | None = None
         self._tokens = 0
 
     def calibrate(self, features: Tensor) -> None:
-        """Take pilot mean and units from some features; nothing is counted.
+        """Take the pilot mean from some features; nothing is counted.
 
         Accumulators that are to be merged need the same pilot. `update` calibrates by its first
         features where this wasn't called.
         """
         tokens = _tokens(features).double()
         self._pilot = tokens.mean(0).float().cpu()
-        shifted = tokens - self._pilot.to(tokens)
-        square = shifted.square().sum(0).max().item() if len(tokens) else 0.0
         d = features.shape[-1]
-        self._second = FixedPointSum((d, d), quantum_for(square, _BITS))
-        first = (square * len(tokens)) ** 0.5  # bounds a sum of that many
-        self._first = FixedPointSum((d,), quantum_for(first, _BITS))
+        self._second, self._first = ExactSum((d, d)), ExactSum((d,))
 
     def update(self, features: Tensor) -> None:
         """Add maps (B, N, D), floating and finite."""
@@ -122,8 +115,8 @@ class DatasetPCA:
             self.__init__()  # type: ignore[misc]
             return
         self._pilot = state["pilot"]
-        self._second = FixedPointSum.from_state_dict(state["second"])
-        self._first = FixedPointSum.from_state_dict(state["first"])
+        self._second = ExactSum.from_state_dict(state["second"])
+        self._first = ExactSum.from_state_dict(state["first"])
         self._tokens = state["tokens"]
 
     def result(self, centred: bool = False) -> PCAResult:
@@ -139,8 +132,8 @@ class DatasetPCA:
             raise ValueError("features: no token came, so there is no PCA")
         assert self._pilot is not None
         pilot = self._pilot.double()
-        offset = self._first.value().cpu() / self._tokens  # of the mean from the pilot
-        moment = self._second.value().cpu() / self._tokens
+        offset = self._first.value() / self._tokens  # of the mean from the pilot
+        moment = self._second.value() / self._tokens
         if centred:
             moment = moment - torch.outer(offset, offset)
         else:
@@ -185,7 +178,7 @@ class CapturedResult:
         thresholds: the T shares of energy.
         images: (M,) int64 indices, ascending.
         dims: (M, T) int32: the least d whose axes hold the share; 0 where all features are zero.
-        summaries: one for each threshold.
+        summaries: one for each threshold, over the images that are not zero, as are the curves.
         curve_mean, curve_std: (D,) float64, share of an image's energy in the d leading axes.
     """
 
@@ -215,8 +208,8 @@ class CapturedEnergy:
         self._mean = pca.mean if pca.centred else None
         d = len(pca.vectors)
         self._table = ImageTable(len(self.thresholds))
-        self._curve = FixedPointSum((d,), _SHARE)
-        self._square = FixedPointSum((d,), _SHARE)
+        self._curve = ExactSum((d,))
+        self._square = ExactSum((d,))
 
     def update(self, features: Tensor, images: Tensor) -> None:
         """Add the maps (B, N, D) of the images (B,)."""
@@ -261,8 +254,8 @@ class CapturedEnergy:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._table.load_state_dict(state["table"])
-        self._curve = FixedPointSum.from_state_dict(state["curve"])
-        self._square = FixedPointSum.from_state_dict(state["square"])
+        self._curve = ExactSum.from_state_dict(state["curve"])
+        self._square = ExactSum.from_state_dict(state["square"])
 
     def result(self) -> CapturedResult:
         """The figures over all images so far.
@@ -271,15 +264,16 @@ class CapturedEnergy:
             ValueError: no image came.
         """
         images, dims = self._table.sorted()
-        if not len(images):
-            raise ValueError("features: no image came, so no energy was captured")
-        mean = self._curve.value().cpu() / len(images)
-        variance = self._square.value().cpu() / len(images) - mean.square()
+        some = dims[dims[:, 0] != 0]
+        if not len(some):
+            raise ValueError("features: no image with any energy came, so none was captured")
+        mean = self._curve.value() / len(some)
+        variance = self._square.value() / len(some) - mean.square()
         return CapturedResult(
             thresholds=self.thresholds,
             images=images,
             dims=dims,
-            summaries=tuple(summarise(column) for column in dims.T),
+            summaries=tuple(summarise(column) for column in some.T),
             curve_mean=mean,
             curve_std=variance.clamp(min=0).sqrt(),
         )

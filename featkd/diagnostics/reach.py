@@ -1,8 +1,8 @@
 """What a narrower student can reach of a teacher's maps: limits of linear projectors.
 
-The limits are of energy, token by token, under squared error: the best a projector can do where
-the student could put any numbers it likes into its channels. They say nothing of what training
-finds, nor of accuracy.
+The limits are of energy over all images, token by token, under squared error: the best that a
+projector can do where the student could put any numbers it likes into its channels. They say
+nothing of what training finds, nor of accuracy.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ class Reach:
         channels, teacher_channels: r, and the teacher's D.
         pooled: without a projector, where the teacher's map is pooled to r channels.
         shared: one linear projector for all images, r to D: the r leading axes of the data set's
-            PCA. It is Lift's limit, and that of a projector that is dropped after training.
-        shared_with_bias: the same with a bias, which holds the mean token.
+            PCA.
+        shared_with_bias: the same with a bias, which holds the mean token. Lift's map is behind a
+            LayerNorm with a bias, so this bounds it, and any projector that is dropped later.
         per_image: what r channels would hold if each image had a projector of its own.
-        wide: a last block of the teacher's width, WideLast's limit.
+        per_image_gaussian: the same of Gaussian maps: what few tokens alone make easy.
     """
 
     teacher: Layer
@@ -39,7 +40,7 @@ class Reach:
     shared: float
     shared_with_bias: float
     per_image: float
-    wide: float = 1.0
+    per_image_gaussian: float
 
 
 def reach(teacher: Layer, result: LayerResult, channels: int) -> Reach:
@@ -58,7 +59,7 @@ def reach(teacher: Layer, result: LayerResult, channels: int) -> Reach:
     total = float(values.sum())
     r = min(channels, d)
     moment = (vectors * values) @ vectors.T
-    curve = result.spectrum.curve_mean
+    curve, null = result.spectrum.curve_weighted, result.gaussian_spectrum.curve_mean
     return Reach(
         teacher=teacher,
         channels=channels,
@@ -67,6 +68,7 @@ def reach(teacher: Layer, result: LayerResult, channels: int) -> Reach:
         shared=float(values[:r].sum()) / total,
         shared_with_bias=1 - _rest_when_centred(moment, pca.mean, r) / total,
         per_image=float(curve[min(r, len(curve)) - 1]),
+        per_image_gaussian=float(null[min(r, len(null)) - 1]),
     )
 
 

@@ -38,17 +38,18 @@ def write_report(
     focus = focus_layers(list(findings.layers))
     drawn = figures.save(figures.draw(findings, focus, reaches), out / "figures")
     pictures = {name: Markup(svg) for name, svg in drawn.items()}
+    texts = verdicts(findings, focus)
     sections = [
         {
             "title": str(layer).capitalize(),
-            "verdicts": found,
+            "verdicts": found[1:],
             "figures": [
                 (pictures[key], caption)
                 for kind, caption in _CAPTIONS.items()
                 if (key := f"{kind}-{layer.model or 'model'}-{layer.index}") in pictures
             ],
         }
-        for layer, found in verdicts(findings, focus).items()
+        for layer, found in texts.items()
     ]
     page = (
         Environment(loader=PackageLoader("featkd.diagnostics"), autoescape=True)
@@ -57,6 +58,7 @@ def write_report(
             findings=findings,
             warnings=warnings(findings),
             reaches=[reach_verdict(r) for r in reaches[-1:]],
+            headlines=[found[0] for found in texts.values()],
             reach_rows=[_reach_row(r) for r in reaches],
             sections=sections,
             layers_figure=pictures.get("layers"),
@@ -68,6 +70,7 @@ def write_report(
             sep_rows=[_sep_row(layer, r) for layer, r in findings.layers.items()],
             shares=[f"{100 * s:g} %" for s in next(iter(findings.layers.values())).sep.shares],
             about=about,
+            centred=next(iter(findings.layers.values())).pca.centred,
         )
     )
     path = out / "report.html"
@@ -80,7 +83,7 @@ _CAPTIONS = {
     "ranks": "How many dimensions an image needs for a share of its energy: of its own subspace "
     "(left), and of the axes that all images share (right).",
     "energy": "Share of the energy in the leading dimensions, mean over images, shaded by one "
-    "standard deviation. White noise would follow the dotted line.",
+    "standard deviation; dotted, Gaussian maps of the same size.",
     "sep": "Spectral energy pattern: cumulative energy over the frequencies of a token's channels, "
     "as published (left) and one-sided (right), beside its null models. Where the curves lie on "
     "one another the pattern says nothing.",
@@ -95,7 +98,8 @@ def _row(layer: Layer, r: LayerResult) -> list[str]:
         dims = [str(s.percentile99) for s in r.captured.summaries]
     overlap = "-" if r.rotation is None else f"{r.rotation.pair_mean:.2f}"
     random = "-" if r.rotation is None else f"{r.rotation.random:.2f}"
-    ranks = [str(s.percentile99) for s in r.spectrum.summaries]
+    pairs = zip(r.spectrum.summaries, r.gaussian_spectrum.summaries, strict=True)
+    ranks = [f"{own.percentile99} / {null.percentile99}" for own, null in pairs]
     return [str(layer), str(r.channels), *ranks, *dims, overlap, random]
 
 
@@ -107,6 +111,6 @@ def _sep_row(layer: Layer, r: LayerResult) -> list[str]:
 
 
 def _reach_row(r: Reach) -> list[str]:
-    shares = (r.pooled, r.shared, r.shared_with_bias, r.per_image, r.wide)
+    shares = (r.pooled, r.shared, r.shared_with_bias, r.per_image, r.per_image_gaussian)
     widths = f"{r.channels} / {r.teacher_channels}"
     return [str(r.teacher), widths, *(f"{100 * share:.1f}" for share in shares)]

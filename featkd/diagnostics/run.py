@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -11,16 +12,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from featkd.diagnostics.kept import KeptFeatures
+import featkd
+from featkd.diagnostics.kept import KEPT_FILES, KeptFeatures
 from featkd.diagnostics.pca import CapturedEnergy, PCAResult
 from featkd.diagnostics.source import Chunk, Layer, Source, UnreadableError, num_chunks
-from featkd.diagnostics.state import load_state, save_state, state_path
+from featkd.diagnostics.state import STATE_FILES, load_state, save_state, state_path
 from featkd.diagnostics.stream import LayerDiagnostics, LayerResult, Settings
 from featkd.distributed import ProcessContext
 from featkd.files import remove_leftovers
 from featkd.interrupt import Interrupt
 
 _GIB = 2**30
+_LARGEST = 1e17  # the squares of more leave float32
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,15 @@ class Findings:
         layers: for each layer its figures.
         bad: what is wrong with the images that were left out, by name.
         images: images that were counted.
-        images_per_s: of this process's first pass, since it was last started.
+        images_per_s: of process 0's first pass, since it was last started; None where that had
+            ended before.
         notes: what a reader must know about the figures.
     """
 
     layers: dict[Layer, LayerResult]
     bad: dict[str, str]
     images: int
-    images_per_s: float
+    images_per_s: float | None
     notes: list[str]
 
 
@@ -104,6 +108,7 @@ class DiagnosticsRun:
         self.options = options
         self.context = context
         self.progress = progress
+        self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         if context.is_main:
             remove_leftovers(folder)
@@ -136,13 +141,14 @@ class DiagnosticsRun:
         """
         if self.options.resume:
             self._resume()
-        elif self._kept is not None:
-            self._kept.remove()
+        else:
+            self._remove_all()
         with Interrupt() as interrupt:
             started, before = time.monotonic(), self._seen()
             if self._pass == 1 and not self._first_pass(interrupt):
                 return interrupt.signal
-            speed = (self._seen() - before) / max(time.monotonic() - started, 1e-9)
+            seconds, seen = time.monotonic() - started, self._seen() - before
+            speed = seen / seconds if seen else None
             if not self.context.any_true(self._seen() > 0):
                 raise UnreadableError("none of the images could be used")
             merged = self._merged()
@@ -151,10 +157,23 @@ class DiagnosticsRun:
         return self._findings(merged, speed)
 
     def clear(self) -> None:
-        """Remove this process's states and kept features, once the results are safe."""
+        """Remove all states and kept features, once the results are safe."""
+        self._path.unlink(missing_ok=True)  # first: a state without its features can't be resumed
         if self._kept is not None:
             self._kept.remove()
-        self._path.unlink(missing_ok=True)
+        self._remove_all()
+        with contextlib.suppress(OSError):  # something of somebody else's lies there
+            if self.context.is_main:
+                self._folder.rmdir()
+
+    def _remove_all(self) -> None:
+        """What runs of any number of processes left."""
+        self.context.barrier()
+        if self.context.is_main:
+            for pattern in (*STATE_FILES, *KEPT_FILES):
+                for path in self._folder.glob(pattern):
+                    path.unlink(missing_ok=True)
+        self.context.barrier()
 
     # The first pass.
 
@@ -206,15 +225,16 @@ class DiagnosticsRun:
         self._calibrated = True
 
     def _usable(self, chunk: Chunk) -> tuple[Tensor, dict[Layer, Tensor]]:
-        """Images and maps without those that hold NaN or Inf in any layer."""
+        """Images and maps without those that hold NaN, Inf or the like in any layer."""
         if not len(chunk.images):
             return chunk.images, {}
         finite = torch.ones(len(chunk.images), dtype=torch.bool)
         for layer, m in chunk.maps.items():
-            good = torch.isfinite(m).flatten(1).all(1).cpu()
+            largest = m.detach().flatten(1).abs().amax(1)
+            good = (largest <= _LARGEST).cpu()  # and False where it is NaN
             for image in chunk.images[~good].tolist():
                 name = self.source.name(image)
-                message = f"{layer}: NaN or Inf among the features"
+                message = f"{layer}: NaN, Inf or numbers above {_LARGEST:g} among the features"
                 if self.options.on_bad == "error":
                     raise UnreadableError(f"{name}: {message}")
                 self._bad[name] = message
@@ -276,7 +296,9 @@ class DiagnosticsRun:
         self._save()
         return True
 
-    def _findings(self, merged: dict[Layer, LayerDiagnostics], speed: float) -> Findings | None:
+    def _findings(
+        self, merged: dict[Layer, LayerDiagnostics], speed: float | None
+    ) -> Findings | None:
         found = {}
         for layer in self.source.layers:
             states = (
@@ -284,7 +306,11 @@ class DiagnosticsRun:
             )
             if not self.context.is_main:
                 continue
-            result = merged[layer].result()
+            try:
+                result = merged[layer].result()
+            except ValueError as error:  # one dead layer must not cost the others' report
+                self._note(f"{layer} is left out: {error}")
+                continue
             if states:
                 captured = CapturedEnergy(result.pca, self.settings.thresholds)
                 for state in states:
@@ -296,8 +322,11 @@ class DiagnosticsRun:
         bad = self.context.merged(self._bad)
         if not self.context.is_main:
             return None
+        if not found:
+            raise UnreadableError("the features of all layers are zero")
         images = next(iter(found.values())).images
-        return Findings(found, dict(sorted(bad.items())), images, speed, self._notes)
+        notes = [*self.source.notes, *self._notes]
+        return Findings(found, dict(sorted(bad.items())), images, speed, notes)
 
     # States.
 
@@ -309,6 +338,8 @@ class DiagnosticsRun:
             "keep": self.options.keep,
             "on_bad": self.options.on_bad,
             "processes": self.context.world_size,
+            "featkd": featkd.__version__,
+            "torch": str(torch.__version__),
         }
 
     def _stop(self, interrupt: Interrupt) -> bool:
@@ -342,6 +373,8 @@ class DiagnosticsRun:
     def _resume(self) -> None:
         state = load_state(self._path, self.identity())
         if state is None:
+            if self._kept is not None:
+                self._kept.remove()  # of a run that ended before its first state
             return
         self._pass, self._done, self._bad = state["pass"], state["done"], state["bad"]
         self._calibrated, self._notes = state["calibrated"], state["notes"]

@@ -14,6 +14,8 @@ from featkd.seeding import derive_seed
 class FeatureSample:
     """Keeps the features of the `size` images whose hashes of (seed, index) are the smallest.
 
+    Images whose features are all zero are passed over.
+
     Every image is as likely to be in it, and two samples merge into the sample of both.
 
     Args:
@@ -31,7 +33,11 @@ class FeatureSample:
 
     def update(self, features: Tensor, images: Tensor) -> None:
         """Offer the maps (B, N, D) of the images (B,)."""
-        images = images.to("cpu", torch.int64)
+        some = features.detach().flatten(1).any(1).cpu()
+        images = images.to("cpu", torch.int64)[some]
+        features = features[some.to(features.device)]
+        if not len(images):
+            return
         if len(self._images) == self.size:
             last = _keys(self._images, self.seed).max()
             able = torch.from_numpy(_keys(images, self.seed) < last)
@@ -58,6 +64,12 @@ class FeatureSample:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._images, self._features = state["images"], state["features"]
+
+    def first(self, count: int) -> Tensor:
+        """Features of a sample of the sample, in no order that the images have."""
+        if self._features is None:
+            raise ValueError("features: no image with any energy came, so there is no sample")
+        return self._features[:count]
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Indices (M,) in ascending order, and the features (M, N, D) as they came.

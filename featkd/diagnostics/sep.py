@@ -1,8 +1,9 @@
 """SEP, the spectral energy pattern: a token's energy over the frequencies of its channels.
 
 A token's D channels are taken as a signal in their natural order ([EM26], section 3). The
-spectrum of a real signal is a mirror image of itself, so the published cumulative curve is near
-the diagonal whatever the token: read it beside the nulls of `nulls.py` only.
+spectrum of a real signal is a mirror image of itself, so the published cumulative curve is
+point-symmetric about its middle whatever the token, and noise lies on the diagonal: read it
+beside the nulls of `nulls.py` only.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor
 
 from featkd import checks, reference
-from featkd.diagnostics.fixed_point import FixedPointSum
+from featkd.diagnostics.exact_sum import ExactSum
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
 _CPU_TOKENS = 256
-_UNIT = 2.0**-30  # quantum of a sum of shares: 2^32 tokens fit
+_TIE = 1e-9  # a share this close below a level reaches it
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class SEP:
     def __init__(self, compiled: bool = False) -> None:
         self._moments = _compiled() if compiled else cumulative_moments
         self._channels = 0
-        self._sums: FixedPointSum | None = None  # (3, D // 2 + 1)
+        self._sums: ExactSum | None = None  # (3, D // 2 + 1)
         self._tokens = 0
         self._zero = 0
 
@@ -81,21 +82,25 @@ class SEP:
         channels = features.shape[-1]
         if self._sums is None:
             self._channels = channels
-            self._sums = FixedPointSum((3, channels // 2 + 1), _UNIT)
+            self._sums = ExactSum((3, channels // 2 + 1))
         elif channels != self._channels:
             raise ValueError(
                 f"features: expected {self._channels} channels as before, got {channels}"
             )
         tokens = features.detach().reshape(-1, channels)
-        scale = _safe_scale(tokens)
+        scale = safe_scale(tokens)
         # on a CPU what a few hundred tokens need stays in the cache: 4 times faster than at once
         size = _CPU_TOKENS if tokens.device.type == "cpu" else max(1, len(tokens))
         wide = reference.accumulation_dtype(features.dtype)
+        total = tokens.new_zeros((3, channels // 2 + 1), dtype=torch.float64)
+        missing = 0
         for block in torch.split(tokens, size):
             sums, zero = self._moments(block.to(wide) * scale if scale != 1 else block.to(wide))
-            self._sums.add(sums)
-            self._zero += (missing := int(zero))
-            self._tokens += len(block) - missing
+            total += sums
+            missing += int(zero)
+        self._sums.add(total)
+        self._zero += missing
+        self._tokens += len(tokens) - missing
 
     def merge(self, other: SEP) -> None:
         """Take over what `other` has seen."""
@@ -119,7 +124,7 @@ class SEP:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._channels, self._tokens, self._zero = state["channels"], state["tokens"], state["zero"]
         sums = state["sums"]
-        self._sums = None if sums is None else FixedPointSum.from_state_dict(sums)
+        self._sums = None if sums is None else ExactSum.from_state_dict(sums)
 
     def result(self, shares: Sequence[float] = SHARES) -> SEPResult:
         """The curves over all tokens so far.
@@ -129,7 +134,7 @@ class SEP:
         """
         if self._sums is None or not self._tokens:
             raise ValueError("features: no token with any energy came, so there is no SEP")
-        c, square, with_first = self._sums.value().cpu() / self._tokens
+        c, square, with_first = self._sums.value() / self._tokens
         first, first_square = c[0], with_first[0]
         after = self._channels - len(c)  # frequencies past the middle
         tail = slice(0, after)  # c_{D-1-d} for d = K..D-1, to be mirrored
@@ -168,7 +173,7 @@ def cumulative_moments(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([part.sum(0, dtype=torch.float64) for part in sums]), zero.sum()
 
 
-def _safe_scale(tokens: Tensor) -> float:
+def safe_scale(tokens: Tensor) -> float:
     """A power of two that brings the largest entry near 1, where its square is out of range."""
     low, high = (float(x) for x in tokens.aminmax()) if tokens.numel() else (0.0, 0.0)
     largest = max(-low, high)
@@ -189,4 +194,4 @@ def _compiled() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 
 def first_reaching(curve: Tensor, shares: Sequence[float]) -> tuple[int, ...]:
     """The first 1-based index at which a curve reaches each share."""
-    return tuple(int((curve >= share).to(torch.uint8).argmax()) + 1 for share in shares)
+    return tuple(int((curve >= share - _TIE).to(torch.uint8).argmax()) + 1 for share in shares)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -46,12 +48,14 @@ class Source(Protocol):
         num_images: images in all, over all processes.
         chunk_size: images in a chunk; the last one can have fewer.
         repeatable: whether chunks can be made again rather than be kept.
+        notes: what a reader of the figures must know.
     """
 
     layers: tuple[Layer, ...]
     num_images: int
     chunk_size: int
     repeatable: bool
+    notes: list[str]
 
     def chunks(self, numbers: Sequence[int]) -> Iterator[Chunk]:
         """The chunks of these numbers, in this order."""
@@ -74,6 +78,17 @@ class UnreadableError(RuntimeError):
     """An image or a feature file can't be used; names it and says why."""
 
 
-def fingerprint(names: Sequence[str]) -> str:
-    """A digest of a list of file names."""
-    return hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
+def fingerprint(paths: Sequence[str | Path]) -> str:
+    """A digest of files' names, sizes and times of change."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        facts = os.stat(path)
+        digest.update(f"{path}\n{facts.st_size}\n{facts.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def evenly(count: int, limit: int | None) -> list[int]:
+    """At most `limit` of the numbers below `count`, evenly: files are sorted by class."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [position * count // limit for position in range(limit)]

@@ -11,6 +11,7 @@ import torch
 from featkd.files import atomic_write
 
 FORMAT = 1
+STATE_FILES = ("process-*-of-*.pt",)
 
 
 class StateError(RuntimeError):
@@ -48,7 +49,8 @@ def load_state(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         found = torch.load(path, map_location="cpu", weights_only=True)
         there = {"format": found["format"], **found["identity"]}
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise StateError(f"resume: {path} is no state of featkd diagnose: {error}") from error
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StateError(f"resume: {path} is no state of featkd diagnose: {why}") from error
     here = {"format": FORMAT, **identity}
     different = [
         f"{name}: {_plain(there.get(name))} there, {_plain(here.get(name))} here"

@@ -73,6 +73,7 @@ class LayerResult:
         images: how many images.
         spectrum, pca, sep: see their modules.
         gaussian: SEP of Gaussian tokens.
+        gaussian_spectrum: spectra of Gaussian maps of N tokens.
         permutation: SEP of permuted channels, over some images of the sample.
         rotation: over the sample; None for one image.
         bandwidth, gaussian_bandwidth: over the sample, and of Gaussian tokens.
@@ -86,6 +87,7 @@ class LayerResult:
     pca: PCAResult
     sep: SEPResult
     gaussian: SEPResult
+    gaussian_spectrum: SpectrumResult
     permutation: nulls.PermutationResult
     rotation: RotationResult | None
     bandwidth: nulls.BandwidthResult
@@ -213,8 +215,11 @@ class LayerDiagnostics:
             pca=pca,
             sep=self._sep.result(settings.shares),
             gaussian=nulls.gaussian_sep(channels, settings.shares, settings.seed),
+            gaussian_spectrum=nulls.gaussian_spectrum(
+                tokens, channels, settings.thresholds, settings.seed
+            ),
             permutation=nulls.permutation_test(
-                features[: settings.permuted],
+                self._sample.first(settings.permuted),
                 settings.permutations,
                 shares=settings.shares,
                 seed=settings.seed,

@@ -10,6 +10,7 @@ from torch import Tensor
 from featkd import linalg
 from featkd.diagnostics.pca import PCAResult
 
+_RANK = 1e-6  # of the largest singular value: float32 features are no more exact
 _PAIRS = 128  # pairs of images whose angles are computed one by one
 
 
@@ -21,8 +22,9 @@ class RotationResult:
     one, k/D on average where they are random.
 
     Attributes:
-        k: dimensions of the subspaces; n at most.
+        k: dimensions of the subspaces; no more than the images' median rank.
         images: (M,) int64, which images.
+        left_out: images of the sample whose rank is below k.
         overlap: (M, M) float64, between the images.
         overlap_dataset: (M,) float64, with the k leading axes of the data set.
         pair_mean, pair_std: over the pairs of different images.
@@ -34,6 +36,7 @@ class RotationResult:
 
     k: int
     images: Tensor
+    left_out: int
     overlap: Tensor
     overlap_dataset: Tensor
     pair_mean: float
@@ -58,12 +61,17 @@ def rotation(
         seed: of the random subspaces.
 
     Raises:
-        ValueError: one image alone.
+        ValueError: fewer than two images have k dimensions.
     """
-    if len(features) < 2:
-        raise ValueError(f"features: expected at least 2 images, got {len(features)}")
     d = features.shape[2]
-    k = min(k, *features.shape[1:])
+    values = linalg.svdvals(features.double())
+    ranks = (values > _RANK * values[:, :1]).sum(1)
+    k = min(k, int(ranks.median()))  # directions beyond an image's rank are arbitrary
+    able = ranks >= max(1, k)
+    left_out = len(features) - int(able.sum())
+    features, images = features[able], images[able]
+    if len(features) < 2:
+        raise ValueError(f"features: expected at least 2 images with energy, got {len(features)}")
     bases = linalg.svd(features.double(), k).Vh  # (M, k, D)
     rows = bases.flatten(0, 1)
     m = len(features)
@@ -77,6 +85,7 @@ def rotation(
     return RotationResult(
         k=k,
         images=images,
+        left_out=left_out,
         overlap=overlap,
         overlap_dataset=with_dataset,
         pair_mean=float(pairs.mean()),

@@ -87,6 +87,8 @@ def _layer_summary(layer: Layer, r: LayerResult) -> dict[str, Any]:
         "channels": r.channels,
         "images": r.images,
         "svd": _summaries(levels, r.spectrum.summaries),
+        "svd_gaussian": _summaries(levels, r.gaussian_spectrum.summaries),
+        "zero_images": r.spectrum.zero_images,
         "pca": None if r.captured is None else _summaries(levels, r.captured.summaries),
         "pca_centred": r.pca.centred,
         "pca_of_all_tokens": {
@@ -154,6 +156,7 @@ def _curve_rows(layers: _Layers) -> Iterable[Sequence[Any]]:
     for layer, r in layers:
         curves = {
             "svd": (r.spectrum.curve_mean, r.spectrum.curve_std),
+            "svd_gaussian": (r.gaussian_spectrum.curve_mean, r.gaussian_spectrum.curve_std),
             "pca_of_all_tokens": (r.pca.spread, None),
             "pca": (None, None)
             if r.captured is None

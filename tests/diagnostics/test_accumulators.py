@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, is_dataclass
 
 import numpy as np
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from featkd.diagnostics import CapturedEnergy, DatasetPCA, LayerDiagnostics, Settings
-from featkd.diagnostics.fixed_point import FixedPointSum, quantum_for
+from featkd.diagnostics.exact_sum import ExactSum
 from featkd.diagnostics.nulls import bandwidth, gaussian_sep, permutation_test
+from featkd.diagnostics.reach import reach
 from featkd.diagnostics.sample import FeatureSample
 from featkd.diagnostics.sep import SEP
+from featkd.diagnostics.source import Layer
 from featkd.diagnostics.spectrum import SpectrumStats
 from tests.diagnostics import published
 from tests.diagnostics.maps import feature_maps
@@ -250,22 +253,85 @@ def test_sample_is_uniform_and_the_same_in_any_order():
     assert counts.max() <= 12  # 3 are expected
 
 
-def test_fixed_point_sums_are_exact_and_refuse_what_they_cannot_hold():
-    values = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    forward, backward = FixedPointSum((3,), 2.0**-40), FixedPointSum((3,), 2.0**-40)
-    for value in values:
+def test_exact_sums_have_no_order_and_no_scale():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(60, 3, dtype=torch.float64, generator=generator)
+    values *= 10.0 ** torch.randint(-200, 200, (60, 1), generator=generator).double()
+    forward, backward, halves = ExactSum((3,)), ExactSum((3,)), [ExactSum((3,)), ExactSum((3,))]
+    for number, value in enumerate(values):
         forward.add(value)
+        halves[number % 2].add(value)
     for value in values.flip(0):
         backward.add(value)
+    halves[1].merge(halves[0])
     assert torch.equal(forward.value(), backward.value())
-    assert (forward.value() - values.sum(0)).abs().max() < 50 * 2.0**-41
-    with pytest.raises(OverflowError, match="quanta"):
-        forward.add(torch.full((3,), 2.0**30, dtype=torch.float64))
+    assert torch.equal(forward.value(), halves[1].value())
+    exact = [math.fsum(column) for column in values.T.tolist()]
+    assert np.allclose(forward.value(), exact, rtol=1e-11)
+    for value in values:
+        forward.add(-value)
+    assert forward.value().abs().max() == 0
     with pytest.raises(ValueError, match="NaN or Inf"):
         forward.add(torch.full((3,), torch.nan, dtype=torch.float64))
-    with pytest.raises(ValueError, match="power of two"):
-        FixedPointSum((3,), 0.3)
-    assert quantum_for(3.0, 2) == 1.0
+    with pytest.raises(ValueError, match="expected shape"):
+        forward.merge(ExactSum((2,)))
+    full = ExactSum(())
+    full._bounds[-40] = 2**62
+    with pytest.raises(OverflowError, match="additions"):
+        full.add(torch.tensor(0.3, dtype=torch.float64))
+
+
+def test_the_first_chunk_sets_no_scale():
+    maps = feature_maps(12, 16, 20)
+    maps[:4] *= 1e-9
+    maps[4:8] *= 1e9
+    stats = DatasetPCA()
+    for part in maps.split(4):
+        stats.update(part)
+    values, _ = published.dataset_pca(maps.numpy())
+    assert np.abs(stats.result().eigenvalues.numpy() - values).max() < 1e-6 * values[0]
+
+
+def test_rotation_leaves_out_what_has_no_subspace():
+    """Images along one direction share it, whatever k was asked for; deficient ones have none."""
+    line = torch.randn(6, 16, 1) @ torch.randn(1, 20)
+    stats = LayerDiagnostics(Settings(sample=6, permuted=2, permutations=5, k=4))
+    stats.update(line)
+    found = stats.result().rotation
+    assert (found.k, found.left_out) == (1, 0)
+    assert found.pair_mean == pytest.approx(1)
+    mixed = feature_maps(6, 16, 20)
+    mixed[0] = line[0]
+    stats = LayerDiagnostics(Settings(sample=6, permuted=2, permutations=5, k=4))
+    stats.update(mixed)
+    assert (stats.result().rotation.k, stats.result().rotation.left_out) == (4, 1)
+
+
+def test_joint_p_value_needs_no_correction():
+    """Smooth channels: under Bonferroni, 9 shares and 100 orders could never be significant."""
+    random = torch.randn(4, 25, 64, generator=torch.Generator().manual_seed(0))
+    shares = tuple(n / 10 for n in range(1, 10))
+    smooth = permutation_test(random.cumsum(-1), 100, shares=shares)
+    assert smooth.p_joint == pytest.approx(1 / 101)
+    assert permutation_test(random, 100, shares=shares).p_joint > 0.05
+
+
+def test_reach_by_the_definitions():
+    maps = feature_maps(40, 25, 24)
+    maps[3] *= 20  # a loud image weighs as much as it is loud
+    stats = LayerDiagnostics(QUICK)
+    stats.update(maps)
+    found = reach(Layer("teacher", 0), stats.result(), 6)
+    tokens = maps.double().reshape(-1, 24).numpy()
+    total = (tokens**2).sum()
+    s = np.linalg.svd(tokens, compute_uv=False)
+    assert found.shared == pytest.approx((s[:6] ** 2).sum() / total, abs=1e-6)
+    centred = np.linalg.svd(tokens - tokens.mean(0), compute_uv=False)
+    assert found.shared_with_bias == pytest.approx(1 - (centred[6:] ** 2).sum() / total, abs=1e-6)
+    q, _ = np.linalg.qr(torch.nn.functional.adaptive_avg_pool1d(torch.eye(24), 6).double().numpy())
+    assert found.pooled == pytest.approx(((tokens @ q) ** 2).sum() / total, abs=1e-6)
+    own = sum((np.linalg.svd(x, compute_uv=False)[:6] ** 2).sum() for x in maps.double().numpy())
+    assert found.per_image == pytest.approx(own / total, abs=1e-6)
 
 
 def test_bad_input_is_named():

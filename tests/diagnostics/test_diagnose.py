@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import signal
 import subprocess
@@ -164,14 +165,43 @@ def test_nan_features(features, tmp_path, capsys):
             m[0, 7, 3] = np.nan
         np.save(folder / path.name, m)
     assert main(arguments(folder, tmp_path / "out")) == 1
-    assert "002.npy: layer 0: NaN or Inf" in capsys.readouterr().err
+    assert "002.npy: layer 0: NaN, Inf" in capsys.readouterr().err
     assert main(arguments(folder, tmp_path / "out", "--on-bad", "skip", "--resume", "never")) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["images"] == 8
     assert [name[-7:] for name in summary["left_out"]] == ["002.npy"]
     out = capsys.readouterr().out
-    assert "1 images were left out" in out
-    assert "8 images for 24 channels" in out
+    assert "Images left out, by name in summary.json: 1" in out
+    assert "200 tokens for 24 channels" in out
+
+
+def test_what_a_run_left_before_its_first_state_is_not_taken_up(features, alone, tmp_path):
+    """A NaN, a full disk or a kill in the first seconds leaves kept features and no state."""
+    folder = tmp_path / "features"
+    folder.mkdir()
+    for path in features.glob("*.npy"):
+        m = np.load(path)
+        if path.name == "030.npy":
+            m[0, 0, 0] = np.inf
+        np.save(folder / path.name, m)
+    assert main(arguments(folder, tmp_path / "out", "--prefix-tokens", "0")) == 1
+    assert list((tmp_path / "out" / "state").glob("kept-*"))
+    assert not list((tmp_path / "out" / "state").glob("*.pt"))
+    assert main(arguments(features, tmp_path / "out")) == 0
+    assert figures(tmp_path / "out") == figures(alone)
+
+
+def test_a_dead_layer_costs_no_other_its_report(features, tmp_path, capsys):
+    folder = tmp_path / "features"
+    folder.mkdir()
+    for path in sorted(features.glob("*.npy"))[:6]:
+        m = np.load(path)
+        m[0] = 0
+        np.save(folder / path.name, m)
+    assert main(arguments(folder, tmp_path / "out")) == 0
+    assert "Layer 0 is left out: features: all of them are zero" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [r["layer"] for r in summary["layers"]] == [1]
 
 
 def test_gaussian_features_are_called_the_null(tmp_path, capsys):
@@ -184,8 +214,11 @@ def test_gaussian_features_are_called_the_null(tmp_path, capsys):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     found = summary["layers"][0]["sep"]["d_over_D"]
     assert np.allclose(found, (0.5, 0.6, 0.7, 0.8, 0.9), atol=0.011)
-    assert "This equals the null" in capsys.readouterr().out
-    assert "This equals the null" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    for text in (capsys.readouterr().out, html.unescape(page)):
+        assert "This equals the null" in text
+        assert "the maps' ranks are no lower than noise of their size has" in text
+        assert "rotate from image" not in text
 
 
 def test_student_and_teacher(images, tmp_path, capsys):
@@ -219,6 +252,10 @@ def test_student_and_teacher(images, tmp_path, capsys):
         (("--feature", "x"), "no option --feature; did you mean 'features'?"),
         (("--model", "deit_tinny_patch16_224", "--data", "/tmp"), "did you mean 'deit_tiny"),
         (("--model", "none.pt", "--data", "/tmp"), "model: no checkpoint none.pt"),
+        (("--features", "/tmp", "--layers", "[]"), "layers: expected layers, each once, got []"),
+        (("--features", "/tmp", "--images", "0"), "images: expected a whole number >= 1, got 0"),
+        (("--features", "/tmp", "--pretrained"), "pretrained: given together with --features"),
+        (("--features", "/tmp", "--json", "/none/x.json"), "json: no folder /none"),
         (("--k", "0", "--features", "/none"), "k: expected a whole number >= 1, got 0"),
     ],
 )

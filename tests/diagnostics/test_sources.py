@@ -70,6 +70,18 @@ def test_named_layers_of_several_widths(tmp_path, suffix):
         assert torch.equal(found, torch.stack([image[position] for image in stored]))
 
 
+def test_what_was_taken_for_a_class_token_is_said(tmp_path, maps):
+    write_npy(tmp_path, maps)
+    (note,) = FeatureFiles(tmp_path).notes
+    assert note.startswith("of 17 tokens a map the first 1 are taken for class")
+    assert FeatureFiles(tmp_path, prefix_tokens=1).notes == []
+    for path in tmp_path.iterdir():
+        np.save(path, np.ones((3, 15, 8), np.float32))
+    (note,) = FeatureFiles(tmp_path).notes
+    assert note.startswith("15 tokens a map form no square")
+    assert FeatureFiles(tmp_path, limit=2).num_images == 2
+
+
 def test_object_arrays_need_the_opt_in(tmp_path):
     stages = np.empty(2, dtype=object)
     stages[0] = np.ones((4, 4, 3), np.float32)

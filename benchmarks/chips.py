@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 KIB = 1024
+# of a multiprocessor (CUDA C++ Programming Guide, arithmetic instructions per compute capability)
+_FP32_CORES = {80: 64, 90: 128, 100: 128}
 
 
 @dataclass(frozen=True)
@@ -24,21 +26,31 @@ class Chip:
     """Of the tensor cores, by the type of the operands."""
     fp32_tflops: float
     """Of the other cores."""
+    fp64_tflops: float
+    """Of the other cores."""
+    multiprocessors: int
     source: str
+
+    @property
+    def ghz(self) -> float:
+        """The clock that its fp32 rate implies."""
+        return self.fp32_tflops * 1e3 / (2 * self.multiprocessors * _FP32_CORES[self.arch])
 
 
 CHIPS = (
     Chip(
         "A100", 80, 163 * KIB, 2039, {"bf16": 312, "f16": 312, "tf32": 156}, 19.5,
-        "NVIDIA A100 Tensor Core GPU data sheet, SXM4 80 GB",
+        9.7, 108, "NVIDIA A100 Tensor Core GPU data sheet, SXM4 80 GB; architecture white paper",
     ),
     Chip(
         "H100", 90, 227 * KIB, 3350, {"bf16": 989, "f16": 989, "tf32": 494}, 67,
-        "NVIDIA H100 Tensor Core GPU data sheet, SXM; tensor rates there are with sparsity: halved",
+        34, 132, "NVIDIA H100 Tensor Core GPU data sheet, SXM; tensor rates there are with "
+        "sparsity: halved; architecture white paper",
     ),
     Chip(
         "B200", 100, 227 * KIB, 8000, {"bf16": 2250, "f16": 2250, "tf32": 1100}, 80,
-        "NVIDIA Blackwell architecture technical brief, HGX B200 at 1,000 W",
+        40, 148, "NVIDIA Blackwell architecture technical brief, HGX B200 at 1,000 W; "
+        "multiprocessors as CUDA reports them",
     ),
 )  # fmt: skip
 

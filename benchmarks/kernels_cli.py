@@ -44,7 +44,7 @@ def kernels(words: Sequence[str]) -> int:
 def _report(words: list[str]) -> int:
     import torch
 
-    from . import cases, chips, csrc_kernels, measured, report, results, sizes
+    from . import cases, chips, csrc_counts, csrc_kernels, measured, report, results, sizes
     from .problem import DTYPES
 
     archs = [str(chip.arch) for chip in chips.CHIPS]
@@ -86,9 +86,17 @@ def _report(words: list[str]) -> int:
     if torch.cuda.is_available():
         name, timed = measured.measure([question.case for question in asked])
         print(f"\n{report.measured_table(name, timed)}")
+    solves = list[csrc_counts.Counted]()
     if own:
         print(f"\n{report.aligned(csrc_kernels.HEADER, csrc_kernels.rows(own))}")
-    figures = [*report.figures(compiled, moved, name, timed), *csrc_kernels.figures(own)]
+        if options.count != ["none"]:
+            solves = [csrc_counts.count(*shape) for shape in csrc_counts.SHAPES]
+            print(f"\n{csrc_counts.tables(solves, own)}")
+    figures = [
+        *report.figures(compiled, moved, name, timed),
+        *csrc_kernels.figures(own),
+        *csrc_counts.figures(solves, own),
+    ]
     if options.json is not None:
         meta = results.meta_of(results.describe_run("cpu"))
         sources = {chip.name: chip.source for chip in chips.CHIPS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +22,11 @@ TEACHER = TINY | {"embed_dim": 24, "num_heads": 6}
 
 @pytest.fixture(scope="session")
 def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """featkd.ptx keeps what it compiles in a cache folder of the test run's own."""
+    """featkd.ptx keeps what it compiles in a folder of the run's own, shared by its workers."""
+    worker = "PYTEST_XDIST_WORKER" in os.environ  # whose folder is inside the run's
+    folder = tmp_path_factory.getbasetemp() / (".." if worker else ".") / "compiled"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(folder.resolve()))
         yield
 
 

@@ -1,4 +1,4 @@
-"""C++ to a shared library: compiled once, kept in the user's cache folder."""
+"""C++ to shared libraries: compiled once, kept in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 RUNTIME = Path(__file__).parent / "runtime"
 FLAGS = (
     *("-std=c++17", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing"),
-    *("-w", "-shared", "-fPIC", "-pthread"),
+    *("-w", "-fPIC", "-pthread"),
 )
 # characters of C++ from which on -O0 is better: a matmul kernel of 1.3 million took 26 s to compile
 # at -O1 and 7 s at -O0, and then 0.1 s and 0.6 s to run
@@ -57,7 +58,7 @@ def _machine() -> str:
 
 
 def build(code: str, check: bool, count: bool) -> Path:
-    """Compile translated C++ with the runtime; returns the shared library's path.
+    """Compile translated C++, link it with the engine; returns the shared library's path.
 
     The library's name is a hash of the code, the runtime, the flags, the compiler and the
     machine. It is compiled aside and renamed, so that processes building at once are safe.
@@ -65,25 +66,35 @@ def build(code: str, check: bool, count: bool) -> Path:
     Raises:
         CompilerError: there is no compiler, or it fails.
     """
-    compiler = find_compiler()
+    flags = [*FLAGS, f"-DFEATKD_CHECK={int(check)}", f"-DFEATKD_COUNT={int(count)}"]
+    # the code's own first lines decide what the engine holds, too
+    defines = [line for line in code.splitlines()[:8] if line.startswith("#define ")]
+    engine = _compiled("\n".join([*defines, '#include "engine.cpp"\n']), [*flags, "-O1"], ".o")
     level = "-O0" if len(code) > _LARGE else "-O1"
-    flags = [*FLAGS, level, f"-DFEATKD_CHECK={int(check)}", f"-DFEATKD_COUNT={int(count)}"]
+    return _compiled(code, [*flags, level], ".so", [engine])
+
+
+def _compiled(code: str, flags: list[str], suffix: str, objects: Sequence[Path] = ()) -> Path:
+    """An object or a shared library in the cache folder, made where it is missing."""
+    compiler = find_compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     digest = hashlib.sha256()
-    headers = [header.read_text() for header in sorted(RUNTIME.glob("*.h"))]
-    for text in (code, *headers, *flags, compiler, version, _machine()):
+    sources = [source.read_text() for source in sorted(RUNTIME.iterdir()) if source.is_file()]
+    for text in (code, *sources, *flags, *(x.name for x in objects), compiler, version, _machine()):
         digest.update(text.encode() + b"\0")
-    library = cache_folder() / f"{digest.hexdigest()[:32]}.so"
-    if library.exists():
-        return library
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        source, made = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
+    made = cache_folder() / f"{digest.hexdigest()[:32]}{suffix}"
+    if made.exists():
+        return made
+    with tempfile.TemporaryDirectory(dir=made.parent) as folder:
+        source, target = Path(folder) / "kernel.cpp", Path(folder) / made.name
         source.write_text(code)
-        command = [compiler, *flags, f"-I{RUNTIME}", str(source), "-o", str(made)]
+        # the engine first: of functions that both hold, its faster ones are kept
+        given = [*map(str, objects), str(source), "-shared" if suffix == ".so" else "-c"]
+        command = [compiler, *flags, f"-I{RUNTIME}", *given, "-o", str(target)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise CompilerError(
                 f"{compiler} could not compile the translated kernel:\n{result.stderr[:4000]}"
             )
-        os.replace(made, library)
-    return library
+        os.replace(target, made)
+    return made

@@ -7,8 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from featkd.benchmarks import csrc_kernels
+from featkd.benchmarks import csrc_counts, csrc_kernels
+from featkd.benchmarks.chips import CHIPS, chip_of
+from featkd.benchmarks.csrc_counts import Counted
 from featkd.benchmarks.csrc_kernels import Kernel
+from featkd.ptx import Counters
 
 SAID = """
 ptxas info    : Compiling entry function 'featkd_spectrum_float64' for 'sm_90'
@@ -47,3 +50,47 @@ def test_blocks_a_multiprocessor():
     assert wide.blocks(196) == 1
     assert wide.blocks(256) == 0  # 263 KB and more
     assert narrow.blocks(64) == 2  # the registers hold no third
+
+
+COUNTED = Counted(
+    196,
+    384,
+    Counters(
+        instructions={"fma.f32": 256 * 4000, "div.f64": 256 * 500, "move": 10**9, "integer": 256},
+        distinct_read_bytes=4 * 196 * 384,
+        shared_wavefronts=2 * 108 * 1410,
+        shared_conflicts=108,
+        barriers=1674,
+    ),
+)
+
+
+@pytest.mark.parametrize(("chip", "ghz"), [("A100", 1.41), ("H100", 1.98), ("B200", 2.11)])
+def test_the_clock_is_the_one_that_the_rate_implies(chip, ghz):
+    (found,) = (c for c in CHIPS if c.name == chip)
+    assert found.ghz == pytest.approx(ghz, rel=0.003)
+
+
+def test_modelled_times_by_hand():
+    chip = chip_of(80)
+    rates = COUNTED.rates_ms(chip)
+    assert rates["memory"] == pytest.approx(4 * 196 * 384 / 2039e9 * 1e3)
+    assert rates["fp32"] == pytest.approx(2 * 256 * 4000 / 19.5e12 * 1e3)
+    assert rates["fp64"] == pytest.approx(2 * 256 * 500 / 9.7e12 * 1e3)
+    assert rates["shared memory"] == pytest.approx(2e-3, rel=1e-3)  # 1,410 a us and multiprocessor
+    assert rates["schedulers"] == pytest.approx(4501 * 8 / 4 / (108 * 1.41e6), rel=1e-3)
+    one, two = (COUNTED.waiting_ms(chip, blocks) for blocks in (1, 2))
+    assert one == pytest.approx(4501 * 4 / (108 * 1.41e6), rel=1e-3)
+    assert one == pytest.approx(2 * two)
+    assert COUNTED.waiting_ms(chip, 0) == two  # the scratch is in global memory
+
+
+def test_what_is_modelled_says_so():
+    kernels = [Kernel("float32", 80, 152, 0, 0), Kernel("float64", 80, 193, 0, 0)]
+    counted, modelled = csrc_counts.tables([COUNTED], kernels).split("\n\n")
+    assert "1.00" in counted
+    assert "1674" in counted
+    assert modelled.startswith("modelled, not measured")
+    assert len(modelled.splitlines()) == 2  # of the chip that was compiled for
+    variants = {row[1] for row in csrc_counts.figures([COUNTED], kernels) if row[2][:4] == "time"}
+    assert variants == {"A100 modelled, not measured"}

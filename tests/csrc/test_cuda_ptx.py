@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from featkd import linalg
+from featkd.benchmarks import csrc_counts
+from featkd.benchmarks.csrc_counts import KERNELS
 from featkd.ptx import Emulator
 from tests.csrc import cuda_ptx
-from tests.csrc.cuda_ptx import KERNELS, solve
+from tests.csrc.cuda_ptx import solve
 from tests.csrc.test_teams import BARRIERS
 from tests.spectra import FAMILIES, THRESHOLDS, lapack
 
@@ -26,18 +28,21 @@ def cache(compiled_kernels):
 
 @pytest.fixture(scope="module")
 def ptx(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return cuda_ptx.compile_ptx(tmp_path_factory.mktemp("ptx"))
+    return csrc_counts.compile_ptx(tmp_path_factory.mktemp("ptx"))
 
 
 @pytest.fixture(scope="module")
 def emulators(ptx: str) -> dict[type, Emulator]:
-    return {real: Emulator(cuda_ptx.entry(ptx, name)) for real, name in KERNELS.items()}
+    return {
+        real: Emulator(csrc_counts.entry(ptx, name), count=real == np.float32)
+        for real, name in KERNELS.items()
+    }
 
 
 @pytest.fixture(scope="module")
 def switchable(ptx: str) -> Emulator:
     kernel = KERNELS[np.float32]
-    return Emulator(cuda_ptx.with_switches(cuda_ptx.entry(ptx, kernel), kernel))
+    return Emulator(cuda_ptx.with_switches(csrc_counts.entry(ptx, kernel), kernel))
 
 
 def family(names: list[str], rows: int, columns: int, dtype: type = np.float32) -> np.ndarray:
@@ -52,7 +57,7 @@ def test_families_without_a_report(emulators, shape, seed):
     expected, twin = lapack(x), linalg.spectrum(torch.from_numpy(x), THRESHOLDS)
     for real, emulator in emulators.items():
         found = solve(emulator, x, real, blocks=3, seed=seed)
-        assert found.reports == ()
+        assert found.launch.reports == ()
         assert (found.info == 0).all()
         bound = 5e-7 if real == np.float32 else 6e-8  # the curve is rounded to float32
         assert np.abs(found.curve - expected.curve).max() <= bound
@@ -66,8 +71,14 @@ def test_families_without_a_report(emulators, shape, seed):
 def test_the_largest_that_the_suite_runs(emulators):
     x = family(["features", "dominated 0.99"], 64, 64)
     found = solve(emulators[np.float32], x, np.float32, seed=3)
-    assert found.reports == ()
+    assert found.launch.reports == ()
     assert np.abs(found.curve - lapack(x).curve).max() <= 5e-7
+    counted = csrc_counts.Counted(64, 64, found.launch.counters)
+    # each matrix: two for the scale, two a slab of 16 columns, four a row, three between the steps
+    assert counted.counters.barriers == 2 * (2 + 2 * 4 + 4 * 64 + 3)
+    assert counted.bytes >= 2 * 4 * 64 * 64
+    # an fma is two flops
+    assert counted.operations("f32") >= 2 * counted.gram_flops / 2
 
 
 def test_other_types_strides_and_places(emulators):
@@ -79,7 +90,7 @@ def test_other_types_strides_and_places(emulators):
         for real, emulator in emulators.items():
             for in_shared in (True, False):
                 found = solve(emulator, given, real, in_shared=in_shared)
-                assert found.reports == ()
+                assert found.launch.reports == ()
                 assert np.abs(found.curve - lapack(same).curve).max() <= 5e-7
 
 
@@ -88,7 +99,7 @@ def test_bad_matrices_among_good_ones(emulators):
     clean = solve(emulators[np.float32], x, np.float32, blocks=1)
     x[1, 0, 0], x[4, 11, 14] = np.nan, -np.inf
     found = solve(emulators[np.float32], x, np.float32, blocks=1)
-    assert found.reports == ()
+    assert found.launch.reports == ()
     assert found.info.tolist() == [0, 1, 0, 0, 1, 0]
     assert np.isnan(found.values[[1, 4]]).all()
     assert (found.ranks[[1, 4]] == -1).all()
@@ -99,11 +110,11 @@ def test_bad_matrices_among_good_ones(emulators):
 def test_every_barrier_is_in_the_ptx(ptx: str, switchable):
     assert cuda_ptx.barriers(ptx) == set(BARRIERS)
     x = family(["features", "zero"], 20, 9)
-    assert solve(switchable, x, np.float32, blocks=1).reports == ()
+    assert solve(switchable, x, np.float32, blocks=1).launch.reports == ()
 
 
 @pytest.mark.parametrize("number", BARRIERS)
 def test_a_dropped_barrier_is_reported(switchable, number: int):
     x = family(["features", "zero", "zero", "diagonal"], 36, 40)
-    reports = solve(switchable, x, np.float32, blocks=1, dropped=number).reports
+    reports = solve(switchable, x, np.float32, blocks=1, dropped=number).launch.reports
     assert {r.kind for r in reports} & {"shared-race", "uninitialised-read", "divergent-barrier"}

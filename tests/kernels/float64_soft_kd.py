@@ -62,10 +62,15 @@ def errors(kernels: ModuleType, problem: Problem) -> dict[str, float]:
 
 
 def worst(kernels: ModuleType) -> float:
-    """The largest error over all problems; what is not written is NaN."""
+    """The largest error, or the first that shows a slip; what is not written is NaN."""
     torch.use_deterministic_algorithms(True)  # fills empty tensors
     assert torch.empty(1).isnan()
-    return max(max(errors(kernels, problem).values()) for problem in PROBLEMS)
+    largest = 0.0
+    for problem in PROBLEMS:
+        largest = max(largest, *errors(kernels, problem).values())
+        if largest > 1e-3:
+            break
+    return largest
 
 
 def gradcheck() -> None:

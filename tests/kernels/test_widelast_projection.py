@@ -65,7 +65,8 @@ def test_exact_as_eager(executed, tiles, problem, config, dtype):
     ("dtype", "arch"), [*((dtype, 80) for dtype in DTYPES), (torch.bfloat16, 90)], ids=str
 )
 def test_exact_as_eager_at_the_published_widths(dtype, arch):
-    tensors = Problem(1, 140, 192, 384).tensors(dtype)
+    rows = 140 if arch == 90 else 76  # more than a tile there, and the last is not full
+    tensors = Problem(1, rows, 192, 384).tensors(dtype)
     with executing(arch) as executed, featkd.use_backend("triton"):
         got = run(tensors)
     assert executed == [FORWARD, *BACKWARD]

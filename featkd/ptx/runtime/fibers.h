@@ -6,34 +6,14 @@
 #include <cstdlib>
 #include <new>
 
+// shared by a kernel and the engine it is linked with, and by no other library
+#define HIDDEN __attribute__((visibility("hidden")))
+
 // FEATKD_PORTABLE_FIBERS is how the tests reach the other way on x86-64
 #if defined(__x86_64__) && !defined(FEATKD_PORTABLE_FIBERS)
 
-// saves the callee-saved registers and MXCSR's owner stays the OS thread; switches the stack
-extern "C" void featkd_ptx_switch(void** save, void* to);
-asm(R"(
-.text
-.globl featkd_ptx_switch
-.hidden featkd_ptx_switch
-.type featkd_ptx_switch, @function
-featkd_ptx_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-)");
-
+// in engine.cpp
+extern "C" HIDDEN void featkd_ptx_switch(void** save, void* to);
 struct Context {
   void* pointer = nullptr;
   void start(char* stack, size_t bytes, void (*entry)()) {

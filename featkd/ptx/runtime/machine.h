@@ -224,7 +224,7 @@ struct Cluster {
   Pass pass(const std::vector<u32>& order);
 };
 
-static thread_local Thread* starting_thread;
+inline HIDDEN thread_local Thread* starting_thread;
 
 // `other`: a thread of the cluster
 inline void report(Thread& t, ReportKind kind, u32 line, Space space = NO_SPACE, u64 offset = 0,

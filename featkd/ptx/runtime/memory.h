@@ -6,7 +6,7 @@
 constexpr u64 kSharedTag = 1ull << 56, kLocalTag = 2ull << 56, kOffsetMask = kSharedTag - 1;
 enum ByteState : u8 { EMPTY, VALID, PENDING };
 
-static thread_local u64 spare_bytes[8];  // where accesses outside of memory go
+inline HIDDEN thread_local u64 spare_bytes[8];  // where accesses outside of memory go
 
 inline void race(Thread& t, Cell& cell, Access kind, bool same, ReportKind report_kind, u32 line,
                  Space space, u64 offset, u32 bytes, s32 argument) {

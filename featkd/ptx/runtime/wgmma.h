@@ -40,7 +40,7 @@ struct WarpProduct {
   double a[16][32], b[32][256];
   u64 digest;  // of the operands' bytes
 };
-static thread_local WarpProduct warp_product;
+inline HIDDEN thread_local WarpProduct warp_product;
 
 inline u32 depth_of(const Product& p) { return p.type == MMA_TF32 ? 8 : 16; }
 

@@ -110,7 +110,8 @@ def ninja_file(torch: Path, cuda: str | None, target: Path) -> str:
     headers = f"-isystem {torch / 'include'}"
     with_cuda = ("-DFEATKD_WITH_CUDA",) if cuda else ()
     target_version = f"-DTORCH_TARGET_VERSION={TORCH_2_10}"
-    compiled("bindings", "bindings.cpp", (*FLAGS, headers, target_version, *with_cuda))
+    for name in ("bindings", "rows_bindings"):
+        compiled(name, f"{name}.cpp", (*FLAGS, headers, target_version, *with_cuda))
     libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
     if cuda:
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS

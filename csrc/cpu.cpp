@@ -40,59 +40,94 @@ struct Release {
   void operator()(char* p) const { ::operator delete(p, ALIGNMENT); }
 };
 
-struct Queue {
-  const Problem* problem;
-  const CpuKernels* kernels;
-  char* memory;
-  size_t bytes;
-  std::atomic<int64_t> next{0};
-  std::atomic<int> workers{0};
-};
-
-void work(void* context) {
-  Queue& queue = *static_cast<Queue*>(context);
-  char* memory = queue.memory + size_t(queue.workers.fetch_add(1)) * queue.bytes;
-  int64_t index;
-  while ((index = queue.next.fetch_add(1)) < queue.problem->batch)
-    queue.kernels->solve(*queue.problem, index, memory);
+// Calls body(index, scratch) for every index below `count`, in threads that take the next one as
+// they come free, each with its own scratch memory of `bytes`.
+template <class Body>
+void deal(int64_t count, int threads, Parallel parallel, size_t bytes, const Body& body) {
+  struct Queue {
+    const Body& body;
+    int64_t count;
+    size_t bytes;
+    std::unique_ptr<char, Release> memory;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> workers{0};
+  };
+  if (threads > count) threads = int(count);
+  if (threads < 1) return;
+  bytes = (bytes + 63) / 64 * 64;
+  // all of it before any thread starts: where there is too little, nothing has run
+  char* memory = static_cast<char*>(::operator new(bytes * size_t(threads), ALIGNMENT));
+  Queue queue{body, count, bytes, std::unique_ptr<char, Release>(memory)};
+  const auto work = [](void* context) {
+    Queue& own = *static_cast<Queue*>(context);
+    char* scratch = own.memory.get() + size_t(own.workers.fetch_add(1)) * own.bytes;
+    int64_t index;
+    while ((index = own.next.fetch_add(1)) < own.count) own.body(index, scratch);
+  };
+  if (threads == 1)
+    work(&queue);
+  else
+    parallel(threads, work, &queue);
 }
 
-struct JacobiQueue {
-  int64_t batch;
-  int n, length;
-  double *rows, *turns;
-  int32_t* sweeps;
-  std::atomic<int64_t> next{0};
-};
+// Deals blocks of rows and adds up their partial sums to those `sums` of `channels` numbers that
+// are not null, in the blocks' order.
+template <class Real, size_t COUNT, class Block>
+void deal_rows(int64_t groups, int64_t group, int threads, Parallel parallel, size_t bytes,
+               int64_t channels, void* const (&sums)[COUNT], double* total, const Block& block) {
+  const int64_t blocks = groups < MOST_BLOCKS ? groups : MOST_BLOCKS;
+  bool any = false;
+  for (void* sum : sums) any = any || sum;
+  const int64_t size = any ? int64_t(COUNT) * channels : 0;
+  const auto partial = std::make_unique<Real[]>(size_t(blocks * size));
+  double totals[MOST_BLOCKS];
+  deal(blocks, threads, parallel, bytes, [&](int64_t index, void* scratch) {
+    const int64_t first = groups * index / blocks, last = groups * (index + 1) / blocks;
+    Real* own = any ? partial.get() + index * size : nullptr;
+    totals[index] = block(first * group, last * group, scratch, own);
+  });
+  for (int64_t index = 0; index < blocks; index++) {
+    if (total) *total += totals[index];
+    for (size_t k = 0; k < (any ? COUNT : 0); k++) {
+      const Real* from = partial.get() + index * size + int64_t(k) * channels;
+      for (int64_t c = 0; sums[k] && c < channels; c++) static_cast<Real*>(sums[k])[c] += from[c];
+    }
+  }
+}
 
-void work_on_jacobi(void* context) {
-  JacobiQueue& queue = *static_cast<JacobiQueue*>(context);
-  const int64_t size = int64_t(queue.n) * queue.length;
-  int64_t index;
-  while ((index = queue.next.fetch_add(1)) < queue.batch)
-    queue.sweeps[index] = cpu_kernels().jacobi(queue.n, queue.rows + index * size,
-                                               queue.turns + index * size, queue.length);
+template <class... Arguments>
+void deal_rows_as(bool wide, Arguments&&... arguments) {
+  if (wide)
+    deal_rows<double>(arguments...);
+  else
+    deal_rows<float>(arguments...);
 }
 
 }  // namespace
 
 void jacobi_on_cpu(int64_t batch, int n, int length, double* rows, double* turns, int32_t* sweeps,
                    int threads, Parallel parallel) {
-  JacobiQueue queue{batch, n, length, rows, turns, sweeps};
-  if (threads > batch) threads = int(batch);
-  if (threads >= 1) parallel(threads, work_on_jacobi, &queue);
+  const int64_t size = int64_t(n) * length;
+  deal(batch, threads, parallel, 0, [&](int64_t index, void*) {
+    sweeps[index] =
+        cpu_kernels().jacobi(n, rows + index * size, turns + index * size, length);
+  });
 }
 
 void solve_on_cpu(const Problem& problem, int threads, Parallel parallel) {
-  if (threads > problem.batch) threads = int(problem.batch);
-  if (threads < 1) return;
   const CpuKernels& kernels = cpu_kernels();
-  const size_t bytes = kernels.bytes(problem);
-  // all of it before any thread starts: where there is too little, nothing has run
-  std::unique_ptr<char, Release> memory(
-      static_cast<char*>(::operator new(bytes * size_t(threads), ALIGNMENT)));
-  Queue queue{&problem, &kernels, memory.get(), bytes};
-  parallel(threads, work, &queue);
+  deal(problem.batch, threads, parallel, kernels.bytes(problem),
+       [&](int64_t index, void* scratch) { kernels.solve(problem, index, scratch); });
+}
+
+void distance_on_cpu(const DistanceProblem& p, int threads, Parallel parallel) {
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t group = p.width ? p.width : 1;
+  deal_rows_as(p.wide, p.rows / group, group, threads, parallel, kernels.distance_bytes(p),
+               p.channels, p.sums, p.total,
+               [&](int64_t first, int64_t last, void* scratch, void* partial) {
+                 return kernels.distance(p, first, last, scratch, partial);
+               });
 }
 
 }  // namespace featkd

@@ -1,0 +1,23 @@
+"""csrc's sweeps over rows: their schemas, as featkd/cpu calls them.
+
+Each takes views of any strides and of any floating dtype where it only reads maps or logits, and
+contiguous tensors where it writes; "numbers" are contiguous in the accumulators' dtype. The rows
+are dealt to torch's threads in at most 32 blocks, whose sums are added up in order: results do not
+depend on the number of threads. What is None is not there, or not formed. Scratch memory is a few
+rows a thread. The operators know no gradients and no fake tensors: custom ops call them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# E = LN(source + bias) - teacher; H = E, or E with its sums over `width` tokens. Adds sum(E H) to
+# `total` (float64), writes 1 / std of the rows, and the gradient of scale * sum(E H) / 2
+# + sum(LN(source + bias) * added) with respect to the source as `slope`, which may be the source;
+# adds its gradients with respect to bias, gamma and beta. `added` is (B, C).
+torch.library.define(
+    "featkd::distance_rows",
+    "(Tensor source, Tensor? teacher, Tensor? bias, Tensor? gamma, Tensor? beta, float eps, "
+    "int width, Tensor? scale, Tensor? added, Tensor(a!)? slope, Tensor(b!)? rstd, "
+    "Tensor(c!)? total, Tensor(d!)? d_bias, Tensor(e!)? d_gamma, Tensor(f!)? d_beta) -> ()",
+)

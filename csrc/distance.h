@@ -50,14 +50,16 @@ struct DistanceRows {
         at[0] = found.mean, at[1] = found.rstd;
         if (p.rstd) static_cast<Real*>(p.rstd)[first + i] = found.rstd;
       }
-      if (!p.width && p.slope.data)
-        total += p.teacher.data ? subtract<true, true>(first + i, input, at, e + i * n)
-                                : subtract<false, true>(first + i, input, at, e + i * n);
-      else if (p.teacher.data)
+      if (!p.width && p.slope.data) {
+        Real* error = is_slope() ? result_row(p.slope, first, n, out) : e;
+        total += p.teacher.data ? subtract<true, true>(first, input, at, error)
+                                : subtract<false, true>(first, input, at, error);
+        if (is_slope()) finish_row(p.slope, first, n, error);
+      } else if (p.teacher.data)
         total += subtract<true, false>(first + i, input, at, e + i * n);
     }
     if (p.width && p.teacher.data) total = add_row_sums();
-    if (!p.slope.data) return total;
+    if (!p.slope.data || is_slope()) return total;
     for (int64_t i = 0; i < group; i++) {
       const Real* input = is_copied() ? x + i * n : read(first + i, nullptr);
       if (p.width) weigh(first + i, input, norms + 4 * i, e + i * n);
@@ -67,6 +69,8 @@ struct DistanceRows {
   }
 
  private:
+  // Whether what `subtract` forms is already the gradient with respect to the source.
+  bool is_slope() const { return !NORM && !p.width && !d_bias; }
   bool is_copied() const { return bias || p.source.type != type_as<Real> || p.source.stride != 1; }
 
   const Real* read(int64_t row, Real* copy) const {
@@ -78,24 +82,29 @@ struct DistanceRows {
     return copy;
   }
 
-  template <class Part>
-  FEATKD_INLINE V normed(Part part, int64_t c, const Real* input, const Real* at) const {
-    return NORM ? (part.load(input + c) - at[0]) * at[1] : part.load(input + c);
-  }
+  // What a sweep's body reads besides its rows. A copy on the stack: the compiler must take every
+  // store of a row for one to a member, and would load those again.
+  struct Norm {
+    const Real *gamma, *beta;
+    Real mean, rstd, scale;
 
-  // The gradient with respect to LN(x), and what its two means need.
-  template <class Part>
-  FEATKD_INLINE V upstream(Part part, int64_t c, int chain, V half, V hat, const Real* added,
-                           Sum<Real>& sum, Sum<Real>& product) const {
-    V slope = half * scale;
-    if (added) slope += part.load(added + c);
-    if (NORM) {
-      const V g = slope * part.load(gamma + c);
-      sum.of[chain] += g;
-      product.of[chain] += g * hat;
+    FEATKD_INLINE V hat(V x) const { return NORM ? (x - mean) * rstd : x; }
+
+    // The gradient with respect to LN(x), and what its two means need.
+    template <class Part>
+    FEATKD_INLINE V upstream(Part part, int64_t c, int chain, V half, V hat, const Real* added,
+                             Sum<Real>& sum, Sum<Real>& product) const {
+      V slope = half * scale;
+      if (added) slope += part.load(added + c);
+      if (NORM) {
+        const V g = slope * part.load(gamma + c);
+        sum.of[chain] += g;
+        product.of[chain] += g * hat;
+      }
+      return slope;
     }
-    return slope;
-  }
+  };
+  FEATKD_INLINE Norm norm_of(const Real* at) const { return {gamma, beta, at[0], at[1], scale}; }
 
   const Real* added_to(int64_t row) const {
     return p.added ? static_cast<const Real*>(p.added) + row / p.source.tokens * n : nullptr;
@@ -107,17 +116,18 @@ struct DistanceRows {
     const Real* target = COMPARE ? read_row(p.teacher, row, n, teacher) : nullptr;
     const Real* added = WEIGH ? added_to(row) : nullptr;
     Sum<Real> squares, sum, product;
+    const Norm norm = norm_of(at);
     sweep<Real>(n, [&](auto part, int64_t c, int chain) FEATKD_BODY {
-      const V hat = normed(part, c, input, at);
+      const V hat = norm.hat(part.load(input + c));
       V apart = {};
       if (COMPARE) {
         V y = hat;
-        if (NORM) y = y * part.load(gamma + c);
-        if (NORM && beta) y += part.load(beta + c);
+        if (NORM) y = y * part.load(norm.gamma + c);
+        if (NORM && norm.beta) y += part.load(norm.beta + c);
         apart = y - part.load(target + c);
         squares.of[chain] += apart * apart;
       }
-      if (WEIGH) apart = upstream(part, c, chain, apart, hat, added, sum, product);
+      if (WEIGH) apart = norm.upstream(part, c, chain, apart, hat, added, sum, product);
       part.store(error + c, apart);
     });
     if (WEIGH) at[2] = sum.total() / Real(n), at[3] = product.total() / Real(n);
@@ -127,7 +137,9 @@ struct DistanceRows {
   // Turns E of the whole group into H; returns sum(E H).
   double add_row_sums() const {
     const Real share = 1 / Real(group);
+    const int64_t group = this->group, n = this->n;
     const bool even = group % 2 == 0;
+    Real* const e = this->e;
     Sum<Real> energy;
     sweep<Real>(n, [&](auto part, int64_t c, int chain) FEATKD_BODY {
       V sums[2] = {};
@@ -148,35 +160,41 @@ struct DistanceRows {
   void weigh(int64_t row, const Real* input, Real* at, Real* half) const {
     const Real* added = added_to(row);
     Sum<Real> sum, product;
+    const Norm norm = norm_of(at);
+    const bool compared = p.teacher.data;
     sweep<Real>(n, [&](auto part, int64_t c, int chain) FEATKD_BODY {
-      const V hat = NORM ? normed(part, c, input, at) : V{};
-      const V given = p.teacher.data ? part.load(half + c) : V{};
-      part.store(half + c, upstream(part, c, chain, given, hat, added, sum, product));
+      const V hat = norm.hat(part.load(input + c));
+      const V given = compared ? part.load(half + c) : V{};
+      part.store(half + c, norm.upstream(part, c, chain, given, hat, added, sum, product));
     });
     at[2] = sum.total() / Real(n), at[3] = product.total() / Real(n);
   }
 
   void differentiate(int64_t row, const Real* input, const Real* at, const Real* given) const {
     Real* slope = result_row(p.slope, row, n, out);
-    const auto through = [&](auto part, int64_t c, V hat) FEATKD_BODY {
-      const V g = part.load(given + c);
-      return NORM ? (g * part.load(gamma + c) - at[2] - hat * at[3]) * at[1] : g;
+    const Norm norm = norm_of(at);
+    const Real mean = at[2], product = at[3];
+    const auto through = [&](auto part, int64_t c, V g, V hat) FEATKD_BODY {
+      return NORM ? (g * part.load(norm.gamma + c) - mean - hat * product) * norm.rstd : g;
     };
-    if (!d_bias || (!NORM && !bias))
+    if (!d_bias || (!NORM && !bias)) {
       sweep<Real>(n, [&](auto part, int64_t c, int) FEATKD_BODY {
-        part.store(slope + c, through(part, c, NORM ? normed(part, c, input, at) : V{}));
+        const V hat = NORM ? norm.hat(part.load(input + c)) : V{};
+        part.store(slope + c, through(part, c, part.load(given + c), hat));
       });
-    else
+    } else {
+      Real *const to_bias = bias ? d_bias : nullptr, *const to_gamma = d_gamma, *const to_beta = d_beta;
       sweep<Real>(n, [&](auto part, int64_t c, int) FEATKD_BODY {
-        const V hat = NORM ? normed(part, c, input, at) : V{}, d = through(part, c, hat);
+        const V g = part.load(given + c), hat = NORM ? norm.hat(part.load(input + c)) : V{};
+        const V d = through(part, c, g, hat);
         if (NORM) {
-          const V g = part.load(given + c);
-          part.store(d_gamma + c, part.load(d_gamma + c) + g * hat);
-          part.store(d_beta + c, part.load(d_beta + c) + g);
+          part.store(to_gamma + c, part.load(to_gamma + c) + g * hat);
+          part.store(to_beta + c, part.load(to_beta + c) + g);
         }
-        if (bias) part.store(d_bias + c, part.load(d_bias + c) + d);
+        if (to_bias) part.store(to_bias + c, part.load(to_bias + c) + d);
         part.store(slope + c, d);
       });
+    }
     finish_row(p.slope, row, n, slope);
   }
 };

@@ -130,4 +130,14 @@ void distance_on_cpu(const DistanceProblem& p, int threads, Parallel parallel) {
                });
 }
 
+void soft_on_cpu(const SoftProblem& p, int threads, Parallel parallel) {
+  const CpuKernels& kernels = cpu_kernels();
+  void* const none[1] = {};
+  deal_rows_as(p.wide, p.rows, 1, threads, parallel, kernels.soft_bytes(p), p.classes, none,
+               static_cast<double*>(nullptr),
+               [&](int64_t first, int64_t last, void* scratch, void* partial) {
+                 return kernels.soft(p, first, last, scratch, partial);
+               });
+}
+
 }  // namespace featkd

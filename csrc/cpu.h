@@ -20,6 +20,8 @@ struct CpuKernels {
   size_t (*distance_bytes)(const DistanceProblem&);
   double (*distance)(const DistanceProblem&, int64_t first, int64_t last, void* scratch,
                      void* partial);
+  size_t (*soft_bytes)(const SoftProblem&);
+  double (*soft)(const SoftProblem&, int64_t first, int64_t last, void* scratch, void* partial);
 };
 
 // Those of this processor: the best that it has, or at most the one named by FEATKD_ISA (avx512,
@@ -39,5 +41,6 @@ void jacobi_on_cpu(int64_t batch, int n, int length, double* rows, double* turns
 
 // The sweeps over rows, dealt to threads in blocks. Throw std::bad_alloc.
 void distance_on_cpu(const DistanceProblem& problem, int threads, Parallel parallel);
+void soft_on_cpu(const SoftProblem& problem, int threads, Parallel parallel);
 
 }  // namespace featkd

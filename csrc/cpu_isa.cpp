@@ -3,6 +3,7 @@
 #include "cpu.h"
 #include "distance.h"
 #include "jacobi.h"
+#include "soft_kd.h"
 #include "spectrum.h"
 
 #define FEATKD_JOIN_(a, b) a##b
@@ -60,12 +61,22 @@ double distance(const DistanceProblem& p, int64_t first, int64_t last, void* scr
                  : run_rows<DistanceRows<float, false>>(p, first, last, scratch, partial);
 }
 
+size_t soft_bytes(const SoftProblem& p) {
+  return p.wide ? SoftRows<double>::bytes(p) : SoftRows<float>::bytes(p);
+}
+
+double soft(const SoftProblem& p, int64_t first, int64_t last, void* scratch, void* partial) {
+  return p.wide ? run_rows<SoftRows<double>>(p, first, last, scratch, partial)
+                : run_rows<SoftRows<float>>(p, first, last, scratch, partial);
+}
+
 }  // namespace
 }  // namespace FEATKD_ISA
 
 extern const CpuKernels FEATKD_JOIN(cpu_, FEATKD_ISA);
 const CpuKernels FEATKD_JOIN(cpu_, FEATKD_ISA) = {
     FEATKD_QUOTE(FEATKD_ISA), FEATKD_ISA::bytes,          FEATKD_ISA::solve_one,
-    FEATKD_ISA::jacobi_one,   FEATKD_ISA::distance_bytes, FEATKD_ISA::distance};
+    FEATKD_ISA::jacobi_one,   FEATKD_ISA::distance_bytes, FEATKD_ISA::distance,
+    FEATKD_ISA::soft_bytes,   FEATKD_ISA::soft};
 
 }  // namespace featkd

@@ -35,7 +35,7 @@ struct Whole {
   FEATKD_INLINE void store(Real* p, Vec<Real> x) const {
     *reinterpret_cast<typename Numbers<Real>::Anywhere*>(p) = x;
   }
-  FEATKD_INLINE Vec<Real> keep(Vec<Real> x) const { return x; }
+  FEATKD_INLINE Vec<Real> keep(Vec<Real> x, Real = 0) const { return x; }
 };
 
 template <class Real>
@@ -49,8 +49,8 @@ struct Rest {
   FEATKD_INLINE void store(Real* p, Vec<Real> x) const {
     for (int i = 0; i < count; i++) p[i] = x[i];
   }
-  FEATKD_INLINE Vec<Real> keep(Vec<Real> x) const {
-    for (int i = count; i < Numbers<Real>::COUNT; i++) x[i] = 0;
+  FEATKD_INLINE Vec<Real> keep(Vec<Real> x, Real other = 0) const {
+    for (int i = count; i < Numbers<Real>::COUNT; i++) x[i] = other;
     return x;
   }
 };

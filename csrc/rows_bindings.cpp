@@ -39,9 +39,14 @@ void* numbers(const Maybe& x, bool wide, int64_t count) {
   return x->mutable_data_ptr();
 }
 
+// Waking a thread takes as long as a row of this many numbers.
+constexpr int64_t A_THREADS_NUMBERS = 1 << 14;
+
 template <class Problem>
-void run(const Problem& problem, void (*function)(const Problem&, int, featkd::Parallel)) {
-  const int threads = int(torch::stable::get_num_threads());
+void run(const Problem& problem, int64_t numbers,
+         void (*function)(const Problem&, int, featkd::Parallel)) {
+  const int64_t most = 1 + numbers / A_THREADS_NUMBERS, there = torch::stable::get_num_threads();
+  const int threads = int(most < there ? most : there);
   try {
     function(problem, threads, featkd::run_parallel);
   } catch (const std::bad_alloc&) {
@@ -77,9 +82,54 @@ void distance(Tensor source, Maybe teacher, Maybe bias, Maybe gamma, Maybe beta,
                                         static_cast<double*>(numbers(total, true, 1)),
                                         {numbers(d_bias, wide, n), numbers(d_gamma, wide, n),
                                          numbers(d_beta, wide, n)}};
-  run(problem, featkd::distance_on_cpu);
+  run(problem, batch * tokens * n, featkd::distance_on_cpu);
+}
+
+// (B, K) of any strides: one token an image
+featkd::Rows matrix_of(const Maybe& x) {
+  if (!x) return {};
+  const auto strides = x->strides();
+  return {x->const_data_ptr(), type_of(*x), 1, strides[0], 0, strides[1]};
+}
+
+void soft_kd(Tensor student, Maybe teacher, Maybe target, double alpha, double tau, Tensor losses,
+             Maybe slope) {
+  STD_TORCH_CHECK(student.dim() == 2, "student: expected shape (B, K)");
+  const int64_t batch = student.sizes()[0], classes = student.sizes()[1];
+  const bool wide = student.scalar_type() == ScalarType::Double;
+  const bool indices = target && target->dim() == 1;
+  for (const Maybe& x : {teacher, indices ? Maybe() : target, slope})
+    STD_TORCH_CHECK(!x || (x->dim() == 2 && x->sizes()[0] == batch && x->sizes()[1] == classes),
+                    "teacher, target, slope: expected the student's shape");
+  featkd::SoftProblem problem{batch,
+                              classes,
+                              wide,
+                              alpha,
+                              tau,
+                              matrix_of(student),
+                              matrix_of(teacher),
+                              indices ? featkd::Rows{} : matrix_of(target),
+                              nullptr,
+                              0,
+                              numbers(losses, wide, batch),
+                              results_of(slope)};
+  if (indices) {
+    STD_TORCH_CHECK(target->scalar_type() == ScalarType::Long && target->sizes()[0] == batch,
+                    "target: expected (B,) int64");
+    problem.labels = static_cast<const int64_t*>(target->const_data_ptr());
+    problem.label_stride = target->strides()[0];
+    for (int64_t row = 0; row < batch; row++) {
+      const int64_t label = problem.labels[row * problem.label_stride];
+      STD_TORCH_CHECK(label >= 0 && label < classes, "target: index ", label,
+                      " is out of bounds for dimension 1 with size ", classes);
+    }
+  }
+  run(problem, 2 * batch * classes, featkd::soft_on_cpu);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(featkd, CPU, m) { m.impl("distance_rows", TORCH_BOX(&distance)); }
+STABLE_TORCH_LIBRARY_IMPL(featkd, CPU, m) {
+  m.impl("distance_rows", TORCH_BOX(&distance));
+  m.impl("soft_kd_rows", TORCH_BOX(&soft_kd));
+}

@@ -21,3 +21,10 @@ torch.library.define(
     "int width, Tensor? scale, Tensor? added, Tensor(a!)? slope, Tensor(b!)? rstd, "
     "Tensor(c!)? total, Tensor(d!)? d_bias, Tensor(e!)? d_gamma, Tensor(f!)? d_beta) -> ()",
 )
+
+# Writes the rows' losses (numbers) and the gradient of their sum; target is (B,) int64 or (B, K).
+torch.library.define(
+    "featkd::soft_kd_rows",
+    "(Tensor student, Tensor? teacher, Tensor? target, float alpha, float tau, "
+    "Tensor(a!) losses, Tensor(b!)? slope) -> ()",
+)

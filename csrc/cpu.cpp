@@ -140,4 +140,13 @@ void soft_on_cpu(const SoftProblem& p, int threads, Parallel parallel) {
                });
 }
 
+void norms_on_cpu(const NormsProblem& p, int threads, Parallel parallel) {
+  const CpuKernels& kernels = cpu_kernels();
+  deal_rows_as(p.wide, p.rows, 1, threads, parallel, kernels.norms_bytes(p), p.channels, p.sums,
+               static_cast<double*>(nullptr),
+               [&](int64_t first, int64_t last, void* scratch, void* partial) {
+                 return kernels.norms(p, first, last, scratch, partial);
+               });
+}
+
 }  // namespace featkd

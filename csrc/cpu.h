@@ -22,6 +22,8 @@ struct CpuKernels {
                      void* partial);
   size_t (*soft_bytes)(const SoftProblem&);
   double (*soft)(const SoftProblem&, int64_t first, int64_t last, void* scratch, void* partial);
+  size_t (*norms_bytes)(const NormsProblem&);
+  double (*norms)(const NormsProblem&, int64_t first, int64_t last, void* scratch, void* partial);
 };
 
 // Those of this processor: the best that it has, or at most the one named by FEATKD_ISA (avx512,
@@ -42,5 +44,6 @@ void jacobi_on_cpu(int64_t batch, int n, int length, double* rows, double* turns
 // The sweeps over rows, dealt to threads in blocks. Throw std::bad_alloc.
 void distance_on_cpu(const DistanceProblem& problem, int threads, Parallel parallel);
 void soft_on_cpu(const SoftProblem& problem, int threads, Parallel parallel);
+void norms_on_cpu(const NormsProblem& problem, int threads, Parallel parallel);
 
 }  // namespace featkd

@@ -5,6 +5,7 @@
 #include "jacobi.h"
 #include "soft_kd.h"
 #include "spectrum.h"
+#include "two_norms.h"
 
 #define FEATKD_JOIN_(a, b) a##b
 #define FEATKD_JOIN(a, b) FEATKD_JOIN_(a, b)
@@ -70,6 +71,15 @@ double soft(const SoftProblem& p, int64_t first, int64_t last, void* scratch, vo
                 : run_rows<SoftRows<float>>(p, first, last, scratch, partial);
 }
 
+size_t norms_bytes(const NormsProblem& p) {
+  return p.wide ? NormRows<double>::bytes(p) : NormRows<float>::bytes(p);
+}
+
+double norms(const NormsProblem& p, int64_t first, int64_t last, void* scratch, void* partial) {
+  return p.wide ? run_rows<NormRows<double>>(p, first, last, scratch, partial)
+                : run_rows<NormRows<float>>(p, first, last, scratch, partial);
+}
+
 }  // namespace
 }  // namespace FEATKD_ISA
 
@@ -77,6 +87,7 @@ extern const CpuKernels FEATKD_JOIN(cpu_, FEATKD_ISA);
 const CpuKernels FEATKD_JOIN(cpu_, FEATKD_ISA) = {
     FEATKD_QUOTE(FEATKD_ISA), FEATKD_ISA::bytes,          FEATKD_ISA::solve_one,
     FEATKD_ISA::jacobi_one,   FEATKD_ISA::distance_bytes, FEATKD_ISA::distance,
-    FEATKD_ISA::soft_bytes,   FEATKD_ISA::soft};
+    FEATKD_ISA::soft_bytes,   FEATKD_ISA::soft,           FEATKD_ISA::norms_bytes,
+    FEATKD_ISA::norms};
 
 }  // namespace featkd

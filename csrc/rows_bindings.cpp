@@ -85,6 +85,67 @@ void distance(Tensor source, Maybe teacher, Maybe bias, Maybe gamma, Maybe beta,
   run(problem, batch * tokens * n, featkd::distance_on_cpu);
 }
 
+// (4, rows), part of a longer one or not
+void* statistics_of(const Tensor& x, bool wide, int64_t rows) {
+  STD_TORCH_CHECK(x.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float) &&
+                      x.dim() == 2 && x.sizes()[0] == 4 && x.sizes()[1] == rows &&
+                      (rows < 2 || x.strides()[1] == 1),
+                  "statistics: expected (4, rows) numbers of the accumulators' type");
+  return x.mutable_data_ptr();
+}
+
+void norms_forward(Tensor h, Tensor parameters, double eps, Tensor residual, Tensor normed,
+                   Tensor statistics) {
+  STD_TORCH_CHECK(h.dim() == 2, "h: expected shape (rows, C)");
+  const int64_t rows = h.sizes()[0], n = h.sizes()[1];
+  const bool wide = h.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(residual.numel() == rows * n && normed.numel() == rows * n,
+                  "residual, normed: expected as many elements as h");
+  const featkd::NormsProblem problem{rows,
+                                     n,
+                                     wide,
+                                     eps,
+                                     numbers(h, wide, rows * n),
+                                     numbers(parameters, wide, 4 * n),
+                                     results_of(residual),
+                                     results_of(normed),
+                                     statistics_of(statistics, wide, rows),
+                               statistics.strides()[0],
+                                     {},
+                                     {},
+                                     nullptr,
+                                     {}};
+  run(problem, rows * n, featkd::norms_on_cpu);
+}
+
+void norms_backward(Tensor h, Tensor parameters, Tensor statistics, Maybe d_residual,
+                    Maybe d_normed, Tensor slope, Maybe sums) {
+  STD_TORCH_CHECK(h.dim() == 2, "h: expected shape (rows, C)");
+  const int64_t rows = h.sizes()[0], n = h.sizes()[1];
+  const bool wide = h.scalar_type() == ScalarType::Double;
+  for (const Maybe& x : {d_residual, d_normed})
+    STD_TORCH_CHECK(!x || (x->dim() == 3 && x->sizes()[0] * x->sizes()[1] == rows &&
+                           x->sizes()[2] == n),
+                    "d_residual, d_normed: expected shape (B, N, C)");
+  featkd::NormsProblem problem{rows,
+                               n,
+                               wide,
+                               0,
+                               numbers(h, wide, rows * n),
+                               numbers(parameters, wide, 4 * n),
+                               {},
+                               {},
+                               statistics_of(statistics, wide, rows),
+                               statistics.strides()[0],
+                               rows_of(d_residual),
+                               rows_of(d_normed),
+                               numbers(slope, wide, rows * n),
+                               {}};
+  char* first = static_cast<char*>(numbers(sums, wide, 4 * n));
+  for (int k = 0; first && k < 4; k++) problem.sums[k] = first + k * n * (wide ? 8 : 4);
+  run(problem, rows * n, featkd::norms_on_cpu);
+}
+
 // (B, K) of any strides: one token an image
 featkd::Rows matrix_of(const Maybe& x) {
   if (!x) return {};
@@ -132,4 +193,6 @@ void soft_kd(Tensor student, Maybe teacher, Maybe target, double alpha, double t
 STABLE_TORCH_LIBRARY_IMPL(featkd, CPU, m) {
   m.impl("distance_rows", TORCH_BOX(&distance));
   m.impl("soft_kd_rows", TORCH_BOX(&soft_kd));
+  m.impl("two_norms_rows", TORCH_BOX(&norms_forward));
+  m.impl("two_norms_rows_backward", TORCH_BOX(&norms_backward));
 }

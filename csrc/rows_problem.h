@@ -61,11 +61,12 @@ struct NormsProblem {
   double eps;
   const void* h;  // (rows, channels)
   const void* parameters;  // (4, channels): gamma_p, beta_p, gamma_1, beta_1
-  Results residual, normed;
-  void* statistics;  // (rows, 4): mean and 1/std of h, of r
+  Results residual, normed;  // of the forward pass; what follows the statistics, of the backward
+  void* statistics;  // (4, rows): mean and 1/std of h, of r
+  int64_t statistics_stride;  // from one of the four to the next
   Rows d_residual, d_normed;
   void* slope;  // (rows, channels), may be h
-  void* sums;  // (4, channels) += the gradients of the parameters
+  void* sums[4];  // (channels) += the gradients of the parameters
 };
 
 }  // namespace featkd

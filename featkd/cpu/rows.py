@@ -28,3 +28,20 @@ torch.library.define(
     "(Tensor student, Tensor? teacher, Tensor? target, float alpha, float tau, "
     "Tensor(a!) losses, Tensor(b!)? slope) -> ()",
 )
+
+# r = LN_p(h), u = LN_1(r) of h (rows, C); parameters are (4, C) numbers: gamma and beta of each.
+# Writes residual, normed, and the mean and 1 / std of h and of r
+# (4, rows).
+torch.library.define(
+    "featkd::two_norms_rows",
+    "(Tensor h, Tensor parameters, float eps, Tensor(a!) residual, Tensor(b!) normed, "
+    "Tensor(c!) statistics) -> ()",
+)
+
+# The gradient with respect to h as `slope`, which may be h; adds the parameters' to `sums`. The
+# upstream ones are (B, N, C).
+torch.library.define(
+    "featkd::two_norms_rows_backward",
+    "(Tensor h, Tensor parameters, Tensor statistics, Tensor? d_residual, Tensor? d_normed, "
+    "Tensor(a!) slope, Tensor(b!)? sums) -> ()",
+)

@@ -6,8 +6,6 @@ tensor of all rows by Ct channels exists. Equations as in `featkd.reference`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -33,7 +31,6 @@ def sweep(
     compute: torch.dtype,
     need_student: bool,
     need_parameters: bool,
-    observe: Callable[[slice, slice, Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pass over the rows.
 
@@ -43,8 +40,6 @@ def sweep(
         width: columns of the patch grid for the spectral metric, 0 for the mse.
         compute: type to which the projection's operands are rounded (autocast).
         need_student, need_parameters: which gradients to form; those not needed are empty.
-        observe: called with each chunk's slices of images and tokens, its rows of the student, and
-            the norm's 1 / standard deviation of each; only with a norm.
 
     Returns:
         sum(E H), and gradients of half of it: the student's (B, N, Cs) and the parameters', flat,
@@ -75,12 +70,9 @@ def sweep(
         if projected is None:  # the first chunk is the largest
             projected = torch.empty(len(s), channels, dtype=dtype)
         p = torch.mm(s, w.t(), out=projected[: len(s)])
-        scales = None if observe is None else torch.empty(len(s), dtype=dtype)
         rows = p.view(target.shape)
         slope = rows if need_student or need_parameters else None
-        run(rows, target, *vectors, eps, width, None, None, slope, scales, total, *sums[1:])
-        if observe is not None:
-            observe(images, tokens, s, scales)
+        run(rows, target, *vectors, eps, width, None, None, slope, None, total, *sums[1:])
         if sums[0] is not None:
             sums[0].view(w.shape).addmm_(p.t(), s)
         if need_student:

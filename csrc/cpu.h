@@ -2,7 +2,6 @@
 #pragma once
 
 #include "problem.h"
-#include "rows_problem.h"
 
 namespace featkd {
 
@@ -15,19 +14,12 @@ struct CpuKernels {
   // one-sided Jacobi of n rows in place, with the turns of a unit matrix; returns the sweeps.
   // Rows are `length` numbers apart, a multiple of 8, zero behind the n-th
   int (*jacobi)(int n, double* rows, double* turns, int length);
-  // sweeps over rows [first, last): scratch memory that one thread needs, and the work. `partial`
-  // has this block's share of the sums over rows
-  size_t (*distance_bytes)(const DistanceProblem&);
-  double (*distance)(const DistanceProblem&, int64_t first, int64_t last, void* scratch,
-                     void* partial);
-  size_t (*soft_bytes)(const SoftProblem&);
-  double (*soft)(const SoftProblem&, int64_t first, int64_t last, void* scratch, void* partial);
-  size_t (*norms_bytes)(const NormsProblem&);
-  double (*norms)(const NormsProblem&, int64_t first, int64_t last, void* scratch, void* partial);
 };
 
-// Those of this processor: the best that it has, or at most the one named by FEATKD_ISA (avx512,
-// avx2, portable).
+// The kernels of this processor: the best that it has, or at most the one named by FEATKD_ISA
+// (avx512, avx2, portable).
+enum class Isa { portable, avx2, avx512 };
+Isa isa();
 const CpuKernels& cpu_kernels();
 
 // Runs `body(context)` in up to `count` threads at once, at least one.
@@ -40,10 +32,5 @@ void solve_on_cpu(const Problem& problem, int threads, Parallel parallel);
 // One-sided Jacobi of a batch of (n, length) matrices; sweeps has a number for each.
 void jacobi_on_cpu(int64_t batch, int n, int length, double* rows, double* turns, int32_t* sweeps,
                    int threads, Parallel parallel);
-
-// The sweeps over rows, dealt to threads in blocks. Throw std::bad_alloc.
-void distance_on_cpu(const DistanceProblem& problem, int threads, Parallel parallel);
-void soft_on_cpu(const SoftProblem& problem, int threads, Parallel parallel);
-void norms_on_cpu(const NormsProblem& problem, int threads, Parallel parallel);
 
 }  // namespace featkd

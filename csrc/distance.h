@@ -4,6 +4,7 @@
 #include "rows.h"
 
 namespace featkd::FEATKD_ISA {
+namespace {
 
 // One thread's work on the rows that the distance ties together: one, or `width` tokens.
 template <class Real, bool NORM>
@@ -50,7 +51,7 @@ struct DistanceRows {
         at[0] = found.mean, at[1] = found.rstd;
         if (p.rstd) static_cast<Real*>(p.rstd)[first + i] = found.rstd;
       }
-      if (!p.width && p.slope.data) {
+      if (!p.width && is_wanted()) {
         Real* error = is_slope() ? result_row(p.slope, first, n, out) : e;
         total += p.teacher.data ? subtract<true, true>(first, input, at, error)
                                 : subtract<false, true>(first, input, at, error);
@@ -59,7 +60,7 @@ struct DistanceRows {
         total += subtract<true, false>(first + i, input, at, e + i * n);
     }
     if (p.width && p.teacher.data) total = add_row_sums();
-    if (!p.slope.data || is_slope()) return total;
+    if (!is_wanted() || is_slope()) return total;
     for (int64_t i = 0; i < group; i++) {
       const Real* input = is_copied() ? x + i * n : read(first + i, nullptr);
       if (p.width) weigh(first + i, input, norms + 4 * i, e + i * n);
@@ -69,6 +70,7 @@ struct DistanceRows {
   }
 
  private:
+  bool is_wanted() const { return p.slope.data || d_bias; }
   // Whether what `subtract` forms is already the gradient with respect to the source.
   bool is_slope() const { return !NORM && !p.width && !d_bias; }
   bool is_copied() const { return bias || p.source.type != type_as<Real> || p.source.stride != 1; }
@@ -171,7 +173,7 @@ struct DistanceRows {
   }
 
   void differentiate(int64_t row, const Real* input, const Real* at, const Real* given) const {
-    Real* slope = result_row(p.slope, row, n, out);
+    Real* slope = p.slope.data ? result_row(p.slope, row, n, out) : out;
     const Norm norm = norm_of(at);
     const Real mean = at[2], product = at[3];
     const auto through = [&](auto part, int64_t c, V g, V hat) FEATKD_BODY {
@@ -195,8 +197,9 @@ struct DistanceRows {
         part.store(slope + c, d);
       });
     }
-    finish_row(p.slope, row, n, slope);
+    if (p.slope.data) finish_row(p.slope, row, n, slope);
   }
 };
 
+}  // namespace
 }  // namespace featkd::FEATKD_ISA

@@ -13,6 +13,8 @@
 #define FEATKD_BODY __attribute__((always_inline))
 
 namespace featkd::FEATKD_ISA {
+// unnamed: no weak symbols (rows_isa.cpp)
+namespace {
 
 constexpr int CHAINS = 4;  // of a reduction, one behind the other: an addition takes 3 to 4 cycles
 
@@ -183,4 +185,5 @@ FEATKD_INLINE Moments<Real> moments(const Real* x, int64_t count, double eps) {
   return {mean, 1 / root(squares.total() / Real(count) + Real(eps))};
 }
 
+}  // namespace
 }  // namespace featkd::FEATKD_ISA

@@ -7,7 +7,7 @@
 #include <optional>
 
 #include "bindings.h"
-#include "cpu.h"
+#include "rows_cpu.h"
 
 namespace {
 

@@ -5,6 +5,7 @@
 #include "rows.h"
 
 namespace featkd::FEATKD_ISA {
+namespace {
 
 FEATKD_INLINE Vec<double> exponential(Vec<double> x) {
   for (int i = 0; i < Numbers<double>::COUNT; i++) x[i] = __builtin_exp(x[i]);
@@ -144,4 +145,5 @@ struct SoftRows {
   }
 };
 
+}  // namespace
 }  // namespace featkd::FEATKD_ISA

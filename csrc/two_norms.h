@@ -4,6 +4,7 @@
 #include "rows.h"
 
 namespace featkd::FEATKD_ISA {
+namespace {
 
 template <class Real>
 struct NormRows {
@@ -123,4 +124,5 @@ struct NormRows {
   }
 };
 
+}  // namespace
 }  // namespace featkd::FEATKD_ISA

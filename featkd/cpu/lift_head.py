@@ -20,11 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from featkd.cpu import rows as _  # noqa: F401
 from featkd.cpu.chunks import row_chunks
+from featkd.cpu.rows import distance
 from featkd.reference import accumulation_dtype
 
-# of a chunk: four images of 14 x 14 patches. The sums over tokens, a product a chunk, lose digits in
+# of a chunk: four images of 14 x 14 patches. Sums over tokens, a product a chunk, lose digits in
 # longer ones
 _ROWS = 784
 
@@ -76,7 +76,6 @@ def forward(
     centred = exact - exact.mean(0)
     used = centred if teacher is None else exact
     norm = (gamma.detach().to(dtype).contiguous(), beta.detach().to(dtype).contiguous())
-    run = torch.ops.featkd.distance_rows.default
     buffer: Tensor | None = None
     for at in row_chunks(batch, tokens, _ROWS, width or 1):
         rows = features[at].to(compute).to(dtype).contiguous()
@@ -90,7 +89,7 @@ def forward(
         p = torch.mm(flat, used.t(), out=place).view(*scales.shape, -1)
         given = None if teacher is None else teacher[at]
         rest = (None, None, None, scales, total, None, None, None)
-        run(p, given, None, *norm, eps, width if given is not None else 0, *rest)
+        distance(p, given, None, *norm, eps, width if given is not None else 0, *rest)
         means[at[0]] += torch.bmm(scales.unsqueeze(1), rows).squeeze(1)
     means /= tokens
     return Forward(means @ centred.t(), means, rstd, total.to(dtype), product)
@@ -127,12 +126,12 @@ def backward_with_loss(
     w = weight.detach().to(compute).to(dtype).contiguous()
     vectors = (None, gamma.detach().to(dtype).contiguous(), beta.detach().to(dtype).contiguous())
     sums = [torch.zeros(p.shape, dtype=dtype) for p in (w, gamma, beta) if need_parameters]
-    d_weight, *others = sums or [None, None, None]
+    d_weight = sums[0] if need_parameters else None
+    others = (None, *sums[1:]) if need_parameters else (None, None, None)
     result = torch.empty(features.shape if need_features else 0, dtype=features.dtype)
     added = None if d_pooled is None else d_pooled / tokens
     scale = None if d_loss is None else d_loss.to(dtype)
     width = 0 if d_loss is None else width
-    run = torch.ops.featkd.distance_rows.default
     buffer: Tensor | None = None
     for at in row_chunks(batch, tokens, _ROWS, width or 1):
         given = teacher[at]
@@ -143,8 +142,8 @@ def backward_with_loss(
         p = product[at] if product.numel() else torch.mm(f, w.t(), out=slope).view(given.shape)
         dz = None if added is None else added[at[0]]
         target = None if scale is None else given
-        rest = (scale, dz, slope.view(given.shape), None, None, None, *others)
-        run(p, target, *vectors, eps, width, *rest)
+        rest = (scale, dz, slope.view(given.shape), None, None, *others)
+        distance(p, target, *vectors, eps, width, *rest)
         if d_weight is not None:
             d_weight.addmm_(slope.t(), f)
         if need_features:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from featkd.cpu import rows as _  # noqa: F401
 from featkd.cpu.chunks import row_chunks
+from featkd.cpu.rows import distance
 from featkd.reference import accumulation_dtype
 
-# of a chunk: eight images of 14 x 14 patches. Loss and gradients of (32, 196, 192) -> 384 took 23.5,
-# 21.0, 21.3, 19.2, 18.9, 18.0 ms with 196, 392, 784, 1568, 3136, 6272 (two AVX2 cores, 32 MiB L3)
+# of a chunk: eight images of 14 x 14 patches. Loss and gradients of (32, 196, 192) -> 384 took
+# 23.5, 21.0, 21.3, 19.2, 18.9, 18.0 ms with 196, 392, 784, 1568, 3136, 6272 (two AVX2 cores, 32 MiB
+# of L3)
 ROWS = 1568
 
 
@@ -47,7 +48,7 @@ def sweep(
     """
     dtype = accumulation_dtype(student.dtype)
     w = None if weight is None else weight.detach().to(compute).to(dtype).contiguous()
-    b, gamma, beta = vectors = [
+    vectors = [
         p if p is None else p.detach().to(dtype).contiguous()
         for p in (bias, norm_weight, norm_bias)
     ]
@@ -57,10 +58,9 @@ def sweep(
     sums = [None if p is None else next(parts, None) for p in (w, *vectors)]
     d_student = torch.empty(student.shape if need_student else 0, dtype=student.dtype)
     total = torch.zeros((), dtype=torch.float64)
-    run = torch.ops.featkd.distance_rows.default
     if w is None:
         slope = d_student if need_student else None
-        run(student, teacher, *vectors, eps, width, None, None, slope, None, total, *sums[1:])
+        distance(student, teacher, *vectors, eps, width, None, None, slope, None, total, *sums[1:])
         return total.to(dtype), d_student, flat
     channels = len(w)
     projected: Tensor | None = None
@@ -72,7 +72,7 @@ def sweep(
         p = torch.mm(s, w.t(), out=projected[: len(s)])
         rows = p.view(target.shape)
         slope = rows if need_student or need_parameters else None
-        run(rows, target, *vectors, eps, width, None, None, slope, None, total, *sums[1:])
+        distance(rows, target, *vectors, eps, width, None, None, slope, None, total, *sums[1:])
         if sums[0] is not None:
             sums[0].view(w.shape).addmm_(p.t(), s)
         if need_student:
@@ -91,7 +91,5 @@ def difference_gradient(student: Tensor, teacher: Tensor, width: int, factor: Te
     """
     result = torch.empty(student.shape, dtype=student.dtype)  # contiguous, whatever the maps are
     rest = (None, result, *[None] * 5)
-    torch.ops.featkd.distance_rows.default(
-        *(student, teacher, None, None, None, 0.0, width, factor, *rest)
-    )
+    distance(student, teacher, None, None, None, 0.0, width, factor, *rest)
     return result

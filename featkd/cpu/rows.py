@@ -21,6 +21,7 @@ torch.library.define(
     "int width, Tensor? scale, Tensor? added, Tensor(a!)? slope, Tensor(b!)? rstd, "
     "Tensor(c!)? total, Tensor(d!)? d_bias, Tensor(e!)? d_gamma, Tensor(f!)? d_beta) -> ()",
 )
+distance = torch.ops.featkd.distance_rows.default
 
 # Writes the rows' losses (numbers) and the gradient of their sum; target is (B,) int64 or (B, K).
 torch.library.define(
@@ -28,6 +29,7 @@ torch.library.define(
     "(Tensor student, Tensor? teacher, Tensor? target, float alpha, float tau, "
     "Tensor(a!) losses, Tensor(b!)? slope) -> ()",
 )
+soft_kd = torch.ops.featkd.soft_kd_rows.default
 
 # r = LN_p(h), u = LN_1(r) of h (rows, C); parameters are (4, C) numbers: gamma and beta of each.
 # Writes residual, normed, and the mean and 1 / std of h and of r
@@ -37,6 +39,7 @@ torch.library.define(
     "(Tensor h, Tensor parameters, float eps, Tensor(a!) residual, Tensor(b!) normed, "
     "Tensor(c!) statistics) -> ()",
 )
+two_norms = torch.ops.featkd.two_norms_rows.default
 
 # The gradient with respect to h as `slope`, which may be h; adds the parameters' to `sums`. The
 # upstream ones are (B, N, C).
@@ -45,3 +48,4 @@ torch.library.define(
     "(Tensor h, Tensor parameters, Tensor statistics, Tensor? d_residual, Tensor? d_normed, "
     "Tensor(a!) slope, Tensor(b!)? sums) -> ()",
 )
+two_norms_backward = torch.ops.featkd.two_norms_rows_backward.default

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from featkd.cpu import rows as _  # noqa: F401
+from featkd.cpu.rows import soft_kd
 from featkd.reference import accumulation_dtype
 
 
@@ -42,6 +42,5 @@ def sweep(
     losses = torch.empty(len(student), dtype=dtype)
     gradient = torch.empty(student.shape if need_gradient else 0, dtype=student.dtype)
     slope = gradient if need_gradient else None
-    run = torch.ops.featkd.soft_kd_rows.default
-    run(student, teacher, target, alpha, tau, losses, slope)
+    soft_kd(student, teacher, target, alpha, tau, losses, slope)
     return losses, gradient

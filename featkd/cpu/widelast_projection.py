@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from featkd.cpu import rows as _  # noqa: F401
 from featkd.cpu.chunks import row_chunks
+from featkd.cpu.rows import two_norms, two_norms_backward
 from featkd.reference import accumulation_dtype
 
 # of a chunk: eight images of 14 x 14 patches (`featkd.cpu.projected_feature_kd.ROWS`)
@@ -56,16 +56,15 @@ def forward(
     shape = (batch, tokens, len(weight))
     residual, normed = (torch.empty(shape, dtype=x.dtype) for _ in range(2))
     statistics = torch.empty(4, batch * tokens, dtype=dtype)
-    run = torch.ops.featkd.two_norms_rows.default
     if keeps_product(x.dtype):  # one call a step, as eager
         h = x.detach().reshape(-1, channels).contiguous() @ weight.t()
-        run(h, norms, eps, residual, normed, statistics)
+        two_norms(h, norms, eps, residual, normed, statistics)
         return residual, normed, statistics, h
     done = 0
     for at in row_chunks(batch, tokens, _ROWS):
         h = x[at].reshape(-1, channels).to(dtype) @ weight.t()
         here = slice(done, done + len(h))
-        run(h, norms, eps, residual[at], normed[at], statistics[:, here])
+        two_norms(h, norms, eps, residual[at], normed[at], statistics[:, here])
         done += len(h)
     return residual, normed, statistics, torch.empty(0, dtype=dtype)
 
@@ -105,7 +104,6 @@ def backward(
     d_weight = torch.zeros_like(weight) if need_parameters else None
     sums = torch.zeros_like(norms) if need_parameters else None
     d_input = torch.empty(x.shape if need_input else 0, dtype=x.dtype)
-    run = torch.ops.featkd.two_norms_rows_backward.default
     buffer: Tensor | None = None
     done = 0
     for at in row_chunks(batch, tokens, _ROWS):
@@ -117,7 +115,7 @@ def backward(
         done += len(s)
         h = product[here] if product.numel() else torch.mm(s, weight.t(), out=slope)
         dr, du = (None if d is None else d[at] for d in (d_residual, d_normed))
-        run(h, norms, statistics[:, here], dr, du, slope, sums)
+        two_norms_backward(h, norms, statistics[:, here], dr, du, slope, sums)
         if d_weight is not None:
             d_weight.addmm_(slope.t(), s)
         if need_input:

@@ -171,13 +171,13 @@ def _backward(
         if backend == "cpu":
             from featkd.cpu import lift_head as cpu
 
-            needed = {"need_features": need_features, "need_parameters": need_parameters}
             if teacher is None:
                 assert d_pooled is not None
                 results[0], gradients = cpu.backward(
                     *(features, weight, norm_weight, statistics, means, d_pooled),
                     compute=compute,
-                    **needed,
+                    need_features=need_features,
+                    need_parameters=need_parameters,
                 )
             else:
                 results[0], gradients = cpu.backward_with_loss(
@@ -185,7 +185,8 @@ def _backward(
                     eps=eps,
                     width=width,
                     compute=compute,
-                    **needed,
+                    need_features=need_features,
+                    need_parameters=need_parameters,
                 )
         else:
             from featkd.kernels import lift_head as kernels

@@ -133,9 +133,10 @@ struct SoftRows {
     const Real by_s = Real(p.alpha * p.tau / z_s), by_t = Real(p.alpha * p.tau / z_t);
     sweep<Real>(n, [&](auto part, int64_t c, int) FEATKD_BODY {
       V d = {};
-      if (CE) d = part.load(e1 + c) * by_1;
-      if (KL && !SHARED) d += part.load(es + c) * by_s;
+      // s - t first: where they agree nothing is left of their roundings
+      if (KL && !SHARED) d = part.load(es + c) * by_s;
       if (KL) d -= part.load(et + c) * by_t;
+      if (CE) d += part.load(e1 + c) * by_1;
       if (CE && soft) d -= part.load(soft + c) * hard;
       part.store(slope + c, d);
     });

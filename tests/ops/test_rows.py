@@ -36,7 +36,7 @@ def test_channels_of_every_length(width):
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("soft", [False, True])
 def test_classes_of_every_length(soft):
-    for classes in LENGTHS:
+    for classes in LENGTHS[1:]:
         problem = soft_kd_cases.Problem(3, classes, 0.6, 2.0, soft)
         tensors = problem.tensors(torch.float32)
         got = test_soft_kd.run(*tensors, problem)

@@ -11,6 +11,10 @@ from __future__ import annotations
 
 import torch
 
+from featkd import extension
+
+extension.missing()  # loads it: a custom op may be called without a choice of backend before
+
 # E = LN(source + bias) - teacher; H = E, or E with its sums over `width` tokens. Adds sum(E H) to
 # `total` (float64), writes 1 / std of the rows, and the gradient of scale * sum(E H) / 2
 # + sum(LN(source + bias) * added) with respect to the source as `slope`, which may be the source;

@@ -37,4 +37,4 @@ def has_kernel(op: str, device: str) -> bool:
 
 # What `torch.compiler.assume_constant_result` sets, which imports all of the compiler.
 for _function in (missing, has_kernel):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined, union-attr]
+    _function._dynamo_marked_constant = True  # type: ignore[union-attr]

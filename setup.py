@@ -82,7 +82,7 @@ def jobs() -> int:
 
 
 def cpu_flags(isa: str) -> tuple[str, ...]:
-    """Of csrc/cpu_isa.cpp for one instruction set."""
+    """Of csrc/cpu_isa.cpp and rows_isa.cpp for one instruction set."""
     size, rows, unroll, flags = ISAS[isa]
     values = (f"ISA={isa}", f"VECTOR_BYTES={size}", f"ROWS={rows}", f"UNROLL={unroll}")
     return (*FLAGS, *flags, *(f"-DFEATKD_{value}" for value in values))
@@ -105,12 +105,15 @@ def ninja_file(torch: Path, cuda: str | None, target: Path) -> str:
         lines.append(f"build {name}.o: {rule} {source / file}\n  flags = {' '.join(flags)}")
 
     for isa in ISAS:
-        compiled(f"cpu_{isa}", "cpu_isa.cpp", cpu_flags(isa))
-    compiled("cpu", "cpu.cpp", FLAGS)
+        for kind in ("cpu", "rows"):
+            compiled(f"{kind}_{isa}", f"{kind}_isa.cpp", cpu_flags(isa))
+    for name in ("cpu", "rows_cpu"):
+        compiled(name, f"{name}.cpp", FLAGS)
     headers = f"-isystem {torch / 'include'}"
     with_cuda = ("-DFEATKD_WITH_CUDA",) if cuda else ()
     target_version = f"-DTORCH_TARGET_VERSION={TORCH_2_10}"
-    compiled("bindings", "bindings.cpp", (*FLAGS, headers, target_version, *with_cuda))
+    for name in ("bindings", "rows_bindings"):
+        compiled(name, f"{name}.cpp", (*FLAGS, headers, target_version, *with_cuda))
     libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
     if cuda:
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS

@@ -7,6 +7,7 @@
 #include <new>
 #include <tuple>
 
+#include "bindings.h"
 #include "cpu.h"
 #if defined(FEATKD_WITH_CUDA)
 #include <dlfcn.h>
@@ -18,21 +19,9 @@
 namespace {
 
 using torch::headeronly::ScalarType;
+using featkd::run_parallel;
+using featkd::type_of;
 using torch::stable::Tensor;
-
-featkd::Type type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return featkd::Type::f32;
-    case ScalarType::Double: return featkd::Type::f64;
-    case ScalarType::BFloat16: return featkd::Type::bf16;
-    case ScalarType::Half: return featkd::Type::f16;
-    default: STD_TORCH_CHECK(false, "x: expected float32, float64, bfloat16 or float16");
-  }
-}
-
-void run_parallel(int count, void (*body)(void*), void* context) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) { body(context); });
-}
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 

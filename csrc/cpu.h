@@ -16,8 +16,10 @@ struct CpuKernels {
   int (*jacobi)(int n, double* rows, double* turns, int length);
 };
 
-// Those of this processor: the best that it has, or at most the one named by FEATKD_ISA (avx512,
-// avx2, portable).
+// The kernels of this processor: the best that it has, or at most the one named by FEATKD_ISA
+// (avx512, avx2, portable).
+enum class Isa { portable, avx2, avx512 };
+Isa isa();
 const CpuKernels& cpu_kernels();
 
 // Runs `body(context)` in up to `count` threads at once, at least one.

@@ -11,7 +11,6 @@ LIBRARY = Path(__file__).with_name("_csrc.so")
 _known: dict[Path, str] = {}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def missing() -> str:
     """Load the library; returns why it cannot be used, or ""."""
     if LIBRARY not in _known:
@@ -29,9 +28,13 @@ def _load() -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_kernel(op: str, device: str) -> bool:
     """Whether an operator like "featkd::spectrum" is implemented for "cpu" or "cuda" tensors."""
     keys = {"cpu": "CPU", "cuda": "CUDA"}
     key = keys.get(device)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
+
+
+# What `torch.compiler.assume_constant_result` sets, which imports all of the compiler.
+for _function in (missing, has_kernel):
+    _function._dynamo_marked_constant = True  # type: ignore[union-attr]

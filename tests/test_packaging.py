@@ -112,15 +112,15 @@ def test_architectures():
         gencodes("Hopper")
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
-def test_no_instruction_set_lends_another_its_functions(isa: str, tmp_path: Path):
+@pytest.mark.parametrize(("isa", "kind"), [("avx2", "cpu"), ("avx512", "cpu"), ("avx512", "rows")])
+def test_no_instruction_set_lends_another_its_functions(isa: str, kind: str, tmp_path: Path):
     """A weak symbol would be kept once for all of them, perhaps in the AVX-512 form."""
     names = functions()
     if isa not in names["ISAS"] or shutil.which("nm") is None:
         pytest.skip("another processor, or no nm")
     flags = names["cpu_flags"](isa)
     target = tmp_path / "isa.o"
-    command = [os.environ.get("CXX", "c++"), *flags, "-c", str(ROOT / "csrc/cpu_isa.cpp")]
+    command = [os.environ.get("CXX", "c++"), *flags, "-c", str(ROOT / f"csrc/{kind}_isa.cpp")]
     subprocess.run([*command, "-o", str(target)], check=True)
     table = subprocess.run(["nm", str(target)], check=True, capture_output=True, text=True).stdout
     kinds = {line.split()[-2]: line.split()[-1] for line in table.splitlines()}

@@ -1,9 +1,14 @@
-"""lift_head on CPU tensors: row chunks, of which no product with W outlives its chunk.
+"""lift_head on CPU tensors: chunks of rows, each in the cache from its product to its gradient.
 
 W_c is W less its mean over the output channels: LN(f W^T) = LN(f W_c^T), whose rows have mean 0, so
 that their norms alone give rstd, and sums over the tokens commute with the product. Equations as
-in `featkd.kernels.lift_head`; with G = W_c^T W_c and g, m the gradient gamma dpooled / N and its
-mean(g x_hat), the pooled map's part of the backward pass is square in the student's channels:
+in `featkd.kernels.lift_head`.
+
+With a teacher the upstream gradients of the loss and of the pooled map meet in dz, and one sweep
+takes it to df and dW; the product f W^T is kept for it in float32 and float64, where forming it
+again would be a quarter of the whole, and formed again in half precision. Without a teacher, with
+G = W_c^T W_c and g, m the gradient gamma dpooled / N and its mean(g x_hat), the backward pass is
+square in the student's channels:
 
     df = rstd W_c^T g - rstd^2 m G f        dW_c = sum g (rstd f)^T - W_c sum rstd^2 m f f^T
 """
@@ -16,19 +21,27 @@ import torch
 from torch import Tensor
 
 from featkd.cpu.chunks import row_chunks
-from featkd.cpu.projected_feature_kd import ROWS, sweep
+from featkd.cpu.rows import distance
 from featkd.reference import accumulation_dtype
+
+# of a chunk: four images of 14 x 14 patches. Sums over tokens, a product a chunk, lose digits in
+# longer ones
+_ROWS = 784
 
 
 class Forward(NamedTuple):
-    """The outcome of `forward`; gradients that are not needed are empty."""
+    """The outcome of `forward`."""
 
     pooled: Tensor  # (B, Ct): the mean of x_hat over each image's tokens
     means: Tensor  # (B, Cs): that of rstd f
     rstd: Tensor  # (B, N)
     energy: Tensor  # sum(E H), 0 without a teacher
-    d_features: Tensor  # (B, N, Cs), of energy / 2
-    d_parameters: Tensor  # dW, dgamma, dbeta of energy / 2, flat; empty without a teacher
+    product: Tensor  # f W^T (B, N, Ct) for `backward_with_loss`, or empty
+
+
+def keeps_product(dtype: torch.dtype) -> bool:
+    """Whether `forward` keeps f W^T beside a teacher for features of this dtype."""
+    return accumulation_dtype(dtype) == dtype
 
 
 def forward(
@@ -41,50 +54,105 @@ def forward(
     eps: float,
     width: int,
     compute: torch.dtype,
-    need_features: bool,
-    need_parameters: bool,
+    need_gradient: bool,
 ) -> Forward:
-    """One pass over the rows: what the pooled map is made of, the loss, the loss's gradients.
+    """One pass over the rows: what the pooled map is made of, and the loss.
 
-    Arguments as in `featkd.cpu.projected_feature_kd.sweep`.
+    Args:
+        features, teacher: (B, N, Cs), and (B, N, Ct) or None, any strides.
+        weight, gamma, beta: (Ct, Cs), (Ct,), (Ct,).
+        width: columns of the patch grid for the spectral metric, 0 for the mse.
+        compute: type to which the product's operands are rounded (autocast).
+        need_gradient: whether a backward pass may come.
     """
     dtype = accumulation_dtype(features.dtype)
     batch, tokens, channels = features.shape
     rstd = torch.empty(batch, tokens, dtype=dtype)
     means = torch.zeros(batch, channels, dtype=dtype)
-
-    def observe(images: slice, part: slice, rows: Tensor, scales: Tensor) -> None:
-        place = rstd[images, part]
-        place.copy_(scales.view_as(place))
-        rows = rows.view(*place.shape, channels)
-        means[images] += torch.bmm(place.unsqueeze(1), rows).squeeze(1)
-
-    centred = centre(weight, compute, dtype)
-    if teacher is not None:
-        energy, d_features, d_parameters = sweep(
-            *(features, teacher, weight, None, gamma, beta),
-            eps=eps,
-            width=width,
-            compute=compute,
-            need_student=need_features,
-            need_parameters=need_parameters,
-            observe=observe,
-        )
-    else:
-        energy = torch.zeros((), dtype=dtype)
-        d_features, d_parameters = features.new_empty(0), energy.new_empty(0)
-        for images, part in row_chunks(batch, tokens, ROWS):
-            rows = features[images, part].to(compute).to(dtype).reshape(-1, channels).contiguous()
-            norms = torch.linalg.vector_norm(rows @ centred.t(), dim=1)
-            observe(images, part, rows, norms.square_().div_(len(weight)).add_(eps).rsqrt_())
+    total = torch.zeros((), dtype=torch.float64)
+    keep = teacher is not None and need_gradient and keeps_product(features.dtype)
+    product = torch.empty((batch, tokens, len(weight)) if keep else 0, dtype=dtype)
+    exact = weight.detach().to(compute).to(dtype).contiguous()
+    centred = exact - exact.mean(0)
+    used = centred if teacher is None else exact
+    norm = (gamma.detach().to(dtype).contiguous(), beta.detach().to(dtype).contiguous())
+    buffer: Tensor | None = None
+    for at in row_chunks(batch, tokens, _ROWS, width or 1):
+        rows = features[at].to(compute).to(dtype).contiguous()
+        scales = rstd[at]
+        flat = rows.view(-1, channels)
+        if keep:
+            place = product[at].view(len(flat), -1)
+        else:  # the first chunk is the largest
+            buffer = torch.empty(len(flat), len(weight), dtype=dtype) if buffer is None else buffer
+            place = buffer[: len(flat)]
+        p = torch.mm(flat, used.t(), out=place).view(*scales.shape, -1)
+        given = None if teacher is None else teacher[at]
+        rest = (None, None, None, scales, total, None, None, None)
+        distance(p, given, None, *norm, eps, width if given is not None else 0, *rest)
+        means[at[0]] += torch.bmm(scales.unsqueeze(1), rows).squeeze(1)
     means /= tokens
-    return Forward(means @ centred.t(), means, rstd, energy, d_features, d_parameters)
+    return Forward(means @ centred.t(), means, rstd, total.to(dtype), product)
 
 
-def centre(weight: Tensor, compute: torch.dtype, dtype: torch.dtype) -> Tensor:
-    """W_c of W as the products see it."""
-    exact = weight.detach().to(compute).to(dtype)
-    return exact - exact.mean(0)
+def backward_with_loss(
+    features: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    teacher: Tensor,
+    product: Tensor,
+    d_pooled: Tensor | None,
+    d_loss: Tensor | None,
+    *,
+    eps: float,
+    width: int,
+    compute: torch.dtype,
+    need_features: bool,
+    need_parameters: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradients of both outputs, where there is a teacher.
+
+    Args:
+        product: as `forward` left it.
+        d_pooled: (B, Ct), or None.
+        d_loss: of energy / 2, a scalar, or None.
+
+    Returns:
+        df in the features' dtype, or empty; dW, dgamma and dbeta, or none of them.
+    """
+    dtype = accumulation_dtype(features.dtype)
+    batch, tokens, channels = features.shape
+    w = weight.detach().to(compute).to(dtype).contiguous()
+    vectors = (None, gamma.detach().to(dtype).contiguous(), beta.detach().to(dtype).contiguous())
+    sums = [torch.zeros(p.shape, dtype=dtype) for p in (w, gamma, beta) if need_parameters]
+    d_weight = sums[0] if need_parameters else None
+    others = (None, *sums[1:]) if need_parameters else (None, None, None)
+    result = torch.empty(features.shape if need_features else 0, dtype=features.dtype)
+    added = None if d_pooled is None else d_pooled / tokens
+    scale = None if d_loss is None else d_loss.to(dtype)
+    width = 0 if d_loss is None else width
+    buffer: Tensor | None = None
+    for at in row_chunks(batch, tokens, _ROWS, width or 1):
+        given = teacher[at]
+        f = features[at].to(compute).to(dtype).reshape(-1, channels).contiguous()
+        if buffer is None:  # the first chunk is the largest
+            buffer = torch.empty(len(f), len(w), dtype=dtype)
+        slope = buffer[: len(f)]
+        p = product[at] if product.numel() else torch.mm(f, w.t(), out=slope).view(given.shape)
+        dz = None if added is None else added[at[0]]
+        target = None if scale is None else given
+        rest = (scale, dz, slope.view(given.shape), None, None, *others)
+        distance(p, target, *vectors, eps, width, *rest)
+        if d_weight is not None:
+            d_weight.addmm_(slope.t(), f)
+        if need_features:
+            place = result[at].view(f.shape)
+            if place.dtype == dtype:
+                torch.mm(slope, w, out=place)
+            else:
+                place.copy_(slope @ w)
+    return result, sums
 
 
 def backward(
@@ -93,45 +161,32 @@ def backward(
     gamma: Tensor,
     rstd: Tensor,
     means: Tensor,
-    d_pooled: Tensor | None,
-    d_loss: Tensor | None,
-    d_features: Tensor,
-    d_parameters: Tensor,
+    d_pooled: Tensor,
     *,
     compute: torch.dtype,
     need_features: bool,
     need_parameters: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The gradients of both outputs.
+    """The gradients of the pooled map, where there is no teacher.
 
     Args:
-        rstd, means, d_features, d_parameters: as `forward` left them.
-        d_pooled: (B, Ct), or None.
-        d_loss: of energy / 2, a scalar, or None.
+        rstd, means: as `forward` left them.
+        d_pooled: (B, Ct).
 
     Returns:
         df in the features' dtype, or empty; dW, dgamma and dbeta, or none of them.
     """
-    sums: list[Tensor] = []
-    if need_parameters and d_loss is not None:
-        sizes = [weight.numel(), len(weight), len(weight)]
-        sums = [x * d_loss for x in torch.split(d_parameters, sizes)]
-        sums[0] = sums[0].view(weight.shape)
-    if d_pooled is None:
-        assert d_loss is not None
-        # a scalar would be rounded to a half type, where it may be 0
-        scaled = torch.mul(d_features, d_loss.view(1, 1, 1)) if need_features else d_features
-        return scaled.to(features.dtype) if need_features else features.new_empty(0), sums
     dtype = rstd.dtype
     batch, tokens, channels = features.shape
-    centred = centre(weight, compute, dtype)
+    exact = weight.detach().to(compute).to(dtype)
+    centred = exact - exact.mean(0)
     g = d_pooled * (gamma.detach().to(dtype) / tokens)
     g -= g.mean(1, keepdim=True)
     v = g @ centred
     square = centred.t() @ centred
     result = torch.empty(features.shape if need_features else 0, dtype=features.dtype)
     outer = torch.zeros_like(square)
-    for images, part in row_chunks(batch, tokens, ROWS):
+    for images, part in row_chunks(batch, tokens, _ROWS):
         f = features[images, part].to(compute).to(dtype).contiguous()
         r = rstd[images, part].unsqueeze(2)
         # rstd^2 m, with m = rstd f.v / Ct
@@ -140,8 +195,6 @@ def backward(
         if need_features:
             df = (rows @ square).view_as(f).mul_(-weights)
             df.addcmul_(r, v[images].unsqueeze(1))
-            if d_loss is not None:
-                df.addcmul_(d_features[images, part].to(dtype), d_loss)
             result[images, part] = df
         if need_parameters:
             outer.addmm_((f * weights).view_as(rows).t(), rows)
@@ -149,5 +202,4 @@ def backward(
         return result, []
     d_weight = torch.mm(g.t(), means * tokens).addmm_(centred, outer, alpha=-1)
     d_gamma = (d_pooled * (means @ centred.t())).sum(0)
-    pooled = [d_weight, d_gamma, d_pooled.sum(0)]
-    return result, [x.add_(y) for x, y in zip(pooled, sums, strict=True)] if sums else pooled
+    return result, [d_weight, d_gamma, d_pooled.sum(0)]

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from featkd.cpu.chunks import row_chunks
+from featkd.cpu.rows import two_norms, two_norms_backward
 from featkd.reference import accumulation_dtype
 
-# of a chunk: four images of 14 x 14 patches. A backward pass of (32, 196, 192) -> 384 took 28.6,
-# 27.7, 27.9 ms of one core with 392, 784, 1568 (AVX2, 512 KiB of L2)
-_ROWS = 784
+# of a chunk: eight images of 14 x 14 patches (`featkd.cpu.projected_feature_kd.ROWS`)
+_ROWS = 1568
 
 
 class Parameters(NamedTuple):
@@ -52,34 +52,27 @@ def forward(
     """
     batch, tokens, channels = x.shape
     dtype = accumulation_dtype(x.dtype)
-    weight, *norms = (p.detach().to(dtype).contiguous() for p in parameters)
-    width = weight.shape[0]
-    shape = (batch, tokens, width)
-    if keeps_product(x.dtype):  # nothing to convert: one call a step, as eager
-        h = x.detach().reshape(-1, channels).contiguous() @ weight.t()
-        r, u, *moments = _norms(h, norms, eps)
-        return r.view(shape), u.view(shape), torch.cat([m.view(1, -1) for m in moments]), h
-    statistics = torch.empty(4, batch * tokens, dtype=dtype)
+    weight, norms = _exact(parameters, dtype)
+    shape = (batch, tokens, len(weight))
     residual, normed = (torch.empty(shape, dtype=x.dtype) for _ in range(2))
+    statistics = torch.empty(4, batch * tokens, dtype=dtype)
+    if keeps_product(x.dtype):  # one call a step, as eager
+        h = x.detach().reshape(-1, channels).contiguous() @ weight.t()
+        two_norms(h, norms, eps, residual, normed, statistics)
+        return residual, normed, statistics, h
     done = 0
     for at in row_chunks(batch, tokens, _ROWS):
-        s = x[at].reshape(-1, channels).to(dtype)
-        r, u, *moments = _norms(s @ weight.t(), norms, eps)
-        for row, m in zip(statistics, moments, strict=True):
-            row[done : done + len(s)] = m.view(-1)
-        for place, values in ((residual[at], r), (normed[at], u)):
-            place.copy_(values.view(place.shape))
-        done += len(s)
+        h = x[at].reshape(-1, channels).to(dtype) @ weight.t()
+        here = slice(done, done + len(h))
+        two_norms(h, norms, eps, residual[at], normed[at], statistics[:, here])
+        done += len(h)
     return residual, normed, statistics, torch.empty(0, dtype=dtype)
 
 
-def _norms(h: Tensor, norms: list[Tensor], eps: float) -> tuple[Tensor, ...]:
-    """r, u, and mean and 1/std of h and of r, from (rows, Ct)."""
-    gamma_p, beta_p, gamma_1, beta_1 = norms
-    shape = gamma_p.shape
-    r, *of_h = torch.native_layer_norm(h, shape, gamma_p, beta_p, eps)
-    u, *of_r = torch.native_layer_norm(r, shape, gamma_1, beta_1, eps)
-    return (r, u, *of_h, *of_r)
+def _exact(parameters: Parameters, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """W, and the norms' parameters (4, Ct)."""
+    weight, *norms = (p.detach().to(dtype) for p in parameters)
+    return weight.contiguous(), torch.stack(norms)
 
 
 def backward(
@@ -90,14 +83,13 @@ def backward(
     statistics: Tensor,
     product: Tensor,
     *,
-    eps: float,
     need_input: bool,
     need_parameters: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """One sweep over the rows.
 
     Args:
-        x, parameters, eps: as in `forward`.
+        x, parameters: as in `forward`.
         d_residual, d_normed: (B, N, Ct), any strides; None where that output was not used.
         statistics, product: as `forward` left them.
         need_input, need_parameters: which gradients to form.
@@ -108,39 +100,30 @@ def backward(
     """
     batch, tokens, channels = x.shape
     dtype = accumulation_dtype(x.dtype)
-    weight, gamma_p, beta_p, gamma_1, beta_1 = (
-        p.detach().to(dtype).contiguous() for p in parameters
-    )
-    shape = gamma_p.shape
-    sums = [torch.zeros(p.shape, dtype=dtype) for p in parameters] if need_parameters else []
+    weight, norms = _exact(parameters, dtype)
+    d_weight = torch.zeros_like(weight) if need_parameters else None
+    sums = torch.zeros_like(norms) if need_parameters else None
     d_input = torch.empty(x.shape if need_input else 0, dtype=x.dtype)
-    wanted = [True, need_parameters, need_parameters]
-    norm_backward = torch.ops.aten.native_layer_norm_backward
+    buffer: Tensor | None = None
     done = 0
     for at in row_chunks(batch, tokens, _ROWS):
         s = x[at].reshape(-1, channels).to(dtype).contiguous()
+        if buffer is None:  # the first chunk is the largest
+            buffer = torch.empty(len(s), len(weight), dtype=dtype)
+        slope = buffer[: len(s)]
         here = slice(done, done + len(s))
         done += len(s)
-        mean_h, rstd_h, mean_r, rstd_r = (row[here].view(-1, 1) for row in statistics)
-        h = product[here] if product.numel() else s @ weight.t()
-        slope = None if d_residual is None else d_residual[at].reshape(h.shape).to(dtype)
-        if d_normed is not None:
-            r = torch.native_layer_norm(h, shape, gamma_p, beta_p, eps)[0]
-            du = d_normed[at].reshape(h.shape).to(dtype)
-            through, *more = norm_backward(du, r, shape, mean_r, rstd_r, gamma_1, beta_1, wanted)
-            slope = through if slope is None else through.add_(slope)
-            for total, part in zip(sums[3:], more, strict=False):
-                total += part
-        assert slope is not None
-        slope, *more = norm_backward(slope, h, shape, mean_h, rstd_h, gamma_p, beta_p, wanted)
-        for total, part in zip(sums[1:3], more, strict=False):
-            total += part
-        if need_parameters:
-            sums[0].addmm_(slope.t(), s)
+        h = product[here] if product.numel() else torch.mm(s, weight.t(), out=slope)
+        dr, du = (None if d is None else d[at] for d in (d_residual, d_normed))
+        two_norms_backward(h, norms, statistics[:, here], dr, du, slope, sums)
+        if d_weight is not None:
+            d_weight.addmm_(slope.t(), s)
         if need_input:
             place = d_input[at].view(s.shape)
             if place.dtype == dtype:
                 torch.mm(slope, weight, out=place)
             else:
                 place.copy_(slope @ weight)
-    return d_input, sums
+    if d_weight is None or sums is None:
+        return d_input, []
+    return d_input, [d_weight, *(x.clone() for x in sums)]  # an op's outputs may not share memory

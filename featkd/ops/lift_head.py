@@ -70,31 +70,29 @@ def _forward(
     need_features: bool,
     need_parameters: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The pooled map, the loss (0 without a teacher), and what `_backward` needs, else empty.
 
     From Triton that is the (B N, 4) statistics of the norm. From the CPU path, 1 / std of each row
-    (B, N), the means of its product with f (B, Cs), and the gradients of sum(E H) / 2: df (B, N,
-    Cs) and, flat, the parameters'.
+    (B, N), the means of its product with f (B, Cs) and, with a teacher, maybe f W^T.
     """
     backends.record(NAME, backend)
     dtype = accumulation_dtype(features.dtype)
     needed = need_features or need_parameters
-    empty = [features.new_empty(0, dtype=x) for x in (dtype, dtype, features.dtype, dtype)]
+    empty = [features.new_empty(0, dtype=dtype) for _ in range(3)]
     kept: tuple[Tensor, ...]
     with _no_autocast(features):
         if backend == "cpu":
             from featkd.cpu import lift_head as cpu
 
-            pooled, means, rstd, energy, *gradients = cpu.forward(
+            pooled, means, rstd, energy, product = cpu.forward(
                 *(features, weight, norm_weight, norm_bias, teacher),
                 eps=eps,
                 width=width,
                 compute=compute,
-                need_features=need_features,
-                need_parameters=need_parameters,
+                need_gradient=needed,
             )
-            kept = (rstd, means, *gradients) if needed else tuple(empty)
+            kept = (rstd, means, product) if needed else tuple(empty)
         else:
             from featkd.kernels import lift_head as kernels
 
@@ -125,22 +123,19 @@ def _(
     need_features: bool,
     need_parameters: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, tokens, channels = features.shape
     dtype = accumulation_dtype(features.dtype)
     needed, empty = need_features or need_parameters, (0,)
     on_cpu = backend == "cpu"
-    compared = on_cpu and teacher is not None
-    parameters = (weight, norm_weight, norm_bias)
-    count = sum(p.numel() for p in parameters) if compared and need_parameters else 0
+    keep = on_cpu and needed and teacher is not None and dtype == features.dtype
     statistics = ((batch, tokens) if on_cpu else (batch * tokens, 4)) if needed else empty
     return (
         features.new_empty(batch, weight.shape[0]),
         features.new_empty((), dtype=dtype),
         features.new_empty(statistics, dtype=dtype),
         features.new_empty((batch, channels) if on_cpu and needed else empty, dtype=dtype),
-        features.new_empty(features.shape if compared and need_features else empty),
-        features.new_empty(count, dtype=dtype),
+        features.new_empty((batch, tokens, weight.shape[0]) if keep else empty, dtype=dtype),
     )
 
 
@@ -150,13 +145,13 @@ def _backward(
     d_loss: Tensor | None,
     statistics: Tensor,
     means: Tensor,
-    d_features: Tensor,
-    d_parameters: Tensor,
+    product: Tensor,
     features: Tensor,
     weight: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
     teacher: Tensor | None,
+    eps: float,
     width: int,
     compute: torch.dtype,
     need_features: bool,
@@ -176,13 +171,23 @@ def _backward(
         if backend == "cpu":
             from featkd.cpu import lift_head as cpu
 
-            results[0], gradients = cpu.backward(
-                *(features, weight, norm_weight, statistics, means),
-                *(d_pooled, d_loss, d_features, d_parameters),
-                compute=compute,
-                need_features=need_features,
-                need_parameters=need_parameters,
-            )
+            if teacher is None:
+                assert d_pooled is not None
+                results[0], gradients = cpu.backward(
+                    *(features, weight, norm_weight, statistics, means, d_pooled),
+                    compute=compute,
+                    need_features=need_features,
+                    need_parameters=need_parameters,
+                )
+            else:
+                results[0], gradients = cpu.backward_with_loss(
+                    *(features, *parameters, teacher, product, d_pooled, d_loss),
+                    eps=eps,
+                    width=width,
+                    compute=compute,
+                    need_features=need_features,
+                    need_parameters=need_parameters,
+                )
         else:
             from featkd.kernels import lift_head as kernels
 
@@ -207,13 +212,13 @@ def _(
     d_loss: Tensor | None,
     statistics: Tensor,
     means: Tensor,
-    d_features: Tensor,
-    d_parameters: Tensor,
+    product: Tensor,
     features: Tensor,
     weight: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
     teacher: Tensor | None,
+    eps: float,
     width: int,
     compute: torch.dtype,
     need_features: bool,
@@ -233,7 +238,7 @@ def _no_autocast(x: Tensor) -> torch.autocast:
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    features, weight, norm_weight, norm_bias, teacher, _, *rest = inputs
+    features, weight, norm_weight, norm_bias, teacher, *rest = inputs
     _, loss, *kept = output
     ctx.save_for_backward(*kept, features, weight, norm_weight, norm_bias, teacher)
     ctx.rest = rest

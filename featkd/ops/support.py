@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from featkd import extension
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MOST_COLUMNS = 64  # of the patch grid: a tile of rows in Triton holds whole image rows
 
@@ -21,7 +23,7 @@ def unsupported(backend: str, x: Tensor, rows: int, others: Iterable[Tensor | No
         if tensor is not None and tensor.dtype not in DTYPES:
             return f"a tensor in {tensor.dtype}"
     if backend == "cpu":
-        return "" if kind == "cpu" else f"tensors on {kind}"
+        return extension.missing() if kind == "cpu" else f"tensors on {kind}"
     from featkd.kernels.launch import can_run_on
 
     if not can_run_on(x.device):

@@ -145,7 +145,6 @@ def _backward(
     proj_norm_bias: Tensor,
     norm1_weight: Tensor,
     norm1_bias: Tensor,
-    eps: float,
     compute: torch.dtype,
     need_input: bool,
     need_parameters: bool,
@@ -161,7 +160,6 @@ def _backward(
         with torch.autocast("cpu", enabled=False):
             d_input, sums = cpu.backward(
                 *(x, cpu.Parameters(*parameters), d_residual, d_normed, statistics, product),
-                eps=eps,
                 need_input=need_input,
                 need_parameters=need_parameters,
             )
@@ -196,7 +194,6 @@ def _(
     proj_norm_bias: Tensor,
     norm1_weight: Tensor,
     norm1_bias: Tensor,
-    eps: float,
     compute: torch.dtype,
     need_input: bool,
     need_parameters: bool,
@@ -209,10 +206,10 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, eps, compute, _, _, backend = inputs
+    *tensors, _, compute, _, _, backend = inputs
     _, _, statistics, product = output
     ctx.save_for_backward(statistics, product, *tensors)
-    ctx.rest = (eps, compute, backend)
+    ctx.rest = (compute, backend)
     ctx.mark_non_differentiable(statistics, product)
     ctx.set_materialize_grads(False)
 
@@ -221,11 +218,11 @@ def _differentiate(ctx, d_residual, d_normed, *_):  # type: ignore[no-untyped-de
     nothing = (None,) * 11
     if d_residual is None and d_normed is None:
         return nothing
-    eps, compute, backend = ctx.rest
+    compute, backend = ctx.rest
     needed = ctx.needs_input_grad[:6]
     results = _backward(
         *(d_residual, d_normed, *ctx.saved_tensors),
-        *(eps, compute, needed[0], any(needed[1:]), backend),
+        *(compute, needed[0], any(needed[1:]), backend),
     )
     gradients = [r if n else None for r, n in zip(results, needed, strict=True)]
     return (*gradients, *nothing[6:])

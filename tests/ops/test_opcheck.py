@@ -78,8 +78,8 @@ def check_lift_head(problem: LiftProblem, dtypes: Any, needs: Any, backend: str)
     dtype, compute = dtypes
     x = problem.inputs(dtype)
     tensors = (x.features, turned(x.weight), *x[2:5])
-    rest = (problem.width, compute, *needs, backend)
-    kept = check(lift_head._forward, *tensors, 1e-5, *rest)[2:]
+    rest = (1e-5, problem.width, compute, *needs, backend)
+    kept = check(lift_head._forward, *tensors, *rest)[2:]
     d_loss = torch.tensor(2.0) if problem.compare else None
     pairs = [(x.direction, d_loss), *([(None, d_loss)] if problem.compare else [])]
     for gradients in pairs:
@@ -96,7 +96,7 @@ def check_widelast(dtypes: Any, needs: Any, backend: str) -> None:
     )
     d_residual, d_normed = d_residual.to(r.dtype), d_normed.to(u.dtype)
     for pair in ((d_residual, d_normed), (None, d_normed), (d_residual, None)):
-        check(widelast_projection._backward, *pair, *kept, *inputs, EPS, compute, *needs, backend)
+        check(widelast_projection._backward, *pair, *kept, *inputs, compute, *needs, backend)
 
 
 def check_soft_kd(problem: LogitsProblem, dtype: torch.dtype, backend: str) -> None:

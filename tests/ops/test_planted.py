@@ -1,4 +1,4 @@
-"""Slips planted in the CPU paths and the ops are seen by the comparisons in float64."""
+"""Slips planted in the CPU paths, their C++ and the ops are seen by the comparisons in float64."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ops import planted_csrc
 from tests.ops.planted import SUITES, errors, plant
 
 
@@ -31,3 +32,22 @@ def test_every_planted_slip_is_seen(op: str, tmp_path: Path) -> None:
         elif found <= 1e-4:
             unseen[what] = found
     assert unseen == {}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_every_slip_planted_in_csrc_is_seen(tmp_path: Path) -> None:
+    choose = planted_csrc.build(tmp_path)
+    plant(tmp_path, planted_csrc.NAME, "", "", sweeps=planted_csrc.NAME)
+    unseen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        for op, slips in planted_csrc.SLIPS.items():
+            choose(0)
+            assert max(errors(op, planted_csrc.NAME, patch)) < 1e-12
+            for number, what in slips:
+                choose(number)
+                if not any(error > 1e-4 for error in errors(op, planted_csrc.NAME, patch)):
+                    unseen.append((op, what))
+    for module in [m for m in sys.modules if m.startswith(planted_csrc.NAME)]:
+        del sys.modules[module]
+    assert unseen == []

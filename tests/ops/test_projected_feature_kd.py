@@ -280,7 +280,7 @@ def test_no_tensor_of_all_rows_by_teacher_channels():
             need_student=True,
             need_parameters=True,
         )
-    assert student.numel() <= Largest.elements < teacher.numel() / 4
+    assert student.numel() <= Largest.elements <= teacher.numel() / 4
 
 
 def test_backends_by_name(monkeypatch):

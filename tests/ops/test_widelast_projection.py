@@ -245,12 +245,9 @@ def test_no_gradient_of_all_rows_by_teacher_channels():
         Largest.elements = 0
         with Largest():
             cpu.backward(
-                *(x, bundle, d_residual, d_normed, *kept),
-                eps=EPS,
-                need_input=True,
-                need_parameters=True,
+                *(x, bundle, d_residual, d_normed, *kept), need_input=True, need_parameters=True
             )
-        assert x.numel() <= Largest.elements < d_residual.numel() / 4
+        assert x.numel() <= Largest.elements <= d_residual.numel() / 4
 
 
 def test_export_gets_plain_operators():

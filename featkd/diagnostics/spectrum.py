@@ -75,7 +75,7 @@ class SpectrumStats:
             self._weighted = ExactSum((curve.shape[1],))
         self._curve.add(curve.sum(0))
         self._square.add(curve.square().sum(0))
-        energy = features.detach().double().square().sum((1, 2))
+        energy = found.values.double().square().sum(1)
         self._weighted.add(energy @ curve)
         self._table.add(images, found.ranks)
         self._unsolved += int((found.info != 0).sum())

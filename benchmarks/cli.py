@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
+from featkd.arguments import Parser, check_folders, several
 from featkd.checks import check_positive, suggestion
-
-from .arguments import Parser, check_folders, several
 
 if TYPE_CHECKING:
     import torch

@@ -5,11 +5,9 @@ python -m featkd.benchmarks.diagnostics --out benchmarks/results/diagnostics-NAM
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +15,12 @@ import torch
 from torch import Tensor
 
 import featkd
+from featkd.arguments import Parser, check_folders
 from featkd.checks import check_positive
 from featkd.diagnostics import SEP, CapturedEnergy, DatasetPCA, SpectrumStats
-from featkd.files import atomic_write
+from featkd.files import write_csv
 
 from . import results, timing
-from .arguments import Parser, check_folders
 from .spectrum import feature_maps
 from .variants import Step
 
@@ -30,29 +28,35 @@ CHUNK = 16
 _COLUMNS = ("part", "variant", "q20_ms", "median_ms", "q80_ms", "numpy_over_this", "rounds", "load")
 
 
+def _chunks(features: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some maps and their images at a time, as a run has them."""
+    for images in torch.split(torch.arange(len(features)), CHUNK):
+        yield features[images[0] : images[-1] + 1], images
+
+
 def spectra(features: Tensor) -> object:
     """Energy ranks and curves of every image."""
     stats = SpectrumStats()
-    for images in torch.split(torch.arange(len(features)), CHUNK):
-        stats.update(features[images[0] : images[-1] + 1], images)
+    for part, images in _chunks(features):
+        stats.update(part, images)
     return stats.result()
 
 
 def pca(features: Tensor) -> object:
     """The data set's axes, and every image's energy in them."""
     stats = DatasetPCA()
-    for part in torch.split(features, CHUNK):
+    for part, _ in _chunks(features):
         stats.update(part)
     second = CapturedEnergy(stats.result())
-    for images in torch.split(torch.arange(len(features)), CHUNK):
-        second.update(features[images[0] : images[-1] + 1], images)
+    for part, images in _chunks(features):
+        second.update(part, images)
     return second.result()
 
 
 def sep(features: Tensor) -> object:
     """The mean and the deviation of the tokens' cumulative spectra."""
     stats = SEP()
-    for part in torch.split(features, CHUNK):
+    for part, _ in _chunks(features):
         stats.update(part)
     return stats.result()
 
@@ -146,19 +150,15 @@ def main() -> None:
     check_positive("--min-seconds", options.min_seconds)
     check_folders(options, ("out",))
     about = results.describe_run("cpu")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*about, *_COLUMNS])
-    for row in measure(options.images, options.min_seconds):
+    rows = measure(options.images, options.min_seconds)
+    for row in rows:
         part, variant, _, median, _, ratio, *_ = row
         print(f"{part:8} {variant:7} {median:8.3f} ms an image, numpy takes {ratio:5.1f} x")
-        figures = [f"{v:.6g}" if isinstance(v, float) else v for v in row]
-        writer.writerow([*about.values(), *figures])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(f"peak memory of the process: {peak:.0f} MiB, the features among it")
     if options.out is not None:
-        with atomic_write(Path(options.out)) as file:
-            file.write(text.getvalue().encode())
+        lines = ((*about.values(), *row) for row in rows)
+        write_csv(Path(options.out), (*about, *_COLUMNS), lines, digits=6)
 
 
 if __name__ == "__main__":

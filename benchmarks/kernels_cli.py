@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from featkd.arguments import Parser, check_folders, several
 from featkd.checks import suggestion
-from featkd.files import atomic_write
-
-from .arguments import Parser, check_folders, several
+from featkd.files import write_csv
 
 if TYPE_CHECKING:
     from . import csrc_kernels
@@ -102,12 +99,8 @@ def _report(words: list[str]) -> int:
         sources = {chip.name: chip.source for chip in chips.CHIPS}
         results.write_json(Path(options.json), {**meta, "chips": sources}, figures)
     if options.csv is not None:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("name", "variant", "metric", "unit", "value"))
-        writer.writerows(figures)
-        with atomic_write(Path(options.csv)) as file:
-            file.write(text.getvalue().encode())
+        columns = ("name", "variant", "metric", "unit", "value")
+        write_csv(Path(options.csv), columns, figures)
     broken = [row for row in compiled if row.broken], [row for row in moved if row.broken]
     total = len(broken[0]) + len(broken[1]) + sum(1 for kernel in own if kernel.broken)
     print(f"\n{len(compiled) + len(own)} kernels compiled, {total} broken rules")

@@ -5,8 +5,6 @@ python -m featkd.benchmarks.spectrum --out benchmarks/results/spectrum-NAME.csv
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,11 +16,11 @@ from torch import Tensor
 
 import featkd
 from featkd import linalg
+from featkd.arguments import Parser, check_folders
 from featkd.checks import check_positive
-from featkd.files import atomic_write
+from featkd.files import write_csv
 
 from . import results, timing
-from .arguments import Parser, check_folders
 from .variants import Step
 
 # tokens, channels: of DeiT-Tiny, its teachers and large teachers, a 7 x 7 grid, and small ones
@@ -116,9 +114,7 @@ def main() -> None:
     check_folders(options, ("out",))
     about = results.describe_run("cpu")
     names = [*about, *Timed.__dataclass_fields__]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
+    lines: list[tuple[object, ...]] = []
     for rows in measure(options.min_seconds):
         for row in rows:
             print(
@@ -126,11 +122,9 @@ def main() -> None:
                 f"{row.over_ranks:6.2f} x energy_ranks, {row.over_svdvals:6.2f} x svdvals",
                 flush=True,
             )
-            figures = [f"{v:.6g}" if isinstance(v, float) else v for v in vars(row).values()]
-            writer.writerow([*about.values(), *figures])
+            lines.append((*about.values(), *vars(row).values()))
     if options.out is not None:
-        with atomic_write(Path(options.out)) as file:
-            file.write(text.getvalue().encode())
+        write_csv(Path(options.out), names, lines, digits=6)
 
 
 if __name__ == "__main__":

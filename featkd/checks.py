@@ -87,6 +87,14 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
 
 
+def check_shares(name: str, values: Iterable[float]) -> None:
+    """Raise ValueError unless each of `values` lies in (0, 1]."""
+    for value in values:
+        check_fraction(name, value)
+        if value == 0:
+            raise ValueError(f"{name}: expected numbers above 0 and at most 1, got 0")
+
+
 def check_fraction(name: str, value: float) -> None:
     """Raise ValueError unless `value` lies in [0, 1]."""
     _check_number(name, value, "a number from 0 to 1")

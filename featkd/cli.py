@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 import featkd
 from featkd import openmp
+from featkd.arguments import Parser, check_known
 
 if TYPE_CHECKING:
     from featkd.train.engine import Outcome
@@ -168,17 +169,10 @@ def _stop(number: int, _: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-class _Parser(ArgumentParser):
-    """Reports an error without the hundred lines of usage that a recipe's fields make."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        sys.exit(_fail(f"{message}\nsee {self.prog} --help", 2))
-
-
 def _recipe_parser(prog: str) -> ArgumentParser:
     from featkd.train.recipe import Recipe, shipped_recipes
 
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         print_config=None,
         description=(
@@ -205,16 +199,10 @@ def _recipe_parser(prog: str) -> ArgumentParser:
 
 
 def _check_options(words: Sequence[str]) -> None:
-    """Refuse an unknown option and name the nearest; the parser would only refuse it."""
-    from featkd.checks import suggestion
-    from featkd.train.recipe import RecipeError, field_names
+    from featkd.train.recipe import field_names
 
     known = [*field_names(), "config", "resume", "dry-run", "print-config", "help"]
-    for word in words:
-        name = word[2:].split("=")[0]
-        free = name.startswith(("student.options.", "teacher.options."))
-        if word.startswith("--") and name not in known and not free:
-            raise RecipeError(f"no option --{name}{suggestion(name, known)}")
+    check_known(words, known, ("student.options.", "teacher.options."))
 
 
 def _split(parser: ArgumentParser, parsed: Namespace) -> tuple[Recipe, Namespace]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -12,11 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from featkd import distributed, environment
-from featkd.checks import suggestion
+from featkd.arguments import Parser, check_folders, check_known
 from featkd.data import DataConfig
 from featkd.diagnostics import report, tables, verdicts
 from featkd.diagnostics.feature_files import FeatureFiles
@@ -31,6 +29,7 @@ from featkd.models import FeatureModel, Lift, create_teacher
 from featkd.train import checkpoint
 from featkd.train.trained import load_trained
 
+_MODELS = ("model", "student", "teacher")
 _EPILOG = """\
 A model is a timm name, or a checkpoint of `featkd distill` (.pt). Under torchrun the images are
 shared out, and the figures are the same for any number of processes."""
@@ -39,7 +38,8 @@ shared out, and the figures are the same for any number of processes."""
 def diagnose(words: Sequence[str]) -> int:
     """Measure the mismatch of feature maps; the arguments are the command line's."""
     parser = _parser()
-    _check_options(parser, words)
+    known = [option[2:] for action in parser._actions for option in action.option_strings]
+    check_known(words, known, [f"{name}-options." for name in _MODELS])
     args = parser.parse_args(list(words))
     settings = Settings(**{f.name: _tuple(args[f.name]) for f in fields(Settings)})
     _check(args)
@@ -63,8 +63,7 @@ def _check(args: Any) -> None:
             raise ValueError(f"{name}: expected layers, each once, got {chosen}")
     if args.centred and args.student is not None:
         raise ValueError("centred: got true beside --student, whose reach needs uncentred axes")
-    if args.json is not None and not Path(args.json).absolute().parent.is_dir():
-        raise FileNotFoundError(f"json: no folder {Path(args.json).absolute().parent}")
+    check_folders(args, ("json",))
 
 
 def _run(
@@ -110,11 +109,11 @@ def _write(
             "processes": os.environ.get("WORLD_SIZE", "1"),
         },
     }
-    summary = tables.write_tables(out, found, reaches, about)
+    tables.write_tables(out, found, reaches, about)
     page = report.write_report(out, found, reaches, about)
     if args.json is not None:
         with atomic_write(Path(args.json)) as file:
-            file.write(json.dumps(summary, indent=1).encode())
+            file.write((out / tables.SUMMARY).read_bytes())
     for texts in verdicts.verdicts(found, report.focus_layers(list(found.layers))).values():
         print("\n".join(texts))
     for r in reaches[-1:]:
@@ -156,7 +155,7 @@ def _has_weights(args: Any, name: str) -> bool:
 
 
 def _source(args: Any, context: ProcessContext) -> Source:
-    models = [name for name in ("model", "student", "teacher") if args[name] is not None]
+    models = [name for name in _MODELS if args[name] is not None]
     if args.features is not None:
         if models or args.data is not None:
             others = ", ".join(f"--{name}" for name in models or ["data"])
@@ -263,8 +262,8 @@ def _tuple(value: Any) -> Any:
 # The command line.
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="featkd diagnose",
         description="Spectra, dataset PCA, subspace rotation and SEP of feature maps. " + _EPILOG,
     )
@@ -279,7 +278,7 @@ def _parser() -> ArgumentParser:
     add("--teacher-checkpoint", type=str, default=None, help="weights of --teacher, a file")
     add("--teacher-layers", type=list[int], default=None, help="of --teacher; default: --layers")
     add("--pretrained", action="store_true", help="let timm download the weights")
-    for name in ("model", "student", "teacher"):
+    for name in _MODELS:
         help = f"further arguments of timm for --{name}, as YAML or JSON"
         add(f"--{name}-options", type=dict[str, Any] | None, default=None, help=help)
     add("--data", type=str, default=None, help="folder with images anywhere below it")
@@ -312,15 +311,6 @@ def _parser() -> ArgumentParser:
     add("--save-seconds", type=float, default=30.0, help="least time between two states")
     parser.add_class_arguments(Settings)
     return parser
-
-
-def _check_options(parser: ArgumentParser, words: Sequence[str]) -> None:
-    """Refuse an unknown option and name the nearest."""
-    known = [option[2:] for a in parser._actions for option in a.option_strings]
-    for word in words:
-        name = word[2:].split("=")[0]
-        if word.startswith("--") and name not in known and "-options." not in name:
-            raise ValueError(f"no option --{name}{suggestion(name, known)}")
 
 
 class _Progress:

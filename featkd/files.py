@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -29,6 +31,27 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_csv(
+    path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]], digits: int | None = None
+) -> None:
+    """Write a CSV file whole.
+
+    Args:
+        path: the file.
+        columns: the header.
+        rows: values in the columns' order.
+        digits: significant digits of floats; None for all.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        short = digits is not None
+        writer.writerow([f"{v:.{digits}g}" if short and isinstance(v, float) else v for v in row])
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def atomic_link(source: Path, path: Path) -> None:

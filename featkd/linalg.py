@@ -109,10 +109,7 @@ def spectrum(x: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> Spectrum:
         (tensor([0.9000, 1.0000, 1.0000]), [1, 2], 0)
     """
     _check_matrices("x", x)
-    for threshold in thresholds:
-        checks.check_fraction("thresholds", threshold)
-        if threshold == 0:
-            raise ValueError("thresholds: expected numbers above 0 and at most 1, got 0")
+    checks.check_shares("thresholds", thresholds)
     return spectrum_op.spectrum(x, tuple(thresholds), wide=False)
 
 

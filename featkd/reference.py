@@ -146,6 +146,21 @@ def soft_kd(
         return loss
 
 
+def first_reaching(curve: Tensor, levels: Tensor, tie: float = TIE) -> Tensor:
+    """The first index, from 1, at which a rising curve reaches each level.
+
+    Args:
+        curve: (..., n), ascending.
+        levels: (T,), of the curve's dtype.
+        tie: a value this close below a level reaches it.
+
+    Returns:
+        (..., T) int64; n where a level is not reached.
+    """
+    below = (curve[..., None] < levels - tie).sum(-2)
+    return (below + 1).clamp(max=curve.shape[-1])
+
+
 def spectrum(x: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, ...]:
     """Singular values, energies and ranks by torch.linalg.svdvals in float64.
 
@@ -169,8 +184,7 @@ def spectrum(x: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, ...]:
     total = energy.sum(-1, keepdim=True)
     curve = (energy.cumsum(-1) / torch.where(total > 0, total, 1)).clamp(max=1)
     levels = curve.new_tensor(list(thresholds))
-    below = (curve[..., None] < levels - TIE).sum(-2)
-    ranks = torch.where(each, torch.where(total > 0, (below + 1).clamp(max=curve.shape[-1]), 0), -1)
+    ranks = torch.where(each, torch.where(total > 0, first_reaching(curve, levels), 0), -1)
     norm2 = (wide / scale[..., None]).square().sum((-2, -1))
     residual = torch.where(norm2 > 0, (total[..., 0] / norm2 - 1).abs(), 0)
     nan = float("nan")

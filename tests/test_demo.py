@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from featkd.demo.run import keep_or_clear
 from featkd.environment import versions
 from featkd.train.checkpoint import load
 from featkd.train.recipe import find_recipe, load_recipe, to_dict
+from tests.page import Page
 
 
 def test_digits_are_scikit_learns(tmp_path: Path):
@@ -39,20 +39,6 @@ def test_digits_are_scikit_learns(tmp_path: Path):
 def test_spread():
     assert spread([90.0, 94.0]) == (92.0, pytest.approx(2.8284271))
     assert spread([90.0]) == (90.0, 0.0)
-
-
-class Page(HTMLParser):
-    """Counts the tags of a page and collects what it would load from elsewhere."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.external: list[str] = []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        if tag in ("script", "link", "img", "iframe"):
-            self.external.append(tag)
 
 
 @pytest.mark.slow

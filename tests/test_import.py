@@ -27,6 +27,7 @@ LAYERS = (
     ("ops",),
     ("kernels", "cpu"),
     ("reference",),
+    ("arguments",),
     ("ptx",),  # a test bench: only benchmarks imports it
     (
         "backends",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 
 def row_chunks(batch: int, tokens: int, rows: int, width: int = 1) -> list[tuple[slice, slice]]:
     """Slices of the images and of their tokens that cover (batch, tokens), `rows` each at most, in
@@ -19,3 +22,11 @@ def row_chunks(batch: int, tokens: int, rows: int, width: int = 1) -> list[tuple
     step = max(1, rows // width) * width
     steps = range(0, tokens, step)
     return [(slice(i, i + 1), slice(n, n + step)) for i in range(batch) for n in steps]
+
+
+def put_product(a: Tensor, b: Tensor, place: Tensor) -> None:
+    """Write a b to `place`, of any dtype, through no copy where it is of theirs."""
+    if place.dtype == a.dtype:
+        torch.mm(a, b, out=place)
+    else:
+        place.copy_(a @ b)

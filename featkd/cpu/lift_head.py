@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from featkd.cpu.chunks import row_chunks
+from featkd.cpu.chunks import put_product, row_chunks
 from featkd.cpu.rows import distance
 from featkd.reference import accumulation_dtype
 
@@ -147,11 +147,7 @@ def backward_with_loss(
         if d_weight is not None:
             d_weight.addmm_(slope.t(), f)
         if need_features:
-            place = result[at].view(f.shape)
-            if place.dtype == dtype:
-                torch.mm(slope, w, out=place)
-            else:
-                place.copy_(slope @ w)
+            put_product(slope, w, result[at].view(f.shape))
     return result, sums
 
 

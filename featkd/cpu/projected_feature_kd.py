@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from featkd.cpu.chunks import row_chunks
+from featkd.cpu.chunks import put_product, row_chunks
 from featkd.cpu.rows import distance
 from featkd.reference import accumulation_dtype
 
@@ -76,11 +76,7 @@ def sweep(
         if sums[0] is not None:
             sums[0].view(w.shape).addmm_(p.t(), s)
         if need_student:
-            place = d_student[images, tokens].view(s.shape)
-            if place.dtype == dtype:
-                torch.mm(p, w, out=place)
-            else:
-                place.copy_(p @ w)
+            put_product(p, w, d_student[images, tokens].view(s.shape))
     return total.to(dtype), d_student, flat
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from featkd.cpu.chunks import row_chunks
+from featkd.cpu.chunks import put_product, row_chunks
 from featkd.cpu.rows import two_norms, two_norms_backward
 from featkd.reference import accumulation_dtype
 
@@ -119,11 +119,7 @@ def backward(
         if d_weight is not None:
             d_weight.addmm_(slope.t(), s)
         if need_input:
-            place = d_input[at].view(s.shape)
-            if place.dtype == dtype:
-                torch.mm(slope, weight, out=place)
-            else:
-                place.copy_(slope @ weight)
+            put_product(slope, weight, d_input[at].view(s.shape))
     if d_weight is None or sums is None:
         return d_input, []
     return d_input, [d_weight, *(x.clone() for x in sums)]  # an op's outputs may not share memory

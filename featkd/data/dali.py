@@ -21,12 +21,11 @@ from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
-from torch.utils.data import BatchSampler
 
 from featkd.data.augment import seeded
 from featkd.data.config import DataConfig
-from featkd.data.imagefolder import MAX_TRIES, BadImageError, ImageFolder, read_image
-from featkd.data.loader import Batch
+from featkd.data.imagefolder import BadImageError, ImageFolder, read_image
+from featkd.data.loader import Batch, SampledLoader
 from featkd.data.sampler import EpochSampler, Key
 
 _END_OF_JPEG = b"\xff\xd9"
@@ -55,7 +54,7 @@ class _Decisions:
     erased: list[tuple[Any, Tensor]]
 
 
-class DaliLoader:
+class DaliLoader(SampledLoader):
     """`Loader` on a DALI pipeline; see `build_loader`, which makes it.
 
     Args:
@@ -75,34 +74,11 @@ class DaliLoader:
         batch_size: int,
         device: torch.device,
     ) -> None:
-        self.classes = dataset.classes
-        self.num_samples = len(dataset)
-        self.bad_images: dict[str, str] = {}
+        super().__init__(dataset, sampler, batch_size)
         self._dataset = dataset
         self._config = config
-        self._sampler = sampler
         self._device = device
-        # torch types the keys as int, yet hands on whatever the sampler gives
-        self._batches = BatchSampler(
-            sampler,  # type: ignore[arg-type]
-            batch_size,
-            drop_last=sampler.training,
-        )
-        self._iteration = 0
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """See `Loader`.
-
-        Raises:
-            ValueError: the epoch is negative or `start_batch` lies outside 0..len(self).
-        """
-        if not 0 <= start_batch <= len(self):
-            raise ValueError(f"start_batch: expected 0..{len(self)}, got {start_batch}")
-        start = min(start_batch * self._batches.batch_size, len(self._sampler))
-        self._sampler.set_epoch(epoch, start)
+        self._erase = RandomErasing(config.augment.random_erasing, mode="pixel", device="cpu")
 
     def __iter__(self) -> Iterator[Batch]:
         self._iteration += 1
@@ -139,8 +115,7 @@ class DaliLoader:
 
         pipeline = _pipeline(self._config, feed, self._batches.batch_size, self._device)
         while True:
-            if own != self._iteration:
-                raise RuntimeError("a newer iteration of this loader has begun; this one is over")
+            self._check_newest(own)
             try:
                 (out,) = pipeline.run()
             except StopIteration:
@@ -156,27 +131,15 @@ class DaliLoader:
             yield Batch(images, torch.tensor(targets, dtype=torch.int64), met)
 
     def _sample(self, key: Key, bad: list[str]) -> tuple[Any, _Decisions, int] | None:
-        """File, decisions and target of a key; the next readable image in training."""
-        tries = min(MAX_TRIES, len(self._dataset)) if self._dataset.training else 1
-        first: BadImageError | None = None
-        for offset in range(tries if self._dataset.skip else 1):
-            index = (key.image + offset) % len(self._dataset)
-            path = self._dataset.path(index)
-            try:
-                content, size = _load(path)
-            except BadImageError as error:
-                if not self._dataset.skip:
-                    raise
-                first = first or error
-                self.bad_images[error.path] = error.cause
-                bad.append(error.path)
-                continue
-            return content, self._decide(size, key), self._dataset.target(index)
-        if self._dataset.training and first is not None:
-            raise BadImageError(
-                first.path, f"{first.cause} (and so are the {tries - 1} images after it)"
-            )
-        return None
+        """File, decisions and target of a key, or None where its image is left out."""
+        found, index, errors = self._dataset.readable(key, _load)
+        for error in errors:
+            self.bad_images[error.path] = error.cause
+            bad.append(error.path)
+        if found is None:
+            return None
+        content, size = found
+        return content, self._decide(size, key), self._dataset.target(index)
 
     def _decide(self, size: tuple[int, int], key: Key) -> _Decisions:
         """What timm's transform would draw for an image of this (width, height)."""
@@ -193,8 +156,7 @@ class DaliLoader:
             flip = augment.hflip > 0 and bool(torch.rand(1) < augment.hflip)
             erased = _Recorder()
             if augment.random_erasing > 0:
-                erase = RandomErasing(augment.random_erasing, mode="pixel", device="cpu")
-                erase._erase(erased, 3, side, side, torch.float32)
+                self._erase._erase(erased, 3, side, side, torch.float32)
         return _Decisions((top, left, height, width), (side, side), (0, 0), flip, erased.writes)
 
 

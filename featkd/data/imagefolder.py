@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -19,6 +19,8 @@ from featkd.data.sampler import Key
 # Images tried for one training sample before giving up: a run of this many unreadable
 # neighbours is a broken disk or mount, not a few broken files.
 MAX_TRIES = 16
+
+Read = TypeVar("Read")
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
 
@@ -218,23 +220,37 @@ class ImageFolder(Dataset[Sample]):
         Raises:
             BadImageError: unreadable under "error", or MAX_TRIES unreadable images in a row.
         """
+        image, index, bad = self.readable(key, read_image)
+        transformed = None if image is None else self._transformed(image, index, key)
+        return Sample(transformed, self.target(index), bad)
+
+    def readable(
+        self, key: Key, read: Callable[[str], Read]
+    ) -> tuple[Read | None, int, list[BadImageError]]:
+        """What `read` makes of a key's file, or of the next readable one; see `__getitem__`.
+
+        Returns:
+            The result, or None where the image is left out; which image it is of; the errors of
+            those before it.
+
+        Raises:
+            BadImageError: unreadable under "error", or MAX_TRIES unreadable images in a row.
+        """
         bad: list[BadImageError] = []
         tries = min(MAX_TRIES, len(self)) if self.training and self.skip else 1
         for offset in range(tries):
             index = (key.image + offset) % len(self)
             try:
-                image = read_image(self.path(index))
+                return read(self.path(index)), index, bad
             except BadImageError as error:
                 if not self.skip:
                     raise
                 bad.append(error)
-                continue
-            return Sample(self._transformed(image, index, key), self.target(index), bad)
         if self.training:
             raise BadImageError(
                 bad[0].path, f"{bad[0].cause} (and so are the {tries - 1} images after it)"
             )
-        return Sample(None, self.target(key.image), bad)
+        return None, key.image, bad
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Sample] | BadImageError:
         """The samples of a batch; torch's DataLoader calls this where it exists.

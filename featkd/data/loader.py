@@ -59,18 +59,16 @@ class Loader(Protocol):
         ...
 
 
-class TorchLoader:
-    """`Loader` on torch's DataLoader; see `build_loader`, which makes it."""
+class SampledLoader:
+    """What loaders over an `EpochSampler` have in common.
 
-    def __init__(
-        self,
-        dataset: ImageFolder,
-        sampler: EpochSampler,
-        *,
-        batch_size: int,
-        workers: int,
-        pin_memory: bool,
-    ) -> None:
+    Args:
+        dataset: the files.
+        sampler: which image comes when.
+        batch_size: images in a batch; a training epoch's last, partial batch is dropped.
+    """
+
+    def __init__(self, dataset: ImageFolder, sampler: EpochSampler, batch_size: int) -> None:
         self.classes = dataset.classes
         self.num_samples = len(dataset)
         self.bad_images: dict[str, str] = {}
@@ -80,19 +78,6 @@ class TorchLoader:
             sampler,  # type: ignore[arg-type]
             batch_size,
             drop_last=sampler.training,
-        )
-        self._loader = DataLoader(
-            dataset,
-            batch_sampler=self._batches,
-            num_workers=workers,
-            collate_fn=_collate,
-            pin_memory=pin_memory,
-            worker_init_fn=start_worker,
-            multiprocessing_context=worker_context() if workers else None,
-            persistent_workers=workers > 0,
-            # DataLoader draws the workers' base seed. Without a generator of its own it would
-            # take it from the training's.
-            generator=torch.Generator(),
         )
         self._iteration = 0
 
@@ -111,6 +96,39 @@ class TorchLoader:
         start = min(start_batch * self._batches.batch_size, len(self._sampler))
         self._sampler.set_epoch(epoch, start)
 
+    def _check_newest(self, own: int) -> None:
+        """Raise RuntimeError where another iteration has begun since the `own`-th."""
+        if own != self._iteration:
+            raise RuntimeError("a newer iteration of this loader has begun; this one is over")
+
+
+class TorchLoader(SampledLoader):
+    """`Loader` on torch's DataLoader; see `build_loader`, which makes it."""
+
+    def __init__(
+        self,
+        dataset: ImageFolder,
+        sampler: EpochSampler,
+        *,
+        batch_size: int,
+        workers: int,
+        pin_memory: bool,
+    ) -> None:
+        super().__init__(dataset, sampler, batch_size)
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=self._batches,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            worker_init_fn=start_worker,
+            multiprocessing_context=worker_context() if workers else None,
+            persistent_workers=workers > 0,
+            # DataLoader draws the workers' base seed. Without a generator of its own it would
+            # take it from the training's.
+            generator=torch.Generator(),
+        )
+
     def __iter__(self) -> Iterator[Batch]:
         self._iteration += 1
         return self._checked(iter(self._loader), self._iteration)
@@ -124,8 +142,7 @@ class TorchLoader:
         bad: list[str] = []
         while True:
             # Persistent workers have one queue: two iterators would take each other's batches.
-            if own != self._iteration:
-                raise RuntimeError("a newer iteration of this loader has begun; this one is over")
+            self._check_newest(own)
             try:
                 batch = next(batches, None)
             except (ConnectionError, EOFError, FileNotFoundError) as lost:

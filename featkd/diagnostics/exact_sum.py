@@ -33,7 +33,7 @@ class ExactSum:
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        self._shape = shape
+        self.shape = shape
         self._words: dict[int, Tensor] = {}  # by the exponent of the unit
         self._bounds: dict[int, int] = {}  # no entry of the word is larger
 
@@ -58,21 +58,21 @@ class ExactSum:
 
     def merge(self, other: ExactSum) -> None:
         """Add another sum of the same shape."""
-        if other._shape != self._shape:
-            raise ValueError(f"other: expected shape {self._shape}, got {other._shape}")
+        if other.shape != self.shape:
+            raise ValueError(f"other: expected shape {self.shape}, got {other.shape}")
         for exponent, word in other._words.items():
             self._put(exponent, word, other._bounds[exponent])
 
     def value(self) -> Tensor:
         """The sum in float64, on the CPU."""
-        total = torch.zeros(self._shape, dtype=torch.float64)
+        total = torch.zeros(self.shape, dtype=torch.float64)
         for exponent in sorted(self._words):  # the small ones first
             total += self._words[exponent].cpu().double() * 2.0**exponent
         return total
 
     def state_dict(self) -> dict[str, Any]:
         words = {exponent: word.cpu() for exponent, word in self._words.items()}
-        return {"shape": self._shape, "words": words, "bounds": dict(self._bounds)}
+        return {"shape": self.shape, "words": words, "bounds": dict(self._bounds)}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> ExactSum:

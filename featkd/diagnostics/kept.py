@@ -13,7 +13,7 @@ from torch import Tensor
 
 from featkd.diagnostics.source import Layer
 
-KEPT_FILES = ("kept-*-of-process-*.bin",)
+KEPT_FILES = "kept-*-of-process-*.bin"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

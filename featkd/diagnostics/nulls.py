@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from featkd import reference
 from featkd.diagnostics.sep import (
     SEP,
     SHARES,
@@ -183,8 +184,7 @@ def bandwidth(features: Tensor) -> BandwidthResult:
     energy /= energy.sum(1, keepdim=True)
     participation = 1 / (d * energy.square().sum(1))
     held = energy.sort(1, descending=True).values.cumsum(1)
-    # 0.9 itself, up to rounding, is enough
-    needed = ((held < 0.9 - 1e-10).sum(1) + 1) / d
+    needed = reference.first_reaching(held, held.new_tensor([0.9])).squeeze(1) / d
     return BandwidthResult(
         participation_mean=float(participation.mean()),
         participation_std=float(participation.std(unbiased=False)),

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from featkd import checks, linalg, reference
 from featkd.diagnostics.exact_sum import ExactSum
-from featkd.diagnostics.per_image import ImageTable, Summary, summarise
+from featkd.diagnostics.per_image import CurveStats, Summary
 
 _CPU_TOKENS = 784
 _SLAB = 1568  # tokens that are summed in the features' precision before float64 takes over
-_TIE = 1e-10  # of featkd.linalg: a share this close below a threshold reaches it
 _NEAR = 2e-6  # float32 decides no dimension whose share is this near to a threshold
 
 
@@ -49,9 +48,8 @@ class DatasetPCA:
     """
 
     def __init__(self) -> None:
-        self._pilot: Tensor | None = None
-        self._second: ExactSum | None = None
-        self._first: ExactSum | None = None
+        # the pilot mean, and about it the sums of products and of tokens
+        self._sums: tuple[Tensor, ExactSum, ExactSum] | None = None
         self._tokens = 0
 
     def calibrate(self, features: Tensor) -> None:
@@ -61,64 +59,56 @@ class DatasetPCA:
         features where this wasn't called.
         """
         tokens = _tokens(features).double()
-        self._pilot = tokens.mean(0).float().cpu()
         d = features.shape[-1]
-        self._second, self._first = ExactSum((d, d)), ExactSum((d,))
+        self._sums = tokens.mean(0).float().cpu(), ExactSum((d, d)), ExactSum((d,))
 
     def update(self, features: Tensor) -> None:
         """Add maps (B, N, D), floating and finite."""
         checks.check_floating("features", features)
-        if self._pilot is None:
+        if self._sums is None:
             self.calibrate(features)
-        assert self._pilot is not None
-        assert self._second is not None
-        assert self._first is not None
-        if features.shape[-1] != len(self._pilot):
+        assert self._sums is not None
+        pilot, products, total = self._sums
+        if features.shape[-1] != len(pilot):
             raise ValueError(
-                f"features: expected {len(self._pilot)} channels as before, got "
-                f"{features.shape[-1]}"
+                f"features: expected {len(pilot)} channels as before, got {features.shape[-1]}"
             )
         tokens = _tokens(features)
-        second, first = moments(tokens, self._pilot.to(tokens))
-        self._second.add(second)
-        self._first.add(first)
+        second, first = moments(tokens, pilot.to(tokens))
+        products.add(second)
+        total.add(first)
         self._tokens += len(tokens)
 
     def merge(self, other: DatasetPCA) -> None:
         """Take over what `other`, which has the same pilot, has seen."""
-        if other._pilot is None:
+        if other._sums is None:
             return
-        if self._pilot is None:
+        if self._sums is None:
             self.load_state_dict(other.state_dict())
             return
-        assert self._second is not None
-        assert self._first is not None
-        assert other._second is not None
-        assert other._first is not None
-        if not torch.equal(self._pilot, other._pilot):
+        if not torch.equal(self._sums[0], other._sums[0]):
             raise ValueError("other: was calibrated by other features; call calibrate on both")
-        self._second.merge(other._second)
-        self._first.merge(other._first)
+        for mine, theirs in zip(self._sums[1:], other._sums[1:], strict=True):
+            mine.merge(theirs)
         self._tokens += other._tokens
 
     def state_dict(self) -> dict[str, Any]:
-        if self._pilot is None or self._second is None or self._first is None:
+        if self._sums is None:
             return {"pilot": None}
+        pilot, products, total = self._sums
         return {
-            "pilot": self._pilot,
-            "second": self._second.state_dict(),
-            "first": self._first.state_dict(),
+            "pilot": pilot,
+            "products": products.state_dict(),
+            "total": total.state_dict(),
             "tokens": self._tokens,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["pilot"] is None:
-            self.__init__()  # type: ignore[misc]
+            self._sums, self._tokens = None, 0
             return
-        self._pilot = state["pilot"]
-        self._second = ExactSum.from_state_dict(state["second"])
-        self._first = ExactSum.from_state_dict(state["first"])
-        self._tokens = state["tokens"]
+        products, total = (ExactSum.from_state_dict(state[k]) for k in ("products", "total"))
+        self._sums, self._tokens = (state["pilot"], products, total), state["tokens"]
 
     def result(self, centred: bool = False) -> PCAResult:
         """Eigenvectors and eigenvalues of the second moment, by torch.linalg.eigh in float64.
@@ -129,12 +119,11 @@ class DatasetPCA:
         Raises:
             ValueError: no token came.
         """
-        if not self._tokens or self._second is None or self._first is None:
+        if not self._tokens or self._sums is None:
             raise ValueError("features: no token came, so there is no PCA")
-        assert self._pilot is not None
-        pilot = self._pilot.double()
-        offset = self._first.value() / self._tokens  # of the mean from the pilot
-        moment = self._second.value() / self._tokens
+        pilot = self._sums[0].double()
+        # the second moment, and how far the mean is from the pilot
+        moment, offset = (part.value() / self._tokens for part in self._sums[1:])
         if centred:
             moment = moment - torch.outer(offset, offset)
         else:
@@ -207,10 +196,7 @@ class CapturedEnergy:
         self.thresholds = tuple(thresholds)
         self._vectors = pca.vectors
         self._mean = pca.mean if pca.centred else None
-        d = len(pca.vectors)
-        self._table = ImageTable(len(self.thresholds))
-        self._curve = ExactSum((d,))
-        self._square = ExactSum((d,))
+        self._curves = CurveStats(len(pca.vectors), len(self.thresholds))
 
     def update(self, features: Tensor, images: Tensor) -> None:
         """Add the maps (B, N, D) of the images (B,)."""
@@ -219,12 +205,9 @@ class CapturedEnergy:
         near = ((curve.unsqueeze(-1) - levels).abs() < _NEAR).flatten(1).any(1)
         if features.dtype != torch.float64 and near.any():
             curve[near] = self._captured(features[near], torch.float64)
-        reached = curve.unsqueeze(-1) >= levels - _TIE  # (B, D, T)
-        dims = reached.to(torch.uint8).argmax(1) + 1
+        dims = reference.first_reaching(curve, levels)
         empty = curve[:, -1:] == 0
-        self._table.add(images, torch.where(empty, 0, dims))
-        self._curve.add(curve.sum(0))
-        self._square.add(curve.square().sum(0))
+        self._curves.add(images, torch.where(empty, 0, dims), curve)
 
     def _captured(self, features: Tensor, dtype: torch.dtype) -> Tensor:
         """Cumulative shares (B, D) in float64."""
@@ -243,41 +226,28 @@ class CapturedEnergy:
 
     def merge(self, other: CapturedEnergy) -> None:
         """Take over what `other`, which has the same axes, has seen."""
-        self._table.merge(other._table)
-        self._curve.merge(other._curve)
-        self._square.merge(other._square)
+        self._curves.merge(other._curves)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "table": self._table.state_dict(),
-            "curve": self._curve.state_dict(),
-            "square": self._square.state_dict(),
-        }
+        return self._curves.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._table.load_state_dict(state["table"])
-        self._curve = ExactSum.from_state_dict(state["curve"])
-        self._square = ExactSum.from_state_dict(state["square"])
+        self._curves.load_state_dict(state)
 
     def result(self) -> CapturedResult:
         """The figures over all images so far.
 
         Raises:
-            ValueError: no image came.
+            ValueError: no image came, or all features are zero.
         """
-        images, dims = self._table.sorted()
-        some = dims[dims[:, 0] != 0]
-        if not len(some):
-            raise ValueError("features: no image with any energy came, so none was captured")
-        mean = self._curve.value() / len(some)
-        variance = self._square.value() / len(some) - mean.square()
+        found = self._curves.result()
         return CapturedResult(
             thresholds=self.thresholds,
-            images=images,
-            dims=dims,
-            summaries=tuple(summarise(column) for column in some.T),
-            curve_mean=mean,
-            curve_std=variance.clamp(min=0).sqrt(),
+            images=found.images,
+            dims=found.reached,
+            summaries=found.summaries,
+            curve_mean=found.mean,
+            curve_std=found.std,
         )
 
 

@@ -158,9 +158,6 @@ class DiagnosticsRun:
 
     def clear(self) -> None:
         """Remove all states and kept features, once the results are safe."""
-        self._path.unlink(missing_ok=True)  # first: a state without its features can't be resumed
-        if self._kept is not None:
-            self._kept.remove()
         self._remove_all()
         with contextlib.suppress(OSError):  # something of somebody else's lies there
             if self.context.is_main:
@@ -170,7 +167,8 @@ class DiagnosticsRun:
         """What runs of any number of processes left."""
         self.context.barrier()
         if self.context.is_main:
-            for pattern in (*STATE_FILES, *KEPT_FILES):
+            # states first: one without its features can't be resumed
+            for pattern in (STATE_FILES, KEPT_FILES):
                 for path in self._folder.glob(pattern):
                     path.unlink(missing_ok=True)
         self.context.barrier()

@@ -195,4 +195,5 @@ def _compiled() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 
 def first_reaching(curve: Tensor, shares: Sequence[float]) -> tuple[int, ...]:
     """The first 1-based index at which a curve reaches each share."""
-    return tuple(int((curve >= share - _TIE).to(torch.uint8).argmax()) + 1 for share in shares)
+    levels = torch.tensor(list(shares), dtype=curve.dtype)
+    return tuple(reference.first_reaching(curve, levels, _TIE).tolist())

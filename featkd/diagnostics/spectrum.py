@@ -10,7 +10,7 @@ from torch import Tensor
 
 from featkd import checks, linalg
 from featkd.diagnostics.exact_sum import ExactSum
-from featkd.diagnostics.per_image import ImageTable, Summary, summarise
+from featkd.diagnostics.per_image import CurveStats, Summary
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,9 @@ class SpectrumStats:
 
     def __init__(self, thresholds: Sequence[float] = linalg.THRESHOLDS) -> None:
         self.thresholds = tuple(thresholds)
-        self._table = ImageTable(len(self.thresholds))
-        self._unsolved = 0
-        self._curve: ExactSum | None = None
-        self._square: ExactSum | None = None
+        self._curves: CurveStats | None = None
         self._weighted: ExactSum | None = None
+        self._unsolved = 0
 
     def update(self, features: Tensor, images: Tensor) -> None:
         """Add the maps of some images.
@@ -68,44 +66,44 @@ class SpectrumStats:
         """
         checks.check_floating("features", features)
         found = linalg.spectrum(features.detach(), self.thresholds)
-        curve = found.curve.double()
-        if self._curve is None or self._square is None or self._weighted is None:
-            self._curve = ExactSum((curve.shape[1],))
-            self._square = ExactSum((curve.shape[1],))
-            self._weighted = ExactSum((curve.shape[1],))
-        self._curve.add(curve.sum(0))
-        self._square.add(curve.square().sum(0))
-        energy = found.values.double().square().sum(1)
-        self._weighted.add(energy @ curve)
-        self._table.add(images, found.ranks)
+        curves = found.curve.double()
+        own, weighted = self._parts(curves.shape[1])
+        own.add(images, found.ranks, curves)
+        weighted.add(found.values.double().square().sum(1) @ curves)
         self._unsolved += int((found.info != 0).sum())
+
+    def _parts(self, length: int) -> tuple[CurveStats, ExactSum]:
+        """The sums, made where there are none yet."""
+        if self._curves is None or self._weighted is None:
+            self._curves = CurveStats(length, len(self.thresholds))
+            self._weighted = ExactSum((length,))
+        return self._curves, self._weighted
 
     def merge(self, other: SpectrumStats) -> None:
         """Take over what `other` has seen; the images must be others."""
-        self._table.merge(other._table)
+        if other._curves is None or other._weighted is None:
+            return
+        curves, weighted = self._parts(other._weighted.shape[0])
+        curves.merge(other._curves)
+        weighted.merge(other._weighted)
         self._unsolved += other._unsolved
-        for name in ("_curve", "_square", "_weighted"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine is None:
-                setattr(self, name, theirs and ExactSum.from_state_dict(theirs.state_dict()))
-            elif theirs is not None:
-                mine.merge(theirs)
 
     def state_dict(self) -> dict[str, Any]:
+        if self._curves is None or self._weighted is None:
+            return {"curves": None}
         return {
-            "table": self._table.state_dict(),
+            "curves": self._curves.state_dict(),
+            "weighted": self._weighted.state_dict(),
             "unsolved": self._unsolved,
-            "curve": None if self._curve is None else self._curve.state_dict(),
-            "square": None if self._square is None else self._square.state_dict(),
-            "weighted": None if self._weighted is None else self._weighted.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._table.load_state_dict(state["table"])
-        self._unsolved = state["unsolved"]
-        for name in ("curve", "square", "weighted"):
-            part = state[name]
-            setattr(self, f"_{name}", None if part is None else ExactSum.from_state_dict(part))
+        self._curves, self._weighted, self._unsolved = None, None, 0
+        if state["curves"] is None:
+            return
+        weighted = ExactSum.from_state_dict(state["weighted"])
+        self._parts(weighted.shape[0])[0].load_state_dict(state["curves"])
+        self._weighted, self._unsolved = weighted, state["unsolved"]
 
     def result(self) -> SpectrumResult:
         """The figures over all images so far.
@@ -113,23 +111,18 @@ class SpectrumStats:
         Raises:
             ValueError: no image came, or all features are zero.
         """
-        images, ranks = self._table.sorted()
-        if self._curve is None or self._square is None or self._weighted is None:
+        if self._curves is None or self._weighted is None:
             raise ValueError("features: no image came, so there is no spectrum")
-        some = ranks[ranks[:, 0] != 0]
-        if not len(some):
-            raise ValueError("features: all of them are zero, so there is no spectrum")
-        mean = self._curve.value() / len(some)
-        variance = self._square.value() / len(some) - mean.square()
+        found = self._curves.result()
         weighted = self._weighted.value()
         return SpectrumResult(
             thresholds=self.thresholds,
-            images=images,
-            ranks=ranks,
-            summaries=tuple(summarise(column) for column in some.T),
-            curve_mean=mean,
-            curve_std=variance.clamp(min=0).sqrt(),
+            images=found.images,
+            ranks=found.reached,
+            summaries=found.summaries,
+            curve_mean=found.mean,
+            curve_std=found.std,
             curve_weighted=weighted / weighted[-1],
-            zero_images=len(ranks) - len(some),
+            zero_images=found.zero_images,
             unsolved=self._unsolved,
         )

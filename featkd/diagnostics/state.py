@@ -11,7 +11,7 @@ import torch
 from featkd.files import atomic_write
 
 FORMAT = 1
-STATE_FILES = ("process-*-of-*.pt",)
+STATE_FILES = "process-*-of-*.pt"
 
 
 class StateError(RuntimeError):
@@ -66,7 +66,7 @@ def load_state(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 def _check_others(path: Path) -> None:
     """A state of another number of processes must not lie there unseen."""
     processes = path.stem.rpartition("-")[2]
-    for other in sorted(path.parent.glob("process-*-of-*.pt")):
+    for other in sorted(path.parent.glob(STATE_FILES)):
         count = other.stem.rpartition("-")[2]
         if count != processes:
             raise _another(other, f"processes: {count} there, {processes} here")

@@ -50,10 +50,7 @@ class Settings:
             values = getattr(self, name)
             if not values:
                 raise ValueError(f"{name}: expected at least one share, got none")
-            for value in values:
-                checks.check_fraction(name, value)
-                if value == 0:
-                    raise ValueError(f"{name}: expected numbers above 0 and at most 1, got 0")
+            checks.check_shares(name, values)
         for name, least in (("sample", 2), ("permuted", 1), ("permutations", 1), ("k", 1)):
             value = getattr(self, name)
             if name == "k" and value is None:

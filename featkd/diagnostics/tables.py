@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -13,20 +11,22 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from featkd import reference
 from featkd.diagnostics.per_image import Summary
 from featkd.diagnostics.reach import Reach
 from featkd.diagnostics.run import Findings
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.stream import LayerResult
-from featkd.files import atomic_write
+from featkd.files import atomic_write, write_csv
 
 SCHEMA = 1
+SUMMARY = "summary.json"
 _SUMMARY = ("percentile99", "mean", "std", "median", "smallest", "largest")
 
 
 def write_tables(
     out: Path, findings: Findings, reaches: Sequence[Reach], about: dict[str, Any]
-) -> dict[str, Any]:
+) -> None:
     """Write summary.json, ranks.csv, sep.csv, rotation.csv, curves.csv, per_image.safetensors.
 
     Args:
@@ -34,9 +34,6 @@ def write_tables(
         findings: of a finished run.
         reaches: the student's limits, if there is a student.
         about: command, versions, settings and the like, for summary.json's "about".
-
-    Returns:
-        What summary.json holds.
     """
     summary = {
         "schema": SCHEMA,
@@ -48,7 +45,7 @@ def write_tables(
         "layers": [_layer_summary(layer, r) for layer, r in findings.layers.items()],
         "reach": [{**asdict(r), "teacher": str(r.teacher)} for r in reaches],
     }
-    _write(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False).encode())
+    _write(out / SUMMARY, json.dumps(summary, indent=1, allow_nan=False).encode())
     layers = findings.layers.items()
     names = ("model", "layer")
     _table(out / "ranks.csv", (*names, "measure", "threshold", *_SUMMARY), _rank_rows(layers))
@@ -67,11 +64,12 @@ def write_tables(
         if result.captured is not None:
             tensors[f"{name}.dims"] = result.captured.dims
     _write(out / "per_image.safetensors", safetensors.torch.save(tensors))
-    return summary
 
 
 def _layer_summary(layer: Layer, r: LayerResult) -> dict[str, Any]:
     levels = [f"{t:g}" for t in r.spectrum.thresholds]
+    thresholds = torch.tensor(r.spectrum.thresholds, dtype=torch.float64)
+    dims = reference.first_reaching(r.pca.spread, thresholds)
     rotation = None
     if r.rotation is not None:
         found = asdict(r.rotation)
@@ -91,10 +89,7 @@ def _layer_summary(layer: Layer, r: LayerResult) -> dict[str, Any]:
         "zero_images": r.spectrum.zero_images,
         "pca": None if r.captured is None else _summaries(levels, r.captured.summaries),
         "pca_centred": r.pca.centred,
-        "pca_of_all_tokens": {
-            level: int((r.pca.spread < t - 1e-10).sum()) + 1
-            for level, t in zip(levels, r.spectrum.thresholds, strict=True)
-        },
+        "pca_of_all_tokens": dict(zip(levels, dims.tolist(), strict=True)),
         "unsolved": r.spectrum.unsolved,
         "sep": {
             "shares": list(r.sep.shares),
@@ -175,11 +170,7 @@ def _curve_rows(layers: _Layers) -> Iterable[Sequence[Any]]:
 
 
 def _table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([f"{v:.9g}" if isinstance(v, float) else v for v in row] for row in rows)
-    _write(path, text.getvalue().encode())
+    write_csv(path, columns, rows, digits=9)
 
 
 def _write(path: Path, content: bytes) -> None:

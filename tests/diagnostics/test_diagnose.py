@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ import torch
 from featkd.cli import main
 from tests.diagnostics import published
 from tests.diagnostics.maps import feature_maps
+from tests.page import Page
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = ("--sample", "5", "--permuted", "3", "--permutations", "5", "--k", "3")
@@ -52,24 +52,6 @@ def alone(features, tmp_path_factory):
     return out
 
 
-class _Page(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.tags, self.links, self.open = [], [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        if tag not in ("meta", "br", "link", "img", "path", "use"):
-            self.open.append(tag)
-        for name, value in attributes:
-            if name in ("src", "href", "xlink:href"):
-                self.links.append(value)
-
-    def handle_endtag(self, tag):
-        if tag not in ("path", "use"):
-            assert self.open.pop() == tag
-
-
 def test_report_tables_and_figures(features, alone):
     summary = json.loads((alone / "summary.json").read_text())
     assert (summary["schema"], summary["images"], len(summary["layers"])) == (1, 60, 2)
@@ -84,7 +66,7 @@ def test_report_tables_and_figures(features, alone):
             assert found["mean"] == pytest.approx(column.mean())
     assert not (alone / "state").exists()
 
-    page = _Page()
+    page = Page()
     page.feed((alone / "report.html").read_text())
     assert not page.open
     assert page.tags.count("svg") == 5  # four of the last layer, one over the layers

@@ -152,7 +152,11 @@ SUITES = {
         [
             *CHUNKS,
             *DISTANCE,
-            ("zeroed gradient of the student", "torch.mm(p, w, out=place)", "place.zero_()"),
+            (
+                "zeroed gradient of the student",
+                "put_product(p, w, ",
+                "torch.Tensor.zero_(",
+            ),
             ("zeroed gradient of W", "sums[0].view(w.shape).addmm_(p.t(), s)", "pass"),
             (
                 "gradients of bias and norm in each other's place",
@@ -185,7 +189,11 @@ SUITES = {
             ("pooled sum without rstd", "torch.bmm(scales.uns", "torch.bmm((0 * scales + 1).uns"),
             ("a sum for the mean", "means /= tokens", "pass"),
             ("other tokens' product", "p = product[at] if", "p = product[at].flip(1) if"),
-            ("zeroed gradient of f", "torch.mm(slope, w, out=place)", "place.zero_()"),
+            (
+                "zeroed gradient of f",
+                "put_product(slope, w, ",
+                "torch.Tensor.zero_(",
+            ),
             ("zeroed gradient of W", "d_weight.addmm_(slope.t(), f)", "pass"),
             ("metric of the mse", "width = 0 if d_loss is None else width", "width = 0"),
             ("pooled gradient of another image", "else added[at[0]]", "else added.flip(0)[at[0]]"),
@@ -228,7 +236,11 @@ SUITES = {
         widelast_projection,
         [
             *CHUNKS[:2],
-            ("zeroed gradient of x", "torch.mm(slope, weight, out=place)", "place.zero_()"),
+            (
+                "zeroed gradient of x",
+                "put_product(slope, weight, ",
+                "torch.Tensor.zero_(",
+            ),
             ("zeroed gradient of W", "d_weight.addmm_(slope.t(), s)", "pass"),
             (
                 "zeroed gradients of the norms",

@@ -1,4 +1,4 @@
-"""What the command lines of this folder have in common."""
+"""What the command lines have in common."""
 
 from __future__ import annotations
 
@@ -22,6 +22,22 @@ def several(
     """Add an option that takes some words among `allowed`."""
     text = f"among {', '.join(allowed)} (default: {' '.join(default)})"
     parser.add_argument(f"--{name}", nargs="+", type=str, default=list(default), help=text)
+
+
+def check_known(words: Sequence[str], known: Sequence[str], free: Sequence[str] = ()) -> None:
+    """Refuse an unknown option and name the nearest; a parser would only refuse it.
+
+    Args:
+        words: a command line.
+        known: the options, without their dashes.
+        free: beginnings of names that may go on in any way.
+    """
+    from featkd.checks import suggestion  # brings torch along, which OpenMP's settings go before
+
+    for word in words:
+        name = word[2:].split("=")[0]
+        if word.startswith("--") and name not in known and not name.startswith(tuple(free)):
+            raise ValueError(f"no option --{name}{suggestion(name, known)}")
 
 
 def check_folders(options: Namespace, names: Sequence[str]) -> None:

@@ -81,30 +81,38 @@ def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Im
 
 
 @contextlib.contextmanager
-def seeded(seed: int, key: Key) -> Iterator[None]:
+def seeded(seed: int, key: Key, *, restore: bool | None = None) -> Iterator[None]:
     """Seed `random`, `numpy.random` and `torch` (CPU) from (seed, key) alone, for one sample.
 
     timm draws from all three: crops, RandAugment's levels and erasing's box from `random`,
     RandAugment's choice of ops from `numpy.random`, flips, jitter and erasing's noise from torch.
 
-    In the training process (workers=0) the three states are put back afterwards, so that
-    loading draws nothing from the training's generators. A worker process has no other user of
-    them, and saving numpy's state would cost ten times the seeding.
+    Args:
+        seed: seed of the run.
+        key: the sample.
+        restore: put the three states back afterwards. Default: only in the training process
+            (workers=0); a worker process has no other user of them, and saving numpy's state
+            costs ten times the seeding.
     """
     derived = derive_seed(seed, *key)
-    generator = torch.default_generator
-    restore = get_worker_info() is None
-    if restore:
-        python_state, torch_state = random.getstate(), generator.get_state()
-        numpy_state = np.random.get_state()
-    random.seed(derived)
-    np.random.seed(derived & 0xFFFFFFFF)
-    # Not torch.manual_seed: it also reaches for every accelerator, 90 us a call.
-    generator.manual_seed(derived >> 31)
+    if restore is None:
+        restore = get_worker_info() is None
+    with kept_generators() if restore else contextlib.nullcontext():
+        random.seed(derived)
+        np.random.seed(derived & 0xFFFFFFFF)
+        # Not torch.manual_seed: it also reaches for every accelerator, 90 us a call.
+        torch.default_generator.manual_seed(derived >> 31)
+        yield
+
+
+@contextlib.contextmanager
+def kept_generators() -> Iterator[None]:
+    """Put the states of `random`, `numpy.random` and `torch` (CPU) back at the end."""
+    python_state, torch_state = random.getstate(), torch.default_generator.get_state()
+    numpy_state = np.random.get_state()
     try:
         yield
     finally:
-        if restore:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-            generator.set_state(torch_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.default_generator.set_state(torch_state)

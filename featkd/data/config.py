@@ -100,6 +100,7 @@ class DataConfig:
             threads.
         backend: what decodes and transforms: "timm" (Pillow, in processes), "dali" (NVIDIA DALI),
             or "auto": DALI where batches go to a CUDA device and it can do what is asked.
+        channels_last: give images in torch's channels_last memory format (the shape is the same).
         on_bad_image: "error" stops at an unreadable image; "skip" replaces it by the next
             readable one in training and leaves it out in evaluation.
         augment: augmentation of the training images.
@@ -118,6 +119,7 @@ class DataConfig:
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     workers: int = 8
     backend: Literal["auto", "timm", "dali"] = "auto"
+    channels_last: bool = False
     on_bad_image: Literal["error", "skip"] = "error"
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 

@@ -1,61 +1,64 @@
-"""The loader on NVIDIA DALI: decode, crop, resize, flip and normalise in its threads or on a GPU.
+"""The loader on NVIDIA DALI: decode, crop, resize, flip, RandAugment and normalise in its threads
+or on a GPU.
 
 Every random decision is the one that timm's transform would draw for the same key, by the same
-calls in the same order, so that both loaders give the same windows, flips and erased boxes; the
-pixels differ by the decoders' and filters' rounding.
+calls in the same order, so that both loaders give the same windows, flips, operations and erased
+boxes; the pixels differ by the decoders' and filters' rounding.
 """
 
 from __future__ import annotations
 
 import io
-import os
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 
-from featkd.data.augment import seeded
 from featkd.data.config import DataConfig
+from featkd.data.dali_augment import supported
+from featkd.data.dali_pipeline import as_arrays, build_pipeline
+from featkd.data.decisions import Decisions, TrainingDecisions, evaluation_decisions
 from featkd.data.imagefolder import BadImageError, ImageFolder, read_image
 from featkd.data.loader import Batch, SampledLoader
 from featkd.data.sampler import EpochSampler, Key
 
 _END_OF_JPEG = b"\xff\xd9"
 _TAIL = 4096  # bytes at the end of a file among which the end marker must be
+_READ_AHEAD = 2  # batches
+
+# what ImageFolder.readable gives: file content and (width, height) or None, its index, bad files
+_Read = tuple[tuple[np.ndarray[Any, Any], tuple[int, int]] | None, int, list[BadImageError]]
 
 
 def why_not(config: DataConfig, training: bool) -> str:
     """Why this loader can't serve a configuration, or nothing."""
     if find_spec("nvidia") is None or find_spec("nvidia.dali") is None:
         return "nvidia-dali is not installed"
-    if training and config.augment.rand_augment is not None:
-        return "data.augment.rand_augment is not among what the DALI loader does"
-    if training and config.augment.color_jitter is not None:
+    if not training:
+        return ""
+    if config.augment.color_jitter is not None:
         return "data.augment.color_jitter is not among what the DALI loader does"
+    names = TrainingDecisions(config, 0).operations
+    unknown = [name for name in names if not supported(name)]
+    if unknown:
+        return (
+            f"data.augment.rand_augment: {', '.join(unknown)} of {config.augment.rand_augment!r} "
+            "can't be done by the DALI loader"
+        )
     return ""
-
-
-@dataclass
-class _Decisions:
-    """All that is random about a sample, and where it comes from."""
-
-    window: tuple[int, int, int, int]  # top, left, height, width in the image as stored
-    size: tuple[int, int]  # that the window is resized to
-    crop: tuple[int, int]  # top, left of the final image in it
-    flip: bool
-    erased: list[tuple[Any, Tensor]]
 
 
 class DaliLoader(SampledLoader):
     """`Loader` on a DALI pipeline; see `build_loader`, which makes it.
+
+    Files are read ahead in threads, and decisions drawn in this process; everything that touches
+    a pixel is DALI's.
 
     Args:
         dataset: the files.
@@ -78,106 +81,147 @@ class DaliLoader(SampledLoader):
         self._dataset = dataset
         self._config = config
         self._device = device
-        self._erase = RandomErasing(config.augment.random_erasing, mode="pixel", device="cpu")
+        self._draw = TrainingDecisions(config, dataset.seed) if dataset.training else None
+        self._layers = 0 if self._draw is None else self._draw.layers
+        self._epoch: _Epoch | None = None
+        self._pipeline: Any = None
 
     def __iter__(self) -> Iterator[Batch]:
-        self._iteration += 1
-        return self._run(iter(self._batches), self._iteration)
+        self.close()
+        return self._run(self._iteration)
 
     def close(self) -> None:
         """See `Loader`."""
         self._iteration += 1
+        if self._epoch is not None:  # what its pipeline holds ready belongs to no later epoch
+            self._epoch.close()
+            self._epoch = self._pipeline = None
 
-    def _run(self, keys: Iterator[Any], own: int) -> Iterator[Batch]:
-        waiting: deque[tuple[list[int], list[_Decisions], list[str]]] = deque()
-        bad: list[str] = []
-        failed: list[BadImageError] = []
-
-        def feed() -> tuple[list[Any], ...]:
-            """The next batch's files and decisions; called ahead of the batch that is taken."""
-            for batch in keys:
-                files, decisions, targets = [], [], []
-                for key in batch:
-                    try:
-                        found = self._sample(key, bad)
-                    except BadImageError as error:  # comes up when the batches before are taken
-                        failed.append(error)
-                        raise StopIteration from error
-                    if found is not None:
-                        files.append(found[0])
-                        decisions.append(found[1])
-                        targets.append(found[2])
-                if files:
-                    waiting.append((targets, decisions, bad[:]))
-                    bad.clear()
-                    return (files, *_as_arrays(decisions))
-            raise StopIteration
-
-        pipeline = _pipeline(self._config, feed, self._batches.batch_size, self._device)
+    def _run(self, own: int) -> Iterator[Batch]:
+        epoch = self._epoch = _Epoch(self._dataset, iter(self._batches), self._config.workers)
+        pipeline = self._ready_pipeline()
         while True:
             self._check_newest(own)
             try:
-                (out,) = pipeline.run()
+                (out,) = pipeline.run(_stream(self._device))
             except StopIteration:
-                if failed:
-                    raise failed[0] from None
-                return
-            targets, decisions, met = waiting.popleft()
-            # a copy: the pipeline writes its next batch into the same memory
-            images = torch.utils.dlpack.from_dlpack(out.as_tensor()).clone()
-            for image, decision in zip(images, decisions, strict=True):
-                for where, pixels in decision.erased:
-                    image[where] = pixels.to(image.device, non_blocking=True)
-            yield Batch(images, torch.tensor(targets, dtype=torch.int64), met)
+                break
+            targets, decisions, errors = epoch.fed.popleft()
+            # no copy: the pipeline takes the memory back when the tensor is gone
+            images = torch.utils.dlpack.from_dlpack(out.as_tensor())
+            if self._config.channels_last:
+                images = images.permute(0, 3, 1, 2)
+            _erase(images, decisions)
+            self.bad_images.update((error.path, error.cause) for error in errors)
+            bad = [error.path for error in errors]
+            yield Batch(images, torch.tensor(targets, dtype=torch.int64), bad)
+        epoch.close()
+        self._epoch = None
+        self.bad_images.update((error.path, error.cause) for error in epoch.bad)
+        if epoch.failed is not None:
+            raise epoch.failed
 
-    def _sample(self, key: Key, bad: list[str]) -> tuple[Any, _Decisions, int] | None:
-        """File, decisions and target of a key, or None where its image is left out."""
-        found, index, errors = self._dataset.readable(key, _load)
-        for error in errors:
-            self.bad_images[error.path] = error.cause
-            bad.append(error.path)
-        if found is None:
-            return None
-        content, size = found
-        return content, self._decide(size, key), self._dataset.target(index)
-
-    def _decide(self, size: tuple[int, int], key: Key) -> _Decisions:
-        """What timm's transform would draw for an image of this (width, height)."""
-        config = self._config
-        side = config.img_size
-        if not self._dataset.training:
-            return _evaluation(size, side, config.crop_pct)
-        augment = config.augment
-        blank = Image.new("1", size)  # timm asks an image for its size; a bit a pixel
-        with seeded(self._dataset.seed, key):
-            top, left, height, width = RandomResizedCropAndInterpolation.get_params(
-                blank, augment.scale, augment.ratio
+    def _ready_pipeline(self) -> Any:
+        """The pipeline of the epoch before where that came to its end, else a new one."""
+        if self._pipeline is None:
+            self._pipeline = build_pipeline(
+                self._config,
+                self._feed,
+                batch_size=self._batches.batch_size,
+                layers=self._layers,
+                fill=(0, 0, 0) if self._draw is None else self._draw.fill,
+                device=self._device,
             )
-            flip = augment.hflip > 0 and bool(torch.rand(1) < augment.hflip)
-            erased = _Recorder()
-            if augment.random_erasing > 0:
-                self._erase._erase(erased, 3, side, side, torch.float32)
-        return _Decisions((top, left, height, width), (side, side), (0, 0), flip, erased.writes)
+        else:
+            self._pipeline.reset()
+        return self._pipeline
+
+    def _feed(self) -> tuple[list[Any], ...]:
+        """The next batch's files and decisions; called ahead of the batch that is taken."""
+        epoch = self._epoch
+        if epoch is None:
+            raise StopIteration
+        for batch in epoch:
+            files, keys, targets = [], [], []
+            for key, (found, index, errors) in batch:
+                epoch.bad += errors
+                if found is not None:
+                    files.append(found)
+                    keys.append(key)
+                    targets.append(self._dataset.target(index))
+            if files:
+                decisions = self._decide([size for _, size in files], keys)
+                epoch.fed.append((targets, decisions, epoch.bad[:]))
+                epoch.bad.clear()
+                contents = [content for content, _ in files]
+                return as_arrays(contents, decisions, self._layers, self._config.img_size)
+        raise StopIteration
+
+    def _decide(self, sizes: list[tuple[int, int]], keys: list[Key]) -> list[Decisions]:
+        config = self._config
+        if self._draw is None:
+            return [evaluation_decisions(s, config.img_size, config.crop_pct) for s in sizes]
+        with self._draw.batch():
+            return [self._draw.draw(s, key) for s, key in zip(sizes, keys, strict=True)]
 
 
-class _Recorder:
-    """Takes what would be written into an image."""
+class _Epoch:
+    """The files of an epoch, read ahead in threads, batch by batch; and what was fed of them.
 
-    def __init__(self) -> None:
-        self.writes: list[tuple[Any, Tensor]] = []
+    Attributes:
+        fed: targets, decisions and bad files of the batches that the pipeline holds.
+        bad: bad files met since the last of these.
+        failed: why the epoch ended early, to be raised after the batches before.
+    """
 
-    def __setitem__(self, where: Any, pixels: Tensor) -> None:
-        self.writes.append((where, pixels))
+    def __init__(self, dataset: ImageFolder, keys: Iterator[Any], threads: int) -> None:
+        self.fed: deque[tuple[list[int], list[Decisions], list[BadImageError]]] = deque()
+        self.bad: list[BadImageError] = []
+        self.failed: BadImageError | None = None
+        self._dataset = dataset
+        self._keys = keys
+        self._threads = ThreadPoolExecutor(max(threads, 1), "featkd-read")
+        self._reading: deque[list[tuple[Key, Future[_Read]]]] = deque()
+
+    def __iter__(self) -> Iterator[list[tuple[Key, _Read]]]:
+        return self
+
+    def __next__(self) -> list[tuple[Key, _Read]]:
+        while len(self._reading) <= _READ_AHEAD and (batch := next(self._keys, None)) is not None:
+            started = [self._threads.submit(self._dataset.readable, key, _load) for key in batch]
+            self._reading.append(list(zip(batch, started, strict=True)))
+        if not self._reading or self.failed is not None:
+            raise StopIteration
+        try:
+            return [(key, found.result()) for key, found in self._reading.popleft()]
+        except BadImageError as error:
+            self.failed = error
+            raise StopIteration from error
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
 
 
-def _evaluation(size: tuple[int, int], side: int, crop_pct: float) -> _Decisions:
-    """The shorter side to side / crop_pct, then the centre, rounded as torchvision does."""
-    width, height = size
-    shorter = int(side / crop_pct)
-    longer = int(shorter * max(size) / min(size))
-    resized = (shorter, longer) if height <= width else (longer, shorter)
-    crop = tuple(round((length - side) / 2.0) for length in resized)
-    return _Decisions((0, 0, height, width), resized, (crop[0], crop[1]), False, [])
+def _stream(device: torch.device) -> Any:
+    """What the pipeline's output is ordered by: torch's stream, so that nothing waits for it."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def _erase(images: Tensor, decisions: list[Decisions]) -> None:
+    """Write what random erasing drew; to a GPU in one copy."""
+    writes = [(n, *write) for n, decision in enumerate(decisions) for write in decision.erased]
+    if not writes:
+        return
+    if images.device.type == "cpu":
+        array = images.numpy()  # torch would wake a second thread for a box
+        for number, where, pixels in writes:
+            array[number][where] = pixels.numpy()
+        return
+    flat = torch.cat([pixels.flatten() for _, _, pixels in writes]).pin_memory()
+    sizes = [pixels.numel() for _, _, pixels in writes]
+    parts = torch.split(flat.to(images.device, non_blocking=True), sizes)
+    for (number, where, pixels), part in zip(writes, parts, strict=True):
+        images[number][where] = part.view(pixels.shape)
 
 
 def _load(path: str) -> tuple[np.ndarray[Any, Any], tuple[int, int]]:
@@ -199,64 +243,5 @@ def _load(path: str) -> tuple[np.ndarray[Any, Any], tuple[int, int]]:
         return np.frombuffer(content, dtype=np.uint8), size
     # CMYK, 16 bits, palettes: the rules are read_image's; PNG carries its pixels unchanged
     rgb, written = read_image(path), io.BytesIO()
-    rgb.save(written, "PNG", compress_level=0)
+    rgb.save(written, "PNG", compress_level=0, icc_profile=None)
     return np.frombuffer(written.getvalue(), dtype=np.uint8), rgb.size
-
-
-def _as_arrays(decisions: list[_Decisions]) -> tuple[list[Any], ...]:
-    columns: list[tuple[list[Any], Any]] = [
-        ([d.window[:2] for d in decisions], np.int32),
-        ([d.window[2:] for d in decisions], np.int32),
-        ([d.size for d in decisions], np.float32),
-        ([d.crop for d in decisions], np.int32),
-        ([d.flip for d in decisions], np.int32),
-    ]
-    return tuple([np.asarray(value, dtype) for value in values] for values, dtype in columns)
-
-
-def _pipeline(config: DataConfig, feed: Any, batch_size: int, device: torch.device) -> Any:
-    """Decode the window, resize it, crop, flip, normalise to (3, H, W)."""
-    from nvidia.dali import fn, pipeline_def, types
-
-    on_gpu = device.type == "cuda"
-    filters = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
-    kinds = (types.UINT8, types.INT32, types.INT32, types.FLOAT, types.INT32, types.INT32)
-
-    @pipeline_def  # type: ignore[untyped-decorator]
-    def build() -> Any:
-        files, start, shape, size, crop, flip = fn.external_source(
-            source=feed, num_outputs=6, batch=True, dtype=list(kinds), ndim=[1, 1, 1, 1, 1, 0]
-        )
-        pixels = fn.decoders.image_slice(
-            files,
-            start,
-            shape,
-            axis_names="HW",
-            normalized_anchor=False,
-            normalized_shape=False,
-            device="mixed" if on_gpu else "cpu",
-            output_type=types.RGB,
-            adjust_orientation=False,  # as read_image
-        )
-        interpolation = filters[config.interpolation]
-        pixels = fn.resize(pixels, size=size, interp_type=interpolation, antialias=True)
-        pixels = fn.slice(
-            pixels, crop, (config.img_size, config.img_size), axis_names="HW",
-            normalized_anchor=False, normalized_shape=False,
-        )  # fmt: skip
-        return fn.crop_mirror_normalize(
-            pixels,
-            mirror=flip,
-            mean=[255 * m for m in config.mean],
-            std=[255 * s for s in config.std],
-            dtype=types.FLOAT,
-            output_layout="CHW",
-        )
-
-    threads = config.workers or 1
-    return build(
-        batch_size=batch_size,
-        num_threads=min(threads, os.cpu_count() or 1),
-        device_id=(device.index or 0) if on_gpu else None,
-        prefetch_queue_depth=2,
-    )

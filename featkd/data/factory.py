@@ -83,6 +83,7 @@ def build_loader(
         batch_size=batch_size,
         workers=config.workers,
         pin_memory=device.type == "cuda",
+        channels_last=config.channels_last,
     )
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -113,13 +114,14 @@ class TorchLoader(SampledLoader):
         batch_size: int,
         workers: int,
         pin_memory: bool,
+        channels_last: bool,
     ) -> None:
         super().__init__(dataset, sampler, batch_size)
         self._loader = DataLoader(
             dataset,
             batch_sampler=self._batches,
             num_workers=workers,
-            collate_fn=_collate,
+            collate_fn=partial(_collate, channels_last=channels_last),
             pin_memory=pin_memory,
             worker_init_fn=start_worker,
             multiprocessing_context=worker_context() if workers else None,
@@ -171,7 +173,7 @@ class TorchLoader(SampledLoader):
 
 
 def _collate(
-    samples: list[Sample] | BadImageError,
+    samples: list[Sample] | BadImageError, *, channels_last: bool
 ) -> tuple[Tensor, Tensor, list[BadImageError]] | BadImageError:
     """Stack the images that are there; in a worker straight into shared memory."""
     if isinstance(samples, BadImageError):
@@ -180,6 +182,8 @@ def _collate(
     targets = [sample.target for sample in samples if sample.image is not None]
     errors = [error for sample in samples for error in sample.bad]
     stacked = default_collate(images) if images else torch.empty(0)
+    if images and channels_last:
+        stacked = stacked.contiguous(memory_format=torch.channels_last)
     return stacked, torch.tensor(targets, dtype=torch.int64), errors
 
 

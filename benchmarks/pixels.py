@@ -20,11 +20,10 @@ from timm.data.auto_augment import RandAugment
 from torch import Tensor
 
 from featkd.arguments import Parser, check_folders
-from featkd.data import DataConfig
+from featkd.data import DataConfig, ImageSet, read_image
 from featkd.data.augment import build_transform, seeded
 from featkd.data.dali_pipeline import as_arrays, build_pipeline
 from featkd.data.decisions import Decisions, Operation, TrainingDecisions, evaluation_decisions
-from featkd.data.imagefolder import ImageFolder, read_image
 from featkd.data.sampler import Key
 
 from .table import write_into
@@ -233,8 +232,8 @@ def main() -> None:
     options = parser.parse_args()
     check_folders(options, ("out",))
     config = DataConfig(options.data, train_split=".", val_split=".", backend="dali", workers=2)
-    dataset = ImageFolder(config, "train")
-    paths = [dataset.path(index) for index in range(len(dataset))]
+    dataset = ImageSet(config, "train")
+    paths = [dataset.name(index) for index in range(len(dataset))]
     found = [*step_differences(config, paths), *operation_differences(config, paths)]
     text = markdown(found, len(paths))
     if options.out is None:

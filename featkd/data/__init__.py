@@ -1,4 +1,4 @@
-"""Image loading: class folders on disk -> batches of normalised tensors, the same on any machine.
+"""Image loading: class folders or shards -> batches of tensors, the same on any machine.
 
 >>> from featkd.data import DataConfig, build_loader
 >>> config = DataConfig(path="/data/imagenet", workers=8)
@@ -8,7 +8,8 @@
 from featkd.data.augment import build_transform
 from featkd.data.config import AugmentConfig, DataConfig
 from featkd.data.factory import build_loader
-from featkd.data.imagefolder import BadImageError, ImageFolder, read_image
+from featkd.data.images import BadImageError, read_image
+from featkd.data.imageset import ImageSet
 from featkd.data.loader import Batch, Loader
 from featkd.data.sampler import EpochSampler, Key
 
@@ -18,7 +19,7 @@ __all__ = [
     "Batch",
     "DataConfig",
     "EpochSampler",
-    "ImageFolder",
+    "ImageSet",
     "Key",
     "Loader",
     "build_loader",

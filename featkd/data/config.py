@@ -85,12 +85,16 @@ class AugmentConfig:
 class DataConfig:
     """An image set on disk, `<path>/<split>/<class>/*.jpg`, and its preprocessing.
 
-    The class folders of the *training* split, in alphabetical order, are the classes.
+    The class folders of the *training* split, in alphabetical order, are the classes. A split's
+    folder can hold WebDataset's tar files or TFRecord files instead; then `<path>/classes.txt`
+    has the class names, one a line.
 
     Args:
         path: folder that holds the split folders.
         train_split: folder of the training images under path; "." is path itself.
         val_split: folder of the validation images under path; "." is path itself.
+        first_label: the number that stands for the first class in shards; 1 in TensorFlow's
+            ImageNet records.
         img_size: height and width of the images given to the model, in pixels.
         mean: mean of the red, green and blue channel, subtracted from values in 0..1.
         std: standard deviation of the channels, by which the difference is divided.
@@ -112,6 +116,7 @@ class DataConfig:
     path: str = ""
     train_split: str = "train"
     val_split: str = "val"
+    first_label: int = 0
     img_size: int = 224
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)

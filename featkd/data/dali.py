@@ -24,7 +24,8 @@ from featkd.data.config import DataConfig
 from featkd.data.dali_augment import supported
 from featkd.data.dali_pipeline import as_arrays, build_pipeline
 from featkd.data.decisions import Decisions, TrainingDecisions, evaluation_decisions
-from featkd.data.imagefolder import BadImageError, ImageFolder, read_image
+from featkd.data.images import BadImageError, decode_image
+from featkd.data.imageset import ImageSet
 from featkd.data.loader import Batch, SampledLoader
 from featkd.data.sampler import EpochSampler, Key
 
@@ -32,8 +33,9 @@ _END_OF_JPEG = b"\xff\xd9"
 _TAIL = 4096  # bytes at the end of a file among which the end marker must be
 _READ_AHEAD = 2  # batches
 
-# what ImageFolder.readable gives: file content and (width, height) or None, its index, bad files
-_Read = tuple[tuple[np.ndarray[Any, Any], tuple[int, int]] | None, int, list[BadImageError]]
+_File = tuple[np.ndarray[Any, Any], tuple[int, int]]  # content, (width, height)
+# what ImageSet.readable gives
+_Read = tuple[tuple[_File, int, int] | None, list[BadImageError]]
 
 
 def why_not(config: DataConfig, training: bool) -> str:
@@ -70,7 +72,7 @@ class DaliLoader(SampledLoader):
 
     def __init__(
         self,
-        dataset: ImageFolder,
+        dataset: ImageSet,
         config: DataConfig,
         sampler: EpochSampler,
         *,
@@ -143,12 +145,12 @@ class DaliLoader(SampledLoader):
             raise StopIteration
         for batch in epoch:
             files, keys, targets = [], [], []
-            for key, (found, index, errors) in batch:
+            for key, (found, errors) in batch:
                 epoch.bad += errors
                 if found is not None:
-                    files.append(found)
+                    files.append(found[0])
+                    targets.append(found[1])
                     keys.append(key)
-                    targets.append(self._dataset.target(index))
             if files:
                 decisions = self._decide([size for _, size in files], keys)
                 epoch.fed.append((targets, decisions, epoch.bad[:]))
@@ -174,7 +176,7 @@ class _Epoch:
         failed: why the epoch ended early, to be raised after the batches before.
     """
 
-    def __init__(self, dataset: ImageFolder, keys: Iterator[Any], threads: int) -> None:
+    def __init__(self, dataset: ImageSet, keys: Iterator[Any], threads: int) -> None:
         self.fed: deque[tuple[list[int], list[Decisions], list[BadImageError]]] = deque()
         self.bad: list[BadImageError] = []
         self.failed: BadImageError | None = None
@@ -224,24 +226,22 @@ def _erase(images: Tensor, decisions: list[Decisions]) -> None:
         images[number][where] = part.view(pixels.shape)
 
 
-def _load(path: str) -> tuple[np.ndarray[Any, Any], tuple[int, int]]:
-    """A file's bytes as DALI decodes them as Pillow would, and its (width, height).
+def _load(content: bytes, name: str) -> _File:
+    """A file's content as DALI decodes it as Pillow would, and its (width, height).
 
     Raises:
-        BadImageError: it can't be opened, is no image, or is cut off.
+        BadImageError: it is no image, or is cut off.
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read()
         with Image.open(io.BytesIO(content)) as image:
             plain = image.format == "JPEG" and image.mode in ("RGB", "L")
             size = image.size
     except Exception:
-        read_image(path)  # says what is wrong with it
+        decode_image(content, name)  # says what is wrong with it
         raise
     if plain and _END_OF_JPEG in content[-_TAIL:]:
         return np.frombuffer(content, dtype=np.uint8), size
-    # CMYK, 16 bits, palettes: the rules are read_image's; PNG carries its pixels unchanged
-    rgb, written = read_image(path), io.BytesIO()
+    # CMYK, 16 bits, palettes: the rules are decode_image's; PNG carries its pixels unchanged
+    rgb, written = decode_image(content, name), io.BytesIO()
     rgb.save(written, "PNG", compress_level=0, icc_profile=None)
     return np.frombuffer(written.getvalue(), dtype=np.uint8), rgb.size

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from featkd.data.config import DataConfig
-from featkd.data.imagefolder import ImageFolder
+from featkd.data.imageset import ImageSet
 from featkd.data.loader import Loader, TorchLoader
 from featkd.data.sampler import EpochSampler
 
@@ -56,7 +56,7 @@ def build_loader(
         raise ValueError(f"split: expected train or val, got {split!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected >= 1, got {batch_size}")
-    dataset = ImageFolder(config, split, seed)
+    dataset = ImageSet(config, split, seed)
     training = split == "train"
     sampler = EpochSampler(
         len(dataset),

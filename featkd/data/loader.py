@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.dataloader import default_collate
 
-from featkd.data.imagefolder import BadImageError, ImageFolder, Sample
+from featkd.data.images import BadImageError
+from featkd.data.imageset import ImageSet, Sample
 from featkd.data.sampler import EpochSampler
 
 
@@ -69,7 +70,7 @@ class SampledLoader:
         batch_size: images in a batch; a training epoch's last, partial batch is dropped.
     """
 
-    def __init__(self, dataset: ImageFolder, sampler: EpochSampler, batch_size: int) -> None:
+    def __init__(self, dataset: ImageSet, sampler: EpochSampler, batch_size: int) -> None:
         self.classes = dataset.classes
         self.num_samples = len(dataset)
         self.bad_images: dict[str, str] = {}
@@ -108,7 +109,7 @@ class TorchLoader(SampledLoader):
 
     def __init__(
         self,
-        dataset: ImageFolder,
+        dataset: ImageSet,
         sampler: EpochSampler,
         *,
         batch_size: int,

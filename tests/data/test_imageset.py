@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from featkd.data import AugmentConfig, BadImageError, DataConfig, ImageFolder, Key, read_image
-from featkd.data.imagefolder import MAX_TRIES
+from featkd.data import AugmentConfig, BadImageError, DataConfig, ImageSet, Key, read_image
+from featkd.data.imageset import MAX_TRIES
 from tests.data.conftest import MakeSet, save_noise
 
 Spoil = Callable[[Path, str], None]
@@ -113,23 +113,23 @@ def test_classes_are_the_training_folders_in_text_order(tmp_path: Path) -> None:
     save_noise(tmp_path / "train/b/ä ö.JPEG")
     (tmp_path / "train/b/notes.txt").write_text("no image")
     (tmp_path / "train/loose.jpg").write_bytes(b"beside the classes")
-    train = ImageFolder(config(tmp_path), "train")
+    train = ImageSet(config(tmp_path), "train")
     assert train.classes == ["10", "2", "b"]  # as torchvision's ImageFolder
-    found = [(train.path(i), train.target(i)) for i in range(len(train))]
+    found = [(train.name(i), train[Key(0, i, 0)].target) for i in range(len(train))]
     assert [(str(Path(p).relative_to(tmp_path)), t) for p, t in found] == [
         ("train/10/x.png", 0),
         ("train/2/x.png", 1),
         ("train/b/ä ö.JPEG", 2),
         ("train/b/deep/er/x.png", 2),
     ]
-    val = ImageFolder(config(tmp_path), "val")
+    val = ImageSet(config(tmp_path), "val")
     assert val.classes == train.classes
-    assert [val.target(i) for i in range(len(val))] == [1]
+    assert [val[Key(0, i, 0)].target for i in range(len(val))] == [1]
 
 
 def test_a_flat_set_is_its_own_split(make_set: MakeSet) -> None:
     root = make_set() / "train"
-    dataset = ImageFolder(config(root, train_split=".", val_split="."), "val")
+    dataset = ImageSet(config(root, train_split=".", val_split="."), "val")
     assert dataset.classes == ["class0", "class1", "class2"]
     assert len(dataset) == 12
 
@@ -139,7 +139,7 @@ def test_missing_folders(make_set: MakeSet, tmp_path: Path) -> None:
 
     def error(split: Any = "train", path: Path | str = root, **options: Any) -> str:
         with pytest.raises(FileNotFoundError) as raised:
-            ImageFolder(config(Path(path), **options) if path else DataConfig(), split)
+            ImageSet(config(Path(path), **options) if path else DataConfig(), split)
         message = str(raised.value)
         assert "expected" in message
         return message
@@ -169,28 +169,28 @@ def test_odd_validation_classes_are_listed(make_set: MakeSet) -> None:
     for name in ("zebra", "ape"):
         save_noise(root / "val" / name / "x.jpg")
     with pytest.raises(ValueError, match=r"2 classes that the training split has not: ape, zebra;"):
-        ImageFolder(config(root), "val")
+        ImageSet(config(root), "val")
     for i in range(20):
         (root / f"val/z{i:02d}").mkdir()
     with pytest.raises(ValueError, match=r"z08, \.\.\. \(22 in all\);"):
-        ImageFolder(config(root), "val")
+        ImageSet(config(root), "val")
 
 
 def test_a_validation_split_may_lack_classes(make_set: MakeSet) -> None:
     root = make_set(val=1)
     assert [p.name for p in (root / "val").iterdir()] == ["class0"]
-    assert len(ImageFolder(config(root), "val").classes) == 3
+    assert len(ImageSet(config(root), "val").classes) == 3
 
 
 def test_splits_are_not_taken_for_classes(make_set: MakeSet) -> None:
     with pytest.raises(
         ValueError, match=r'data\.train_split: got "\." but .* holds splits \(train'
     ):
-        ImageFolder(config(make_set(), train_split="."), "train")
+        ImageSet(config(make_set(), train_split="."), "train")
 
 
 def test_the_dataset_survives_pickling(make_set: MakeSet) -> None:
-    dataset = ImageFolder(config(make_set()), "train", seed=3)
+    dataset = ImageSet(config(make_set()), "train", seed=3)
     again = pickle.loads(pickle.dumps(dataset))
     key = Key(1, 2, 0)
     first, second = dataset[key].image, again[key].image
@@ -208,61 +208,61 @@ def test_training_takes_the_next_readable_image(
     """With its target, with the augmentation of the key asked for; past the end it wraps."""
     root = make_set()
     for augment in (no_augment, AugmentConfig()):
-        dataset = ImageFolder(config(root, on_bad_image="skip", augment=augment), "train")
+        dataset = ImageSet(config(root, on_bad_image="skip", augment=augment), "train")
         expected = dataset[Key(0, 0, 0)]
         assert not expected.bad
     for index in (10, 11):
-        path = Path(dataset.path(index))
+        path = Path(dataset.name(index))
         if path.stat().st_size > 50:
             spoil(path, how)
-    dataset = ImageFolder(config(root, on_bad_image="skip", augment=no_augment), "train")
+    dataset = ImageSet(config(root, on_bad_image="skip", augment=no_augment), "train")
     got = dataset[Key(0, 10, 0)]
     assert got.target == 0
     assert torch.equal(got.image, dataset[Key(0, 0, 0)].image)  # type: ignore[arg-type]
-    assert [error.path for error in got.bad] == [dataset.path(10), dataset.path(11)]
-    augmented = ImageFolder(config(root, on_bad_image="skip"), "train")
+    assert [error.path for error in got.bad] == [dataset.name(10), dataset.name(11)]
+    augmented = ImageSet(config(root, on_bad_image="skip"), "train")
     one, two = (augmented[Key(0, index, 0)].image for index in (10, 0))
     assert not torch.equal(one, two)  # type: ignore[arg-type]
     assert torch.equal(one, augmented[Key(0, 10, 0)].image)  # type: ignore[arg-type]
 
 
 def test_errors_under_error(make_set: MakeSet, spoil: Spoil) -> None:
-    dataset = ImageFolder(config(make_set()), "train")
-    spoil(Path(dataset.path(3)), "empty")
+    dataset = ImageSet(config(make_set()), "train")
+    spoil(Path(dataset.name(3)), "empty")
     with pytest.raises(BadImageError, match="the file is empty"):
         dataset[Key(0, 3, 0)]
     got = dataset.__getitems__([Key(0, 2, 0), Key(0, 3, 0)])
     assert isinstance(got, BadImageError)
-    assert got.path == dataset.path(3)
+    assert got.path == dataset.name(3)
 
 
 def test_sixteen_unreadable_images_in_a_row_are_an_error(make_set: MakeSet, spoil: Spoil) -> None:
     root = make_set(train=20, val=20, classes=1)
     skip = config(root, on_bad_image="skip")
-    train, val = ImageFolder(skip, "train"), ImageFolder(skip, "val")
+    train, val = ImageSet(skip, "train"), ImageSet(skip, "val")
     for index in range(MAX_TRIES):
-        spoil(Path(train.path(index)), "text")
-        spoil(Path(val.path(index)), "text")
+        spoil(Path(train.name(index)), "text")
+        spoil(Path(val.name(index)), "text")
     assert len(train[Key(0, 1, 0)].bad) == MAX_TRIES - 1
     with pytest.raises(BadImageError, match=r"the 15 images after it") as raised:
         train[Key(0, 0, 0)]
-    assert raised.value.path == train.path(0)
+    assert raised.value.path == train.name(0)
     dropped = val[Key(0, 0, 0)]
     assert dropped.image is None
-    assert [error.path for error in dropped.bad] == [val.path(0)]
+    assert [error.path for error in dropped.bad] == [val.name(0)]
 
 
 def test_a_set_of_unreadable_images_ends(make_set: MakeSet, spoil: Spoil) -> None:
-    dataset = ImageFolder(config(make_set(train=3), on_bad_image="skip"), "train")
+    dataset = ImageSet(config(make_set(train=3), on_bad_image="skip"), "train")
     for index in range(3):
-        spoil(Path(dataset.path(index)), "empty")
+        spoil(Path(dataset.name(index)), "empty")
     with pytest.raises(BadImageError, match=r"the 2 images after it"):
         dataset[Key(0, 1, 0)]
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_skip_does_not_hide_a_failing_transform(make_set: MakeSet, split: Any) -> None:
-    dataset = ImageFolder(replace(config(make_set()), on_bad_image="skip"), split, seed=4)
+    dataset = ImageSet(replace(config(make_set()), on_bad_image="skip"), split, seed=4)
 
     def fails(image: Image.Image) -> torch.Tensor:
         raise ZeroDivisionError("no such luck")

@@ -1,0 +1,28 @@
+"""Many file names in little memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class PackedNames:
+    """A list of file names in one bytes object.
+
+    A list of a million strings would be copied page by page into every loader process as its
+    reference counts are touched.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self._joined = b"".join(encoded)
+        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._joined[start : self._ends[index]])

@@ -1,0 +1,178 @@
+"""Shards: the same images and classes as the folders that they were made from."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from featkd.data import AugmentConfig, BadImageError, DataConfig, ImageSet, Key, build_loader
+from featkd.data.shards import ShardError
+from featkd.data.tf_example import Example
+from tests.data.conftest import MakeSet
+
+PLAIN = AugmentConfig(rand_augment=None, repeats=1)
+
+
+def write_tar(path: Path, files: list[tuple[Path, int]]) -> None:
+    labels = path.parent / "labels"
+    labels.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for number, (file, target) in enumerate(files):
+            label = labels / "x.cls"
+            label.write_text(f"{target}\n")
+            archive.add(file, f"{path.stem}/{number:04d}.jpg")
+            archive.add(label, f"{path.stem}/{number:04d}.cls")
+
+
+def write_records(path: Path, files: list[tuple[Path, int]], first: int = 0) -> None:
+    with path.open("wb") as out:
+        for file, target in files:
+            example = Example()
+            feature = example.features.feature
+            feature["image/encoded"].bytes_list.value.append(file.read_bytes())
+            feature["image/class/label"].int64_list.value.append(target + first)
+            feature["image/format"].bytes_list.value.append(b"JPEG")
+            record = example.SerializeToString()
+            out.write(len(record).to_bytes(8, "little") + b"\0" * 4 + record + b"\0" * 4)
+
+
+@pytest.fixture
+def both(make_set: MakeSet, tmp_path: Path) -> tuple[Path, Path]:
+    """The root of a set in folders, and an empty one with its classes."""
+    root = make_set(train=12, val=5)
+    other = tmp_path / "shards"
+    for split in ("train", "val"):
+        (other / split).mkdir(parents=True)
+    (other / "classes.txt").write_text("class0\nclass1\nclass2\n")
+    return root, other
+
+
+def files_of(root: Path, split: str) -> list[tuple[Path, int]]:
+    dataset = ImageSet(DataConfig(str(root), img_size=8), split)  # type: ignore[arg-type]
+    classes = dataset.classes
+    names = [Path(dataset.name(i)) for i in range(len(dataset))]
+    return [(name, classes.index(name.parent.name)) for name in names]
+
+
+def fill(root: Path, other: Path, kind: str) -> None:
+    for split in ("train", "val"):
+        files = files_of(root, split)
+        for number, part in enumerate((files[:3], files[3:])):
+            if kind == "tar":
+                write_tar(other / split / f"{split}-{number:03d}.tar", part)
+            else:
+                write_records(other / split / f"{split}-{number:05d}-of-00002", part, first=1)
+
+
+@pytest.mark.parametrize("backend", ["timm", "dali"])
+@pytest.mark.parametrize("kind", ["tar", "tfrecord"])
+def test_batches_are_those_of_the_folders(both, kind, backend):
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    root, other = both
+    fill(root, other, kind)
+    config = DataConfig(str(root), img_size=16, workers=0, augment=PLAIN, backend=backend)
+    first = 1 if kind == "tfrecord" else 0
+    for split in ("train", "val"):
+        loaders = [
+            build_loader(c, split=split, batch_size=3)
+            for c in (config, replace(config, path=str(other), first_label=first))
+        ]
+        assert loaders[0].classes == loaders[1].classes
+        for ours, theirs in zip(*loaders, strict=True):
+            assert torch.equal(ours.images, theirs.images)
+            assert torch.equal(ours.targets, theirs.targets)
+        for loader in loaders:
+            loader.close()
+
+
+@pytest.mark.parametrize("kind", ["tar", "tfrecord"])
+def test_dalis_index_files_are_used(both, kind):
+    """By the index alone: the shard's own headers are spoilt."""
+    pytest.importorskip("nvidia.dali")
+    root, other = both
+    fill(root, other, kind)
+    config = DataConfig(str(other), img_size=8, first_label=1 if kind == "tfrecord" else 0)
+    expected = [ImageSet(config, "val")[Key(0, i, 0)] for i in range(5)]
+    tool = Path(sys.executable).parent / ("wds2idx" if kind == "tar" else "tfrecord2idx")
+    for shard in sorted((other / "val").iterdir()):
+        if shard.is_file():
+            index = f"{shard.with_suffix('') if kind == 'tar' else shard}.idx"
+            subprocess.run([sys.executable, tool, shard, index], check=True, capture_output=True)
+            content = bytearray(shard.read_bytes())
+            content[:8] = b"\xff" * 8
+            shard.write_bytes(content)
+    dataset = ImageSet(config, "val")
+    for number, sample in enumerate(expected):
+        found = dataset[Key(0, number, 0)]
+        assert torch.equal(found.image, sample.image)
+        assert found.target == sample.target
+
+
+def test_bad_images_in_shards_are_named(both):
+    root, other = both
+    fill(root, other, "tar")
+    config = DataConfig(str(other), img_size=8)
+    shard = other / "val" / "val-001.tar"
+    content = shard.read_bytes()
+    with tarfile.open(shard) as archive:
+        place = archive.getmember("val-001/0001.jpg").offset_data
+    shard.write_bytes(content[:place] + b"no image" + content[place + 8 :])
+    with pytest.raises(BadImageError, match=r"val-001.tar/val-001/0001.jpg: not a known image"):
+        ImageSet(config, "val")[Key(0, 4, 0)]
+    dataset = ImageSet(config, "val")
+    shard.write_bytes(content[: place + 10])
+    with pytest.raises(BadImageError, match=r"0001.jpg: the shard ends \d+ bytes before it does"):
+        dataset[Key(0, 4, 0)]
+    skipped = ImageSet(replace(config, on_bad_image="skip"), "train")
+    assert len(skipped) == 12
+    with pytest.raises(ShardError, match=r"val-001.tar: not a readable tar file"):
+        ImageSet(config, "val")
+
+
+def test_what_can_not_be_used_is_refused_by_name(both):
+    root, other = both
+    fill(root, other, "tfrecord")
+    config = DataConfig(str(other), img_size=8, first_label=1)
+    first = other / "val" / "val-00000-of-00002"
+
+    with pytest.raises(ShardError, match=r"has class 1; classes.txt has 3 lines.*first_label is 5"):
+        ImageSet(replace(config, first_label=5), "val")[Key(0, 0, 0)]
+    (other / "classes.txt").write_text("a\na\n")
+    with pytest.raises(ShardError, match=r"classes.txt: expected one class name a line, each once"):
+        ImageSet(config, "val")
+    (other / "classes.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no file .*classes.txt; shards need one"):
+        ImageSet(config, "val")
+    (other / "classes.txt").write_text("a\nb\nc\n")
+
+    content = first.read_bytes()
+    first.write_bytes(content[:-3])
+    with pytest.raises(
+        ShardError, match=r"00000-of-00002: no TFRecord file, or cut off after byte"
+    ):
+        ImageSet(config, "val")
+    first.write_bytes(content)
+    Path(f"{first}.idx").write_text("0 x\n")
+    with pytest.raises(ShardError, match=r"00002.idx: expected lines of 'offset size'"):
+        ImageSet(config, "val")
+    Path(f"{first}.idx").unlink()
+    write_tar(other / "val" / "a.tar", files_of(root, "val"))
+    with pytest.raises(ValueError, match=r"holds both tar and TFRecord files"):
+        ImageSet(config, "val")
+    with tarfile.open(other / "train" / "b.tar", "w") as archive:
+        archive.add(files_of(root, "val")[0][0], "b/0.jpg")
+    for name in sorted((other / "train").iterdir()):
+        if name.suffix != ".tar":
+            name.unlink()
+    with pytest.raises(ShardError, match=r"b.tar: expected one image and one .cls a sample, found"):
+        ImageSet(config, "train")
+    (other / "train" / "b.idx").write_text("v1.1 1\njpg 512 3\n")
+    with pytest.raises(ShardError, match=r"b.idx: expected an index of wds2idx, version v1.2"):
+        ImageSet(config, "train")

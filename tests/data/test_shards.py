@@ -154,9 +154,7 @@ def test_what_can_not_be_used_is_refused_by_name(both):
 
     content = first.read_bytes()
     first.write_bytes(content[:-3])
-    with pytest.raises(
-        ShardError, match=r"-of-00002: no TFRecord file, or cut off after byte"
-    ):
+    with pytest.raises(ShardError, match=r"-of-00002: no TFRecord file, or cut off after byte"):
         ImageSet(config, "val")
     first.write_bytes(content)
     Path(f"{first}.idx").write_text("0 x\n")

@@ -6,7 +6,14 @@ from collections.abc import Callable, Collection, Sequence
 
 from featkd.checks import suggestion
 
-from . import lift_head, projected_feature_kd, sizes, soft_kd, widelast_projection
+from . import (
+    lift_head,
+    projected_feature_kd,
+    sizes,
+    soft_kd,
+    talking_heads_attention,
+    widelast_projection,
+)
 from .problem import DIRECTIONS, DTYPES, Case, Problem
 
 OPS: dict[str, Callable[[str], list[Problem]]] = {
@@ -14,6 +21,7 @@ OPS: dict[str, Callable[[str], list[Problem]]] = {
     "widelast_projection": widelast_projection.problems,
     "lift_head": lift_head.problems,
     "soft_kd": soft_kd.problems,
+    "talking_heads_attention": talking_heads_attention.problems,
 }
 
 
@@ -52,7 +60,7 @@ def select(
         if not batches or problem.batch in batches
         for dtype in DTYPES
         if dtype in dtypes
-        for direction in DIRECTIONS
+        for direction in (DIRECTIONS if problem.differentiable else ("forward",))
         if direction in directions
     ]
 

@@ -79,8 +79,14 @@ class Question:
 
     @property
     def case(self) -> Case:
-        """The case: forward and backward pass."""
-        return cases.select([self.op], self.shapes, [self.dtype], ["both"])[self.number]
+        """The case: forward and, where there is one, backward pass."""
+        return _whole(self.op, self.shapes, self.dtype)[self.number]
+
+
+def _whole(op: str, shapes: str, dtype: str) -> list[Case]:
+    """An op's cases in the direction that has the most launches."""
+    both = cases.select([op], shapes, [dtype], ["both"])
+    return both or cases.select([op], shapes, [dtype], ["forward"])
 
 
 def questions(ops: Sequence[str], shapes: str, dtypes: Sequence[str]) -> list[Question]:
@@ -89,7 +95,7 @@ def questions(ops: Sequence[str], shapes: str, dtypes: Sequence[str]) -> list[Qu
         Question(op, shapes, dtype, number)
         for op in ops
         for dtype in dtypes
-        for number, case in enumerate(cases.select([op], shapes, [dtype], ["both"]))
+        for number, case in enumerate(_whole(op, shapes, dtype))
         if "pairs" not in case.problem.form
     ]
 

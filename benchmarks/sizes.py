@@ -31,3 +31,12 @@ LOGITS = {
     "large": ((32, 21841), (256, 21841)),
     "grids": (),
 }
+
+# (images, heads, tokens, channels of a head): CaiT-S24 at 224 x 224; large, CaiT-M36 at 224 and
+# CaiT-S24 at 384
+HEADS = {
+    "small": ((1, 8, 196, 48),),
+    "published": tuple((batch, 8, 196, 48) for batch in _PUBLISHED_BATCHES),
+    "large": ((32, 16, 196, 48), (8, 8, 576, 48)),
+    "grids": (),
+}

@@ -188,11 +188,29 @@ void soft_kd(Tensor student, Maybe teacher, Maybe target, double alpha, double t
   run(problem, 2 * batch * classes, featkd::soft_on_cpu);
 }
 
+void mix_heads(Tensor scores, Tensor pre, Tensor post, Tensor bias) {
+  STD_TORCH_CHECK(scores.dim() == 4, "scores: expected shape (B, heads, queries, keys)");
+  const auto sizes = scores.sizes();
+  const int64_t heads = sizes[1];
+  const bool wide = scores.scalar_type() == ScalarType::Double;
+  const featkd::HeadsProblem problem{sizes[0] * sizes[2],
+                                     sizes[2],
+                                     sizes[3],
+                                     heads,
+                                     wide,
+                                     numbers(scores, wide, scores.numel()),
+                                     numbers(pre, wide, heads * heads),
+                                     numbers(post, wide, heads * heads),
+                                     numbers(bias, wide, heads)};
+  run(problem, 2 * heads * scores.numel(), featkd::heads_on_cpu);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(featkd, CPU, m) {
   m.impl("distance_rows", TORCH_BOX(&distance));
   m.impl("soft_kd_rows", TORCH_BOX(&soft_kd));
+  m.impl("mix_heads", TORCH_BOX(&mix_heads));
   m.impl("two_norms_rows", TORCH_BOX(&norms_forward));
   m.impl("two_norms_rows_backward", TORCH_BOX(&norms_backward));
 }

@@ -86,4 +86,14 @@ void norms_on_cpu(const NormsProblem& p, int threads, Parallel parallel) {
                });
 }
 
+void heads_on_cpu(const HeadsProblem& p, int threads, Parallel parallel) {
+  const RowKernels& kernels = row_kernels();
+  void* const none[1] = {};
+  deal_rows_as(p.wide, p.rows, 1, threads, parallel, kernels.heads_bytes(p), p.keys, none,
+               static_cast<double*>(nullptr),
+               [&](int64_t first, int64_t last, void* scratch, void* partial) {
+                 return kernels.heads(p, first, last, scratch, partial);
+               });
+}
+
 }  // namespace featkd

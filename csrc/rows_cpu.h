@@ -16,6 +16,8 @@ struct RowKernels {
   double (*soft)(const SoftProblem&, int64_t first, int64_t last, void* scratch, void* partial);
   size_t (*norms_bytes)(const NormsProblem&);
   double (*norms)(const NormsProblem&, int64_t first, int64_t last, void* scratch, void* partial);
+  size_t (*heads_bytes)(const HeadsProblem&);
+  double (*heads)(const HeadsProblem&, int64_t first, int64_t last, void* scratch, void* partial);
 };
 
 const RowKernels& row_kernels();
@@ -24,5 +26,6 @@ const RowKernels& row_kernels();
 void distance_on_cpu(const DistanceProblem& problem, int threads, Parallel parallel);
 void soft_on_cpu(const SoftProblem& problem, int threads, Parallel parallel);
 void norms_on_cpu(const NormsProblem& problem, int threads, Parallel parallel);
+void heads_on_cpu(const HeadsProblem& problem, int threads, Parallel parallel);
 
 }  // namespace featkd

@@ -1,5 +1,6 @@
 // The sweeps over rows for one instruction set: as cpu_isa.cpp, and no weak symbols here either.
 #include "distance.h"
+#include "heads.h"
 #include "rows_cpu.h"
 #include "soft_kd.h"
 #include "two_norms.h"
@@ -51,12 +52,22 @@ double norms(const NormsProblem& p, int64_t first, int64_t last, void* scratch, 
                 : run_rows<NormRows<float>>(p, first, last, scratch, partial);
 }
 
+size_t heads_bytes(const HeadsProblem& p) {
+  return p.wide ? HeadRows<double>::bytes(p) : HeadRows<float>::bytes(p);
+}
+
+double heads(const HeadsProblem& p, int64_t first, int64_t last, void* scratch, void* partial) {
+  return p.wide ? run_rows<HeadRows<double>>(p, first, last, scratch, partial)
+                : run_rows<HeadRows<float>>(p, first, last, scratch, partial);
+}
+
 }  // namespace
 }  // namespace FEATKD_ISA
 
 extern const RowKernels FEATKD_JOIN(rows_, FEATKD_ISA);
 const RowKernels FEATKD_JOIN(rows_, FEATKD_ISA) = {
     FEATKD_ISA::distance_bytes, FEATKD_ISA::distance,    FEATKD_ISA::soft_bytes,
-    FEATKD_ISA::soft,           FEATKD_ISA::norms_bytes, FEATKD_ISA::norms};
+    FEATKD_ISA::soft,           FEATKD_ISA::norms_bytes, FEATKD_ISA::norms,
+    FEATKD_ISA::heads_bytes,    FEATKD_ISA::heads};
 
 }  // namespace featkd

@@ -69,4 +69,14 @@ struct NormsProblem {
   void* sums[4];  // (channels) += the gradients of the parameters
 };
 
+// Talking heads: softmax over the keys of `pre` times the scores, then `post` times that, plus
+// `bias`, of every query: see featkd/cpu/talking_heads_attention.py.
+struct HeadsProblem {
+  int64_t rows, queries, keys, heads;  // rows: images times queries
+  bool wide;
+  void* scores;  // (images, heads, queries, keys), in place
+  const void *pre, *post;  // (heads, heads)
+  const void* bias;  // (heads)
+};
+
 }  // namespace featkd

@@ -2,32 +2,10 @@
 // three exponentials a class.
 #pragma once
 
-#include "rows.h"
+#include "exponential.h"
 
 namespace featkd::FEATKD_ISA {
 namespace {
-
-FEATKD_INLINE Vec<double> exponential(Vec<double> x) {
-  for (int i = 0; i < Numbers<double>::COUNT; i++) x[i] = __builtin_exp(x[i]);
-  return x;
-}
-
-// Of x <= 0 or NaN, to 1e-7 of itself: 2^n e^r with |r| <= ln 2 / 2, and 0 where it is subnormal.
-// e^r by the polynomial of the Cephes library's expf (S. Moshier).
-FEATKD_INLINE Vec<float> exponential(Vec<float> x) {
-  typedef int32_t Bits __attribute__((vector_size(FEATKD_VECTOR_BYTES)));
-  constexpr float ROUND = 0x1.8p23f;  // its last place is worth 1
-  const Vec<float> zero = {}, shifted = x * 1.44269504f + ROUND, n = shifted - ROUND;
-  const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec<float> y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1;
-  const Bits power = (Bits(shifted) - 0x4b400000 + 127) << 23;
-  return x < -87.33f ? zero : y * Vec<float>(power);
-}
 
 template <class Real>
 struct SoftRows {
@@ -63,20 +41,6 @@ struct SoftRows {
  private:
   bool has_target() const { return p.labels || p.soft.data; }
 
-  Real largest(const Real* row) const {
-    const Real least = -Real(__builtin_inff());
-    V most[CHAINS];
-    for (V& lane : most) lane = least - V{};
-    sweep<Real>(n, [&](auto part, int64_t c, int chain) FEATKD_BODY {
-      const V found = part.keep(part.load(row + c), least);
-      most[chain] = found > most[chain] ? found : most[chain];
-    });
-    Real all = least;
-    for (const V& lane : most)
-      for (int i = 0; i < Numbers<Real>::COUNT; i++) all = lane[i] > all ? lane[i] : all;
-    return all;
-  }
-
   // CE, KL: whether there are these terms; SHARED: at tau 1 both have the student's softmax.
   template <bool CE, bool KL, bool SHARED>
   double finish(int64_t row) const {
@@ -85,7 +49,7 @@ struct SoftRows {
     const Real* const guide = KL ? read_row(p.teacher, row, n, z) : nullptr;
     const Real* const soft = CE && p.soft.data ? read_row(p.soft, row, n, y) : nullptr;
     const int64_t label = CE && p.labels ? p.labels[row * p.label_stride] : 0;
-    const Real top = largest(logits), guide_top = KL ? largest(guide) : 0;
+    const Real top = largest(logits, n), guide_top = KL ? largest(guide, n) : 0;
     const Real warmth = Real(1 / p.tau), hard = Real(1 - p.alpha);
     Real *const e1 = this->e1, *const es = SHARED ? e1 : this->es, *const et = this->et;
 

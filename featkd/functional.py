@@ -15,11 +15,18 @@ from featkd import checks
 from featkd.ops import lift_head as lift_head_op
 from featkd.ops import projected_feature_kd as projected_feature_kd_op
 from featkd.ops import soft_kd as soft_kd_op
+from featkd.ops import talking_heads_attention as talking_heads_attention_op
 from featkd.ops import widelast_projection as widelast_projection_op
 
 Metric = Literal["mse", "spectral"]
 
-__all__ = ["lift_head", "projected_feature_kd", "soft_kd", "widelast_projection"]
+__all__ = [
+    "lift_head",
+    "projected_feature_kd",
+    "soft_kd",
+    "talking_heads_attention",
+    "widelast_projection",
+]
 
 
 def projected_feature_kd(
@@ -323,6 +330,78 @@ def soft_kd(
         student_logits=student_logits, teacher_logits=teacher_logits, target=target
     )
     return soft_kd_op.soft_kd(student_logits, teacher_logits, target, alpha=alpha, tau=tau)
+
+
+def talking_heads_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pre_weight: Tensor,
+    pre_bias: Tensor,
+    post_weight: Tensor,
+    post_bias: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    """Attention whose heads are mixed before and after the softmax, as CaiT's.
+
+    With S_h = scale Q_h K_h^T: P_g = softmax over the keys of sum_h pre_gh S_h + pre_bias_g, and
+    O_h = (sum_g post_hg P_g + post_bias_h) V_h (Shazeer et al., arXiv 2003.02436 [THA20]; CaiT,
+    arXiv 2103.17239). It is what a CaiT teacher spends most of its attention's time on.
+
+    Args:
+        q, k, v: (B, heads, N, d), floating, of one dtype.
+        pre_weight, post_weight: (heads, heads), as timm's proj_l.weight and proj_w.weight.
+        pre_bias, post_bias: (heads,).
+        scale: of the scores, > 0, for instance d ** -0.5.
+
+    Returns:
+        (B, heads, N, d) in q's dtype; o.transpose(1, 2) is contiguous.
+
+    Raises:
+        TypeError: an integer tensor, or something else than a tensor or a number.
+        ValueError: shapes, dtypes or devices don't fit, an empty input.
+
+    Notes:
+        CUDA tensors run on a Triton kernel that keeps all maps of scores on the chip, CPU tensors
+        on blocks of scores that stay in the cache (`featkd.use_backend`); q, k and v that are
+        views of timm's qkv are read where they are. Both are for inference: where an input
+        requires grad, and for more than 768 channels of all heads on a GPU, plain torch runs, with
+        a warning. Under autocast the kernel's products are in autocast's dtype.
+
+    Example:
+        >>> import torch
+        >>> q, k, v = torch.randn(3, 2, 4, 9, 8)
+        >>> mix, bias = torch.eye(4), torch.zeros(4)
+        >>> o = talking_heads_attention(q, k, v, mix, bias, mix, bias, scale=8 ** -0.5)
+        >>> torch.allclose(
+        ...     o, torch.nn.functional.scaled_dot_product_attention(q, k, v), atol=1e-5
+        ... )
+        True
+    """
+    checks.check_positive("scale", scale)
+    checks.check_floating("q", q)
+    checks.check_shape("q", q, ("B", "heads", "N", "d"))
+    checks.check_not_empty("q", q)
+    for name, x in (("k", k), ("v", v)):
+        checks.check_floating(name, x)
+        checks.check_shape(name, x, q.shape)
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
+    heads = q.shape[1]
+    parameters = {
+        "pre_weight": pre_weight,
+        "pre_bias": pre_bias,
+        "post_weight": post_weight,
+        "post_bias": post_bias,
+    }
+    for name, x in parameters.items():
+        checks.check_floating(name, x)
+        checks.check_shape(name, x, (heads, heads) if name.endswith("weight") else (heads,))
+    checks.check_same_device(q=q, k=k, v=v, **parameters)
+    return talking_heads_attention_op.talking_heads_attention(
+        q, k, v, pre_weight, pre_bias, post_weight, post_bias, scale=scale
+    )
 
 
 def _check_teacher_map(teacher: Tensor, shape: tuple[int, int, int]) -> None:

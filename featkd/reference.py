@@ -146,6 +146,32 @@ def soft_kd(
         return loss
 
 
+def talking_heads_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pre_weight: Tensor,
+    pre_bias: Tensor,
+    post_weight: Tensor,
+    post_bias: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    """O = post(softmax_k(pre(Q K^T scale))) V; pre and post mix the heads [THA20]."""
+    dtype = accumulation_dtype(query.dtype)
+    with _full_precision(query):
+        scores = (query.to(dtype) * scale) @ key.to(dtype).mT
+        shares = _mix_heads(scores, pre_weight, pre_bias).softmax(-1)
+        mixed = _mix_heads(shares, post_weight, post_bias) @ value.to(dtype)
+    return mixed.transpose(1, 2).to(query.dtype).contiguous().transpose(1, 2)
+
+
+def _mix_heads(maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """sum_h weight_gh maps_h + bias_g of (B, heads, ...) maps."""
+    mixed = (weight.to(maps.dtype) @ maps.flatten(2)).view(maps.shape)
+    return mixed + bias.to(maps.dtype)[:, None, None]
+
+
 def first_reaching(curve: Tensor, levels: Tensor, tie: float = TIE) -> Tensor:
     """The first index, from 1, at which a rising curve reaches each level.
 

@@ -21,6 +21,7 @@ WRITTEN = {
     "sum_and_scale": ("scaled",),
     "project_and_normalise": ("residual", "normed", "statistics"),
     "input_gradient": ("means", "gradient"),
+    "attend": ("out",),
     "pool_and_distance": ("pooled_partial", "statistics", "energy_partial"),
 }
 

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-OPS = ("projected_feature_kd", "soft_kd", "widelast_projection", "lift_head")
+OPS = (
+    "projected_feature_kd",
+    "soft_kd",
+    "widelast_projection",
+    "lift_head",
+    "talking_heads_attention",
+)
 
 
 def interpreted(op: str, what: str) -> str:

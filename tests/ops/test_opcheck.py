@@ -14,11 +14,18 @@ import torch
 from torch import Tensor
 
 from featkd.kernels.launch import redirect
-from featkd.ops import lift_head, projected_feature_kd, soft_kd, widelast_projection
+from featkd.ops import (
+    lift_head,
+    projected_feature_kd,
+    soft_kd,
+    talking_heads_attention,
+    widelast_projection,
+)
 from tests.kernels.conftest import WRITTEN
 from tests.kernels.feature_kd_cases import Problem as FeatureProblem
 from tests.kernels.lift_head_cases import Problem as LiftProblem
 from tests.kernels.soft_kd_cases import Problem as LogitsProblem
+from tests.kernels.talking_heads_cases import Problem as HeadsProblem
 from tests.kernels.widelast_cases import EPS
 from tests.kernels.widelast_cases import Problem as WideProblem
 
@@ -166,3 +173,11 @@ def test_widelast_projection_for_triton(dtypes, launched):
 def test_soft_kd_for_triton(problem, dtype, launched):
     check_soft_kd(problem, dtype, "triton")
     assert launched
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_talking_heads_attention(backend, launched):
+    x = HeadsProblem(2, 4, 9, 8).tensors(torch.float32)
+    given = (x["q"], x["k"], x["v"], turned(x["pre_weight"]), x["post_weight"], x["post_bias"])
+    check(talking_heads_attention._forward, *given, 0.3, torch.float32, backend)
+    assert set(launched) == (set() if backend == "cpu" else {"attend"})

@@ -1,0 +1,145 @@
+"""talking_heads_attention on CPU tensors: exactness, views, blocks, gradients, compilation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import featkd
+from featkd.cpu import talking_heads_attention as cpu
+from featkd.functional import talking_heads_attention
+from tests.kernels.feature_kd_cases import relative
+from tests.kernels.talking_heads_cases import Problem, as_timm, assert_as_exact_as_eager, exact
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PROBLEMS = [
+    Problem(2, 8, 196, 48),  # CaiT-S24
+    Problem(3, 4, 37, 48),
+    Problem(1, 16, 9, 5),
+    Problem(2, 3, 197, 7),
+    Problem(1, 1, 1, 1),
+]
+
+
+def run(tensors: dict[str, Tensor], scale: float) -> Tensor:
+    return talking_heads_attention(**tensors, scale=scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_exact_as_timm(problem, dtype):
+    tensors = problem.tensors(dtype)
+    got = run(tensors, problem.scale)
+    assert featkd.last_backend("talking_heads_attention") == "cpu"
+    assert got.transpose(1, 2).is_contiguous()
+    assert_as_exact_as_eager(got, tensors, problem.scale)
+    with featkd.use_backend("reference"):
+        plain = run(tensors, problem.scale)
+    assert plain.stride() == got.stride()
+    assert_as_exact_as_eager(plain, tensors, problem.scale)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_keys_of_every_length():
+    """Whole and cut vectors of 16 to 64 bytes, in four chains and alone; odd heads."""
+    for tokens in (2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 79, 128, 131):
+        problem = Problem(1, 3, tokens, 4)
+        tensors = problem.tensors(torch.float32)
+        assert relative(run(tensors, problem.scale), exact(tensors, problem.scale)) < 1e-6, tokens
+
+
+def test_blocks_of_images_and_of_queries_change_nothing(monkeypatch):
+    problem = Problem(3, 4, 20, 8)
+    tensors = problem.tensors(torch.float32)
+    want = run(tensors, problem.scale)
+    for size in (4 * 20 * 20 * 4, 4 * 20 * 7 * 4, 1):
+        monkeypatch.setattr(cpu, "_BLOCK_BYTES", size)
+        torch.testing.assert_close(run(tensors, problem.scale), want, rtol=1e-5, atol=1e-6)
+
+
+def test_any_number_of_threads_and_layout_gives_the_same():
+    problem = Problem(2, 8, 50, 16)
+    tensors = problem.tensors(torch.float32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = run(tensors, problem.scale)
+        torch.set_num_threads(3)
+        again = run({name: x.contiguous() for name, x in tensors.items()}, problem.scale)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(again, want, rtol=1e-5, atol=1e-6)
+    scores = torch.randn(2, 8, 50, 50)
+    mixes = tensors["pre_weight"], tensors["post_weight"], tensors["post_bias"]
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(scores.clone())
+        cpu.mix_heads(found[-1], *mixes)
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_extreme_scores_and_nan():
+    problem = Problem(1, 2, 6, 4)
+    tensors = problem.tensors(torch.float32)
+    tensors["q"] = tensors["q"] * 1e4
+    got = run(tensors, problem.scale)
+    assert got.isfinite().all()
+    assert relative(got, exact(tensors, problem.scale)) < 1e-3
+    tensors = problem.tensors(torch.float32)
+    tensors["k"] = tensors["k"].clone()
+    tensors["k"][0, 1, 3, 0] = torch.nan
+    assert run(tensors, problem.scale).isnan().all()  # every head sees every head
+    want = as_timm(tensors, problem.scale)
+    assert want.isnan().all()
+
+
+def test_inputs_that_require_grad_run_on_the_reference():
+    problem = Problem(1, 2, 5, 4)
+    tensors = problem.tensors(torch.float64)
+    tensors["v"] = tensors["v"].clone().requires_grad_()
+    with pytest.warns(UserWarning, match="reference backend: an input that requires grad"):
+        out = run(tensors, problem.scale)
+    assert featkd.last_backend("talking_heads_attention") == "reference"
+    (gradient,) = torch.autograd.grad(out.sum(), tensors["v"])
+    (want,) = torch.autograd.grad(exact(tensors, problem.scale).sum(), tensors["v"])
+    torch.testing.assert_close(gradient, want)
+    with torch.no_grad():
+        run(tensors, problem.scale)
+    assert featkd.last_backend("talking_heads_attention") == "cpu"
+
+
+def test_fullgraph_compile():
+    problem = Problem(2, 4, 9, 8)
+    tensors = problem.tensors(torch.float32)
+
+    def attention(q):
+        return 2 * run({**tensors, "q": q.sin()}, problem.scale)
+
+    compiled = torch.compile(attention, fullgraph=True)(tensors["q"])
+    torch.testing.assert_close(compiled, attention(tensors["q"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(2, 3, 4)}, r"q: expected shape \(B, heads, N, d\), got \(2, 3, 4\)"),
+        ({"k": torch.zeros(1, 2, 5, 3)}, r"k: expected shape \(1, 2, 5, 4\), got"),
+        ({"v": torch.zeros(1, 2, 5, 4).half()}, r"v: expected q's dtype torch.float32, got"),
+        ({"pre_weight": torch.zeros(3, 2)}, r"pre_weight: expected shape \(2, 2\), got \(3, 2\)"),
+        ({"post_bias": torch.zeros(3)}, r"post_bias: expected shape \(2\), got \(3,\)"),
+        ({"scale": 0.0}, r"scale: expected a finite number > 0, got 0.0"),
+        ({"q": torch.zeros(0, 2, 5, 4)}, r"q: has no elements"),
+    ],
+)
+def test_bad_input(change, message):
+    problem = Problem(1, 2, 5, 4)
+    with pytest.raises(ValueError, match=message):
+        talking_heads_attention(
+            **{**problem.tensors(torch.float32), "scale": problem.scale, **change}
+        )
+    with pytest.raises(TypeError, match="q: expected a floating-point tensor"):
+        run({**problem.tensors(torch.float32), "q": torch.zeros(1, 2, 5, 4).long()}, 1.0)

@@ -174,7 +174,7 @@ def config(channels: int, compute: torch.dtype, arch: int) -> Config:
     block = channel_block(channels, compute)
     kind = products(arch)
     if compute.itemsize > 2:
-        return Config(16, 16, min(block, 32), 192 if channels <= 192 else 128, num_stages=1)
+        return Config(16, 32, min(block, 32), 192 if channels <= 192 else 128, num_stages=1)
     if channels > 384:
         return Config(16, 32, block, group=384)
     if kind == "tcgen05":

@@ -26,6 +26,8 @@ _COMMANDS = {
     "table": "print a results file as a Markdown table, or put it into a document",
     "compare": "fail where featkd became slower, larger, or fell back to the reference",
     "loader": "images/s of the loaders beside torchvision's, and of their stages",
+    "step": "images/s of an update and its parts: teacher, student, loss, optimizer",
+    "train": "the same with a loader beside it: what bounds a run",
 }
 
 
@@ -215,4 +217,6 @@ _PARTS: dict[str, tuple[Callable[[ArgumentParser], None], Callable[[Namespace], 
     "table": (_add_table, _table),
     "compare": (_add_compare, _compare),
     "loader": (pipeline_cli.add_loader, pipeline_cli.loader),
+    "step": (pipeline_cli.add_step, pipeline_cli.step),
+    "train": (pipeline_cli.add_train, pipeline_cli.train),
 }

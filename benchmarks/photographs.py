@@ -13,7 +13,7 @@ from PIL import Image
 
 from featkd.data import DataConfig, ImageFolder
 
-MADE = 64  # images that are made where there are none
+MADE = 64  # images that are made at most where there are none
 _MADE_SIZE = (500, 375)  # width and height of a typical photograph of ImageNet
 _MADE_QUALITY = 90
 
@@ -45,9 +45,10 @@ def photographs(folder: str | None, data: DataConfig, wanted: int) -> Iterator[P
     with tempfile.TemporaryDirectory(prefix="featkd-bench-") as temporary:
         root = Path(temporary)
         if folder is None:
-            source = _made(root / "made")
+            made = min(wanted, MADE)
+            source = _made(root / "made", made)
             width, height = _MADE_SIZE
-            about = f"{MADE} made JPEGs of {width} x {height} (no --data), which are no photographs"
+            about = f"{made} made JPEGs of {width} x {height} (no --data), which are no photographs"
         else:
             source = Path(folder) / "train" if (Path(folder) / "train").is_dir() else Path(folder)
             about = f"the images of {source}"
@@ -66,11 +67,11 @@ def photographs(folder: str | None, data: DataConfig, wanted: int) -> Iterator[P
         yield Photographs(replace(flat, path=str(repeated)), paths, about)
 
 
-def _made(folder: Path) -> Path:
+def _made(folder: Path, count: int) -> Path:
     """Smooth shapes with some noise: as JPEG about as many bytes as a photograph of that size."""
     rng = np.random.default_rng(0)
     width, height = _MADE_SIZE
-    for number in range(MADE):
+    for number in range(count):
         coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
         smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
         noisy = np.asarray(smooth) + rng.normal(0, 16, (height, width, 1))

@@ -37,7 +37,9 @@ def _add_loading(parser: ArgumentParser) -> None:
         metavar="DIR",
         help="class folders of photographs, or a folder 'train' of them; default: made images",
     )
-    parser.add_argument("--workers", type=int, default=2, help="processes, or DALI's threads")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes (0: none), or DALI's threads"
+    )
 
 
 def loader(options: Namespace) -> int:
@@ -47,7 +49,7 @@ def loader(options: Namespace) -> int:
     from . import loader, throughput
     from .photographs import photographs
 
-    _check_counts(options, "batch", "images", "rounds", "workers")
+    _check_counts(options, "batch", "images", "rounds")
     variants = _chosen("variants", options.variants, loader.VARIANTS)
     data = DataConfig(workers=options.workers)
     with photographs(options.data, data, max(options.images, options.batch)) as photos:
@@ -161,7 +163,7 @@ def step(options: Namespace) -> int:
 
 def train(options: Namespace) -> int:
     """Run `featkd bench train`."""
-    _check_counts(options, "batch", "rounds", "images", "updates", "workers")
+    _check_counts(options, "batch", "rounds", "images", "updates")
     return _updates(options, options.loader)
 
 

@@ -144,6 +144,7 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
     }
     if parts.teacher is not None:
         work = {"teacher": (forget, lambda: trainer.teach(batch.images)), **work}
+    forget()
     return {name: Step(prepare, _run(way, run)) for name, (prepare, run) in work.items()}
 
 

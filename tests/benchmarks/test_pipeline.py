@@ -167,8 +167,8 @@ def test_train_times_the_loader_beside_the_updates(recipe_file, images, tmp_path
     report = tmp_path / "train.json"
     figures = bench(*words, "--json", str(report))
     assert 0 <= figures["train", "eager_fp32", "waiting_share"] <= 1
-    for part in (("loader", "timm"), ("train", "eager_fp32"), ("step", "eager_fp32")):
-        assert figures[*part, "images_per_s"] > 0
+    for name, variant in (("loader", "timm"), ("train", "eager_fp32"), ("step", "eager_fp32")):
+        assert figures[name, variant, "images_per_s"] > 0
     assert json.loads(report.read_text())["meta"]["bottleneck"].keys() == {"eager_fp32"}
 
 

@@ -141,7 +141,7 @@ def add_step(parser: ArgumentParser) -> None:
         type=str,
         default=[],
         help="only these; featkd takes bf16 where the device multiplies in it, else float32, "
-        "and featkd_fp32 or featkd_bf16 is the other",
+        "and featkd_fp32 or featkd_bf16 is the other (default: all but featkd_bf16)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one to warm up")
 
@@ -178,7 +178,9 @@ def _updates(options: Namespace, backend: Any) -> int:
     recipe = load_recipe(find_recipe(options.recipe))
     context = distributed.start(options.device)
     known = step.ways(context.device)
-    names = _chosen("variants", options.variants, tuple(known))
+    names = options.variants and _chosen("variants", options.variants, tuple(known))
+    if not names:  # bf16 where it is slow takes many minutes, and has to be asked for
+        names = [name for name in known if name != "featkd_bf16"]
     variants = {name: known[name] for name in names}
     together = None
     folder, wanted = (None, options.batch) if backend is None else (options.data, options.images)

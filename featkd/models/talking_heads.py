@@ -17,7 +17,7 @@ class LeanTalkingHeads(TalkingHeadAttn):  # type: ignore[misc]
     al., 2003.02436]. timm applies W to the last axis of a permuted copy of S, and of P. Here W
     multiplies (heads, N N) as it lies. b_l adds one number to all of a head's scores, of which the
     softmax is independent; b_w adds b_w sum_n V_n to a head's output. The same numbers but for
-    rounding: 20.8 ms in place of 30.4 for (8, 196, 384) in float32 on two AVX2 cores.
+    rounding. A whole CaiT-S24's forward pass in float32 on two AVX2 cores: 7.1 images/s, not 5.5.
 
     In training mode, on the backend "reference", and where somebody watches or has replaced one of
     the two mixes, it is timm's.

@@ -146,6 +146,7 @@ def test_parts_do_what_the_whole_update_does(still, arch):
 def test_step_gives_every_part_in_every_variant(recipe_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(step, "ways", lambda device: {"eager_fp32": EAGER, **OTHERS})
     words = ["step", recipe_file, "--batch", "4", "--rounds", "2", "--device", "cpu"]
+    words += ["--variants", "eager_fp32", *OTHERS]
     figures = bench(*words, "--json", str(tmp_path / "step.json"))
     for variant in ("eager_fp32", *OTHERS):
         assert all(figures[part, variant, "images_per_s"] > 0 for part in step.PARTS)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
-from featkd.data import DataConfig, ImageFolder
+from featkd.data import DataConfig
 
 MADE = 64  # images that are made at most where there are none
 _MADE_SIZE = (500, 375)  # width and height of a typical photograph of ImageNet
@@ -50,12 +51,13 @@ def photographs(folder: str | None, data: DataConfig, wanted: int) -> Iterator[P
             width, height = _MADE_SIZE
             about = f"{made} made JPEGs of {width} x {height} (no --data), which are no photographs"
         else:
+            if not Path(folder).is_dir():
+                raise FileNotFoundError(f"--data: no folder {folder}")
             source = Path(folder) / "train" if (Path(folder) / "train").is_dir() else Path(folder)
             about = f"the images of {source}"
         flat = replace(data, path=str(source), train_split=".", val_split=".")
-        found = ImageFolder(flat, "train", seed=0)
-        step = max(1, len(found) // wanted)  # of a large set, some of every class
-        paths = [found.path(index) for index in range(0, len(found), step)]
+        found = [path for path, _ in ImageFolder(source).imgs]
+        paths = found[:: max(1, len(found) // wanted)]  # of a large set, some of every class
         times = -(-wanted // len(paths))
         repeated = root / "repeated"
         for number in range(times):

@@ -201,7 +201,7 @@ def test_waiting_for_batches_is_told_from_computing():
     [
         (["loader", "--variants", "timm/plane"], "did you mean 'timm/plain'"),
         (["loader", "--rounds", "0"], "--rounds: expected a finite number > 0, got 0"),
-        (["loader", "--data", "/no/such"], "data.path: no folder /no/such"),
+        (["loader", "--data", "/no/such"], "--data: no folder /no/such"),
         (["step", "widelast_imagnet"], "did you mean 'widelast_imagenet"),
         (["step", "--variants", "eager"], "--variants: expected some of eager_fp32, featkd, "),
         (["step", "--device", "tpu"], "device: expected auto, cpu, cuda or cuda:N; got 'tpu'"),

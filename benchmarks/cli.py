@@ -1,4 +1,4 @@
-"""`featkd bench`: run, plot, table, compare."""
+"""`featkd bench`: run, plot, table, compare; pipeline_cli.py has loader, step, train."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from jsonargparse import ArgumentParser, Namespace
 from featkd.arguments import Parser, check_folders, several
 from featkd.checks import check_positive, suggestion
 
+from . import pipeline_cli
+
 if TYPE_CHECKING:
     import torch
 
@@ -23,6 +25,9 @@ _COMMANDS = {
     "plot": "draw a results file",
     "table": "print a results file as a Markdown table, or put it into a document",
     "compare": "fail where featkd became slower, larger, or fell back to the reference",
+    "loader": "images/s of the loaders beside torchvision's, and of their stages",
+    "step": "images/s of an update and its parts: teacher, student, loss, optimizer",
+    "train": "the same with a loader beside it: what bounds a run",
 }
 
 
@@ -211,4 +216,7 @@ _PARTS: dict[str, tuple[Callable[[ArgumentParser], None], Callable[[Namespace], 
     "plot": (_add_plot, _plot),
     "table": (_add_table, _table),
     "compare": (_add_compare, _compare),
+    "loader": (pipeline_cli.add_loader, pipeline_cli.loader),
+    "step": (pipeline_cli.add_step, pipeline_cli.step),
+    "train": (pipeline_cli.add_train, pipeline_cli.train),
 }

@@ -33,6 +33,7 @@ usage: featkd COMMAND [arguments]      featkd COMMAND --help
   distill RECIPE [--field value ...]   train a student, with or without a teacher
   diagnose --model M --data DIR --out DIR   measure the mismatch of feature maps
   bench run|plot|table|compare         time the fused ops beside eager torch and torch.compile
+  bench loader|step|train              images/s of loading and of an update, and what bounds them
   kernels report                       compile every kernel, count its traffic, check the rules
   demo [--out DIR]                     teacher and four students on scikit-learn's digits
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import LayerNorm
@@ -31,8 +32,19 @@ def can_fuse(projection: Any, *norms: Any) -> bool:
         if norm.normalized_shape != (projection.out_features,):
             return False
     modules = (projection, *norms)
+    return _are_plain(modules)
+
+
+def can_bypass(*linears: Any) -> bool:
+    """Whether these are Linears with a bias whose weights may be used without calling them."""
+    known = all(type(linear) is nn.Linear and linear.bias is not None for linear in linears)
+    return known and _are_plain(linears)
+
+
+def _are_plain(modules: Sequence[Any]) -> bool:
+    """Without quantised or sharded weights, and without anybody who watches them run."""
     weights = [p for module in modules for p in module.parameters()]
-    plain = all(type(p) in (Tensor, nn.Parameter) for p in weights)  # no quantised, no sharded ones
+    plain = all(type(p) in (Tensor, nn.Parameter) for p in weights)
     return plain and not any(_is_watched(module) for module in modules)
 
 

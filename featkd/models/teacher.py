@@ -8,6 +8,7 @@ from typing import Any
 from featkd.models.base import build_timm
 from featkd.models.features import FeatureModel, with_features
 from featkd.models.students import check_timm_name
+from featkd.models.talking_heads import mix_heads_in_place
 from featkd.models.weights import Weights, load_strictly, read_state_dict
 
 
@@ -30,7 +31,8 @@ def create_teacher(
         timm_kwargs: further arguments of the timm model, such as `num_classes`, `img_size`.
 
     Returns:
-        The model, with `forward_with_features` (see `FeatureModel`).
+        The model, with `forward_with_features` (see `FeatureModel`). A CaiT mixes its attention
+        heads without timm's copies (see `LeanTalkingHeads`); its numbers differ by rounding.
 
     Raises:
         ValueError: an unknown name (the nearest one is suggested), both `pretrained` and
@@ -51,6 +53,7 @@ def create_teacher(
     if checkpoint is not None:
         load_strictly(model, read_state_dict(checkpoint, weights), checkpoint, name)
     teacher = with_features(model)
+    mix_heads_in_place(model)
     teacher.eval()
     teacher.requires_grad_(False)
     return teacher

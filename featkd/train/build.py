@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -23,6 +23,7 @@ from featkd.functional import Metric
 from featkd.losses import DistillationLoss
 from featkd.models import Lift, create_student, create_teacher
 from featkd.models.features import FeatureModel, feature_grid, num_layers, resolve_layers
+from featkd.train.precision import hold_products, multiplies_bf16
 from featkd.train.recipe import Recipe, RecipeError
 
 
@@ -104,6 +105,14 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         if teacher is not None:
             teacher.to(context.device)
         _check_fit(recipe, student, teacher, context, notes)
+        if recipe.amp == "bf16":
+            if teacher is not None:
+                hold_products(cast(nn.Module, teacher), torch.bfloat16)
+            if not multiplies_bf16(context.device):
+                notes.append(
+                    "amp: bf16 is many times slower than off here: this device has no "
+                    "instructions for products in it; try --amp off"
+                )
         if recipe.amp == "fp16" and context.device.type == "cpu":
             notes.append("amp: fp16 is many times slower than bf16 on most CPUs; try --amp bf16")
 
@@ -297,11 +306,9 @@ def _optimizer(
     if config.optimizer not in names:
         near = suggestion(config.optimizer, names)
         raise RecipeError(f"optim.optimizer: timm has no {config.optimizer!r}{near}")
-    fused = (
-        {"fused": True}
-        if context.device.type == "cuda" and config.optimizer in ("adam", "adamw")
-        else {}
-    )
+    # One pass over each tensor: 21 ms in place of 66 for DeiT-Tiny WideLast on two CPU cores.
+    can_fuse = context.device.type in ("cpu", "cuda") and config.optimizer in ("adam", "adamw")
+    fused = {"fused": True} if can_fuse else {}
     optimizer = create_optimizer_v2(
         student,
         opt=config.optimizer,

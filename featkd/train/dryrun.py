@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import resource
 import time
 from datetime import timedelta
 from itertools import islice
+from typing import cast
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -125,15 +128,13 @@ def _describe(model: FeatureModel, recipe: Recipe) -> str:
 
 def forward_macs(model: FeatureModel, size: int) -> int:
     """Multiply-adds of the matrix products of one image's forward pass."""
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
+    # A copy without values: it multiplies nothing, and weights held in bf16 count alike.
+    shape = copy.deepcopy(cast(nn.Module, model)).to("meta", torch.float32).eval()
     counter = FlopCounterMode(display=False)
     # The counter does not know fused operations, the CPU's attention and featkd's own; the plain
     # ones are made of products.
     with counter, torch.no_grad(), use_backend("reference"), sdpa_kernel(SDPBackend.MATH):
-        model(torch.zeros(1, 3, size, size, device=device))
-    model.train(training)
+        shape(torch.empty(1, 3, size, size, device="meta"))
     return counter.get_total_flops() // 2
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,21 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 class TrainingDiverged(RuntimeError):
     """The loss is no longer finite."""
+
+
+class Taught(NamedTuple):
+    """What the teacher says of a batch: logits (B, K) or None, a (B, N, C) map a layer pair."""
+
+    logits: Tensor | None
+    maps: list[Tensor]
+
+
+class Learnt(NamedTuple):
+    """What the student says of it; with `feature_loss`, a scalar, there are no maps."""
+
+    logits: Tensor
+    maps: list[Tensor]
+    feature_loss: Tensor | None
 
 
 @dataclass
@@ -145,38 +160,57 @@ class Trainer:
                 torch.autograd.backward(scaled)
             self._meter += torch.stack((terms.total.detach(), terms.logits, terms.features))
             self._metered += 1
-        if recipe.optim.clip_grad is not None:
-            parts.scaler.unscale_(parts.optimizer)
-            nn.utils.clip_grad_norm_(parts.student.parameters(), recipe.optim.clip_grad)
-        parts.scaler.step(parts.optimizer)
-        parts.scaler.update()
-        parts.optimizer.zero_grad(set_to_none=True)
-        if parts.ema is not None:
-            parts.ema.update(parts.student)
+        self.apply_gradients()
         self.update += 1
         self.batch += len(batches)
         return terms
 
     def losses(self, batch: Batch) -> DistillationTerms:
         """The objective of one micro-batch."""
-        parts = self.parts
         images = batch.images.to(self.context.device, non_blocking=True)
         targets = batch.targets.to(self.context.device, non_blocking=True)
-        teacher_logits: Tensor | None = None
-        teacher_maps: list[Tensor] = []
+        taught = self.teach(images)
+        return self.compare(self.learn(images, taught), targets, taught)
+
+    def teach(self, images: Tensor) -> Taught:
+        """The teacher's logits and maps of (B, 3, H, W); nothing without a teacher."""
+        if self.parts.teacher_forward is None:
+            return Taught(None, [])
+        with torch.no_grad(), self._autocast():
+            return Taught(*self.parts.teacher_forward(images))
+
+    def learn(self, images: Tensor, taught: Taught) -> Learnt:
+        """The student's logits and maps, or its feature loss where it forms that itself."""
         with self._autocast():
-            if parts.teacher_forward is not None:
-                with torch.no_grad():
-                    teacher_logits, teacher_maps = parts.teacher_forward(images)
-            if parts.student_forms_loss:
-                (teacher_map,) = teacher_maps
-                logits, distance = parts.student_forward(images, teacher_map)
-                terms = parts.loss(logits, targets, teacher_logits, feature_loss=distance)
-            else:
-                logits, maps = parts.student_forward(images)
-                terms = parts.loss(logits, targets, teacher_logits, maps, teacher_maps)
+            if self.parts.student_forms_loss:
+                (teacher_map,) = taught.maps
+                logits, distance = self.parts.student_forward(images, teacher_map)
+                return Learnt(logits, [], distance)
+            logits, maps = self.parts.student_forward(images)
+            return Learnt(logits, maps, None)
+
+    def compare(self, learnt: Learnt, targets: Tensor, taught: Taught) -> DistillationTerms:
+        """The objective of a student's outputs."""
+        loss = self.parts.loss
+        with self._autocast():
+            terms = loss(
+                *(learnt.logits, targets, taught.logits, learnt.maps, taught.maps),
+                feature_loss=learnt.feature_loss,
+            )
         assert isinstance(terms, DistillationTerms)
         return terms
+
+    def apply_gradients(self) -> None:
+        """Clip, update the weights, drop the gradients, and let the weight average follow."""
+        parts, clip = self.parts, self.recipe.optim.clip_grad
+        if clip is not None:
+            parts.scaler.unscale_(parts.optimizer)
+            nn.utils.clip_grad_norm_(parts.student.parameters(), clip)
+        parts.scaler.step(parts.optimizer)
+        parts.scaler.update()
+        parts.optimizer.zero_grad(set_to_none=True)
+        if parts.ema is not None:
+            parts.ema.update(parts.student)
 
     def _train_epoch(self, log: RunLog, interrupt: Interrupt) -> int | None:
         """Train the rest of the current epoch; returns the signal that stopped it, if any."""

@@ -71,7 +71,10 @@ def test_a_wrong_variant_ends_the_run(tiny, monkeypatch, capsys):
 
 
 MISTAKES = {
-    "no command": (["rum"], "bench: expected one of run, plot, table, compare; got 'rum'; did you"),
+    "no command": (
+        ["rum"],
+        "bench: expected one of run, plot, table, compare, loader, step, train; got",
+    ),
     "no op": (
         ["run", "--ops", "softkd"],
         "ops: expected projected_feature_kd, widelast_projection",

@@ -1,0 +1,256 @@
+"""Loaders side by side: featkd's on DALI and on timm, and torchvision's, and the stages alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import datasets
+from torchvision.transforms import v2
+
+from featkd.data import DataConfig, build_loader, build_transform, read_image
+from featkd.data.loader import start_worker, worker_context
+
+from .photographs import Photographs
+from .throughput import Rate
+
+LIBRARIES = ("dali", "timm", "torchvision")
+FORMS = ("plain", "randaugment")
+VARIANTS = tuple(f"{library}/{form}" for form in FORMS for library in LIBRARIES)
+RAND_AUGMENT = "rand-m9-n2-mstd0.5-inc1"
+
+Epoch = Callable[[], int]
+"""Runs one epoch and returns how many images came."""
+
+
+@dataclass
+class Loaders:
+    """What could be built: an epoch of each variant, why others could not, and how to end all."""
+
+    epochs: dict[str, Epoch] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    closing: list[Callable[[], None]] = field(default_factory=list)
+
+    def close(self) -> None:
+        """End the loaders' processes."""
+        for close in self.closing:
+            close()
+
+
+def measure(
+    photos: Photographs, variants: Sequence[str], *, batch_size: int, rounds: int
+) -> tuple[list[Rate], dict[str, str]]:
+    """Images/s of whole epochs, in turns, after an epoch each to warm up.
+
+    An epoch counts from asking for its first batch to having its last, so that nothing is loaded
+    before the clock starts. Worker processes live on from one epoch to the next.
+
+    Args:
+        variants: among `VARIANTS`.
+        batch_size: images in a batch; a last, partial batch is dropped.
+        rounds: epochs a variant.
+
+    Returns:
+        The rates, and of each variant that could not be built: why.
+    """
+    loaders = _build(photos.data, variants, batch_size)
+    try:
+        counts = {name: epoch() for name, epoch in loaders.epochs.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in loaders.epochs}
+        names = list(loaders.epochs)
+        for number in range(rounds):
+            for name in rotated(names, number):
+                start = time.perf_counter()
+                loaders.epochs[name]()
+                seconds[name].append(time.perf_counter() - start)
+    finally:
+        loaders.close()
+    rates = [Rate("loader", name, counts[name], seconds[name]) for name in names]
+    return rates, loaders.refused
+
+
+def rotated(names: Sequence[str], number: int) -> list[str]:
+    """The names from another one on in each round."""
+    first = number % len(names) if names else 0
+    return [*names[first:], *names[:first]]
+
+
+def _build(data: DataConfig, variants: Sequence[str], batch_size: int) -> Loaders:
+    # Loaded first, so that every DataLoader here knows not to fork beside DALI's threads.
+    with suppress(ImportError):
+        import nvidia.dali  # noqa: F401
+    loaders = Loaders()
+    for variant in variants:
+        library, form = variant.split("/")
+        config = with_form(data, form)
+        if library == "torchvision":
+            loaders.epochs[variant] = _torchvision_epoch(config, batch_size, loaders)
+            continue
+        backend: Any = library
+        try:
+            loader = build_loader(
+                replace(config, backend=backend), split="train", batch_size=batch_size
+            )
+        except ValueError as error:
+            loaders.refused[variant] = str(error)
+            continue
+        loaders.closing.append(loader.close)
+        loaders.epochs[variant] = _epoch(loader)
+    return loaders
+
+
+def with_form(data: DataConfig, form: str) -> DataConfig:
+    """The published crop, flip and erasing, each image once an epoch, with RandAugment or not."""
+    rand_augment = RAND_AUGMENT if form == "randaugment" else None
+    augment = replace(data.augment, repeats=1, color_jitter=None, rand_augment=rand_augment)
+    return replace(data, augment=augment)
+
+
+def _epoch(loader: Any) -> Epoch:
+    numbers = iter(range(1_000_000))
+
+    def epoch() -> int:
+        loader.set_epoch(next(numbers))
+        return sum(len(batch.targets) for batch in loader)
+
+    return epoch
+
+
+def _torchvision_epoch(config: DataConfig, batch_size: int, loaders: Loaders) -> Epoch:
+    """torchvision's own data set and transforms in torch's DataLoader, as its users write it."""
+    workers = config.workers
+    loader = DataLoader(
+        datasets.ImageFolder(config.path, torchvision_transform(config)),
+        batch_size=batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=start_worker,
+        multiprocessing_context=worker_context() if workers else None,
+    )
+
+    def close() -> None:
+        iterator, loader._iterator = loader._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+    loaders.closing.append(close)
+    return lambda: sum(len(targets) for _, targets in loader)
+
+
+def torchvision_transform(config: DataConfig) -> Callable[[Image.Image], torch.Tensor]:
+    """The training transform of a configuration in torchvision's v2 transforms.
+
+    Its RandAugment draws another magnitude for the same op: it has no noise of the level. What
+    is done to a pixel is as much.
+    """
+    augment = config.augment
+    steps: list[Any] = [
+        v2.RandomResizedCrop(
+            config.img_size,
+            augment.scale,
+            augment.ratio,
+            interpolation=v2.InterpolationMode(config.interpolation),
+        ),
+        v2.RandomHorizontalFlip(augment.hflip),
+    ]
+    if augment.rand_augment is not None:
+        steps.append(v2.RandAugment(num_ops=2, magnitude=9))
+    steps += [
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(config.mean, config.std),
+        v2.RandomErasing(augment.random_erasing, value="random"),
+    ]
+    transform: Callable[[Image.Image], torch.Tensor] = v2.Compose(steps)
+    return transform
+
+
+def measure_stages(photos: Photographs, *, images: int, rounds: int) -> list[Rate]:
+    """Images/s of decoding and of augmenting alone, in this thread, in turns.
+
+    DALI's stages run in one pipeline, which times no stage: only its decoder is set beside the
+    others, in a pipeline of its own with one thread. (Its loader decodes the crop's window alone.)
+
+    Args:
+        images: of a round.
+        rounds: timed rounds, after one to warm up.
+    """
+    paths = list(islice(cycle(photos.paths), images))
+    pictures = [read_image(path) for path in paths]
+    work: dict[tuple[str, str], Callable[[], object]] = {
+        ("decode", "timm"): lambda: [read_image(path) for path in paths],
+    }
+    with suppress(ImportError):
+        work["decode", "dali"] = _dali_decoder(paths)
+    for form in FORMS:
+        config = with_form(photos.data, form)
+        for library, transform in (
+            ("timm", build_transform(config, training=True)),
+            ("torchvision", torchvision_transform(config)),
+        ):
+            work["augment", f"{library}/{form}"] = _over(transform, pictures)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker
+    try:
+        for run in work.values():
+            run()
+        seconds: dict[tuple[str, str], list[float]] = {key: [] for key in work}
+        for _ in range(rounds):
+            for key, run in work.items():
+                start = time.perf_counter()
+                run()
+                seconds[key].append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return [Rate(*key, images, seconds[key]) for key in work]
+
+
+def _over(
+    transform: Callable[[Image.Image], torch.Tensor], pictures: Iterable[Image.Image]
+) -> Callable[[], object]:
+    return lambda: [transform(picture) for picture in pictures]
+
+
+def _dali_decoder(paths: Sequence[str]) -> Callable[[], object]:
+    """Decodes all paths with one DALI thread; waits for the last of them."""
+    import numpy as np
+    from nvidia.dali import fn, pipeline_def, types
+
+    def feed() -> list[Any]:
+        return [np.fromfile(path, dtype=np.uint8) for path in paths]
+
+    @pipeline_def(  # type: ignore[untyped-decorator]
+        batch_size=len(paths), num_threads=1, device_id=None, prefetch_queue_depth=1
+    )
+    def decode() -> Any:
+        files = fn.external_source(source=feed, batch=True, dtype=types.UINT8, ndim=1)
+        return fn.decoders.image(files, output_type=types.RGB, adjust_orientation=False)
+
+    pipeline = decode()
+    pipeline.build()
+    return pipeline.run  # type: ignore[no-any-return]
+
+
+def busiest(rates: Sequence[Rate], form: str, workers: int) -> tuple[str, dict[str, float]]:
+    """What takes most of the timm loader's time for an image, and the share of each part.
+
+    A worker's time for an image is workers / (images/s of the loader); what decoding and
+    augmenting alone don't explain of it is stacking, handing over, and waiting for a core.
+    """
+    known = {(rate.name, rate.variant): rate for rate in rates}
+    whole = max(workers, 1) / known["loader", f"timm/{form}"].images_per_s
+    shares = {
+        "decode": 1 / known["decode", "timm"].images_per_s / whole,
+        "augment": 1 / known["augment", f"timm/{form}"].images_per_s / whole,
+    }
+    shares["hand over"] = max(0.0, 1 - sum(shares.values()))
+    return max(shares, key=lambda name: shares[name]), shares

@@ -1,0 +1,131 @@
+"""Loading and updates together: how many images/s a run makes, and what it waits for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from featkd.data import Batch, Loader, build_loader
+from featkd.distributed import ProcessContext
+from featkd.train.engine import Trainer
+from featkd.train.recipe import Recipe
+
+from . import step
+from .loader import rotated
+from .throughput import Rate
+
+
+@dataclass(frozen=True)
+class Together:
+    """Loading beside updates, by variant, and the loader with nothing beside it."""
+
+    loader: Rate
+    train: dict[str, Rate]
+    waiting: dict[str, float]
+    """Share of the training's time in which the loop stood waiting for a batch."""
+
+
+def measure(
+    recipe: Recipe,
+    context: ProcessContext,
+    variants: Mapping[str, step.Way],
+    *,
+    updates: int,
+    rounds: int,
+) -> Together:
+    """Some updates in a row of each variant in turn, and an epoch of the loader alone.
+
+    Two updates warm up (and compile). Batches that a loader holds ready when a round begins are as
+    many as it holds when the round ends.
+
+    Args:
+        recipe: the run, with the folders and the loader to use.
+        variants: name -> way, as of `step.ways`.
+        updates: of a round.
+        rounds: timed rounds.
+    """
+    loader = build_loader(
+        recipe.data, split="train", batch_size=recipe.batch_size, device=context.device
+    )
+    trainers = {name: step.build(recipe, context, way) for name, way in variants.items()}
+    runs = {name: _Run(trainers[name], way) for name, way in variants.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    waited: dict[str, list[float]] = {name: [] for name in variants}
+    loading: list[float] = []
+    try:
+        images = _epoch(loader, 0)
+        for run in runs.values():
+            run.go(2)
+        for number in range(rounds):
+            start = time.perf_counter()
+            _epoch(loader, number + 1)
+            loading.append(time.perf_counter() - start)
+            for name in rotated(list(variants), number):
+                spent, waiting = runs[name].go(updates)
+                seconds[name].append(spent)
+                waited[name].append(waiting / spent)
+    finally:
+        loader.close()
+        for trainer in trainers.values():
+            trainer.parts.close()
+    count = updates * recipe.batch_size
+    return Together(
+        Rate("loader", recipe.data.backend, images, loading),
+        {name: Rate("train", name, count, seconds[name]) for name in variants},
+        {name: float(np.median(shares)) for name, shares in waited.items()},
+    )
+
+
+class _Run:
+    """A training run that goes on where it stopped."""
+
+    def __init__(self, trainer: Trainer, way: step.Way) -> None:
+        self._trainer = trainer
+        self._way = way
+        self._batches = _endless(trainer.parts.train_loader)
+        trainer.parts.student.train()
+
+    def go(self, updates: int) -> tuple[float, float]:
+        """Some updates; returns the seconds they took, and those in which a batch was waited for.
+
+        On a GPU the updates run behind the loop: the last one is waited for.
+        """
+        clock = time.perf_counter
+        waiting = 0.0
+        start = asked = clock()
+        with self._way.in_use():
+            for batch in islice(self._batches, updates):
+                waiting += clock() - asked
+                terms = self._trainer.step([batch])
+                asked = clock()
+        terms.total.item()
+        return clock() - start, waiting
+
+
+def _endless(loader: Loader) -> Iterator[Batch]:
+    epoch = 0
+    while True:
+        loader.set_epoch(epoch)
+        yield from loader
+        epoch += 1
+
+
+def _epoch(loader: Loader, number: int) -> int:
+    loader.set_epoch(number)
+    return sum(len(batch.targets) for batch in loader)
+
+
+def bottleneck(waiting: float, shares: Mapping[str, float]) -> str:
+    """What bounds a run: the loader, or the update's largest part, whichever takes longer.
+
+    Args:
+        waiting: share of the run's time in which the loop waited for batches.
+        shares: of the update's parts in the update.
+    """
+    parts = {name: share * (1 - waiting) for name, share in shares.items()}
+    parts["loader"] = waiting
+    return max(parts, key=lambda name: parts[name])

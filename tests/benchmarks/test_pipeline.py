@@ -1,0 +1,213 @@
+"""`featkd bench loader|step|train`: what they time, what they say, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from featkd.benchmarks import loader, step, train_step
+from featkd.benchmarks.photographs import photographs
+from featkd.benchmarks.throughput import Rate
+from featkd.cli import main
+from featkd.data import Batch, DataConfig
+from featkd.train.recipe import to_yaml
+from tests.train.runs import CPU
+
+EAGER = step.Way("off", False, "reference")
+OTHERS = {"featkd": step.Way("off", False, "auto"), "featkd_bf16": step.Way("bf16", False, "auto")}
+
+
+@pytest.fixture
+def still(recipe):
+    """The tiny recipe without drop-path, which draws anew in every forward pass."""
+    options = recipe.student.options | {"drop_path_rate": 0.0}
+    return replace(recipe, student=replace(recipe.student, options=options))
+
+
+@pytest.fixture
+def recipe_file(still, tmp_path, monkeypatch) -> str:
+    """It as a file; and the machine's rates are not measured, which takes seconds."""
+    rates = SimpleNamespace(gflop_per_s={"fp32": 100.0})
+    monkeypatch.setattr(step, "measure_rates", lambda *_: rates)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(to_yaml(still))
+    return str(path)
+
+
+def bench(*words: str) -> dict[tuple[str, str, str], float]:
+    """Run a command and return its figures by (name, variant, metric)."""
+    report = Path(words[-1])
+    assert main(["bench", *words]) == 0
+    rows = json.loads(report.read_text())["rows"]
+    figures = {(r["name"], r["variant"], r["metric"]): r["value"] for r in rows}
+    assert len(figures) == len(rows)
+    return figures
+
+
+def test_rates_are_of_the_median_round():
+    rate = Rate("loader", "x", 12, [4.0, 1.0, 2.0])
+    assert (rate.images_per_s, rate.ms_per_image) == (6, pytest.approx(1e3 / 6))
+    figures = {metric: value for _, _, metric, _, value in rate.figures()}
+    assert figures["images_per_s_q20"] < 6 < figures["images_per_s_q80"]
+    assert figures["rounds"] == 3
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_photographs_are_repeated_or_thinned(images, flat):
+    folder = str(images / "train" if flat else images)
+    with photographs(folder, DataConfig(), 100) as photos:  # 48 of 3 classes
+        links = list(Path(photos.data.path).rglob("*.png"))
+        assert (len(photos.paths), len(links)) == (48, 144)
+        assert {link.resolve() for link in links} == {Path(p).resolve() for p in photos.paths}
+        assert "48, 3 times each" in photos.about
+    assert not links[0].exists()
+    with photographs(folder, DataConfig(), 6) as photos:
+        assert {Path(path).parent.name for path in photos.paths} == {"blue", "green", "red"}
+        assert len(photos.paths) == 6
+
+
+def test_loader_reports_what_could_not_be_built(images, tmp_path, monkeypatch, capsys):
+    real = loader.build_loader
+
+    def without_dali(config, **others):
+        if config.backend == "dali":
+            raise ValueError("no such thing here")
+        return real(config, **others)
+
+    monkeypatch.setattr(loader, "build_loader", without_dali)
+    monkeypatch.setattr(loader, "_dali_decoder", lambda paths: lambda: None)
+    report = tmp_path / "loader.json"
+    words = ["loader", "--data", str(images), "--images", "8", "--batch", "4", "--rounds", "2"]
+    words += ["--workers", "0", "--variants", "dali/plain", "timm/plain", "torchvision/plain"]
+    figures = bench(*words, "--json", str(report))
+    meta = json.loads(report.read_text())["meta"]
+    assert meta["refused"] == {"dali/plain": "no such thing here"}
+    assert meta["bottleneck"].keys() == {"timm/plain"}
+    assert str(images) in meta["images"]
+    said = capsys.readouterr().out
+    assert "dali/plain is left out: no such thing here" in said
+    for name in ("loader", "augment"):
+        for library in ("timm", "torchvision"):
+            assert figures[name, f"{library}/plain", "images_per_s"] > 0
+    assert not any(key[:2] == ("loader", "dali/plain") for key in figures)
+
+
+def test_every_loader_augments_alike():
+    """The same steps in torchvision's words: what RandAugment adds is in one form alone."""
+    for form, count in (("plain", 0), ("randaugment", 1)):
+        config = loader.with_form(DataConfig(), form)
+        names = [type(s).__name__ for s in loader.torchvision_transform(config).transforms]
+        assert names.count("RandAugment") == count
+        assert {"RandomResizedCrop", "RandomHorizontalFlip", "RandomErasing"} <= set(names)
+        assert (config.augment.rand_augment is not None) == bool(count)
+        assert config.augment.repeats == 1
+
+
+def test_the_slowest_stage_is_named():
+    rates = [Rate("loader", "timm/plain", 100, [1.0]), Rate("decode", "timm", 100, [0.5])]
+    name, shares = loader.busiest([*rates, Rate("augment", "timm/plain", 100, [1.2])], "plain", 2)
+    assert name == "augment"
+    assert shares == pytest.approx({"decode": 0.25, "augment": 0.6, "hand over": 0.15})
+
+
+@pytest.mark.parametrize("arch", ["widelast", "lift"])  # Lift forms its feature loss itself
+def test_parts_do_what_the_whole_update_does(still, arch):
+    still = replace(still, student=replace(still.student, arch=arch))
+    trainer = step.build(still, CPU, EAGER)
+    batch = step.random_batch(trainer)
+    parts = step.steps(trainer, batch, EAGER)
+    assert tuple(parts) == step.PARTS
+    parameters = list(trainer.parts.student.parameters())
+    torch.autograd.backward(trainer.losses(batch).total)
+    want = [p.grad.clone() for p in parameters]
+    parts["student"]()
+    torch.testing.assert_close([p.grad for p in parameters], want)
+
+    before = [p.detach().clone() for p in parameters]
+    for name in ("teacher", "student", "loss"):
+        parts[name]()
+    assert all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
+    parts["optimizer"]()
+    moved = [p.detach().clone() for p in parameters]
+    assert not any(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
+    parts["optimizer"]()  # the gradients are there each time
+    assert not any(torch.equal(p, old) for p, old in zip(parameters, moved, strict=True))
+    assert trainer.update == 0
+    parts["step"]()
+    assert trainer.update == 1
+
+
+def test_step_gives_every_part_in_every_variant(recipe_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step, "ways", lambda device: {"eager_fp32": EAGER, **OTHERS})
+    words = ["step", recipe_file, "--batch", "4", "--rounds", "2", "--device", "cpu"]
+    words += ["--variants", "eager_fp32", *OTHERS]
+    figures = bench(*words, "--json", str(tmp_path / "step.json"))
+    for variant in ("eager_fp32", *OTHERS):
+        assert all(figures[part, variant, "images_per_s"] > 0 for part in step.PARTS)
+        shares = [
+            v for (_, of, kind), v in figures.items() if (of, kind) == (variant, "share_of_step")
+        ]
+        assert sum(shares) == pytest.approx(1)
+    assert figures["step", "eager_fp32", "speedup"] == 1
+    assert 0 < figures["step", "eager_fp32", "product_time_share"] < 1
+    said = capsys.readouterr().out
+    assert "featkd_bf16: eager, bf16 autocast and teacher weights, featkd's fused ops" in said
+    assert "(modelled)" in said
+
+
+def test_train_times_the_loader_beside_the_updates(recipe_file, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "ways", lambda device: {"eager_fp32": EAGER})
+    words = ["train", recipe_file, "--batch", "8", "--rounds", "1", "--device", "cpu"]
+    words += ["--updates", "2", "--workers", "0", "--images", "48", "--data", str(images)]
+    report = tmp_path / "train.json"
+    figures = bench(*words, "--json", str(report))
+    assert 0 <= figures["train", "eager_fp32", "waiting_share"] <= 1
+    for name, variant in (("loader", "timm"), ("train", "eager_fp32"), ("step", "eager_fp32")):
+        assert figures[name, variant, "images_per_s"] > 0
+    assert json.loads(report.read_text())["meta"]["bottleneck"].keys() == {"eager_fp32"}
+
+
+def test_waiting_for_batches_is_told_from_computing():
+    class Slow:
+        def set_epoch(self, epoch):
+            pass
+
+        def __iter__(self):
+            time.sleep(0.06)
+            yield Batch(torch.zeros(1), torch.zeros(1), [])
+
+    def one_step(batches):
+        time.sleep(0.02)
+        return SimpleNamespace(total=torch.zeros(()))
+
+    student = SimpleNamespace(train=lambda: None)
+    parts = SimpleNamespace(train_loader=Slow(), student=student)
+    run = train_step._Run(SimpleNamespace(parts=parts, step=one_step), EAGER)
+    spent, waiting = run.go(3)
+    assert spent >= 0.24
+    assert 0.6 < waiting / spent < 0.9
+    assert train_step.bottleneck(waiting / spent, {"teacher": 0.9, "loss": 0.1}) == "loader"
+    assert train_step.bottleneck(0.2, {"teacher": 0.9, "loss": 0.1}) == "teacher"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["loader", "--variants", "timm/plane"], "did you mean 'timm/plain'"),
+        (["loader", "--rounds", "0"], "--rounds: expected a finite number > 0, got 0"),
+        (["loader", "--data", "/no/such"], "--data: no folder /no/such"),
+        (["step", "widelast_imagnet"], "did you mean 'widelast_imagenet"),
+        (["step", "--variants", "eager"], "--variants: expected some of eager_fp32, featkd, "),
+        (["step", "--device", "tpu"], "device: expected auto, cpu, cuda or cuda:N; got 'tpu'"),
+        (["train", "--updates", "0"], "--updates: expected a finite number > 0, got 0"),
+    ],
+)
+def test_mistakes_get_one_clear_message(words, message, capsys):
+    assert main(["bench", *words]) == 2
+    assert message in capsys.readouterr().err

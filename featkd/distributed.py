@@ -20,6 +20,8 @@ class ProcessContext:
     device: torch.device
     control: Any = None
     """Group of CPU messages, which wait for no device; None is the default group."""
+    job: str | None = None
+    """torchrun's id of the job, the same after a restart; None where it has none of its own."""
 
     @property
     def is_main(self) -> bool:
@@ -91,7 +93,8 @@ def start(device: str = "auto") -> ProcessContext:
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     if world_size > 1 and place.type == "cuda":
         control = dist.new_group(backend="gloo")
-    return ProcessContext(rank, world_size, place, control)
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's word where none was given
+    return ProcessContext(rank, world_size, place, control, None if job == "none" else job)
 
 
 def stop() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +73,33 @@ class ProcessContext:
         """Wait for all processes."""
         if self.world_size > 1:
             dist.barrier()
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run has ended, so that this one can't go on."""
+
+
+@contextmanager
+def naming_lost_processes(out: str) -> Iterator[None]:
+    """Say in one line what the network says at length when another process ends.
+
+    Args:
+        out: where the run's checkpoints are, for the message.
+
+    Raises:
+        ProcessLost: a collective failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # From a backward pass comes gloo's error as it is, without a class of its own.
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+            raise ProcessLost(
+                "another process of the run has ended, or its node can't be reached; "
+                f"--resume auto goes on from the last checkpoint in {out}, and torchrun "
+                f"--max-restarts does so by itself ({str(error).splitlines()[0]})"
+            ) from error
+        raise
 
 
 def start(device: str = "auto") -> ProcessContext:

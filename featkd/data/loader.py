@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Protocol
@@ -15,6 +17,9 @@ from torch.utils.data.dataloader import default_collate
 
 from featkd.data.imagefolder import BadImageError, ImageFolder, Sample
 from featkd.data.sampler import EpochSampler
+
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that follows on the parent's end
 
 
 class Batch(NamedTuple):
@@ -276,4 +281,7 @@ def start_worker(worker: int) -> None:
     workers until it has stopped; it ends them itself, and they end when it is gone.
     """
     os.setpgid(0, 0)
+    # At once, where torch looks every 5 s: a forked worker holds its rank's sockets open too, so
+    # that the other ranks would wait for a killed one as long as its workers live.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)

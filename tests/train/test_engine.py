@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
+from torch.nn.parallel import DistributedDataParallel
 
 from featkd.data import BadImageError
 from featkd.distributed import ProcessContext
@@ -111,6 +113,30 @@ def test_accumulation_equals_one_large_batch(alone):
         large.parts.student.parameters(), small.parts.student.parameters(), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_reduced_once_an_update(alone):
+    """Not with each of its micro-batches: counted where DDP hands them to the network."""
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        trainer = Trainer(replace(alone, optim=replace(alone.optim, accumulate=3)), CPU)
+        parts, reduced = trainer.parts, 0
+        parts.student_forward = DistributedDataParallel(parts.student_forward)
+
+        def count(_, bucket):
+            nonlocal reduced
+            reduced += bucket.is_last()
+            done = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        parts.student_forward.register_comm_hook(None, count)
+        batches = list(parts.train_loader)
+        for update in (1, 2):
+            trainer.step(batches[:3])
+            assert reduced == update
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_divergence_is_an_error(alone):

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def start(device: str = "auto") -> ProcessContext:
             is this process's own, by LOCAL_RANK.
 
     Raises:
-        ValueError: an unknown device, or CUDA asked for where there is none.
+        ValueError: an unknown device, CUDA asked for where there is none, or restarts on several
+            nodes without what they need.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -119,11 +122,37 @@ def start(device: str = "auto") -> ProcessContext:
         torch.cuda.set_device(place)
     control = None
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        store, rank, world_size = _rendezvous()
+        backend = "nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     if world_size > 1 and place.type == "cuda":
         control = dist.new_group(backend="gloo")
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's word where none was given
     return ProcessContext(rank, world_size, place, control, None if job == "none" else job)
+
+
+def _rendezvous() -> tuple[Store, int, int]:
+    """The store where the processes find each other, this one's rank, and their number.
+
+    torchrun keeps one store for all of a job's restarts, although torch takes it for a new one
+    each time (2.14's `_create_c10d_store` says so): processes that are started again read the
+    addresses of those that are gone, and wait, or fail. On one node its count of restarts tells
+    them apart. Nodes count for themselves, so that there torchrun has to be told.
+
+    Raises:
+        ValueError: several nodes are to be started again with one store.
+    """
+    several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if several and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            f"torchrun --max-restarts: {restarts} on several nodes needs "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment on each of them; "
+            "without it processes that are started again wait for those that are gone"
+        )
+    store, rank, world_size = next(rendezvous("env://"))
+    attempt = "0" if several else os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"featkd/{attempt}", store), rank, world_size
 
 
 def stop() -> None:

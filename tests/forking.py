@@ -8,6 +8,7 @@ tests.forking` is the process that they are forked from.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -88,8 +89,8 @@ class Server:
         Args:
             env: set in its environment.
             file_size: bytes that a file of its can have.
-            elastic: so many ranks, started and started again by torchrun's agent, which forks
-                them; 0 runs the command without an agent.
+            elastic: so many ranks, started and started again by torchrun's agent; 0 runs the
+                command without one.
         """
         self._count += 1
         folder = self._folder / str(self._count)
@@ -173,9 +174,11 @@ def _under_agent(words: list[str], ranks: int) -> int:
 
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=str(os.getpid()), max_restarts=3,
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork",
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="forkserver",
         rdzv_configs={"is_host": True}, local_addr="127.0.0.1",
     )  # fmt: skip
+    # Not from here: forked beside the agent's threads, ranks were seen to wait for a lock for ever.
+    multiprocessing.set_forkserver_preload(["featkd.train.dryrun", "torch.utils.tensorboard"])
     try:
         elastic_launch(config, _rank)(words)
     except ChildFailedError as error:

@@ -156,7 +156,7 @@ def test_a_killed_rank_changes_nothing(recipe_file, server, tmp_path, unbroken, 
 
     wait_for(reached, [agent], 120)
     time.sleep(delay)
-    os.kill(rank_of(agent.pid, rank), signal.SIGKILL)
+    os.kill(rank_of(agent, rank), signal.SIGKILL)
     wait_for(lambda: look(out) >= 0 and "resumed from" in agent.stderr, [agent], 120)
     while agent.poll() is None:
         loads += look(out)
@@ -177,11 +177,17 @@ def look(out: Path) -> int:
     return sum(load(path)["update"] > 0 for path in out.glob("*.pt"))
 
 
-def rank_of(agent: int, rank: int) -> int:
-    """The process of a rank: an agent starts them in order, and nothing else."""
-    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
-    assert len(children) == 2
-    return int(children[rank])
+def rank_of(agent: Forked, rank: int) -> int:
+    """The process of a rank; they are started in order."""
+    found = children(agent.pid)
+    if not isinstance(agent, TorchRun):  # the ranks of the other come from its server process
+        found = [grandchild for child in found for grandchild in children(child)]
+    assert len(found) == 2
+    return found[rank]
+
+
+def children(process: int) -> list[int]:
+    return list(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
 
 
 class TorchRun(Forked):

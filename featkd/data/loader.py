@@ -18,7 +18,6 @@ from torch.utils.data.dataloader import default_collate
 from featkd.data.imagefolder import BadImageError, ImageFolder, Sample
 from featkd.data.sampler import EpochSampler
 
-
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that follows on the parent's end
 
 

@@ -128,9 +128,9 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
             None if teacher is None else FeatureForward(teacher, _pair_layers(recipe, teacher, 1))
         )
         if recipe.compile:
-            student_forward.compile()
+            student_forward.compile(mode=recipe.compile_mode)
             if teacher_forward is not None:
-                teacher_forward.compile()
+                teacher_forward.compile(mode=recipe.compile_mode)
         if context.world_size > 1:
             student_forward = DistributedDataParallel(
                 student_forward,

@@ -190,6 +190,7 @@ def _under_agent(words: list[str], ranks: int) -> int:
 def _rank(words: list[str]) -> None:
     from featkd.cli import main
 
+    multiprocessing.set_start_method("fork", force=True)  # of loaders' workers, as anywhere else
     sys.exit(main(words))
 
 

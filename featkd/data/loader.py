@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple, Protocol
 
 import torch
@@ -280,7 +282,18 @@ def start_worker(worker: int) -> None:
     workers until it has stopped; it ends them itself, and they end when it is gone.
     """
     os.setpgid(0, 0)
-    # At once, where torch looks every 5 s: a forked worker holds its rank's sockets open too, so
-    # that the other ranks would wait for a killed one as long as its workers live.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    if parent.pid == os.getppid():
+        # At once, where torch looks every 5 s: a forked worker holds its rank's sockets open too,
+        # so that the other ranks would wait for a killed one as long as its workers live.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        # From a server process, which torch takes for the parent: it lives as long as its workers.
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)

@@ -170,8 +170,8 @@ class Trainer:
         targets = batch.targets.to(self.context.device, non_blocking=True)
         teacher_logits: Tensor | None = None
         teacher_maps: list[Tensor] = []
-        # What CUDA graphs gave for the last batch is used up.
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        if self.recipe.compile_mode != "default":  # what CUDA graphs gave before is used up
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         with self._autocast():
             if parts.teacher_forward is not None:
                 with torch.no_grad():

@@ -395,6 +395,47 @@ def test_a_killed_worker_is_an_error_not_a_hang(make_set: MakeSet) -> None:
     assert alive() == []
 
 
+ORPHANED = """
+import multiprocessing, sys, types
+from featkd.data import DataConfig, build_loader
+config = DataConfig(sys.argv[1], img_size=16, workers=1, backend="timm")
+running = []
+for beside in ("nothing", "nvidia.dali"):
+    sys.modules[beside] = types.ModuleType(beside)
+    running.append(iter(build_loader(config, split="train", batch_size=4)))
+    next(running[-1])
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_workers_end_with_a_killed_rank(make_set: MakeSet) -> None:
+    """At once, be they forked from it or, beside DALI, from a server process."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", ORPHANED, make_set(train=40)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    workers = process.stdout.readline().split()
+    assert len(workers) == 2
+    process.kill()
+    killed = time.monotonic()
+    while any(lives(pid) for pid in workers):
+        assert time.monotonic() < killed + 2, f"workers {workers} live on"
+        time.sleep(0.02)
+    process.communicate()
+
+
+def lives(process: str) -> bool:
+    """Whether it runs: one that nobody has waited for yet does not."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
 ENDING = """
 import multiprocessing, signal, sys, time
 from featkd.data import DataConfig, build_loader

@@ -70,10 +70,13 @@ def _run(command: Callable[[list[str]], int], words: list[str]) -> int:
     from featkd.data import BadImageError
     from featkd.diagnostics.source import UnreadableError
     from featkd.diagnostics.state import StateError
+    from featkd.distributed import ProcessLost
     from featkd.train.checkpoint import CheckpointError
     from featkd.train.engine import TrainingDiverged
 
-    failures = (BadImageError, CheckpointError, StateError, TrainingDiverged, UnreadableError)
+    failures = (
+        BadImageError, CheckpointError, ProcessLost, StateError, TrainingDiverged, UnreadableError
+    )  # fmt: skip
     try:
         return command(words)
     except KeyboardInterrupt:
@@ -107,7 +110,8 @@ def _distill(words: list[str]) -> int:
             if context.is_main:
                 print(report)
             return 0
-        outcome = Trainer(run, context).run(options.resume)
+        with distributed.naming_lost_processes(run.out):
+            outcome = Trainer(run, context).run(options.resume)
         if outcome.interrupted_by is not None:
             return 128 + outcome.interrupted_by
         if context.is_main:

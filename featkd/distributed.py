@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,8 @@ class ProcessContext:
     device: torch.device
     control: Any = None
     """Group of CPU messages, which wait for no device; None is the default group."""
+    job: str | None = None
+    """torchrun's id of the job, the same after a restart; None where it has none of its own."""
 
     @property
     def is_main(self) -> bool:
@@ -71,6 +77,33 @@ class ProcessContext:
             dist.barrier()
 
 
+class ProcessLost(RuntimeError):
+    """Another process of the run has ended, so that this one can't go on."""
+
+
+@contextmanager
+def naming_lost_processes(out: str) -> Iterator[None]:
+    """Say in one line what the network says at length when another process ends.
+
+    Args:
+        out: where the run's checkpoints are, for the message.
+
+    Raises:
+        ProcessLost: a collective failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # From a backward pass comes gloo's error as it is, without a class of its own.
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+            raise ProcessLost(
+                "another process of the run has ended, or its node can't be reached; "
+                f"--resume auto goes on from the last checkpoint in {out}, and torchrun "
+                f"--max-restarts does so by itself ({str(error).splitlines()[0]})"
+            ) from error
+        raise
+
+
 def start(device: str = "auto") -> ProcessContext:
     """Join the process group that torchrun describes in the environment, if any.
 
@@ -79,7 +112,8 @@ def start(device: str = "auto") -> ProcessContext:
             is this process's own, by LOCAL_RANK.
 
     Raises:
-        ValueError: an unknown device, or CUDA asked for where there is none.
+        ValueError: an unknown device, CUDA asked for where there is none, or restarts on several
+            nodes without what they need.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -88,10 +122,37 @@ def start(device: str = "auto") -> ProcessContext:
         torch.cuda.set_device(place)
     control = None
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        store, rank, world_size = _rendezvous()
+        backend = "nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     if world_size > 1 and place.type == "cuda":
         control = dist.new_group(backend="gloo")
-    return ProcessContext(rank, world_size, place, control)
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's word where none was given
+    return ProcessContext(rank, world_size, place, control, None if job == "none" else job)
+
+
+def _rendezvous() -> tuple[Store, int, int]:
+    """The store where the processes find each other, this one's rank, and their number.
+
+    torchrun keeps one store for all of a job's restarts, although torch takes it for a new one
+    each time (2.14's `_create_c10d_store` says so): processes that are started again read the
+    addresses of those that are gone, and wait, or fail. On one node its count of restarts tells
+    them apart. Nodes count for themselves, so that there torchrun has to be told.
+
+    Raises:
+        ValueError: several nodes are to be started again with one store.
+    """
+    several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if several and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            f"torchrun --max-restarts: {restarts} on several nodes needs "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment on each of them; "
+            "without it processes that are started again wait for those that are gone"
+        )
+    store, rank, world_size = next(rendezvous("env://"))
+    attempt = "0" if several else os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"featkd/{attempt}", store), rank, world_size
 
 
 def stop() -> None:

@@ -1,4 +1,7 @@
-"""Files that are either whole or not there: write aside, flush to disk, rename."""
+"""Files that are either whole or not there: write aside, flush to disk, rename.
+
+Behind a URL (`featkd.remote`) it is: collect in memory, upload aside, move.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from featkd.remote import Location, RemotePath
+
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Location) -> Iterator[IO[bytes]]:
     """Open a file for writing that takes `path`'s place only when the block ends without error.
 
     On any error, a full disk included, the temporary file is removed and what was at `path`
     before is untouched.
     """
+    if isinstance(path, RemotePath):
+        content = io.BytesIO()
+        yield content
+        path.replace_with(content.getvalue())
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -54,11 +64,17 @@ def write_csv(
         file.write(text.getvalue().encode())
 
 
-def atomic_link(source: Path, path: Path) -> None:
+def atomic_link(source: Location, path: Location) -> None:
     """Give the whole file `source` a second name `path`, replacing what was there.
 
-    A hard link where the file system has them, else a copy.
+    A hard link where the file system has them, else a copy; behind a URL a copy on the store's
+    side.
     """
+    if isinstance(source, RemotePath) and isinstance(path, RemotePath):
+        source.copy_to(path)
+        return
+    assert isinstance(source, Path)  # two names in one folder
+    assert isinstance(path, Path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -71,8 +87,13 @@ def atomic_link(source: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that processes which no longer run left in `folder`."""
+def remove_leftovers(folder: Location) -> None:
+    """Remove the temporary files that processes which no longer run left in a local `folder`.
+
+    Behind a URL there is at most one for each file, whose place the next write takes.
+    """
+    if isinstance(folder, RemotePath):
+        return
     for leftover in folder.glob(".*.tmp"):
         name = re.fullmatch(r"\..+\.(\d+)\.tmp", leftover.name)
         if name and not _runs(int(name[1])):

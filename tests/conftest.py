@@ -13,7 +13,15 @@ import torch
 from PIL import Image
 
 from featkd.data import AugmentConfig, DataConfig
-from featkd.train.recipe import LossConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig
+from featkd.train.recipe import (
+    LossConfig,
+    OptimConfig,
+    Recipe,
+    StudentConfig,
+    TeacherConfig,
+    to_yaml,
+)
+from tests.forking import Server
 
 CLASSES = ("blue", "green", "red")
 TINY = {"patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3}
@@ -87,3 +95,18 @@ def recipe(images: Path, tmp_path: Path) -> Recipe:
 def alone(recipe: Recipe) -> Recipe:
     """The same student without a teacher."""
     return replace(recipe, teacher=None, loss=LossConfig())
+
+
+@pytest.fixture
+def recipe_file(recipe: Recipe, tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(recipe))
+    return path
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Starts commands in processes that have featkd imported already."""
+    server = Server(tmp_path_factory.mktemp("commands"))
+    yield server
+    server.close()

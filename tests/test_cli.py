@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -13,19 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from featkd.cli import main
 from featkd.train.checkpoint import load
 from featkd.train.logs import read_csv
-from featkd.train.recipe import to_yaml
-
-
-@pytest.fixture
-def recipe_file(recipe, tmp_path: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(to_yaml(recipe))
-    return path
+from tests.forking import Forked
 
 
 def command(*words: object) -> list[str]:
@@ -48,21 +39,10 @@ def here(*words: object) -> int:
     return main([str(word) for word in words])
 
 
-def start(*words: object) -> subprocess.Popen[str]:
-    """In a process group of its own, as a shell starts it."""
-    return subprocess.Popen(
-        command(*words),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for_updates(metrics: Path, updates: int, process: subprocess.Popen[str]) -> None:
+def wait_for_updates(metrics: Path, updates: int, process: Forked) -> None:
     deadline = time.monotonic() + 60
     while len(read_csv(metrics)) < updates:
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.stderr
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -80,11 +60,11 @@ LONG = ("--optim.epochs", 8, "--checkpoint.every_updates", 4, "--data.workers", 
 
 
 @pytest.fixture
-def unbroken(recipe_file, tmp_path, _shared) -> list[tuple[str, str]]:
+def unbroken(recipe_file, server, tmp_path, _shared) -> list[tuple[str, str]]:
     """The losses of the LONG run in one go (the same in every test: made once)."""
     if "losses" not in _shared:
         out = tmp_path / "unbroken"
-        done = call("distill", recipe_file, "--out", out, *LONG)
+        done = server.call("distill", recipe_file, "--out", out, *LONG)
         assert done.returncode == 0, done.stderr
         _shared["losses"] = losses(out)
         assert len(_shared["losses"]) == 48
@@ -92,130 +72,51 @@ def unbroken(recipe_file, tmp_path, _shared) -> list[tuple[str, str]]:
 
 
 def test_killed_and_resumed_run_repeats_the_unbroken_one_bit_for_bit(
-    recipe_file, tmp_path, unbroken
+    recipe_file, server, tmp_path, unbroken
 ):
     out = tmp_path / "killed"
-    process = start("distill", recipe_file, "--out", out, *LONG)
+    process = server.start("distill", recipe_file, "--out", out, *LONG)
     wait_for_updates(out / "metrics.csv", 15, process)
     process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    assert process.wait() == -signal.SIGKILL
     assert len(read_csv(out / "metrics.csv")) < 48
-    resumed = call("distill", recipe_file, "--out", out, *LONG)
+    resumed = server.call("distill", recipe_file, "--out", out, *LONG)
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed from" in resumed.stderr
     assert losses(out) == unbroken
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_leaves_a_checkpoint_and_says_so(recipe_file, tmp_path, unbroken, number, code):
+def test_ctrl_c_leaves_a_checkpoint_and_says_so(
+    recipe_file, server, tmp_path, unbroken, number, code
+):
     out = tmp_path / "stopped"
-    process = start("distill", recipe_file, "--out", out, *LONG)
+    process = server.start("distill", recipe_file, "--out", out, *LONG)
     wait_for_updates(out / "metrics.csv", 10, process)
     os.killpg(process.pid, number)  # the loader's workers get it too, as from a terminal
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
-    assert "--resume auto goes on from here" in errors
+    assert process.wait() == code, process.stderr
+    assert "--resume auto goes on from here" in process.stderr
     done = load(out / "last.pt")["update"]
     assert 10 <= done < 48
     assert len(read_csv(out / "metrics.csv")) == done
-    resumed = call("distill", recipe_file, "--out", out, *LONG)
+    resumed = server.call("distill", recipe_file, "--out", out, *LONG)
     assert resumed.returncode == 0, resumed.stderr
     assert losses(out) == unbroken
 
 
-@pytest.mark.parametrize("arch", ["widelast", "lift"])
-def test_two_processes_train_one_model(recipe_file, tmp_path, arch):
-    """torchrun, gloo: the same global batch gives the weights of one process with twice the batch.
-
-    Not to the bit: BatchNorm-free models sum gradients in another order, that is all.
-    """
-    same = (
-        "--optim.epochs", 1, "--optim.warmup_epochs", 0, "--student.options.drop_path_rate", 0,
-        "--data.augment.random_erasing", 0, "--log_every", 2, "--student.arch", arch,
-    )  # fmt: skip
-    assert here("distill", recipe_file, "--out", tmp_path / "one", "--batch_size", 16, *same) == 0
-    two = subprocess.run(
-        [*TWO, *map(str, (recipe_file, "--out", tmp_path / "two", *same))],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert two.returncode == 0, two.stderr
-    a, b = (load(tmp_path / name / "last.pt") for name in ("one", "two"))
-    assert (a["world_size"], b["world_size"]) == (1, 2)
-    for key, value in a["model"].items():
-        torch.testing.assert_close(b["model"][key], value, rtol=1e-3, atol=2e-5)
-    rows = [read_csv(tmp_path / name / "metrics.csv") for name in ("one", "two")]
-    for x, y in zip(*rows, strict=True):
-        assert float(x["loss"]) == pytest.approx(float(y["loss"]), rel=1e-4)
-    assert {r["images"] for r in read_csv(tmp_path / "two" / "eval.csv")} == {"12"}
-
-
-TWO = (
-    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-    "-m", "featkd", "distill",
-)  # fmt: skip
-
-
-def test_two_processes_stop_together_and_leave_a_checkpoint(recipe_file, tmp_path):
-    """SIGTERM to torchrun, far from any logged update."""
-    out = tmp_path / "run"
-    words = [*TWO, str(recipe_file), "--out", str(out), "--optim.epochs", "500"]
-    words += ["--log_every", "100000", "--checkpoint.every_epochs", "1000"]
-    process = subprocess.Popen(
-        words,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    wait_for_updates(out / "metrics.csv", 3, process)  # an epoch's last update is logged
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=25)  # torchrun kills after 30 s
-    assert process.returncode != 0
-    assert "stopped by signal 15" in errors
-    assert load(out / "last.pt")["update"] > 3
-
-
-def test_bad_images_of_every_process_are_named(recipe_file, images, tmp_path):
-    broken = tmp_path / "broken"
-    shutil.copytree(images, broken)
-    paths = sorted((broken / "val").rglob("*.png"))[:2]  # one falls to each process
-    for path in paths:
-        path.write_bytes(b"no picture")
-    words = [*TWO, str(recipe_file), "--data.path", str(broken), "--data.on_bad_image", "skip"]
-    words += ["--batch_size", "4", "--optim.epochs", "1", "--optim.warmup_epochs", "0"]
-    done = subprocess.run(
-        words,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2 unreadable images left out" in done.stdout
-    for path in paths:
-        assert f"left out: {path}" in done.stderr
-
-
-def test_a_full_disk_leaves_the_old_checkpoint(recipe_file, tmp_path):
+def test_a_full_disk_leaves_the_old_checkpoint(recipe_file, server, tmp_path):
     """A file-size limit below a checkpoint's size: the real error of a real write."""
     out = tmp_path / "run"
     assert here("distill", recipe_file, "--out", out) == 0
     before = (out / "last.pt").read_bytes()
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, resource.RLIM_INFINITY))
-
-    failed = call("distill", recipe_file, "--out", out, "--optim.epochs", 3, preexec_fn=limit)
+    words = ("distill", recipe_file, "--out", out, "--optim.epochs", 3)
+    failed = server.call(*words, file_size=len(before) // 2)
     assert failed.returncode == 1
     assert f"could not save {out / 'last.pt'}" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert (out / "last.pt").read_bytes() == before
     assert not list(out.glob(".*.tmp"))
-    assert here("distill", recipe_file, "--out", out, "--optim.epochs", 3) == 0
+    assert here(*words) == 0
 
 
 def test_dry_run_says_what_it_would_do_and_writes_nothing(recipe_file, tmp_path, capsys):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,6 +21,8 @@ from torch.utils.data.dataloader import default_collate
 from featkd.data.images import BadImageError
 from featkd.data.imageset import ImageSet, Sample
 from featkd.data.sampler import EpochSampler
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that follows on the parent's end
 
 
 class Batch(NamedTuple):
@@ -56,6 +62,14 @@ class Loader(Protocol):
         """Choose what the next `iter` gives: `epoch` from its batch number `start_batch` on."""
         ...
 
+    def state_dict(self) -> dict[str, int]:
+        """Where the loader is: the epoch, its next batch, and what the order depends on."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Choose as the next `iter` what follows on the batches that `state` had given."""
+        ...
+
     def close(self) -> None:
         """End the loader's processes; a later `iter` would start new ones."""
         ...
@@ -82,6 +96,9 @@ class SampledLoader:
             drop_last=sampler.training,
         )
         self._iteration = 0
+        self._start = 0  # batch that the next iteration starts at
+        self._next = 0  # batch that comes next, of iteration number:
+        self._followed = 1
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -97,11 +114,74 @@ class SampledLoader:
         # The last evaluation batch can be partial: its end is the end of the keys.
         start = min(start_batch * self._batches.batch_size, len(self._sampler))
         self._sampler.set_epoch(epoch, start)
+        self._start = self._next = start_batch
+        self._followed = self._iteration + 1
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the loader is, as whole numbers; in training the same on all ranks.
+
+        "batch" is the next one: those that workers have loaded ahead don't count as given.
+        """
+        sampler = self._sampler
+        return {
+            "epoch": sampler.epoch,
+            "batch": min(self._next, len(self)),
+            "batch_size": self._batches.batch_size,
+            "world_size": sampler.world_size,
+            "seed": sampler.seed,
+            "repeats": sampler.repeats,
+            "num_images": sampler.num_images,
+        }
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on where a loader of the same images was, maybe with other batches or ranks.
+
+        k batches of b images on each of w ranks are the first k b w positions of the epoch,
+        whatever b and w (see `EpochSampler`): what follows on them is the same where they make
+        up whole batches here. At the start of an epoch anything may have changed.
+
+        Args:
+            state: of `state_dict`, of any rank.
+
+        Raises:
+            ValueError: within an epoch, its order has changed, or the position is none of this
+                loader's.
+        """
+        own = self.state_dict()
+        if state["batch"] == 0:
+            self.set_epoch(state["epoch"])
+            return
+        for name in ("num_images", "seed", "repeats"):
+            if state[name] != own[name]:
+                raise ValueError(
+                    f"{name}: {state[name]} when the loader stopped within epoch {state['epoch']}, "
+                    f"now {own[name]}, which changes the order of its images; expected "
+                    f"{state[name]} to the epoch's end"
+                )
+        given = state["batch"] * state["batch_size"] * state["world_size"]
+        together = own["batch_size"] * own["world_size"]
+        batch, rest = divmod(given, together)
+        if rest or batch > len(self):
+            raise ValueError(
+                f"batch_size: the loader stopped after {given} images of epoch {state['epoch']} "
+                f"(batch_size {state['batch_size']} on {state['world_size']} ranks), which is no "
+                f"whole number of batches of {own['batch_size']} on {own['world_size']} ranks; "
+                f"expected batch_size x ranks to divide {given}"
+            )
+        self.set_epoch(state["epoch"], batch)
 
     def _check_newest(self, own: int) -> None:
-        """Raise RuntimeError where another iteration has begun since the `own`-th."""
+        """Count one more batch of the `own`-th iteration, which is about to be asked for.
+
+        Raises:
+            RuntimeError: another iteration has begun since.
+        """
         if own != self._iteration:
             raise RuntimeError("a newer iteration of this loader has begun; this one is over")
+        if own > self._followed:  # begun anew without set_epoch
+            self._followed, self._next = own, self._start
+        if own == self._followed:  # else set_epoch has chosen what the next one gives
+            self._next += 1
 
 
 class TorchLoader(SampledLoader):
@@ -207,4 +287,18 @@ def start_worker(worker: int) -> None:
     workers until it has stopped; it ends them itself, and they end when it is gone.
     """
     os.setpgid(0, 0)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    if parent.pid == os.getppid():
+        # At once, where torch looks every 5 s: a forked worker holds its rank's sockets open too,
+        # so that the other ranks would wait for a killed one as long as its workers live.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        # From a server process, which torch takes for the parent: it lives as long as its workers.
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)

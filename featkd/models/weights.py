@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import pickle
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -12,6 +13,8 @@ from typing import Any, Literal, get_args
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from featkd.remote import Location, locate
 
 Weights = Literal["auto", "model", "model_ema"]
 
@@ -35,7 +38,7 @@ def read_state_dict(path: str | PathLike[str], weights: Weights = "auto") -> dic
     Args:
         path: a .safetensors file, or one of torch.save that holds a plain state dict or a
             checkpoint: a dict with a state dict under "model" or "state_dict", and maybe
-            an averaged one under "model_ema" or "state_dict_ema".
+            an averaged one under "model_ema" or "state_dict_ema". A path, or a URL for fsspec.
         weights: which of a checkpoint's weights: the averaged ones ("model_ema"), the last ones
             ("model"), or ("auto") those that scored better when the file was written, if it is
             a checkpoint of featkd, else the averaged ones where there are any.
@@ -49,15 +52,19 @@ def read_state_dict(path: str | PathLike[str], weights: Weights = "auto") -> dic
     """
     if weights not in get_args(Weights):
         raise ValueError(f"weights: expected one of {get_args(Weights)}, got {weights!r}")
-    path = Path(path)
+    where = locate(path, "checkpoint")
     content: Any
-    if path.suffix == ".safetensors":
+    if where.name.endswith(".safetensors"):
         try:
-            content = safetensors.torch.load_file(path)
+            content = (
+                safetensors.torch.load_file(where)
+                if isinstance(where, Path)
+                else safetensors.torch.load(where.read_bytes())
+            )
         except safetensors.SafetensorError as error:
             raise ValueError(f"checkpoint: {path} is no safetensors file: {error}") from error
     else:
-        content = _torch_load(path)
+        content = _torch_load(where)
     state = choose_weights(content, weights, path)
     odd = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if odd or not state:
@@ -104,10 +111,11 @@ def mismatch(
     return CheckpointMismatch(f"checkpoint: {path} does not fit {model_name}; {'; '.join(parts)}")
 
 
-def _torch_load(path: Path) -> Any:
+def _torch_load(path: Location) -> Any:
+    source = path if isinstance(path, Path) else io.BytesIO(path.read_bytes())
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"checkpoint: {path} is no weight file, or holds objects that can't be read without "
@@ -117,7 +125,7 @@ def _torch_load(path: Path) -> Any:
         raise ValueError(f"checkpoint: {path} is damaged or no weight file: {error}") from error
 
 
-def choose_weights(content: Any, weights: Weights, path: Path) -> dict[str, Any]:
+def choose_weights(content: Any, weights: Weights, path: str | PathLike[str]) -> dict[str, Any]:
     """The state dict that `weights` asks for among what a file holds; see `read_state_dict`."""
     if not isinstance(content, dict):
         raise ValueError(

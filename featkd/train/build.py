@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,6 +22,7 @@ from featkd.functional import Metric
 from featkd.losses import DistillationLoss
 from featkd.models import Lift, create_student, create_teacher
 from featkd.models.features import FeatureModel, feature_grid, num_layers, resolve_layers
+from featkd.remote import locate
 from featkd.train.precision import hold_products, multiplies_bf16
 from featkd.train.recipe import Recipe, RecipeError
 
@@ -137,9 +137,9 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
             None if teacher is None else FeatureForward(teacher, _pair_layers(recipe, teacher, 1))
         )
         if recipe.compile:
-            student_forward.compile()
+            student_forward.compile(mode=recipe.compile_mode)
             if teacher_forward is not None:
-                teacher_forward.compile()
+                teacher_forward.compile(mode=recipe.compile_mode)
         if context.world_size > 1:
             student_forward = DistributedDataParallel(
                 student_forward,
@@ -210,7 +210,7 @@ def _models(
         return student, None
     options = {"img_size": recipe.data.img_size, **teacher_config.options}
     checkpoint = teacher_config.checkpoint
-    if checkpoint is not None and not Path(checkpoint).is_file():
+    if checkpoint is not None and not locate(checkpoint, "teacher.checkpoint").is_file():
         raise RecipeError(f"teacher.checkpoint: no file {checkpoint!r}")
     if not teacher_config.pretrained:
         options.setdefault("num_classes", num_classes)

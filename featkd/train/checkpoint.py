@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from featkd.files import atomic_link, atomic_write, remove_leftovers
+from featkd.remote import Location, RemotePath, locate
 
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(RuntimeError):
@@ -24,11 +27,11 @@ class CheckpointStore:
     same file where they are equal to the last, so that keeping them costs no second write.
 
     Args:
-        folder: where they lie; made if missing.
+        folder: where they lie, on disk or behind a URL; made if missing.
         keep_every: keep every k-th epoch's state for good, or None.
     """
 
-    def __init__(self, folder: Path, keep_every: int | None = None) -> None:
+    def __init__(self, folder: Location, keep_every: int | None = None) -> None:
         self.folder = folder
         self.keep_every = keep_every
         self.last = folder / "last.pt"
@@ -73,14 +76,16 @@ class CheckpointStore:
             ) from error
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: str | PathLike[str] | RemotePath) -> dict[str, Any]:
     """Read a checkpoint of featkd onto the CPU, without unpickling any code.
 
     Raises:
         CheckpointError: it is missing, damaged, of another kind or of another format.
     """
+    where = locate(path, "checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        source = where if isinstance(where, Path) else io.BytesIO(where.read_bytes())
+        state = torch.load(source, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"could not read the checkpoint {path}: {error}") from error
     if not isinstance(state, dict) or "format" not in state:
@@ -92,7 +97,7 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_same_model(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+def check_same_model(path: Location, saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Compare the recipe in a checkpoint with the one that is to go on from it.
 
     Args:
@@ -118,26 +123,6 @@ def check_same_model(path: Path, saved: dict[str, Any], current: dict[str, Any])
             f"{path}: holds another student than the recipe asks for ({'; '.join(student)})"
         )
     return list(changed.values())
-
-
-def check_position(
-    path: Path, state: dict[str, Any], recipe: dict[str, Any], world_size: int
-) -> None:
-    """Raise CheckpointError where a position within an epoch means something else by now."""
-    if state["batch"] == 0:
-        return
-    saved = state["recipe"]
-    for name, old, new in (
-        ("batch_size", saved["batch_size"], recipe["batch_size"]),
-        ("optim.accumulate", saved["optim"]["accumulate"], recipe["optim"]["accumulate"]),
-        ("data.augment", saved["data"]["augment"], recipe["data"]["augment"]),
-        ("processes", state["world_size"], world_size),
-    ):
-        if old != new:
-            raise CheckpointError(
-                f"{path}: was saved within an epoch with {name}: {old!r}; go on with that to the "
-                f"epoch's end before changing it to {new!r}"
-            )
 
 
 def named(classes: list[str]) -> str:

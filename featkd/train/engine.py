@@ -8,8 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +19,14 @@ from featkd.distributed import ProcessContext
 from featkd.interrupt import Interrupt
 from featkd.losses import DistillationTerms
 from featkd.models.features import FeatureModel
-from featkd.models.weights import load_strictly
+from featkd.remote import locate
 from featkd.seeding import derive_seed
-from featkd.train import checkpoint
 from featkd.train.build import Parts, build
-from featkd.train.checkpoint import CheckpointError, CheckpointStore
+from featkd.train.checkpoint import CheckpointStore
 from featkd.train.evaluate import evaluate
 from featkd.train.logs import RunLog
 from featkd.train.recipe import Recipe, to_dict
+from featkd.train.resume import find_checkpoint, restore
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -84,8 +83,8 @@ class Trainer:
     ) -> None:
         self.recipe = recipe
         self.context = context
+        self.folder = locate(recipe.out)
         self.parts: Parts = build(recipe, context, strict_classes=strict_classes)
-        self.folder = Path(recipe.out)
         self.store = CheckpointStore(self.folder, recipe.checkpoint.keep_every)
         self.update = 0  # optimizer updates done
         self.epoch = 0  # epochs done
@@ -100,8 +99,15 @@ class Trainer:
 
     @property
     def total_updates(self) -> int:
-        """Updates of the whole run."""
-        return self.parts.updates_per_epoch * self.recipe.optim.epochs
+        """Updates of the whole run: those done, with however many processes, and those to come."""
+        left = self.parts.updates_per_epoch * self.recipe.optim.epochs - self._scheduled
+        return self.update + left
+
+    @property
+    def _scheduled(self) -> int:
+        """Updates that lead here at the present size of an update: `update`, if none was other."""
+        done = self.batch // self.recipe.optim.accumulate
+        return self.epoch * self.parts.updates_per_epoch + done
 
     def run(self, resume: str = "auto", *, quiet: bool = False) -> Outcome:
         """Train to the end, or until SIGINT or SIGTERM, which leave a checkpoint.
@@ -131,7 +137,7 @@ class Trainer:
                 while self.epoch < self.recipe.optim.epochs and stopped_by is None:
                     stopped_by = self._train_epoch(log, interrupt)
                 if stopped_by is not None:
-                    self._save()
+                    self._save(log)
                     log.say(f"stopped by signal {stopped_by}; --resume auto goes on from here")
         finally:
             log.close()
@@ -169,6 +175,8 @@ class Trainer:
         """The objective of one micro-batch."""
         images = batch.images.to(self.context.device, non_blocking=True)
         targets = batch.targets.to(self.context.device, non_blocking=True)
+        if self.recipe.compile_mode != "default":  # what CUDA graphs gave before is used up
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         taught = self.teach(images)
         return self.compare(self.learn(images, taught), targets, taught)
 
@@ -239,20 +247,21 @@ class Trainer:
             every = recipe.checkpoint.every_updates
             if every is not None and self.update % every == 0:
                 with watch.paused():
-                    self._save()
+                    self._save(log)
         self.epoch += 1
         self.batch = 0
+        parts.train_loader.set_epoch(self.epoch)
         ended = self.epoch == recipe.optim.epochs
         if ended or self.epoch % recipe.checkpoint.every_epochs == 0:
             improved = self._evaluate(log)
-            self._save(is_best=improved, ended_epoch=self.epoch)
+            self._save(log, is_best=improved, ended_epoch=self.epoch)
         return None if ended else self._stop_agreed(interrupt)
 
     def _set_lr(self) -> None:
         if self.recipe.optim.step_on == "epoch":
             self.parts.scheduler.step(self.epoch)
         else:
-            self.parts.scheduler.step_update(self.update)
+            self.parts.scheduler.step_update(self._scheduled)
 
     def _autocast(self) -> AbstractContextManager[object]:
         dtype = AMP_DTYPES.get(self.recipe.amp)
@@ -328,8 +337,9 @@ class Trainer:
                 self.bad_files[path] = cause
                 log.say(f"unreadable image no. {len(self.bad_files)}, left out: {path}: {cause}")
 
-    def _save(self, *, is_best: bool = False, ended_epoch: int | None = None) -> None:
+    def _save(self, log: RunLog, *, is_best: bool = False, ended_epoch: int | None = None) -> None:
         parts = self.parts
+        log.publish()
         meter = self.context.sum(self._meter)  # all processes take part
         bad_files = self.context.merged(self.bad_files)
         if self.context.is_main:
@@ -340,7 +350,7 @@ class Trainer:
                 "scaler": parts.scaler.state_dict(),
                 "update": self.update,
                 "epoch": self.epoch,
-                "batch": self.batch,
+                "loader": parts.train_loader.state_dict(),
                 "meter": meter,
                 "metered": self._metered,
                 "best": self.best,
@@ -351,48 +361,26 @@ class Trainer:
                 "num_classes": parts.num_classes,
                 "versions": environment.versions(),
                 "world_size": self.context.world_size,
+                "job": self.context.job,
             }
             self.store.save(state, is_best=is_best, ended_epoch=ended_epoch)
         self.context.barrier()
 
     def _resume(self, resume: str) -> list[str]:
         """Take up a checkpoint where `resume` asks for one; returns what the user should know."""
-        path = self.store.last if resume in ("auto", "never") else Path(resume)
-        if resume == "never" and path.exists():
-            raise CheckpointError(
-                f"resume: never, but {path} exists; choose another out, or --resume auto"
-            )
-        if resume in ("auto", "never") and not path.exists():
+        path = find_checkpoint(resume, self.store, self.context)
+        if path is None:
             return []
-        state = checkpoint.load(path)
-        changed = checkpoint.check_same_model(path, state["recipe"], to_dict(self.recipe))
-        parts = self.parts
-        if (state["model_ema"] is None) != (parts.ema is None):
-            raise CheckpointError(
-                f"{path}: was saved {'without' if parts.ema else 'with'} a weight average, the "
-                f"recipe has ema_decay: {self.recipe.ema_decay}"
-            )
-        if state["classes"] != parts.train_loader.classes:
-            raise CheckpointError(
-                f"{path}: was trained on other classes ({checkpoint.named(state['classes'])}) than "
-                f"the class folders are ({checkpoint.named(parts.train_loader.classes)})"
-            )
-        checkpoint.check_position(path, state, to_dict(self.recipe), self.context.world_size)
-        student = cast(nn.Module, parts.student)
-        load_strictly(student, state["model"], path, "the recipe's student")
-        if parts.ema is not None:
-            load_strictly(parts.ema.module, state["model_ema"], path, "the recipe's student")
-        parts.optimizer.load_state_dict(state["optimizer"])
-        parts.scaler.load_state_dict(state["scaler"])
-        self.update, self.epoch, self.batch = state["update"], state["epoch"], state["batch"]
+        state, changed = restore(path, self.parts, self.recipe, self.context.world_size)
+        position = self.parts.train_loader.state_dict()
+        self.update, self.epoch, self.batch = state["update"], position["epoch"], position["batch"]
         self.best, self.scores = state["best"], state["scores"]
         self.bad_files = state["bad_files"]
         if self.context.is_main:  # the sum over all processes; the others start from zero
-            self._meter.copy_(state["meter"])
+            # scaled: the interval's mean divides it by the micro-batches of as many as there are
+            self._meter.copy_(state["meter"] * (self.context.world_size / state["world_size"]))
         self._metered = state["metered"]
         messages = [f"resumed from {path} after update {self.update} (epoch {self.epoch})"]
-        if state["world_size"] != self.context.world_size:
-            changed.append(f"processes: {state['world_size']} -> {self.context.world_size}")
         if changed:
             messages.append(f"changed since that checkpoint: {'; '.join(changed)}")
         return messages

@@ -180,6 +180,8 @@ class Recipe:
         ema_decay: decay of the weight average, evaluated beside the weights; null for none.
         amp: automatic mixed precision: "off", "bf16" or "fp16" (with loss scaling).
         compile: whether torch.compile is used.
+        compile_mode: torch.compile's mode; "reduce-overhead" and "max-autotune" record CUDA graphs,
+            whose shapes are static here, as a training epoch's partial last batch is dropped.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
         log_every: updates between two rows of metrics.
     """
@@ -196,6 +198,7 @@ class Recipe:
     ema_decay: float | None = 0.99996
     amp: Literal["off", "bf16", "fp16"] = "bf16"
     compile: bool = False
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
     device: str = "auto"
     log_every: int = 50
 
@@ -215,6 +218,14 @@ class Recipe:
             raise RecipeError(
                 "teacher: given, but the loss does not use it "
                 "(loss.alpha is 0 and loss.feature is null)"
+            )
+        if self.compile_mode != "default" and not self.compile:
+            raise RecipeError(f"compile_mode: {self.compile_mode!r} needs compile: true")
+        if self.compile_mode != "default" and self.optim.accumulate > 1:
+            # Gradients would be a graph's own memory, which its next run overwrites.
+            raise RecipeError(
+                f"compile_mode: {self.compile_mode!r} records CUDA graphs, which can't accumulate "
+                f"gradients (optim.accumulate is {self.optim.accumulate}); expected 'default'"
             )
         if self.loss.feature is not None and not self.loss.pairs:
             raise RecipeError("loss.pairs: empty, but loss.feature asks for a feature loss")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from os import PathLike
-from pathlib import Path
 
 from featkd.models import FeatureModel, create_student
 from featkd.models.weights import Weights, choose_weights
@@ -14,7 +13,7 @@ def load_trained(path: str | PathLike[str], weights: Weights = "auto") -> Featur
     """Rebuild the student of a training run and load its weights.
 
     Args:
-        path: a checkpoint of `featkd distill` (last.pt, best.pt, epoch-<n>.pt).
+        path: a checkpoint of `featkd distill` (last.pt, best.pt, epoch-<n>.pt), or its URL.
         weights: "model" for the weights of the last update, "model_ema" for their average,
             "auto" for those of the two that scored better when the file was written.
 
@@ -25,7 +24,7 @@ def load_trained(path: str | PathLike[str], weights: Weights = "auto") -> Featur
         CheckpointError: no checkpoint of featkd.
         ValueError: it has no such weights.
     """
-    state = checkpoint.load(Path(path))
+    state = checkpoint.load(path)
     config, data = state["recipe"]["student"], state["recipe"]["data"]
     student = create_student(
         config["base"],
@@ -34,6 +33,6 @@ def load_trained(path: str | PathLike[str], weights: Weights = "auto") -> Featur
         state["num_classes"],
         **{"img_size": data["img_size"], **config["options"], "pretrained": False},
     )
-    student.load_state_dict(choose_weights(state, weights, Path(path)))
+    student.load_state_dict(choose_weights(state, weights, path))
     student.eval()
     return student

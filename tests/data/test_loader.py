@@ -171,6 +171,77 @@ def test_an_epoch_resumes_where_it_stopped(make_set: MakeSet, workers: int, spli
 
 
 @pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_state_says_what_comes_next(make_set: MakeSet, workers: int) -> None:
+    """After each batch, a new loader goes on from the state: workers' batches ahead don't count."""
+    with loading(make_set(train=22), workers=workers) as loader:
+        loader.set_epoch(5)
+        assert loader.state_dict()["batch"] == 0
+        whole = list(loader)
+        assert loader.state_dict()["batch"] == len(whole) == 5
+        states = [loader.state_dict() for _ in loader]  # anew, without set_epoch
+        loader.set_epoch(7, 1)
+        running = iter(loader)
+        next(running)
+        loader.set_epoch(8, 2)
+        next(running)  # of epoch 7 still
+        assert loader.state_dict() == {
+            "epoch": 8, "batch": 2, "batch_size": 4, "world_size": 1, "seed": 0, "repeats": 1,
+            "num_images": 22,
+        }  # fmt: skip
+    assert [(state["epoch"], state["batch"]) for state in states] == [(5, k) for k in range(1, 6)]
+    with loading(make_set(train=22)) as other:
+        for given, state in enumerate(states, start=1):
+            other.load_state_dict(state)
+            assert other.state_dict() == state
+            assert same(list(other), whole[given:])
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_state_serves_other_batches_and_ranks(make_set: MakeSet, repeats: int) -> None:
+    """12 images on 1 rank, then the others on 1, 2 or 3: together each exactly once."""
+    root = make_set(train=36)
+    augment = replace(DEFAULTS["augment"], repeats=repeats)
+
+    def pixels(batches: list[Batch]) -> list[bytes]:
+        return [image.numpy().tobytes() for batch in batches for image in batch.images]
+
+    with loading(root, augment=augment) as loader:
+        loader.set_epoch(2)
+        whole = pixels(list(loader))
+        state = [loader.state_dict() for _ in loader][2]
+    assert len(set(whole)) == 36
+    for world_size, batch_size in ((1, 6), (1, 3), (2, 6), (3, 4), (2, 2)):
+        rest: list[bytes] = []
+        for rank in range(world_size):
+            with loading(
+                root, "train", batch_size, rank=rank, world_size=world_size, augment=augment
+            ) as other:
+                other.load_state_dict(state)
+                assert other.state_dict()["batch"] == 12 // (world_size * batch_size)
+                rest += pixels(list(other))
+        assert sorted(rest) == sorted(whole[12:])
+
+
+def test_a_state_of_another_order_is_refused(make_set: MakeSet) -> None:
+    with loading(make_set(train=20)) as loader:
+        state = [loader.state_dict() for _ in loader][2]
+        for name, value in (("num_images", 21), ("seed", 1), ("repeats", 3)):
+            with pytest.raises(ValueError, match=f"{name}: {value} when .* epoch 0, now .* expect"):
+                loader.load_state_dict({**state, name: value})
+            loader.load_state_dict({**state, name: value, "batch": 0, "epoch": 3})  # it may change
+            assert loader.state_dict()["epoch"] == 3
+    with (
+        loading(make_set(train=20), "train", 8) as other,
+        pytest.raises(
+            ValueError, match=r"after 12 images .* batches of 8 on 1 ranks; .* divide 12"
+        ),
+    ):
+        other.load_state_dict(state)
+
+
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_evaluation_counts_each_image_once(make_set: MakeSet, world_size: int) -> None:
     root = make_set(val=5, classes=5)
@@ -322,6 +393,47 @@ def test_a_killed_worker_is_an_error_not_a_hang(make_set: MakeSet) -> None:
         with pytest.raises(RuntimeError, match=r"DataLoader worker|loader worker died"):
             list(batches)
     assert alive() == []
+
+
+ORPHANED = """
+import multiprocessing, sys, types
+from featkd.data import DataConfig, build_loader
+config = DataConfig(sys.argv[1], img_size=16, workers=1, backend="timm")
+running = []
+for beside in ("nothing", "nvidia.dali"):
+    sys.modules[beside] = types.ModuleType(beside)
+    running.append(iter(build_loader(config, split="train", batch_size=4)))
+    next(running[-1])
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_workers_end_with_a_killed_rank(make_set: MakeSet) -> None:
+    """At once, be they forked from it or, beside DALI, from a server process."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", ORPHANED, make_set(train=40)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    workers = process.stdout.readline().split()
+    assert len(workers) == 2
+    process.kill()
+    killed = time.monotonic()
+    while any(lives(pid) for pid in workers):
+        assert time.monotonic() < killed + 2, f"workers {workers} live on"
+        time.sleep(0.02)
+    process.communicate()
+
+
+def lives(process: str) -> bool:
+    """Whether it runs: one that nobody has waited for yet does not."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return False
 
 
 ENDING = """

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
+from torch.nn.parallel import DistributedDataParallel
 
+import featkd
 from featkd.data import BadImageError
 from featkd.distributed import ProcessContext
+from featkd.train.build import FeatureForward
 from featkd.train.checkpoint import load
 from featkd.train.engine import Trainer, TrainingDiverged
 from featkd.train.logs import read_csv
@@ -111,6 +117,30 @@ def test_accumulation_equals_one_large_batch(alone):
         large.parts.student.parameters(), small.parts.student.parameters(), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_reduced_once_an_update(alone):
+    """Not with each of its micro-batches: counted where DDP hands them to the network."""
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        trainer = Trainer(replace(alone, optim=replace(alone.optim, accumulate=3)), CPU)
+        parts, reduced = trainer.parts, 0
+        parts.student_forward = DistributedDataParallel(parts.student_forward)
+
+        def count(_, bucket):
+            nonlocal reduced
+            reduced += bucket.is_last()
+            done = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        parts.student_forward.register_comm_hook(None, count)
+        batches = list(parts.train_loader)
+        for update in (1, 2):
+            trainer.step(batches[:3])
+            assert reduced == update
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_divergence_is_an_error(alone):
@@ -295,3 +325,45 @@ def test_compiled_run(recipe, arch):
     run(eager)
     compiled, plain = ([float(x) for x in column(r, "loss")] for r in (recipe, eager))
     assert compiled == pytest.approx(plain, rel=1e-4)
+
+
+def test_student_and_teacher_are_compiled_in_the_mode_asked_for(recipe, monkeypatch):
+    """CUDA graphs record only on a GPU: here, what torch is asked for."""
+    asked = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, **options: asked.append((type(module), options))
+    )
+    Trainer(replace(recipe, compile=True, compile_mode="reduce-overhead"), CPU)
+    assert asked == [(FeatureForward, {"mode": "reduce-overhead"})] * 2
+
+
+def test_a_jump_of_the_clock_changes_nothing(recipe, monkeypatch):
+    """A wall clock that is set back an hour at every look, and one that never is."""
+    run(recipe)
+    now = time.time()
+
+    def earlier() -> float:
+        nonlocal now
+        now -= 3600
+        return now
+
+    monkeypatch.setattr(time, "time", earlier)
+    jumped = replace(recipe, out=recipe.out + "-jumped")
+    outcome = run(jumped)
+    assert 0 < outcome.images_per_s < 1e5
+    for row in read_csv(Path(jumped.out) / "metrics.csv"):
+        assert 0 < float(row["images_per_s"]) < 1e5
+    assert column(jumped, "loss") == column(recipe, "loss")
+    monkeypatch.setattr("featkd.train.engine.time.perf_counter", earlier)  # this would be noticed
+    assert run(replace(recipe, out=recipe.out + "-noticed")).images_per_s < 0
+
+
+def test_nothing_reads_the_wall_clock():
+    """But the results of benchmarks, which carry their date."""
+    root = Path(featkd.__file__).parent
+    readers = [
+        path.name
+        for path in (*root.rglob("*.py"), *(root.parent / "benchmarks").glob("*.py"))
+        if re.search(r"time\.time\(|datetime\.now|utcnow|time_ns", path.read_text())
+    ]
+    assert set(readers) <= {"results.py"}

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
+from featkd.remote import locate
 from featkd.train.checkpoint import CheckpointError, load
 from featkd.train.engine import Trainer
-from featkd.train.logs import read_csv
-from featkd.train.recipe import StudentConfig
+from featkd.train.logs import RunLog, read_csv
+from featkd.train.recipe import Recipe, RecipeError, StudentConfig
 from featkd.train.trained import load_trained
 from tests.train.runs import CPU, column, run, same_weights
 
@@ -46,7 +51,9 @@ def test_resuming_repeats_the_unbroken_run_bit_for_bit(recipe, every_updates, tm
     with pytest.raises(Stop):
         stopped.run(quiet=True)
     state = load(Path(recipe.out) / "last.pt")
-    assert (state["update"], state["batch"]) == {None: (3, 0), 4: (4, 2), 5: (5, 4)}[every_updates]
+    assert (state["update"], state["loader"]["batch"]) == {None: (3, 0), 4: (4, 2), 5: (5, 4)}[
+        every_updates
+    ]
     assert state["metered"] == (2 if every_updates == 5 else 0)  # within a logged interval
     run(recipe)
     assert column(recipe, "update") == column(whole, "update")
@@ -129,7 +136,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(recipe, monkeypatch):
     trainer = Trainer(longer, CPU)
     trainer._resume("auto")
     with pytest.raises(CheckpointError, match=r"could not save .*No space left.*untouched"):
-        trainer._save()
+        trainer._save(RunLog(None, 0, 0))
     assert last.read_bytes() == before
     assert not list(Path(recipe.out).glob(".*.tmp"))
 
@@ -217,19 +224,160 @@ def test_another_image_size_is_refused(recipe):
         run(replace(recipe, data=replace(recipe.data, img_size=32)))
 
 
-def test_a_position_within_an_epoch_needs_the_same_batches(recipe):
+def stop_within_an_epoch(recipe: Recipe, updates: int) -> Path:
+    """Train some updates of the first epoch and save; returns the checkpoint."""
     trainer = Trainer(recipe, CPU)
-    trainer.step([next(iter(trainer.parts.train_loader))])
+    trainer.parts.student.train()
+    for batch in islice(trainer.parts.train_loader, updates):
+        trainer.step([batch])
     trainer.store.prepare()
-    trainer._save()
-    with pytest.raises(CheckpointError, match=r"saved within an epoch with batch_size: 8"):
-        run(replace(recipe, batch_size=4))
+    trainer._save(RunLog(None, 0, 0))
+    return trainer.store.last
+
+
+def test_an_epoch_goes_on_in_other_batches(recipe, monkeypatch):
+    """Two updates of 8 images, then the epoch's other 32 in batches of 4: none twice, none left."""
+    seen: list[torch.Tensor] = []
+    losses = Trainer.losses
+
+    def noting(self, batch):
+        seen.extend(batch.images)
+        return losses(self, batch)
+
+    monkeypatch.setattr(Trainer, "losses", noting)
+    stop_within_an_epoch(recipe, 2)
+    assert len(seen) == 16
+    run(replace(recipe, batch_size=4))
+    first_epoch = [image.numpy().tobytes() for image in seen[:48]]
+    whole = Trainer(replace(recipe, batch_size=48), CPU)
+    (batch,) = whole.parts.train_loader
+    assert first_epoch == [image.numpy().tobytes() for image in batch.images]
+    # 2 updates of 8 images, 8 and 12 of 4: the schedule ends where it would have
+    assert column(recipe, "update")[-1] == "22"
+    rates = [float(x) for x in column(recipe, "lr")]
+    assert rates[0] == pytest.approx(1e-6 + 4 / 12 * (1e-3 - 1e-6))  # 4 of 12 warm-up updates
+    assert rates[-1] == pytest.approx(
+        1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * 23 / 24)) / 2, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 16}, r"last.pt: batch_size: .* after 24 images .* to divide 24"),
+        ({"seed": 1}, r"last.pt: seed: 0 when the loader stopped within epoch 0, now 1"),
+        ({"accumulate": 2}, r"3 micro-batches .* optim.accumulate: 2; expected a divisor of 3"),
+        ({"repeats": 3}, r"last.pt: repeats: 1 when"),
+    ],
+)
+def test_an_epoch_in_another_order_is_refused(recipe, changes, message):
+    stop_within_an_epoch(recipe, 3)
+    repeats = changes.pop("repeats", 1)
+    optim = replace(recipe.optim, accumulate=changes.pop("accumulate", 1))
+    augment = replace(recipe.data.augment, repeats=repeats)
+    other = replace(recipe, optim=optim, data=replace(recipe.data, augment=augment), **changes)
+    with pytest.raises(CheckpointError, match=message):
+        run(other)
+
+
+def test_another_number_of_processes_is_said(recipe):
+    """One process goes on where two of half the batch stopped, and one of a whole one."""
+    last = stop_within_an_epoch(recipe, 2)
+    state = load(last)
+    state["world_size"] = state["loader"]["world_size"] = 2
+    state["recipe"]["batch_size"] = state["loader"]["batch_size"] = 4
+    torch.save(state, last)
+    trainer = Trainer(recipe, CPU)
+    _, changed = trainer._resume("auto")
+    assert trainer.batch == 2
+    assert "processes: 2 -> 1 (8 images an update as before; drop-path draws" in changed
+    _, changed = Trainer(replace(recipe, batch_size=16), CPU)._resume("auto")
+    assert "8 -> 16 images an update: peak learning rate 0.002 -> 0.004, 3 updates an" in changed
+
+
+def test_a_restart_by_torchrun_goes_on_whatever_was_asked(recipe):
+    """The job's own last checkpoint, not the one named or forbidden when it began."""
+    first = stop_within_an_epoch(replace(recipe, out=recipe.out + "-first"), 1)
+    job = replace(CPU, job="17")
+    trainer = Trainer(recipe, job)
+    assert trainer._resume(str(first))[0].startswith(f"resumed from {first}")
+    trainer.run("auto", quiet=True)
+    again = Trainer(recipe, job)
+    for asked in (str(first), "never"):
+        assert again._resume(asked)[0].startswith(f"resumed from {recipe.out}/last.pt")
+    assert Trainer(recipe, CPU)._resume(str(first))[0].startswith(f"resumed from {first}")
+    for other in (CPU, replace(CPU, job="18")):
+        with pytest.raises(CheckpointError, match="resume: never, but"):
+            Trainer(recipe, other)._resume("never")
 
 
 def test_out_that_is_a_file(recipe, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"out: .*file is a file, expected a folder"):
         run(replace(recipe, out=str(tmp_path / "file")))
+
+
+@pytest.fixture
+def store(recipe) -> Iterator[Recipe]:
+    """The recipe with its output in an object store, here one in memory."""
+    yield replace(recipe, out="memory://bucket/run")
+    MemoryFileSystem.store.clear()
+
+
+def test_a_run_in_an_object_store_resumes_bit_for_bit(recipe, store, monkeypatch):
+    """Killed within the second epoch: its rows since the first are gone, and come again."""
+    run(recipe)
+    out = locate(store.out)
+    log = Trainer._log
+    rows = []
+
+    def die_at_nine(self, *args):
+        rows.append(len(read_csv(out / "metrics.csv")))
+        if self.update == 9:
+            raise KeyboardInterrupt
+        log(self, *args)
+
+    monkeypatch.setattr(Trainer, "_log", die_at_nine)
+    monkeypatch.setattr(RunLog, "close", lambda _: None)  # nothing runs after a kill
+    with pytest.raises(KeyboardInterrupt):
+        run(store)
+    assert rows == [0] * 6 + [6] * 3  # they go up with each checkpoint
+    assert load(out / "last.pt")["update"] == 6
+    monkeypatch.undo()
+    run(store)
+    for name in ("metrics.csv", "eval.csv"):
+        there, here = (read_csv(folder / name) for folder in (out, Path(recipe.out)))
+        for row in (*there, *here):
+            row.pop("images_per_s", None)
+        assert there == here
+    names = {str(path).rpartition("/run/")[2] for path in out.fs.find(out.path)}
+    assert {"last.pt", "best.pt", "metrics.csv", "eval.csv"} < names
+    assert len([name for name in names if name.startswith("tensorboard/events")]) == 2
+    for name in ("last.pt", "best.pt"):
+        assert same_weights(out / name, Path(recipe.out) / name)
+    trained = load_trained(f"{store.out}/best.pt", "model").state_dict()
+    assert all(torch.equal(trained[k], v) for k, v in load(out / "best.pt")["model"].items())
+    teacher = replace(recipe.teacher, checkpoint="memory://bucket/none.pt")
+    with pytest.raises(RecipeError, match=r"teacher.checkpoint: no file 'memory://bucket/none"):
+        Trainer(replace(recipe, teacher=teacher), CPU)
+
+
+def test_a_store_that_fails_leaves_the_old_checkpoint(store, monkeypatch):
+    run(store)
+    last = locate(store.out) / "last.pt"
+    before = last.read_bytes()
+    pipe_file = MemoryFileSystem.pipe_file
+
+    def half(self, path, value, *args):
+        pipe_file(self, path, value[: len(value) // 2], *args)
+        if "last.pt" in path:
+            raise ConnectionError("cut off")
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", half)
+    longer = replace(store, optim=replace(store.optim, epochs=3))
+    with pytest.raises(CheckpointError, match=r"could not save memory://.*cut off.*untouched"):
+        run(longer)
+    assert last.read_bytes() == before
 
 
 def test_plain_student_of_another_width_is_pooled_and_said(recipe):

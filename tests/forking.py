@@ -1,0 +1,198 @@
+"""featkd's command line in processes forked from one that has imported it.
+
+Importing takes seconds, and tests of stops, kills and several ranks need many processes. Each is
+one like any other, with a session, signals, an exit code and output of its own. `python -m
+tests.forking` is the process that they are forked from.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Forked:
+    """A command that runs, or has run."""
+
+    def __init__(self, server: Server, pid: int, folder: Path) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._server = server
+        self._folder = folder
+
+    @property
+    def stdout(self) -> str:
+        return (self._folder / "stdout").read_text()
+
+    @property
+    def stderr(self) -> str:
+        return (self._folder / "stderr").read_text()
+
+    def poll(self) -> int | None:
+        """The exit code, -N after signal N, None while it runs."""
+        if self.returncode is None:
+            self.returncode = self._server.ask({"poll": self.pid})
+        return self.returncode
+
+    def wait(self, seconds: float = 60) -> int:
+        deadline = time.monotonic() + seconds
+        while (code := self.poll()) is None:
+            assert time.monotonic() < deadline, self.stderr
+            time.sleep(0.01)
+        return code
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+
+
+class Server:
+    """The process that commands are forked from."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._count = 0
+        self._started: list[Forked] = []
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.forking"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(
+        self,
+        *words: object,
+        env: dict[str, str] | None = None,
+        file_size: int | None = None,
+        elastic: int = 0,
+    ) -> Forked:
+        """Start `featkd WORDS`.
+
+        Args:
+            env: set in its environment.
+            file_size: bytes that a file of its can have.
+            elastic: so many ranks, started and started again by torchrun's agent; 0 runs the
+                command without one.
+        """
+        self._count += 1
+        folder = self._folder / str(self._count)
+        folder.mkdir()
+        request = {
+            "words": list(map(str, words)), "folder": str(folder), "env": env or {},
+            "file_size": file_size, "elastic": elastic,
+        }  # fmt: skip
+        self._started.append(Forked(self, self.ask(request), folder))
+        return self._started[-1]
+
+    def call(self, *words: object, **options: Any) -> Forked:
+        """The same, after it has ended."""
+        forked = self.start(*words, **options)
+        forked.wait()
+        return forked
+
+    def ranks(self, count: int, *words: object) -> list[Forked]:
+        """`count` processes of one run, without an agent."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return [
+            self.start(*words, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(count)
+        ]
+
+    def close(self) -> None:
+        for forked in self._started:
+            if forked.poll() is None:
+                os.killpg(forked.pid, signal.SIGKILL)
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(10)
+
+
+def _serve() -> None:
+    """Answer requests, a line each, until the input ends; a forked child leaves for its command."""
+    import torch.utils.tensorboard
+    from torch.distributed.launcher import api
+
+    import featkd.train.dryrun
+
+    assert featkd.train.dryrun
+    assert torch.utils.tensorboard
+    assert api
+    while line := sys.stdin.readline():
+        request = json.loads(line)
+        if "poll" in request:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        else:
+            answer = os.fork()
+            if answer == 0:
+                _run(request)
+        print(json.dumps(answer), flush=True)
+
+
+def _run(request: dict[str, Any]) -> None:
+    from featkd.cli import main
+
+    os.setsid()
+    os.environ.update(request["env"])
+    folder = Path(request["folder"])
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    if request["file_size"] is not None:
+        limits = (request["file_size"], resource.RLIM_INFINITY)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if request["elastic"]:
+        sys.exit(_under_agent(request["words"], request["elastic"]))
+    sys.exit(main(request["words"]))
+
+
+def _under_agent(words: list[str], ranks: int) -> int:
+    """What `torchrun --standalone --nproc-per-node RANKS --max-restarts 3` does."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=str(os.getpid()), max_restarts=3,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="forkserver",
+        rdzv_configs={"is_host": True}, local_addr="127.0.0.1",
+    )  # fmt: skip
+    # Not from here: forked beside the agent's threads, ranks were seen to wait for a lock for ever.
+    multiprocessing.set_forkserver_preload(["featkd.train.dryrun", "torch.utils.tensorboard"])
+    try:
+        elastic_launch(config, _rank)(words)
+    except ChildFailedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _rank(words: list[str]) -> None:
+    from featkd.cli import main
+
+    multiprocessing.set_start_method("fork", force=True)  # of loaders' workers, as anywhere else
+    sys.exit(main(words))
+
+
+if __name__ == "__main__":
+    _serve()

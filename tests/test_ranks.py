@@ -1,0 +1,211 @@
+"""Several processes train one model: equal to one process, and robust to stops and kills."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from featkd.cli import main
+from featkd.train.checkpoint import load
+from featkd.train.logs import read_csv
+from tests.forking import Forked, Server
+from tests.train.runs import same_weights
+
+EQUAL = (
+    "--optim.epochs", 34, "--checkpoint.every_epochs", 34, "--student.options.drop_path_rate", 0,
+    "--data.augment.random_erasing", 0,
+)  # fmt: skip
+
+
+def succeed(ranks: list[Forked]) -> None:
+    for rank in ranks:
+        assert rank.wait() == 0, rank.stderr
+
+
+@pytest.mark.parametrize(("arch", "accumulate"), [("widelast", 1), ("lift", 2)])
+def test_two_processes_train_one_model(recipe_file, server: Server, tmp_path, arch, accumulate):
+    """gloo: over 102 updates the losses and weights of one process with the same global batch.
+
+    Not to the bit: BatchNorm-free models sum gradients in another order, that is all.
+    """
+    words = ["distill", str(recipe_file), "--student.arch", arch, *map(str, EQUAL)]
+    assert main([*words, "--out", str(tmp_path / "one"), "--batch_size", "16"]) == 0
+    words += ["--batch_size", str(8 // accumulate), "--optim.accumulate", str(accumulate)]
+    succeed(server.ranks(2, *words, "--out", tmp_path / "two"))
+    a, b = (load(tmp_path / name / "last.pt") for name in ("one", "two"))
+    assert (a["world_size"], b["world_size"]) == (1, 2)
+    for key, value in a["model"].items():
+        expected, found = value, b["model"][key]
+        if key.endswith("qkv.bias"):  # attention does not depend on the keys' third: Adam on noise
+            expected, found = (torch.cat(x.chunk(3)[::2]) for x in (expected, found))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-5)
+    rows = [read_csv(tmp_path / name / "metrics.csv") for name in ("one", "two")]
+    assert len(rows[0]) == 102
+    for x, y in zip(*rows, strict=True):
+        for name in ("loss", "logits_loss", "feature_loss"):
+            assert float(x[name]) == pytest.approx(float(y[name]), rel=1e-5)
+    assert {r["images"] for r in read_csv(tmp_path / "two" / "eval.csv")} == {"12"}
+
+
+def test_two_processes_stop_together_and_leave_a_checkpoint(recipe_file, server, tmp_path):
+    """SIGTERM to one of them alone, far from any logged update."""
+    out = tmp_path / "run"
+    words = ("distill", recipe_file, "--out", out, "--optim.epochs", 500)
+    words += ("--log_every", 100000, "--checkpoint.every_epochs", 1000)
+    ranks = server.ranks(2, *words)
+    wait_for(lambda: len(read_csv(out / "metrics.csv")) >= 3, ranks)  # an epoch's last is logged
+    ranks[1].kill(signal.SIGTERM)
+    assert [rank.wait() for rank in ranks] == [143, 143]
+    assert "stopped by signal 15" in ranks[0].stderr
+    assert load(out / "last.pt")["update"] > 3
+
+
+def test_bad_images_of_every_process_are_named(recipe_file, server, images, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(images, broken)
+    paths = sorted((broken / "val").rglob("*.png"))[:2]  # one falls to each process
+    for path in paths:
+        path.write_bytes(b"no picture")
+    words = ("--data.path", broken, "--data.on_bad_image", "skip", "--batch_size", 4)
+    words += ("--optim.epochs", 1, "--optim.warmup_epochs", 0)
+    ranks = server.ranks(2, "distill", recipe_file, *words)
+    succeed(ranks)
+    assert "2 unreadable images left out" in ranks[0].stdout
+    for path in paths:
+        assert f"left out: {path}" in ranks[0].stderr
+
+
+def wait_for(condition, processes: list[Forked], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        for process in processes:
+            assert process.poll() is None, process.stderr
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_other_processes_end_with_a_killed_one(recipe_file, server, tmp_path):
+    """They say why in one message; one process alone goes on, within the epoch."""
+    out = tmp_path / "run"
+    words = ("distill", recipe_file, "--out", out, "--optim.epochs", 40)
+    words += ("--checkpoint.every_epochs", 100, "--checkpoint.every_updates", 1)
+    ranks = server.ranks(2, *words)
+    wait_for((out / "last.pt").exists, ranks)
+    ranks[1].kill()
+    assert ranks[0].wait(20) == 1
+    assert "featkd: another process of the run has ended" in ranks[0].stderr
+    assert "Traceback" not in ranks[0].stderr
+    alone = server.call(*words, "--batch_size", 16)
+    assert alone.returncode == 0, alone.stderr
+    assert "processes: 2 -> 1 (16 images an update as before" in alone.stderr
+    assert [row["update"] for row in read_csv(out / "metrics.csv")] == [
+        str(update) for update in range(1, 121)
+    ]
+
+
+KILLS = int(os.environ.get("FEATKD_KILLS", "1"))
+KILLED = (
+    "--optim.epochs", 12, "--checkpoint.every_updates", 2, "--checkpoint.every_epochs", 2,
+    "--data.workers", 1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def _kept() -> dict[str, Path]:
+    return {}
+
+
+@pytest.fixture
+def unbroken(recipe_file, server, tmp_path, _kept) -> Path:
+    """The folder of the KILLED run on two processes in one go (made once)."""
+    if "out" not in _kept:
+        out = tmp_path / "unbroken"
+        succeed(server.ranks(2, "distill", recipe_file, "--out", out, *KILLED))
+        _kept["out"] = out
+    return _kept["out"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(KILLS))
+def test_a_killed_rank_changes_nothing(recipe_file, server, tmp_path, unbroken, number):
+    """kill -9 of a random rank at a random moment: torchrun's agent starts both again.
+
+    FEATKD_KILLS=20 repeats it, FEATKD_TORCHRUN=1 takes torchrun itself in place of its agent.
+    """
+    out = tmp_path / "killed"
+    draw = random.Random(number)
+    rank, update, delay = draw.randrange(2), draw.randrange(1, 30), draw.random() * 0.05
+    words = ("distill", recipe_file, "--out", out, *KILLED)
+    job = TorchRun(words, tmp_path) if os.environ.get("FEATKD_TORCHRUN") else None
+    agent = job or server.start(*words, elastic=2)
+    loads = 0
+
+    def reached() -> bool:
+        nonlocal loads
+        loads += look(out)
+        return len(read_csv(out / "metrics.csv")) >= update
+
+    wait_for(reached, [agent], 120)
+    time.sleep(delay)
+    os.kill(rank_of(agent, rank), signal.SIGKILL)
+    wait_for(lambda: look(out) >= 0 and "resumed from" in agent.stderr, [agent], 120)
+    while agent.poll() is None:
+        loads += look(out)
+        time.sleep(0.05)
+    assert agent.wait() == 0, agent.stderr
+    assert loads > 0
+    assert agent.stderr.count("resumed from") == 1
+    rows = [read_csv(folder / "metrics.csv") for folder in (out, unbroken)]
+    assert [(r["update"], r["loss"]) for r in rows[0]] == [
+        (r["update"], r["loss"]) for r in rows[1]
+    ]
+    assert same_weights(out / "last.pt", unbroken / "last.pt")
+    print(f"rank {rank} killed at update >= {update}: {loads} checkpoints read meanwhile")
+
+
+def look(out: Path) -> int:
+    """Read every checkpoint there is; returns how many."""
+    return sum(load(path)["update"] > 0 for path in out.glob("*.pt"))
+
+
+def rank_of(agent: Forked, rank: int) -> int:
+    """The process of a rank; they are started in order."""
+    found = children(agent.pid)
+    if not isinstance(agent, TorchRun):  # the ranks of the other come from its server process
+        found = [grandchild for child in found for grandchild in children(child)]
+    assert len(found) == 2
+    return found[rank]
+
+
+def children(process: int) -> list[int]:
+    return list(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
+
+
+class TorchRun(Forked):
+    """The real command, which imports everything in each of its processes."""
+
+    def __init__(self, words: tuple[object, ...], folder: Path) -> None:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc-per-node", "2", "--max-restarts", "3", "-m", "featkd"]
+        with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
+            self._process = subprocess.Popen(
+                [*launcher, *map(str, words)],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        super().__init__(None, self._process.pid, folder)
+
+    def poll(self) -> int | None:
+        self.returncode = self._process.poll()
+        return self.returncode

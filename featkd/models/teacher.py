@@ -32,7 +32,7 @@ def create_teacher(
 
     Returns:
         The model, with `forward_with_features` (see `FeatureModel`). A CaiT mixes its attention
-        heads without timm's copies (see `LeanTalkingHeads`); its numbers differ by rounding.
+        heads by featkd's op (see `FusedTalkingHeads`); its numbers differ by rounding.
 
     Raises:
         ValueError: an unknown name (the nearest one is suggested), both `pretrained` and

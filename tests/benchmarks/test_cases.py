@@ -45,7 +45,7 @@ def test_published_and_large_sizes():
         ({"shapes": "big"}, "shapes: expected small, published, large, grids, all; got 'big'"),
         ({"dtypes": ["fp8"]}, "dtypes: expected fp32, bf16, fp16; got 'fp8'"),
         ({"directions": []}, "directions: expected at least one of forward, backward, both"),
-        ({"batches": [7]}, "batches: the chosen problems have 4 images; got 7"),
+        ({"batches": [7]}, "batches: the chosen problems have 1, 4 images; got 7"),
     ],
 )
 def test_unknown_choices(choice, message):

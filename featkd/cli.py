@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: Callable[[list[str]], int], words: list[str]) -> int:
     """Run a command and turn the errors a user can mend into one clear message."""
     from featkd.data import BadImageError
+    from featkd.data.loader import is_of_worker
     from featkd.diagnostics.source import UnreadableError
     from featkd.diagnostics.state import StateError
     from featkd.distributed import ProcessLost
@@ -85,6 +86,10 @@ def _run(command: Callable[[list[str]], int], words: list[str]) -> int:
         return _fail(str(error), 2)
     except (*failures, OSError) as error:
         return _fail(str(error), 1)
+    except RuntimeError as error:
+        if not is_of_worker(error):
+            raise
+        return _fail(f"{error} Killed from outside, or for want of memory?", 1)
 
 
 def _distill(words: list[str]) -> int:

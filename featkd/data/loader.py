@@ -230,7 +230,7 @@ class TorchLoader(SampledLoader):
                 batch = next(batches, None)
             except (ConnectionError, EOFError, FileNotFoundError) as lost:
                 # Seen where the worker that made a batch dies before its memory is handed over.
-                raise RuntimeError("a loader worker died, killed from outside?") from lost
+                raise RuntimeError("a DataLoader worker died.") from lost
             if batch is None:
                 return
             if isinstance(batch, BadImageError):
@@ -251,6 +251,12 @@ class TorchLoader(SampledLoader):
             # DataLoader has no public call for it, and leaves it to the garbage collector, which
             # comes late where an exception's traceback still holds the iterator.
             iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def is_of_worker(error: RuntimeError) -> bool:
+    """Whether it says that a loader's worker has died; torch raises it out of a signal handler,
+    that is wherever the main process just is."""
+    return "DataLoader worker" in str(error)
 
 
 def _collate(

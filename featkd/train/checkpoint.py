@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from featkd.data.loader import is_of_worker
 from featkd.files import atomic_link, atomic_write, remove_leftovers
 from featkd.remote import Location, RemotePath, locate
 
@@ -71,6 +72,8 @@ class CheckpointStore:
             if ended_epoch is not None and self.keep_every and ended_epoch % self.keep_every == 0:
                 atomic_link(self.last, self.folder / f"epoch-{ended_epoch:04d}.pt")
         except (OSError, RuntimeError) as error:  # torch.save turns a short write into the latter
+            if isinstance(error, RuntimeError) and is_of_worker(error):
+                raise
             raise CheckpointError(
                 f"could not save {self.last}: {error}; earlier checkpoints are untouched"
             ) from error

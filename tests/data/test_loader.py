@@ -390,7 +390,7 @@ def test_a_killed_worker_is_an_error_not_a_hang(make_set: MakeSet) -> None:
         pid = alive()[0]
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-        with pytest.raises(RuntimeError, match=r"DataLoader worker|loader worker died"):
+        with pytest.raises(RuntimeError, match="DataLoader worker"):
             list(batches)
     assert alive() == []
 

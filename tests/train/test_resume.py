@@ -14,7 +14,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from featkd.remote import locate
-from featkd.train.checkpoint import CheckpointError, load
+from featkd.train.checkpoint import CheckpointError, CheckpointStore, load
 from featkd.train.engine import Trainer
 from featkd.train.logs import RunLog, read_csv
 from featkd.train.recipe import Recipe, RecipeError, StudentConfig
@@ -139,6 +139,17 @@ def test_a_full_disk_leaves_the_old_checkpoint(recipe, monkeypatch):
         trainer._save(RunLog(None, 0, 0))
     assert last.read_bytes() == before
     assert not list(Path(recipe.out).glob(".*.tmp"))
+
+
+def test_a_worker_that_dies_meanwhile_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    """torch raises it out of a signal handler, in the middle of whatever goes on."""
+
+    def die(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(torch, "save", die)
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker"):
+        CheckpointStore(tmp_path).save({})
 
 
 @pytest.mark.parametrize("arch", ["plain", "lift", "widelast"])

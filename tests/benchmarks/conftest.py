@@ -17,9 +17,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The set "small" becomes (2, 2 x 4, 6) to 10 and (2, 12)."""
+    """The set "small" becomes (2, 2 x 4, 6) to 10, (2, 12), and 2 heads of 4."""
     monkeypatch.setitem(sizes.MAPS, "small", (Maps(2, (2, 4), 6, 10),))
     monkeypatch.setitem(sizes.LOGITS, "small", ((2, 12),))
+    monkeypatch.setitem(sizes.HEADS, "small", ((2, 2, 5, 4),))
 
 
 @pytest.fixture

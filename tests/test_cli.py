@@ -113,7 +113,6 @@ def test_a_killed_loader_worker_ends_the_run_with_a_message(recipe_file, server,
     assert process.wait() == 1
     assert re.search(r"^featkd: .*DataLoader worker.*for want of memory", process.stderr, re.M)
     assert "Traceback" not in process.stderr
-    assert load(out / "last.pt")["update"] > 0
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(recipe_file, server, tmp_path):

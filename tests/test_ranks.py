@@ -164,7 +164,7 @@ def test_a_killed_rank_changes_nothing(recipe_file, server, tmp_path, unbroken, 
     assert loads > 0
     assert agent.stderr.count("teacher: vit_tiny_patch16_224 has random weights") == 2  # starts
     # A kill before the first checkpoint leaves nothing to go on from.
-    assert agent.stderr.count("resumed from") == 1 or update == 1
+    assert agent.stderr.count("resumed from") == 1 or update <= 2
     rows = [read_csv(folder / "metrics.csv") for folder in (out, unbroken)]
     assert [(r["update"], r["loss"]) for r in rows[0]] == [
         (r["update"], r["loss"]) for r in rows[1]

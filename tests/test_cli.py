@@ -107,12 +107,14 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_so(
 def test_a_killed_loader_worker_ends_the_run_with_a_message(recipe_file, server, tmp_path):
     out = tmp_path / "run"
     process = server.start("distill", recipe_file, "--out", out, *LONG, "--optim.epochs", 500)
-    wait_for_updates(out / "metrics.csv", 3, process)
+    wait_for_updates(out / "metrics.csv", 5, process)  # the first checkpoint is after 4
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(workers[0]), signal.SIGKILL)
     assert process.wait() == 1
-    assert re.search(r"^featkd: .*DataLoader worker.*for want of memory", process.stderr, re.M)
-    assert "Traceback" not in process.stderr
+    # The last line: Python prints what torch's signal handler raises within a callback of its own.
+    last = process.stderr.splitlines()[-1]
+    assert re.match(r"featkd: .*DataLoader worker.*for want of memory", last), process.stderr
+    assert load(out / "last.pt")["update"] > 0
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(recipe_file, server, tmp_path):

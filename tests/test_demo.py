@@ -16,7 +16,7 @@ from featkd.demo.digits import write_digits
 from featkd.demo.results import STUDENTS, RunResult, spread
 from featkd.demo.run import keep_or_clear
 from featkd.environment import versions
-from featkd.train.checkpoint import load
+from featkd.train.checkpoint import FORMAT, load
 from featkd.train.recipe import find_recipe, load_recipe, to_dict
 from tests.page import Page
 
@@ -85,14 +85,14 @@ def test_runs_of_another_recipe_are_not_taken_up(tmp_path: Path):
     last.parent.mkdir()
 
     def save(**changes: object) -> None:
-        state = {"format": 1, "recipe": to_dict(recipe), "versions": versions(), **changes}
+        state = {"format": FORMAT, "recipe": to_dict(recipe), "versions": versions(), **changes}
         last.parent.mkdir(exist_ok=True)
         torch.save(state, last)
 
     save()
     assert keep_or_clear(recipe)
     assert last.exists()
-    for wrong in ({"recipe": {}}, {"versions": {"featkd": "0.0.1"}}):
+    for wrong in ({"recipe": {}}, {"versions": {"featkd": "0.0.1"}}, {"format": 1}):
         save(**wrong)
         assert not keep_or_clear(recipe)
         assert not last.exists()

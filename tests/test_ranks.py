@@ -157,13 +157,14 @@ def test_a_killed_rank_changes_nothing(recipe_file, server, tmp_path, unbroken, 
     wait_for(reached, [agent], 120)
     time.sleep(delay)
     os.kill(rank_of(agent, rank), signal.SIGKILL)
-    wait_for(lambda: look(out) >= 0 and "resumed from" in agent.stderr, [agent], 120)
     while agent.poll() is None:
         loads += look(out)
         time.sleep(0.05)
     assert agent.wait() == 0, agent.stderr
     assert loads > 0
-    assert agent.stderr.count("resumed from") == 1
+    assert agent.stderr.count("teacher: vit_tiny_patch16_224 has random weights") == 2  # starts
+    # A kill before the first checkpoint leaves nothing to go on from.
+    assert agent.stderr.count("resumed from") == 1 or update <= 2
     rows = [read_csv(folder / "metrics.csv") for folder in (out, unbroken)]
     assert [(r["update"], r["loss"]) for r in rows[0]] == [
         (r["update"], r["loss"]) for r in rows[1]

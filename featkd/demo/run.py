@@ -89,7 +89,10 @@ def keep_or_clear(recipe: Recipe, wanted: bool = True) -> bool:
     """
     last = Path(recipe.out) / "last.pt"
     if wanted and last.exists():
-        state = checkpoint.load(last)
+        try:
+            state = checkpoint.load(last)
+        except checkpoint.CheckpointError:  # of an older featkd
+            state = {"recipe": None}
         same_recipe = state["recipe"] == to_dict(recipe)
         if same_recipe and state["versions"] == environment.versions():
             return True

@@ -16,8 +16,8 @@ from featkd.ptx import Counters, Emulator, Launch
 
 from .chips import CHIPS, Chip
 from .csrc_kernels import SOURCE, WARPS, Kernel, scratch_bytes
-from .report import aligned
 from .results import Measured
+from .table import aligned
 
 KERNELS: dict[type[np.floating[Any]], str] = {
     np.float32: "featkd_spectrum_float32",

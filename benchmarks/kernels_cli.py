@@ -41,7 +41,7 @@ def kernels(words: Sequence[str]) -> int:
 def _report(words: list[str]) -> int:
     import torch
 
-    from . import cases, chips, csrc_counts, csrc_kernels, measured, report, results, sizes
+    from . import cases, chips, csrc_counts, csrc_kernels, measured, report, results, sizes, table
     from .problem import DTYPES
 
     archs = [str(chip.arch) for chip in chips.CHIPS]
@@ -85,7 +85,7 @@ def _report(words: list[str]) -> int:
         print(f"\n{report.measured_table(name, timed)}")
     solves = list[csrc_counts.Counted]()
     if own:
-        print(f"\n{report.aligned(csrc_kernels.HEADER, csrc_kernels.rows(own))}")
+        print(f"\n{table.aligned(csrc_kernels.HEADER, csrc_kernels.rows(own))}")
         if options.count != ["none"]:
             solves = [csrc_counts.count(*shape) for shape in csrc_counts.SHAPES]
             print(f"\n{csrc_counts.tables(solves, own)}")

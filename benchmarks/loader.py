@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -16,10 +16,12 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from featkd.data import DataConfig, build_loader, build_transform, read_image
-from featkd.data.loader import start_worker, worker_context
+from featkd.data.loader import end_workers, start_worker, worker_context
 
+from . import timing
 from .photographs import Photographs
 from .throughput import Rate
+from .variants import Step
 
 LIBRARIES = ("dali", "timm", "torchvision")
 FORMS = ("plain", "randaugment")
@@ -61,25 +63,32 @@ def measure(
         The rates, and of each variant that could not be built: why.
     """
     loaders = _build(photos.data, variants, batch_size)
+    counts: dict[str, int] = {}
+
+    def counted(name: str) -> None:
+        counts[name] = loaders.epochs[name]()
+
     try:
-        counts = {name: epoch() for name, epoch in loaders.epochs.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in loaders.epochs}
-        names = list(loaders.epochs)
-        for number in range(rounds):
-            for name in rotated(names, number):
-                start = time.perf_counter()
-                loaders.epochs[name]()
-                seconds[name].append(time.perf_counter() - start)
+        seconds = _in_turns({name: partial(counted, name) for name in loaders.epochs}, rounds)
     finally:
         loaders.close()
-    rates = [Rate("loader", name, counts[name], seconds[name]) for name in names]
+    rates = [Rate("loader", name, counts[name], seconds[name]) for name in loaders.epochs]
     return rates, loaders.refused
 
 
-def rotated(names: Sequence[str], number: int) -> list[str]:
-    """The names from another one on in each round."""
-    first = number % len(names) if names else 0
-    return [*names[first:], *names[:first]]
+def _step(work: Callable[[], object]) -> Step:
+    def run(ready: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        work()
+        return ready
+
+    return Step(lambda: (), run)
+
+
+def _in_turns(work: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, in so many rounds after one to warm up."""
+    steps = {name: _step(run) for name, run in work.items()}
+    clock = timing.clock_for(torch.device("cpu"))
+    return timing.take_turns(steps, clock, min_seconds=0, min_rounds=rounds)
 
 
 def _build(data: DataConfig, variants: Sequence[str], batch_size: int) -> Loaders:
@@ -137,12 +146,7 @@ def _torchvision_epoch(config: DataConfig, batch_size: int, loaders: Loaders) ->
         multiprocessing_context=worker_context() if workers else None,
     )
 
-    def close() -> None:
-        iterator, loader._iterator = loader._iterator, None
-        if iterator is not None:
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
-
-    loaders.closing.append(close)
+    loaders.closing.append(partial(end_workers, loader))
     return lambda: sum(len(targets) for _, targets in loader)
 
 
@@ -186,32 +190,26 @@ def measure_stages(photos: Photographs, *, images: int, rounds: int) -> list[Rat
     """
     paths = list(islice(cycle(photos.paths), images))
     pictures = [read_image(path) for path in paths]
-    work: dict[tuple[str, str], Callable[[], object]] = {
-        ("decode", "timm"): lambda: [read_image(path) for path in paths],
+    work: dict[str, Callable[[], object]] = {
+        "decode timm": lambda: [read_image(path) for path in paths],
     }
     with suppress(ImportError):
-        work["decode", "dali"] = _dali_decoder(paths)
+        work["decode dali"] = _dali_decoder(paths)
     for form in FORMS:
         config = with_form(photos.data, form)
         for library, transform in (
             ("timm", build_transform(config, training=True)),
             ("torchvision", torchvision_transform(config)),
         ):
-            work["augment", f"{library}/{form}"] = _over(transform, pictures)
+            work[f"augment {library}/{form}"] = _over(transform, pictures)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
     try:
-        for run in work.values():
-            run()
-        seconds: dict[tuple[str, str], list[float]] = {key: [] for key in work}
-        for _ in range(rounds):
-            for key, run in work.items():
-                start = time.perf_counter()
-                run()
-                seconds[key].append(time.perf_counter() - start)
+        seconds = _in_turns(work, rounds)
     finally:
         torch.set_num_threads(threads)
-    return [Rate(*key, images, seconds[key]) for key in work]
+    split = {name: name.partition(" ") for name in work}
+    return [Rate(part, variant, images, seconds[n]) for n, (part, _, variant) in split.items()]
 
 
 def _over(

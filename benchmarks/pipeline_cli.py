@@ -46,7 +46,7 @@ def loader(options: Namespace) -> int:
     """Run `featkd bench loader`."""
     from featkd.data import DataConfig
 
-    from . import loader, throughput
+    from . import loader, table, throughput
     from .photographs import photographs
 
     _check_counts(options, "batch", "images", "rounds")
@@ -69,7 +69,7 @@ def loader(options: Namespace) -> int:
         beside = known.get(f"timm/{rate.variant.split('/')[-1]}") if rate in rates else None
         ratio = "" if beside is None else f"{_ratio(beside, rate):.2f}"
         lines.append((f"{rate.name} {rate.variant}", f"{rate.images_per_s:.1f}", ratio))
-    print(throughput.table(("", "images/s", "timm takes (x)"), lines))
+    print(table.aligned(("", "images/s", "timm takes (x)"), lines, numbers=True))
     bottlenecks = {}
     for form in loader.FORMS:
         if f"timm/{form}" in known:
@@ -172,7 +172,7 @@ def _updates(options: Namespace, backend: Any) -> int:
     from featkd import distributed
     from featkd.train.recipe import find_recipe, load_recipe
 
-    from . import step, throughput, train_step
+    from . import step, table, throughput, train_step
     from .photographs import photographs
 
     recipe = load_recipe(find_recipe(options.recipe))
@@ -208,7 +208,7 @@ def _updates(options: Namespace, backend: Any) -> int:
     if together is not None:
         found += [together.loader, *together.train.values()]
         waiting = together.waiting
-    print(throughput.table(*_beside(found, shares)))
+    print(table.aligned(*_beside(found, shares), numbers=True))
     bottlenecks = {name: train_step.bottleneck(waiting[name], shares[name]) for name in names}
     for name in names:
         waits = f" (waiting for the loader: {waiting[name]:.1%})" if together else ""

@@ -7,7 +7,6 @@ A row is one operation alone: both sides start from the same pixels.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from featkd.arguments import Parser, check_folders
 from featkd.data import DataConfig, ImageSet, read_image
-from featkd.data.augment import build_transform, seeded
+from featkd.data.augment import build_transform, kept_generators, seeded
+from featkd.data.dali import as_png
 from featkd.data.dali_pipeline import as_arrays, build_pipeline
 from featkd.data.decisions import Decisions, Operation, TrainingDecisions, evaluation_decisions
 from featkd.data.sampler import Key
@@ -131,7 +131,7 @@ def step_differences(config: DataConfig, paths: Sequence[str]) -> list[Differenc
     plain = replace(config, augment=augment, mean=(0, 0, 0), std=(1, 1, 1))
     keys = [Key(0, number, 0) for number in range(len(images))]
     draw = TrainingDecisions(plain, seed=0)
-    with draw.batch():
+    with kept_generators():
         drawn = [draw.draw(image.size, key) for image, key in zip(images, keys, strict=True)]
     theirs = _stack([_resized(config, *pair) for pair in zip(images, drawn, strict=True)])
     unchanged = [as_png(image) for image in images]
@@ -183,13 +183,6 @@ def _resized(config: DataConfig, image: Image.Image, decisions: Decisions) -> Im
     top, left, height, width = decisions.window
     window = image.crop((left, top, left + width, top + height))
     return window.resize(decisions.size, Image.Resampling[config.interpolation.upper()])
-
-
-def as_png(image: Image.Image) -> Pixels:
-    """A file that every decoder reads to the same pixels."""
-    written = io.BytesIO()
-    image.save(written, "PNG", compress_level=0, icc_profile=None)
-    return np.frombuffer(written.getvalue(), np.uint8)
 
 
 def _stack(images: Sequence[Image.Image]) -> Pixels:

@@ -11,6 +11,7 @@ from . import aot, cases, measured, traffic
 from .chips import CHIPS, chip_of, modelled_us
 from .problem import Case
 from .results import Measured
+from .table import aligned
 
 # bytes over the floor: loss and dS in one launch, all launches together, one forward launch
 _FIRST_LAUNCH = {"projected_feature_kd": 1.25, "widelast_projection": 1.1}
@@ -211,16 +212,6 @@ def measured_table(name: str, rows: Sequence[measured.Timed]) -> str:
     """Microseconds of every launch, measured."""
     lines = [(f"{row.case} {row.kernel}", f"{row.us:.2f}") for row in rows]
     return aligned(("measured: us", name), lines)
-
-
-def aligned(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
-    """A table of text."""
-    table = [list(header), *([str(cell) for cell in line] for line in lines)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-        for line in table
-    )
 
 
 def figures(

@@ -14,12 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from featkd.backends import use_backend
 from featkd.models import create_student, create_teacher
-from featkd.models.features import FeatureModel
+from featkd.train.dryrun import count_flops
 
 from .chips import CHIPS, Chip
 from .table import write_into
@@ -74,23 +71,10 @@ def published_work() -> Work:
         teacher = create_teacher("cait_s24_224", pretrained=False)
     parameters = sum(p.numel() for p in student.parameters())
     return Work(
-        teacher_flops=count_flops(teacher, 224, backward=False),
+        teacher_flops=count_flops(teacher, 224),
         student_flops=count_flops(student, 224, backward=True),
         gradient_bytes=4 * parameters,  # autocast keeps weights and gradients in float32
     )
-
-
-def count_flops(model: FeatureModel, size: int, *, backward: bool) -> int:
-    """Of one image's matrix products, forward and maybe backward; on the meta device."""
-    image = torch.zeros(1, 3, size, size, device="meta")
-    counter = FlopCounterMode(display=False)
-    # The counter knows plain products only, not featkd's ops or a fused attention.
-    with counter, use_backend("reference"), sdpa_kernel(SDPBackend.MATH):
-        with torch.set_grad_enabled(backward):
-            logits = model(image)
-        if backward:
-            torch.autograd.backward(logits.sum())
-    return int(counter.get_total_flops())
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The results as a Markdown table, on its own or inside a document."""
+"""Tables: of text, and of the results in Markdown, on its own or inside a document."""
 
 from __future__ import annotations
 
@@ -14,6 +14,21 @@ _HEAD = (
     "| case | eager ms | compile ms | featkd ms | vs eager | vs best | MiB, eager | compile | "
     "featkd | roofline | backend |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|\n"
 )
+
+
+def aligned(
+    header: Sequence[str], lines: Sequence[Sequence[object]], *, numbers: bool = False
+) -> str:
+    """Columns of text of equal width; with `numbers` all but the first are flush right."""
+    table = [list(header), *([str(cell) for cell in line] for line in lines)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if numbers and i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    )
 
 
 def markdown(rows: Sequence[Row]) -> str:

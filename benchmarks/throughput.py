@@ -48,16 +48,3 @@ class Rate:
 def figures(rates: Iterable[Rate]) -> list[Measured]:
     """Of all of them, in the JSON form."""
     return [figure for rate in rates for figure in rate.figures()]
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns of equal width; the first is flush left, the others flush right."""
-    lines = [list(header), *([str(x) for x in row] for row in rows)]
-    widths = [max(len(line[n]) for line in lines) for n in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            x.rjust(width) if n else x.ljust(width)
-            for n, (x, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )

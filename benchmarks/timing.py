@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -70,8 +70,7 @@ def take_turns(
         start = time.perf_counter()
         rounds = 0
         while rounds < _MOST_ROUNDS:
-            first = rounds % len(names)
-            for name in names[first:] + names[:first]:
+            for name in rotated(names, rounds):
                 times[name].append(clock(steps[name]))
             rounds += 1
             spent = time.perf_counter() - start
@@ -81,6 +80,12 @@ def take_turns(
         if collecting:
             gc.enable()
     return times
+
+
+def rotated(names: Sequence[str], number: int) -> list[str]:
+    """The names from another one on in each round."""
+    first = number % len(names) if names else 0
+    return [*names[first:], *names[:first]]
 
 
 def quantiles(seconds: list[float]) -> tuple[float, float, float]:

@@ -15,8 +15,8 @@ from featkd.train.engine import Trainer
 from featkd.train.recipe import Recipe
 
 from . import step
-from .loader import rotated
 from .throughput import Rate
+from .timing import rotated
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,6 +104,11 @@ class RemotePath:
 
 
 Location = Path | RemotePath
+
+
+def seekable(where: Location) -> Path | io.BytesIO:
+    """What `torch.load` takes: a local path, or the content of what is elsewhere."""
+    return where if isinstance(where, Path) else io.BytesIO(where.read_bytes())
 
 
 def locate(where: str | PathLike[str] | RemotePath, name: str = "out") -> Location:

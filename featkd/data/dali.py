@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from featkd.data.augment import kept_generators
 from featkd.data.config import DataConfig
 from featkd.data.dali_augment import supported
 from featkd.data.dali_pipeline import as_arrays, build_pipeline
@@ -163,7 +164,7 @@ class DaliLoader(SampledLoader):
         config = self._config
         if self._draw is None:
             return [evaluation_decisions(s, config.img_size, config.crop_pct) for s in sizes]
-        with self._draw.batch():
+        with kept_generators():
             return [self._draw.draw(s, key) for s, key in zip(sizes, keys, strict=True)]
 
 
@@ -241,7 +242,13 @@ def _load(content: bytes, name: str) -> _File:
         raise
     if plain and _END_OF_JPEG in content[-_TAIL:]:
         return np.frombuffer(content, dtype=np.uint8), size
-    # CMYK, 16 bits, palettes: the rules are decode_image's; PNG carries its pixels unchanged
-    rgb, written = decode_image(content, name), io.BytesIO()
-    rgb.save(written, "PNG", compress_level=0, icc_profile=None)
-    return np.frombuffer(written.getvalue(), dtype=np.uint8), rgb.size
+    # CMYK, 16 bits, palettes: the rules are decode_image's
+    rgb = decode_image(content, name)
+    return as_png(rgb), rgb.size
+
+
+def as_png(image: Image.Image) -> np.ndarray[Any, Any]:
+    """The content of a file that every decoder reads to the image's own pixels."""
+    written = io.BytesIO()
+    image.save(written, "PNG", compress_level=0, icc_profile=None)
+    return np.frombuffer(written.getvalue(), dtype=np.uint8)

@@ -67,16 +67,16 @@ _ENCODERS: dict[str, Callable[..., tuple[int, Any]]] = {
     "TranslateXRel": lambda side, share: _affine(1, 0, share * side, 0, 1, 0),
     "TranslateYRel": lambda side, share: _affine(1, 0, 0, 0, 1, share * side),
 }
-# timm's further names set how a level becomes an argument; the argument means the same
-_SAME = {
-    **{f"{n}Increasing": n for n in _ENCODERS},
-    "PosterizeOriginal": "Posterize",
-}
+
+
+def _plain(name: str) -> str:
+    """timm's further names set how a level becomes an argument; the argument means the same."""
+    return name.removesuffix("Increasing").removesuffix("Original")
 
 
 def supported(name: str) -> bool:
     """Whether an operation, by timm's name, can be done."""
-    return _SAME.get(name, name) in _ENCODERS
+    return _plain(name) in _ENCODERS
 
 
 def encode(operation: Operation | None, side: int) -> tuple[int, np.ndarray[Any, Any]]:
@@ -92,8 +92,7 @@ def encode(operation: Operation | None, side: int) -> tuple[int, np.ndarray[Any,
     values = np.zeros(NUM_VALUES, np.float32)
     if operation is None:
         return NONE, values
-    name = _SAME.get(operation.name, operation.name)
-    kind, found = _ENCODERS[name](side, *operation.arguments)
+    kind, found = _ENCODERS[_plain(operation.name)](side, *operation.arguments)
     values[: len(found)] = found
     return kind, values
 

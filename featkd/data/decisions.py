@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +13,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision.transforms import Compose
 
-from featkd.data.augment import build_transform, kept_generators, seeded
+from featkd.data.augment import build_transform, seeded
 from featkd.data.config import DataConfig
 from featkd.data.sampler import Key
 
@@ -76,14 +74,11 @@ class TrainingDecisions:
         self.layers = 0 if self._rand_augment is None else self._rand_augment.num_layers
         self.fill: tuple[int, int, int] = ops[0].kwargs["fillcolor"] if ops else (0, 0, 0)
 
-    @contextlib.contextmanager
-    def batch(self) -> Iterator[None]:
-        """Around the draws of a batch: puts the global generators back afterwards."""
-        with kept_generators():
-            yield
-
     def draw(self, size: tuple[int, int], key: Key) -> Decisions:
-        """The decisions for an image of this (width, height); call it inside `batch`."""
+        """The decisions for an image of this (width, height).
+
+        It leaves the global generators seeded: call it inside `kept_generators`, once a batch.
+        """
         config = self._config
         side = config.img_size
         augment = config.augment

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from functools import partial
 from multiprocessing.process import BaseProcess
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -246,11 +246,18 @@ class TorchLoader(SampledLoader):
     def close(self) -> None:
         """See `Loader`."""
         self._iteration += 1
-        iterator, self._loader._iterator = self._loader._iterator, None
-        if iterator is not None:
-            # DataLoader has no public call for it, and leaves it to the garbage collector, which
-            # comes late where an exception's traceback still holds the iterator.
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
+        end_workers(self._loader)
+
+
+def end_workers(loader: DataLoader[Any]) -> None:
+    """End a DataLoader's persistent workers.
+
+    It has no public call for it, and leaves it to the garbage collector, which comes late where an
+    exception's traceback still holds the iterator.
+    """
+    iterator, loader._iterator = loader._iterator, None
+    if iterator is not None:
+        iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def is_of_worker(error: RuntimeError) -> bool:

@@ -36,7 +36,7 @@ class FusedTalkingHeads(TalkingHeadAttn):  # type: ignore[misc]
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, channels))  # type: ignore[no-any-return]
 
 
-def mix_heads_in_place(model: nn.Module) -> None:
+def fuse_talking_heads(model: nn.Module) -> None:
     """Let every TalkingHeadAttn of timm in `model` compute so; its weights stay where they are."""
     for module in model.modules():
         if type(module) is TalkingHeadAttn:

@@ -8,7 +8,7 @@ from typing import Any
 from featkd.models.base import build_timm
 from featkd.models.features import FeatureModel, with_features
 from featkd.models.students import check_timm_name
-from featkd.models.talking_heads import mix_heads_in_place
+from featkd.models.talking_heads import fuse_talking_heads
 from featkd.models.weights import Weights, load_strictly, read_state_dict
 
 
@@ -53,7 +53,7 @@ def create_teacher(
     if checkpoint is not None:
         load_strictly(model, read_state_dict(checkpoint, weights), checkpoint, name)
     teacher = with_features(model)
-    mix_heads_in_place(model)
+    fuse_talking_heads(model)
     teacher.eval()
     teacher.requires_grad_(False)
     return teacher

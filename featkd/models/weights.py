@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import pickle
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -14,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from featkd.remote import Location, locate
+from featkd.remote import Location, locate, seekable
 
 Weights = Literal["auto", "model", "model_ema"]
 
@@ -112,7 +111,7 @@ def mismatch(
 
 
 def _torch_load(path: Location) -> Any:
-    source = path if isinstance(path, Path) else io.BytesIO(path.read_bytes())
+    source = seekable(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(source, map_location="cpu", weights_only=True)

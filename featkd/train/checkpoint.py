@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from featkd.data.loader import is_of_worker
 from featkd.files import atomic_link, atomic_write, remove_leftovers
-from featkd.remote import Location, RemotePath, locate
+from featkd.remote import Location, RemotePath, locate, seekable
 
 FORMAT = 2
 
@@ -87,8 +85,7 @@ def load(path: str | PathLike[str] | RemotePath) -> dict[str, Any]:
     """
     where = locate(path, "checkpoint")
     try:
-        source = where if isinstance(where, Path) else io.BytesIO(where.read_bytes())
-        state = torch.load(source, map_location="cpu", weights_only=True)
+        state = torch.load(seekable(where), map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"could not read the checkpoint {path}: {error}") from error
     if not isinstance(state, dict) or "format" not in state:

@@ -128,14 +128,22 @@ def _describe(model: FeatureModel, recipe: Recipe) -> str:
 
 def forward_macs(model: FeatureModel, size: int) -> int:
     """Multiply-adds of the matrix products of one image's forward pass."""
+    return count_flops(model, size) // 2
+
+
+def count_flops(model: FeatureModel, size: int, *, backward: bool = False) -> int:
+    """Of the matrix products of one image's forward pass, and maybe its backward pass."""
     # A copy without values: it multiplies nothing, and weights held in bf16 count alike.
     shape = copy.deepcopy(cast(nn.Module, model)).to("meta", torch.float32).eval()
     counter = FlopCounterMode(display=False)
     # The counter does not know fused operations, the CPU's attention and featkd's own; the plain
     # ones are made of products.
-    with counter, torch.no_grad(), use_backend("reference"), sdpa_kernel(SDPBackend.MATH):
-        shape(torch.empty(1, 3, size, size, device="meta"))
-    return counter.get_total_flops() // 2
+    with counter, use_backend("reference"), sdpa_kernel(SDPBackend.MATH):
+        with torch.set_grad_enabled(backward):
+            logits = shape(torch.empty(1, 3, size, size, device="meta"))
+        if backward:
+            torch.autograd.backward(logits.sum())
+    return int(counter.get_total_flops())
 
 
 def _describe_data(trainer: Trainer) -> str:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from featkd.benchmarks.pixels import OPERATIONS, as_png, through_dali
+from featkd.benchmarks.pixels import OPERATIONS, through_dali
 from featkd.data import AugmentConfig, DataConfig, build_loader
-from featkd.data.augment import build_transform, seeded
-from featkd.data.dali import why_not
+from featkd.data.augment import build_transform, kept_generators, seeded
+from featkd.data.dali import as_png, why_not
 from featkd.data.dali_pipeline import build_pipeline
 from featkd.data.decisions import Decisions, Operation, TrainingDecisions
 from featkd.data.sampler import Key
@@ -82,7 +82,7 @@ def test_decisions_are_those_of_timms_own_transform(make_set: MakeSet):
         done.clear()
         with seeded(3, key):
             transform(image)
-        with draw.batch():
+        with kept_generators():
             assert draw.draw(image.size, key).operations == done
         applied += len(done)
     assert 20 < applied < 60  # two layers, each with probability 1/2

@@ -11,7 +11,7 @@ from torch import nn
 
 import featkd
 from featkd.models import create_teacher
-from featkd.models.talking_heads import FusedTalkingHeads, mix_heads_in_place
+from featkd.models.talking_heads import FusedTalkingHeads, fuse_talking_heads
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def pair() -> tuple[TalkingHeadAttn, nn.Module]:
     for parameter in ours.parameters():
         nn.init.normal_(parameter)
     timms = copy.deepcopy(ours)
-    mix_heads_in_place(ours)
+    fuse_talking_heads(ours)
     assert type(ours) is FusedTalkingHeads
     return timms, ours
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from timm.models.cait import TalkingHeadAttn
 from torch import nn
 
 
@@ -22,8 +23,15 @@ def hold_products(model: nn.Module, dtype: torch.dtype) -> None:
 
     The weights of linear layers and convolutions: under autocast the model computes the same
     numbers, bit by bit, without casting them for every batch and in half the memory for them.
-    Norms, position embeddings and scales stay as they are. For frozen models.
+    Norms, position embeddings and scales stay as they are, and so do the mixes of talking heads,
+    which `featkd.functional.talking_heads_attention` takes in full. For frozen models.
     """
+    mixes = {
+        mix
+        for module in model.modules()
+        if isinstance(module, TalkingHeadAttn)
+        for mix in (module.proj_l, module.proj_w)
+    }
     for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module not in mixes:
             module.to(dtype)

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import featkd
 from featkd.data import Batch
 from featkd.distributed import ProcessContext
+from featkd.environment import multiplies_bf16
 from featkd.train.engine import Trainer
-from featkd.train.precision import multiplies_bf16
 from featkd.train.recipe import Recipe
 
 from .results import Measured

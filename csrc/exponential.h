@@ -37,10 +37,13 @@ FEATKD_INLINE Real largest(const Real* row, int64_t count) {
     const Vec<Real> found = part.keep(part.load(row + c), least);
     most[chain] = found > most[chain] ? found : most[chain];
   });
-  Real all = least;
-  for (const Vec<Real>& lane : most)
-    for (int i = 0; i < Numbers<Real>::COUNT; i++) all = lane[i] > all ? lane[i] : all;
-  return all;
+  const auto larger = [](const auto& a, const auto& b) FEATKD_BODY { return a > b ? a : b; };
+  const Vec<Real> all = larger(larger(most[0], most[1]), larger(most[2], most[3]));
+  Real parts[Numbers<Real>::COUNT];
+  for (int i = 0; i < Numbers<Real>::COUNT; i++) parts[i] = all[i];
+  for (int half = Numbers<Real>::COUNT / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) parts[i] = larger(parts[i], parts[i + half]);
+  return parts[0];
 }
 
 }  // namespace

@@ -193,12 +193,15 @@ void mix_heads(Tensor scores, Tensor pre, Tensor post, Tensor bias) {
   const auto sizes = scores.sizes();
   const int64_t heads = sizes[1];
   const bool wide = scores.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(wide || scores.scalar_type() == ScalarType::Float ||
+                      scores.scalar_type() == ScalarType::BFloat16,
+                  "scores: expected float64, float32 or bfloat16");
   const featkd::HeadsProblem problem{sizes[0] * sizes[2],
                                      sizes[2],
                                      sizes[3],
                                      heads,
                                      wide,
-                                     numbers(scores, wide, scores.numel()),
+                                     results_of(scores),
                                      numbers(pre, wide, heads * heads),
                                      numbers(post, wide, heads * heads),
                                      numbers(bias, wide, heads)};

@@ -53,12 +53,14 @@ double norms(const NormsProblem& p, int64_t first, int64_t last, void* scratch, 
 }
 
 size_t heads_bytes(const HeadsProblem& p) {
-  return p.wide ? HeadRows<double>::bytes(p) : HeadRows<float>::bytes(p);
+  return p.wide ? HeadRows<double, double>::bytes(p) : HeadRows<float, float>::bytes(p);
 }
 
 double heads(const HeadsProblem& p, int64_t first, int64_t last, void* scratch, void* partial) {
-  return p.wide ? run_rows<HeadRows<double>>(p, first, last, scratch, partial)
-                : run_rows<HeadRows<float>>(p, first, last, scratch, partial);
+  if (p.wide) return run_rows<HeadRows<double, double>>(p, first, last, scratch, partial);
+  return p.scores.type == Type::bf16
+             ? run_rows<HeadRows<float, BFloat16>>(p, first, last, scratch, partial)
+             : run_rows<HeadRows<float, float>>(p, first, last, scratch, partial);
 }
 
 }  // namespace

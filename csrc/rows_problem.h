@@ -74,7 +74,7 @@ struct NormsProblem {
 struct HeadsProblem {
   int64_t rows, queries, keys, heads;  // rows: images times queries
   bool wide;
-  void* scores;  // (images, heads, queries, keys), in place
+  Results scores;  // (images, heads, queries, keys), in place; numbers or bf16
   const void *pre, *post;  // (heads, heads)
   const void* bias;  // (heads)
 };

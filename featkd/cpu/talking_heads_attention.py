@@ -1,7 +1,9 @@
 """talking_heads_attention on CPU tensors: blocks of scores that stay in the cache.
 
 The products are BLAS's, and what lies between them is one sweep in C++: both mixes and the softmax
-of a query's scores for all heads, in place. Equations as in `featkd.reference`.
+of a query's scores for all heads, in place. Where the processor multiplies in bf16, scores of bf16
+inputs are bf16 too, as they are with torch's operations; the sweep computes in float32.
+Equations as in `featkd.reference`.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from featkd.cpu.rows import mix_heads
+from featkd.environment import multiplies_bf16
 from featkd.reference import accumulation_dtype
 
 _BLOCK_BYTES = 2**22  # of scores
@@ -38,13 +41,14 @@ def forward(
     pre = (pre_weight.to(dtype) * scale).contiguous()
     post, bias = post_weight.to(dtype).contiguous(), post_bias.to(dtype).contiguous()
     out = query.new_empty(batch, tokens, heads, dim)
-    row_bytes = heads * tokens * dtype.itemsize
-    images = max(1, _BLOCK_BYTES // (row_bytes * tokens))
-    queries = tokens if images > 1 else max(1, min(tokens, _BLOCK_BYTES // row_bytes))
-    scores = out.new_empty(images * heads * queries * tokens, dtype=dtype)
+    stored = dtype
+    if query.dtype == torch.bfloat16 and multiplies_bf16(query.device):
+        stored = torch.bfloat16
+    images, queries = _block(batch, tokens, heads * tokens * stored.itemsize)
+    scores = out.new_empty(images * heads * queries * tokens, dtype=stored)
     for first in range(0, batch, images):
         q, k, v = (
-            x[first : first + images].to(dtype).reshape(-1, tokens, dim)
+            x[first : first + images].to(stored).reshape(-1, tokens, dim)
             for x in (query, key, value)
         )
         for start in range(0, tokens, queries):
@@ -56,3 +60,16 @@ def forward(
             mixed = torch.bmm(block, v).view(-1, heads, rows.shape[1], dim)
             out[first : first + images, start : start + queries] = mixed.transpose(1, 2)
     return out.transpose(1, 2)
+
+
+def _block(batch: int, tokens: int, row_bytes: int) -> tuple[int, int]:
+    """Images and queries of a block: some whole images, as even as may be, or some queries of one.
+
+    Args:
+        batch, tokens: of the maps.
+        row_bytes: of the scores of a query.
+    """
+    images = _BLOCK_BYTES // (row_bytes * tokens)
+    if images > 1:
+        return -(-batch // -(-batch // images)), tokens
+    return 1, max(1, min(tokens, _BLOCK_BYTES // row_bytes))

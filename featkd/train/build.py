@@ -18,12 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from featkd.checks import suggestion
 from featkd.data import Loader, build_loader
 from featkd.distributed import ProcessContext
+from featkd.environment import multiplies_bf16
 from featkd.functional import Metric
 from featkd.losses import DistillationLoss
 from featkd.models import Lift, create_student, create_teacher
 from featkd.models.features import FeatureModel, feature_grid, num_layers, resolve_layers
 from featkd.remote import locate
-from featkd.train.precision import hold_products, multiplies_bf16
+from featkd.train.precision import hold_products
 from featkd.train.recipe import Recipe, RecipeError
 
 

@@ -1,21 +1,10 @@
-"""bf16: where a device multiplies in it, and a frozen model whose weights are held in it."""
+"""bf16: a frozen model whose weights are held in it."""
 
 from __future__ import annotations
 
 import torch
 from timm.models.cait import TalkingHeadAttn
 from torch import nn
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether products of bf16 matrices are at least as fast on `device` as those of float32.
-
-    A CPU without vector instructions for them (AVX2) takes torch's plain loops: 1,568 rows of 384
-    to 1,536 took 8 times as long there as in float32, and a CaiT-S24's forward pass 5.6 times.
-    """
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def hold_products(model: nn.Module, dtype: torch.dtype) -> None:

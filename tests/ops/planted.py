@@ -2,7 +2,8 @@
 
 SUITES has, for each op, `worst`, the largest relative error in float64 of outputs and gradients
 over a few problems by the public function, and the slips: (name, what stands in the source, what a
-slip would have put there). Chunks hold 12 rows, so that small problems have several. Half types,
+slip would have put there). Chunks hold 12 rows, and blocks of scores 600 bytes, so that small
+problems have several. Half types,
 for which some lines stand alone, are left to the ops' own tests.
 """
 
@@ -19,7 +20,13 @@ import torch
 
 import featkd
 from featkd import functional
-from tests.kernels import feature_kd_cases, lift_head_cases, soft_kd_cases, widelast_cases
+from tests.kernels import (
+    feature_kd_cases,
+    lift_head_cases,
+    soft_kd_cases,
+    talking_heads_cases,
+    widelast_cases,
+)
 from tests.kernels.feature_kd_cases import relative
 from tests.ops import test_projected_feature_kd, test_soft_kd, test_widelast_projection
 
@@ -51,7 +58,7 @@ def plant(folder: Path, name: str, there: str, slip: str, sweeps: str = "featkd"
 
 def errors(op: str, name: str, patch: pytest.MonkeyPatch) -> Iterator[float]:
     """The relative errors of the op in a planted package, problem by problem."""
-    small = {"ROWS": 12, "_ROWS": 12}
+    small = {"ROWS": 12, "_ROWS": 12, "_BLOCK_BYTES": 600}
     importlib.import_module(f"{name}.cpu.{op}")
     for module in [m for key, m in sys.modules.items() if key.startswith(f"{name}.cpu.")]:
         for constant in small.keys() & vars(module).keys():
@@ -134,6 +141,19 @@ def widelast_projection() -> Results:
         tensors = problem.tensors(torch.float64)
         want = widelast_cases.evaluate(tensors, problem.used, torch.float64)
         yield test_widelast_projection.run(tensors, problem.used), want
+
+
+def talking_heads_attention() -> Results:
+    of = talking_heads_cases.Problem
+    for problem, scale in (
+        (of(5, 2, 4, 3), 0.5),  # blocks of images
+        (of(2, 3, 9, 4), 0.5),  # and of queries
+        (of(1, 5, 3, 2), 900.0),
+        (of(2, 4, 1, 2), 1.0),
+    ):
+        tensors = problem.tensors(torch.float64)
+        got = functional.talking_heads_attention(**tensors, scale=scale)
+        yield {"out": got}, {"out": talking_heads_cases.exact(tensors, scale)}
 
 
 CHUNKS = [
@@ -266,6 +286,21 @@ SUITES = {
                 "outputs in each other's place",
                 "return residual, normed, statistics, h",
                 "return normed, residual, statistics, h",
+            ),
+        ],
+    ),
+    "talking_heads_attention": Suite(
+        talking_heads_attention,
+        [
+            ("dropped scale", "(pre_weight.to(dtype) * scale)", "pre_weight.to(dtype)"),
+            ("skipped last block", "first in range(0, batch, ", "first in range(0, batch - 2, "),
+            ("skipped last queries", "range(0, tokens, queries)", "range(0, tokens - 1, queries)"),
+            ("mixes in each other's place", "pre, post, bias)\n", "post, pre, bias)\n"),
+            ("dropped bias", "post_bias.to(dtype).cont", "post_bias.to(dtype).mul(0).cont"),
+            (
+                "the first block's queries",
+                "images, start : start + queries] = mixed",
+                "images, : rows.shape[1]] = mixed",
             ),
         ],
     ),

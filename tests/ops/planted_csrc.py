@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -80,14 +81,27 @@ NORMS: list[Slip] = [
     ("statistics of the other norm", "{of_h.mean, of_h.rstd, of_r", "{of_r.mean, of_r.rstd, of_h"),
     ("dropped gamma_p in r", "hat * part.load(gamma_p + c) + part", "hat + part"),
 ]
+HEADS: list[Slip] = [
+    ("mixed by the other head's weights", "[(g + i) * p.heads + h]", "[h * p.heads + g + i]"),
+    ("dropped bias", "(bias ? bias[g + i] : 0)", "0 * (bias ? bias[g + i] : 0)"),
+    ("dropped maximum", "part.load(of + c) - top", "part.load(of + c)"),
+    ("padding in the softmax", "-Real(__builtin_inff());  // exp", "0;  // exp"),
+    ("skipped last keys", "if (c == p.keys) return;", "return;"),
+    ("skipped short rows", "Rest<Real>{int(p.keys)}", "Rest<Real>{0}"),
+    ("softmax not divided", "[h * heads + g] / total", "[h * heads + g]"),
+    ("divided by another head's sum", "p.post)[h * heads + g]", "p.post)[g * heads + h]"),
+    ("skipped last heads", "for (; g < p.heads; g++)", "for (; false; g++)"),
+    ("the first query's scores", "+ query * n;", "+ 0 * query;"),
+]
 
 # of each op, at the places of the library: (number, slip)
 _distance = [*DISTANCE, *LIFT_HEAD]
-_shared = max(len(_distance), len(SOFT), len(NORMS))
+_shared = max(len(_distance), len(SOFT), len(NORMS), len(HEADS))
 HEADERS = {
     "distance.h": _distance,
     "soft_kd.h": SOFT,
     "two_norms.h": NORMS,
+    "heads.h": HEADS,
     "rows.h": [*[("", "", "")] * _shared, *ROWS],
 }
 SLIPS: dict[str, list[tuple[int, str]]] = {
@@ -96,6 +110,7 @@ SLIPS: dict[str, list[tuple[int, str]]] = {
     "lift_head": [(len(DISTANCE) + k + 1, x[0]) for k, x in enumerate(LIFT_HEAD)],
     "soft_kd": [(k + 1, x[0]) for k, x in enumerate(SOFT)],
     "widelast_projection": [(k + 1, x[0]) for k, x in enumerate(NORMS)],
+    "talking_heads_attention": [(k + 1, x[0]) for k, x in enumerate(HEADS)],
 }
 
 
@@ -115,7 +130,8 @@ def build(folder: Path) -> Callable[[int], None]:
         place.mkdir()
         for path in [*CSRC.glob("*.h"), CSRC / "rows_isa.cpp"]:
             # float64 alone is run: half of what there is to compile
-            text = path.read_text().replace("Rows<float", "Rows<double")
+            text = re.sub(r"HeadRows<float, \w+>", "HeadRows<double, double>", path.read_text())
+            text = text.replace("Rows<float", "Rows<double")
             (place / path.name).write_text(text)
         for header, (_, there, slip) in zip(HEADERS, slips, strict=True):
             text = (place / header).read_text()

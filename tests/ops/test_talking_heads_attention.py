@@ -49,6 +49,30 @@ def test_keys_of_every_length():
         assert relative(run(tensors, problem.scale), exact(tensors, problem.scale)) < 1e-6, tokens
 
 
+@pytest.mark.parametrize("products", [False, True], ids=["float32_scores", "bf16_scores"])
+def test_bf16_whatever_the_processor_multiplies_in(products, monkeypatch):
+    monkeypatch.setattr(cpu, "multiplies_bf16", lambda device: products)
+    for tokens in (1, 3, 8, 15, 16, 17, 37, 64, 67, 131):
+        problem = Problem(2, 5, tokens, 8)
+        tensors = problem.tensors(torch.bfloat16)
+        assert_as_exact_as_eager(run(tensors, problem.scale), tensors, problem.scale)
+
+
+def test_bf16_scores_are_rounded_to_nearest_even_and_keep_nan():
+    """The sweep's own rounding, against torch's, where both mixes do nothing."""
+    scores = torch.randn(1, 1, 64, 37, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scores[0, 0, 5, 7] = torch.nan
+    one, nothing = torch.ones(1, 1), torch.zeros(1)
+    want = scores.float().softmax(-1)
+    got, plain = scores.clone(), scores.float()
+    cpu.mix_heads(got, one, one, nothing)
+    cpu.mix_heads(plain, one, one, nothing)
+    torch.testing.assert_close(plain, want, rtol=1e-6, atol=0, equal_nan=True)
+    assert torch.equal(got.nan_to_num(9), plain.bfloat16().nan_to_num(9))
+    assert got[0, 0, 5].isnan().all()
+    assert not got[0, 0, 6].isnan().any()
+
+
 def test_blocks_of_images_and_of_queries_change_nothing(monkeypatch):
     problem = Problem(3, 4, 20, 8)
     tensors = problem.tensors(torch.float32)

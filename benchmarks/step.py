@@ -241,7 +241,8 @@ class Bound:
     gflop_per_image: float
     """Of the products."""
     gflop_per_s: float
-    """Rate of this machine's large float32 products."""
+    """The best rate seen of float32 products here: large ones', before and after the update, or
+    the update's own."""
 
     @property
     def most_images_per_s(self) -> float:
@@ -254,8 +255,8 @@ class Bound:
         return (
             f"matrix products take {self.time_share:.0%} of the eager update: all else made free "
             f"gains {1 / self.time_share:.2f} times. They are {self.gflop_per_image:.1f} GFLOP an "
-            f"image; at the {self.gflop_per_s:.0f} GFLOP/s of large products here no float32 "
-            f"update exceeds {self.most_images_per_s:.2f} images/s (modelled)"
+            f"image; at {self.gflop_per_s:.0f} GFLOP/s, the best seen of such products here, no "
+            f"float32 update exceeds {self.most_images_per_s:.2f} images/s (modelled)"
         )
 
     def figures(self) -> list[Measured]:
@@ -272,6 +273,8 @@ def bound(recipe: Recipe, context: ProcessContext) -> Bound:
     """Profile an eager float32 update on a CPU, after another, and count another's flops."""
     way = ways(context.device)[EAGER]
     trainer = build(recipe, context, way)
+    # the machine's pace changes, and a bound has to be of its best
+    rates = [_product_rate(context.device)]
     try:
         batch = random_batch(trainer)
         trainer.parts.student.train()
@@ -287,6 +290,10 @@ def bound(recipe: Recipe, context: ProcessContext) -> Bound:
     events = recorded.key_averages()
     whole = sum(event.self_cpu_time_total for event in events)
     inside = sum(event.self_cpu_time_total for event in events if event.key in _PRODUCTS)
-    flops = counter.get_total_flops() / recipe.batch_size
-    rate = measure_rates(context.device, ("fp32",)).gflop_per_s["fp32"]
-    return Bound(inside / whole, flops / 1e9, rate)
+    gflop = counter.get_total_flops() / 1e9
+    rates += [_product_rate(context.device), gflop / (inside / 1e6)]  # the profiler's are us
+    return Bound(inside / whole, gflop / recipe.batch_size, max(rates))
+
+
+def _product_rate(device: torch.device) -> float:
+    return measure_rates(device, ("fp32",)).gflop_per_s["fp32"]

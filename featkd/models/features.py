@@ -49,6 +49,10 @@ class FeatureModel(Protocol):
         """
         ...
 
+    def forward_maps(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """The maps of `forward_with_features` alone; nothing after the deepest is computed."""
+        ...
+
     def train(self, mode: bool = True) -> Any: ...
     def eval(self) -> Any: ...
     def to(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -106,6 +110,18 @@ class BlockFeatures:
         found = dict(zip(distinct, maps, strict=True))
         return self.forward_head(tokens), [found[layer] for layer in wanted]
 
+    def forward_maps(self: Any, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """The raw patch tokens alone, without the blocks after the deepest; see `FeatureModel`."""
+        wanted = resolve_layers(layers, len(self.blocks))
+        if not wanted:
+            return []
+        distinct = sorted(set(wanted))
+        maps = self.forward_intermediates(
+            *(images, distinct), output_fmt="NLC", stop_early=True, intermediates_only=True
+        )
+        found = dict(zip(distinct, maps, strict=True))
+        return [found[layer] for layer in wanted]
+
 
 class StageFeatures:
     """`forward_with_features` for Swin, whose layers are the stages in `self.layers`."""
@@ -115,15 +131,30 @@ class StageFeatures:
     ) -> tuple[Tensor, list[Tensor]]:
         """Logits and the raw tokens (B, H*W, C) of the stages `layers`; see `FeatureModel`."""
         wanted = resolve_layers(layers, len(self.layers))
+        x, found = self._run_stages(images, wanted, len(self.layers))
+        return self.forward_head(self.norm(x)), [found[layer] for layer in wanted]
+
+    def forward_maps(self: Any, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """The raw tokens alone, without the stages after the deepest; see `FeatureModel`."""
+        wanted = resolve_layers(layers, len(self.layers))
+        if not wanted:
+            return []
+        found = self._run_stages(images, wanted, max(wanted) + 1)[1]
+        return [found[layer] for layer in wanted]
+
+    def _run_stages(
+        self: Any, images: Tensor, wanted: Sequence[int], count: int
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """What `count` stages put out in the end, and the tokens of those wanted."""
         # The stages put out (B, H, W, C), which is the token layout already. timm's
         # forward_intermediates would copy every map to (B, C, H, W), and this would copy it back.
         x = self.patch_embed(images)
         found = {}
-        for index, stage in enumerate(self.layers):
+        for index, stage in enumerate(self.layers[:count]):
             x = stage(x)
             if index in wanted:
                 found[index] = x.flatten(1, 2)
-        return self.forward_head(self.norm(x)), [found[layer] for layer in wanted]
+        return x, found
 
 
 class FeatureVisionTransformer(BlockFeatures, VisionTransformer):  # type: ignore[misc]

@@ -170,6 +170,13 @@ class Lift(StudentVisionTransformer):
         found = {**dict(zip(earlier, maps, strict=True)), last: lifted}
         return self.forward_head(lifted), [found[layer] for layer in wanted]
 
+    def forward_maps(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Maps alone; the last layer's is z (B, N, teacher_dim); see `FeatureModel`."""
+        last = len(self.blocks) - 1
+        if last in resolve_layers(layers, last + 1):
+            return self.forward_with_features(images, layers)[1]
+        return super().forward_maps(images, layers)
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a fresh one; the pooling is the mean over the patch tokens.
 

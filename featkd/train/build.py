@@ -24,8 +24,9 @@ from featkd.losses import DistillationLoss
 from featkd.models import Lift, create_student, create_teacher
 from featkd.models.features import FeatureModel, feature_grid, num_layers, resolve_layers
 from featkd.remote import locate
-from featkd.train.precision import hold_products
+from featkd.train.precision import autocast, hold_products
 from featkd.train.recipe import Recipe, RecipeError
+from featkd.train.teacher_mode import Mode, TeacherForward, fastest
 
 
 class FeatureForward(nn.Module):
@@ -135,12 +136,10 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         student_forward = _student_forward(recipe, student)
         student_forms_loss = isinstance(student_forward, LossForward)
         teacher_forward = (
-            None if teacher is None else FeatureForward(teacher, _pair_layers(recipe, teacher, 1))
+            None if teacher is None else _teacher_forward(recipe, teacher, context, notes)
         )
         if recipe.compile:
             student_forward.compile(mode=recipe.compile_mode)
-            if teacher_forward is not None:
-                teacher_forward.compile(mode=recipe.compile_mode)
         if context.world_size > 1:
             student_forward = DistributedDataParallel(
                 student_forward,
@@ -256,6 +255,33 @@ def _student_forward(recipe: Recipe, student: FeatureModel) -> nn.Module:
     if metric is not None and isinstance(student, Lift) and layers == (num_layers(student) - 1,):
         return LossForward(student, metric)
     return FeatureForward(student, layers)
+
+
+def _teacher_forward(
+    recipe: Recipe, teacher: FeatureModel, context: ProcessContext, notes: list[str]
+) -> TeacherForward:
+    """The teacher as the loop calls it; its logits are formed only where the loss uses them."""
+    config = recipe.teacher
+    assert config is not None
+    layers = _pair_layers(recipe, teacher, 1)
+    plain = TeacherForward(teacher, layers, logits=recipe.loss.alpha > 0)
+    mode = Mode(recipe.compile, recipe.compile_mode)
+    if config.inference == "fastest":
+        size = recipe.data.img_size
+        images = torch.zeros(recipe.batch_size, 3, size, size, device=context.device)
+
+        def run(forward: TeacherForward) -> None:
+            with torch.no_grad(), autocast(recipe, context.device):
+                logits, maps = forward(images)
+            (maps[-1] if logits is None else logits).sum().item()  # waits for the device
+
+        found = None
+        if context.is_main:
+            about = (config.name, config.options, layers, plain.logits, images.shape, recipe.amp)
+            found = fastest(plain, run, about)
+        mode, how = context.broadcast(found)
+        notes.append(f"teacher.inference: {how}")
+    return plain.in_mode(mode)
 
 
 def _check_fit(

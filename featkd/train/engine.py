@@ -25,10 +25,9 @@ from featkd.train.build import Parts, build
 from featkd.train.checkpoint import CheckpointStore
 from featkd.train.evaluate import evaluate
 from featkd.train.logs import RunLog
+from featkd.train.precision import autocast
 from featkd.train.recipe import Recipe, to_dict
 from featkd.train.resume import find_checkpoint, restore
-
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainingDiverged(RuntimeError):
@@ -175,7 +174,7 @@ class Trainer:
         """The objective of one micro-batch."""
         images = batch.images.to(self.context.device, non_blocking=True)
         targets = batch.targets.to(self.context.device, non_blocking=True)
-        if self.recipe.compile_mode != "default":  # what CUDA graphs gave before is used up
+        if self.context.device.type == "cuda":  # what CUDA graphs gave before is used up
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         taught = self.teach(images)
         return self.compare(self.learn(images, taught), targets, taught)
@@ -264,10 +263,7 @@ class Trainer:
             self.parts.scheduler.step_update(self._scheduled)
 
     def _autocast(self) -> AbstractContextManager[object]:
-        dtype = AMP_DTYPES.get(self.recipe.amp)
-        if dtype is None:
-            return nullcontext()
-        return torch.autocast(self.context.device.type, dtype=dtype)
+        return autocast(self.recipe, self.context.device)
 
     def _no_sync(self, active: bool) -> AbstractContextManager[object]:
         """Without DDP's gradient all-reduce, for all micro-batches but an update's last."""

@@ -1,10 +1,22 @@
-"""bf16: a frozen model whose weights are held in it."""
+"""Mixed precision: a run's autocast, and a frozen model whose weights are held in bf16."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from timm.models.cait import TalkingHeadAttn
 from torch import nn
+
+from featkd.train.recipe import Recipe
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
+    """What a run's forward passes are computed under."""
+    dtype = AMP_DTYPES.get(recipe.amp)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def hold_products(model: nn.Module, dtype: torch.dtype) -> None:

@@ -55,6 +55,8 @@ class TeacherConfig:
         weights: which weights of a checkpoint of featkd: the averaged ones ("model_ema"), the
             last ones ("model"), or those of the two that scored better ("auto").
         options: further arguments of the timm model.
+        inference: how its forward pass runs: as the recipe's `compile` says ("recipe"), or in the
+            mode of torch that a short trial finds fastest here, and remembers ("fastest").
     """
 
     name: str = "cait_s24_224"
@@ -62,6 +64,7 @@ class TeacherConfig:
     checkpoint: str | None = None
     weights: Literal["auto", "model", "model_ema"] = "auto"
     options: dict[str, Any] = field(default_factory=dict)
+    inference: Literal["recipe", "fastest"] = "recipe"
 
 
 @dataclass

@@ -143,6 +143,13 @@ def test_logits_do_not_depend_on_the_layers_asked_for(
     assert [m.shape[-1] for m in maps] == [96 if layer in (-1, 3) else 48 for layer in layers]
 
 
+def test_maps_alone(lift: Any, images: Tensor) -> None:
+    for layers in ([0], [-1, 0], [-1]):
+        want = lift.forward_with_features(images, layers)[1]
+        got = lift.forward_maps(images, layers)
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
 def test_blocks_are_those_of_the_adopted_model(tiny: dict[str, Any]) -> None:
     base = timm.create_model("deit_tiny_patch16_224", **tiny)
     before = {name: value.clone() for name, value in base.state_dict().items()}

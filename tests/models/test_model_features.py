@@ -90,6 +90,22 @@ def test_maps_and_logits_are_timms(family: tuple[nn.Module, int], images: Tensor
     assert nothing == []
 
 
+def test_maps_alone_end_with_the_deepest(family: tuple[nn.Module, int], images: Tensor) -> None:
+    untouched, _ = family
+    model: Any = with_features(copy.deepcopy(untouched))
+    stages = model.layers if hasattr(model, "layers") else model.blocks
+    calls: list[int] = []
+    for index, stage in enumerate(stages):
+        stage.register_forward_hook(lambda *_, index=index: calls.append(index))
+    for layers in ([0], [1, 0, 1], [-1], []):
+        want = model.forward_with_features(images, layers)[1]
+        calls.clear()
+        got = model.forward_maps(images, layers)
+        assert calls == list(range(max(resolve_layers(layers, len(stages)), default=-1) + 1))
+        assert len(got) == len(want)
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
 def test_adoption_is_in_place_and_keeps_the_state(family: tuple[nn.Module, int]) -> None:
     untouched, _ = family
     before = {name: value.clone() for name, value in untouched.state_dict().items()}

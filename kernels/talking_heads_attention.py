@@ -174,7 +174,8 @@ def config(channels: int, compute: torch.dtype, arch: int) -> Config:
     block = channel_block(channels, compute)
     kind = products(arch)
     if compute.itemsize > 2:
-        return Config(16, 32, min(block, 32), 192 if channels <= 192 else 128, num_stages=1)
+        group = 192 if channels <= 192 else 128 if channels <= 384 else 64
+        return Config(16, 32, min(block, 32), group, num_stages=1)
     if channels > 384:
         return Config(16, 32, block, group=384)
     if kind == "tcgen05":

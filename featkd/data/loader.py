@@ -178,10 +178,14 @@ class SampledLoader:
         """
         if own != self._iteration:
             raise RuntimeError("a newer iteration of this loader has begun; this one is over")
+        self._count(own, 1)
+
+    def _count(self, own: int, batches: int) -> None:
+        """The `own`-th iteration has come further by so many batches."""
         if own > self._followed:  # begun anew without set_epoch
             self._followed, self._next = own, self._start
         if own == self._followed:  # else set_epoch has chosen what the next one gives
-            self._next += 1
+            self._next += batches
 
 
 class TorchLoader(SampledLoader):

@@ -28,6 +28,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that follows on the parent's 
 class Batch(NamedTuple):
     """images (B, 3, H, W) float32, targets (B,) int64, and the unreadable files met for them.
 
+    From a `Mixer` targets are (B, K) float32.
     `bad` also holds the files of evaluation batches passed over since the batch before; those of
     empty batches at the very end are in `Loader.bad_images` alone.
     """

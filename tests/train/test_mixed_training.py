@@ -47,6 +47,7 @@ def test_teacher_and_student_see_the_mixed_batch(recipe, backend):
         assert torch.equal(seen[1], batch.images)
         assert torch.equal(seen[2], batch.targets)
         assert batch.targets.shape == (8, 3)
+        assert batch.targets.amin().item() == pytest.approx(0.1 / 3)  # smoothed
 
 
 def test_off_by_default_and_without_a_trace(recipe):

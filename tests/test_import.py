@@ -32,6 +32,7 @@ LAYERS = (
     (
         "backends",
         "checks",
+        "compile_cache",
         "distributed",
         "environment",
         "extension",

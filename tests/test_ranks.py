@@ -9,16 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from featkd.cli import main
+from featkd.data import build_loader
 from featkd.train.checkpoint import load
+from featkd.train.engine import Trainer
 from featkd.train.logs import read_csv
+from featkd.train.recipe import load_recipe
 from tests.forking import Forked, Server
-from tests.train.runs import same_weights
+from tests.train.runs import CPU, same_weights
 
 EQUAL = (
     "--optim.epochs", 34, "--checkpoint.every_epochs", 34, "--student.options.drop_path_rate", 0,
@@ -54,6 +58,28 @@ def test_two_processes_train_one_model(recipe_file, server: Server, tmp_path, ar
         for name in ("loss", "logits_loss", "feature_loss"):
             assert float(x[name]) == pytest.approx(float(y[name]), rel=1e-5)
     assert {r["images"] for r in read_csv(tmp_path / "two" / "eval.csv")} == {"12"}
+
+
+def test_each_process_mixes_its_images_by_draws_of_its_own(recipe_file, server, tmp_path):
+    """gloo: the first loss is the mean of those of either rank's batch, each mixed as that rank."""
+    words = ["--data.augment.mixup", 0.8, "--data.augment.cutmix", 1, *EQUAL[4:]]
+    words += ["--optim.epochs", 1, "--optim.warmup_epochs", 0]
+    succeed(server.ranks(2, "distill", recipe_file, *words))
+    recipe = load_recipe(recipe_file)
+    found = float(read_csv(Path(recipe.out) / "metrics.csv")[0]["loss"])
+    recipe.student.options["drop_path_rate"] = 0.0
+    augment = replace(recipe.data.augment, mixup=0.8, cutmix=1.0, random_erasing=0.0)
+    trainer = Trainer(replace(recipe, data=replace(recipe.data, augment=augment)), CPU)
+
+    def loss(rank: int, drawn_by: int) -> float:
+        loader = build_loader(
+            trainer.recipe.data, split="train", batch_size=8, rank=rank, world_size=2
+        )
+        trainer.context = replace(CPU, rank=drawn_by)
+        return trainer.losses(next(iter(loader))).total.item()
+
+    assert found == pytest.approx((loss(0, 0) + loss(1, 1)) / 2, rel=1e-5)
+    assert found != pytest.approx((loss(0, 0) + loss(1, 0)) / 2, rel=1e-3)
 
 
 def test_two_processes_stop_together_and_leave_a_checkpoint(recipe_file, server, tmp_path):

@@ -11,6 +11,7 @@ from featkd.data.factory import build_loader
 from featkd.data.images import BadImageError, read_image
 from featkd.data.imageset import ImageSet
 from featkd.data.loader import Batch, Loader
+from featkd.data.mixing import Mixer
 from featkd.data.sampler import EpochSampler, Key
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ImageSet",
     "Key",
     "Loader",
+    "Mixer",
     "build_loader",
     "build_transform",
     "read_image",

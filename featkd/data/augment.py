@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from featkd.data.config import DataConfig
-from featkd.data.sampler import Key
 from featkd.seeding import derive_seed
 
 Transform = Callable[[Image.Image], Tensor]
@@ -81,15 +80,15 @@ def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Im
 
 
 @contextlib.contextmanager
-def seeded(seed: int, key: Key, *, restore: bool | None = None) -> Iterator[None]:
-    """Seed `random`, `numpy.random` and `torch` (CPU) from (seed, key) alone, for one sample.
+def seeded(seed: int, key: tuple[int, ...], *, restore: bool | None = None) -> Iterator[None]:
+    """Seed `random`, `numpy.random` and `torch` (CPU) from (seed, key) alone.
 
     timm draws from all three: crops, RandAugment's levels and erasing's box from `random`,
     RandAugment's choice of ops from `numpy.random`, flips, jitter and erasing's noise from torch.
 
     Args:
         seed: seed of the run.
-        key: the sample.
+        key: the `Key` of a sample, or whole numbers of another length for something else.
         restore: put the three states back afterwards. Default: only in the training process
             (workers=0); a worker process has no other user of them, and saving numpy's state
             costs ten times the seeding.

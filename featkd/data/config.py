@@ -43,6 +43,12 @@ class AugmentConfig:
         random_erasing: probability of filling a rectangle with normal noise, pixel by pixel.
         repeats: copies of each image drawn in an epoch, each augmented differently (repeated
             augmentation); the epoch keeps its length. 1 turns it off.
+        mixup: a of the Beta(a, a) that whole images of a batch are blended by, in pairs; 0 turns it
+            off. It and cutmix need an even batch_size, and take place after the loader, on the
+            device that trains (`featkd.data.Mixer`).
+        cutmix: the same for a rectangle of the one image put over the other; 0 turns it off.
+        mixup_prob: probability that a batch is mixed, by either.
+        mixup_switch_prob: probability that it is by cutmix, where both are on.
 
     Raises:
         ValueError: a field is out of its range.
@@ -60,12 +66,22 @@ class AugmentConfig:
     color_jitter: float | None = None
     random_erasing: float = 0.25
     repeats: int = 3
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
 
     def __post_init__(self) -> None:
         _check_range("augment.scale", self.scale, 1.0)
         _check_range("augment.ratio", self.ratio, float("inf"))
         check_fraction("augment.hflip", self.hflip)
-        check_fraction("augment.random_erasing", self.random_erasing)
+        for name in ("random_erasing", "mixup_prob", "mixup_switch_prob"):
+            check_fraction(f"augment.{name}", getattr(self, name))
+        for name in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"augment.{name}: expected a finite number >= 0, got {getattr(self, name)!r}"
+                )
         _check_count("augment.repeats", self.repeats, 1)
         if self.rand_augment is not None and not _RAND_AUGMENT.fullmatch(self.rand_augment):
             raise ValueError(
@@ -79,6 +95,11 @@ class AugmentConfig:
                     f"augment.color_jitter: got {self.color_jitter!r} beside rand_augment="
                     f"{self.rand_augment!r}, where timm ignores it; set one of the two to null"
                 )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed after the loader."""
+        return self.mixup_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,8 @@ class DaliLoader(SampledLoader):
                 (out,) = pipeline.run(_stream(self._device))
             except StopIteration:
                 break
-            targets, decisions, errors = epoch.fed.popleft()
+            targets, decisions, errors, passed = epoch.fed.popleft()
+            self._count(own, passed)
             # no copy: the pipeline takes the memory back when the tensor is gone
             images = torch.utils.dlpack.from_dlpack(out.as_tensor())
             if self._config.channels_last:
@@ -120,6 +121,7 @@ class DaliLoader(SampledLoader):
             yield Batch(images, torch.tensor(targets, dtype=torch.int64), bad)
         epoch.close()
         self._epoch = None
+        self._count(own, epoch.passed)
         self.bad_images.update((error.path, error.cause) for error in epoch.bad)
         if epoch.failed is not None:
             raise epoch.failed
@@ -152,12 +154,15 @@ class DaliLoader(SampledLoader):
                     files.append(found[0])
                     targets.append(found[1])
                     keys.append(key)
-            if files:
-                decisions = self._decide([size for _, size in files], keys)
-                epoch.fed.append((targets, decisions, epoch.bad[:]))
-                epoch.bad.clear()
-                contents = [content for content, _ in files]
-                return as_arrays(contents, decisions, self._layers, self._config.img_size)
+            if not files:
+                epoch.passed += 1
+                continue
+            decisions = self._decide([size for _, size in files], keys)
+            epoch.fed.append((targets, decisions, epoch.bad[:], epoch.passed))
+            epoch.bad.clear()
+            epoch.passed = 0
+            contents = [content for content, _ in files]
+            return as_arrays(contents, decisions, self._layers, self._config.img_size)
         raise StopIteration
 
     def _decide(self, sizes: list[tuple[int, int]], keys: list[Key]) -> list[Decisions]:
@@ -172,14 +177,17 @@ class _Epoch:
     """The files of an epoch, read ahead in threads, batch by batch; and what was fed of them.
 
     Attributes:
-        fed: targets, decisions and bad files of the batches that the pipeline holds.
+        fed: of the batches that the pipeline holds, their targets, decisions, bad files, and how
+            many batches without a readable image came before.
         bad: bad files met since the last of these.
+        passed: batches without a readable image since then.
         failed: why the epoch ended early, to be raised after the batches before.
     """
 
     def __init__(self, dataset: ImageSet, keys: Iterator[Any], threads: int) -> None:
-        self.fed: deque[tuple[list[int], list[Decisions], list[BadImageError]]] = deque()
+        self.fed: deque[tuple[list[int], list[Decisions], list[BadImageError], int]] = deque()
         self.bad: list[BadImageError] = []
+        self.passed = 0
         self.failed: BadImageError | None = None
         self._dataset = dataset
         self._keys = keys

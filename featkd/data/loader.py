@@ -28,6 +28,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that follows on the parent's 
 class Batch(NamedTuple):
     """images (B, 3, H, W) float32, targets (B,) int64, and the unreadable files met for them.
 
+    From a `Mixer` targets are (B, K) float32.
     `bad` also holds the files of evaluation batches passed over since the batch before; those of
     empty batches at the very end are in `Loader.bad_images` alone.
     """
@@ -178,10 +179,14 @@ class SampledLoader:
         """
         if own != self._iteration:
             raise RuntimeError("a newer iteration of this loader has begun; this one is over")
+        self._count(own, 1)
+
+    def _count(self, own: int, batches: int) -> None:
+        """The `own`-th iteration has come further by so many batches."""
         if own > self._followed:  # begun anew without set_epoch
             self._followed, self._next = own, self._start
         if own == self._followed:  # else set_epoch has chosen what the next one gives
-            self._next += 1
+            self._next += batches
 
 
 class TorchLoader(SampledLoader):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from featkd.checks import suggestion
-from featkd.data import Loader, build_loader
+from featkd.data import Loader, Mixer, build_loader
 from featkd.distributed import ProcessContext
 from featkd.environment import multiplies_bf16
 from featkd.functional import Metric
@@ -70,6 +70,7 @@ class Parts:
     teacher: FeatureModel | None
     teacher_forward: nn.Module | None
     loss: DistillationLoss
+    mixer: Mixer | None
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
@@ -159,6 +160,7 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         teacher=teacher,
         teacher_forward=teacher_forward,
         loss=_loss(recipe, student),
+        mixer=_mixer(recipe, num_classes, context),
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(context.device.type, enabled=recipe.amp == "fp16"),
@@ -380,4 +382,16 @@ def _loss(recipe: Recipe, student: FeatureModel) -> DistillationLoss:
         feature=config.feature,
         label_smoothing=config.label_smoothing,
         grids=[feature_grid(student, layer) for layer in _pair_layers(recipe, student, 0)] or None,
+    )
+
+
+def _mixer(recipe: Recipe, num_classes: int, context: ProcessContext) -> Mixer | None:
+    if not recipe.data.augment.mixes:
+        return None
+    return Mixer(
+        recipe.data.augment,
+        num_classes,
+        recipe.loss.label_smoothing,
+        seed=recipe.seed,
+        device=context.device,
     )

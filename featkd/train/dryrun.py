@@ -149,10 +149,12 @@ def count_flops(model: FeatureModel, size: int, *, backward: bool = False) -> in
 def _describe_data(trainer: Trainer) -> str:
     data = trainer.recipe.data
     train, val = trainer.parts.train_loader, trainer.parts.val_loader
+    augment = data.augment
+    mixing = f", mixup {augment.mixup:g}, cutmix {augment.cutmix:g}" if augment.mixes else ""
     return (
         f"{data.path}: {train.num_samples} training and {val.num_samples} validation images, "
         f"{len(train.classes)} classes, at {data.img_size} x {data.img_size}, "
-        f"{data.augment.repeats} augmented copies an image"
+        f"{augment.repeats} augmented copies an image{mixing}"
     )
 
 

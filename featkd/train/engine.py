@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import signal
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from featkd.train.logs import RunLog
 from featkd.train.precision import autocast
 from featkd.train.recipe import Recipe, to_dict
 from featkd.train.resume import find_checkpoint, restore
+from featkd.train.stopwatch import Stopwatch
 
 
 class TrainingDiverged(RuntimeError):
@@ -160,7 +160,7 @@ class Trainer:
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with self._no_sync(not last):
-                terms = self.losses(batch)
+                terms = self.losses(batch, number)
                 scaled: Tensor = parts.scaler.scale(terms.total / len(batches))
                 torch.autograd.backward(scaled)
             self._meter += torch.stack((terms.total.detach(), terms.logits, terms.features))
@@ -170,8 +170,11 @@ class Trainer:
         self.batch += len(batches)
         return terms
 
-    def losses(self, batch: Batch) -> DistillationTerms:
-        """The objective of one micro-batch."""
+    def losses(self, batch: Batch, number: int = 0) -> DistillationTerms:
+        """The objective of an update's micro-batch of that number, mixed where the recipe says."""
+        if self.parts.mixer is not None:
+            number += self.batch  # in the epoch
+            batch = self.parts.mixer(batch, epoch=self.epoch, number=number, rank=self.context.rank)
         images = batch.images.to(self.context.device, non_blocking=True)
         targets = batch.targets.to(self.context.device, non_blocking=True)
         if self.context.device.type == "cuda":  # what CUDA graphs gave before is used up
@@ -380,25 +383,3 @@ class Trainer:
         if changed:
             messages.append(f"changed since that checkpoint: {'; '.join(changed)}")
         return messages
-
-
-class Stopwatch:
-    """Wall time of updates, without the pauses for saving."""
-
-    def __init__(self) -> None:
-        self.updates = 0
-        self._since = time.perf_counter()
-
-    def lap(self) -> tuple[float, int]:
-        """Seconds and updates since the last lap."""
-        now = time.perf_counter()
-        lap = now - self._since, self.updates
-        self._since, self.updates = now, 0
-        return lap
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent inside does not count."""
-        stopped = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - stopped

@@ -78,7 +78,7 @@ class LossConfig:
         tau: temperature of the soft loss.
         feature: feature loss, "mse", "spectral" or null (none).
         pairs: [student layer, teacher layer] pairs; negative layers count from the end.
-        label_smoothing: label smoothing of the cross-entropy.
+        label_smoothing: label smoothing of the cross-entropy; done before labels are mixed.
     """
 
     alpha: float = 0.0
@@ -229,6 +229,11 @@ class Recipe:
             raise RecipeError(
                 f"compile_mode: {self.compile_mode!r} records CUDA graphs, which can't accumulate "
                 f"gradients (optim.accumulate is {self.optim.accumulate}); expected 'default'"
+            )
+        if self.batch_size % 2 and self.data.augment.mixes:
+            raise RecipeError(
+                f"batch_size: {self.batch_size} is odd, and data.augment.mixup and cutmix mix "
+                "images in pairs; expected an even number"
             )
         if self.loss.feature is not None and not self.loss.pairs:
             raise RecipeError("loss.pairs: empty, but loss.feature asks for a feature loss")

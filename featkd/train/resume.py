@@ -114,7 +114,8 @@ def _of_processes(
         return []
     batch = state["recipe"]["batch_size"] * before * state["recipe"]["optim"]["accumulate"]
     if batch == parts.global_batch:
-        what = f"{batch} images an update as before; drop-path draws and the order of sums differ"
+        draws = "drop-path and mixing draws" if recipe.data.augment.mixes else "drop-path draws"
+        what = f"{batch} images an update as before; {draws} and the order of sums differ"
     else:
         what = (
             f"{batch} -> {parts.global_batch} images an update: peak learning rate "

@@ -17,6 +17,7 @@ def test_defaults_are_the_published_recipe() -> None:
     assert (augment.scale, augment.ratio) == ((0.08, 1.0), (3 / 4, 4 / 3))
     assert (augment.hflip, augment.random_erasing, augment.repeats) == (0.5, 0.25, 3)
     assert augment.color_jitter is None
+    assert not augment.mixes
     data = DataConfig()
     assert (data.img_size, data.crop_pct, data.interpolation) == (224, 0.875, "bicubic")
     assert data.augment == augment
@@ -34,6 +35,10 @@ def test_defaults_are_the_published_recipe() -> None:
         ("hflip", -0.1),
         ("hflip", float("nan")),
         ("random_erasing", 1.5),
+        ("mixup", -0.2),
+        ("cutmix", float("inf")),
+        ("mixup_prob", 1.1),
+        ("mixup_switch_prob", -0.5),
         ("repeats", 0),
         ("repeats", 1.5),
         ("rand_augment", ""),

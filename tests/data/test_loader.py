@@ -241,6 +241,28 @@ def test_a_state_of_another_order_is_refused(make_set: MakeSet) -> None:
         other.load_state_dict(state)
 
 
+def test_batches_without_a_readable_image_count(
+    backend: str, make_set: MakeSet, spoil: Spoil
+) -> None:
+    """In evaluation: passed over between two others, and at the end."""
+    root = make_set(val=14)
+    images = sorted((root / "val").rglob("*.jpg"))
+    for number in (2, 3, 4, 5, 10, 11, 12, 13):
+        spoil(images[number], "text")
+    with loading(root, "val", 2, on_bad_image="skip") as loader:
+        batches, states = [], []
+        for batch in loader:
+            batches.append(batch)
+            states.append(loader.state_dict())
+        assert [state["batch"] for state in states] == [1, 4, 5]
+        assert loader.state_dict()["batch"] == len(loader) == 7
+        assert len(loader.bad_images) == 8
+    for done, state in enumerate(states, start=1):
+        with loading(root, "val", 2, on_bad_image="skip") as other:
+            other.load_state_dict(state)
+            assert same(batches[done:], list(other))
+
+
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_evaluation_counts_each_image_once(make_set: MakeSet, world_size: int) -> None:

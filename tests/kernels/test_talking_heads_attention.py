@@ -8,7 +8,8 @@ import torch
 import featkd
 from featkd.functional import talking_heads_attention
 from featkd.kernels import talking_heads_attention as kernels
-from tests.kernels.talking_heads_cases import Problem, assert_as_exact_as_eager
+from tests.kernels.feature_kd_cases import relative
+from tests.kernels.talking_heads_cases import Problem, assert_as_exact_as_eager, exact
 
 SMALL = kernels.Config(16, 16, 16, group=16, num_warps=2, num_stages=1)
 # between them: rows, keys and channels that do not fill their blocks, two groups of channels, one
@@ -42,8 +43,8 @@ def test_exact_as_timm(executed, monkeypatch, problem, dtype, config):
 
 def test_views_and_repetition_give_the_same_bits(executed, monkeypatch):
     monkeypatch.setattr(kernels, "config", lambda *_: SMALL)
-    problem = Problem(2, 2, 9, 8)
-    tensors = problem.tensors(torch.float32)
+    problem, dtype, _ = CASES[2]  # compiled already
+    tensors = problem.tensors(dtype)
     want = run(tensors, problem)
     again = run(tensors, problem)
     copies = {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
@@ -62,7 +63,7 @@ def test_autocast_rounds_the_products_alone(executed, monkeypatch):
     assert got.dtype == torch.float32
     assert executed == ["attend"]
     rounded = {name: x.bfloat16() for name, x in tensors.items()}
-    torch.testing.assert_close(got, run(rounded, problem).float(), rtol=0.05, atol=0.05)
+    assert relative(got, exact(rounded, problem.scale)) < 0.01
 
 
 def test_more_channels_than_tiles_hold_run_on_the_reference(executed):

@@ -54,6 +54,7 @@ def test_published_values(name):
     assert augment.rand_augment == "rand-m9-n2-mstd0.5-inc1"
     assert (augment.random_erasing, augment.hflip, augment.repeats) == (0.25, 0.5, 3)
     assert augment.color_jitter is None
+    assert (augment.mixup, augment.cutmix) == (0, 0)
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -90,6 +91,10 @@ def test_shipped_recipes_survive_a_round_trip(name, tmp_path: Path):
         (
             "{compile: true, compile_mode: max-autotune, optim: {accumulate: 2}}",
             "can't accumulate gradients .optim.accumulate is 2.; expected 'default'",
+        ),
+        (
+            "{batch_size: 9, data: {augment: {mixup: 0.2}}}",
+            "batch_size: 9 is odd, and data.augment.mixup and cutmix mix .*expected an even number",
         ),
         ("teacher: {name: x}", "teacher: given, but the loss does not use it"),
     ],

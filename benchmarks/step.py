@@ -15,7 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import featkd
-from featkd.data import Batch
+from featkd.data import Batch, Key
+from featkd.data.loader import as_tensor
 from featkd.distributed import ProcessContext
 from featkd.train.engine import Trainer
 from featkd.train.precision import multiplies_bf16
@@ -89,7 +90,8 @@ def random_batch(trainer: Trainer) -> Batch:
     size = (recipe.batch_size, 3, recipe.data.img_size, recipe.data.img_size)
     images = torch.randn(size, generator=generator)
     targets = torch.randint(trainer.parts.num_classes, size[:1], generator=generator)
-    return Batch(images.to(device), targets.to(device), [])
+    keys = as_tensor([Key(0, image, 0) for image in range(recipe.batch_size)])
+    return Batch(images.to(device), targets.to(device), [], keys)
 
 
 def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:

@@ -180,7 +180,7 @@ def test_waiting_for_batches_is_told_from_computing():
 
         def __iter__(self):
             time.sleep(0.06)
-            yield Batch(torch.zeros(1), torch.zeros(1), [])
+            yield Batch(torch.zeros(1), torch.zeros(1), [], torch.zeros(1, 3))
 
     def one_step(batches):
         time.sleep(0.02)

@@ -104,7 +104,7 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
     parameters = [p for p in parts.student.parameters() if p.requires_grad]
     parts.student.train()
     with way.in_use():
-        taught = trainer.teach(batch.images)
+        taught = trainer.teach(batch)
         learnt = trainer.learn(batch.images, taught)
         leaves = learnt._replace(
             logits=_leaf(learnt.logits),
@@ -144,8 +144,8 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
         "optimizer": (restore, trainer.apply_gradients),
         "step": (forget, lambda: trainer.step([batch])),
     }
-    if parts.teacher is not None:
-        work = {"teacher": (forget, lambda: trainer.teach(batch.images)), **work}
+    if parts.source is not None:
+        work = {"teacher": (forget, lambda: trainer.teach(batch)), **work}
     forget()
     return {name: Step(prepare, _run(way, run)) for name, (prepare, run) in work.items()}
 

@@ -20,7 +20,7 @@ LAYERS = (
     ("demo", "benchmarks"),
     ("diagnose",),
     ("train",),
-    ("diagnostics",),
+    ("diagnostics", "cache"),
     ("models", "data"),
     ("losses",),
     ("functional", "linalg"),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from featkd import environment
+from featkd.cache import Taught
 from featkd.data import Batch
 from featkd.distributed import ProcessContext
 from featkd.interrupt import Interrupt
@@ -25,21 +26,13 @@ from featkd.train.build import Parts, build
 from featkd.train.checkpoint import CheckpointStore
 from featkd.train.evaluate import evaluate
 from featkd.train.logs import RunLog
+from featkd.train.precision import autocast
 from featkd.train.recipe import Recipe, to_dict
 from featkd.train.resume import find_checkpoint, restore
-
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainingDiverged(RuntimeError):
     """The loss is no longer finite."""
-
-
-class Taught(NamedTuple):
-    """What the teacher says of a batch: logits (B, K) or None, a (B, N, C) map a layer pair."""
-
-    logits: Tensor | None
-    maps: list[Tensor]
 
 
 class Learnt(NamedTuple):
@@ -173,19 +166,19 @@ class Trainer:
 
     def losses(self, batch: Batch) -> DistillationTerms:
         """The objective of one micro-batch."""
-        images = batch.images.to(self.context.device, non_blocking=True)
-        targets = batch.targets.to(self.context.device, non_blocking=True)
+        batch = batch._replace(
+            images=batch.images.to(self.context.device, non_blocking=True),
+            targets=batch.targets.to(self.context.device, non_blocking=True),
+        )
         if self.recipe.compile_mode != "default":  # what CUDA graphs gave before is used up
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        taught = self.teach(images)
-        return self.compare(self.learn(images, taught), targets, taught)
+        taught = self.teach(batch)
+        return self.compare(self.learn(batch.images, taught), batch.targets, taught)
 
-    def teach(self, images: Tensor) -> Taught:
-        """The teacher's logits and maps of (B, 3, H, W); nothing without a teacher."""
-        if self.parts.teacher_forward is None:
-            return Taught(None, [])
-        with torch.no_grad(), self._autocast():
-            return Taught(*self.parts.teacher_forward(images))
+    def teach(self, batch: Batch) -> Taught:
+        """The teacher's logits and maps of a batch on the device; nothing without a teacher."""
+        source = self.parts.source
+        return Taught(None, []) if source is None else source.teach(batch)
 
     def learn(self, images: Tensor, taught: Taught) -> Learnt:
         """The student's logits and maps, or its feature loss where it forms that itself."""
@@ -264,10 +257,7 @@ class Trainer:
             self.parts.scheduler.step_update(self._scheduled)
 
     def _autocast(self) -> AbstractContextManager[object]:
-        dtype = AMP_DTYPES.get(self.recipe.amp)
-        if dtype is None:
-            return nullcontext()
-        return torch.autocast(self.context.device.type, dtype=dtype)
+        return autocast(self.recipe.amp, self.context.device)
 
     def _no_sync(self, active: bool) -> AbstractContextManager[object]:
         """Without DDP's gradient all-reduce, for all micro-batches but an update's last."""

@@ -1,10 +1,20 @@
-"""bf16: where a device multiplies in it, and a frozen model whose weights are held in it."""
+"""Mixed precision; where a device multiplies in bf16, and a model whose weights are held in it."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from timm.models.cait import TalkingHeadAttn
 from torch import nn
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(amp: str, device: torch.device) -> AbstractContextManager[object]:
+    """The context of a recipe's `amp`."""
+    dtype = AMP_DTYPES.get(amp)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def multiplies_bf16(device: torch.device) -> bool:

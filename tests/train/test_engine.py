@@ -17,11 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 import featkd
 from featkd.data import BadImageError
 from featkd.distributed import ProcessContext
-from featkd.train.build import FeatureForward
 from featkd.train.checkpoint import load
 from featkd.train.engine import Trainer, TrainingDiverged
 from featkd.train.logs import read_csv
 from featkd.train.recipe import RecipeError, StudentConfig, TeacherConfig, to_dict
+from featkd.train.teacher import FeatureForward
 from tests.train.runs import CPU, column, run
 
 

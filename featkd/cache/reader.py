@@ -1,0 +1,140 @@
+"""Rows of a cache by key: `TeacherCache`."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featkd.cache.manifest import CacheError, read_manifest
+from featkd.cache.rows import Taught
+from featkd.cache.shard import Shard
+from featkd.data import Key
+
+_OPEN_SHARDS = 4096  # mappings; Linux allows a process 65,530
+_HELD_VIEWS = 2  # orders: the epoch's, and the next one's
+
+_Positions = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class TeacherCache:
+    """A teacher's outputs, for the keys of a run's batches.
+
+    Files are opened when the first of their rows is asked for, and every row is checked each time.
+
+    Args:
+        folder: that `featkd cache` wrote.
+
+    Raises:
+        CacheError: there is no cache, its manifest is damaged, or shards are missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        missing = [path for path in self._paths() if not path.is_file()]
+        if missing:
+            raise CacheError(
+                f"{folder}: {len(missing)} of {self.manifest.views * self.manifest.shards} shards "
+                f"are missing, such as {missing[0].relative_to(folder)}; featkd cache, called as "
+                "before, goes on with it"
+            )
+        self._identity = self.manifest.identity
+        self._shards: OrderedDict[tuple[int, int], Shard] = OrderedDict()
+        self._positions: OrderedDict[int, _Positions] = OrderedDict()
+        self._sampler = self.manifest.sampler()
+
+    def rows(
+        self, keys: Tensor, layers: Sequence[int], device: torch.device | str = "cpu"
+    ) -> Taught:
+        """What the teacher said of some samples.
+
+        Args:
+            keys: (B, 3) int64, as `featkd.data.Batch.keys`.
+            layers: of the teacher, whose maps are wanted.
+            device: where they go.
+
+        Returns:
+            logits (B, K) and a map a layer, as `Layout.decode` says.
+
+        Raises:
+            CacheError: a key is of no view of this cache, or what is stored of it is damaged.
+        """
+        found = [self._row(Key(*key)) for key in keys.tolist()]
+        return self.manifest.layout.decode(found, layers, device)
+
+    def damages(self) -> Iterator[str | None]:
+        """Check every row of every shard; a message, or None for a whole one, a shard."""
+        for view in range(self.manifest.views):
+            for number in range(self.manifest.shards):
+                path = self.folder / self.manifest.shard_name(view, number)
+                try:
+                    shard = Shard(path, self._identity)
+                    self._check_keys(shard, view, number)
+                except CacheError as error:
+                    yield str(error)
+                    continue
+                yield "\n".join(_damages(shard)) or None
+
+    def _paths(self) -> Iterator[Path]:
+        manifest = self.manifest
+        for view in range(manifest.views):
+            for shard in range(manifest.shards):
+                yield self.folder / manifest.shard_name(view, shard)
+
+    def _row(self, key: Key) -> Any:
+        number, offset = divmod(self._position(key), self.manifest.shard_rows)
+        shard = self._shard(key.epoch, number)
+        if shard.key(offset) != key:
+            raise CacheError(f"{shard.path}: row {offset} is {shard.key(offset)}, not {key}")
+        return shard.row(offset)
+
+    def _position(self, key: Key) -> int:
+        """Where in its view a key's row is."""
+        manifest = self.manifest
+        if 0 <= key.epoch < manifest.views and 0 <= key.image < manifest.images:
+            if key.epoch not in self._positions:
+                order = self._sampler.order(key.epoch)
+                inverse = np.empty_like(order)
+                inverse[order] = np.arange(len(order))
+                self._positions[key.epoch] = inverse
+                if len(self._positions) > _HELD_VIEWS:
+                    self._positions.popitem(last=False)
+            position = int(self._positions[key.epoch][key.image]) * manifest.repeats + key.copy
+            if 0 <= key.copy < manifest.repeats and position < manifest.rows:
+                return position
+        raise CacheError(
+            f"{self.folder}: holds no row of {key}; it has views 0 to {manifest.views - 1} of "
+            f"{manifest.rows} rows, of {manifest.images} images in {manifest.repeats} copies"
+        )
+
+    def _shard(self, view: int, number: int) -> Shard:
+        name = (view, number)
+        if name in self._shards:
+            self._shards.move_to_end(name)
+            return self._shards[name]
+        path = self.folder / self.manifest.shard_name(view, number)
+        shard = self._shards[name] = Shard(path, self._identity)
+        if len(shard) != len(self.manifest.positions(number)):
+            raise CacheError(f"{path}: has {len(shard)} rows")
+        if len(self._shards) > _OPEN_SHARDS:
+            self._shards.popitem(last=False)
+        return shard
+
+    def _check_keys(self, shard: Shard, view: int, number: int) -> None:
+        for offset, position in enumerate(self.manifest.positions(number)):
+            if offset >= len(shard) or self._position(shard.key(offset)) != position:
+                raise CacheError(f"{shard.path}: damaged: its rows are not those of view {view}")
+
+
+def _damages(shard: Shard) -> Iterator[str]:
+    for number in range(len(shard)):
+        try:
+            shard.row(number)
+        except CacheError as error:
+            yield str(error)

@@ -1,0 +1,247 @@
+"""`featkd cache`: the teacher over every sample of some epochs, into a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from featkd.cache import CacheError, CacheWriter, Layout, Manifest
+from featkd.cache.rows import STORES, NotStorable, Row
+from featkd.cache.writer import locked, prepare
+from featkd.data import Batch, EpochSampler, ImageSet
+from featkd.data.factory import build_over
+from featkd.data.sampler import StretchSampler
+from featkd.distributed import ProcessContext
+from featkd.interrupt import Interrupt
+from featkd.models.features import num_layers
+from featkd.train.caching import subject_of
+from featkd.train.recipe import Recipe, RecipeError
+from featkd.train.teacher import Teacher, resolve_pairs
+
+TOP = 10  # classes whose probabilities are kept, unless said otherwise
+
+Features = Literal["none", "full"]
+Store = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What is kept of a teacher's outputs.
+
+    Args:
+        views: epochs of the recipe whose samples are kept.
+        logits_top: so many classes' log-probabilities, the largest ones, and the sum of the rest,
+            in fp16; "all" keeps the logits as the teacher gives them, as does the number of its
+            classes. None: 10, or all where there are no more.
+        features: "full" keeps the maps of the teacher's layers in loss.pairs, "none" none. None:
+            full where the loss compares maps.
+        store: what maps are stored in, "fp32", "bf16" or "fp16". None: fp16.
+        shard_rows: rows of a file; rounded up to whole batches.
+
+    Raises:
+        ValueError: a field is out of its range.
+    """
+
+    views: int
+    logits_top: int | Literal["all"] | None = None
+    features: Features | None = None
+    store: Store | None = None
+    shard_rows: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("views", "shard_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
+        if self.store is not None and self.store not in STORES:
+            raise ValueError(f"store: expected one of {', '.join(STORES)}; got {self.store!r}")
+        if self.features == "none" and self.store is not None:
+            raise ValueError(f"store: {self.store!r} is for features, which are none")
+
+
+class Filled(NamedTuple):
+    """What came of it: shards that were written, by all processes, and those that were there
+    damaged."""
+
+    manifest: Manifest
+    written: int
+    damaged: int
+    interrupted_by: int | None
+
+
+def fill(
+    recipe: Recipe,
+    config: CacheConfig,
+    context: ProcessContext,
+    folder: Path,
+    *,
+    quiet: bool = False,
+) -> Filled:
+    """Write what is missing of a cache; all processes must call it.
+
+    A row's teacher pass is of the batch that the run's one process would see, so that neither the
+    number of processes nor an interruption changes a byte.
+
+    Args:
+        recipe: the run that is to be taught.
+        config: what is kept.
+        context: this process.
+        folder: of the cache; made if missing.
+        quiet: print nothing.
+
+    Raises:
+        RecipeError, ValueError: a field or argument can't be used.
+        CacheError: the folder holds something else, another process writes to it, the disk is
+            full, or an output can't be stored.
+        featkd.data.BadImageError: an unreadable image under on_bad_image="error".
+    """
+    if recipe.teacher is None:
+        raise RecipeError("teacher: null; expected the teacher whose outputs are to be kept")
+    dataset = ImageSet(recipe.data, "train", recipe.seed)
+    repeats = recipe.data.augment.repeats
+    sampler = StretchSampler(len(dataset), repeats=repeats, seed=recipe.seed)
+    loader = build_over(
+        dataset, recipe.data, sampler, batch_size=recipe.batch_size, device=context.device
+    )
+    notes: list[str] = []
+    try:
+        teacher = _teacher(recipe, config, len(dataset.classes), context, notes)
+        manifest = Manifest(
+            subject=subject_of(recipe, loader, context),
+            weights=_weights(cast(nn.Module, teacher.model)),
+            depth=num_layers(teacher.model),
+            layout=_layout(config, teacher),
+            rows=len(EpochSampler(len(dataset), training=True, repeats=repeats)),
+            shard_rows=-(-config.shard_rows // recipe.batch_size) * recipe.batch_size,
+            batch_size=recipe.batch_size,
+            views=config.views,
+        )
+        with ExitStack() as held, Interrupt() as interrupt:
+            manifest = _begin(folder, manifest, context, held)
+            writer = CacheWriter(folder, manifest, context.rank, context.world_size)
+            work = _Work(writer, teacher, context.device, interrupt)
+            stopped = False
+            with _progress(manifest, context.is_main and not quiet) as bar:
+                for note in notes if context.is_main and not quiet else ():
+                    bar.write(note, file=sys.stderr)
+                for view in range(manifest.views):
+                    missing = writer.missing(view)
+                    sampler.choose(view, [manifest.positions(shard) for shard in missing])
+                    if missing:
+                        work.compute(view, missing, iter(loader))
+                    bar.update()
+                    stopped = context.any_true(interrupt.signal is not None)
+                    if stopped:
+                        break
+            counts = torch.tensor([work.written, len(writer.damaged)], device=context.device)
+            written, damaged = context.sum(counts).tolist()
+    finally:
+        loader.close()
+    by = (interrupt.signal or signal.SIGTERM) if stopped else None
+    return Filled(manifest, written, damaged, by)
+
+
+class _Work:
+    """Batches through the teacher, and into shards."""
+
+    def __init__(
+        self, writer: CacheWriter, teacher: Teacher, device: torch.device, interrupt: Interrupt
+    ) -> None:
+        self._writer = writer
+        self._teacher = teacher
+        self._device = device
+        self._interrupt = interrupt
+        self.written = 0
+
+    def compute(self, view: int, shards: Sequence[int], batches: Iterator[Batch]) -> None:
+        """Write shards of a view from its batches; a signal ends it before the next batch."""
+        manifest = self._writer.manifest
+        for shard in shards:
+            rows: list[Row] = []
+            keys: list[Tensor] = []
+            for batch in islice(batches, -(-len(manifest.positions(shard)) // manifest.batch_size)):
+                if self._interrupt.signal is not None:
+                    return
+                rows += self._rows(batch)
+                keys.append(batch.keys)
+            self._writer.write(view, shard, torch.cat(keys), rows)
+            self.written += 1
+
+    def _rows(self, batch: Batch) -> list[Row]:
+        images = batch.images.to(self._device, non_blocking=True)
+        taught = self._teacher.teach(batch._replace(images=images))
+        try:
+            return self._writer.manifest.layout.encode(taught)
+        except NotStorable as error:
+            epoch, image, copy = batch.keys[error.number].tolist()
+            raise CacheError(
+                f"image {image}, copy {copy} of view {epoch}: {error.cause}; another amp or store "
+                "may hold it"
+            ) from error
+
+
+def _begin(folder: Path, manifest: Manifest, context: ProcessContext, held: ExitStack) -> Manifest:
+    """Lock and prepare the folder on process 0, for all of them."""
+    answer: Manifest | CacheError = manifest
+    if context.is_main:
+        try:
+            held.enter_context(locked(folder))
+            answer = prepare(folder, manifest)
+        except CacheError as error:
+            answer = error
+    answer = context.broadcast(answer)
+    if isinstance(answer, CacheError):
+        raise answer
+    return answer
+
+
+def _progress(manifest: Manifest, shown: bool) -> Any:
+    return tqdm(total=manifest.views, unit="view", disable=None if shown else True)
+
+
+def _teacher(
+    recipe: Recipe, config: CacheConfig, classes: int, context: ProcessContext, notes: list[str]
+) -> Teacher:
+    """The teacher, which gives the maps to be kept, each once, in ascending order."""
+    features = config.features or ("none" if recipe.loss.feature is None else "full")
+    if features == "none":
+        return Teacher(recipe, classes, context, notes, lambda _: ())
+    return Teacher(
+        recipe, classes, context, notes, lambda depth: resolve_pairs(recipe, depth, "teacher")
+    )
+
+
+def _layout(config: CacheConfig, teacher: Teacher) -> Layout:
+    classes, dtype, maps = teacher.shapes
+    top = min(TOP, classes) if config.logits_top is None else config.logits_top
+    if top != "all" and not 1 <= top <= classes:
+        raise ValueError(
+            f'logits_top: expected 1 to {classes}, the teacher\'s classes, or "all"; got {top}'
+        )
+    return Layout(
+        classes=classes,
+        logits_dtype=dtype,
+        logits_top=None if top in ("all", classes) else int(top),
+        features="full" if maps else "none",
+        store=(config.store or "fp16") if maps else None,
+        layers=maps,
+    )
+
+
+def _weights(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers, as it holds them."""
+    digest = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
+        digest.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

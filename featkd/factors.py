@@ -26,6 +26,11 @@ class LowRank(NamedTuple):
     left: Tensor
     right: Tensor
 
+    @property
+    def shape(self) -> torch.Size:
+        """(B, N, C) of the maps."""
+        return torch.Size((*self.left.shape[:2], self.right.shape[1]))
+
 
 def restore(factors: LowRank, dtype: torch.dtype | None = None) -> Tensor:
     """The maps (B, N, C) that the factors stand for, multiplied in `dtype` (the wider of theirs).

@@ -35,7 +35,6 @@ LAYERS = (
         "distributed",
         "environment",
         "extension",
-        "factors",
         "files",
         "interrupt",
         "openmp",
@@ -44,7 +43,7 @@ LAYERS = (
         "recipes",
         "__init__",
     ),
-    ("remote",),
+    ("remote", "factors"),
 )
 
 

@@ -217,12 +217,11 @@ def _distill_parser() -> ArgumentParser:
 
 
 def _cache_parser() -> ArgumentParser:
-    from featkd.train.fill import TOP, CacheConfig, Features, Store
+    from featkd.cache.config import ENERGY, TOP, CacheConfig, Features, Store
 
     parser = _recipe_parser(
         "featkd cache", "Write what a recipe's teacher says of its training images."
     )
-    default = CacheConfig(views=1)
     parser.add_argument("--views", type=int, default=1, help="epochs whose samples are kept")
     parser.add_argument(
         "--logits-top",
@@ -235,15 +234,28 @@ def _cache_parser() -> ArgumentParser:
         "--features",
         type=Features | None,
         default=None,
-        help="maps of the teacher's layers in loss.pairs (default: full where the loss uses them)",
+        help="maps of the teacher's layers in loss.pairs: whole, or each image's leading singular "
+        "directions (default: lowrank where the loss compares maps, else none)",
     )
     parser.add_argument(
-        "--store", type=Store | None, default=None, help="what maps are stored in (default: fp16)"
+        "--energy",
+        type=float | None,
+        default=None,
+        help=f"lowrank: the share of each map's energy that is kept (default: {ENERGY})",
+    )
+    parser.add_argument(
+        "--rank", type=int | None, default=None, help="lowrank: directions, in place of an energy"
+    )
+    parser.add_argument(
+        "--store",
+        type=Store | None,
+        default=None,
+        help="full: fp32, bf16 or fp16; lowrank: fp16 or int8 (default: fp16)",
     )
     parser.add_argument(
         "--shard-rows",
         type=int,
-        default=default.shard_rows,
+        default=CacheConfig.shard_rows,
         help="rows of a file, rounded up to whole batches",
     )
     return parser
@@ -255,17 +267,18 @@ _VERIFY = "--verify"
 def _cache(words: list[str]) -> int:
     """`featkd cache RECIPE --out DIR ...`, or `featkd cache --verify DIR`."""
     from featkd import distributed
-    from featkd.train.fill import CacheConfig, fill
+    from featkd.cache import CacheConfig
+    from featkd.train.fill import fill
 
     if words[:1] == [_VERIFY]:
         if len(words) != 2:
             raise ValueError(f"{_VERIFY}: expected one folder, got {words[1:]}")
         return _verify(Path(words[1]))
-    names = ("views", "logits-top", "features", "store", "shard-rows")
+    names = [field.name.replace("_", "-") for field in fields(CacheConfig)]
     run, options = _parse(_cache_parser(), words, names)
     if not any(word.partition("=")[0] == "--out" for word in words):
         raise ValueError("--out: expected the folder of the cache, got nothing")
-    config = CacheConfig(**{name: options[name] for name in (n.replace("-", "_") for n in names)})
+    config = CacheConfig(**{field.name: options[field.name] for field in fields(CacheConfig)})
     try:
         context = distributed.start(run.device)
         with distributed.naming_lost_processes(f"the same command goes on with {run.out}"):

@@ -107,7 +107,7 @@ class CacheWriter:
         assert len(rows) == len(keys) == len(self.manifest.positions(shard))
         path = self._path(view, shard)
         try:
-            write_shard(path, self._identity, keys, rows)
+            write_shard(path, self._identity, keys, rows, self.manifest.layout.varying)
         except OSError as error:
             raise CacheError(
                 f"could not write {path}: {error}; what was written before is whole"

@@ -7,17 +7,16 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from featkd.cache import CacheError, CacheWriter, Layout, Manifest
-from featkd.cache.rows import STORES, NotStorable, Row
+from featkd.cache import CacheConfig, CacheError, CacheWriter, Manifest
+from featkd.cache.rows import NotStorable, Row
 from featkd.cache.writer import locked, prepare
 from featkd.data import Batch, EpochSampler, ImageSet
 from featkd.data.factory import build_over
@@ -28,45 +27,6 @@ from featkd.models.features import num_layers
 from featkd.train.caching import subject_of
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import Teacher, resolve_pairs
-
-TOP = 10  # classes whose probabilities are kept, unless said otherwise
-
-Features = Literal["none", "full"]
-Store = Literal["fp32", "bf16", "fp16"]
-
-
-@dataclass(frozen=True)
-class CacheConfig:
-    """What is kept of a teacher's outputs.
-
-    Args:
-        views: epochs of the recipe whose samples are kept.
-        logits_top: so many classes' log-probabilities, the largest ones, and the sum of the rest,
-            in fp16; "all" keeps the logits as the teacher gives them, as does the number of its
-            classes. None: 10, or all where there are no more.
-        features: "full" keeps the maps of the teacher's layers in loss.pairs, "none" none. None:
-            full where the loss compares maps.
-        store: what maps are stored in, "fp32", "bf16" or "fp16". None: fp16.
-        shard_rows: rows of a file; rounded up to whole batches.
-
-    Raises:
-        ValueError: a field is out of its range.
-    """
-
-    views: int
-    logits_top: int | Literal["all"] | None = None
-    features: Features | None = None
-    store: Store | None = None
-    shard_rows: int = 1024
-
-    def __post_init__(self) -> None:
-        for name in ("views", "shard_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
-        if self.store is not None and self.store not in STORES:
-            raise ValueError(f"store: expected one of {', '.join(STORES)}; got {self.store!r}")
-        if self.features == "none" and self.store is not None:
-            raise ValueError(f"store: {self.store!r} is for features, which are none")
 
 
 class Filled(NamedTuple):
@@ -107,6 +67,7 @@ def fill(
     """
     if recipe.teacher is None:
         raise RecipeError("teacher: null; expected the teacher whose outputs are to be kept")
+    config = config.resolved(recipe.loss.feature is not None)
     dataset = ImageSet(recipe.data, "train", recipe.seed)
     repeats = recipe.data.augment.repeats
     sampler = StretchSampler(len(dataset), repeats=repeats, seed=recipe.seed)
@@ -120,7 +81,7 @@ def fill(
             subject=subject_of(recipe, loader, context),
             weights=_weights(cast(nn.Module, teacher.model)),
             depth=num_layers(teacher.model),
-            layout=_layout(config, teacher),
+            layout=config.layout(*teacher.shapes),
             rows=len(EpochSampler(len(dataset), training=True, repeats=repeats)),
             shard_rows=-(-config.shard_rows // recipe.batch_size) * recipe.batch_size,
             batch_size=recipe.batch_size,
@@ -212,30 +173,12 @@ def _progress(manifest: Manifest, shown: bool) -> Any:
 def _teacher(
     recipe: Recipe, config: CacheConfig, classes: int, context: ProcessContext, notes: list[str]
 ) -> Teacher:
-    """The teacher, which gives the maps to be kept, each once, in ascending order."""
-    features = config.features or ("none" if recipe.loss.feature is None else "full")
-    if features == "none":
-        return Teacher(recipe, classes, context, notes, lambda _: ())
-    return Teacher(
-        recipe, classes, context, notes, lambda depth: resolve_pairs(recipe, depth, "teacher")
-    )
+    """The teacher, which gives the maps to be kept."""
 
+    def layers(depth: int) -> tuple[int, ...]:
+        return () if config.features == "none" else resolve_pairs(recipe, depth, "teacher")
 
-def _layout(config: CacheConfig, teacher: Teacher) -> Layout:
-    classes, dtype, maps = teacher.shapes
-    top = min(TOP, classes) if config.logits_top is None else config.logits_top
-    if top != "all" and not 1 <= top <= classes:
-        raise ValueError(
-            f'logits_top: expected 1 to {classes}, the teacher\'s classes, or "all"; got {top}'
-        )
-    return Layout(
-        classes=classes,
-        logits_dtype=dtype,
-        logits_top=None if top in ("all", classes) else int(top),
-        features="full" if maps else "none",
-        store=(config.store or "fp16") if maps else None,
-        layers=maps,
-    )
+    return Teacher(recipe, classes, context, notes, layers)
 
 
 def _weights(model: nn.Module) -> str:

@@ -284,10 +284,10 @@ def _cache(words: list[str]) -> int:
         with distributed.naming_lost_processes(f"the same command goes on with {run.out}"):
             found = fill(run, config, context, Path(run.out))
         if found.interrupted_by is not None:
-            return _fail(
-                f"stopped by signal {found.interrupted_by}; the same command goes on from here",
-                128 + found.interrupted_by,
-            )
+            if context.is_main:
+                said = f"stopped by signal {found.interrupted_by}"
+                print(f"featkd: {said}; the same command goes on from here", file=sys.stderr)
+            return 128 + found.interrupted_by
         if context.is_main:
             manifest = found.manifest
             mended = f", {found.damaged} of them damaged before" if found.damaged else ""

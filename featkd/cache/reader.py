@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,12 +38,12 @@ class TeacherCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder)
-        missing = [path for path in self._paths() if not path.is_file()]
+        missing = list(self._missing())
         if missing:
             raise CacheError(
                 f"{folder}: {len(missing)} of {self.manifest.views * self.manifest.shards} shards "
-                f"are missing, such as {missing[0].relative_to(folder)}; featkd cache, called as "
-                "before, goes on with it"
+                f"are missing, such as {missing[0]}; featkd cache, called as before, goes on with "
+                "it"
             )
         self._identity = self.manifest.identity
         self._shards: OrderedDict[tuple[int, int], Shard] = OrderedDict()
@@ -81,11 +82,13 @@ class TeacherCache:
                     continue
                 yield "\n".join(_damages(shard)) or None
 
-    def _paths(self) -> Iterator[Path]:
-        manifest = self.manifest
-        for view in range(manifest.views):
-            for shard in range(manifest.shards):
-                yield self.folder / manifest.shard_name(view, shard)
+    def _missing(self) -> Iterator[str]:
+        """Names of the shards that are not there; a folder is read once, not asked for each."""
+        for view in range(self.manifest.views):
+            names = [self.manifest.shard_name(view, n) for n in range(self.manifest.shards)]
+            folder = (self.folder / names[0]).parent
+            there = set(os.listdir(folder)) if folder.is_dir() else set()
+            yield from (name for name in names if name.rpartition("/")[2] not in there)
 
     def _row(self, key: Key) -> Any:
         number, offset = divmod(self._position(key), self.manifest.shard_rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 from featkd.cache.manifest import CacheError, read_manifest
-from featkd.cache.rows import Taught
+from featkd.cache.rows import Row, Taught
 from featkd.cache.shard import Shard
 from featkd.data import Key
 
 _OPEN_SHARDS = 4096  # mappings; Linux allows a process 65,530
+_MOST_READERS = 8
 _HELD_VIEWS = 2  # orders: the epoch's, and the next one's
 
 _Positions = np.ndarray[Any, np.dtype[np.int64]]
@@ -49,6 +51,9 @@ class TeacherCache:
         self._shards: OrderedDict[tuple[int, int], Shard] = OrderedDict()
         self._positions: OrderedDict[int, _Positions] = OrderedDict()
         self._sampler = self.manifest.sampler()
+        # Checksums and page faults need no interpreter: threads do them side by side.
+        self._readers = min(_MOST_READERS, len(os.sched_getaffinity(0)))
+        self._threads = ThreadPoolExecutor(self._readers, "featkd-cache")
 
     def rows(
         self, keys: Tensor, layers: Sequence[int], device: torch.device | str = "cpu"
@@ -66,8 +71,11 @@ class TeacherCache:
         Raises:
             CacheError: a key is of no view of this cache, or what is stored of it is damaged.
         """
-        found = [self._row(Key(*key)) for key in keys.tolist()]
-        return self.manifest.layout.decode(found, layers, device)
+        places = [self._place(Key(*key)) for key in keys.tolist()]
+        parts = [places[first :: self._readers] for first in range(self._readers)]
+        found = list(self._threads.map(_read, parts)) if self._readers > 1 else [_read(places)]
+        rows = [found[i % self._readers][i // self._readers] for i in range(len(places))]
+        return self.manifest.layout.decode(rows, layers, device)
 
     def damages(self) -> Iterator[str | None]:
         """Check every row of every shard; a message, or None for a whole one, a shard."""
@@ -90,12 +98,13 @@ class TeacherCache:
             there = set(os.listdir(folder)) if folder.is_dir() else set()
             yield from (name for name in names if name.rpartition("/")[2] not in there)
 
-    def _row(self, key: Key) -> Any:
+    def _place(self, key: Key) -> tuple[Shard, int]:
+        """The open shard that holds a key's row, and which of its rows it is."""
         number, offset = divmod(self._position(key), self.manifest.shard_rows)
         shard = self._shard(key.epoch, number)
         if shard.key(offset) != key:
             raise CacheError(f"{shard.path}: row {offset} is {shard.key(offset)}, not {key}")
-        return shard.row(offset)
+        return shard, offset
 
     def _position(self, key: Key) -> int:
         """Where in its view a key's row is."""
@@ -133,6 +142,10 @@ class TeacherCache:
         for offset, position in enumerate(self.manifest.positions(number)):
             if offset >= len(shard) or self._position(shard.key(offset)) != position:
                 raise CacheError(f"{shard.path}: damaged: its rows are not those of view {view}")
+
+
+def _read(places: Sequence[tuple[Shard, int]]) -> list[Row]:
+    return [shard.row(offset) for shard, offset in places]
 
 
 def _damages(shard: Shard) -> Iterator[str]:

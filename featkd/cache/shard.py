@@ -98,7 +98,14 @@ class Shard:
             raise CacheError(
                 f"{path}: belongs to another cache ({found[:12]}, not {identity[:12]})"
             )
+        # Lists: an element of a tensor takes microseconds.
         self._crc: list[int] = self._tensors["crc"].tolist()
+        self._keys = [Key(*key) for key in self._tensors["keys"].tolist()]
+        self._ends: dict[str, list[int]] = {
+            name.removesuffix(_ENDS): x.tolist()
+            for name, x in self._tensors.items()
+            if name.endswith(_ENDS)
+        }
         self._columns = sorted(
             name for name in self._tensors if name not in (*_FIXED, "check") and _ENDS not in name
         )
@@ -113,7 +120,7 @@ class Shard:
 
     def key(self, number: int) -> Key:
         """Of row `number`."""
-        return Key(*self._tensors["keys"][number].tolist())
+        return self._keys[number]
 
     def row(self, number: int) -> Row:
         """Row `number`, checked, as views of the mapped file.
@@ -153,11 +160,10 @@ class Shard:
 
     def _part(self, name: str, number: int) -> Tensor:
         values = self._tensors[name]
-        ends = self._tensors.get(name + _ENDS)
+        ends = self._ends.get(name)
         if ends is None:
             return values[number]
-        start = int(ends[number - 1]) if number else 0
-        return values[start : int(ends[number])]
+        return values[ends[number - 1] if number else 0 : ends[number]]
 
 
 def _header(path: Path, content: memoryview) -> tuple[dict[str, Any], int]:

@@ -86,17 +86,20 @@ class CacheWriter:
     ) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._rank = rank
-        self._world_size = world_size
+        self._own = range(rank, manifest.shards, world_size)
         self._identity = manifest.identity
         self.damaged: list[str] = []
         """Why shards that were there are written anew."""
 
+    @property
+    def own_rows(self) -> int:
+        """Rows of a view that are this process's to write."""
+        return sum(len(self.manifest.positions(shard)) for shard in self._own)
+
     def missing(self, view: int) -> list[int]:
         """The shards of a view that are this process's to write."""
         self._path(view, 0).parent.mkdir(exist_ok=True)
-        own = range(self._rank, self.manifest.shards, self._world_size)
-        return [shard for shard in own if not self._is_whole(view, shard)]
+        return [shard for shard in self._own if not self._is_whole(view, shard)]
 
     def write(self, view: int, shard: int, keys: Tensor, rows: Sequence[Row]) -> None:
         """Write a shard whole, rows in the order of their positions.

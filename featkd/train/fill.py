@@ -90,17 +90,18 @@ def fill(
         with ExitStack() as held, Interrupt() as interrupt:
             manifest = _begin(folder, manifest, context, held)
             writer = CacheWriter(folder, manifest, context.rank, context.world_size)
-            work = _Work(writer, teacher, context.device, interrupt)
             stopped = False
-            with _progress(manifest, context.is_main and not quiet) as bar:
+            with _progress(writer, context.is_main and not quiet) as bar:
+                work = _Work(writer, teacher, context.device, interrupt, bar)
                 for note in notes if context.is_main and not quiet else ():
                     bar.write(note, file=sys.stderr)
                 for view in range(manifest.views):
                     missing = writer.missing(view)
-                    sampler.choose(view, [manifest.positions(shard) for shard in missing])
+                    stretches = [manifest.positions(shard) for shard in missing]
+                    bar.update(writer.own_rows - sum(map(len, stretches)))
+                    sampler.choose(view, stretches)
                     if missing:
                         work.compute(view, missing, iter(loader))
-                    bar.update()
                     stopped = context.any_true(interrupt.signal is not None)
                     if stopped:
                         break
@@ -116,12 +117,18 @@ class _Work:
     """Batches through the teacher, and into shards."""
 
     def __init__(
-        self, writer: CacheWriter, teacher: Teacher, device: torch.device, interrupt: Interrupt
+        self,
+        writer: CacheWriter,
+        teacher: Teacher,
+        device: torch.device,
+        interrupt: Interrupt,
+        bar: Any,
     ) -> None:
         self._writer = writer
         self._teacher = teacher
         self._device = device
         self._interrupt = interrupt
+        self._bar = bar  # tqdm's
         self.written = 0
 
     def compute(self, view: int, shards: Sequence[int], batches: Iterator[Batch]) -> None:
@@ -135,6 +142,7 @@ class _Work:
                     return
                 rows += self._rows(batch)
                 keys.append(batch.keys)
+                self._bar.update(len(batch.keys))
             self._writer.write(view, shard, torch.cat(keys), rows)
             self.written += 1
 
@@ -166,8 +174,10 @@ def _begin(folder: Path, manifest: Manifest, context: ProcessContext, held: Exit
     return answer
 
 
-def _progress(manifest: Manifest, shown: bool) -> Any:
-    return tqdm(total=manifest.views, unit="view", disable=None if shown else True)
+def _progress(writer: CacheWriter, shown: bool) -> Any:
+    """A bar over this process's part."""
+    total = writer.manifest.views * writer.own_rows
+    return tqdm(total=total, unit="image", disable=None if shown else True)
 
 
 def _teacher(

@@ -93,7 +93,9 @@ def check_teacher_map(teacher: Tensor | LowRank, shape: tuple[int, int, int]) ->
         check_shape(name, x, sizes[name])
         check_constant(name, x)
     if not channels:
-        raise ValueError(f"teacher: no channels (shape {tuple(teacher.shape)}); no mean exists")
+        raise ValueError(
+            f"teacher: has no elements (shape {tuple(teacher.shape)}); the mean is undefined"
+        )
     if not isinstance(teacher, LowRank):
         return
     rank, most = teacher.left.shape[2], min(tokens, channels)

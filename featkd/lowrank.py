@@ -20,6 +20,7 @@ __all__ = ["FORMS", "LowRank", "compress", "dequantise", "quantise", "restore"]
 Form = Literal["fp16", "int8"]
 FORMS: tuple[Form, ...] = ("fp16", "int8")
 
+_MOST = 1e38  # what is near float32's largest could be rounded to Inf
 _RESOLVED = 2.0**-23  # of the largest: a smaller singular value is float32's rounding
 
 
@@ -113,8 +114,7 @@ def quantise(x: Tensor, form: Form) -> tuple[Tensor, Tensor]:
 
     Raises:
         TypeError: not a real floating-point tensor.
-        ValueError: fewer than two dimensions, an unknown form, or NaN, Inf or what float32 makes
-            Inf of.
+        ValueError: fewer than two dimensions, an unknown form, or NaN, Inf or more than 1e38.
 
     Example:
         >>> import torch
@@ -128,8 +128,8 @@ def quantise(x: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     if form not in FORMS:
         raise ValueError(f"form: expected one of {', '.join(FORMS)}; got {form!r}")
     exact = x.detach().float()
-    if not exact.isfinite().all():
-        raise ValueError("x: holds NaN, Inf or what is Inf in float32, which no scale can store")
+    if not (exact.abs() <= _MOST).all():
+        raise ValueError(f"x: holds NaN, Inf or more than {_MOST:g}, the most that can be stored")
     if not exact.shape[-2]:
         scale = exact.new_zeros(*exact.shape[:-2], 1, exact.shape[-1])
     else:

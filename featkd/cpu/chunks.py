@@ -27,11 +27,12 @@ def row_chunks(batch: int, tokens: int, rows: int, width: int = 1) -> list[tuple
 class TeacherMap:
     """The teacher's map, a chunk at a time: a view of it, or the product of its factors.
 
-    A chunk of the product is written over the one before, so that no whole map exists. The factors
-    are multiplied in `dtype`, and not replaced by Gram matrices: the mse without a norm could be
-    had from products of the small factors alone, as a difference of sums as large as ||T||^2. Where
-    ||E||^2 is 1e-4 of it, the loss lost four more digits and the gradients half of one, and the
-    time depended on the rank more than the restored chunks' does.
+    A chunk of the product is written over the one before, so that no whole map exists. The mse
+    without a norm could also be had from products of the small factors alone, as a difference of
+    sums as large as ||T||^2: loss and gradients of (32, 196, 192) -> 384 took 0.59, 0.73 and 1.01
+    of the time with the map at k = 32, 64 and 96, and restored chunks 0.99, 1.12 and 1.16. But
+    where ||E||^2 is 1e-4 of ||T||^2, near the end of a training, float32 products left the loss
+    with an error of up to 3e-4 for 1e-7, and the gradients with 3 to 10 times theirs.
 
     Args:
         teacher: (B, N, C), or the left factor (B, N, k).

@@ -141,7 +141,8 @@ def add_step(parser: ArgumentParser) -> None:
         type=str,
         default=[],
         help="only these; featkd takes bf16 where the device multiplies in it, else float32, "
-        "and featkd_fp32 or featkd_bf16 is the other (default: all but featkd_bf16)",
+        "and featkd_fp32 or featkd_bf16 is the other; cached reads the teacher's outputs "
+        "(default: all but featkd_bf16, in train also but cached)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one to warm up")
 
@@ -179,8 +180,11 @@ def _updates(options: Namespace, backend: Any) -> int:
     context = distributed.start(options.device)
     known = step.ways(context.device)
     names = options.variants and _chosen("variants", options.variants, tuple(known))
-    if not names:  # bf16 where it is slow takes many minutes, and has to be asked for
-        names = [name for name in known if name != "featkd_bf16"]
+    if not names:  # bf16 where it is slow, and a cache of an epoch, take many minutes
+        asked_for = {"featkd_bf16"}
+        if backend is not None or recipe.teacher is None:
+            asked_for.add(step.CACHED)
+        names = [name for name in known if name not in asked_for]
     variants = {name: known[name] for name in names}
     together = None
     folder, wanted = (None, options.batch) if backend is None else (options.data, options.images)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,10 +18,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import featkd
+from featkd.cache import CacheConfig
 from featkd.data import Batch
+from featkd.data.loader import as_tensor
 from featkd.distributed import ProcessContext
 from featkd.environment import multiplies_bf16
 from featkd.train.engine import Trainer
+from featkd.train.fill import fill
 from featkd.train.recipe import Recipe
 
 from .results import Measured
@@ -29,6 +35,7 @@ from .variants import Step
 
 PARTS = ("teacher", "student", "loss", "optimizer", "step")
 EAGER = "eager_fp32"
+CACHED = "cached"
 _PRODUCTS = (
     "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_convolution",
     "aten::convolution_backward", "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -43,6 +50,7 @@ class Way:
     amp: Any  # as a recipe's
     compile: bool
     backend: str
+    cached: bool = False  # the teacher's outputs are read, not computed
 
     @property
     def about(self) -> str:
@@ -50,7 +58,8 @@ class Way:
         precision = "float32" if self.amp == "off" else f"{self.amp} autocast and teacher weights"
         compiled = "torch.compile" if self.compile else "eager"
         ops = "plain torch" if self.backend == "reference" else "featkd's fused ops"
-        return f"{compiled}, {precision}, {ops}"
+        cached = ", the teacher's outputs from a cache" if self.cached else ""
+        return f"{compiled}, {precision}, {ops}{cached}"
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -60,7 +69,8 @@ class Way:
 
 
 def ways(device: torch.device) -> dict[str, Way]:
-    """The variants: plain torch; featkd as one would use it here; featkd in the other precision.
+    """The variants: plain torch; featkd as one would use it here; featkd in the other precision;
+    featkd without the teacher's forward pass.
 
     One would use bf16 only where the device multiplies in it.
     """
@@ -71,6 +81,7 @@ def ways(device: torch.device) -> dict[str, Way]:
         EAGER: Way("off", False, "reference"),
         "featkd": Way(amp[own], True, "auto"),
         f"featkd_{other}": Way(amp[other], True, "auto"),
+        CACHED: Way(amp[own], True, "auto", cached=True),
     }
 
 
@@ -83,13 +94,14 @@ def as_way(recipe: Recipe, way: Way) -> Recipe:
 
 
 def random_batch(trainer: Trainer) -> Batch:
-    """Normal noise as images, and random classes; on the device."""
+    """Normal noise as images, and random classes, on the device; the keys of the first batch."""
     recipe, device = trainer.recipe, trainer.context.device
     generator = torch.Generator().manual_seed(0)
     size = (recipe.batch_size, 3, recipe.data.img_size, recipe.data.img_size)
     images = torch.randn(size, generator=generator)
     targets = torch.randint(trainer.parts.num_classes, size[:1], generator=generator)
-    return Batch(images.to(device), targets.to(device), [])
+    keys = as_tensor(list(islice(trainer.parts.train_loader.sampler, recipe.batch_size)))
+    return Batch(images.to(device), targets.to(device), [], keys)
 
 
 def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
@@ -102,7 +114,7 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
     parameters = [p for p in parts.student.parameters() if p.requires_grad]
     parts.student.train()
     with way.in_use():
-        taught = trainer.teach(batch.images)
+        taught = trainer.teach(batch)
         learnt = trainer.learn(batch.images, taught)
         leaves = learnt._replace(
             logits=_leaf(learnt.logits),
@@ -142,8 +154,8 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
         "optimizer": (restore, trainer.apply_gradients),
         "step": (forget, lambda: trainer.step([batch])),
     }
-    if parts.teacher is not None:
-        work = {"teacher": (forget, lambda: trainer.teach(batch.images)), **work}
+    if parts.source is not None:
+        work = {"teacher": (forget, lambda: trainer.teach(batch)), **work}
     forget()
     return {name: Step(prepare, _run(way, run)) for name, (prepare, run) in work.items()}
 
@@ -172,15 +184,14 @@ def measure(
     """Every part of every variant in turns, after one round to warm up (and compile).
 
     Args:
-        recipe: a run whose data folders exist; nothing is read from them.
+        recipe: a run whose data folders exist; nothing is read from them, but for a cache.
         variants: name -> way, as of `ways`.
         rounds: timed rounds.
 
     Raises:
         RuntimeError: a variant's loss is not finite.
     """
-    trainers = {name: build(recipe, context, way) for name, way in variants.items()}
-    try:
+    with built(recipe, context, variants) as trainers:
         work = {}
         for name, trainer in trainers.items():
             for part, step in steps(trainer, random_batch(trainer), variants[name]).items():
@@ -190,9 +201,6 @@ def measure(
         for name, trainer in trainers.items():
             if not trainer.losses(random_batch(trainer)).total.isfinite():
                 raise RuntimeError(f"{name}: the loss is not finite after the timed updates")
-    finally:
-        for trainer in trainers.values():
-            trainer.parts.close()
     return [
         Rate(part, name, recipe.batch_size, seconds[key])
         for part in PARTS
@@ -201,9 +209,22 @@ def measure(
     ]
 
 
-def build(recipe: Recipe, context: ProcessContext, way: Way) -> Trainer:
-    """The run as `featkd distill` would build it."""
-    return Trainer(as_way(recipe, way), context, strict_classes=False)
+@contextmanager
+def built(
+    recipe: Recipe, context: ProcessContext, variants: Mapping[str, Way]
+) -> Iterator[dict[str, Trainer]]:
+    """The runs as `featkd distill` would build them, and caches of an epoch where they need one."""
+    with ExitStack() as stack:
+        trainers = {}
+        for name, way in variants.items():
+            run = as_way(recipe, way)
+            if way.cached:
+                folder = stack.enter_context(TemporaryDirectory(prefix="featkd-cache-"))
+                fill(run, CacheConfig(), context, Path(folder), quiet=True)
+                run = replace(run, cache=folder, cache_epochs="cycle")
+            trainers[name] = Trainer(run, context, strict_classes=False)
+            stack.callback(trainers[name].parts.close)
+        yield trainers
 
 
 def _clock(device: torch.device) -> Callable[[Step], float]:
@@ -272,10 +293,10 @@ class Bound:
 def bound(recipe: Recipe, context: ProcessContext) -> Bound:
     """Profile an eager float32 update on a CPU, after another, and count another's flops."""
     way = ways(context.device)[EAGER]
-    trainer = build(recipe, context, way)
     # the machine's pace changes, and a bound has to be of its best
     rates = [_product_rate(context.device)]
-    try:
+    with built(recipe, context, {EAGER: way}) as trainers:
+        trainer = trainers[EAGER]
         batch = random_batch(trainer)
         trainer.parts.student.train()
         with way.in_use():
@@ -285,8 +306,6 @@ def bound(recipe: Recipe, context: ProcessContext) -> Bound:
             # the counter does not know the CPU's fused attention
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                 trainer.step([batch])
-    finally:
-        trainer.parts.close()
     events = recorded.key_averages()
     whole = sum(event.self_cpu_time_total for event in events)
     inside = sum(event.self_cpu_time_total for event in events if event.key in _PRODUCTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 
@@ -51,12 +52,11 @@ def measure(
     loader = build_loader(
         recipe.data, split="train", batch_size=recipe.batch_size, device=context.device
     )
-    trainers = {name: step.build(recipe, context, way) for name, way in variants.items()}
-    runs = {name: _Run(trainers[name], way) for name, way in variants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     waited: dict[str, list[float]] = {name: [] for name in variants}
     loading: list[float] = []
-    try:
+    with closing(loader), step.built(recipe, context, variants) as trainers:
+        runs = {name: _Run(trainers[name], way) for name, way in variants.items()}
         images = _epoch(loader, 0)
         for run in runs.values():
             run.go(2)
@@ -68,10 +68,6 @@ def measure(
                 spent, waiting = runs[name].go(updates)
                 seconds[name].append(spent)
                 waited[name].append(waiting / spent)
-    finally:
-        loader.close()
-        for trainer in trainers.values():
-            trainer.parts.close()
     count = updates * recipe.batch_size
     return Together(
         Rate("loader", recipe.data.backend, images, loading),

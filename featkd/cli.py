@@ -1,4 +1,4 @@
-"""The command line: `featkd distill`, `diagnose`, `bench`, `kernels` and `demo`.
+"""The command line: `featkd distill`, `cache`, `diagnose`, `bench`, `kernels` and `demo`.
 
 Exit codes: 0 done, 1 failed while running, 2 bad arguments or recipe, 128 + N stopped by signal N.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from featkd.train.engine import Outcome
     from featkd.train.recipe import Recipe
 
-_COMMANDS = ("distill", "diagnose", "bench", "kernels", "demo")
+_COMMANDS = ("distill", "cache", "diagnose", "bench", "kernels", "demo")
 _USAGE = f"""\
 featkd {featkd.__version__}: feature distillation of Vision Transformers
 
 usage: featkd COMMAND [arguments]      featkd COMMAND --help
 
   distill RECIPE [--field value ...]   train a student, with or without a teacher
+  cache RECIPE --out DIR --views V     write what its teacher says of V epochs, for distill --cache
   diagnose --model M --data DIR --out DIR   measure the mismatch of feature maps
   bench run|plot|table|compare         time the fused ops beside eager torch and torch.compile
   bench loader|step|train              images/s of loading and of an update, and what bounds them
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, rest = words[0], words[1:]
     if command == "distill":
         return _run(_distill, rest)
+    if command == "cache":
+        return _run(_cache, rest)
     if command == "diagnose":
         return _run(_diagnose, rest)
     if command == "bench":
@@ -67,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: Callable[[list[str]], int], words: list[str]) -> int:
     """Run a command and turn the errors a user can mend into one clear message."""
+    from featkd.cache import CacheError
     from featkd.data import BadImageError
     from featkd.data.loader import is_of_worker
     from featkd.diagnostics.source import UnreadableError
@@ -76,7 +80,8 @@ def _run(command: Callable[[list[str]], int], words: list[str]) -> int:
     from featkd.train.engine import TrainingDiverged
 
     failures = (
-        BadImageError, CheckpointError, ProcessLost, StateError, TrainingDiverged, UnreadableError
+        BadImageError, CacheError, CheckpointError, ProcessLost, StateError, TrainingDiverged,
+        UnreadableError,
     )  # fmt: skip
     try:
         return command(words)
@@ -98,13 +103,8 @@ def _distill(words: list[str]) -> int:
     from featkd.train.dryrun import dry_run
     from featkd.train.engine import Trainer
 
-    parser = _recipe_parser("featkd distill")
-    if words and not words[0].startswith("-"):
-        path = recipe.find_recipe(words[0])
-        recipe.check_fields(path)
-        words = ["--config", str(path), *words[1:]]
-    _check_options(words)
-    run, options = _split(parser, parser.parse_args(words))
+    parser = _distill_parser()
+    run, options = _parse(parser, words, ("resume", "dry-run", "print-config"))
     if options.print_config:
         print(recipe.to_yaml(run), end="")
         return 0
@@ -115,7 +115,10 @@ def _distill(words: list[str]) -> int:
             if context.is_main:
                 print(report)
             return 0
-        with distributed.naming_lost_processes(run.out):
+        with distributed.naming_lost_processes(
+            f"--resume auto goes on from the last checkpoint in {run.out}, and torchrun "
+            "--max-restarts does so by itself"
+        ):
             outcome = Trainer(run, context).run(options.resume)
         if outcome.interrupted_by is not None:
             return 128 + outcome.interrupted_by
@@ -179,18 +182,24 @@ def _stop(number: int, _: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _recipe_parser(prog: str) -> ArgumentParser:
+def _recipe_parser(prog: str, purpose: str) -> ArgumentParser:
     from featkd.train.recipe import Recipe, shipped_recipes
 
     parser = Parser(
         prog=prog,
         print_config=None,
         description=(
-            "Train a student as a recipe says. The first argument is a recipe file or the name of "
-            f"one that ships with featkd: {', '.join(shipped_recipes())}."
+            f"{purpose} The first argument is a recipe file or the name of one that ships with "
+            f"featkd: {', '.join(shipped_recipes())}."
         ),
     )
     parser.add_argument("--config", action="config", help="the same as the first argument")
+    parser.add_class_arguments(Recipe)
+    return parser
+
+
+def _distill_parser() -> ArgumentParser:
+    parser = _recipe_parser("featkd distill", "Train a student as a recipe says.")
     parser.add_argument(
         "--resume",
         default="auto",
@@ -204,21 +213,124 @@ def _recipe_parser(prog: str) -> ArgumentParser:
     parser.add_argument(
         "--print-config", action="store_true", help="print the whole recipe as YAML and stop"
     )
-    parser.add_class_arguments(Recipe)
     return parser
 
 
-def _check_options(words: Sequence[str]) -> None:
-    from featkd.train.recipe import field_names
+def _cache_parser() -> ArgumentParser:
+    from featkd.cache.config import ENERGY, TOP, CacheConfig, Features, Store
 
-    known = [*field_names(), "config", "resume", "dry-run", "print-config", "help"]
+    parser = _recipe_parser(
+        "featkd cache", "Write what a recipe's teacher says of its training images."
+    )
+    parser.add_argument("--views", type=int, default=1, help="epochs whose samples are kept")
+    parser.add_argument(
+        "--logits-top",
+        type=int | Literal["all"] | None,
+        default=None,
+        help="classes whose log-probabilities are kept, the largest ones, in fp16; all: the logits "
+        f"as they are (default: {TOP}, or all where there are no more classes)",
+    )
+    parser.add_argument(
+        "--features",
+        type=Features | None,
+        default=None,
+        help="maps of the teacher's layers in loss.pairs: whole, or each image's leading singular "
+        "directions (default: lowrank where the loss compares maps, else none)",
+    )
+    parser.add_argument(
+        "--energy",
+        type=float | None,
+        default=None,
+        help=f"lowrank: the share of each map's energy that is kept (default: {ENERGY})",
+    )
+    parser.add_argument(
+        "--rank", type=int | None, default=None, help="lowrank: directions, in place of an energy"
+    )
+    parser.add_argument(
+        "--store",
+        type=Store | None,
+        default=None,
+        help="full: fp32, bf16 or fp16; lowrank: fp16 or int8 (default: fp16)",
+    )
+    parser.add_argument(
+        "--shard-rows",
+        type=int,
+        default=CacheConfig.shard_rows,
+        help="rows of a file, rounded up to whole batches",
+    )
+    return parser
+
+
+_VERIFY = "--verify"
+
+
+def _cache(words: list[str]) -> int:
+    """`featkd cache RECIPE --out DIR ...`, or `featkd cache --verify DIR`."""
+    from featkd import distributed
+    from featkd.cache import CacheConfig
+    from featkd.train.fill import fill
+
+    if words[:1] == [_VERIFY]:
+        if len(words) != 2:
+            raise ValueError(f"{_VERIFY}: expected one folder, got {words[1:]}")
+        return _verify(Path(words[1]))
+    names = [field.name.replace("_", "-") for field in fields(CacheConfig)]
+    run, options = _parse(_cache_parser(), words, names)
+    if not any(word.partition("=")[0] == "--out" for word in words):
+        raise ValueError("--out: expected the folder of the cache, got nothing")
+    config = CacheConfig(**{field.name: options[field.name] for field in fields(CacheConfig)})
+    try:
+        context = distributed.start(run.device)
+        with distributed.naming_lost_processes(f"the same command goes on with {run.out}"):
+            found = fill(run, config, context, Path(run.out))
+        if found.interrupted_by is not None:
+            if context.is_main:
+                said = f"stopped by signal {found.interrupted_by}"
+                print(f"featkd: {said}; the same command goes on from here", file=sys.stderr)
+            return 128 + found.interrupted_by
+        if context.is_main:
+            manifest = found.manifest
+            mended = f", {found.damaged} of them damaged before" if found.damaged else ""
+            print(
+                f"{run.out}: {manifest.views} views of {manifest.rows} rows in "
+                f"{manifest.views * manifest.shards} shards, {found.written} now written{mended}"
+            )
+        return 0
+    finally:
+        distributed.stop()
+
+
+def _verify(folder: Path) -> int:
+    """Check every byte of a cache, and name what is damaged."""
+    from featkd.cache import TeacherCache
+
+    cache = TeacherCache(folder)
+    shards, damaged = 0, 0
+    for damage in cache.damages():
+        shards += 1
+        if damage is not None:
+            damaged += 1
+            print(f"featkd: {damage}", file=sys.stderr)
+    if damaged:
+        return _fail(f"{folder}: {damaged} of {shards} shards are damaged", 1)
+    manifest = cache.manifest
+    print(f"{folder}: {manifest.views} views of {manifest.rows} rows in {shards} shards, all whole")
+    return 0
+
+
+def _parse(
+    parser: ArgumentParser, words: list[str], others: Sequence[str]
+) -> tuple[Recipe, Namespace]:
+    """The recipe of a command line, and its other options."""
+    from featkd.train.recipe import Recipe, check_fields, field_names, find_recipe
+
+    if words and not words[0].startswith("-"):
+        path = find_recipe(words[0])
+        check_fields(path)
+        words = ["--config", str(path), *words[1:]]
+    known = [*field_names(), "config", "help", *others]
     check_known(words, known, ("student.options.", "teacher.options."))
-
-
-def _split(parser: ArgumentParser, parsed: Namespace) -> tuple[Recipe, Namespace]:
-    """The recipe among the parsed arguments, and the arguments."""
-    from featkd.train.recipe import Recipe
-
+    parsed = parser.parse_args(words)
     built = parser.instantiate(parsed)
     return Recipe(**{entry.name: built[entry.name] for entry in fields(Recipe)}), parsed
 

@@ -82,11 +82,11 @@ class ProcessLost(RuntimeError):
 
 
 @contextmanager
-def naming_lost_processes(out: str) -> Iterator[None]:
+def naming_lost_processes(remedy: str) -> Iterator[None]:
     """Say in one line what the network says at length when another process ends.
 
     Args:
-        out: where the run's checkpoints are, for the message.
+        remedy: what the user can do, for the message.
 
     Raises:
         ProcessLost: a collective failed.
@@ -98,8 +98,7 @@ def naming_lost_processes(out: str) -> Iterator[None]:
         if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
             raise ProcessLost(
                 "another process of the run has ended, or its node can't be reached; "
-                f"--resume auto goes on from the last checkpoint in {out}, and torchrun "
-                f"--max-restarts does so by itself ({str(error).splitlines()[0]})"
+                f"{remedy} ({str(error).splitlines()[0]})"
             ) from error
         raise
 

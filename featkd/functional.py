@@ -12,6 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from featkd import checks
+from featkd.factors import LowRank
 from featkd.ops import lift_head as lift_head_op
 from featkd.ops import projected_feature_kd as projected_feature_kd_op
 from featkd.ops import soft_kd as soft_kd_op
@@ -31,7 +32,7 @@ __all__ = [
 
 def projected_feature_kd(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | LowRank,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
@@ -50,7 +51,8 @@ def projected_feature_kd(
 
     Args:
         student: (B, N, Cs), floating.
-        teacher: (B, N, Ct), floating, needing no gradient; its dtype may differ.
+        teacher: (B, N, Ct), floating, needing no gradient; its dtype may differ. Or its factors,
+            a `featkd.lowrank.LowRank` of (B, N, k) and (B, Ct, k), k at most min(N, Ct).
         weight: (Ct, Cs) or None; None needs Cs == Ct.
         bias: (Ct,) or None; only with `weight`.
         norm_weight: (Ct,) or None (no LayerNorm).
@@ -72,7 +74,9 @@ def projected_feature_kd(
         Both form the gradients without a (B, N, Ct) tensor in memory and repeat bitwise; they
         keep one map of the student's size for the backward pass. The teacher's map stays alive
         until then. Under autocast the kernels round S and W as a linear layer would; a student
-        in half precision rounds W to its type. Gradients cannot be differentiated again.
+        in half precision rounds W to its type. The map of a teacher in factors is never whole: it
+        is restored a chunk of images at a time, in float32 (float64 for a float64 student), on a
+        GPU by cuBLAS between launches of the kernels. Gradients cannot be differentiated again.
 
     Example:
         >>> import torch
@@ -97,10 +101,10 @@ def projected_feature_kd(
             checks.check_shape("bias", bias, (width,))
     checks.check_norm(norm_weight, norm_bias, width, optional=True)
     checks.check_not_empty("student", student)
-    _check_teacher_map(teacher, (batch, tokens, width))
+    checks.check_teacher_map(teacher, (batch, tokens, width))
     checks.check_same_device(
         student=student,
-        teacher=teacher,
+        **checks.teacher_tensors(teacher),
         weight=weight,
         bias=bias,
         norm_weight=norm_weight,
@@ -194,7 +198,7 @@ def lift_head(
     weight: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
-    teacher: Tensor | None = None,
+    teacher: Tensor | LowRank | None = None,
     *,
     eps: float = 1e-5,
     metric: Metric = "mse",
@@ -209,7 +213,7 @@ def lift_head(
         features: (B, N, Cs), the last block's raw patch tokens, floating.
         weight: (Ct, Cs).
         norm_weight, norm_bias: (Ct,).
-        teacher: (B, N, Ct) or None (no loss).
+        teacher: (B, N, Ct), its factors as in `projected_feature_kd`, or None (no loss).
         eps, metric, grid: as in `projected_feature_kd`.
 
     Returns:
@@ -245,13 +249,13 @@ def lift_head(
     checks.check_norm(norm_weight, norm_bias, weight.shape[0])
     checks.check_not_empty("features", features)
     if teacher is not None:
-        _check_teacher_map(teacher, (batch, tokens, weight.shape[0]))
+        checks.check_teacher_map(teacher, (batch, tokens, weight.shape[0]))
     checks.check_same_device(
         features=features,
         weight=weight,
         norm_weight=norm_weight,
         norm_bias=norm_bias,
-        teacher=teacher,
+        **({} if teacher is None else checks.teacher_tensors(teacher)),
     )
     return lift_head_op.lift_head(
         features,
@@ -402,10 +406,3 @@ def talking_heads_attention(
     return talking_heads_attention_op.talking_heads_attention(
         q, k, v, pre_weight, pre_bias, post_weight, post_bias, scale=scale
     )
-
-
-def _check_teacher_map(teacher: Tensor, shape: tuple[int, int, int]) -> None:
-    checks.check_floating("teacher", teacher)
-    checks.check_shape("teacher", teacher, shape)
-    checks.check_not_empty("teacher", teacher)
-    checks.check_constant("teacher", teacher)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from featkd.factors import LowRank, restore
+
 TIE = 1e-10
 """A share this little below a threshold still reaches it: float64's rounding is less."""
 
@@ -25,7 +27,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def projected_feature_kd(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | LowRank,
     weight: Tensor | None,
     bias: Tensor | None,
     norm_weight: Tensor | None,
@@ -39,11 +41,17 @@ def projected_feature_kd(
     dtype = accumulation_dtype(student.dtype)
     with _full_precision(student):
         projected = _project(student, weight, bias, norm_weight, norm_bias, eps, dtype)
-        difference = projected - teacher.detach().to(dtype)
+        difference = projected - _teacher_map(teacher, dtype)
         if metric == "mse":
             return difference.square().mean()
         assert grid is not None
         return spectral_mean_square(difference, grid)
+
+
+def _teacher_map(teacher: Tensor | LowRank, dtype: torch.dtype) -> Tensor:
+    if isinstance(teacher, LowRank):
+        return restore(teacher, dtype).detach()
+    return teacher.detach().to(dtype)
 
 
 def spectral_mean_square(difference: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -97,7 +105,7 @@ def lift_head(
     weight: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
-    teacher: Tensor | None,
+    teacher: Tensor | LowRank | None,
     *,
     eps: float,
     metric: str,

@@ -295,12 +295,14 @@ def backward(
     compute: torch.dtype,
     need_features: bool,
     need_parameters: bool,
+    exact: bool = False,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """The gradients of the features and of the head's parameters.
 
     Args:
         d_loss: of sum(E H) / 2, a scalar, or None; given with the teacher.
         d_pooled: (B, Ct), or None; both in the accumulators' dtype.
+        exact: leave the parameters' gradients in that dtype.
 
     Returns:
         df (B, N, Cs), None where not needed; dW, dgamma and dbeta, none of them where not needed;
@@ -368,7 +370,7 @@ def backward(
         num_stages=config.num_stages,
     )
     sums = zip(head, (weights, *vectors.unbind(1)), strict=True)
-    return gradient, [sum_times(x, scales[1], p.dtype) for p, x in sums]
+    return gradient, [sum_times(x, scales[1], kind if exact else p.dtype) for p, x in sums]
 
 
 def _centred(weight: Tensor, compute: torch.dtype) -> Tensor:

@@ -302,6 +302,7 @@ def backward(
     *,
     width: int,
     compute: torch.dtype,
+    exact: bool = False,
 ) -> list[Tensor | None]:
     """The parameters' gradients, each in its parameter's dtype; None where there is no parameter.
 
@@ -309,6 +310,7 @@ def backward(
         student, teacher, parameters, width, compute: as in `forward`.
         statistics: as `forward` left them.
         factor: 2 scale times the upstream gradient, a scalar in the accumulators' dtype.
+        exact: leave the gradients in the accumulators' dtype.
     """
     student, teacher, parameters = _loadable(student, teacher, parameters)
     batch, tokens, channels = student.shape
@@ -341,6 +343,8 @@ def backward(
     )
     sums = (weight_partial, *vector_partial.unbind(1))
     return [
-        None if p is None or partial is None else sum_times(partial, factor, p.dtype)
+        None
+        if p is None or partial is None
+        else sum_times(partial, factor, kind if exact else p.dtype)
         for p, partial in zip(parameters, sums, strict=True)
     ]

@@ -20,9 +20,9 @@ LAYERS = (
     ("demo", "benchmarks"),
     ("diagnose",),
     ("train",),
-    ("diagnostics",),
+    ("diagnostics", "cache"),
     ("models", "data"),
-    ("losses",),
+    ("losses", "lowrank"),
     ("functional", "linalg"),
     ("ops",),
     ("kernels", "cpu"),
@@ -44,7 +44,7 @@ LAYERS = (
         "recipes",
         "__init__",
     ),
-    ("remote",),
+    ("remote", "factors"),
 )
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from featkd.cpu.chunks import put_product, row_chunks
+from featkd.cpu.chunks import TeacherMap, put_product, row_chunks
 from featkd.cpu.rows import distance
 from featkd.reference import accumulation_dtype
 
@@ -55,6 +55,7 @@ def forward(
     width: int,
     compute: torch.dtype,
     need_gradient: bool,
+    right: Tensor | None = None,
 ) -> Forward:
     """One pass over the rows: what the pooled map is made of, and the loss.
 
@@ -64,6 +65,7 @@ def forward(
         width: columns of the patch grid for the spectral metric, 0 for the mse.
         compute: type to which the product's operands are rounded (autocast).
         need_gradient: whether a backward pass may come.
+        right: (B, Ct, k) where the teacher's map comes in factors, and `teacher` is (B, N, k).
     """
     dtype = accumulation_dtype(features.dtype)
     batch, tokens, channels = features.shape
@@ -77,6 +79,7 @@ def forward(
     used = centred if teacher is None else exact
     norm = (gamma.detach().to(dtype).contiguous(), beta.detach().to(dtype).contiguous())
     buffer: Tensor | None = None
+    targets = None if teacher is None else TeacherMap(teacher, right, dtype)
     for at in row_chunks(batch, tokens, _ROWS, width or 1):
         rows = features[at].to(compute).to(dtype).contiguous()
         scales = rstd[at]
@@ -87,7 +90,7 @@ def forward(
             buffer = torch.empty(len(flat), len(weight), dtype=dtype) if buffer is None else buffer
             place = buffer[: len(flat)]
         p = torch.mm(flat, used.t(), out=place).view(*scales.shape, -1)
-        given = None if teacher is None else teacher[at]
+        given = None if targets is None else targets[at]
         rest = (None, None, None, scales, total, None, None, None)
         distance(p, given, None, *norm, eps, width if given is not None else 0, *rest)
         means[at[0]] += torch.bmm(scales.unsqueeze(1), rows).squeeze(1)
@@ -110,10 +113,12 @@ def backward_with_loss(
     compute: torch.dtype,
     need_features: bool,
     need_parameters: bool,
+    right: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradients of both outputs, where there is a teacher.
 
     Args:
+        teacher, right: as in `forward`.
         product: as `forward` left it.
         d_pooled: (B, Ct), or None.
         d_loss: of energy / 2, a scalar, or None.
@@ -133,17 +138,18 @@ def backward_with_loss(
     scale = None if d_loss is None else d_loss.to(dtype)
     width = 0 if d_loss is None else width
     buffer: Tensor | None = None
+    targets = TeacherMap(teacher, right, dtype)
     for at in row_chunks(batch, tokens, _ROWS, width or 1):
-        given = teacher[at]
+        target = None if scale is None else targets[at]
         f = features[at].to(compute).to(dtype).reshape(-1, channels).contiguous()
         if buffer is None:  # the first chunk is the largest
             buffer = torch.empty(len(f), len(w), dtype=dtype)
         slope = buffer[: len(f)]
-        p = product[at] if product.numel() else torch.mm(f, w.t(), out=slope).view(given.shape)
+        p = product[at] if product.numel() else torch.mm(f, w.t(), out=slope)
         dz = None if added is None else added[at[0]]
-        target = None if scale is None else given
-        rest = (scale, dz, slope.view(given.shape), None, None, *others)
-        distance(p, target, *vectors, eps, width, *rest)
+        shape = (*features[at].shape[:2], len(w))
+        rest = (scale, dz, slope.view(shape), None, None, *others)
+        distance(p.view(shape), target, *vectors, eps, width, *rest)
         if d_weight is not None:
             d_weight.addmm_(slope.t(), f)
         if need_features:

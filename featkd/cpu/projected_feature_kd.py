@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from featkd.cpu.chunks import put_product, row_chunks
+from featkd.cpu.chunks import TeacherMap, put_product, row_chunks
 from featkd.cpu.rows import distance
 from featkd.reference import accumulation_dtype
 
@@ -32,11 +32,13 @@ def sweep(
     compute: torch.dtype,
     need_student: bool,
     need_parameters: bool,
+    right: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pass over the rows.
 
     Args:
         student, teacher: (B, N, Cs) and (B, N, Ct), any strides.
+        right: (B, Ct, k) where the teacher's map comes in factors, and `teacher` is (B, N, k).
         weight, bias, norm_weight, norm_bias: (Ct, Cs), (Ct,), (Ct,), (Ct,), or None.
         width: columns of the patch grid for the spectral metric, 0 for the mse.
         compute: type to which the projection's operands are rounded (autocast).
@@ -58,17 +60,24 @@ def sweep(
     sums = [None if p is None else next(parts, None) for p in (w, *vectors)]
     d_student = torch.empty(student.shape if need_student else 0, dtype=student.dtype)
     total = torch.zeros((), dtype=torch.float64)
-    if w is None:
+    if w is None and right is None:
         slope = d_student if need_student else None
         distance(student, teacher, *vectors, eps, width, None, None, slope, None, total, *sums[1:])
         return total.to(dtype), d_student, flat
-    channels = len(w)
+    targets = TeacherMap(teacher, right, dtype)
     projected: Tensor | None = None
     for images, tokens in row_chunks(student.shape[0], student.shape[1], ROWS, width or 1):
-        target = teacher[images, tokens]
+        target = targets[images, tokens]
+        if w is None:
+            source = student[images, tokens]
+            slope = d_student[images, tokens] if need_student else None
+            distance(
+                source, target, *vectors, eps, width, None, None, slope, None, total, *sums[1:]
+            )
+            continue
         s = student[images, tokens].reshape(-1, student.shape[2]).to(dtype).contiguous()
         if projected is None:  # the first chunk is the largest
-            projected = torch.empty(len(s), channels, dtype=dtype)
+            projected = torch.empty(len(s), len(w), dtype=dtype)
         p = torch.mm(s, w.t(), out=projected[: len(s)])
         rows = p.view(target.shape)
         slope = rows if need_student or need_parameters else None

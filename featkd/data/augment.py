@@ -21,6 +21,9 @@ from featkd.seeding import derive_seed
 
 Transform = Callable[[Image.Image], Tensor]
 
+AUGMENTATION_VERSION = 1
+"""Raised whenever featkd gives other pixels for the same key and configuration."""
+
 
 def build_transform(config: DataConfig, *, training: bool) -> Transform:
     """timm's transform: an RGB PIL image of any size -> (3, img_size, img_size) float32.

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from featkd.data.dali_pipeline import as_arrays, build_pipeline
 from featkd.data.decisions import Decisions, TrainingDecisions, evaluation_decisions
 from featkd.data.images import BadImageError, decode_image
 from featkd.data.imageset import ImageSet
-from featkd.data.loader import Batch, SampledLoader
+from featkd.data.loader import Batch, SampledLoader, as_tensor
 from featkd.data.sampler import EpochSampler, Key
 
 _END_OF_JPEG = b"\xff\xd9"
@@ -81,7 +81,7 @@ class DaliLoader(SampledLoader):
         device: torch.device,
     ) -> None:
         super().__init__(dataset, sampler, batch_size)
-        self._dataset = dataset
+        self.pixels = f"dali on {device.type}"
         self._config = config
         self._device = device
         self._draw = TrainingDecisions(config, dataset.seed) if dataset.training else None
@@ -101,7 +101,7 @@ class DaliLoader(SampledLoader):
             self._epoch = self._pipeline = None
 
     def _run(self, own: int) -> Iterator[Batch]:
-        epoch = self._epoch = _Epoch(self._dataset, iter(self._batches), self._config.workers)
+        epoch = self._epoch = _Epoch(self.dataset, iter(self._batches), self._config.workers)
         pipeline = self._ready_pipeline()
         while True:
             self._check_newest(own)
@@ -109,7 +109,7 @@ class DaliLoader(SampledLoader):
                 (out,) = pipeline.run(_stream(self._device))
             except StopIteration:
                 break
-            targets, decisions, errors, passed = epoch.fed.popleft()
+            targets, decisions, errors, keys, passed = epoch.fed.popleft()
             self._count(own, passed)
             # no copy: the pipeline takes the memory back when the tensor is gone
             images = torch.utils.dlpack.from_dlpack(out.as_tensor())
@@ -118,7 +118,7 @@ class DaliLoader(SampledLoader):
             _erase(images, decisions)
             self.bad_images.update((error.path, error.cause) for error in errors)
             bad = [error.path for error in errors]
-            yield Batch(images, torch.tensor(targets, dtype=torch.int64), bad)
+            yield Batch(images, torch.tensor(targets, dtype=torch.int64), bad, as_tensor(keys))
         epoch.close()
         self._epoch = None
         self._count(own, epoch.passed)
@@ -158,7 +158,7 @@ class DaliLoader(SampledLoader):
                 epoch.passed += 1
                 continue
             decisions = self._decide([size for _, size in files], keys)
-            epoch.fed.append((targets, decisions, epoch.bad[:], epoch.passed))
+            epoch.fed.append(_Fed(targets, decisions, epoch.bad[:], keys, epoch.passed))
             epoch.bad.clear()
             epoch.passed = 0
             contents = [content for content, _ in files]
@@ -173,19 +173,28 @@ class DaliLoader(SampledLoader):
             return [self._draw.draw(s, key) for s, key in zip(sizes, keys, strict=True)]
 
 
+class _Fed(NamedTuple):
+    """Of a batch that the pipeline holds; `passed` counts those before it that had no image."""
+
+    targets: list[int]
+    decisions: list[Decisions]
+    errors: list[BadImageError]
+    keys: list[Key]
+    passed: int
+
+
 class _Epoch:
     """The files of an epoch, read ahead in threads, batch by batch; and what was fed of them.
 
     Attributes:
-        fed: of the batches that the pipeline holds, their targets, decisions, bad files, and how
-            many batches without a readable image came before.
+        fed: of the batches that the pipeline holds.
         bad: bad files met since the last of these.
         passed: batches without a readable image since then.
         failed: why the epoch ended early, to be raised after the batches before.
     """
 
     def __init__(self, dataset: ImageSet, keys: Iterator[Any], threads: int) -> None:
-        self.fed: deque[tuple[list[int], list[Decisions], list[BadImageError], int]] = deque()
+        self.fed: deque[_Fed] = deque()
         self.bad: list[BadImageError] = []
         self.passed = 0
         self.failed: BadImageError | None = None

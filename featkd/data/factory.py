@@ -22,6 +22,7 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
+    views: int | None = None,
 ) -> Loader:
     """The loader of a split.
 
@@ -39,6 +40,8 @@ def build_loader(
         world_size: number of processes.
         device: where the batches are going. DALI puts them there; timm's loader leaves them in
             memory, page-locked where they go to a GPU.
+        views: in training, go through the pixels of so many epochs again and again; see
+            `EpochSampler`.
 
     Returns:
         A Loader. Call `set_epoch` before each epoch and `close` at the end.
@@ -65,6 +68,7 @@ def build_loader(
         seed=seed,
         rank=rank,
         world_size=world_size,
+        views=views if training else None,
     )
     if training and len(sampler) < batch_size:
         raise ValueError(
@@ -72,8 +76,19 @@ def build_loader(
             f"this rank ({len(dataset)} images in {dataset.folder}, world_size {world_size}), "
             "so that an epoch would have no batch"
         )
-    device = torch.device(device)
-    if _with_dali(config, training, device):
+    return build_over(dataset, config, sampler, batch_size=batch_size, device=torch.device(device))
+
+
+def build_over(
+    dataset: ImageSet,
+    config: DataConfig,
+    sampler: EpochSampler,
+    *,
+    batch_size: int,
+    device: torch.device,
+) -> Loader:
+    """The loader of the images that a sampler names; the arguments as of `build_loader`."""
+    if _with_dali(config, dataset.training, device):
         from featkd.data.dali import DaliLoader
 
         return DaliLoader(dataset, config, sampler, batch_size=batch_size, device=device)
@@ -96,5 +111,5 @@ def _with_dali(config: DataConfig, training: bool, device: torch.device) -> bool
     if why and config.backend == "dali":
         raise ValueError(f'data.backend: "dali" can\'t be used: {why}; allowed: "timm", "auto"')
     if why:
-        warnings.warn(f"images are loaded by timm, not by DALI: {why}", stacklevel=3)
+        warnings.warn(f"images are loaded by timm, not by DALI: {why}", stacklevel=4)
     return not why

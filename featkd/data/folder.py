@@ -110,6 +110,13 @@ class FolderSource:
         """See `ImageSource`."""
         return os.path.join(self.folder, self._names[index])
 
+    def size(self, index: int) -> int:
+        """See `ImageSource`."""
+        try:
+            return os.path.getsize(self.name(index))
+        except OSError:
+            return -1
+
     def read(self, index: int) -> tuple[bytes, int]:
         """See `ImageSource`."""
         return read_file(self.name(index)), int(self._targets[index])

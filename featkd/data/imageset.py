@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
@@ -38,6 +40,10 @@ class ImageSource(Protocol):
 
     def name(self, index: int) -> str:
         """The file of an image, 0 <= index < len(self), as messages call it."""
+        ...
+
+    def size(self, index: int) -> int:
+        """Bytes of the image's file, -1 where there is none."""
         ...
 
     def read(self, index: int) -> tuple[bytes, int]:
@@ -77,6 +83,7 @@ class Sample(NamedTuple):
     image: Tensor | None
     target: int
     bad: list[BadImageError]
+    key: Key
 
 
 class ImageSet(Dataset[Sample]):
@@ -115,6 +122,14 @@ class ImageSet(Dataset[Sample]):
         """The file of image `index`, 0 <= index < len(self)."""
         return self._source.name(index)
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the classes, and of the names below `folder` and sizes of all files."""
+        digest = hashlib.sha256("\n".join(self.classes).encode())
+        for index in range(len(self)):
+            name = os.path.relpath(self.name(index), self.folder)
+            digest.update(b"\0" + os.fsencode(name) + b"\0%d" % self._source.size(index))
+        return digest.hexdigest()
+
     def __getitem__(self, key: Key) -> Sample:
         """Read and transform the image of a key.
 
@@ -127,9 +142,9 @@ class ImageSet(Dataset[Sample]):
         """
         found, bad = self.readable(key, decode_image)
         if found is None:
-            return Sample(None, 0, bad)
+            return Sample(None, 0, bad, key)
         image, target, index = found
-        return Sample(self._transformed(image, index, key), target, bad)
+        return Sample(self._transformed(image, index, key), target, bad, key)
 
     def readable(
         self, key: Key, decode: Callable[[bytes, str], Read]

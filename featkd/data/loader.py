@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Protocol
@@ -20,7 +20,7 @@ from torch.utils.data.dataloader import default_collate
 
 from featkd.data.images import BadImageError
 from featkd.data.imageset import ImageSet, Sample
-from featkd.data.sampler import EpochSampler
+from featkd.data.sampler import EpochSampler, Key
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that follows on the parent's end
 
@@ -28,7 +28,9 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that follows on the parent's 
 class Batch(NamedTuple):
     """images (B, 3, H, W) float32, targets (B,) int64, and the unreadable files met for them.
 
-    From a `Mixer` targets are (B, K) float32.
+    `keys`, (B, 3) int64 on the CPU, are the images' `Key`s. An unreadable one's stays with the
+    image that takes its place. From a `Mixer` targets are (B, K) float32.
+
     `bad` also holds the files of evaluation batches passed over since the batch before; those of
     empty batches at the very end are in `Loader.bad_images` alone.
     """
@@ -36,6 +38,7 @@ class Batch(NamedTuple):
     images: Tensor
     targets: Tensor
     bad: list[str]
+    keys: Tensor
 
 
 class Loader(Protocol):
@@ -45,11 +48,17 @@ class Loader(Protocol):
         classes: class names; targets index them.
         num_samples: images in the split, over all ranks.
         bad_images: every unreadable image met so far: path -> what is wrong with it.
+        dataset: the files.
+        sampler: which image comes when.
+        pixels: what decodes and transforms: loaders of which this differs differ by rounding.
     """
 
     classes: list[str]
     num_samples: int
     bad_images: dict[str, str]
+    dataset: ImageSet
+    sampler: EpochSampler
+    pixels: str
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches of the epoch chosen by `set_epoch`; starting anew ends an older iterator."""
@@ -89,12 +98,13 @@ class SampledLoader:
         self.classes = dataset.classes
         self.num_samples = len(dataset)
         self.bad_images: dict[str, str] = {}
-        self._sampler = sampler
+        self.dataset = dataset
+        self.sampler = sampler
         # torch types the keys as int, yet hands on whatever the sampler gives.
         self._batches = BatchSampler(
             sampler,  # type: ignore[arg-type]
             batch_size,
-            drop_last=sampler.training,
+            drop_last=sampler.drop_last,
         )
         self._iteration = 0
         self._start = 0  # batch that the next iteration starts at
@@ -113,8 +123,8 @@ class SampledLoader:
         if not 0 <= start_batch <= len(self):
             raise ValueError(f"start_batch: expected 0..{len(self)}, got {start_batch}")
         # The last evaluation batch can be partial: its end is the end of the keys.
-        start = min(start_batch * self._batches.batch_size, len(self._sampler))
-        self._sampler.set_epoch(epoch, start)
+        start = min(start_batch * self._batches.batch_size, len(self.sampler))
+        self.sampler.set_epoch(epoch, start)
         self._start = self._next = start_batch
         self._followed = self._iteration + 1
 
@@ -123,7 +133,7 @@ class SampledLoader:
 
         "batch" is the next one: those that workers have loaded ahead don't count as given.
         """
-        sampler = self._sampler
+        sampler = self.sampler
         return {
             "epoch": sampler.epoch,
             "batch": min(self._next, len(self)),
@@ -131,6 +141,7 @@ class SampledLoader:
             "world_size": sampler.world_size,
             "seed": sampler.seed,
             "repeats": sampler.repeats,
+            "ordered_as": sampler.ordered_as(sampler.epoch),
             "num_images": sampler.num_images,
         }
 
@@ -152,7 +163,9 @@ class SampledLoader:
         if state["batch"] == 0:
             self.set_epoch(state["epoch"])
             return
-        for name in ("num_images", "seed", "repeats"):
+        own["ordered_as"] = self.sampler.ordered_as(state["epoch"])
+        state = {"ordered_as": state["epoch"], **state}  # of checkpoints that do not have it yet
+        for name in ("num_images", "seed", "repeats", "ordered_as"):
             if state[name] != own[name]:
                 raise ValueError(
                     f"{name}: {state[name]} when the loader stopped within epoch {state['epoch']}, "
@@ -192,6 +205,8 @@ class SampledLoader:
 class TorchLoader(SampledLoader):
     """`Loader` on torch's DataLoader; see `build_loader`, which makes it."""
 
+    pixels = "timm"
+
     def __init__(
         self,
         dataset: ImageSet,
@@ -223,7 +238,7 @@ class TorchLoader(SampledLoader):
 
     def _checked(
         self,
-        batches: Iterator[tuple[Tensor, Tensor, list[BadImageError]] | BadImageError],
+        batches: Iterator[tuple[Tensor, Tensor, list[BadImageError], Tensor] | BadImageError],
         own: int,
     ) -> Iterator[Batch]:
         """Raise what came as data, record bad files, pass over empty batches."""
@@ -240,12 +255,12 @@ class TorchLoader(SampledLoader):
                 return
             if isinstance(batch, BadImageError):
                 raise batch
-            images, targets, errors = batch
+            images, targets, errors, keys = batch
             for error in errors:
                 self.bad_images[error.path] = error.cause
                 bad.append(error.path)
             if len(targets):
-                yield Batch(images, targets, bad)
+                yield Batch(images, targets, bad, keys)
                 bad = []
 
     def close(self) -> None:
@@ -273,17 +288,23 @@ def is_of_worker(error: RuntimeError) -> bool:
 
 def _collate(
     samples: list[Sample] | BadImageError, *, channels_last: bool
-) -> tuple[Tensor, Tensor, list[BadImageError]] | BadImageError:
+) -> tuple[Tensor, Tensor, list[BadImageError], Tensor] | BadImageError:
     """Stack the images that are there; in a worker straight into shared memory."""
     if isinstance(samples, BadImageError):
         return samples
     images = [sample.image for sample in samples if sample.image is not None]
     targets = [sample.target for sample in samples if sample.image is not None]
+    keys = [sample.key for sample in samples if sample.image is not None]
     errors = [error for sample in samples for error in sample.bad]
     stacked = default_collate(images) if images else torch.empty(0)
     if images and channels_last:
         stacked = stacked.contiguous(memory_format=torch.channels_last)
-    return stacked, torch.tensor(targets, dtype=torch.int64), errors
+    return stacked, torch.tensor(targets, dtype=torch.int64), errors, as_tensor(keys)
+
+
+def as_tensor(keys: Sequence[Key]) -> Tensor:
+    """(B, 3) int64: epochs, images and copies."""
+    return torch.tensor(keys, dtype=torch.int64).reshape(-1, 3)
 
 
 def worker_context() -> str | None:

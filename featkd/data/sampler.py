@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -42,6 +42,10 @@ class EpochSampler(Sampler[Key]):
     Keys carry the epoch because persistent workers hold a copy of the data set that no
     `set_epoch` would reach.
 
+    With `views` V, as a cache of a teacher's outputs holds them, epoch e has the pixels of epoch
+    e % V: its keys say so. Without repeats they come in the order of epoch e all the same, shuffled
+    anew; with repeats in that of epoch e % V, as another order is of other images.
+
     Args:
         num_images: images in the split, n.
         training: shuffle, repeat and pad; otherwise evaluation order.
@@ -49,6 +53,7 @@ class EpochSampler(Sampler[Key]):
         seed: seed of the run, the same on all ranks.
         rank: this process, 0 <= rank < world_size.
         world_size: number of processes, w.
+        views: V; None gives every epoch pixels of its own.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -67,10 +72,12 @@ class EpochSampler(Sampler[Key]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        views: int | None = None,
     ) -> None:
-        for name, value, least in (("num_images", num_images, 1), ("world_size", world_size, 1)):
-            if value < least:
-                raise ValueError(f"{name}: expected >= {least}, got {value}")
+        counts = {"num_images": num_images, "world_size": world_size, "views": views}
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected >= 1, got {value}")
         if repeats < 1 or (repeats > 1 and not training):
             allowed = "a whole number >= 1" if training else "1 in evaluation"
             raise ValueError(f"repeats: expected {allowed}, got {repeats}")
@@ -84,6 +91,8 @@ class EpochSampler(Sampler[Key]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.views = views
+        self.drop_last = training
         self.epoch = 0
         self.start = 0
 
@@ -108,19 +117,58 @@ class EpochSampler(Sampler[Key]):
         self.epoch = epoch
         self.start = start
 
-    def __iter__(self) -> Iterator[Key]:
-        epoch, n, repeats = self.epoch, self.num_images, self.repeats
-        order = np.arange(n)
+    def view(self, epoch: int) -> int:
+        """The epoch that the keys of `epoch` say."""
+        return epoch if self.views is None else epoch % self.views
+
+    def ordered_as(self, epoch: int) -> int:
+        """The epoch of the run without `views` whose order of the images `epoch` has."""
+        return epoch if self.repeats == 1 else self.view(epoch)
+
+    def order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """(n,): the images in the order in which `epoch` has them, each once."""
+        order = np.arange(self.num_images)
         if self.training:
-            np.random.default_rng(derive_seed(self.seed, epoch)).shuffle(order)
+            np.random.default_rng(derive_seed(self.seed, self.ordered_as(epoch))).shuffle(order)
+        return order
+
+    def __iter__(self) -> Iterator[Key]:
+        steps = range(self.start, len(self))
+        return self._keys(self.rank + step * self.world_size for step in steps)
+
+    def _keys(self, positions: Iterable[int]) -> Iterator[Key]:
+        view, n, repeats = self.view(self.epoch), self.num_images, self.repeats
+        order = self.order(self.epoch)
         # An array and a generator: a million-image epoch as a list of tuples takes 150 MB.
         return (
             Key(
-                epoch,
+                view,
                 int(order[position // repeats % n]),
                 position % repeats + position // (n * repeats) * repeats,
             )
-            for position in (
-                self.rank + step * self.world_size for step in range(self.start, len(self))
-            )
+            for position in positions
         )
+
+
+class StretchSampler(EpochSampler):
+    """Stretches of one process's training epochs: what a part of a cache is made of.
+
+    Args:
+        num_images, repeats, seed: as of the `EpochSampler` whose keys these are.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(self, num_images: int, *, repeats: int, seed: int) -> None:
+        super().__init__(num_images, training=True, repeats=repeats, seed=seed)
+        self.drop_last = False
+        self._stretches: Sequence[range] = ()
+
+    def choose(self, epoch: int, stretches: Sequence[range]) -> None:
+        """Choose what the next `iter` gives: the keys at these positions of `epoch`."""
+        self.set_epoch(epoch)
+        self._stretches = stretches
+
+    def __iter__(self) -> Iterator[Key]:
+        return self._keys(position for stretch in self._stretches for position in stretch)

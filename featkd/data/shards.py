@@ -12,6 +12,7 @@ import re
 import struct
 import tarfile
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -48,11 +49,18 @@ class _Shards:
         classes, folder: see `ImageSource`.
     """
 
+    _places: np.ndarray[Any, np.dtype[np.int64]]
+    """(n, ...): shard, offset and size of each image, and what else a kind has."""
+
     def __init__(self, config: DataConfig, folder: str, shards: Sequence[str]) -> None:
         self.folder = folder
         self.classes = _read_classes(config)
         self._first_label = config.first_label
         self._shards = list(shards)
+
+    def size(self, index: int) -> int:
+        """See `ImageSource`."""
+        return int(self._places[index, 2])
 
     def _piece(self, shard: int, offset: int, size: int, name: str) -> bytes:
         try:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from featkd import backends, reference
+from featkd.factors import LowRank
 from featkd.ops import support
 from featkd.reference import accumulation_dtype
 
@@ -17,7 +18,7 @@ def lift_head(
     weight: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
-    teacher: Tensor | None,
+    teacher: Tensor | LowRank | None,
     *,
     eps: float,
     metric: str,
@@ -26,10 +27,11 @@ def lift_head(
     """Pooled map and loss by the chosen backend; arguments as in `featkd.reference`."""
     width = 0 if grid is None else grid[1]
     parameters = (weight, norm_weight, norm_bias)
+    left, right = (None, None) if teacher is None else support.factors(teacher)
 
     def unsupported(backend: str) -> str:
         rows = features.shape[0] * features.shape[1]
-        why = support.unsupported(backend, features, rows, (*parameters, teacher))
+        why = support.unsupported(backend, features, rows, (*parameters, left, right))
         if not why and not weight.numel():
             return "no channels"
         if not why and backend == "triton" and width > support.MOST_COLUMNS:
@@ -46,13 +48,14 @@ def lift_head(
         )
     grad = torch.is_grad_enabled()
     outputs: tuple[Tensor, ...] = _forward(
-        *(features, *parameters, teacher),
+        *(features, *parameters, left),
         eps,
         width,
         support.operand_dtype(backend, features),
         grad and features.requires_grad,
         grad and any(p.requires_grad for p in parameters),
         backend,
+        right,
     )
     return outputs[0], None if teacher is None else outputs[1]
 
@@ -70,6 +73,7 @@ def _forward(
     need_features: bool,
     need_parameters: bool,
     backend: str,
+    right: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The pooled map, the loss (0 without a teacher), and what `_backward` needs, else empty.
 
@@ -81,7 +85,7 @@ def _forward(
     needed = need_features or need_parameters
     empty = [features.new_empty(0, dtype=dtype) for _ in range(3)]
     kept: tuple[Tensor, ...]
-    with _no_autocast(features):
+    with support.no_autocast(features):
         if backend == "cpu":
             from featkd.cpu import lift_head as cpu
 
@@ -91,13 +95,17 @@ def _forward(
                 width=width,
                 compute=compute,
                 need_gradient=needed,
+                right=right,
             )
             kept = (rstd, means, product) if needed else tuple(empty)
         else:
             from featkd.kernels import lift_head as kernels
+            from featkd.kernels import restored
 
-            pooled, total, statistics = kernels.forward(
-                *(features, kernels.Head(weight, norm_weight, norm_bias), teacher),
+            head = kernels.Head(weight, norm_weight, norm_bias)
+            forward = kernels.forward if right is None else restored.lift_forward
+            pooled, total, statistics = forward(
+                *(features, head, teacher, *(() if right is None else (right,))),
                 eps=eps,
                 width=width,
                 compute=compute,
@@ -106,7 +114,7 @@ def _forward(
             energy = pooled.new_zeros(()) if total is None else total
             kept = (empty[0] if statistics is None else statistics, *empty[1:])
         pooled = torch.addcmul(norm_bias.to(dtype), norm_weight.to(dtype), pooled)
-    loss = energy if teacher is None else energy * support.distance_factor(teacher, width)
+    loss = energy if teacher is None else energy * support.distance_factor(teacher, width, right)
     return (pooled.to(features.dtype), loss, *kept)  # type: ignore[return-value]
 
 
@@ -123,6 +131,7 @@ def _(
     need_features: bool,
     need_parameters: bool,
     backend: str,
+    right: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, tokens, channels = features.shape
     dtype = accumulation_dtype(features.dtype)
@@ -157,6 +166,7 @@ def _backward(
     need_features: bool,
     need_parameters: bool,
     backend: str,
+    right: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the features, weight, norm's weight and bias; empty where not needed."""
     parameters = (weight, norm_weight, norm_bias)
@@ -166,8 +176,12 @@ def _backward(
     if teacher is None:
         d_loss = None
     else:  # the loss's scale joins here: sums of unscaled gradients keep their bits in half types
-        d_loss = None if d_loss is None else d_loss * (2 * support.distance_factor(teacher, width))
-    with _no_autocast(features):
+        d_loss = (
+            None
+            if d_loss is None
+            else d_loss * (2 * support.distance_factor(teacher, width, right))
+        )
+    with support.no_autocast(features):
         if backend == "cpu":
             from featkd.cpu import lift_head as cpu
 
@@ -187,12 +201,18 @@ def _backward(
                     compute=compute,
                     need_features=need_features,
                     need_parameters=need_parameters,
+                    right=right,
                 )
         else:
             from featkd.kernels import lift_head as kernels
+            from featkd.kernels import restored
 
-            gradient, gradients = kernels.backward(
-                *(features, kernels.Head(*parameters), teacher, statistics, d_loss, d_pooled),
+            backward = kernels.backward
+            given: tuple[Tensor | None, ...] = (teacher,)
+            if right is not None and d_loss is not None:  # else the teacher isn't looked at
+                backward, given = restored.lift_backward, (teacher, right)
+            gradient, gradients = backward(
+                *(features, kernels.Head(*parameters), *given, statistics, d_loss, d_pooled),
                 width=width,
                 compute=compute,
                 need_features=need_features,
@@ -224,6 +244,7 @@ def _(
     need_features: bool,
     need_parameters: bool,
     backend: str,
+    right: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     results = [features.new_empty(features.shape if need_features else (0,))]
     for p in (weight, norm_weight, norm_bias):
@@ -232,25 +253,21 @@ def _(
     return tuple(results)  # type: ignore[return-value]
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
-    """It would round the operands of the products that end the work."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    features, weight, norm_weight, norm_bias, teacher, *rest = inputs
+    features, weight, norm_weight, norm_bias, teacher, *rest, right = inputs
     _, loss, *kept = output
-    ctx.save_for_backward(*kept, features, weight, norm_weight, norm_bias, teacher)
+    ctx.save_for_backward(*kept, features, weight, norm_weight, norm_bias, teacher, right)
     ctx.rest = rest
     ctx.mark_non_differentiable(*kept, *(() if teacher is not None else (loss,)))
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, d_pooled, d_loss, *_):  # type: ignore[no-untyped-def]
-    nothing = (None,) * 11
+    *saved, right = ctx.saved_tensors
+    nothing = (None,) * 12
     if d_pooled is None and d_loss is None:
         return nothing
-    results = _backward(d_pooled, d_loss, *ctx.saved_tensors, *ctx.rest)
+    results = _backward(d_pooled, d_loss, *saved, *ctx.rest, right)
     needed = ctx.needs_input_grad[:4]
     gradients = [r if n else None for r, n in zip(results, needed, strict=True)]
     return (*gradients, *nothing[4:])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from featkd import extension
+from featkd.factors import LowRank
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MOST_COLUMNS = 64  # of the patch grid: a tile of rows in Triton holds whole image rows
@@ -47,16 +48,28 @@ def is_cast(backend: str, x: Tensor) -> bool:
     return backend == "triton" and x.dtype != torch.float64 and on
 
 
+def no_autocast(x: Tensor) -> torch.autocast:
+    """It would round the operands of the products that an op's backend makes."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def is_being_exported() -> bool:
     """Whether a graph is being made for elsewhere, which must hold torch's own operators alone."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return bool(torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or tracing)
 
 
-def distance_factor(teacher: Tensor, width: int) -> float:
+def factors(teacher: Tensor | LowRank) -> tuple[Tensor, Tensor | None]:
+    """A teacher's map as the ops take it: itself and None, or its two factors."""
+    return (teacher.left, teacher.right) if isinstance(teacher, LowRank) else (teacher, None)
+
+
+def distance_factor(teacher: Tensor, width: int, right: Tensor | None = None) -> float:
     """Loss / sum(E H) of a feature distance: a mean over the elements of E, or, with `width`
     columns of the patch grid, over the real and imaginary parts of its half spectrum."""
     batch, tokens, channels = teacher.shape
+    if right is not None:  # the teacher is the left factor
+        channels = right.shape[1]
     if not width:
-        return 1 / teacher.numel()
+        return 1 / (batch * tokens * channels)
     return 0.25 / (batch * channels * (tokens // width) * (width // 2 + 1))

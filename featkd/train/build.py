@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -21,16 +19,15 @@ from featkd.distributed import ProcessContext
 from featkd.environment import multiplies_bf16
 from featkd.functional import Metric
 from featkd.losses import DistillationLoss
-from featkd.models import Lift, create_student, create_teacher
-from featkd.models.features import FeatureModel, feature_grid, num_layers, resolve_layers
-from featkd.remote import locate
-from featkd.train.precision import autocast, hold_products
+from featkd.models import Lift, create_student
+from featkd.models.features import FeatureModel, feature_grid, num_layers
+from featkd.train.caching import OpenCache, open_cache, views_of
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.teacher_mode import Mode, TeacherForward, fastest
+from featkd.train.teacher import Shapes, Teacher, naming, pair_layers, shapes_of
 
 
 class FeatureForward(nn.Module):
-    """A model's `forward_with_features` as a module's forward, for DDP and torch.compile."""
+    """A student's `forward_with_features` as a module's forward, for DDP and torch.compile."""
 
     def __init__(self, model: FeatureModel, layers: tuple[int, ...]) -> None:
         super().__init__()
@@ -56,10 +53,11 @@ class LossForward(nn.Module):
 
 @dataclass
 class Parts:
-    """What a run works with; `student_forward` and `teacher_forward` are what the loop calls.
+    """What a run works with; `student_forward` is what the loop calls.
 
-    With `student_forms_loss`, `student_forward` takes the teacher's map and returns the logits and
-    the feature loss; else it returns the logits and the maps.
+    `source` says what the student is to learn: the model `teacher`, or a cache. With
+    `student_forms_loss`, `student_forward` takes the teacher's map and returns the logits and the
+    feature loss; else it returns the logits and the maps.
     """
 
     train_loader: Loader
@@ -67,8 +65,8 @@ class Parts:
     student: FeatureModel
     student_forward: nn.Module
     student_forms_loss: bool
+    source: Teacher | OpenCache | None
     teacher: FeatureModel | None
-    teacher_forward: nn.Module | None
     loss: DistillationLoss
     mixer: Mixer | None
     optimizer: torch.optim.Optimizer
@@ -99,23 +97,23 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         ValueError: from the parts themselves (data folders, layers, model names, checkpoints).
     """
     notes: list[str] = []
-    train_loader = _loader(recipe, context, "train")
+    train_loader = _loader(recipe, context, "train", views_of(recipe))
     val_loader = _loader(recipe, context, "val")
     try:
         num_classes = _num_classes(recipe, len(train_loader.classes), strict_classes, notes)
-        student, teacher = _models(recipe, num_classes, notes)
+        student = _student(recipe, num_classes)
         student.to(context.device)
-        if teacher is not None:
-            teacher.to(context.device)
-        _check_fit(recipe, student, teacher, context, notes)
-        if recipe.amp == "bf16":
-            if teacher is not None:
-                hold_products(cast(nn.Module, teacher), torch.bfloat16)
-            if not multiplies_bf16(context.device):
-                notes.append(
-                    "amp: bf16 is many times slower than off here: this device has no "
-                    "instructions for products in it; try --amp off"
-                )
+        source: Teacher | OpenCache | None = None
+        if recipe.cache is not None:
+            source = open_cache(recipe, train_loader, context, notes)
+        elif recipe.teacher is not None:
+            source = Teacher(recipe, num_classes, context, notes)
+        _check_fit(recipe, student, None if source is None else source.shapes, context, notes)
+        if recipe.amp == "bf16" and not multiplies_bf16(context.device):
+            notes.append(
+                "amp: bf16 is many times slower than off here: this device has no "
+                "instructions for products in it; try --amp off"
+            )
         if recipe.amp == "fp16" and context.device.type == "cpu":
             notes.append("amp: fp16 is many times slower than bf16 on most CPUs; try --amp bf16")
 
@@ -136,9 +134,6 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         ema = None if recipe.ema_decay is None else ModelEmaV3(student, decay=recipe.ema_decay)
         student_forward = _student_forward(recipe, student)
         student_forms_loss = isinstance(student_forward, LossForward)
-        teacher_forward = (
-            None if teacher is None else _teacher_forward(recipe, teacher, context, notes)
-        )
         if recipe.compile:
             student_forward.compile(mode=recipe.compile_mode)
         if context.world_size > 1:
@@ -157,8 +152,8 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         student=student,
         student_forward=student_forward,
         student_forms_loss=student_forms_loss,
-        teacher=teacher,
-        teacher_forward=teacher_forward,
+        source=source,
+        teacher=source.model if isinstance(source, Teacher) else None,
         loss=_loss(recipe, student),
         mixer=_mixer(recipe, num_classes, context),
         optimizer=optimizer,
@@ -172,7 +167,9 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
     )
 
 
-def _loader(recipe: Recipe, context: ProcessContext, split: str) -> Loader:
+def _loader(
+    recipe: Recipe, context: ProcessContext, split: str, views: int | None = None
+) -> Loader:
     return build_loader(
         recipe.data,
         split="train" if split == "train" else "val",
@@ -181,6 +178,7 @@ def _loader(recipe: Recipe, context: ProcessContext, split: str) -> Loader:
         rank=context.rank,
         world_size=context.world_size,
         device=context.device,
+        views=views,
     )
 
 
@@ -198,133 +196,55 @@ def _num_classes(recipe: Recipe, found: int, strict: bool, notes: list[str]) -> 
     return asked
 
 
-def _models(
-    recipe: Recipe, num_classes: int, notes: list[str]
-) -> tuple[FeatureModel, FeatureModel | None]:
+def _student(recipe: Recipe, num_classes: int) -> FeatureModel:
     torch.manual_seed(recipe.seed)
-    config, teacher_config = recipe.student, recipe.teacher
+    config = recipe.student
     options = {"img_size": recipe.data.img_size, **config.options}
-    with _naming("student"):
-        student = create_student(
-            config.base, config.arch, config.teacher_dim, num_classes, **options
-        )
-    if teacher_config is None:
-        return student, None
-    options = {"img_size": recipe.data.img_size, **teacher_config.options}
-    checkpoint = teacher_config.checkpoint
-    if checkpoint is not None and not locate(checkpoint, "teacher.checkpoint").is_file():
-        raise RecipeError(f"teacher.checkpoint: no file {checkpoint!r}")
-    if not teacher_config.pretrained:
-        options.setdefault("num_classes", num_classes)
-        if checkpoint is None:
-            notes.append(
-                f"teacher: {teacher_config.name} has random weights "
-                f"(teacher.pretrained is false and teacher.checkpoint is null)"
-            )
-    with _naming("teacher"):
-        teacher = create_teacher(
-            teacher_config.name,
-            pretrained=teacher_config.pretrained,
-            checkpoint=checkpoint,
-            weights=teacher_config.weights,
-            **options,
-        )
-    return student, teacher
-
-
-@contextmanager
-def _naming(field: str) -> Iterator[None]:
-    """Say which part of the recipe a model's error is about."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"{field}: {error}") from error
-
-
-def _pair_layers(recipe: Recipe, model: FeatureModel, side: int) -> tuple[int, ...]:
-    if recipe.loss.feature is None:
-        return ()
-    try:
-        return resolve_layers([pair[side] for pair in recipe.loss.pairs], num_layers(model))
-    except ValueError as error:
-        raise RecipeError(f"loss.pairs ({('student', 'teacher')[side]}): {error}") from error
+    with naming("student"):
+        return create_student(config.base, config.arch, config.teacher_dim, num_classes, **options)
 
 
 def _student_forward(recipe: Recipe, student: FeatureModel) -> nn.Module:
     """What the loop calls; a Lift student compares its last map itself, and never writes it."""
-    layers = _pair_layers(recipe, student, 0)
+    layers = pair_layers(recipe, student, "student")
     metric = recipe.loss.feature
     if metric is not None and isinstance(student, Lift) and layers == (num_layers(student) - 1,):
         return LossForward(student, metric)
     return FeatureForward(student, layers)
 
 
-def _teacher_forward(
-    recipe: Recipe, teacher: FeatureModel, context: ProcessContext, notes: list[str]
-) -> TeacherForward:
-    """The teacher as the loop calls it; its logits are formed only where the loss uses them."""
-    config = recipe.teacher
-    assert config is not None
-    layers = _pair_layers(recipe, teacher, 1)
-    plain = TeacherForward(teacher, layers, logits=recipe.loss.alpha > 0)
-    mode = Mode(recipe.compile, recipe.compile_mode)
-    if config.inference == "fastest":
-        size = recipe.data.img_size
-        images = torch.zeros(recipe.batch_size, 3, size, size, device=context.device)
-
-        def run(forward: TeacherForward) -> None:
-            with torch.no_grad(), autocast(recipe, context.device):
-                logits, maps = forward(images)
-            (maps[-1] if logits is None else logits).sum().item()  # waits for the device
-
-        found = None
-        if context.is_main:
-            about = (config.name, config.options, layers, plain.logits, images.shape, recipe.amp)
-            found = fastest(plain, run, about)
-        mode, how = context.broadcast(found)
-        notes.append(f"teacher.inference: {how}")
-    return plain.in_mode(mode)
-
-
 def _check_fit(
     recipe: Recipe,
     student: FeatureModel,
-    teacher: FeatureModel | None,
+    taught: Shapes | None,
     context: ProcessContext,
     notes: list[str],
 ) -> None:
-    """One image through both models: do logits, tokens and widths fit each other?"""
-    if teacher is None:
+    """One image through the student: do logits, tokens and widths fit the teacher's?"""
+    if taught is None:
         return
-    size = recipe.data.img_size
-    image = torch.zeros(1, 3, size, size, device=context.device)
-    s_layers, t_layers = _pair_layers(recipe, student, 0), _pair_layers(recipe, teacher, 1)
-    training = student.training
-    student.eval()
-    with torch.no_grad():
-        s_logits, s_maps = student.forward_with_features(image, s_layers)
-        t_logits, t_maps = teacher.forward_with_features(image, t_layers)
-    student.train(training)
-    if recipe.loss.alpha > 0 and s_logits.shape != t_logits.shape:
+    layers = pair_layers(recipe, student, "student")
+    classes, _, maps = shapes_of(student, layers, recipe, context)
+    if recipe.loss.alpha > 0 and classes != taught.classes:
         raise RecipeError(
-            f"loss.alpha: needs logits of the same classes, but the student has "
-            f"{s_logits.shape[1]} and the teacher {t_logits.shape[1]}"
+            f"loss.alpha: needs logits of the same classes, but the student has {classes} and "
+            f"the teacher {taught.classes}"
         )
-    for s_layer, t_layer, s, t in zip(s_layers, t_layers, s_maps, t_maps, strict=True):
-        pair = f"layer pair [{s_layer}, {t_layer}]"
-        if s.shape[1] != t.shape[1]:
+    for s, t in zip(maps, taught.maps, strict=True):
+        pair = f"layer pair [{s.layer}, {t.layer}]"
+        if s.tokens != t.tokens:
             raise RecipeError(
-                f"loss.pairs: {pair}: the student's map has {s.shape[1]} tokens, the teacher's "
-                f"{t.shape[1]}; image and patch sizes must give the same grid"
+                f"loss.pairs: {pair}: the student's map has {s.tokens} tokens, the teacher's "
+                f"{t.tokens}; image and patch sizes must give the same grid"
             )
-        if s.shape[2] == t.shape[2]:
+        if s.channels == t.channels:
             continue
-        if recipe.student.arch != "plain" and s_layer == num_layers(student) - 1:
+        if recipe.student.arch != "plain" and s.layer == num_layers(student) - 1:
             raise RecipeError(
                 f"student.teacher_dim: {recipe.student.teacher_dim}, but the teacher's layer "
-                f"{t_layer} has {t.shape[2]} channels and the student's matched map {s.shape[2]}"
+                f"{t.layer} has {t.channels} channels and the student's matched map {s.channels}"
             )
-        notes.append(f"{pair}: {s.shape[2]} against {t.shape[2]} channels: the wider map is pooled")
+        notes.append(f"{pair}: {s.channels} against {t.channels} channels: the wider map is pooled")
 
 
 def _optimizer(
@@ -381,7 +301,8 @@ def _loss(recipe: Recipe, student: FeatureModel) -> DistillationLoss:
         tau=config.tau,
         feature=config.feature,
         label_smoothing=config.label_smoothing,
-        grids=[feature_grid(student, layer) for layer in _pair_layers(recipe, student, 0)] or None,
+        grids=[feature_grid(student, layer) for layer in pair_layers(recipe, student, "student")]
+        or None,
     )
 
 

@@ -19,7 +19,7 @@ from featkd.backends import use_backend
 from featkd.data import Batch
 from featkd.distributed import ProcessContext
 from featkd.models.features import FeatureModel
-from featkd.train.build import peak_lr
+from featkd.train.build import Parts, peak_lr
 from featkd.train.engine import Trainer
 from featkd.train.recipe import Recipe
 
@@ -54,7 +54,7 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
     config = recipe.optim
     lines = [
         ("student", _describe(parts.student, recipe)),
-        ("teacher", "none" if parts.teacher is None else _describe(parts.teacher, recipe)),
+        ("teacher", _describe_teacher(parts, recipe)),
         ("data", _describe_data(trainer)),
         ("objective", _describe_loss(recipe)),
         (
@@ -111,6 +111,12 @@ def _load(trainer: Trainer, need: int) -> tuple[list[Batch], float]:
     if count == 0:  # the whole set is one batch
         return kept * need, math.inf
     return (kept * need)[:need], count * trainer.context.world_size / seconds
+
+
+def _describe_teacher(parts: Parts, recipe: Recipe) -> str:
+    if parts.teacher is not None:
+        return _describe(parts.teacher, recipe)
+    return "none" if recipe.cache is None else f"rows of {recipe.cache}"
 
 
 def _describe(model: FeatureModel, recipe: Recipe) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from featkd import environment
+from featkd.cache import Taught
 from featkd.data import Batch
 from featkd.distributed import ProcessContext
 from featkd.interrupt import Interrupt
@@ -32,13 +33,6 @@ from featkd.train.stopwatch import Stopwatch
 
 class TrainingDiverged(RuntimeError):
     """The loss is no longer finite."""
-
-
-class Taught(NamedTuple):
-    """What the teacher says of a batch: logits (B, K) or None, a (B, N, C) map a layer pair."""
-
-    logits: Tensor | None
-    maps: list[Tensor]
 
 
 class Learnt(NamedTuple):
@@ -175,19 +169,19 @@ class Trainer:
         if self.parts.mixer is not None:
             number += self.batch  # in the epoch
             batch = self.parts.mixer(batch, epoch=self.epoch, number=number, rank=self.context.rank)
-        images = batch.images.to(self.context.device, non_blocking=True)
-        targets = batch.targets.to(self.context.device, non_blocking=True)
+        batch = batch._replace(
+            images=batch.images.to(self.context.device, non_blocking=True),
+            targets=batch.targets.to(self.context.device, non_blocking=True),
+        )
         if self.context.device.type == "cuda":  # what CUDA graphs gave before is used up
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        taught = self.teach(images)
-        return self.compare(self.learn(images, taught), targets, taught)
+        taught = self.teach(batch)
+        return self.compare(self.learn(batch.images, taught), batch.targets, taught)
 
-    def teach(self, images: Tensor) -> Taught:
-        """The teacher's logits and maps of (B, 3, H, W); nothing without a teacher."""
-        if self.parts.teacher_forward is None:
-            return Taught(None, [])
-        with torch.no_grad(), self._autocast():
-            return Taught(*self.parts.teacher_forward(images))
+    def teach(self, batch: Batch) -> Taught:
+        """The teacher's logits and maps of a batch on the device; nothing without a teacher."""
+        source = self.parts.source
+        return Taught(None, []) if source is None else source.teach(batch)
 
     def learn(self, images: Tensor, taught: Taught) -> Learnt:
         """The student's logits and maps, or its feature loss where it forms that itself."""
@@ -266,7 +260,7 @@ class Trainer:
             self.parts.scheduler.step_update(self._scheduled)
 
     def _autocast(self) -> AbstractContextManager[object]:
-        return autocast(self.recipe, self.context.device)
+        return autocast(self.recipe.amp, self.context.device)
 
     def _no_sync(self, active: bool) -> AbstractContextManager[object]:
         """Without DDP's gradient all-reduce, for all micro-batches but an update's last."""

@@ -8,14 +8,12 @@ import torch
 from timm.models.cait import TalkingHeadAttn
 from torch import nn
 
-from featkd.train.recipe import Recipe
-
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
-    """What a run's forward passes are computed under."""
-    dtype = AMP_DTYPES.get(recipe.amp)
+def autocast(amp: str, device: torch.device) -> AbstractContextManager[object]:
+    """The context of a recipe's `amp`."""
+    dtype = AMP_DTYPES.get(amp)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 

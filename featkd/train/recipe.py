@@ -187,6 +187,9 @@ class Recipe:
             whose shapes are static here, as a training epoch's partial last batch is dropped.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
         log_every: updates between two rows of metrics.
+        cache: folder of `featkd cache`, whose rows take the place of the teacher's forward pass.
+        cache_epochs: what follows where optim.epochs is more than the cache's views: "error", or
+            "cycle", which begins with its first view anew.
     """
 
     out: str = "runs/featkd"
@@ -204,6 +207,8 @@ class Recipe:
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
     device: str = "auto"
     log_every: int = 50
+    cache: str | None = None
+    cache_epochs: Literal["error", "cycle"] = "error"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "log_every"):
@@ -222,6 +227,13 @@ class Recipe:
                 "teacher: given, but the loss does not use it "
                 "(loss.alpha is 0 and loss.feature is null)"
             )
+        if self.cache is not None and self.teacher is None:
+            raise RecipeError(
+                f"cache: {self.cache!r} holds a teacher's outputs, but teacher is null; expected "
+                "the teacher that the cache was made of"
+            )
+        if self.cache is not None and "://" in self.cache:
+            raise RecipeError(f"cache: expected a folder of this machine, got {self.cache!r}")
         if self.compile_mode != "default" and not self.compile:
             raise RecipeError(f"compile_mode: {self.compile_mode!r} needs compile: true")
         if self.compile_mode != "default" and self.optim.accumulate > 1:

@@ -20,7 +20,11 @@ from featkd.train.recipe import to_yaml
 from tests.train.runs import CPU
 
 EAGER = step.Way("off", False, "reference")
-OTHERS = {"featkd": step.Way("off", False, "auto"), "featkd_bf16": step.Way("bf16", False, "auto")}
+OTHERS = {
+    "featkd": step.Way("off", False, "auto"),
+    "featkd_bf16": step.Way("bf16", False, "auto"),
+    "cached": step.Way("off", False, "auto", cached=True),
+}
 
 
 @pytest.fixture
@@ -119,7 +123,8 @@ def test_the_slowest_stage_is_named():
 @pytest.mark.parametrize("arch", ["widelast", "lift"])  # Lift forms its feature loss itself
 def test_parts_do_what_the_whole_update_does(still, arch):
     still = replace(still, student=replace(still.student, arch=arch))
-    trainer = step.build(still, CPU, EAGER)
+    with step.built(still, CPU, {"eager": EAGER}) as trainers:
+        trainer = trainers["eager"]
     batch = step.random_batch(trainer)
     parts = step.steps(trainer, batch, EAGER)
     assert tuple(parts) == step.PARTS
@@ -158,6 +163,7 @@ def test_step_gives_every_part_in_every_variant(recipe_file, tmp_path, monkeypat
     assert 0 < figures["step", "eager_fp32", "product_time_share"] < 1
     said = capsys.readouterr().out
     assert "featkd_bf16: eager, bf16 autocast and teacher weights, featkd's fused ops" in said
+    assert "cached: eager, float32, featkd's fused ops, the teacher's outputs from a cache" in said
     assert "(modelled)" in said
 
 
@@ -180,7 +186,7 @@ def test_waiting_for_batches_is_told_from_computing():
 
         def __iter__(self):
             time.sleep(0.06)
-            yield Batch(torch.zeros(1), torch.zeros(1), [])
+            yield Batch(torch.zeros(1), torch.zeros(1), [], torch.zeros(1, 3))
 
     def one_step(batches):
         time.sleep(0.02)

@@ -187,7 +187,7 @@ def test_the_state_says_what_comes_next(make_set: MakeSet, workers: int) -> None
         next(running)  # of epoch 7 still
         assert loader.state_dict() == {
             "epoch": 8, "batch": 2, "batch_size": 4, "world_size": 1, "seed": 0, "repeats": 1,
-            "num_images": 22,
+            "ordered_as": 8, "num_images": 22,
         }  # fmt: skip
     assert [(state["epoch"], state["batch"]) for state in states] == [(5, k) for k in range(1, 6)]
     with loading(make_set(train=22)) as other:

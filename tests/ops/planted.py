@@ -20,6 +20,7 @@ import torch
 
 import featkd
 from featkd import functional
+from featkd.factors import restore
 from tests.kernels import (
     feature_kd_cases,
     lift_head_cases,
@@ -28,7 +29,12 @@ from tests.kernels import (
     widelast_cases,
 )
 from tests.kernels.feature_kd_cases import relative
-from tests.ops import test_projected_feature_kd, test_soft_kd, test_widelast_projection
+from tests.ops import (
+    test_projected_feature_kd,
+    test_soft_kd,
+    test_teacher_in_factors,
+    test_widelast_projection,
+)
 
 UPSTREAM = -3.0
 SOURCES = [
@@ -98,6 +104,12 @@ def projected_feature_kd() -> Results:
         tensors = problem.tensors(torch.float64)
         got = test_projected_feature_kd.run(tensors, problem.width, UPSTREAM)
         yield unscaled(got), feature_kd_cases.evaluate(tensors, problem.width, torch.float64)
+    for problem in (of(5, 6, 3, 5, 2), of(5, 6, 4, 4, projector=False, norm="none")):
+        tensors = problem.tensors(torch.float64)
+        teacher = test_teacher_in_factors.factors(problem, torch.float64, rank=2)
+        tensors[1] = restore(teacher)
+        got = test_teacher_in_factors.run(tensors, teacher, problem.width, UPSTREAM)
+        yield unscaled(got), feature_kd_cases.evaluate(tensors, problem.width, torch.float64)
 
 
 def lift_head() -> Results:
@@ -110,6 +122,14 @@ def lift_head() -> Results:
     ):
         x = problem.inputs(torch.float64)
         yield lift_head_cases.run(x, problem.width), lift_head_cases.evaluate(x, problem.width)
+    x = of(5, 6, 3, 5, 2).inputs(torch.float64)
+    same = feature_kd_cases.Problem(5, 6, 3, 5)
+    teacher = test_teacher_in_factors.factors(same, torch.float64, rank=2)
+    whole = x._replace(teacher=restore(teacher))
+    yield (
+        lift_head_cases.run(x._replace(teacher=teacher), 2),
+        lift_head_cases.evaluate(whole, 2),
+    )
     x = of(5, 6, 3, 5).inputs(torch.float64)  # the loss alone
     leaves = [p.requires_grad_() for p in x[:4]]
     loss = functional.lift_head(*leaves, x.teacher)[1]
@@ -162,8 +182,16 @@ CHUNKS = [
     ("images of the next chunk", "slice(i, i + images)", "slice(i, i + images + 1)"),
 ]
 DISTANCE = [
-    ("wrong scale of the mse", "1 / teacher.numel()", "1 / teacher[0].numel()"),
+    ("wrong scale of the mse", "1 / (batch * tokens * channels)", "1 / (tokens * channels)"),
     ("wrong scale of the spectrum", "(width // 2 + 1)", "(width // 2)"),
+    ("scale of the left factor", "channels = right.shape[1]", "pass"),
+    ("right factors of the first images", "self.right[at[0]]", "self.right[:images]"),
+    ("dropped factors", "right.mT, out=place)", "0 * right.mT, out=place)"),
+    (
+        "map of the chunk before",
+        "return torch.bmm(chunk",
+        "return place if place.any() else torch.bmm(chunk",
+    ),
 ]
 
 SUITES = {
@@ -172,6 +200,21 @@ SUITES = {
         [
             *CHUNKS,
             *DISTANCE,
+            (
+                "dropped dS of a restored chunk",
+                "slope = d_student[images, tokens] if",
+                "slope = d_student.zero_()[images, tokens] if",
+            ),
+            (
+                "loss's scale of the left factor",
+                "    factor = support.distance_factor(teacher, width, right)",
+                "    factor = support.distance_factor(teacher, width)",
+            ),
+            (
+                "gradients' scale of the left factor",
+                "grad * (2 * support.distance_factor(teacher, width, right))",
+                "grad * (2 * support.distance_factor(teacher, width))",
+            ),
             (
                 "zeroed gradient of the student",
                 "put_product(p, w, ",
@@ -203,6 +246,17 @@ SUITES = {
         lift_head,
         [
             *CHUNKS[:2],
+            *DISTANCE[2:],
+            (
+                "loss's scale of the left factor",
+                "energy * support.distance_factor(teacher, width, right)",
+                "energy * support.distance_factor(teacher, width)",
+            ),
+            (
+                "gradients' scale of the left factor",
+                "d_loss * (2 * support.distance_factor(teacher, width, right))",
+                "d_loss * (2 * support.distance_factor(teacher, width))",
+            ),
             ("W not centred", "- exact.mean(0)\n    used", "\n    used"),
             ("W not centred in the gradient", "- exact.mean(0)\n    g =", "\n    g ="),
             ("skipped chunks of the pooled map", "means[at[0]] += torch", "means[at[0]] = torch"),

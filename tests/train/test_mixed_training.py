@@ -37,7 +37,8 @@ def test_teacher_and_student_see_the_mixed_batch(recipe, backend):
         return mixed[-1]
 
     parts.mixer = note_place
-    parts.teacher_forward.register_forward_pre_hook(lambda _, given: taught.append(given[0]))
+    teach = parts.source.teach
+    parts.source.teach = lambda batch: (taught.append(batch.images), teach(batch))[1]
     parts.student_forward.register_forward_pre_hook(lambda _, given: learnt.append(given[0]))
     parts.loss.register_forward_pre_hook(lambda _, given: judged.append(given[1]))
     trainer.run(quiet=True)

@@ -105,11 +105,11 @@ def test_without_use_for_logits_nothing_forms_them(recipe):
         trainer.parts.teacher.head.register_forward_hook(used)
         if alpha:
             with pytest.raises(AssertionError, match="head ran"):
-                trainer.teach(batch.images)
+                trainer.teach(batch)
         else:
-            taught = trainer.teach(batch.images)
+            taught = trainer.teach(batch)
             assert taught.logits is None
-            layers = trainer.parts.teacher_forward.layers
+            layers = trainer.parts.source.layers
             assert torch.equal(
                 taught.maps[0], trainer.parts.teacher.forward_maps(batch.images, layers)[0]
             )

@@ -1,0 +1,156 @@
+"""Rows of a cache by key: `TeacherCache`."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featkd.cache.manifest import CacheError, read_manifest
+from featkd.cache.rows import Row, Taught
+from featkd.cache.shard import Shard
+from featkd.data import Key
+
+_OPEN_SHARDS = 4096  # mappings; Linux allows a process 65,530
+_MOST_READERS = 8
+_HELD_VIEWS = 2  # orders: the epoch's, and the next one's
+
+_Positions = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class TeacherCache:
+    """A teacher's outputs, for the keys of a run's batches.
+
+    Files are opened when the first of their rows is asked for, and every row is checked each time.
+
+    Args:
+        folder: that `featkd cache` wrote.
+
+    Raises:
+        CacheError: there is no cache, its manifest is damaged, or shards are missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        missing = list(self._missing())
+        if missing:
+            raise CacheError(
+                f"{folder}: {len(missing)} of {self.manifest.views * self.manifest.shards} shards "
+                f"are missing, such as {missing[0]}; featkd cache, called as before, goes on with "
+                "it"
+            )
+        self._identity = self.manifest.identity
+        self._shards: OrderedDict[tuple[int, int], Shard] = OrderedDict()
+        self._positions: OrderedDict[int, _Positions] = OrderedDict()
+        self._sampler = self.manifest.sampler()
+        # Checksums and page faults need no interpreter: threads do them side by side.
+        self._readers = min(_MOST_READERS, len(os.sched_getaffinity(0)))
+        self._threads = ThreadPoolExecutor(self._readers, "featkd-cache")
+
+    def rows(
+        self, keys: Tensor, layers: Sequence[int], device: torch.device | str = "cpu"
+    ) -> Taught:
+        """What the teacher said of some samples.
+
+        Args:
+            keys: (B, 3) int64, as `featkd.data.Batch.keys`.
+            layers: of the teacher, whose maps are wanted.
+            device: where they go.
+
+        Returns:
+            logits (B, K) and a map a layer, as `Layout.decode` says.
+
+        Raises:
+            CacheError: a key is of no view of this cache, or what is stored of it is damaged.
+        """
+        places = [self._place(Key(*key)) for key in keys.tolist()]
+        parts = [places[first :: self._readers] for first in range(self._readers)]
+        found = list(self._threads.map(_read, parts)) if self._readers > 1 else [_read(places)]
+        rows = [found[i % self._readers][i // self._readers] for i in range(len(places))]
+        return self.manifest.layout.decode(rows, layers, device)
+
+    def damages(self) -> Iterator[str | None]:
+        """Check every row of every shard; a message, or None for a whole one, a shard."""
+        for view in range(self.manifest.views):
+            for number in range(self.manifest.shards):
+                path = self.folder / self.manifest.shard_name(view, number)
+                try:
+                    shard = Shard(path, self._identity)
+                    self._check_keys(shard, view, number)
+                except CacheError as error:
+                    yield str(error)
+                    continue
+                yield "\n".join(_damages(shard)) or None
+
+    def _missing(self) -> Iterator[str]:
+        """Names of the shards that are not there; a folder is read once, not asked for each."""
+        for view in range(self.manifest.views):
+            names = [self.manifest.shard_name(view, n) for n in range(self.manifest.shards)]
+            folder = (self.folder / names[0]).parent
+            there = set(os.listdir(folder)) if folder.is_dir() else set()
+            yield from (name for name in names if name.rpartition("/")[2] not in there)
+
+    def _place(self, key: Key) -> tuple[Shard, int]:
+        """The open shard that holds a key's row, and which of its rows it is."""
+        number, offset = divmod(self._position(key), self.manifest.shard_rows)
+        shard = self._shard(key.epoch, number)
+        if shard.key(offset) != key:
+            raise CacheError(f"{shard.path}: row {offset} is {shard.key(offset)}, not {key}")
+        return shard, offset
+
+    def _position(self, key: Key) -> int:
+        """Where in its view a key's row is."""
+        manifest = self.manifest
+        if 0 <= key.epoch < manifest.views and 0 <= key.image < manifest.images:
+            if key.epoch not in self._positions:
+                order = self._sampler.order(key.epoch)
+                inverse = np.empty_like(order)
+                inverse[order] = np.arange(len(order))
+                self._positions[key.epoch] = inverse
+                if len(self._positions) > _HELD_VIEWS:
+                    self._positions.popitem(last=False)
+            position = int(self._positions[key.epoch][key.image]) * manifest.repeats + key.copy
+            if 0 <= key.copy < manifest.repeats and position < manifest.rows:
+                return position
+        raise CacheError(
+            f"{self.folder}: holds no row of {key}; it has views 0 to {manifest.views - 1} of "
+            f"{manifest.rows} rows, of {manifest.images} images in {manifest.repeats} copies"
+        )
+
+    def _shard(self, view: int, number: int) -> Shard:
+        name = (view, number)
+        if name in self._shards:
+            self._shards.move_to_end(name)
+            return self._shards[name]
+        path = self.folder / self.manifest.shard_name(view, number)
+        shard = self._shards[name] = Shard(path, self._identity)
+        if len(shard) != len(self.manifest.positions(number)):
+            raise CacheError(f"{path}: has {len(shard)} rows")
+        if len(self._shards) > _OPEN_SHARDS:
+            self._shards.popitem(last=False)
+        return shard
+
+    def _check_keys(self, shard: Shard, view: int, number: int) -> None:
+        for offset, position in enumerate(self.manifest.positions(number)):
+            if offset >= len(shard) or self._position(shard.key(offset)) != position:
+                raise CacheError(f"{shard.path}: damaged: its rows are not those of view {view}")
+
+
+def _read(places: Sequence[tuple[Shard, int]]) -> list[Row]:
+    return [shard.row(offset) for shard, offset in places]
+
+
+def _damages(shard: Shard) -> Iterator[str]:
+    for number in range(len(shard)):
+        try:
+            shard.row(number)
+        except CacheError as error:
+            yield str(error)

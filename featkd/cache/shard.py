@@ -1,0 +1,201 @@
+"""A shard: some rows of a view in one safetensors file, in which no changed bit goes unseen.
+
+    keys   (n, 3) int64    the epoch, image and copy of each row          \\  the index
+    crc    (n,)   int64    CRC-32 of each row's columns                   /
+    check  (32,)  uint8    SHA-256 of the file's header and its index
+    ...                    the columns; one whose rows differ in length is flat, and the index has
+                           `<column>.ends`, (n,) int64
+
+A file is checked in two steps: its length, header and index when it is opened, each row when it is
+read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from featkd.cache.manifest import CacheError
+from featkd.cache.rows import Row
+from featkd.data import Key
+from featkd.files import atomic_write
+
+_HEAD = 8  # bytes that say how long the header is
+_DIGEST = 32
+_META = "featkd"
+_ENDS = ".ends"
+_FIXED = ("keys", "crc")
+
+
+def write_shard(
+    path: Path, identity: str, keys: Tensor, rows: Sequence[Row], varying: Iterable[str] = ()
+) -> None:
+    """Write a shard whole.
+
+    Args:
+        path: the file.
+        identity: of the cache.
+        keys: (n, 3) int64.
+        rows: as many, with the same columns.
+        varying: columns whose rows differ in shape; they are read back flat.
+    """
+    names = sorted(rows[0])
+    tensors: dict[str, Tensor] = {
+        "keys": keys,
+        "crc": torch.tensor([_crc(row, names) for row in rows]),
+        "check": torch.zeros(_DIGEST, dtype=torch.uint8),
+    }
+    for name in names:
+        parts = [row[name] for row in rows]
+        if name in varying:
+            tensors[name + _ENDS] = torch.tensor([x.numel() for x in parts]).cumsum(0)
+            tensors[name] = torch.cat([x.flatten() for x in parts])
+        else:
+            tensors[name] = torch.stack(parts)
+    # One word: safetensors writes several in any order.
+    content = memoryview(save(tensors, {_META: identity}))
+    header, start = _header(path, content)
+    place = start + header["check"]["data_offsets"][0]
+    index = b"".join(content[start + first : start + last] for first, last in _index(header))
+    with atomic_write(path) as file:
+        file.write(content[:place])
+        file.write(_digest(content[:start], index))
+        file.write(content[place + _DIGEST :])
+
+
+class Shard:
+    """A shard that is open for reading: memory-mapped, without a file descriptor.
+
+    Args:
+        path: the file.
+        identity: of the cache it has to belong to.
+
+    Raises:
+        CacheError: it is missing, damaged, or of another cache.
+    """
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self.path = path
+        try:
+            self._check(path)
+            with safe_open(path, "pt") as file:
+                found, names = file.metadata()[_META], list(file.keys())
+                self._tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise CacheError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+        except OSError as error:
+            raise CacheError(f"{path}: can't be read: {error}") from error
+        if found != identity:
+            raise CacheError(
+                f"{path}: belongs to another cache ({found[:12]}, not {identity[:12]})"
+            )
+        # Lists: an element of a tensor takes microseconds.
+        self._crc: list[int] = self._tensors["crc"].tolist()
+        self._keys = [Key(*key) for key in self._tensors["keys"].tolist()]
+        self._ends: dict[str, list[int]] = {
+            name.removesuffix(_ENDS): x.tolist()
+            for name, x in self._tensors.items()
+            if name.endswith(_ENDS)
+        }
+        self._columns = sorted(
+            name for name in self._tensors if name not in (*_FIXED, "check") and _ENDS not in name
+        )
+
+    def __len__(self) -> int:
+        return len(self._crc)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the columns."""
+        return sum(self._tensors[name].nbytes for name in self._columns)
+
+    def key(self, number: int) -> Key:
+        """Of row `number`."""
+        return self._keys[number]
+
+    def row(self, number: int) -> Row:
+        """Row `number`, checked, as views of the mapped file.
+
+        Raises:
+            CacheError: it does not have its checksum.
+        """
+        row = {name: self._part(name, number) for name in self._columns}
+        if _crc(row, self._columns) != self._crc[number]:
+            key = self.key(number)
+            raise CacheError(
+                f"{self.path}: damaged: row {number} (image {key.image}, copy {key.copy} of view "
+                f"{key.epoch}) does not have its checksum"
+            )
+        return row
+
+    @staticmethod
+    def _check(path: Path) -> None:
+        """Raise CacheError unless length, header and index are as they were written."""
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+            head += file.read(min(int.from_bytes(head, "little"), size))
+            header, start = _header(path, memoryview(head))
+            entries = [entry for name, entry in header.items() if name != "__metadata__"]
+            end = start + max(entry["data_offsets"][1] for entry in entries)
+            if size != end:
+                raise CacheError(f"{path}: damaged: has {size} bytes, its header says {end}")
+
+            def read(first: int, last: int) -> bytes:
+                file.seek(start + first)
+                return file.read(min(last - first, size))
+
+            index = b"".join(read(first, last) for first, last in _index(header))
+            if read(*header["check"]["data_offsets"]) != _digest(head, index):
+                raise CacheError(f"{path}: damaged: header or index do not have their checksum")
+
+    def _part(self, name: str, number: int) -> Tensor:
+        values = self._tensors[name]
+        ends = self._ends.get(name)
+        if ends is None:
+            return values[number]
+        return values[ends[number - 1] if number else 0 : ends[number]]
+
+
+def _header(path: Path, content: memoryview) -> tuple[dict[str, Any], int]:
+    """A safetensors file's header, and where its data begin."""
+    start = _HEAD + int.from_bytes(content[:_HEAD], "little")
+    try:
+        header = json.loads(bytes(content[_HEAD:start]))
+    except ValueError as error:
+        raise CacheError(f"{path}: damaged: its header can't be read: {error}") from error
+    if len(content) < start or not isinstance(header, dict):
+        raise CacheError(f"{path}: damaged: cut off within its header")
+    return header, start
+
+
+def _index(header: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Where the index's tensors are in the data."""
+    names = [name for name in header if name in _FIXED or name.endswith(_ENDS)]
+    return [tuple(header[name]["data_offsets"]) for name in names]
+
+
+def _digest(head: bytes | memoryview, index: bytes) -> bytes:
+    return hashlib.sha256(bytes(head) + index).digest()
+
+
+def _crc(row: Row, names: Iterable[str]) -> int:
+    crc = 0
+    for name in names:
+        crc = zlib.crc32(_bytes(row[name]), crc)
+    return crc
+
+
+def _bytes(x: Tensor) -> memoryview:
+    """The content of a tensor on the CPU."""
+    content: memoryview = x.contiguous().flatten().view(torch.uint8).numpy().data
+    return content

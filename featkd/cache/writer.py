@@ -1,0 +1,131 @@
+"""Writing a cache: one writer a folder, whole shards kept, the others computed."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from featkd.cache import manifest as manifests
+from featkd.cache.manifest import CacheError, Manifest, read_manifest
+from featkd.cache.rows import Row
+from featkd.cache.shard import Shard, write_shard
+from featkd.files import remove_leftovers
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder`, made if missing, for this process alone; a killed one's hold is gone.
+
+    Raises:
+        CacheError: another process holds it, or there is a file in its place.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise CacheError(f"out: {folder} is a file, expected a folder") from error
+    with (folder / _LOCK).open("wb") as file:
+        try:
+            # A record lock, unlike flock's, is not inherited by the loader's forked workers,
+            # which outlive a killed process for a moment.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CacheError(f"out: another process is writing the cache in {folder}") from error
+        yield
+
+
+def prepare(folder: Path, manifest: Manifest) -> Manifest:
+    """Begin the cache in `folder`, or go on with the one there; call it in `locked`.
+
+    Returns:
+        The manifest as it is in the folder.
+
+    Raises:
+        CacheError: there is another cache, or something else.
+    """
+    for place in (folder, *folder.glob("view-*")):
+        remove_leftovers(place)
+    if not (folder / manifests.NAME).exists():
+        others = sorted(p.name for p in folder.iterdir() if p.name[0] != ".")
+        if others:
+            raise CacheError(f"out: {folder} holds no cache, but {', '.join(others[:5])}")
+        manifest.write(folder)
+        return manifest
+    held = read_manifest(folder)
+    different = held.differences(manifest)
+    if different:
+        raise CacheError(f"out: {folder} holds another cache: {'; '.join(different)}")
+    if manifest.views > held.views:
+        manifest.write(folder)
+        return manifest
+    if manifest.views < held.views:
+        raise CacheError(
+            f"views: {folder} holds or is to hold {held.views}, asked for {manifest.views}; "
+            "expected at least as many"
+        )
+    return held
+
+
+class CacheWriter:
+    """One process's part of the writing.
+
+    Args:
+        folder: prepared.
+        manifest: of the cache there.
+        rank, world_size: this process writes the shards s with s % world_size == rank, of each
+            view.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._own = range(rank, manifest.shards, world_size)
+        self._identity = manifest.identity
+        self.damaged: list[str] = []
+        """Why shards that were there are written anew."""
+
+    @property
+    def own_rows(self) -> int:
+        """Rows of a view that are this process's to write."""
+        return sum(len(self.manifest.positions(shard)) for shard in self._own)
+
+    def missing(self, view: int) -> list[int]:
+        """The shards of a view that are this process's to write."""
+        self._path(view, 0).parent.mkdir(exist_ok=True)
+        return [shard for shard in self._own if not self._is_whole(view, shard)]
+
+    def write(self, view: int, shard: int, keys: Tensor, rows: Sequence[Row]) -> None:
+        """Write a shard whole, rows in the order of their positions.
+
+        Raises:
+            CacheError: the disk is full or the folder not writable.
+        """
+        assert len(rows) == len(keys) == len(self.manifest.positions(shard))
+        path = self._path(view, shard)
+        try:
+            write_shard(path, self._identity, keys, rows, self.manifest.layout.varying)
+        except OSError as error:
+            raise CacheError(
+                f"could not write {path}: {error}; what was written before is whole"
+            ) from error
+
+    def _path(self, view: int, shard: int) -> Path:
+        return self.folder / self.manifest.shard_name(view, shard)
+
+    def _is_whole(self, view: int, shard: int) -> bool:
+        path = self._path(view, shard)
+        if not path.exists():
+            return False
+        try:
+            Shard(path, self._identity)
+        except CacheError as error:
+            self.damaged.append(str(error))
+            return False
+        return True

@@ -1,0 +1,201 @@
+"""`featkd cache`: the teacher over every sample of some epochs, into a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from featkd.cache import CacheConfig, CacheError, CacheWriter, Manifest
+from featkd.cache.rows import NotStorable, Row
+from featkd.cache.writer import locked, prepare
+from featkd.data import Batch, EpochSampler, ImageSet
+from featkd.data.factory import build_over
+from featkd.data.sampler import StretchSampler
+from featkd.distributed import ProcessContext
+from featkd.interrupt import Interrupt
+from featkd.models.features import num_layers
+from featkd.train.caching import check_unmixed, subject_of
+from featkd.train.recipe import Recipe, RecipeError
+from featkd.train.teacher import Teacher, resolve_pairs
+
+
+class Filled(NamedTuple):
+    """What came of it: shards that were written, by all processes, and those that were there
+    damaged."""
+
+    manifest: Manifest
+    written: int
+    damaged: int
+    interrupted_by: int | None
+
+
+def fill(
+    recipe: Recipe,
+    config: CacheConfig,
+    context: ProcessContext,
+    folder: Path,
+    *,
+    quiet: bool = False,
+) -> Filled:
+    """Write what is missing of a cache; all processes must call it.
+
+    A row's teacher pass is of the batch that the run's one process would see, so that neither the
+    number of processes nor an interruption changes a byte.
+
+    Args:
+        recipe: the run that is to be taught.
+        config: what is kept.
+        context: this process.
+        folder: of the cache; made if missing.
+        quiet: print nothing.
+
+    Raises:
+        RecipeError, ValueError: a field or argument can't be used.
+        CacheError: the folder holds something else, another process writes to it, the disk is
+            full, or an output can't be stored.
+        featkd.data.BadImageError: an unreadable image under on_bad_image="error".
+    """
+    if recipe.teacher is None:
+        raise RecipeError("teacher: null; expected the teacher whose outputs are to be kept")
+    check_unmixed(recipe)
+    config = config.resolved(recipe.loss.feature is not None)
+    dataset = ImageSet(recipe.data, "train", recipe.seed)
+    repeats = recipe.data.augment.repeats
+    sampler = StretchSampler(len(dataset), repeats=repeats, seed=recipe.seed)
+    loader = build_over(
+        dataset, recipe.data, sampler, batch_size=recipe.batch_size, device=context.device
+    )
+    notes: list[str] = []
+    try:
+        teacher = _teacher(recipe, config, len(dataset.classes), context, notes)
+        manifest = Manifest(
+            subject=subject_of(recipe, loader, context),
+            weights=_weights(cast(nn.Module, teacher.model)),
+            depth=num_layers(teacher.model),
+            layout=config.layout(*teacher.shapes),
+            rows=len(EpochSampler(len(dataset), training=True, repeats=repeats)),
+            shard_rows=-(-config.shard_rows // recipe.batch_size) * recipe.batch_size,
+            batch_size=recipe.batch_size,
+            views=config.views,
+        )
+        with ExitStack() as held, Interrupt() as interrupt:
+            manifest = _begin(folder, manifest, context, held)
+            writer = CacheWriter(folder, manifest, context.rank, context.world_size)
+            stopped = False
+            with _progress(writer, context.is_main and not quiet) as bar:
+                work = _Work(writer, teacher, context.device, interrupt, bar)
+                for note in notes if context.is_main and not quiet else ():
+                    bar.write(note, file=sys.stderr)
+                for view in range(manifest.views):
+                    missing = writer.missing(view)
+                    stretches = [manifest.positions(shard) for shard in missing]
+                    bar.update(writer.own_rows - sum(map(len, stretches)))
+                    sampler.choose(view, stretches)
+                    if missing:
+                        work.compute(view, missing, iter(loader))
+                    stopped = context.any_true(interrupt.signal is not None)
+                    if stopped:
+                        break
+            counts = torch.tensor([work.written, len(writer.damaged)], device=context.device)
+            written, damaged = context.sum(counts).tolist()
+    finally:
+        loader.close()
+    by = (interrupt.signal or signal.SIGTERM) if stopped else None
+    return Filled(manifest, written, damaged, by)
+
+
+class _Work:
+    """Batches through the teacher, and into shards."""
+
+    def __init__(
+        self,
+        writer: CacheWriter,
+        teacher: Teacher,
+        device: torch.device,
+        interrupt: Interrupt,
+        bar: Any,
+    ) -> None:
+        self._writer = writer
+        self._teacher = teacher
+        self._device = device
+        self._interrupt = interrupt
+        self._bar = bar  # tqdm's
+        self.written = 0
+
+    def compute(self, view: int, shards: Sequence[int], batches: Iterator[Batch]) -> None:
+        """Write shards of a view from its batches; a signal ends it before the next batch."""
+        manifest = self._writer.manifest
+        for shard in shards:
+            rows: list[Row] = []
+            keys: list[Tensor] = []
+            for batch in islice(batches, -(-len(manifest.positions(shard)) // manifest.batch_size)):
+                if self._interrupt.signal is not None:
+                    return
+                rows += self._rows(batch)
+                keys.append(batch.keys)
+                self._bar.update(len(batch.keys))
+            self._writer.write(view, shard, torch.cat(keys), rows)
+            self.written += 1
+
+    def _rows(self, batch: Batch) -> list[Row]:
+        images = batch.images.to(self._device, non_blocking=True)
+        taught = self._teacher.teach(batch._replace(images=images))
+        try:
+            return self._writer.manifest.layout.encode(taught)
+        except NotStorable as error:
+            epoch, image, copy = batch.keys[error.number].tolist()
+            raise CacheError(
+                f"image {image}, copy {copy} of view {epoch}: {error.cause}; another amp or store "
+                "may hold it"
+            ) from error
+
+
+def _begin(folder: Path, manifest: Manifest, context: ProcessContext, held: ExitStack) -> Manifest:
+    """Lock and prepare the folder on process 0, for all of them."""
+    answer: Manifest | CacheError = manifest
+    if context.is_main:
+        try:
+            held.enter_context(locked(folder))
+            answer = prepare(folder, manifest)
+        except CacheError as error:
+            answer = error
+    answer = context.broadcast(answer)
+    if isinstance(answer, CacheError):
+        raise answer
+    return answer
+
+
+def _progress(writer: CacheWriter, shown: bool) -> Any:
+    """A bar over this process's part."""
+    total = writer.manifest.views * writer.own_rows
+    return tqdm(total=total, unit="image", disable=None if shown else True)
+
+
+def _teacher(
+    recipe: Recipe, config: CacheConfig, classes: int, context: ProcessContext, notes: list[str]
+) -> Teacher:
+    """The teacher, which gives the maps to be kept."""
+
+    def layers(depth: int) -> tuple[int, ...]:
+        return () if config.features == "none" else resolve_pairs(recipe, depth, "teacher")
+
+    return Teacher(recipe, classes, context, notes, layers)
+
+
+def _weights(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers, as it holds them."""
+    digest = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
+        digest.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

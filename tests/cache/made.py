@@ -1,0 +1,52 @@
+"""A small cache of made outputs, without a teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from featkd.cache import CacheWriter, LayerShape, Layout, Manifest, Taught
+from featkd.cache.writer import locked, prepare
+from featkd.data.loader import as_tensor
+
+TOKENS, CHANNELS, CLASSES = 6, 5, 4
+SHAPE = LayerShape(1, TOKENS, CHANNELS, "float32")
+FULL = Layout(CLASSES, "float32", None, "full", None, None, "fp32", (SHAPE,))
+LOWRANK = Layout(CLASSES, "float32", 2, "lowrank", 0.9, None, "int8", (SHAPE,))
+
+
+def outputs(count: int, seed: int = 0) -> Taught:
+    """Logits, and maps of several ranks."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, TOKENS, CHANNELS, generator=generator)
+    x *= 8.0 ** -(torch.arange(CHANNELS) * torch.arange(count)[:, None, None] % 7)
+    return Taught(torch.randn(count, CLASSES, generator=generator), [x])
+
+
+def manifest(layout: Layout, views: int = 2, images: int = 20, repeats: int = 1) -> Manifest:
+    subject = {"data.images": images, "seed": 3, "data.augment.repeats": repeats, "of": "made"}
+    return Manifest(subject, "weights", 2, layout, images, 8, 4, views)
+
+
+def write(folder: Path, head: Manifest, seed: int = 0) -> Taught:
+    """Write the whole cache; returns its outputs, view by view in the order of the rows."""
+    taught = outputs(head.views * head.rows, seed)
+    rows = head.layout.encode(taught)
+    with locked(folder):
+        prepare(folder, head)
+        writer = CacheWriter(folder, head)
+        for view in range(head.views):
+            keys = keys_of(head, view)
+            for shard in writer.missing(view):
+                at = head.positions(shard)
+                first = view * head.rows
+                part = rows[first + at.start : first + at.stop]
+                writer.write(view, shard, keys[at.start : at.stop], part)
+    return taught
+
+
+def keys_of(head: Manifest, view: int) -> torch.Tensor:
+    sampler = head.sampler()
+    sampler.set_epoch(view)
+    return as_tensor(list(sampler))

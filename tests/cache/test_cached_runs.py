@@ -1,0 +1,264 @@
+"""Runs on a cache: the losses of runs with the teacher, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from featkd.cache import CacheConfig, CacheError
+from featkd.cli import main
+from featkd.data import build_loader
+from featkd.distributed import ProcessContext
+from featkd.train.build import build
+from featkd.train.dryrun import dry_run
+from featkd.train.engine import Trainer
+from featkd.train.fill import fill
+from featkd.train.recipe import Recipe, RecipeError, load_recipe
+from tests.train.runs import CPU, column, run, same_weights
+
+EXACT = {"views": 2, "shard_rows": 16, "logits_top": "all", "features": "full", "store": "fp32"}
+
+
+def with_cache(recipe: Recipe, folder: Path, **options) -> Recipe:
+    """The recipe, on a cache of it that is made first."""
+    fill(recipe, CacheConfig(**{**EXACT, **options}), CPU, folder, quiet=True)
+    return replace(recipe, cache=str(folder), out=f"{recipe.out}-cached")
+
+
+def losses(recipe: Recipe, name: str = "loss") -> list[float]:
+    return list(map(float, column(recipe, name)))
+
+
+@pytest.mark.parametrize(("arch", "repeats"), [("widelast", 1), ("lift", 3)])
+def test_an_exact_cache_gives_the_losses_and_weights_bit_for_bit(recipe, tmp_path, arch, repeats):
+    augment = replace(recipe.data.augment, repeats=repeats)
+    recipe = replace(
+        recipe,
+        student=replace(recipe.student, arch=arch),
+        data=replace(recipe.data, augment=augment),
+        loss=replace(recipe.loss, pairs=[(-1, -1)] if arch == "lift" else [(0, -1), (1, 0)]),
+    )
+    cached = with_cache(recipe, tmp_path / "cache")
+    run(recipe)
+    trainer = Trainer(cached, CPU)
+    assert trainer.parts.teacher is None
+    trainer.run(quiet=True)
+    assert len(losses(recipe)) == 12
+    for name in ("loss", "logits_loss", "feature_loss"):
+        assert column(cached, name) == column(recipe, name)
+    assert same_weights(Path(cached.out) / "last.pt", Path(recipe.out) / "last.pt")
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"store": "fp16"}, 2**-11),
+        ({"store": "bf16"}, 2**-8),
+        ({"logits_top": 2}, 1e-3),
+        ({"features": "lowrank", "store": "fp16", "energy": 0.999}, 2e-3),
+        ({"features": "lowrank", "store": "int8", "rank": 16}, 2e-2),
+    ],
+)
+def test_compressed_forms_are_within_their_error(recipe, tmp_path, options, error):
+    """The objective at the same weights; at trained ones small differences would grow."""
+    cached = Trainer(with_cache(recipe, tmp_path / "cache", **options), CPU)
+    plain = Trainer(recipe, CPU)
+    for trainer in (plain, cached):
+        trainer.parts.student.eval()
+    differences = []
+    for batch, same in zip(plain.parts.train_loader, cached.parts.train_loader, strict=True):
+        want, found = plain.losses(batch), cached.losses(same)
+        assert found.logits.item() == pytest.approx(want.logits.item(), rel=1e-3)
+        assert found.features.item() == pytest.approx(want.features.item(), rel=error)
+        differences.append(abs(found.total.item() - want.total.item()))
+    assert max(differences) > 0
+
+
+def test_a_cached_run_resumes_within_an_epoch(recipe, tmp_path):
+    """It goes on under --cache_epochs cycle, in the second round of its one view."""
+    recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, every_updates=4))
+    cached = with_cache(recipe, tmp_path / "cache", views=1)
+    whole = replace(cached, cache_epochs="cycle", out=str(tmp_path / "whole"))
+    run(whole)
+    broken = replace(whole, out=str(tmp_path / "broken"))
+    trainer = Trainer(broken, CPU)
+    step, left = trainer.step, iter(range(9))
+
+    def stop(batches):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return step(batches)
+
+    trainer.step = stop  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(quiet=True)
+    run(broken)
+    assert column(broken, "loss") == column(whole, "loss")
+    assert same_weights(Path(broken.out) / "last.pt", Path(whole.out) / "last.pt")
+
+
+def test_cycling_epochs_have_a_views_pixels_in_an_order_of_their_own(recipe):
+    """With repeats in the view's: another order would be of other images."""
+
+    def keys(repeats: int, views: int | None, epoch: int) -> list[tuple[int, ...]]:
+        augment = replace(recipe.data.augment, repeats=repeats)
+        data = replace(recipe.data, augment=augment)
+        loader = build_loader(data, split="train", batch_size=8, views=views)
+        loader.set_epoch(epoch)
+        return [tuple(key) for key in loader.sampler]
+
+    assert keys(1, 2, 1) == keys(1, None, 1)
+    third, first = keys(1, 2, 2), keys(1, None, 0)
+    assert third != first
+    assert sorted(third) == sorted(first)
+    assert [image for _, image, _ in third] == [image for _, image, _ in keys(1, None, 2)]
+    assert keys(3, 2, 2) == keys(3, None, 0)
+
+
+def test_more_epochs_than_views_need_a_policy(recipe, tmp_path):
+    cached = with_cache(recipe, tmp_path / "cache", views=1)
+    with pytest.raises(RecipeError, match=r"optim.epochs is 2, but .* 1 views; .*cycle"):
+        Trainer(cached, CPU)
+
+
+def test_an_epoch_in_another_order_is_refused(recipe, tmp_path):
+    """Within an epoch, from a run without views to one that repeats view 0's order."""
+    augment = replace(recipe.data.augment, repeats=3)
+    recipe = replace(recipe, data=replace(recipe.data, augment=augment))
+    cached = replace(with_cache(recipe, tmp_path / "cache", views=1), cache_epochs="cycle")
+    plain, other = (Trainer(x, CPU).parts.train_loader for x in (recipe, cached))
+    for epoch in (0, 1):
+        plain.set_epoch(epoch, 1)
+        if epoch == 0:
+            other.load_state_dict(plain.state_dict())
+            continue
+        with pytest.raises(ValueError, match="ordered_as: 1 when"):
+            other.load_state_dict(plain.state_dict())
+
+
+def test_a_cache_of_something_else_is_refused_by_every_field(recipe, images, tmp_path, monkeypatch):
+    checkpoint = tmp_path / "teacher" / "last.pt"
+    run(
+        replace(
+            recipe,
+            out=str(checkpoint.parent),
+            teacher=None,
+            student=replace(recipe.student, arch="plain", options=recipe.teacher.options),
+            loss=replace(recipe.loss, alpha=0, feature=None),
+            optim=replace(recipe.optim, epochs=1, warmup_epochs=0),
+        )
+    )
+    recipe = replace(recipe, teacher=replace(recipe.teacher, checkpoint=str(checkpoint)))
+    cached = with_cache(recipe, tmp_path / "cache")
+
+    def refused(other: Recipe, message: str) -> None:
+        with pytest.raises(RecipeError, match=f"made otherwise than this run would be: {message}"):
+            Trainer(other, CPU)
+
+    teacher, data, augment = cached.teacher, cached.data, cached.data.augment
+    refused(replace(cached, seed=5), "seed: 0, not 5$")
+    refused(replace(cached, amp="bf16"), "amp: 'off', not 'bf16'$")
+    refused(
+        replace(cached, teacher=replace(teacher, name="deit_tiny_patch16_224")),
+        "teacher.name: 'vit_tiny_patch16_224', not 'deit_tiny_patch16_224'$",
+    )
+    refused(
+        replace(cached, teacher=replace(teacher, options={**teacher.options, "depth": 3})),
+        "teacher.options: .*'depth': 2.*, not .*'depth': 3",
+    )
+    refused(replace(cached, teacher=replace(teacher, weights="model")), "teacher.weights: 'auto'")
+    refused(
+        replace(cached, teacher=replace(teacher, checkpoint=None)),
+        "teacher.checkpoint: '[0-9a-f]{64}', not None; teacher.weights: 'auto', not None$",
+    )
+    for field, value in (
+        ("img_size", 32), ("mean", (0.5, 0.5, 0.5)), ("std", (1.0, 1.0, 1.0)),
+        ("interpolation", "bilinear"),
+    ):  # fmt: skip
+        refused(replace(cached, data=replace(data, **{field: value})), f"data.{field}: .*, not ")
+    for field, value in (
+        ("scale", (0.5, 1.0)), ("ratio", (1.0, 1.0)), ("hflip", 0.0), ("rand_augment", None),
+        ("random_erasing", 0.0), ("repeats", 2),
+    ):  # fmt: skip
+        other = replace(data, augment=replace(augment, **{field: value}))
+        refused(replace(cached, data=other), f"data.augment.{field}: .*, not ")
+    refused(
+        replace(cached, seed=5, amp="bf16"), "amp: 'off', not 'bf16'; seed: 0, not 5$"
+    )  # all of them at once
+
+    moved = tmp_path / "images"
+    shutil.copytree(images, moved)
+    elsewhere = replace(cached, data=replace(data, path=str(moved)))
+    Trainer(elsewhere, CPU)
+    (moved / "train" / "red" / "0.png").rename(moved / "train" / "red" / "x.png")
+    refused(elsewhere, "data.images_sha256: ")
+    (moved / "train" / "red" / "x.png").unlink()
+    refused(elsewhere, "data.images: 48, not 47; .*data.images_sha256: ")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("featkd.train.caching.AUGMENTATION_VERSION", 2)
+        refused(cached, "augmentation_version: 1, not 2$")
+    with monkeypatch.context() as patch:
+        patch.setattr("featkd.train.caching.metadata.version", lambda name: f"0.{len(name)}")
+        for name in ("timm", "torchvision", "pillow"):
+            refused(cached, rf".*versions.{name}: '.*', not '0.{len(name)}'")
+
+    checkpoint.write_bytes(checkpoint.read_bytes() + b"\0")
+    refused(cached, "teacher.checkpoint: '[0-9a-f]{64}', not ")
+    checkpoint.unlink()
+    notes = Trainer(cached, CPU).parts.notes
+    assert any("cache: there is no " in note and "not compared" in note for note in notes)
+
+
+def test_what_a_cache_lacks_is_named(recipe, tmp_path):
+    cached = with_cache(recipe, tmp_path / "cache")
+    other = replace(cached, loss=replace(cached.loss, pairs=[(-1, 0)]))
+    with pytest.raises(
+        RecipeError, match=r"maps of layers \[1\] of the teacher's 2, .* needs \[0\]"
+    ):
+        Trainer(other, CPU)
+    wrong = replace(cached, student=replace(cached.student, teacher_dim=48))
+    with pytest.raises(
+        RecipeError, match=r"student.teacher_dim: 48, but the teacher's layer 1 has 24"
+    ):
+        Trainer(wrong, CPU)
+    alone = replace(cached, loss=replace(cached.loss, feature=None), teacher=cached.teacher)
+    assert Trainer(alone, CPU).parts.source.shapes.maps == ()
+    with pytest.raises(RecipeError, match=r"cache: .* teacher is null"):
+        replace(cached, loss=replace(cached.loss, alpha=0, feature=None), teacher=None)
+    with pytest.raises(RecipeError, match="cache: expected a folder of this machine"):
+        replace(cached, cache="s3://bucket/cache")
+    with pytest.raises(CacheError, match="nowhere: not a cache"):
+        Trainer(replace(cached, cache=str(tmp_path / "nowhere")), CPU)
+
+
+def test_the_command_line_and_the_dry_run(recipe_file, tmp_path, capsys):
+    out, folder = str(tmp_path / "run"), str(tmp_path / "cache")
+    words = ["cache", str(recipe_file), "--out", folder, "--views", "2", "--shard-rows", "16"]
+    assert main(words) == 0
+    distill = ["distill", str(recipe_file), "--cache", folder, "--out", out]
+    assert main([*distill, "--optim.epochs", "1", "--optim.warmup_epochs", "0"]) == 0
+    report = dry_run(replace(load_recipe(recipe_file), cache=folder), CPU)
+    assert f"rows of {folder}" in report
+    shard = tmp_path / "cache" / "view-00001" / "shard-00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 16
+    shard.write_bytes(content)
+    capsys.readouterr()
+    assert main(distill) == 1
+    assert f"featkd: {shard}: damaged" in capsys.readouterr().err
+
+
+def test_a_batch_past_the_end_of_a_view_is_refused(recipe, tmp_path, monkeypatch):
+    """49 images on two processes: each takes 25, the last of which is a second copy of one."""
+    images = tmp_path / "images"
+    shutil.copytree(recipe.data.path, images)
+    shutil.copy(images / "train" / "red" / "0.png", images / "train" / "red" / "more.png")
+    odd = replace(recipe, data=replace(recipe.data, path=str(images)), batch_size=5)
+    cached = with_cache(odd, tmp_path / "cache")
+    monkeypatch.setattr(ProcessContext, "broadcast", lambda _, value: value)
+    with pytest.raises(RecipeError, match=r"batch_size: 5 on 2 processes takes 50 .* 1 of them a"):
+        build(cached, ProcessContext(0, 2, CPU.device))

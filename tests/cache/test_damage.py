@@ -1,0 +1,150 @@
+"""No changed bit, no cut and no foreign file goes unseen, and each is named."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from featkd.cache import CacheError, TeacherCache
+from tests.cache.made import FULL, LOWRANK, keys_of, manifest, write
+
+
+@pytest.fixture(params=[FULL, LOWRANK], ids=["full", "lowrank"])
+def folder(request, tmp_path: Path) -> Path:
+    write(tmp_path / "cache", manifest(request.param))
+    return tmp_path / "cache"
+
+
+def found_in(folder: Path) -> str:
+    """What a check of everything says."""
+    try:
+        return "\n".join(filter(None, TeacherCache(folder).damages()))
+    except CacheError as error:
+        return str(error)
+
+
+def test_rows_come_back_in_any_order(tmp_path):
+    head = manifest(FULL, repeats=1)
+    taught = write(tmp_path, head)
+    cache = TeacherCache(tmp_path)
+    keys = torch.cat([keys_of(head, view) for view in range(2)])
+    for order in (torch.arange(40), torch.randperm(40, generator=torch.Generator().manual_seed(0))):
+        logits, (maps,) = cache.rows(keys[order], [1])
+        assert torch.equal(logits, taught.logits[order])
+        assert torch.equal(maps, taught.maps[0][order])
+    for key in ((2, 0, 0), (0, 20, 0), (0, 1, 1), (-1, 0, 0)):
+        with pytest.raises(CacheError, match=r"holds no row of Key.*views 0 to 1 of 20 rows"):
+            cache.rows(torch.tensor([key]), [1])
+
+
+def test_repeated_images_have_a_row_a_copy(tmp_path):
+    head = replace(manifest(FULL, images=30, repeats=3), rows=24)
+    taught = write(tmp_path, head)
+    keys = keys_of(head, 1)[:24]
+    assert len(set(keys[:, 1].tolist())) == 8
+    logits, _ = TeacherCache(tmp_path).rows(keys.flip(0), [1])
+    assert torch.equal(logits, taught.logits[24:].flip(0))
+    unseen = next(i for i in range(30) if i not in keys[:, 1])
+    with pytest.raises(CacheError, match=f"image={unseen}"):
+        TeacherCache(tmp_path).rows(torch.tensor([[1, unseen, 0]]), [1])
+
+
+def test_any_flipped_bit_is_found_and_its_file_named(folder):
+    """Of every kind of place in a file: 100 of them, and the whole cache is whole in between."""
+    draw = random.Random(0)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    assert len(files) == 7
+    causes = set()
+    for _ in range(100):
+        path = draw.choice(files)
+        content = bytearray(path.read_bytes())
+        place = draw.randrange(len(content))
+        content[place] ^= 1 << draw.randrange(8)
+        before, said = path.read_bytes(), ""
+        path.write_bytes(content)
+        said = found_in(folder)
+        assert str(path) in said, (path, place)
+        causes |= {cause for cause in ("header or index", "row ", "content") if cause in said}
+        path.write_bytes(before)
+    assert causes == {"header or index", "row ", "content"}
+    assert found_in(folder) == ""
+
+
+def test_a_damaged_row_is_named_by_its_image_and_leaves_the_others(folder):
+    head = TeacherCache(folder).manifest
+    path = folder / head.shard_name(1, 2)
+    keys = keys_of(head, 1)
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    (column,) = (name for name in header if name in ("features.1", "features.1.right"))
+    content[start + header[column]["data_offsets"][0]] ^= 4
+    path.write_bytes(content)
+    image = keys[16, 1]
+    assert found_in(folder) == (
+        f"{path}: damaged: row 0 (image {image}, copy 0 of view 1) does not have its checksum"
+    )
+    cache = TeacherCache(folder)
+    cache.rows(torch.cat((keys[:16], keys[17:])), [1])
+    with pytest.raises(CacheError, match=f"image {image}, copy 0 of view 1"):
+        cache.rows(keys, [1])
+
+
+@pytest.mark.parametrize("left", [0, 5, 40, 0.5, -1])
+def test_a_cut_off_shard_is_named(folder, left):
+    path = folder / "view-00001" / "shard-00001.safetensors"
+    content = path.read_bytes()
+    length = int(left * len(content)) if isinstance(left, float) else left
+    path.write_bytes(content[:length])
+    assert found_in(folder).startswith(f"{path}: damaged")
+    keys = keys_of(TeacherCache(folder).manifest, 1)
+    with pytest.raises(CacheError, match=r"shard-00001.safetensors: damaged"):
+        TeacherCache(folder).rows(keys, [1])
+
+
+def test_a_longer_shard_is_named(folder):
+    path = folder / "view-00001" / "shard-00001.safetensors"
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert "its header says" in found_in(folder)
+
+
+def test_shards_of_elsewhere_are_named(folder, tmp_path):
+    """From another cache; from another place in this one, which only the keys tell."""
+    head = TeacherCache(folder).manifest
+    write(tmp_path / "other", replace(head, weights="others"))
+    path, other = (folder / head.shard_name(0, n) for n in (0, 1))
+    kept = path.read_bytes()
+    shutil.copy(tmp_path / "other" / head.shard_name(0, 0), path)
+    assert f"{path}: belongs to another cache" in found_in(folder)
+    path.write_bytes(other.read_bytes())
+    assert f"{path}: damaged: its rows are not those of view 0" in found_in(folder)
+    with pytest.raises(CacheError, match=r"shard-00000.*: row 0 is Key"):
+        TeacherCache(folder).rows(keys_of(head, 0)[:1], [1])
+    path.write_bytes(kept)
+    assert found_in(folder) == ""
+
+
+def test_an_unfinished_cache_is_refused(folder):
+    (folder / "view-00001" / "shard-00002.safetensors").unlink()
+    with pytest.raises(CacheError, match=r"1 of 6 shards are missing, such as view-00001/shard-00"):
+        TeacherCache(folder)
+    shutil.rmtree(folder / "view-00000")
+    with pytest.raises(CacheError, match="4 of 6 shards are missing"):
+        TeacherCache(folder)
+
+
+def test_no_cache_and_another_format(tmp_path, folder):
+    with pytest.raises(CacheError, match=r"nowhere: not a cache of featkd: .*No such file"):
+        TeacherCache(tmp_path / "nowhere")
+    head = TeacherCache(folder).manifest
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("featkd.cache.manifest.SCHEMA", 9)
+        head.write(folder)
+    with pytest.raises(CacheError, match=r"manifest.json: format 9, this featkd reads 1"):
+        TeacherCache(folder)

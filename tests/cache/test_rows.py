@@ -1,0 +1,123 @@
+"""Outputs become rows and come back: exactly, or within what the form promises."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from featkd.cache import CacheConfig, Taught
+from featkd.cache.rows import NotStorable
+from featkd.lowrank import restore
+from tests.cache.made import CHANNELS, CLASSES, FULL, LOWRANK, SHAPE, TOKENS, outputs
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_full_maps_and_all_logits_come_back_bit_for_bit(dtype):
+    kind = getattr(torch, dtype)
+    taught = outputs(7)
+    taught = Taught(taught.logits.to(kind), [taught.maps[0].to(kind)])
+    store = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
+    layout = replace(FULL, logits_dtype=dtype, store=store, layers=(replace(SHAPE, dtype=dtype),))
+    logits, (x,) = layout.decode(layout.encode(taught), [1])
+    assert (logits.dtype, x.dtype) == (kind, kind)
+    assert torch.equal(logits, taught.logits)
+    assert torch.equal(x, taught.maps[0])
+
+
+@pytest.mark.parametrize(("store", "digits"), [("fp16", 11), ("bf16", 8)])
+def test_half_precision_rounds_once(store, digits):
+    (x,) = outputs(7).maps
+    _, (found,) = replace(FULL, store=store).decode(
+        replace(FULL, store=store).encode(outputs(7)), [1]
+    )
+    assert found.dtype == torch.float32
+    assert ((found - x).abs() <= 2.0**-digits * x.abs() + 2.0**-25).all()
+    assert not torch.equal(found, x)
+
+
+@pytest.mark.parametrize("top", range(1, CLASSES))
+def test_what_the_top_classes_leave_is_spread_evenly(top):
+    layout = replace(FULL, logits_top=top)
+    logits = torch.cat((outputs(7).logits, torch.tensor([[90.0, 0.0, -3.0, -90.0]])))
+    taught = Taught(logits, [torch.cat((outputs(7).maps[0], torch.zeros(1, TOKENS, CHANNELS)))])
+    found = layout.decode(layout.encode(taught), []).logits
+    want = logits.double().softmax(1)
+    log_probs, classes = logits.double().log_softmax(1).topk(top)
+    rest = (1 - want.gather(1, classes).sum(1)) / (CLASSES - top)
+    torch.testing.assert_close(found.gather(1, classes).double(), log_probs, rtol=2**-11, atol=1e-7)
+    others = found.softmax(1).scatter(1, classes, 0).double()
+    even = rest[:, None].expand(-1, CLASSES).scatter(1, classes, 0)
+    torch.testing.assert_close(others, even, rtol=0.01, atol=1e-12)
+    torch.testing.assert_close(found.exp().sum(1), torch.ones(8), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize(("store", "error"), [("fp16", 1e-3), ("int8", 0.02)])
+def test_factors_keep_the_energy_and_are_as_many_as_it_needs(store, error):
+    layout = replace(LOWRANK, store=store)
+    (x,) = outputs(9).maps
+    x[4] = 0
+    rows = layout.encode(Taught(outputs(9).logits, [x]))
+    ranks = {len(row["features.1.left_scales"]) for row in rows}
+    assert len(ranks) > 2
+    assert len(rows[4]["features.1.left_scales"]) == 0
+    _, (found,) = layout.decode(rows, [1])
+    assert found.left.shape[2] == min(TOKENS, CHANNELS)
+    left_out = (restore(found) - x).square().sum((1, 2)) / x.square().sum((1, 2)).clamp(min=1e-30)
+    assert (left_out <= 0.1 + error).all()
+    assert left_out.max() > 0.03
+
+
+def test_a_batch_has_no_more_columns_than_its_images_need():
+    layout = replace(LOWRANK, energy=0.5, layers=(replace(SHAPE, tokens=40, channels=40),))
+    x = torch.randn(2, 40, 1) @ torch.randn(2, 1, 40)
+    _, (found,) = layout.decode(layout.encode(Taught(outputs(2).logits, [x])), [1])
+    assert found.left.shape == (2, 40, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (lambda t: t.logits[2].fill_(torch.nan), "logits is not finite"),
+        (lambda t: t.maps[0][2, 0, 0].fill_(torch.inf), "the map of layer 1 is not finite"),
+        (lambda t: t.maps[0][2, 0, 0].fill_(1e6), "stored as fp16, is not finite"),
+    ],
+)
+def test_what_a_form_cannot_hold_is_named(change, cause):
+    taught = outputs(4)
+    change(taught)
+    with pytest.raises(NotStorable, match=cause) as caught:
+        replace(FULL, store="fp16").encode(taught)
+    assert caught.value.number == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"views": 0}, "views: expected >= 1, got 0"),
+        ({"shard_rows": 0}, "shard_rows: expected >= 1"),
+        ({"features": "half"}, "features: expected one of none, full, lowrank; got 'half'"),
+        ({"energy": 1.5}, r"energy: .*1\.5"),
+        ({"energy": 0.9, "rank": 2}, "energy, rank: expected one of them"),
+        ({"features": "full", "rank": 2}, "rank: 2 is for features: lowrank, which are full"),
+        ({"features": "full", "store": "int8"}, "store: expected fp32 or bf16 or fp16 for"),
+        ({"store": "fp32"}, "store: expected fp16 or int8 for features: lowrank; got 'fp32'"),
+        ({"features": "none", "store": "fp16"}, "store: expected nothing for features: none"),
+        ({"logits_top": 5}, "logits_top: expected 1 to 4, the teacher's classes"),
+        ({"logits_top": 0}, "logits_top: expected 1 to 4"),
+        ({"rank": 6}, "rank: expected 1 to 5, the lesser of the 6 tokens and 5 channels of layer"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        CacheConfig(**options).resolved(True).layout(CLASSES, "float32", (SHAPE,))
+
+
+def test_defaults_follow_the_loss():
+    config = CacheConfig()
+    assert config.resolved(False).layout(CLASSES, "float32", ()).features == "none"
+    layout = config.resolved(True).layout(CLASSES, "float32", (SHAPE,))
+    assert (layout.features, layout.energy, layout.store) == ("lowrank", 0.99, "fp16")
+    assert layout.logits_top is None
+    assert config.resolved(True).layout(1000, "float32", ()).logits_top == 10

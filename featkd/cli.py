@@ -235,7 +235,7 @@ def _cache_parser() -> ArgumentParser:
         type=Features | None,
         default=None,
         help="maps of the teacher's layers in loss.pairs: whole, or each image's leading singular "
-        "directions (default: lowrank where the loss compares maps, else none)",
+        "directions (default: full where the loss compares maps, else none)",
     )
     parser.add_argument(
         "--energy",
@@ -250,7 +250,7 @@ def _cache_parser() -> ArgumentParser:
         "--store",
         type=Store | None,
         default=None,
-        help="full: fp32, bf16 or fp16; lowrank: fp16 or int8 (default: fp16)",
+        help="fp16 or int8, with scales; full: also fp32 and bf16 (default: int8)",
     )
     parser.add_argument(
         "--shard-rows",

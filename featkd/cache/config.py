@@ -13,7 +13,8 @@ ENERGY = 0.99
 
 Features = Literal["none", "full", "lowrank"]
 Store = Literal["fp32", "bf16", "fp16", "int8"]
-_STORES = {"none": (), "full": ("fp32", "bf16", "fp16"), "lowrank": ("fp16", "int8")}
+_STORES = {"none": (), "full": ("fp32", "bf16", "fp16", "int8"), "lowrank": ("fp16", "int8")}
+_STORE: Store = "int8"  # docs/cache-sizes.md: the most exact for its bytes
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,15 @@ class CacheConfig:
         logits_top: so many classes' log-probabilities, the largest ones, and the sum of the rest,
             in fp16; "all" keeps the logits as the teacher gives them, as does the number of its
             classes. None: 10, or all where there are no more.
-        features: of the teacher's layers in loss.pairs: "lowrank" keeps each image's leading
-            singular directions (`featkd.lowrank.compress`), "full" the maps, "none" nothing. None:
-            lowrank where the loss compares maps.
+        features: of the teacher's layers in loss.pairs: "full" keeps the maps, "lowrank" each
+            image's leading singular directions (`featkd.lowrank.compress`), "none" nothing. None:
+            full where the loss compares maps.
         energy: lowrank: the share of each map's energy that is kept. None: 0.99, or what `rank`
             leaves.
         rank: lowrank: a number of directions in place of an energy.
-        store: what values are stored in: full: "fp32", "bf16" or "fp16"; lowrank: "fp16" or
-            "int8", with a scale for each direction. None: fp16.
+        store: what values are stored in: "fp16" or "int8" with a scale for each channel, or
+            direction (`featkd.lowrank.quantise`); full: also "fp32" and "bf16" as they are. None:
+            int8.
         shard_rows: rows of a file; rounded up to whole batches.
 
     Raises:
@@ -71,7 +73,7 @@ class CacheConfig:
         Raises:
             ValueError: an option of another form.
         """
-        features = self.features or ("lowrank" if compares_maps else "none")
+        features = self.features or ("full" if compares_maps else "none")
         for name in ("energy", "rank"):
             value = getattr(self, name)
             if value is not None and features != "lowrank":
@@ -85,7 +87,7 @@ class CacheConfig:
         energy = self.energy
         if features == "lowrank" and self.rank is None and energy is None:
             energy = ENERGY
-        store = self.store or ("fp16" if allowed else None)
+        store = self.store if self.store or not allowed else _STORE
         return replace(self, features=features, energy=energy, store=store)
 
     def layout(self, classes: int, logits_dtype: str, layers: tuple[LayerShape, ...]) -> Layout:

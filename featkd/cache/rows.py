@@ -15,7 +15,7 @@ from featkd.lowrank import Form, LowRank, compress, dequantise, quantise
 Row = Mapping[str, Tensor]
 """What is stored of one image, by column, on the CPU."""
 
-_STORES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the others have scales
 _PARTS = ("left", "left_scales", "right", "right_scales")
 
 
@@ -89,7 +89,7 @@ class Layout:
             taught: logits (B, K), and a (B, N, C) map for each of `layers`.
 
         Raises:
-            NotStorable: a value is not finite, or too large for the form.
+            NotStorable: a value is not finite.
         """
         assert taught.logits is not None
         columns: dict[str, Tensor | list[Tensor]] = dict(self._encode_logits(taught.logits))
@@ -100,9 +100,11 @@ class Layout:
             if self.features == "lowrank":
                 columns |= {f"{name}.{part}": y for part, y in self._encode_factors(x).items()}
                 continue
-            held = x.to(_STORES[cast(str, self.store)])
-            _check_finite(held, f"the map of layer {shape.layer}, stored as {self.store},")
-            columns[name] = held.cpu()
+            if self.store in _DTYPES:
+                columns[name] = x.to(_DTYPES[self.store]).cpu()
+                continue
+            values, scales = quantise(x, cast(Form, self.store))
+            columns[name], columns[f"{name}.scales"] = values.cpu(), scales[:, 0].cpu()
         return [{name: x[i] for name, x in columns.items()} for i in range(len(taught.logits))]
 
     def decode(
@@ -125,9 +127,13 @@ class Layout:
             name = f"features.{layer}"
             if self.features == "lowrank":
                 maps.append(_decode_factors(rows, name, shapes[layer], device))
+                continue
+            held, dtype = _batched(rows, name, device), getattr(torch, shapes[layer].dtype)
+            if self.store in _DTYPES:
+                maps.append(held.to(dtype))
             else:
-                dtype = getattr(torch, shapes[layer].dtype)
-                maps.append(_batched(rows, name, device).to(dtype))
+                scales = _batched(rows, f"{name}.scales", device)
+                maps.append(dequantise(held, scales[:, None], dtype))
         return Taught(self._decode_logits(rows, device), maps)
 
     def _encode_factors(self, x: Tensor) -> dict[str, list[Tensor]]:

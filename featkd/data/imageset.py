@@ -126,7 +126,7 @@ class ImageSet(Dataset[Sample]):
         """SHA-256 of the classes, and of the names below `folder` and sizes of all files."""
         digest = hashlib.sha256("\n".join(self.classes).encode())
         for index in range(len(self)):
-            name = os.path.relpath(self.name(index), self.folder)
+            name = self.name(index).removeprefix(self.folder + os.sep)
             digest.update(b"\0" + os.fsencode(name) + b"\0%d" % self._source.size(index))
         return digest.hexdigest()
 

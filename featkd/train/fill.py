@@ -155,8 +155,7 @@ class _Work:
         except NotStorable as error:
             epoch, image, copy = batch.keys[error.number].tolist()
             raise CacheError(
-                f"image {image}, copy {copy} of view {epoch}: {error.cause}; another amp or store "
-                "may hold it"
+                f"image {image}, copy {copy} of view {epoch}: {error.cause}; another amp may do"
             ) from error
 
 

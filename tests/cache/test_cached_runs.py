@@ -55,6 +55,7 @@ def test_an_exact_cache_gives_the_losses_and_weights_bit_for_bit(recipe, tmp_pat
 @pytest.mark.parametrize(
     ("options", "error"),
     [
+        ({"store": "int8"}, 5e-3),
         ({"store": "fp16"}, 2**-11),
         ({"store": "bf16"}, 2**-8),
         ({"logits_top": 2}, 1e-3),

@@ -24,6 +24,7 @@ from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import Teacher
 from tests.train.runs import CPU
 
+LOWRANK = ("--features", "lowrank")
 KILLS = int(os.environ.get("FEATKD_KILLS", "1"))
 
 
@@ -249,7 +250,10 @@ def test_a_replaced_image_keeps_its_key(recipe, images, tmp_path):
     [
         ([], "--out: expected the folder of the cache, got nothing"),
         (["--out", "x", "--viws", "2"], "no option --viws; did you mean 'views'?"),
-        (["--out", "x", "--rank", "17"], "rank: expected 1 to 16, the lesser of the 16 tokens and"),
+        (
+            ["--out", "x", *LOWRANK, "--rank", "17"],
+            "rank: expected 1 to 16, the lesser of the 16 tokens and",
+        ),
         (["--out", "x", "--logits-top", "4"], "logits_top: expected 1 to 3, the teacher's classes"),
         (["--out", "x", "--store", "int4"], 'Parser key "store"'),
     ],

@@ -131,9 +131,10 @@ class TeacherCache:
             self._shards.move_to_end(name)
             return self._shards[name]
         path = self.folder / self.manifest.shard_name(view, number)
-        shard = self._shards[name] = Shard(path, self._identity)
-        if len(shard) != len(self.manifest.positions(number)):
-            raise CacheError(f"{path}: has {len(shard)} rows")
+        shard = Shard(path, self._identity)
+        if len(shard) != (rows := len(self.manifest.positions(number))):
+            raise CacheError(f"{path}: damaged: has {len(shard)} rows, not {rows}")
+        self._shards[name] = shard
         if len(self._shards) > _OPEN_SHARDS:
             self._shards.popitem(last=False)
         return shard

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from featkd.environment import multiplies_bf16
+from featkd.reference import accumulation_dtype
+
 
 def row_chunks(batch: int, tokens: int, rows: int, width: int = 1) -> list[tuple[slice, slice]]:
     """Slices of the images and of their tokens that cover (batch, tokens), `rows` each at most, in
@@ -59,9 +62,26 @@ class TeacherMap:
         return torch.bmm(chunk.to(self.dtype), right.mT, out=place)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What maps like `x` are multiplied in: bf16 where they are and the processor does, which is
+    4 times as fast on one with AMX; else the accumulators' type, as torch's products of half types
+    take many times as long there."""
+    if x.dtype == torch.bfloat16 and multiplies_bf16(x.device):
+        return torch.bfloat16
+    return accumulation_dtype(x.dtype)
+
+
 def put_product(a: Tensor, b: Tensor, place: Tensor) -> None:
     """Write a b to `place`, of any dtype, through no copy where it is of theirs."""
     if place.dtype == a.dtype:
         torch.mm(a, b, out=place)
     else:
         place.copy_(a @ b)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, whose dtype may be another."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b

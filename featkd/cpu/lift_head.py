@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from featkd.cpu.chunks import TeacherMap, put_product, row_chunks
+from featkd.cpu.chunks import TeacherMap, add_product, product_dtype, put_product, row_chunks
 from featkd.cpu.rows import distance
 from featkd.reference import accumulation_dtype
 
@@ -80,6 +80,8 @@ def forward(
     norm = (gamma.detach().to(dtype).contiguous(), beta.detach().to(dtype).contiguous())
     buffer: Tensor | None = None
     targets = None if teacher is None else TeacherMap(teacher, right, dtype)
+    products = product_dtype(features)
+    factor = used.to(products).t()
     for at in row_chunks(batch, tokens, _ROWS, width or 1):
         rows = features[at].to(compute).to(dtype).contiguous()
         scales = rstd[at]
@@ -87,9 +89,10 @@ def forward(
         if keep:
             place = product[at].view(len(flat), -1)
         else:  # the first chunk is the largest
-            buffer = torch.empty(len(flat), len(weight), dtype=dtype) if buffer is None else buffer
+            if buffer is None:
+                buffer = torch.empty(len(flat), len(weight), dtype=products)
             place = buffer[: len(flat)]
-        p = torch.mm(flat, used.t(), out=place).view(*scales.shape, -1)
+        p = torch.mm(flat.to(products), factor, out=place).view(*scales.shape, -1)
         given = None if targets is None else targets[at]
         rest = (None, None, None, scales, total, None, None, None)
         distance(p, given, None, *norm, eps, width if given is not None else 0, *rest)
@@ -137,23 +140,25 @@ def backward_with_loss(
     added = None if d_pooled is None else d_pooled / tokens
     scale = None if d_loss is None else d_loss.to(dtype)
     width = 0 if d_loss is None else width
+    products = product_dtype(features)
+    factor = w.to(products)
     buffer: Tensor | None = None
     targets = TeacherMap(teacher, right, dtype)
     for at in row_chunks(batch, tokens, _ROWS, width or 1):
         target = None if scale is None else targets[at]
-        f = features[at].to(compute).to(dtype).reshape(-1, channels).contiguous()
+        f = features[at].to(compute).to(products).reshape(-1, channels).contiguous()
         if buffer is None:  # the first chunk is the largest
-            buffer = torch.empty(len(f), len(w), dtype=dtype)
+            buffer = torch.empty(len(f), len(w), dtype=products)
         slope = buffer[: len(f)]
-        p = product[at] if product.numel() else torch.mm(f, w.t(), out=slope)
+        p = product[at] if product.numel() else torch.mm(f, factor.t(), out=slope)
         dz = None if added is None else added[at[0]]
         shape = (*features[at].shape[:2], len(w))
         rest = (scale, dz, slope.view(shape), None, None, *others)
         distance(p.view(shape), target, *vectors, eps, width, *rest)
         if d_weight is not None:
-            d_weight.addmm_(slope.t(), f)
+            add_product(d_weight, slope.t(), f)
         if need_features:
-            put_product(slope, w, result[at].view(f.shape))
+            put_product(slope, factor, result[at].view(f.shape))
     return result, sums
 
 

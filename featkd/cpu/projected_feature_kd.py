@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from featkd.cpu.chunks import TeacherMap, put_product, row_chunks
+from featkd.cpu.chunks import TeacherMap, add_product, product_dtype, put_product, row_chunks
 from featkd.cpu.rows import distance
 from featkd.reference import accumulation_dtype
 
@@ -65,27 +65,29 @@ def sweep(
         distance(student, teacher, *vectors, eps, width, None, None, slope, None, total, *sums[1:])
         return total.to(dtype), d_student, flat
     targets = TeacherMap(teacher, right, dtype)
+    products = product_dtype(student)
+    factor = None if w is None else w.to(products)
     projected: Tensor | None = None
     for images, tokens in row_chunks(student.shape[0], student.shape[1], ROWS, width or 1):
         target = targets[images, tokens]
-        if w is None:
+        if factor is None:
             source = student[images, tokens]
             slope = d_student[images, tokens] if need_student else None
             distance(
                 source, target, *vectors, eps, width, None, None, slope, None, total, *sums[1:]
             )
             continue
-        s = student[images, tokens].reshape(-1, student.shape[2]).to(dtype).contiguous()
+        s = student[images, tokens].reshape(-1, student.shape[2]).to(products).contiguous()
         if projected is None:  # the first chunk is the largest
-            projected = torch.empty(len(s), len(w), dtype=dtype)
-        p = torch.mm(s, w.t(), out=projected[: len(s)])
+            projected = torch.empty(len(s), len(factor), dtype=products)
+        p = torch.mm(s, factor.t(), out=projected[: len(s)])
         rows = p.view(target.shape)
         slope = rows if need_student or need_parameters else None
         distance(rows, target, *vectors, eps, width, None, None, slope, None, total, *sums[1:])
         if sums[0] is not None:
-            sums[0].view(w.shape).addmm_(p.t(), s)
+            add_product(sums[0].view(factor.shape), p.t(), s)
         if need_student:
-            put_product(p, w, d_student[images, tokens].view(s.shape))
+            put_product(p, factor, d_student[images, tokens].view(s.shape))
     return total.to(dtype), d_student, flat
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from featkd.cpu.chunks import put_product, row_chunks
+from featkd.cpu.chunks import add_product, product_dtype, put_product, row_chunks
 from featkd.cpu.rows import two_norms, two_norms_backward
 from featkd.reference import accumulation_dtype
 
@@ -61,8 +61,10 @@ def forward(
         two_norms(h, norms, eps, residual, normed, statistics)
         return residual, normed, statistics, h
     done = 0
+    products = product_dtype(x)
+    factor = weight.to(products)
     for at in row_chunks(batch, tokens, _ROWS):
-        h = x[at].reshape(-1, channels).to(dtype) @ weight.t()
+        h = (x[at].reshape(-1, channels).to(products) @ factor.t()).to(dtype)
         here = slice(done, done + len(h))
         two_norms(h, norms, eps, residual[at], normed[at], statistics[:, here])
         done += len(h)
@@ -104,22 +106,29 @@ def backward(
     d_weight = torch.zeros_like(weight) if need_parameters else None
     sums = torch.zeros_like(norms) if need_parameters else None
     d_input = torch.empty(x.shape if need_input else 0, dtype=x.dtype)
+    products = product_dtype(x)
+    factor = weight.to(products)
     buffer: Tensor | None = None
     done = 0
     for at in row_chunks(batch, tokens, _ROWS):
-        s = x[at].reshape(-1, channels).to(dtype).contiguous()
+        s = x[at].reshape(-1, channels).to(products).contiguous()
         if buffer is None:  # the first chunk is the largest
             buffer = torch.empty(len(s), len(weight), dtype=dtype)
         slope = buffer[: len(s)]
         here = slice(done, done + len(s))
         done += len(s)
-        h = product[here] if product.numel() else torch.mm(s, weight.t(), out=slope)
+        h = slope
+        if product.numel():
+            h = product[here]
+        else:
+            put_product(s, factor.t(), slope)
         dr, du = (None if d is None else d[at] for d in (d_residual, d_normed))
         two_norms_backward(h, norms, statistics[:, here], dr, du, slope, sums)
+        d_product = slope.to(products)
         if d_weight is not None:
-            d_weight.addmm_(slope.t(), s)
+            add_product(d_weight, d_product.t(), s)
         if need_input:
-            put_product(slope, weight, d_input[at].view(s.shape))
+            put_product(d_product, factor, d_input[at].view(s.shape))
     if d_weight is None or sums is None:
         return d_input, []
     return d_input, [d_weight, *(x.clone() for x in sums)]  # an op's outputs may not share memory

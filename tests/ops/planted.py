@@ -217,10 +217,10 @@ SUITES = {
             ),
             (
                 "zeroed gradient of the student",
-                "put_product(p, w, ",
+                "put_product(p, factor, ",
                 "torch.Tensor.zero_(",
             ),
-            ("zeroed gradient of W", "sums[0].view(w.shape).addmm_(p.t(), s)", "pass"),
+            ("zeroed gradient of W", "add_product(sums[0].view(factor.shape), p.t(), s)", "pass"),
             (
                 "gradients of bias and norm in each other's place",
                 "for p in (w, *vectors)]\n    d_s",
@@ -265,10 +265,10 @@ SUITES = {
             ("other tokens' product", "p = product[at] if", "p = product[at].flip(1) if"),
             (
                 "zeroed gradient of f",
-                "put_product(slope, w, ",
+                "put_product(slope, factor, ",
                 "torch.Tensor.zero_(",
             ),
-            ("zeroed gradient of W", "d_weight.addmm_(slope.t(), f)", "pass"),
+            ("zeroed gradient of W", "add_product(d_weight, slope.t(), f)", "pass"),
             ("metric of the mse", "width = 0 if d_loss is None else width", "width = 0"),
             ("pooled gradient of another image", "else added[at[0]]", "else added.flip(0)[at[0]]"),
             ("pooled gradient dropped beside the loss", "else added[at[0]]", "else None"),
@@ -312,10 +312,10 @@ SUITES = {
             *CHUNKS[:2],
             (
                 "zeroed gradient of x",
-                "put_product(slope, weight, ",
+                "put_product(d_product, factor, ",
                 "torch.Tensor.zero_(",
             ),
-            ("zeroed gradient of W", "d_weight.addmm_(slope.t(), s)", "pass"),
+            ("zeroed gradient of W", "add_product(d_weight, d_product.t(), s)", "pass"),
             (
                 "zeroed gradients of the norms",
                 "[d_weight, *(x.clone()",

@@ -19,8 +19,9 @@ from featkd.data import BadImageError
 from featkd.distributed import ProcessContext
 from featkd.train.build import FeatureForward
 from featkd.train.checkpoint import load
-from featkd.train.engine import Trainer, TrainingDiverged
+from featkd.train.engine import Trainer
 from featkd.train.logs import read_csv
+from featkd.train.meter import TrainingDiverged
 from featkd.train.recipe import RecipeError, StudentConfig, TeacherConfig, to_dict
 from featkd.train.teacher_mode import TeacherForward
 from tests.train.runs import CPU, column, run
@@ -100,7 +101,7 @@ def test_an_update_reads_nothing_from_the_device(recipe):
         trainer.step([batch, batch])
     assert trainer.update == 6
     with pytest.raises((RuntimeError, NotImplementedError)):
-        trainer._meter.tolist()
+        trainer._meter.means("now")
 
 
 def test_accumulation_equals_one_large_batch(alone):

@@ -359,10 +359,16 @@ class Trainer:
         state, changed = restore(path, self.parts, self.recipe, self.context.world_size)
         position = self.parts.train_loader.state_dict()
         self.update, self.epoch, self.batch = state["update"], position["epoch"], position["batch"]
-        self.best, self.scores = state["best"], state["scores"]
+        brought = self.store.bring_best(path, state) if self.context.is_main else None
+        self.best, self.scores = self.context.broadcast(brought), state["scores"]
         self.bad_files = state["bad_files"]
         self._meter.load_state_dict(state)
         messages = [f"resumed from {path} after update {self.update} (epoch {self.epoch})"]
+        if self.best != state["best"]:
+            messages.append(
+                f"{self.store.best}: the score to be beaten is {self.best.get('top1', 'none')}, "
+                f"not {state['best'].get('top1', 'none')} as in that checkpoint"
+            )
         if changed:
             messages.append(f"changed since that checkpoint: {'; '.join(changed)}")
         return messages

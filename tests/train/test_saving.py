@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 from featkd.losses import DistillationTerms
-from featkd.train.checkpoint import load
+from featkd.remote import Location, locate
+from featkd.train.checkpoint import CheckpointError, CheckpointStore, load
 from featkd.train.engine import Trainer
 from featkd.train.logs import RunLog
 from featkd.train.meter import TrainingDiverged
-from tests.train.runs import CPU
+from tests.train.runs import CPU, run
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -48,3 +54,118 @@ def test_weights_that_overflowed_are_not_saved(alone):
     with pytest.raises(TrainingDiverged, match=r"norm of the weights is inf by update 1; the"):
         trainer._save(RunLog(None, 0, 0))
     assert load(trainer.store.last)["update"] == 0
+
+
+def scored(update: int, top1: float, best: dict[str, float] | None = None) -> dict[str, Any]:
+    row = {"update": update, "top1": top1}
+    return {"update": update, "best": row if best is None else best}
+
+
+@pytest.fixture(params=["disk", "disk without links", "store"])
+def folder(request, tmp_path, monkeypatch) -> Iterator[Location]:
+    if request.param == "disk without links":
+
+        def refuse(*_):
+            raise OSError("no links here")
+
+        monkeypatch.setattr("os.link", refuse)
+    yield locate("memory://bucket") / "run" if request.param == "store" else tmp_path / "run"
+    MemoryFileSystem.store.clear()
+
+
+def test_a_kill_between_two_names_leaves_none_missing(folder, monkeypatch):
+    """Killed before each of the moves in turn: what last.pt says is best is in best.pt."""
+    store = CheckpointStore(folder, keep_every=1)
+    store.prepare()
+    store.save(scored(1, 10.0), is_best=True, ended_epoch=1)
+    moves = {"os.replace": os.replace, "memory": MemoryFileSystem.mv}
+    left = 0
+
+    class Killed(BaseException):
+        pass
+
+    def move(name):
+        def count_down(*args, **options):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return moves[name](*args, **options)
+
+        return count_down
+
+    monkeypatch.setattr("featkd.files.os.replace", move("os.replace"))
+    monkeypatch.setattr(MemoryFileSystem, "mv", move("memory"))
+    for done in range(3):
+        left = done
+        with pytest.raises(Killed):
+            store.save(scored(2, 20.0), is_best=True, ended_epoch=2)
+        assert load(store.last) == {"format": 2, **scored(1, 10.0)}
+        assert load(store.best)["update"] == (2 if done == 2 else 1)
+    left = 3
+    store.save(scored(2, 20.0), is_best=True, ended_epoch=2)
+    for name in ("last.pt", "best.pt", "epoch-0002.pt"):
+        assert load(folder / name)["update"] == 2
+    assert load(folder / "epoch-0001.pt")["update"] == 1
+
+
+def test_a_name_that_can_not_be_given_leaves_last(folder, monkeypatch):
+    store = CheckpointStore(folder)
+    store.prepare()
+    store.save(scored(1, 10.0), is_best=True)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("featkd.files.atomic_link", full)
+    monkeypatch.setattr(MemoryFileSystem, "copy", full)
+    with pytest.raises(CheckpointError, match=r"could not save .*last.pt: .*space.*untouched"):
+        store.save(scored(2, 20.0), is_best=True)
+    assert [load(path)["update"] for path in (store.last, store.best)] == [1, 1]
+
+
+def test_the_best_state_comes_along(folder, tmp_path):
+    """To another folder, from the checkpoint or from beside it; and back where it was lost."""
+    old = CheckpointStore(folder)
+    old.prepare()
+    old.save(scored(1, 10.0), is_best=True)
+    for name, last in ("same", scored(1, 10.0)), ("later", scored(2, 5.0, scored(1, 10.0)["best"])):
+        old.save(last)
+        for place in (tmp_path / name, locate(f"memory://other/{name}")):
+            new = CheckpointStore(place)
+            new.prepare()
+            assert new.bring_best(old.last, last) == last["best"]
+            assert load(new.best)["update"] == 1
+    for there, at_best in itertools.product((None, 7.0, 30.0), (True, False)):
+        (tmp_path / "lost").mkdir(exist_ok=True)
+        (tmp_path / "lost" / "best.pt").unlink(missing_ok=True)
+        lost = CheckpointStore(tmp_path / "lost")
+        if there is not None:
+            lost.save(scored(4, there), is_best=True)
+        last = scored(5, 20.0) if at_best else scored(6, 3.0, scored(5, 20.0)["best"])
+        lost.save(last)
+        kept = {} if there is None else scored(4, there)["best"]
+        brought = last["best"] if at_best and there != 30.0 else kept
+        assert lost.bring_best(lost.last, last) == brought
+        assert lost.best.exists() == bool(brought)
+        if brought:
+            assert load(lost.best)["best"] == brought
+
+
+def test_a_run_that_goes_on_elsewhere_has_its_best(alone, tmp_path):
+    alone = replace(alone, optim=replace(alone.optim, epochs=1, warmup_epochs=0))
+    first = run(alone)
+    elsewhere = replace(alone, out=str(tmp_path / "elsewhere"))
+    trainer = Trainer(elsewhere, CPU)
+    trainer.store.prepare()
+    last = f"{alone.out}/last.pt"
+    assert trainer._resume(last) == [f"resumed from {last} after update 6 (epoch 1)"]
+    assert trainer.best == first.best == load(trainer.store.best)["best"]
+    for name in ("best", "last"):
+        (Path(alone.out) / f"{name}.pt").rename(tmp_path / f"alone-{name}.pt")
+    state = load(tmp_path / "alone-last.pt") | {"update": 7}  # best was before
+    torch.save(state, tmp_path / "alone-last.pt")
+    trainer = Trainer(replace(alone, out=str(tmp_path / "without")), CPU)
+    said = trainer._resume(str(tmp_path / "alone-last.pt"))
+    assert trainer.best == {}
+    assert f"without/best.pt: the score to be beaten is none, not {first.best['top1']}" in said[1]

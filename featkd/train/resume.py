@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from featkd.distributed import ProcessContext
@@ -13,6 +14,9 @@ from featkd.train import checkpoint
 from featkd.train.build import Parts, peak_lr
 from featkd.train.checkpoint import CheckpointError, CheckpointStore
 from featkd.train.recipe import Recipe, to_dict
+
+
+_OF_RECIPE = ("weight_decay", "eps")  # the learning rate is set anew with each update
 
 
 def find_checkpoint(
@@ -85,9 +89,18 @@ def restore(
     load_strictly(student, state["model"], str(path), "the recipe's student")
     if parts.ema is not None:
         load_strictly(parts.ema.module, state["model_ema"], str(path), "the recipe's student")
-    parts.optimizer.load_state_dict(state["optimizer"])
-    parts.scaler.load_state_dict(state["scaler"])
+    _restore_optimizer(path, state, parts.optimizer, recipe)
     return state, [*changed, *_of_processes(state, parts, recipe, world_size)]
+
+
+def _restore_optimizer(
+    path: Location, state: dict[str, Any], optimizer: torch.optim.Optimizer, recipe: Recipe
+) -> None:
+    """Its state, under the recipe's own weight decay and eps: the saved groups hold older ones."""
+    own = [{k: group[k] for k in _OF_RECIPE if k in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group.update(options)
 
 
 def _restore_position(path: Location, state: dict[str, Any], parts: Parts, recipe: Recipe) -> None:

@@ -1,0 +1,36 @@
+"""Going on with another recipe, or from what not all processes see alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from featkd.train.engine import Trainer
+from featkd.train.logs import RunLog
+from featkd.train.recipe import Recipe
+from tests.train.runs import CPU
+
+
+def saved(recipe: Recipe) -> Trainer:
+    """A run that has done one update and saved."""
+    trainer = Trainer(recipe, CPU)
+    trainer.parts.student.train()
+    trainer.step([next(iter(trainer.parts.train_loader))])
+    trainer.store.prepare()
+    trainer._save(RunLog(None, 0, 0))
+    return trainer
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion"])
+def test_another_weight_decay_and_eps_count(alone, optimizer):
+    optim = replace(alone.optim, optimizer=optimizer)
+    before = saved(replace(alone, optim=optim)).parts.optimizer.param_groups
+    assert [group["weight_decay"] for group in before] == [0.0, 0.05]
+    other = replace(alone, optim=replace(optim, weight_decay=0.2, eps=1e-6))
+    trainer = Trainer(other, CPU)
+    trainer._resume("auto")
+    groups = trainer.parts.optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.2]
+    assert {group.get("eps") for group in groups} == {1e-6 if optimizer == "adamw" else None}
+    assert trainer.parts.optimizer.state  # was restored

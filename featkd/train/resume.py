@@ -15,7 +15,6 @@ from featkd.train.build import Parts, peak_lr
 from featkd.train.checkpoint import CheckpointError, CheckpointStore
 from featkd.train.recipe import Recipe, to_dict
 
-
 _OF_RECIPE = ("weight_decay", "eps")  # the learning rate is set anew with each update
 
 
@@ -90,6 +89,8 @@ def restore(
     if parts.ema is not None:
         load_strictly(parts.ema.module, state["model_ema"], str(path), "the recipe's student")
     _restore_optimizer(path, state, parts.optimizer, recipe)
+    if state["scaler"]:  # empty of a run that scaled no loss
+        parts.scaler.load_state_dict(state["scaler"])
     return state, [*changed, *_of_processes(state, parts, recipe, world_size)]
 
 
@@ -97,6 +98,18 @@ def _restore_optimizer(
     path: Location, state: dict[str, Any], optimizer: torch.optim.Optimizer, recipe: Recipe
 ) -> None:
     """Its state, under the recipe's own weight decay and eps: the saved groups hold older ones."""
+    before, now = state["recipe"]["optim"], recipe.optim
+    if before["optimizer"] != now.optimizer:
+        raise CheckpointError(
+            f"{path}: optim.optimizer: {before['optimizer']!r} -> {now.optimizer!r}: the state of "
+            f"the one is none for the other; expected {before['optimizer']!r}"
+        )
+    if len(state["optimizer"]["param_groups"]) != len(optimizer.param_groups):  # timm has 1 at 0
+        raise CheckpointError(
+            f"{path}: optim.weight_decay: {before['weight_decay']:g} -> {now.weight_decay:g}: a "
+            f"run goes on without weight decay if it began so, and only then; expected "
+            f"{'0' if before['weight_decay'] == 0 else 'more than 0'}"
+        )
     own = [{k: group[k] for k in _OF_RECIPE if k in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
     for group, options in zip(optimizer.param_groups, own, strict=True):

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from featkd.distributed import ProcessContext
+from featkd.train.checkpoint import CheckpointError
 from featkd.train.engine import Trainer
 from featkd.train.logs import RunLog
 from featkd.train.recipe import Recipe
@@ -34,3 +36,31 @@ def test_another_weight_decay_and_eps_count(alone, optimizer):
     assert [group["weight_decay"] for group in groups] == [0.0, 0.2]
     assert {group.get("eps") for group in groups} == {1e-6 if optimizer == "adamw" else None}
     assert trainer.parts.optimizer.state  # was restored
+
+
+@pytest.mark.parametrize(("before", "after"), [("bf16", "fp16"), ("fp16", "off"), ("fp16", "fp16")])
+def test_another_precision(alone, before, after):
+    scaler = saved(replace(alone, amp=before)).parts.scaler
+    trainer = Trainer(replace(alone, amp=after), CPU)
+    fresh = trainer.parts.scaler.state_dict()
+    trainer._resume("auto")
+    assert trainer.parts.scaler.is_enabled() == (after == "fp16")
+    if before == after:  # halved by an overflow, or on its way to grow
+        assert trainer.parts.scaler.state_dict() == scaler.state_dict()
+        assert scaler.state_dict() != fresh
+    trainer.parts.student.train()
+    assert trainer.step([next(iter(trainer.parts.train_loader))]).total.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer": "sgd"}, r"last.pt: optim.optimizer: 'adamw' -> 'sgd': .*expected 'adamw'"),
+        ({"optimizer": "lion"}, r"last.pt: optim.optimizer: 'adamw' -> 'lion'"),
+        ({"weight_decay": 0.0}, r"last.pt: optim.weight_decay: 0.05 -> 0: .* more than 0"),
+    ],
+)
+def test_what_the_optimizers_state_does_not_fit(alone, change, message):
+    saved(alone)
+    with pytest.raises(CheckpointError, match=message):
+        Trainer(replace(alone, optim=replace(alone.optim, **change)), CPU)._resume("auto")

@@ -28,7 +28,7 @@ from featkd.train.logs import RunLog
 from featkd.train.meter import Meter, check_weights
 from featkd.train.precision import autocast
 from featkd.train.recipe import Recipe, to_dict
-from featkd.train.resume import find_checkpoint, restore
+from featkd.train.resume import check_alike, find_checkpoint, restore
 from featkd.train.stopwatch import Stopwatch
 
 
@@ -355,10 +355,13 @@ class Trainer:
         """Take up a checkpoint where `resume` asks for one; returns what the user should know."""
         path = find_checkpoint(resume, self.store, self.context)
         if path is None:
+            check_alike(self.context, "the start")
             return []
         state, changed = restore(path, self.parts, self.recipe, self.context.world_size)
         position = self.parts.train_loader.state_dict()
         self.update, self.epoch, self.batch = state["update"], position["epoch"], position["batch"]
+        place = f"{path} after update {self.update} (epoch {self.epoch}, batch {self.batch})"
+        check_alike(self.context, place)
         brought = self.store.bring_best(path, state) if self.context.is_main else None
         self.best, self.scores = self.context.broadcast(brought), state["scores"]
         self.bad_files = state["bad_files"]

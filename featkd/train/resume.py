@@ -49,6 +49,31 @@ def find_checkpoint(
     return None
 
 
+def check_alike(context: ProcessContext, place: str) -> None:
+    """Refuse to go on from different places: all processes must call it, each with its own.
+
+    Each reads the checkpoint by itself, and a node that caches a shared folder's names can be
+    given the file before the last. The weights would differ from the first update on.
+
+    Raises:
+        CheckpointError: in all processes.
+    """
+    places = context.merged({str(context.rank): place})
+    if len(set(places.values())) == 1:
+        return
+    by_place: dict[str, list[str]] = {}
+    for rank, found in sorted(places.items(), key=lambda pair: int(pair[0])):
+        by_place.setdefault(found, []).append(rank)
+    said = "; ".join(
+        f"{found} (process{'es' if len(ranks) > 1 else ''} {checkpoint.named(ranks)})"
+        for found, ranks in by_place.items()
+    )
+    raise CheckpointError(
+        f"the processes would go on from different places: {said}; does a node see an older "
+        "state of a shared folder? Start again"
+    )
+
+
 def restore(
     path: Location, parts: Parts, recipe: Recipe, world_size: int
 ) -> tuple[dict[str, Any], list[str]]:

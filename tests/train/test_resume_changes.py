@@ -64,3 +64,20 @@ def test_what_the_optimizers_state_does_not_fit(alone, change, message):
     saved(alone)
     with pytest.raises(CheckpointError, match=message):
         Trainer(replace(alone, optim=replace(alone.optim, **change)), CPU)._resume("auto")
+
+
+def test_processes_that_read_different_files_are_stopped(alone, monkeypatch):
+    """Each of three says where it would go on; all learn of it, so that none waits for another."""
+    others: dict[str, str] = {}
+    monkeypatch.setattr(ProcessContext, "merged", lambda _, facts: facts | others)
+    last = saved(alone).store.last
+    ours = f"{last} after update 1 (epoch 0, batch 1)"
+    others = {"1": ours, "2": ours}
+    Trainer(alone, CPU)._resume("auto")
+    for theirs in (ours.replace("update 1", "update 0"), "the start"):
+        others = {"1": theirs, "2": ours}
+        with pytest.raises(CheckpointError) as told:
+            Trainer(alone, CPU)._resume("auto")
+        assert f"{ours} (processes 0, 2); {theirs} (process 1); does" in str(told.value)
+    with pytest.raises(CheckpointError, match=r"the start \(processes 0, 1\); .* \(process 2\)"):
+        Trainer(replace(alone, out=alone.out + "-none"), CPU)._resume("auto")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import math
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from featkd.losses import DistillationTerms
 from featkd.remote import Location, locate
 from featkd.train.checkpoint import CheckpointError, CheckpointStore, load
 from featkd.train.engine import Trainer
-from featkd.train.logs import RunLog
+from featkd.train.logs import TRAIN_COLUMNS, RunLog
 from featkd.train.meter import TrainingDiverged
 from tests.train.runs import CPU, run
 
@@ -169,3 +171,34 @@ def test_a_run_that_goes_on_elsewhere_has_its_best(alone, tmp_path):
     said = trainer._resume(str(tmp_path / "alone-last.pt"))
     assert trainer.best == {}
     assert f"without/best.pt: the score to be beaten is none, not {first.best['top1']}" in said[1]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's always full device")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("kind", ["csv", "events"])
+def test_a_disk_filled_by_the_logs_names_them_and_no_close_hides_it(tmp_path, capsys, kind):
+    """/dev/full answers every write as a full disk does."""
+    log = RunLog(tmp_path, 0, 1)
+    row = dict.fromkeys(TRAIN_COLUMNS, 1)
+    if kind == "csv":
+        log._train._file = open("/dev/full", "w")  # noqa: SIM115
+        log._train._writer = csv.DictWriter(log._train._file, TRAIN_COLUMNS)
+        path = tmp_path / "metrics.csv"
+    else:
+        writer = log._board._board.file_writer.event_writer._async_writer
+        writer._writer._writer = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+        path = tmp_path / "tensorboard"
+
+    def fill() -> None:
+        try:
+            deadline = time.monotonic() + 10  # TensorBoard's thread tells it with a later event
+            while time.monotonic() < deadline:
+                log.train(row)
+        finally:
+            log.close()
+
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'") as told:
+        fill()
+    assert told.value.errno == 28
+    assert f"the end of the logs is missing: {told.value}" in capsys.readouterr().err
+    assert log._eval._file.closed

@@ -32,7 +32,6 @@ class CsvLog:
 
     def __init__(self, path: Location, columns: tuple[str, ...], start: int) -> None:
         self.path = path
-        self.columns = columns
         rows = [row for row in read_csv(path) if int(row[columns[0]]) <= start]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -136,7 +135,6 @@ class RunLog:
     ) -> None:
         self.active = folder is not None
         self.quiet = quiet
-        self.start = start
         self.total = total
         if folder is None:
             return

@@ -319,6 +319,18 @@ def test_widths_grids_and_classes_that_do_not_fit(recipe):
         Trainer(replace(recipe, optim=replace(recipe.optim, accumulate=7)), CPU)
 
 
+def test_one_class_is_refused_before_anything_is_trained(recipe, images, tmp_path):
+    """Accuracy is of two classes or more: the first evaluation would fail, with nothing saved."""
+    for split in ("train", "val"):
+        shutil.copytree(images / split / "red", tmp_path / "one" / split / "red")
+    one = replace(recipe, data=replace(recipe.data, path=str(tmp_path / "one")))
+    with pytest.raises(RecipeError, match=r"data.path: .*/one has one class \(red\), .* two"):
+        Trainer(one, CPU)
+    student = replace(recipe.student, num_classes=1)
+    with pytest.raises(RecipeError, match=r"student.num_classes: expected >= 2, got 1"):
+        Trainer(replace(recipe, student=student), CPU)
+
+
 @pytest.mark.parametrize("arch", ["widelast", "lift"])
 def test_compiled_run(recipe, arch):
     recipe = replace(recipe, student=replace(recipe.student, arch=arch))

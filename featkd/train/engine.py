@@ -235,7 +235,7 @@ class Trainer:
             if self.update % recipe.log_every == 0 or self.batch == last_batch:
                 self._log(log, watch)
             if self.batch == last_batch:
-                break
+                continue  # to the loader's end: a DALI pipeline goes on from there, not from before
             stopped_by = self._stop_agreed(interrupt)
             if stopped_by is not None:
                 return stopped_by

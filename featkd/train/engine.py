@@ -300,10 +300,10 @@ class Trainer:
         if parts.ema is not None:
             models["ema"] = parts.ema.module
         improved = False
-        for weights, model in models.items():
-            found = evaluate(
-                model, parts.val_loader, parts.num_classes, self.context.device, self._autocast
-            )
+        evaluations = evaluate(
+            models, parts.val_loader, parts.num_classes, self.context.device, self._autocast
+        )
+        for weights, found in evaluations.items():
             scores = {"top1": found.top1, "top5": found.top5, "loss": found.loss}
             self.scores[weights] = scores
             row: dict[str, Any] = {"update": self.update, "epoch": self.epoch, "weights": weights}

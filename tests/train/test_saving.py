@@ -22,7 +22,7 @@ from featkd.train.checkpoint import CheckpointError, CheckpointStore, load
 from featkd.train.engine import Trainer
 from featkd.train.logs import TRAIN_COLUMNS, RunLog
 from featkd.train.meter import TrainingDiverged
-from tests.train.runs import CPU, run
+from tests.train.runs import CPU
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -155,22 +155,22 @@ def test_the_best_state_comes_along(folder, tmp_path):
 
 
 def test_a_run_that_goes_on_elsewhere_has_its_best(alone, tmp_path):
-    alone = replace(alone, optim=replace(alone.optim, epochs=1, warmup_epochs=0))
-    first = run(alone)
-    elsewhere = replace(alone, out=str(tmp_path / "elsewhere"))
-    trainer = Trainer(elsewhere, CPU)
+    first = Trainer(alone, CPU)
+    first.best = {"update": 0, "top1": 50.0}
+    first.store.prepare()
+    first._save(RunLog(None, 0, 0), is_best=True)
+    trainer = Trainer(replace(alone, out=str(tmp_path / "elsewhere")), CPU)
     trainer.store.prepare()
-    last = f"{alone.out}/last.pt"
-    assert trainer._resume(last) == [f"resumed from {last} after update 6 (epoch 1)"]
+    last = first.store.last
+    assert trainer._resume(str(last)) == [f"resumed from {last} after update 0 (epoch 0)"]
     assert trainer.best == first.best == load(trainer.store.best)["best"]
-    for name in ("best", "last"):
-        (Path(alone.out) / f"{name}.pt").rename(tmp_path / f"alone-{name}.pt")
-    state = load(tmp_path / "alone-last.pt") | {"update": 7}  # best was before
-    torch.save(state, tmp_path / "alone-last.pt")
+    first.update = 1  # and the state of the best is lost
+    first._save(RunLog(None, 0, 0))
+    first.store.best.unlink()
     trainer = Trainer(replace(alone, out=str(tmp_path / "without")), CPU)
-    said = trainer._resume(str(tmp_path / "alone-last.pt"))
+    said = trainer._resume(str(last))
     assert trainer.best == {}
-    assert f"without/best.pt: the score to be beaten is none, not {first.best['top1']}" in said[1]
+    assert "without/best.pt: the score to be beaten is none, not 50.0 as in" in said[1]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's always full device")

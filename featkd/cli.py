@@ -77,7 +77,7 @@ def _run(command: Callable[[list[str]], int], words: list[str]) -> int:
     from featkd.diagnostics.state import StateError
     from featkd.distributed import ProcessLost
     from featkd.train.checkpoint import CheckpointError
-    from featkd.train.engine import TrainingDiverged
+    from featkd.train.meter import TrainingDiverged
 
     failures = (
         BadImageError, CacheError, CheckpointError, ProcessLost, StateError, TrainingDiverged,

@@ -9,7 +9,6 @@ import csv
 import io
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,16 +18,21 @@ from featkd.remote import Location, RemotePath
 
 
 @contextmanager
-def atomic_write(path: Location) -> Iterator[IO[bytes]]:
+def atomic_write(path: Location, also: Sequence[Location] = ()) -> Iterator[IO[bytes]]:
     """Open a file for writing that takes `path`'s place only when the block ends without error.
 
     On any error, a full disk included, the temporary file is removed and what was at `path`
     before is untouched.
+
+    Args:
+        path: the file.
+        also: further names of it, in the same folder. They are given one after the other and
+            before `path` itself: whoever finds the new file at `path` finds it at all of them.
     """
     if isinstance(path, RemotePath):
         content = io.BytesIO()
         yield content
-        path.replace_with(content.getvalue())
+        path.replace_with(content.getvalue(), [n for n in also if isinstance(n, RemotePath)])
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -36,6 +40,8 @@ def atomic_write(path: Location) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        for name in also:
+            atomic_link(temporary, name)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -67,24 +73,28 @@ def write_csv(
 def atomic_link(source: Location, path: Location) -> None:
     """Give the whole file `source` a second name `path`, replacing what was there.
 
-    A hard link where the file system has them, else a copy; behind a URL a copy on the store's
-    side.
+    A hard link where the file system has them, else a copy; within a store a copy on its side.
     """
-    if isinstance(source, RemotePath) and isinstance(path, RemotePath):
+    if isinstance(source, RemotePath) and isinstance(path, RemotePath) and source.fs == path.fs:
         source.copy_to(path)
         return
-    assert isinstance(source, Path)  # two names in one folder
-    assert isinstance(path, Path)
+    if isinstance(source, Path) and isinstance(path, Path) and _hard_link(source, path):
+        return
+    with atomic_write(path) as file:
+        file.write(source.read_bytes())
+
+
+def _hard_link(source: Path, path: Path) -> bool:
+    """Whether the file system could do that."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
     except OSError:
-        with atomic_write(path) as file, source.open("rb") as original:
-            shutil.copyfileobj(original, file)
-        return
+        return False
     os.replace(temporary, path)
     sync_folder(path.parent)
+    return True
 
 
 def remove_leftovers(folder: Location) -> None:

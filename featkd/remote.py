@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -35,6 +35,11 @@ class RemotePath:
         """What stands behind the last slash."""
         return self.url.rstrip("/").rpartition("/")[2]
 
+    def with_name(self, name: str) -> RemotePath:
+        """The file of that name in the same folder."""
+        folder, at = self.url.rstrip("/").rpartition("/")[0], self.path.rpartition("/")[0]
+        return RemotePath(f"{folder}/{name}", self.fs, f"{at}/{name}")
+
     def exists(self) -> bool:
         """Whether there is a file or folder."""
         with self._naming():
@@ -61,8 +66,10 @@ class RemotePath:
         with self._naming():
             self.fs.makedirs(self.path, exist_ok=exist_ok)
 
-    def replace_with(self, content: bytes) -> None:
+    def replace_with(self, content: bytes, also: Iterable[RemotePath] = ()) -> None:
         """Make `content` what is here; on an error what was here before is untouched.
+
+        It becomes what is at each of `also` first, in the same store.
 
         Object stores show an object when its upload is complete, other file systems while it is
         written. Written aside and moved, it appears whole on either: a store's move is a copy on
@@ -71,6 +78,8 @@ class RemotePath:
         with self._naming():
             try:
                 self.fs.pipe_file(self._aside, content)
+                for other in also:
+                    other._take(self._aside)
                 self.fs.mv(self._aside, self.path)
             except BaseException:
                 self._forget_aside()
@@ -78,14 +87,22 @@ class RemotePath:
 
     def copy_to(self, other: RemotePath) -> None:
         """A copy at `other`, made by the store, which appears whole; see `replace_with`."""
+        other._take(self.path)
+
+    def _take(self, path: str) -> None:
+        """Become a copy of what the file system has at `path`."""
         with self._naming():
-            self.fs.copy(self.path, other._aside)
-            self.fs.mv(other._aside, other.path)
+            try:
+                self.fs.copy(path, self._aside)
+                self.fs.mv(self._aside, self.path)
+            except BaseException:
+                self._forget_aside()
+                raise
 
     @property
     def _aside(self) -> str:
         """Where a new content waits; one name, so that the next one takes a killed one's place."""
-        return f"{self.path.rpartition('/')[0]}/.{self.name}.tmp"
+        return self.with_name(f".{self.name}.tmp").path
 
     def _forget_aside(self) -> None:
         """Remove what waits, if the file system is still there to do it."""

@@ -100,7 +100,7 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
     train_loader = _loader(recipe, context, "train", views_of(recipe))
     val_loader = _loader(recipe, context, "val")
     try:
-        num_classes = _num_classes(recipe, len(train_loader.classes), strict_classes, notes)
+        num_classes = _num_classes(recipe, train_loader.classes, strict_classes, notes)
         student = _student(recipe, num_classes)
         student.to(context.device)
         source: Teacher | OpenCache | None = None
@@ -182,8 +182,15 @@ def _loader(
     )
 
 
-def _num_classes(recipe: Recipe, found: int, strict: bool, notes: list[str]) -> int:
-    asked = recipe.student.num_classes
+def _num_classes(recipe: Recipe, classes: list[str], strict: bool, notes: list[str]) -> int:
+    asked, found = recipe.student.num_classes, len(classes)
+    if asked is None and found < 2:
+        raise RecipeError(
+            f"data.path: the training set in {recipe.data.path} has one class ({classes[0]}), and "
+            "nothing to tell it from; expected two or more class folders"
+        )
+    if asked is not None and asked < 2:
+        raise RecipeError(f"student.num_classes: expected >= 2, got {asked}")
     if asked is None or asked == found:
         return found
     message = (

@@ -58,23 +58,57 @@ class CheckpointStore:
             is_best: whether it is the best so far.
             ended_epoch: number of epochs done, where one has just ended.
 
+        A kill at any moment leaves a `last.pt` of which all further names are there as well: they
+        come first, so that at worst a run that goes on from the state before makes them again.
+
         Raises:
-            CheckpointError: the disk is full or the folder not writable; the checkpoints that
-                were there before are untouched.
+            CheckpointError: the disk is full or the folder not writable; `last.pt` is untouched.
         """
+        names = []
+        if ended_epoch is not None and self.keep_every and ended_epoch % self.keep_every == 0:
+            names.append(self.folder / f"epoch-{ended_epoch:04d}.pt")
+        if is_best:
+            names.append(self.best)
         try:
-            with atomic_write(self.last) as file:
+            with atomic_write(self.last, names) as file:
                 torch.save({"format": FORMAT, **state}, file)
-            if is_best:
-                atomic_link(self.last, self.best)
-            if ended_epoch is not None and self.keep_every and ended_epoch % self.keep_every == 0:
-                atomic_link(self.last, self.folder / f"epoch-{ended_epoch:04d}.pt")
         except (OSError, RuntimeError) as error:  # torch.save turns a short write into the latter
             if isinstance(error, RuntimeError) and is_of_worker(error):
                 raise
             raise CheckpointError(
-                f"could not save {self.last}: {error}; earlier checkpoints are untouched"
+                f"could not save {self.last}: {error}; what was there before is untouched"
             ) from error
+
+    def bring_best(self, path: Location, state: dict[str, Any]) -> dict[str, Any]:
+        """Have the state of the best score in `best.pt` when a run goes on from a checkpoint.
+
+        The score comes with every checkpoint, the state only with one: where the run goes on in
+        another folder, and where a `best.pt` was lost, `best.pt` is brought from `path` or from
+        beside it.
+
+        Args:
+            path: the checkpoint that the run goes on from, of this folder or another.
+            state: its content.
+
+        Returns:
+            The score that `best.pt` has now, and that is to be beaten: a better one of its own
+            than `state` knows of stays; nothing where there is no such state any more.
+
+        Raises:
+            CheckpointError: `best.pt` can't be read or written.
+        """
+        score: dict[str, Any] = state["best"]
+        kept: dict[str, Any] = load(self.best)["best"] if self.best.is_file() else {}
+        if not score or (kept and kept["top1"] >= score["top1"]):
+            return kept
+        source: Location = path if score["update"] == state["update"] else path.with_name("best.pt")
+        try:
+            if source != path and (not source.is_file() or load(source)["best"] != score):
+                return kept
+            atomic_link(source, self.best)
+        except OSError as error:
+            raise CheckpointError(f"could not save {self.best}: {error}") from error
+        return score
 
 
 def load(path: str | PathLike[str] | RemotePath) -> dict[str, Any]:

@@ -25,14 +25,11 @@ from featkd.train.build import Parts, build
 from featkd.train.checkpoint import CheckpointStore
 from featkd.train.evaluate import evaluate
 from featkd.train.logs import RunLog
+from featkd.train.meter import Meter, check_weights
 from featkd.train.precision import autocast
 from featkd.train.recipe import Recipe, to_dict
-from featkd.train.resume import find_checkpoint, restore
+from featkd.train.resume import check_alike, find_checkpoint, restore
 from featkd.train.stopwatch import Stopwatch
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer finite."""
 
 
 class Learnt(NamedTuple):
@@ -85,8 +82,7 @@ class Trainer:
         self.best: dict[str, Any] = {}
         self.scores: dict[str, dict[str, float]] = {}
         self.bad_files: dict[str, str] = {}  # path -> cause
-        self._meter = torch.zeros(3, device=context.device)
-        self._metered = 0
+        self._meter = Meter(context)
         self._seconds = 0.0
         self._timed_updates = 0
 
@@ -95,6 +91,10 @@ class Trainer:
         """Updates of the whole run: those done, with however many processes, and those to come."""
         left = self.parts.updates_per_epoch * self.recipe.optim.epochs - self._scheduled
         return self.update + left
+
+    @property
+    def _so_far(self) -> str:
+        return f"by update {self.update}; the last checkpoint is {self.store.last}"
 
     @property
     def _scheduled(self) -> int:
@@ -112,7 +112,7 @@ class Trainer:
 
         Raises:
             CheckpointError: a checkpoint can't be written, read or used.
-            TrainingDiverged: the loss is not finite.
+            TrainingDiverged: the loss or a weight is not finite; nothing is saved then.
             featkd.data.BadImageError: an unreadable image under on_bad_image="error".
         """
         if self.context.is_main:
@@ -157,8 +157,7 @@ class Trainer:
                 terms = self.losses(batch, number)
                 scaled: Tensor = parts.scaler.scale(terms.total / len(batches))
                 torch.autograd.backward(scaled)
-            self._meter += torch.stack((terms.total.detach(), terms.logits, terms.features))
-            self._metered += 1
+            self._meter.add(terms)
         self.apply_gradients()
         self.update += 1
         self.batch += len(batches)
@@ -236,7 +235,7 @@ class Trainer:
             if self.update % recipe.log_every == 0 or self.batch == last_batch:
                 self._log(log, watch)
             if self.batch == last_batch:
-                break
+                continue  # to the loader's end: a DALI pipeline goes on from there, not from before
             stopped_by = self._stop_agreed(interrupt)
             if stopped_by is not None:
                 return stopped_by
@@ -277,26 +276,19 @@ class Trainer:
 
     def _log(self, log: RunLog, watch: Stopwatch) -> None:
         """The one place where training waits for the device: read the summed losses."""
-        total = self.context.sum(self._meter).tolist()
-        loss, logits, features = (x / (self._metered * self.context.world_size) for x in total)
-        self._meter.zero_()
-        self._metered = 0
+        means = self._meter.means(self._so_far)
+        self._meter.clear()
         seconds, updates = watch.lap()
         self._seconds += seconds
         self._timed_updates += updates
-        if not math.isfinite(loss):
-            raise TrainingDiverged(
-                f"the loss is {loss} by update {self.update} (logits {logits}, features "
-                f"{features}); the last checkpoint is {self.store.last}"
-            )
         log.train(
             {
                 "update": self.update,
                 "epoch": self.epoch,
                 "lr": max(group["lr"] for group in self.parts.optimizer.param_groups),
-                "loss": loss,
-                "logits_loss": logits,
-                "feature_loss": features,
+                "loss": means.loss,
+                "logits_loss": means.logits,
+                "feature_loss": means.features,
                 "images_per_s": round(updates * self.parts.global_batch / seconds, 1),
             }
         )
@@ -308,10 +300,10 @@ class Trainer:
         if parts.ema is not None:
             models["ema"] = parts.ema.module
         improved = False
-        for weights, model in models.items():
-            found = evaluate(
-                model, parts.val_loader, parts.num_classes, self.context.device, self._autocast
-            )
+        evaluations = evaluate(
+            models, parts.val_loader, parts.num_classes, self.context.device, self._autocast
+        )
+        for weights, found in evaluations.items():
             scores = {"top1": found.top1, "top5": found.top5, "loss": found.loss}
             self.scores[weights] = scores
             row: dict[str, Any] = {"update": self.update, "epoch": self.epoch, "weights": weights}
@@ -332,8 +324,9 @@ class Trainer:
 
     def _save(self, log: RunLog, *, is_best: bool = False, ended_epoch: int | None = None) -> None:
         parts = self.parts
+        meter = self._meter.state_dict(self._so_far)  # all processes take part
+        check_weights(parts.student.parameters(), self._so_far)
         log.publish()
-        meter = self.context.sum(self._meter)  # all processes take part
         bad_files = self.context.merged(self.bad_files)
         if self.context.is_main:
             state = {
@@ -344,8 +337,7 @@ class Trainer:
                 "update": self.update,
                 "epoch": self.epoch,
                 "loader": parts.train_loader.state_dict(),
-                "meter": meter,
-                "metered": self._metered,
+                **meter,
                 "best": self.best,
                 "scores": self.scores,
                 "bad_files": bad_files,
@@ -363,17 +355,23 @@ class Trainer:
         """Take up a checkpoint where `resume` asks for one; returns what the user should know."""
         path = find_checkpoint(resume, self.store, self.context)
         if path is None:
+            check_alike(self.context, "the start")
             return []
         state, changed = restore(path, self.parts, self.recipe, self.context.world_size)
         position = self.parts.train_loader.state_dict()
         self.update, self.epoch, self.batch = state["update"], position["epoch"], position["batch"]
-        self.best, self.scores = state["best"], state["scores"]
+        place = f"{path} after update {self.update} (epoch {self.epoch}, batch {self.batch})"
+        check_alike(self.context, place)
+        brought = self.store.bring_best(path, state) if self.context.is_main else None
+        self.best, self.scores = self.context.broadcast(brought), state["scores"]
         self.bad_files = state["bad_files"]
-        if self.context.is_main:  # the sum over all processes; the others start from zero
-            # scaled: the interval's mean divides it by the micro-batches of as many as there are
-            self._meter.copy_(state["meter"] * (self.context.world_size / state["world_size"]))
-        self._metered = state["metered"]
+        self._meter.load_state_dict(state)
         messages = [f"resumed from {path} after update {self.update} (epoch {self.epoch})"]
+        if self.best != state["best"]:
+            messages.append(
+                f"{self.store.best}: the score to be beaten is {self.best.get('top1', 'none')}, "
+                f"not {state['best'].get('top1', 'none')} as in that checkpoint"
+            )
         if changed:
             messages.append(f"changed since that checkpoint: {'; '.join(changed)}")
         return messages

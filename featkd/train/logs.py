@@ -10,8 +10,8 @@ import csv
 import io
 import sys
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -32,7 +32,6 @@ class CsvLog:
 
     def __init__(self, path: Location, columns: tuple[str, ...], start: int) -> None:
         self.path = path
-        self.columns = columns
         rows = [row for row in read_csv(path) if int(row[columns[0]]) <= start]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -45,8 +44,9 @@ class CsvLog:
 
     def write(self, row: Mapping[str, float | int | str]) -> None:
         """Append a row; on disk when this returns, or behind a URL after `publish`."""
-        self._writer.writerow(row)
-        self._file.flush()
+        with _naming(self.path):
+            self._writer.writerow(row)
+            self._file.flush()
 
     def publish(self) -> None:
         """Bring all rows to where they belong, if they are not there yet."""
@@ -55,7 +55,8 @@ class CsvLog:
                 file.write(self._file.getvalue().encode())
 
     def close(self) -> None:
-        self._file.close()
+        with _naming(self.path):
+            self._file.close()
 
 
 def read_csv(path: Location) -> list[dict[str, str]]:
@@ -87,19 +88,31 @@ class EventLog:
 
     def add(self, name: str, value: float | int | str, update: int) -> None:
         """A point of the curve `name`."""
-        self._board.add_scalar(name, value, update)
+        with _naming(self._folder):
+            self._board.add_scalar(name, value, update)
 
     def publish(self) -> None:
         """Bring all events to where they belong, if they are not there yet."""
         if isinstance(self._folder, RemotePath):
-            self._board.flush()
+            with _naming(self._folder):
+                self._board.flush()
             for path in self._local.iterdir():
                 (self._folder / path.name).replace_with(path.read_bytes())
 
     def close(self) -> None:
-        self._board.close()
+        with _naming(self._folder):
+            self._board.close()
         if self._aside is not None:
             self._aside.cleanup()
+
+
+@contextmanager
+def _naming(place: Location) -> Iterator[None]:
+    """Say where, which a write to an open file does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(place)) from error
 
 
 TRAIN_COLUMNS = ("update", "epoch", "lr", "loss", "logits_loss", "feature_loss", "images_per_s")
@@ -122,7 +135,6 @@ class RunLog:
     ) -> None:
         self.active = folder is not None
         self.quiet = quiet
-        self.start = start
         self.total = total
         if folder is None:
             return
@@ -181,11 +193,12 @@ class RunLog:
                 log.publish()
 
     def close(self) -> None:
-        """Close the files."""
-        if self.active:
-            self._bar.close()
-            with suppress(OSError):  # the run's end, or the error that ends it, is told by others
-                self.publish()
-            self._board.close()
-            self._train.close()
-            self._eval.close()
+        """Close the files; what can't be written any more is said, as an error may be under way."""
+        if not self.active:
+            return
+        self._bar.close()
+        for step in (self.publish, self._board.close, self._train.close, self._eval.close):
+            try:
+                step()
+            except OSError as error:
+                self.say(f"the end of the logs is missing: {error}")

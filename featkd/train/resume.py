@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from featkd.distributed import ProcessContext
@@ -13,6 +14,8 @@ from featkd.train import checkpoint
 from featkd.train.build import Parts, peak_lr
 from featkd.train.checkpoint import CheckpointError, CheckpointStore
 from featkd.train.recipe import Recipe, to_dict
+
+_OF_RECIPE = ("weight_decay", "eps")  # the learning rate is set anew with each update
 
 
 def find_checkpoint(
@@ -44,6 +47,31 @@ def find_checkpoint(
             f"resume: never, but {store.last} exists; choose another out, or --resume auto"
         )
     return None
+
+
+def check_alike(context: ProcessContext, place: str) -> None:
+    """Refuse to go on from different places: all processes must call it, each with its own.
+
+    Each reads the checkpoint by itself, and a node that caches a shared folder's names can be
+    given the file before the last. The weights would differ from the first update on.
+
+    Raises:
+        CheckpointError: in all processes.
+    """
+    places = context.merged({str(context.rank): place})
+    if len(set(places.values())) == 1:
+        return
+    by_place: dict[str, list[str]] = {}
+    for rank, found in sorted(places.items(), key=lambda pair: int(pair[0])):
+        by_place.setdefault(found, []).append(rank)
+    said = "; ".join(
+        f"{found} (process{'es' if len(ranks) > 1 else ''} {checkpoint.named(ranks)})"
+        for found, ranks in by_place.items()
+    )
+    raise CheckpointError(
+        f"the processes would go on from different places: {said}; does a node see an older "
+        "state of a shared folder? Start again"
+    )
 
 
 def restore(
@@ -85,9 +113,32 @@ def restore(
     load_strictly(student, state["model"], str(path), "the recipe's student")
     if parts.ema is not None:
         load_strictly(parts.ema.module, state["model_ema"], str(path), "the recipe's student")
-    parts.optimizer.load_state_dict(state["optimizer"])
-    parts.scaler.load_state_dict(state["scaler"])
+    _restore_optimizer(path, state, parts.optimizer, recipe)
+    if state["scaler"]:  # empty of a run that scaled no loss
+        parts.scaler.load_state_dict(state["scaler"])
     return state, [*changed, *_of_processes(state, parts, recipe, world_size)]
+
+
+def _restore_optimizer(
+    path: Location, state: dict[str, Any], optimizer: torch.optim.Optimizer, recipe: Recipe
+) -> None:
+    """Its state, under the recipe's own weight decay and eps: the saved groups hold older ones."""
+    before, now = state["recipe"]["optim"], recipe.optim
+    if before["optimizer"] != now.optimizer:
+        raise CheckpointError(
+            f"{path}: optim.optimizer: {before['optimizer']!r} -> {now.optimizer!r}: the state of "
+            f"the one is none for the other; expected {before['optimizer']!r}"
+        )
+    if len(state["optimizer"]["param_groups"]) != len(optimizer.param_groups):  # timm has 1 at 0
+        raise CheckpointError(
+            f"{path}: optim.weight_decay: {before['weight_decay']:g} -> {now.weight_decay:g}: a "
+            f"run goes on without weight decay if it began so, and only then; expected "
+            f"{'0' if before['weight_decay'] == 0 else 'more than 0'}"
+        )
+    own = [{k: group[k] for k in _OF_RECIPE if k in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group.update(options)
 
 
 def _restore_position(path: Location, state: dict[str, Any], parts: Parts, recipe: Recipe) -> None:

@@ -41,19 +41,20 @@ def test_times_by_hand():
     assert update.host_copy == pytest.approx(32 * 602_112 / 50e9 * 1e3)
     assert update.loader == pytest.approx(32 / 2520 * 1e3)
     shown = update.all_reduce - update.student * 2 / 3  # what the backward pass does not hide
-    assert update.compute == pytest.approx(update.teacher + update.student + shown)
+    busy = update.host_copy + update.teacher + update.student + shown
+    assert update.compute == pytest.approx(busy)
     assert (update.limit, update.total) == ("loader", update.loader)
 
 
 @pytest.mark.parametrize(
     ("changes", "limit"),
-    [({"images_per_core_s": 1e6}, "GPU"), ({"host_gb_per_s": 0.1}, "host copy"), ({}, "loader")],
+    [({"images_per_core_s": 1e6}, "GPU"), ({"host_gb_per_s": 0.1}, "GPU"), ({}, "loader")],
 )
 def test_what_limits(changes, limit):
     assumed = replace(Assumed(), **changes)
     update = model_update(WORK, chip_of(90), 512, assumed)
     assert update.limit == limit
-    assert update.total == max(update.compute, update.host_copy, update.loader)
+    assert update.total == max(update.compute, update.loader)
     alone = model_update(WORK, chip_of(90), 512, replace(assumed, gpus=1))
     assert alone.all_reduce == 0
     assert alone.compute == update.compute  # hidden at 512 images

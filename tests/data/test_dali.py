@@ -16,7 +16,10 @@ from featkd.data.dali import as_png, why_not
 from featkd.data.dali_pipeline import build_pipeline
 from featkd.data.decisions import Decisions, Operation, TrainingDecisions
 from featkd.data.sampler import Key
+from featkd.train.checkpoint import load
+from featkd.train.recipe import LossConfig
 from tests.data.conftest import MakeSet, save_noise
+from tests.train.runs import run
 
 pytest.importorskip("nvidia.dali")
 # erased boxes are likely, and so are small windows
@@ -202,3 +205,25 @@ def test_what_it_does_not_do_is_refused_or_left_to_timm(make_set: MakeSet):
         build_loader(replace(config, backend="auto"), split="train", batch_size=4, device="cuda")
     with pytest.raises(ValueError, match=r"data.backend: expected one of auto, timm, dali"):
         replace(config, backend="DALI")  # type: ignore[arg-type]
+
+
+def test_a_run_builds_a_pipeline_once_for_each_split(recipe, monkeypatch):
+    """Also where the epochs end in an incomplete update, of whose images none is trained on."""
+    built = []
+
+    def note(*args, **options):
+        built.append(options)
+        return build_pipeline(*args, **options)
+
+    monkeypatch.setattr("featkd.data.dali.build_pipeline", note)
+    augment = replace(recipe.data.augment, rand_augment=None)
+    recipe = replace(
+        recipe,
+        teacher=None,
+        loss=LossConfig(),
+        data=replace(recipe.data, backend="dali", augment=augment),
+        optim=replace(recipe.optim, accumulate=4),  # one update of 4 of the 6 batches
+    )
+    outcome = run(recipe)
+    assert (outcome.updates, len(built)) == (2, 2)
+    assert load(f"{recipe.out}/last.pt")["loader"]["batch"] == 0

@@ -19,8 +19,9 @@ from featkd.data import BadImageError
 from featkd.distributed import ProcessContext
 from featkd.train.build import FeatureForward
 from featkd.train.checkpoint import load
-from featkd.train.engine import Trainer, TrainingDiverged
+from featkd.train.engine import Trainer
 from featkd.train.logs import read_csv
+from featkd.train.meter import TrainingDiverged
 from featkd.train.recipe import RecipeError, StudentConfig, TeacherConfig, to_dict
 from featkd.train.teacher_mode import TeacherForward
 from tests.train.runs import CPU, column, run
@@ -100,7 +101,7 @@ def test_an_update_reads_nothing_from_the_device(recipe):
         trainer.step([batch, batch])
     assert trainer.update == 6
     with pytest.raises((RuntimeError, NotImplementedError)):
-        trainer._meter.tolist()
+        trainer._meter.means("now")
 
 
 def test_accumulation_equals_one_large_batch(alone):
@@ -316,6 +317,18 @@ def test_widths_grids_and_classes_that_do_not_fit(recipe):
         Trainer(replace(recipe, student=replace(student, num_classes=5)), CPU)
     with pytest.raises(RecipeError, match=r"optim.accumulate: 7 .* an epoch has 6"):
         Trainer(replace(recipe, optim=replace(recipe.optim, accumulate=7)), CPU)
+
+
+def test_one_class_is_refused_before_anything_is_trained(recipe, images, tmp_path):
+    """Accuracy is of two classes or more: the first evaluation would fail, with nothing saved."""
+    for split in ("train", "val"):
+        shutil.copytree(images / split / "red", tmp_path / "one" / split / "red")
+    one = replace(recipe, data=replace(recipe.data, path=str(tmp_path / "one")))
+    with pytest.raises(RecipeError, match=r"data.path: .*/one has one class \(red\), .* two"):
+        Trainer(one, CPU)
+    student = replace(recipe.student, num_classes=1)
+    with pytest.raises(RecipeError, match=r"student.num_classes: expected >= 2, got 1"):
+        Trainer(replace(recipe, student=student), CPU)
 
 
 @pytest.mark.parametrize("arch", ["widelast", "lift"])

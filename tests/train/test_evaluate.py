@@ -1,0 +1,95 @@
+"""Scores by hand, one pass over the files, and no waiting for the device within it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from featkd.data import Batch
+from featkd.train.evaluate import Evaluation, evaluate
+
+K = 7
+
+
+class Batches:
+    """A loader of batches of 5 and one of 3 images, that counts how often it is read."""
+
+    def __init__(self, full: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(5 * full + 3, K, generator=generator)
+        self.targets = torch.randint(K, (len(self.images),), generator=generator)
+        self.given = 0
+
+    def __iter__(self):
+        pairs = zip(self.images.split(5), self.targets.split(5), strict=True)
+        for images, targets in pairs:
+            self.given += 1
+            yield Batch(images, targets, [], torch.empty(0))
+
+
+class Reads(TorchDispatchMode):
+    """Counts what a device would have to answer: values that Python reads, shapes from values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func.overloadpacket).removeprefix("aten.").lstrip("_").rstrip("2")
+        self.count += name in ("local_scalar_dense", "unique", "nonzero", "unique_dim")
+        return func(*args, **(kwargs or {}))
+
+
+def score(loader: Batches | list[Batch], *models: torch.nn.Module) -> dict[str, Evaluation]:
+    named = {str(number): model for number, model in enumerate(models)}
+    return evaluate(named, loader, K, torch.device("cpu"), nullcontext)  # type: ignore[arg-type]
+
+
+def test_scores_of_two_models_from_one_pass():
+    loader = Batches(4)
+    turned = torch.nn.Linear(K, K)
+    found = score(loader, torch.nn.Identity(), turned)
+    assert loader.given == 5
+    with torch.no_grad():
+        for name, logits in ("0", loader.images), ("1", turned(loader.images)):
+            ranked = logits.argsort(descending=True) == loader.targets[:, None]
+            assert found[name].top1 == pytest.approx(100 * ranked[:, 0].float().mean().item())
+            assert found[name].top5 == pytest.approx(
+                100 * ranked[:, :5].sum(1).float().mean().item()
+            )
+            loss = F.cross_entropy(logits, loader.targets).item()
+            assert found[name].loss == pytest.approx(loss)
+            assert found[name].images == 23
+    assert found["0"] != found["1"]
+
+
+def test_no_batch_waits_for_the_device(monkeypatch):
+    def one_hot(x, classes):  # torch's own checks its values on CPUs, and there alone
+        return (x[..., None] == torch.arange(classes)).long()
+
+    monkeypatch.setattr(F, "one_hot", one_hot)
+    counts = []
+    for full in (1, 6):
+        with Reads() as reads:
+            score(Batches(full), torch.nn.Identity())
+        counts.append(reads.count)
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_loss_that_is_not_finite_stays_so():
+    loader = Batches(2)
+    loader.images[3, 1] = float("nan")
+    (found,) = score(loader, torch.nn.Identity()).values()
+    assert found.loss != found.loss
+
+
+def test_modes_are_restored_and_nothing_is_no_score():
+    models = torch.nn.Identity().train(), torch.nn.Identity().eval()
+    score(Batches(1), *models)
+    assert [model.training for model in models] == [True, False]
+    with pytest.raises(ValueError, match="none of the images could be read"):
+        score([], *models)

@@ -1,0 +1,83 @@
+"""Going on with another recipe, or from what not all processes see alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from featkd.distributed import ProcessContext
+from featkd.train.checkpoint import CheckpointError
+from featkd.train.engine import Trainer
+from featkd.train.logs import RunLog
+from featkd.train.recipe import Recipe
+from tests.train.runs import CPU
+
+
+def saved(recipe: Recipe) -> Trainer:
+    """A run that has done one update and saved."""
+    trainer = Trainer(recipe, CPU)
+    trainer.parts.student.train()
+    trainer.step([next(iter(trainer.parts.train_loader))])
+    trainer.store.prepare()
+    trainer._save(RunLog(None, 0, 0))
+    return trainer
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion"])
+def test_another_weight_decay_and_eps_count(alone, optimizer):
+    optim = replace(alone.optim, optimizer=optimizer)
+    before = saved(replace(alone, optim=optim)).parts.optimizer.param_groups
+    assert [group["weight_decay"] for group in before] == [0.0, 0.05]
+    other = replace(alone, optim=replace(optim, weight_decay=0.2, eps=1e-6))
+    trainer = Trainer(other, CPU)
+    trainer._resume("auto")
+    groups = trainer.parts.optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.2]
+    assert {group.get("eps") for group in groups} == {1e-6 if optimizer == "adamw" else None}
+    assert trainer.parts.optimizer.state  # was restored
+
+
+@pytest.mark.parametrize(("before", "after"), [("bf16", "fp16"), ("fp16", "off"), ("fp16", "fp16")])
+def test_another_precision(alone, before, after):
+    scaler = saved(replace(alone, amp=before)).parts.scaler
+    trainer = Trainer(replace(alone, amp=after), CPU)
+    fresh = trainer.parts.scaler.state_dict()
+    trainer._resume("auto")
+    assert trainer.parts.scaler.is_enabled() == (after == "fp16")
+    if before == after:  # halved by an overflow, or on its way to grow
+        assert trainer.parts.scaler.state_dict() == scaler.state_dict()
+        assert scaler.state_dict() != fresh
+    trainer.parts.student.train()
+    assert trainer.step([next(iter(trainer.parts.train_loader))]).total.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer": "sgd"}, r"last.pt: optim.optimizer: 'adamw' -> 'sgd': .*expected 'adamw'"),
+        ({"optimizer": "lion"}, r"last.pt: optim.optimizer: 'adamw' -> 'lion'"),
+        ({"weight_decay": 0.0}, r"last.pt: optim.weight_decay: 0.05 -> 0: .* more than 0"),
+    ],
+)
+def test_what_the_optimizers_state_does_not_fit(alone, change, message):
+    saved(alone)
+    with pytest.raises(CheckpointError, match=message):
+        Trainer(replace(alone, optim=replace(alone.optim, **change)), CPU)._resume("auto")
+
+
+def test_processes_that_read_different_files_are_stopped(alone, monkeypatch):
+    """Each of three says where it would go on; all learn of it, so that none waits for another."""
+    others: dict[str, str] = {}
+    monkeypatch.setattr(ProcessContext, "merged", lambda _, facts: facts | others)
+    last = saved(alone).store.last
+    ours = f"{last} after update 1 (epoch 0, batch 1)"
+    others = {"1": ours, "2": ours}
+    Trainer(alone, CPU)._resume("auto")
+    for theirs in (ours.replace("update 1", "update 0"), "the start"):
+        others = {"1": theirs, "2": ours}
+        with pytest.raises(CheckpointError) as told:
+            Trainer(alone, CPU)._resume("auto")
+        assert f"{ours} (processes 0, 2); {theirs} (process 1); does" in str(told.value)
+    with pytest.raises(CheckpointError, match=r"the start \(processes 0, 1\); .* \(process 2\)"):
+        Trainer(replace(alone, out=alone.out + "-none"), CPU)._resume("auto")

@@ -1,0 +1,204 @@
+"""What a save leaves when something goes wrong: weights, the order of files, the disk."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+
+from featkd.losses import DistillationTerms
+from featkd.remote import Location, locate
+from featkd.train.checkpoint import CheckpointError, CheckpointStore, load
+from featkd.train.engine import Trainer
+from featkd.train.logs import TRAIN_COLUMNS, RunLog
+from featkd.train.meter import TrainingDiverged
+from tests.train.runs import CPU
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_diverged_state_is_not_saved(alone, monkeypatch, stopped):
+    """nan in update 4, which nothing reads before the epoch's end but the save, or the stop."""
+    policy = replace(alone.checkpoint, every_updates=2)
+    trainer = Trainer(replace(alone, log_every=100, checkpoint=policy), CPU)
+    compare = trainer.compare
+
+    def diverge(*args):
+        factor = math.nan if trainer.update == 3 else 1.0
+        return DistillationTerms(*(x * factor for x in compare(*args)))
+
+    monkeypatch.setattr(trainer, "compare", diverge)
+    monkeypatch.setattr(trainer, "apply_gradients", lambda: None)  # the weights stay finite
+    if stopped:
+        monkeypatch.setattr(trainer, "_stop_agreed", lambda _: 15 if trainer.update == 4 else None)
+    with pytest.raises(TrainingDiverged, match=r"loss is nan by update 4; the last .*last.pt"):
+        trainer.run(quiet=True)
+    assert load(Path(alone.out) / "last.pt")["update"] == 2
+
+
+def test_weights_that_overflowed_are_not_saved(alone):
+    """The loss of the update that broke them was finite; the next one's is not seen yet."""
+    trainer = Trainer(alone, CPU)
+    trainer.store.prepare()
+    trainer._save(RunLog(None, 0, 0))
+    with torch.no_grad():
+        next(trainer.parts.student.parameters()).view(-1)[0] = math.inf
+    trainer.update = 1
+    with pytest.raises(TrainingDiverged, match=r"norm of the weights is inf by update 1; the"):
+        trainer._save(RunLog(None, 0, 0))
+    assert load(trainer.store.last)["update"] == 0
+
+
+def scored(update: int, top1: float, best: dict[str, float] | None = None) -> dict[str, Any]:
+    row = {"update": update, "top1": top1}
+    return {"update": update, "best": row if best is None else best}
+
+
+@pytest.fixture(params=["disk", "disk without links", "store"])
+def folder(request, tmp_path, monkeypatch) -> Iterator[Location]:
+    if request.param == "disk without links":
+
+        def refuse(*_):
+            raise OSError("no links here")
+
+        monkeypatch.setattr("os.link", refuse)
+    yield locate("memory://bucket") / "run" if request.param == "store" else tmp_path / "run"
+    MemoryFileSystem.store.clear()
+
+
+def test_a_kill_between_two_names_leaves_none_missing(folder, monkeypatch):
+    """Killed before each of the moves in turn: what last.pt says is best is in best.pt."""
+    store = CheckpointStore(folder, keep_every=1)
+    store.prepare()
+    store.save(scored(1, 10.0), is_best=True, ended_epoch=1)
+    moves = {"os.replace": os.replace, "memory": MemoryFileSystem.mv}
+    left = 0
+
+    class Killed(BaseException):
+        pass
+
+    def move(name):
+        def count_down(*args, **options):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return moves[name](*args, **options)
+
+        return count_down
+
+    monkeypatch.setattr("featkd.files.os.replace", move("os.replace"))
+    monkeypatch.setattr(MemoryFileSystem, "mv", move("memory"))
+    for done in range(3):
+        left = done
+        with pytest.raises(Killed):
+            store.save(scored(2, 20.0), is_best=True, ended_epoch=2)
+        assert load(store.last) == {"format": 2, **scored(1, 10.0)}
+        assert load(store.best)["update"] == (2 if done == 2 else 1)
+    left = 3
+    store.save(scored(2, 20.0), is_best=True, ended_epoch=2)
+    for name in ("last.pt", "best.pt", "epoch-0002.pt"):
+        assert load(folder / name)["update"] == 2
+    assert load(folder / "epoch-0001.pt")["update"] == 1
+
+
+def test_a_name_that_can_not_be_given_leaves_last(folder, monkeypatch):
+    store = CheckpointStore(folder)
+    store.prepare()
+    store.save(scored(1, 10.0), is_best=True)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("featkd.files.atomic_link", full)
+    monkeypatch.setattr(MemoryFileSystem, "copy", full)
+    with pytest.raises(CheckpointError, match=r"could not save .*last.pt: .*space.*untouched"):
+        store.save(scored(2, 20.0), is_best=True)
+    assert [load(path)["update"] for path in (store.last, store.best)] == [1, 1]
+
+
+def test_the_best_state_comes_along(folder, tmp_path):
+    """To another folder, from the checkpoint or from beside it; and back where it was lost."""
+    old = CheckpointStore(folder)
+    old.prepare()
+    old.save(scored(1, 10.0), is_best=True)
+    for name, last in ("same", scored(1, 10.0)), ("later", scored(2, 5.0, scored(1, 10.0)["best"])):
+        old.save(last)
+        for place in (tmp_path / name, locate(f"memory://other/{name}")):
+            new = CheckpointStore(place)
+            new.prepare()
+            assert new.bring_best(old.last, last) == last["best"]
+            assert load(new.best)["update"] == 1
+    for there, at_best in itertools.product((None, 7.0, 30.0), (True, False)):
+        (tmp_path / "lost").mkdir(exist_ok=True)
+        (tmp_path / "lost" / "best.pt").unlink(missing_ok=True)
+        lost = CheckpointStore(tmp_path / "lost")
+        if there is not None:
+            lost.save(scored(4, there), is_best=True)
+        last = scored(5, 20.0) if at_best else scored(6, 3.0, scored(5, 20.0)["best"])
+        lost.save(last)
+        kept = {} if there is None else scored(4, there)["best"]
+        brought = last["best"] if at_best and there != 30.0 else kept
+        assert lost.bring_best(lost.last, last) == brought
+        assert lost.best.exists() == bool(brought)
+        if brought:
+            assert load(lost.best)["best"] == brought
+
+
+def test_a_run_that_goes_on_elsewhere_has_its_best(alone, tmp_path):
+    first = Trainer(alone, CPU)
+    first.best = {"update": 0, "top1": 50.0}
+    first.store.prepare()
+    first._save(RunLog(None, 0, 0), is_best=True)
+    trainer = Trainer(replace(alone, out=str(tmp_path / "elsewhere")), CPU)
+    trainer.store.prepare()
+    last = first.store.last
+    assert trainer._resume(str(last)) == [f"resumed from {last} after update 0 (epoch 0)"]
+    assert trainer.best == first.best == load(trainer.store.best)["best"]
+    first.update = 1  # and the state of the best is lost
+    first._save(RunLog(None, 0, 0))
+    first.store.best.unlink()
+    trainer = Trainer(replace(alone, out=str(tmp_path / "without")), CPU)
+    said = trainer._resume(str(last))
+    assert trainer.best == {}
+    assert "without/best.pt: the score to be beaten is none, not 50.0 as in" in said[1]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's always full device")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("kind", ["csv", "events"])
+def test_a_disk_filled_by_the_logs_names_them_and_no_close_hides_it(tmp_path, capsys, kind):
+    """/dev/full answers every write as a full disk does."""
+    log = RunLog(tmp_path, 0, 1)
+    row = dict.fromkeys(TRAIN_COLUMNS, 1)
+    if kind == "csv":
+        log._train._file = open("/dev/full", "w")  # noqa: SIM115
+        log._train._writer = csv.DictWriter(log._train._file, TRAIN_COLUMNS)
+        path = tmp_path / "metrics.csv"
+    else:
+        writer = log._board._board.file_writer.event_writer._async_writer
+        writer._writer._writer = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+        path = tmp_path / "tensorboard"
+
+    def fill() -> None:
+        try:
+            deadline = time.monotonic() + 10  # TensorBoard's thread tells it with a later event
+            while time.monotonic() < deadline:
+                log.train(row)
+        finally:
+            log.close()
+
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'") as told:
+        fill()
+    assert told.value.errno == 28
+    assert f"the end of the logs is missing: {told.value}" in capsys.readouterr().err
+    assert log._eval._file.closed

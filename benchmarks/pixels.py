@@ -21,7 +21,7 @@ from torch import Tensor
 from featkd.arguments import Parser, check_folders
 from featkd.data import DataConfig, ImageSet, read_image
 from featkd.data.augment import build_transform, kept_generators, seeded
-from featkd.data.dali import as_png
+from featkd.data.dali_files import as_png
 from featkd.data.dali_pipeline import as_arrays, build_pipeline
 from featkd.data.decisions import Decisions, Operation, TrainingDecisions, evaluation_decisions
 from featkd.data.sampler import Key

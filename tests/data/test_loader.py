@@ -28,6 +28,9 @@ Split = Literal["train", "val"]
 # Every kind of draw is likely; under 256 images the repeats need no multiple of 256.
 STRONG = AugmentConfig(random_erasing=0.5, repeats=1)
 DEFAULTS: dict[str, Any] = {"augment": STRONG}
+# ways to spoil a file, and workers
+SPOILT = [(how, workers) for how in ("truncated", "empty", "text") for workers in (0, 2)]
+SPOILT += [(how, 0) for how in ("no tables", "other tables", "no scan", "hole")]
 
 
 @pytest.fixture(params=["timm", "dali"])
@@ -293,8 +296,7 @@ def test_the_trainings_generators_are_left_alone(make_set: MakeSet, workers: int
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("how", ["truncated", "empty", "text"])
+@pytest.mark.parametrize(("how", "workers"), SPOILT)
 def test_a_bad_image_under_error(make_set: MakeSet, spoil: Spoil, workers: int, how: str) -> None:
     root = make_set(val=8, classes=1)
     bad = root / "val/class0/005.jpg"
@@ -311,8 +313,7 @@ def test_a_bad_image_under_error(make_set: MakeSet, spoil: Spoil, workers: int, 
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("how", ["truncated", "empty", "text"])
+@pytest.mark.parametrize(("how", "workers"), SPOILT)
 def test_bad_images_under_skip(make_set: MakeSet, spoil: Spoil, workers: int, how: str) -> None:
     root = make_set(train=8, val=9, classes=1)
     for name in ("train/class0/007", "val/class0/000", "val/class0/001", "val/class0/003"):

@@ -25,7 +25,7 @@ from featkd.data.dali_files import File, load, load_decodable
 from featkd.data.dali_pipeline import as_arrays, build_pipeline
 from featkd.data.decisions import Decisions, TrainingDecisions, evaluation_decisions
 from featkd.data.images import BadImageError
-from featkd.data.imageset import ImageSet
+from featkd.data.imageset import DATA_ERRORS, DataError, ImageSet
 from featkd.data.loader import Batch, SampledLoader, as_tensor
 from featkd.data.sampler import EpochSampler, Key
 
@@ -232,7 +232,7 @@ class _Epoch:
         self.fed: deque[_Fed] = deque()
         self.taken: list[list[Key]] = []
         self.bad: list[BadImageError] = []
-        self.failed: BadImageError | None = None
+        self.failed: DataError | None = None
         self._dataset = dataset
         self._keys = keys
         self._threads = ThreadPoolExecutor(max(threads, 1), "featkd-read")
@@ -252,7 +252,7 @@ class _Epoch:
         files, decodable = self._reading.popleft()
         try:
             return [(key, found.result()) for key, found in files], decodable
-        except BadImageError as error:
+        except DATA_ERRORS as error:
             self.failed = error
             self._reading.clear()
             raise StopIteration from error

@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.dataloader import default_collate
 
 from featkd.data.images import BadImageError
-from featkd.data.imageset import ImageSet, Sample
+from featkd.data.imageset import DATA_ERRORS, DataError, ImageSet, Sample
 from featkd.data.sampler import EpochSampler, Key
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that follows on the parent's end
@@ -238,7 +238,7 @@ class TorchLoader(SampledLoader):
 
     def _checked(
         self,
-        batches: Iterator[tuple[Tensor, Tensor, list[BadImageError], Tensor] | BadImageError],
+        batches: Iterator[tuple[Tensor, Tensor, list[BadImageError], Tensor] | DataError],
         own: int,
     ) -> Iterator[Batch]:
         """Raise what came as data, record bad files, pass over empty batches."""
@@ -253,7 +253,7 @@ class TorchLoader(SampledLoader):
                 raise RuntimeError("a DataLoader worker died.") from lost
             if batch is None:
                 return
-            if isinstance(batch, BadImageError):
+            if isinstance(batch, DATA_ERRORS):
                 raise batch
             images, targets, errors, keys = batch
             for error in errors:
@@ -287,10 +287,10 @@ def is_of_worker(error: RuntimeError) -> bool:
 
 
 def _collate(
-    samples: list[Sample] | BadImageError, *, channels_last: bool
-) -> tuple[Tensor, Tensor, list[BadImageError], Tensor] | BadImageError:
+    samples: list[Sample] | DataError, *, channels_last: bool
+) -> tuple[Tensor, Tensor, list[BadImageError], Tensor] | DataError:
     """Stack the images that are there; in a worker straight into shared memory."""
-    if isinstance(samples, BadImageError):
+    if isinstance(samples, DATA_ERRORS):
         return samples
     images = [sample.image for sample in samples if sample.image is not None]
     targets = [sample.target for sample in samples if sample.image is not None]

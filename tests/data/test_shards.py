@@ -259,3 +259,25 @@ def test_shards_without_an_image_are_refused(both):
         pass
     with pytest.raises(ShardError, match=r"train: no image in its 1 shards"):
         ImageSet(DataConfig(str(other), img_size=8), "train")
+
+
+@pytest.mark.parametrize(("backend", "workers"), [("timm", 0), ("timm", 1), ("dali", 1)])
+def test_an_error_in_a_shard_reads_the_same_from_any_loader(both, backend, workers):
+    """Out of a worker too: without the worker's traceback, after the batches before it."""
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    root, other = both
+    files = files_of(root, "val")
+    write_tar(other / "val" / "a.tar", [*files[:2], (files[2][0], 7)])
+    write_tar(other / "train" / "a.tar", files)
+    config = DataConfig(str(other), img_size=8, workers=workers, backend=backend)
+    loader = build_loader(config, split="val", batch_size=1)
+    batches = iter(loader)
+    assert [next(batches).targets.tolist() for _ in range(2)] == [[0], [0]]
+    with pytest.raises(ShardError) as raised:
+        next(batches)
+    loader.close()
+    assert str(raised.value) == (
+        f"{other}/val/a.tar/a/0002.jpg: has class 7; classes.txt has 3 lines and "
+        "data.first_label is 0"
+    )

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -39,8 +40,10 @@ def why_not(config: DataConfig, training: bool) -> str:
     """Why this loader can't serve a configuration, or nothing."""
     if find_spec("nvidia") is None or find_spec("nvidia.dali") is None:
         return "nvidia-dali is not installed"
-    if not training:
-        return ""
+    return (_cannot(config) if training else "") or _not_importable()
+
+
+def _cannot(config: DataConfig) -> str:
     if config.augment.color_jitter is not None:
         return "data.augment.color_jitter is not among what the DALI loader does"
     names = TrainingDecisions(config, 0).operations
@@ -50,6 +53,15 @@ def why_not(config: DataConfig, training: bool) -> str:
             f"data.augment.rand_augment: {', '.join(unknown)} of {config.augment.rand_augment!r} "
             "can't be done by the DALI loader"
         )
+    return ""
+
+
+def _not_importable() -> str:
+    """Asked last: beside an imported DALI, workers start more slowly."""
+    try:
+        import_module("nvidia.dali")
+    except Exception as error:  # of a broken installation, of any type
+        return f"nvidia-dali can't be imported: {type(error).__name__}: {error}"
     return ""
 
 

@@ -43,6 +43,7 @@ class Loader(Protocol):
         dataset: the files.
         sampler: which image comes when.
         pixels: what decodes and transforms: loaders of which this differs differ by rounding.
+        note: why it is not the loader that was wanted, if so.
     """
 
     classes: list[str]
@@ -51,6 +52,7 @@ class Loader(Protocol):
     dataset: ImageSet
     sampler: EpochSampler
     pixels: str
+    note: str
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches of the epoch chosen by `set_epoch`; starting anew ends an older iterator."""
@@ -90,6 +92,7 @@ class SampledLoader:
         self.classes = dataset.classes
         self.num_samples = len(dataset)
         self.bad_images: dict[str, str] = {}
+        self.note = ""
         self.dataset = dataset
         self.sampler = sampler
         # torch types the keys as int, yet hands on whatever the sampler gives.
@@ -208,8 +211,10 @@ class TorchLoader(SampledLoader):
         workers: int,
         pin_memory: bool,
         channels_last: bool,
+        note: str = "",
     ) -> None:
         super().__init__(dataset, sampler, batch_size)
+        self.note = note
         self._workers = workers
         self._make = partial(
             DataLoader,

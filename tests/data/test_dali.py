@@ -201,9 +201,27 @@ def test_what_it_does_not_do_is_refused_or_left_to_timm(make_set: MakeSet):
     assert not why_not(replace(config, augment=jitter), training=False)
     assert not why_not(replace(config, augment=AugmentConfig()), training=True)
     with pytest.warns(UserWarning, match="loaded by timm, not by DALI: .*GaussianBlur"):
-        build_loader(replace(config, backend="auto"), split="train", batch_size=4, device="cuda")
+        loader = build_loader(
+            replace(config, backend="auto"), split="train", batch_size=4, device="cuda"
+        )
+    assert loader.pixels == "timm"
+    assert "GaussianBlur" in loader.note
     with pytest.raises(ValueError, match=r"data.backend: expected one of auto, timm, dali"):
         replace(config, backend="DALI")  # type: ignore[arg-type]
+
+
+def test_an_installation_that_can_not_be_imported_is_no_dali(make_set: MakeSet, monkeypatch):
+    config = DataConfig(str(make_set()), img_size=16, workers=0, backend="dali", augment=PLAIN)
+
+    def fails(name: str) -> None:
+        raise OSError("libdali.so: cannot open shared object file")
+
+    monkeypatch.setattr(dali, "import_module", fails)
+    with pytest.raises(ValueError, match=r"used: nvidia-dali can't be imported: OSError: libdali"):
+        build_loader(config, split="val", batch_size=4)
+    monkeypatch.setattr(dali, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="can't be used: nvidia-dali is not installed"):
+        build_loader(config, split="val", batch_size=4)
 
 
 def save_jpeg(**options) -> bytes:

@@ -136,7 +136,7 @@ def step_differences(config: DataConfig, paths: Sequence[str]) -> list[Differenc
     theirs = _stack([_resized(config, *pair) for pair in zip(images, drawn, strict=True)])
     unchanged = [as_png(image) for image in images]
     windows = [replace(decisions, flip=False) for decisions in drawn]
-    for name, resize in (("resize (CPU: torch)", "auto"), ("resize (GPU: DALI)", "dali")):
+    for name, resize in (("resize (torch)", "auto"), ("resize (DALI, on the CPU)", "dali")):
         ours = through_dali(config, unchanged, windows, resize=resize)
         found.append(_difference(name, ours, theirs))
 

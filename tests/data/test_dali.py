@@ -177,17 +177,28 @@ def test_batches_stay_as_they_are_while_others_come(make_set: MakeSet):
     assert torch.equal(torch.stack(kept[:10]), torch.stack(kept[10:]))  # the same epoch again
 
 
-def test_the_pipeline_of_a_gpu_can_be_defined(make_set: MakeSet):
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_the_pipeline_of_a_gpu_can_be_defined(make_set: MakeSet, monkeypatch, device):
     """Not run here: DALI checks an operator's inputs as the graph is made, and needs a driver to
     go further."""
+    from nvidia.dali import fn
+
+    decode, said = fn.decoders.image_slice, []
+    monkeypatch.setattr(
+        fn.decoders, "image_slice", lambda *inputs, **k: said.append(k) or decode(*inputs, **k)
+    )
     build_pipeline(
         DataConfig(str(make_set()), img_size=32),
         lambda: ([],),
         batch_size=4,
         layers=2,
         fill=(1, 2, 3),
-        device=torch.device("cuda", 0),
+        device=torch.device(device),
     )
+    (options,) = said
+    assert options["device"] == ("cpu" if device == "cpu" else "mixed")
+    # by default nvJPEG repeats chroma where libjpeg, and so Pillow, interpolates it
+    assert options["jpeg_fancy_upsampling"] == (device != "cpu")
 
 
 def test_what_it_does_not_do_is_refused_or_left_to_timm(make_set: MakeSet):

@@ -23,7 +23,7 @@ def atomic_write(path: Location) -> Iterator[IO[bytes]]:
     """Open a file for writing that takes `path`'s place only when the block ends without error.
 
     On any error, a full disk included, the temporary file is removed and what was at `path`
-    before is untouched.
+    before is untouched. (Behind a URL see `RemotePath.replace_with`.)
     """
     if isinstance(path, RemotePath):
         content = io.BytesIO()

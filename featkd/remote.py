@@ -62,16 +62,18 @@ class RemotePath:
             self.fs.makedirs(self.path, exist_ok=exist_ok)
 
     def replace_with(self, content: bytes) -> None:
-        """Make `content` what is here; on an error what was here before is untouched.
+        """Make `content` what is here.
 
         Object stores show an object when its upload is complete, other file systems while it is
-        written. Written aside and moved, it appears whole on either: a store's move is a copy on
-        its own side, which appears whole, and a deletion.
+        written. Written aside and then put in place, it appears whole on either: a store copies on
+        its own side, where the copy appears whole too, and others rename. So after an error there
+        is here what was before or, where only the answer got lost, the new content; not a part of
+        it.
         """
         with self._naming():
             try:
                 self.fs.pipe_file(self._aside, content)
-                self.fs.mv(self._aside, self.path)
+                self._take_aside()
             except BaseException:
                 self._forget_aside()
                 raise
@@ -79,8 +81,22 @@ class RemotePath:
     def copy_to(self, other: RemotePath) -> None:
         """A copy at `other`, made by the store, which appears whole; see `replace_with`."""
         with self._naming():
-            self.fs.copy(self.path, other._aside)
-            self.fs.mv(other._aside, other.path)
+            try:
+                self.fs.copy(self.path, other._aside)
+                other._take_aside()
+            except BaseException:
+                other._forget_aside()
+                raise
+
+    def _take_aside(self) -> None:
+        """Put what waits in place."""
+        from fsspec.spec import AbstractFileSystem
+
+        if type(self.fs).mv is AbstractFileSystem.mv:  # no renaming: it would copy and delete
+            self.fs.copy(self._aside, self.path)
+            self._forget_aside()  # it is done, even where that is refused
+        else:
+            self.fs.mv(self._aside, self.path)
 
     @property
     def _aside(self) -> str:
@@ -88,11 +104,11 @@ class RemotePath:
         return f"{self.path.rpartition('/')[0]}/.{self.name}.tmp"
 
     def _forget_aside(self) -> None:
-        """Remove what waits, if the file system is still there to do it."""
+        """Remove what waits, if the file system is there to do it and lets us."""
         try:
             if self.fs.exists(self._aside):
                 self.fs.rm(self._aside)
-        except Exception:  # what went wrong before is the error to be told
+        except Exception:  # the next write takes its place
             return
 
     @contextmanager

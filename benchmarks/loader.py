@@ -16,7 +16,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from featkd.data import DataConfig, build_loader, build_transform, read_image
-from featkd.data.loader import end_workers, start_worker, worker_context
+from featkd.data.workers import end_workers, worker_options
 
 from . import timing
 from .photographs import Photographs
@@ -92,7 +92,7 @@ def _in_turns(work: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def _build(data: DataConfig, variants: Sequence[str], batch_size: int) -> Loaders:
-    # Loaded first, so that every DataLoader here knows not to fork beside DALI's threads.
+    # Loaded first, so that no DataLoader here forks beside DALI's threads.
     with suppress(ImportError):
         import nvidia.dali  # noqa: F401
     loaders = Loaders()
@@ -140,10 +140,8 @@ def _torchvision_epoch(config: DataConfig, batch_size: int, loaders: Loaders) ->
         batch_size=batch_size,
         shuffle=True,
         drop_last=True,
-        num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=start_worker,
-        multiprocessing_context=worker_context() if workers else None,
+        **worker_options(workers),
     )
 
     loaders.closing.append(partial(end_workers, loader))

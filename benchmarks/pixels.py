@@ -21,7 +21,7 @@ from torch import Tensor
 from featkd.arguments import Parser, check_folders
 from featkd.data import DataConfig, ImageSet, read_image
 from featkd.data.augment import build_transform, kept_generators, seeded
-from featkd.data.dali import as_png
+from featkd.data.dali_files import as_png
 from featkd.data.dali_pipeline import as_arrays, build_pipeline
 from featkd.data.decisions import Decisions, Operation, TrainingDecisions, evaluation_decisions
 from featkd.data.sampler import Key
@@ -136,7 +136,7 @@ def step_differences(config: DataConfig, paths: Sequence[str]) -> list[Differenc
     theirs = _stack([_resized(config, *pair) for pair in zip(images, drawn, strict=True)])
     unchanged = [as_png(image) for image in images]
     windows = [replace(decisions, flip=False) for decisions in drawn]
-    for name, resize in (("resize (CPU: torch)", "auto"), ("resize (GPU: DALI)", "dali")):
+    for name, resize in (("resize (torch)", "auto"), ("resize (DALI, on the CPU)", "dali")):
         ours = through_dali(config, unchanged, windows, resize=resize)
         found.append(_difference(name, ours, theirs))
 

@@ -72,7 +72,7 @@ def _run(command: Callable[[list[str]], int], words: list[str]) -> int:
     """Run a command and turn the errors a user can mend into one clear message."""
     from featkd.cache import CacheError
     from featkd.data import BadImageError
-    from featkd.data.loader import is_of_worker
+    from featkd.data.workers import is_of_worker
     from featkd.diagnostics.source import UnreadableError
     from featkd.diagnostics.state import StateError
     from featkd.distributed import ProcessLost

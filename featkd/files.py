@@ -22,7 +22,7 @@ def atomic_write(path: Location, also: Sequence[Location] = ()) -> Iterator[IO[b
     """Open a file for writing that takes `path`'s place only when the block ends without error.
 
     On any error, a full disk included, the temporary file is removed and what was at `path`
-    before is untouched.
+    before is untouched. (Behind a URL see `RemotePath.replace_with`.)
 
     Args:
         path: the file.

@@ -67,20 +67,22 @@ class RemotePath:
             self.fs.makedirs(self.path, exist_ok=exist_ok)
 
     def replace_with(self, content: bytes, also: Iterable[RemotePath] = ()) -> None:
-        """Make `content` what is here; on an error what was here before is untouched.
+        """Make `content` what is here.
 
         It becomes what is at each of `also` first, in the same store.
 
         Object stores show an object when its upload is complete, other file systems while it is
-        written. Written aside and moved, it appears whole on either: a store's move is a copy on
-        its own side, which appears whole, and a deletion.
+        written. Written aside and then put in place, it appears whole on either: a store copies on
+        its own side, where the copy appears whole too, and others rename. So after an error there
+        is here what was before or, where only the answer got lost, the new content; not a part of
+        it.
         """
         with self._naming():
             try:
                 self.fs.pipe_file(self._aside, content)
                 for other in also:
                     other._take(self._aside)
-                self.fs.mv(self._aside, self.path)
+                self._take_aside()
             except BaseException:
                 self._forget_aside()
                 raise
@@ -94,10 +96,20 @@ class RemotePath:
         with self._naming():
             try:
                 self.fs.copy(path, self._aside)
-                self.fs.mv(self._aside, self.path)
+                self._take_aside()
             except BaseException:
                 self._forget_aside()
                 raise
+
+    def _take_aside(self) -> None:
+        """Put what waits in place."""
+        from fsspec.spec import AbstractFileSystem
+
+        if type(self.fs).mv is AbstractFileSystem.mv:  # no renaming: it would copy and delete
+            self.fs.copy(self._aside, self.path)
+            self._forget_aside()  # it is done, even where that is refused
+        else:
+            self.fs.mv(self._aside, self.path)
 
     @property
     def _aside(self) -> str:
@@ -105,11 +117,11 @@ class RemotePath:
         return self.with_name(f".{self.name}.tmp").path
 
     def _forget_aside(self) -> None:
-        """Remove what waits, if the file system is still there to do it."""
+        """Remove what waits, if the file system is there to do it and lets us."""
         try:
             if self.fs.exists(self._aside):
                 self.fs.rm(self._aside)
-        except Exception:  # what went wrong before is the error to be told
+        except Exception:  # the next write takes its place
             return
 
     @contextmanager

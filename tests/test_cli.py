@@ -93,7 +93,11 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_so(
     out = tmp_path / "stopped"
     process = server.start("distill", recipe_file, "--out", out, *LONG)
     wait_for_updates(out / "metrics.csv", 10, process)
-    os.killpg(process.pid, number)  # the loader's workers get it too, as from a terminal
+    # the loader's workers get it too, as from a terminal or in a control group
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) >= 2
+    for pid in (*workers, process.pid):
+        os.kill(int(pid), number)
     assert process.wait() == code, process.stderr
     assert "--resume auto goes on from here" in process.stderr
     done = load(out / "last.pt")["update"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
@@ -32,6 +32,35 @@ class FailingStore(MemoryFileSystem):
             raise RuntimeError("the quota is used up")
 
 
+class Unsteady(MemoryFileSystem):
+    """Refuses what it is told to refuse: "rm", or "cp_file" to a path."""
+
+    protocol = "unsteady"
+    refused: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("unsteady://", "memory://")))
+
+    def rm(self, path: Any, **options: Any) -> None:
+        if "rm" in Unsteady.refused:
+            raise PermissionError("deleting is not allowed")
+        super().rm(path, **options)
+
+    def cp_file(self, path1: str, path2: str, **options: Any) -> None:
+        if path2.endswith(Unsteady.refused.get("cp_file", "nothing")):
+            raise RuntimeError("the connection is lost")
+        super().cp_file(path1, path2, **options)
+
+
+class Renaming(Unsteady):
+    """Has a renaming of its own, and would show a copy while it is made."""
+
+    def mv(self, path1: str, path2: str, **options: Any) -> None:
+        self.store[path2] = self.store.pop(path1)
+
+
+fsspec.register_implementation("unsteady", Unsteady, clobber=True)
 fsspec.register_implementation("failing", FailingStore, clobber=True)
 
 
@@ -109,6 +138,49 @@ def test_a_half_done_upload_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch)
         last.replace_with(b"new content")
     assert last.read_bytes() == b"old content"
     assert last.fs.find("/runs/half") == ["/runs/half/last.pt"]
+
+
+@pytest.fixture
+def unsteady(monkeypatch: pytest.MonkeyPatch) -> Iterator[RemotePath]:
+    """A folder with last.pt in it, on a file system that refuses nothing yet."""
+    monkeypatch.setattr(Unsteady, "refused", {})
+    place = locate("unsteady://runs/two")
+    assert isinstance(place, RemotePath)
+    (place / "last.pt").replace_with(b"old")
+    yield place
+    place.fs.store.clear()
+
+
+def test_a_refused_deletion_is_no_failure(unsteady: RemotePath) -> None:
+    """The content is there; an error would say that it is not."""
+    Unsteady.refused["rm"] = ""
+    last = unsteady / "last.pt"
+    last.replace_with(b"new")
+    last.copy_to(unsteady / "best.pt")
+    assert last.read_bytes() == (unsteady / "best.pt").read_bytes() == b"new"
+    Unsteady.refused.clear()
+    for path in (last, unsteady / "best.pt"):
+        path.replace_with(b"newer")  # takes the place of what was left, and removes it
+    assert files(unsteady) == {"last.pt", "best.pt"}
+
+
+@pytest.mark.parametrize("step", [".best.pt.tmp", "/best.pt"])
+def test_a_copy_that_fails_leaves_nothing_aside(unsteady: RemotePath, step: str) -> None:
+    last, best = unsteady / "last.pt", unsteady / "best.pt"
+    best.replace_with(b"before")
+    Unsteady.refused["cp_file"] = step
+    with pytest.raises(OSError, match=r"last.pt: RuntimeError: the connection is lost"):
+        last.copy_to(best)
+    assert best.read_bytes() == b"before"
+    assert files(unsteady) == {"last.pt", "best.pt"}
+
+
+def test_a_file_system_that_can_rename_does(unsteady: RemotePath) -> None:
+    last = RemotePath(f"{unsteady}/last.pt", Renaming(), "/runs/two/last.pt")
+    Unsteady.refused["cp_file"] = "/last.pt"
+    last.replace_with(b"new")
+    assert last.read_bytes() == b"new"
+    assert files(unsteady) == {"last.pt"}
 
 
 def test_a_killed_upload_is_replaced_by_the_next(folder: RemotePath) -> None:

@@ -8,43 +8,42 @@ boxes; the pixels differ by the decoders' and filters' rounding.
 
 from __future__ import annotations
 
-import io
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from featkd.data.augment import kept_generators
 from featkd.data.config import DataConfig
 from featkd.data.dali_augment import supported
+from featkd.data.dali_files import File, load, load_decodable
 from featkd.data.dali_pipeline import as_arrays, build_pipeline
 from featkd.data.decisions import Decisions, TrainingDecisions, evaluation_decisions
-from featkd.data.images import BadImageError, decode_image
-from featkd.data.imageset import ImageSet
+from featkd.data.images import BadImageError
+from featkd.data.imageset import DATA_ERRORS, DataError, ImageSet
 from featkd.data.loader import Batch, SampledLoader, as_tensor
 from featkd.data.sampler import EpochSampler, Key
 
-_END_OF_JPEG = b"\xff\xd9"
-_TAIL = 4096  # bytes at the end of a file among which the end marker must be
 _READ_AHEAD = 2  # batches
 
-_File = tuple[np.ndarray[Any, Any], tuple[int, int]]  # content, (width, height)
 # what ImageSet.readable gives
-_Read = tuple[tuple[_File, int, int] | None, list[BadImageError]]
+_Read = tuple[tuple[File, int, int] | None, list[BadImageError]]
 
 
 def why_not(config: DataConfig, training: bool) -> str:
     """Why this loader can't serve a configuration, or nothing."""
     if find_spec("nvidia") is None or find_spec("nvidia.dali") is None:
         return "nvidia-dali is not installed"
-    if not training:
-        return ""
+    return (_cannot(config) if training else "") or _not_importable()
+
+
+def _cannot(config: DataConfig) -> str:
     if config.augment.color_jitter is not None:
         return "data.augment.color_jitter is not among what the DALI loader does"
     names = TrainingDecisions(config, 0).operations
@@ -54,6 +53,15 @@ def why_not(config: DataConfig, training: bool) -> str:
             f"data.augment.rand_augment: {', '.join(unknown)} of {config.augment.rand_augment!r} "
             "can't be done by the DALI loader"
         )
+    return ""
+
+
+def _not_importable() -> str:
+    """Asked last: beside an imported DALI, workers start more slowly."""
+    try:
+        import_module("nvidia.dali")
+    except Exception as error:  # of a broken installation, of any type
+        return f"nvidia-dali can't be imported: {type(error).__name__}: {error}"
     return ""
 
 
@@ -102,32 +110,61 @@ class DaliLoader(SampledLoader):
 
     def _run(self, own: int) -> Iterator[Batch]:
         epoch = self._epoch = _Epoch(self.dataset, iter(self._batches), self._config.workers)
-        pipeline = self._ready_pipeline()
+        self._prepare_pipeline()
         while True:
             self._check_newest(own)
             try:
-                (out,) = pipeline.run(_stream(self._device))
+                out = self._output(epoch)
             except StopIteration:
                 break
-            targets, decisions, errors, keys, passed = epoch.fed.popleft()
-            self._count(own, passed)
+            fed = epoch.fed.popleft()
+            self._count(own, len(fed.taken) - 1)
             # no copy: the pipeline takes the memory back when the tensor is gone
             images = torch.utils.dlpack.from_dlpack(out.as_tensor())
             if self._config.channels_last:
                 images = images.permute(0, 3, 1, 2)
-            _erase(images, decisions)
-            self.bad_images.update((error.path, error.cause) for error in errors)
-            bad = [error.path for error in errors]
-            yield Batch(images, torch.tensor(targets, dtype=torch.int64), bad, as_tensor(keys))
+            _erase(images, fed.decisions)
+            self.bad_images.update((error.path, error.cause) for error in fed.errors)
+            bad = [error.path for error in fed.errors]
+            targets = torch.tensor(fed.targets, dtype=torch.int64)
+            yield Batch(images, targets, bad, as_tensor(fed.keys))
         epoch.close()
         self._epoch = None
-        self._count(own, epoch.passed)
+        self._count(own, len(epoch.taken))
         self.bad_images.update((error.path, error.cause) for error in epoch.bad)
         if epoch.failed is not None:
             raise epoch.failed
 
-    def _ready_pipeline(self) -> Any:
-        """The pipeline of the epoch before where that came to its end, else a new one."""
+    def _output(self, epoch: _Epoch) -> Any:
+        """The pipeline's next output.
+
+        A file that can't be decoded ends the pipeline, without a name. Then a new one is fed what
+        that one held, each file looked at first.
+
+        Raises:
+            StopIteration: there is none.
+            RuntimeError: the pipeline failed on files that can be decoded.
+        """
+        while True:
+            try:
+                (out,) = self._pipeline.run(_stream(self._device))
+                return out
+            except RuntimeError as error:
+                self._pipeline = None
+                if not epoch.fed:
+                    raise
+                if all(fed.decodable for fed in epoch.fed):
+                    keys = epoch.fed[0].keys
+                    raise RuntimeError(
+                        f"DALI failed on a batch of {len(keys)} images, all of which Pillow "
+                        f"decodes, the first for {self.dataset.name(keys[0].image)}; "
+                        "data.backend: timm does without DALI"
+                    ) from error
+            epoch.read_again()
+            self._prepare_pipeline()
+
+    def _prepare_pipeline(self) -> None:
+        """Begin with the last epoch's pipeline where that came to its end, else with a new one."""
         if self._pipeline is None:
             self._pipeline = build_pipeline(
                 self._config,
@@ -139,14 +176,13 @@ class DaliLoader(SampledLoader):
             )
         else:
             self._pipeline.reset()
-        return self._pipeline
 
     def _feed(self) -> tuple[list[Any], ...]:
         """The next batch's files and decisions; called ahead of the batch that is taken."""
         epoch = self._epoch
         if epoch is None:
             raise StopIteration
-        for batch in epoch:
+        for batch, decodable in epoch:
             files, keys, targets = [], [], []
             for key, (found, errors) in batch:
                 epoch.bad += errors
@@ -154,13 +190,12 @@ class DaliLoader(SampledLoader):
                     files.append(found[0])
                     targets.append(found[1])
                     keys.append(key)
+            epoch.taken.append([key for key, _ in batch])
             if not files:
-                epoch.passed += 1
                 continue
             decisions = self._decide([size for _, size in files], keys)
-            epoch.fed.append(_Fed(targets, decisions, epoch.bad[:], keys, epoch.passed))
-            epoch.bad.clear()
-            epoch.passed = 0
+            epoch.fed.append(_Fed(targets, decisions, epoch.bad, keys, epoch.taken, decodable))
+            epoch.bad, epoch.taken = [], []
             contents = [content for content, _ in files]
             return as_arrays(contents, decisions, self._layers, self._config.img_size)
         raise StopIteration
@@ -174,13 +209,25 @@ class DaliLoader(SampledLoader):
 
 
 class _Fed(NamedTuple):
-    """Of a batch that the pipeline holds; `passed` counts those before it that had no image."""
+    """Of a batch that the pipeline holds.
+
+    `taken` has the keys asked for: those of the batches before it that had no image, and its own.
+    `decodable`: Pillow has decoded all its files.
+    """
 
     targets: list[int]
     decisions: list[Decisions]
     errors: list[BadImageError]
     keys: list[Key]
-    passed: int
+    taken: list[list[Key]]
+    decodable: bool
+
+
+class _Reading(NamedTuple):
+    """A batch on its way from the disk."""
+
+    files: list[tuple[Key, Future[_Read]]]
+    decodable: bool
 
 
 class _Epoch:
@@ -188,35 +235,51 @@ class _Epoch:
 
     Attributes:
         fed: of the batches that the pipeline holds.
-        bad: bad files met since the last of these.
-        passed: batches without a readable image since then.
+        taken: keys of batches since the last of these, which had no readable image.
+        bad: bad files met in them.
         failed: why the epoch ended early, to be raised after the batches before.
     """
 
     def __init__(self, dataset: ImageSet, keys: Iterator[Any], threads: int) -> None:
         self.fed: deque[_Fed] = deque()
+        self.taken: list[list[Key]] = []
         self.bad: list[BadImageError] = []
-        self.passed = 0
-        self.failed: BadImageError | None = None
+        self.failed: DataError | None = None
         self._dataset = dataset
         self._keys = keys
         self._threads = ThreadPoolExecutor(max(threads, 1), "featkd-read")
-        self._reading: deque[list[tuple[Key, Future[_Read]]]] = deque()
+        self._reading: deque[_Reading] = deque()
 
-    def __iter__(self) -> Iterator[list[tuple[Key, _Read]]]:
+    def __iter__(self) -> Iterator[tuple[list[tuple[Key, _Read]], bool]]:
         return self
 
-    def __next__(self) -> list[tuple[Key, _Read]]:
-        while len(self._reading) <= _READ_AHEAD and (batch := next(self._keys, None)) is not None:
-            started = [self._threads.submit(self._dataset.readable, key, _load) for key in batch]
-            self._reading.append(list(zip(batch, started, strict=True)))
-        if not self._reading or self.failed is not None:
+    def __next__(self) -> tuple[list[tuple[Key, _Read]], bool]:
+        """A batch's keys and what their files hold, and whether all of it can be decoded."""
+        while self.failed is None and len(self._reading) <= _READ_AHEAD:
+            if (batch := next(self._keys, None)) is None:
+                break
+            self._reading.append(self._begin(batch))
+        if not self._reading:
             raise StopIteration
+        files, decodable = self._reading.popleft()
         try:
-            return [(key, found.result()) for key, found in self._reading.popleft()]
-        except BadImageError as error:
+            return [(key, found.result()) for key, found in files], decodable
+        except DATA_ERRORS as error:
             self.failed = error
+            self._reading.clear()
             raise StopIteration from error
+
+    def read_again(self) -> None:
+        """Put back what the pipeline held, to be looked at file by file before it gets it again."""
+        held = [keys for fed in self.fed for keys in fed.taken] + self.taken
+        again = [self._begin(keys, decodable=True) for keys in held]
+        self._reading.extendleft(reversed(again))
+        self.fed.clear()
+        self.taken, self.bad = [], []
+
+    def _begin(self, batch: list[Key], *, decodable: bool = False) -> _Reading:
+        read = partial(self._dataset.readable, decode=load_decodable if decodable else load)
+        return _Reading([(key, self._threads.submit(read, key)) for key in batch], decodable)
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
@@ -242,30 +305,3 @@ def _erase(images: Tensor, decisions: list[Decisions]) -> None:
     parts = torch.split(flat.to(images.device, non_blocking=True), sizes)
     for (number, where, pixels), part in zip(writes, parts, strict=True):
         images[number][where] = part.view(pixels.shape)
-
-
-def _load(content: bytes, name: str) -> _File:
-    """A file's content as DALI decodes it as Pillow would, and its (width, height).
-
-    Raises:
-        BadImageError: it is no image, or is cut off.
-    """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            plain = image.format == "JPEG" and image.mode in ("RGB", "L")
-            size = image.size
-    except Exception:
-        decode_image(content, name)  # says what is wrong with it
-        raise
-    if plain and _END_OF_JPEG in content[-_TAIL:]:
-        return np.frombuffer(content, dtype=np.uint8), size
-    # CMYK, 16 bits, palettes: the rules are decode_image's
-    rgb = decode_image(content, name)
-    return as_png(rgb), rgb.size
-
-
-def as_png(image: Image.Image) -> np.ndarray[Any, Any]:
-    """The content of a file that every decoder reads to the image's own pixels."""
-    written = io.BytesIO()
-    image.save(written, "PNG", compress_level=0, icc_profile=None)
-    return np.frombuffer(written.getvalue(), dtype=np.uint8)

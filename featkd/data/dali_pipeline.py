@@ -68,6 +68,7 @@ def build_pipeline(
             normalized_shape=False,
             device="mixed" if on_gpu else "cpu",
             output_type=types.RGB,
+            jpeg_fancy_upsampling=on_gpu,  # of the chroma, as libjpeg does it anyway
             adjust_orientation=False,  # as read_image
         )
         if by_torch is not None:

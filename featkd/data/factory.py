@@ -88,7 +88,8 @@ def build_over(
     device: torch.device,
 ) -> Loader:
     """The loader of the images that a sampler names; the arguments as of `build_loader`."""
-    if _with_dali(config, dataset.training, device):
+    why_not = _why_not_dali(config, dataset.training, device)
+    if why_not is None:
         from featkd.data.dali import DaliLoader
 
         return DaliLoader(dataset, config, sampler, batch_size=batch_size, device=device)
@@ -99,17 +100,21 @@ def build_over(
         workers=config.workers,
         pin_memory=device.type == "cuda",
         channels_last=config.channels_last,
+        note=why_not,
     )
 
 
-def _with_dali(config: DataConfig, training: bool, device: torch.device) -> bool:
+def _why_not_dali(config: DataConfig, training: bool, device: torch.device) -> str | None:
+    """None for DALI; else what its user should know, which is nothing where nobody asked for it."""
     if config.backend == "timm" or (config.backend == "auto" and device.type != "cuda"):
-        return False
+        return ""
     from featkd.data.dali import why_not
 
     why = why_not(config, training)
-    if why and config.backend == "dali":
+    if not why:
+        return None
+    if config.backend == "dali":
         raise ValueError(f'data.backend: "dali" can\'t be used: {why}; allowed: "timm", "auto"')
-    if why:
-        warnings.warn(f"images are loaded by timm, not by DALI: {why}", stacklevel=4)
-    return not why
+    note = f"images are loaded by timm, not by DALI: {why}"
+    warnings.warn(note, stacklevel=4)
+    return note

@@ -16,11 +16,15 @@ from featkd.data.config import DataConfig
 from featkd.data.folder import FolderSource, split_folder
 from featkd.data.images import BadImageError, decode_image
 from featkd.data.sampler import Key
-from featkd.data.shards import RecordSource, TarSource, record_files, tar_files
+from featkd.data.shards import RecordSource, ShardError, TarSource, record_files, tar_files
 
 # Images tried for one training sample before giving up: a run of this many unreadable
 # neighbours is a broken disk or mount, not a few broken files.
 MAX_TRIES = 16
+
+# What is wrong with the data themselves, and its user should read without a traceback.
+DataError = BadImageError | ShardError
+DATA_ERRORS = (BadImageError, ShardError)
 
 Read = TypeVar("Read")
 
@@ -179,15 +183,15 @@ class ImageSet(Dataset[Sample]):
             )
         return None, bad
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[Sample] | BadImageError:
+    def __getitems__(self, keys: Sequence[Key]) -> list[Sample] | DataError:
         """The samples of a batch; torch's DataLoader calls this where it exists.
 
-        A BadImageError is returned, not raised: DataLoader would hand on only the text of what a
-        worker raises, and rebuild the exception from it without path and cause.
+        What the data are to blame for is returned, not raised: DataLoader would hand on only the
+        text of what a worker raises, with its traceback, and rebuild the exception from that.
         """
         try:
             return [self[key] for key in keys]
-        except BadImageError as error:
+        except DATA_ERRORS as error:
             return error
 
     def _transformed(self, image: Image.Image, index: int, key: Key) -> Tensor:

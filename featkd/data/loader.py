@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,10 +12,9 @@ from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.dataloader import default_collate
 
 from featkd.data.images import BadImageError
-from featkd.data.imageset import ImageSet, Sample
+from featkd.data.imageset import DATA_ERRORS, DataError, ImageSet, Sample
 from featkd.data.sampler import EpochSampler, Key
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that follows on the parent's end
+from featkd.data.workers import end_workers, worker_options
 
 
 class Batch(NamedTuple):
@@ -51,6 +43,7 @@ class Loader(Protocol):
         dataset: the files.
         sampler: which image comes when.
         pixels: what decodes and transforms: loaders of which this differs differ by rounding.
+        note: why it is not the loader that was wanted, if so.
     """
 
     classes: list[str]
@@ -59,6 +52,7 @@ class Loader(Protocol):
     dataset: ImageSet
     sampler: EpochSampler
     pixels: str
+    note: str
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches of the epoch chosen by `set_epoch`; starting anew ends an older iterator."""
@@ -98,6 +92,7 @@ class SampledLoader:
         self.classes = dataset.classes
         self.num_samples = len(dataset)
         self.bad_images: dict[str, str] = {}
+        self.note = ""
         self.dataset = dataset
         self.sampler = sampler
         # torch types the keys as int, yet hands on whatever the sampler gives.
@@ -216,29 +211,33 @@ class TorchLoader(SampledLoader):
         workers: int,
         pin_memory: bool,
         channels_last: bool,
+        note: str = "",
     ) -> None:
         super().__init__(dataset, sampler, batch_size)
-        self._loader = DataLoader(
+        self.note = note
+        self._workers = workers
+        self._make = partial(
+            DataLoader,
             dataset,
             batch_sampler=self._batches,
-            num_workers=workers,
             collate_fn=partial(_collate, channels_last=channels_last),
             pin_memory=pin_memory,
-            worker_init_fn=start_worker,
-            multiprocessing_context=worker_context() if workers else None,
             persistent_workers=workers > 0,
             # DataLoader draws the workers' base seed. Without a generator of its own it would
             # take it from the training's.
             generator=torch.Generator(),
         )
+        self._loader: DataLoader[Sample] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         self._iteration += 1
+        if self._loader is None:  # only now is it known what the workers will run beside
+            self._loader = self._make(**worker_options(self._workers))
         return self._checked(iter(self._loader), self._iteration)
 
     def _checked(
         self,
-        batches: Iterator[tuple[Tensor, Tensor, list[BadImageError], Tensor] | BadImageError],
+        batches: Iterator[tuple[Tensor, Tensor, list[BadImageError], Tensor] | DataError],
         own: int,
     ) -> Iterator[Batch]:
         """Raise what came as data, record bad files, pass over empty batches."""
@@ -253,7 +252,7 @@ class TorchLoader(SampledLoader):
                 raise RuntimeError("a DataLoader worker died.") from lost
             if batch is None:
                 return
-            if isinstance(batch, BadImageError):
+            if isinstance(batch, DATA_ERRORS):
                 raise batch
             images, targets, errors, keys = batch
             for error in errors:
@@ -266,31 +265,16 @@ class TorchLoader(SampledLoader):
     def close(self) -> None:
         """See `Loader`."""
         self._iteration += 1
-        end_workers(self._loader)
-
-
-def end_workers(loader: DataLoader[Any]) -> None:
-    """End a DataLoader's persistent workers.
-
-    It has no public call for it, and leaves it to the garbage collector, which comes late where an
-    exception's traceback still holds the iterator.
-    """
-    iterator, loader._iterator = loader._iterator, None
-    if iterator is not None:
-        iterator._shutdown_workers()  # type: ignore[attr-defined]
-
-
-def is_of_worker(error: RuntimeError) -> bool:
-    """Whether it says that a loader's worker has died; torch raises it out of a signal handler,
-    that is wherever the main process just is."""
-    return "DataLoader worker" in str(error)
+        if self._loader is not None:
+            end_workers(self._loader)
+            self._loader = None
 
 
 def _collate(
-    samples: list[Sample] | BadImageError, *, channels_last: bool
-) -> tuple[Tensor, Tensor, list[BadImageError], Tensor] | BadImageError:
+    samples: list[Sample] | DataError, *, channels_last: bool
+) -> tuple[Tensor, Tensor, list[BadImageError], Tensor] | DataError:
     """Stack the images that are there; in a worker straight into shared memory."""
-    if isinstance(samples, BadImageError):
+    if isinstance(samples, DATA_ERRORS):
         return samples
     images = [sample.image for sample in samples if sample.image is not None]
     targets = [sample.target for sample in samples if sample.image is not None]
@@ -305,39 +289,3 @@ def _collate(
 def as_tensor(keys: Sequence[Key]) -> Tensor:
     """(B, 3) int64: epochs, images and copies."""
     return torch.tensor(keys, dtype=torch.int64).reshape(-1, 3)
-
-
-def worker_context() -> str | None:
-    """How a DataLoader starts its workers: None for torch's own way, which is to fork.
-
-    DALI has threads of its own, and a process forked beside them can wait for ever for a lock
-    that one of them held (seen here); workers then come from a clean server process.
-    """
-    if "nvidia.dali" not in sys.modules:
-        return None
-    multiprocessing.set_forkserver_preload(["featkd.data.loader"])
-    return "forkserver"
-
-
-def start_worker(worker: int) -> None:
-    """A process group of its own, and one thread, as workers are many.
-
-    Ctrl-C, and SIGTERM to the whole group, then reach the main process alone, which needs its
-    workers until it has stopped; it ends them itself, and they end when it is gone.
-    """
-    os.setpgid(0, 0)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    if parent.pid == os.getppid():
-        # At once, where torch looks every 5 s: a forked worker holds its rank's sockets open too,
-        # so that the other ranks would wait for a killed one as long as its workers live.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    else:
-        # From a server process, which torch takes for the parent: it lives as long as its workers.
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    torch.set_num_threads(1)
-
-
-def _end_with(parent: BaseProcess) -> None:
-    parent.join()
-    os._exit(1)

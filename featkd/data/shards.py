@@ -58,6 +58,14 @@ class _Shards:
         self._first_label = config.first_label
         self._shards = list(shards)
 
+    def _set_places(self, places: Sequence[tuple[int, ...]], columns: int) -> None:
+        if not places:
+            raise ShardError(f"{self.folder}: no image in its {len(self._shards)} shards")
+        self._places = np.array(places, dtype=np.int64).reshape(-1, columns)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
     def size(self, index: int) -> int:
         """See `ImageSource`."""
         return int(self._places[index, 2])
@@ -93,7 +101,8 @@ class TarSource(_Shards):
 
     Raises:
         FileNotFoundError: no list of classes.
-        ShardError: a tar file or its index can't be used, or a sample is incomplete.
+        ShardError: a tar file or its index can't be used, a sample is incomplete, a name there
+            twice, or no sample in any.
     """
 
     def __init__(self, config: DataConfig, folder: str, shards: Sequence[str]) -> None:
@@ -101,16 +110,20 @@ class TarSource(_Shards):
         names: list[str] = []
         places: list[tuple[int, int, int, int, int]] = []
         for number, shard in enumerate(shards):
+            found: dict[str, int] = {}  # name -> where
             for sample in _tar_samples(os.path.join(folder, shard)):
                 image, label = _image_and_label(sample, shard)
+                first = found.setdefault(image[0], image[1])
+                if first != image[1]:
+                    raise ShardError(
+                        f"{os.path.join(folder, shard)}: has {image[0]} twice, at bytes {first} "
+                        f"and {image[1]}; expected each name once"
+                    )
                 names.append(f"{shard}/{image[0]}")
                 places.append((number, *image[1:], *label[1:]))
         self._names = PackedNames(names)
         # shard, offset and size of the image, offset and size of its class
-        self._places = np.array(places, dtype=np.int64).reshape(-1, 5)
-
-    def __len__(self) -> int:
-        return len(self._places)
+        self._set_places(places, 5)
 
     def name(self, index: int) -> str:
         """See `ImageSource`."""
@@ -141,7 +154,7 @@ class RecordSource(_Shards):
 
     Raises:
         FileNotFoundError: no list of classes.
-        ShardError: a file or its index can't be used.
+        ShardError: a file or its index can't be used, or no record is in any.
     """
 
     def __init__(self, config: DataConfig, folder: str, shards: Sequence[str]) -> None:
@@ -151,10 +164,7 @@ class RecordSource(_Shards):
             for number, shard in enumerate(shards)
             for offset, size in _records(os.path.join(folder, shard))
         ]
-        self._places = np.array(places, dtype=np.int64).reshape(-1, 3)
-
-    def __len__(self) -> int:
-        return len(self._places)
+        self._set_places(places, 3)
 
     def name(self, index: int) -> str:
         """See `ImageSource`."""
@@ -212,7 +222,7 @@ def _tar_samples(path: str) -> Iterator[list[_Component]]:
     """The components of each sample: neighbours whose names agree up to the file's first dot."""
     index = f"{path.removesuffix('.tar')}.idx"
     if os.path.isfile(index):
-        yield from _tar_index(index)
+        yield from _tar_index(index, path)
         return
     sample: list[_Component] = []
     try:
@@ -235,36 +245,52 @@ def _stem(name: str) -> str:
     return os.path.join(folder, file.partition(".")[0])
 
 
-def _tar_index(path: str) -> Iterator[list[_Component]]:
+def _tar_index(path: str, archive: str) -> Iterator[list[_Component]]:
     """wds2idx's file: "v1.2 <samples>", then a line a sample of "extension offset size name"."""
     with open(path, encoding="utf-8") as file:
         head = file.readline().split()
-        if len(head) != 2 or head[0] != "v1.2":
+        if len(head) != 2 or head[0] != "v1.2" or not head[1].isdecimal():
             raise ShardError(f"{path}: expected an index of wds2idx, version v1.2; got {head}")
-        count = 0
+        count, end = 0, 0
         for count, line in enumerate(file, 1):
             words = line.split()
-            if not words or len(words) % 4:
+            try:
+                if not words or len(words) % 4:
+                    raise ValueError
+                sample = [
+                    (words[i + 3].removeprefix("./"), int(words[i + 1]), int(words[i + 2]))
+                    for i in range(0, len(words), 4)
+                ]
+            except ValueError as error:
                 raise ShardError(
-                    f"{path}, line {count + 1}: expected extension, offset, size, name"
-                )
-            yield [
-                (words[i + 3].removeprefix("./"), int(words[i + 1]), int(words[i + 2]))
-                for i in range(0, len(words), 4)
-            ]
+                    f"{path}, line {count + 1}: expected extension, offset, size, name; got "
+                    f"{line.strip()[:80]!r}"
+                ) from error
+            end = max(end, *(offset + size for _, offset, size in sample))
+            yield sample
     if count != int(head[1]):
         raise ShardError(f"{path}: has {count} lines, its head says {head[1]}")
+    _check_tar_end(path, archive, end)
+
+
+def _check_tar_end(index: str, archive: str, end: int) -> None:
+    """An index that is of another file, or of this one before it grew, would drop images."""
+    length = os.path.getsize(archive)
+    with open(archive, "rb") as file:
+        file.seek(-(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+        following = file.read(tarfile.BLOCKSIZE)
+    if end > length or any(following):  # a tar file ends with blocks of zeros
+        raise ShardError(
+            f"{index}: its samples end at byte {end}, but {archive}, of {length} bytes, "
+            f"{'is shorter' if end > length else 'goes on'}; make the index anew, or remove it"
+        )
 
 
 def _records(path: str) -> list[tuple[int, int]]:
     """Offset and size of each record, with its head and tail."""
     index = f"{path}.idx"
     if os.path.isfile(index):
-        with open(index, encoding="utf-8") as lines:
-            try:
-                return [(int(offset), int(size)) for offset, size in map(str.split, lines)]
-            except ValueError as error:
-                raise ShardError(f"{index}: expected lines of 'offset size'") from error
+        return _record_index(index, path)
     found, offset, end = [], 0, os.path.getsize(path)
     with open(path, "rb") as file:
         while offset < end:
@@ -277,4 +303,30 @@ def _records(path: str) -> list[tuple[int, int]]:
                 raise ShardError(f"{path}: no TFRecord file, or cut off after byte {offset}")
             found.append((offset, size))
             offset += size
+    return found
+
+
+def _record_index(path: str, records: str) -> list[tuple[int, int]]:
+    """tfrecord2idx's file: a line "offset size" a record, which together are the whole file."""
+    found, end = [], 0
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                offset, size = map(int, line.split())
+            except ValueError as error:
+                raise ShardError(
+                    f"{path}, line {number}: expected 'offset size', got {line.strip()[:80]!r}"
+                ) from error
+            if offset != end or size <= 0:
+                raise ShardError(
+                    f"{path}, line {number}: expected a record at byte {end}, got {size} bytes at "
+                    f"{offset}"
+                )
+            found.append((offset, size))
+            end += size
+    if end != (length := os.path.getsize(records)):
+        raise ShardError(
+            f"{path}: its records end at byte {end}, but {records} has {length} bytes; make the "
+            "index anew, or remove it"
+        )
     return found

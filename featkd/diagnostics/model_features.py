@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from featkd.data import BadImageError, DataConfig, build_transform, read_image
-from featkd.data.loader import start_worker, worker_context
+from featkd.data.workers import worker_options
 from featkd.diagnostics.source import Chunk, Layer, evenly, fingerprint
 from featkd.models import FeatureModel, num_layers, resolve_layers
 
@@ -123,11 +123,9 @@ class ModelFeatures:
             self._files,
             batch_size=None,
             sampler=list(numbers),
-            num_workers=workers,
-            multiprocessing_context=worker_context() if workers else None,
             pin_memory=self._device.type == "cuda",
-            worker_init_fn=start_worker,
             generator=torch.Generator(),
+            **worker_options(workers),
         )
         for number, (kept, images, errors) in zip(numbers, loader, strict=True):
             if errors and not self._files.skip:

@@ -99,6 +99,7 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
     notes: list[str] = []
     train_loader = _loader(recipe, context, "train", views_of(recipe))
     val_loader = _loader(recipe, context, "val")
+    notes += {loader.note: None for loader in (train_loader, val_loader) if loader.note}
     try:
         num_classes = _num_classes(recipe, train_loader.classes, strict_classes, notes)
         student = _student(recipe, num_classes)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from featkd.data.loader import is_of_worker
+from featkd.data.workers import is_of_worker
 from featkd.files import atomic_link, atomic_write, remove_leftovers
 from featkd.remote import Location, RemotePath, locate, seekable
 

@@ -118,7 +118,8 @@ class Trainer:
         if self.context.is_main:
             self.store.prepare()
         self.context.barrier()
-        messages = [*self.parts.notes, *self._resume(resume)]
+        loads = f"images are loaded by {self.parts.train_loader.pixels}"
+        messages = [loads, *self.parts.notes, *self._resume(resume)]
         log = RunLog(
             self.folder if self.context.is_main else None, self.update, self.total_updates, quiet
         )
@@ -337,6 +338,7 @@ class Trainer:
                 "update": self.update,
                 "epoch": self.epoch,
                 "loader": parts.train_loader.state_dict(),
+                "pixels": parts.train_loader.pixels,
                 **meter,
                 "best": self.best,
                 "scores": self.scores,

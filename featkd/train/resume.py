@@ -116,7 +116,12 @@ def restore(
     _restore_optimizer(path, state, parts.optimizer, recipe)
     if state["scaler"]:  # empty of a run that scaled no loss
         parts.scaler.load_state_dict(state["scaler"])
-    return state, [*changed, *_of_processes(state, parts, recipe, world_size)]
+    changed = [
+        *changed,
+        *_of_pixels(state, parts),
+        *_of_processes(state, parts, recipe, world_size),
+    ]
+    return state, changed
 
 
 def _restore_optimizer(
@@ -154,6 +159,15 @@ def _restore_position(path: Location, state: dict[str, Any], parts: Parts, recip
             f"it, which is no whole number of updates of optim.accumulate: {accumulate}; expected "
             f"a divisor of {batch}"
         )
+
+
+def _of_pixels(state: dict[str, Any], parts: Parts) -> list[str]:
+    """What another loader changes, or nothing; also where the recipe leaves its choice open."""
+    now = parts.train_loader.pixels
+    before = state.get("pixels", now)  # earlier checkpoints do not say
+    if before == now:
+        return []
+    return [f"images: loaded by {before} -> {now} (their pixels differ by rounding)"]
 
 
 def _of_processes(

@@ -44,19 +44,40 @@ def no_augment() -> AugmentConfig:
 
 
 def break_file(path: Path, how: str) -> None:
-    """Make an image unreadable."""
+    """Make an image unreadable. The last four of these ways keep a JPEG's head and end."""
+    content = path.read_bytes()
     if how == "truncated":
-        path.write_bytes(path.read_bytes()[:-40])
+        path.write_bytes(content[:-40])
     elif how == "empty":
         path.write_bytes(b"")
     elif how == "text":
         path.write_text("<html>404 not found</html>")
+    elif how == "no tables":
+        path.write_bytes(without_segment(content, 0xDB))
+    elif how == "other tables":  # they are there, but not those that the frame names
+        number = content.index(b"\xff\xdb") + 4
+        path.write_bytes(content[:number] + b"\3" + content[number + 1 :])
+    elif how == "no scan":
+        path.write_bytes(without_segment(content, 0xDA))
+    elif how == "hole":
+        middle = content.index(b"\xff\xda") + 60
+        assert len(content) > middle + 30
+        path.write_bytes(content[:middle] + b"\xff" * 20 + b"\2" + content[middle + 21 :])
     else:
         path.unlink()
         path.symlink_to("nowhere.jpg")
 
 
+def without_segment(jpeg: bytes, code: int) -> bytes:
+    """Without the segments of a marker's code; with a scan's go its data."""
+    marker = bytes([0xFF, code])
+    while (at := jpeg.find(marker)) >= 0:
+        end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        jpeg = jpeg[:at] + jpeg[end if code != 0xDA else -2 :]
+    return jpeg
+
+
 @pytest.fixture
 def spoil() -> Callable[[Path, str], None]:
-    """spoil(path, "truncated" | "empty" | "text" | "dangling")."""
+    """`break_file`."""
     return break_file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import numpy as np
@@ -10,15 +11,16 @@ import torch
 from PIL import Image
 
 from featkd.benchmarks.pixels import OPERATIONS, through_dali
-from featkd.data import AugmentConfig, DataConfig, build_loader
+from featkd.data import AugmentConfig, DataConfig, build_loader, dali
 from featkd.data.augment import build_transform, kept_generators, seeded
-from featkd.data.dali import as_png, why_not
+from featkd.data.dali import why_not
+from featkd.data.dali_files import as_png, is_whole_jpeg
 from featkd.data.dali_pipeline import build_pipeline
 from featkd.data.decisions import Decisions, Operation, TrainingDecisions
 from featkd.data.sampler import Key
 from featkd.train.checkpoint import load
 from featkd.train.recipe import LossConfig
-from tests.data.conftest import MakeSet, save_noise
+from tests.data.conftest import MakeSet, break_file, save_noise, without_segment
 from tests.train.runs import run
 
 pytest.importorskip("nvidia.dali")
@@ -178,17 +180,28 @@ def test_batches_stay_as_they_are_while_others_come(make_set: MakeSet):
     assert torch.equal(torch.stack(kept[:10]), torch.stack(kept[10:]))  # the same epoch again
 
 
-def test_the_pipeline_of_a_gpu_can_be_defined(make_set: MakeSet):
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_the_pipeline_of_a_gpu_can_be_defined(make_set: MakeSet, monkeypatch, device):
     """Not run here: DALI checks an operator's inputs as the graph is made, and needs a driver to
     go further."""
+    from nvidia.dali import fn
+
+    decode, said = fn.decoders.image_slice, []
+    monkeypatch.setattr(
+        fn.decoders, "image_slice", lambda *inputs, **k: said.append(k) or decode(*inputs, **k)
+    )
     build_pipeline(
         DataConfig(str(make_set()), img_size=32),
         lambda: ([],),
         batch_size=4,
         layers=2,
         fill=(1, 2, 3),
-        device=torch.device("cuda", 0),
+        device=torch.device(device),
     )
+    (options,) = said
+    assert options["device"] == ("cpu" if device == "cpu" else "mixed")
+    # by default nvJPEG repeats chroma where libjpeg, and so Pillow, interpolates it
+    assert options["jpeg_fancy_upsampling"] == (device != "cpu")
 
 
 def test_what_it_does_not_do_is_refused_or_left_to_timm(make_set: MakeSet):
@@ -202,7 +215,11 @@ def test_what_it_does_not_do_is_refused_or_left_to_timm(make_set: MakeSet):
     assert not why_not(replace(config, augment=jitter), training=False)
     assert not why_not(replace(config, augment=AugmentConfig()), training=True)
     with pytest.warns(UserWarning, match="loaded by timm, not by DALI: .*GaussianBlur"):
-        build_loader(replace(config, backend="auto"), split="train", batch_size=4, device="cuda")
+        loader = build_loader(
+            replace(config, backend="auto"), split="train", batch_size=4, device="cuda"
+        )
+    assert loader.pixels == "timm"
+    assert "GaussianBlur" in loader.note
     with pytest.raises(ValueError, match=r"data.backend: expected one of auto, timm, dali"):
         replace(config, backend="DALI")  # type: ignore[arg-type]
 
@@ -227,3 +244,76 @@ def test_a_run_builds_a_pipeline_once_for_each_split(recipe, monkeypatch):
     outcome = run(recipe)
     assert (outcome.updates, len(built)) == (2, 2)
     assert load(f"{recipe.out}/last.pt")["loader"]["batch"] == 0
+
+
+def test_an_installation_that_can_not_be_imported_is_no_dali(make_set: MakeSet, monkeypatch):
+    config = DataConfig(str(make_set()), img_size=16, workers=0, backend="dali", augment=PLAIN)
+
+    def fails(name: str) -> None:
+        raise OSError("libdali.so: cannot open shared object file")
+
+    monkeypatch.setattr(dali, "import_module", fails)
+    with pytest.raises(ValueError, match=r"used: nvidia-dali can't be imported: OSError: libdali"):
+        build_loader(config, split="val", batch_size=4)
+    monkeypatch.setattr(dali, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="can't be used: nvidia-dali is not installed"):
+        build_loader(config, split="val", batch_size=4)
+
+
+def save_jpeg(**options) -> bytes:
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+JPEGS = [{}, {"progressive": True}, {"restart_marker_blocks": 1}, {"comment": "\xff"}]
+
+
+@pytest.mark.parametrize("options", JPEGS, ids=str)
+def test_whole_jpegs_are_known_from_damaged_ones(options):
+    content = save_jpeg(**options)
+    assert is_whole_jpeg(content)
+    assert is_whole_jpeg(content + b"more")
+    for cut in range(0, len(content) - 2, 97):
+        assert not is_whole_jpeg(content[:cut])
+    scan = content.index(b"\xff\xda")
+    for cut in range(0, scan + 10, 3):
+        assert not is_whole_jpeg(content[:cut] + b"\xff\xd9")
+    assert not is_whole_jpeg(content[: scan + 90] + b"\xff" * 9 + b"\2" + content[scan + 100 :])
+    for code in (0xDA, 0xDB, 0xC2 if "progressive" in options else 0xC0):
+        assert not is_whole_jpeg(without_segment(content, code))
+
+
+def test_a_pipeline_that_fails_on_good_files_says_so(make_set: MakeSet, monkeypatch):
+    """Once each has been looked at: it is not fed the same for ever."""
+    root = make_set(val=4, classes=1)
+    path = sorted((root / "val").rglob("*.jpg"))[2]
+    break_file(path, "other tables")
+    monkeypatch.setattr(dali, "load_decodable", dali.load)  # as if Pillow decoded it
+    with pytest.raises(RuntimeError, match=r"DALI failed on a batch of 4 .*/000.jpg; data.backend"):
+        batches(root, "val", "dali")
+
+
+def test_a_new_pipeline_goes_on_as_if_nothing_had_been(make_set: MakeSet, spoil):
+    """Batches, states and bad files are those of timm's loader, whatever was in flight."""
+    root = make_set(val=28, train=40, classes=1)
+    for split, numbers in (("train", (5, 6, 30)), ("val", (0, 4, 5, 9, 20, 26, 27))):
+        for number in numbers:
+            path = sorted((root / split).rglob("*.jpg"))[number]
+            spoil(path, "other tables" if number % 5 else "text")
+    for split, size in (("train", 4), ("val", 2)):
+        seen = []
+        for backend in ("dali", "timm"):
+            config = DataConfig(
+                str(root), img_size=16, augment=PLAIN, workers=0, on_bad_image="skip",
+                backend=backend,
+            )  # fmt: skip
+            loader = build_loader(config, split=split, batch_size=size, seed=1)
+            seen.append(
+                [(b.keys.tolist(), b.bad, loader.state_dict()["batch"]) for b in loader]
+                + [(sorted(loader.bad_images), loader.state_dict())]
+            )
+            loader.close()
+        assert seen[0] == seen[1]
+        assert len(seen[0][-1][0]) == (3 if split == "train" else 7)

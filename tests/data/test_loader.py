@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -28,6 +29,9 @@ Split = Literal["train", "val"]
 # Every kind of draw is likely; under 256 images the repeats need no multiple of 256.
 STRONG = AugmentConfig(random_erasing=0.5, repeats=1)
 DEFAULTS: dict[str, Any] = {"augment": STRONG}
+# ways to spoil a file, and workers
+SPOILT = [(how, workers) for how in ("truncated", "empty", "text") for workers in (0, 2)]
+SPOILT += [(how, 0) for how in ("no tables", "other tables", "no scan", "hole")]
 
 
 @pytest.fixture(params=["timm", "dali"])
@@ -293,8 +297,7 @@ def test_the_trainings_generators_are_left_alone(make_set: MakeSet, workers: int
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("how", ["truncated", "empty", "text"])
+@pytest.mark.parametrize(("how", "workers"), SPOILT)
 def test_a_bad_image_under_error(make_set: MakeSet, spoil: Spoil, workers: int, how: str) -> None:
     root = make_set(val=8, classes=1)
     bad = root / "val/class0/005.jpg"
@@ -311,8 +314,7 @@ def test_a_bad_image_under_error(make_set: MakeSet, spoil: Spoil, workers: int, 
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("how", ["truncated", "empty", "text"])
+@pytest.mark.parametrize(("how", "workers"), SPOILT)
 def test_bad_images_under_skip(make_set: MakeSet, spoil: Spoil, workers: int, how: str) -> None:
     root = make_set(train=8, val=9, classes=1)
     for name in ("train/class0/007", "val/class0/000", "val/class0/001", "val/class0/003"):
@@ -417,37 +419,86 @@ def test_a_killed_worker_is_an_error_not_a_hang(make_set: MakeSet) -> None:
     assert alive() == []
 
 
-ORPHANED = """
+BESIDE = """
 import multiprocessing, sys, types
 from featkd.data import DataConfig, build_loader
 config = DataConfig(sys.argv[1], img_size=16, workers=1, backend="timm")
+loaders = [build_loader(config, split="train", batch_size=4) for _ in range(2)]
 running = []
-for beside in ("nothing", "nvidia.dali"):
+for beside, loader in zip(("nothing", "nvidia.dali"), loaders):
     sys.modules[beside] = types.ModuleType(beside)
-    running.append(iter(build_loader(config, split="train", batch_size=4)))
+    running.append(iter(loader))
     next(running[-1])
-print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+sys.stdin.readline()
+print(*(len(list(batches)) for batches in running), flush=True)
 sys.stdin.read()
 """
 
 
-def test_workers_end_with_a_killed_rank(make_set: MakeSet) -> None:
-    """At once, be they forked from it or, beside DALI, from a server process."""
+def test_workers_go_on_till_their_rank_ends(make_set: MakeSet) -> None:
+    """Signals are for it, and don't stop them; where it is killed, they end at once. Be they forked
+    from it or, once DALI is there, from a server process."""
     process = subprocess.Popen(
-        [sys.executable, "-c", ORPHANED, make_set(train=40)],
+        [sys.executable, "-c", BESIDE, make_set(train=40)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
+    assert process.stdin is not None
     assert process.stdout is not None
+    (first,) = process.stdout.readline().split()
     workers = process.stdout.readline().split()
-    assert len(workers) == 2
+    (second,) = set(workers) - {first}
+    server = parent(second)
+    assert parent(first) == process.pid != server
+    for pid in (int(first), int(second), server):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(pid, number)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "9 9\n"
     process.kill()
     killed = time.monotonic()
     while any(lives(pid) for pid in workers):
         assert time.monotonic() < killed + 2, f"workers {workers} live on"
         time.sleep(0.02)
     process.communicate()
+
+
+def parent(process: str) -> int:
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.partition("\nPPid:")[2].split()[0])
+
+
+@pytest.mark.parametrize("how", ["terminate", "close"])
+def test_workers_end_when_their_own_process_says_so(make_set: MakeSet, how: str) -> None:
+    with loading(make_set(train=40), workers=1) as loader:
+        next(iter(loader))
+        (worker,) = multiprocessing.active_children()
+        began = time.monotonic()
+        if how == "terminate":  # as Python does at its end, and torch where one does not obey
+            worker.terminate()
+            worker.join(5)
+        else:
+            loader.close()
+        assert not worker.is_alive()
+        assert time.monotonic() - began < 2
+
+
+def test_workers_outlive_the_thread_that_started_them(make_set: MakeSet) -> None:
+    with loading(make_set(train=40), workers=1) as loader:
+        started: list[Iterator[Batch]] = []
+
+        def start() -> None:
+            started.append(iter(loader))
+            next(started[0])
+
+        thread = threading.Thread(target=start)
+        thread.start()
+        thread.join()
+        time.sleep(0.1)  # a signal that follows on the thread's end would have come
+        assert len(list(started[0])) == 9
 
 
 def lives(process: str) -> bool:

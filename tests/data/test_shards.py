@@ -158,7 +158,7 @@ def test_what_can_not_be_used_is_refused_by_name(both):
         ImageSet(config, "val")
     first.write_bytes(content)
     Path(f"{first}.idx").write_text("0 x\n")
-    with pytest.raises(ShardError, match=r"00002.idx: expected lines of 'offset size'"):
+    with pytest.raises(ShardError, match=r"00002.idx, line 1: expected 'offset size', got '0 x'"):
         ImageSet(config, "val")
     Path(f"{first}.idx").unlink()
     write_tar(other / "val" / "a.tar", files_of(root, "val"))
@@ -174,3 +174,110 @@ def test_what_can_not_be_used_is_refused_by_name(both):
     (other / "train" / "b.idx").write_text("v1.1 1\njpg 512 3\n")
     with pytest.raises(ShardError, match=r"b.idx: expected an index of wds2idx, version v1.2"):
         ImageSet(config, "train")
+
+
+def test_an_index_that_is_not_of_its_records_is_refused(both):
+    """Else images would be missing without a word."""
+    root, other = both
+    shard = other / "val" / "a.tfrecord"
+    write_records(shard, files_of(root, "val"))
+    config = DataConfig(str(other), img_size=8)
+    (other / "train" / "a.tfrecord").write_bytes(shard.read_bytes())
+    places = ImageSet(config, "val")._source._places[:, 1:].tolist()
+    lines = [f"{offset} {size}\n" for offset, size in places]
+    index = Path(f"{shard}.idx")
+    index.write_text("".join(lines))
+    assert len(ImageSet(config, "val")) == 5
+    for wrong, message in {
+        "".join(lines[:-1]): r"idx: its records end at byte \d+, but .*a.tfrecord has \d+ bytes",
+        "": "idx: its records end at byte 0, but",
+        "".join(lines)[:-2]: "idx: its records end at byte",
+        "".join(lines[1:]): "idx, line 1: expected a record at byte 0, got",
+        "".join(lines[:2] + lines[3:]): rf"idx, line 3: expected a record at byte {places[2][0]}",
+        "0 0\n" + "".join(lines): "idx, line 1: expected a record at byte 0, got 0 bytes",
+        lines[0] + "12\n": r"idx, line 2: expected 'offset size', got '12'",
+    }.items():
+        index.write_text(wrong)
+        with pytest.raises(ShardError, match=message):
+            ImageSet(config, "val")
+
+
+def test_an_index_that_is_not_of_its_tar_file_is_refused(both):
+    root, other = both
+    shard = other / "val" / "a.tar"
+    write_tar(shard, files_of(root, "val"))
+    config = DataConfig(str(other), img_size=8)
+    lines = []
+    with tarfile.open(shard) as archive:
+        members = archive.getmembers()
+    for pair in zip(members[::2], members[1::2], strict=True):
+        words = [(m.name[-3:], m.offset_data, m.size, m.name) for m in pair]
+        lines.append(" ".join(str(word) for part in words for word in part) + "\n")
+    index = shard.with_suffix(".idx")
+    index.write_text("".join(["v1.2 5\n", *lines]))
+    assert len(ImageSet(config, "val")) == 5
+    longer = lines[4].replace(str(members[-1].offset_data), str(shard.stat().st_size))
+    for wrong, message in {
+        "v1.2 0\n": "a.idx: its samples end at byte 0, but .*a.tar, of .* goes on; make the index",
+        "".join(["v1.2 4\n", *lines[:4]]): r"a.idx: its samples end .* goes on",
+        "".join(["v1.2 5\n", *lines[:4], longer]): r"a.idx: its samples end .* is shorter",
+        "".join(["v1.2 5\n", *lines[:4]]): "a.idx: has 4 lines, its head says 5",
+        "v1.2 five\n": "a.idx: expected an index of wds2idx",
+        "v1.2 1\njpg x 3 0.jpg\n": "a.idx, line 2: expected extension, offset, size, name; got",
+    }.items():
+        index.write_text(wrong)
+        with pytest.raises(ShardError, match=message):
+            ImageSet(config, "val")
+
+
+def test_a_name_that_is_there_twice_is_refused(both):
+    """Which image would it be? `tar --append` leaves both in the file."""
+    root, other = both
+    files = files_of(root, "val")
+    shard = other / "val" / "a.tar"
+    write_tar(shard, files)
+    label = other / "val" / "labels" / "x.cls"
+    with tarfile.open(shard, "a") as archive:
+        archive.add(files[0][0], "a/0001.jpg")
+        archive.add(label, "a/0001.cls")
+    config = DataConfig(str(other), img_size=8)
+    with pytest.raises(ShardError, match=r"a.tar: has a/0001.jpg twice, at bytes \d+ and \d+; exp"):
+        ImageSet(config, "val")
+    with tarfile.open(shard, "w") as archive:
+        for name in ("b.jpg", "b.cls", "b.jpg"):
+            archive.add(label if name == "b.cls" else files[0][0], name)
+    with pytest.raises(ShardError, match=r"one .cls a sample, found b.jpg, b.cls, b.jpg"):
+        ImageSet(config, "val")
+
+
+def test_shards_without_an_image_are_refused(both):
+    _, other = both
+    (other / "val" / "a.tfrecord").write_bytes(b"")
+    with pytest.raises(ShardError, match=r"val: no image in its 1 shards"):
+        ImageSet(DataConfig(str(other), img_size=8), "val")
+    with tarfile.open(other / "train" / "a.tar", "w"):
+        pass
+    with pytest.raises(ShardError, match=r"train: no image in its 1 shards"):
+        ImageSet(DataConfig(str(other), img_size=8), "train")
+
+
+@pytest.mark.parametrize(("backend", "workers"), [("timm", 0), ("timm", 1), ("dali", 1)])
+def test_an_error_in_a_shard_reads_the_same_from_any_loader(both, backend, workers):
+    """Out of a worker too: without the worker's traceback, after the batches before it."""
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    root, other = both
+    files = files_of(root, "val")
+    write_tar(other / "val" / "a.tar", [*files[:2], (files[2][0], 7)])
+    write_tar(other / "train" / "a.tar", files)
+    config = DataConfig(str(other), img_size=8, workers=workers, backend=backend)
+    loader = build_loader(config, split="val", batch_size=1)
+    batches = iter(loader)
+    assert [next(batches).targets.tolist() for _ in range(2)] == [[0], [0]]
+    with pytest.raises(ShardError) as raised:
+        next(batches)
+    loader.close()
+    assert str(raised.value) == (
+        f"{other}/val/a.tar/a/0002.jpg: has class 7; classes.txt has 3 lines and "
+        "data.first_label is 0"
+    )

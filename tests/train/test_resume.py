@@ -13,6 +13,7 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from featkd.data import factory
 from featkd.remote import locate
 from featkd.train.checkpoint import CheckpointError, CheckpointStore, load
 from featkd.train.engine import Trainer
@@ -393,6 +394,27 @@ def test_a_store_that_fails_leaves_the_old_checkpoint(store, monkeypatch):
     with pytest.raises(CheckpointError, match=r"could not save memory://.*cut off.*untouched"):
         run(longer)
     assert last.read_bytes() == before
+
+
+def test_another_loader_is_said(recipe, monkeypatch, capsys):
+    """As on a node where DALI is broken: the recipe's "auto" takes other pixels there."""
+    monkeypatch.setattr("featkd.data.dali.why_not", lambda *_: "a library of it is missing")
+    real = factory.build_over
+    monkeypatch.setattr(  # to a GPU as far as the choice goes: it needs none
+        factory, "build_over", lambda *a, **k: real(*a, **{**k, "device": torch.device("cuda")})
+    )
+    with pytest.warns(UserWarning, match="loaded by timm, not by DALI: a library"):
+        trainer = Trainer(replace(recipe, data=replace(recipe.data, backend="auto")), CPU)
+    trainer.parts.close()
+    said = "images are loaded by timm, not by DALI: a library of it is missing"
+    assert trainer.parts.notes.count(said) == 1
+    monkeypatch.undo()
+    last = stop_within_an_epoch(recipe, 2)
+    torch.save({**load(last), "pixels": "dali on cuda"}, last)
+    Trainer(recipe, CPU).run()
+    output = capsys.readouterr().err
+    assert "images are loaded by timm\n" in output
+    assert "images: loaded by dali on cuda -> timm (their pixels differ by rounding)" in output
 
 
 def test_plain_student_of_another_width_is_pooled_and_said(recipe):

@@ -169,7 +169,7 @@ def test_a_copy_that_fails_leaves_nothing_aside(unsteady: RemotePath, step: str)
     last, best = unsteady / "last.pt", unsteady / "best.pt"
     best.replace_with(b"before")
     Unsteady.refused["cp_file"] = step
-    with pytest.raises(OSError, match=r"last.pt: RuntimeError: the connection is lost"):
+    with pytest.raises(OSError, match=r"best.pt: RuntimeError: the connection is lost"):
         last.copy_to(best)
     assert best.read_bytes() == b"before"
     assert files(unsteady) == {"last.pt", "best.pt"}

@@ -74,7 +74,8 @@ def projected_feature_kd(
         Both form the gradients without a (B, N, Ct) tensor in memory and repeat bitwise; they
         keep one map of the student's size for the backward pass. The teacher's map stays alive
         until then. Under autocast the kernels round S and W as a linear layer would; a student
-        in half precision rounds W to its type. The map of a teacher in factors is never whole: it
+        in half precision rounds W to its type, and one in bf16 its products too on a CPU that
+        multiplies in bf16. The map of a teacher in factors is never whole: it
         is restored a chunk of images at a time, in float32 (float64 for a float64 student), on a
         GPU by cuBLAS between launches of the kernels. Gradients cannot be differentiated again.
 

@@ -77,7 +77,8 @@ def fill(
     )
     notes: list[str] = []
     try:
-        teacher = _teacher(recipe, config, len(dataset.classes), context, notes)
+        classes = recipe.student.num_classes or len(dataset.classes)
+        teacher = _teacher(recipe, config, classes, context, notes)
         manifest = Manifest(
             subject=subject_of(recipe, loader, context),
             weights=_weights(cast(nn.Module, teacher.model)),

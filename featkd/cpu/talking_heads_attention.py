@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from featkd.cpu.chunks import product_dtype
 from featkd.cpu.rows import mix_heads
-from featkd.environment import multiplies_bf16
 from featkd.reference import accumulation_dtype
 
 _BLOCK_BYTES = 2**22  # of scores
@@ -41,9 +41,7 @@ def forward(
     pre = (pre_weight.to(dtype) * scale).contiguous()
     post, bias = post_weight.to(dtype).contiguous(), post_bias.to(dtype).contiguous()
     out = query.new_empty(batch, tokens, heads, dim)
-    stored = dtype
-    if query.dtype == torch.bfloat16 and multiplies_bf16(query.device):
-        stored = torch.bfloat16
+    stored = product_dtype(query)
     images, queries = _block(batch, tokens, heads * tokens * stored.itemsize)
     scores = out.new_empty(images * heads * queries * tokens, dtype=stored)
     for first in range(0, batch, images):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import featkd
+from featkd.cpu import chunks
 from featkd.cpu import talking_heads_attention as cpu
 from featkd.functional import talking_heads_attention
 from tests.kernels.feature_kd_cases import relative
@@ -51,7 +52,7 @@ def test_keys_of_every_length():
 
 @pytest.mark.parametrize("products", [False, True], ids=["float32_scores", "bf16_scores"])
 def test_bf16_whatever_the_processor_multiplies_in(products, monkeypatch):
-    monkeypatch.setattr(cpu, "multiplies_bf16", lambda device: products)
+    monkeypatch.setattr(chunks, "multiplies_bf16", lambda device: products)
     for tokens in (1, 3, 8, 15, 16, 17, 37, 64, 67, 131):
         problem = Problem(2, 5, tokens, 8)
         tensors = problem.tensors(torch.bfloat16)

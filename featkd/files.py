@@ -17,6 +17,11 @@ from typing import IO
 from featkd.remote import Location, RemotePath
 
 
+def user_cache() -> Path:
+    """$XDG_CACHE_HOME/featkd, by default below ~/.cache; it may not be there yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featkd"
+
+
 @contextmanager
 def atomic_write(path: Location, also: Sequence[Location] = ()) -> Iterator[IO[bytes]]:
     """Open a file for writing that takes `path`'s place only when the block ends without error.

@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from featkd.files import user_cache
+
 RUNTIME = Path(__file__).parent / "runtime"
 FLAGS = (
     *("-std=c++17", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing"),
@@ -27,8 +29,7 @@ class CompilerError(RuntimeError):
 
 def cache_folder() -> Path:
     """$XDG_CACHE_HOME/featkd/ptx, by default below ~/.cache; made where it is missing."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "featkd" / "ptx"
+    folder = user_cache() / "ptx"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from featkd import environment
-from featkd.files import atomic_write
+from featkd.files import atomic_write, user_cache
 from featkd.models.features import FeatureModel
 
 _ROUNDS = 3
@@ -96,7 +95,7 @@ def fastest(
     Returns:
         The mode, and how it was found, in words.
     """
-    path, key = _memory(), _key(about)
+    path, key = user_cache() / "teacher_modes.json", _key(about)
     remembered = _read(path)
     if key in remembered:
         mode = Mode(**remembered[key]["mode"])
@@ -111,7 +110,8 @@ def fastest(
         except Exception as error:  # of torch.compile, whatever it calls: C++ compilers, Triton
             if not mode.compile:
                 raise
-            failed.append(f"{mode.name} failed: {str(error).strip().splitlines()[0]}")
+            said = str(error).strip() or type(error).__name__
+            failed.append(f"{mode.name} failed: {said.splitlines()[0]}")
             continue
         tried[mode] = candidate
     if not tried:
@@ -127,11 +127,6 @@ def fastest(
     found = {"mode": asdict(best), "ms": {m.name: 1e3 * min(t) for m, t in seconds.items()}}
     _write(path, _read(path) | {key: found})
     return best, f"{best.name}, the fastest here: {'; '.join(listed + failed)}"
-
-
-def _memory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "featkd" / "teacher_modes.json"
 
 
 def _key(about: Sequence[object]) -> str:

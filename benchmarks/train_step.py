@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 
@@ -68,10 +68,10 @@ def measure(
                 spent, waiting = runs[name].go(updates)
                 seconds[name].append(spent)
                 waited[name].append(waiting / spent)
-    count = updates * recipe.batch_size
+    images_trained = updates * recipe.batch_size
     return Together(
         Rate("loader", recipe.data.backend, images, loading),
-        {name: Rate("train", name, count, seconds[name]) for name in variants},
+        {name: Rate("train", name, images_trained, seconds[name]) for name in variants},
         {name: float(np.median(shares)) for name, shares in waited.items()},
     )
 
@@ -82,7 +82,7 @@ class _Run:
     def __init__(self, trainer: Trainer, way: step.Way) -> None:
         self._trainer = trainer
         self._way = way
-        self._batches = _endless(trainer.parts.train_loader)
+        self._batches = _endless(trainer)
         trainer.parts.student.train()
 
     def go(self, updates: int) -> tuple[float, float]:
@@ -102,12 +102,9 @@ class _Run:
         return clock() - start, waiting
 
 
-def _endless(loader: Loader) -> Iterator[Batch]:
-    epoch = 0
-    while True:
-        loader.set_epoch(epoch)
-        yield from loader
-        epoch += 1
+def _endless(trainer: Trainer) -> Iterator[Batch]:
+    for epoch in count():
+        yield from trainer.batches(epoch)
 
 
 def _epoch(loader: Loader, number: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -62,6 +62,10 @@ class Loader(Protocol):
         """Batches of the whole epoch on this rank, wherever it starts."""
         ...
 
+    def upcoming(self) -> Iterator[Tensor]:
+        """The `Batch.keys` that the next `iter` will give, if no file is unreadable."""
+        ...
+
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Choose what the next `iter` gives: `epoch` from its batch number `start_batch` on."""
         ...
@@ -108,6 +112,10 @@ class SampledLoader:
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    def upcoming(self) -> Iterator[Tensor]:
+        """See `Loader`."""
+        return (as_tensor(cast("list[Key]", keys)) for keys in self._batches)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """See `Loader`.

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from featkd.cache import Manifest, Taught, TeacherCache
+from featkd.cache.ahead import ReadAhead
 from featkd.cache.manifest import differing, read_manifest
 from featkd.data import Batch, Loader
 from featkd.data.augment import AUGMENTATION_VERSION
@@ -50,8 +52,15 @@ class OpenCache:
             )
         maps = tuple(held[layer] for layer in self.layers)
         self.shapes = Shapes(layout.classes, layout.logits_dtype, maps)
-        self._cache = cache
-        self._device = device
+
+        def read(keys: Tensor) -> Taught:
+            return cache.rows(keys, self.layers, device)
+
+        self._ahead = ReadAhead(read)
+
+    def expect(self, upcoming: Iterator[Tensor]) -> None:
+        """Read the rows of the coming batches, of these keys, before they are asked for."""
+        self._ahead.follow(upcoming)
 
     def teach(self, batch: Batch) -> Taught:
         """Logits and maps of a batch, on the device.
@@ -59,7 +68,7 @@ class OpenCache:
         Raises:
             CacheError: what is stored of an image is damaged.
         """
-        return self._cache.rows(batch.keys, self.layers, self._device)
+        return self._ahead.rows(batch.keys)
 
 
 def views_of(recipe: Recipe) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from featkd.models.features import FeatureModel
 from featkd.remote import locate
 from featkd.seeding import derive_seed
 from featkd.train.build import Parts, build
+from featkd.train.caching import OpenCache
 from featkd.train.checkpoint import CheckpointStore
 from featkd.train.evaluate import evaluate
 from featkd.train.logs import RunLog
@@ -146,6 +147,14 @@ class Trainer:
             interrupted_by=stopped_by,
         )
 
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """An epoch's micro-batches from number `start` on; a cache reads their rows ahead."""
+        loader, source = self.parts.train_loader, self.parts.source
+        loader.set_epoch(epoch, start)
+        if isinstance(source, OpenCache):
+            source.expect(loader.upcoming())
+        return iter(loader)
+
     def step(self, batches: list[Batch]) -> DistillationTerms:
         """One optimizer update from `accumulate` micro-batches; returns the last one's terms."""
         parts, recipe = self.parts, self.recipe
@@ -220,11 +229,10 @@ class Trainer:
         """Train the rest of the current epoch; returns the signal that stopped it, if any."""
         parts, recipe = self.parts, self.recipe
         parts.student.train()
-        parts.train_loader.set_epoch(self.epoch, self.batch)
         last_batch = parts.updates_per_epoch * recipe.optim.accumulate
         pending: list[Batch] = []
         watch = Stopwatch()
-        for batch in parts.train_loader:
+        for batch in self.batches(self.epoch, self.batch):
             self._name_bad(parts.train_loader.bad_images, log)
             pending.append(batch)
             if len(pending) < recipe.optim.accumulate:

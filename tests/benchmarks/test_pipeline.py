@@ -180,21 +180,17 @@ def test_train_times_the_loader_beside_the_updates(recipe_file, images, tmp_path
 
 
 def test_waiting_for_batches_is_told_from_computing():
-    class Slow:
-        def set_epoch(self, epoch):
-            pass
-
-        def __iter__(self):
-            time.sleep(0.06)
-            yield Batch(torch.zeros(1), torch.zeros(1), [], torch.zeros(1, 3))
+    def slow(epoch):
+        time.sleep(0.06)
+        yield Batch(torch.zeros(1), torch.zeros(1), [], torch.zeros(1, 3))
 
     def one_step(batches):
         time.sleep(0.02)
         return SimpleNamespace(total=torch.zeros(()))
 
     student = SimpleNamespace(train=lambda: None)
-    parts = SimpleNamespace(train_loader=Slow(), student=student)
-    run = train_step._Run(SimpleNamespace(parts=parts, step=one_step), EAGER)
+    trainer = SimpleNamespace(parts=SimpleNamespace(student=student), batches=slow, step=one_step)
+    run = train_step._Run(trainer, EAGER)
     spent, waiting = run.go(3)
     assert spent >= 0.24
     assert 0.6 < waiting / spent < 0.9

@@ -1,0 +1,121 @@
+"""Reading rows ahead: right whatever was expected, early, and errors at the batch that has them."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from featkd.cache import CacheError, Taught, TeacherCache
+from featkd.cache.ahead import ReadAhead
+from featkd.data import build_loader
+from featkd.train.engine import Trainer
+from tests.cache.made import FULL, keys_of, manifest, write
+from tests.cache.test_cached_runs import with_cache
+from tests.train.runs import CPU
+
+KEYS = [torch.tensor([[0, image, 0]]) for image in range(6)]
+
+
+class Reader:
+    """Says an image's number as its logits, and remembers which were asked for."""
+
+    def __init__(self, broken: int | None = None) -> None:
+        self.asked: list[int] = []
+        self.broken = broken
+
+    def __call__(self, keys: torch.Tensor) -> Taught:
+        image = int(keys[0, 1])
+        self.asked.append(image)
+        if image == self.broken:
+            raise CacheError(f"image {image}")
+        return Taught(keys[:, 1:2], [])
+
+
+def said(ahead: ReadAhead, number: int) -> int:
+    logits = ahead.rows(KEYS[number]).logits
+    assert logits is not None
+    return int(logits)
+
+
+def test_the_next_two_batches_are_read_before_they_are_asked_for():
+    begun = [threading.Event() for _ in KEYS]
+
+    def read(keys: torch.Tensor) -> Taught:
+        begun[int(keys[0, 1])].set()
+        return Taught(keys, [])
+
+    ahead = ReadAhead(read)
+    ahead.follow(iter(KEYS))
+    assert begun[1].wait(10)
+    assert not begun[2].is_set()
+    ahead.rows(KEYS[0])
+    assert begun[2].wait(10)
+    assert not begun[3].is_set()
+
+
+def test_batches_that_were_not_expected_get_their_own_rows():
+    reader = Reader()
+    ahead = ReadAhead(reader)
+    assert said(ahead, 4) == 4  # nothing is expected
+    ahead.follow(iter(KEYS[:4]))
+    assert [said(ahead, number) for number in (0, 2, 3, 1)] == [0, 2, 3, 1]
+    assert 5 not in reader.asked
+    ahead.follow(iter(KEYS))
+    ahead.follow(iter(KEYS[3:]))
+    assert [said(ahead, number) for number in (3, 4, 5)] == [3, 4, 5]
+
+
+def test_an_error_is_raised_at_its_own_batch():
+    ahead = ReadAhead(Reader(broken=1))
+    ahead.follow(iter(KEYS))
+    assert said(ahead, 0) == 0
+    with pytest.raises(CacheError, match="image 1"):
+        ahead.rows(KEYS[1])
+    assert said(ahead, 2) == 2
+
+
+def test_a_cache_read_ahead_gives_the_rows_it_gives_at_once(tmp_path):
+    head = manifest(FULL)
+    write(tmp_path, head)
+    cache = TeacherCache(tmp_path)
+    ahead = ReadAhead(lambda keys: cache.rows(keys, [1]))
+    for view in range(2):
+        batches = keys_of(head, view).split(3)
+        ahead.follow(iter(batches))
+        for keys in batches:
+            found, want = ahead.rows(keys), TeacherCache(tmp_path).rows(keys, [1])
+            assert torch.equal(found.logits, want.logits)
+            assert torch.equal(found.maps[0], want.maps[0])
+
+
+@pytest.mark.parametrize("backend", ["dali", "timm"])
+def test_loaders_say_which_batches_come(recipe, backend):
+    """Those of the epoch, from the batch that it is gone on with."""
+    data = replace(recipe.data, backend=backend)
+    loader = build_loader(data, split="train", batch_size=8)
+    try:
+        for epoch, start in ((0, 0), (1, 2)):
+            loader.set_epoch(epoch, start)
+            upcoming = list(loader.upcoming())
+            batches = [batch.keys for batch in loader]
+            assert len(upcoming) == len(loader) - start
+            assert all(map(torch.equal, upcoming, batches))
+    finally:
+        loader.close()
+
+
+def test_a_run_expects_the_batches_it_takes(recipe, tmp_path, monkeypatch):
+    """From the epoch's start and from within it, none of them is read a second time."""
+    trainer = Trainer(with_cache(recipe, tmp_path / "cache"), CPU)
+    read = []
+    rows = TeacherCache.rows
+    monkeypatch.setattr(TeacherCache, "rows", lambda *args: (read.append(args[1]), rows(*args))[1])
+    for epoch, start in ((0, 0), (1, 1)):
+        read.clear()
+        batches = [(batch, trainer.teach(batch))[0] for batch in trainer.batches(epoch, start)]
+        assert len(batches) == len(trainer.parts.train_loader) - start
+        assert all(map(torch.equal, read, (batch.keys for batch in batches)))
+        assert len(read) == len(batches)

@@ -79,8 +79,9 @@ def _report(words: list[str]) -> int:
     moved = list(report.count_all(counted, workers))
     if moved:
         print(f"\n{report.moved_table(moved)}\n\n{report.modelled_table(moved)}")
-    name, timed = "", list[measured.Timed]()
+    device, name, timed = "cpu", "", list[measured.Timed]()
     if torch.cuda.is_available():
+        device = "cuda"
         name, timed = measured.measure([question.case for question in asked])
         print(f"\n{report.measured_table(name, timed)}")
     solves = list[csrc_counts.Counted]()
@@ -95,7 +96,7 @@ def _report(words: list[str]) -> int:
         *csrc_counts.figures(solves, own),
     ]
     if options.json is not None:
-        meta = results.meta_of(results.describe_run("cpu"))
+        meta = results.meta_of(results.describe_run(device))
         sources = {chip.name: chip.source for chip in chips.CHIPS}
         results.write_json(Path(options.json), {**meta, "chips": sources}, figures)
     if options.csv is not None:

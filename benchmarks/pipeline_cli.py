@@ -30,15 +30,19 @@ def add_loader(parser: ArgumentParser) -> None:
 
 
 def _add_loading(parser: ArgumentParser) -> None:
+    _add_data(parser, "made images")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes (0: none), or DALI's threads"
+    )
+
+
+def _add_data(parser: ArgumentParser, otherwise: str) -> None:
     parser.add_argument(
         "--data",
         type=str,
         default=None,
         metavar="DIR",
-        help="class folders of photographs, or a folder 'train' of them; default: made images",
-    )
-    parser.add_argument(
-        "--workers", type=int, default=2, help="processes (0: none), or DALI's threads"
+        help=f"class folders of photographs, or a folder 'train' of them; default: {otherwise}",
     )
 
 
@@ -126,6 +130,11 @@ def _write_json(
 
 def add_step(parser: ArgumentParser) -> None:
     """Arguments of `featkd bench step`."""
+    _add_updates(parser)
+    _add_data(parser, "normal noise")
+
+
+def _add_updates(parser: ArgumentParser) -> None:
     parser.add_argument(
         "recipe",
         type=str,
@@ -149,7 +158,7 @@ def add_step(parser: ArgumentParser) -> None:
 
 def add_train(parser: ArgumentParser) -> None:
     """Arguments of `featkd bench train`."""
-    add_step(parser)
+    _add_updates(parser)
     _add_loading(parser)
     parser.add_argument("--loader", type=str, default="timm", help="timm, dali or auto")
     parser.add_argument("--images", type=int, default=IMAGES, help="of an epoch, at least")
@@ -187,16 +196,18 @@ def _updates(options: Namespace, backend: Any) -> int:
         names = [name for name in known if name not in asked_for]
     variants = {name: known[name] for name in names}
     together = None
-    folder, wanted = (None, options.batch) if backend is None else (options.data, options.images)
-    with photographs(folder, recipe.data, max(wanted, options.batch)) as photos:
+    wanted = options.batch if backend is None else options.images
+    with photographs(options.data, recipe.data, max(wanted, options.batch)) as photos:
         data = replace(photos.data, workers=0)
         if backend is not None:
             data = replace(data, workers=options.workers, backend=backend)
         recipe = replace(recipe, data=data, batch_size=options.batch)
-        images = "normal noise" if backend is None else photos.about
+        noise = options.data is None
+        images = "normal noise" if noise and backend is None else photos.about
         print(f"{options.recipe}, batch {options.batch} on {context.device}, images: {images}")
         print("\n".join(f"  {name}: {way.about}" for name, way in variants.items()), flush=True)
-        rates = step.measure(recipe, context, variants, options.rounds)
+        batch_of = step.random_batch if noise else step.first_batch
+        rates = step.measure(recipe, context, variants, options.rounds, batch_of)
         if backend is not None:
             together = train_step.measure(
                 recipe, context, variants, updates=options.updates, rounds=options.rounds

@@ -217,10 +217,10 @@ def measured_table(name: str, rows: Sequence[measured.Timed]) -> str:
 def figures(
     compiled: Sequence[Compiled],
     moved: Sequence[Moved],
-    name: str = "",
+    device: str = "",
     timed: Sequence[measured.Timed] = (),
 ) -> list[Measured]:
-    """Every figure as (name, variant, metric, unit, value)."""
+    """Every figure as (name, variant, metric, unit, value); `timed` are of the GPU `device`."""
     found: list[Measured] = []
     for row in compiled:
         code, name = row.code, f"{row.case}/{row.kernel}"
@@ -258,5 +258,5 @@ def figures(
         found.append((case.case, "sm_80 counted", "over_floor", "ratio", case.over_floor))
     for timing in timed:
         kernel = f"{timing.case}/{timing.kernel}"
-        found.append((kernel, f"{name} measured", "time", "us", timing.us))
+        found.append((kernel, f"{device} measured", "time", "us", timing.us))
     return found

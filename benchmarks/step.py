@@ -104,6 +104,13 @@ def random_batch(trainer: Trainer) -> Batch:
     return Batch(images.to(device), targets.to(device), [], keys)
 
 
+def first_batch(trainer: Trainer) -> Batch:
+    """The run's first batch, on the device."""
+    batch = next(iter(trainer.batches(0)))
+    device = trainer.context.device
+    return batch._replace(images=batch.images.to(device), targets=batch.targets.to(device))
+
+
 def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
     """Each part alone, with what the parts before it put out once, and the whole update.
 
@@ -179,14 +186,19 @@ def _run(way: Way, work: Callable[[], object]) -> Callable[[tuple[Tensor, ...]],
 
 
 def measure(
-    recipe: Recipe, context: ProcessContext, variants: Mapping[str, Way], rounds: int
+    recipe: Recipe,
+    context: ProcessContext,
+    variants: Mapping[str, Way],
+    rounds: int,
+    batch_of: Callable[[Trainer], Batch] = random_batch,
 ) -> list[Rate]:
     """Every part of every variant in turns, after one round to warm up (and compile).
 
     Args:
-        recipe: a run whose data folders exist; nothing is read from them, but for a cache.
+        recipe: a run whose data folders exist.
         variants: name -> way, as of `ways`.
         rounds: timed rounds.
+        batch_of: what is trained on; from `random_batch` no file is read, but for a cache.
 
     Raises:
         RuntimeError: a variant's loss is not finite.
@@ -194,12 +206,12 @@ def measure(
     with built(recipe, context, variants) as trainers:
         work = {}
         for name, trainer in trainers.items():
-            for part, step in steps(trainer, random_batch(trainer), variants[name]).items():
+            for part, step in steps(trainer, batch_of(trainer), variants[name]).items():
                 work[f"{part} {name}"] = step
         clock = _clock(context.device)
         seconds = take_turns(work, clock, min_seconds=0, min_rounds=rounds)
         for name, trainer in trainers.items():
-            if not trainer.losses(random_batch(trainer)).total.isfinite():
+            if not trainer.losses(batch_of(trainer)).total.isfinite():
                 raise RuntimeError(f"{name}: the loss is not finite after the timed updates")
     return [
         Rate(part, name, recipe.batch_size, seconds[key])

@@ -16,6 +16,7 @@ from featkd.benchmarks.photographs import photographs
 from featkd.benchmarks.throughput import Rate
 from featkd.cli import main
 from featkd.data import Batch, DataConfig
+from featkd.train.engine import Trainer
 from featkd.train.recipe import to_yaml
 from tests.train.runs import CPU
 
@@ -165,6 +166,21 @@ def test_step_gives_every_part_in_every_variant(recipe_file, tmp_path, monkeypat
     assert "featkd_bf16: eager, bf16 autocast and teacher weights, featkd's fused ops" in said
     assert "cached: eager, float32, featkd's fused ops, the teacher's outputs from a cache" in said
     assert "(modelled)" in said
+
+
+def test_step_trains_on_the_images_of_a_folder(recipe_file, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step, "ways", lambda device: {"eager_fp32": EAGER})
+    trained = []
+    losses = Trainer.losses
+    monkeypatch.setattr(
+        Trainer, "losses", lambda *args: (trained.append(args[1]), losses(*args))[1]
+    )
+    words = ["step", recipe_file, "--batch", "4", "--rounds", "1", "--device", "cpu"]
+    bench(*words, "--data", str(images), "--json", str(tmp_path / "step.json"))
+    assert f"images: the images of {images / 'train'} (" in capsys.readouterr().out
+    photographed, noise = trained[0].images, trained[-1].images  # the bound is of noise
+    assert photographed.shape == noise.shape
+    assert not torch.equal(photographed, noise)
 
 
 def test_train_times_the_loader_beside_the_updates(recipe_file, images, tmp_path, monkeypatch):

@@ -151,9 +151,10 @@ class Trainer:
         """An epoch's micro-batches from number `start` on; a cache reads their rows ahead."""
         loader, source = self.parts.train_loader, self.parts.source
         loader.set_epoch(epoch, start)
+        batches = iter(loader)  # first: a process that is forked beside busy threads can hang
         if isinstance(source, OpenCache):
             source.expect(loader.upcoming())
-        return iter(loader)
+        return batches
 
     def step(self, batches: list[Batch]) -> DistillationTerms:
         """One optimizer update from `accumulate` micro-batches; returns the last one's terms."""

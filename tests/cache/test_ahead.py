@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from featkd.cache import CacheError, Taught, TeacherCache
 from featkd.cache.ahead import ReadAhead
@@ -119,3 +120,22 @@ def test_a_run_expects_the_batches_it_takes(recipe, tmp_path, monkeypatch):
         assert len(batches) == len(trainer.parts.train_loader) - start
         assert all(map(torch.equal, read, (batch.keys for batch in batches)))
         assert len(read) == len(batches)
+
+
+def test_workers_are_forked_before_threads_read(recipe, tmp_path, monkeypatch):
+    """A process that is forked beside a thread that holds a lock waits for it for ever."""
+    data = replace(recipe.data, backend="timm", workers=1)
+    trainer = Trainer(with_cache(replace(recipe, data=data), tmp_path / "cache"), CPU)
+    before, beside = set(threading.enumerate()), []
+    fork = DataLoader.__iter__
+
+    def iterate(loader):
+        beside.extend(set(threading.enumerate()) - before)
+        return fork(loader)
+
+    monkeypatch.setattr(DataLoader, "__iter__", iterate)
+    try:
+        next(trainer.batches(0))
+        assert beside == []
+    finally:
+        trainer.parts.close()

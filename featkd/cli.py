@@ -228,7 +228,7 @@ def _cache_parser() -> ArgumentParser:
         type=int | Literal["all"] | None,
         default=None,
         help="classes whose log-probabilities are kept, the largest ones, in fp16; all: the logits "
-        f"as they are (default: {TOP}, or all where there are no more classes)",
+        f"as they are (default: all beside maps, else {TOP}, or all where there are no more)",
     )
     parser.add_argument(
         "--features",

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from featkd.cache.rows import LayerShape, Layout
 from featkd.checks import check_shares
 
-TOP = 10  # classes whose log-probabilities are kept, unless said otherwise
+TOP = 10  # classes whose log-probabilities are kept where nothing else is, unless said otherwise
 ENERGY = 0.99
 
 Features = Literal["none", "full", "lowrank"]
@@ -25,7 +25,8 @@ class CacheConfig:
         views: epochs of the recipe whose samples are kept.
         logits_top: so many classes' log-probabilities, the largest ones, and the sum of the rest,
             in fp16; "all" keeps the logits as the teacher gives them, as does the number of its
-            classes. None: 10, or all where there are no more.
+            classes. None: all beside maps, which take 20 times their bytes; 10 without maps, or
+            all where there are no more.
         features: of the teacher's layers in loss.pairs: "full" keeps the maps, "lowrank" each
             image's leading singular directions (`featkd.lowrank.compress`), "none" nothing. None:
             full where the loss compares maps.
@@ -100,7 +101,9 @@ class CacheConfig:
         Raises:
             ValueError: logits_top or rank is more than there is.
         """
-        top = min(TOP, classes) if self.logits_top is None else self.logits_top
+        top = self.logits_top
+        if top is None:
+            top = min(TOP, classes) if self.features == "none" else "all"
         if top != "all" and not 1 <= top <= classes:
             raise ValueError(
                 f'logits_top: expected 1 to {classes}, the teacher\'s classes, or "all"; got {top}'

@@ -106,6 +106,12 @@ def open_cache(
             f"{'; '.join(different)}"
         )
     _check_epochs(recipe, manifest, loader, context)
+    top, loss = manifest.layout.logits_top, recipe.loss
+    if top is not None and loss.alpha > 0 and loss.tau != 1:
+        notes.append(
+            f"cache: {recipe.cache} keeps {top} of {manifest.layout.classes} classes, of which "
+            f"loss.tau {loss.tau:g} makes another soft loss than of all (docs/cache-sizes.md)"
+        )
     return OpenCache(cache, recipe, context.device)
 
 

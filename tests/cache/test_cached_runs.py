@@ -263,3 +263,13 @@ def test_a_batch_past_the_end_of_a_view_is_refused(recipe, tmp_path, monkeypatch
     monkeypatch.setattr(ProcessContext, "broadcast", lambda _, value: value)
     with pytest.raises(RecipeError, match=r"batch_size: 5 on 2 processes takes 50 .* 1 of them a"):
         build(cached, ProcessContext(0, 2, CPU.device))
+
+
+@pytest.mark.parametrize(
+    ("top", "tau", "noted"), [(1, 2.0, True), (1, 1.0, False), ("all", 2.0, False)]
+)
+def test_a_temperature_beside_cut_logits_is_noted(recipe, tmp_path, top, tau, noted):
+    recipe = replace(recipe, loss=replace(recipe.loss, tau=tau))
+    cached = with_cache(recipe, tmp_path / "cache", logits_top=top)
+    notes = build(cached, CPU).notes
+    assert any("keeps 1 of 3 classes" in note and "loss.tau 2" in note for note in notes) == noted

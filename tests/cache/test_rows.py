@@ -127,4 +127,6 @@ def test_defaults_follow_the_loss():
     lowrank = CacheConfig(features="lowrank").resolved(True)
     assert (lowrank.energy, lowrank.store) == (0.99, "int8")
     assert layout.logits_top is None
-    assert config.resolved(True).layout(1000, "float32", ()).logits_top == 10
+    for compares_maps, top in ((True, None), (False, 10)):
+        found = config.resolved(compares_maps).layout(1000, "float32", ())
+        assert found.logits_top == top

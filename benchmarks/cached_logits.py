@@ -123,7 +123,7 @@ def main(words: Sequence[str] | None = None) -> None:
     run = describe_run("cpu")
     about = (
         f"normal logits of {CLASSES:,} classes, {IMAGES} images; torch "
-        f" {run['torch']}, featkd {run['commit'][:10]}, {run['time'][:10]}"
+        f"{run['torch']}, featkd {run['commit'][:10]}, {run['time'][:10]}"
     )
     rows = list(measure())
     lines = _lines(rows)

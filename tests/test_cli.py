@@ -169,7 +169,7 @@ def test_the_last_line_sums_the_run_up(recipe_file, images, tmp_path, capsys):
     words += ["--optim.warmup_epochs", "0"]
     assert main(words) == 1
     assert "red/1.png" in capsys.readouterr().err
-    words += ["--data.on_bad_image", "skip"]
+    words += ["--data.on_bad_image", "skip", "--out", str(tmp_path / "skipping")]
     assert main(words) == 0
     first = capsys.readouterr()
     assert re.search(r"6 updates, best top-1 .* images/s, 1 unreadable images left out", first.out)

@@ -389,6 +389,17 @@ def test_a_second_iterator_ends_the_first(make_set: MakeSet) -> None:
         assert len(list(second)) == 10
 
 
+@pytest.mark.usefixtures("backend")
+def test_an_iterator_that_is_begun_too_late_leaves_the_newer_one_alone(make_set: MakeSet) -> None:
+    with loading(make_set(train=40), workers=1) as loader:
+        whole = list(loader)
+        late, newer = iter(loader), iter(loader)
+        first = next(newer)
+        with pytest.raises(RuntimeError, match="a newer iteration of this loader has begun"):
+            next(late)
+        assert same([first, *newer], whole)
+
+
 def test_close_ends_the_workers_also_after_an_exception(make_set: MakeSet) -> None:
     with loading(make_set(train=40), workers=2) as loader:
         with contextlib.suppress(KeyError):

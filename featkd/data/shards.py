@@ -180,12 +180,13 @@ class RecordSource(_Shards):
             features = Example.FromString(record[_LENGTH.size : -_CHECKSUM_BYTES]).features.feature
         except DecodeError as error:
             raise BadImageError(name, f"not a tf.train.Example: {error}") from error
+        names = sorted(features)  # a look-up adds the name
         content = features["image/encoded"].bytes_list.value
         label = features["image/class/label"].int64_list.value
         if not content or not label:
             raise ShardError(
                 f"{name}: expected the features image/encoded and image/class/label, found "
-                f"{', '.join(sorted(features)) or 'none'}"
+                f"{', '.join(names) or 'none'}"
             )
         return content[0], self._target(label[0], name)
 

@@ -25,6 +25,7 @@ from featkd.data.tf_example import Example
 
 _RECORD = re.compile(r".+(\.tfrecords?(-\d+-of-\d+)?|-\d{5}-of-\d{5})")
 _LENGTH = struct.Struct("<QI")  # before a record: its length and that length's checksum
+# Neither checksum is looked at: no dependency computes CRC-32C in compiled code.
 _CHECKSUM_BYTES = 4  # after it
 
 

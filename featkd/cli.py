@@ -71,25 +71,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: Callable[[list[str]], int], words: list[str]) -> int:
     """Run a command and turn the errors a user can mend into one clear message."""
     from featkd.cache import CacheError
-    from featkd.data import BadImageError
+    from featkd.data.imageset import DATA_ERRORS
     from featkd.data.workers import is_of_worker
     from featkd.diagnostics.source import UnreadableError
     from featkd.diagnostics.state import StateError
     from featkd.distributed import ProcessLost
     from featkd.train.checkpoint import CheckpointError
+    from featkd.train.evaluate import EvaluationError
     from featkd.train.meter import TrainingDiverged
 
     failures = (
-        BadImageError, CacheError, CheckpointError, ProcessLost, StateError, TrainingDiverged,
-        UnreadableError,
+        *DATA_ERRORS, CacheError, CheckpointError, EvaluationError, ProcessLost, StateError,
+        TrainingDiverged, UnreadableError,
     )  # fmt: skip
     try:
         return command(words)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except failures as error:  # first: some are ValueErrors
+        return _fail(str(error), 1)
     except (ValueError, TypeError, FileNotFoundError, NotADirectoryError) as error:
         return _fail(str(error), 2)
-    except (*failures, OSError) as error:
+    except OSError as error:
         return _fail(str(error), 1)
     except RuntimeError as error:
         if not is_of_worker(error):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -169,13 +170,34 @@ def test_the_last_line_sums_the_run_up(recipe_file, images, tmp_path, capsys):
     words += ["--optim.warmup_epochs", "0"]
     assert main(words) == 1
     assert "red/1.png" in capsys.readouterr().err
-    words += ["--data.on_bad_image", "skip"]
+    words += ["--data.on_bad_image", "skip", "--out", str(tmp_path / "skipping")]
     assert main(words) == 0
     first = capsys.readouterr()
     assert re.search(r"6 updates, best top-1 .* images/s, 1 unreadable images left out", first.out)
     assert re.search(r"unreadable image no. 1, left out: \S*red/1.png", first.err)
     assert main(words) == 0
     assert "nothing was left to train" in capsys.readouterr().out
+
+
+def test_bad_data_are_a_failure_and_no_wrong_argument(recipe_file, images, tmp_path, capsys):
+    """Met while training in a shard, or in the evaluation, as an unreadable image is."""
+    broken = tmp_path / "broken"
+    shutil.copytree(images, broken)
+    for path in (broken / "val").rglob("*.png"):
+        path.write_bytes(b"no picture")
+    words = ("distill", recipe_file, "--data.path", broken, "--data.on_bad_image", "skip")
+    assert here(*words) == 1
+    assert "featkd: evaluation: none of the images could be read\n" in capsys.readouterr().err
+    (broken / "classes.txt").write_text("blue\ngreen\nred\n")
+    for split in ("train", "val"):
+        with tarfile.open(broken / split / "a.tar", "w") as archive:
+            for number, path in enumerate(sorted((images / "train").rglob("*.png"))):
+                label = tmp_path / "label"
+                label.write_text("7" if number == 40 else "0")
+                archive.add(path, f"{number}.png")
+                archive.add(label, f"{number}.cls")
+    assert here(*words, "--out", tmp_path / "shards") == 1
+    assert "a.tar/40.png: has class 7; classes.txt has 3 lines" in capsys.readouterr().err
 
 
 MISTAKES = {

@@ -109,10 +109,12 @@ class DaliLoader(SampledLoader):
             self._epoch = self._pipeline = None
 
     def _run(self, own: int) -> Iterator[Batch]:
+        self._check_newest(own)  # first: the pipeline is fed from `_epoch`, the newest one's
         epoch = self._epoch = _Epoch(self.dataset, iter(self._batches), self._config.workers)
         self._prepare_pipeline()
         while True:
             self._check_newest(own)
+            self._count(own, 1)
             try:
                 out = self._output(epoch)
             except StopIteration:

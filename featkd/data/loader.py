@@ -188,14 +188,13 @@ class SampledLoader:
         self.set_epoch(state["epoch"], batch)
 
     def _check_newest(self, own: int) -> None:
-        """Count one more batch of the `own`-th iteration, which is about to be asked for.
+        """The `own`-th iteration is about to be asked for a batch.
 
         Raises:
             RuntimeError: another iteration has begun since.
         """
         if own != self._iteration:
             raise RuntimeError("a newer iteration of this loader has begun; this one is over")
-        self._count(own, 1)
 
     def _count(self, own: int, batches: int) -> None:
         """The `own`-th iteration has come further by so many batches."""
@@ -253,6 +252,7 @@ class TorchLoader(SampledLoader):
         while True:
             # Persistent workers have one queue: two iterators would take each other's batches.
             self._check_newest(own)
+            self._count(own, 1)
             try:
                 batch = next(batches, None)
             except (ConnectionError, EOFError, FileNotFoundError) as lost:

@@ -25,6 +25,7 @@ from featkd.data.tf_example import Example
 
 _RECORD = re.compile(r".+(\.tfrecords?(-\d+-of-\d+)?|-\d{5}-of-\d{5})")
 _LENGTH = struct.Struct("<QI")  # before a record: its length and that length's checksum
+# Neither checksum is looked at: no dependency computes CRC-32C in compiled code.
 _CHECKSUM_BYTES = 4  # after it
 
 
@@ -180,12 +181,13 @@ class RecordSource(_Shards):
             features = Example.FromString(record[_LENGTH.size : -_CHECKSUM_BYTES]).features.feature
         except DecodeError as error:
             raise BadImageError(name, f"not a tf.train.Example: {error}") from error
+        names = sorted(features)  # a look-up adds the name
         content = features["image/encoded"].bytes_list.value
         label = features["image/class/label"].int64_list.value
         if not content or not label:
             raise ShardError(
                 f"{name}: expected the features image/encoded and image/class/label, found "
-                f"{', '.join(sorted(features)) or 'none'}"
+                f"{', '.join(names) or 'none'}"
             )
         return content[0], self._target(label[0], name)
 

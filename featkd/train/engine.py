@@ -80,6 +80,7 @@ class Trainer:
         self.update = 0  # optimizer updates done
         self.epoch = 0  # epochs done
         self.batch = 0  # micro-batches done in the epoch
+        self.due = False  # the epoch that has just ended is still to be evaluated
         self.best: dict[str, Any] = {}
         self.scores: dict[str, dict[str, float]] = {}
         self.bad_files: dict[str, str] = {}  # path -> cause
@@ -121,14 +122,15 @@ class Trainer:
         self.context.barrier()
         loads = f"images are loaded by {self.parts.train_loader.pixels}"
         messages = [loads, *self.parts.notes, *self._resume(resume)]
-        log = RunLog(
-            self.folder if self.context.is_main else None, self.update, self.total_updates, quiet
-        )
+        folder = self.folder if self.context.is_main else None
+        log = RunLog(folder, self.update, self.total_updates, quiet, due=self.due)
         for message in messages:
             log.say(message)
         stopped_by = None
         try:
             with Interrupt() as interrupt:
+                if self.due:
+                    self._score(log)
                 while self.epoch < self.recipe.optim.epochs and stopped_by is None:
                     stopped_by = self._train_epoch(log, interrupt)
                 if stopped_by is not None:
@@ -258,8 +260,10 @@ class Trainer:
         parts.train_loader.set_epoch(self.epoch)
         ended = self.epoch == recipe.optim.epochs
         if ended or self.epoch % recipe.checkpoint.every_epochs == 0:
-            improved = self._evaluate(log)
-            self._save(log, is_best=improved, ended_epoch=self.epoch)
+            # First the state alone: an evaluation that fails must not cost the epoch.
+            self.due = True
+            self._save(log)
+            self._score(log)
         return None if ended else self._stop_agreed(interrupt)
 
     def _set_lr(self) -> None:
@@ -302,6 +306,12 @@ class Trainer:
                 "images_per_s": round(updates * self.parts.global_batch / seconds, 1),
             }
         )
+
+    def _score(self, log: RunLog) -> None:
+        """Evaluate the epoch that has ended, and save it under all its names."""
+        improved = self._evaluate(log)
+        self.due = False
+        self._save(log, is_best=improved, ended_epoch=self.epoch)
 
     def _evaluate(self, log: RunLog) -> bool:
         """Score the weights and their average; returns whether either is the best so far."""
@@ -351,6 +361,7 @@ class Trainer:
                 **meter,
                 "best": self.best,
                 "scores": self.scores,
+                "due": self.due,
                 "bad_files": bad_files,
                 "recipe": to_dict(self.recipe),
                 "classes": parts.train_loader.classes,
@@ -371,8 +382,9 @@ class Trainer:
         state, changed = restore(path, self.parts, self.recipe, self.context.world_size)
         position = self.parts.train_loader.state_dict()
         self.update, self.epoch, self.batch = state["update"], position["epoch"], position["batch"]
+        self.due = state.get("due", False)  # earlier checkpoints were all evaluated
         place = f"{path} after update {self.update} (epoch {self.epoch}, batch {self.batch})"
-        check_alike(self.context, place)
+        check_alike(self.context, f"{place}, to be evaluated" if self.due else place)
         brought = self.store.bring_best(path, state) if self.context.is_main else None
         self.best, self.scores = self.context.broadcast(brought), state["scores"]
         self.bad_files = state["bad_files"]

@@ -16,6 +16,10 @@ from featkd.data import Loader
 from featkd.models.features import FeatureModel
 
 
+class EvaluationError(RuntimeError):
+    """There is nothing to score models on."""
+
+
 @dataclass
 class Evaluation:
     """Scores in per cent, mean cross-entropy, and the number of images they are over."""
@@ -57,7 +61,7 @@ def evaluate(
         The scores, by name.
 
     Raises:
-        ValueError: no image could be read.
+        EvaluationError: no image could be read.
     """
     accuracies = {name: _accuracy(num_classes, device) for name in models}
     # Not torchmetrics' mean, which reads every batch's losses and leaves out what is no number.
@@ -84,7 +88,7 @@ def evaluate(
         torch.distributed.all_reduce(sums)
     images_seen, *summed = sums.tolist()
     if images_seen == 0:
-        raise ValueError("evaluation: none of the images could be read")
+        raise EvaluationError("evaluation: none of the images could be read")
     found = {}
     for name, loss in zip(models, summed, strict=True):
         scores = accuracies[name].compute()

@@ -128,10 +128,18 @@ class RunLog:
         start: update that the run goes on from.
         total: updates of the whole run.
         quiet: write the files, print nothing.
+        due: the evaluation at `start` is still to come: rows of one that was cut short are dropped.
+            (Its TensorBoard points, if any, come twice: a purge would take the training's as well.)
     """
 
     def __init__(
-        self, folder: Location | None, start: int, total: int, quiet: bool = False
+        self,
+        folder: Location | None,
+        start: int,
+        total: int,
+        quiet: bool = False,
+        *,
+        due: bool = False,
     ) -> None:
         self.active = folder is not None
         self.quiet = quiet
@@ -139,7 +147,7 @@ class RunLog:
         if folder is None:
             return
         self._train = CsvLog(folder / "metrics.csv", TRAIN_COLUMNS, start)
-        self._eval = CsvLog(folder / "eval.csv", EVAL_COLUMNS, start)
+        self._eval = CsvLog(folder / "eval.csv", EVAL_COLUMNS, start - due)
         self._board = EventLog(folder / "tensorboard", start)
         self._bar = tqdm(
             total=total,

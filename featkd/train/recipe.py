@@ -153,7 +153,8 @@ class CheckpointConfig:
     Args:
         every_epochs: epochs between two saves (and evaluations); the last epoch always counts.
         every_updates: also save after this many updates within an epoch, or null.
-        keep_every: keep every k-th epoch's checkpoint for good, or null.
+        keep_every: keep every k-th epoch's checkpoint for good, or null; k is a multiple of
+            every_epochs.
     """
 
     every_epochs: int = 1
@@ -164,6 +165,11 @@ class CheckpointConfig:
         for name in ("every_epochs", "every_updates", "keep_every"):
             if getattr(self, name) is not None:
                 _require(f"checkpoint.{name}", getattr(self, name), "> 0")
+        if self.keep_every is not None and self.keep_every % self.every_epochs:
+            raise RecipeError(
+                f"checkpoint.keep_every: {self.keep_every}, but checkpoint.every_epochs saves only "
+                f"every {self.every_epochs} epochs; expected a multiple of {self.every_epochs}"
+            )
 
 
 @dataclass

@@ -118,6 +118,7 @@ def restore(
         parts.scaler.load_state_dict(state["scaler"])
     changed = [
         *changed,
+        *_of_images(state, parts),
         *_of_pixels(state, parts),
         *_of_processes(state, parts, recipe, world_size),
     ]
@@ -159,6 +160,14 @@ def _restore_position(path: Location, state: dict[str, Any], parts: Parts, recip
             f"it, which is no whole number of updates of optim.accumulate: {accumulate}; expected "
             f"a divisor of {batch}"
         )
+
+
+def _of_images(state: dict[str, Any], parts: Parts) -> list[str]:
+    """What another number of training images changes, or nothing; within an epoch it is refused."""
+    before, now = state["loader"]["num_images"], parts.train_loader.num_samples
+    if before == now:
+        return []
+    return [f"training images: {before} -> {now} ({parts.updates_per_epoch} updates an epoch)"]
 
 
 def _of_pixels(state: dict[str, Any], parts: Parts) -> list[str]:

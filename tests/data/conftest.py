@@ -1,8 +1,9 @@
-"""Small image sets on disk."""
+"""Small image sets on disk, and the loaders over them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from featkd.data import AugmentConfig
+from tests.data.loading import DEFAULTS, STRONG
 
 MakeSet = Callable[..., Path]
 
@@ -81,3 +83,14 @@ def without_segment(jpeg: bytes, code: int) -> bytes:
 def spoil() -> Callable[[Path, str], None]:
     """`break_file`."""
     return break_file
+
+
+@pytest.fixture(params=["timm", "dali"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The loader that a test is about, one after the other."""
+    chosen: str = request.param
+    if chosen == "dali":
+        pytest.importorskip("nvidia.dali")
+        monkeypatch.setitem(DEFAULTS, "augment", replace(STRONG, rand_augment=None))
+    monkeypatch.setitem(DEFAULTS, "backend", chosen)
+    return chosen

@@ -1,73 +1,20 @@
-"""Batches: the same on any number of workers and ranks, resumable, and no process left behind."""
+"""Batches: the same on any number of workers and ranks, and resumable."""
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import os
 import random
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from featkd.data import AugmentConfig, BadImageError, Batch, DataConfig, Loader, build_loader
+from featkd.data import AugmentConfig, Batch, DataConfig, build_loader
 from tests.data.conftest import MakeSet
-
-Spoil = Callable[[Path, str], None]
-Split = Literal["train", "val"]
-# Every kind of draw is likely; under 256 images the repeats need no multiple of 256.
-STRONG = AugmentConfig(random_erasing=0.5, repeats=1)
-DEFAULTS: dict[str, Any] = {"augment": STRONG}
-# ways to spoil a file, and workers
-SPOILT = [(how, workers) for how in ("truncated", "empty", "text") for workers in (0, 2)]
-SPOILT += [(how, 0) for how in ("no tables", "other tables", "no scan", "hole")]
-
-
-@pytest.fixture(params=["timm", "dali"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The loader that a test is about, one after the other."""
-    chosen: str = request.param
-    if chosen == "dali":
-        pytest.importorskip("nvidia.dali")
-        monkeypatch.setitem(DEFAULTS, "augment", replace(STRONG, rand_augment=None))
-    monkeypatch.setitem(DEFAULTS, "backend", chosen)
-    return chosen
-
-
-@contextlib.contextmanager
-def loading(
-    root: Path, split: Split = "train", batch_size: int = 4, **options: Any
-) -> Iterator[Loader]:
-    names = ("seed", "rank", "world_size", "device")
-    call = {name: options.pop(name) for name in names if name in options}
-    config = DataConfig(str(root), **{"img_size": 16, "workers": 0, **DEFAULTS, **options})
-    loader = build_loader(config, split=split, batch_size=batch_size, **call)
-    try:
-        yield loader
-    finally:
-        loader.close()
-
-
-def same(first: list[Batch], second: list[Batch]) -> bool:
-    return len(first) == len(second) and all(
-        torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets)
-        for a, b in zip(first, second, strict=True)
-    )
-
-
-def alive() -> list[int | None]:
-    return [child.pid for child in multiprocessing.active_children()]
+from tests.data.loading import DEFAULTS, Split, alive, loading, same
 
 
 @pytest.mark.usefixtures("backend")
@@ -245,28 +192,6 @@ def test_a_state_of_another_order_is_refused(make_set: MakeSet) -> None:
         other.load_state_dict(state)
 
 
-def test_batches_without_a_readable_image_count(
-    backend: str, make_set: MakeSet, spoil: Spoil
-) -> None:
-    """In evaluation: passed over between two others, and at the end."""
-    root = make_set(val=14)
-    images = sorted((root / "val").rglob("*.jpg"))
-    for number in (2, 3, 4, 5, 10, 11, 12, 13):
-        spoil(images[number], "text")
-    with loading(root, "val", 2, on_bad_image="skip") as loader:
-        batches, states = [], []
-        for batch in loader:
-            batches.append(batch)
-            states.append(loader.state_dict())
-        assert [state["batch"] for state in states] == [1, 4, 5]
-        assert loader.state_dict()["batch"] == len(loader) == 7
-        assert len(loader.bad_images) == 8
-    for done, state in enumerate(states, start=1):
-        with loading(root, "val", 2, on_bad_image="skip") as other:
-            other.load_state_dict(state)
-            assert same(batches[done:], list(other))
-
-
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_evaluation_counts_each_image_once(make_set: MakeSet, world_size: int) -> None:
@@ -297,72 +222,6 @@ def test_the_trainings_generators_are_left_alone(make_set: MakeSet, workers: int
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize(("how", "workers"), SPOILT)
-def test_a_bad_image_under_error(make_set: MakeSet, spoil: Spoil, workers: int, how: str) -> None:
-    root = make_set(val=8, classes=1)
-    bad = root / "val/class0/005.jpg"
-    content = bad.read_bytes()
-    spoil(bad, how)
-    with loading(root, "val", 2, workers=workers) as loader:
-        batches = iter(loader)
-        assert [len(next(batches).targets) for _ in range(2)] == [2, 2]
-        with pytest.raises(BadImageError, match=f"cannot read image {bad}: ") as raised:
-            next(batches)
-        assert raised.value.path == str(bad)
-        bad.write_bytes(content)
-        assert len(list(loader)) == 4  # the workers live on
-
-
-@pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize(("how", "workers"), SPOILT)
-def test_bad_images_under_skip(make_set: MakeSet, spoil: Spoil, workers: int, how: str) -> None:
-    root = make_set(train=8, val=9, classes=1)
-    for name in ("train/class0/007", "val/class0/000", "val/class0/001", "val/class0/003"):
-        spoil(root / f"{name}.jpg", how)
-    skip: dict[str, Any] = {"on_bad_image": "skip", "workers": workers}
-    with loading(root, "train", 4, **skip) as loader:
-        for epoch in range(2):
-            loader.set_epoch(epoch)
-            batches = list(loader)
-            assert [len(batch.targets) for batch in batches] == [4, 4]
-            assert [path for batch in batches for path in batch.bad] == [
-                str(root / "train/class0/007.jpg")
-            ]
-        assert list(loader.bad_images) == [str(root / "train/class0/007.jpg")]
-        assert all(loader.bad_images.values())
-    with loading(root, "val", 2, **skip) as loader:
-        batches = list(loader)
-        # The first batch has no image left: it is passed over, its files come with the next.
-        assert [len(batch.targets) for batch in batches] == [1, 2, 2, 1]
-        names = [[Path(path).stem for path in batch.bad] for batch in batches]
-        assert names == [["000", "001", "003"], [], [], []]
-        assert len(loader.bad_images) == 3
-
-
-@pytest.mark.usefixtures("backend")
-def test_a_split_of_bad_images_gives_no_batch(make_set: MakeSet, spoil: Spoil) -> None:
-    root = make_set(val=3, classes=1)
-    for path in (root / "val/class0").iterdir():
-        spoil(path, "empty")
-    with loading(root, "val", 2, on_bad_image="skip") as loader:
-        assert list(loader) == []
-        assert set(loader.bad_images.values()) == {"the file is empty"}
-        assert len(loader.bad_images) == 3
-
-
-@pytest.mark.usefixtures("backend")
-def test_a_disk_of_bad_images_ends_the_training(make_set: MakeSet, spoil: Spoil) -> None:
-    root = make_set(train=40, classes=1)
-    for path in (root / "train/class0").iterdir():
-        spoil(path, "text")
-    with (
-        loading(root, on_bad_image="skip", workers=2) as loader,
-        pytest.raises(BadImageError, match="the 15 images after it"),
-    ):
-        list(loader)
-
-
-@pytest.mark.usefixtures("backend")
 def test_break_and_begin_anew(make_set: MakeSet) -> None:
     with loading(make_set(train=40), workers=2) as loader:
         whole = list(loader)
@@ -389,174 +248,15 @@ def test_a_second_iterator_ends_the_first(make_set: MakeSet) -> None:
         assert len(list(second)) == 10
 
 
-def test_close_ends_the_workers_also_after_an_exception(make_set: MakeSet) -> None:
-    with loading(make_set(train=40), workers=2) as loader:
-        with contextlib.suppress(KeyError):
-            for _ in loader:
-                raise KeyError
-        assert len(alive()) == 2
-        loader.close()
-        assert alive() == []
-        loader.close()
-        running = iter(loader)  # it starts new workers
-        next(running)
-        assert len(alive()) == 2
-        loader.close()
-        assert alive() == []
-        with pytest.raises(RuntimeError, match="this one is over"):
-            next(running)
-
-
-def test_a_killed_worker_is_an_error_not_a_hang(make_set: MakeSet) -> None:
-    with loading(make_set(train=400), workers=2) as loader:
-        batches = iter(loader)
-        next(batches)
-        pid = alive()[0]
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
-        with pytest.raises(RuntimeError, match="DataLoader worker"):
-            list(batches)
-    assert alive() == []
-
-
-BESIDE = """
-import multiprocessing, sys, types
-from featkd.data import DataConfig, build_loader
-config = DataConfig(sys.argv[1], img_size=16, workers=1, backend="timm")
-loaders = [build_loader(config, split="train", batch_size=4) for _ in range(2)]
-running = []
-for beside, loader in zip(("nothing", "nvidia.dali"), loaders):
-    sys.modules[beside] = types.ModuleType(beside)
-    running.append(iter(loader))
-    next(running[-1])
-    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-sys.stdin.readline()
-print(*(len(list(batches)) for batches in running), flush=True)
-sys.stdin.read()
-"""
-
-
-def test_workers_go_on_till_their_rank_ends(make_set: MakeSet) -> None:
-    """Signals are for it, and don't stop them; where it is killed, they end at once. Be they forked
-    from it or, once DALI is there, from a server process."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", BESIDE, make_set(train=40)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    (first,) = process.stdout.readline().split()
-    workers = process.stdout.readline().split()
-    (second,) = set(workers) - {first}
-    server = parent(second)
-    assert parent(first) == process.pid != server
-    for pid in (int(first), int(second), server):
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
-            os.kill(pid, number)
-    process.stdin.write("\n")
-    process.stdin.flush()
-    assert process.stdout.readline() == "9 9\n"
-    process.kill()
-    killed = time.monotonic()
-    while any(lives(pid) for pid in workers):
-        assert time.monotonic() < killed + 2, f"workers {workers} live on"
-        time.sleep(0.02)
-    process.communicate()
-
-
-def parent(process: str) -> int:
-    status = Path(f"/proc/{process}/status").read_text()
-    return int(status.partition("\nPPid:")[2].split()[0])
-
-
-@pytest.mark.parametrize("how", ["terminate", "close"])
-def test_workers_end_when_their_own_process_says_so(make_set: MakeSet, how: str) -> None:
+@pytest.mark.usefixtures("backend")
+def test_an_iterator_that_is_begun_too_late_leaves_the_newer_one_alone(make_set: MakeSet) -> None:
     with loading(make_set(train=40), workers=1) as loader:
-        next(iter(loader))
-        (worker,) = multiprocessing.active_children()
-        began = time.monotonic()
-        if how == "terminate":  # as Python does at its end, and torch where one does not obey
-            worker.terminate()
-            worker.join(5)
-        else:
-            loader.close()
-        assert not worker.is_alive()
-        assert time.monotonic() - began < 2
-
-
-def test_workers_outlive_the_thread_that_started_them(make_set: MakeSet) -> None:
-    with loading(make_set(train=40), workers=1) as loader:
-        started: list[Iterator[Batch]] = []
-
-        def start() -> None:
-            started.append(iter(loader))
-            next(started[0])
-
-        thread = threading.Thread(target=start)
-        thread.start()
-        thread.join()
-        time.sleep(0.1)  # a signal that follows on the thread's end would have come
-        assert len(list(started[0])) == 9
-
-
-def lives(process: str) -> bool:
-    """Whether it runs: one that nobody has waited for yet does not."""
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
-    except FileNotFoundError:
-        return False
-
-
-ENDING = """
-import multiprocessing, signal, sys, time
-from featkd.data import DataConfig, build_loader
-config = DataConfig(sys.argv[1], img_size=16, workers=2)
-loader = build_loader(config, split="train", batch_size=4)
-came = []
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it otherwise
-if sys.argv[2] == "handled":
-    signal.signal(signal.SIGINT, lambda *_: came.append(1))
-batches = iter(loader)
-next(batches)
-print(*[child.pid for child in multiprocessing.active_children()], flush=True)
-if sys.argv[2] == "raise":
-    raise KeyError("out of the loop")
-while not came:
-    time.sleep(0.01)
-print(len(list(batches)), "more batches")
-"""
-
-
-@pytest.mark.parametrize("how", ["ctrl-c", "handled", "raise"])
-def test_an_end_in_mid_epoch_leaves_no_process(make_set: MakeSet, how: str) -> None:
-    """Without close(). A terminal's Ctrl-C reaches the whole process group; where the main process
-    handles it (to save its state), the workers go on."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", ENDING, str(make_set(train=256)), how],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert process.stdout is not None
-    workers = [int(pid) for pid in process.stdout.readline().split()]
-    assert len(workers) == 2
-    if how != "raise":
-        os.killpg(process.pid, signal.SIGINT)
-    output, errors = process.communicate(timeout=30)
-    if how == "handled":
-        assert (process.returncode, output) == (0, "63 more batches\n"), errors
-    else:
-        assert process.returncode != 0
-        assert errors.count("Traceback") == 1
-        assert ("KeyboardInterrupt" if how == "ctrl-c" else "out of the loop") in errors
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
-        assert time.monotonic() < deadline, f"workers {workers} live on"
-        time.sleep(0.05)
+        whole = list(loader)
+        late, newer = iter(loader), iter(loader)
+        first = next(newer)
+        with pytest.raises(RuntimeError, match="a newer iteration of this loader has begun"):
+            next(late)
+        assert same([first, *newer], whole)
 
 
 def test_errors(make_set: MakeSet) -> None:

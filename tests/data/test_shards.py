@@ -7,6 +7,7 @@ import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,13 +32,19 @@ def write_tar(path: Path, files: list[tuple[Path, int]]) -> None:
 
 
 def write_records(path: Path, files: list[tuple[Path, int]], first: int = 0) -> None:
+    examples = []
+    for file, target in files:
+        examples.append(Example())
+        feature = examples[-1].features.feature
+        feature["image/encoded"].bytes_list.value.append(file.read_bytes())
+        feature["image/class/label"].int64_list.value.append(target + first)
+        feature["image/format"].bytes_list.value.append(b"JPEG")
+    write_examples(path, examples)
+
+
+def write_examples(path: Path, examples: list[Any]) -> None:
     with path.open("wb") as out:
-        for file, target in files:
-            example = Example()
-            feature = example.features.feature
-            feature["image/encoded"].bytes_list.value.append(file.read_bytes())
-            feature["image/class/label"].int64_list.value.append(target + first)
-            feature["image/format"].bytes_list.value.append(b"JPEG")
+        for example in examples:
             record = example.SerializeToString()
             out.write(len(record).to_bytes(8, "little") + b"\0" * 4 + record + b"\0" * 4)
 
@@ -259,6 +266,27 @@ def test_shards_without_an_image_are_refused(both):
         pass
     with pytest.raises(ShardError, match=r"train: no image in its 1 shards"):
         ImageSet(DataConfig(str(other), img_size=8), "train")
+
+
+@pytest.mark.parametrize(
+    ("features", "found"),
+    [
+        ({"image/format": b"JPEG", "image/encoded": b"x"}, "image/encoded, image/format"),
+        ({}, "none"),
+    ],
+)
+def test_a_record_without_its_features_says_which_it_has(both, features, found):
+    _, other = both
+    example = Example()
+    for name, value in features.items():
+        example.features.feature[name].bytes_list.value.append(value)
+    write_examples(other / "val" / "a.tfrecord", [example])
+    with pytest.raises(ShardError) as raised:
+        ImageSet(DataConfig(str(other), img_size=8), "val")[Key(0, 0, 0)]
+    assert str(raised.value) == (
+        f"{other}/val/a.tfrecord at byte 0: expected the features image/encoded and "
+        f"image/class/label, found {found}"
+    )
 
 
 @pytest.mark.parametrize(("backend", "workers"), [("timm", 0), ("timm", 1), ("dali", 1)])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from featkd.data import Batch
-from featkd.train.evaluate import Evaluation, evaluate
+from featkd.train.evaluate import Evaluation, EvaluationError, evaluate
 
 K = 7
 
@@ -91,5 +91,5 @@ def test_modes_are_restored_and_nothing_is_no_score():
     models = torch.nn.Identity().train(), torch.nn.Identity().eval()
     score(Batches(1), *models)
     assert [model.training for model in models] == [True, False]
-    with pytest.raises(ValueError, match="none of the images could be read"):
+    with pytest.raises(EvaluationError, match="none of the images could be read"):
         score([], *models)

@@ -111,6 +111,9 @@ def test_out_of_range_values():
         OptimConfig(epochs=5, warmup_epochs=5)
     with pytest.raises(RecipeError, match=r"checkpoint.keep_every: expected .* > 0, got 0"):
         CheckpointConfig(keep_every=0)
+    with pytest.raises(RecipeError, match=r"keep_every: 3, but .* only every 2 .* multiple of 2"):
+        CheckpointConfig(keep_every=3, every_epochs=2)
+    CheckpointConfig(keep_every=4, every_epochs=2)
     with pytest.raises(RecipeError, match=r"batch_size: expected .* > 0, got 0"):
         Recipe(batch_size=0)
     with pytest.raises(RecipeError, match="ema_decay: expected null"):

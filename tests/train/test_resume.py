@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
-from featkd.data import factory
 from featkd.remote import locate
 from featkd.train.checkpoint import CheckpointError, CheckpointStore, load
 from featkd.train.engine import Trainer
@@ -240,93 +237,6 @@ def test_another_image_size_is_refused(recipe):
         run(replace(recipe, data=replace(recipe.data, img_size=32)))
 
 
-def stop_within_an_epoch(recipe: Recipe, updates: int) -> Path:
-    """Train some updates of the first epoch and save; returns the checkpoint."""
-    trainer = Trainer(recipe, CPU)
-    trainer.parts.student.train()
-    for batch in islice(trainer.parts.train_loader, updates):
-        trainer.step([batch])
-    trainer.store.prepare()
-    trainer._save(RunLog(None, 0, 0))
-    return trainer.store.last
-
-
-def test_an_epoch_goes_on_in_other_batches(recipe, monkeypatch):
-    """Two updates of 8 images, then the epoch's other 32 in batches of 4: none twice, none left."""
-    seen: list[torch.Tensor] = []
-    losses = Trainer.losses
-
-    def noting(self, batch, number):
-        seen.extend(batch.images)
-        return losses(self, batch, number)
-
-    monkeypatch.setattr(Trainer, "losses", noting)
-    stop_within_an_epoch(recipe, 2)
-    assert len(seen) == 16
-    run(replace(recipe, batch_size=4))
-    first_epoch = [image.numpy().tobytes() for image in seen[:48]]
-    whole = Trainer(replace(recipe, batch_size=48), CPU)
-    (batch,) = whole.parts.train_loader
-    assert first_epoch == [image.numpy().tobytes() for image in batch.images]
-    # 2 updates of 8 images, 8 and 12 of 4: the schedule ends where it would have
-    assert column(recipe, "update")[-1] == "22"
-    rates = [float(x) for x in column(recipe, "lr")]
-    assert rates[0] == pytest.approx(1e-6 + 4 / 12 * (1e-3 - 1e-6))  # 4 of 12 warm-up updates
-    assert rates[-1] == pytest.approx(
-        1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * 23 / 24)) / 2, rel=1e-3
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"batch_size": 16}, r"last.pt: batch_size: .* after 24 images .* to divide 24"),
-        ({"seed": 1}, r"last.pt: seed: 0 when the loader stopped within epoch 0, now 1"),
-        ({"accumulate": 2}, r"3 micro-batches .* optim.accumulate: 2; expected a divisor of 3"),
-        ({"repeats": 3}, r"last.pt: repeats: 1 when"),
-    ],
-)
-def test_an_epoch_in_another_order_is_refused(recipe, changes, message):
-    stop_within_an_epoch(recipe, 3)
-    repeats = changes.pop("repeats", 1)
-    optim = replace(recipe.optim, accumulate=changes.pop("accumulate", 1))
-    augment = replace(recipe.data.augment, repeats=repeats)
-    other = replace(recipe, optim=optim, data=replace(recipe.data, augment=augment), **changes)
-    with pytest.raises(CheckpointError, match=message):
-        run(other)
-
-
-def test_another_number_of_processes_is_said(recipe):
-    """One process goes on where two of half the batch stopped, and one of a whole one."""
-    last = stop_within_an_epoch(recipe, 2)
-    state = load(last)
-    state["world_size"] = state["loader"]["world_size"] = 2
-    state["recipe"]["batch_size"] = state["loader"]["batch_size"] = 4
-    torch.save(state, last)
-    trainer = Trainer(recipe, CPU)
-    _, changed = trainer._resume("auto")
-    assert trainer.batch == 2
-    assert "processes: 2 -> 1 (8 images an update as before; drop-path draws" in changed
-    _, changed = Trainer(replace(recipe, batch_size=16), CPU)._resume("auto")
-    assert "8 -> 16 images an update: peak learning rate 0.002 -> 0.004, 3 updates an" in changed
-
-
-def test_a_restart_by_torchrun_goes_on_whatever_was_asked(recipe):
-    """The job's own last checkpoint, not the one named or forbidden when it began."""
-    first = stop_within_an_epoch(replace(recipe, out=recipe.out + "-first"), 1)
-    job = replace(CPU, job="17")
-    trainer = Trainer(recipe, job)
-    assert trainer._resume(str(first))[0].startswith(f"resumed from {first}")
-    trainer.run("auto", quiet=True)
-    again = Trainer(recipe, job)
-    for asked in (str(first), "never"):
-        assert again._resume(asked)[0].startswith(f"resumed from {recipe.out}/last.pt")
-    assert Trainer(recipe, CPU)._resume(str(first))[0].startswith(f"resumed from {first}")
-    for other in (CPU, replace(CPU, job="18")):
-        with pytest.raises(CheckpointError, match="resume: never, but"):
-            Trainer(recipe, other)._resume("never")
-
-
 def test_out_that_is_a_file(recipe, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"out: .*file is a file, expected a folder"):
@@ -394,27 +304,6 @@ def test_a_store_that_fails_leaves_the_old_checkpoint(store, monkeypatch):
     with pytest.raises(CheckpointError, match=r"could not save memory://.*cut off.*untouched"):
         run(longer)
     assert last.read_bytes() == before
-
-
-def test_another_loader_is_said(recipe, monkeypatch, capsys):
-    """As on a node where DALI is broken: the recipe's "auto" takes other pixels there."""
-    monkeypatch.setattr("featkd.data.dali.why_not", lambda *_: "a library of it is missing")
-    real = factory.build_over
-    monkeypatch.setattr(  # to a GPU as far as the choice goes: it needs none
-        factory, "build_over", lambda *a, **k: real(*a, **{**k, "device": torch.device("cuda")})
-    )
-    with pytest.warns(UserWarning, match="loaded by timm, not by DALI: a library"):
-        trainer = Trainer(replace(recipe, data=replace(recipe.data, backend="auto")), CPU)
-    trainer.parts.close()
-    said = "images are loaded by timm, not by DALI: a library of it is missing"
-    assert trainer.parts.notes.count(said) == 1
-    monkeypatch.undo()
-    last = stop_within_an_epoch(recipe, 2)
-    torch.save({**load(last), "pixels": "dali on cuda"}, last)
-    Trainer(recipe, CPU).run()
-    output = capsys.readouterr().err
-    assert "images are loaded by timm\n" in output
-    assert "images: loaded by dali on cuda -> timm (their pixels differ by rounding)" in output
 
 
 def test_plain_student_of_another_width_is_pooled_and_said(recipe):

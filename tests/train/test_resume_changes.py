@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from featkd.train.checkpoint import CheckpointError
 from featkd.train.engine import Trainer
 from featkd.train.logs import RunLog
 from featkd.train.recipe import Recipe
-from tests.train.runs import CPU
+from tests.train.runs import CPU, run
 
 
 def saved(recipe: Recipe) -> Trainer:
@@ -64,6 +65,23 @@ def test_what_the_optimizers_state_does_not_fit(alone, change, message):
     saved(alone)
     with pytest.raises(CheckpointError, match=message):
         Trainer(replace(alone, optim=replace(alone.optim, **change)), CPU)._resume("auto")
+
+
+def test_another_number_of_images_is_said_between_epochs_and_refused_within(
+    alone, images, tmp_path
+):
+    fewer = tmp_path / "fewer"
+    shutil.copytree(images, fewer)
+    for number in range(8):
+        (fewer / "train" / "red" / f"{number}.png").unlink()
+    run(replace(alone, optim=replace(alone.optim, epochs=1, warmup_epochs=0)))
+    there = replace(alone, data=replace(alone.data, path=str(fewer)))
+    said = "training images: 48 -> 40 (5 updates an epoch)"
+    assert said in Trainer(there, CPU)._resume("auto")[1]
+    assert "training images" not in Trainer(alone, CPU)._resume("auto")[1]
+    saved(alone)
+    with pytest.raises(CheckpointError, match=r"last.pt: num_images: 48 when .*, now 40"):
+        Trainer(there, CPU)._resume("auto")
 
 
 def test_processes_that_read_different_files_are_stopped(alone, monkeypatch):

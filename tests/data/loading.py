@@ -1,0 +1,44 @@
+"""What the tests of the loaders share: a loader of small images, and comparing its batches."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from featkd.data import AugmentConfig, Batch, DataConfig, Loader, build_loader
+
+Spoil = Callable[[Path, str], None]
+Split = Literal["train", "val"]
+# Every kind of draw is likely; under 256 images the repeats need no multiple of 256.
+STRONG = AugmentConfig(random_erasing=0.5, repeats=1)
+DEFAULTS: dict[str, Any] = {"augment": STRONG}
+
+
+@contextlib.contextmanager
+def loading(
+    root: Path, split: Split = "train", batch_size: int = 4, **options: Any
+) -> Iterator[Loader]:
+    names = ("seed", "rank", "world_size", "device")
+    call = {name: options.pop(name) for name in names if name in options}
+    config = DataConfig(str(root), **{"img_size": 16, "workers": 0, **DEFAULTS, **options})
+    loader = build_loader(config, split=split, batch_size=batch_size, **call)
+    try:
+        yield loader
+    finally:
+        loader.close()
+
+
+def same(first: list[Batch], second: list[Batch]) -> bool:
+    return len(first) == len(second) and all(
+        torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def alive() -> list[int | None]:
+    return [child.pid for child in multiprocessing.active_children()]

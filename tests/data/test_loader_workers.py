@@ -1,0 +1,190 @@
+"""Worker processes: one that dies is an error, and none is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from featkd.data import Batch
+from tests.data.conftest import MakeSet
+from tests.data.loading import alive, loading
+
+
+def test_close_ends_the_workers_also_after_an_exception(make_set: MakeSet) -> None:
+    with loading(make_set(train=40), workers=2) as loader:
+        with contextlib.suppress(KeyError):
+            for _ in loader:
+                raise KeyError
+        assert len(alive()) == 2
+        loader.close()
+        assert alive() == []
+        loader.close()
+        running = iter(loader)  # it starts new workers
+        next(running)
+        assert len(alive()) == 2
+        loader.close()
+        assert alive() == []
+        with pytest.raises(RuntimeError, match="this one is over"):
+            next(running)
+
+
+def test_a_killed_worker_is_an_error_not_a_hang(make_set: MakeSet) -> None:
+    with loading(make_set(train=400), workers=2) as loader:
+        batches = iter(loader)
+        next(batches)
+        pid = alive()[0]
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="DataLoader worker"):
+            list(batches)
+    assert alive() == []
+
+
+BESIDE = """
+import multiprocessing, sys, types
+from featkd.data import DataConfig, build_loader
+config = DataConfig(sys.argv[1], img_size=16, workers=1, backend="timm")
+loaders = [build_loader(config, split="train", batch_size=4) for _ in range(2)]
+running = []
+for beside, loader in zip(("nothing", "nvidia.dali"), loaders):
+    sys.modules[beside] = types.ModuleType(beside)
+    running.append(iter(loader))
+    next(running[-1])
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+sys.stdin.readline()
+print(*(len(list(batches)) for batches in running), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_workers_go_on_till_their_rank_ends(make_set: MakeSet) -> None:
+    """Signals are for it, and don't stop them; where it is killed, they end at once. Be they forked
+    from it or, once DALI is there, from a server process."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", BESIDE, make_set(train=40)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    (first,) = process.stdout.readline().split()
+    workers = process.stdout.readline().split()
+    (second,) = set(workers) - {first}
+    server = parent(second)
+    assert parent(first) == process.pid != server
+    for pid in (int(first), int(second), server):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(pid, number)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "9 9\n"
+    process.kill()
+    killed = time.monotonic()
+    while any(lives(pid) for pid in workers):
+        assert time.monotonic() < killed + 2, f"workers {workers} live on"
+        time.sleep(0.02)
+    process.communicate()
+
+
+def parent(process: str) -> int:
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.partition("\nPPid:")[2].split()[0])
+
+
+@pytest.mark.parametrize("how", ["terminate", "close"])
+def test_workers_end_when_their_own_process_says_so(make_set: MakeSet, how: str) -> None:
+    with loading(make_set(train=40), workers=1) as loader:
+        next(iter(loader))
+        (worker,) = multiprocessing.active_children()
+        began = time.monotonic()
+        if how == "terminate":  # as Python does at its end, and torch where one does not obey
+            worker.terminate()
+            worker.join(5)
+        else:
+            loader.close()
+        assert not worker.is_alive()
+        assert time.monotonic() - began < 2
+
+
+def test_workers_outlive_the_thread_that_started_them(make_set: MakeSet) -> None:
+    with loading(make_set(train=40), workers=1) as loader:
+        started: list[Iterator[Batch]] = []
+
+        def start() -> None:
+            started.append(iter(loader))
+            next(started[0])
+
+        thread = threading.Thread(target=start)
+        thread.start()
+        thread.join()
+        time.sleep(0.1)  # a signal that follows on the thread's end would have come
+        assert len(list(started[0])) == 9
+
+
+def lives(process: str) -> bool:
+    """Whether it runs: one that nobody has waited for yet does not."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+ENDING = """
+import multiprocessing, signal, sys, time
+from featkd.data import DataConfig, build_loader
+config = DataConfig(sys.argv[1], img_size=16, workers=2)
+loader = build_loader(config, split="train", batch_size=4)
+came = []
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it otherwise
+if sys.argv[2] == "handled":
+    signal.signal(signal.SIGINT, lambda *_: came.append(1))
+batches = iter(loader)
+next(batches)
+print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+if sys.argv[2] == "raise":
+    raise KeyError("out of the loop")
+while not came:
+    time.sleep(0.01)
+print(len(list(batches)), "more batches")
+"""
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "handled", "raise"])
+def test_an_end_in_mid_epoch_leaves_no_process(make_set: MakeSet, how: str) -> None:
+    """Without close(). A terminal's Ctrl-C reaches the whole process group; where the main process
+    handles it (to save its state), the workers go on."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDING, str(make_set(train=256)), how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert process.stdout is not None
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(workers) == 2
+    if how != "raise":
+        os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=30)
+    if how == "handled":
+        assert (process.returncode, output) == (0, "63 more batches\n"), errors
+    else:
+        assert process.returncode != 0
+        assert errors.count("Traceback") == 1
+        assert ("KeyboardInterrupt" if how == "ctrl-c" else "out of the loop") in errors
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, f"workers {workers} live on"
+        time.sleep(0.05)

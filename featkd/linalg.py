@@ -8,6 +8,7 @@ its input. docs/linalg.md has the algorithm and how it was shown to be right.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -165,7 +166,7 @@ def svd(x: Tensor, k: int | None = None, *, method: Literal["auto", "jacobi"] = 
         `SVD` of U (..., N, k), S (..., k) and Vh (..., k, D).
 
     Raises:
-        TypeError: not a real floating-point tensor.
+        TypeError: not a real floating-point tensor, or k neither None nor an int.
         ValueError: fewer than two dimensions, an unknown method, or k not from 1 to n.
         RuntimeError: "jacobi" and NaN or Inf.
 
@@ -186,10 +187,10 @@ def svd(x: Tensor, k: int | None = None, *, method: Literal["auto", "jacobi"] = 
     smaller = min(x.shape[-2:])
     if method not in ("auto", "jacobi"):
         raise ValueError(f"method: expected 'auto' or 'jacobi', got {method!r}")
+    if k is not None:
+        _check_count("k", k, smaller)
     if k is None and method == "auto":
         return SVD(*torch.linalg.svd(x.to(reference.accumulation_dtype(x.dtype)), False))
-    if k is not None and not 1 <= k <= smaller:
-        raise ValueError(f"k: expected None or an int from 1 to {smaller}, got {k!r}")
     if method == "auto":
         assert k is not None
         return _leading(x.detach(), k)
@@ -201,15 +202,26 @@ def svd(x: Tensor, k: int | None = None, *, method: Literal["auto", "jacobi"] = 
 
 def _leading(x: Tensor, k: int) -> SVD:
     """The k leading singular triplets by the Gram matrix of the smaller side, in float64."""
-    wide = x.mT.double() if x.shape[-2] > x.shape[-1] else x.double()
+    tall = x.shape[-2] > x.shape[-1]
+    scale = _power_of_two(x.double())  # the Gram matrix squares what it gets
+    wide = (x.mT if tall else x).double() / scale
     _, vectors = torch.linalg.eigh(wide @ wide.mT)
     near = vectors[..., -k:].flip(-1)
     far, triangle = torch.linalg.qr(wide.mT @ near)  # the columns have the lengths S
     diagonal = triangle.diagonal(dim1=-2, dim2=-1)
     far = far * torch.where(diagonal < 0, -1, 1).unsqueeze(-2)
-    u, v = (far, near) if x.shape[-2] > x.shape[-1] else (near, far)
+    # beyond the matrix rank the eigenvectors' order is rounding's, and the lengths have another
+    values, order = diagonal.abs().sort(dim=-1, descending=True, stable=True)
+    near, far = (torch.take_along_dim(part, order.unsqueeze(-2), -1) for part in (near, far))
+    u, v = (far, near) if tall else (near, far)
     dtype = reference.accumulation_dtype(x.dtype)
-    return SVD(u.to(dtype), diagonal.abs().to(dtype), v.mT.to(dtype))
+    return SVD(u.to(dtype), (values * scale[..., 0]).to(dtype), v.mT.to(dtype))
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """(..., 1, 1): the greatest that the largest element reaches, and 1 for a zero matrix."""
+    largest = x.abs().amax((-2, -1), keepdim=True)
+    return torch.where(largest > 0, largest / (2 * largest.frexp().mantissa), 1)
 
 
 def principal_angles(v1: Tensor, v2: Tensor) -> Tensor:
@@ -259,3 +271,11 @@ def _check_matrices(name: str, x: Tensor) -> None:
     checks.check_floating(name, x)
     if x.dim() < 2:
         raise ValueError(f"{name}: expected at least 2 dimensions, got shape {tuple(x.shape)}")
+
+
+def _check_count(name: str, value: object, most: int) -> None:
+    allowed = f"{name}: expected None or an int from 1 to {most}, got {value!r}"
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(allowed)
+    if not 1 <= value <= most:
+        raise ValueError(allowed)

@@ -215,6 +215,10 @@ def test_what_is_refused():
     for k in (0, 3, -1):
         with pytest.raises(ValueError, match=f"k: expected None or an int from 1 to 2, got {k}"):
             linalg.svd(x, k=k)
+    for k in (2.0, "1", True):
+        for method in ("auto", "jacobi"):
+            with pytest.raises(TypeError, match=f"k: expected None or an int.* to 2, got {k!r}"):
+                linalg.svd(x, k=k, method=method)  # type: ignore[arg-type]
 
 
 def test_other_sizes_and_machines_take_the_reference(monkeypatch):
@@ -297,6 +301,43 @@ def test_leading_vectors():
             best = (u[..., :k] * s[..., None, :k] @ vh[..., :k, :]).float()
             torch.testing.assert_close(shown, best, rtol=0, atol=2e-5)
     assert linalg.svd(torch.zeros(3, 4), k=2).S.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1e-307, 5e-324, 1e160, 3e307])
+def test_leading_vectors_at_any_scale(scale: float):
+    values = torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64) * scale
+    for x in (torch.diag(values), torch.diag(values)[:, [0, 1, 2, 2]], torch.eye(4, 3) * values):
+        exact = torch.linalg.svd(x, full_matrices=False)
+        for k in (1, 3):
+            found = linalg.svd(x, k=k)
+            torch.testing.assert_close(found.S, exact.S[:k], rtol=1e-12, atol=0)
+            shown = found.U * (found.S / scale) @ found.Vh
+            best = exact.U[:, :k] * (exact.S[:k] / scale) @ exact.Vh[:k]
+            torch.testing.assert_close(shown, best)
+
+
+def test_scales_of_a_batch_do_not_mix():
+    x = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scales = torch.tensor([2.0**-700, 0.0, 2.0**600], dtype=torch.float64)
+    found, each = linalg.svd(x * scales[:, None, None], k=2), linalg.svd(x, k=2)
+    torch.testing.assert_close(found.S, each.S * scales[:, None], rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.U[[0, 2]], each.U[[0, 2]])
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("shape", [(40, 50), (50, 40)], ids=str)
+def test_leading_values_of_low_rank_descend(shape: tuple[int, int], rank: int):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(4, n, rank, generator=generator).double() for n in shape)
+    x = left @ right.mT
+    found = linalg.svd(x, k=20)
+    assert (found.S.diff(dim=-1) <= 0).all()
+    torch.testing.assert_close(found.U * found.S.unsqueeze(-2) @ found.Vh, x)
+    for part in (found.U, found.Vh.mT):
+        assert (part.mT @ part - torch.eye(20)).abs().max() < 1e-12
+    # the vectors of each value go with it
+    lengths = torch.linalg.vector_norm(found.U.mT @ x, dim=-1)
+    torch.testing.assert_close(lengths, found.S, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("family", ["features", "geometric"])

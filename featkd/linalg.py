@@ -2,8 +2,8 @@
 
 Shapes: any leading batch dimensions, then N tokens and D channels; n = min(N, D). The compiled
 library of csrc/ runs where the smaller side is from 1 to 512, on a CPU with one matrix a thread;
-torch.linalg runs else, and `featkd.last_backend("spectrum")` says which. Nothing here writes to
-its input. docs/linalg.md has the algorithm and how it was shown to be right.
+torch.linalg runs else, and `featkd.last_backend("spectrum")`, or "svd", says which. Nothing here
+writes to its input. docs/linalg.md has the algorithm and how it was shown to be right.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from featkd import checks, reference
+from featkd import backends, checks, reference
 from featkd.ops import jacobi as jacobi_op
 from featkd.ops import spectrum as spectrum_op
 from featkd.ops.spectrum import Spectrum
@@ -173,9 +173,10 @@ def svd(x: Tensor, k: int | None = None, *, method: Literal["auto", "jacobi"] = 
     Notes:
         With "auto" all vectors come from torch.linalg.svd, with its gradient. The k leading ones
         come from the eigenvectors of the smaller side's Gram matrix in float64; the other side's
-        vectors, X^T U / s, are orthonormalised. They carry no gradient. Those of "jacobi" neither;
-        it has no GPU kernel, takes values below 1e-135 of the largest for zeros, and shares no
-        step but the QR with the others: it is their oracle.
+        vectors, X^T U / s, are orthonormalised. Where x requires grad, they are those of
+        torch.linalg.svd in float64, with its gradient: slower, and signs may differ. Those of
+        "jacobi" carry none; it has no GPU kernel, takes values below 1e-135 of the largest for
+        zeros, and shares no step but the QR with the others: it is their oracle.
 
     Example:
         >>> import torch
@@ -189,15 +190,23 @@ def svd(x: Tensor, k: int | None = None, *, method: Literal["auto", "jacobi"] = 
         raise ValueError(f"method: expected 'auto' or 'jacobi', got {method!r}")
     if k is not None:
         _check_count("k", k, smaller)
-    if k is None and method == "auto":
-        return SVD(*torch.linalg.svd(x.to(reference.accumulation_dtype(x.dtype)), False))
-    if method == "auto":
-        assert k is not None
-        return _leading(x.detach(), k)
-    u, s, vh = (
-        part.to(reference.accumulation_dtype(x.dtype)) for part in jacobi_op.svd(x.detach())
-    )
+    dtype = reference.accumulation_dtype(x.dtype)
+    if method == "jacobi":
+        found = SVD(*jacobi_op.svd(x.detach()))
+    else:
+        backends.record(jacobi_op.NAME, "reference")
+        if k is None:
+            found = _by_torch(x.to(dtype))
+        elif x.requires_grad and torch.is_grad_enabled():
+            found = _by_torch(x.double())
+        else:
+            found = _leading(x, k)
+    u, s, vh = (part.to(dtype) for part in found)
     return SVD(u[..., :k], s[..., :k], vh[..., :k, :])
+
+
+def _by_torch(x: Tensor) -> SVD:
+    return SVD(*torch.linalg.svd(x, full_matrices=False))
 
 
 def _leading(x: Tensor, k: int) -> SVD:
@@ -214,8 +223,7 @@ def _leading(x: Tensor, k: int) -> SVD:
     values, order = diagonal.abs().sort(dim=-1, descending=True, stable=True)
     near, far = (torch.take_along_dim(part, order.unsqueeze(-2), -1) for part in (near, far))
     u, v = (far, near) if tall else (near, far)
-    dtype = reference.accumulation_dtype(x.dtype)
-    return SVD(u.to(dtype), (values * scale[..., 0]).to(dtype), v.mT.to(dtype))
+    return SVD(u, values * scale[..., 0], v.mT)
 
 
 def _power_of_two(x: Tensor) -> Tensor:

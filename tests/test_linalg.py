@@ -367,6 +367,41 @@ def test_thin_svd_is_torchs():
     torch.testing.assert_close(ours, expected)
 
 
+def test_leading_vectors_have_torchs_gradient():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    weights = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64)
+
+    def loss(u: Tensor, s: Tensor, vh: Tensor) -> Tensor:  # whatever the vectors' signs
+        return (weights * ((u * s.exp().unsqueeze(-2)) @ vh)).sum() + (u.abs() @ vh.abs()).sum()
+
+    for k in (1, 3, 4):
+        u, s, vh = torch.linalg.svd(x, full_matrices=False)
+        (theirs,) = torch.autograd.grad(loss(u[..., :k], s[..., :k], vh[..., :k, :]), x)
+        (ours,) = torch.autograd.grad(loss(*linalg.svd(x, k)), x)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+        with torch.no_grad():
+            assert not linalg.svd(x, k).S.requires_grad
+            torch.testing.assert_close(loss(*linalg.svd(x, k)), loss(*linalg.svd(x.detach(), k)))
+    assert torch.autograd.gradcheck(lambda x: loss(*linalg.svd(x, 2)), x)
+    assert torch.autograd.gradgradcheck(lambda x: loss(*linalg.svd(x, 2)), x)
+    half = x.detach().bfloat16().requires_grad_()
+    found = linalg.svd(half, 2)
+    assert {part.dtype for part in found} == {torch.float32}
+    found.S.sum().backward()
+    assert half.grad is not None
+    assert half.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("k", [None, 2])
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_ran_is_recorded(k: int | None, grad: bool):
+    linalg.svd(torch.eye(3), method="jacobi")
+    assert featkd.last_backend("svd") == "cpu"
+    linalg.svd(torch.eye(3, requires_grad=grad), k)
+    assert featkd.last_backend("svd") == "reference"
+
+
 def test_principal_angles():
     angles = torch.tensor([1e-9, 1e-4, 0.3, torch.pi / 2 - 1e-9], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)

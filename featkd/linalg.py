@@ -55,7 +55,8 @@ def svdvals(x: Tensor) -> Tensor:
         x: (..., N, D), floating.
 
     Returns:
-        (..., n), float64 for float64 and else float32. NaN for a matrix that holds NaN or Inf.
+        (..., n), float64 for float64 and else float32. NaN, as is the gradient, for a matrix that
+        holds NaN or Inf.
 
     Raises:
         TypeError: not a real floating-point tensor.
@@ -163,7 +164,8 @@ def svd(x: Tensor, k: int | None = None, *, method: Literal["auto", "jacobi"] = 
         method: "auto", or "jacobi" for tiny values: QR and one-sided Jacobi in float64.
 
     Returns:
-        `SVD` of U (..., N, k), S (..., k) and Vh (..., k, D).
+        `SVD` of U (..., N, k), S (..., k) and Vh (..., k, D). With "auto", NaN for a matrix that
+        holds NaN or Inf; the others are as they would be without it.
 
     Raises:
         TypeError: not a real floating-point tensor, or k neither None nor an int.
@@ -206,14 +208,22 @@ def svd(x: Tensor, k: int | None = None, *, method: Literal["auto", "jacobi"] = 
 
 
 def _by_torch(x: Tensor) -> SVD:
-    return SVD(*torch.linalg.svd(x, full_matrices=False))
+    clean, factor = reference.set_bad_aside(x)
+    u, s, vh = torch.linalg.svd(clean, full_matrices=False)
+    return _scaled(u, s, vh, factor)
+
+
+def _scaled(u: Tensor, s: Tensor, vh: Tensor, factor: Tensor) -> SVD:
+    each = factor[..., None]
+    return SVD(u * each[..., None], s * each, vh * each[..., None])
 
 
 def _leading(x: Tensor, k: int) -> SVD:
     """The k leading singular triplets by the Gram matrix of the smaller side, in float64."""
     tall = x.shape[-2] > x.shape[-1]
-    scale = _power_of_two(x.double())  # the Gram matrix squares what it gets
-    wide = (x.mT if tall else x).double() / scale
+    clean, factor = reference.set_bad_aside(x.double())
+    scale = _power_of_two(clean)  # the Gram matrix squares what it gets
+    wide = (clean.mT if tall else clean) / scale
     _, vectors = torch.linalg.eigh(wide @ wide.mT)
     near = vectors[..., -k:].flip(-1)
     far, triangle = torch.linalg.qr(wide.mT @ near)  # the columns have the lengths S
@@ -223,7 +233,7 @@ def _leading(x: Tensor, k: int) -> SVD:
     values, order = diagonal.abs().sort(dim=-1, descending=True, stable=True)
     near, far = (torch.take_along_dim(part, order.unsqueeze(-2), -1) for part in (near, far))
     u, v = (far, near) if tall else (near, far)
-    return SVD(u, values * scale[..., 0], v.mT)
+    return _scaled(u, values * scale[..., 0], v.mT, factor)
 
 
 def _power_of_two(x: Tensor) -> Tensor:
@@ -244,7 +254,8 @@ def principal_angles(v1: Tensor, v2: Tensor) -> Tensor:
         v2: (..., D, k2), floating, of full column rank.
 
     Returns:
-        (..., min(k1, k2)), float64 where an argument is float64 and else float32.
+        (..., min(k1, k2)), float64 where an argument is float64 and else float32. NaN where v1 or
+        v2 holds NaN or Inf; the other pairs' are as they would be without it.
 
     Raises:
         TypeError: not real floating-point tensors.
@@ -266,13 +277,14 @@ def principal_angles(v1: Tensor, v2: Tensor) -> Tensor:
                 f"{name}: expected at most as many columns as rows, got {tuple(v.shape)}"
             )
     small, large = (v1, v2) if v1.shape[-1] <= v2.shape[-1] else (v2, v1)
-    q_small, q_large = (torch.linalg.qr(v.double()).Q for v in (small, large))
+    (small, one), (large, other) = (reference.set_bad_aside(v.double()) for v in (small, large))
+    q_small, q_large = (torch.linalg.qr(v).Q for v in (small, large))
     shared = q_large.mT @ q_small
     cosines = torch.linalg.svdvals(shared).clamp(max=1)
     sines = torch.linalg.svdvals(q_small - q_large @ shared).flip(-1).clamp(max=1)
     angles = torch.where(cosines.square() < 0.5, cosines.acos(), sines.asin())
     dtype = torch.promote_types(*(reference.accumulation_dtype(v.dtype) for v in (v1, v2)))
-    return angles.to(dtype)
+    return (angles * (one * other)[..., None]).to(dtype)
 
 
 def _check_matrices(name: str, x: Tensor) -> None:

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +166,61 @@ def test_one_bad_matrix_leaves_the_others_alone(bad: float, dtype: torch.dtype):
         assert after.residual[2].isnan()
         for one, other in zip(before, after, strict=True):
             assert torch.equal(one[[0, 1, 3]], other[[0, 1, 3]])
+
+
+def results_and_gradient(function: Callable[..., object], *given: Tensor) -> list[Tensor]:
+    """Of a function, one tensor or several; the gradients of a sum that no sign changes."""
+    x = [part.clone().requires_grad_() for part in given]
+    found = function(*x)
+    parts = [found] if isinstance(found, Tensor) else list(found)  # type: ignore[call-overload]
+    gradients = torch.autograd.grad(sum(part.square().square().sum() for part in parts), x)
+    return [*(part.detach() for part in parts), *gradients]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "function", [linalg.svdvals, linalg.energy_curve, linalg.svd, partial(linalg.svd, k=3)]
+)
+def test_one_bad_matrix_leaves_other_vectors_and_gradients_alone(
+    function: Callable[[Tensor], object], backend: str, bad: float
+):
+    for rows, columns, dtype in ((6, 9, torch.float64), (9, 6, torch.float32)):
+        clean = matrices("features", rows, columns, count=4).to(dtype)
+        dirty = clean.clone()
+        dirty[2, 5, 5] = bad
+        with featkd.use_backend(backend):
+            before = results_and_gradient(function, clean)
+            after = results_and_gradient(function, dirty)
+        for one, other in zip(before, after, strict=True):
+            assert other[2].isnan().all()
+            assert torch.equal(one[[0, 1, 3]], other[[0, 1, 3]])
+            assert not one.isnan().any()
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20)], ids=str)
+def test_one_bad_matrix_leaves_other_leading_vectors_alone(shape: tuple[int, int]):
+    clean = matrices("features", *shape, count=4)
+    dirty = clean.clone()
+    dirty[2] = float("inf")
+    for one, other in zip(linalg.svd(clean, 4), linalg.svd(dirty, 4), strict=True):
+        assert other[2].isnan().all()
+        assert torch.equal(one[[0, 1, 3]], other[[0, 1, 3]])
+
+
+def test_one_bad_pair_leaves_the_angles_of_the_others_alone():
+    one, other = matrices("flat", 12, 3, count=4), matrices("geometric", 12, 5, count=4)
+    before = results_and_gradient(linalg.principal_angles, one, other)
+    bad = one.clone(), other.clone()
+    bad[0][1, 4, 2] = float("nan")
+    bad[1][2, 0, 0] = -float("inf")
+    for pair in (bad, bad[::-1]):
+        after = results_and_gradient(linalg.principal_angles, *pair)
+        same = before if pair is bad else [before[0], before[2], before[1]]
+        for clean, dirty in zip(same, after, strict=True):
+            assert dirty[[1, 2]].isnan().all()
+            assert torch.equal(clean[[0, 3]], dirty[[0, 3]])
+            assert not clean.isnan().any()
 
 
 def test_views_leading_dimensions_and_inputs_left_alone():

@@ -507,16 +507,18 @@ def test_too_little_memory_is_an_error_and_nothing_else():
 
 
 def test_offsets_beyond_two_to_the_31():
-    """The last matrix starts 2^31 + elements into an expanded storage that is never filled."""
-    stride = 2**31 + 4096
-    storage = torch.empty(stride + 64 * 64, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    assert storage.numel() > 2**31
+    """In elements: the second matrix of one view, the second row of each of another's."""
+    stride = 2**31 + 1000
+    storage = torch.empty(2 * (stride + 30 * 30), dtype=torch.uint8)  # touched at its ends alone
     halves = torch.empty(0, dtype=torch.float16).set_(
-        storage.untyped_storage(), 0, (2, 30, 30), (stride // 2 - 1000, 30, 1)
+        storage.untyped_storage(), 0, (2, 30, 30), (stride, 30, 1)
     )
+    assert halves[1].storage_offset() > 2**31
     generator = torch.Generator().manual_seed(0)
     halves.copy_(torch.randn(2, 30, 30, generator=generator))
-    assert torch.equal(linalg.svdvals(halves), linalg.svdvals(halves.clone()))
+    for view in (halves, halves.transpose(0, 1)):
+        assert max(view.stride()) > 2**31
+        assert torch.equal(linalg.svdvals(view), linalg.svdvals(view.clone()))
 
 
 def test_backends_by_name():

@@ -219,7 +219,7 @@ def spectrum(x: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, ...]:
 
     Returns:
         The fields of `featkd.linalg.Spectrum`, n = min(N, D): values (..., n), curve (..., n),
-        ranks (..., T), info, residual and resolved (...).
+        ranks (..., T), info, residual and resolved (...). The values alone have a gradient.
     """
     dtype = accumulation_dtype(x.dtype)
     wide, factor = set_bad_aside(x.double())
@@ -229,12 +229,12 @@ def spectrum(x: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, ...]:
     largest = finite.double() if empty else wide.detach().abs().amax((-2, -1))
     scale = torch.where(largest > 0, largest, 1)[..., None]
     values = torch.linalg.svdvals(wide / scale[..., None])
-    energy = values.square()
+    energy = values.detach().square()
     total = energy.sum(-1, keepdim=True)
     curve = (energy.cumsum(-1) / torch.where(total > 0, total, 1)).clamp(max=1)
     levels = curve.new_tensor(list(thresholds))
     ranks = torch.where(each, torch.where(total > 0, first_reaching(curve, levels), 0), -1)
-    norm2 = (wide / scale[..., None]).square().sum((-2, -1))
+    norm2 = (wide.detach() / scale[..., None]).square().sum((-2, -1))
     residual = torch.where(norm2 > 0, (total[..., 0] / norm2 - 1).abs(), 0)
     nan = float("nan")
     return (
@@ -242,7 +242,7 @@ def spectrum(x: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, ...]:
         torch.where(each, curve, nan).to(dtype),
         ranks,
         (~finite).int(),
-        torch.where(finite, residual, nan).detach(),
+        torch.where(finite, residual, nan),
         torch.zeros_like(finite, dtype=torch.int32),
     )
 

@@ -354,6 +354,17 @@ def test_gradients_are_torchs():
     assert half.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_values_of_a_spectrum_alone_have_a_gradient(backend: str):
+    x = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with featkd.use_backend(backend):
+        found = linalg.spectrum(x)
+    assert featkd.last_backend("spectrum") == backend
+    assert [name for name, part in found._asdict().items() if part.requires_grad] == ["values"]
+    (ours,) = torch.autograd.grad(found.values.square().sum(), x)
+    torch.testing.assert_close(ours, 2 * x.detach())
+
+
 def test_leading_vectors():
     for shape in ((2, 60, 90), (90, 60), (40, 40)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -100,9 +100,9 @@ def spectrum(x: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> Spectrum:
 
     Notes:
         float32 and narrower inputs are solved in float32, and once more in float64 where a
-        threshold is within 1e-6 of a step of the curve, so that ranks are float64's. Values below
-        a hundredth of the largest are good to 1e-7 s_1^2 / s only: `svdvals` has them better.
-        The values alone have a gradient. Repeats bitwise.
+        threshold is within 1e-6 of a step of the curve, so that ranks are float64's. A value s of
+        theirs is good to 5e-7 s_1^2 / s only: `svdvals` has small ones better. The values alone
+        have a gradient. Repeats bitwise.
 
     Example:
         >>> import torch

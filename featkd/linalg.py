@@ -294,8 +294,8 @@ def _check_matrices(name: str, x: Tensor) -> None:
 
 
 def _check_count(name: str, value: object, most: int) -> None:
-    allowed = f"{name}: expected None or an int from 1 to {most}, got {value!r}"
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(allowed)
-    if not 1 <= value <= most:
-        raise ValueError(allowed)
+    expected = f"{name}: expected None or an int from 1 to {most}, got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(expected)
+    if not 1 <= int(value) <= most:
+        raise ValueError(expected)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,13 @@ from .spectrum import feature_maps
 from .variants import Step
 
 CHUNK = 16
-_COLUMNS = ("part", "variant", "q20_ms", "median_ms", "q80_ms", "numpy_over_this", "rounds", "load")
+_UNITS = {
+    "q20_ms": "ms/image", "median_ms": "ms/image", "q80_ms": "ms/image",
+    "numpy_over_this": "ratio", "rounds": "count", "load": "processes",
+}  # fmt: skip
+_COLUMNS = ("part", "variant", *_UNITS)
+Timed = tuple[str, str, float, float, float, float, int, float]
+"""One value a column."""
 
 
 def _chunks(features: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -104,7 +110,7 @@ PARTS: dict[str, tuple[Callable[[Tensor], object], Callable[[Tensor], object]]] 
 }
 
 
-def measure(images: int, min_seconds: float) -> list[tuple[object, ...]]:
+def measure(images: int, min_seconds: float) -> list[Timed]:
     """Rows of `_COLUMNS`, of each part and of all three; milliseconds an image."""
     features = feature_maps(196, 384, images)
     steps = {}
@@ -125,9 +131,9 @@ def measure(images: int, min_seconds: float) -> list[tuple[object, ...]]:
     for name in (*PARTS, "all"):
         for variant in ("featkd", "numpy"):
             seconds = times[f"{name} {variant}"]
-            figures = (1e3 * s / images for s in timing.quantiles(seconds))
+            low, median, high = (1e3 * s / images for s in timing.quantiles(seconds))
             ratio = timing.speedup(times[f"{name} numpy"], seconds)
-            rows.append((name, variant, *figures, ratio, len(seconds), load))
+            rows.append((name, variant, low, median, high, ratio, len(seconds), load))
     return rows
 
 
@@ -139,23 +145,37 @@ def _step(function: Callable[[Tensor], object], features: Tensor) -> Step:
     return Step(lambda: (), run)
 
 
-def main() -> None:
-    """Measure, print a line a variant, and write the results file where one is named."""
+def measured(rows: Iterable[Timed]) -> list[results.Measured]:
+    """Every figure of the rows, in the JSON form."""
+    return [
+        (f"diagnostics/{part}", variant, metric, unit, value)
+        for part, variant, *figures in rows
+        for (metric, unit), value in zip(_UNITS.items(), figures, strict=True)
+    ]
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure, print a line a variant, and write the files that are named."""
     parser = Parser(prog="featkd.benchmarks.diagnostics", description="time featkd.diagnostics")
     parser.add_argument("--images", type=int, default=500, help="of 196 x 384, in memory")
     parser.add_argument("--min-seconds", type=float, default=1.0, help="for each variant")
+    parser.add_argument("--json", type=str, default=None, metavar="FILE", help="figures as JSON")
     parser.add_argument("--out", type=str, default=None, metavar="FILE.csv")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     check_positive("--images", options.images)
     check_positive("--min-seconds", options.min_seconds)
-    check_folders(options, ("out",))
+    check_folders(options, ("json", "out"))
     about = results.describe_run("cpu")
     rows = measure(options.images, options.min_seconds)
     for row in rows:
         part, variant, _, median, _, ratio, *_ = row
         print(f"{part:8} {variant:7} {median:8.3f} ms an image, numpy takes {ratio:5.1f} x")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    print(f"peak memory of the process: {peak:.0f} MiB, the features among it")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    print(f"peak memory of the process: {peak / 2**20:.0f} MiB, the features among it")
+    if options.json is not None:
+        meta = {**results.meta_of(about), "images": options.images}
+        memory = ("diagnostics", "process", "peak_bytes", "bytes", peak)
+        results.write_json(Path(options.json), meta, [*measured(rows), memory])
     if options.out is not None:
         lines = ((*about.values(), *row) for row in rows)
         write_csv(Path(options.out), (*about, *_COLUMNS), lines, digits=6)

@@ -6,7 +6,7 @@ python -m featkd.benchmarks.spectrum --out benchmarks/results/spectrum-NAME.csv
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,26 +104,45 @@ def _step(function: Callable[[Tensor], object], x: Tensor) -> Step:
     return Step(lambda: (), run)
 
 
-def main() -> None:
-    """Measure, print a line a variant, and write the results file where one is named."""
+_UNITS = {
+    "matrices": "count", "q20_ms": "ms/matrix", "median_ms": "ms/matrix", "q80_ms": "ms/matrix",
+    "over_ranks": "ratio", "over_svdvals": "ratio", "load": "processes", "rounds": "count",
+}  # fmt: skip
+
+
+def measured(rows: Iterable[Timed]) -> list[results.Measured]:
+    """Every figure of the rows, in the JSON form."""
+    return [
+        (f"spectrum/{row.shape}", row.variant, metric, unit, getattr(row, metric))
+        for row in rows
+        for metric, unit in _UNITS.items()
+    ]
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure, print a line a variant, and write the files that are named."""
     parser = Parser(prog="featkd.benchmarks.spectrum", description="time featkd.linalg")
     parser.add_argument("--min-seconds", type=float, default=1.0, help="for each variant and size")
+    parser.add_argument("--json", type=str, default=None, metavar="FILE", help="figures as JSON")
     parser.add_argument("--out", type=str, default=None, metavar="FILE.csv")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     check_positive("--min-seconds", options.min_seconds)
-    check_folders(options, ("out",))
+    check_folders(options, ("json", "out"))
     about = results.describe_run("cpu")
-    names = [*about, *Timed.__dataclass_fields__]
-    lines: list[tuple[object, ...]] = []
-    for rows in measure(options.min_seconds):
-        for row in rows:
+    rows: list[Timed] = []
+    for several in measure(options.min_seconds):
+        for row in several:
             print(
                 f"{row.shape:9} {row.variant:22} {row.median_ms:8.4f} ms a matrix, "
                 f"{row.over_ranks:6.2f} x energy_ranks, {row.over_svdvals:6.2f} x svdvals",
                 flush=True,
             )
-            lines.append((*about.values(), *vars(row).values()))
+        rows += several
+    if options.json is not None:
+        results.write_json(Path(options.json), results.meta_of(about), measured(rows))
     if options.out is not None:
+        names = [*about, *Timed.__dataclass_fields__]
+        lines = ((*about.values(), *vars(row).values()) for row in rows)
         write_csv(Path(options.out), names, lines, digits=6)
 
 

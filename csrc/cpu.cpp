@@ -39,6 +39,11 @@ const CpuKernels& cpu_kernels() {
   return cpu_portable;
 }
 
+// For the tests, which ask for each instruction set in turn.
+extern "C" __attribute__((visibility("default"))) const char* featkd_cpu_kernels() {
+  return cpu_kernels().name;
+}
+
 void jacobi_on_cpu(int64_t batch, int n, int length, double* rows, double* turns, int32_t* sweeps,
                    int threads, Parallel parallel) {
   const int64_t size = int64_t(n) * length;

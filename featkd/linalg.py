@@ -2,19 +2,20 @@
 
 Shapes: any leading batch dimensions, then N tokens and D channels; n = min(N, D). The compiled
 library of csrc/ runs where the smaller side is from 1 to 512, on a CPU with one matrix a thread;
-torch.linalg runs else, and `featkd.last_backend("spectrum")` says which. Nothing here writes to
-its input. docs/linalg.md has the algorithm and how it was shown to be right.
+torch.linalg runs else, and `featkd.last_backend("spectrum")`, or "svd", says which. Nothing here
+writes to its input. docs/linalg.md has the algorithm and how it was shown to be right.
 """
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from featkd import checks, reference
+from featkd import backends, checks, reference
 from featkd.ops import jacobi as jacobi_op
 from featkd.ops import spectrum as spectrum_op
 from featkd.ops.spectrum import Spectrum
@@ -54,7 +55,8 @@ def svdvals(x: Tensor) -> Tensor:
         x: (..., N, D), floating.
 
     Returns:
-        (..., n), float64 for float64 and else float32. NaN for a matrix that holds NaN or Inf.
+        (..., n), float64 for float64 and else float32. NaN, as is the gradient, for a matrix that
+        holds NaN or Inf.
 
     Raises:
         TypeError: not a real floating-point tensor.
@@ -98,9 +100,9 @@ def spectrum(x: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> Spectrum:
 
     Notes:
         float32 and narrower inputs are solved in float32, and once more in float64 where a
-        threshold is within 1e-6 of a step of the curve, so that ranks are float64's. Values below
-        a hundredth of the largest are good to 1e-7 s_1^2 / s only: `svdvals` has them better.
-        The values alone have a gradient. Repeats bitwise.
+        threshold is within 1e-6 of a step of the curve, so that ranks are float64's. A value s of
+        theirs is good to 5e-7 s_1^2 / s only: `svdvals` has small ones better. The values alone
+        have a gradient. Repeats bitwise.
 
     Example:
         >>> import torch
@@ -162,19 +164,21 @@ def svd(x: Tensor, k: int | None = None, *, method: Literal["auto", "jacobi"] = 
         method: "auto", or "jacobi" for tiny values: QR and one-sided Jacobi in float64.
 
     Returns:
-        `SVD` of U (..., N, k), S (..., k) and Vh (..., k, D).
+        `SVD` of U (..., N, k), S (..., k) and Vh (..., k, D). With "auto", NaN for a matrix that
+        holds NaN or Inf; the others are as they would be without it.
 
     Raises:
-        TypeError: not a real floating-point tensor.
+        TypeError: not a real floating-point tensor, or k neither None nor an int.
         ValueError: fewer than two dimensions, an unknown method, or k not from 1 to n.
         RuntimeError: "jacobi" and NaN or Inf.
 
     Notes:
         With "auto" all vectors come from torch.linalg.svd, with its gradient. The k leading ones
         come from the eigenvectors of the smaller side's Gram matrix in float64; the other side's
-        vectors, X^T U / s, are orthonormalised. They carry no gradient. Those of "jacobi" neither;
-        it has no GPU kernel, takes values below 1e-135 of the largest for zeros, and shares no
-        step but the QR with the others: it is their oracle.
+        vectors, X^T U / s, are orthonormalised. Where x requires grad, they are those of
+        torch.linalg.svd in float64, with its gradient: slower, and signs may differ. Those of
+        "jacobi" carry none; it has no GPU kernel, takes values below 1e-135 of the largest for
+        zeros, and shares no step but the QR with the others: it is their oracle.
 
     Example:
         >>> import torch
@@ -186,30 +190,56 @@ def svd(x: Tensor, k: int | None = None, *, method: Literal["auto", "jacobi"] = 
     smaller = min(x.shape[-2:])
     if method not in ("auto", "jacobi"):
         raise ValueError(f"method: expected 'auto' or 'jacobi', got {method!r}")
-    if k is None and method == "auto":
-        return SVD(*torch.linalg.svd(x.to(reference.accumulation_dtype(x.dtype)), False))
-    if k is not None and not 1 <= k <= smaller:
-        raise ValueError(f"k: expected None or an int from 1 to {smaller}, got {k!r}")
-    if method == "auto":
-        assert k is not None
-        return _leading(x.detach(), k)
-    u, s, vh = (
-        part.to(reference.accumulation_dtype(x.dtype)) for part in jacobi_op.svd(x.detach())
-    )
+    if k is not None:
+        _check_count("k", k, smaller)
+    dtype = reference.accumulation_dtype(x.dtype)
+    if method == "jacobi":
+        found = SVD(*jacobi_op.svd(x.detach()))
+    else:
+        backends.record(jacobi_op.NAME, "reference")
+        if k is None:
+            found = _by_torch(x.to(dtype))
+        elif x.requires_grad and torch.is_grad_enabled():
+            found = _by_torch(x.double())
+        else:
+            found = _leading(x, k)
+    u, s, vh = (part.to(dtype) for part in found)
     return SVD(u[..., :k], s[..., :k], vh[..., :k, :])
+
+
+def _by_torch(x: Tensor) -> SVD:
+    clean, factor = reference.set_bad_aside(x)
+    u, s, vh = torch.linalg.svd(clean, full_matrices=False)
+    return _scaled(u, s, vh, factor)
+
+
+def _scaled(u: Tensor, s: Tensor, vh: Tensor, factor: Tensor) -> SVD:
+    each = factor[..., None]
+    return SVD(u * each[..., None], s * each, vh * each[..., None])
 
 
 def _leading(x: Tensor, k: int) -> SVD:
     """The k leading singular triplets by the Gram matrix of the smaller side, in float64."""
-    wide = x.mT.double() if x.shape[-2] > x.shape[-1] else x.double()
+    tall = x.shape[-2] > x.shape[-1]
+    clean, factor = reference.set_bad_aside(x.double())
+    scale = _power_of_two(clean)  # the Gram matrix squares what it gets
+    wide = (clean.mT if tall else clean) / scale
     _, vectors = torch.linalg.eigh(wide @ wide.mT)
     near = vectors[..., -k:].flip(-1)
     far, triangle = torch.linalg.qr(wide.mT @ near)  # the columns have the lengths S
     diagonal = triangle.diagonal(dim1=-2, dim2=-1)
     far = far * torch.where(diagonal < 0, -1, 1).unsqueeze(-2)
-    u, v = (far, near) if x.shape[-2] > x.shape[-1] else (near, far)
-    dtype = reference.accumulation_dtype(x.dtype)
-    return SVD(u.to(dtype), diagonal.abs().to(dtype), v.mT.to(dtype))
+    # beyond the matrix rank the eigenvectors' order is rounding's, and the lengths have another
+    values, order = diagonal.abs().sort(dim=-1, descending=True, stable=True)
+    near, far = (torch.take_along_dim(part, order.unsqueeze(-2), -1) for part in (near, far))
+    u, v = (far, near) if tall else (near, far)
+    return _scaled(u, values * scale[..., 0], v.mT, factor)
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """(..., 1, 1): the greatest that the largest element reaches, and 1 for a zero matrix."""
+    largest = x.abs().amax((-2, -1), keepdim=True)
+    return torch.where(largest > 0, largest / (2 * largest.frexp().mantissa), 1)
 
 
 def principal_angles(v1: Tensor, v2: Tensor) -> Tensor:
@@ -224,7 +254,8 @@ def principal_angles(v1: Tensor, v2: Tensor) -> Tensor:
         v2: (..., D, k2), floating, of full column rank.
 
     Returns:
-        (..., min(k1, k2)), float64 where an argument is float64 and else float32.
+        (..., min(k1, k2)), float64 where an argument is float64 and else float32. NaN where v1 or
+        v2 holds NaN or Inf; the other pairs' are as they would be without it.
 
     Raises:
         TypeError: not real floating-point tensors.
@@ -246,16 +277,25 @@ def principal_angles(v1: Tensor, v2: Tensor) -> Tensor:
                 f"{name}: expected at most as many columns as rows, got {tuple(v.shape)}"
             )
     small, large = (v1, v2) if v1.shape[-1] <= v2.shape[-1] else (v2, v1)
-    q_small, q_large = (torch.linalg.qr(v.double()).Q for v in (small, large))
+    (small, one), (large, other) = (reference.set_bad_aside(v.double()) for v in (small, large))
+    q_small, q_large = (torch.linalg.qr(v).Q for v in (small, large))
     shared = q_large.mT @ q_small
     cosines = torch.linalg.svdvals(shared).clamp(max=1)
     sines = torch.linalg.svdvals(q_small - q_large @ shared).flip(-1).clamp(max=1)
     angles = torch.where(cosines.square() < 0.5, cosines.acos(), sines.asin())
     dtype = torch.promote_types(*(reference.accumulation_dtype(v.dtype) for v in (v1, v2)))
-    return angles.to(dtype)
+    return (angles * (one * other)[..., None]).to(dtype)
 
 
 def _check_matrices(name: str, x: Tensor) -> None:
     checks.check_floating(name, x)
     if x.dim() < 2:
         raise ValueError(f"{name}: expected at least 2 dimensions, got shape {tuple(x.shape)}")
+
+
+def _check_count(name: str, value: object, most: int) -> None:
+    expected = f"{name}: expected None or an int from 1 to {most}, got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(expected)
+    if not 1 <= int(value) <= most:
+        raise ValueError(expected)

@@ -195,6 +195,21 @@ def first_reaching(curve: Tensor, levels: Tensor, tie: float = TIE) -> Tensor:
     return (below + 1).clamp(max=curve.shape[-1])
 
 
+def set_bad_aside(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices without their NaN and Inf, for one of which LAPACK refuses the whole batch.
+
+    Args:
+        x: (..., N, D), floating.
+
+    Returns:
+        x with zeros for NaN and Inf, and (...) factors of the results: NaN for the matrices that
+        held any and 1, which changes no bit, for the others. With factors the gradients of the
+        former are NaN too, where a choice by torch.where would make zeros of them.
+    """
+    finite = x.detach().isfinite().all(-1).all(-1)
+    return x.nan_to_num(0, 0, 0), torch.where(finite, 1.0, float("nan")).to(x.dtype)
+
+
 def spectrum(x: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, ...]:
     """Singular values, energies and ranks by torch.linalg.svdvals in float64.
 
@@ -204,30 +219,30 @@ def spectrum(x: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, ...]:
 
     Returns:
         The fields of `featkd.linalg.Spectrum`, n = min(N, D): values (..., n), curve (..., n),
-        ranks (..., T), info, residual and resolved (...).
+        ranks (..., T), info, residual and resolved (...). The values alone have a gradient.
     """
     dtype = accumulation_dtype(x.dtype)
-    finite = x.detach().isfinite().all(-1).all(-1)
+    wide, factor = set_bad_aside(x.double())
+    finite = factor == 1
     each = finite[..., None]
-    wide = torch.where(each[..., None], x.double(), 0)
     empty = wide.numel() == 0
     largest = finite.double() if empty else wide.detach().abs().amax((-2, -1))
     scale = torch.where(largest > 0, largest, 1)[..., None]
     values = torch.linalg.svdvals(wide / scale[..., None])
-    energy = values.square()
+    energy = values.detach().square()
     total = energy.sum(-1, keepdim=True)
     curve = (energy.cumsum(-1) / torch.where(total > 0, total, 1)).clamp(max=1)
     levels = curve.new_tensor(list(thresholds))
     ranks = torch.where(each, torch.where(total > 0, first_reaching(curve, levels), 0), -1)
-    norm2 = (wide / scale[..., None]).square().sum((-2, -1))
+    norm2 = (wide.detach() / scale[..., None]).square().sum((-2, -1))
     residual = torch.where(norm2 > 0, (total[..., 0] / norm2 - 1).abs(), 0)
     nan = float("nan")
     return (
-        torch.where(each, values * scale, nan).to(dtype),
+        (values * scale * factor[..., None]).to(dtype),
         torch.where(each, curve, nan).to(dtype),
         ranks,
         (~finite).int(),
-        torch.where(finite, residual, nan).detach(),
+        torch.where(finite, residual, nan),
         torch.zeros_like(finite, dtype=torch.int32),
     )
 

@@ -105,8 +105,10 @@ def _differentiate(ctx, grad, *_):  # type: ignore[no-untyped-def]
         return None, None, None
     (x,) = ctx.saved_tensors
     # torch's own svd, so that the gradient can be differentiated again
-    u, _, vh = torch.linalg.svd(x.to(grad.dtype), full_matrices=False)
-    return ((u * grad.unsqueeze(-2)) @ vh).to(x.dtype), None, None
+    clean, factor = reference.set_bad_aside(x.to(grad.dtype))
+    u, _, vh = torch.linalg.svd(clean, full_matrices=False)
+    found = (u * grad.unsqueeze(-2)) @ vh * factor[..., None, None]
+    return found.to(x.dtype), None, None
 
 
 torch.library.register_autograd("featkd::spectrum", _differentiate, setup_context=_setup_context)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from featkd.cache.rows import LayerShape, Layout
-from featkd.data import EpochSampler
+from featkd.data import EpochSampler, Key
+from featkd.data.sampler import StretchSampler
 from featkd.files import atomic_write
 
 SCHEMA = 1
@@ -76,6 +78,15 @@ class Manifest:
         """Where in its view a shard's rows are."""
         start = shard * self.shard_rows
         return range(start, min(start + self.shard_rows, self.rows))
+
+    def keys(self, view: int, shards: Sequence[int]) -> Iterator[list[Key]]:
+        """Those of the rows of some shards of a view, shard by shard."""
+        seed = int(self.subject["seed"])
+        sampler = StretchSampler(self.images, repeats=self.repeats, seed=seed)
+        stretches = [self.positions(shard) for shard in shards]
+        sampler.choose(view, stretches)
+        keys = iter(sampler)  # the view is shuffled once for all of them
+        return (list(islice(keys, len(stretch))) for stretch in stretches)
 
     def shard_name(self, view: int, shard: int) -> str:
         """Below the cache's folder."""

@@ -80,15 +80,14 @@ class TeacherCache:
     def damages(self) -> Iterator[str | None]:
         """Check every row of every shard; a message, or None for a whole one, a shard."""
         for view in range(self.manifest.views):
-            for number in range(self.manifest.shards):
+            shards = range(self.manifest.shards)
+            for number, keys in zip(shards, self.manifest.keys(view, shards), strict=True):
                 path = self.folder / self.manifest.shard_name(view, number)
                 try:
-                    shard = Shard(path, self._identity)
-                    self._check_keys(shard, view, number)
+                    found = list(Shard(path, self._identity).damages(keys))
                 except CacheError as error:
-                    yield str(error)
-                    continue
-                yield "\n".join(_damages(shard)) or None
+                    found = [str(error)]
+                yield "\n".join(found) or None
 
     def _missing(self) -> Iterator[str]:
         """Names of the shards that are not there; a folder is read once, not asked for each."""
@@ -139,19 +138,6 @@ class TeacherCache:
             self._shards.popitem(last=False)
         return shard
 
-    def _check_keys(self, shard: Shard, view: int, number: int) -> None:
-        for offset, position in enumerate(self.manifest.positions(number)):
-            if offset >= len(shard) or self._position(shard.key(offset)) != position:
-                raise CacheError(f"{shard.path}: damaged: its rows are not those of view {view}")
-
 
 def _read(places: Sequence[tuple[Shard, int]]) -> list[Row]:
     return [shard.row(offset) for shard, offset in places]
-
-
-def _damages(shard: Shard) -> Iterator[str]:
-    for number in range(len(shard)):
-        try:
-            shard.row(number)
-        except CacheError as error:
-            yield str(error)

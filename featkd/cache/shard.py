@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,24 @@ class Shard:
                 f"{key.epoch}) does not have its checksum"
             )
         return row
+
+    def damages(self, keys: Sequence[Key]) -> Iterator[str]:
+        """Check every row; a message for each that is not as it was written.
+
+        Args:
+            keys: those that its rows have to have.
+        """
+        if len(self) != len(keys):
+            yield f"{self.path}: damaged: has {len(self)} rows, not {len(keys)}"
+            return
+        for number, key in enumerate(keys):
+            if self.key(number) != key:  # and so, no doubt, are the others
+                yield f"{self.path}: damaged: row {number} is {self.key(number)}, not {key}"
+                return
+            try:
+                self.row(number)
+            except CacheError as error:
+                yield str(error)
 
     @staticmethod
     def _check(path: Path) -> None:

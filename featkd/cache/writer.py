@@ -13,6 +13,7 @@ from featkd.cache import manifest as manifests
 from featkd.cache.manifest import CacheError, Manifest, read_manifest
 from featkd.cache.rows import Row
 from featkd.cache.shard import Shard, write_shard
+from featkd.data import Key
 from featkd.files import remove_leftovers
 
 _LOCK = ".lock"
@@ -97,9 +98,11 @@ class CacheWriter:
         return sum(len(self.manifest.positions(shard)) for shard in self._own)
 
     def missing(self, view: int) -> list[int]:
-        """The shards of a view that are this process's to write."""
+        """The shards of a view that are this process's to write; reads all of those there."""
         self._path(view, 0).parent.mkdir(exist_ok=True)
-        return [shard for shard in self._own if not self._is_whole(view, shard)]
+        keys = self.manifest.keys(view, self._own)
+        pairs = zip(self._own, keys, strict=True)
+        return [shard for shard, own in pairs if not self._is_whole(view, shard, own)]
 
     def write(self, view: int, shard: int, keys: Tensor, rows: Sequence[Row]) -> None:
         """Write a shard whole, rows in the order of their positions.
@@ -119,13 +122,14 @@ class CacheWriter:
     def _path(self, view: int, shard: int) -> Path:
         return self.folder / self.manifest.shard_name(view, shard)
 
-    def _is_whole(self, view: int, shard: int) -> bool:
+    def _is_whole(self, view: int, shard: int, keys: Sequence[Key]) -> bool:
         path = self._path(view, shard)
         if not path.exists():
             return False
         try:
-            Shard(path, self._identity)
+            found = list(Shard(path, self._identity).damages(keys))
         except CacheError as error:
-            self.damaged.append(str(error))
-            return False
-        return True
+            found = [str(error)]
+        if found:
+            self.damaged.append("\n".join(found))
+        return not found

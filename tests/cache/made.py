@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -50,3 +51,10 @@ def keys_of(head: Manifest, view: int) -> torch.Tensor:
     sampler = head.sampler()
     sampler.set_epoch(view)
     return as_tensor(list(sampler))
+
+
+def column_of(shard: bytes | bytearray, name: str) -> int:
+    """Where a column begins in a shard's file."""
+    start = 8 + int.from_bytes(shard[:8], "little")
+    place: int = json.loads(shard[8:start])[name]["data_offsets"][0]
+    return start + place

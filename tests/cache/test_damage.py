@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from dataclasses import replace
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from featkd.cache import CacheError, TeacherCache
-from tests.cache.made import FULL, LOWRANK, keys_of, manifest, write
+from tests.cache.made import FULL, LOWRANK, column_of, keys_of, manifest, write
 
 
 @pytest.fixture(params=[FULL, LOWRANK], ids=["full", "lowrank"])
@@ -81,10 +80,8 @@ def test_a_damaged_row_is_named_by_its_image_and_leaves_the_others(folder):
     path = folder / head.shard_name(1, 2)
     keys = keys_of(head, 1)
     content = bytearray(path.read_bytes())
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    (column,) = (name for name in header if name in ("features.1", "features.1.right"))
-    content[start + header[column]["data_offsets"][0]] ^= 4
+    column = "features.1" if head.layout.features == "full" else "features.1.right"
+    content[column_of(content, column)] ^= 4
     path.write_bytes(content)
     image = keys[16, 1]
     assert found_in(folder) == (
@@ -123,7 +120,7 @@ def test_shards_of_elsewhere_are_named(folder, tmp_path):
     shutil.copy(tmp_path / "other" / head.shard_name(0, 0), path)
     assert f"{path}: belongs to another cache" in found_in(folder)
     path.write_bytes(other.read_bytes())
-    assert f"{path}: damaged: its rows are not those of view 0" in found_in(folder)
+    assert f"{path}: damaged: row 0 is Key" in found_in(folder)
     with pytest.raises(CacheError, match=r"shard-00000.*: row 0 is Key"):
         TeacherCache(folder).rows(keys_of(head, 0)[:1], [1])
     path.write_bytes(kept)

@@ -17,11 +17,13 @@ import pytest
 import torch
 
 from featkd.cache import CacheConfig, CacheError, TeacherCache
+from featkd.cache.shard import Shard, write_shard
 from featkd.cli import main
 from featkd.train.engine import Trainer
 from featkd.train.fill import Filled, fill
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import Teacher
+from tests.cache.made import column_of
 from tests.train.runs import CPU
 
 LOWRANK = ("--features", "lowrank")
@@ -135,6 +137,28 @@ def test_whole_shards_stay_and_damaged_ones_are_written_anew(recipe, recipe_file
     assert digest(out) == before
     assert main(["cache", "--verify", str(out)]) == 0
     assert "2 views of 48 rows in 6 shards, all whole" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["row", "keys", "rows"])
+def test_a_shard_with_a_damaged_row_or_of_another_place_is_written_anew(recipe, tmp_path, what):
+    """Each has a header and an index that are whole."""
+    out = tmp_path / "cache"
+    filled(recipe, out)
+    before = digest(out)
+    path, other, short = (
+        out / f"view-{view:05d}" / f"shard-{number:05d}.safetensors"
+        for view, number in ((0, 1), (1, 1), (0, 2))
+    )
+    content = bytearray(path.read_bytes())
+    content[column_of(content, "logits")] ^= 1
+    path.write_bytes({"row": content, "keys": other.read_bytes(), "rows": b""}[what])
+    if what == "rows":
+        shard = Shard(short, TeacherCache(out).manifest.identity)
+        keys, rows = shard._tensors["keys"][:3], [shard.row(number) for number in range(3)]
+        write_shard(path, TeacherCache(out).manifest.identity, keys, rows)
+    found = filled(recipe, out)
+    assert (found.written, found.damaged) == (1, 1)
+    assert digest(out) == before
 
 
 def test_views_can_be_added_and_change_none_before(recipe, tmp_path):

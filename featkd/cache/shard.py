@@ -64,7 +64,7 @@ def write_shard(
     # One word: safetensors writes several in any order.
     content = memoryview(save(tensors, {_META: identity}))
     header, start = _header(path, content)
-    place = start + header["check"]["data_offsets"][0]
+    place = start + _offsets(header["check"])[0]
     index = b"".join(content[start + first : start + last] for first, last in _index(header))
     with atomic_write(path) as file:
         file.write(content[:place])
@@ -90,7 +90,7 @@ class Shard:
             with safe_open(path, "pt") as file:
                 found, names = file.metadata()[_META], list(file.keys())
                 self._tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
-        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        except (LookupError, TypeError, ValueError, SafetensorError) as error:
             raise CacheError(f"{path}: damaged: {type(error).__name__}: {error}") from error
         except OSError as error:
             raise CacheError(f"{path}: can't be read: {error}") from error
@@ -164,7 +164,7 @@ class Shard:
             head += file.read(min(int.from_bytes(head, "little"), size))
             header, start = _header(path, memoryview(head))
             entries = [entry for name, entry in header.items() if name != "__metadata__"]
-            end = start + max(entry["data_offsets"][1] for entry in entries)
+            end = start + max(_offsets(entry)[1] for entry in entries)
             if size != end:
                 raise CacheError(f"{path}: damaged: has {size} bytes, its header says {end}")
 
@@ -173,7 +173,7 @@ class Shard:
                 return file.read(min(last - first, size))
 
             index = b"".join(read(first, last) for first, last in _index(header))
-            if read(*header["check"]["data_offsets"]) != _digest(head, index):
+            if read(*_offsets(header["check"])) != _digest(head, index):
                 raise CacheError(f"{path}: damaged: header or index do not have their checksum")
 
     def _part(self, name: str, number: int) -> Tensor:
@@ -199,7 +199,16 @@ def _header(path: Path, content: memoryview) -> tuple[dict[str, Any], int]:
 def _index(header: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Where the index's tensors are in the data."""
     names = [name for name in header if name in _FIXED or name.endswith(_ENDS)]
-    return [tuple(header[name]["data_offsets"]) for name in names]
+    return [_offsets(header[name]) for name in names]
+
+
+def _offsets(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """Where a tensor's data begin and end; a flipped bit can make one number of the two."""
+    offsets = entry["data_offsets"]
+    if not (isinstance(offsets, list) and [type(x) for x in offsets] == [int, int]):
+        raise ValueError(f"data_offsets: expected two whole numbers, got {offsets!r}")
+    first, last = offsets
+    return first, last
 
 
 def _digest(head: bytes | memoryview, index: bytes) -> bytes:

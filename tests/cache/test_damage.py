@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from dataclasses import replace
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from featkd.cache import CacheError, TeacherCache
-from tests.cache.made import FULL, LOWRANK, column_of, keys_of, manifest, write
+from featkd.cache.shard import Shard, write_shard
+from tests.cache.made import FULL, LOWRANK, column_of, keys_of, manifest, outputs, write
 
 
 @pytest.fixture(params=[FULL, LOWRANK], ids=["full", "lowrank"])
@@ -73,6 +75,24 @@ def test_any_flipped_bit_is_found_and_its_file_named(folder):
         path.write_bytes(before)
     assert causes == {"header or index", "row ", "content"}
     assert found_in(folder) == ""
+
+
+@pytest.mark.parametrize("layout", [FULL, LOWRANK], ids=["full", "lowrank"])
+def test_every_bit_of_a_shards_header_counts(tmp_path, layout):
+    """A comma's can make one number of two, a brace's another nesting."""
+    path, keys = tmp_path / "shard", torch.tensor([[0, 1, 0], [0, 0, 0]])
+    write_shard(path, "identity", keys, layout.encode(outputs(2)), layout.varying)
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    Shard(path, "identity")
+    with path.open("r+b", buffering=0) as file:
+        for bit in range(8 * (8 + length)):
+            place, flipped = bit // 8, content[bit // 8] ^ 1 << bit % 8
+            os.pwrite(file.fileno(), bytes([flipped]), place)
+            with pytest.raises(CacheError, match="damaged"):
+                Shard(path, "identity")
+            os.pwrite(file.fileno(), content[place : place + 1], place)
+    Shard(path, "identity")
 
 
 def test_a_damaged_row_is_named_by_its_image_and_leaves_the_others(folder):

@@ -273,6 +273,8 @@ def test_a_replaced_image_keeps_its_key(recipe, images, tmp_path):
     ("others", "message"),
     [
         ([], "--out: expected the folder of the cache, got nothing"),
+        (["--out", "s3://bucket/x"], "out: expected a folder of this machine, got 's3://bucket/x'"),
+        (["--out", "x", "--data.path", "gs://x"], "data.path: expected a folder of this machine"),
         (["--out", "x", "--viws", "2"], "no option --viws; did you mean 'views'?"),
         (
             ["--out", "x", *LOWRANK, "--rank", "17"],
@@ -288,5 +290,7 @@ def test_mistakes_get_one_clear_message(
     monkeypatch.chdir(tmp_path)
     assert main(["cache", str(recipe_file), *others]) == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "x").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [recipe_file.name]
     assert main(["cache", "--verify"]) == 2
+    assert main(["cache", "--verify", "s3://bucket/x"]) == 2
+    assert "--verify: expected a folder of this machine" in capsys.readouterr().err

@@ -292,6 +292,12 @@ def _cache(words: list[str]) -> int:
                 print(f"featkd: {said}; the same command goes on from here", file=sys.stderr)
             return 128 + found.interrupted_by
         if context.is_main:
+            if found.bad_files:
+                print(
+                    f"featkd: rows of {len(found.bad_files)} unreadable images are of the images "
+                    "after them; a run that can read one of them refuses its rows",
+                    file=sys.stderr,
+                )
             manifest = found.manifest
             mended = f", {found.damaged} of them damaged before" if found.damaged else ""
             print(

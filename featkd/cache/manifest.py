@@ -15,7 +15,7 @@ from featkd.data import EpochSampler, Key
 from featkd.data.sampler import StretchSampler
 from featkd.files import atomic_write
 
-SCHEMA = 1
+SCHEMA = 2
 NAME = "manifest.json"
 
 

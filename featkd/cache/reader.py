@@ -77,6 +77,17 @@ class TeacherCache:
         rows = [found[i % self._readers][i // self._readers] for i in range(len(places))]
         return self.manifest.layout.decode(rows, layers, device)
 
+    def shown(self, keys: Tensor) -> Tensor:
+        """(B,) int64: the images that the rows of these keys are of.
+
+        Another than a key's own where that could not be read when the cache was made.
+
+        Raises:
+            CacheError: as `rows`.
+        """
+        places = [self._place(Key(*key)) for key in keys.tolist()]
+        return torch.tensor([shard.shown(offset) for shard, offset in places])
+
     def damages(self) -> Iterator[str | None]:
         """Check every row of every shard; a message, or None for a whole one, a shard."""
         for view in range(self.manifest.views):

@@ -1,6 +1,8 @@
 """A shard: some rows of a view in one safetensors file, in which no changed bit goes unseen.
 
-    keys   (n, 3) int64    the epoch, image and copy of each row          \\  the index
+    keys   (n, 3) int64    the epoch, image and copy of each row          \\
+    shown  (n,)   int64    the image that it is of: another than its       | the index
+                           key's where that one could not be read          |
     crc    (n,)   int64    CRC-32 of each row's columns                   /
     check  (32,)  uint8    SHA-256 of the file's header and its index
     ...                    the columns; one whose rows differ in length is flat, and the index has
@@ -33,11 +35,16 @@ _HEAD = 8  # bytes that say how long the header is
 _DIGEST = 32
 _META = "featkd"
 _ENDS = ".ends"
-_FIXED = ("keys", "crc")
+_FIXED = ("keys", "shown", "crc")
 
 
 def write_shard(
-    path: Path, identity: str, keys: Tensor, rows: Sequence[Row], varying: Iterable[str] = ()
+    path: Path,
+    identity: str,
+    keys: Tensor,
+    shown: Tensor,
+    rows: Sequence[Row],
+    varying: Iterable[str] = (),
 ) -> None:
     """Write a shard whole.
 
@@ -45,12 +52,14 @@ def write_shard(
         path: the file.
         identity: of the cache.
         keys: (n, 3) int64.
+        shown: (n,) int64, the image that each row is of.
         rows: as many, with the same columns.
         varying: columns whose rows differ in shape; they are read back flat.
     """
     names = sorted(rows[0])
     tensors: dict[str, Tensor] = {
         "keys": keys,
+        "shown": shown.clone(),  # which may be a view of the keys, of which safetensors wants none
         "crc": torch.tensor([_crc(row, names) for row in rows]),
         "check": torch.zeros(_DIGEST, dtype=torch.uint8),
     }
@@ -100,6 +109,7 @@ class Shard:
             )
         # Lists: an element of a tensor takes microseconds.
         self._crc: list[int] = self._tensors["crc"].tolist()
+        self._shown: list[int] = self._tensors["shown"].tolist()
         self._keys = [Key(*key) for key in self._tensors["keys"].tolist()]
         self._ends: dict[str, list[int]] = {
             name.removesuffix(_ENDS): x.tolist()
@@ -121,6 +131,10 @@ class Shard:
     def key(self, number: int) -> Key:
         """Of row `number`."""
         return self._keys[number]
+
+    def shown(self, number: int) -> int:
+        """The image that row `number` is of."""
+        return self._shown[number]
 
     def row(self, number: int) -> Row:
         """Row `number`, checked, as views of the mapped file.

@@ -104,8 +104,10 @@ class CacheWriter:
         pairs = zip(self._own, keys, strict=True)
         return [shard for shard, own in pairs if not self._is_whole(view, shard, own)]
 
-    def write(self, view: int, shard: int, keys: Tensor, rows: Sequence[Row]) -> None:
-        """Write a shard whole, rows in the order of their positions.
+    def write(
+        self, view: int, shard: int, keys: Tensor, shown: Tensor, rows: Sequence[Row]
+    ) -> None:
+        """Write a shard whole, rows in the order of their positions; arguments as `write_shard`.
 
         Raises:
             CacheError: the disk is full or the folder not writable.
@@ -113,7 +115,7 @@ class CacheWriter:
         assert len(rows) == len(keys) == len(self.manifest.positions(shard))
         path = self._path(view, shard)
         try:
-            write_shard(path, self._identity, keys, rows, self.manifest.layout.varying)
+            write_shard(path, self._identity, keys, shown, rows, self.manifest.layout.varying)
         except OSError as error:
             raise CacheError(
                 f"could not write {path}: {error}; what was written before is whole"

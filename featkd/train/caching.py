@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featkd.cache import Manifest, Taught, TeacherCache
+from featkd.cache import CacheError, Manifest, Taught, TeacherCache
 from featkd.cache.ahead import ReadAhead
 from featkd.cache.manifest import differing, read_manifest
 from featkd.data import Batch, Loader
@@ -33,12 +33,19 @@ class OpenCache:
         cache: that fits the recipe.
         recipe: the run.
         device: where the rows go.
+        name: the file of an image, by its number.
 
     Raises:
         RecipeError: it lacks a layer that the loss compares.
     """
 
-    def __init__(self, cache: TeacherCache, recipe: Recipe, device: torch.device) -> None:
+    def __init__(
+        self,
+        cache: TeacherCache,
+        recipe: Recipe,
+        device: torch.device,
+        name: Callable[[int], str],
+    ) -> None:
         layout = cache.manifest.layout
         held = {shape.layer: shape for shape in layout.layers}
         self.layers: tuple[int, ...] = ()
@@ -53,8 +60,10 @@ class OpenCache:
         maps = tuple(held[layer] for layer in self.layers)
         self.shapes = Shapes(layout.classes, layout.logits_dtype, maps)
 
-        def read(keys: Tensor) -> Taught:
-            return cache.rows(keys, self.layers, device)
+        self._folder, self._name = cache.folder, name
+
+        def read(keys: Tensor) -> tuple[Taught, Tensor]:
+            return cache.rows(keys, self.layers, device), cache.shown(keys)
 
         self._ahead = ReadAhead(read)
 
@@ -66,9 +75,19 @@ class OpenCache:
         """Logits and maps of a batch, on the device.
 
         Raises:
-            CacheError: what is stored of an image is damaged.
+            CacheError: what is stored of an image is damaged, or of another one than the batch
+                shows.
         """
-        return self._ahead.rows(batch.keys)
+        taught, held = self._ahead.rows(batch.keys)
+        shown = batch.keys[:, 1] if batch.shown is None else batch.shown
+        for number in (held != shown).nonzero().flatten().tolist():
+            image = int(batch.keys[number, 1])
+            raise CacheError(
+                f"{self._folder}: its row of image {image} ({self._name(image)}) is of image "
+                f"{held[number]}, this run shows {shown[number]}: the file could be read in one of "
+                "the two only; expected it readable in both, or in neither"
+            )
+        return taught
 
 
 def views_of(recipe: Recipe) -> int | None:
@@ -106,7 +125,7 @@ def open_cache(
             f"{'; '.join(different)}"
         )
     _check_epochs(recipe, manifest, loader, context)
-    return OpenCache(cache, recipe, context.device)
+    return OpenCache(cache, recipe, context.device, loader.dataset.name)
 
 
 def check_unmixed(recipe: Recipe) -> None:

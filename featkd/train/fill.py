@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from featkd.cache import CacheConfig, CacheError, CacheWriter, Manifest
 from featkd.cache.rows import NotStorable, Row
 from featkd.cache.writer import locked, prepare
-from featkd.data import Batch, EpochSampler, ImageSet
+from featkd.data import Batch, EpochSampler, ImageSet, Loader
 from featkd.data.factory import build_over
 from featkd.data.sampler import StretchSampler
 from featkd.distributed import ProcessContext
@@ -30,12 +30,13 @@ from featkd.train.teacher import Teacher, resolve_pairs
 
 
 class Filled(NamedTuple):
-    """What came of it: shards that were written, by all processes, and those that were there
-    damaged."""
+    """What came of it: shards that were written, by all processes, those that were there damaged,
+    and the unreadable images met: path -> cause."""
 
     manifest: Manifest
     written: int
     damaged: int
+    bad_files: dict[str, str]
     interrupted_by: int | None
 
 
@@ -94,25 +95,31 @@ def fill(
             writer = CacheWriter(folder, manifest, context.rank, context.world_size)
             stopped = False
             with _progress(writer, context.is_main and not quiet) as bar:
-                work = _Work(writer, teacher, context.device, interrupt, bar)
-                for note in notes if context.is_main and not quiet else ():
-                    bar.write(note, file=sys.stderr)
+
+                def say(message: str) -> None:
+                    if not quiet:
+                        bar.write(message, file=sys.stderr)
+
+                work = _Work(writer, teacher, loader, context.device, interrupt, bar, say)
+                for note in notes if context.is_main else ():
+                    say(note)
                 for view in range(manifest.views):
                     missing = writer.missing(view)
                     stretches = [manifest.positions(shard) for shard in missing]
                     bar.update(writer.own_rows - sum(map(len, stretches)))
                     sampler.choose(view, stretches)
                     if missing:
-                        work.compute(view, missing, iter(loader))
+                        work.compute(view, missing)
                     stopped = context.any_true(interrupt.signal is not None)
                     if stopped:
                         break
             counts = torch.tensor([work.written, len(writer.damaged)], device=context.device)
             written, damaged = context.sum(counts).tolist()
+            bad_files = context.merged(work.bad_files)
     finally:
         loader.close()
     by = (interrupt.signal or signal.SIGTERM) if stopped else None
-    return Filled(manifest, written, damaged, by)
+    return Filled(manifest, written, damaged, bad_files, by)
 
 
 class _Work:
@@ -122,31 +129,47 @@ class _Work:
         self,
         writer: CacheWriter,
         teacher: Teacher,
+        loader: Loader,
         device: torch.device,
         interrupt: Interrupt,
         bar: Any,
+        say: Callable[[str], None],
     ) -> None:
         self._writer = writer
         self._teacher = teacher
+        self._loader = loader
         self._device = device
         self._interrupt = interrupt
         self._bar = bar  # tqdm's
+        self._say = say
         self.written = 0
+        self.bad_files: dict[str, str] = {}
 
-    def compute(self, view: int, shards: Sequence[int], batches: Iterator[Batch]) -> None:
+    def compute(self, view: int, shards: Sequence[int]) -> None:
         """Write shards of a view from its batches; a signal ends it before the next batch."""
         manifest = self._writer.manifest
+        batches = iter(self._loader)
         for shard in shards:
             rows: list[Row] = []
             keys: list[Tensor] = []
+            shown: list[Tensor] = []
             for batch in islice(batches, -(-len(manifest.positions(shard)) // manifest.batch_size)):
                 if self._interrupt.signal is not None:
                     return
                 rows += self._rows(batch)
                 keys.append(batch.keys)
+                shown.append(batch.keys[:, 1] if batch.shown is None else batch.shown)
                 self._bar.update(len(batch.keys))
-            self._writer.write(view, shard, torch.cat(keys), rows)
+                self._name_bad()
+            self._writer.write(view, shard, torch.cat(keys), torch.cat(shown), rows)
             self.written += 1
+
+    def _name_bad(self) -> None:
+        """Name each unreadable image once (under on_bad_image="skip")."""
+        for path, cause in self._loader.bad_images.items():
+            if path not in self.bad_files:
+                self.bad_files[path] = cause
+                self._say(f"unreadable image, its rows are of the one after it: {path}: {cause}")
 
     def _rows(self, batch: Batch) -> list[Row]:
         images = batch.images.to(self._device, non_blocking=True)

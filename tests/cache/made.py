@@ -43,7 +43,8 @@ def write(folder: Path, head: Manifest, seed: int = 0) -> Taught:
                 at = head.positions(shard)
                 first = view * head.rows
                 part = rows[first + at.start : first + at.stop]
-                writer.write(view, shard, keys[at.start : at.stop], part)
+                own = keys[at.start : at.stop]
+                writer.write(view, shard, own, own[:, 1], part)
     return taught
 
 

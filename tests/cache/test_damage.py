@@ -81,7 +81,7 @@ def test_any_flipped_bit_is_found_and_its_file_named(folder):
 def test_every_bit_of_a_shards_header_counts(tmp_path, layout):
     """A comma's can make one number of two, a brace's another nesting."""
     path, keys = tmp_path / "shard", torch.tensor([[0, 1, 0], [0, 0, 0]])
-    write_shard(path, "identity", keys, layout.encode(outputs(2)), layout.varying)
+    write_shard(path, "identity", keys, keys[:, 1], layout.encode(outputs(2)), layout.varying)
     content = bytearray(path.read_bytes())
     length = int.from_bytes(content[:8], "little")
     Shard(path, "identity")
@@ -163,5 +163,5 @@ def test_no_cache_and_another_format(tmp_path, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("featkd.cache.manifest.SCHEMA", 9)
         head.write(folder)
-    with pytest.raises(CacheError, match=r"manifest.json: format 9, this featkd reads 1"):
+    with pytest.raises(CacheError, match=r"manifest.json: format 9, this featkd reads 2"):
         TeacherCache(folder)

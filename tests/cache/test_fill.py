@@ -155,7 +155,7 @@ def test_a_shard_with_a_damaged_row_or_of_another_place_is_written_anew(recipe, 
     if what == "rows":
         shard = Shard(short, TeacherCache(out).manifest.identity)
         keys, rows = shard._tensors["keys"][:3], [shard.row(number) for number in range(3)]
-        write_shard(path, TeacherCache(out).manifest.identity, keys, rows)
+        write_shard(path, TeacherCache(out).manifest.identity, keys, keys[:, 1], rows)
     found = filled(recipe, out)
     assert (found.written, found.damaged) == (1, 1)
     assert digest(out) == before
@@ -254,12 +254,20 @@ def test_outputs_that_are_not_finite_are_named(recipe, tmp_path, monkeypatch):
         filled(recipe, tmp_path / "cache")
 
 
-def test_a_replaced_image_keeps_its_key(recipe, images, tmp_path):
-    """What was kept of an unreadable image is of the one that takes its place, in training too."""
+@pytest.fixture
+def one_broken(recipe, images, tmp_path) -> tuple[Recipe, Path]:
+    """A recipe that passes over its one unreadable image, and the image."""
     broken = tmp_path / "images"
     shutil.copytree(images, broken)
-    (broken / "train" / "green" / "3.png").write_bytes(b"no picture")
-    skip = replace(recipe, data=replace(recipe.data, path=str(broken), on_bad_image="skip"))
+    path = broken / "train" / "green" / "3.png"
+    path.write_bytes(b"no picture".ljust(path.stat().st_size))
+    skip = replace(recipe.data, path=str(broken), on_bad_image="skip")
+    return replace(recipe, data=skip), path
+
+
+def test_a_replaced_image_keeps_its_key(one_broken, tmp_path):
+    """What was kept of an unreadable image is of the one that takes its place, in training too."""
+    skip, _ = one_broken
     filled(skip, tmp_path / "cache", features="full", store="fp32")
     without = Trainer(skip, CPU)
     cached = Trainer(replace(skip, cache=str(tmp_path / "cache")), CPU)
@@ -267,6 +275,35 @@ def test_a_replaced_image_keeps_its_key(recipe, images, tmp_path):
         assert torch.equal(one.keys, other.keys)
         assert torch.equal(without.teach(one).maps[0], cached.teach(other).maps[0])
     assert without.parts.train_loader.bad_images
+
+
+@pytest.mark.parametrize("backend", ["timm", "dali"])
+@pytest.mark.parametrize("then", ["mended", "broken"])
+def test_rows_of_another_image_than_the_batchs_are_refused(
+    recipe, images, one_broken, tmp_path, then, backend
+):
+    """The file is mended, or breaks, between the two; its size is the same."""
+    skip, path = one_broken
+    skip = replace(skip, data=replace(skip.data, backend=backend))
+    good, bad = (images / "train" / "green" / "3.png").read_bytes(), path.read_bytes()
+    first, second = (bad, good) if then == "mended" else (good, bad)
+    path.write_bytes(first)
+    filled(skip, tmp_path / "cache")
+    path.write_bytes(second)
+    trainer = Trainer(replace(skip, cache=str(tmp_path / "cache")), CPU)
+    held, shown = (26, 25) if then == "mended" else (25, 26)
+    message = rf"image 25 \({path}\) is of image {held}, this run shows {shown}: "
+    with pytest.raises(CacheError, match=message):
+        trainer.run(quiet=True)
+
+
+def test_unreadable_images_are_named_once(recipe_file, one_broken, tmp_path, capsys):
+    skip, path = one_broken
+    others = ["--data.path", skip.data.path, "--data.on_bad_image", "skip"]
+    assert main([*words(recipe_file, tmp_path / "cache"), *others]) == 0
+    said = capsys.readouterr().err
+    assert said.count(f"unreadable image, its rows are of the one after it: {path}: ") == 1
+    assert "rows of 1 unreadable images are of the images after them" in said
 
 
 @pytest.mark.parametrize(

@@ -73,36 +73,24 @@ def prepare(folder: Path, manifest: Manifest) -> Manifest:
 
 
 class CacheWriter:
-    """One process's part of the writing.
+    """Finds what is missing of a cache, and writes shards of it.
 
     Args:
         folder: prepared.
         manifest: of the cache there.
-        rank, world_size: this process writes the shards s with s % world_size == rank, of each
-            view.
     """
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._own = range(rank, manifest.shards, world_size)
         self._identity = manifest.identity
         self.damaged: list[str] = []
         """Why shards that were there are written anew."""
 
-    @property
-    def own_rows(self) -> int:
-        """Rows of a view that are this process's to write."""
-        return sum(len(self.manifest.positions(shard)) for shard in self._own)
-
-    def missing(self, view: int) -> list[int]:
-        """The shards of a view that are this process's to write; reads all of those there."""
-        self._path(view, 0).parent.mkdir(exist_ok=True)
-        keys = self.manifest.keys(view, self._own)
-        pairs = zip(self._own, keys, strict=True)
-        return [shard for shard, own in pairs if not self._is_whole(view, shard, own)]
+    def whole(self, view: int, shards: Sequence[int]) -> Iterator[bool]:
+        """Whether each of some shards of a view is there and whole, of which every row is read."""
+        for shard, keys in zip(shards, self.manifest.keys(view, shards), strict=True):
+            yield self._is_whole(view, shard, keys)
 
     def write(
         self, view: int, shard: int, keys: Tensor, shown: Tensor, rows: Sequence[Row]
@@ -115,6 +103,7 @@ class CacheWriter:
         assert len(rows) == len(keys) == len(self.manifest.positions(shard))
         path = self._path(view, shard)
         try:
+            path.parent.mkdir(exist_ok=True)
             write_shard(path, self._identity, keys, shown, rows, self.manifest.layout.varying)
         except OSError as error:
             raise CacheError(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from featkd.models.features import num_layers
 from featkd.train.caching import check_unmixed, subject_of
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import Teacher, resolve_pairs
+
+Found = TypeVar("Found")
 
 
 class Filled(NamedTuple):
@@ -92,29 +94,19 @@ def fill(
         )
         with ExitStack() as held, Interrupt() as interrupt:
             manifest = _begin(folder, manifest, context, held)
-            writer = CacheWriter(folder, manifest, context.rank, context.world_size)
-            stopped = False
-            with _progress(writer, context.is_main and not quiet) as bar:
+            writer = CacheWriter(folder, manifest)
+            with _progress(manifest, context.is_main and not quiet) as bar:
 
                 def say(message: str) -> None:
                     if not quiet:
                         bar.write(message, file=sys.stderr)
 
-                work = _Work(writer, teacher, loader, context.device, interrupt, bar, say)
                 for note in notes if context.is_main else ():
                     say(note)
-                for view in range(manifest.views):
-                    missing = writer.missing(view)
-                    stretches = [manifest.positions(shard) for shard in missing]
-                    bar.update(writer.own_rows - sum(map(len, stretches)))
-                    sampler.choose(view, stretches)
-                    if missing:
-                        work.compute(view, missing)
-                    stopped = context.any_true(interrupt.signal is not None)
-                    if stopped:
-                        break
-            counts = torch.tensor([work.written, len(writer.damaged)], device=context.device)
-            written, damaged = context.sum(counts).tolist()
+                work = _Work(writer, teacher, loader, sampler, context, interrupt, bar, say)
+                stopped = any(work.fill(view) for view in range(manifest.views))
+            written = sum(_pooled([work.written], context))
+            damaged = len(_pooled(writer.damaged, context))
             bad_files = context.merged(work.bad_files)
     finally:
         loader.close()
@@ -130,7 +122,8 @@ class _Work:
         writer: CacheWriter,
         teacher: Teacher,
         loader: Loader,
-        device: torch.device,
+        sampler: StretchSampler,
+        context: ProcessContext,
         interrupt: Interrupt,
         bar: Any,
         say: Callable[[str], None],
@@ -138,31 +131,66 @@ class _Work:
         self._writer = writer
         self._teacher = teacher
         self._loader = loader
-        self._device = device
+        self._sampler = sampler
+        self._context = context
         self._interrupt = interrupt
         self._bar = bar  # tqdm's
         self._say = say
         self.written = 0
         self.bad_files: dict[str, str] = {}
 
-    def compute(self, view: int, shards: Sequence[int]) -> None:
-        """Write shards of a view from its batches; a signal ends it before the next batch."""
+    def fill(self, view: int) -> bool:
+        """Write what is missing of a view, and say whether a signal ended that.
+
+        The processes take the missing shards in turns and meet before each: none waits for long,
+        and a signal to one of them stops all.
+        """
+        number, together = self._context.rank, self._context.world_size
+        missing = self._missing(view)
+        stretches = [self._writer.manifest.positions(shard) for shard in missing]
+        self._bar.update(self._writer.manifest.rows - sum(map(len, stretches)))
+        self._sampler.choose(view, own := stretches[number::together])
+        batches = iter(self._loader) if own else iter(())
+        for first in range(0, len(missing), together):
+            if self._stop_agreed():
+                return True
+            turn = range(first, min(first + together, len(missing)))
+            if first + number in turn:
+                self._compute(view, missing[first + number], batches)
+            self._bar.update(sum(len(stretches[i]) for i in turn if i != first + number))
+        return self._stop_agreed()
+
+    def _missing(self, view: int) -> list[int]:
+        """Shards of a view that are not there or damaged; each process looks at a part of it."""
+        context = self._context
+        part = range(context.rank, self._writer.manifest.shards, context.world_size)
+        missing = []
+        for shard, whole in zip(part, self._writer.whole(view, part), strict=True):
+            if self._interrupt.signal is not None:
+                break
+            if not whole:
+                missing.append(shard)
+        return sorted(_pooled(missing, context))
+
+    def _stop_agreed(self) -> bool:
+        return self._context.any_true(self._interrupt.signal is not None)
+
+    def _compute(self, view: int, shard: int, batches: Iterator[Batch]) -> None:
+        """Write a shard from the next batches; a signal ends it before one of them."""
         manifest = self._writer.manifest
-        batches = iter(self._loader)
-        for shard in shards:
-            rows: list[Row] = []
-            keys: list[Tensor] = []
-            shown: list[Tensor] = []
-            for batch in islice(batches, -(-len(manifest.positions(shard)) // manifest.batch_size)):
-                if self._interrupt.signal is not None:
-                    return
-                rows += self._rows(batch)
-                keys.append(batch.keys)
-                shown.append(batch.keys[:, 1] if batch.shown is None else batch.shown)
-                self._bar.update(len(batch.keys))
-                self._name_bad()
-            self._writer.write(view, shard, torch.cat(keys), torch.cat(shown), rows)
-            self.written += 1
+        rows: list[Row] = []
+        keys: list[Tensor] = []
+        shown: list[Tensor] = []
+        for batch in islice(batches, -(-len(manifest.positions(shard)) // manifest.batch_size)):
+            if self._interrupt.signal is not None:
+                return
+            rows += self._rows(batch)
+            keys.append(batch.keys)
+            shown.append(batch.keys[:, 1] if batch.shown is None else batch.shown)
+            self._bar.update(len(batch.keys))
+            self._name_bad()
+        self._writer.write(view, shard, torch.cat(keys), torch.cat(shown), rows)
+        self.written += 1
 
     def _name_bad(self) -> None:
         """Name each unreadable image once (under on_bad_image="skip")."""
@@ -172,7 +200,7 @@ class _Work:
                 self._say(f"unreadable image, its rows are of the one after it: {path}: {cause}")
 
     def _rows(self, batch: Batch) -> list[Row]:
-        images = batch.images.to(self._device, non_blocking=True)
+        images = batch.images.to(self._context.device, non_blocking=True)
         taught = self._teacher.teach(batch._replace(images=images))
         try:
             return self._writer.manifest.layout.encode(taught)
@@ -198,9 +226,15 @@ def _begin(folder: Path, manifest: Manifest, context: ProcessContext, held: Exit
     return answer
 
 
-def _progress(writer: CacheWriter, shown: bool) -> Any:
-    """A bar over this process's part."""
-    total = writer.manifest.views * writer.own_rows
+def _pooled(found: Sequence[Found], context: ProcessContext) -> list[Found]:
+    """What all processes have found, on all of them."""
+    pooled: list[Found] = context.broadcast([x for part in context.gather(found) for x in part])
+    return pooled
+
+
+def _progress(manifest: Manifest, shown: bool) -> Any:
+    """A bar over the rows of the cache."""
+    total = manifest.views * manifest.rows
     return tqdm(total=total, unit="image", disable=None if shown else True)
 
 

@@ -19,6 +19,7 @@ import torch
 from featkd.cache import CacheConfig, CacheError, TeacherCache
 from featkd.cache.shard import Shard, write_shard
 from featkd.cli import main
+from featkd.distributed import ProcessContext
 from featkd.train.engine import Trainer
 from featkd.train.fill import Filled, fill
 from featkd.train.recipe import Recipe, RecipeError
@@ -62,6 +63,14 @@ def test_two_processes_and_an_image_set_of_no_whole_shards_change_no_byte(
         assert rank.wait() == 0, rank.stderr
     assert "2 views of 48 rows in 6 shards, 6 now written" in ranks[0].stdout
     assert ranks[1].stdout == ""
+    assert digest(one) == digest(two)
+    damaged, gone = (two / "view-00000" / f"shard-0000{number}.safetensors" for number in (0, 2))
+    damaged.write_bytes(b"")
+    gone.unlink()
+    ranks = server.ranks(2, *words(recipe_file, two), "--batch_size", 10, "--data.workers", 0)
+    for rank in ranks:
+        assert rank.wait() == 0, rank.stderr
+    assert "6 shards, 2 now written, 1 of them damaged before" in ranks[0].stdout
     assert digest(one) == digest(two)
     sizes = [len(TeacherCache(one)._shard(0, number)) for number in range(3)]
     assert sizes == [20, 20, 8]
@@ -118,6 +127,18 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(
     assert filled(recipe, out).written == 4
     filled(recipe, tmp_path / "unbroken")
     assert digest(out) == digest(tmp_path / "unbroken")
+
+
+def test_processes_agree_on_every_shard(recipe, tmp_path, monkeypatch):
+    """Another one's signal ends this one's part after the shard at hand, not after the view."""
+    met = iter(range(2))
+    monkeypatch.setattr(ProcessContext, "any_true", lambda *_: next(met, None) is None)
+    found = filled(recipe, tmp_path / "cache")
+    assert (found.written, found.interrupted_by) == (2, signal.SIGTERM)
+    monkeypatch.undo()
+    assert filled(recipe, tmp_path / "cache").written == 4
+    filled(recipe, tmp_path / "unbroken")
+    assert digest(tmp_path / "cache") == digest(tmp_path / "unbroken")
 
 
 def test_whole_shards_stay_and_damaged_ones_are_written_anew(recipe, recipe_file, tmp_path, capsys):

@@ -110,14 +110,20 @@ def open_cache(
     cache = TeacherCache(Path(recipe.cache))
     manifest = cache.manifest
     held, asked = dict(manifest.subject), subject_of(recipe, loader, context)
-    if held["teacher.checkpoint"] is not None and asked["teacher.checkpoint"] is None:
+    name = checkpoint_name(recipe)
+    if name is not None and asked["teacher.checkpoint"] is None:
         assert recipe.teacher is not None
-        if recipe.teacher.checkpoint is not None:
-            notes.append(
-                f"cache: there is no {recipe.teacher.checkpoint} here, so that it is not compared "
-                f"with the checkpoint that {recipe.cache} was made of"
+        if name != manifest.checkpoint:  # as likely mistyped as elsewhere
+            raise RecipeError(
+                f"teacher.checkpoint: there is no {recipe.teacher.checkpoint} here, and "
+                f"{recipe.cache} was made of {manifest.checkpoint or 'no checkpoint'}; expected "
+                "that file's name, or a file that is here"
             )
-            del held["teacher.checkpoint"], asked["teacher.checkpoint"]
+        notes.append(
+            f"cache: there is no {recipe.teacher.checkpoint} here, so that it is not compared "
+            f"with the checkpoint that {recipe.cache} was made of"
+        )
+        del held["teacher.checkpoint"], asked["teacher.checkpoint"]
     different = differing(held, asked)
     if different:
         raise RecipeError(
@@ -162,6 +168,13 @@ def _check_epochs(
         )
 
 
+def checkpoint_name(recipe: Recipe) -> str | None:
+    """Of the teacher's file, without its folder, which differs between machines."""
+    if recipe.teacher is None or recipe.teacher.checkpoint is None:
+        return None
+    return locate(recipe.teacher.checkpoint, "teacher.checkpoint").name
+
+
 def subject_of(recipe: Recipe, loader: Loader, context: ProcessContext) -> dict[str, Any]:
     """All that a cache's rows depend on, as plain values; all processes must call it."""
     teacher, data = recipe.teacher, recipe.data
@@ -196,10 +209,17 @@ def subject_of(recipe: Recipe, loader: Loader, context: ProcessContext) -> dict[
 
 
 def _versions(pixels: str) -> Mapping[str, str]:
-    """Of what draws and computes the pixels."""
-    names = ["timm", "torchvision"]
-    names.append("pillow" if pixels == "timm" else "nvidia-dali-cuda130")
-    return {name: metadata.version(name) for name in names}
+    """Of what draws and computes the pixels, builds aside ("+cu130"), which machines differ in.
+
+    Under DALI too Pillow and torchvision draw, and torch and numpy the flips and the order.
+    """
+    names = ("torch", "numpy", "timm", "torchvision", "pillow")
+    found = {name: metadata.version(name).partition("+")[0] for name in names}
+    if pixels != "timm":
+        from nvidia import dali  # the wheel's name has CUDA's version in it
+
+        found["dali"] = dali.__version__
+    return found
 
 
 def _sha256(file: Location) -> str:

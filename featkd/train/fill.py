@@ -24,7 +24,7 @@ from featkd.data.sampler import StretchSampler
 from featkd.distributed import ProcessContext
 from featkd.interrupt import Interrupt
 from featkd.models.features import num_layers
-from featkd.train.caching import check_unmixed, subject_of
+from featkd.train.caching import check_unmixed, checkpoint_name, subject_of
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import Teacher, resolve_pairs
 
@@ -91,6 +91,7 @@ def fill(
             shard_rows=-(-config.shard_rows // recipe.batch_size) * recipe.batch_size,
             batch_size=recipe.batch_size,
             views=config.views,
+            checkpoint=checkpoint_name(recipe),
         )
         with ExitStack() as held, Interrupt() as interrupt:
             manifest = _begin(folder, manifest, context, held)

@@ -6,12 +6,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import nvidia.dali
 import pytest
 
 from featkd.cache import CacheConfig, CacheError
 from featkd.cli import main
 from featkd.data import build_loader
 from featkd.distributed import ProcessContext
+from featkd.train import caching
 from featkd.train.build import build
 from featkd.train.dryrun import dry_run
 from featkd.train.engine import Trainer
@@ -204,14 +206,40 @@ def test_a_cache_of_something_else_is_refused_by_every_field(recipe, images, tmp
         refused(cached, "augmentation_version: 1, not 2$")
     with monkeypatch.context() as patch:
         patch.setattr("featkd.train.caching.metadata.version", lambda name: f"0.{len(name)}")
-        for name in ("timm", "torchvision", "pillow"):
+        for name in ("torch", "numpy", "timm", "torchvision", "pillow"):
             refused(cached, rf".*versions.{name}: '.*', not '0.{len(name)}'")
 
+    named = replace(teacher, checkpoint=str(checkpoint.rename(tmp_path / "renamed.pt")))
+    Trainer(replace(cached, teacher=named), CPU)  # the file itself is compared
+    fill(replace(recipe, teacher=named), CacheConfig(**EXACT), CPU, tmp_path / "cache", quiet=True)
+    (tmp_path / "renamed.pt").rename(checkpoint)
     checkpoint.write_bytes(checkpoint.read_bytes() + b"\0")
     refused(cached, "teacher.checkpoint: '[0-9a-f]{64}', not ")
     checkpoint.unlink()
     notes = Trainer(cached, CPU).parts.notes
     assert any("cache: there is no " in note and "not compared" in note for note in notes)
+    mistyped = replace(cached, teacher=replace(teacher, checkpoint=f"{checkpoint.parent}/lst.pt"))
+    with pytest.raises(RecipeError, match=r"there is no .*lst\.pt here, and .* made of last\.pt"):
+        Trainer(mistyped, CPU)
+
+
+def test_a_cache_of_no_checkpoint_is_not_of_one_that_is_missing(recipe, tmp_path):
+    cached = with_cache(recipe, tmp_path / "cache")
+    missing = replace(cached.teacher, checkpoint=str(tmp_path / "last.pt"))
+    with pytest.raises(RecipeError, match=r"there is no .*last\.pt here, .* of no checkpoint"):
+        Trainer(replace(cached, teacher=missing), CPU)
+
+
+def test_the_versions_are_of_all_that_makes_the_pixels(monkeypatch):
+    """DALI's own, as its wheels are called nvidia-dali-cuda120, -cuda130 and so on."""
+    asked = []
+    monkeypatch.setattr(
+        "featkd.train.caching.metadata.version", lambda name: (asked.append(name), "1.2+cu1")[1]
+    )
+    drawing = {name: "1.2" for name in ("torch", "numpy", "timm", "torchvision", "pillow")}
+    assert caching._versions("timm") == drawing
+    assert caching._versions("dali, CPU") == {**drawing, "dali": nvidia.dali.__version__}
+    assert not [name for name in asked if "dali" in name]
 
 
 def test_what_a_cache_lacks_is_named(recipe, tmp_path):

@@ -24,9 +24,10 @@ from featkd.data.sampler import StretchSampler
 from featkd.distributed import ProcessContext
 from featkd.interrupt import Interrupt
 from featkd.models.features import num_layers
+from featkd.train.build import build_student, check_fit, count_classes
 from featkd.train.caching import check_unmixed, checkpoint_name, subject_of
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.teacher import Teacher, resolve_pairs
+from featkd.train.teacher import Teacher, pair_layers, resolve_pairs, shapes_of
 
 Found = TypeVar("Found")
 
@@ -80,8 +81,13 @@ def fill(
     )
     notes: list[str] = []
     try:
-        classes = recipe.student.num_classes or len(dataset.classes)
+        classes = count_classes(recipe, dataset.classes, notes)
+        student = build_student(recipe, classes).to(context.device)
         teacher = _teacher(recipe, config, classes, context, notes)
+        compared = pair_layers(recipe, teacher.model, "teacher")  # kept or not
+        shapes = shapes_of(teacher.model, compared, recipe, context)
+        check_fit(recipe, student, shapes, context, notes)
+        del student
         manifest = Manifest(
             subject=subject_of(recipe, loader, context),
             weights=_weights(cast(nn.Module, teacher.model)),

@@ -25,6 +25,7 @@ from featkd.train.fill import Filled, fill
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import Teacher
 from tests.cache.made import column_of
+from tests.conftest import TEACHER
 from tests.train.runs import CPU
 
 LOWRANK = ("--features", "lowrank")
@@ -217,6 +218,23 @@ def test_another_cache_and_other_things_are_refused(recipe, tmp_path):
         filled(recipe, tmp_path / "file")
     with pytest.raises(RecipeError, match="teacher: null"):
         filled(replace(recipe, teacher=None, loss=replace(recipe.loss, alpha=0, feature=None)), out)
+
+
+def test_a_recipe_that_cannot_be_trained_is_refused_before_its_teacher_works(recipe, tmp_path):
+    student, out = recipe.student, tmp_path / "cache"
+    for other, message in (
+        ({"student": replace(student, num_classes=5)}, "student.num_classes: 5, but the training"),
+        ({"student": replace(student, teacher_dim=48)}, "student.teacher_dim: 48, but the teacher"),
+        ({"loss": replace(recipe.loss, pairs=[(7, -1)])}, r"loss.pairs \(student\): .*7"),
+        (
+            {"teacher": replace(recipe.teacher, options={**TEACHER, "num_classes": 5})},
+            "loss.alpha: needs logits of the same classes, but the student has 3 and .* 5",
+        ),
+    ):
+        for features in ("full", "none"):
+            with pytest.raises(RecipeError, match=message):
+                filled(replace(recipe, **other), out, features=features)
+    assert not out.exists()
 
 
 HOLD = """\

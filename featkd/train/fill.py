@@ -113,12 +113,11 @@ def fill(
                 work = _Work(writer, teacher, loader, sampler, context, interrupt, bar, say)
                 stopped = any(work.fill(view) for view in range(manifest.views))
             written = sum(_pooled([work.written], context))
-            damaged = len(_pooled(writer.damaged, context))
             bad_files = context.merged(work.bad_files)
     finally:
         loader.close()
     by = (interrupt.signal or signal.SIGTERM) if stopped else None
-    return Filled(manifest, written, damaged, bad_files, by)
+    return Filled(manifest, written, work.damaged, bad_files, by)
 
 
 class _Work:
@@ -144,6 +143,7 @@ class _Work:
         self._bar = bar  # tqdm's
         self._say = say
         self.written = 0
+        self.damaged = 0  # of all processes
         self.bad_files: dict[str, str] = {}
 
     def fill(self, view: int) -> bool:
@@ -172,11 +172,16 @@ class _Work:
         context = self._context
         part = range(context.rank, self._writer.manifest.shards, context.world_size)
         missing = []
+        known = len(self._writer.damaged)
         for shard, whole in zip(part, self._writer.whole(view, part), strict=True):
             if self._interrupt.signal is not None:
                 break
             if not whole:
                 missing.append(shard)
+        for damage in (damages := _pooled(self._writer.damaged[known:], context)):
+            if context.is_main:
+                self._say(damage)
+        self.damaged += len(damages)
         return sorted(_pooled(missing, context))
 
     def _stop_agreed(self) -> bool:

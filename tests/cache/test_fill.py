@@ -65,13 +65,14 @@ def test_two_processes_and_an_image_set_of_no_whole_shards_change_no_byte(
     assert "2 views of 48 rows in 6 shards, 6 now written" in ranks[0].stdout
     assert ranks[1].stdout == ""
     assert digest(one) == digest(two)
-    damaged, gone = (two / "view-00000" / f"shard-0000{number}.safetensors" for number in (0, 2))
+    damaged, gone = (two / "view-00000" / f"shard-0000{number}.safetensors" for number in (1, 2))
     damaged.write_bytes(b"")
     gone.unlink()
     ranks = server.ranks(2, *words(recipe_file, two), "--batch_size", 10, "--data.workers", 0)
     for rank in ranks:
         assert rank.wait() == 0, rank.stderr
     assert "6 shards, 2 now written, 1 of them damaged before" in ranks[0].stdout
+    assert f"{damaged}: damaged: " in ranks[0].stderr
     assert digest(one) == digest(two)
     sizes = [len(TeacherCache(one)._shard(0, number)) for number in range(3)]
     assert sizes == [20, 20, 8]
@@ -154,7 +155,9 @@ def test_whole_shards_stay_and_damaged_ones_are_written_anew(recipe, recipe_file
     assert f"{damaged}: damaged" in said
     assert "1 of 6 shards are damaged" in said
     assert main(words(recipe_file, out)) == 0
-    assert "1 now written, 1 of them damaged before" in capsys.readouterr().out
+    done = capsys.readouterr()
+    assert "1 now written, 1 of them damaged before" in done.out
+    assert f"{damaged}: damaged: has " in done.err
     assert whole.stat().st_mtime_ns == stamp
     assert digest(out) == before
     assert main(["cache", "--verify", str(out)]) == 0

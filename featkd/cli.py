@@ -316,19 +316,19 @@ def _check_local(name: str, folder: str) -> None:
 
 
 def _verify(folder: Path) -> int:
-    """Check every byte of a cache, and name what is damaged."""
-    from featkd.cache import TeacherCache
+    """Check every byte of a cache, and name what is damaged or missing."""
+    from featkd.cache import damages
+    from featkd.cache.manifest import read_manifest
 
-    cache = TeacherCache(folder)
+    manifest = read_manifest(folder)
     shards, damaged = 0, 0
-    for damage in cache.damages():
+    for damage in damages(folder):
         shards += 1
         if damage is not None:
             damaged += 1
             print(f"featkd: {damage}", file=sys.stderr)
     if damaged:
-        return _fail(f"{folder}: {damaged} of {shards} shards are damaged", 1)
-    manifest = cache.manifest
+        return _fail(f"{folder}: {damaged} of {shards} shards are damaged or missing", 1)
     print(f"{folder}: {manifest.views} views of {manifest.rows} rows in {shards} shards, all whole")
     return 0
 

@@ -1,4 +1,4 @@
-"""Rows of a cache by key: `TeacherCache`."""
+"""Rows of a cache by key: `TeacherCache`; a check of all of them: `damages`."""
 
 from __future__ import annotations
 
@@ -88,18 +88,6 @@ class TeacherCache:
         places = [self._place(Key(*key)) for key in keys.tolist()]
         return torch.tensor([shard.shown(offset) for shard, offset in places])
 
-    def damages(self) -> Iterator[str | None]:
-        """Check every row of every shard; a message, or None for a whole one, a shard."""
-        for view in range(self.manifest.views):
-            shards = range(self.manifest.shards)
-            for number, keys in zip(shards, self.manifest.keys(view, shards), strict=True):
-                path = self.folder / self.manifest.shard_name(view, number)
-                try:
-                    found = list(Shard(path, self._identity).damages(keys))
-                except CacheError as error:
-                    found = [str(error)]
-                yield "\n".join(found) or None
-
     def _missing(self) -> Iterator[str]:
         """Names of the shards that are not there; a folder is read once, not asked for each."""
         for view in range(self.manifest.views):
@@ -148,6 +136,27 @@ class TeacherCache:
         if len(self._shards) > _OPEN_SHARDS:
             self._shards.popitem(last=False)
         return shard
+
+
+def damages(folder: Path) -> Iterator[str | None]:
+    """Read every row of a cache; of each shard, in turn, what is wrong with it, or None.
+
+    Raises:
+        CacheError: there is no cache, or its manifest is damaged.
+    """
+    manifest = read_manifest(folder)
+    shards = range(manifest.shards)
+    for view in range(manifest.views):
+        for number, keys in zip(shards, manifest.keys(view, shards), strict=True):
+            path = folder / manifest.shard_name(view, number)
+            if not path.exists():
+                yield f"{path}: missing"
+                continue
+            try:
+                found = list(Shard(path, manifest.identity).damages(keys))
+            except CacheError as error:
+                found = [str(error)]
+            yield "\n".join(found) or None
 
 
 def _read(places: Sequence[tuple[Shard, int]]) -> list[Row]:

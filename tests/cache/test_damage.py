@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from featkd.cache import CacheError, TeacherCache
+from featkd.cache import CacheError, TeacherCache, damages
 from featkd.cache.shard import Shard, write_shard
 from tests.cache.made import FULL, LOWRANK, column_of, keys_of, manifest, outputs, write
 
@@ -25,7 +25,7 @@ def folder(request, tmp_path: Path) -> Path:
 def found_in(folder: Path) -> str:
     """What a check of everything says."""
     try:
-        return "\n".join(filter(None, TeacherCache(folder).damages()))
+        return "\n".join(filter(None, damages(folder)))
     except CacheError as error:
         return str(error)
 

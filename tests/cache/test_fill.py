@@ -125,7 +125,7 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(
         assert main(words(recipe_file, out)) == 128 + signal.SIGTERM
     assert "featkd: stopped by signal 15; the same command goes on" in capsys.readouterr().err
     assert main(["cache", "--verify", str(out)]) == 1
-    assert "4 of 6 shards are missing" in capsys.readouterr().err
+    assert "4 of 6 shards are damaged or missing" in capsys.readouterr().err
     assert filled(recipe, out).written == 4
     filled(recipe, tmp_path / "unbroken")
     assert digest(out) == digest(tmp_path / "unbroken")
@@ -148,15 +148,18 @@ def test_whole_shards_stay_and_damaged_ones_are_written_anew(recipe, recipe_file
     filled(recipe, out)
     before = digest(out)
     damaged, whole = (out / f"view-0000{n}" / "shard-00001.safetensors" for n in (1, 0))
+    gone = out / "view-00000" / "shard-00000.safetensors"
+    gone.unlink()
     damaged.write_bytes(damaged.read_bytes()[:-1])
     stamp = whole.stat().st_mtime_ns
     assert main(["cache", "--verify", str(out)]) == 1
     said = capsys.readouterr().err
     assert f"{damaged}: damaged" in said
-    assert "1 of 6 shards are damaged" in said
+    assert f"{gone}: missing" in said
+    assert "2 of 6 shards are damaged or missing" in said
     assert main(words(recipe_file, out)) == 0
     done = capsys.readouterr()
-    assert "1 now written, 1 of them damaged before" in done.out
+    assert "2 now written, 1 of them damaged before" in done.out
     assert f"{damaged}: damaged: has " in done.err
     assert whole.stat().st_mtime_ns == stamp
     assert digest(out) == before

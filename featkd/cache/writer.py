@@ -24,8 +24,10 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold `folder`, made if missing, for this process alone; a killed one's hold is gone.
 
     Raises:
-        CacheError: another process holds it, or there is a file in its place.
+        CacheError: another process holds it, it holds something else than a cache, or there is a
+            file in its place. Nothing is changed then.
     """
+    _refuse_foreign(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -49,27 +51,29 @@ def prepare(folder: Path, manifest: Manifest) -> Manifest:
     Raises:
         CacheError: there is another cache, or something else.
     """
+    held = read_manifest(folder) if (folder / manifests.NAME).exists() else None
+    if held is not None:
+        different = held.differences(manifest)
+        if different:
+            raise CacheError(f"out: {folder} holds another cache: {'; '.join(different)}")
+        if manifest.views < held.views:
+            raise CacheError(
+                f"views: {folder} holds or is to hold {held.views}, asked for {manifest.views}; "
+                "expected at least as many"
+            )
     for place in (folder, *folder.glob("view-*")):
         remove_leftovers(place)
-    if not (folder / manifests.NAME).exists():
+    if held is None or manifest.views > held.views:
+        manifest.write(folder)
+        return manifest
+    return held
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.is_dir() and not (folder / manifests.NAME).exists():
         others = sorted(p.name for p in folder.iterdir() if p.name[0] != ".")
         if others:
             raise CacheError(f"out: {folder} holds no cache, but {', '.join(others[:5])}")
-        manifest.write(folder)
-        return manifest
-    held = read_manifest(folder)
-    different = held.differences(manifest)
-    if different:
-        raise CacheError(f"out: {folder} holds another cache: {'; '.join(different)}")
-    if manifest.views > held.views:
-        manifest.write(folder)
-        return manifest
-    if manifest.views < held.views:
-        raise CacheError(
-            f"views: {folder} holds or is to hold {held.views}, asked for {manifest.views}; "
-            "expected at least as many"
-        )
-    return held
 
 
 class CacheWriter:

@@ -202,6 +202,7 @@ def test_views_can_be_added_and_change_none_before(recipe, tmp_path):
 def test_another_cache_and_other_things_are_refused(recipe, tmp_path):
     out = tmp_path / "cache"
     filled(recipe, out, features="full")
+    (out / "view-00000" / f".shard.{2**22}.tmp").touch()
     before = digest(out)
     for options, message in (
         ({"logits_top": 2}, "logits_top: None, not 2"),
@@ -216,9 +217,12 @@ def test_another_cache_and_other_things_are_refused(recipe, tmp_path):
         filled(replace(recipe, seed=1), out, features="full")
     assert digest(out) == before
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.tex").touch()
+    foreign = {"thesis.tex", f".thesis.tex.{2**22}.tmp"}  # of a process that is gone
+    for name in foreign:
+        (tmp_path / "full" / name).touch()
     with pytest.raises(CacheError, match=r"holds no cache, but thesis\.tex"):
         filled(recipe, tmp_path / "full")
+    assert {path.name for path in (tmp_path / "full").iterdir()} == foreign
     (tmp_path / "file").touch()
     with pytest.raises(CacheError, match="file is a file, expected a folder"):
         filled(recipe, tmp_path / "file")

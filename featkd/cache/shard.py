@@ -107,12 +107,13 @@ class Shard:
             raise CacheError(
                 f"{path}: belongs to another cache ({found[:12]}, not {identity[:12]})"
             )
-        # Lists: an element of a tensor takes microseconds.
-        self._crc: list[int] = self._tensors["crc"].tolist()
-        self._shown: list[int] = self._tensors["shown"].tolist()
-        self._keys = [Key(*key) for key in self._tensors["keys"].tolist()]
-        self._ends: dict[str, list[int]] = {
-            name.removesuffix(_ENDS): x.tolist()
+        # Arrays: an element of a tensor takes microseconds, and lists of numbers half a megabyte a
+        # shard. These are the mapped file itself.
+        self._crc, self._shown, self._keys = (
+            self._tensors[name].numpy() for name in ("crc", "shown", "keys")
+        )
+        self._ends = {
+            name.removesuffix(_ENDS): x.numpy()
             for name, x in self._tensors.items()
             if name.endswith(_ENDS)
         }
@@ -130,11 +131,11 @@ class Shard:
 
     def key(self, number: int) -> Key:
         """Of row `number`."""
-        return self._keys[number]
+        return Key(*self._keys[number].tolist())
 
     def shown(self, number: int) -> int:
         """The image that row `number` is of."""
-        return self._shown[number]
+        return int(self._shown[number])
 
     def row(self, number: int) -> Row:
         """Row `number`, checked, as views of the mapped file.
@@ -195,7 +196,7 @@ class Shard:
         ends = self._ends.get(name)
         if ends is None:
             return values[number]
-        return values[ends[number - 1] if number else 0 : ends[number]]
+        return values[int(ends[number - 1]) if number else 0 : int(ends[number])]
 
 
 def _header(path: Path, content: memoryview) -> tuple[dict[str, Any], int]:

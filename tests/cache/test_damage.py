@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 
 from featkd.cache import CacheError, TeacherCache, damages
 from featkd.cache.shard import Shard, write_shard
+from featkd.data import Key
 from tests.cache.made import FULL, LOWRANK, column_of, keys_of, manifest, outputs, write
 
 
@@ -57,12 +59,12 @@ def test_repeated_images_have_a_row_a_copy(tmp_path):
 
 
 def test_any_flipped_bit_is_found_and_its_file_named(folder):
-    """100 of them in the two forms; the cache is whole in between."""
+    """200 of them in the two forms; the cache is whole in between."""
     draw = random.Random(0)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
     assert len(files) == 7
     causes = set()
-    for _ in range(50):
+    for _ in range(100):
         path = draw.choice(files)
         before = path.read_bytes()
         content = bytearray(before)
@@ -75,6 +77,21 @@ def test_any_flipped_bit_is_found_and_its_file_named(folder):
         path.write_bytes(before)
     assert causes == {"header or index", "row ", "content"}
     assert found_in(folder) == ""
+
+
+def test_an_open_shard_takes_little_memory(tmp_path):
+    """Thousands are open at once; the index of 1024 rows is part of the mapped file."""
+    path, keys = tmp_path / "shard", torch.arange(3 * 1024).reshape(-1, 3)
+    rows = LOWRANK.encode(outputs(1024))
+    write_shard(path, "identity", keys, keys[:, 1], rows, LOWRANK.varying)
+    Shard(path, "identity").row(1023)
+    tracemalloc.start()
+    shard = Shard(path, "identity")
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert taken < 20_000
+    assert (shard.key(1023), shard.shown(1023)) == (Key(3069, 3070, 3071), 3070)
+    assert shard.row(1023).keys() == rows[1023].keys()
 
 
 @pytest.mark.parametrize("layout", [FULL, LOWRANK], ids=["full", "lowrank"])

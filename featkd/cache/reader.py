@@ -32,20 +32,23 @@ class TeacherCache:
 
     Args:
         folder: that `featkd cache` wrote.
+        views: so many are needed, the first ones, or all where there are fewer; default: all.
 
     Raises:
-        CacheError: there is no cache, its manifest is damaged, or shards are missing.
+        CacheError: there is no cache, its manifest is damaged, or shards of those views are
+            missing.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, views: int | None = None) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder)
-        missing = list(self._missing())
+        needed = min(views or self.manifest.views, self.manifest.views)
+        missing = list(self._missing(needed))
         if missing:
             raise CacheError(
-                f"{folder}: {len(missing)} of {self.manifest.views * self.manifest.shards} shards "
-                f"are missing, such as {missing[0]}; featkd cache, called as before, goes on with "
-                "it"
+                f"{folder}: {len(missing)} of the {needed * self.manifest.shards} shards of views "
+                f"0 to {needed - 1} are missing, such as {missing[0]}; featkd cache, called as "
+                "before, goes on with it"
             )
         self._identity = self.manifest.identity
         self._shards: OrderedDict[tuple[int, int], Shard] = OrderedDict()
@@ -88,9 +91,9 @@ class TeacherCache:
         places = [self._place(Key(*key)) for key in keys.tolist()]
         return torch.tensor([shard.shown(offset) for shard, offset in places])
 
-    def _missing(self) -> Iterator[str]:
+    def _missing(self, views: int) -> Iterator[str]:
         """Names of the shards that are not there; a folder is read once, not asked for each."""
-        for view in range(self.manifest.views):
+        for view in range(views):
             names = [self.manifest.shard_name(view, n) for n in range(self.manifest.shards)]
             folder = (self.folder / names[0]).parent
             there = set(os.listdir(folder)) if folder.is_dir() else set()

@@ -107,7 +107,7 @@ def open_cache(
     """
     assert recipe.cache is not None
     check_unmixed(recipe)
-    cache = TeacherCache(Path(recipe.cache))
+    cache = TeacherCache(Path(recipe.cache), views=recipe.optim.epochs)  # more are for others
     manifest = cache.manifest
     held, asked = dict(manifest.subject), subject_of(recipe, loader, context)
     name = checkpoint_name(recipe)

@@ -166,11 +166,16 @@ def test_shards_of_elsewhere_are_named(folder, tmp_path):
 
 def test_an_unfinished_cache_is_refused(folder):
     (folder / "view-00001" / "shard-00002.safetensors").unlink()
-    with pytest.raises(CacheError, match=r"1 of 6 shards are missing, such as view-00001/shard-00"):
-        TeacherCache(folder)
+    message = r"1 of the 6 shards of views 0 to 1 are missing, such as view-00001/shard-00"
+    for views in (None, 2, 9):
+        with pytest.raises(CacheError, match=message):
+            TeacherCache(folder, views)
+    TeacherCache(folder, views=1)
     shutil.rmtree(folder / "view-00000")
-    with pytest.raises(CacheError, match="4 of 6 shards are missing"):
+    with pytest.raises(CacheError, match="4 of the 6 shards of views 0 to 1 are missing"):
         TeacherCache(folder)
+    with pytest.raises(CacheError, match="3 of the 3 shards of views 0 to 0 are missing"):
+        TeacherCache(folder, views=1)
 
 
 def test_no_cache_and_another_format(tmp_path, folder):

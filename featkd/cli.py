@@ -276,11 +276,14 @@ def _cache(words: list[str]) -> int:
     if words[:1] == [_VERIFY]:
         if len(words) != 2:
             raise ValueError(f"{_VERIFY}: expected one folder, got {words[1:]}")
+        _check_local(_VERIFY, words[1])
         return _verify(Path(words[1]))
     names = [field.name.replace("_", "-") for field in fields(CacheConfig)]
     run, options = _parse(_cache_parser(), words, names)
     if not any(word.partition("=")[0] == "--out" for word in words):
         raise ValueError("--out: expected the folder of the cache, got nothing")
+    _check_local("out", run.out)
+    _check_local("data.path", run.data.path)
     config = CacheConfig(**{field.name: options[field.name] for field in fields(CacheConfig)})
     try:
         context = distributed.start(run.device)
@@ -292,6 +295,12 @@ def _cache(words: list[str]) -> int:
                 print(f"featkd: {said}; the same command goes on from here", file=sys.stderr)
             return 128 + found.interrupted_by
         if context.is_main:
+            if found.bad_files:
+                print(
+                    f"featkd: rows of {len(found.bad_files)} unreadable images are of the images "
+                    "after them; a run that can read one of them refuses its rows",
+                    file=sys.stderr,
+                )
             manifest = found.manifest
             mended = f", {found.damaged} of them damaged before" if found.damaged else ""
             print(
@@ -303,20 +312,26 @@ def _cache(words: list[str]) -> int:
         distributed.stop()
 
 
-def _verify(folder: Path) -> int:
-    """Check every byte of a cache, and name what is damaged."""
-    from featkd.cache import TeacherCache
+def _check_local(name: str, folder: str) -> None:
+    """Where runs can have a URL, a cache can't: as a path it would be a folder called "s3:"."""
+    if "://" in folder:
+        raise ValueError(f"{name}: expected a folder of this machine, got {folder!r}")
 
-    cache = TeacherCache(folder)
+
+def _verify(folder: Path) -> int:
+    """Check every byte of a cache, and name what is damaged or missing."""
+    from featkd.cache import damages
+    from featkd.cache.manifest import read_manifest
+
+    manifest = read_manifest(folder)
     shards, damaged = 0, 0
-    for damage in cache.damages():
+    for damage in damages(folder):
         shards += 1
         if damage is not None:
             damaged += 1
             print(f"featkd: {damage}", file=sys.stderr)
     if damaged:
-        return _fail(f"{folder}: {damaged} of {shards} shards are damaged", 1)
-    manifest = cache.manifest
+        return _fail(f"{folder}: {damaged} of {shards} shards are damaged or missing", 1)
     print(f"{folder}: {manifest.views} views of {manifest.rows} rows in {shards} shards, all whole")
     return 0
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ class ProcessContext:
     world_size: int
     device: torch.device
     control: Any = None
-    """Group of CPU messages, which wait for no device; None is the default group."""
+    """Group of CPU messages, which wait for no device, and a day for each other; None is the
+    default group."""
     job: str | None = None
     """torchrun's id of the job, the same after a restart; None where it has none of its own."""
 
@@ -124,8 +126,10 @@ def start(device: str = "auto") -> ProcessContext:
         store, rank, world_size = _rendezvous()
         backend = "nccl" if place.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    if world_size > 1 and place.type == "cuda":
-        control = dist.new_group(backend="gloo")
+    if world_size > 1:
+        # Process 0 hashes a checkpoint or a million files' sizes while the others wait. One that
+        # has ended is noticed at once, however long this is.
+        control = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's word where none was given
     return ProcessContext(rank, world_size, place, control, None if job == "none" else job)
 

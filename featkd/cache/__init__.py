@@ -2,7 +2,7 @@
 
 from featkd.cache.config import CacheConfig
 from featkd.cache.manifest import CacheError, Manifest
-from featkd.cache.reader import TeacherCache
+from featkd.cache.reader import TeacherCache, damages
 from featkd.cache.rows import LayerShape, Layout, Taught
 from featkd.cache.writer import CacheWriter
 
@@ -15,4 +15,5 @@ __all__ = [
     "Manifest",
     "Taught",
     "TeacherCache",
+    "damages",
 ]

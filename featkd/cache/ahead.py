@@ -6,22 +6,22 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from featkd.cache.rows import Taught
-
 _BATCHES = 2
 
+Found = TypeVar("Found")
 
-class _Ahead(NamedTuple):
+
+class _Ahead(NamedTuple, Generic[Found]):
     keys: Tensor
-    rows: Future[Taught]
+    rows: Future[Found]
 
 
-class ReadAhead:
+class ReadAhead(Generic[Found]):
     """What a cache says of a run's batches; that of the next ones is read in a thread.
 
     Every batch gets the rows of its own keys, whatever was expected.
@@ -30,11 +30,11 @@ class ReadAhead:
         read: the rows of some keys; only one thread calls it.
     """
 
-    def __init__(self, read: Callable[[Tensor], Taught]) -> None:
+    def __init__(self, read: Callable[[Tensor], Found]) -> None:
         self._read = read
         self._thread = ThreadPoolExecutor(1, "featkd-cache-ahead")
         self._upcoming: Iterator[Tensor] = iter(())
-        self._ahead: deque[_Ahead] = deque()
+        self._ahead: deque[_Ahead[Found]] = deque()
 
     def follow(self, upcoming: Iterator[Tensor]) -> None:
         """Expect batches of these keys from now on, and of no other; begin to read them."""
@@ -44,7 +44,7 @@ class ReadAhead:
         self._upcoming = upcoming
         self._go_on()
 
-    def rows(self, keys: Tensor) -> Taught:
+    def rows(self, keys: Tensor) -> Found:
         """The rows of a batch.
 
         Args:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from featkd.cache.rows import LayerShape, Layout
-from featkd.data import EpochSampler
+from featkd.data import EpochSampler, Key
+from featkd.data.sampler import StretchSampler
 from featkd.files import atomic_write
 
-SCHEMA = 1
+SCHEMA = 2
 NAME = "manifest.json"
 
 
@@ -36,6 +38,8 @@ class Manifest:
         shard_rows: in each of its shards but the last.
         batch_size: images that the teacher saw at once.
         views: in the cache; more can be added.
+        checkpoint: name of the teacher's file, which tells it from others where it is not at hand;
+            no row depends on it.
     """
 
     subject: Mapping[str, Any]
@@ -46,11 +50,12 @@ class Manifest:
     shard_rows: int
     batch_size: int
     views: int
+    checkpoint: str | None = None
 
     @property
     def identity(self) -> str:
         """SHA-256 of all that a shard's bytes follow from; every shard carries it."""
-        return hashlib.sha256(_dump(self._content(with_views=False))).hexdigest()
+        return hashlib.sha256(_dump(self._content(whole=False))).hexdigest()
 
     @property
     def images(self) -> int:
@@ -77,25 +82,34 @@ class Manifest:
         start = shard * self.shard_rows
         return range(start, min(start + self.shard_rows, self.rows))
 
+    def keys(self, view: int, shards: Sequence[int]) -> Iterator[list[Key]]:
+        """Those of the rows of some shards of a view, shard by shard."""
+        seed = int(self.subject["seed"])
+        sampler = StretchSampler(self.images, repeats=self.repeats, seed=seed)
+        stretches = [self.positions(shard) for shard in shards]
+        sampler.choose(view, stretches)
+        keys = iter(sampler)  # the view is shuffled once for all of them
+        return (list(islice(keys, len(stretch))) for stretch in stretches)
+
     def shard_name(self, view: int, shard: int) -> str:
         """Below the cache's folder."""
         return f"view-{view:05d}/shard-{shard:05d}.safetensors"
 
     def write(self, folder: Path) -> None:
         """Write it whole, with a checksum."""
-        content = self._content(with_views=True)
+        content = self._content(whole=True)
         with atomic_write(folder / NAME) as file:
             file.write(_dump({**content, "checksum": _checksum(content)}))
 
     def differences(self, other: Manifest) -> list[str]:
         """What another one says otherwise, as "field: this one's, not the other's"."""
-        own, its = self._content(with_views=False), other._content(with_views=False)
+        own, its = self._content(whole=False), other._content(whole=False)
         return differing(_flat(own), _flat(its))
 
-    def _content(self, *, with_views: bool) -> dict[str, Any]:
+    def _content(self, *, whole: bool) -> dict[str, Any]:
         content = {"schema": SCHEMA, **asdict(self), "subject": dict(self.subject)}
-        if not with_views:
-            del content["views"]
+        if not whole:  # but for what the rows don't depend on
+            del content["views"], content["checkpoint"]
         plain: dict[str, Any] = json.loads(json.dumps(content))
         return plain
 

@@ -1,4 +1,4 @@
-"""Rows of a cache by key: `TeacherCache`."""
+"""Rows of a cache by key: `TeacherCache`; a check of all of them: `damages`."""
 
 from __future__ import annotations
 
@@ -32,20 +32,23 @@ class TeacherCache:
 
     Args:
         folder: that `featkd cache` wrote.
+        views: so many are needed, the first ones, or all where there are fewer; default: all.
 
     Raises:
-        CacheError: there is no cache, its manifest is damaged, or shards are missing.
+        CacheError: there is no cache, its manifest is damaged, or shards of those views are
+            missing.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, views: int | None = None) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder)
-        missing = list(self._missing())
+        needed = min(views or self.manifest.views, self.manifest.views)
+        missing = list(self._missing(needed))
         if missing:
             raise CacheError(
-                f"{folder}: {len(missing)} of {self.manifest.views * self.manifest.shards} shards "
-                f"are missing, such as {missing[0]}; featkd cache, called as before, goes on with "
-                "it"
+                f"{folder}: {len(missing)} of the {needed * self.manifest.shards} shards of views "
+                f"0 to {needed - 1} are missing, such as {missing[0]}; featkd cache, called as "
+                "before, goes on with it"
             )
         self._identity = self.manifest.identity
         self._shards: OrderedDict[tuple[int, int], Shard] = OrderedDict()
@@ -77,22 +80,20 @@ class TeacherCache:
         rows = [found[i % self._readers][i // self._readers] for i in range(len(places))]
         return self.manifest.layout.decode(rows, layers, device)
 
-    def damages(self) -> Iterator[str | None]:
-        """Check every row of every shard; a message, or None for a whole one, a shard."""
-        for view in range(self.manifest.views):
-            for number in range(self.manifest.shards):
-                path = self.folder / self.manifest.shard_name(view, number)
-                try:
-                    shard = Shard(path, self._identity)
-                    self._check_keys(shard, view, number)
-                except CacheError as error:
-                    yield str(error)
-                    continue
-                yield "\n".join(_damages(shard)) or None
+    def shown(self, keys: Tensor) -> Tensor:
+        """(B,) int64: the images that the rows of these keys are of.
 
-    def _missing(self) -> Iterator[str]:
+        Another than a key's own where that could not be read when the cache was made.
+
+        Raises:
+            CacheError: as `rows`.
+        """
+        places = [self._place(Key(*key)) for key in keys.tolist()]
+        return torch.tensor([shard.shown(offset) for shard, offset in places])
+
+    def _missing(self, views: int) -> Iterator[str]:
         """Names of the shards that are not there; a folder is read once, not asked for each."""
-        for view in range(self.manifest.views):
+        for view in range(views):
             names = [self.manifest.shard_name(view, n) for n in range(self.manifest.shards)]
             folder = (self.folder / names[0]).parent
             there = set(os.listdir(folder)) if folder.is_dir() else set()
@@ -139,19 +140,27 @@ class TeacherCache:
             self._shards.popitem(last=False)
         return shard
 
-    def _check_keys(self, shard: Shard, view: int, number: int) -> None:
-        for offset, position in enumerate(self.manifest.positions(number)):
-            if offset >= len(shard) or self._position(shard.key(offset)) != position:
-                raise CacheError(f"{shard.path}: damaged: its rows are not those of view {view}")
+
+def damages(folder: Path) -> Iterator[str | None]:
+    """Read every row of a cache; of each shard, in turn, what is wrong with it, or None.
+
+    Raises:
+        CacheError: there is no cache, or its manifest is damaged.
+    """
+    manifest = read_manifest(folder)
+    shards = range(manifest.shards)
+    for view in range(manifest.views):
+        for number, keys in zip(shards, manifest.keys(view, shards), strict=True):
+            path = folder / manifest.shard_name(view, number)
+            if not path.exists():
+                yield f"{path}: missing"
+                continue
+            try:
+                found = list(Shard(path, manifest.identity).damages(keys))
+            except CacheError as error:
+                found = [str(error)]
+            yield "\n".join(found) or None
 
 
 def _read(places: Sequence[tuple[Shard, int]]) -> list[Row]:
     return [shard.row(offset) for shard, offset in places]
-
-
-def _damages(shard: Shard) -> Iterator[str]:
-    for number in range(len(shard)):
-        try:
-            shard.row(number)
-        except CacheError as error:
-            yield str(error)

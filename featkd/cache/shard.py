@@ -1,6 +1,8 @@
 """A shard: some rows of a view in one safetensors file, in which no changed bit goes unseen.
 
-    keys   (n, 3) int64    the epoch, image and copy of each row          \\  the index
+    keys   (n, 3) int64    the epoch, image and copy of each row          \\
+    shown  (n,)   int64    the image that it is of: another than its       | the index
+                           key's where that one could not be read          |
     crc    (n,)   int64    CRC-32 of each row's columns                   /
     check  (32,)  uint8    SHA-256 of the file's header and its index
     ...                    the columns; one whose rows differ in length is flat, and the index has
@@ -15,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,16 @@ _HEAD = 8  # bytes that say how long the header is
 _DIGEST = 32
 _META = "featkd"
 _ENDS = ".ends"
-_FIXED = ("keys", "crc")
+_FIXED = ("keys", "shown", "crc")
 
 
 def write_shard(
-    path: Path, identity: str, keys: Tensor, rows: Sequence[Row], varying: Iterable[str] = ()
+    path: Path,
+    identity: str,
+    keys: Tensor,
+    shown: Tensor,
+    rows: Sequence[Row],
+    varying: Iterable[str] = (),
 ) -> None:
     """Write a shard whole.
 
@@ -45,12 +52,14 @@ def write_shard(
         path: the file.
         identity: of the cache.
         keys: (n, 3) int64.
+        shown: (n,) int64, the image that each row is of.
         rows: as many, with the same columns.
         varying: columns whose rows differ in shape; they are read back flat.
     """
     names = sorted(rows[0])
     tensors: dict[str, Tensor] = {
         "keys": keys,
+        "shown": shown.clone(),  # which may be a view of the keys, of which safetensors wants none
         "crc": torch.tensor([_crc(row, names) for row in rows]),
         "check": torch.zeros(_DIGEST, dtype=torch.uint8),
     }
@@ -64,7 +73,7 @@ def write_shard(
     # One word: safetensors writes several in any order.
     content = memoryview(save(tensors, {_META: identity}))
     header, start = _header(path, content)
-    place = start + header["check"]["data_offsets"][0]
+    place = start + _offsets(header["check"])[0]
     index = b"".join(content[start + first : start + last] for first, last in _index(header))
     with atomic_write(path) as file:
         file.write(content[:place])
@@ -90,7 +99,7 @@ class Shard:
             with safe_open(path, "pt") as file:
                 found, names = file.metadata()[_META], list(file.keys())
                 self._tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
-        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        except (LookupError, TypeError, ValueError, SafetensorError) as error:
             raise CacheError(f"{path}: damaged: {type(error).__name__}: {error}") from error
         except OSError as error:
             raise CacheError(f"{path}: can't be read: {error}") from error
@@ -98,11 +107,13 @@ class Shard:
             raise CacheError(
                 f"{path}: belongs to another cache ({found[:12]}, not {identity[:12]})"
             )
-        # Lists: an element of a tensor takes microseconds.
-        self._crc: list[int] = self._tensors["crc"].tolist()
-        self._keys = [Key(*key) for key in self._tensors["keys"].tolist()]
-        self._ends: dict[str, list[int]] = {
-            name.removesuffix(_ENDS): x.tolist()
+        # Arrays: an element of a tensor takes microseconds, and lists of numbers half a megabyte a
+        # shard. These are the mapped file itself.
+        self._crc, self._shown, self._keys = (
+            self._tensors[name].numpy() for name in ("crc", "shown", "keys")
+        )
+        self._ends = {
+            name.removesuffix(_ENDS): x.numpy()
             for name, x in self._tensors.items()
             if name.endswith(_ENDS)
         }
@@ -120,7 +131,11 @@ class Shard:
 
     def key(self, number: int) -> Key:
         """Of row `number`."""
-        return self._keys[number]
+        return Key(*self._keys[number].tolist())
+
+    def shown(self, number: int) -> int:
+        """The image that row `number` is of."""
+        return int(self._shown[number])
 
     def row(self, number: int) -> Row:
         """Row `number`, checked, as views of the mapped file.
@@ -137,6 +152,24 @@ class Shard:
             )
         return row
 
+    def damages(self, keys: Sequence[Key]) -> Iterator[str]:
+        """Check every row; a message for each that is not as it was written.
+
+        Args:
+            keys: those that its rows have to have.
+        """
+        if len(self) != len(keys):
+            yield f"{self.path}: damaged: has {len(self)} rows, not {len(keys)}"
+            return
+        for number, key in enumerate(keys):
+            if self.key(number) != key:  # and so, no doubt, are the others
+                yield f"{self.path}: damaged: row {number} is {self.key(number)}, not {key}"
+                return
+            try:
+                self.row(number)
+            except CacheError as error:
+                yield str(error)
+
     @staticmethod
     def _check(path: Path) -> None:
         """Raise CacheError unless length, header and index are as they were written."""
@@ -146,7 +179,7 @@ class Shard:
             head += file.read(min(int.from_bytes(head, "little"), size))
             header, start = _header(path, memoryview(head))
             entries = [entry for name, entry in header.items() if name != "__metadata__"]
-            end = start + max(entry["data_offsets"][1] for entry in entries)
+            end = start + max(_offsets(entry)[1] for entry in entries)
             if size != end:
                 raise CacheError(f"{path}: damaged: has {size} bytes, its header says {end}")
 
@@ -155,7 +188,7 @@ class Shard:
                 return file.read(min(last - first, size))
 
             index = b"".join(read(first, last) for first, last in _index(header))
-            if read(*header["check"]["data_offsets"]) != _digest(head, index):
+            if read(*_offsets(header["check"])) != _digest(head, index):
                 raise CacheError(f"{path}: damaged: header or index do not have their checksum")
 
     def _part(self, name: str, number: int) -> Tensor:
@@ -163,7 +196,7 @@ class Shard:
         ends = self._ends.get(name)
         if ends is None:
             return values[number]
-        return values[ends[number - 1] if number else 0 : ends[number]]
+        return values[int(ends[number - 1]) if number else 0 : int(ends[number])]
 
 
 def _header(path: Path, content: memoryview) -> tuple[dict[str, Any], int]:
@@ -181,7 +214,16 @@ def _header(path: Path, content: memoryview) -> tuple[dict[str, Any], int]:
 def _index(header: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Where the index's tensors are in the data."""
     names = [name for name in header if name in _FIXED or name.endswith(_ENDS)]
-    return [tuple(header[name]["data_offsets"]) for name in names]
+    return [_offsets(header[name]) for name in names]
+
+
+def _offsets(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """Where a tensor's data begin and end; a flipped bit can make one number of the two."""
+    offsets = entry["data_offsets"]
+    if not (isinstance(offsets, list) and [type(x) for x in offsets] == [int, int]):
+        raise ValueError(f"data_offsets: expected two whole numbers, got {offsets!r}")
+    first, last = offsets
+    return first, last
 
 
 def _digest(head: bytes | memoryview, index: bytes) -> bytes:

@@ -13,6 +13,7 @@ from featkd.cache import manifest as manifests
 from featkd.cache.manifest import CacheError, Manifest, read_manifest
 from featkd.cache.rows import Row
 from featkd.cache.shard import Shard, write_shard
+from featkd.data import Key
 from featkd.files import remove_leftovers
 
 _LOCK = ".lock"
@@ -23,8 +24,10 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold `folder`, made if missing, for this process alone; a killed one's hold is gone.
 
     Raises:
-        CacheError: another process holds it, or there is a file in its place.
+        CacheError: another process holds it, it holds something else than a cache, or there is a
+            file in its place. Nothing is changed then.
     """
+    _refuse_foreign(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -48,61 +51,55 @@ def prepare(folder: Path, manifest: Manifest) -> Manifest:
     Raises:
         CacheError: there is another cache, or something else.
     """
+    held = read_manifest(folder) if (folder / manifests.NAME).exists() else None
+    if held is not None:
+        different = held.differences(manifest)
+        if different:
+            raise CacheError(f"out: {folder} holds another cache: {'; '.join(different)}")
+        if manifest.views < held.views:
+            raise CacheError(
+                f"views: {folder} holds or is to hold {held.views}, asked for {manifest.views}; "
+                "expected at least as many"
+            )
     for place in (folder, *folder.glob("view-*")):
         remove_leftovers(place)
-    if not (folder / manifests.NAME).exists():
-        others = sorted(p.name for p in folder.iterdir() if p.name[0] != ".")
-        if others:
-            raise CacheError(f"out: {folder} holds no cache, but {', '.join(others[:5])}")
+    if held is None or manifest.views > held.views:
         manifest.write(folder)
         return manifest
-    held = read_manifest(folder)
-    different = held.differences(manifest)
-    if different:
-        raise CacheError(f"out: {folder} holds another cache: {'; '.join(different)}")
-    if manifest.views > held.views:
-        manifest.write(folder)
-        return manifest
-    if manifest.views < held.views:
-        raise CacheError(
-            f"views: {folder} holds or is to hold {held.views}, asked for {manifest.views}; "
-            "expected at least as many"
-        )
     return held
 
 
+def _refuse_foreign(folder: Path) -> None:
+    if folder.is_dir() and not (folder / manifests.NAME).exists():
+        others = sorted(p.name for p in folder.iterdir() if p.name[0] != ".")
+        if others:
+            raise CacheError(f"out: {folder} holds no cache, but {', '.join(others[:5])}")
+
+
 class CacheWriter:
-    """One process's part of the writing.
+    """Finds what is missing of a cache, and writes shards of it.
 
     Args:
         folder: prepared.
         manifest: of the cache there.
-        rank, world_size: this process writes the shards s with s % world_size == rank, of each
-            view.
     """
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._own = range(rank, manifest.shards, world_size)
         self._identity = manifest.identity
         self.damaged: list[str] = []
         """Why shards that were there are written anew."""
 
-    @property
-    def own_rows(self) -> int:
-        """Rows of a view that are this process's to write."""
-        return sum(len(self.manifest.positions(shard)) for shard in self._own)
+    def whole(self, view: int, shards: Sequence[int]) -> Iterator[bool]:
+        """Whether each of some shards of a view is there and whole, of which every row is read."""
+        for shard, keys in zip(shards, self.manifest.keys(view, shards), strict=True):
+            yield self._is_whole(view, shard, keys)
 
-    def missing(self, view: int) -> list[int]:
-        """The shards of a view that are this process's to write."""
-        self._path(view, 0).parent.mkdir(exist_ok=True)
-        return [shard for shard in self._own if not self._is_whole(view, shard)]
-
-    def write(self, view: int, shard: int, keys: Tensor, rows: Sequence[Row]) -> None:
-        """Write a shard whole, rows in the order of their positions.
+    def write(
+        self, view: int, shard: int, keys: Tensor, shown: Tensor, rows: Sequence[Row]
+    ) -> None:
+        """Write a shard whole, rows in the order of their positions; arguments as `write_shard`.
 
         Raises:
             CacheError: the disk is full or the folder not writable.
@@ -110,7 +107,8 @@ class CacheWriter:
         assert len(rows) == len(keys) == len(self.manifest.positions(shard))
         path = self._path(view, shard)
         try:
-            write_shard(path, self._identity, keys, rows, self.manifest.layout.varying)
+            path.parent.mkdir(exist_ok=True)
+            write_shard(path, self._identity, keys, shown, rows, self.manifest.layout.varying)
         except OSError as error:
             raise CacheError(
                 f"could not write {path}: {error}; what was written before is whole"
@@ -119,13 +117,14 @@ class CacheWriter:
     def _path(self, view: int, shard: int) -> Path:
         return self.folder / self.manifest.shard_name(view, shard)
 
-    def _is_whole(self, view: int, shard: int) -> bool:
+    def _is_whole(self, view: int, shard: int, keys: Sequence[Key]) -> bool:
         path = self._path(view, shard)
         if not path.exists():
             return False
         try:
-            Shard(path, self._identity)
+            found = list(Shard(path, self._identity).damages(keys))
         except CacheError as error:
-            self.damaged.append(str(error))
-            return False
-        return True
+            found = [str(error)]
+        if found:
+            self.damaged.append("\n".join(found))
+        return not found

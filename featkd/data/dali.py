@@ -129,7 +129,8 @@ class DaliLoader(SampledLoader):
             self.bad_images.update((error.path, error.cause) for error in fed.errors)
             bad = [error.path for error in fed.errors]
             targets = torch.tensor(fed.targets, dtype=torch.int64)
-            yield Batch(images, targets, bad, as_tensor(fed.keys))
+            shown = torch.tensor(fed.shown, dtype=torch.int64)
+            yield Batch(images, targets, bad, as_tensor(fed.keys), shown)
         epoch.close()
         self._epoch = None
         self._count(own, len(epoch.taken))
@@ -185,18 +186,20 @@ class DaliLoader(SampledLoader):
         if epoch is None:
             raise StopIteration
         for batch, decodable in epoch:
-            files, keys, targets = [], [], []
+            files, keys, targets, shown = [], [], [], []
             for key, (found, errors) in batch:
                 epoch.bad += errors
                 if found is not None:
                     files.append(found[0])
                     targets.append(found[1])
+                    shown.append(found[2])
                     keys.append(key)
             epoch.taken.append([key for key, _ in batch])
             if not files:
                 continue
             decisions = self._decide([size for _, size in files], keys)
-            epoch.fed.append(_Fed(targets, decisions, epoch.bad, keys, epoch.taken, decodable))
+            bad, taken = epoch.bad, epoch.taken
+            epoch.fed.append(_Fed(targets, decisions, bad, keys, shown, taken, decodable))
             epoch.bad, epoch.taken = [], []
             contents = [content for content, _ in files]
             return as_arrays(contents, decisions, self._layers, self._config.img_size)
@@ -221,6 +224,7 @@ class _Fed(NamedTuple):
     decisions: list[Decisions]
     errors: list[BadImageError]
     keys: list[Key]
+    shown: list[int]
     taken: list[list[Key]]
     decodable: bool
 

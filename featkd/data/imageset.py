@@ -82,12 +82,16 @@ def open_source(config: DataConfig, split: Literal["train", "val"]) -> ImageSour
 
 
 class Sample(NamedTuple):
-    """One image (3, H, W) float32, or None where it was dropped; the bad files met on the way."""
+    """One image (3, H, W) float32, or None where it was dropped; the bad files met on the way.
+
+    `shown` is the image's number: not its key's where another takes its place.
+    """
 
     image: Tensor | None
     target: int
     bad: list[BadImageError]
     key: Key
+    shown: int
 
 
 class ImageSet(Dataset[Sample]):
@@ -146,9 +150,9 @@ class ImageSet(Dataset[Sample]):
         """
         found, bad = self.readable(key, decode_image)
         if found is None:
-            return Sample(None, 0, bad, key)
+            return Sample(None, 0, bad, key, key.image)
         image, target, index = found
-        return Sample(self._transformed(image, index, key), target, bad, key)
+        return Sample(self._transformed(image, index, key), target, bad, key, index)
 
     def readable(
         self, key: Key, decode: Callable[[bytes, str], Read]

@@ -21,7 +21,8 @@ class Batch(NamedTuple):
     """images (B, 3, H, W) float32, targets (B,) int64, and the unreadable files met for them.
 
     `keys`, (B, 3) int64 on the CPU, are the images' `Key`s. An unreadable one's stays with the
-    image that takes its place. From a `Mixer` targets are (B, K) float32.
+    image that takes its place, whose number is in `shown`, (B,) int64 on the CPU; None is as the
+    keys say. From a `Mixer` targets are (B, K) float32.
 
     `bad` also holds the files of evaluation batches passed over since the batch before; those of
     empty batches at the very end are in `Loader.bad_images` alone.
@@ -31,6 +32,7 @@ class Batch(NamedTuple):
     targets: Tensor
     bad: list[str]
     keys: Tensor
+    shown: Tensor | None = None
 
 
 class Loader(Protocol):
@@ -244,7 +246,7 @@ class TorchLoader(SampledLoader):
 
     def _checked(
         self,
-        batches: Iterator[tuple[Tensor, Tensor, list[BadImageError], Tensor] | DataError],
+        batches: Iterator[tuple[Tensor, Tensor, list[BadImageError], Tensor, Tensor] | DataError],
         own: int,
     ) -> Iterator[Batch]:
         """Raise what came as data, record bad files, pass over empty batches."""
@@ -262,12 +264,12 @@ class TorchLoader(SampledLoader):
                 return
             if isinstance(batch, DATA_ERRORS):
                 raise batch
-            images, targets, errors, keys = batch
+            images, targets, errors, keys, shown = batch
             for error in errors:
                 self.bad_images[error.path] = error.cause
                 bad.append(error.path)
             if len(targets):
-                yield Batch(images, targets, bad, keys)
+                yield Batch(images, targets, bad, keys, shown)
                 bad = []
 
     def close(self) -> None:
@@ -280,18 +282,19 @@ class TorchLoader(SampledLoader):
 
 def _collate(
     samples: list[Sample] | DataError, *, channels_last: bool
-) -> tuple[Tensor, Tensor, list[BadImageError], Tensor] | DataError:
+) -> tuple[Tensor, Tensor, list[BadImageError], Tensor, Tensor] | DataError:
     """Stack the images that are there; in a worker straight into shared memory."""
     if isinstance(samples, DATA_ERRORS):
         return samples
     images = [sample.image for sample in samples if sample.image is not None]
-    targets = [sample.target for sample in samples if sample.image is not None]
-    keys = [sample.key for sample in samples if sample.image is not None]
+    there = [sample for sample in samples if sample.image is not None]
+    targets = torch.tensor([sample.target for sample in there], dtype=torch.int64)
+    shown = torch.tensor([sample.shown for sample in there], dtype=torch.int64)
     errors = [error for sample in samples for error in sample.bad]
     stacked = default_collate(images) if images else torch.empty(0)
     if images and channels_last:
         stacked = stacked.contiguous(memory_format=torch.channels_last)
-    return stacked, torch.tensor(targets, dtype=torch.int64), errors, as_tensor(keys)
+    return stacked, targets, errors, as_tensor([sample.key for sample in there]), shown
 
 
 def as_tensor(keys: Sequence[Key]) -> Tensor:

@@ -101,15 +101,16 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
     val_loader = _loader(recipe, context, "val")
     notes += {loader.note: None for loader in (train_loader, val_loader) if loader.note}
     try:
-        num_classes = _num_classes(recipe, train_loader.classes, strict_classes, notes)
-        student = _student(recipe, num_classes)
+        num_classes = count_classes(recipe, train_loader.classes, notes, strict=strict_classes)
+        student = build_student(recipe, num_classes)
         student.to(context.device)
         source: Teacher | OpenCache | None = None
         if recipe.cache is not None:
             source = open_cache(recipe, train_loader, context, notes)
         elif recipe.teacher is not None:
             source = Teacher(recipe, num_classes, context, notes)
-        _check_fit(recipe, student, None if source is None else source.shapes, context, notes)
+        if source is not None:
+            check_fit(recipe, student, source.shapes, context, notes)
         if recipe.amp == "bf16" and not multiplies_bf16(context.device):
             notes.append(
                 "amp: bf16 is many times slower than off here: this device has no "
@@ -183,7 +184,14 @@ def _loader(
     )
 
 
-def _num_classes(recipe: Recipe, classes: list[str], strict: bool, notes: list[str]) -> int:
+def count_classes(
+    recipe: Recipe, classes: list[str], notes: list[str], *, strict: bool = True
+) -> int:
+    """Outputs of the student.
+
+    Raises:
+        RecipeError: the training set has other classes; under `strict` more outputs count too.
+    """
     asked, found = recipe.student.num_classes, len(classes)
     if asked is None and found < 2:
         raise RecipeError(
@@ -204,7 +212,8 @@ def _num_classes(recipe: Recipe, classes: list[str], strict: bool, notes: list[s
     return asked
 
 
-def _student(recipe: Recipe, num_classes: int) -> FeatureModel:
+def build_student(recipe: Recipe, num_classes: int) -> FeatureModel:
+    """The recipe's student, with the weights that its seed gives."""
     torch.manual_seed(recipe.seed)
     config = recipe.student
     options = {"img_size": recipe.data.img_size, **config.options}
@@ -221,16 +230,18 @@ def _student_forward(recipe: Recipe, student: FeatureModel) -> nn.Module:
     return FeatureForward(student, layers)
 
 
-def _check_fit(
+def check_fit(
     recipe: Recipe,
     student: FeatureModel,
-    taught: Shapes | None,
+    taught: Shapes,
     context: ProcessContext,
     notes: list[str],
 ) -> None:
-    """One image through the student: do logits, tokens and widths fit the teacher's?"""
-    if taught is None:
-        return
+    """One image through the student: do logits, tokens and widths fit the teacher's?
+
+    Raises:
+        RecipeError: they don't; names the field.
+    """
     layers = pair_layers(recipe, student, "student")
     classes, _, maps = shapes_of(student, layers, recipe, context)
     if recipe.loss.alpha > 0 and classes != taught.classes:

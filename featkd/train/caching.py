@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featkd.cache import Manifest, Taught, TeacherCache
+from featkd.cache import CacheError, Manifest, Taught, TeacherCache
 from featkd.cache.ahead import ReadAhead
 from featkd.cache.manifest import differing, read_manifest
 from featkd.data import Batch, Loader
@@ -33,12 +33,19 @@ class OpenCache:
         cache: that fits the recipe.
         recipe: the run.
         device: where the rows go.
+        name: the file of an image, by its number.
 
     Raises:
         RecipeError: it lacks a layer that the loss compares.
     """
 
-    def __init__(self, cache: TeacherCache, recipe: Recipe, device: torch.device) -> None:
+    def __init__(
+        self,
+        cache: TeacherCache,
+        recipe: Recipe,
+        device: torch.device,
+        name: Callable[[int], str],
+    ) -> None:
         layout = cache.manifest.layout
         held = {shape.layer: shape for shape in layout.layers}
         self.layers: tuple[int, ...] = ()
@@ -53,8 +60,10 @@ class OpenCache:
         maps = tuple(held[layer] for layer in self.layers)
         self.shapes = Shapes(layout.classes, layout.logits_dtype, maps)
 
-        def read(keys: Tensor) -> Taught:
-            return cache.rows(keys, self.layers, device)
+        self._folder, self._name = cache.folder, name
+
+        def read(keys: Tensor) -> tuple[Taught, Tensor]:
+            return cache.rows(keys, self.layers, device), cache.shown(keys)
 
         self._ahead = ReadAhead(read)
 
@@ -66,9 +75,19 @@ class OpenCache:
         """Logits and maps of a batch, on the device.
 
         Raises:
-            CacheError: what is stored of an image is damaged.
+            CacheError: what is stored of an image is damaged, or of another one than the batch
+                shows.
         """
-        return self._ahead.rows(batch.keys)
+        taught, held = self._ahead.rows(batch.keys)
+        shown = batch.keys[:, 1] if batch.shown is None else batch.shown
+        for number in (held != shown).nonzero().flatten().tolist():
+            image = int(batch.keys[number, 1])
+            raise CacheError(
+                f"{self._folder}: its row of image {image} ({self._name(image)}) is of image "
+                f"{held[number]}, this run shows {shown[number]}: the file could be read in one of "
+                "the two only; expected it readable in both, or in neither"
+            )
+        return taught
 
 
 def views_of(recipe: Recipe) -> int | None:
@@ -88,17 +107,23 @@ def open_cache(
     """
     assert recipe.cache is not None
     check_unmixed(recipe)
-    cache = TeacherCache(Path(recipe.cache))
+    cache = TeacherCache(Path(recipe.cache), views=recipe.optim.epochs)  # more are for others
     manifest = cache.manifest
     held, asked = dict(manifest.subject), subject_of(recipe, loader, context)
-    if held["teacher.checkpoint"] is not None and asked["teacher.checkpoint"] is None:
+    name = checkpoint_name(recipe)
+    if name is not None and asked["teacher.checkpoint"] is None:
         assert recipe.teacher is not None
-        if recipe.teacher.checkpoint is not None:
-            notes.append(
-                f"cache: there is no {recipe.teacher.checkpoint} here, so that it is not compared "
-                f"with the checkpoint that {recipe.cache} was made of"
+        if name != manifest.checkpoint:  # as likely mistyped as elsewhere
+            raise RecipeError(
+                f"teacher.checkpoint: there is no {recipe.teacher.checkpoint} here, and "
+                f"{recipe.cache} was made of {manifest.checkpoint or 'no checkpoint'}; expected "
+                "that file's name, or a file that is here"
             )
-            del held["teacher.checkpoint"], asked["teacher.checkpoint"]
+        notes.append(
+            f"cache: there is no {recipe.teacher.checkpoint} here, so that it is not compared "
+            f"with the checkpoint that {recipe.cache} was made of"
+        )
+        del held["teacher.checkpoint"], asked["teacher.checkpoint"]
     different = differing(held, asked)
     if different:
         raise RecipeError(
@@ -112,7 +137,7 @@ def open_cache(
             f"cache: {recipe.cache} keeps {top} of {manifest.layout.classes} classes, of which "
             f"loss.tau {loss.tau:g} makes another soft loss than of all (docs/cache-sizes.md)"
         )
-    return OpenCache(cache, recipe, context.device)
+    return OpenCache(cache, recipe, context.device, loader.dataset.name)
 
 
 def check_unmixed(recipe: Recipe) -> None:
@@ -149,6 +174,13 @@ def _check_epochs(
         )
 
 
+def checkpoint_name(recipe: Recipe) -> str | None:
+    """Of the teacher's file, without its folder, which differs between machines."""
+    if recipe.teacher is None or recipe.teacher.checkpoint is None:
+        return None
+    return locate(recipe.teacher.checkpoint, "teacher.checkpoint").name
+
+
 def subject_of(recipe: Recipe, loader: Loader, context: ProcessContext) -> dict[str, Any]:
     """All that a cache's rows depend on, as plain values; all processes must call it."""
     teacher, data = recipe.teacher, recipe.data
@@ -183,10 +215,17 @@ def subject_of(recipe: Recipe, loader: Loader, context: ProcessContext) -> dict[
 
 
 def _versions(pixels: str) -> Mapping[str, str]:
-    """Of what draws and computes the pixels."""
-    names = ["timm", "torchvision"]
-    names.append("pillow" if pixels == "timm" else "nvidia-dali-cuda130")
-    return {name: metadata.version(name) for name in names}
+    """Of what draws and computes the pixels, builds aside ("+cu130"), which machines differ in.
+
+    Under DALI too Pillow and torchvision draw, and torch and numpy the flips and the order.
+    """
+    names = ("torch", "numpy", "timm", "torchvision", "pillow")
+    found = {name: metadata.version(name).partition("+")[0] for name in names}
+    if pixels != "timm":
+        from nvidia import dali  # the wheel's name has CUDA's version in it
+
+        found["dali"] = dali.__version__
+    return found
 
 
 def _sha256(file: Location) -> str:

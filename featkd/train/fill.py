@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +18,28 @@ from tqdm import tqdm
 from featkd.cache import CacheConfig, CacheError, CacheWriter, Manifest
 from featkd.cache.rows import NotStorable, Row
 from featkd.cache.writer import locked, prepare
-from featkd.data import Batch, EpochSampler, ImageSet
+from featkd.data import Batch, EpochSampler, ImageSet, Loader
 from featkd.data.factory import build_over
 from featkd.data.sampler import StretchSampler
 from featkd.distributed import ProcessContext
 from featkd.interrupt import Interrupt
 from featkd.models.features import num_layers
-from featkd.train.caching import check_unmixed, subject_of
+from featkd.train.build import build_student, check_fit, count_classes
+from featkd.train.caching import check_unmixed, checkpoint_name, subject_of
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.teacher import Teacher, resolve_pairs
+from featkd.train.teacher import Teacher, pair_layers, resolve_pairs, shapes_of
+
+Found = TypeVar("Found")
 
 
 class Filled(NamedTuple):
-    """What came of it: shards that were written, by all processes, and those that were there
-    damaged."""
+    """What came of it: shards that were written, by all processes, those that were there damaged,
+    and the unreadable images met: path -> cause."""
 
     manifest: Manifest
     written: int
     damaged: int
+    bad_files: dict[str, str]
     interrupted_by: int | None
 
 
@@ -77,8 +81,13 @@ def fill(
     )
     notes: list[str] = []
     try:
-        classes = recipe.student.num_classes or len(dataset.classes)
+        classes = count_classes(recipe, dataset.classes, notes)
+        student = build_student(recipe, classes).to(context.device)
         teacher = _teacher(recipe, config, classes, context, notes)
+        compared = pair_layers(recipe, teacher.model, "teacher")  # kept or not
+        shapes = shapes_of(teacher.model, compared, recipe, context)
+        check_fit(recipe, student, shapes, context, notes)
+        del student
         manifest = Manifest(
             subject=subject_of(recipe, loader, context),
             weights=_weights(cast(nn.Module, teacher.model)),
@@ -88,31 +97,27 @@ def fill(
             shard_rows=-(-config.shard_rows // recipe.batch_size) * recipe.batch_size,
             batch_size=recipe.batch_size,
             views=config.views,
+            checkpoint=checkpoint_name(recipe),
         )
         with ExitStack() as held, Interrupt() as interrupt:
             manifest = _begin(folder, manifest, context, held)
-            writer = CacheWriter(folder, manifest, context.rank, context.world_size)
-            stopped = False
-            with _progress(writer, context.is_main and not quiet) as bar:
-                work = _Work(writer, teacher, context.device, interrupt, bar)
-                for note in notes if context.is_main and not quiet else ():
-                    bar.write(note, file=sys.stderr)
-                for view in range(manifest.views):
-                    missing = writer.missing(view)
-                    stretches = [manifest.positions(shard) for shard in missing]
-                    bar.update(writer.own_rows - sum(map(len, stretches)))
-                    sampler.choose(view, stretches)
-                    if missing:
-                        work.compute(view, missing, iter(loader))
-                    stopped = context.any_true(interrupt.signal is not None)
-                    if stopped:
-                        break
-            counts = torch.tensor([work.written, len(writer.damaged)], device=context.device)
-            written, damaged = context.sum(counts).tolist()
+            writer = CacheWriter(folder, manifest)
+            with _progress(manifest, context.is_main and not quiet) as bar:
+
+                def say(message: str) -> None:
+                    if not quiet:
+                        bar.write(message, file=sys.stderr)
+
+                for note in notes if context.is_main else ():
+                    say(note)
+                work = _Work(writer, teacher, loader, sampler, context, interrupt, bar, say)
+                stopped = any(work.fill(view) for view in range(manifest.views))
+            written = sum(_pooled([work.written], context))
+            bad_files = context.merged(work.bad_files)
     finally:
         loader.close()
     by = (interrupt.signal or signal.SIGTERM) if stopped else None
-    return Filled(manifest, written, damaged, by)
+    return Filled(manifest, written, work.damaged, bad_files, by)
 
 
 class _Work:
@@ -122,34 +127,92 @@ class _Work:
         self,
         writer: CacheWriter,
         teacher: Teacher,
-        device: torch.device,
+        loader: Loader,
+        sampler: StretchSampler,
+        context: ProcessContext,
         interrupt: Interrupt,
         bar: Any,
+        say: Callable[[str], None],
     ) -> None:
         self._writer = writer
         self._teacher = teacher
-        self._device = device
+        self._loader = loader
+        self._sampler = sampler
+        self._context = context
         self._interrupt = interrupt
         self._bar = bar  # tqdm's
+        self._say = say
         self.written = 0
+        self.damaged = 0  # of all processes
+        self.bad_files: dict[str, str] = {}
 
-    def compute(self, view: int, shards: Sequence[int], batches: Iterator[Batch]) -> None:
-        """Write shards of a view from its batches; a signal ends it before the next batch."""
+    def fill(self, view: int) -> bool:
+        """Write what is missing of a view, and say whether a signal ended that.
+
+        The processes take the missing shards in turns and meet before each: none waits for long,
+        and a signal to one of them stops all.
+        """
+        number, together = self._context.rank, self._context.world_size
+        missing = self._missing(view)
+        stretches = [self._writer.manifest.positions(shard) for shard in missing]
+        self._bar.update(self._writer.manifest.rows - sum(map(len, stretches)))
+        self._sampler.choose(view, own := stretches[number::together])
+        batches = iter(self._loader) if own else iter(())
+        for first in range(0, len(missing), together):
+            if self._stop_agreed():
+                return True
+            turn = range(first, min(first + together, len(missing)))
+            if first + number in turn:
+                self._compute(view, missing[first + number], batches)
+            self._bar.update(sum(len(stretches[i]) for i in turn if i != first + number))
+        return self._stop_agreed()
+
+    def _missing(self, view: int) -> list[int]:
+        """Shards of a view that are not there or damaged; each process looks at a part of it."""
+        context = self._context
+        part = range(context.rank, self._writer.manifest.shards, context.world_size)
+        missing = []
+        known = len(self._writer.damaged)
+        for shard, whole in zip(part, self._writer.whole(view, part), strict=True):
+            if self._interrupt.signal is not None:
+                break
+            if not whole:
+                missing.append(shard)
+        for damage in (damages := _pooled(self._writer.damaged[known:], context)):
+            if context.is_main:
+                self._say(damage)
+        self.damaged += len(damages)
+        return sorted(_pooled(missing, context))
+
+    def _stop_agreed(self) -> bool:
+        return self._context.any_true(self._interrupt.signal is not None)
+
+    def _compute(self, view: int, shard: int, batches: Iterator[Batch]) -> None:
+        """Write a shard from the next batches; a signal ends it before one of them."""
         manifest = self._writer.manifest
-        for shard in shards:
-            rows: list[Row] = []
-            keys: list[Tensor] = []
-            for batch in islice(batches, -(-len(manifest.positions(shard)) // manifest.batch_size)):
-                if self._interrupt.signal is not None:
-                    return
-                rows += self._rows(batch)
-                keys.append(batch.keys)
-                self._bar.update(len(batch.keys))
-            self._writer.write(view, shard, torch.cat(keys), rows)
-            self.written += 1
+        rows: list[Row] = []
+        keys: list[Tensor] = []
+        shown: list[Tensor] = []
+        for batch in islice(batches, -(-len(manifest.positions(shard)) // manifest.batch_size)):
+            if self._interrupt.signal is not None:
+                return
+            rows += self._rows(batch)
+            keys.append(batch.keys)
+            shown.append(batch.keys[:, 1] if batch.shown is None else batch.shown)
+            self._bar.update(len(batch.keys))
+            self._name_bad()
+        self._writer.write(view, shard, torch.cat(keys), torch.cat(shown), rows)
+        self.written += 1
+
+    def _name_bad(self) -> None:
+        """Name each unreadable image once (under on_bad_image="skip")."""
+        for path, cause in self._loader.bad_images.items():
+            if path not in self.bad_files:
+                self.bad_files[path] = cause
+                self._say(f"unreadable image, its rows are of the one after it: {path}: {cause}")
 
     def _rows(self, batch: Batch) -> list[Row]:
-        images = batch.images.to(self._device, non_blocking=True)
+        images = batch.images.to(self._context.device, non_blocking=True)
         taught = self._teacher.teach(batch._replace(images=images))
         try:
             return self._writer.manifest.layout.encode(taught)
@@ -175,9 +238,15 @@ def _begin(folder: Path, manifest: Manifest, context: ProcessContext, held: Exit
     return answer
 
 
-def _progress(writer: CacheWriter, shown: bool) -> Any:
-    """A bar over this process's part."""
-    total = writer.manifest.views * writer.own_rows
+def _pooled(found: Sequence[Found], context: ProcessContext) -> list[Found]:
+    """What all processes have found, on all of them."""
+    pooled: list[Found] = context.broadcast([x for part in context.gather(found) for x in part])
+    return pooled
+
+
+def _progress(manifest: Manifest, shown: bool) -> Any:
+    """A bar over the rows of the cache."""
+    total = manifest.views * manifest.rows
     return tqdm(total=total, unit="image", disable=None if shown else True)
 
 

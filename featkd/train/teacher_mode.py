@@ -96,14 +96,13 @@ def fastest(
         The mode, and how it was found, in words.
     """
     path, key = user_cache() / "teacher_modes.json", _key(about)
-    remembered = _read(path)
-    if key in remembered:
-        mode = Mode(**remembered[key]["mode"])
-        return mode, f"{mode.name}, the fastest of an earlier trial ({path})"
-    device = next(forward.model.parameters()).device
+    candidates = modes(next(forward.model.parameters()).device)
+    remembered = _remembered(_read(path).get(key), candidates)
+    if remembered is not None:
+        return remembered, f"{remembered.name}, the fastest of an earlier trial ({path})"
     tried: dict[Mode, TeacherForward] = {}
     failed = []
-    for mode in modes(device):
+    for mode in candidates:
         candidate = forward.in_mode(mode)
         try:
             run(candidate)
@@ -141,6 +140,15 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _remembered(entry: Any, candidates: Sequence[Mode]) -> Mode | None:
+    """The mode of an entry, None where it is missing, damaged, or of no use here."""
+    try:
+        mode = Mode(**entry["mode"])
+    except (KeyError, TypeError):
+        return None
+    return mode if mode in candidates else None
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

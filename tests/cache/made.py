@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -38,11 +39,12 @@ def write(folder: Path, head: Manifest, seed: int = 0) -> Taught:
         writer = CacheWriter(folder, head)
         for view in range(head.views):
             keys = keys_of(head, view)
-            for shard in writer.missing(view):
+            for shard in range(head.shards):
                 at = head.positions(shard)
                 first = view * head.rows
                 part = rows[first + at.start : first + at.stop]
-                writer.write(view, shard, keys[at.start : at.stop], part)
+                own = keys[at.start : at.stop]
+                writer.write(view, shard, own, own[:, 1], part)
     return taught
 
 
@@ -50,3 +52,10 @@ def keys_of(head: Manifest, view: int) -> torch.Tensor:
     sampler = head.sampler()
     sampler.set_epoch(view)
     return as_tensor(list(sampler))
+
+
+def column_of(shard: bytes | bytearray, name: str) -> int:
+    """Where a column begins in a shard's file."""
+    start = 8 + int.from_bytes(shard[:8], "little")
+    place: int = json.loads(shard[8:start])[name]["data_offsets"][0]
+    return start + place

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import os
 import random
 import shutil
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from featkd.cache import CacheError, TeacherCache
-from tests.cache.made import FULL, LOWRANK, keys_of, manifest, write
+from featkd.cache import CacheError, TeacherCache, damages
+from featkd.cache.shard import Shard, write_shard
+from featkd.data import Key
+from tests.cache.made import FULL, LOWRANK, column_of, keys_of, manifest, outputs, write
 
 
 @pytest.fixture(params=[FULL, LOWRANK], ids=["full", "lowrank"])
@@ -24,7 +27,7 @@ def folder(request, tmp_path: Path) -> Path:
 def found_in(folder: Path) -> str:
     """What a check of everything says."""
     try:
-        return "\n".join(filter(None, TeacherCache(folder).damages()))
+        return "\n".join(filter(None, damages(folder)))
     except CacheError as error:
         return str(error)
 
@@ -56,12 +59,12 @@ def test_repeated_images_have_a_row_a_copy(tmp_path):
 
 
 def test_any_flipped_bit_is_found_and_its_file_named(folder):
-    """100 of them in the two forms; the cache is whole in between."""
+    """200 of them in the two forms; the cache is whole in between."""
     draw = random.Random(0)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
     assert len(files) == 7
     causes = set()
-    for _ in range(50):
+    for _ in range(100):
         path = draw.choice(files)
         before = path.read_bytes()
         content = bytearray(before)
@@ -76,15 +79,46 @@ def test_any_flipped_bit_is_found_and_its_file_named(folder):
     assert found_in(folder) == ""
 
 
+def test_an_open_shard_takes_little_memory(tmp_path):
+    """Thousands are open at once; the index of 1024 rows is part of the mapped file."""
+    path, keys = tmp_path / "shard", torch.arange(3 * 1024).reshape(-1, 3)
+    rows = LOWRANK.encode(outputs(1024))
+    write_shard(path, "identity", keys, keys[:, 1], rows, LOWRANK.varying)
+    Shard(path, "identity").row(1023)
+    tracemalloc.start()
+    shard = Shard(path, "identity")
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert taken < 20_000
+    assert (shard.key(1023), shard.shown(1023)) == (Key(3069, 3070, 3071), 3070)
+    assert shard.row(1023).keys() == rows[1023].keys()
+
+
+@pytest.mark.parametrize("layout", [FULL, LOWRANK], ids=["full", "lowrank"])
+def test_every_bit_of_a_shards_header_counts(tmp_path, layout):
+    """A comma's can make one number of two, a brace's another nesting."""
+    path, keys = tmp_path / "shard", torch.tensor([[0, 1, 0], [0, 0, 0]])
+    write_shard(path, "identity", keys, keys[:, 1], layout.encode(outputs(2)), layout.varying)
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    Shard(path, "identity")
+    with path.open("r+b", buffering=0) as file:
+        for bit in range(8 * (8 + length)):
+            place, flipped = bit // 8, content[bit // 8] ^ 1 << bit % 8
+            os.pwrite(file.fileno(), bytes([flipped]), place)
+            with pytest.raises(CacheError, match="damaged"):
+                Shard(path, "identity")
+            os.pwrite(file.fileno(), content[place : place + 1], place)
+    Shard(path, "identity")
+
+
 def test_a_damaged_row_is_named_by_its_image_and_leaves_the_others(folder):
     head = TeacherCache(folder).manifest
     path = folder / head.shard_name(1, 2)
     keys = keys_of(head, 1)
     content = bytearray(path.read_bytes())
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    (column,) = (name for name in header if name in ("features.1", "features.1.right"))
-    content[start + header[column]["data_offsets"][0]] ^= 4
+    column = "features.1" if head.layout.features == "full" else "features.1.right"
+    content[column_of(content, column)] ^= 4
     path.write_bytes(content)
     image = keys[16, 1]
     assert found_in(folder) == (
@@ -123,7 +157,7 @@ def test_shards_of_elsewhere_are_named(folder, tmp_path):
     shutil.copy(tmp_path / "other" / head.shard_name(0, 0), path)
     assert f"{path}: belongs to another cache" in found_in(folder)
     path.write_bytes(other.read_bytes())
-    assert f"{path}: damaged: its rows are not those of view 0" in found_in(folder)
+    assert f"{path}: damaged: row 0 is Key" in found_in(folder)
     with pytest.raises(CacheError, match=r"shard-00000.*: row 0 is Key"):
         TeacherCache(folder).rows(keys_of(head, 0)[:1], [1])
     path.write_bytes(kept)
@@ -132,11 +166,16 @@ def test_shards_of_elsewhere_are_named(folder, tmp_path):
 
 def test_an_unfinished_cache_is_refused(folder):
     (folder / "view-00001" / "shard-00002.safetensors").unlink()
-    with pytest.raises(CacheError, match=r"1 of 6 shards are missing, such as view-00001/shard-00"):
-        TeacherCache(folder)
+    message = r"1 of the 6 shards of views 0 to 1 are missing, such as view-00001/shard-00"
+    for views in (None, 2, 9):
+        with pytest.raises(CacheError, match=message):
+            TeacherCache(folder, views)
+    TeacherCache(folder, views=1)
     shutil.rmtree(folder / "view-00000")
-    with pytest.raises(CacheError, match="4 of 6 shards are missing"):
+    with pytest.raises(CacheError, match="4 of the 6 shards of views 0 to 1 are missing"):
         TeacherCache(folder)
+    with pytest.raises(CacheError, match="3 of the 3 shards of views 0 to 0 are missing"):
+        TeacherCache(folder, views=1)
 
 
 def test_no_cache_and_another_format(tmp_path, folder):
@@ -146,5 +185,5 @@ def test_no_cache_and_another_format(tmp_path, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("featkd.cache.manifest.SCHEMA", 9)
         head.write(folder)
-    with pytest.raises(CacheError, match=r"manifest.json: format 9, this featkd reads 1"):
+    with pytest.raises(CacheError, match=r"manifest.json: format 9, this featkd reads 2"):
         TeacherCache(folder)

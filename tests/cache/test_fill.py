@@ -17,11 +17,15 @@ import pytest
 import torch
 
 from featkd.cache import CacheConfig, CacheError, TeacherCache
+from featkd.cache.shard import Shard, write_shard
 from featkd.cli import main
+from featkd.distributed import ProcessContext
 from featkd.train.engine import Trainer
 from featkd.train.fill import Filled, fill
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import Teacher
+from tests.cache.made import column_of
+from tests.conftest import TEACHER
 from tests.train.runs import CPU
 
 LOWRANK = ("--features", "lowrank")
@@ -60,6 +64,15 @@ def test_two_processes_and_an_image_set_of_no_whole_shards_change_no_byte(
         assert rank.wait() == 0, rank.stderr
     assert "2 views of 48 rows in 6 shards, 6 now written" in ranks[0].stdout
     assert ranks[1].stdout == ""
+    assert digest(one) == digest(two)
+    damaged, gone = (two / "view-00000" / f"shard-0000{number}.safetensors" for number in (1, 2))
+    damaged.write_bytes(b"")
+    gone.unlink()
+    ranks = server.ranks(2, *words(recipe_file, two), "--batch_size", 10, "--data.workers", 0)
+    for rank in ranks:
+        assert rank.wait() == 0, rank.stderr
+    assert "6 shards, 2 now written, 1 of them damaged before" in ranks[0].stdout
+    assert f"{damaged}: damaged: " in ranks[0].stderr
     assert digest(one) == digest(two)
     sizes = [len(TeacherCache(one)._shard(0, number)) for number in range(3)]
     assert sizes == [20, 20, 8]
@@ -112,10 +125,22 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(
         assert main(words(recipe_file, out)) == 128 + signal.SIGTERM
     assert "featkd: stopped by signal 15; the same command goes on" in capsys.readouterr().err
     assert main(["cache", "--verify", str(out)]) == 1
-    assert "4 of 6 shards are missing" in capsys.readouterr().err
+    assert "4 of 6 shards are damaged or missing" in capsys.readouterr().err
     assert filled(recipe, out).written == 4
     filled(recipe, tmp_path / "unbroken")
     assert digest(out) == digest(tmp_path / "unbroken")
+
+
+def test_processes_agree_on_every_shard(recipe, tmp_path, monkeypatch):
+    """Another one's signal ends this one's part after the shard at hand, not after the view."""
+    met = iter(range(2))
+    monkeypatch.setattr(ProcessContext, "any_true", lambda *_: next(met, None) is None)
+    found = filled(recipe, tmp_path / "cache")
+    assert (found.written, found.interrupted_by) == (2, signal.SIGTERM)
+    monkeypatch.undo()
+    assert filled(recipe, tmp_path / "cache").written == 4
+    filled(recipe, tmp_path / "unbroken")
+    assert digest(tmp_path / "cache") == digest(tmp_path / "unbroken")
 
 
 def test_whole_shards_stay_and_damaged_ones_are_written_anew(recipe, recipe_file, tmp_path, capsys):
@@ -123,18 +148,45 @@ def test_whole_shards_stay_and_damaged_ones_are_written_anew(recipe, recipe_file
     filled(recipe, out)
     before = digest(out)
     damaged, whole = (out / f"view-0000{n}" / "shard-00001.safetensors" for n in (1, 0))
+    gone = out / "view-00000" / "shard-00000.safetensors"
+    gone.unlink()
     damaged.write_bytes(damaged.read_bytes()[:-1])
     stamp = whole.stat().st_mtime_ns
     assert main(["cache", "--verify", str(out)]) == 1
     said = capsys.readouterr().err
     assert f"{damaged}: damaged" in said
-    assert "1 of 6 shards are damaged" in said
+    assert f"{gone}: missing" in said
+    assert "2 of 6 shards are damaged or missing" in said
     assert main(words(recipe_file, out)) == 0
-    assert "1 now written, 1 of them damaged before" in capsys.readouterr().out
+    done = capsys.readouterr()
+    assert "2 now written, 1 of them damaged before" in done.out
+    assert f"{damaged}: damaged: has " in done.err
     assert whole.stat().st_mtime_ns == stamp
     assert digest(out) == before
     assert main(["cache", "--verify", str(out)]) == 0
     assert "2 views of 48 rows in 6 shards, all whole" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["row", "keys", "rows"])
+def test_a_shard_with_a_damaged_row_or_of_another_place_is_written_anew(recipe, tmp_path, what):
+    """Each has a header and an index that are whole."""
+    out = tmp_path / "cache"
+    filled(recipe, out)
+    before = digest(out)
+    path, other, short = (
+        out / f"view-{view:05d}" / f"shard-{number:05d}.safetensors"
+        for view, number in ((0, 1), (1, 1), (0, 2))
+    )
+    content = bytearray(path.read_bytes())
+    content[column_of(content, "logits")] ^= 1
+    path.write_bytes({"row": content, "keys": other.read_bytes(), "rows": b""}[what])
+    if what == "rows":
+        shard = Shard(short, TeacherCache(out).manifest.identity)
+        keys, rows = shard._tensors["keys"][:3], [shard.row(number) for number in range(3)]
+        write_shard(path, TeacherCache(out).manifest.identity, keys, keys[:, 1], rows)
+    found = filled(recipe, out)
+    assert (found.written, found.damaged) == (1, 1)
+    assert digest(out) == before
 
 
 def test_views_can_be_added_and_change_none_before(recipe, tmp_path):
@@ -150,6 +202,7 @@ def test_views_can_be_added_and_change_none_before(recipe, tmp_path):
 def test_another_cache_and_other_things_are_refused(recipe, tmp_path):
     out = tmp_path / "cache"
     filled(recipe, out, features="full")
+    (out / "view-00000" / f".shard.{2**22}.tmp").touch()
     before = digest(out)
     for options, message in (
         ({"logits_top": 2}, "logits_top: None, not 2"),
@@ -164,14 +217,34 @@ def test_another_cache_and_other_things_are_refused(recipe, tmp_path):
         filled(replace(recipe, seed=1), out, features="full")
     assert digest(out) == before
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.tex").touch()
+    foreign = {"thesis.tex", f".thesis.tex.{2**22}.tmp"}  # of a process that is gone
+    for name in foreign:
+        (tmp_path / "full" / name).touch()
     with pytest.raises(CacheError, match=r"holds no cache, but thesis\.tex"):
         filled(recipe, tmp_path / "full")
+    assert {path.name for path in (tmp_path / "full").iterdir()} == foreign
     (tmp_path / "file").touch()
     with pytest.raises(CacheError, match="file is a file, expected a folder"):
         filled(recipe, tmp_path / "file")
     with pytest.raises(RecipeError, match="teacher: null"):
         filled(replace(recipe, teacher=None, loss=replace(recipe.loss, alpha=0, feature=None)), out)
+
+
+def test_a_recipe_that_cannot_be_trained_is_refused_before_its_teacher_works(recipe, tmp_path):
+    student, out = recipe.student, tmp_path / "cache"
+    for other, message in (
+        ({"student": replace(student, num_classes=5)}, "student.num_classes: 5, but the training"),
+        ({"student": replace(student, teacher_dim=48)}, "student.teacher_dim: 48, but the teacher"),
+        ({"loss": replace(recipe.loss, pairs=[(7, -1)])}, r"loss.pairs \(student\): .*7"),
+        (
+            {"teacher": replace(recipe.teacher, options={**TEACHER, "num_classes": 5})},
+            "loss.alpha: needs logits of the same classes, but the student has 3 and .* 5",
+        ),
+    ):
+        for features in ("full", "none"):
+            with pytest.raises(RecipeError, match=message):
+                filled(replace(recipe, **other), out, features=features)
+    assert not out.exists()
 
 
 HOLD = """\
@@ -230,12 +303,20 @@ def test_outputs_that_are_not_finite_are_named(recipe, tmp_path, monkeypatch):
         filled(recipe, tmp_path / "cache")
 
 
-def test_a_replaced_image_keeps_its_key(recipe, images, tmp_path):
-    """What was kept of an unreadable image is of the one that takes its place, in training too."""
+@pytest.fixture
+def one_broken(recipe, images, tmp_path) -> tuple[Recipe, Path]:
+    """A recipe that passes over its one unreadable image, and the image."""
     broken = tmp_path / "images"
     shutil.copytree(images, broken)
-    (broken / "train" / "green" / "3.png").write_bytes(b"no picture")
-    skip = replace(recipe, data=replace(recipe.data, path=str(broken), on_bad_image="skip"))
+    path = broken / "train" / "green" / "3.png"
+    path.write_bytes(b"no picture".ljust(path.stat().st_size))
+    skip = replace(recipe.data, path=str(broken), on_bad_image="skip")
+    return replace(recipe, data=skip), path
+
+
+def test_a_replaced_image_keeps_its_key(one_broken, tmp_path):
+    """What was kept of an unreadable image is of the one that takes its place, in training too."""
+    skip, _ = one_broken
     filled(skip, tmp_path / "cache", features="full", store="fp32")
     without = Trainer(skip, CPU)
     cached = Trainer(replace(skip, cache=str(tmp_path / "cache")), CPU)
@@ -245,10 +326,41 @@ def test_a_replaced_image_keeps_its_key(recipe, images, tmp_path):
     assert without.parts.train_loader.bad_images
 
 
+@pytest.mark.parametrize("backend", ["timm", "dali"])
+@pytest.mark.parametrize("then", ["mended", "broken"])
+def test_rows_of_another_image_than_the_batchs_are_refused(
+    recipe, images, one_broken, tmp_path, then, backend
+):
+    """The file is mended, or breaks, between the two; its size is the same."""
+    skip, path = one_broken
+    skip = replace(skip, data=replace(skip.data, backend=backend))
+    good, bad = (images / "train" / "green" / "3.png").read_bytes(), path.read_bytes()
+    first, second = (bad, good) if then == "mended" else (good, bad)
+    path.write_bytes(first)
+    filled(skip, tmp_path / "cache")
+    path.write_bytes(second)
+    trainer = Trainer(replace(skip, cache=str(tmp_path / "cache")), CPU)
+    held, shown = (26, 25) if then == "mended" else (25, 26)
+    message = rf"image 25 \({path}\) is of image {held}, this run shows {shown}: "
+    with pytest.raises(CacheError, match=message):
+        trainer.run(quiet=True)
+
+
+def test_unreadable_images_are_named_once(recipe_file, one_broken, tmp_path, capsys):
+    skip, path = one_broken
+    others = ["--data.path", skip.data.path, "--data.on_bad_image", "skip"]
+    assert main([*words(recipe_file, tmp_path / "cache"), *others]) == 0
+    said = capsys.readouterr().err
+    assert said.count(f"unreadable image, its rows are of the one after it: {path}: ") == 1
+    assert "rows of 1 unreadable images are of the images after them" in said
+
+
 @pytest.mark.parametrize(
     ("others", "message"),
     [
         ([], "--out: expected the folder of the cache, got nothing"),
+        (["--out", "s3://bucket/x"], "out: expected a folder of this machine, got 's3://bucket/x'"),
+        (["--out", "x", "--data.path", "gs://x"], "data.path: expected a folder of this machine"),
         (["--out", "x", "--viws", "2"], "no option --viws; did you mean 'views'?"),
         (
             ["--out", "x", *LOWRANK, "--rank", "17"],
@@ -264,5 +376,7 @@ def test_mistakes_get_one_clear_message(
     monkeypatch.chdir(tmp_path)
     assert main(["cache", str(recipe_file), *others]) == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "x").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [recipe_file.name]
     assert main(["cache", "--verify"]) == 2
+    assert main(["cache", "--verify", "s3://bucket/x"]) == 2
+    assert "--verify: expected a folder of this machine" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -59,12 +59,29 @@ def test_the_fastest_mode_is_found_and_remembered(memory, monkeypatch):
     assert len(json.loads(memory.read_text())) == 2
 
 
-def test_a_damaged_memory_is_made_anew(memory, monkeypatch):
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        [],
+        "eager",
+        {},
+        {"mode": None},
+        {"mode": {"compile": True, "channels_first": 1}},
+        {"mode": {"compile_mode": "no such mode"}},
+    ],
+)
+def test_a_damaged_memory_is_made_anew(memory, monkeypatch, entry):
     clock = Clock(monkeypatch)
     memory.parent.mkdir()
     memory.write_text('{"half')
     assert fastest(forward(), clock.run, [])[0] == FAST
-    assert len(json.loads(memory.read_text())) == 1
+    (key,) = json.loads(memory.read_text())
+    memory.write_text(json.dumps({key: entry}))
+    tried = clock.calls
+    assert fastest(forward(), clock.run, [])[0] == FAST
+    assert clock.calls == 2 * tried
+    assert json.loads(memory.read_text())[key]["mode"] == asdict(FAST)
 
 
 def test_an_eager_failure_is_the_models_own(memory):

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from featkd.diagnostics import CapturedEnergy, DatasetPCA, LayerDiagnostics, Settings
 from featkd.diagnostics.exact_sum import ExactSum
@@ -18,6 +20,7 @@ from featkd.diagnostics.sample import FeatureSample
 from featkd.diagnostics.sep import SEP
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.spectrum import SpectrumStats
+from featkd.diagnostics.subspace import rotation
 from tests.diagnostics import published
 from tests.diagnostics.maps import feature_maps
 
@@ -233,6 +236,33 @@ def test_rotation():
     assert same.result().rotation.pair_mean == pytest.approx(1)
     assert same.result().rotation.dataset_mean == pytest.approx(1)
     assert float(same.result().rotation.angles_deg.max()) < 1e-3
+
+
+class Largest(TorchDispatchMode):
+    """Notes the numbers of the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self.numbers = max(self.numbers, *made, 0)
+        return out
+
+
+def test_rotation_forms_no_matrix_of_all_directions():
+    images, tokens, channels, k = 60, 25, 32, 20
+    maps = feature_maps(images, tokens, channels)
+    stats = DatasetPCA()
+    stats.update(maps)
+    with Largest() as largest:
+        found = rotation(maps, torch.arange(images), stats.result(), k)
+    assert (found.k, found.left_out) == (k, 0)
+    assert largest.numbers <= 128 * k * channels  # the pairs whose angles are taken
+    assert largest.numbers < (images * k) ** 2 / 10
+    assert torch.equal(found.overlap, found.overlap.T)
 
 
 def test_sample_is_uniform_and_the_same_in_any_order():

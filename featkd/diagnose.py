@@ -147,8 +147,17 @@ def _described(args: Any) -> str:
 
 
 def _has_weights(args: Any, name: str) -> bool:
-    given = args.checkpoint if name == "model" else args[f"{name}_checkpoint"]
-    return bool(args.pretrained or given or args[name].endswith(".pt"))
+    return bool(args.pretrained or not _takes_pretrained(args, name))
+
+
+def _takes_pretrained(args: Any, name: str) -> bool:
+    """Whether a model is a timm name without a file of weights: what --pretrained is about."""
+    return not (args[name].endswith(".pt") or _weights_file(args, name))
+
+
+def _weights_file(args: Any, name: str) -> str | None:
+    file: str | None = args.checkpoint if name == "model" else args[f"{name}_checkpoint"]
+    return file
 
 
 # Sources.
@@ -180,6 +189,11 @@ def _source(args: Any, context: ProcessContext) -> Source:
         )
     if args.data is None:
         raise ValueError("data: expected a folder of images beside the model, got none")
+    if args.pretrained and not any(_takes_pretrained(args, name) for name in models):
+        given = [_weights_file(args, name) or args[name] for name in models]
+        raise ValueError(
+            f"pretrained: expected a timm name without a file of weights, got {' and '.join(given)}"
+        )
     configs: list[dict[str, Any]] = []
     subjects = []
     for name in models:
@@ -220,17 +234,21 @@ def _source(args: Any, context: ProcessContext) -> Source:
 def _model(args: Any, name: str) -> tuple[FeatureModel, dict[str, Any], dict[str, Any]]:
     """A model, the preprocessing that it was made for, and what identifies it."""
     word = args[name]
-    file = args.checkpoint if name == "model" else args[f"{name}_checkpoint"]
+    file = _weights_file(args, name)
     if word.endswith(".pt"):
         path = Path(word)
         if not path.is_file():
             raise FileNotFoundError(f"{name}: no checkpoint {word}")
-        for other in ("img_size", f"{name}_options", "pretrained"):
-            if args[other]:
-                raise ValueError(f"{other}: got {args[other]!r} beside {word}, which fixes it")
+        other = f"{name}_options"
+        if args[other]:
+            raise ValueError(f"{other}: got {args[other]!r} beside {word}, which fixes it")
         if file:
             raise ValueError(f"checkpoint: got {file} beside {word}, which holds its weights")
         data = checkpoint.load(path)["recipe"]["data"]
+        if args.img_size not in (None, data["img_size"]):
+            raise ValueError(
+                f"img_size: got {args.img_size} beside {word}, which is for {data['img_size']}"
+            )
         kept = ("img_size", "mean", "std", "crop_pct", "interpolation")
         about = {"name": word, "weights": fingerprint([path])}
         model: Any = load_trained(path)
@@ -238,10 +256,11 @@ def _model(args: Any, name: str) -> tuple[FeatureModel, dict[str, Any], dict[str
     options = dict(args[f"{name}_options"] or {})
     if args.img_size is not None:
         options["img_size"] = args.img_size
-    if not (args.pretrained or file):
+    pretrained = args.pretrained and not file  # the file is this model's, the option the other's
+    if not (pretrained or file):
         torch.manual_seed(args.seed)
         print(f"featkd: {name} {word} has random weights", file=sys.stderr)
-    model = create_teacher(word, pretrained=args.pretrained, checkpoint=file, **options)
+    model = create_teacher(word, pretrained=pretrained, checkpoint=file, **options)
     made = model.pretrained_cfg
     config = {
         "img_size": options.get("img_size", made["input_size"][-1]),
@@ -250,7 +269,7 @@ def _model(args: Any, name: str) -> tuple[FeatureModel, dict[str, Any], dict[str
         "crop_pct": made["crop_pct"],
         "interpolation": made["interpolation"],
     }
-    weights = "pretrained" if args.pretrained else f"random, seed {args.seed}"
+    weights = "pretrained" if pretrained else f"random, seed {args.seed}"
     about = {"name": word, "weights": fingerprint([file]) if file else weights}
     return model, config, {**about, "options": {k: str(v) for k, v in options.items()}}
 
@@ -277,7 +296,7 @@ def _parser() -> Parser:
     add("--teacher", type=str, default=None, help=f"the wide one of two models: {what}")
     add("--teacher-checkpoint", type=str, default=None, help="weights of --teacher, a file")
     add("--teacher-layers", type=list[int], default=None, help="of --teacher; default: --layers")
-    add("--pretrained", action="store_true", help="let timm download the weights")
+    add("--pretrained", action="store_true", help="timm's weights where no file gives them")
     for name in _MODELS:
         help = f"further arguments of timm for --{name}, as YAML or JSON"
         add(f"--{name}-options", type=dict[str, Any] | None, default=None, help=help)

@@ -8,12 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from featkd import diagnose
 from featkd.cli import main
+from featkd.distributed import ProcessContext
+from featkd.models import create_teacher
+from featkd.train.engine import Trainer
+from featkd.train.recipe import LossConfig
 from tests.diagnostics import published
 from tests.diagnostics.maps import feature_maps
 from tests.page import Page
@@ -221,6 +228,45 @@ def test_student_and_teacher(images, tmp_path, capsys):
     assert last["shared"] < last["per_image"] <= 1
     assert "random weights" in capsys.readouterr().err
     assert "What the student can reach" in (tmp_path / "report.html").read_text()
+
+
+STUDENT, TEACHER = ({"embed_dim": width, "depth": 2, "num_heads": 3} for width in (12, 24))
+
+
+@pytest.fixture
+def trained(recipe):
+    """The checkpoint of a plain student of 16 x 16 pixels."""
+    student = replace(recipe.student, arch="plain", options=STUDENT | {"patch_size": 4})
+    optim = replace(recipe.optim, epochs=1, warmup_epochs=0)
+    run = replace(recipe, student=student, teacher=None, loss=LossConfig(), optim=optim)
+    Trainer(run, ProcessContext(0, 1, torch.device("cpu"))).run()
+    return Path(run.out) / "last.pt"
+
+
+def test_pretrained_and_img_size_are_for_the_side_that_can_use_them(
+    trained, images, tmp_path, capsys, monkeypatch
+):
+    """A checkpoint of featkd has both; timm's teacher beside it has not."""
+    asked = []
+
+    def without_network(name, pretrained=False, **options):
+        asked.append((pretrained, options["img_size"]))
+        return create_teacher(name, **options)
+
+    monkeypatch.setattr(diagnose, "create_teacher", without_network)
+    words = ("diagnose", "--student", trained, "--data", images, "--out", tmp_path / "out")
+    words += ("--pretrained", "--workers", "0", "--images", "8", *QUICK)
+    timm = ("--teacher", "vit_tiny_patch16_224")
+    timm += ("--teacher-options", json.dumps(TEACHER | {"patch_size": 4}))
+    assert main([str(w) for w in (*words, *timm, "--img-size", "16")]) == 0
+    assert asked == [(True, 16)]
+    err = capsys.readouterr().err
+    assert "random weights" not in err
+    assert main([str(w) for w in (*words, *timm, "--img-size", "32")]) == 2
+    assert f"img_size: got 32 beside {trained}, which is for 16" in capsys.readouterr().err
+    assert main([str(w) for w in (*words, "--teacher", trained)]) == 2
+    message = f"without a file of weights, got {trained} and {trained}"
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

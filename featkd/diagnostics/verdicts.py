@@ -9,7 +9,8 @@ from featkd.diagnostics.run import Findings
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.stream import LayerResult
 
-_SAME = 0.015  # difference of d/D below which two curves are called equal
+_SAME = 0.015  # difference of d/D up to which two curves are called equal
+_SAME_STEPS = 1.5  # the same in d, which is whole: one step of few channels is above _SAME
 _LOWER = 0.8  # of the Gaussian maps' rank: below it a rank is called low
 
 
@@ -72,7 +73,8 @@ def sep_verdict(r: LayerResult) -> str:
     tried = f"{p.permutations} random orders of the channels, {p.images} images"
     text = f"SEP, d/D at {shares} %: {figures}"
     pairs = zip(r.sep.relative(), r.gaussian.relative(), strict=True)
-    equal = all(abs(d - n) <= _SAME for d, n in pairs)
+    same = max(_SAME, _SAME_STEPS / r.channels)
+    equal = all(abs(d - n) <= same for d, n in pairs)
     if equal:
         text += (
             f". This equals the null: Gaussian tokens give {null}. It is no evidence of how these "

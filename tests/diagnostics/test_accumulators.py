@@ -207,6 +207,21 @@ def test_permutations_tell_order_from_none():
     assert min(permutation_test(random, permutations=30).p_value) > 0.05
 
 
+def test_permutations_weigh_tokens_as_the_observed_order_does():
+    """Images with zero tokens: one smooth token in a hundred must not count as a whole image."""
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(4, 50, 32, generator=generator)
+    maps[:2, 1:] = 0
+    maps[:2, 0] = 1 + 0.01 * maps[:2, 0]
+    found = permutation_test(maps, permutations=20)
+    tokens = maps.flatten(0, 1)
+    mean, _ = published.sep(tokens[tokens.any(1)][None].numpy())
+    assert found.observed == tuple(published.reaching(mean, s) / 32 for s in found.shares)
+    assert found.p_joint > 0.05
+    for low, value, high in zip(found.low, found.observed, found.high, strict=True):
+        assert low <= value <= high
+
+
 def test_bandwidth():
     one = torch.zeros(1, 10)
     one[0, 3] = 5.0

@@ -196,6 +196,55 @@ def test_sep_takes_any_scale():
     assert (found[2] - found[1]).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**55])
+@pytest.mark.parametrize("centred", [False, True])
+def test_pca_takes_any_scale(scale, centred):
+    """1e-30 squared is zero in float32, and the squares of 1e17 come near its largest number."""
+    maps = feature_maps(12, 9, 16)
+    found = []
+    for factor in (1.0, scale):
+        stats = DatasetPCA()
+        stats.update(maps[:6] * factor)
+        stats.update(maps[6:] * factor)
+        pca = stats.result(centred)
+        second = CapturedEnergy(pca, THRESHOLDS)
+        second.update(maps * factor, torch.arange(12))
+        found.append((pca.eigenvalues / factor**2, second.result()))
+    (plain, captured), (scaled, same) = found
+    assert (plain - scaled).abs().max() < 1e-6 * plain[0]
+    assert torch.equal(captured.dims, same.dims)
+    assert (captured.curve_mean - same.curve_mean).abs().max() < 1e-6
+
+
+def test_the_smallest_numbers_of_float32_have_figures():
+    """Their own scale would be infinite."""
+    maps = feature_maps(6, 9, 16) * 2.0**-140
+    stats = LayerDiagnostics(QUICK)
+    stats.update(maps)
+    found = stats.result()
+    mean, _ = published.sep(maps.numpy())
+    assert np.abs(found.sep.mean.numpy() - mean).max() < 1e-6
+    second = CapturedEnergy(found.pca, THRESHOLDS)
+    second.update(maps, torch.arange(6))
+    _, vectors = published.dataset_pca(maps.numpy())
+    dims, _ = published.captured(maps.numpy(), vectors, THRESHOLDS)
+    assert np.array_equal(second.result().dims, dims)
+
+
+def test_a_faint_image_beside_a_loud_one_is_captured():
+    maps = feature_maps(6, 9, 16)
+    stats = DatasetPCA()
+    stats.update(maps)
+    faint = maps.clone()
+    faint[2] *= 2.0**-100
+    dims = []
+    for some in (maps, faint):
+        second = CapturedEnergy(stats.result(), THRESHOLDS)
+        second.update(some, torch.arange(6))
+        dims.append(second.result().dims)
+    assert torch.equal(*dims)
+
+
 def test_permutations_tell_order_from_none():
     """Smooth channels have an order that a permutation destroys; Gaussian ones have none."""
     generator = torch.Generator().manual_seed(0)

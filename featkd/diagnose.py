@@ -18,9 +18,10 @@ from featkd.arguments import Parser, check_folders, check_known
 from featkd.data import DataConfig
 from featkd.diagnostics import report, tables, verdicts
 from featkd.diagnostics.feature_files import FeatureFiles
+from featkd.diagnostics.findings import Findings, RunOptions
 from featkd.diagnostics.model_features import ModelFeatures, Subject
 from featkd.diagnostics.reach import Reach, reach
-from featkd.diagnostics.run import DiagnosticsRun, Findings, RunOptions
+from featkd.diagnostics.run import DiagnosticsRun
 from featkd.diagnostics.source import Source, fingerprint
 from featkd.diagnostics.stream import Settings
 from featkd.distributed import ProcessContext

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from featkd.diagnostics.findings import Findings
 from featkd.diagnostics.reach import Reach
-from featkd.diagnostics.run import Findings
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.stream import LayerResult
 from featkd.files import atomic_write

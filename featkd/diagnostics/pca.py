@@ -59,9 +59,8 @@ class DatasetPCA:
         Accumulators that are to be merged need the same pilot. `update` calibrates by its first
         features where this wasn't called.
         """
-        tokens = _tokens(features).double()
         d = features.shape[-1]
-        self._sums = tokens.mean(0).float().cpu(), ExactSum((d, d)), ExactSum((d,))
+        self._sums = mean_token(features), ExactSum((d, d)), ExactSum((d,))
 
     def update(self, features: Tensor) -> None:
         """Add maps (B, N, D), floating and finite."""
@@ -141,6 +140,11 @@ class DatasetPCA:
             centred=centred,
             spread=values.cumsum(0) / torch.where(total == 0, 1, total),
         )
+
+
+def mean_token(features: Tensor) -> Tensor:
+    """The mean (D,) of the tokens of (B, N, D), float32 on the CPU."""
+    return _tokens(features).double().mean(0).float().cpu()
 
 
 def moments(tokens: Tensor, pilot: Tensor) -> tuple[Tensor, Tensor]:

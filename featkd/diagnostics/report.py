@@ -10,8 +10,8 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from featkd.diagnostics import figures
+from featkd.diagnostics.findings import Findings
 from featkd.diagnostics.reach import Reach
-from featkd.diagnostics.run import Findings
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.stream import LayerResult
 from featkd.diagnostics.verdicts import reach_verdict, verdicts, warnings

@@ -12,9 +12,9 @@ import safetensors.torch
 import torch
 
 from featkd import reference
+from featkd.diagnostics.findings import Findings
 from featkd.diagnostics.per_image import Summary
 from featkd.diagnostics.reach import Reach
-from featkd.diagnostics.run import Findings
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.stream import LayerResult
 from featkd.files import atomic_write, write_csv

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from featkd.diagnostics.findings import Findings
 from featkd.diagnostics.reach import Reach
-from featkd.diagnostics.run import Findings
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.stream import LayerResult
 

@@ -352,6 +352,7 @@ class _Progress:
             self._pass = number
             self._bar = tqdm(
                 total=total,
+                initial=done,  # of a run that goes on: the rate is of this one's images
                 desc=("", "features", "captured energy")[number],
                 unit=" images",
                 disable=not sys.stderr.isatty(),

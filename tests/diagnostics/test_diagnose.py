@@ -17,6 +17,7 @@ import torch
 
 from featkd import diagnose
 from featkd.cli import main
+from featkd.diagnostics import run
 from featkd.distributed import ProcessContext
 from featkd.models import create_teacher
 from featkd.train.engine import Trainer
@@ -110,8 +111,6 @@ def test_killed_and_resumed_gives_the_same(features, alone, tmp_path):
 
 
 def test_state_of_another_run_is_refused(features, tmp_path, capsys, monkeypatch):
-    from featkd.diagnostics import run
-
     interrupted = run.LayerDiagnostics.update
 
     def fail_late(self, *arguments):
@@ -191,6 +190,49 @@ def test_a_dead_layer_costs_no_other_its_report(features, tmp_path, capsys):
     assert "Layer 0 is left out: features: all of them are zero" in capsys.readouterr().out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [r["layer"] for r in summary["layers"]] == [1]
+
+
+def test_faint_features_are_measured_as_any_others(features, alone, tmp_path):
+    folder = tmp_path / "features"
+    folder.mkdir()
+    for path in sorted(features.glob("*.npy")):
+        np.save(folder / path.name, np.load(path) * np.float32(2.0**-100))
+    assert main(arguments(folder, tmp_path / "out")) == 0
+    summary, mine = (json.loads((o / "summary.json").read_text()) for o in (alone, tmp_path / "out"))
+    for found, expected in zip(mine["layers"], summary["layers"], strict=True):
+        for name in ("svd", "pca", "pca_of_all_tokens"):
+            assert found[name] == expected[name]
+
+
+@pytest.mark.parametrize("part", ["result", "captured"])
+def test_a_layer_that_fails_at_the_end_costs_no_other_its_report(
+    features, tmp_path, capsys, monkeypatch, part
+):
+    kind = {"result": run.LayerDiagnostics, "captured": run.CapturedEnergy}[part]
+    result, calls = kind.result, []
+
+    def fail_once(self):
+        calls.append(self)
+        if len(calls) == 1:
+            raise ValueError("features: all of them are zero")
+        return result(self)
+
+    monkeypatch.setattr(kind, "result", fail_once)
+    assert main(arguments(features, tmp_path, "--images", "8")) == 0
+    assert "Layer 0 is left out: features: all of them are zero" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [r["layer"] for r in summary["layers"]] == [1]
+
+
+def test_a_bar_begins_where_the_run_goes_on(monkeypatch):
+    """Or the images of before would count into its rate."""
+    bars = []
+    tqdm = diagnose.tqdm
+    monkeypatch.setattr(diagnose, "tqdm", lambda **k: bars.append(k) or tqdm(**k))
+    with diagnose._Progress(ProcessContext(0, 1, torch.device("cpu"))) as progress:
+        for number, done in ((1, 40), (1, 44), (2, 0), (2, 4)):
+            progress(number, done, 60)
+    assert [bar["initial"] for bar in bars] == [40, 0]
 
 
 @pytest.mark.parametrize("channels", [24, 64, 96])

@@ -81,15 +81,17 @@ def _run(
     )
     source = _source(args, context)
     out.mkdir(parents=True, exist_ok=True)
-    with _Progress(context) as progress:
-        run = DiagnosticsRun(source, settings, options, out / "state", context, progress)
-        found = run.run()
-    if isinstance(found, int):
-        print(f"featkd: stopped; the same command goes on from {out}/state", file=sys.stderr)
-        return 128 + found
-    if found is not None:
-        _write(out, found, source, settings, args, words)
-    run.clear()
+    remedy = f"the same command goes on from {out}/state"
+    with distributed.naming_lost_processes(remedy):
+        with _Progress(context) as progress:
+            run = DiagnosticsRun(source, settings, options, out / "state", context, progress)
+            found = run.run()
+        if isinstance(found, int):
+            print(f"featkd: stopped; {remedy}", file=sys.stderr)
+            return 128 + found
+        if found is not None:
+            _write(out, found, source, settings, args, words)
+        run.clear()
     return 0
 
 

@@ -96,6 +96,24 @@ def test_four_processes_give_the_same(features, alone, tmp_path):
     assert figures(tmp_path) == figures(alone)
 
 
+def test_a_lost_process_is_named(features, tmp_path, server):
+    """Process 1 stops at its file with a NaN; process 0 waits for it at the end of the pass."""
+    folder = tmp_path / "features"
+    folder.mkdir()
+    for path in sorted(features.glob("*.npy"))[:8]:
+        m = np.load(path)
+        if path.name == "006.npy":
+            m[0, 7, 3] = np.nan
+        np.save(folder / path.name, m)
+    ranks = server.ranks(2, *arguments(folder, tmp_path / "out", "--device", "cpu"))
+    assert [rank.wait() for rank in ranks] == [1, 1]
+    assert "006.npy: layer 0: NaN" in ranks[1].stderr
+    said = ranks[0].stderr.splitlines()[-1]
+    assert said.startswith("featkd: another process of the run has ended")
+    assert f"the same command goes on from {tmp_path}/out/state" in said
+    assert "Traceback" not in ranks[0].stderr
+
+
 def test_killed_and_resumed_gives_the_same(features, alone, tmp_path):
     words = arguments(features, tmp_path, "--save-seconds", "0", "--batch-size", "4")
     state = tmp_path / "state" / "process-0-of-1.pt"

@@ -65,6 +65,14 @@ def _check(args: Any) -> None:
     if args.centred and args.student is not None:
         raise ValueError("centred: got true beside --student, whose reach needs uncentred axes")
     check_folders(args, ("json",))
+    out = Path(args.out).resolve()
+    if args.data is not None and out.is_relative_to(Path(args.data).resolve()):
+        raise ValueError(
+            f"out: expected a folder outside of data, {args.data}, where its figures would be "
+            f"taken for images the next time; got {args.out}"
+        )
+    if args.features is not None and out == Path(args.features).resolve():
+        raise ValueError(f"out: expected another folder than features, got {args.out} for both")
 
 
 def _run(

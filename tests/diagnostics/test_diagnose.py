@@ -330,6 +330,19 @@ def test_pretrained_and_img_size_are_for_the_side_that_can_use_them(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("below", [".", "report/deep"])
+def test_out_must_not_lie_among_the_images(images, monkeypatch, capsys, below):
+    """Its figures are PNGs, which the next run would look at; nor among feature files."""
+    monkeypatch.chdir(images)
+    words = ["diagnose", "--model", "vit_tiny_patch16_224", "--out", below]
+    assert main([*words, "--data", str(images)]) == 2
+    message = f"out: expected a folder outside of data, {images}, where"
+    assert message in capsys.readouterr().err
+    assert main(["diagnose", "--features", below, "--out", str(images / below)]) == 2
+    assert "out: expected another folder than features, got" in capsys.readouterr().err
+    assert not (images / "report").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -339,8 +352,8 @@ def test_pretrained_and_img_size_are_for_the_side_that_can_use_them(
         (("--features", "x", "--data", "y"), "features: given together with --data"),
         (("--features", "/none"), "features: expected a folder of feature files, got /none"),
         (("--feature", "x"), "no option --feature; did you mean 'features'?"),
-        (("--model", "deit_tinny_patch16_224", "--data", "/tmp"), "did you mean 'deit_tiny"),
-        (("--model", "none.pt", "--data", "/tmp"), "model: no checkpoint none.pt"),
+        (("--model", "deit_tinny_patch16_224", "--data", "/usr"), "did you mean 'deit_tiny"),
+        (("--model", "none.pt", "--data", "/usr"), "model: no checkpoint none.pt"),
         (("--features", "/tmp", "--layers", "[]"), "layers: expected layers, each once, got []"),
         (("--features", "/tmp", "--images", "0"), "images: expected a whole number >= 1, got 0"),
         (("--features", "/tmp", "--pretrained"), "pretrained: given together with --features"),

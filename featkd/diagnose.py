@@ -98,17 +98,17 @@ def _run(
             print(f"featkd: stopped; {remedy}", file=sys.stderr)
             return 128 + found
         if found is not None:
-            _write(out, found, source, settings, args, words)
+            _write(out, found, source, settings, args, _command(words, context.world_size))
         run.clear()
     return 0
 
 
 def _write(
-    out: Path, found: Findings, source: Source, settings: Settings, args: Any, words: list[str]
+    out: Path, found: Findings, source: Source, settings: Settings, args: Any, command: str
 ) -> None:
     reaches = _reaches(found, source)
     about = {
-        "command": shlex.join(["featkd", "diagnose", *words]),
+        "command": command,
         "run": _described(args),
         "source": source.identity(),
         "settings": asdict(settings),
@@ -134,6 +134,16 @@ def _write(
     speed = found.images_per_s
     pace = "" if speed is None else f", {speed:.1f} images/s in the first pass of process 0"
     print(f"{found.images} images{pace}: {page}")
+
+
+def _command(words: list[str], processes: int) -> str:
+    """What was typed, with the launcher that started several processes."""
+    launcher = ["featkd"]
+    if processes > 1:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        nodes = [] if local == processes else ["--nnodes", str(processes // local)]
+        launcher = ["torchrun", *nodes, "--nproc-per-node", str(local), "-m", "featkd"]
+    return shlex.join([*launcher, "diagnose", *words])
 
 
 def _reaches(found: Findings, source: Source) -> list[Reach]:

@@ -87,6 +87,23 @@ def test_report_tables_and_figures(features, alone):
     assert len((alone / "ranks.csv").read_text().splitlines()) == 1 + 2 * 2 * 4
 
 
+@pytest.mark.parametrize(
+    ("processes", "local", "launcher"),
+    [
+        (1, None, "featkd"),
+        (4, "4", "torchrun --nproc-per-node 4 -m featkd"),
+        (8, "4", "torchrun --nnodes 2 --nproc-per-node 4 -m featkd"),
+        (2, None, "torchrun --nproc-per-node 2 -m featkd"),  # not torchrun's, but the same run
+    ],
+)
+def test_the_command_has_its_launcher(monkeypatch, processes, local, launcher):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    words = ["--out", "a b"]
+    assert diagnose._command(words, processes) == f"{launcher} diagnose --out 'a b'"
+
+
 @pytest.mark.slow
 def test_four_processes_give_the_same(features, alone, tmp_path):
     words = ["torch.distributed.run", "--nproc-per-node", "4", "--standalone"]
@@ -94,6 +111,8 @@ def test_four_processes_give_the_same(features, alone, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert figures(tmp_path) == figures(alone)
+    about = json.loads((tmp_path / "summary.json").read_text())["about"]
+    assert about["command"].startswith("torchrun --nproc-per-node 4 -m featkd diagnose --features")
 
 
 def test_a_lost_process_is_named(features, tmp_path, server):

@@ -370,6 +370,8 @@ def test_exact_sums_have_no_order_and_no_scale():
     with pytest.raises(ValueError, match="expected shape"):
         forward.merge(ExactSum((2,)))
     full = ExactSum(())
+    full.add(torch.tensor(0.3, dtype=torch.float64))
+    assert 2**62 // full._bounds[-40] == 2**21  # as the class and the message say
     full._bounds[-40] = 2**62
     with pytest.raises(OverflowError, match="additions"):
         full.add(torch.tensor(0.3, dtype=torch.float64))

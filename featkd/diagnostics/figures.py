@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from featkd.diagnostics.findings import Findings
 from featkd.diagnostics.reach import Reach
+from featkd.diagnostics.shares import percent
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.stream import LayerResult
 from featkd.files import atomic_write
@@ -61,7 +62,7 @@ def _ranks(r: LayerResult) -> Figure:
         bins = np.linspace(0, int(table.max()) + 1, 41)
         colours = itertools.cycle(_COLOURS)
         for colour, threshold, column in zip(colours, r.spectrum.thresholds, table.T, strict=False):
-            label = f"{100 * threshold:g} %"
+            label = f"{percent(threshold)} %"
             axes.hist(column.numpy(), bins=bins, color=colour, alpha=0.6, label=label)
         legend(axes, "of the energy")
     return figure
@@ -130,11 +131,11 @@ def _layers(findings: Findings) -> Figure:
         ranks = [rows[i].spectrum.summaries[level].percentile99 for i in index]
         mark: dict[str, Any] = {"marker": "o", "markersize": 3, "color": _COLOURS[number]}
         name = f"{model} " if model else ""
-        axes.plot(index, ranks, label=f"{name}image, {100 * share:g} %", **mark)
+        axes.plot(index, ranks, label=f"{name}image, {percent(share)} %", **mark)
         dims = [r.captured.summaries[level].percentile99 for r in rows.values() if r.captured]
         if len(dims) == len(index):
             axes.plot(
-                index, dims, linestyle="--", label=f"{name}data set, {100 * share:g} %", **mark
+                index, dims, linestyle="--", label=f"{name}data set, {percent(share)} %", **mark
             )
         axes.plot(
             index,

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from featkd.diagnostics import figures
 from featkd.diagnostics.findings import Findings
 from featkd.diagnostics.reach import Reach
+from featkd.diagnostics.shares import percent
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.stream import LayerResult
 from featkd.diagnostics.verdicts import reach_verdict, verdicts, warnings
@@ -64,11 +65,11 @@ def write_report(
             layers_figure=pictures.get("layers"),
             reach_figure=pictures.get("reach"),
             thresholds=[
-                f"{100 * t:g} %" for t in next(iter(findings.layers.values())).spectrum.thresholds
+                f"{percent(t)} %" for t in next(iter(findings.layers.values())).spectrum.thresholds
             ],
             rows=[_row(layer, r) for layer, r in findings.layers.items()],
             sep_rows=[_sep_row(layer, r) for layer, r in findings.layers.items()],
-            shares=[f"{100 * s:g} %" for s in next(iter(findings.layers.values())).sep.shares],
+            shares=[f"{percent(s)} %" for s in next(iter(findings.layers.values())).sep.shares],
             about=about,
             centred=next(iter(findings.layers.values())).pca.centred,
         )

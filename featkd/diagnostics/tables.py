@@ -15,6 +15,7 @@ from featkd import reference
 from featkd.diagnostics.findings import Findings
 from featkd.diagnostics.per_image import Summary
 from featkd.diagnostics.reach import Reach
+from featkd.diagnostics.shares import plain
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.stream import LayerResult
 from featkd.files import atomic_write, write_csv
@@ -67,7 +68,7 @@ def write_tables(
 
 
 def _layer_summary(layer: Layer, r: LayerResult) -> dict[str, Any]:
-    levels = [f"{t:g}" for t in r.spectrum.thresholds]
+    levels = [plain(t) for t in r.spectrum.thresholds]
     thresholds = torch.tensor(r.spectrum.thresholds, dtype=torch.float64)
     dims = reference.first_reaching(r.pca.spread, thresholds)
     rotation = None
@@ -120,7 +121,8 @@ def _rank_rows(layers: _Layers) -> Iterable[Sequence[Any]]:
             kinds.append(("pca", r.captured.summaries))
         for kind, summaries in kinds:
             for threshold, s in zip(r.spectrum.thresholds, summaries, strict=True):
-                yield layer.model, layer.index, kind, threshold, *(getattr(s, n) for n in _SUMMARY)
+                numbers = [getattr(s, n) for n in _SUMMARY]
+                yield layer.model, layer.index, kind, plain(threshold), *numbers
 
 
 def _sep_rows(layers: _Layers) -> Iterable[Sequence[Any]]:
@@ -129,7 +131,7 @@ def _sep_rows(layers: _Layers) -> Iterable[Sequence[Any]]:
         yield from zip(
             [layer.model] * len(r.sep.shares),
             [layer.index] * len(r.sep.shares),
-            r.sep.shares,
+            map(plain, r.sep.shares),
             r.sep.bandwidth,
             r.sep.relative(),
             r.sep.folded_bandwidth,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from featkd.diagnostics.findings import Findings
 from featkd.diagnostics.reach import Reach
+from featkd.diagnostics.shares import percent
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.stream import LayerResult
 
@@ -37,7 +38,7 @@ def subspace_verdict(r: LayerResult) -> str:
     """Ranks of images and axes of the data set, beside Gaussian maps; overlap beside random."""
     level = r.spectrum.typical
     threshold = r.spectrum.thresholds[level]
-    share = f"{100 * threshold:g} %"
+    share = f"{percent(threshold)} %"
     null = r.gaussian_spectrum.summaries[level].percentile99
     text = (
         f"99 % of the images need at most {r.spectrum.summaries[level].percentile99} dimensions "
@@ -68,7 +69,7 @@ def sep_verdict(r: LayerResult) -> str:
     """SEP beside its nulls: Gaussian tokens, and the same tokens with their channels permuted."""
     null = " ".join(f"{d:.3f}" for d in r.gaussian.relative())
     figures = " ".join(f"{d:.3f}" for d in r.sep.relative())
-    shares = " ".join(f"{100 * s:g}" for s in r.sep.shares)
+    shares = " ".join(map(percent, r.sep.shares))
     p = r.permutation
     tried = f"{p.permutations} random orders of the channels, {p.images} images"
     text = f"SEP, d/D at {shares} %: {figures}"

@@ -261,6 +261,22 @@ def test_a_layer_that_fails_at_the_end_costs_no_other_its_report(
     assert [r["layer"] for r in summary["layers"]] == [1]
 
 
+def test_thresholds_near_each_other_keep_their_columns(features, tmp_path):
+    near = ("--thresholds", "[0.9,0.9999999,1.0]", "--shares", "[0.5,0.50000001]")
+    assert main(arguments(features, tmp_path, "--images", "8", "--layers", "[1]", *near)) == 0
+    (layer,) = json.loads((tmp_path / "summary.json").read_text())["layers"]
+    for name in ("svd", "pca", "pca_of_all_tokens"):
+        assert list(layer[name]) == ["0.9", "0.9999999", "1"]
+    page = (tmp_path / "report.html").read_text()
+    for text in ("<th>90 %</th>", "<th>99.99999 %</th>", "<th>100 %</th>", "<th>50.000001 %</th>"):
+        assert text in page
+    for name, column, texts in (
+        ("ranks", 3, {"0.9", "0.9999999", "1"}), ("sep", 2, {"0.5", "0.50000001"})
+    ):  # fmt: skip
+        rows = (tmp_path / f"{name}.csv").read_text().splitlines()[1:]
+        assert {row.split(",")[column] for row in rows} == texts
+
+
 def test_a_bar_begins_where_the_run_goes_on(monkeypatch):
     """Or the images of before would count into its rate."""
     bars = []

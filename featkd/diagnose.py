@@ -20,7 +20,7 @@ from featkd.diagnostics import report, tables, verdicts
 from featkd.diagnostics.feature_files import FeatureFiles
 from featkd.diagnostics.findings import Findings, RunOptions
 from featkd.diagnostics.model_features import ModelFeatures, Subject
-from featkd.diagnostics.reach import Reach, reach
+from featkd.diagnostics.reach import Reach, of_focus, reach
 from featkd.diagnostics.run import DiagnosticsRun
 from featkd.diagnostics.source import Source, fingerprint
 from featkd.diagnostics.stream import Settings
@@ -125,10 +125,12 @@ def _write(
     if args.json is not None:
         with atomic_write(Path(args.json)) as file:
             file.write((out / tables.SUMMARY).read_bytes())
-    for texts in verdicts.verdicts(found, report.focus_layers(list(found.layers))).values():
+    focus = report.focus_layers(list(found.layers))
+    for texts in verdicts.verdicts(found, focus).values():
         print("\n".join(texts))
-    for r in reaches[-1:]:
-        print(verdicts.reach_verdict(r))
+    matched = of_focus(reaches, focus)
+    if matched is not None:
+        print(verdicts.reach_verdict(matched))
     for text in verdicts.warnings(found):
         print(f"note: {text}")
     speed = found.images_per_s

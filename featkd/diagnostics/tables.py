@@ -28,7 +28,7 @@ _SUMMARY = ("percentile99", "mean", "std", "median", "smallest", "largest")
 def write_tables(
     out: Path, findings: Findings, reaches: Sequence[Reach], about: dict[str, Any]
 ) -> None:
-    """Write summary.json, ranks.csv, sep.csv, rotation.csv, curves.csv, per_image.safetensors.
+    """Write summary.json, five tables as CSV, and per_image.safetensors.
 
     Args:
         out: the folder.
@@ -57,6 +57,7 @@ def write_tables(
     rotation = ("k", "pair_mean", "pair_std", "dataset_mean", "dataset_std", "random")
     _table(out / "rotation.csv", (*names, *rotation), _rotation_rows(layers, rotation))
     _table(out / "curves.csv", (*names, "curve", "index", "mean", "std"), _curve_rows(layers))
+    _table(out / "images.csv", ("index", "name"), enumerate(findings.names))
     tensors = {}
     for layer, result in layers:
         name = f"{layer.model or 'model'}.{layer.index}"
@@ -64,6 +65,9 @@ def write_tables(
         tensors[f"{name}.ranks"] = result.spectrum.ranks
         if result.captured is not None:
             tensors[f"{name}.dims"] = result.captured.dims
+        if result.rotation is not None:
+            for kind in ("images", "overlap", "overlap_dataset"):
+                tensors[f"{name}.rotation_{kind}"] = getattr(result.rotation, kind)
     _write(out / "per_image.safetensors", safetensors.torch.save(tensors))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from featkd import diagnose
@@ -85,6 +86,20 @@ def test_report_tables_and_figures(features, alone):
     assert len(drawn) == 10
     assert (alone / "figures" / drawn[0]).read_bytes().startswith(b"\x89PNG")
     assert len((alone / "ranks.csv").read_text().splitlines()) == 1 + 2 * 2 * 4
+
+    names = (alone / "images.csv").read_text().splitlines()
+    assert (names[0], len(names)) == ("index,name", 61)
+    assert names[8] == f"7,{features}/007.npy"
+    tensors = safetensors.torch.load_file(alone / "per_image.safetensors")
+    assert tensors["model.1.ranks"][7].tolist() == ranks[7].tolist()
+    chosen = tensors["model.1.rotation_images"].tolist()
+    first, second = (np.load(features / f"{n:03}.npy")[1, 1:] for n in chosen[:2])
+    overlap = tensors["model.1.rotation_overlap"][0, 1].item()
+    assert overlap == pytest.approx(published.overlap(first, second, 3), abs=1e-6)
+    assert tensors["model.1.rotation_overlap_dataset"].shape == (5,)
+    heat_map = (alone / "figures" / "rotation-model-1.svg").read_text()
+    for index in chosen:
+        assert heat_map.count(f"<!-- {index} -->") >= 2  # on both axes
 
 
 @pytest.mark.parametrize(
@@ -235,7 +250,8 @@ def test_faint_features_are_measured_as_any_others(features, alone, tmp_path):
     for path in sorted(features.glob("*.npy")):
         np.save(folder / path.name, np.load(path) * np.float32(2.0**-100))
     assert main(arguments(folder, tmp_path / "out")) == 0
-    summary, mine = (json.loads((o / "summary.json").read_text()) for o in (alone, tmp_path / "out"))
+    folders = (alone, tmp_path / "out")
+    summary, mine = (json.loads((o / "summary.json").read_text()) for o in folders)
     for found, expected in zip(mine["layers"], summary["layers"], strict=True):
         for name in ("svd", "pca", "pca_of_all_tokens"):
             assert found[name] == expected[name]
@@ -306,24 +322,33 @@ def test_gaussian_features_are_called_the_null(tmp_path, capsys, channels):
         assert "rotate from image" not in text
 
 
-def test_student_and_teacher(images, tmp_path, capsys):
+@pytest.mark.parametrize("layers", [None, "[-1,0]"])
+def test_student_and_teacher(images, tmp_path, capsys, layers):
     options = '{"patch_size": 4, "depth": 2, "num_heads": 3, "embed_dim": 12}'
     words = ("--student", "vit_tiny_patch16_224", "--teacher", "vit_tiny_patch16_224")
     wide = '{"patch_size": 4, "depth": 2, "num_heads": 3, "embed_dim": 24}'
     shared = ("--data", images, "--img-size", "16", "--workers", "0", *QUICK)
+    if layers is not None:
+        shared += ("--layers", layers)
     options = ("--student-options", options, "--teacher-options", wide)
     call = [str(w) for w in ("diagnose", *words, *options, *shared, "--out", tmp_path)]
     assert main(call) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
+    order = (0, 1) if layers is None else (1, 0)
     assert [(r["model"], r["layer"]) for r in summary["layers"]] == [
-        ("student", 0), ("student", 1), ("teacher", 0), ("teacher", 1),
-    ]  # fmt: skip
-    last = summary["reach"][-1]
+        (model, layer) for model in ("student", "teacher") for layer in order
+    ]
+    (last,) = (r for r in summary["reach"] if r["teacher"] == "teacher layer 1")
     assert (last["channels"], last["teacher_channels"]) == (12, 24)
     assert 0 < last["pooled"] < last["shared"] <= last["shared_with_bias"] < 1
     assert last["shared"] < last["per_image"] <= 1
-    assert "random weights" in capsys.readouterr().err
-    assert "What the student can reach" in (tmp_path / "report.html").read_text()
+    said = capsys.readouterr()
+    assert "random weights" in said.err
+    page = html.unescape((tmp_path / "report.html").read_text())
+    assert "What the student can reach" in page
+    for text in (said.out, page):  # of the layers in focus, the last ones
+        assert "Teacher layer 1, 12 against 24 channels." in text
+        assert "Teacher layer 0, 12 against" not in text
 
 
 STUDENT, TEACHER = ({"embed_dim": width, "depth": 2, "num_heads": 3} for width in (12, 24))

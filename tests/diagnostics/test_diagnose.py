@@ -181,6 +181,23 @@ def test_state_of_another_run_is_refused(features, tmp_path, capsys, monkeypatch
     assert main(arguments(features, tmp_path, "--resume", "never", "--layers", "[1]")) == 0
 
 
+def test_a_full_disk_costs_nothing_that_was_saved(features, alone, tmp_path, server):
+    """The write of a kept map fails half-way; the same command goes on, given more room."""
+    words = arguments(features, tmp_path, "--save-seconds", "0", "--device", "cpu")
+    size = 80_000  # more than a state takes, and half of what is kept of a layer
+    failed = server.call(*words, file_size=size)
+    assert failed.returncode == 1
+    message = f"File too large: '{tmp_path}/state/kept-0-of-process-0.bin'"
+    assert message in failed.stderr.splitlines()[-1]
+    assert "Traceback" not in failed.stderr
+    kept = (tmp_path / "state" / "kept-0-of-process-0.bin").stat().st_size
+    state = torch.load(tmp_path / "state" / "process-0-of-1.pt")["state"]
+    seen = sum(state["kept"]["lengths"])
+    assert seen * 25 * 24 * 4 < kept == size  # the failed write left a part behind
+    assert server.call(*words).returncode == 0
+    assert figures(tmp_path) == figures(alone)
+
+
 @pytest.mark.parametrize("keep", ["bf16", "never", "budget"])
 def test_features_that_are_not_kept(features, alone, tmp_path, capsys, keep):
     more = ("--budget-gib", "1e-6") if keep == "budget" else ("--keep", keep)

@@ -18,9 +18,10 @@ from featkd.arguments import Parser, check_folders, check_known
 from featkd.data import DataConfig
 from featkd.diagnostics import report, tables, verdicts
 from featkd.diagnostics.feature_files import FeatureFiles
+from featkd.diagnostics.findings import Findings, RunOptions
 from featkd.diagnostics.model_features import ModelFeatures, Subject
-from featkd.diagnostics.reach import Reach, reach
-from featkd.diagnostics.run import DiagnosticsRun, Findings, RunOptions
+from featkd.diagnostics.reach import Reach, of_focus, reach
+from featkd.diagnostics.run import DiagnosticsRun
 from featkd.diagnostics.source import Source, fingerprint
 from featkd.diagnostics.stream import Settings
 from featkd.distributed import ProcessContext
@@ -64,6 +65,14 @@ def _check(args: Any) -> None:
     if args.centred and args.student is not None:
         raise ValueError("centred: got true beside --student, whose reach needs uncentred axes")
     check_folders(args, ("json",))
+    out = Path(args.out).resolve()
+    if args.data is not None and out.is_relative_to(Path(args.data).resolve()):
+        raise ValueError(
+            f"out: expected a folder outside of data, {args.data}, where its figures would be "
+            f"taken for images the next time; got {args.out}"
+        )
+    if args.features is not None and out == Path(args.features).resolve():
+        raise ValueError(f"out: expected another folder than features, got {args.out} for both")
 
 
 def _run(
@@ -80,24 +89,26 @@ def _run(
     )
     source = _source(args, context)
     out.mkdir(parents=True, exist_ok=True)
-    with _Progress(context) as progress:
-        run = DiagnosticsRun(source, settings, options, out / "state", context, progress)
-        found = run.run()
-    if isinstance(found, int):
-        print(f"featkd: stopped; the same command goes on from {out}/state", file=sys.stderr)
-        return 128 + found
-    if found is not None:
-        _write(out, found, source, settings, args, words)
-    run.clear()
+    remedy = f"the same command goes on from {out}/state"
+    with distributed.naming_lost_processes(remedy):
+        with _Progress(context) as progress:
+            run = DiagnosticsRun(source, settings, options, out / "state", context, progress)
+            found = run.run()
+        if isinstance(found, int):
+            print(f"featkd: stopped; {remedy}", file=sys.stderr)
+            return 128 + found
+        if found is not None:
+            _write(out, found, source, settings, args, _command(words, context.world_size))
+        run.clear()
     return 0
 
 
 def _write(
-    out: Path, found: Findings, source: Source, settings: Settings, args: Any, words: list[str]
+    out: Path, found: Findings, source: Source, settings: Settings, args: Any, command: str
 ) -> None:
     reaches = _reaches(found, source)
     about = {
-        "command": shlex.join(["featkd", "diagnose", *words]),
+        "command": command,
         "run": _described(args),
         "source": source.identity(),
         "settings": asdict(settings),
@@ -114,15 +125,27 @@ def _write(
     if args.json is not None:
         with atomic_write(Path(args.json)) as file:
             file.write((out / tables.SUMMARY).read_bytes())
-    for texts in verdicts.verdicts(found, report.focus_layers(list(found.layers))).values():
+    focus = report.focus_layers(list(found.layers))
+    for texts in verdicts.verdicts(found, focus).values():
         print("\n".join(texts))
-    for r in reaches[-1:]:
-        print(verdicts.reach_verdict(r))
+    matched = of_focus(reaches, focus)
+    if matched is not None:
+        print(verdicts.reach_verdict(matched))
     for text in verdicts.warnings(found):
         print(f"note: {text}")
     speed = found.images_per_s
     pace = "" if speed is None else f", {speed:.1f} images/s in the first pass of process 0"
     print(f"{found.images} images{pace}: {page}")
+
+
+def _command(words: list[str], processes: int) -> str:
+    """What was typed, with the launcher that started several processes."""
+    launcher = ["featkd"]
+    if processes > 1:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        nodes = [] if local == processes else ["--nnodes", str(processes // local)]
+        launcher = ["torchrun", *nodes, "--nproc-per-node", str(local), "-m", "featkd"]
+    return shlex.join([*launcher, "diagnose", *words])
 
 
 def _reaches(found: Findings, source: Source) -> list[Reach]:
@@ -147,8 +170,17 @@ def _described(args: Any) -> str:
 
 
 def _has_weights(args: Any, name: str) -> bool:
-    given = args.checkpoint if name == "model" else args[f"{name}_checkpoint"]
-    return bool(args.pretrained or given or args[name].endswith(".pt"))
+    return bool(args.pretrained or not _takes_pretrained(args, name))
+
+
+def _takes_pretrained(args: Any, name: str) -> bool:
+    """Whether a model is a timm name without a file of weights: what --pretrained is about."""
+    return not (args[name].endswith(".pt") or _weights_file(args, name))
+
+
+def _weights_file(args: Any, name: str) -> str | None:
+    file: str | None = args.checkpoint if name == "model" else args[f"{name}_checkpoint"]
+    return file
 
 
 # Sources.
@@ -180,6 +212,11 @@ def _source(args: Any, context: ProcessContext) -> Source:
         )
     if args.data is None:
         raise ValueError("data: expected a folder of images beside the model, got none")
+    if args.pretrained and not any(_takes_pretrained(args, name) for name in models):
+        given = [_weights_file(args, name) or args[name] for name in models]
+        raise ValueError(
+            f"pretrained: expected a timm name without a file of weights, got {' and '.join(given)}"
+        )
     configs: list[dict[str, Any]] = []
     subjects = []
     for name in models:
@@ -220,17 +257,21 @@ def _source(args: Any, context: ProcessContext) -> Source:
 def _model(args: Any, name: str) -> tuple[FeatureModel, dict[str, Any], dict[str, Any]]:
     """A model, the preprocessing that it was made for, and what identifies it."""
     word = args[name]
-    file = args.checkpoint if name == "model" else args[f"{name}_checkpoint"]
+    file = _weights_file(args, name)
     if word.endswith(".pt"):
         path = Path(word)
         if not path.is_file():
             raise FileNotFoundError(f"{name}: no checkpoint {word}")
-        for other in ("img_size", f"{name}_options", "pretrained"):
-            if args[other]:
-                raise ValueError(f"{other}: got {args[other]!r} beside {word}, which fixes it")
+        other = f"{name}_options"
+        if args[other]:
+            raise ValueError(f"{other}: got {args[other]!r} beside {word}, which fixes it")
         if file:
             raise ValueError(f"checkpoint: got {file} beside {word}, which holds its weights")
         data = checkpoint.load(path)["recipe"]["data"]
+        if args.img_size not in (None, data["img_size"]):
+            raise ValueError(
+                f"img_size: got {args.img_size} beside {word}, which is for {data['img_size']}"
+            )
         kept = ("img_size", "mean", "std", "crop_pct", "interpolation")
         about = {"name": word, "weights": fingerprint([path])}
         model: Any = load_trained(path)
@@ -238,10 +279,11 @@ def _model(args: Any, name: str) -> tuple[FeatureModel, dict[str, Any], dict[str
     options = dict(args[f"{name}_options"] or {})
     if args.img_size is not None:
         options["img_size"] = args.img_size
-    if not (args.pretrained or file):
+    pretrained = args.pretrained and not file  # the file is this model's, the option the other's
+    if not (pretrained or file):
         torch.manual_seed(args.seed)
         print(f"featkd: {name} {word} has random weights", file=sys.stderr)
-    model = create_teacher(word, pretrained=args.pretrained, checkpoint=file, **options)
+    model = create_teacher(word, pretrained=pretrained, checkpoint=file, **options)
     made = model.pretrained_cfg
     config = {
         "img_size": options.get("img_size", made["input_size"][-1]),
@@ -250,7 +292,7 @@ def _model(args: Any, name: str) -> tuple[FeatureModel, dict[str, Any], dict[str
         "crop_pct": made["crop_pct"],
         "interpolation": made["interpolation"],
     }
-    weights = "pretrained" if args.pretrained else f"random, seed {args.seed}"
+    weights = "pretrained" if pretrained else f"random, seed {args.seed}"
     about = {"name": word, "weights": fingerprint([file]) if file else weights}
     return model, config, {**about, "options": {k: str(v) for k, v in options.items()}}
 
@@ -277,7 +319,7 @@ def _parser() -> Parser:
     add("--teacher", type=str, default=None, help=f"the wide one of two models: {what}")
     add("--teacher-checkpoint", type=str, default=None, help="weights of --teacher, a file")
     add("--teacher-layers", type=list[int], default=None, help="of --teacher; default: --layers")
-    add("--pretrained", action="store_true", help="let timm download the weights")
+    add("--pretrained", action="store_true", help="timm's weights where no file gives them")
     for name in _MODELS:
         help = f"further arguments of timm for --{name}, as YAML or JSON"
         add(f"--{name}-options", type=dict[str, Any] | None, default=None, help=help)
@@ -332,6 +374,7 @@ class _Progress:
             self._pass = number
             self._bar = tqdm(
                 total=total,
+                initial=done,  # of a run that goes on: the rate is of this one's images
                 desc=("", "features", "captured energy")[number],
                 unit=" images",
                 disable=not sys.stderr.isatty(),

@@ -28,9 +28,9 @@ def axes_for(labels: Sequence[tuple[str, str]], height: float = 3.8) -> tuple[Fi
     return figure, found
 
 
-def legend(axes: Any, title: str | None = None) -> None:
-    """A frameless legend in grey."""
-    made = axes.legend(frameon=False, labelcolor=GREY, fontsize=9, title=title)
+def legend(axes: Any, title: str | None = None, loc: str = "best") -> None:
+    """A frameless legend in grey, where matplotlib thinks best or a corner has been kept free."""
+    made = axes.legend(frameon=False, labelcolor=GREY, fontsize=9, title=title, loc=loc)
     made.get_title().set_color(GREY)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BITS = 40  # between one unit and the next; a word holds 2^22 additions beside them
+_BITS = 40  # between one unit and the next; a word holds 2^21 additions beside them
 _MOST = 2**62
 _LOWEST = -960  # exponent of the smallest unit
 
@@ -42,7 +42,7 @@ class ExactSum:
 
         Raises:
             ValueError: it holds NaN or Inf.
-            OverflowError: after 2^22 additions of the largest numbers.
+            OverflowError: after 2^21 additions, at the least.
         """
         rest = value.detach()
         largest = rest.abs().max().item() if rest.numel() else 0.0

@@ -17,6 +17,7 @@ from torch import Tensor
 from featkd.diagnostics.source import Chunk, Layer, UnreadableError, evenly, fingerprint
 
 _SUFFIXES = (".npy", ".npz", ".safetensors")
+_MAGIC = {".npy": b"\x93NUMPY", ".npz": b"PK"}  # numpy takes what begins otherwise for a pickle
 _PREFIXES = (0, 1, 2, 5)  # none; class; class and distillation; class and four registers
 
 
@@ -174,19 +175,23 @@ def _read(path: Path, allow_pickle: bool) -> list[Tensor]:
             named = safetensors.torch.load_file(path)
             arrays = [named[name] for name in sorted(named, key=_natural)]
         else:
-            loaded = np.load(path, allow_pickle=allow_pickle)
-            if path.suffix == ".npz":
-                with loaded:
+            with path.open("rb") as file:
+                _check_magic(path, file.read(6))
+                file.seek(0)
+                loaded = np.load(file, allow_pickle=allow_pickle)
+                if path.suffix == ".npz":
                     parts = [loaded[name] for name in sorted(loaded.files, key=_natural)]
-            elif loaded.dtype == object:
-                parts, stages = list(loaded), True
-            else:
-                parts = [loaded]
+                elif loaded.dtype == object:
+                    parts, stages = list(loaded), True
+                else:
+                    parts = [loaded]
             arrays = [torch.from_numpy(np.ascontiguousarray(part)) for part in parts]
     except safetensors.SafetensorError as error:
         raise UnreadableError(
             f"features: {path} is damaged or no safetensors file: {error}"
         ) from error
+    except UnreadableError:
+        raise
     except ValueError as error:
         if "allow_pickle" in str(error):
             raise UnreadableError(
@@ -210,6 +215,15 @@ def _read(path: Path, allow_pickle: bool) -> list[Tensor]:
             f"features: expected floating-point numbers in {path}, got {maps[0].dtype}"
         )
     return maps
+
+
+def _check_magic(path: Path, start: bytes) -> None:
+    magic = _MAGIC[path.suffix]
+    if not start.startswith(magic):
+        raise UnreadableError(
+            f"features: {path} is damaged or no {path.suffix} file: expected {magic!r} at its "
+            f"beginning, got {start!r}"
+        )
 
 
 def _as_layers(arrays: list[Tensor], stages: bool) -> list[Tensor]:

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from featkd.diagnostics.reach import Reach
-from featkd.diagnostics.run import Findings
+from featkd.diagnostics.findings import Findings
+from featkd.diagnostics.reach import Reach, of_focus
+from featkd.diagnostics.shares import percent
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.stream import LayerResult
 from featkd.files import atomic_write
 from featkd.plots import GREY, as_svg, axes_for, legend
 
+_TICKS = 16  # images of the sample that are named, at most
 _COLOURS = ("#3a86c8", "#d1495b", "#2a9d6f", "#c98a1b")
 
 
@@ -33,8 +35,9 @@ def draw(findings: Findings, focus: Sequence[Layer], reaches: Sequence[Reach]) -
             figures[f"rotation-{name}"] = _rotation(result)
     if len(findings.layers) > len(focus):
         figures["layers"] = _layers(findings)
-    if reaches:
-        figures["reach"] = _reach(findings, reaches)
+    matched = of_focus(reaches, focus)
+    if matched is not None:
+        figures["reach"] = _reach(findings, matched)
     return figures
 
 
@@ -58,13 +61,25 @@ def _ranks(r: LayerResult) -> Figure:
     figure, found = axes_for(labels)
     tables = [r.spectrum.ranks, *([] if r.captured is None else [r.captured.dims])]
     for axes, table in zip(found, tables, strict=True):
-        bins = np.linspace(0, int(table.max()) + 1, 41)
+        some = table[table[:, 0] != 0].numpy()  # an image that is all zero has no rank
+        edges = _edges(int(some.max()))
+        highest = 0.0
         colours = itertools.cycle(_COLOURS)
-        for colour, threshold, column in zip(colours, r.spectrum.thresholds, table.T, strict=False):
-            label = f"{100 * threshold:g} %"
-            axes.hist(column.numpy(), bins=bins, color=colour, alpha=0.6, label=label)
-        legend(axes, "of the energy")
+        for colour, threshold, column in zip(colours, r.spectrum.thresholds, some.T, strict=False):
+            label = f"{percent(threshold)} %"
+            style: dict[str, Any] = {"histtype": "step", "color": colour, "linewidth": 1.5}
+            counts, _, _ = axes.hist(column, bins=edges, label=label, **style)
+            highest = max(highest, counts.max())
+        axes.set_ylim(0, highest * (1.25 + 0.1 * len(r.spectrum.thresholds)))  # the legend's place
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        legend(axes, "of the energy", "upper right")
     return figure
+
+
+def _edges(largest: int) -> Any:
+    """Of at most 40 bins for integers from 1, each as many integers wide."""
+    width = -(-largest // 40)
+    return np.arange(0, largest + width, width) + 0.5
 
 
 def _energy(r: LayerResult) -> Figure:
@@ -109,9 +124,16 @@ def _sep(r: LayerResult) -> Figure:
 
 def _rotation(r: LayerResult) -> Figure:
     assert r.rotation is not None
-    figure, (axes,) = axes_for([("image of the sample", "image of the sample")], height=4.6)
+    figure, (axes,) = axes_for(
+        [("image of the sample (images.csv)", "image of the sample")], height=4.6
+    )
     shown = axes.imshow(r.rotation.overlap.numpy(), vmin=0, vmax=1, cmap="viridis")
     axes.grid(visible=False)
+    indices = r.rotation.images.tolist()
+    places = range(0, len(indices), -(-len(indices) // _TICKS))
+    labels = [str(indices[place]) for place in places]
+    axes.set_xticks(places, labels, rotation=90)
+    axes.set_yticks(places, labels)
     bar = figure.colorbar(shown, ax=axes)
     bar.set_label(f"overlap of {r.rotation.k} leading dimensions", color=GREY)
     bar.ax.tick_params(colors=GREY)
@@ -130,11 +152,11 @@ def _layers(findings: Findings) -> Figure:
         ranks = [rows[i].spectrum.summaries[level].percentile99 for i in index]
         mark: dict[str, Any] = {"marker": "o", "markersize": 3, "color": _COLOURS[number]}
         name = f"{model} " if model else ""
-        axes.plot(index, ranks, label=f"{name}image, {100 * share:g} %", **mark)
+        axes.plot(index, ranks, label=f"{name}image, {percent(share)} %", **mark)
         dims = [r.captured.summaries[level].percentile99 for r in rows.values() if r.captured]
         if len(dims) == len(index):
             axes.plot(
-                index, dims, linestyle="--", label=f"{name}data set, {100 * share:g} %", **mark
+                index, dims, linestyle="--", label=f"{name}data set, {percent(share)} %", **mark
             )
         axes.plot(
             index,
@@ -150,9 +172,8 @@ def _layers(findings: Findings) -> Figure:
     return figure
 
 
-def _reach(findings: Findings, reaches: Sequence[Reach]) -> Figure:
-    last = reaches[-1]
-    r = findings.layers[last.teacher]
+def _reach(findings: Findings, found: Reach) -> Figure:
+    r = findings.layers[found.teacher]
     figure, (axes,) = axes_for([("channels of the student", "share of the teacher's energy")])
     d = range(1, r.channels + 1)
     axes.plot(d, r.pca.spread, color=_COLOURS[0], label="one projector for all images")
@@ -161,9 +182,13 @@ def _reach(findings: Findings, reaches: Sequence[Reach]) -> Figure:
         (r.gaussian_spectrum.curve_mean, ":", "one for each Gaussian map"),
     ):
         axes.plot(range(1, len(curve) + 1), curve, style, color=_COLOURS[2], label=label)
-    axes.plot([last.channels], [last.shared_with_bias], "o", color=_COLOURS[0], label="with a bias")
-    axes.plot([last.channels], [last.pooled], "s", color=_COLOURS[1], label="no projector, pooled")
-    axes.axvline(last.channels, color=GREY, linestyle=":", label=f"student: {last.channels}")
+    axes.plot(
+        [found.channels], [found.shared_with_bias], "o", color=_COLOURS[0], label="with a bias"
+    )
+    axes.plot(
+        [found.channels], [found.pooled], "s", color=_COLOURS[1], label="no projector, pooled"
+    )
+    axes.axvline(found.channels, color=GREY, linestyle=":", label=f"student: {found.channels}")
     axes.set_ylim(0, 1.02)
     legend(axes)
     return figure

@@ -38,15 +38,20 @@ class KeptFeatures:
         """Write the maps of some images.
 
         Raises:
-            OSError: the disk is full; what `state_dict` told before is whole.
+            OSError: the disk is full, or the like; names the file. What `state_dict` told before
+                is whole.
         """
         if not self._layers:
             self._layers = list(maps)
             self._shapes = [tuple(m.shape[1:]) for m in maps.values()]
         for position, m in enumerate(maps.values()):
             numbers = m.detach().to("cpu", self._dtype).contiguous()
-            with self._path(position).open("ab") as file:
-                file.write(numbers.view(torch.uint8).numpy().data)
+            path = self._path(position)
+            try:
+                with path.open("ab") as file:
+                    file.write(numbers.view(torch.uint8).numpy().data)
+            except OSError as error:  # a short write doesn't say of what
+                raise OSError(error.errno, error.strerror, str(path)) from error
         self._images.append(images)
 
     def read(self, start: int = 0) -> Iterator[tuple[dict[Layer, Tensor], Tensor]]:

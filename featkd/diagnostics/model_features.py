@@ -139,7 +139,7 @@ class ModelFeatures:
         found: dict[Layer, Tensor] = {}
         for subject, layers in self._models:
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-                _, maps = subject.model.forward_with_features(images, layers)
+                maps = subject.model.forward_maps(images, layers)
             found.update(zip([Layer(subject.name, index) for index in layers], maps, strict=True))
         return found
 

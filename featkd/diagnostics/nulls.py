@@ -101,15 +101,18 @@ def permutation_test(
     x = features.float()
     x = x * safe_scale(x)
     generator = torch.Generator().manual_seed(seed)
-    curves = torch.stack([_mean_curve(image) for image in x])  # (M, D)
-    curves = curves[~curves.isnan().any(1)]
+    own = [_mean_curve(image) for image in x]
+    curves, tokens = (torch.stack(part) for part in zip(*own, strict=True))  # (M, D), (M,)
+    curves, tokens = curves[tokens > 0], tokens[tokens > 0]
     if not len(curves):
         raise ValueError("features: all of them are zero")
-    observed = _relative(curves.mean(0, keepdim=True), shares)[0]
+    observed = _relative(_mean_curve(x)[0].unsqueeze(0), shares)[0]
     picks = torch.randint(len(curves), (bootstraps, len(curves)), generator=generator)
-    boot = _relative(curves[picks].mean(1), shares)
+    weights = tokens[picks].double()  # so that a resample is a mean over tokens, as `observed` is
+    weights /= weights.sum(1, keepdim=True)
+    boot = _relative((weights.unsqueeze(1) @ curves[picks]).squeeze(1), shares)
     orders = [torch.randperm(d, generator=generator) for _ in range(permutations)]
-    permuted_curves = torch.stack([_mean_curve(x[..., order]) for order in orders])
+    permuted_curves = torch.stack([_mean_curve(x[..., order])[0] for order in orders])
     permuted = _relative(permuted_curves, shares)
     middle = permuted.mean(0)
     spread = permuted.std(0, unbiased=False) + 1 / d  # d/D moves in steps of 1/D
@@ -132,12 +135,16 @@ def permutation_test(
     )
 
 
-def _mean_curve(features: Tensor) -> Tensor:
-    """Mean cumulative share (D,) over the tokens of (..., D); NaN where all are zero."""
+def _mean_curve(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cumulative share (D,) over the tokens of (..., D) that aren't zero, and their number.
+
+    The shares are NaN where all are zero.
+    """
     d = features.shape[-1]
     sums, zero = cumulative_moments(features.reshape(-1, d))
-    c = sums[0] / (features.numel() // d - int(zero))
-    return torch.cat([c, (1 + c[0] - c[: d - len(c)]).flip(0)])
+    tokens = features.numel() // d - zero
+    c = sums[0] / tokens
+    return torch.cat([c, (1 + c[0] - c[: d - len(c)]).flip(0)]), tokens
 
 
 def _relative(curves: Tensor, shares: Sequence[float]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from featkd import checks, linalg, reference
 from featkd.diagnostics.exact_sum import ExactSum
 from featkd.diagnostics.per_image import CurveStats, Summary
+from featkd.diagnostics.sep import safe_scale, safe_scales
 
 _CPU_TOKENS = 784
 _SLAB = 1568  # tokens that are summed in the features' precision before float64 takes over
@@ -58,9 +59,8 @@ class DatasetPCA:
         Accumulators that are to be merged need the same pilot. `update` calibrates by its first
         features where this wasn't called.
         """
-        tokens = _tokens(features).double()
         d = features.shape[-1]
-        self._sums = tokens.mean(0).float().cpu(), ExactSum((d, d)), ExactSum((d,))
+        self._sums = mean_token(features), ExactSum((d, d)), ExactSum((d,))
 
     def update(self, features: Tensor) -> None:
         """Add maps (B, N, D), floating and finite."""
@@ -142,13 +142,22 @@ class DatasetPCA:
         )
 
 
+def mean_token(features: Tensor) -> Tensor:
+    """The mean (D,) of the tokens of (B, N, D), float32 on the CPU."""
+    return _tokens(features).double().mean(0).float().cpu()
+
+
 def moments(tokens: Tensor, pilot: Tensor) -> tuple[Tensor, Tensor]:
     """Y^T Y and the column sums of Y = tokens (M, D) - pilot (D,), in float64.
 
-    Sums of at most 1568 products are in the tokens' precision. The upper triangle alone is
-    multiplied, in two block rows: 3/4 of the work of the square.
+    Sums of at most 1568 products are in the tokens' precision, in which entries whose squares
+    are out of its range are scaled. The upper triangle alone is multiplied, in two block rows:
+    3/4 of the work of the square.
     """
     d = tokens.shape[1]
+    scale = safe_scale(tokens, pilot)
+    if scale != 1:
+        tokens, pilot = tokens * scale, pilot * scale
     second = tokens.new_zeros((d, d), dtype=torch.float64)
     first = tokens.new_zeros(d, dtype=torch.float64)
     block = max(64, -(-d // 2))
@@ -157,7 +166,8 @@ def moments(tokens: Tensor, pilot: Tensor) -> tuple[Tensor, Tensor]:
         for low in range(0, d, block):
             second[low : low + block, low:] += y[:, low : low + block].T @ y[:, low:]
         first += y.sum(0).double()
-    return second.triu() + second.triu(1).T, first
+    second = (second.triu() + second.triu(1).T) / scale / scale
+    return second, first / scale
 
 
 @dataclass(frozen=True)
@@ -219,7 +229,7 @@ class CapturedEnergy:
         parts = []
         for part in torch.split(features, size):
             x = part.to(dtype) if mean is None else part.to(dtype) - mean
-            parts.append((x @ vectors).square_().sum(1).double())
+            parts.append((_in_range(x) @ vectors).square_().sum(1).double())
         energy = torch.cat(parts)
         total = energy.sum(1, keepdim=True)
         return energy.cumsum(1) / torch.where(total == 0, 1, total)
@@ -256,6 +266,15 @@ def _tokens(features: Tensor) -> Tensor:
     checks.check_shape("features", features, ("B", "N", "D"))
     wide = reference.accumulation_dtype(features.dtype)
     return features.detach().flatten(0, 1).to(wide)
+
+
+def _in_range(maps: Tensor) -> Tensor:
+    """Maps (B, N, D), each scaled by a power of two where its squares are out of range.
+
+    Shares of a map's energy don't depend on its scale.
+    """
+    scales = safe_scales(maps)
+    return maps if scales is None else maps * scales.view(-1, 1, 1)
 
 
 def _fixed_signs(vectors: Tensor) -> Tensor:

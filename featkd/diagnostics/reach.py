@@ -7,6 +7,7 @@ nothing of what training finds, nor of accuracy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,11 @@ def reach(teacher: Layer, result: LayerResult, channels: int) -> Reach:
         per_image=float(curve[min(r, len(curve)) - 1]),
         per_image_gaussian=float(null[min(r, len(null)) - 1]),
     )
+
+
+def of_focus(reaches: Sequence[Reach], focus: Sequence[Layer]) -> Reach | None:
+    """The limits on the teacher's layer in focus, whatever order the layers were asked for in."""
+    return next((r for r in reaches if r.teacher in focus), None)
 
 
 def _pooling(d: int, r: int) -> Tensor:

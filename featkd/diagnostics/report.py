@@ -10,8 +10,9 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from featkd.diagnostics import figures
-from featkd.diagnostics.reach import Reach
-from featkd.diagnostics.run import Findings
+from featkd.diagnostics.findings import Findings
+from featkd.diagnostics.reach import Reach, of_focus
+from featkd.diagnostics.shares import percent
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.stream import LayerResult
 from featkd.diagnostics.verdicts import reach_verdict, verdicts, warnings
@@ -39,6 +40,7 @@ def write_report(
     drawn = figures.save(figures.draw(findings, focus, reaches), out / "figures")
     pictures = {name: Markup(svg) for name, svg in drawn.items()}
     texts = verdicts(findings, focus)
+    matched = of_focus(reaches, focus)
     sections = [
         {
             "title": str(layer).capitalize(),
@@ -57,18 +59,18 @@ def write_report(
         .render(
             findings=findings,
             warnings=warnings(findings),
-            reaches=[reach_verdict(r) for r in reaches[-1:]],
+            reaches=[] if matched is None else [reach_verdict(matched)],
             headlines=[found[0] for found in texts.values()],
             reach_rows=[_reach_row(r) for r in reaches],
             sections=sections,
             layers_figure=pictures.get("layers"),
             reach_figure=pictures.get("reach"),
             thresholds=[
-                f"{100 * t:g} %" for t in next(iter(findings.layers.values())).spectrum.thresholds
+                f"{percent(t)} %" for t in next(iter(findings.layers.values())).spectrum.thresholds
             ],
             rows=[_row(layer, r) for layer, r in findings.layers.items()],
             sep_rows=[_sep_row(layer, r) for layer, r in findings.layers.items()],
-            shares=[f"{100 * s:g} %" for s in next(iter(findings.layers.values())).sep.shares],
+            shares=[f"{percent(s)} %" for s in next(iter(findings.layers.values())).sep.shares],
             about=about,
             centred=next(iter(findings.layers.values())).pca.centred,
         )
@@ -87,7 +89,8 @@ _CAPTIONS = {
     "sep": "Spectral energy pattern: cumulative energy over the frequencies of a token's channels, "
     "as published (left) and one-sided (right), beside its null models. Where the curves lie on "
     "one another the pattern says nothing.",
-    "rotation": "Overlap of leading subspaces of the images of a sample: 1 is the same subspace. "
+    "rotation": "Overlap of leading subspaces of the images of a sample, by their numbers in "
+    "images.csv: 1 is the same subspace. "
     "The line in the colour bar is the expectation for random subspaces.",
 }
 

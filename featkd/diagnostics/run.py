@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import featkd
+from featkd.diagnostics.findings import Findings, RunOptions
 from featkd.diagnostics.kept import KEPT_FILES, KeptFeatures
-from featkd.diagnostics.pca import CapturedEnergy, PCAResult
+from featkd.diagnostics.pca import CapturedEnergy, PCAResult, mean_token
 from featkd.diagnostics.source import Chunk, Layer, Source, UnreadableError, num_chunks
 from featkd.diagnostics.state import STATE_FILES, load_state, save_state, state_path
 from featkd.diagnostics.stream import LayerDiagnostics, LayerResult, Settings
@@ -24,60 +25,6 @@ from featkd.interrupt import Interrupt
 
 _GIB = 2**30
 _LARGEST = 1e17  # the squares of more leave float32
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a run goes about it; `Settings` says what it measures.
-
-    Args:
-        keep: precision of the features kept for the second pass, or "never".
-        budget_gib: most disk that kept features may take, over all processes.
-        on_bad: "error" stops at features that can't be used; "skip" leaves the image out.
-        compiled: run elementwise and FFT parts through torch.compile.
-        resume: go on from the state in `out`, if any.
-        save_seconds: least time between two states.
-
-    Raises:
-        ValueError: a field is out of its range.
-    """
-
-    keep: Literal["fp32", "bf16", "never"] = "fp32"
-    budget_gib: float = 8.0
-    on_bad: Literal["error", "skip"] = "error"
-    compiled: bool = False
-    resume: bool = True
-    save_seconds: float = 30.0
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("keep", ("fp32", "bf16", "never")), ("on_bad", ("error", "skip"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(allowed)}; got {getattr(self, name)!r}"
-                )
-        for name in ("budget_gib", "save_seconds"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}")
-
-
-@dataclass
-class Findings:
-    """What a finished run found.
-
-    Attributes:
-        layers: for each layer its figures.
-        bad: what is wrong with the images that were left out, by name.
-        images: images that were counted.
-        images_per_s: of process 0's first pass, since it was last started; None where that had
-            ended before.
-        notes: what a reader must know about the figures.
-    """
-
-    layers: dict[Layer, LayerResult]
-    bad: dict[str, str]
-    images: int
-    images_per_s: float | None
-    notes: list[str]
 
 
 class DiagnosticsRun:
@@ -121,6 +68,7 @@ class DiagnosticsRun:
         self._captured: dict[Layer, CapturedEnergy] = {}
         self._bad: dict[str, str] = {}
         self._calibrated = False
+        self._held: list[Chunk] = []  # read for the calibration, and still to be counted
         self._pass = 1
         self._done = 0  # chunks of this pass
         self._second: dict[Layer, Any] = {}
@@ -144,6 +92,7 @@ class DiagnosticsRun:
         else:
             self._remove_all()
         with Interrupt() as interrupt:
+            self._calibrate()
             started, before = time.monotonic(), self._seen()
             if self._pass == 1 and not self._first_pass(interrupt):
                 return interrupt.signal
@@ -176,6 +125,7 @@ class DiagnosticsRun:
     # The first pass.
 
     def _first_pass(self, interrupt: Interrupt) -> bool:
+        self._report_progress()
         for chunk in self._chunks():
             self._bad.update(chunk.bad)
             images, maps = self._usable(chunk)
@@ -193,27 +143,24 @@ class DiagnosticsRun:
         return True
 
     def _chunks(self) -> Iterator[Chunk]:
-        """This process's chunks from where it is; calibrates by the first usable one of all."""
-        left = list(self._numbers[self._done :])
-        if self._calibrated:
-            yield from self.source.chunks(left)
-            return
-        held: list[Chunk] = []
-        for chunk in self.source.chunks(range(num_chunks(self.source))):
-            if chunk.number in left:
-                held.append(chunk)
-            _, maps = self._usable(chunk)
-            if maps:
-                self._calibrate(maps)
-                break
-        yield from held
-        yield from self.source.chunks(left[len(held) :])
+        """This process's chunks from where it is, those first that the calibration took."""
+        left = list(self._numbers[self._done + len(self._held) :])
+        while self._held:
+            yield self._held.pop(0)
+        yield from self.source.chunks(left)
 
-    def _calibrate(self, maps: dict[Layer, Tensor]) -> None:
-        for layer, m in maps.items():
-            self._stats[layer].calibrate(m)
+    def _calibrate(self) -> None:
+        """The pilots of all processes, by what process 0 reads: the first usable chunk of all."""
+        if not self.context.any_true(not self._calibrated):
+            return
+        first = self.context.broadcast(self._first_usable() if self.context.is_main else None)
+        if first is None or self._calibrated:
+            return
+        pilots, numbers = first
+        for layer, pilot in pilots.items():
+            self._stats[layer].calibrate(pilot)
         size = {"fp32": 4, "bf16": 2, "never": 0}[self.options.keep]
-        needed = self.source.num_images * size * sum(m[0].numel() for m in maps.values()) / _GIB
+        needed = self.source.num_images * size * numbers / _GIB
         if needed > self.options.budget_gib:
             self._kept = None
             self._note(
@@ -221,6 +168,18 @@ class DiagnosticsRun:
                 f"{self.options.budget_gib:g} GiB"
             )
         self._calibrated = True
+
+    def _first_usable(self) -> tuple[dict[Layer, Tensor], int] | None:
+        """Mean tokens (1, 1, D), and the numbers in an image's maps; keeps the chunks it reads."""
+        left = self._numbers[self._done :] if self._pass == 1 else range(0)
+        for chunk in self.source.chunks(range(num_chunks(self.source))):
+            if chunk.number in left:
+                self._held.append(chunk)
+            _, maps = self._usable(chunk)
+            if maps:
+                pilots = {layer: mean_token(m).view(1, 1, -1) for layer, m in maps.items()}
+                return pilots, sum(m[0].numel() for m in maps.values())
+        return None
 
     def _usable(self, chunk: Chunk) -> tuple[Tensor, dict[Layer, Tensor]]:
         """Images and maps without those that hold NaN, Inf or the like in any layer."""
@@ -284,6 +243,7 @@ class DiagnosticsRun:
             parts = (
                 (maps, images) for images, maps in map(self._usable, self.source.chunks(numbers))
             )
+        self._report_progress()
         for maps, images in parts:
             for layer, m in maps.items():  # none where no image of a chunk could be used
                 self._captured[layer].update(m, images)
@@ -305,26 +265,34 @@ class DiagnosticsRun:
             if not self.context.is_main:
                 continue
             try:
-                result = merged[layer].result()
+                found[layer] = self._figures(merged[layer], states)
             except ValueError as error:  # one dead layer must not cost the others' report
                 self._note(f"{layer} is left out: {error}")
-                continue
-            if states:
-                captured = CapturedEnergy(result.pca, self.settings.thresholds)
-                for state in states:
-                    part = CapturedEnergy(result.pca, self.settings.thresholds)
-                    part.load_state_dict(state)
-                    captured.merge(part)
-                result = replace(result, captured=captured.result())
-            found[layer] = result
         bad = self.context.merged(self._bad)
         if not self.context.is_main:
             return None
         if not found:
             raise UnreadableError("the features of all layers are zero")
-        images = next(iter(found.values())).images
-        notes = [*self.source.notes, *self._notes]
-        return Findings(found, dict(sorted(bad.items())), images, speed, notes)
+        return Findings(
+            layers=found,
+            names=[self.source.name(image) for image in range(self.source.num_images)],
+            bad=dict(sorted(bad.items())),
+            images=next(iter(found.values())).images,
+            images_per_s=speed,
+            notes=[*self.source.notes, *self._notes],
+        )
+
+    def _figures(self, stats: LayerDiagnostics, states: list[dict[str, Any]]) -> LayerResult:
+        """One layer's, with the second pass of all processes where there was one."""
+        result = stats.result()
+        if not states:
+            return result
+        captured = CapturedEnergy(result.pca, self.settings.thresholds)
+        for state in states:
+            part = CapturedEnergy(result.pca, self.settings.thresholds)
+            part.load_state_dict(state)
+            captured.merge(part)
+        return replace(result, captured=captured.result())
 
     # States.
 

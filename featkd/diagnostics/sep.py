@@ -21,6 +21,7 @@ from featkd.diagnostics.exact_sum import ExactSum
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
 _CPU_TOKENS = 784
+SAFE = (1e-12, 1e12)  # numbers whose squares are far from the ends of float32
 _TIE = 1e-9  # a share this close below a level reaches it
 
 
@@ -174,13 +175,29 @@ def cumulative_moments(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([part.sum(0) for part in sums]).double(), zero.sum()
 
 
-def safe_scale(tokens: Tensor) -> float:
+def safe_scale(*parts: Tensor) -> float:
     """A power of two that brings the largest entry near 1, where its square is out of range."""
-    low, high = (float(x) for x in tokens.aminmax()) if tokens.numel() else (0.0, 0.0)
-    largest = max(-low, high)
-    if 1e-12 < largest < 1e12 or largest == 0:
+    ends = [float(end) for part in parts if part.numel() for end in part.aminmax()]
+    largest = max(map(abs, ends), default=0.0)
+    if SAFE[0] < largest < SAFE[1] or largest == 0:
         return 1.0
-    return math.ldexp(1.0, -math.frexp(largest)[1])
+    return math.ldexp(1.0, min(-math.frexp(largest)[1], _most(parts[0].dtype)))
+
+
+def safe_scales(maps: Tensor) -> Tensor | None:
+    """The same for each of the maps (B, N, D), (B,); None where all of them are 1."""
+    low, high = maps.flatten(1).aminmax(dim=1)
+    largest = torch.maximum(-low, high)
+    odd = ((largest <= SAFE[0]) | (largest >= SAFE[1])) & (largest != 0)
+    if not odd.any():
+        return None
+    exponents = torch.where(odd, -torch.frexp(largest).exponent, 0).clamp(max=_most(maps.dtype))
+    return torch.ldexp(torch.ones_like(largest), exponents)
+
+
+def _most(dtype: torch.dtype) -> int:
+    """Exponent of the largest scale: the smallest numbers' own would not be finite."""
+    return 1022 if dtype == torch.float64 else 126
 
 
 _COMPILED: list[Callable[[Tensor], tuple[Tensor, Tensor]]] = []

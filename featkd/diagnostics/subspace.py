@@ -73,9 +73,7 @@ def rotation(
     if len(features) < 2:
         raise ValueError(f"features: expected at least 2 images with energy, got {len(features)}")
     bases = linalg.svd(features.double(), k).Vh  # (M, k, D)
-    rows = bases.flatten(0, 1)
-    m = len(features)
-    overlap = (rows @ rows.T).square().reshape(m, k, m, k).sum((1, 3)) / k
+    overlap = _overlaps(bases)
     with_dataset = (bases @ pca.vectors[:, :k].to(bases)).square().sum((1, 2)) / k
     first, second = torch.triu_indices(len(features), len(features), 1)
     pairs = overlap[first, second]
@@ -96,6 +94,19 @@ def rotation(
         angles_deg=_mean_angles(bases[first[some]].mT, bases[second[some]].mT),
         random_angles_deg=_mean_angles(random[0], random[1]),
     )
+
+
+def _overlaps(bases: Tensor) -> Tensor:
+    """(M, M) of orthonormal rows (M, k, D): one image beside the others at a time.
+
+    All at once their cosines would be (M k)^2 numbers, and so they are at most M k^2.
+    """
+    m, k, _ = bases.shape
+    overlap = bases.new_zeros((m, m))
+    for image, own in enumerate(bases):
+        cosines = bases[image:] @ own.T
+        overlap[image, image:] = cosines.square_().sum((1, 2)) / k
+    return overlap.triu() + overlap.triu(1).T
 
 
 def _mean_angles(v1: Tensor, v2: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ import safetensors.torch
 import torch
 
 from featkd import reference
+from featkd.diagnostics.findings import Findings
 from featkd.diagnostics.per_image import Summary
 from featkd.diagnostics.reach import Reach
-from featkd.diagnostics.run import Findings
+from featkd.diagnostics.shares import plain
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.stream import LayerResult
 from featkd.files import atomic_write, write_csv
@@ -27,7 +28,7 @@ _SUMMARY = ("percentile99", "mean", "std", "median", "smallest", "largest")
 def write_tables(
     out: Path, findings: Findings, reaches: Sequence[Reach], about: dict[str, Any]
 ) -> None:
-    """Write summary.json, ranks.csv, sep.csv, rotation.csv, curves.csv, per_image.safetensors.
+    """Write summary.json, five tables as CSV, and per_image.safetensors.
 
     Args:
         out: the folder.
@@ -56,6 +57,7 @@ def write_tables(
     rotation = ("k", "pair_mean", "pair_std", "dataset_mean", "dataset_std", "random")
     _table(out / "rotation.csv", (*names, *rotation), _rotation_rows(layers, rotation))
     _table(out / "curves.csv", (*names, "curve", "index", "mean", "std"), _curve_rows(layers))
+    _table(out / "images.csv", ("index", "name"), enumerate(findings.names))
     tensors = {}
     for layer, result in layers:
         name = f"{layer.model or 'model'}.{layer.index}"
@@ -63,11 +65,14 @@ def write_tables(
         tensors[f"{name}.ranks"] = result.spectrum.ranks
         if result.captured is not None:
             tensors[f"{name}.dims"] = result.captured.dims
+        if result.rotation is not None:
+            for kind in ("images", "overlap", "overlap_dataset"):
+                tensors[f"{name}.rotation_{kind}"] = getattr(result.rotation, kind)
     _write(out / "per_image.safetensors", safetensors.torch.save(tensors))
 
 
 def _layer_summary(layer: Layer, r: LayerResult) -> dict[str, Any]:
-    levels = [f"{t:g}" for t in r.spectrum.thresholds]
+    levels = [plain(t) for t in r.spectrum.thresholds]
     thresholds = torch.tensor(r.spectrum.thresholds, dtype=torch.float64)
     dims = reference.first_reaching(r.pca.spread, thresholds)
     rotation = None
@@ -120,7 +125,8 @@ def _rank_rows(layers: _Layers) -> Iterable[Sequence[Any]]:
             kinds.append(("pca", r.captured.summaries))
         for kind, summaries in kinds:
             for threshold, s in zip(r.spectrum.thresholds, summaries, strict=True):
-                yield layer.model, layer.index, kind, threshold, *(getattr(s, n) for n in _SUMMARY)
+                numbers = [getattr(s, n) for n in _SUMMARY]
+                yield layer.model, layer.index, kind, plain(threshold), *numbers
 
 
 def _sep_rows(layers: _Layers) -> Iterable[Sequence[Any]]:
@@ -129,7 +135,7 @@ def _sep_rows(layers: _Layers) -> Iterable[Sequence[Any]]:
         yield from zip(
             [layer.model] * len(r.sep.shares),
             [layer.index] * len(r.sep.shares),
-            r.sep.shares,
+            map(plain, r.sep.shares),
             r.sep.bandwidth,
             r.sep.relative(),
             r.sep.folded_bandwidth,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from featkd.diagnostics.findings import Findings
 from featkd.diagnostics.reach import Reach
-from featkd.diagnostics.run import Findings
+from featkd.diagnostics.shares import percent
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.stream import LayerResult
 
-_SAME = 0.015  # difference of d/D below which two curves are called equal
+_SAME = 0.015  # difference of d/D up to which two curves are called equal
+_SAME_STEPS = 1.5  # the same in d, which is whole: one step of few channels is above _SAME
 _LOWER = 0.8  # of the Gaussian maps' rank: below it a rank is called low
 
 
@@ -36,7 +38,7 @@ def subspace_verdict(r: LayerResult) -> str:
     """Ranks of images and axes of the data set, beside Gaussian maps; overlap beside random."""
     level = r.spectrum.typical
     threshold = r.spectrum.thresholds[level]
-    share = f"{100 * threshold:g} %"
+    share = f"{percent(threshold)} %"
     null = r.gaussian_spectrum.summaries[level].percentile99
     text = (
         f"99 % of the images need at most {r.spectrum.summaries[level].percentile99} dimensions "
@@ -67,12 +69,13 @@ def sep_verdict(r: LayerResult) -> str:
     """SEP beside its nulls: Gaussian tokens, and the same tokens with their channels permuted."""
     null = " ".join(f"{d:.3f}" for d in r.gaussian.relative())
     figures = " ".join(f"{d:.3f}" for d in r.sep.relative())
-    shares = " ".join(f"{100 * s:g}" for s in r.sep.shares)
+    shares = " ".join(map(percent, r.sep.shares))
     p = r.permutation
     tried = f"{p.permutations} random orders of the channels, {p.images} images"
     text = f"SEP, d/D at {shares} %: {figures}"
     pairs = zip(r.sep.relative(), r.gaussian.relative(), strict=True)
-    equal = all(abs(d - n) <= _SAME for d, n in pairs)
+    same = max(_SAME, _SAME_STEPS / r.channels)
+    equal = all(abs(d - n) <= same for d, n in pairs)
     if equal:
         text += (
             f". This equals the null: Gaussian tokens give {null}. It is no evidence of how these "

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from featkd.diagnostics import CapturedEnergy, DatasetPCA, LayerDiagnostics, Settings
 from featkd.diagnostics.exact_sum import ExactSum
@@ -18,6 +20,7 @@ from featkd.diagnostics.sample import FeatureSample
 from featkd.diagnostics.sep import SEP
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.spectrum import SpectrumStats
+from featkd.diagnostics.subspace import rotation
 from tests.diagnostics import published
 from tests.diagnostics.maps import feature_maps
 
@@ -193,6 +196,55 @@ def test_sep_takes_any_scale():
     assert (found[2] - found[1]).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**55])
+@pytest.mark.parametrize("centred", [False, True])
+def test_pca_takes_any_scale(scale, centred):
+    """1e-30 squared is zero in float32, and the squares of 1e17 come near its largest number."""
+    maps = feature_maps(12, 9, 16)
+    found = []
+    for factor in (1.0, scale):
+        stats = DatasetPCA()
+        stats.update(maps[:6] * factor)
+        stats.update(maps[6:] * factor)
+        pca = stats.result(centred)
+        second = CapturedEnergy(pca, THRESHOLDS)
+        second.update(maps * factor, torch.arange(12))
+        found.append((pca.eigenvalues / factor**2, second.result()))
+    (plain, captured), (scaled, same) = found
+    assert (plain - scaled).abs().max() < 1e-6 * plain[0]
+    assert torch.equal(captured.dims, same.dims)
+    assert (captured.curve_mean - same.curve_mean).abs().max() < 1e-6
+
+
+def test_the_smallest_numbers_of_float32_have_figures():
+    """Their own scale would be infinite."""
+    maps = feature_maps(6, 9, 16) * 2.0**-140
+    stats = LayerDiagnostics(QUICK)
+    stats.update(maps)
+    found = stats.result()
+    mean, _ = published.sep(maps.numpy())
+    assert np.abs(found.sep.mean.numpy() - mean).max() < 1e-6
+    second = CapturedEnergy(found.pca, THRESHOLDS)
+    second.update(maps, torch.arange(6))
+    _, vectors = published.dataset_pca(maps.numpy())
+    dims, _ = published.captured(maps.numpy(), vectors, THRESHOLDS)
+    assert np.array_equal(second.result().dims, dims)
+
+
+def test_a_faint_image_beside_a_loud_one_is_captured():
+    maps = feature_maps(6, 9, 16)
+    stats = DatasetPCA()
+    stats.update(maps)
+    faint = maps.clone()
+    faint[2] *= 2.0**-100
+    dims = []
+    for some in (maps, faint):
+        second = CapturedEnergy(stats.result(), THRESHOLDS)
+        second.update(some, torch.arange(6))
+        dims.append(second.result().dims)
+    assert torch.equal(*dims)
+
+
 def test_permutations_tell_order_from_none():
     """Smooth channels have an order that a permutation destroys; Gaussian ones have none."""
     generator = torch.Generator().manual_seed(0)
@@ -202,6 +254,21 @@ def test_permutations_tell_order_from_none():
     assert found.p_value[0] <= 1 / 31 + 1e-9
     assert found.observed[0] < found.permuted_low[0]
     assert min(permutation_test(random, permutations=30).p_value) > 0.05
+
+
+def test_permutations_weigh_tokens_as_the_observed_order_does():
+    """Images with zero tokens: one smooth token in a hundred must not count as a whole image."""
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(4, 50, 32, generator=generator)
+    maps[:2, 1:] = 0
+    maps[:2, 0] = 1 + 0.01 * maps[:2, 0]
+    found = permutation_test(maps, permutations=20)
+    tokens = maps.flatten(0, 1)
+    mean, _ = published.sep(tokens[tokens.any(1)][None].numpy())
+    assert found.observed == tuple(published.reaching(mean, s) / 32 for s in found.shares)
+    assert found.p_joint > 0.05
+    for low, value, high in zip(found.low, found.observed, found.high, strict=True):
+        assert low <= value <= high
 
 
 def test_bandwidth():
@@ -233,6 +300,33 @@ def test_rotation():
     assert same.result().rotation.pair_mean == pytest.approx(1)
     assert same.result().rotation.dataset_mean == pytest.approx(1)
     assert float(same.result().rotation.angles_deg.max()) < 1e-3
+
+
+class Largest(TorchDispatchMode):
+    """Notes the numbers of the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self.numbers = max(self.numbers, *made, 0)
+        return out
+
+
+def test_rotation_forms_no_matrix_of_all_directions():
+    images, tokens, channels, k = 60, 25, 32, 20
+    maps = feature_maps(images, tokens, channels)
+    stats = DatasetPCA()
+    stats.update(maps)
+    with Largest() as largest:
+        found = rotation(maps, torch.arange(images), stats.result(), k)
+    assert (found.k, found.left_out) == (k, 0)
+    assert largest.numbers <= 128 * k * channels  # the pairs whose angles are taken
+    assert largest.numbers < (images * k) ** 2 / 10
+    assert torch.equal(found.overlap, found.overlap.T)
 
 
 def test_sample_is_uniform_and_the_same_in_any_order():
@@ -276,6 +370,8 @@ def test_exact_sums_have_no_order_and_no_scale():
     with pytest.raises(ValueError, match="expected shape"):
         forward.merge(ExactSum((2,)))
     full = ExactSum(())
+    full.add(torch.tensor(0.3, dtype=torch.float64))
+    assert 2**62 // full._bounds[-40] == 2**21  # as the class and the message say
     full._bounds[-40] = 2**62
     with pytest.raises(OverflowError, match="additions"):
         full.add(torch.tensor(0.3, dtype=torch.float64))

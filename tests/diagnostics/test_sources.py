@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import safetensors.torch
@@ -47,7 +49,7 @@ def test_each_file_is_opened_once(tmp_path, maps, monkeypatch):
     write_npy(tmp_path, maps)
     opened = []
     load = np.load
-    monkeypatch.setattr(np, "load", lambda path, **k: (opened.append(path), load(path, **k))[1])
+    monkeypatch.setattr(np, "load", lambda f, **k: (opened.append(f.name), load(f, **k))[1])
     all_maps(FeatureFiles(tmp_path, chunk_size=2), Layer("", 0))
     assert len(opened) == len(set(opened)) == 5
 
@@ -114,6 +116,23 @@ def test_one_bad_file_is_named(tmp_path, maps, kind):
     assert [*chunks[1].bad] == [str(path)]
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+@pytest.mark.parametrize(
+    "content", [b"<!DOCTYPE html>", b"", pickle.dumps([1.0])], ids=["page", "empty", "pickle"]
+)
+@pytest.mark.parametrize("allow_pickle", [False, True])
+def test_what_is_no_array_file_is_not_called_an_object_array(
+    tmp_path, suffix, content, allow_pickle
+):
+    """A page in place of a download must not lead anyone to run code from it."""
+    (tmp_path / f"0{suffix}").write_bytes(content)
+    with pytest.raises(UnreadableError) as caught:
+        FeatureFiles(tmp_path, allow_pickle=allow_pickle)
+    assert f"0{suffix} is damaged or no {suffix} file: expected" in str(caught.value)
+    assert str(caught.value).endswith(f"got {content[:6]!r}")
+    assert "pickle" not in str(caught.value).split("got")[0]
+
+
 def test_bad_folders_and_layers(tmp_path, maps):
     with pytest.raises(FileNotFoundError, match="features: expected a folder"):
         FeatureFiles(tmp_path / "none")
@@ -149,6 +168,22 @@ def test_models_on_images(images):
     assert classes == {"blue", "green", "red"}  # spread over the folder, not its beginning
     again = next(source.chunks([1]))
     assert torch.equal(chunk.maps[Layer("", 0)], again.maps[Layer("", 0)])
+
+
+def test_nothing_after_the_deepest_layer_is_computed(images):
+    model = create_teacher("vit_tiny_patch16_224", **TINY)
+    for unused in (model.blocks[2], model.norm, model.head):
+        unused.register_forward_hook(lambda *_: pytest.fail("computed for nothing"))
+    source = ModelFeatures(
+        [Subject("", model, (1, 0), {})],
+        images,
+        DataConfig(img_size=16, workers=0),
+        device=torch.device("cpu"),
+        limit=2,
+    )
+    (chunk,) = source.chunks([0])
+    assert list(chunk.maps) == [Layer("", 1), Layer("", 0)]
+    assert len(chunk.images) == 2
 
 
 def test_unreadable_images(tmp_path):

@@ -1,0 +1,47 @@
+"""What the figures show, and that nothing in them lies on something else."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from featkd.diagnostics import figures
+from featkd.diagnostics.spectrum import SpectrumResult
+from featkd.diagnostics.stream import LayerDiagnostics, Settings
+from tests.diagnostics.maps import feature_maps
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("largest", [1, 2, 39, 40, 41, 55, 80, 81, 384])
+def test_bins_hold_equally_many_integers(largest):
+    edges = figures._edges(largest)
+    assert edges[0] == 0.5
+    assert edges[-1] >= largest + 0.5
+    assert len(edges) <= 41
+    held = {sum(a < n < b for n in range(1, 2 * largest + 9)) for a, b in itertools.pairwise(edges)}
+    assert len(held) == 1
+    assert len(edges) == 2 or edges[-2] < largest
+
+
+@pytest.mark.parametrize("thresholds", [(0.8, 0.9, 0.95, 0.99), (0.9,)])
+def test_the_ranks_legend_lies_on_no_outline(thresholds):
+    maps = feature_maps(120, 25, 24)
+    maps[5] = 0
+    stats = LayerDiagnostics(Settings(thresholds, sample=3, permuted=1, permutations=1))
+    stats.update(maps)
+    result = stats.result()
+    assert isinstance(result.spectrum, SpectrumResult)
+    figure = figures._ranks(result)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    box = axes.get_legend().get_window_extent()
+    outlines = [patch.get_path() for patch in axes.patches]
+    assert len(outlines) == len(thresholds)
+    for outline in outlines:
+        found = axes.transData.transform(outline.vertices)
+        assert not torch.tensor([box.contains(x, y) for x, y in found]).any()
+    counted = sum(sum(p.vertices[1:-1:2, 1]) for p in outlines) / len(thresholds)
+    assert counted == 119

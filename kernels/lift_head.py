@@ -301,7 +301,7 @@ def backward(
 
     Args:
         d_loss: of sum(E H) / 2, a scalar, or None; given with the teacher.
-        d_pooled: (B, Ct), or None; both in the accumulators' dtype.
+        d_pooled: (B, Ct) contiguous, or None; both in the accumulators' dtype.
         exact: leave the parameters' gradients in that dtype.
 
     Returns:

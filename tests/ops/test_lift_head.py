@@ -13,6 +13,7 @@ from featkd.functional import lift_head
 from featkd.ops.lift_head import _backward, _forward
 from tests.kernels.feature_kd_cases import relative
 from tests.kernels.lift_head_cases import (
+    UPSTREAM,
     Inputs,
     Problem,
     assert_as_exact_as_eager,
@@ -84,6 +85,18 @@ def test_expanded_features_teacher_and_gradient():
     expanded = x._replace(**{name: getattr(x, name).expand(n) for name, n in sizes.items()})
     whole = x._replace(**{name: getattr(expanded, name).clone() for name in sizes})
     got = run(expanded, 4)
+    for key, value in run(whole, 4).items():
+        assert torch.equal(got[key], value), key
+
+
+@pytest.mark.parametrize("compare", [True, False])
+@pytest.mark.parametrize("laid_out", UPSTREAM, ids=UPSTREAM)
+def test_an_upstream_gradient_of_any_strides(laid_out, compare):
+    x = Problem(3, 12, 6, 10, 4, compare).inputs(torch.float32)
+    viewed = x._replace(direction=UPSTREAM[laid_out](x.direction))
+    assert not viewed.direction.is_contiguous()
+    whole = x._replace(direction=viewed.direction.contiguous())
+    got = run(viewed, 4)
     for key, value in run(whole, 4).items():
         assert torch.equal(got[key], value), key
 

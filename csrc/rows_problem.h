@@ -27,7 +27,7 @@ struct Results {
 constexpr int64_t MOST_BLOCKS = 32;
 
 // E = LN(x) - T, L = sum(E H), and the gradient of scale * L / 2 + sum(LN(x) added): see
-// featkd/cpu/distance.py. H is E where width is 0, else E with its row sums over `width` tokens.
+// featkd/cpu/rows.py. H is E where width is 0, else E with its row sums over `width` tokens.
 struct DistanceProblem {
   int64_t rows, channels, width;
   bool wide;

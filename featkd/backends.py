@@ -1,7 +1,8 @@
 """Which implementation of an op runs: the choice, and which one ran last.
 
 "auto" takes the Triton kernels for CUDA tensors, the fused CPU path for CPU tensors, and plain
-torch (`featkd.reference`) for everything else and for what the other two do not support.
+torch (`featkd.reference`) for everything else and for what the other two do not support. While
+torch.autograd.forward_ad or torch.func.jvp is on, all runs on the reference.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 
@@ -112,7 +114,9 @@ def choose(op: str, device: torch.device, unsupported: Callable[[str], str]) -> 
         backend = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference")
     if backend == "reference":
         return backend
-    why = unsupported(backend)
+    # a custom op's outputs have no tangents, and torch says nothing where no input requires grad
+    tangents = forward_ad._current_level >= 0  # of torch.func.jvp too
+    why = "forward-mode derivatives" if tangents else unsupported(backend)
     if not why:
         return backend
     _warn_once(op, why)

@@ -27,11 +27,13 @@ def check_tensor(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
 
 
-def check_floating(name: str, x: Tensor) -> None:
-    """Raise TypeError unless `x` is a real floating-point tensor."""
+def check_floating(name: str, x: Tensor, shape: Sequence[int | str] | None = None) -> None:
+    """Raise TypeError unless `x` is a real floating-point tensor, ValueError as `check_shape`."""
     check_tensor(name, x)
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+    if shape is not None:
+        check_shape(name, x, shape)
 
 
 def check_shape(name: str, x: Tensor, expected: Sequence[int | str]) -> None:
@@ -89,8 +91,7 @@ def check_teacher_map(teacher: Tensor | LowRank, shape: tuple[int, int, int]) ->
     if isinstance(teacher, LowRank):
         sizes = {"teacher.left": (batch, tokens, "k"), "teacher.right": (batch, channels, "k")}
     for name, x in teacher_tensors(teacher).items():
-        check_floating(name, x)
-        check_shape(name, x, sizes[name])
+        check_floating(name, x, sizes[name])
         check_constant(name, x)
     if not channels:
         raise ValueError(
@@ -198,8 +199,6 @@ def check_norm(
         if norm_bias is not None:
             raise ValueError(f"{names[1]}: given without {names[0]}")
         return
-    check_floating(names[0], norm_weight)
-    check_shape(names[0], norm_weight, (channels,))
+    check_floating(names[0], norm_weight, (channels,))
     if norm_bias is not None:
-        check_floating(names[1], norm_bias)
-        check_shape(names[1], norm_bias, (channels,))
+        check_floating(names[1], norm_bias, (channels,))

@@ -2,7 +2,8 @@
 
 Shapes: B images, N tokens (patches, row-major, no CLS), Cs/Ct student/teacher channels, K classes.
 Scalars come back as float32, or float64 where the first argument is float64. All functions are
-differentiable in everything but the teacher's tensors, deterministic, and write to no input.
+differentiable in everything but the teacher's tensors (in forward mode by plain torch), repeat
+bitwise, and write to no input.
 """
 
 from __future__ import annotations
@@ -87,19 +88,16 @@ def projected_feature_kd(
     """
     checks.check_metric(metric)
     checks.check_positive("eps", eps)
-    checks.check_floating("student", student)
-    checks.check_shape("student", student, ("B", "N", "Cs"))
+    checks.check_floating("student", student, ("B", "N", "Cs"))
     batch, tokens, width = student.shape
     if weight is None:
         if bias is not None:
             raise ValueError("bias: given without weight")
     else:
-        checks.check_floating("weight", weight)
-        checks.check_shape("weight", weight, ("Ct", width))
+        checks.check_floating("weight", weight, ("Ct", width))
         width = weight.shape[0]
         if bias is not None:
-            checks.check_floating("bias", bias)
-            checks.check_shape("bias", bias, (width,))
+            checks.check_floating("bias", bias, (width,))
     checks.check_norm(norm_weight, norm_bias, width, optional=True)
     checks.check_not_empty("student", student)
     checks.check_teacher_map(teacher, (batch, tokens, width))
@@ -172,10 +170,8 @@ def widelast_projection(
         (torch.Size([2, 9, 4]), torch.Size([2, 9, 4]))
     """
     checks.check_positive("eps", eps)
-    checks.check_floating("x", x)
-    checks.check_shape("x", x, ("B", "N", "Cs"))
-    checks.check_floating("weight", weight)
-    checks.check_shape("weight", weight, ("Ct", x.shape[2]))
+    checks.check_floating("x", x, ("B", "N", "Cs"))
+    checks.check_floating("weight", weight, ("Ct", x.shape[2]))
     width = weight.shape[0]
     checks.check_norm(
         proj_norm_weight, proj_norm_bias, width, ("proj_norm_weight", "proj_norm_bias")
@@ -242,11 +238,9 @@ def lift_head(
     """
     checks.check_metric(metric)
     checks.check_positive("eps", eps)
-    checks.check_floating("features", features)
-    checks.check_shape("features", features, ("B", "N", "Cs"))
+    checks.check_floating("features", features, ("B", "N", "Cs"))
     batch, tokens, channels = features.shape
-    checks.check_floating("weight", weight)
-    checks.check_shape("weight", weight, ("Ct", channels))
+    checks.check_floating("weight", weight, ("Ct", channels))
     checks.check_norm(norm_weight, norm_bias, weight.shape[0])
     checks.check_not_empty("features", features)
     if teacher is not None:
@@ -320,14 +314,12 @@ def soft_kd(
     """
     checks.check_fraction("alpha", alpha)
     checks.check_positive("tau", tau)
-    checks.check_floating("student_logits", student_logits)
-    checks.check_shape("student_logits", student_logits, ("B", "K"))
+    checks.check_floating("student_logits", student_logits, ("B", "K"))
     checks.check_not_empty("student_logits", student_logits)
     batch, classes = student_logits.shape
     checks.check_target("target", target, batch, classes)
     if teacher_logits is not None:
-        checks.check_floating("teacher_logits", teacher_logits)
-        checks.check_shape("teacher_logits", teacher_logits, (batch, classes))
+        checks.check_floating("teacher_logits", teacher_logits, (batch, classes))
         checks.check_constant("teacher_logits", teacher_logits)
     elif alpha > 0:
         raise ValueError(f"teacher_logits: None, but alpha is {alpha} (only 0 needs no teacher)")
@@ -385,12 +377,10 @@ def talking_heads_attention(
         True
     """
     checks.check_positive("scale", scale)
-    checks.check_floating("q", q)
-    checks.check_shape("q", q, ("B", "heads", "N", "d"))
+    checks.check_floating("q", q, ("B", "heads", "N", "d"))
     checks.check_not_empty("q", q)
     for name, x in (("k", k), ("v", v)):
-        checks.check_floating(name, x)
-        checks.check_shape(name, x, q.shape)
+        checks.check_floating(name, x, q.shape)
         if x.dtype != q.dtype:
             raise ValueError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
     heads = q.shape[1]
@@ -401,8 +391,7 @@ def talking_heads_attention(
         "post_bias": post_bias,
     }
     for name, x in parameters.items():
-        checks.check_floating(name, x)
-        checks.check_shape(name, x, (heads, heads) if name.endswith("weight") else (heads,))
+        checks.check_floating(name, x, (heads, heads) if name.endswith("weight") else (heads,))
     checks.check_same_device(q=q, k=k, v=v, **parameters)
     return talking_heads_attention_op.talking_heads_attention(
         q, k, v, pre_weight, pre_bias, post_weight, post_bias, scale=scale

@@ -59,8 +59,7 @@ def compress(
         >>> factors.left.shape, factors.right.shape, ranks.tolist()
         (torch.Size([1, 2, 1]), torch.Size([1, 3, 1]), [1])
     """
-    checks.check_floating("features", features)
-    checks.check_shape("features", features, ("B", "N", "C"))
+    checks.check_floating("features", features, ("B", "N", "C"))
     if (energy is None) == (rank is None):
         raise ValueError(f"energy, rank: expected one of them, got {energy!r} and {rank!r}")
     batch, tokens, channels = features.shape

@@ -212,7 +212,7 @@ def head_gradients(
 def _places(tile, image_rows, width, tokens, tiles, HB: tl.constexpr, WB: tl.constexpr):
     """The image of tile number `tile`, `tiles` an image, and its places' tokens and validity."""
     _, token, valid = rows.tile_places(tile % tiles * HB, image_rows, width, tokens, HB, WB)
-    return (tile // tiles).to(tl.int64), token.to(tl.int64), valid
+    return (tile // tiles).to(tl.int64), token, valid
 
 
 @triton.jit
@@ -301,7 +301,7 @@ def backward(
 
     Args:
         d_loss: of sum(E H) / 2, a scalar, or None; given with the teacher.
-        d_pooled: (B, Ct), or None; both in the accumulators' dtype.
+        d_pooled: (B, Ct) contiguous, or None; both in the accumulators' dtype.
         exact: leave the parameters' gradients in that dtype.
 
     Returns:

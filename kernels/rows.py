@@ -17,8 +17,8 @@ def tile_places(first, image_rows, width, tokens, HB: tl.constexpr, WB: tl.const
     column = place % WB
     valid = (row < image_rows) & (column < width)
     token = tl.where(valid, row * width + column, 0)
-    # 64 bits: an offset in elements may pass 2^31
-    return (token // tokens).to(tl.int64), token % tokens, valid
+    # 64 bits: offsets in elements, of an image as of a token in it, may pass 2^31
+    return (token // tokens).to(tl.int64), (token % tokens).to(tl.int64), valid
 
 
 @triton.jit

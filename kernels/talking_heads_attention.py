@@ -75,7 +75,7 @@ def attend(
         total = tl.zeros((ROWS,), ACC)
         parts = rows.zero_blocks(ROWS, GROUP * BLOCK, BLOCK, ACC)
         for first in range(0, tokens, KEYS):
-            at = first + tl.arange(0, KEYS)
+            at = (first + tl.arange(0, KEYS)).to(tl.int64)
             scores = tl.zeros((ROWS, KEYS), ACC)
             for j in tl.static_range(tl.cdiv(CHANNELS, BLOCK)):
                 k = rows.load_rows(key, at * key_token, at < tokens, j, CHANNELS, BLOCK)
@@ -131,7 +131,7 @@ def _bias_times_all_values(
         j = block + i
         partial = tl.zeros((KEYS, BLOCK), ACC)
         for first in range(0, tokens, KEYS):
-            at = first + tl.arange(0, KEYS)
+            at = (first + tl.arange(0, KEYS)).to(tl.int64)
             v = rows.load_rows(value, at * value_token, at < tokens, j, CHANNELS, BLOCK)
             partial += v.to(ACC)
         bias = _of_channels(post_bias, 1, j, CHANNELS, DIM, BLOCK)

@@ -179,3 +179,38 @@ def test_compiled_code_warns_of_a_size_that_varies(monkeypatch):
             pytest.warns(UserWarning, match=f"{channels} student channels, more than 1024"),
         ):
             outputs(*inputs)
+
+
+CALLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "projected_feature_kd": lambda x: projected_feature_kd(x, torch.ones(3, 9, 6)),
+    "widelast_projection": lambda x: widelast_projection(
+        x, torch.ones(4, 6).triu(), *(torch.arange(4.0) for _ in range(4))
+    )[1],
+    "lift_head": lambda x: featkd.functional.lift_head(
+        x, torch.ones(4, 6).triu(), torch.arange(4.0), torch.ones(4)
+    )[0],
+    "soft_kd": lambda x: featkd.functional.soft_kd(x[0], torch.eye(9, 6), x[2], alpha=0.5),
+    "talking_heads_attention": lambda x: featkd.functional.talking_heads_attention(
+        *(x.unsqueeze(1) for _ in range(3)), *(torch.ones(1, 1), torch.ones(1)) * 2, scale=1.0
+    ),
+    "spectrum": featkd.linalg.svdvals,
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_forward_mode_derivatives_are_the_references(op: str) -> None:
+    """An op would drop the tangent without a word where nothing requires grad."""
+    generator = torch.Generator().manual_seed(0)
+    x, direction = torch.randn(2, 3, 9, 6, dtype=torch.float64, generator=generator)
+    call = CALLS[op]
+    with pytest.warns(UserWarning, match=f"{op} runs on the reference.*forward-mode"):
+        out, tangent = torch.func.jvp(call, (x,), (direction,))
+    assert featkd.last_backend(op) == "reference"
+    after, before = (call(x + step * direction) for step in (1e-5, -1e-5))
+    torch.testing.assert_close(tangent, (after - before) / 2e-5, rtol=1e-6, atol=1e-6)
+    assert featkd.last_backend(op) == "cpu"
+    torch.testing.assert_close(call(x), out)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, direction)
+        again = torch.autograd.forward_ad.unpack_dual(call(dual)).tangent
+    torch.testing.assert_close(again, tangent)

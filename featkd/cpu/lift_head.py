@@ -123,7 +123,7 @@ def backward_with_loss(
     Args:
         teacher, right: as in `forward`.
         product: as `forward` left it.
-        d_pooled: (B, Ct), or None.
+        d_pooled: (B, Ct) contiguous, or None.
         d_loss: of energy / 2, a scalar, or None.
 
     Returns:
@@ -178,7 +178,7 @@ def backward(
 
     Args:
         rstd, means: as `forward` left them.
-        d_pooled: (B, Ct).
+        d_pooled: (B, Ct) contiguous.
 
     Returns:
         df in the features' dtype, or empty; dW, dgamma and dbeta, or none of them.

@@ -132,8 +132,7 @@ class LayerDiagnostics:
         Raises:
             ValueError: another shape than before, or NaN or Inf among the features.
         """
-        checks.check_floating("features", features)
-        checks.check_shape("features", features, ("B", *(self._shape or ("N", "D"))))
+        checks.check_floating("features", features, ("B", *(self._shape or ("N", "D"))))
         if images is None:
             images = torch.arange(self._seen, self._seen + len(features))
         checks.check_shape("images", images, (len(features),))

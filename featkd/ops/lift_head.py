@@ -172,7 +172,8 @@ def _backward(
     parameters = (weight, norm_weight, norm_bias)
     results = [features.new_empty(0) for _ in range(4)]
     dtype = statistics.dtype
-    d_pooled = None if d_pooled is None else d_pooled.to(dtype)
+    # a transposed or expanded one keeps its strides through `to`; the backends count on none
+    d_pooled = None if d_pooled is None else d_pooled.to(dtype).contiguous()
     if teacher is None:
         d_loss = None
     else:  # the loss's scale joins here: sums of unscaled gradients keep their bits in half types

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,16 +63,27 @@ class Problem:
         )
 
 
+# layouts in which a gradient (B, Ct) may arrive at the pooled map: of a loss on its transpose, of a
+# sum over images, over channels or over both, and of a slice
+UPSTREAM: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda d: d.t().contiguous().t(),
+    "one image's": lambda d: d[:1].expand(d.shape),
+    "one channel's": lambda d: d[:, :1].expand(d.shape),
+    "one number": lambda d: d[:1, :1].expand(d.shape),
+    "sliced": lambda d: torch.cat((d, d), 1)[:, 1 : d.shape[1] + 1],
+}
+
 NAMES = ("pooled", "loss", "features", "weight", "norm_weight", "norm_bias")
 
 
 def differentiate(leaves: list[Tensor], x: Inputs, pooled: Tensor, loss: Tensor | None):
-    """Outputs and gradients by name."""
-    total = (pooled * x.direction).sum()
+    """Outputs and gradients by name; `x.direction` arrives as it is laid out."""
+    outputs, upstream = [pooled], [x.direction]
     if loss is not None:
-        total = total + x.upstream * loss
-    outputs = [pooled.detach(), None if loss is None else loss.detach()]
-    named = zip(NAMES, [*outputs, *torch.autograd.grad(total, leaves)], strict=True)
+        outputs, upstream = [pooled, loss], [x.direction, loss.new_tensor(x.upstream)]
+    gradients = torch.autograd.grad(outputs, leaves, upstream)
+    found = [pooled.detach(), None if loss is None else loss.detach(), *gradients]
+    named = zip(NAMES, found, strict=True)
     return {name: value for name, value in named if value is not None}
 
 

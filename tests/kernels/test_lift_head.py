@@ -11,7 +11,13 @@ import featkd
 from featkd.kernels import lift_head as kernels
 from featkd.kernels.configs import Config
 from tests.kernels.feature_kd_cases import relative
-from tests.kernels.lift_head_cases import Problem, assert_as_exact_as_eager, evaluate, run
+from tests.kernels.lift_head_cases import (
+    UPSTREAM,
+    Problem,
+    assert_as_exact_as_eager,
+    evaluate,
+    run,
+)
 
 ALL = ["pool_and_distance", "features_gradient", "head_gradients", *["sum_and_scale"] * 3]
 # tiles of 16 places and blocks of few channels, so that small problems have several
@@ -91,6 +97,18 @@ def test_views_give_the_same_bits_and_so_does_a_second_run():
         for a, b in ((x, viewed), (x, x), (whole, expanded)):
             want, got = run(a, 0), run(b, 0)
             assert all(torch.equal(got[name], value) for name, value in want.items())
+
+
+@pytest.mark.usefixtures("executed", "small")
+def test_an_upstream_gradient_of_any_strides():
+    x = replace(MSE, compare=False).inputs(torch.bfloat16)
+    with featkd.use_backend("triton"):
+        for name, laid_out in UPSTREAM.items():
+            viewed = x._replace(direction=laid_out(x.direction))
+            got = run(viewed, 0)
+            whole = viewed._replace(direction=viewed.direction.contiguous())
+            for key, value in run(whole, 0).items():
+                assert torch.equal(got[key], value), (name, key)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -9,6 +9,7 @@ import torch
 
 import featkd
 from featkd.kernels import projected_feature_kd as kernels
+from tests.kernels.conftest import tokens_far_apart
 from tests.kernels.feature_kd_cases import Problem, assert_as_exact_as_eager
 from tests.ops.test_projected_feature_kd import run, views
 
@@ -90,6 +91,16 @@ def test_views_give_the_same_bits(executed):
         expanded = run([student, teacher[:1].expand(3, -1, -1), *parameters], 4)
         whole = run([student, teacher[:1].repeat(3, 1, 1), *parameters], 4)
     assert all(torch.equal(expanded[key], value) for key, value in whole.items())
+
+
+@pytest.mark.usefixtures("executed_unchecked", "small")
+def test_tokens_more_than_two_to_the_31_elements_apart():
+    student, teacher, *parameters = Problem(1, 3, 24, 40).tensors(torch.bfloat16)
+    far = [tokens_far_apart(student), tokens_far_apart(teacher)]
+    with featkd.use_backend("triton"):
+        plain = run([student, teacher, *parameters], 0)
+        for key, value in run([*far, *parameters], 0).items():
+            assert torch.equal(value, plain[key]), key
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

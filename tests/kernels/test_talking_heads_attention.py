@@ -8,6 +8,7 @@ import torch
 import featkd
 from featkd.functional import talking_heads_attention
 from featkd.kernels import talking_heads_attention as kernels
+from tests.kernels.conftest import tokens_far_apart
 from tests.kernels.feature_kd_cases import relative
 from tests.kernels.talking_heads_cases import Problem, assert_as_exact_as_eager, exact
 
@@ -52,6 +53,19 @@ def test_views_and_repetition_give_the_same_bits(executed, monkeypatch):
     assert torch.equal(run(copies, problem), want)
     assert torch.equal(again, want)
     assert executed == ["attend"] * 3
+
+
+def test_tokens_more_than_two_to_the_31_elements_apart(executed_unchecked, monkeypatch):
+    monkeypatch.setattr(kernels, "config", lambda *_: SMALL)
+    problem = Problem(1, 2, 3, 8)
+    tensors = problem.tensors(torch.bfloat16)
+    want = run(tensors, problem)
+    for name in "qkv":
+        far = tokens_far_apart(tensors[name].transpose(1, 2).reshape(1, 3, 16))
+        tensors[name] = far.unflatten(2, (2, 8)).transpose(1, 2)
+        assert tensors[name].stride(2) == 2**30
+    assert torch.equal(run(tensors, problem), want)
+    assert executed_unchecked == ["attend"] * 2
 
 
 def test_autocast_rounds_the_products_alone(executed, monkeypatch):

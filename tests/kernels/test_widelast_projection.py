@@ -13,7 +13,7 @@ from featkd.kernels.widelast_launch import (
     input_config,
     parameter_config,
 )
-from tests.kernels.conftest import executing
+from tests.kernels.conftest import executing, tokens_far_apart
 from tests.kernels.feature_kd_cases import relative
 from tests.kernels.widelast_cases import Problem, assert_as_exact_as_eager
 from tests.ops.test_projected_feature_kd import views
@@ -84,6 +84,17 @@ def test_views_and_expanded_gradients_give_the_same_bits(executed, tiles):
             viewed[7] = tensors[7][:1, :, :1].expand(2, 10, 40)
             for key, value in run(viewed).items():
                 assert torch.equal(value, plain[key]), (name, key)
+
+
+@pytest.mark.usefixtures("executed_unchecked")
+def test_tokens_more_than_two_to_the_31_elements_apart(tiles):
+    tiles(HELD)
+    tensors = Problem(1, 3, 24, 40).tensors(torch.bfloat16)
+    far = [tokens_far_apart(x) if x.dim() == 3 else x for x in tensors]
+    with featkd.use_backend("triton"):
+        plain = run(tensors)
+        for key, value in run(far).items():
+            assert torch.equal(value, plain[key]), key
 
 
 def test_without_gradients_one_kernel_runs_and_keeps_nothing(executed, tiles):

@@ -36,15 +36,23 @@ DTYPES = [
     (torch.float16, torch.float16),
 ]
 NEEDS = [(True, True), (True, False), (False, True)]
+# arguments of kernels that come with their strides
+STRIDED = {
+    *("student", "teacher", "target", "features", "x", "weight", "partial"),
+    *("d_residual", "d_normed", "query", "key", "value"),
+}
 
 
 @pytest.fixture
 def launched() -> Iterator[list[str]]:
-    """The names of the kernels that a test would have launched."""
+    """The names of the kernels that a test would have launched, with tensors that they can read."""
     names: list[str] = []
 
     def write_zeros(kernel: Any, grid: Any, arguments: dict[str, Any], options: Any) -> None:
         names.append(kernel.fn.__name__)
+        for name, x in arguments.items():
+            contiguous = not isinstance(x, Tensor) or name in STRIDED or x.is_contiguous()
+            assert contiguous, f"{names[-1]} reads {name} by no strides, and got {x.stride()}"
         for name in WRITTEN[names[-1]]:
             if arguments[name] is not None:
                 arguments[name].zero_()
@@ -88,7 +96,11 @@ def check_lift_head(problem: LiftProblem, dtypes: Any, needs: Any, backend: str)
     rest = (1e-5, problem.width, compute, *needs, backend)
     kept = check(lift_head._forward, *tensors, *rest)[2:]
     d_loss = torch.tensor(2.0) if problem.compare else None
-    pairs = [(x.direction, d_loss), *([(None, d_loss)] if problem.compare else [])]
+    pairs = [
+        (x.direction, d_loss),
+        (turned(x.direction), d_loss),
+        *([(None, d_loss)] if problem.compare else []),
+    ]
     for gradients in pairs:
         check(lift_head._backward, *gradients, *kept, *tensors, *rest)
 
@@ -102,7 +114,8 @@ def check_widelast(dtypes: Any, needs: Any, backend: str) -> None:
         widelast_projection._forward, *inputs, EPS, compute, residual_dtype, True, backend
     )
     d_residual, d_normed = d_residual.to(r.dtype), d_normed.to(u.dtype)
-    for pair in ((d_residual, d_normed), (None, d_normed), (d_residual, None)):
+    strided = d_residual.mT.contiguous().mT, d_normed[:1, :1, :1].expand(d_normed.shape)
+    for pair in ((d_residual, d_normed), (None, d_normed), (d_residual, None), strided):
         check(widelast_projection._backward, *pair, *kept, *inputs, compute, *needs, backend)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import featkd
+from featkd.cpu import lift_head as lift_head_cpu
 from featkd.cpu import projected_feature_kd as cpu
 from featkd.factors import LowRank, restore
 from featkd.functional import lift_head, projected_feature_kd
@@ -171,16 +172,34 @@ def test_fullgraph_compile():
 
 
 def test_no_whole_map():
-    problem = Problem(64, 196, 8, 64, 14)
-    tensors, teacher = problem.tensors(torch.float32), factors(problem, torch.float32)
-    tensors[1] = None
-    lift = lift_head_cases.Problem(64, 196, 8, 64, 14, compare=False).inputs(torch.bfloat16)
+    """An op hides its tensors from the mode, so no op here."""
+    problem = Problem(66, 196, 10, 64, 14)
+    student, _, *parameters = problem.tensors(torch.float32)
+    left, right = factors(problem, torch.float32)
+    whole = 66 * 196 * 64
+    options = {"eps": 1e-5, "width": 14, "compute": torch.float32, "right": right}
+    needs = {"need_student": True, "need_parameters": True}
     Largest.elements = 0
     with Largest():
-        run(tensors, teacher, 14)
-        lift_head_cases.run(lift._replace(teacher=teacher), 14)
-    chunk = cpu.ROWS * 64
-    assert Largest.elements == chunk < 64 * 196 * 64 / 4
+        cpu.sweep(student, left, *parameters, **options, **needs)
+    assert Largest.elements == student.numel() < whole / 4
+
+
+def test_no_whole_map_in_lift_head():
+    x = lift_head_cases.Problem(66, 196, 10, 64, 14).inputs(torch.bfloat16)
+    left, right = factors(Problem(66, 196, 10, 64), torch.bfloat16)
+    options = {"eps": 1e-5, "width": 14, "compute": torch.bfloat16, "right": right}
+    Largest.elements = 0
+    with Largest():
+        kept = lift_head_cpu.forward(*x[:4], left, **options, need_gradient=True)
+        upstream = x.direction.float(), torch.tensor(2.0)
+        lift_head_cpu.backward_with_loss(
+            *(*x[:4], left, kept.product, *upstream),
+            **options,
+            need_features=True,
+            need_parameters=True,
+        )
+    assert Largest.elements == x.features.numel() < 66 * 196 * 64 / 4
 
 
 def lift_inputs(compare_width: int, dtype: torch.dtype):

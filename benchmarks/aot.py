@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,7 @@ def run(case: Case, launcher: Any, arch: int, device: str = "cpu") -> None:
 def compile_for(launch: Recorded, arch: int) -> Code:
     """Compile a launch's kernel for an architecture, and read the machine code."""
     compiled = compile_triton(launch.kernel, launch.arguments, arch, **launch.options)
-    usage = _tool("cuobjdump", "--dump-resource-usage", binary=compiled.asm["cubin"])
-    sass = _tool("nvdisasm", "-c", binary=compiled.asm["cubin"])
+    usage, sass = _machine_code(compiled.asm["cubin"])
     sizes = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert sizes is not None, usage
 
@@ -115,6 +115,13 @@ def compile_for(launch: Recorded, arch: int) -> Code:
         doubles=count(r"\b(?:DADD|DMUL|DFMA|DSETP|DMMA|F2F\.F64)\b"),
         aligned=all(s * x.itemsize % 16 == 0 for x in tensors for s in x.stride()[:-1]),
     )
+
+
+@lru_cache(maxsize=4)  # a case launches some kernels several times over
+def _machine_code(binary: bytes) -> tuple[str, str]:
+    """What a kernel uses, and its instructions."""
+    usage = _tool("cuobjdump", "--dump-resource-usage", binary=binary)
+    return usage, _tool("nvdisasm", "-c", binary=binary)
 
 
 def _tool(name: str, option: str, binary: bytes) -> str:

@@ -51,7 +51,7 @@ def _report(words: list[str]) -> int:
     several(parser, "ops", ops, ops)
     several(parser, "dtypes", tuple(DTYPES), tuple(DTYPES))
     several(parser, "archs", archs, archs)
-    several(parser, "shapes", sizes.SETS, ("small",))
+    several(parser, "shapes", sizes.SETS, ("small", "narrow"))
     several(parser, "count", ("none", *DTYPES), ("bf16",))
     parser.add_argument("--csv", type=str, default=None, metavar="FILE", help="figures as CSV")
     parser.add_argument("--json", type=str, default=None, metavar="FILE", help="figures as JSON")

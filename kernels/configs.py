@@ -117,7 +117,8 @@ def gradient_config(
         narrow = 32 if places <= 16 else 16
         return Config(max(16, places), block, min(narrow, teacher_block), 192, num_stages=1)
     if products(arch) != "mma":
-        return Config(64, block, min(64, teacher_block), 192, num_stages=1)
+        rows = 64 if student_width > 32 else 32  # 64 of 32 channels take all registers
+        return Config(rows, block, min(64, teacher_block), 192, num_stages=1)
     narrow = 32 if places <= 32 else 16
     return Config(max(32, places), block, min(narrow, teacher_block), 384, num_stages=1)
 

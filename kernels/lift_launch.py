@@ -18,7 +18,12 @@ from featkd.kernels.shapes import channel_block, channels_adjacent
 
 
 def _config(
-    student: int, teacher: int, compute: torch.dtype, sizes: tuple[int, int, int]
+    student: int,
+    teacher: int,
+    compute: torch.dtype,
+    sizes: tuple[int, int, int],
+    *,
+    stages: int = 2,
 ) -> Config:
     """`sizes` (rows, channels of a teacher's block, of a group), with blocks that fit the maps."""
     tile, block, group = sizes
@@ -27,6 +32,7 @@ def _config(
         min(64 if compute.itemsize == 2 else 32, channel_block(student, compute)),
         min(block, channel_block(teacher, compute)),
         group,
+        num_stages=stages,
     )
 
 
@@ -35,7 +41,8 @@ def distance_config(
 ) -> Config:
     """Tiles of `pool_and_distance`."""
     if compute.itemsize > 2:
-        return _config(student, teacher, compute, (64, 32, 0))
+        # where two thread blocks might share a processor, ptxas spills for it
+        return _config(student, teacher, compute, (64, 32 if student >= 192 else 16, 0))
     large = width == 0 and products(arch) != "tcgen05"
     return _config(student, teacher, compute, (128 if large else 64, 64, 0))
 
@@ -45,9 +52,8 @@ def features_config(
 ) -> Config:
     """Tiles of `features_gradient`: a group of df, (rows, group), stays in registers."""
     if compute.itemsize > 2:
-        return _config(
-            student, teacher, compute, (64, 32 if products(arch) == "tcgen05" else 16, 192)
-        )
+        sizes = 64, 32 if products(arch) == "tcgen05" else 16, 192
+        return _config(student, teacher, compute, sizes, stages=1 if student <= 64 else 2)
     if products(arch) != "mma":
         return _config(student, teacher, compute, (64, 64 if student <= 192 else 32, 384))
     if width > 32:  # of the patch grid: a tile holds whole image rows, 64 places of them here

@@ -78,10 +78,12 @@ def input_config(student: int, teacher: int, compute: torch.dtype, arch: int) ->
     if size == 8:
         return _config(student, teacher, 16, (16, 16), stages=1)
     if size == 4 and kind == "tcgen05" and student <= 384:
-        return _config(student, teacher, 64, (32, 32))
+        # where two thread blocks might share a processor, ptxas spills for it
+        return _config(student, teacher, 64, (32, 32 if student >= 192 else 16))
     if size == 4:
         rows, stages = (32, 2) if student <= 192 else (16, 3)
-        return _config(student, teacher, rows, (64, 32), stages=stages)
+        block = 32 if student < 128 else 64  # 96 channels as 128 spill
+        return _config(student, teacher, rows, (block, 32), stages=stages)
     if student > 384 or kind == "mma":
         rows = 64 if student <= 192 else 32 if student <= 768 else 16
         return _config(student, teacher, rows, (32 if student <= 192 else 64, 32))
@@ -101,7 +103,8 @@ def parameter_config(student: int, teacher: int, compute: torch.dtype, arch: int
     if arch == 80 and 64 < student <= 192:
         return _config(student, teacher, 32, (64, 64), group=3, stages=3)
     if kind == "mma" or student > 768:
-        return _config(student, teacher, 32, (64, 32), group=6)
+        rows = 32 if student > 32 else 64  # 32 rows of 32 channels are 8 bytes a thread
+        return _config(student, teacher, rows, (64, 32), group=6)
     if kind == "wgmma":  # beside x in float32, W of a wider block fits in no shared memory
         return _config(student, teacher, 32, (64, 64), hold=student <= 384, group=6)
     rows = 64 if student <= 384 else 32

@@ -81,7 +81,7 @@ MISTAKES = {
     ),
     "no shapes": (
         ["run", "--shapes", "tiny"],
-        "shapes: expected small, published, large, grids, all",
+        "shapes: expected small, narrow, published, large, grids, all",
     ),
     "no dtype": (["run", "--dtypes", "fp32", "fp64"], "dtypes: expected fp32, bf16, fp16; got"),
     "no direction": (["run", "--directions", "back"], "directions: expected forward, backward, bo"),

@@ -43,7 +43,10 @@ def test_published_and_large_sizes():
     ("choice", "message"),
     [
         ({"ops": ["soft_kdd"]}, "ops: expected .*; got 'soft_kdd'; did you mean 'soft_kd'?"),
-        ({"shapes": "big"}, "shapes: expected small, published, large, grids, all; got 'big'"),
+        (
+            {"shapes": "big"},
+            "shapes: expected small, narrow, published, large, grids, all; got 'big'",
+        ),
         ({"dtypes": ["fp8"]}, "dtypes: expected fp32, bf16, fp16; got 'fp8'"),
         ({"directions": []}, "directions: expected at least one of forward, backward, both"),
         ({"batches": [7]}, "batches: the chosen problems have 1, 4 images; got 7"),

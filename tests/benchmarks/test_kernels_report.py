@@ -88,6 +88,15 @@ def test_planted_faults_are_seen(kernel, size, constants, rule):
     assert any(rule in text for text in broken), broken
 
 
+def test_narrow_maps_are_compiled_too():
+    """By default, and of each op with products those that have broken a rule."""
+    asked = report.questions(tuple(cases.OPS), "narrow", ("fp32", "bf16", "fp16"))
+    assert {q.op for q in asked} == {"projected_feature_kd", "widelast_projection", "lift_head"}
+    names = [q.case.name for q in asked]
+    assert len(names) == 8
+    assert sum("32to64" in name for name in names) == sum("96to192" in name for name in names) == 4
+
+
 def test_rows_that_begin_anywhere_need_no_wide_load():
     code = aot.Code(64, 0, 0, 0, False, 0, "", 1, 0, 0, False)
     assert report.Compiled("case", "kernel", 80, code).broken == []

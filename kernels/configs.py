@@ -96,8 +96,10 @@ def loss_config(
     group = most if student_width <= most else min(most, 384)
     width = min(student_width, group)
     if width > 384:
-        hold = products(arch) != "wgmma"
-        return Config(32, blocks[0], min(64, blocks[1]), group, hold, num_stages=1)
+        kind = products(arch)
+        stages = 2 if kind == "tcgen05" else 1  # there one spills with the spectral metric
+        hold = kind != "wgmma"
+        return Config(32, blocks[0], min(64, blocks[1]), group, hold, num_stages=stages)
     if width > 192:
         return Config(64 if large else 32, blocks[0], min(64, blocks[1]), group, num_stages=1)
     if large:

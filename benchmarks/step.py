@@ -101,7 +101,7 @@ def random_batch(trainer: Trainer) -> Batch:
     images = torch.randn(size, generator=generator)
     targets = torch.randint(trainer.parts.num_classes, size[:1], generator=generator)
     keys = as_tensor(list(islice(trainer.parts.train_loader.sampler, recipe.batch_size)))
-    return Batch(images.to(device), targets.to(device), [], keys)
+    return Batch(images.to(device), targets.to(device), [], keys, keys[:, 1])
 
 
 def first_batch(trainer: Trainer) -> Batch:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from featkd.cache.manifest import CacheError, read_manifest
 from featkd.cache.rows import Row, Taught
-from featkd.cache.shard import Shard
+from featkd.cache.shard import Shard, damages_of
 from featkd.data import Key
 
 _OPEN_SHARDS = 4096  # mappings; Linux allows a process 65,530
@@ -58,10 +58,10 @@ class TeacherCache:
         self._readers = min(_MOST_READERS, len(os.sched_getaffinity(0)))
         self._threads = ThreadPoolExecutor(self._readers, "featkd-cache")
 
-    def rows(
+    def read(
         self, keys: Tensor, layers: Sequence[int], device: torch.device | str = "cpu"
-    ) -> Taught:
-        """What the teacher said of some samples.
+    ) -> tuple[Taught, Tensor]:
+        """What the teacher said of some samples, and of which images.
 
         Args:
             keys: (B, 3) int64, as `featkd.data.Batch.keys`.
@@ -69,7 +69,9 @@ class TeacherCache:
             device: where they go.
 
         Returns:
-            logits (B, K) and a map a layer, as `Layout.decode` says.
+            Logits (B, K) and a map a layer, as `Layout.decode` says; and (B,) int64 on the CPU, the
+            images that they are of: another than a key's own where that could not be read when the
+            cache was made.
 
         Raises:
             CacheError: a key is of no view of this cache, or what is stored of it is damaged.
@@ -78,18 +80,8 @@ class TeacherCache:
         parts = [places[first :: self._readers] for first in range(self._readers)]
         found = list(self._threads.map(_read, parts)) if self._readers > 1 else [_read(places)]
         rows = [found[i % self._readers][i // self._readers] for i in range(len(places))]
-        return self.manifest.layout.decode(rows, layers, device)
-
-    def shown(self, keys: Tensor) -> Tensor:
-        """(B,) int64: the images that the rows of these keys are of.
-
-        Another than a key's own where that could not be read when the cache was made.
-
-        Raises:
-            CacheError: as `rows`.
-        """
-        places = [self._place(Key(*key)) for key in keys.tolist()]
-        return torch.tensor([shard.shown(offset) for shard, offset in places])
+        shown = torch.tensor([shard.shown(offset) for shard, offset in places])
+        return self.manifest.layout.decode(rows, layers, device), shown
 
     def _missing(self, views: int) -> Iterator[str]:
         """Names of the shards that are not there; a folder is read once, not asked for each."""
@@ -155,11 +147,7 @@ def damages(folder: Path) -> Iterator[str | None]:
             if not path.exists():
                 yield f"{path}: missing"
                 continue
-            try:
-                found = list(Shard(path, manifest.identity).damages(keys))
-            except CacheError as error:
-                found = [str(error)]
-            yield "\n".join(found) or None
+            yield "\n".join(damages_of(path, manifest.identity, keys)) or None
 
 
 def _read(places: Sequence[tuple[Shard, int]]) -> list[Row]:

@@ -199,6 +199,14 @@ class Shard:
         return values[int(ends[number - 1]) if number else 0 : int(ends[number])]
 
 
+def damages_of(path: Path, identity: str, keys: Sequence[Key]) -> list[str]:
+    """What is wrong with a shard's file, every row of which is read; nothing where it is whole."""
+    try:
+        return list(Shard(path, identity).damages(keys))
+    except CacheError as error:
+        return [str(error)]
+
+
 def _header(path: Path, content: memoryview) -> tuple[dict[str, Any], int]:
     """A safetensors file's header, and where its data begin."""
     start = _HEAD + int.from_bytes(content[:_HEAD], "little")

@@ -12,7 +12,7 @@ from torch import Tensor
 from featkd.cache import manifest as manifests
 from featkd.cache.manifest import CacheError, Manifest, read_manifest
 from featkd.cache.rows import Row
-from featkd.cache.shard import Shard, write_shard
+from featkd.cache.shard import damages_of, write_shard
 from featkd.data import Key
 from featkd.files import remove_leftovers
 
@@ -121,10 +121,7 @@ class CacheWriter:
         path = self._path(view, shard)
         if not path.exists():
             return False
-        try:
-            found = list(Shard(path, self._identity).damages(keys))
-        except CacheError as error:
-            found = [str(error)]
+        found = damages_of(path, self._identity, keys)
         if found:
             self.damaged.append("\n".join(found))
         return not found

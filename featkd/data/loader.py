@@ -21,8 +21,8 @@ class Batch(NamedTuple):
     """images (B, 3, H, W) float32, targets (B,) int64, and the unreadable files met for them.
 
     `keys`, (B, 3) int64 on the CPU, are the images' `Key`s. An unreadable one's stays with the
-    image that takes its place, whose number is in `shown`, (B,) int64 on the CPU; None is as the
-    keys say. From a `Mixer` targets are (B, K) float32.
+    image that takes its place, whose number is in `shown`, (B,) int64 on the CPU. From a `Mixer`
+    targets are (B, K) float32.
 
     `bad` also holds the files of evaluation batches passed over since the batch before; those of
     empty batches at the very end are in `Loader.bad_images` alone.
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     targets: Tensor
     bad: list[str]
     keys: Tensor
-    shown: Tensor | None = None
+    shown: Tensor
 
 
 class Loader(Protocol):
@@ -286,13 +286,12 @@ def _collate(
     """Stack the images that are there; in a worker straight into shared memory."""
     if isinstance(samples, DATA_ERRORS):
         return samples
-    images = [sample.image for sample in samples if sample.image is not None]
     there = [sample for sample in samples if sample.image is not None]
     targets = torch.tensor([sample.target for sample in there], dtype=torch.int64)
     shown = torch.tensor([sample.shown for sample in there], dtype=torch.int64)
     errors = [error for sample in samples for error in sample.bad]
-    stacked = default_collate(images) if images else torch.empty(0)
-    if images and channels_last:
+    stacked = default_collate([x.image for x in there]) if there else torch.empty(0)
+    if there and channels_last:
         stacked = stacked.contiguous(memory_format=torch.channels_last)
     return stacked, targets, errors, as_tensor([sample.key for sample in there]), shown
 

@@ -30,7 +30,8 @@ class Mixer:
     Example:
         >>> mixer = Mixer(AugmentConfig(mixup=0.8), 3, 0.1, seed=0, device=torch.device("cpu"))
         >>> keys = torch.zeros(4, 3, dtype=torch.int64)
-        >>> batch = Batch(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 2]), [], keys)
+        >>> images, targets = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 2])
+        >>> batch = Batch(images, targets, [], keys, keys[:, 1])
         >>> mixer(batch, epoch=0, number=0, rank=0).targets.shape
         torch.Size([4, 3])
     """

@@ -59,13 +59,8 @@ class OpenCache:
             )
         maps = tuple(held[layer] for layer in self.layers)
         self.shapes = Shapes(layout.classes, layout.logits_dtype, maps)
-
         self._folder, self._name = cache.folder, name
-
-        def read(keys: Tensor) -> tuple[Taught, Tensor]:
-            return cache.rows(keys, self.layers, device), cache.shown(keys)
-
-        self._ahead = ReadAhead(read)
+        self._ahead = ReadAhead(lambda keys: cache.read(keys, self.layers, device))
 
     def expect(self, upcoming: Iterator[Tensor]) -> None:
         """Read the rows of the coming batches, of these keys, before they are asked for."""
@@ -79,13 +74,12 @@ class OpenCache:
                 shows.
         """
         taught, held = self._ahead.rows(batch.keys)
-        shown = batch.keys[:, 1] if batch.shown is None else batch.shown
-        for number in (held != shown).nonzero().flatten().tolist():
+        for number in (held != batch.shown).nonzero().flatten().tolist():
             image = int(batch.keys[number, 1])
             raise CacheError(
                 f"{self._folder}: its row of image {image} ({self._name(image)}) is of image "
-                f"{held[number]}, this run shows {shown[number]}: the file could be read in one of "
-                "the two only; expected it readable in both, or in neither"
+                f"{held[number]}, this run shows {batch.shown[number]}: the file could be read in "
+                "one of the two only; expected it readable in both, or in neither"
             )
         return taught
 

@@ -198,7 +198,7 @@ class _Work:
                 return
             rows += self._rows(batch)
             keys.append(batch.keys)
-            shown.append(batch.keys[:, 1] if batch.shown is None else batch.shown)
+            shown.append(batch.shown)
             self._bar.update(len(batch.keys))
             self._name_bad()
         self._writer.write(view, shard, torch.cat(keys), torch.cat(shown), rows)

@@ -198,7 +198,7 @@ def test_train_times_the_loader_beside_the_updates(recipe_file, images, tmp_path
 def test_waiting_for_batches_is_told_from_computing():
     def slow(epoch):
         time.sleep(0.06)
-        yield Batch(torch.zeros(1), torch.zeros(1), [], torch.zeros(1, 3))
+        yield Batch(torch.zeros(1), torch.zeros(1), [], torch.zeros(1, 3), torch.zeros(1))
 
     def one_step(batches):
         time.sleep(0.02)

@@ -82,12 +82,12 @@ def test_a_cache_read_ahead_gives_the_rows_it_gives_at_once(tmp_path):
     head = manifest(FULL)
     write(tmp_path, head)
     cache = TeacherCache(tmp_path)
-    ahead = ReadAhead(lambda keys: cache.rows(keys, [1]))
+    ahead = ReadAhead(lambda keys: cache.read(keys, [1])[0])
     for view in range(2):
         batches = keys_of(head, view).split(3)
         ahead.follow(iter(batches))
         for keys in batches:
-            found, want = ahead.rows(keys), TeacherCache(tmp_path).rows(keys, [1])
+            found, want = ahead.rows(keys), TeacherCache(tmp_path).read(keys, [1])[0]
             assert torch.equal(found.logits, want.logits)
             assert torch.equal(found.maps[0], want.maps[0])
 
@@ -112,8 +112,8 @@ def test_a_run_expects_the_batches_it_takes(recipe, tmp_path, monkeypatch):
     """From the epoch's start and from within it, none of them is read a second time."""
     trainer = Trainer(with_cache(recipe, tmp_path / "cache"), CPU)
     read = []
-    rows = TeacherCache.rows
-    monkeypatch.setattr(TeacherCache, "rows", lambda *args: (read.append(args[1]), rows(*args))[1])
+    rows = TeacherCache.read
+    monkeypatch.setattr(TeacherCache, "read", lambda *args: (read.append(args[1]), rows(*args))[1])
     for epoch, start in ((0, 0), (1, 1)):
         read.clear()
         batches = [(batch, trainer.teach(batch))[0] for batch in trainer.batches(epoch, start)]

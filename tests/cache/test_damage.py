@@ -38,12 +38,12 @@ def test_rows_come_back_in_any_order(tmp_path):
     cache = TeacherCache(tmp_path)
     keys = torch.cat([keys_of(head, view) for view in range(2)])
     for order in (torch.arange(40), torch.randperm(40, generator=torch.Generator().manual_seed(0))):
-        logits, (maps,) = cache.rows(keys[order], [1])
+        logits, (maps,) = cache.read(keys[order], [1])[0]
         assert torch.equal(logits, taught.logits[order])
         assert torch.equal(maps, taught.maps[0][order])
     for key in ((2, 0, 0), (0, 20, 0), (0, 1, 1), (-1, 0, 0)):
         with pytest.raises(CacheError, match=r"holds no row of Key.*views 0 to 1 of 20 rows"):
-            cache.rows(torch.tensor([key]), [1])
+            cache.read(torch.tensor([key]), [1])
 
 
 def test_repeated_images_have_a_row_a_copy(tmp_path):
@@ -51,11 +51,11 @@ def test_repeated_images_have_a_row_a_copy(tmp_path):
     taught = write(tmp_path, head)
     keys = keys_of(head, 1)[:24]
     assert len(set(keys[:, 1].tolist())) == 8
-    logits, _ = TeacherCache(tmp_path).rows(keys.flip(0), [1])
+    logits, _ = TeacherCache(tmp_path).read(keys.flip(0), [1])[0]
     assert torch.equal(logits, taught.logits[24:].flip(0))
     unseen = next(i for i in range(30) if i not in keys[:, 1])
     with pytest.raises(CacheError, match=f"image={unseen}"):
-        TeacherCache(tmp_path).rows(torch.tensor([[1, unseen, 0]]), [1])
+        TeacherCache(tmp_path).read(torch.tensor([[1, unseen, 0]]), [1])
 
 
 def test_any_flipped_bit_is_found_and_its_file_named(folder):
@@ -125,9 +125,9 @@ def test_a_damaged_row_is_named_by_its_image_and_leaves_the_others(folder):
         f"{path}: damaged: row 0 (image {image}, copy 0 of view 1) does not have its checksum"
     )
     cache = TeacherCache(folder)
-    cache.rows(torch.cat((keys[:16], keys[17:])), [1])
+    cache.read(torch.cat((keys[:16], keys[17:])), [1])
     with pytest.raises(CacheError, match=f"image {image}, copy 0 of view 1"):
-        cache.rows(keys, [1])
+        cache.read(keys, [1])
 
 
 @pytest.mark.parametrize("left", [0, 5, 40, 0.5, -1])
@@ -139,7 +139,7 @@ def test_a_cut_off_shard_is_named(folder, left):
     assert found_in(folder).startswith(f"{path}: damaged")
     keys = keys_of(TeacherCache(folder).manifest, 1)
     with pytest.raises(CacheError, match=r"shard-00001.safetensors: damaged"):
-        TeacherCache(folder).rows(keys, [1])
+        TeacherCache(folder).read(keys, [1])
 
 
 def test_a_longer_shard_is_named(folder):
@@ -159,7 +159,7 @@ def test_shards_of_elsewhere_are_named(folder, tmp_path):
     path.write_bytes(other.read_bytes())
     assert f"{path}: damaged: row 0 is Key" in found_in(folder)
     with pytest.raises(CacheError, match=r"shard-00000.*: row 0 is Key"):
-        TeacherCache(folder).rows(keys_of(head, 0)[:1], [1])
+        TeacherCache(folder).read(keys_of(head, 0)[:1], [1])
     path.write_bytes(kept)
     assert found_in(folder) == ""
 

@@ -28,9 +28,8 @@ def noise(size: int = 4) -> Batch:
     """Pairs from both ends have different classes."""
     generator = torch.Generator().manual_seed(1)
     images = torch.rand((size, 3, 10, 14), generator=generator)
-    return Batch(
-        images, torch.arange(size) % CLASSES, ["bad.jpg"], torch.arange(3 * size).view(size, 3)
-    )
+    keys = torch.arange(3 * size).view(size, 3)
+    return Batch(images, torch.arange(size) % CLASSES, ["bad.jpg"], keys, keys[:, 1])
 
 
 def mixer(config: AugmentConfig, smoothing: float = SMOOTHING, seed: int = 3) -> Mixer:

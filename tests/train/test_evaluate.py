@@ -28,7 +28,7 @@ class Batches:
         pairs = zip(self.images.split(5), self.targets.split(5), strict=True)
         for images, targets in pairs:
             self.given += 1
-            yield Batch(images, targets, [], torch.empty(0))
+            yield Batch(images, targets, [], torch.empty(0), torch.empty(0))
 
 
 class Reads(TorchDispatchMode):

@@ -272,18 +272,19 @@ def _cache(words: list[str]) -> int:
     from featkd import distributed
     from featkd.cache import CacheConfig
     from featkd.train.fill import fill
+    from featkd.train.recipe import check_local
 
     if words[:1] == [_VERIFY]:
         if len(words) != 2:
             raise ValueError(f"{_VERIFY}: expected one folder, got {words[1:]}")
-        _check_local(_VERIFY, words[1])
+        check_local(_VERIFY, words[1])
         return _verify(Path(words[1]))
     names = [field.name.replace("_", "-") for field in fields(CacheConfig)]
     run, options = _parse(_cache_parser(), words, names)
     if not any(word.partition("=")[0] == "--out" for word in words):
         raise ValueError("--out: expected the folder of the cache, got nothing")
-    _check_local("out", run.out)
-    _check_local("data.path", run.data.path)
+    check_local("out", run.out)
+    check_local("data.path", run.data.path)
     config = CacheConfig(**{field.name: options[field.name] for field in fields(CacheConfig)})
     try:
         context = distributed.start(run.device)
@@ -310,12 +311,6 @@ def _cache(words: list[str]) -> int:
         return 0
     finally:
         distributed.stop()
-
-
-def _check_local(name: str, folder: str) -> None:
-    """Where runs can have a URL, a cache can't: as a path it would be a folder called "s3:"."""
-    if "://" in folder:
-        raise ValueError(f"{name}: expected a folder of this machine, got {folder!r}")
 
 
 def _verify(folder: Path) -> int:

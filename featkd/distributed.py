@@ -44,11 +44,15 @@ class ProcessContext:
 
     def merged(self, facts: dict[str, str]) -> dict[str, str]:
         """The facts of all processes; all must call it at the same point."""
+        return {key: value for part in self.all_gather(facts) for key, value in part.items()}
+
+    def all_gather(self, value: object) -> list[Any]:
+        """The values of all processes, by rank, on all of them."""
         if self.world_size == 1:
-            return facts
-        found: list[dict[str, str]] = [{} for _ in range(self.world_size)]
-        dist.all_gather_object(found, facts, group=self.control)
-        return {key: value for part in found for key, value in part.items()}
+            return [value]
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value, group=self.control)
+        return found
 
     def gather(self, value: object) -> list[Any]:
         """The values of all processes, by rank, on process 0, and nothing on the others."""

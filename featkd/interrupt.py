@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -27,6 +28,12 @@ class Interrupt:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+
+    def agreed(self, any_true: Callable[[bool], bool]) -> int | None:
+        """The signal to stop by where any process was told to; any_true: `ProcessContext`'s."""
+        if not any_true(self.signal is not None):
+            return None
+        return self.signal or signal.SIGTERM
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.signal = number

@@ -21,7 +21,7 @@ from featkd.diagnostics.exact_sum import ExactSum
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
 _CPU_TOKENS = 784
-SAFE = (1e-12, 1e12)  # numbers whose squares are far from the ends of float32
+_SAFE = (1e-12, 1e12)  # numbers whose squares are far from the ends of float32
 _TIE = 1e-9  # a share this close below a level reaches it
 
 
@@ -179,7 +179,7 @@ def safe_scale(*parts: Tensor) -> float:
     """A power of two that brings the largest entry near 1, where its square is out of range."""
     ends = [float(end) for part in parts if part.numel() for end in part.aminmax()]
     largest = max(map(abs, ends), default=0.0)
-    if SAFE[0] < largest < SAFE[1] or largest == 0:
+    if _SAFE[0] < largest < _SAFE[1] or largest == 0:
         return 1.0
     return math.ldexp(1.0, min(-math.frexp(largest)[1], _most(parts[0].dtype)))
 
@@ -188,7 +188,7 @@ def safe_scales(maps: Tensor) -> Tensor | None:
     """The same for each of the maps (B, N, D), (B,); None where all of them are 1."""
     low, high = maps.flatten(1).aminmax(dim=1)
     largest = torch.maximum(-low, high)
-    odd = ((largest <= SAFE[0]) | (largest >= SAFE[1])) & (largest != 0)
+    odd = ((largest <= _SAFE[0]) | (largest >= _SAFE[1])) & (largest != 0)
     if not odd.any():
         return None
     exponents = torch.where(odd, -torch.frexp(largest).exponent, 0).clamp(max=_most(maps.dtype))

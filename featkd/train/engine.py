@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -248,7 +247,7 @@ class Trainer:
                 self._log(log, watch)
             if self.batch == last_batch:
                 continue  # to the loader's end: a DALI pipeline goes on from there, not from before
-            stopped_by = self._stop_agreed(interrupt)
+            stopped_by = interrupt.agreed(self.context.any_true)
             if stopped_by is not None:
                 return stopped_by
             every = recipe.checkpoint.every_updates
@@ -264,7 +263,7 @@ class Trainer:
             self.due = True
             self._save(log)
             self._score(log)
-        return None if ended else self._stop_agreed(interrupt)
+        return None if ended else interrupt.agreed(self.context.any_true)
 
     def _set_lr(self) -> None:
         if self.recipe.optim.step_on == "epoch":
@@ -281,12 +280,6 @@ class Trainer:
         if active and isinstance(forward, nn.parallel.DistributedDataParallel):
             return forward.no_sync()
         return nullcontext()
-
-    def _stop_agreed(self, interrupt: Interrupt) -> int | None:
-        """The signal that any process was told to stop by; waits for the processes, no device."""
-        if not self.context.any_true(interrupt.signal is not None):
-            return None
-        return interrupt.signal or signal.SIGTERM
 
     def _log(self, log: RunLog, watch: Stopwatch) -> None:
         """The one place where training waits for the device: read the summed losses."""

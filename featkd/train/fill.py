@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -111,12 +110,12 @@ def fill(
                 for note in notes if context.is_main else ():
                     say(note)
                 work = _Work(writer, teacher, loader, sampler, context, interrupt, bar, say)
-                stopped = any(work.fill(view) for view in range(manifest.views))
+                ends = (work.fill(view) for view in range(manifest.views))
+                by = next((signal for signal in ends if signal is not None), None)
             written = sum(_pooled([work.written], context))
             bad_files = context.merged(work.bad_files)
     finally:
         loader.close()
-    by = (interrupt.signal or signal.SIGTERM) if stopped else None
     return Filled(manifest, written, work.damaged, bad_files, by)
 
 
@@ -146,8 +145,8 @@ class _Work:
         self.damaged = 0  # of all processes
         self.bad_files: dict[str, str] = {}
 
-    def fill(self, view: int) -> bool:
-        """Write what is missing of a view, and say whether a signal ended that.
+    def fill(self, view: int) -> int | None:
+        """Write what is missing of a view; returns the signal that ended that, if any.
 
         The processes take the missing shards in turns and meet before each: none waits for long,
         and a signal to one of them stops all.
@@ -159,13 +158,13 @@ class _Work:
         self._sampler.choose(view, own := stretches[number::together])
         batches = iter(self._loader) if own else iter(())
         for first in range(0, len(missing), together):
-            if self._stop_agreed():
-                return True
+            if (stopped_by := self._interrupt.agreed(self._context.any_true)) is not None:
+                return stopped_by
             turn = range(first, min(first + together, len(missing)))
             if first + number in turn:
                 self._compute(view, missing[first + number], batches)
             self._bar.update(sum(len(stretches[i]) for i in turn if i != first + number))
-        return self._stop_agreed()
+        return self._interrupt.agreed(self._context.any_true)
 
     def _missing(self, view: int) -> list[int]:
         """Shards of a view that are not there or damaged; each process looks at a part of it."""
@@ -183,9 +182,6 @@ class _Work:
                 self._say(damage)
         self.damaged += len(damages)
         return sorted(_pooled(missing, context))
-
-    def _stop_agreed(self) -> bool:
-        return self._context.any_true(self._interrupt.signal is not None)
 
     def _compute(self, view: int, shard: int, batches: Iterator[Batch]) -> None:
         """Write a shard from the next batches; a signal ends it before one of them."""
@@ -240,8 +236,7 @@ def _begin(folder: Path, manifest: Manifest, context: ProcessContext, held: Exit
 
 def _pooled(found: Sequence[Found], context: ProcessContext) -> list[Found]:
     """What all processes have found, on all of them."""
-    pooled: list[Found] = context.broadcast([x for part in context.gather(found) for x in part])
-    return pooled
+    return [x for part in context.all_gather(found) for x in part]
 
 
 def _progress(manifest: Manifest, shown: bool) -> Any:

@@ -238,8 +238,8 @@ class Recipe:
                 f"cache: {self.cache!r} holds a teacher's outputs, but teacher is null; expected "
                 "the teacher that the cache was made of"
             )
-        if self.cache is not None and "://" in self.cache:
-            raise RecipeError(f"cache: expected a folder of this machine, got {self.cache!r}")
+        if self.cache is not None:
+            check_local("cache", self.cache)
         if self.compile_mode != "default" and not self.compile:
             raise RecipeError(f"compile_mode: {self.compile_mode!r} needs compile: true")
         if self.compile_mode != "default" and self.optim.accumulate > 1:
@@ -255,6 +255,16 @@ class Recipe:
             )
         if self.loss.feature is not None and not self.loss.pairs:
             raise RecipeError("loss.pairs: empty, but loss.feature asks for a feature loss")
+
+
+def check_local(name: str, folder: str) -> None:
+    """Where runs can have a URL, a cache can't: as a path it would be a folder called "s3:".
+
+    Raises:
+        RecipeError: it is a URL.
+    """
+    if "://" in folder:
+        raise RecipeError(f"{name}: expected a folder of this machine, got {folder!r}")
 
 
 def _require(name: str, value: float, bound: Literal["> 0", ">= 0"]) -> None:

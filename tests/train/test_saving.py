@@ -16,6 +16,7 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from featkd.interrupt import Interrupt
 from featkd.losses import DistillationTerms
 from featkd.remote import Location, locate
 from featkd.train.checkpoint import CheckpointError, CheckpointStore, load
@@ -39,7 +40,7 @@ def test_a_diverged_state_is_not_saved(alone, monkeypatch, stopped):
     monkeypatch.setattr(trainer, "compare", diverge)
     monkeypatch.setattr(trainer, "apply_gradients", lambda: None)  # the weights stay finite
     if stopped:
-        monkeypatch.setattr(trainer, "_stop_agreed", lambda _: 15 if trainer.update == 4 else None)
+        monkeypatch.setattr(Interrupt, "agreed", lambda *_: 15 if trainer.update == 4 else None)
     with pytest.raises(TrainingDiverged, match=r"loss is nan by update 4; the last .*last.pt"):
         trainer.run(quiet=True)
     assert load(Path(alone.out) / "last.pt")["update"] == 2

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from featkd.files import user_cache
@@ -18,8 +19,8 @@ FLAGS = (
     *("-std=c++17", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing"),
     *("-w", "-fPIC", "-pthread"),
 )
-# characters of C++ from which on -O0 is better: a matmul kernel of 1.3 million took 26 s to compile
-# at -O1 and 7 s at -O0, and then 0.1 s and 0.6 s to run
+# characters of C++ from which on -O0 is better: 1.1 million take 13 s to compile at -O1, 4 s at -O0,
+# and most of a launch is spent in the engine, which is compiled once, at -O2
 _LARGE = 300_000
 
 
@@ -68,17 +69,20 @@ def build(code: str, check: bool, count: bool) -> Path:
         CompilerError: there is no compiler, or it fails.
     """
     flags = [*FLAGS, f"-DFEATKD_CHECK={int(check)}", f"-DFEATKD_COUNT={int(count)}"]
-    # the code's own first lines decide what the engine holds, too
-    defines = [line for line in code.splitlines()[:8] if line.startswith("#define ")]
-    engine = _compiled("\n".join([*defines, '#include "engine.cpp"\n']), [*flags, "-O1"], ".o")
+    engine = _compiled('#include "engine.cpp"\n', [*flags, "-O2"], ".o")
     level = "-O0" if len(code) > _LARGE else "-O1"
     return _compiled(code, [*flags, level], ".so", [engine])
+
+
+@cache
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
 
 
 def _compiled(code: str, flags: list[str], suffix: str, objects: Sequence[Path] = ()) -> Path:
     """An object or a shared library in the cache folder, made where it is missing."""
     compiler = find_compiler()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    version = _version(compiler)
     digest = hashlib.sha256()
     sources = [source.read_text() for source in sorted(RUNTIME.iterdir()) if source.is_file()]
     for text in (code, *sources, *flags, *(x.name for x in objects), compiler, version, _machine()):

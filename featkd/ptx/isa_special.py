@@ -226,7 +226,7 @@ def isspacep(site: Site) -> str:
     space, x = site.one(*spaces), site.argument(1, "u64")
     code = f"(({x}) >> 56) == {spaces[space]}"
     if space == "shared":
-        code += f" && rank_of(t, {x}) == t.block->rank"
+        code += f" && rank_of(t, {x}) == t.place->rank"
     return site.assign(site.operands[0], f"(bool)({code})")
 
 

@@ -27,7 +27,7 @@ def barrier(site: Site) -> str:
     operation = site.one("popc", "and", "or")
     vote = site.value(site.operands[-1], "bool")
     code = f"u32 votes = barrier_(t, {number}, {count}, true, {vote}, {site.line});"
-    everybody = f"(({count}) ? ({count}) : t.block->count)"
+    everybody = f"(({count}) ? ({count}) : t.place->count)"
     result = {"popc": "votes", "or": "votes != 0", "and": f"votes == {everybody}"}[operation]
     return code + site.assign(
         site.operands[0], f"({'u32' if operation == 'popc' else 'bool'})({result})"

@@ -19,37 +19,33 @@ from featkd.ptx.parser import (
 
 SPECIAL = {
     **{f"%tid.{d}": f"t.{d}" for d in "xyz"},
-    **{f"%ntid.{d}": f"t.block->worker.launch.size[{i}]" for i, d in enumerate("xyz")},
-    **{f"%ctaid.{d}": f"t.block->{d}" for d in "xyz"},
-    **{f"%nctaid.{d}": f"t.block->worker.launch.grid[{i}]" for i, d in enumerate("xyz")},
+    **{f"%ntid.{d}": f"t.launch->size[{i}]" for i, d in enumerate("xyz")},
+    **{f"%ctaid.{d}": f"t.place->{d}" for d in "xyz"},
+    **{f"%nctaid.{d}": f"t.launch->grid[{i}]" for i, d in enumerate("xyz")},
     **{
-        f"%cluster_ctaid.{d}": f"(t.block->{d} % t.block->worker.launch.cluster[{i}])"
+        f"%cluster_ctaid.{d}": f"(t.place->{d} % t.launch->cluster[{i}])"
         for i, d in enumerate("xyz")
     },
-    **{f"%cluster_nctaid.{d}": f"t.block->worker.launch.cluster[{i}]" for i, d in enumerate("xyz")},
+    **{f"%cluster_nctaid.{d}": f"t.launch->cluster[{i}]" for i, d in enumerate("xyz")},
+    **{f"%clusterid.{d}": f"(t.place->{d} / t.launch->cluster[{i}])" for i, d in enumerate("xyz")},
     **{
-        f"%clusterid.{d}": f"(t.block->{d} / t.block->worker.launch.cluster[{i}])"
+        f"%nclusterid.{d}": f"(t.launch->grid[{i}] / t.launch->cluster[{i}])"
         for i, d in enumerate("xyz")
     },
-    **{
-        f"%nclusterid.{d}": f"(t.block->worker.launch.grid[{i}] / "
-        f"t.block->worker.launch.cluster[{i}])"
-        for i, d in enumerate("xyz")
-    },
-    "%cluster_ctarank": "t.block->rank",
-    "%cluster_nctarank": "(u32)t.block->cluster.blocks.size()",
-    "%is_explicit_cluster": "(t.block->cluster.blocks.size() > 1)",
+    "%cluster_ctarank": "t.place->rank",
+    "%cluster_nctarank": "t.launch->blocks_a_cluster()",
+    "%is_explicit_cluster": "(t.launch->blocks_a_cluster() > 1)",
     **dict.fromkeys(("%globaltimer", "%clock64"), "tick(t)"),
     **dict.fromkeys(("%globaltimer_lo", "%clock"), "(u32)tick(t)"),
     "%laneid": "t.lane",
     "%warpid": "t.warp",
-    "%nwarpid": "((t.block->count + 31) / 32)",
+    "%nwarpid": "((t.place->count + 31) / 32)",
     "%lanemask_eq": "(1u << t.lane)",
     "%lanemask_lt": "((1u << t.lane) - 1)",
     "%lanemask_le": "((2u << t.lane) - 1)",
     "%lanemask_gt": "~((2u << t.lane) - 1)",
     "%lanemask_ge": "~((1u << t.lane) - 1)",
-    "%dynamic_smem_size": "t.block->worker.launch.dynamic_shared",
+    "%dynamic_smem_size": "t.launch->dynamic_shared",
     "WARP_SZ": "32u",
 }
 _CPP = {"pred": "bool", "f16x2": "u32", "bf16x2": "u32", "tf32": "u32"}

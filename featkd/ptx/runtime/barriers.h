@@ -37,7 +37,7 @@ inline s32 differs(Thread& t, const Barrier& barrier, u32 id, u32 expected, u32 
 }
 
 // `expected` 0: all threads. wait false: bar.arrive. Returns how many threads voted yes.
-inline u32 barrier_(Thread& t, u32 id, u32 expected, bool wait, bool vote, u32 line) {
+u32 barrier_(Thread& t, u32 id, u32 expected, bool wait, bool vote, u32 line) {
   Block& b = *t.block;
   Barrier& barrier = b.barriers[id & 15];
   if (kCheck && wait) {
@@ -72,7 +72,7 @@ inline void complete_cluster_barrier(Cluster& c) {
     if (t.state == AT_CLUSTER) t.state = READY;
 }
 
-inline void cluster_arrive(Thread& t, bool releases, u32 line) {
+void cluster_arrive(Thread& t, bool releases, u32 line) {
   Cluster& c = t.block->cluster;
   if (t.in_cluster_barrier) {
     if constexpr (kCheck) report(t, DIVERGENT_BARRIER, line);  // arrives twice without a wait
@@ -85,7 +85,7 @@ inline void cluster_arrive(Thread& t, bool releases, u32 line) {
   if (--c.barrier.missing == 0) complete_cluster_barrier(c);
 }
 
-inline void cluster_wait(Thread& t, u32 line) {
+void cluster_wait(Thread& t, u32 line) {
   Cluster& c = t.block->cluster;
   if (!t.in_cluster_barrier) {
     if constexpr (kCheck) report(t, DIVERGENT_BARRIER, line);  // waits without having arrived
@@ -101,11 +101,6 @@ inline void cluster_wait(Thread& t, u32 line) {
 
 // ---- warps
 
-enum WarpOperation : u32 {
-  W_SYNC, W_UP, W_DOWN, W_BFLY, W_IDX, W_ALL, W_ANY, W_BALLOT, W_UNI, W_MATCH_ANY, W_MATCH_ALL,
-  W_ADD, W_MIN, W_MAX, W_AND, W_OR, W_XOR, W_MIN_SIGNED, W_MAX_SIGNED, W_LDMATRIX, W_STMATRIX, W_MMA,
-  W_PRODUCT, W_PRODUCT_WAIT,
-};
 void complete_warp(Block& block, u32 first, u32 mask);
 
 inline u32 living(Block& b, u32 first) {
@@ -146,7 +141,7 @@ inline bool try_complete(Block& b, u32 first, u32 leader) {
   return true;
 }
 
-inline void warp_sync(Thread& t, u32 operation, u32 mask, u32 line) {
+void warp_sync(Thread& t, u32 operation, u32 mask, u32 line) {
   Block& b = *t.block;
   const u32 first = t.id & ~31u, size = std::min(32u, b.count - first);
   mask &= size == 32 ? ~0u : (1u << size) - 1;

@@ -19,7 +19,7 @@ inline u8* bulk_source(Thread& t, Space space, u64 from, u32 bytes, u32 line) {
     source = shared_access(t, from, bytes, 1, READ, false, line);
     const SharedPlace place = place_shared(t, from, bytes);
     if (!place.block) return nullptr;
-    if constexpr (kProxyCheck) check_fenced(t, place.at, from, bytes, line);
+    if constexpr (kCheck) check_fenced(t, place.at, from, bytes, line);
   }
   return source == (u8*)spare_bytes ? nullptr : source;
 }
@@ -36,7 +36,7 @@ inline Landing* bulk_target(Thread& t, u64 to, u32 bytes, u64 barrier, u32 line)
     mark_shared(t, to, bytes, PENDING);
     c.clocks.release(t.self, m->landings.back().known);
   }
-  if constexpr (kProxyCheck) forget_ordinary_writes(c, place.at, bytes);
+  if constexpr (kCheck) forget_ordinary_writes(c, place.at, bytes);
   return &m->landings.back();
 }
 
@@ -45,7 +45,7 @@ inline void bulk_land(Thread& t, u64 to, const std::vector<u8>& data, u64 barrie
 }
 
 // To shared memory, of the thread's block or another one's; the mbarrier lies in the same block.
-inline void bulk_load(Thread& t, u64 to, Space space, u64 from, u32 bytes, u64 barrier, u32 line, u32 site) {
+void bulk_load(Thread& t, u64 to, Space space, u64 from, u32 bytes, u64 barrier, u32 line, u32 site) {
   if (!check_bulk_sizes(t, to, from, bytes, line)) return;
   if (space == GLOBAL) log_access(t, GLOBAL, from, bytes, READ, site);
   const u8* source = bulk_source(t, space, from, bytes, line);
@@ -54,7 +54,7 @@ inline void bulk_load(Thread& t, u64 to, Space space, u64 from, u32 bytes, u64 b
 }
 
 // The same bytes to the same place in each block of the cluster whose bit is set.
-inline void bulk_load_many(Thread& t, u64 to, u64 from, u32 bytes, u64 barrier, u32 mask, u32 line, u32 site) {
+void bulk_load_many(Thread& t, u64 to, u64 from, u32 bytes, u64 barrier, u32 mask, u32 line, u32 site) {
   for (u32 rank = 0; rank < t.block->cluster.blocks.size(); rank++)
     if (mask >> rank & 1)
       bulk_load(t, map_shared(to, rank), GLOBAL, from, bytes, map_shared(barrier, rank), line, site);
@@ -66,19 +66,19 @@ inline u64 digest_of(const u8* bytes, u32 count) {
   return digest;
 }
 
-inline void bulk_store(Thread& t, u64 to, u64 from, u32 bytes, u32 line, u32 site) {
+void bulk_store(Thread& t, u64 to, u64 from, u32 bytes, u32 line, u32 site) {
   if (!check_bulk_sizes(t, to, from, bytes, line)) return;
   log_access(t, GLOBAL, to, bytes, WRITE, site);
   const u8* source = bulk_source(t, SHARED, from, bytes, line);
-  if (source) t.stores.push_back({to, from & kOffsetMask, bytes, t.store_group, line, kCheck ? digest_of(source, bytes) : 0});
+  if (source) t.own->stores.push_back({to, from & kOffsetMask, bytes, t.store_group, line, kCheck ? digest_of(source, bytes) : 0});
 }
 
 void write_tensor(Thread& t, const BulkStore& s);
 
 // The groups but the latest `left` have read their source and, unless `only_read`, are written.
-inline void finish_stores(Thread& t, u32 left, bool only_read) {
+void finish_stores(Thread& t, u32 left, bool only_read) {
   size_t kept = 0;
-  for (BulkStore& s : t.stores) {
+  for (BulkStore& s : t.own->stores) {
     const bool due = s.group + left < t.store_group;
     if (due && s.data.empty()) {
       const u8* source = shared_access(t, s.from, s.bytes, 1, READ, false, s.line);
@@ -92,17 +92,17 @@ inline void finish_stores(Thread& t, u32 left, bool only_read) {
       u8* target = global_access(t, s.to, s.bytes, 1, WRITE, false, s.line);
       if (target != (u8*)spare_bytes) memcpy(target, s.data.data(), s.bytes);
     } else {
-      if (&t.stores[kept] != &s) t.stores[kept] = std::move(s);
+      if (&t.own->stores[kept] != &s) t.own->stores[kept] = std::move(s);
       kept++;
     }
   }
-  t.stores.resize(kept);
+  t.own->stores.resize(kept);
 }
 
 // A thread ends: its block's shared memory may go away before it was read.
 inline void end_stores(Thread& t) {
   if constexpr (kCheck)
-    for (const BulkStore& s : t.stores)
+    for (const BulkStore& s : t.own->stores)
       if (s.data.empty()) report(t, MISSING_WAIT, s.line, SHARED, s.from, s.bytes);
   t.store_group++;
   finish_stores(t, 0, false);

@@ -2,7 +2,7 @@
 #pragma once
 #include <vector>
 
-#include "numeric.h"
+#include "thread.h"
 
 struct Stamp {  // an access: thread + 1 (0 for none), when, and where in the PTX
   u32 thread = 0, epoch = 0, clock = 0, line = 0;

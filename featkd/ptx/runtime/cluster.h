@@ -8,16 +8,15 @@
 inline void check_exit(Thread& last) {
   Block& b = *last.block;
   Cluster& c = b.cluster;
-  const u64 first = (u64)b.rank * c.shared_stride / FEATKD_SHARED_GRANULE;
-  for (u64 i = 0; i < c.shared_stride / FEATKD_SHARED_GRANULE; i++) {
+  const u64 first = c.cell((u64)b.rank * c.shared_stride), granule = 1ull << c.worker.launch.granule_bits;
+  for (u64 i = 0; i < c.cell(c.shared_stride); i++) {
     const Cell& cell = c.shared_cells[first + i];
     for (const Stamp& s : {cell.write, cell.read, cell.other_read, cell.atomic}) {
       if (!s.thread || (s.thread - 1) / c.stride == b.rank) continue;
       bool known = false;
       for (u32 t = 0; t < b.count && !known; t++) known = c.clocks.before(b.threads[t].self, s);
       if (known) continue;
-      const u64 offset = i * FEATKD_SHARED_GRANULE;
-      report(last, CLUSTER_EXIT, s.line, SHARED, offset, FEATKD_SHARED_GRANULE, -1, (s32)s.thread - 1, s.line);
+      report(last, CLUSTER_EXIT, s.line, SHARED, i * granule, granule, -1, (s32)s.thread - 1, s.line);
     }
   }
 }
@@ -48,10 +47,8 @@ inline void thread_main() {
   LaunchState& launch = t.block->worker.launch;
   launch.kernel(t, launch.parameters);
   finish_copies(t, -1);
-#if FEATKD_ASYNC_PROXY
   check_products(t);
   end_stores(t);
-#endif
   end_thread(t);
   yield_(t);
   abort();  // a finished thread is never scheduled again
@@ -74,12 +71,13 @@ inline Cluster::Cluster(Worker& w) : worker(w) {
   blocks.reserve(size);
   for (u32 rank = 0; rank < size; rank++) blocks.emplace_back(w, *this, rank);
   threads.resize((size_t)size * stride);
+  own.resize(threads.size());
   shared.resize((size_t)size * shared_stride);
   local.resize(threads.size() * launch.local_bytes);
   if constexpr (kCheck) {
     shared_state.resize(shared.size());
     local_state.resize(local.size());
-    shared_cells.resize(shared.size() / FEATKD_SHARED_GRANULE + 1);
+    shared_cells.resize(cell(shared.size()) + 1);
     unfenced.resize(shared_cells.size());
   }
 }
@@ -123,16 +121,17 @@ inline void Cluster::start(Stacks& stacks, u32 number) {
     for (Barrier& one : b.barriers) one = Barrier();
     for (u32 i = 0; i < stride; i++) {
       Thread& t = b.threads[i];
-      t.block = &b;
+      t.block = &b, t.place = &b, t.launch = &launch, t.own = &own[b.rank * stride + i];
+      t.executed = worker.executed.data();
       t.id = i, t.self = b.rank * stride + i, t.lane = i & 31, t.warp = i / 32;
       t.x = i % launch.size[0], t.y = i / launch.size[0] % launch.size[1];
       t.z = i / launch.size[0] / launch.size[1];
       t.state = i < count ? READY : DONE, t.fuel = 4096, t.carry = 0, t.line = 0;
-      t.copies.clear(), t.copy_group = 0, t.copy_number = 0, t.local_top = 0;
-      t.stores.clear(), t.store_group = 0, t.products.clear(), t.product_group = 0, t.unfenced_registers.clear();
+      t.own->copies.clear(), t.copy_group = 0, t.copy_number = 0, t.local_top = 0;
+      t.own->stores.clear(), t.store_group = 0, t.own->products.clear(), t.product_group = 0, t.own->unfenced_registers.clear();
       t.polling = t.in_cluster_barrier = false;
-      if constexpr (kCount) t.runs.assign(launch.sites, 0);
-      if (i < count) t.context.start(stacks[t.self], stacks.bytes(), thread_main);
+      if constexpr (kCount) t.own->runs.assign(launch.sites, 0);
+      if (i < count) t.own->context.start(stacks[t.self], stacks.bytes(), thread_main);
     }
   }
   mbarriers.clear();
@@ -149,7 +148,7 @@ inline Pass Cluster::pass(const std::vector<u32>& order) {
     if (t.state != READY) continue;
     const bool polled = t.polling;
     starting_thread = &t;
-    switch_context(scheduler, t.context);
+    switch_context(scheduler, t.own->context);
     const bool idle = polled && t.polling && t.state == READY;
     result = idle ? std::max(result, PASS_IDLE) : PASS_WORKED;
     if (abandoned) break;

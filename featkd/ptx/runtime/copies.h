@@ -2,20 +2,13 @@
 #pragma once
 #include "memory.h"
 
-// the last operand of cp.async: how many bytes are read, or a predicate that says to read none
-template <class R>
-inline u32 copied_bytes(u32 bytes, R operand) {
-  if constexpr (std::is_same_v<R, bool>) return operand ? 0 : bytes;
-  else return std::min((u32)operand, bytes);
-}
-
-inline void copy_async(Thread& t, u64 to, u64 from, u32 bytes, u32 filled, u32 line, u32 site) {
+void copy_async(Thread& t, u64 to, u64 from, u32 bytes, u32 filled, u32 line, u32 site) {
   const u64 offset = to & kOffsetMask;
   log_access(t, SHARED, offset, bytes, WRITE, site);
   if (filled) log_access(t, GLOBAL, from, filled, READ, site + 1);
   shared_access(t, offset, bytes, bytes, WRITE, false, line);
   if constexpr (kCheck) mark_shared(t, offset, bytes, PENDING);
-  t.copies.push_back({(u32)offset, from, bytes, filled, t.copy_group, t.copy_number++, line});
+  t.own->copies.push_back({(u32)offset, from, bytes, filled, t.copy_group, t.copy_number++, line});
 }
 
 inline void copy_bytes(Thread& t, const AsyncCopy& c, u8* to) {
@@ -24,31 +17,31 @@ inline void copy_bytes(Thread& t, const AsyncCopy& c, u8* to) {
   memcpy(to, data, c.bytes);
 }
 
-inline void finish_copies(Thread& t, int groups_left) {
+void finish_copies(Thread& t, int groups_left) {
   size_t kept = 0;
-  for (AsyncCopy& c : t.copies) {
+  for (AsyncCopy& c : t.own->copies) {
     if (groups_left >= 0 && c.group >= t.copy_group - groups_left) {
-      t.copies[kept++] = c;
+      t.own->copies[kept++] = c;
       continue;
     }
     if constexpr (kCheck) mark_shared(t, c.to, c.bytes, VALID);
     copy_bytes(t, c, shared_access(t, c.to, c.bytes, c.bytes, WRITE, false, c.line));
   }
-  t.copies.resize(kept);
+  t.own->copies.resize(kept);
 }
 
 // Those numbered below `end` land, for an mbarrier that waits for them. As accesses they stay where
 // the thread issued them: what it did since is not part of what the mbarrier tells.
 inline void land_copies(Thread& t, u32 end) {
   size_t kept = 0;
-  for (AsyncCopy& c : t.copies) {
+  for (AsyncCopy& c : t.own->copies) {
     if (c.number >= end) {
-      t.copies[kept++] = c;
+      t.own->copies[kept++] = c;
       continue;
     }
     if constexpr (kCheck) mark_shared(t, c.to, c.bytes, VALID);
     const SharedPlace place = place_shared(t, c.to, c.bytes);
     if (place.block) copy_bytes(t, c, &t.block->cluster.shared[place.at]);
   }
-  t.copies.resize(kept);
+  t.own->copies.resize(kept);
 }

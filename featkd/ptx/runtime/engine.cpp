@@ -1,9 +1,15 @@
-// Runs a grid over the OS threads and keeps reports and counters for Python to read. Not part of a
-// kernel's own code: compiling it takes longer than compiling most kernels.
+// The engine: runs a grid over the OS threads, keeps reports and counters for Python to read. It is
+// compiled once for all kernels, which see thread.h and launch.h of it.
 #include <thread>
 
 #include "cluster.h"
 #include "launch.h"
+
+struct Outcome {
+  std::vector<Report> reports;
+  std::vector<u64> totals, executed;
+  double seconds = 0;
+};
 
 #if defined(__x86_64__) && !defined(FEATKD_PORTABLE_FIBERS)
 // saves the callee-saved registers and MXCSR's owner stays the OS thread; switches the stack
@@ -140,17 +146,15 @@ __attribute__((used)) double featkd_ptx_seconds(Outcome* o) { return o->seconds;
 __attribute__((used)) void featkd_ptx_free(Outcome* o) { delete o; }
 }
 
-Outcome* start_launch(const LaunchRequest& request, void (*kernel)(Thread&, u8**), u32 static_shared,
-                             u32 stack_bytes, u32 local_bytes, u32 sites, u32 classes) {
+Outcome* start_launch(const LaunchRequest& request, void (*kernel)(Thread&, u8**), const KernelFacts& facts) {
   LaunchState launch;
+  static_cast<KernelFacts&>(launch) = facts;
   memcpy(launch.grid, request.grid, sizeof launch.grid);
   memcpy(launch.size, request.size, sizeof launch.size);
   memcpy(launch.cluster, request.cluster, sizeof launch.cluster);
-  launch.dynamic_shared = request.dynamic_shared, launch.static_shared = static_shared;
+  launch.dynamic_shared = request.dynamic_shared;
   launch.workers = request.workers, launch.seed = request.seed, launch.time_limit = request.time_limit;
   launch.parameters = request.parameters, launch.allocations = request.allocations;
   launch.allocation_count = request.allocation_count, launch.kernel = kernel;
-  launch.stack_bytes = stack_bytes, launch.local_bytes = local_bytes;
-  launch.sites = sites, launch.classes = classes;
   return run_launch(launch);
 }

@@ -6,8 +6,7 @@
 #include <cstdlib>
 #include <new>
 
-// shared by a kernel and the engine it is linked with, and by no other library
-#define HIDDEN __attribute__((visibility("hidden")))
+#include "thread.h"
 
 // FEATKD_PORTABLE_FIBERS is how the tests reach the other way on x86-64
 #if defined(__x86_64__) && !defined(FEATKD_PORTABLE_FIBERS)

@@ -1,16 +1,11 @@
 // What a translated kernel is compiled with: the instructions, and where its launches go.
 #pragma once
 #include "convert.h"
-#include "counters.h"
 #include "integers.h"
-#include "mbarrier.h"
-#include "warp.h"
+#include "thread.h"
 
-struct Outcome {
-  std::vector<Report> reports;
-  std::vector<u64> totals, executed;
-  double seconds = 0;
-};
+struct Allocation;
+struct Outcome;  // reports and counters, which Python asks the engine for
 
 // read from Python through ctypes: keep in step with RawLaunch there
 struct LaunchRequest {
@@ -21,6 +16,4 @@ struct LaunchRequest {
   Allocation* allocations;
 };
 
-// In engine.cpp, which is compiled once for all kernels.
-HIDDEN Outcome* start_launch(const LaunchRequest& request, void (*kernel)(Thread&, u8**), u32 static_shared,
-                             u32 stack_bytes, u32 local_bytes, u32 sites, u32 classes);
+HIDDEN Outcome* start_launch(const LaunchRequest& request, void (*kernel)(Thread&, u8**), const KernelFacts& facts);

@@ -10,22 +10,6 @@
 #include "clocks.h"
 #include "fibers.h"
 
-#ifndef FEATKD_CHECK
-#define FEATKD_CHECK 0
-#endif
-#ifndef FEATKD_COUNT
-#define FEATKD_COUNT 0
-#endif
-constexpr bool kCheck = FEATKD_CHECK;
-constexpr bool kCount = FEATKD_COUNT;
-
-// the order is that of KINDS in featkd/ptx/reports.py
-enum ReportKind : u32 {
-  SHARED_RACE, GLOBAL_RACE, BLOCK_RACE, UNINITIALISED, OUT_OF_BOUNDS, MISALIGNED,
-  DIVERGENT_BARRIER, DEADLOCK, MISSING_WAIT, UNWRITTEN, TIME_LIMIT, TRAP, WARP_MISMATCH, STACK_OVERFLOW,
-  CLUSTER_EXIT, BAD_MBARRIER, MISSING_FENCE, BAD_TENSOR_MAP,
-};
-enum Space : u32 { GLOBAL, SHARED, LOCAL, NO_SPACE };
 enum Access : u32 { READ, WRITE, ATOMIC };
 
 // read from Python through ctypes: keep in step with RawReport there
@@ -45,8 +29,6 @@ struct Allocation {
   const u8* gaps;         // of a poisoned one: 2 for each byte between its elements; null where none
 };
 
-enum State : u8 { READY, AT_WARP, AT_BARRIER, AT_CLUSTER, DONE };
-struct Block;
 struct Cluster;
 struct Worker;
 
@@ -69,15 +51,8 @@ struct BulkStore {
   s32 at[5] = {};
 };
 
-enum ProductFlags : u32 {
-  LEFT_IN_REGISTERS = 1, LEFT_TRANSPOSED = 2, RIGHT_TRANSPOSED = 4, LEFT_NEGATED = 8, RIGHT_NEGATED = 16, HALF_SUMS = 32,
-};
-
 // a wgmma.mma_async in flight, as one thread sees it
-struct Product {
-  u32 line, type, columns, flags;
-  bool adds;
-  u64 a, b;  // descriptors of the operands in shared memory
+struct Product : ProductRequest {
   u32 group = 0, left[4] = {};
   const u32* left_registers[4] = {};
   std::vector<u32*> target;  // accumulators
@@ -85,27 +60,13 @@ struct Product {
   u64 digest = 0;            // of the operands when it was issued
 };
 
-struct Thread {
+struct Own {
   Context context;
-  Block* block;
-  u32 id, self, lane, warp, x, y, z;  // id: in the block; self: in the cluster
-  State state;
-  u32 line, mask, operation, barrier, carry, fuel;
-  u64 in[12], out[8];
-  u64 barrier_result;
-  bool in_cluster_barrier;
-  u32 cluster_phase;
   std::vector<AsyncCopy> copies;
-  int copy_group;
-  u32 copy_number;
-  bool polling;  // the last thing it did was to ask in vain whether it may go on
   std::vector<BulkStore> stores;
-  u32 store_group;
   std::vector<Product> products;
-  u32 product_group;
   std::vector<const u32*> unfenced_registers;  // written since the last wgmma.fence
-  u32 local_top;
-  std::vector<u32> runs;  // how often each memory site ran, when counting
+  std::vector<u32> runs;                       // how often each memory site ran, when counting
 };
 
 struct Barrier {
@@ -143,8 +104,7 @@ struct Logged {
   u32 thread, site, run, bytes;
 };
 
-struct LaunchState {
-  u32 grid[3], size[3], cluster[3], dynamic_shared, static_shared;
+struct LaunchState : LaunchShape, KernelFacts {
   u64 seed;
   double time_limit;
   u32 workers;
@@ -152,16 +112,12 @@ struct LaunchState {
   u32 allocation_count;
   Allocation* allocations;
   void (*kernel)(Thread&, u8**);
-  u32 stack_bytes, local_bytes, sites, classes;
   std::chrono::steady_clock::time_point deadline;
   std::atomic<bool> stop{false};
   // per allocation: bytes written (1; 2 in gaps, which nobody has to write), bytes read; and per granule six keys of
   // the clusters that touched it
   std::vector<std::vector<u8>> written, read;
   std::vector<std::vector<std::atomic<u64>>> touched;
-
-  u32 threads_a_block() const { return size[0] * size[1] * size[2]; }
-  u32 blocks_a_cluster() const { return cluster[0] * cluster[1] * cluster[2]; }
 };
 
 enum Total : u32 {
@@ -179,15 +135,14 @@ struct Worker {
   explicit Worker(LaunchState& l) : launch(l) {}
 };
 
-struct Block {
+struct Block : BlockPlace {
   Worker& worker;
   Cluster& cluster;
-  u32 rank;  // in the cluster
-  u32 x = 0, y = 0, z = 0, linear = 0, count = 0, alive = 0;
+  u32 alive = 0;
   Thread* threads = nullptr;
   Barrier barriers[16];
   std::vector<Logged> log;
-  Block(Worker& w, Cluster& c, u32 r) : worker(w), cluster(c), rank(r) {}
+  Block(Worker& w, Cluster& c, u32 r) : BlockPlace{r}, worker(w), cluster(c) {}
 
   void release(Barrier& barrier);
   void flush_log();
@@ -204,6 +159,7 @@ struct Cluster {
   u32 shared_stride;
   std::vector<Block> blocks;
   std::vector<Thread> threads;
+  std::vector<Own> own;  // by thread
   std::vector<u8> shared, shared_state, local, local_state;
   std::vector<Cell> shared_cells;
   std::vector<u8> unfenced;  // by cell: holds what only ordinary instructions see for sure
@@ -216,6 +172,7 @@ struct Cluster {
   bool abandoned = false;
 
   explicit Cluster(Worker& w);
+  u64 cell(u64 at) const { return at >> worker.launch.granule_bits; }
   void run(Stacks& stacks, u32 number);
 
  private:
@@ -242,21 +199,19 @@ inline void report(Thread& t, ReportKind kind, u32 line, Space space = NO_SPACE,
   at->second.count++;
 }
 
-inline void yield_(Thread& t) { switch_context(t.context, t.block->cluster.scheduler); }
+void yield_(Thread& t) { switch_context(t.own->context, t.block->cluster.scheduler); }
 
 // The kernel cannot go on: report, and never schedule these blocks again.
-inline void stop_block(Thread& t, ReportKind kind, u32 line) {
+void stop_block(Thread& t, ReportKind kind, u32 line) {
   report(t, kind, line);
   t.block->cluster.abandoned = true;
   yield_(t);
 }
 
 // The clocks: they move on when they are read, so that launches repeat.
-inline u64 tick(Thread& t) { return t.block->cluster.ticks += 1000; }
+u64 tick(Thread& t) { return t.block->cluster.ticks += 1000; }
 
-// Called at every jump: a loop that never ends lets others run, and meets the time limit.
-inline void spend(Thread& t, u32 line) {
-  if (--t.fuel) return;
+void spend_fuel(Thread& t, u32 line) {
   t.fuel = 4096;
   t.polling = false;
   LaunchState& launch = t.block->worker.launch;

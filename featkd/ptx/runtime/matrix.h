@@ -2,8 +2,6 @@
 #pragma once
 #include "memory.h"
 
-enum MmaType : u32 { MMA_BF16, MMA_F16, MMA_TF32, MMA_F64, MMA_S8, MMA_U8 };
-
 // Row r of matrix m starts where lane 8m+r says; lane l holds elements (l/4, 2(l%4)) and the next.
 inline void matrix_transfer(Thread* w, bool is_load) {
   const u32 matrices = (u32)w[0].in[1];

@@ -16,7 +16,7 @@ inline Mbarrier* find_mbarrier(Thread& t, u64 address, u32 line) {
   return &found->second;
 }
 
-inline void mbarrier_init(Thread& t, u64 address, u32 count, u32 line) {
+void mbarrier_init(Thread& t, u64 address, u32 count, u32 line) {
   Cluster& c = t.block->cluster;
   address &= kOffsetMask;
   shared_access(t, address, 8, 8, WRITE, false, line);
@@ -29,7 +29,7 @@ inline void mbarrier_init(Thread& t, u64 address, u32 count, u32 line) {
     if (!added || !count) report(t, BAD_MBARRIER, line, SHARED, address, 8);
 }
 
-inline void mbarrier_invalidate(Thread& t, u64 address, u32 line) {
+void mbarrier_invalidate(Thread& t, u64 address, u32 line) {
   if (!find_mbarrier(t, address, line)) return;
   address &= kOffsetMask;
   shared_access(t, address, 8, 8, WRITE, false, line);
@@ -43,10 +43,8 @@ inline void complete_phase(Mbarrier& m) {
   if constexpr (kCheck) m.known = m.arriving;
 }
 
-enum ArriveFlags : u32 { ARRIVE_DROP = 1, ARRIVE_RELAXED = 2, ARRIVE_INCOMPLETE = 4 };
-
 // Returns the state before: the phase, and how many arrivals it still lacks.
-inline u64 mbarrier_arrive(Thread& t, u64 address, u32 count, u32 bytes, u32 flags, u32 line) {
+u64 mbarrier_arrive(Thread& t, u64 address, u32 count, u32 bytes, u32 flags, u32 line) {
   Mbarrier* m = find_mbarrier(t, address, line);
   if (!m) return 0;
   const u64 state = (u64)m->phase << 32 | m->pending;
@@ -64,7 +62,7 @@ inline u64 mbarrier_arrive(Thread& t, u64 address, u32 count, u32 bytes, u32 fla
 }
 
 // expect_tx (bytes > 0) and complete_tx (bytes < 0)
-inline void mbarrier_transaction(Thread& t, u64 address, s64 bytes, u32 line) {
+void mbarrier_transaction(Thread& t, u64 address, s64 bytes, u32 line) {
   Mbarrier* m = find_mbarrier(t, address, line);
   if (!m) return;
   m->bytes += bytes;
@@ -98,7 +96,7 @@ inline bool phase_passed(Mbarrier& m, u64 value, bool parity) {
 }
 
 // One try: true where the phase is over. Else the others run before the thread may try again.
-inline bool mbarrier_wait(Thread& t, u64 address, u64 value, bool parity, bool acquires, u32 line) {
+bool mbarrier_wait(Thread& t, u64 address, u64 value, bool parity, bool acquires, u32 line) {
   Mbarrier* m = find_mbarrier(t, address, line);
   if (m && !phase_passed(*m, value, parity)) {
     t.polling = true, t.line = line;
@@ -114,7 +112,7 @@ inline bool mbarrier_wait(Thread& t, u64 address, u64 value, bool parity, bool a
 
 // The mbarrier hears of all cp.async of the thread so far once they are there. Without `counted`
 // the arrival is one more than it was made for.
-inline void mbarrier_track_copies(Thread& t, u64 address, bool counted, u32 line) {
+void mbarrier_track_copies(Thread& t, u64 address, bool counted, u32 line) {
   Mbarrier* m = find_mbarrier(t, address, line);
   if (!m) return;
   if (!counted) m->pending++;

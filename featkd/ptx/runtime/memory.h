@@ -2,8 +2,6 @@
 #pragma once
 #include "proxy.h"
 
-// Generic addresses carry their space in the top byte; global ones are plain host addresses.
-constexpr u64 kSharedTag = 1ull << 56, kLocalTag = 2ull << 56, kOffsetMask = kSharedTag - 1;
 enum ByteState : u8 { EMPTY, VALID, PENDING };
 
 inline HIDDEN thread_local u64 spare_bytes[8];  // where accesses outside of memory go
@@ -26,10 +24,6 @@ inline void race(Thread& t, Cell& cell, Access kind, bool same, ReportKind repor
   else if (cell.read.epoch != now.epoch || cell.read.thread == now.thread) cell.read = now;
   else cell.other_read = now;
 }
-
-// An address of shared memory names a block of the cluster, plus one, in bits 24 and up; 0 is the
-// thread's own.
-constexpr u32 kRankShift = 24;
 
 struct SharedPlace {
   Block* block;  // null outside of every block
@@ -70,10 +64,9 @@ inline u8* shared_access(Thread& t, u64 address, u32 bytes, u32 align, Access ki
     }
     if (pending) report(t, MISSING_WAIT, line, SHARED, address, bytes);
     else if (empty) report(t, UNINITIALISED, line, SHARED, address, bytes);
-    for (u64 i = place.at / FEATKD_SHARED_GRANULE; i <= (place.at + bytes - 1) / FEATKD_SHARED_GRANULE; i++) {
+    for (u64 i = c.cell(place.at); i <= c.cell(place.at + bytes - 1); i++) {
       race(t, c.shared_cells[i], kind, same, SHARED_RACE, line, SHARED, address, bytes, -1);
-      if constexpr (kProxyCheck)
-        if (kind != READ) note_ordinary_write(c, i);
+      if (kind != READ && t.block->worker.launch.async_proxy) note_ordinary_write(c, i);
     }
   }
   return c.shared.data() + place.at;
@@ -99,16 +92,6 @@ inline u8* local_access(Thread& t, u64 offset, u32 bytes, u32 align, Access kind
   }
   if constexpr (kCount) w.totals[kind == WRITE ? T_LOCAL_WRITE : T_LOCAL_READ] += bytes;
   return c.local.data() + base + offset;
-}
-
-// an address in a register: 32-bit ones wrap at 32 bits
-template <class R>
-inline u64 wrap_address(R base, s64 offset) {
-  return sizeof(R) == 4 ? (u64)(u32)((u32)base + (u32)offset) : (u64)base + (u64)offset;
-}
-
-inline void count_instruction(Thread& t, u32 number) {
-  if constexpr (kCount) t.block->worker.executed[number]++;
 }
 
 inline s32 find_allocation(LaunchState& launch, u64 address, u32 bytes) {
@@ -178,7 +161,7 @@ inline void log_access(Thread& t, Space space, u64 address, u32 bytes, Access ki
     if (space == GLOBAL) w.totals[kind == READ ? T_READ_BYTES : T_WRITE_BYTES] += bytes;
     // the site's low bits say what it is: 0 shared, 1 global read, 2 global write
     const u32 tag = space == SHARED ? 0 : kind == READ ? 1 : 2;
-    t.block->log.push_back({address, t.id, site << 2 | tag, t.runs[site]++, bytes});
+    t.block->log.push_back({address, t.id, site << 2 | tag, t.own->runs[site]++, bytes});
   }
 }
 
@@ -188,7 +171,7 @@ inline u8* claim(Thread& t, Space space, u64 address, u32 bytes, u32 align, Acce
   return global_access(t, address, bytes, align, kind, same, line);
 }
 
-inline void load(Thread& t, Space space, u64 address, void* to, u32 bytes, u32 line, u32 site) {
+void load(Thread& t, Space space, u64 address, void* to, u32 bytes, u32 line, u32 site) {
   space = space_of(space, address);
   log_access(t, space, address, bytes, READ, site);
   memcpy(to, claim(t, space, address, bytes, bytes, READ, false, line), bytes);
@@ -204,54 +187,24 @@ inline bool holds_already(Thread& t, Space space, u64 address, const void* from,
   return space == GLOBAL && find_allocation(launch, address, bytes) >= 0 && !memcmp((void*)address, from, bytes);
 }
 
-inline void store(Thread& t, Space space, u64 address, const void* from, u32 bytes, u32 line, u32 site) {
+void store(Thread& t, Space space, u64 address, const void* from, u32 bytes, u32 line, u32 site) {
   space = space_of(space, address);
   log_access(t, space, address, bytes, WRITE, site);
   const bool same = kCheck && holds_already(t, space, address, from, bytes);
   memcpy(claim(t, space, address, bytes, bytes, WRITE, same, line), from, bytes);
 }
 
-// Read, change and write back as one step; no fiber switch can come between, and kernels with
-// global atomics run their blocks on one OS thread. Returns the old value.
-template <class T, class F>
-inline T atomic_(Thread& t, Space space, u64 address, F change, u32 line, u32 site) {
+u8* claim_atomic(Thread& t, Space space, u64 address, u32 bytes, u32 line, u32 site) {
   space = space_of(space, address);
-  log_access(t, space, address, sizeof(T), ATOMIC, site);
+  log_access(t, space, address, bytes, ATOMIC, site);
   if constexpr (kCount) t.block->worker.totals[T_ATOMICS]++;
-  u8* at = claim(t, space, address, sizeof(T), sizeof(T), ATOMIC, false, line);
-  T old;
-  memcpy((void*)&old, at, sizeof old);
-  const T changed = change(old);
-  memcpy(at, (const void*)&changed, sizeof changed);
-  return old;
+  return claim(t, space, address, bytes, bytes, ATOMIC, false, line);
 }
 
-// ---- clusters
-
-// the same place in the shared memory of block `rank` of the cluster; generic addresses stay so
-template <class A>
-inline A map_shared(A address, u32 rank) {
-  const u64 own = (u64)address & ~((u64)0xff << kRankShift);
-  return (A)(own | (u64)(rank + 1) << kRankShift);
+Frame::Frame(Thread& t, u32 bytes) : thread(t), before(t.local_top), base((t.local_top + 15) & ~15u) {
+  const u32 most = t.block->worker.launch.local_bytes;
+  t.local_top = base + bytes;
+  // sized by the translator for every function once: only recursion gets past it
+  if (t.local_top > most) stop_block(t, STACK_OVERFLOW, t.line);
+  if constexpr (kCheck) std::fill_n(&t.block->cluster.local_state[(u64)t.self * most + base], bytes, EMPTY);
 }
-
-inline u32 rank_of(Thread& t, u64 address) {
-  const u32 named = (u32)((address & kOffsetMask) >> kRankShift);
-  return named ? named - 1 : t.block->rank;
-}
-
-// ---- local frames
-
-struct Frame {
-  Thread& thread;
-  u32 before;
-  u32 base;
-  Frame(Thread& t, u32 bytes) : thread(t), before(t.local_top), base((t.local_top + 15) & ~15u) {
-    t.local_top = base + bytes;
-    // sized by the translator for every function once: only recursion gets past it
-    if (t.local_top > t.block->worker.launch.local_bytes) stop_block(t, STACK_OVERFLOW, t.line);
-    if constexpr (kCheck)
-      std::fill_n(&t.block->cluster.local_state[(u64)t.self * t.block->worker.launch.local_bytes + base], bytes, EMPTY);
-  }
-  ~Frame() { thread.local_top = before; }
-};

@@ -3,15 +3,6 @@
 #pragma once
 #include "barriers.h"
 
-#ifndef FEATKD_SHARED_GRANULE
-#define FEATKD_SHARED_GRANULE 4
-#endif
-#ifndef FEATKD_ASYNC_PROXY
-#define FEATKD_ASYNC_PROXY 0
-#endif
-// kernels without such units keep no track of it
-constexpr bool kProxyCheck = kCheck && FEATKD_ASYNC_PROXY;
-
 inline void note_ordinary_write(Cluster& c, u64 cell) {
   if (c.unfenced[cell]) return;
   c.unfenced[cell] = true;
@@ -20,8 +11,8 @@ inline void note_ordinary_write(Cluster& c, u64 cell) {
 
 // The thread's own writes, and those that it knows of, can now be seen. A fence that only runs at
 // the right time, without a sync that orders it, passes too.
-inline void fence_async_proxy(Thread& t) {
-  if constexpr (kProxyCheck) {
+void fence_async_proxy(Thread& t) {
+  if constexpr (kCheck) {
     Cluster& c = t.block->cluster;
     size_t kept = 0;
     for (u32 i : c.unfenced_cells) {
@@ -37,7 +28,7 @@ inline void fence_async_proxy(Thread& t) {
 // `at`: in the cluster's shared memory
 inline void check_fenced(Thread& t, u64 at, u64 address, u32 bytes, u32 line) {
   Cluster& c = t.block->cluster;
-  for (u64 i = at / FEATKD_SHARED_GRANULE; i <= (at + bytes - 1) / FEATKD_SHARED_GRANULE; i++)
+  for (u64 i = c.cell(at); i <= c.cell(at + bytes - 1); i++)
     if (c.unfenced[i]) {
       const Stamp& s = c.shared_cells[i].write;
       report(t, MISSING_FENCE, line, SHARED, address, bytes, -1, (s32)s.thread - 1, s.line);
@@ -47,5 +38,5 @@ inline void check_fenced(Thread& t, u64 at, u64 address, u32 bytes, u32 line) {
 
 // an asynchronous unit wrote here
 inline void forget_ordinary_writes(Cluster& c, u64 at, u32 bytes) {
-  for (u64 i = at / FEATKD_SHARED_GRANULE; i <= (at + bytes - 1) / FEATKD_SHARED_GRANULE; i++) c.unfenced[i] = false;
+  for (u64 i = c.cell(at); i <= c.cell(at + bytes - 1); i++) c.unfenced[i] = false;
 }

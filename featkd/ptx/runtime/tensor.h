@@ -61,7 +61,7 @@ inline bool check_place(Thread& t, const TensorMap& map, u64 address, u32 line) 
   return (address & kOffsetMask) % pattern == 0;
 }
 
-inline void tensor_load(Thread& t, u64 to, u64 map_address, u32 rank, const s32* at, u64 barrier, u32 mask, u32 line, u32 site) {
+void tensor_load(Thread& t, u64 to, u64 map_address, u32 rank, const s32* at, u64 barrier, u32 mask, u32 line, u32 site) {
   const TensorMap* map = find_map(t, map_address, rank, line);
   if (!map || !check_place(t, *map, to, line)) return;
   std::vector<u8> box(box_bytes(*map));
@@ -76,16 +76,16 @@ inline void tensor_load(Thread& t, u64 to, u64 map_address, u32 rank, const s32*
     if (mask >> r & 1) bulk_land(t, map_shared(to & kOffsetMask, r), box, map_shared(barrier, r), line);
 }
 
-inline void tensor_store(Thread& t, u64 map_address, u32 rank, const s32* at, u64 from, u32 line, u32 site) {
+void tensor_store(Thread& t, u64 map_address, u32 rank, const s32* at, u64 from, u32 line, u32 site) {
   const TensorMap* map = find_map(t, map_address, rank, line);
   if (!map || !check_place(t, *map, from, line)) return;
   for_each_row(*map, at, [&](u32, u64 address, u32 bytes) { log_access(t, GLOBAL, address, bytes, WRITE, site); });
   const u32 bytes = box_bytes(*map);
   const u8* source = bulk_source(t, SHARED, from, bytes, line);
   if (!source) return;
-  t.stores.push_back({0, from & kOffsetMask, bytes, t.store_group, line, kCheck ? digest_of(source, bytes) : 0});
-  t.stores.back().map = map;
-  std::copy(at, at + 5, t.stores.back().at);
+  t.own->stores.push_back({0, from & kOffsetMask, bytes, t.store_group, line, kCheck ? digest_of(source, bytes) : 0});
+  t.own->stores.back().map = map;
+  std::copy(at, at + 5, t.own->stores.back().at);
 }
 
 inline void write_tensor(Thread& t, const BulkStore& s) {

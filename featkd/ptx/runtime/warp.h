@@ -1,10 +1,8 @@
 // Operations that a whole warp does together: shuffles, votes, reductions.
 #pragma once
 #include "matrix.h"
-#if FEATKD_ASYNC_PROXY  // only kernels that use it pay for its compilation
 #include "tensor.h"
 #include "wgmma.h"
-#endif
 
 inline void shuffle(Block& b, Thread* w, u32 mask, u32 operation) {
   (void)b;
@@ -54,10 +52,8 @@ inline void complete_warp(Block& b, u32 first, u32 mask) {
     }
     switch (operation) {
       case W_MMA: return mma(w);
-#if FEATKD_ASYNC_PROXY
       case W_PRODUCT: return issue_products(w);
       case W_PRODUCT_WAIT: return finish_products(w);
-#endif
       default: return matrix_transfer(w, operation == W_LDMATRIX);
     }
   }
@@ -83,15 +79,4 @@ inline void complete_warp(Block& b, u32 first, u32 mask) {
       default: t.out[0] = result;
     }
   }
-}
-
-inline u64 shuffle_(Thread& t, u32 operation, u32 value, u32 amount, u32 control, u32 mask, u32 line) {
-  t.in[0] = value, t.in[1] = amount, t.in[2] = control;
-  warp_sync(t, operation, mask, line);
-  return t.out[0];
-}
-inline u64 vote_(Thread& t, u32 operation, u64 value, u32 mask, u32 line) {
-  t.in[0] = value;
-  warp_sync(t, operation, mask, line);
-  return t.out[0];
 }

@@ -54,7 +54,7 @@ inline void read_operand(Thread& t, const Product& p, const OperandLayout& layou
       const u32 i = layout.transposed ? column : row, k = layout.transposed ? row : column;
       const u64 address = operand_address(layout, first + i, k, wide);
       u8* memory = shared_access(t, address, 16, 16, READ, false, p.line);
-      if constexpr (kProxyCheck)
+      if constexpr (kCheck)
         if (issued && place_shared(t, address, 16).block) check_fenced(t, place_shared(t, address, 16).at, address, 16, p.line);
       u64 words[2];
       memcpy(words, memory, 16);
@@ -68,7 +68,7 @@ inline void read_operand(Thread& t, const Product& p, const OperandLayout& layou
 }
 
 inline void read_operands(Thread* w, size_t number, bool issued) {
-  const Product& p = w[0].products[number];
+  const Product& p = w[0].own->products[number];
   WarpProduct& m = warp_product;
   const u32 first = w[0].warp % 4 * 16;
   m.digest = 0;
@@ -80,27 +80,27 @@ inline void read_operands(Thread* w, size_t number, bool issued) {
 }
 
 inline void read_left_registers(Thread* w, size_t number) {
-  const u32 type = w[0].products[number].type, pack = type == MMA_TF32 ? 1 : 2;
+  const u32 type = w[0].own->products[number].type, pack = type == MMA_TF32 ? 1 : 2;
   for (u32 lane = 0; lane < 32; lane++)
     for (u32 i = 0; i < 4; i++)
       for (u32 h = 0; h < pack; h++)
         warp_product.a[lane / 4 + 8 * (i % 2)][lane % 4 * pack + h + 4 * pack * (i / 2)] =
-            element(w[lane].products[number].left[i], h, type);
+            element(w[lane].own->products[number].left[i], h, type);
 }
 
 // a result goes to the next product in flight that adds to it, or to its registers
 inline void hand_on(Thread& t, size_t number, const std::vector<u32>& values) {
-  const Product& done = t.products[number];
-  for (size_t i = number + 1; i < t.products.size(); i++)
-    if (t.products[i].target[0] == done.target[0]) {
-      t.products[i].held = values;
+  const Product& done = t.own->products[number];
+  for (size_t i = number + 1; i < t.own->products.size(); i++)
+    if (t.own->products[i].target[0] == done.target[0]) {
+      t.own->products[i].held = values;
       return;
     }
   for (size_t i = 0; i < values.size(); i++) *done.target[i] = values[i];
 }
 
 inline void run_product(Thread* w, size_t number) {
-  const Product& p = w[0].products[number];
+  const Product& p = w[0].own->products[number];
   WarpProduct& m = warp_product;
   read_operands(w, number, false);
   if constexpr (kCheck)
@@ -109,7 +109,7 @@ inline void run_product(Thread* w, size_t number) {
   const double sign = (p.flags & LEFT_NEGATED ? -1 : 1) * (p.flags & RIGHT_NEGATED ? -1 : 1);
   const u32 depth = depth_of(p);
   for (u32 lane = 0; lane < 32; lane++) {
-    const Product& own = w[lane].products[number];
+    const Product& own = w[lane].own->products[number];
     std::vector<u32> values = own.held;
     for (u32 i = 0; i < p.columns / 2; i++) {
       const u32 row = lane / 4 + 8 * (i / 2 % 2), column = 8 * (i / 4) + lane % 4 * 2 + i % 2;
@@ -135,21 +135,21 @@ inline void run_product(Thread* w, size_t number) {
 inline bool is_target(const Product& p, const u32* r) { return std::find(p.target.begin(), p.target.end(), r) != p.target.end(); }
 
 inline bool is_unfenced(const Thread& t, const u32* r) {
-  return std::find(t.unfenced_registers.begin(), t.unfenced_registers.end(), r) != t.unfenced_registers.end();
+  return std::find(t.own->unfenced_registers.begin(), t.own->unfenced_registers.end(), r) != t.own->unfenced_registers.end();
 }
 
 // All lanes have issued the product that is last in their lists.
 inline void issue_products(Thread* w) {
-  const size_t number = w[0].products.size() - 1;
+  const size_t number = w[0].own->products.size() - 1;
   if constexpr (kCheck) {
     for (u32 lane = 1; lane < 32; lane++) {
-      const Product &one = w[0].products[number], &other = w[lane].products.back();
-      const bool same = w[lane].products.size() == number + 1 && other.b == one.b && other.adds == one.adds &&
+      const Product &one = w[0].own->products[number], &other = w[lane].own->products.back();
+      const bool same = w[lane].own->products.size() == number + 1 && other.b == one.b && other.adds == one.adds &&
                         ((one.flags & LEFT_IN_REGISTERS) || other.a == one.a);
       if (!same) report(w[lane], WARP_MISMATCH, one.line, NO_SPACE, 0, 0, -1, (s32)w[0].self, one.line);
     }
     read_operands(w, number, true);
-    w[0].products[number].digest = warp_product.digest;
+    w[0].own->products[number].digest = warp_product.digest;
   }
 }
 
@@ -157,19 +157,20 @@ inline void issue_products(Thread* w) {
 inline void finish_products(Thread* w) {
   const u32 left = (u32)w[0].in[0];
   size_t done = 0;
-  while (done < w[0].products.size() && w[0].products[done].group + left < w[0].product_group) {
+  while (done < w[0].own->products.size() && w[0].own->products[done].group + left < w[0].product_group) {
     bool all = true;
-    for (u32 lane = 0; lane < 32; lane++) all &= w[lane].products.size() > done;
+    for (u32 lane = 0; lane < 32; lane++) all &= w[lane].own->products.size() > done;
     if (!all) break;
     run_product(w, done++);
   }
   for (u32 lane = 0; lane < 32; lane++) {
-    auto& products = w[lane].products;
+    auto& products = w[lane].own->products;
     products.erase(products.begin(), products.begin() + std::min(done, products.size()));
   }
 }
 
-inline void issue_product(Thread& t, Product p, u32* const* target, u32 count, u32* const* left) {
+void issue_product(Thread& t, const ProductRequest& request, u32* const* target, u32 count, u32* const* left) {
+  Product p{request};
   p.group = t.product_group;
   p.target.assign(target, target + count);
   if (left)
@@ -181,25 +182,25 @@ inline void issue_product(Thread& t, Product p, u32* const* target, u32 count, u
     if (unfenced) report(t, MISSING_FENCE, p.line);
   }
   bool in_flight = false;
-  for (const Product& other : t.products) in_flight |= is_target(other, target[0]);
+  for (const Product& other : t.own->products) in_flight |= is_target(other, target[0]);
   p.held.assign(count, 0);
   for (u32 i = 0; i < count && !in_flight; i++) p.held[i] = *target[i];
   if constexpr (kCheck)
     for (u32 i = 0; i < count; i++) *target[i] = ~0u;
-  t.products.push_back(std::move(p));
-  warp_sync(t, W_PRODUCT, ~0u, t.products.back().line);
+  t.own->products.push_back(std::move(p));
+  warp_sync(t, W_PRODUCT, ~0u, t.own->products.back().line);
 }
 
-inline void wait_products(Thread& t, u32 left, u32 line) {
+void wait_products(Thread& t, u32 left, u32 line) {
   t.in[0] = left;
   warp_sync(t, W_PRODUCT_WAIT, ~0u, line);
 }
 
 // Called where an ordinary instruction uses a register that some product of the kernel uses too.
-inline void touch_register(Thread& t, const u32* r, bool writes, u32 line) {
+void touch_register(Thread& t, const u32* r, bool writes, u32 line) {
   if constexpr (kCheck) {
-    if (writes && !is_unfenced(t, r)) t.unfenced_registers.push_back(r);
-    for (const Product& p : t.products) {
+    if (writes && !is_unfenced(t, r)) t.own->unfenced_registers.push_back(r);
+    for (const Product& p : t.own->products) {
       const bool is_left = (p.flags & LEFT_IN_REGISTERS) && std::count(p.left_registers, p.left_registers + 4, r);
       if (is_target(p, r) || (writes && is_left)) {
         report(t, MISSING_WAIT, line, NO_SPACE, 0, 0, -1, -1, p.line);
@@ -210,20 +211,20 @@ inline void touch_register(Thread& t, const u32* r, bool writes, u32 line) {
 }
 
 // A plain copy of a register, see isa_wgmma.copied: as fenced as its source.
-inline void copy_register(Thread& t, const u32* target, const u32* source, u32 line) {
+void copy_register(Thread& t, const u32* target, const u32* source, u32 line) {
   if constexpr (kCheck) {
     touch_register(t, source, false, line);
     touch_register(t, target, true, line);
-    auto& all = t.unfenced_registers;
+    auto& all = t.own->unfenced_registers;
     if (!is_unfenced(t, source)) all.erase(std::remove(all.begin(), all.end(), target), all.end());
   }
 }
 
-inline void fence_registers(Thread& t) {
-  if constexpr (kCheck) t.unfenced_registers.clear();
+void fence_registers(Thread& t) {
+  if constexpr (kCheck) t.own->unfenced_registers.clear();
 }
 
 inline void check_products(Thread& t) {
   if constexpr (kCheck)
-    if (!t.products.empty()) report(t, MISSING_WAIT, t.products[0].line);
+    if (!t.own->products.empty()) report(t, MISSING_WAIT, t.own->products[0].line);
 }

@@ -1,42 +1,10 @@
 // softmax(L S) and W of it, plus b, of a query's scores for all heads: mixes in place, in the cache.
 #pragma once
 
-#include <type_traits>
-
 #include "exponential.h"
 
 namespace featkd::FEATKD_ISA {
 namespace {
-
-FEATKD_INLINE Vec<float> load_stored(Whole<float>, const BFloat16* p) {
-  typedef uint16_t Stored __attribute__((vector_size(FEATKD_VECTOR_BYTES / 2), aligned(2), may_alias));
-  typedef uint32_t Bits __attribute__((vector_size(FEATKD_VECTOR_BYTES)));
-  return Vec<float>(__builtin_convertvector(*reinterpret_cast<const Stored*>(p), Bits) << 16);
-}
-// as `narrow`
-FEATKD_INLINE void store_narrow(Whole<float>, BFloat16* p, Vec<float> x) {
-  typedef uint16_t Stored __attribute__((vector_size(FEATKD_VECTOR_BYTES / 2), aligned(2), may_alias));
-  typedef uint32_t Bits __attribute__((vector_size(FEATKD_VECTOR_BYTES)));
-  const Bits bits = Bits(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const Bits nan = Bits{} + 0x7fc0;
-  *reinterpret_cast<Stored*>(p) = __builtin_convertvector(x == x ? rounded : nan, Stored);
-}
-FEATKD_INLINE Vec<float> load_stored(Rest<float> part, const BFloat16* p) {
-  Vec<float> x = {};
-  for (int i = 0; i < part.count; i++) x[i] = widen(p[i]);
-  return x;
-}
-FEATKD_INLINE void store_narrow(Rest<float> part, BFloat16* p, Vec<float> x) {
-  for (int i = 0; i < part.count; i++) narrow(x[i], p + i);
-}
-template <class Part, class Real>
-FEATKD_INLINE Vec<Real> load_stored(Part part, const Real* p) {
-  return part.load(p);
-}
-template <class Part, class Real>
-FEATKD_INLINE void store_narrow(Part part, Real* p, Vec<Real> x) {
-  part.store(p, x);
-}
 
 template <class Real, class Stored>
 struct HeadRows {

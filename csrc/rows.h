@@ -4,6 +4,8 @@
 // stores and, in sums that zeros would not leave alone, keeps only what the row has.
 #pragma once
 
+#include <type_traits>
+
 #include "numbers.h"
 #include "rows_problem.h"
 
@@ -112,6 +114,37 @@ FEATKD_INLINE void narrow(Real x, BFloat16* out) { narrow(float(x), out); }
 template <class Real>
 FEATKD_INLINE void narrow(Real x, Half* out) { narrow(float(x), out); }
 
+// A part of a row that is stored as bf16, which lacks instructions of its own here.
+FEATKD_INLINE Vec<float> load_stored(Whole<float>, const BFloat16* p) {
+  typedef uint16_t Stored __attribute__((vector_size(FEATKD_VECTOR_BYTES / 2), aligned(2), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(FEATKD_VECTOR_BYTES)));
+  return Vec<float>(__builtin_convertvector(*reinterpret_cast<const Stored*>(p), Bits) << 16);
+}
+// as `narrow`
+FEATKD_INLINE void store_narrow(Whole<float>, BFloat16* p, Vec<float> x) {
+  typedef uint16_t Stored __attribute__((vector_size(FEATKD_VECTOR_BYTES / 2), aligned(2), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(FEATKD_VECTOR_BYTES)));
+  const Bits bits = Bits(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Bits nan = Bits{} + 0x7fc0;
+  *reinterpret_cast<Stored*>(p) = __builtin_convertvector(x == x ? rounded : nan, Stored);
+}
+FEATKD_INLINE Vec<float> load_stored(Rest<float> part, const BFloat16* p) {
+  Vec<float> x = {};
+  for (int i = 0; i < part.count; i++) x[i] = widen(p[i]);
+  return x;
+}
+FEATKD_INLINE void store_narrow(Rest<float> part, BFloat16* p, Vec<float> x) {
+  for (int i = 0; i < part.count; i++) narrow(x[i], p + i);
+}
+template <class Part, class Real>
+FEATKD_INLINE Vec<Real> load_stored(Part part, const Real* p) {
+  return part.load(p);
+}
+template <class Part, class Real>
+FEATKD_INLINE void store_narrow(Part part, Real* p, Vec<Real> x) {
+  part.store(p, x);
+}
+
 template <class Real>
 constexpr Type type_as = sizeof(Real) == sizeof(double) ? Type::f64 : Type::f32;
 
@@ -127,7 +160,13 @@ __attribute__((noinline)) void gather(const void* row, int64_t stride, int64_t c
 template <class Out, class Real>
 __attribute__((noinline)) void scatter(const Real* row, int64_t count, void* to) {
   Out* out = static_cast<Out*>(to);
-  for (int64_t c = 0; c < count; c++) narrow(row[c], out + c);
+  if constexpr (std::is_same_v<Out, BFloat16> && std::is_same_v<Real, float>) {
+    sweep<float>(count, [&](auto part, int64_t c, int) FEATKD_BODY {
+      store_narrow(part, out + c, part.load(row + c));
+    });
+  } else {
+    for (int64_t c = 0; c < count; c++) narrow(row[c], out + c);
+  }
 }
 
 // Row `row` of a map as numbers: where it is, or, of another type or scattered, copied to `copy`.

@@ -23,6 +23,13 @@ featkd::Rows rows_of(const Maybe& x) {
   return {x->const_data_ptr(), type_of(*x), sizes[1], strides[0], strides[1], strides[2]};
 }
 
+// (B, K) of any strides: one token an image
+featkd::Rows matrix_of(const Maybe& x) {
+  if (!x) return {};
+  const auto strides = x->strides();
+  return {x->const_data_ptr(), type_of(*x), 1, strides[0], 0, strides[1]};
+}
+
 // contiguous
 featkd::Results results_of(const Maybe& x) {
   if (!x) return {};
@@ -98,14 +105,14 @@ void norms_forward(Tensor h, Tensor parameters, double eps, Tensor residual, Ten
                    Tensor statistics) {
   STD_TORCH_CHECK(h.dim() == 2, "h: expected shape (rows, C)");
   const int64_t rows = h.sizes()[0], n = h.sizes()[1];
-  const bool wide = h.scalar_type() == ScalarType::Double;
+  const bool wide = parameters.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(residual.numel() == rows * n && normed.numel() == rows * n,
                   "residual, normed: expected as many elements as h");
   const featkd::NormsProblem problem{rows,
                                      n,
                                      wide,
                                      eps,
-                                     numbers(h, wide, rows * n),
+                                     matrix_of(h),
                                      numbers(parameters, wide, 4 * n),
                                      results_of(residual),
                                      results_of(normed),
@@ -113,7 +120,7 @@ void norms_forward(Tensor h, Tensor parameters, double eps, Tensor residual, Ten
                                statistics.strides()[0],
                                      {},
                                      {},
-                                     nullptr,
+                                     {},
                                      {}};
   run(problem, rows * n, featkd::norms_on_cpu);
 }
@@ -122,7 +129,8 @@ void norms_backward(Tensor h, Tensor parameters, Tensor statistics, Maybe d_resi
                     Maybe d_normed, Tensor slope, Maybe sums) {
   STD_TORCH_CHECK(h.dim() == 2, "h: expected shape (rows, C)");
   const int64_t rows = h.sizes()[0], n = h.sizes()[1];
-  const bool wide = h.scalar_type() == ScalarType::Double;
+  const bool wide = parameters.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(slope.numel() == rows * n, "slope: expected as many elements as h");
   for (const Maybe& x : {d_residual, d_normed})
     STD_TORCH_CHECK(!x || (x->dim() == 3 && x->sizes()[0] * x->sizes()[1] == rows &&
                            x->sizes()[2] == n),
@@ -131,7 +139,7 @@ void norms_backward(Tensor h, Tensor parameters, Tensor statistics, Maybe d_resi
                                n,
                                wide,
                                0,
-                               numbers(h, wide, rows * n),
+                               matrix_of(h),
                                numbers(parameters, wide, 4 * n),
                                {},
                                {},
@@ -139,18 +147,11 @@ void norms_backward(Tensor h, Tensor parameters, Tensor statistics, Maybe d_resi
                                statistics.strides()[0],
                                rows_of(d_residual),
                                rows_of(d_normed),
-                               numbers(slope, wide, rows * n),
+                               results_of(slope),
                                {}};
   char* first = static_cast<char*>(numbers(sums, wide, 4 * n));
   for (int k = 0; first && k < 4; k++) problem.sums[k] = first + k * n * (wide ? 8 : 4);
   run(problem, rows * n, featkd::norms_on_cpu);
-}
-
-// (B, K) of any strides: one token an image
-featkd::Rows matrix_of(const Maybe& x) {
-  if (!x) return {};
-  const auto strides = x->strides();
-  return {x->const_data_ptr(), type_of(*x), 1, strides[0], 0, strides[1]};
 }
 
 void soft_kd(Tensor student, Maybe teacher, Maybe target, double alpha, double tau, Tensor losses,

@@ -59,13 +59,13 @@ struct NormsProblem {
   int64_t rows, channels;
   bool wide;
   double eps;
-  const void* h;  // (rows, channels)
+  Rows h;  // a matrix
   const void* parameters;  // (4, channels): gamma_p, beta_p, gamma_1, beta_1
   Results residual, normed;  // of the forward pass; what follows the statistics, of the backward
   void* statistics;  // (4, rows): mean and 1/std of h, of r
   int64_t statistics_stride;  // from one of the four to the next
   Rows d_residual, d_normed;
-  void* slope;  // (rows, channels), may be h
+  Results slope;  // in place of h or not
   void* sums[4];  // (channels) += the gradients of the parameters
 };
 

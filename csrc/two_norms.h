@@ -14,10 +14,10 @@ struct NormRows {
   const int64_t n;
   static constexpr int64_t group = 1;
   const Real *gamma_p, *beta_p, *gamma_1, *beta_1;
-  Real *r, *u, *slope;  // (n)
+  Real *r, *u, *slope, *copy;  // (n); copy: of a row of h, if that is of another type
   Real* sums[4];  // (n) each, this block's share, or null: of gamma_p, beta_p, gamma_1, beta_1
 
-  static size_t bytes(const NormsProblem& p) { return size_t(3 * p.channels) * sizeof(Real); }
+  static size_t bytes(const NormsProblem& p) { return size_t(4 * p.channels) * sizeof(Real); }
 
   NormRows(const NormsProblem& problem, void* scratch, void* partial)
       : p(problem),
@@ -28,12 +28,13 @@ struct NormRows {
         beta_1(gamma_1 + n),
         r(static_cast<Real*>(scratch)),
         u(r + n),
-        slope(u + n) {
+        slope(u + n),
+        copy(slope + n) {
     for (int k = 0; k < 4; k++) sums[k] = partial ? static_cast<Real*>(partial) + k * n : nullptr;
   }
 
   double run(int64_t row) const {
-    const Real* h = static_cast<const Real*>(p.h) + row * n;
+    const Real* h = read_row(p.h, row, n, copy);
     Real* statistics = static_cast<Real*>(p.statistics) + row;
     if (p.residual.data)
       forward(row, h, statistics);
@@ -112,7 +113,7 @@ struct NormRows {
     });
     const Real mean_h = sum_h.total() / Real(n), mean_product_h = product_h.total() / Real(n);
     Real *const to_gamma_p = sums[0], *const to_beta_p = sums[1];
-    Real* const out = static_cast<Real*>(p.slope) + row * n;
+    Real* const out = result_row(p.slope, row, n, slope);
     sweep<Real>(n, [&](auto part, int64_t c, int) FEATKD_BODY {
       const V d = part.load(slope + c), hat = hat_of_h(part, c);
       if (to_gamma_p) {
@@ -121,6 +122,7 @@ struct NormRows {
       }
       part.store(out + c, (d * part.load(gamma_p + c) - mean_h - hat * mean_product_h) * of_h.rstd);
     });
+    finish_row(p.slope, row, n, out);
   }
 };
 

@@ -36,8 +36,7 @@ torch.library.define(
 soft_kd = torch.ops.featkd.soft_kd_rows.default
 
 # r = LN_p(h), u = LN_1(r) of h (rows, C); parameters are (4, C) numbers: gamma and beta of each.
-# Writes residual, normed, and the mean and 1 / std of h and of r
-# (4, rows).
+# Writes residual, normed, and the mean and 1 / std of h and of r (4, rows), numbers.
 torch.library.define(
     "featkd::two_norms_rows",
     "(Tensor h, Tensor parameters, float eps, Tensor(a!) residual, Tensor(b!) normed, "

@@ -1,9 +1,9 @@
 """widelast_projection on CPU tensors: chunks of rows, and no gradient of all rows by Ct channels.
 
 A chunk stays in the cache from the upstream gradients to its share of dx, dW and the norms'. Its h
-is kept from the forward pass in float32 and float64, where forming it again costs a fifth of
-eager's time; in half precision, which is computed in float32, it is formed again, and neither
-pass holds a tensor of all rows besides its results. r is normalised again from h in both.
+is kept from the forward pass where it is multiplied in x's dtype: forming it again costs a fifth of
+eager's time. Half precision that is multiplied in float32 forms it again, and neither pass then
+holds a tensor of all rows besides its results. r is normalised again from h in both.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Parameters(NamedTuple):
     beta_1: Tensor  # (Ct,)
 
 
-def keeps_product(dtype: torch.dtype) -> bool:
-    """Whether `forward` leaves h (M, Ct) to `backward` for inputs of this dtype."""
-    return accumulation_dtype(dtype) == dtype
+def keeps_product(x: Tensor) -> bool:
+    """Whether `forward` leaves h (M, Ct), of x's dtype, to `backward`."""
+    return product_dtype(x) == x.dtype
 
 
 def forward(
@@ -48,7 +48,7 @@ def forward(
 
     Returns:
         r and u (B, N, Ct) in x's dtype; mean and 1/std of h and of r, (4, B N), in the
-        accumulators' dtype; and h (B N, Ct), empty where `keeps_product` says so.
+        accumulators' dtype; and h (B N, Ct) in x's dtype, empty unless `keeps_product`.
     """
     batch, tokens, channels = x.shape
     dtype = accumulation_dtype(x.dtype)
@@ -56,15 +56,15 @@ def forward(
     shape = (batch, tokens, len(weight))
     residual, normed = (torch.empty(shape, dtype=x.dtype) for _ in range(2))
     statistics = torch.empty(4, batch * tokens, dtype=dtype)
-    if keeps_product(x.dtype):  # one call a step, as eager
-        h = x.detach().reshape(-1, channels).contiguous() @ weight.t()
+    if keeps_product(x):  # one call a step, as eager
+        h = x.detach().reshape(-1, channels).contiguous() @ weight.to(x.dtype).t()
         two_norms(h, norms, eps, residual, normed, statistics)
         return residual, normed, statistics, h
     done = 0
     products = product_dtype(x)
     factor = weight.to(products)
     for at in row_chunks(batch, tokens, _ROWS):
-        h = (x[at].reshape(-1, channels).to(products) @ factor.t()).to(dtype)
+        h = x[at].reshape(-1, channels).to(products) @ factor.t()
         here = slice(done, done + len(h))
         two_norms(h, norms, eps, residual[at], normed[at], statistics[:, here])
         done += len(h)
@@ -113,18 +113,17 @@ def backward(
     for at in row_chunks(batch, tokens, _ROWS):
         s = x[at].reshape(-1, channels).to(products).contiguous()
         if buffer is None:  # the first chunk is the largest
-            buffer = torch.empty(len(s), len(weight), dtype=dtype)
-        slope = buffer[: len(s)]
+            buffer = torch.empty(len(s), len(weight), dtype=products)
+        d_product = buffer[: len(s)]
         here = slice(done, done + len(s))
         done += len(s)
-        h = slope
+        h = d_product
         if product.numel():
             h = product[here]
         else:
-            put_product(s, factor.t(), slope)
+            torch.mm(s, factor.t(), out=d_product)
         dr, du = (None if d is None else d[at] for d in (d_residual, d_normed))
-        two_norms_backward(h, norms, statistics[:, here], dr, du, slope, sums)
-        d_product = slope.to(products)
+        two_norms_backward(h, norms, statistics[:, here], dr, du, d_product, sums)
         if d_weight is not None:
             add_product(d_weight, d_product.t(), s)
         if need_input:

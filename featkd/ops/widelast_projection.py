@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from featkd import backends, reference
+from featkd.cpu.chunks import product_dtype
 from featkd.ops import support
 from featkd.reference import accumulation_dtype
 
@@ -124,12 +125,12 @@ def _(
     width, kind = weight.shape[0], accumulation_dtype(compute)
     rows = batch * tokens
     shape: tuple[int, ...] = (rows, 4) if backend == "triton" else (4, rows)
-    keep = need_gradient and backend == "cpu" and kind == x.dtype
+    keep = need_gradient and backend == "cpu" and product_dtype(x) == x.dtype
     return (
         x.new_empty((batch, tokens, width), dtype=residual_dtype),
         x.new_empty((batch, tokens, width), dtype=compute),
         x.new_empty(shape if need_gradient else (0,), dtype=kind),
-        x.new_empty((rows, width) if keep else (0,), dtype=kind),
+        x.new_empty((rows, width) if keep else (0,), dtype=x.dtype if keep else kind),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -52,6 +53,29 @@ def test_two_norms_of_every_length():
         eager = widelast_cases.evaluate(tensors, "both", torch.float32)
         for name, value in want.items():
             assert relative(got[name], value) < 3 * relative(eager[name], value) + 2e-6, channels
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_two_norms_of_half_precision_are_those_of_its_values_rounded(dtype):
+    """To nearest, ties to even, NaN and infinities: as torch rounds."""
+    for channels in LENGTHS[1:]:
+        generator = torch.Generator().manual_seed(channels)
+        h = (4 * torch.randn(9, channels, generator=generator)).to(dtype)
+        h[2], h[3, 0], h[4, 0] = 0, math.nan, math.inf
+        d = torch.randn(1, 9, channels, generator=generator).to(dtype)
+        d[0, 5, 0], d[0, 6, 0] = -math.inf, 2.0**-24
+        norms = torch.rand(4, channels, generator=generator) * 2.0**-9
+        results = []
+        for kind in (dtype, torch.float32):
+            maps = [torch.empty(9, channels, dtype=kind) for _ in range(3)]
+            numbers = [torch.empty(4, 9), torch.zeros(4, channels)]
+            rows.two_norms(h.to(kind), norms, 1e-5, *maps[:2], numbers[0])
+            rows.two_norms_backward(h.to(kind), norms, numbers[0], d, d, maps[2], numbers[1])
+            results.append([*(x.to(dtype) for x in maps), *numbers])
+        for got, want in zip(*results, strict=True):
+            assert torch.equal(got.isnan(), want.isnan()), channels
+            assert torch.equal(got.nan_to_num(1.5), want.nan_to_num(1.5)), channels
 
 
 def outcomes() -> Iterator[Tensor]:

@@ -22,6 +22,9 @@ from featkd.data.shards import RecordSource, ShardError, TarSource, record_files
 # neighbours is a broken disk or mount, not a few broken files.
 MAX_TRIES = 16
 
+# Images, evenly over the list, whose contents a fingerprint is of
+FINGERPRINT_CONTENTS = 64
+
 # What is wrong with the data themselves, and its user should read without a traceback.
 DataError = BadImageError | ShardError
 DATA_ERRORS = (BadImageError, ShardError)
@@ -131,11 +134,23 @@ class ImageSet(Dataset[Sample]):
         return self._source.name(index)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the classes, and of the names below `folder` and sizes of all files."""
+        """SHA-256 of the classes, of the names below `folder` and sizes of all files, and of the
+        contents of FINGERPRINT_CONTENTS files, evenly over the list.
+
+        Raises:
+            ShardError: a shard can't be used.
+        """
         digest = hashlib.sha256("\n".join(self.classes).encode())
         for index in range(len(self)):
             name = self.name(index).removeprefix(self.folder + os.sep)
             digest.update(b"\0" + os.fsencode(name) + b"\0%d" % self._source.size(index))
+        contents = min(FINGERPRINT_CONTENTS, len(self))
+        for i in range(contents):
+            try:
+                content = self._source.read(i * len(self) // contents)[0]
+            except BadImageError:
+                content = b""
+            digest.update(hashlib.sha256(content).digest())
         return digest.hexdigest()
 
     def __getitem__(self, key: Key) -> Sample:

@@ -19,7 +19,7 @@ FLAGS = (
     *("-std=c++17", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing"),
     *("-w", "-fPIC", "-pthread"),
 )
-# characters of C++ from which on -O0 is better: 1.1 million take 13 s to compile at -O1, 4 s at -O0,
+# characters of C++ where -O0 is better: 1.1 million take 13 s to compile at -O1, 4 s at -O0;
 # and most of a launch is spent in the engine, which is compiled once, at -O2
 _LARGE = 300_000
 

@@ -232,6 +232,12 @@ def test_a_cache_of_something_else_is_refused_by_every_field(recipe, images, tmp
     shutil.copytree(images, moved)
     elsewhere = replace(cached, data=replace(data, path=str(moved)))
     Trainer(elsewhere, CPU)
+    one = moved / "train" / "red" / "1.png"
+    content = one.read_bytes()
+    one.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # its name and its size are the same
+    refused(elsewhere, "data.images_sha256: ")
+    one.write_bytes(content)
+    Trainer(elsewhere, CPU)
     (moved / "train" / "red" / "0.png").rename(moved / "train" / "red" / "x.png")
     refused(elsewhere, "data.images_sha256: ")
     (moved / "train" / "red" / "x.png").unlink()

@@ -78,7 +78,9 @@ def test_stretches_are_pieces_of_an_epoch_with_its_pixels(make_set: MakeSet, con
     torch.testing.assert_close(torch.cat([batch.images for batch in batches]), images[taken])
 
 
-def test_a_fingerprint_is_of_names_sizes_and_classes(make_set: MakeSet, tmp_path: Path) -> None:
+def test_a_fingerprint_is_of_names_sizes_classes_and_some_contents(
+    make_set: MakeSet, tmp_path: Path
+) -> None:
     root = make_set(train=6)
 
     def fingerprint(folder: Path) -> str:
@@ -90,6 +92,9 @@ def test_a_fingerprint_is_of_names_sizes_and_classes(make_set: MakeSet, tmp_path
     assert fingerprint(moved) == before
     image = moved / "train" / "class1" / "002.jpg"
     found = {before}
+    content = image.read_bytes()
+    image.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    found.add(fingerprint(moved))
     with image.open("ab") as file:
         file.write(b"\0")
     found.add(fingerprint(moved))
@@ -99,4 +104,4 @@ def test_a_fingerprint_is_of_names_sizes_and_classes(make_set: MakeSet, tmp_path
     found.add(fingerprint(moved))
     (moved / "train" / "class2").rename(moved / "train" / "class3")
     found.add(fingerprint(moved))
-    assert len(found) == 5
+    assert len(found) == 6

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from featkd.cache.manifest import CacheError, read_manifest
 from featkd.cache.rows import Row, Taught
-from featkd.cache.shard import Shard, damages_of
+from featkd.cache.shard import Shard, check_length, damages_of
 from featkd.data import Key
 
 _OPEN_SHARDS = 4096  # mappings; Linux allows a process 65,530
@@ -28,7 +28,8 @@ _Positions = np.ndarray[Any, np.dtype[np.int64]]
 class TeacherCache:
     """A teacher's outputs, for the keys of a run's batches.
 
-    Files are opened when the first of their rows is asked for, and every row is checked each time.
+    The length of every file that is needed is checked at once. Files are opened when the first of
+    their rows is asked for, and every row is checked each time.
 
     Args:
         folder: that `featkd cache` wrote.
@@ -36,7 +37,7 @@ class TeacherCache:
 
     Raises:
         CacheError: there is no cache, its manifest is damaged, or shards of those views are
-            missing.
+            missing or cut off.
     """
 
     def __init__(self, folder: Path, views: int | None = None) -> None:
@@ -57,6 +58,13 @@ class TeacherCache:
         # Checksums and page faults need no interpreter: threads do them side by side.
         self._readers = min(_MOST_READERS, len(os.sched_getaffinity(0)))
         self._threads = ThreadPoolExecutor(self._readers, "featkd-cache")
+        needed_files = (
+            folder / self.manifest.shard_name(view, number)
+            for view in range(needed)
+            for number in range(self.manifest.shards)
+        )
+        for _ in self._threads.map(check_length, needed_files):
+            pass
 
     def read(
         self, keys: Tensor, layers: Sequence[int], device: torch.device | str = "cpu"

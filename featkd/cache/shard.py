@@ -8,18 +8,20 @@
     ...                    the columns; one whose rows differ in length is flat, and the index has
                            `<column>.ends`, (n,) int64
 
-A file is checked in two steps: its length, header and index when it is opened, each row when it is
-read.
+A file is checked in three steps: its length when the cache is opened, its header and index when its
+first row is asked for, each row when it is read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -94,15 +96,11 @@ class Shard:
 
     def __init__(self, path: Path, identity: str) -> None:
         self.path = path
-        try:
+        with _refusing(path):
             self._check(path)
             with safe_open(path, "pt") as file:
                 found, names = file.metadata()[_META], list(file.keys())
                 self._tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
-        except (LookupError, TypeError, ValueError, SafetensorError) as error:
-            raise CacheError(f"{path}: damaged: {type(error).__name__}: {error}") from error
-        except OSError as error:
-            raise CacheError(f"{path}: can't be read: {error}") from error
         if found != identity:
             raise CacheError(
                 f"{path}: belongs to another cache ({found[:12]}, not {identity[:12]})"
@@ -173,15 +171,8 @@ class Shard:
     @staticmethod
     def _check(path: Path) -> None:
         """Raise CacheError unless length, header and index are as they were written."""
-        size = path.stat().st_size
         with path.open("rb") as file:
-            head = file.read(_HEAD)
-            head += file.read(min(int.from_bytes(head, "little"), size))
-            header, start = _header(path, memoryview(head))
-            entries = [entry for name, entry in header.items() if name != "__metadata__"]
-            end = start + max(_offsets(entry)[1] for entry in entries)
-            if size != end:
-                raise CacheError(f"{path}: damaged: has {size} bytes, its header says {end}")
+            head, header, start, size = _whole_header(path, file)
 
             def read(first: int, last: int) -> bytes:
                 file.seek(start + first)
@@ -205,6 +196,40 @@ def damages_of(path: Path, identity: str, keys: Sequence[Key]) -> list[str]:
         return list(Shard(path, identity).damages(keys))
     except CacheError as error:
         return [str(error)]
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Whatever a damaged or absent file makes of its reading is a CacheError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, SafetensorError) as error:
+        raise CacheError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+    except OSError as error:
+        raise CacheError(f"{path}: can't be read: {error}") from error
+
+
+def check_length(path: Path) -> None:
+    """Read a shard's header alone.
+
+    Raises:
+        CacheError: it can't be read, or the file's length is another than it says.
+    """
+    with _refusing(path), path.open("rb") as file:
+        _whole_header(path, file)
+
+
+def _whole_header(path: Path, file: BinaryIO) -> tuple[bytes, dict[str, Any], int, int]:
+    """The first bytes, what they say, where the data begin, and the file's length, which fits."""
+    size = os.fstat(file.fileno()).st_size
+    head = file.read(_HEAD)
+    head += file.read(min(int.from_bytes(head, "little"), size))
+    header, start = _header(path, memoryview(head))
+    entries = [entry for name, entry in header.items() if name != "__metadata__"]
+    end = start + max(_offsets(entry)[1] for entry in entries)
+    if size != end:
+        raise CacheError(f"{path}: damaged: has {size} bytes, its header says {end}")
+    return head, header, start, size
 
 
 def _header(path: Path, content: memoryview) -> tuple[dict[str, Any], int]:

@@ -180,11 +180,13 @@ def test_a_shard_with_a_damaged_row_or_of_another_place_is_written_anew(recipe, 
     )
     content = bytearray(path.read_bytes())
     content[column_of(content, "logits")] ^= 1
-    path.write_bytes({"row": content, "keys": other.read_bytes(), "rows": b""}[what])
     if what == "rows":
-        shard = Shard(short, TeacherCache(out).manifest.identity)
+        identity = TeacherCache(out).manifest.identity
+        shard = Shard(short, identity)
         keys, rows = shard._tensors["keys"][:3], [shard.row(number) for number in range(3)]
-        write_shard(path, TeacherCache(out).manifest.identity, keys, keys[:, 1], rows)
+        write_shard(path, identity, keys, keys[:, 1], rows)
+    else:
+        path.write_bytes(content if what == "row" else other.read_bytes())
     found = filled(recipe, out)
     assert (found.written, found.damaged) == (1, 1)
     assert digest(out) == before

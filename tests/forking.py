@@ -7,8 +7,11 @@ tests.forking` is the process that they are forked from.
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import importlib
 import json
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import resource
 import signal
@@ -16,8 +19,17 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+# what commands import, the parsers' own modules included
+IMPORTED = (
+    *("featkd.diagnose", "featkd.train.dryrun", "featkd.train.fill", "featkd.cpu.rows"),
+    *("attrs", "docstring_parser", "torch.distributed.launcher.api", "torch.utils.tensorboard"),
+    *("torch.utils.serialization.config", "torchmetrics.classification"),
+)
 
 
 class Forked:
@@ -80,6 +92,7 @@ class Server:
     def start(
         self,
         *words: object,
+        function: str = "featkd.cli:main",
         env: dict[str, str] | None = None,
         file_size: int | None = None,
         elastic: int = 0,
@@ -87,6 +100,8 @@ class Server:
         """Start `featkd WORDS`.
 
         Args:
+            function: called with the words in place of featkd's command line; it returns the exit
+                code or None.
             env: set in its environment.
             file_size: bytes that a file of its can have.
             elastic: so many ranks, started and started again by torchrun's agent; 0 runs the
@@ -96,8 +111,8 @@ class Server:
         folder = self._folder / str(self._count)
         folder.mkdir()
         request = {
-            "words": list(map(str, words)), "folder": str(folder), "env": env or {},
-            "file_size": file_size, "elastic": elastic,
+            "words": list(map(str, words)), "folder": str(folder), "function": function,
+            "env": env or {}, "file_size": file_size, "elastic": elastic,
         }  # fmt: skip
         self._started.append(Forked(self, self.ask(request), folder))
         return self._started[-1]
@@ -130,14 +145,10 @@ class Server:
 
 def _serve() -> None:
     """Answer requests, a line each, until the input ends; a forked child leaves for its command."""
-    import torch.utils.tensorboard
-    from torch.distributed.launcher import api
-
-    import featkd.train.dryrun
-
-    assert featkd.train.dryrun
-    assert torch.utils.tensorboard
-    assert api
+    for name in IMPORTED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a child's first full collection would copy the memory of all that was imported
     while line := sys.stdin.readline():
         request = json.loads(line)
         if "poll" in request:
@@ -151,8 +162,6 @@ def _serve() -> None:
 
 
 def _run(request: dict[str, Any]) -> None:
-    from featkd.cli import main
-
     os.setsid()
     os.environ.update(request["env"])
     folder = Path(request["folder"])
@@ -164,7 +173,8 @@ def _run(request: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     if request["elastic"]:
         sys.exit(_under_agent(request["words"], request["elastic"]))
-    sys.exit(main(request["words"]))
+    module, _, name = request["function"].partition(":")
+    sys.exit(getattr(importlib.import_module(module), name)(request["words"]))
 
 
 def _under_agent(words: list[str], ranks: int) -> int:
@@ -178,13 +188,33 @@ def _under_agent(words: list[str], ranks: int) -> int:
         rdzv_configs={"is_host": True}, local_addr="127.0.0.1",
     )  # fmt: skip
     # Not from here: forked beside the agent's threads, ranks were seen to wait for a lock for ever.
-    multiprocessing.set_forkserver_preload(["featkd.train.dryrun", "torch.utils.tensorboard"])
+    multiprocessing.resource_tracker.ensure_running()
+    with mock.patch("multiprocessing.util.spawnv_passfds", _fork_of_interpreter):
+        multiprocessing.forkserver.ensure_running()
     try:
         elastic_launch(config, _rank)(words)
     except ChildFailedError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
+
+
+def _fork_of_interpreter(path: str, arguments: list[str], files: list[int]) -> int:
+    """A new interpreter that runs a line of code would have to import everything again."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) > 2 and int(name) not in files:
+                with contextlib.suppress(OSError):  # the listing's own
+                    os.close(int(name))
+        with contextlib.suppress(SystemExit):
+            exec(arguments[arguments.index("-c") + 1], {})
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
 
 
 def _rank(words: list[str]) -> None:

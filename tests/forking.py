@@ -92,7 +92,7 @@ class Server:
     def start(
         self,
         *words: object,
-        function: str = "featkd.cli:main",
+        script: str | None = None,
         env: dict[str, str] | None = None,
         file_size: int | None = None,
         elastic: int = 0,
@@ -100,8 +100,7 @@ class Server:
         """Start `featkd WORDS`.
 
         Args:
-            function: called with the words in place of featkd's command line; it returns the exit
-                code or None.
+            script: run as `python -c SCRIPT WORDS` in place of featkd's command.
             env: set in its environment.
             file_size: bytes that a file of its can have.
             elastic: so many ranks, started and started again by torchrun's agent; 0 runs the
@@ -110,8 +109,10 @@ class Server:
         self._count += 1
         folder = self._folder / str(self._count)
         folder.mkdir()
+        for name in ("stdout", "stderr"):
+            (folder / name).touch()
         request = {
-            "words": list(map(str, words)), "folder": str(folder), "function": function,
+            "words": list(map(str, words)), "folder": str(folder), "script": script,
             "env": env or {}, "file_size": file_size, "elastic": elastic,
         }  # fmt: skip
         self._started.append(Forked(self, self.ask(request), folder))
@@ -123,14 +124,16 @@ class Server:
         forked.wait()
         return forked
 
-    def ranks(self, count: int, *words: object) -> list[Forked]:
+    def ranks(self, count: int, *words: object, **options: Any) -> list[Forked]:
         """`count` processes of one run, without an agent."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         return [
-            self.start(*words, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            self.start(
+                *words, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **options
+            )
             for rank in range(count)
         ]
 
@@ -162,6 +165,8 @@ def _serve() -> None:
 
 
 def _run(request: dict[str, Any]) -> None:
+    from featkd.cli import main
+
     os.setsid()
     os.environ.update(request["env"])
     folder = Path(request["folder"])
@@ -173,8 +178,11 @@ def _run(request: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     if request["elastic"]:
         sys.exit(_under_agent(request["words"], request["elastic"]))
-    module, _, name = request["function"].partition(":")
-    sys.exit(getattr(importlib.import_module(module), name)(request["words"]))
+    if request["script"] is not None:
+        sys.argv = ["-c", *request["words"]]
+        exec(request["script"], vars(sys.modules["__main__"]))
+        sys.exit()
+    sys.exit(main(request["words"]))
 
 
 def _under_agent(words: list[str], ranks: int) -> int:

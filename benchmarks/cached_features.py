@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featkd.arguments import Parser, check_folders
+from featkd.arguments import Parser, add_json, check_folders
 from featkd.checks import check_positive
 from featkd.data import DataConfig
 from featkd.diagnostics.model_features import ModelFeatures, Subject
@@ -25,8 +25,8 @@ from featkd.models import FeatureModel, create_teacher
 from featkd.train import checkpoint
 from featkd.train.trained import load_trained
 
-from .results import Measured, describe_run, meta_of, write_json
-from .table import aligned, write_into
+from .results import Measured, describe_run, meta_of, versions_of, write_json
+from .table import aligned, grid, write_into
 
 IMAGENET = 1_281_167  # training images of ImageNet-1K
 VIEWS = (1, 30, 300)  # augmented views an image: a fixed crop, some, one an epoch as published
@@ -152,9 +152,7 @@ def _bytes(count: float) -> str:
 
 def markdown(rows: dict[str, tuple[float, ...]], about: str) -> str:
     """The table, and a line on where it comes from."""
-    lines = [f"| {' | '.join(_HEADER)} |\n|---|{'--:|' * (len(_HEADER) - 1)}\n"]
-    lines += [f"| {' | '.join(_cells(name, values))} |\n" for name, values in rows.items()]
-    return "".join([*lines, "\n", about, ".\n"])
+    return f"{grid(_HEADER, [_cells(*row) for row in rows.items()])}\n{about}.\n"
 
 
 def _model(word: str, file: str | None) -> tuple[FeatureModel, DataConfig, str]:
@@ -197,7 +195,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=str, default=None, metavar="FILE", help="its weights")
     parser.add_argument("--images", type=int, default=250, help="at most, spread evenly")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--json", type=str, default=None, metavar="FILE", help="figures as JSON")
+    add_json(parser)
     parser.add_argument(
         "--out", type=str, default=None, metavar="FILE.md", help="a document with marks"
     )
@@ -222,8 +220,7 @@ def main(words: Sequence[str] | None = None) -> None:
     rows = measure(maps)
     about = (
         f"{about}; {source.num_images} images of {options.data}, last layer; mse to a random "
-        f"student, batches of {options.batch_size}; torch {run['torch']}, featkd "
-        f"{run['commit'][:10]}, {run['time'][:10]}"
+        f"student, batches of {options.batch_size}; {versions_of(run)}"
     )
     print(about)
     print(aligned(_HEADER, [_cells(*row) for row in rows.items()], numbers=True))

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from featkd.arguments import Parser, check_folders
+from featkd.arguments import Parser, add_json, check_folders
 from featkd.cache import Layout, Taught
 from featkd.functional import soft_kd
 
-from .results import Measured, describe_run, meta_of, write_json
-from .table import aligned, write_into
+from .results import Measured, describe_run, meta_of, versions_of, write_json
+from .table import aligned, grid, write_into
 
 CLASSES = 1000
 IMAGES = 512
@@ -114,17 +114,14 @@ def main(words: Sequence[str] | None = None) -> None:
         prog="featkd.benchmarks.cached_logits",
         description="sizes and errors of a teacher's stored logits",
     )
-    parser.add_argument("--json", type=str, default=None, metavar="FILE", help="figures as JSON")
+    add_json(parser)
     parser.add_argument(
         "--out", type=str, default=None, metavar="FILE.md", help="a document with marks"
     )
     options = parser.parse_args(words)
     check_folders(options, ("json", "out"))
     run = describe_run("cpu")
-    about = (
-        f"normal logits of {CLASSES:,} classes, {IMAGES} images; torch "
-        f"{run['torch']}, featkd {run['commit'][:10]}, {run['time'][:10]}"
-    )
+    about = f"normal logits of {CLASSES:,} classes, {IMAGES} images; {versions_of(run)}"
     rows = list(measure())
     lines = _lines(rows)
     print(about)
@@ -133,9 +130,7 @@ def main(words: Sequence[str] | None = None) -> None:
         figures = [figure for row in rows for figure in _measured(*row)]
         write_json(Path(options.json), meta_of(run) | {"about": about}, figures)
     if options.out is not None:
-        head = f"| {' | '.join(_HEADER)} |\n|---|{'--:|' * (len(_HEADER) - 1)}\n"
-        body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        write_into(Path(options.out), MARK, f"{head}{body}\n{about}.\n")
+        write_into(Path(options.out), MARK, f"{grid(_HEADER, lines)}\n{about}.\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from featkd.arguments import Parser, check_folders, several
+from featkd.arguments import Parser, add_json, check_folders, several
 from featkd.checks import check_positive, suggestion
 
 from . import pipeline_cli
@@ -52,7 +52,7 @@ def bench(words: Sequence[str]) -> int:
     parser = Parser(prog=f"featkd bench {command}", description=_COMMANDS[command])
     add, work = _PARTS[command]
     add(parser)
-    parser.add_argument("--json", type=str, default=None, metavar="FILE", help="figures as JSON")
+    add_json(parser)
     options = parser.parse_args(rest)
     check_folders(options, ("json", "out"))
     return work(options)

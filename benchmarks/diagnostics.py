@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import featkd
-from featkd.arguments import Parser, check_folders
+from featkd.arguments import Parser, add_json, check_folders
 from featkd.checks import check_positive
 from featkd.diagnostics import SEP, CapturedEnergy, DatasetPCA, SpectrumStats
 from featkd.files import write_csv
@@ -159,7 +159,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = Parser(prog="featkd.benchmarks.diagnostics", description="time featkd.diagnostics")
     parser.add_argument("--images", type=int, default=500, help="of 196 x 384, in memory")
     parser.add_argument("--min-seconds", type=float, default=1.0, help="for each variant")
-    parser.add_argument("--json", type=str, default=None, metavar="FILE", help="figures as JSON")
+    add_json(parser)
     parser.add_argument("--out", type=str, default=None, metavar="FILE.csv")
     options = parser.parse_args(words)
     check_positive("--images", options.images)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featkd.arguments import Parser, check_folders, several
+from featkd.arguments import Parser, add_json, check_folders, several
 from featkd.checks import suggestion
 from featkd.files import write_csv
 
@@ -54,7 +54,7 @@ def _report(words: list[str]) -> int:
     several(parser, "shapes", sizes.SETS, ("small", "narrow"))
     several(parser, "count", ("none", *DTYPES), ("bf16",))
     parser.add_argument("--csv", type=str, default=None, metavar="FILE", help="figures as CSV")
-    parser.add_argument("--json", type=str, default=None, metavar="FILE", help="figures as JSON")
+    add_json(parser)
     options = parser.parse_args(words)
     check_folders(options, ("csv", "json"))
     for name, given, allowed in (

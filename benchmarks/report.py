@@ -121,11 +121,18 @@ def counted(ops: Sequence[str], dtypes: Sequence[str]) -> list[Question]:
     return [q for q in published if q.case.problem.batch == fewest] + small
 
 
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Processes from a server that imports once for all of them."""
+    server = get_context("forkserver")
+    server.set_forkserver_preload([__name__])
+    return ProcessPoolExecutor(workers, server)
+
+
 def compile_all(
     asked: Sequence[Question], archs: Sequence[int], workers: int
 ) -> Iterator[Compiled]:
     """Every kernel of the cases on every architecture, as they are compiled."""
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with _pool(workers) as pool:
         jobs = [(question, arch) for question in asked for arch in archs]
         for found in pool.map(_compile, *zip(*jobs, strict=True)):
             yield from found
@@ -141,7 +148,7 @@ def _compile(question: Question, arch: int) -> list[Compiled]:
 
 def count_all(asked: Sequence[Question], workers: int) -> Iterator[Moved]:
     """The traffic of the cases, as they are counted."""
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with _pool(workers) as pool:
         yield from pool.map(_count, asked)
 
 

@@ -245,6 +245,11 @@ def write_json(path: Path, meta: Mapping[str, object], rows: Iterable[Measured])
         file.write(json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
 
 
+def versions_of(run: Mapping[str, str]) -> str:
+    """torch, featkd and the day of `describe_run()`, as text."""
+    return f"torch {run['torch']}, featkd {run['commit'][:10]}, {run['time'][:10]}"
+
+
 def meta_of(run: Mapping[str, str] | Row) -> dict[str, object]:
     """The meta of the JSON form, of `describe_run()` or of a row."""
     said = asdict(run) if isinstance(run, Row) else run

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import featkd
 from featkd import linalg
-from featkd.arguments import Parser, check_folders
+from featkd.arguments import Parser, add_json, check_folders
 from featkd.checks import check_positive
 from featkd.files import write_csv
 
@@ -123,7 +123,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Measure, print a line a variant, and write the files that are named."""
     parser = Parser(prog="featkd.benchmarks.spectrum", description="time featkd.linalg")
     parser.add_argument("--min-seconds", type=float, default=1.0, help="for each variant and size")
-    parser.add_argument("--json", type=str, default=None, metavar="FILE", help="figures as JSON")
+    add_json(parser)
     parser.add_argument("--out", type=str, default=None, metavar="FILE.csv")
     options = parser.parse_args(words)
     check_positive("--min-seconds", options.min_seconds)

@@ -31,6 +31,13 @@ def aligned(
     )
 
 
+def grid(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown; all columns but the first are flush right."""
+    rows = "".join(f"| {' | '.join(line)} |\n" for line in (header, *lines))
+    head, _, body = rows.partition("\n")
+    return f"{head}\n|---|{'--:|' * (len(header) - 1)}\n{body}"
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """Newest figures of every case that has all variants: median [20 %, 80 %], peak memory.
 

@@ -24,6 +24,11 @@ def several(
     parser.add_argument(f"--{name}", nargs="+", type=str, default=list(default), help=text)
 
 
+def add_json(parser: ArgumentParser) -> None:
+    """Add the option of every command that has figures to write; see `check_folders`."""
+    parser.add_argument("--json", type=str, default=None, metavar="FILE", help="figures as JSON")
+
+
 def check_known(words: Sequence[str], known: Sequence[str], free: Sequence[str] = ()) -> None:
     """Refuse an unknown option and name the nearest; a parser would only refuse it.
 

@@ -7,8 +7,11 @@ tests.forking` is the process that they are forked from.
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import importlib
 import json
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import resource
 import signal
@@ -16,8 +19,17 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+# what commands import, the parsers' own modules included
+IMPORTED = (
+    *("featkd.diagnose", "featkd.train.dryrun", "featkd.train.fill", "featkd.cpu.rows"),
+    *("attrs", "docstring_parser", "torch.distributed.launcher.api", "torch.utils.tensorboard"),
+    *("torch.utils.serialization.config", "torchmetrics.classification"),
+)
 
 
 class Forked:
@@ -80,6 +92,7 @@ class Server:
     def start(
         self,
         *words: object,
+        script: str | None = None,
         env: dict[str, str] | None = None,
         file_size: int | None = None,
         elastic: int = 0,
@@ -87,6 +100,7 @@ class Server:
         """Start `featkd WORDS`.
 
         Args:
+            script: run as `python -c SCRIPT WORDS` in place of featkd's command.
             env: set in its environment.
             file_size: bytes that a file of its can have.
             elastic: so many ranks, started and started again by torchrun's agent; 0 runs the
@@ -95,9 +109,11 @@ class Server:
         self._count += 1
         folder = self._folder / str(self._count)
         folder.mkdir()
+        for name in ("stdout", "stderr"):
+            (folder / name).touch()
         request = {
-            "words": list(map(str, words)), "folder": str(folder), "env": env or {},
-            "file_size": file_size, "elastic": elastic,
+            "words": list(map(str, words)), "folder": str(folder), "script": script,
+            "env": env or {}, "file_size": file_size, "elastic": elastic,
         }  # fmt: skip
         self._started.append(Forked(self, self.ask(request), folder))
         return self._started[-1]
@@ -108,14 +124,16 @@ class Server:
         forked.wait()
         return forked
 
-    def ranks(self, count: int, *words: object) -> list[Forked]:
+    def ranks(self, count: int, *words: object, **options: Any) -> list[Forked]:
         """`count` processes of one run, without an agent."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         return [
-            self.start(*words, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            self.start(
+                *words, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **options
+            )
             for rank in range(count)
         ]
 
@@ -130,14 +148,10 @@ class Server:
 
 def _serve() -> None:
     """Answer requests, a line each, until the input ends; a forked child leaves for its command."""
-    import torch.utils.tensorboard
-    from torch.distributed.launcher import api
-
-    import featkd.train.dryrun
-
-    assert featkd.train.dryrun
-    assert torch.utils.tensorboard
-    assert api
+    for name in IMPORTED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a child's first full collection would copy the memory of all that was imported
     while line := sys.stdin.readline():
         request = json.loads(line)
         if "poll" in request:
@@ -164,6 +178,10 @@ def _run(request: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     if request["elastic"]:
         sys.exit(_under_agent(request["words"], request["elastic"]))
+    if request["script"] is not None:
+        sys.argv = ["-c", *request["words"]]
+        exec(request["script"], vars(sys.modules["__main__"]))
+        sys.exit()
     sys.exit(main(request["words"]))
 
 
@@ -178,13 +196,33 @@ def _under_agent(words: list[str], ranks: int) -> int:
         rdzv_configs={"is_host": True}, local_addr="127.0.0.1",
     )  # fmt: skip
     # Not from here: forked beside the agent's threads, ranks were seen to wait for a lock for ever.
-    multiprocessing.set_forkserver_preload(["featkd.train.dryrun", "torch.utils.tensorboard"])
+    multiprocessing.resource_tracker.ensure_running()
+    with mock.patch("multiprocessing.util.spawnv_passfds", _fork_of_interpreter):
+        multiprocessing.forkserver.ensure_running()
     try:
         elastic_launch(config, _rank)(words)
     except ChildFailedError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
+
+
+def _fork_of_interpreter(path: str, arguments: list[str], files: list[int]) -> int:
+    """A new interpreter that runs a line of code would have to import everything again."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) > 2 and int(name) not in files:
+                with contextlib.suppress(OSError):  # the listing's own
+                    os.close(int(name))
+        with contextlib.suppress(SystemExit):
+            exec(arguments[arguments.index("-c") + 1], {})
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
 
 
 def _rank(words: list[str]) -> None:

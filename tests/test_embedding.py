@@ -5,6 +5,7 @@ What the page says at full size is made small by the replacements below; each mu
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import types
@@ -152,7 +153,8 @@ def test_published_objective(student, teacher):
     assert_trained(model, optimizer, "student.blocks.1.proj_in.weight")
 
 
-def in_one_of_two_processes(rank: int, folder: str) -> None:
+def in_one_of_two_processes() -> None:
+    rank, folder = int(os.environ["RANK"]), sys.argv[1]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
     torch.manual_seed(rank)  # DDP makes the weights equal, if they are inside
@@ -168,8 +170,10 @@ def in_one_of_two_processes(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_train_one_projector(tmp_path):
-    torch.multiprocessing.spawn(in_one_of_two_processes, (str(tmp_path),), nprocs=2)
+def test_two_processes_train_one_projector(tmp_path, server):
+    script = "from tests.test_embedding import *; in_one_of_two_processes()"
+    for rank in server.ranks(2, tmp_path, script=script):
+        assert rank.wait() == 0, rank.stderr
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert "feature_loss.proj.weight" in one
     assert not [name for name in one if "teacher" in name]

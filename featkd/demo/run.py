@@ -150,10 +150,11 @@ def train_all(jobs: dict[tuple[str, int], Recipe], what: str) -> list[RunResult]
         what: what the progress bar says.
     """
     cores = len(os.sched_getaffinity(0))
-    spawn = multiprocessing.get_context("spawn")
+    server = multiprocessing.get_context("forkserver")  # it imports once for all of them
+    server.set_forkserver_preload(["featkd.train.engine"])
     found: dict[tuple[str, int], RunResult] = {}
     with ProcessPoolExecutor(
-        min(cores, len(jobs)), spawn, initializer=torch.set_num_threads, initargs=(1,)
+        min(cores, len(jobs)), server, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
         running = {pool.submit(train, key[0], recipe): key for key, recipe in jobs.items()}
         try:

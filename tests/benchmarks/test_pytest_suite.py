@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from featkd.benchmarks.cases import select
 from featkd.benchmarks.conftest import pytest_generate_tests
 
-ROOT = Path(__file__).parent.parent.parent
+# a worker of pytest-xdist passes its own settings on, which switch benchmarks off
+PYTEST = """
+import os, pytest, sys
+for name in [name for name in os.environ if name.startswith("PYTEST")]:
+    del os.environ[name]
+sys.exit(pytest.main(sys.argv[1:]))
+"""
 
 
-def test_one_case(tmp_path):
+def test_one_case(server, tmp_path):
     report = tmp_path / "b.json"
-    # a worker of pytest-xdist passes its own settings on, which switch benchmarks off
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "no:cacheprovider"]
-    command += ["-k", "soft_kd and indices and both and featkd", f"--benchmark-json={report}"]
-    done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True)
+    words = ["benchmarks", "-p", "no:cacheprovider", f"--benchmark-json={report}"]
+    words += ["-k", "soft_kd and indices and both and featkd"]
+    done = server.call(*words, script=PYTEST)
     assert done.returncode == 0, done.stdout
     (one,) = json.loads(report.read_text())["benchmarks"]
     assert one["group"] == "soft_kd/indices/4x1000/fp32/both"

@@ -6,8 +6,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ import pytest
 from featkd.data import Batch
 from tests.data.conftest import MakeSet
 from tests.data.loading import alive, loading
+from tests.forking import Forked, Server
 
 
 def test_close_ends_the_workers_also_after_an_exception(make_set: MakeSet) -> None:
@@ -44,14 +43,19 @@ def test_a_killed_worker_is_an_error_not_a_hang(make_set: MakeSet) -> None:
         next(batches)
         pid = alive()[0]
         assert pid is not None
-        os.kill(pid, signal.SIGKILL)
-        with pytest.raises(RuntimeError, match="DataLoader worker"):
+
+        def kill_and_go_on() -> None:
+            os.kill(pid, signal.SIGKILL)
             list(batches)
+
+        with pytest.raises(RuntimeError, match="DataLoader worker"):
+            kill_and_go_on()
     assert alive() == []
 
 
 BESIDE = """
-import multiprocessing, sys, types
+import multiprocessing, sys, time, types
+from pathlib import Path
 from featkd.data import DataConfig, build_loader
 config = DataConfig(sys.argv[1], img_size=16, workers=1, backend="timm")
 loaders = [build_loader(config, split="train", batch_size=4) for _ in range(2)]
@@ -61,40 +65,45 @@ for beside, loader in zip(("nothing", "nvidia.dali"), loaders):
     running.append(iter(loader))
     next(running[-1])
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-sys.stdin.readline()
+while not Path(sys.argv[2]).exists():
+    time.sleep(0.01)
 print(*(len(list(batches)) for batches in running), flush=True)
-sys.stdin.read()
+time.sleep(60)
 """
 
 
-def test_workers_go_on_till_their_rank_ends(make_set: MakeSet) -> None:
+def line(process: Forked, number: int) -> str:
+    """Of what it has said, as soon as it has."""
+    deadline = time.monotonic() + 60
+    while process.stdout.count("\n") <= number:
+        assert time.monotonic() < deadline, process.stderr
+        time.sleep(0.01)
+    return process.stdout.splitlines(keepends=True)[number]
+
+
+def test_workers_go_on_till_their_rank_ends(
+    make_set: MakeSet, server: Server, tmp_path: Path
+) -> None:
     """Signals are for it, and don't stop them; where it is killed, they end at once. Be they forked
     from it or, once DALI is there, from a server process."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", BESIDE, make_set(train=40)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    (first,) = process.stdout.readline().split()
-    workers = process.stdout.readline().split()
+    more = tmp_path / "more"
+    process = server.start(make_set(train=40), more, script=BESIDE)
+    (first,) = line(process, 0).split()
+    workers = line(process, 1).split()
     (second,) = set(workers) - {first}
-    server = parent(second)
-    assert parent(first) == process.pid != server
-    for pid in (int(first), int(second), server):
+    second_parent = parent(second)
+    assert parent(first) == process.pid != second_parent
+    for pid in (int(first), int(second), second_parent):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             os.kill(pid, number)
-    process.stdin.write("\n")
-    process.stdin.flush()
-    assert process.stdout.readline() == "9 9\n"
+    more.touch()
+    assert line(process, 2) == "9 9\n"
     process.kill()
     killed = time.monotonic()
     while any(lives(pid) for pid in workers):
         assert time.monotonic() < killed + 2, f"workers {workers} live on"
         time.sleep(0.02)
-    process.communicate()
+    process.wait()
 
 
 def parent(process: str) -> int:
@@ -161,25 +170,19 @@ print(len(list(batches)), "more batches")
 
 
 @pytest.mark.parametrize("how", ["ctrl-c", "handled", "raise"])
-def test_an_end_in_mid_epoch_leaves_no_process(make_set: MakeSet, how: str) -> None:
+def test_an_end_in_mid_epoch_leaves_no_process(make_set: MakeSet, server: Server, how: str) -> None:
     """Without close(). A terminal's Ctrl-C reaches the whole process group; where the main process
     handles it (to save its state), the workers go on."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", ENDING, str(make_set(train=256)), how],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert process.stdout is not None
-    workers = [int(pid) for pid in process.stdout.readline().split()]
+    process = server.start(make_set(train=256), how, script=ENDING)
+    first = line(process, 0)
+    workers = [int(pid) for pid in first.split()]
     assert len(workers) == 2
     if how != "raise":
         os.killpg(process.pid, signal.SIGINT)
-    output, errors = process.communicate(timeout=30)
+    process.wait(30)
+    errors = process.stderr
     if how == "handled":
-        assert (process.returncode, output) == (0, "63 more batches\n"), errors
+        assert (process.returncode, process.stdout) == (0, f"{first}63 more batches\n"), errors
     else:
         assert process.returncode != 0
         assert errors.count("Traceback") == 1

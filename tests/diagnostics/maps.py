@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from featkd.diagnostics import Settings
+
+QUICK = Settings(sample=6, permuted=3, permutations=10, k=3)
+
 
 def feature_maps(images: int, tokens: int, channels: int, seed: int = 0) -> Tensor:
     """(images, tokens, channels) float32: a decaying spectrum, a common part, loud channels."""

@@ -9,23 +9,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from featkd.diagnostics import CapturedEnergy, DatasetPCA, LayerDiagnostics, Settings
 from featkd.diagnostics.exact_sum import ExactSum
-from featkd.diagnostics.nulls import bandwidth, gaussian_sep, permutation_test
 from featkd.diagnostics.reach import reach
 from featkd.diagnostics.sample import FeatureSample
 from featkd.diagnostics.sep import SEP
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.spectrum import SpectrumStats
-from featkd.diagnostics.subspace import rotation
 from tests.diagnostics import published
-from tests.diagnostics.maps import feature_maps
+from tests.diagnostics.maps import QUICK, feature_maps
 
 THRESHOLDS = (0.8, 0.9, 0.95, 0.99)
-QUICK = Settings(sample=6, permuted=3, permutations=10, k=3)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,13 +156,6 @@ def test_a_state_goes_on_where_it_was(tmp_path):
     assert_same(whole.result(), resumed.result())
 
 
-def test_gaussian_tokens_give_the_published_law():
-    for channels in (192, 384):
-        found = gaussian_sep(channels)
-        assert np.allclose(found.relative(), (0.5, 0.6, 0.7, 0.8, 0.9), atol=0.006)
-        assert np.allclose(found.folded_relative(), (0.5, 0.6, 0.7, 0.8, 0.9), atol=0.011)
-
-
 def test_zero_tokens_and_images():
     maps = feature_maps(6, 9, 16)
     maps[2] = 0
@@ -245,90 +233,6 @@ def test_a_faint_image_beside_a_loud_one_is_captured():
     assert torch.equal(*dims)
 
 
-def test_permutations_tell_order_from_none():
-    """Smooth channels have an order that a permutation destroys; Gaussian ones have none."""
-    generator = torch.Generator().manual_seed(0)
-    random = torch.randn(6, 25, 64, generator=generator)
-    smooth = random.cumsum(-1)
-    found = permutation_test(smooth, permutations=30)
-    assert found.p_value[0] <= 1 / 31 + 1e-9
-    assert found.observed[0] < found.permuted_low[0]
-    assert min(permutation_test(random, permutations=30).p_value) > 0.05
-
-
-def test_permutations_weigh_tokens_as_the_observed_order_does():
-    """Images with zero tokens: one smooth token in a hundred must not count as a whole image."""
-    generator = torch.Generator().manual_seed(0)
-    maps = torch.randn(4, 50, 32, generator=generator)
-    maps[:2, 1:] = 0
-    maps[:2, 0] = 1 + 0.01 * maps[:2, 0]
-    found = permutation_test(maps, permutations=20)
-    tokens = maps.flatten(0, 1)
-    mean, _ = published.sep(tokens[tokens.any(1)][None].numpy())
-    assert found.observed == tuple(published.reaching(mean, s) / 32 for s in found.shares)
-    assert found.p_joint > 0.05
-    for low, value, high in zip(found.low, found.observed, found.high, strict=True):
-        assert low <= value <= high
-
-
-def test_bandwidth():
-    one = torch.zeros(1, 10)
-    one[0, 3] = 5.0
-    assert bandwidth(one).participation_mean == pytest.approx(0.1)
-    assert bandwidth(one).channels90_mean == pytest.approx(0.1)
-    even = torch.ones(2, 10)
-    assert bandwidth(even).participation_mean == pytest.approx(1)
-    assert bandwidth(even).channels90_mean == pytest.approx(0.9)
-    gaussian = torch.randn(4000, 96, generator=torch.Generator().manual_seed(0))
-    assert bandwidth(gaussian).participation_mean == pytest.approx(1 / 3, abs=0.02)
-
-
-def test_rotation():
-    maps = feature_maps(8, 25, 32)
-    stats = LayerDiagnostics(QUICK)
-    stats.update(maps)
-    found = stats.result().rotation
-    chosen = found.images.tolist()
-    assert len(chosen) == 6
-    for i in range(6):
-        for j in range(6):
-            expected = published.overlap(maps[chosen[i]].numpy(), maps[chosen[j]].numpy(), 3)
-            assert found.overlap[i, j].item() == pytest.approx(expected, abs=1e-6)
-    assert found.random == 3 / 32
-    same = LayerDiagnostics(QUICK)
-    same.update(maps[:1].expand(5, -1, -1) * torch.arange(1, 6).view(5, 1, 1))
-    assert same.result().rotation.pair_mean == pytest.approx(1)
-    assert same.result().rotation.dataset_mean == pytest.approx(1)
-    assert float(same.result().rotation.angles_deg.max()) < 1e-3
-
-
-class Largest(TorchDispatchMode):
-    """Notes the numbers of the largest tensor that any operation makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        made = [t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)]
-        self.numbers = max(self.numbers, *made, 0)
-        return out
-
-
-def test_rotation_forms_no_matrix_of_all_directions():
-    images, tokens, channels, k = 60, 25, 32, 20
-    maps = feature_maps(images, tokens, channels)
-    stats = DatasetPCA()
-    stats.update(maps)
-    with Largest() as largest:
-        found = rotation(maps, torch.arange(images), stats.result(), k)
-    assert (found.k, found.left_out) == (k, 0)
-    assert largest.numbers <= 128 * k * channels  # the pairs whose angles are taken
-    assert largest.numbers < (images * k) ** 2 / 10
-    assert torch.equal(found.overlap, found.overlap.T)
-
-
 def test_sample_is_uniform_and_the_same_in_any_order():
     images = torch.arange(400)
     features = images.view(-1, 1, 1).float()
@@ -386,30 +290,6 @@ def test_the_first_chunk_sets_no_scale():
         stats.update(part)
     values, _ = published.dataset_pca(maps.numpy())
     assert np.abs(stats.result().eigenvalues.numpy() - values).max() < 1e-6 * values[0]
-
-
-def test_rotation_leaves_out_what_has_no_subspace():
-    """Images along one direction share it, whatever k was asked for; deficient ones have none."""
-    line = torch.randn(6, 16, 1) @ torch.randn(1, 20)
-    stats = LayerDiagnostics(Settings(sample=6, permuted=2, permutations=5, k=4))
-    stats.update(line)
-    found = stats.result().rotation
-    assert (found.k, found.left_out) == (1, 0)
-    assert found.pair_mean == pytest.approx(1)
-    mixed = feature_maps(6, 16, 20)
-    mixed[0] = line[0]
-    stats = LayerDiagnostics(Settings(sample=6, permuted=2, permutations=5, k=4))
-    stats.update(mixed)
-    assert (stats.result().rotation.k, stats.result().rotation.left_out) == (4, 1)
-
-
-def test_joint_p_value_needs_no_correction():
-    """Smooth channels: under Bonferroni, 9 shares and 100 orders could never be significant."""
-    random = torch.randn(4, 25, 64, generator=torch.Generator().manual_seed(0))
-    shares = tuple(n / 10 for n in range(1, 10))
-    smooth = permutation_test(random.cumsum(-1), 100, shares=shares)
-    assert smooth.p_joint == pytest.approx(1 / 101)
-    assert permutation_test(random, 100, shares=shares).p_joint > 0.05
 
 
 def test_reach_by_the_definitions():

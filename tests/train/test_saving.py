@@ -181,12 +181,12 @@ def test_a_disk_filled_by_the_logs_names_them_and_no_close_hides_it(tmp_path, ca
     """/dev/full answers every write as a full disk does."""
     log = RunLog(tmp_path, 0, 1)
     row = dict.fromkeys(TRAIN_COLUMNS, 1)
+    writer = log._board._board.file_writer.event_writer._async_writer
     if kind == "csv":
         log._train._file = open("/dev/full", "w")  # noqa: SIM115
         log._train._writer = csv.DictWriter(log._train._file, TRAIN_COLUMNS)
         path = tmp_path / "metrics.csv"
     else:
-        writer = log._board._board.file_writer.event_writer._async_writer
         writer._writer._writer = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
         path = tmp_path / "tensorboard"
 
@@ -200,6 +200,8 @@ def test_a_disk_filled_by_the_logs_names_them_and_no_close_hides_it(tmp_path, ca
 
     with pytest.raises(OSError, match=f"No space left on device: '{path}'") as told:
         fill()
+    writer._worker.join(10)  # its error is told to pytest last of all, which is to ignore it here
+    assert not writer._worker.is_alive()
     assert told.value.errno == 28
     assert f"the end of the logs is missing: {told.value}" in capsys.readouterr().err
     assert log._eval._file.closed

@@ -1,0 +1,89 @@
+"""`featkd diagnose` of models on images."""
+
+from __future__ import annotations
+
+import html
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from featkd import diagnose
+from featkd.cli import main
+from featkd.distributed import ProcessContext
+from featkd.models import create_teacher
+from featkd.train.engine import Trainer
+from featkd.train.recipe import LossConfig
+from tests.diagnostics.commands import QUICK
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("layers", [None, "[-1,0]"])
+def test_student_and_teacher(images, tmp_path, capsys, layers):
+    options = '{"patch_size": 4, "depth": 2, "num_heads": 3, "embed_dim": 12}'
+    words = ("--student", "vit_tiny_patch16_224", "--teacher", "vit_tiny_patch16_224")
+    wide = '{"patch_size": 4, "depth": 2, "num_heads": 3, "embed_dim": 24}'
+    shared = ("--data", images, "--img-size", "16", "--workers", "0", *QUICK)
+    if layers is not None:
+        shared += ("--layers", layers)
+    options = ("--student-options", options, "--teacher-options", wide)
+    call = [str(w) for w in ("diagnose", *words, *options, *shared, "--out", tmp_path)]
+    assert main(call) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    order = (0, 1) if layers is None else (1, 0)
+    assert [(r["model"], r["layer"]) for r in summary["layers"]] == [
+        (model, layer) for model in ("student", "teacher") for layer in order
+    ]
+    (last,) = (r for r in summary["reach"] if r["teacher"] == "teacher layer 1")
+    assert (last["channels"], last["teacher_channels"]) == (12, 24)
+    assert 0 < last["pooled"] < last["shared"] <= last["shared_with_bias"] < 1
+    assert last["shared"] < last["per_image"] <= 1
+    said = capsys.readouterr()
+    assert "random weights" in said.err
+    page = html.unescape((tmp_path / "report.html").read_text())
+    assert "What the student can reach" in page
+    for text in (said.out, page):  # of the layers in focus, the last ones
+        assert "Teacher layer 1, 12 against 24 channels." in text
+        assert "Teacher layer 0, 12 against" not in text
+
+
+STUDENT, TEACHER = ({"embed_dim": width, "depth": 2, "num_heads": 3} for width in (12, 24))
+
+
+@pytest.fixture
+def trained(recipe):
+    """The checkpoint of a plain student of 16 x 16 pixels."""
+    student = replace(recipe.student, arch="plain", options=STUDENT | {"patch_size": 4})
+    optim = replace(recipe.optim, epochs=1, warmup_epochs=0)
+    run = replace(recipe, student=student, teacher=None, loss=LossConfig(), optim=optim)
+    Trainer(run, ProcessContext(0, 1, torch.device("cpu"))).run()
+    return Path(run.out) / "last.pt"
+
+
+def test_pretrained_and_img_size_are_for_the_side_that_can_use_them(
+    trained, images, tmp_path, capsys, monkeypatch
+):
+    """A checkpoint of featkd has both; timm's teacher beside it has not."""
+    asked = []
+
+    def without_network(name, pretrained=False, **options):
+        asked.append((pretrained, options["img_size"]))
+        return create_teacher(name, **options)
+
+    monkeypatch.setattr(diagnose, "create_teacher", without_network)
+    words = ("diagnose", "--student", trained, "--data", images, "--out", tmp_path / "out")
+    words += ("--pretrained", "--workers", "0", "--images", "8", *QUICK)
+    timm = ("--teacher", "vit_tiny_patch16_224")
+    timm += ("--teacher-options", json.dumps(TEACHER | {"patch_size": 4}))
+    assert main([str(w) for w in (*words, *timm, "--img-size", "16")]) == 0
+    assert asked == [(True, 16)]
+    err = capsys.readouterr().err
+    assert "random weights" not in err
+    assert main([str(w) for w in (*words, *timm, "--img-size", "32")]) == 2
+    assert f"img_size: got 32 beside {trained}, which is for 16" in capsys.readouterr().err
+    assert main([str(w) for w in (*words, "--teacher", trained)]) == 2
+    message = f"without a file of weights, got {trained} and {trained}"
+    assert message in capsys.readouterr().err

@@ -1,0 +1,77 @@
+"""The angles between images' subspaces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from featkd.diagnostics import DatasetPCA, LayerDiagnostics, Settings
+from featkd.diagnostics.subspace import rotation
+from tests.diagnostics import published
+from tests.diagnostics.maps import QUICK, feature_maps
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_rotation():
+    maps = feature_maps(8, 25, 32)
+    stats = LayerDiagnostics(QUICK)
+    stats.update(maps)
+    found = stats.result().rotation
+    chosen = found.images.tolist()
+    assert len(chosen) == 6
+    for i in range(6):
+        for j in range(6):
+            expected = published.overlap(maps[chosen[i]].numpy(), maps[chosen[j]].numpy(), 3)
+            assert found.overlap[i, j].item() == pytest.approx(expected, abs=1e-6)
+    assert found.random == 3 / 32
+    same = LayerDiagnostics(QUICK)
+    same.update(maps[:1].expand(5, -1, -1) * torch.arange(1, 6).view(5, 1, 1))
+    assert same.result().rotation.pair_mean == pytest.approx(1)
+    assert same.result().rotation.dataset_mean == pytest.approx(1)
+    assert float(same.result().rotation.angles_deg.max()) < 1e-3
+
+
+class Largest(TorchDispatchMode):
+    """Notes the numbers of the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self.numbers = max(self.numbers, *made, 0)
+        return out
+
+
+def test_rotation_forms_no_matrix_of_all_directions():
+    images, tokens, channels, k = 60, 25, 32, 20
+    maps = feature_maps(images, tokens, channels)
+    stats = DatasetPCA()
+    stats.update(maps)
+    with Largest() as largest:
+        found = rotation(maps, torch.arange(images), stats.result(), k)
+    assert (found.k, found.left_out) == (k, 0)
+    assert largest.numbers <= 128 * k * channels  # the pairs whose angles are taken
+    assert largest.numbers < (images * k) ** 2 / 10
+    assert torch.equal(found.overlap, found.overlap.T)
+
+
+def test_rotation_leaves_out_what_has_no_subspace():
+    """Images along one direction share it, whatever k was asked for; deficient ones have none."""
+    line = torch.randn(6, 16, 1) @ torch.randn(1, 20)
+    stats = LayerDiagnostics(Settings(sample=6, permuted=2, permutations=5, k=4))
+    stats.update(line)
+    found = stats.result().rotation
+    assert (found.k, found.left_out) == (1, 0)
+    assert found.pair_mean == pytest.approx(1)
+    mixed = feature_maps(6, 16, 20)
+    mixed[0] = line[0]
+    stats = LayerDiagnostics(Settings(sample=6, permuted=2, permutations=5, k=4))
+    stats.update(mixed)
+    assert (stats.result().rotation.k, stats.result().rotation.left_out) == (4, 1)

@@ -199,6 +199,13 @@ def test_a_killed_rank_changes_nothing(recipe_file, server, tmp_path, unbroken, 
     print(f"rank {rank} killed at update >= {update}: {loads} checkpoints read meanwhile")
 
 
+def test_the_real_torchrun_trains_the_same_model(recipe_file, tmp_path, unbroken):
+    """The other tests fork its ranks from a process that has imported everything."""
+    job = TorchRun(("distill", recipe_file, "--out", tmp_path / "run", *KILLED), tmp_path)
+    assert job.wait(120) == 0, job.stderr
+    assert same_weights(tmp_path / "run" / "last.pt", unbroken / "last.pt")
+
+
 def look(out: Path) -> int:
     """Read every checkpoint there is; returns how many."""
     return sum(load(path)["update"] > 0 for path in out.glob("*.pt"))

@@ -193,18 +193,21 @@ def backward(
     square = centred.t() @ centred
     result = torch.empty(features.shape if need_features else 0, dtype=features.dtype)
     outer = torch.zeros_like(square)
+    products = product_dtype(features)
+    factor, slopes = square.to(products), v.to(products)
     for images, part in row_chunks(batch, tokens, _ROWS):
-        f = features[images, part].to(compute).to(dtype).contiguous()
+        f = features[images, part].to(compute).to(products).contiguous()
         r = rstd[images, part].unsqueeze(2)
         # rstd^2 m, with m = rstd f.v / Ct
-        weights = torch.bmm(f, v[images].unsqueeze(2)).mul_(r.pow(3)).div_(len(weight))
+        product = torch.bmm(f, slopes[images].unsqueeze(2)).to(dtype)
+        weights = product.mul_(r.pow(3)).div_(len(weight))
         rows = f.reshape(-1, channels)
         if need_features:
-            df = (rows @ square).view_as(f).mul_(-weights)
+            df = (rows @ factor).view_as(f).to(dtype).mul_(-weights)
             df.addcmul_(r, v[images].unsqueeze(1))
             result[images, part] = df
         if need_parameters:
-            outer.addmm_((f * weights).view_as(rows).t(), rows)
+            add_product(outer, (f * weights).to(products).view_as(rows).t(), rows)
     if not need_parameters:
         return result, []
     d_weight = torch.mm(g.t(), means * tokens).addmm_(centred, outer, alpha=-1)

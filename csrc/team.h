@@ -19,6 +19,7 @@
 //   signs(x), as_real(count, Real())      1 where the sign bit is set, to be counted
 //   ROWS, GRAM_ROWS, UNROLL, SLAB_DEPTH   how much fits the registers and the nearest memory
 //   PACKED, PAD                           how matrices lie in the scratch memory
+//   STAGED                                whether rows far off are copied there to be worked on
 //   GramSum                               the type in which a slab's sums are added up
 //
 // Groups talk through memory only, and only across a barrier. No lane returns before one.
@@ -169,6 +170,7 @@ struct VectorLanes {
 template <int BYTES, int ROWS_, int UNROLL_>
 struct TeamOfOne : VectorLanes<BYTES> {
   static constexpr int ROWS = ROWS_, GRAM_ROWS = 4, UNROLL = UNROLL_, SLAB_DEPTH = 64;
+  static constexpr bool STAGED = false;
   FEATKD_INLINE static int rank() { return 0; }
   FEATKD_INLINE static int size() { return 1; }
   template <int NUMBER>
@@ -179,7 +181,7 @@ struct TeamOfOne : VectorLanes<BYTES> {
 // A block of whole warps.
 struct Block {
   static constexpr int ROWS = 4, GRAM_ROWS = 4, UNROLL = 1, SLAB_DEPTH = 16, PAD = 1;
-  static constexpr bool PACKED = true;
+  static constexpr bool PACKED = true, STAGED = true;
   template <class Real>
   using GramSum = Real;
   template <class Real>

@@ -17,6 +17,8 @@
 //   widen(x), narrow(x, Real())           to float64 lanes and back
 //   sum(x), most(x)                       over a group's lanes, the same in every lane
 //   signs(x), as_real(count, Real())      1 where the sign bit is set, to be counted
+//   unlike(x, y)                          1 where the sign bits of float64 lanes differ
+//   scale(x, y)                           both by the power of two that brings the larger to [1, 2)
 //   ROWS, GRAM_ROWS, UNROLL, SLAB_DEPTH   how much fits the registers and the nearest memory
 //   PACKED, PAD                           how matrices lie in the scratch memory
 //   STAGED                                whether rows far off are copied there to be worked on
@@ -61,6 +63,9 @@ struct Bits<double> {
   using Type = int64_t;
 };
 
+constexpr uint64_t EXPONENT = uint64_t(0x7ff) << 52;  // of a float64 number
+constexpr uint64_t EXPONENT_OF_ONE = uint64_t(0x3ff) << 52;
+
 template <class Team, class Real>
 constexpr int width = Team::LANE_BYTES / int(sizeof(Real));
 
@@ -81,12 +86,15 @@ struct VectorLanes {
   struct Vector {
     typedef Real Type __attribute__((vector_size(BYTES), may_alias));
     typedef typename Bits<Real>::Type Count __attribute__((vector_size(BYTES), may_alias));
+    typedef uint64_t Word __attribute__((vector_size(BYTES), may_alias));
     typedef double Wide __attribute__((vector_size(BYTES / sizeof(Real) * sizeof(double))));
   };
   template <class Real>
   using LaneOf = typename Vector<Real>::Type;
   template <class Real>
   using CountOf = typename Vector<Real>::Count;
+  template <class Real>
+  using WordOf = typename Vector<Real>::Word;
   template <class Real>
   using WideOf = typename Vector<Real>::Wide;
 
@@ -164,6 +172,18 @@ struct VectorLanes {
   // 1 in lanes with the sign bit set
   FEATKD_INLINE static CountOf<float> signs(LaneOf<float> x) { return -(CountOf<float>(x) >> 31); }
   FEATKD_INLINE static CountOf<double> signs(LaneOf<double> x) { return -(CountOf<double>(x) >> 63); }
+  FEATKD_INLINE static CountOf<double> unlike(LaneOf<double> x, LaneOf<double> y) {
+    return CountOf<double>((WordOf<double>(x) ^ WordOf<double>(y)) >> 63);
+  }
+  template <class V>
+  FEATKD_INLINE static void scale(V& x, V& y) {
+    using W = WordOf<double>;
+    const W one = W(x) & EXPONENT, other = W(y) & EXPONENT;
+    const W most = CountOf<double>(one) > CountOf<double>(other) ? one : other;
+    const V factor = V(EXPONENT_OF_ONE - most + EXPONENT_OF_ONE);
+    x *= factor;
+    y *= factor;
+  }
 };
 
 // One CPU thread with its vector registers: what production runs.
@@ -255,6 +275,14 @@ FEATKD_UNROLLED
   }
   FEATKD_INLINE static int signs(float x) { return int(__float_as_uint(x) >> 31); }
   FEATKD_INLINE static int signs(double x) { return int(unsigned(__double2hiint(x)) >> 31); }
+  FEATKD_INLINE static int unlike(double x, double y) { return signs(x) ^ signs(y); }
+  FEATKD_INLINE static void scale(double& x, double& y) {
+    constexpr int ALL = int(EXPONENT >> 32), ONE = int(EXPONENT_OF_ONE >> 32);
+    const int one = __double2hiint(x) & ALL, other = __double2hiint(y) & ALL;
+    const double factor = __hiloint2double(ONE - (one > other ? one : other) + ONE, 0);
+    x *= factor;
+    y *= factor;
+  }
   template <class Real>
   FEATKD_INLINE static Real as_real(int x, Real) {
     return Real(x);

@@ -34,7 +34,7 @@ _SCHEDULERS = 4
 
 
 def compile_ptx(folder: Path) -> str:
-    """Both kernels, by nvcc.
+    """All kernels, by nvcc.
 
     Raises:
         FileNotFoundError: there is no nvcc.
@@ -47,7 +47,7 @@ def compile_ptx(folder: Path) -> str:
 
 
 def entry(ptx: str, kernel: str) -> str:
-    """The PTX without its other kernel: half of the time to translate."""
+    """The PTX without its other kernels: much less to translate."""
     starts = [m.start() for m in re.finditer(r"^\t?\.visible \.entry ", ptx, flags=re.M)]
     ends = [*starts[1:], ptx.index("\n\t.file", starts[-1])]
     kept = ptx[: starts[0]] + ptx[ends[-1] :]
@@ -210,7 +210,8 @@ MODELLED_HEADER = (
 
 def _blocks(kernels: Sequence[Kernel], chip: Chip, rows: int) -> int | None:
     """Of the float32 kernel; None where it was not compiled for the chip."""
-    found = [k.blocks(rows) for k in kernels if (k.name, k.arch) == ("float32", chip.arch)]
+    asked = ("spectrum", "float32", chip.arch)
+    found = [k.blocks(rows) for k in kernels if (k.op, k.name, k.arch) == asked]
     return found[0] if found else None
 
 

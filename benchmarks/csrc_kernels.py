@@ -17,9 +17,10 @@ SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "cuda.cu"
 WARPS = 8
 _REGISTERS = 65536  # of a multiprocessor, on all three architectures
 _RESERVED = 1024  # bytes of shared memory that CUDA keeps of each block
+_BAND = 8  # rows, of csrc/jacobi.h
 _ROWS = (64, 196, 256)
 _USED = re.compile(
-    r"Compiling entry function 'featkd_spectrum_(float\d\d)'.*?"
+    r"Compiling entry function 'featkd_(spectrum|jacobi)_(float\d\d)'.*?"
     r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
     r"Used (\d+) registers",
     flags=re.S,
@@ -30,6 +31,8 @@ _USED = re.compile(
 class Kernel:
     """One of the kernels on an architecture."""
 
+    op: str
+    """spectrum or jacobi."""
     name: str
     """float32 or float64."""
     arch: int
@@ -41,7 +44,10 @@ class Kernel:
 
     def shared(self, rows: int) -> int:
         """Bytes of scratch memory of a block."""
-        return scratch_bytes(rows, 4 if self.name == "float32" else 8)
+        size = 4 if self.name == "float32" else 8
+        if self.op == "jacobi":
+            return jacobi_bytes(_up(rows, 32), size)
+        return scratch_bytes(rows, size)
 
     def blocks(self, rows: int) -> int:
         """Resident at once on a multiprocessor; 0 where the scratch is in global memory."""
@@ -72,12 +78,22 @@ def scratch_bytes(rows: int, size: int, groups: int = WARPS) -> int:
     return 8 * _up(groups, 8) + _up(numbers, 16) * size
 
 
+def jacobi_bytes(length: int, size: int, groups: int = WARPS) -> int:
+    """As JacobiScratch of csrc/jacobi.h counts them: flags, three bands of rows and of turns.
+
+    Args:
+        length: of a row, whole vectors of 32 numbers.
+        size: bytes of a number.
+    """
+    return 4 * _up(groups, 16) + 3 * 2 * _BAND * length * size
+
+
 def _up(x: int, to: int) -> int:
     return -(-x // to) * to
 
 
 def compile_for(arch: int) -> list[Kernel]:
-    """Both kernels, by nvcc.
+    """All of them, by nvcc.
 
     Raises:
         RuntimeError: there is no nvcc or no source, or nvcc fails.
@@ -92,8 +108,8 @@ def compile_for(arch: int) -> list[Kernel]:
     if done.returncode:
         raise RuntimeError(f"csrc: nvcc failed:\n{done.stderr[:2000]}")
     return [
-        Kernel(name, arch, int(registers), int(stack), int(stores) + int(loads))
-        for name, stack, stores, loads, registers in _USED.findall(done.stderr)
+        Kernel(op, name, arch, int(registers), int(stack), int(stores) + int(loads))
+        for op, name, stack, stores, loads, registers in _USED.findall(done.stderr)
     ]
 
 
@@ -101,7 +117,7 @@ def rows(kernels: Sequence[Kernel]) -> list[tuple[object, ...]]:
     """Of the table in `featkd kernels report`."""
     return [
         (
-            *(f"spectrum {k.name}", k.arch, k.registers, k.stack, k.spills),
+            *(f"{k.op} {k.name}", k.arch, k.registers, k.stack, k.spills),
             *(f"{k.shared(n)} ({k.blocks(n)})" for n in _ROWS),
             "; ".join(k.broken) or "ok",
         )
@@ -120,7 +136,7 @@ def figures(kernels: Sequence[Kernel]) -> list[Measured]:
     """Every figure as (name, variant, metric, unit, value)."""
     found: list[Measured] = []
     for k in kernels:
-        name, variant = f"spectrum/{k.name}", f"sm_{k.arch}"
+        name, variant = f"{k.op}/{k.name}", f"sm_{k.arch}"
         found += [
             (name, variant, "registers", "count", k.registers),
             (name, variant, "stack", "bytes", k.stack),

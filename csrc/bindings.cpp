@@ -82,22 +82,32 @@ Results spectrum_cpu(Tensor x, Tensor thresholds, bool wide) {
   return call.results;
 }
 
-// rows (B, n, length) float64, dense, starting on a multiple of 64 bytes
-std::tuple<Tensor, Tensor, Tensor> jacobi_cpu(Tensor given) {
+using Turned = std::tuple<Tensor, Tensor, Tensor>;  // rows, turns, sweeps
+
+// rows (B, n, length) float64; the length a multiple of the widest vector's
+Turned prepare_jacobi(const Tensor& given, int64_t vector) {
   STD_TORCH_CHECK(given.dim() == 3 && given.scalar_type() == ScalarType::Double &&
-                      given.sizes()[2] % 8 == 0 && given.sizes()[1] <= given.sizes()[2],
-                  "rows: expected float64 of shape (B, n, length), length a multiple of 8");
-  const int64_t batch = given.sizes()[0], n = given.sizes()[1], length = given.sizes()[2];
-  const Tensor rows = torch::stable::clone(torch::stable::contiguous(given));
-  const Tensor turns = torch::stable::new_zeros(rows, given.sizes());
-  const Tensor sweeps = torch::stable::new_empty(
-      rows, torch::headeronly::IntHeaderOnlyArrayRef(&batch, 1), ScalarType::Int);
-  double* ones = static_cast<double*>(turns.mutable_data_ptr());
-  for (int64_t i = 0; i < batch * n; i++) ones[i * length + i % n] = 1;
-  featkd::jacobi_on_cpu(batch, int(n), int(length), static_cast<double*>(rows.mutable_data_ptr()),
-                        ones, static_cast<int32_t*>(sweeps.mutable_data_ptr()),
+                      given.sizes()[2] % vector == 0 && 1 <= given.sizes()[1] &&
+                      given.sizes()[1] <= given.sizes()[2] &&
+                      given.sizes()[1] <= featkd::MOST_ROWS,
+                  "rows: expected float64 of shape (B, n, length), n from 1 to ",
+                  featkd::MOST_ROWS, ", length a multiple of ", vector);
+  const int64_t batch = given.sizes()[0];
+  return {torch::stable::clone(torch::stable::contiguous(given)),
+          torch::stable::new_empty(given, given.sizes()),
+          torch::stable::new_empty(given, torch::headeronly::IntHeaderOnlyArrayRef(&batch, 1),
+                                   ScalarType::Int)};
+}
+
+Turned jacobi_cpu(Tensor given) {
+  const Turned result = prepare_jacobi(given, 8);
+  const auto& [rows, turns, sweeps] = result;
+  featkd::jacobi_on_cpu(rows.sizes()[0], int(rows.sizes()[1]), int(rows.sizes()[2]),
+                        static_cast<double*>(rows.mutable_data_ptr()),
+                        static_cast<double*>(turns.mutable_data_ptr()),
+                        static_cast<int32_t*>(sweeps.mutable_data_ptr()),
                         int(torch::stable::get_num_threads()), run_parallel);
-  return {rows, turns, sweeps};
+  return result;
 }
 
 #if defined(FEATKD_WITH_CUDA)
@@ -111,16 +121,22 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
+void check(const char* error) {
+  STD_TORCH_CHECK(error == nullptr, "featkd.linalg: ", error);
+}
+
+Tensor workspace_of(const Tensor& x, const featkd::LaunchPlan& plan) {
+  const int64_t bytes = int64_t(plan.workspace);
+  return torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(&bytes, 1),
+                                  ScalarType::Byte);
+}
+
 void launch(const Tensor& x, const featkd::Problem& problem, bool wide, bool only_resolved) {
   featkd::LaunchPlan plan;
-  const char* error = featkd::plan_on_cuda(problem, wide, &plan);
-  STD_TORCH_CHECK(error == nullptr, "featkd.linalg: ", error);
-  const int64_t bytes = int64_t(plan.workspace);
-  const Tensor workspace = torch::stable::new_empty(
-      x, torch::headeronly::IntHeaderOnlyArrayRef(&bytes, 1), ScalarType::Byte);
-  error = featkd::solve_on_cuda(problem, wide, only_resolved, plan, workspace.mutable_data_ptr(),
-                                current_stream(x.get_device_index()));
-  STD_TORCH_CHECK(error == nullptr, "featkd.linalg: ", error);
+  check(featkd::plan_on_cuda(problem, wide, &plan));
+  const Tensor workspace = workspace_of(x, plan);
+  check(featkd::solve_on_cuda(problem, wide, only_resolved, plan, workspace.mutable_data_ptr(),
+                              current_stream(x.get_device_index())));
 }
 
 // Never waits for the GPU: the second launch finds the marked matrices by itself.
@@ -132,12 +148,32 @@ Results spectrum_cuda(Tensor x, Tensor thresholds, bool wide) {
   if (narrow) launch(x, call.problem, true, true);
   return call.results;
 }
+
+Turned jacobi_cuda(Tensor given) {
+  const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
+  const Turned result = prepare_jacobi(given, 32);
+  const auto& [rows, turns, sweeps] = result;
+  const int64_t batch = rows.sizes()[0];
+  const int n = int(rows.sizes()[1]), length = int(rows.sizes()[2]);
+  featkd::LaunchPlan plan;
+  check(featkd::plan_jacobi_on_cuda(batch, length, &plan));
+  const Tensor workspace = workspace_of(rows, plan);
+  check(featkd::jacobi_on_cuda(batch, n, length, static_cast<double*>(rows.mutable_data_ptr()),
+                               static_cast<double*>(turns.mutable_data_ptr()),
+                               static_cast<int32_t*>(sweeps.mutable_data_ptr()), plan,
+                               workspace.mutable_data_ptr(),
+                               current_stream(given.get_device_index())));
+  return result;
+}
 #endif
 
 }  // namespace
 
 #if defined(FEATKD_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(featkd, CUDA, m) { m.impl("spectrum", TORCH_BOX(&spectrum_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(featkd, CUDA, m) {
+  m.impl("spectrum", TORCH_BOX(&spectrum_cuda));
+  m.impl("jacobi", TORCH_BOX(&jacobi_cuda));
+}
 #endif
 STABLE_TORCH_LIBRARY_IMPL(featkd, CPU, m) {
   m.impl("spectrum", TORCH_BOX(&spectrum_cpu));

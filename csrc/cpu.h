@@ -11,7 +11,7 @@ struct CpuKernels {
   size_t (*bytes)(const Problem&);
   // solves matrix `index`; memory is aligned to 64 bytes
   void (*solve)(const Problem&, int64_t index, void* memory);
-  // one-sided Jacobi of n rows in place, with the turns of a unit matrix; returns the sweeps.
+  // one-sided Jacobi of n rows in place, with its turns of a unit matrix; returns the sweeps.
   // Rows are `length` numbers apart, a multiple of 8, zero behind the n-th
   int (*jacobi)(int n, double* rows, double* turns, int length);
 };

@@ -34,7 +34,8 @@ void solve_one(const Problem& p, int64_t index, void* memory) {
 }
 
 int jacobi_one(int n, double* rows, double* turns, int length) {
-  return jacobi(One(), n, rows, turns, length);
+  int32_t memory[16];  // JacobiScratch::bytes
+  return jacobi(One(), Band<double>{rows, turns, n, length}, {memory, 1});
 }
 
 }  // namespace

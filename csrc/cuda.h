@@ -14,4 +14,10 @@ const char* plan_on_cuda(const Problem& problem, bool wide, LaunchPlan* plan);
 const char* solve_on_cuda(const Problem& problem, bool wide, bool only_resolved,
                           const LaunchPlan& plan, void* workspace, void* stream);
 
+// The same of one-sided Jacobi of a batch of (n, length) matrices, the length a multiple of 32:
+// rows are turned in place, `turns` are filled, and `sweeps` has a number for each matrix.
+const char* plan_jacobi_on_cuda(int64_t batch, int length, LaunchPlan* plan);
+const char* jacobi_on_cuda(int64_t batch, int n, int length, double* rows, double* turns,
+                           int32_t* sweeps, const LaunchPlan& plan, void* workspace, void* stream);
+
 }  // namespace featkd

@@ -92,7 +92,7 @@ struct Slab {
 };
 
 // Columns [k0, k0 + depth) of the scaled matrix, turned: panels of COLUMNS rows of x, in which
-// the rows are neighbours. Rows behind the last are zero.
+// the rows are neighbours. Rows behind the last are zero, from the first slab on.
 template <class Real, class In, class Team>
 FEATKD_INLINE void fill_slab(Team team, const Source<In>& x, int64_t k0, int depth,
                              Scale<Real> scale, Real* slab) {
@@ -100,8 +100,16 @@ FEATKD_INLINE void fill_slab(Team team, const Source<In>& x, int64_t k0, int dep
   const int padded = S::panels(x.rows) * S::COLUMNS;
   const bool along = x.column_stride <= x.row_stride;
   if (along) {
-    for (int i = team.rank(); i < padded; i += team.size()) {
+    for (int i = team.rank(); i < (k0 == 0 ? padded : x.rows); i += team.size()) {
       Real* to = slab + i / S::COLUMNS * (S::DEPTH * S::STRIDE) + i % S::COLUMNS;
+      if constexpr (!Team::PACKED)  // a CPU's vectors convert and scale, where elements lie together
+        if (x.column_stride == 1 && i < x.rows) {
+          const In* line = x.data + i * x.row_stride + k0;
+          Real scaled[S::DEPTH];
+          for (int k = 0; k < depth; k++) scaled[k] = widen(line[k]) * scale.first * scale.second;
+          for (int k = 0; k < depth; k++) to[k * S::STRIDE] = scaled[k];
+          continue;
+        }
       for (int k = team.lane(); k < depth; k += team.lanes())
         to[k * S::STRIDE] = i < x.rows ? x.at(i, k0 + k) * scale.first * scale.second : Real(0);
     }

@@ -105,17 +105,18 @@ FEATKD_INLINE int exponent_of(double x) {
   return int(bits_of_magnitude(subnormal ? x * 0x1p64 : x) >> 52) - 1022 - 64 * subnormal;
 }
 
-// TINY is far above what underflows and far below any pivot that matters.
+// TINY is far above what underflows and far below any pivot that matters. Sturm counts take squared
+// off-diagonal entries from LEAST on: its root is far below the rounding of any eigenvalue's.
 template <class Real>
 struct Limits;
 template <>
 struct Limits<float> {
-  static constexpr float TINY = 0x1p-100f;
+  static constexpr float TINY = 0x1p-100f, LEAST = 0x1p-100f;
   static constexpr int BITS = 24;
 };
 template <>
 struct Limits<double> {
-  static constexpr double TINY = 0x1p-900;
+  static constexpr double TINY = 0x1p-900, LEAST = 0x1p-160;
   static constexpr int BITS = 53;
 };
 

@@ -17,8 +17,11 @@
 //   widen(x), narrow(x, Real())           to float64 lanes and back
 //   sum(x), most(x)                       over a group's lanes, the same in every lane
 //   signs(x), as_real(count, Real())      1 where the sign bit is set, to be counted
+//   unlike(x, y)                          1 where the sign bits of float64 lanes differ
+//   scale(x, y)                           both by the power of two that brings the larger to [1, 2)
 //   ROWS, GRAM_ROWS, UNROLL, SLAB_DEPTH   how much fits the registers and the nearest memory
 //   PACKED, PAD                           how matrices lie in the scratch memory
+//   STAGED                                whether rows far off are copied there to be worked on
 //   GramSum                               the type in which a slab's sums are added up
 //
 // Groups talk through memory only, and only across a barrier. No lane returns before one.
@@ -60,6 +63,9 @@ struct Bits<double> {
   using Type = int64_t;
 };
 
+constexpr uint64_t EXPONENT = uint64_t(0x7ff) << 52;  // of a float64 number
+constexpr uint64_t EXPONENT_OF_ONE = uint64_t(0x3ff) << 52;
+
 template <class Team, class Real>
 constexpr int width = Team::LANE_BYTES / int(sizeof(Real));
 
@@ -80,12 +86,15 @@ struct VectorLanes {
   struct Vector {
     typedef Real Type __attribute__((vector_size(BYTES), may_alias));
     typedef typename Bits<Real>::Type Count __attribute__((vector_size(BYTES), may_alias));
+    typedef uint64_t Word __attribute__((vector_size(BYTES), may_alias));
     typedef double Wide __attribute__((vector_size(BYTES / sizeof(Real) * sizeof(double))));
   };
   template <class Real>
   using LaneOf = typename Vector<Real>::Type;
   template <class Real>
   using CountOf = typename Vector<Real>::Count;
+  template <class Real>
+  using WordOf = typename Vector<Real>::Word;
   template <class Real>
   using WideOf = typename Vector<Real>::Wide;
 
@@ -163,12 +172,25 @@ struct VectorLanes {
   // 1 in lanes with the sign bit set
   FEATKD_INLINE static CountOf<float> signs(LaneOf<float> x) { return -(CountOf<float>(x) >> 31); }
   FEATKD_INLINE static CountOf<double> signs(LaneOf<double> x) { return -(CountOf<double>(x) >> 63); }
+  FEATKD_INLINE static CountOf<double> unlike(LaneOf<double> x, LaneOf<double> y) {
+    return CountOf<double>((WordOf<double>(x) ^ WordOf<double>(y)) >> 63);
+  }
+  template <class V>
+  FEATKD_INLINE static void scale(V& x, V& y) {
+    using W = WordOf<double>;
+    const W one = W(x) & EXPONENT, other = W(y) & EXPONENT;
+    const W most = CountOf<double>(one) > CountOf<double>(other) ? one : other;
+    const V factor = V(EXPONENT_OF_ONE - most + EXPONENT_OF_ONE);
+    x *= factor;
+    y *= factor;
+  }
 };
 
 // One CPU thread with its vector registers: what production runs.
 template <int BYTES, int ROWS_, int UNROLL_>
 struct TeamOfOne : VectorLanes<BYTES> {
   static constexpr int ROWS = ROWS_, GRAM_ROWS = 4, UNROLL = UNROLL_, SLAB_DEPTH = 64;
+  static constexpr bool STAGED = false;
   FEATKD_INLINE static int rank() { return 0; }
   FEATKD_INLINE static int size() { return 1; }
   template <int NUMBER>
@@ -179,7 +201,7 @@ struct TeamOfOne : VectorLanes<BYTES> {
 // A block of whole warps.
 struct Block {
   static constexpr int ROWS = 4, GRAM_ROWS = 4, UNROLL = 1, SLAB_DEPTH = 16, PAD = 1;
-  static constexpr bool PACKED = true;
+  static constexpr bool PACKED = true, STAGED = true;
   template <class Real>
   using GramSum = Real;
   template <class Real>
@@ -253,6 +275,14 @@ FEATKD_UNROLLED
   }
   FEATKD_INLINE static int signs(float x) { return int(__float_as_uint(x) >> 31); }
   FEATKD_INLINE static int signs(double x) { return int(unsigned(__double2hiint(x)) >> 31); }
+  FEATKD_INLINE static int unlike(double x, double y) { return signs(x) ^ signs(y); }
+  FEATKD_INLINE static void scale(double& x, double& y) {
+    constexpr int ALL = int(EXPONENT >> 32), ONE = int(EXPONENT_OF_ONE >> 32);
+    const int one = __double2hiint(x) & ALL, other = __double2hiint(y) & ALL;
+    const double factor = __hiloint2double(ONE - (one > other ? one : other) + ONE, 0);
+    x *= factor;
+    y *= factor;
+  }
   template <class Real>
   FEATKD_INLINE static Real as_real(int x, Real) {
     return Real(x);

@@ -13,6 +13,7 @@ namespace featkd::FEATKD_ISA {
 
 struct ThreadTeam : VectorLanes<16> {
   static constexpr int ROWS = 2, GRAM_ROWS = 4, UNROLL = 1, SLAB_DEPTH = 8;
+  static constexpr bool STAGED = true;
 
   int rank_, size_, dropped;
   std::barrier<>* meeting;

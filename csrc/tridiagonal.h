@@ -114,7 +114,7 @@ FEATKD_INLINE void update_and_multiply(Team team, int k, Lower<Team, Real> a,
 }
 
 // Reduces `a`, which is overwritten, to the tridiagonal matrix of diagonal d and squared
-// off-diagonals e2, none of them zero. Needs a barrier before, and ends with one.
+// off-diagonals e2, none of them below LEAST. Needs a barrier before, and ends with one.
 //
 // With H = I - tau u u^T a step is A <- H A H = A - u w^T - w u^T for w = tau (y - tau/2 (y.u) u),
 // y = A u. The update waits for the next step's pass, which forms that step's product from each
@@ -177,7 +177,7 @@ FEATKD_INLINE void tridiagonalise(Team team, Lower<Team, Real> a, Vectors<Real> 
     if (team.rank() == 0 && team.is_leader()) {
       d[k - 1] = s.row[k - 1];
       const Real e = Real(reflect ? length2 : alpha * alpha);
-      if (k > 1) e2[k - 2] = e > Limits<Real>::TINY ? e : Limits<Real>::TINY;
+      if (k > 1) e2[k - 2] = e > Limits<Real>::LEAST ? e : Limits<Real>::LEAST;
     }
     Real* swapped = s.u;
     s.u = s.old_u;

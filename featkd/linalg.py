@@ -177,8 +177,8 @@ def svd(x: Tensor, k: int | None = None, *, method: Literal["auto", "jacobi"] = 
         come from the eigenvectors of the smaller side's Gram matrix in float64; the other side's
         vectors, X^T U / s, are orthonormalised. Where x requires grad, they are those of
         torch.linalg.svd in float64, with its gradient: slower, and signs may differ. Those of
-        "jacobi" carry none; it has no GPU kernel, takes values below 1e-135 of the largest for
-        zeros, and shares no step but the QR with the others: it is their oracle.
+        "jacobi" carry none; it takes values below 1e-135 of the largest for zeros, and shares no
+        step but the QR with the others: it is their oracle.
 
     Example:
         >>> import torch

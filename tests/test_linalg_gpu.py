@@ -9,6 +9,7 @@ import torch
 import featkd
 from featkd import linalg
 from tests.spectra import FAMILIES, THRESHOLDS, lapack
+from tests.test_jacobi import graded
 from tests.test_linalg import SHAPES, matrices
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -27,6 +28,33 @@ def test_ranks_and_curves_are_those_of_float64_lapack(family: str, shape: tuple[
         assert np.abs(found.curve.cpu().double().numpy() - expected.curve).max() <= bound
         twice = linalg.spectrum(x.cuda(), THRESHOLDS)
         assert all(torch.equal(one, two) for one, two in zip(found, twice, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(196, 384), (300, 200), (40, 33), (17, 17), (1, 4)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_jacobi_decomposes_every_family(family: str, shape: tuple[int, int]):
+    x = matrices(family, *shape)
+    found = linalg.svd(x.cuda(), method="jacobi")
+    assert featkd.last_backend("svd") == "cuda"
+    twice = linalg.svd(x.cuda(), method="jacobi")
+    assert all(torch.equal(one, two) for one, two in zip(found, twice, strict=True))
+    u, s, vh = (part.cpu() for part in found)
+    largest = torch.from_numpy(lapack(x.numpy()).values)[:, :1].clamp_min(1e-300)
+    assert ((s - linalg.svd(x, method="jacobi").S).abs() / largest).max() < 1e-13
+    assert (s.diff(dim=-1) <= 1e-14 * largest).all()
+    for part in (u, vh.mT):
+        assert (part.mT @ part - torch.eye(min(shape))).abs().max() < 1e-12
+    shown = (u * s.unsqueeze(-2)) @ vh
+    assert ((shown - x).abs().amax((1, 2)) / largest[:, 0]).max() < 1e-12
+
+
+def test_jacobi_with_scratch_in_global_memory_and_tiny_values():
+    x = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = linalg.svd(x.cuda(), method="jacobi").S.cpu()
+    torch.testing.assert_close(values, torch.linalg.svdvals(x), rtol=0, atol=1e-11)
+    x, known = graded()
+    found = linalg.svd(x.cuda(), method="jacobi").S.cpu()
+    torch.testing.assert_close(found, known, rtol=1e-13, atol=0)
 
 
 def test_another_stream_and_scratch_in_global_memory():

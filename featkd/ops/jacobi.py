@@ -11,7 +11,7 @@ from featkd.ops.spectrum import MOST_ROWS
 
 NAME = "svd"
 _MOST_SWEEPS = 60  # of csrc/jacobi.h
-_VECTOR = 8  # numbers of the widest
+_VECTOR = {"cpu": 8, "cuda": 32}  # numbers of the widest
 
 
 def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,6 +21,7 @@ def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         RuntimeError: a matrix holds NaN or Inf, or does not converge.
     """
     backend = backends.choose(NAME, x.device, lambda name: _unsupported(name, x))
+    backend = "cuda" if backend == "triton" else backend  # the GPU's backend is csrc's own here
     backends.record(NAME, backend)
     if not bool(x.isfinite().all()):
         raise RuntimeError("svd: x holds NaN or Inf, of which Jacobi finds no singular vectors")
@@ -39,12 +40,15 @@ def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _unsupported(backend: str, x: Tensor) -> str:
-    if backend != "cpu" or x.device.type != "cpu":
-        return f"Jacobi has no kernel for tensors on {x.device.type}"
+    device = {"triton": "cuda"}.get(backend, backend)
+    if x.device.type != device:
+        return f"Jacobi has no {backend} kernel for tensors on {x.device.type}"
     if not 1 <= min(x.shape[-2:]) <= MOST_ROWS:
         return f"the smaller side of {x.shape[-2]} x {x.shape[-1]} is not 1 to {MOST_ROWS}"
     why: str = extension.missing()
-    return why
+    if why:
+        return why
+    return "" if extension.has_kernel("featkd::jacobi", device) else f"csrc has no {device} half"
 
 
 def _tall(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,7 +57,7 @@ def _tall(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     largest = x.abs().amax((-2, -1), keepdim=True) if len(x) else x.new_zeros(0, 1, 1)
     scale = torch.where(largest > 0, largest, 1)
     q, r = torch.linalg.qr(x / scale)
-    rows, turns, sweeps = torch.ops.featkd.jacobi(F.pad(r, (0, -n % _VECTOR)))
+    rows, turns, sweeps = torch.ops.featkd.jacobi(F.pad(r, (0, -n % _VECTOR[x.device.type])))
     if bool((sweeps > _MOST_SWEEPS).any()):
         raise RuntimeError(f"svd: a matrix does not converge in {_MOST_SWEEPS} sweeps")
     # the rows are s_i v_i^T: their QR divides by s_i, and completes where s_i is zero

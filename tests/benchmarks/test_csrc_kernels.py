@@ -22,6 +22,10 @@ ptxas info    : Compiling entry function 'featkd_spectrum_float32' for 'sm_90'
 ptxas info    : Function properties for featkd_spectrum_float32
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 128 registers, used 1 barriers
+ptxas info    : Compiling entry function 'featkd_jacobi_float64' for 'sm_90'
+ptxas info    : Function properties for featkd_jacobi_float64
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 126 registers, used 1 barriers
 """
 
 
@@ -29,10 +33,15 @@ def test_usage_is_read_and_a_spill_is_a_broken_rule(monkeypatch: pytest.MonkeyPa
     done = SimpleNamespace(returncode=0, stderr=SAID)
     monkeypatch.setattr(csrc_kernels.shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
-    wide, narrow = csrc_kernels.compile_for(90)
+    wide, narrow, jacobi = csrc_kernels.compile_for(90)
     assert (wide.name, wide.registers, wide.stack, wide.spills) == ("float64", 192, 16, 76)
     assert wide.broken == ["spills: 16 bytes of stack"]
     assert (narrow.name, narrow.registers, narrow.broken) == ("float32", 128, [])
+    assert (jacobi.op, jacobi.name, jacobi.registers) == ("jacobi", "float64", 126)
+    assert [row[0] for row in csrc_kernels.rows([narrow, jacobi])] == [
+        "spectrum float32",
+        "jacobi float64",
+    ]
     done.returncode = 1
     with pytest.raises(RuntimeError, match="nvcc failed"):
         csrc_kernels.compile_for(90)
@@ -42,14 +51,21 @@ def test_usage_is_read_and_a_spill_is_a_broken_rule(monkeypatch: pytest.MonkeyPa
 
 
 def test_blocks_a_multiprocessor():
-    narrow, wide = Kernel("float32", 90, 128, 0, 0), Kernel("float64", 90, 192, 0, 0)
+    narrow, wide = (
+        Kernel("spectrum", "float32", 90, 128, 0, 0),
+        Kernel("spectrum", "float64", 90, 192, 0, 0),
+    )
     # a triangle of 196 rows, d and e2, 22 vectors of 224, 16 doubles and 8 slots
     assert narrow.shared(196) == 4 * (19312 + 2 * 224 + 22 * 224 + 32) + 64
     assert narrow.blocks(196) == 2
-    assert Kernel("float32", 80, 152, 0, 0).blocks(196) == 1
+    assert Kernel("spectrum", "float32", 80, 152, 0, 0).blocks(196) == 1
     assert wide.blocks(196) == 1
     assert wide.blocks(256) == 0  # 263 KB and more
     assert narrow.blocks(64) == 2  # the registers hold no third
+    jacobi = Kernel("jacobi", "float64", 80, 128, 0, 0)
+    assert jacobi.shared(196) == 64 + 6 * 8 * 224 * 8  # three bands and their turns
+    assert (jacobi.blocks(196), jacobi.blocks(64), jacobi.blocks(512)) == (1, 2, 0)
+    assert Kernel("jacobi", "float64", 90, 126, 0, 0).blocks(196) == 2
 
 
 COUNTED = Counted(
@@ -86,7 +102,10 @@ def test_modelled_times_by_hand():
 
 
 def test_what_is_modelled_says_so():
-    kernels = [Kernel("float32", 80, 152, 0, 0), Kernel("float64", 80, 193, 0, 0)]
+    kernels = [
+        Kernel("spectrum", "float32", 80, 152, 0, 0),
+        Kernel("spectrum", "float64", 80, 193, 0, 0),
+    ]
     counted, modelled = csrc_counts.tables([COUNTED], kernels).split("\n\n")
     assert "1.00" in counted
     assert "1674" in counted

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "jacobi.h"
 #include "spectrum.h"
 #include "thread_team.h"
 
@@ -77,6 +78,48 @@ int compare(const Problem& p, const char* name, int dropped) {
   return wrong;
 }
 
+// One-sided Jacobi of a matrix's rows: the same sums in the same order, so the very same results.
+template <class Real>
+int compare_turns(const std::vector<double>& x, int n, int columns, const char* name, int dropped) {
+  const int length = (columns + 15) / 16 * 16;
+  const size_t size = size_t(n) * length;
+  const auto turn = [&](auto team, Real* rows, Real* turns, void* memory) {
+    using Team = decltype(team);
+    const JacobiScratch<Team, Real> scratch(memory, team.size());
+    int sweeps = 0;
+    for (int repeat = 0; repeat < 2; repeat++)  // what is orthogonal stays so
+      sweeps = 100 * sweeps + jacobi(team, Band<Real>{rows, turns, n, length}, scratch);
+    return sweeps;
+  };
+  const auto filled = [&](std::vector<uint64_t>& memory) {
+    Real* rows = static_cast<Real*>(aligned(memory));
+    std::memset(rows, 0, size * sizeof(Real));
+    for (int i = 0; i < n; i++)
+      for (int k = 0; k < columns; k++) rows[i * length + k] = Real(x[size_t(i) * columns + k]);
+    return rows;
+  };
+  const std::vector<uint64_t> poison(2 * size + 8, 0x7fffffff7fffffffull);
+  auto expected = poison;
+  Real* rows = filled(expected);
+  auto memory = poisoned<JacobiScratch<One, Real>>(length, 1);
+  const int sweeps = turn(One(), rows, rows + size, aligned(memory));
+  int wrong = 0;
+  for (int groups : {2, 3}) {
+    auto found = poison;
+    Real* own = filled(found);
+    auto shared = poisoned<JacobiScratch<ThreadTeam, Real>>(length, groups);
+    std::vector<int> each(groups);
+    run_team(groups, dropped, [&](const ThreadTeam& team) {
+      each[team.rank()] = turn(team, own, own + size, aligned(shared));
+    });
+    bool same = !std::memcmp(own, rows, 2 * size * sizeof(Real));
+    for (int count : each) same &= count == sweeps;
+    if (!same) std::printf("turns of %s: %d threads differ from one\n", name, groups);
+    wrong += !same;
+  }
+  return wrong;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -112,6 +155,8 @@ int main(int argc, char** argv) {
         for (int k = 0; k < columns; k++) turned[size_t(k) * rows + i] = x[size_t(i) * columns + k];
       p.data = turned.data(), p.row_stride = 1, p.column_stride = rows;
       wrong += compare<double>(p, name, dropped);
+      if (std::strcmp(name, "bad"))
+        wrong += compare_turns<double>(x, rows, columns, name, dropped);
     }
   std::printf("%d differences\n", wrong);
   return wrong != 0;

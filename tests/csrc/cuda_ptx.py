@@ -1,25 +1,37 @@
-"""nvcc's PTX of the spectrum kernels, launched on the CPU with checks on."""
+"""nvcc's PTX of csrc's kernels, launched on the CPU with checks on."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from featkd.benchmarks import csrc_counts
 from featkd.benchmarks.csrc_counts import Results
-from featkd.ptx import Emulator
+from featkd.benchmarks.csrc_kernels import WARPS, jacobi_bytes
+from featkd.ptx import Emulator, Launch
 from tests.spectra import THRESHOLDS
 
 _MARK = r"// featkd barrier (\d+)\n"
+ONLY_RESOLVED = 17  # of the spectrum kernels' arguments: in tests a number of a barrier
+JACOBI = {np.float64: "featkd_jacobi_float64"}
 
 
-def with_switches(ptx: str, kernel: str) -> str:
-    """The same PTX, whose barriers of the number in the argument `only_resolved` do nothing."""
+def with_argument(ptx: str, kernel: str, number: int) -> str:
+    """The same PTX, whose kernel has one more argument, a u32, as its last."""
+    last = rf"(\.param \.u64 {kernel}_param_{number - 1})\n\)"
+    changed, count = re.subn(last, rf"\1,\n\t.param .u32 {kernel}_param_{number}\n)", ptx)
+    assert count == 1
+    return changed
+
+
+def with_switches(ptx: str, kernel: str, argument: int = ONLY_RESOLVED) -> str:
+    """The same PTX, whose barriers of the number in an argument do nothing."""
     scope = (
         "{{ .reg .pred %kept; .reg .b32 %dropped;\n"
-        f"ld.param.u32 %dropped, [{kernel}_param_17];\n"
+        f"ld.param.u32 %dropped, [{kernel}_param_{argument}];\n"
         "setp.ne.s32 %kept, %dropped, {number};\n"
         "@%kept bar.sync \t0; }}"
     )
@@ -48,3 +60,44 @@ def solve(
     outputs = [9, 10, 13, 14, 15, *([16] if dropped == 0 else [])]
     options |= {"outputs": outputs, "seed": seed, "blocks": blocks, "only_resolved": dropped}
     return csrc_counts.launch(emulator, x, real, THRESHOLDS, **options)
+
+
+@dataclass
+class Turned:
+    """Arrays that a launch of the Jacobi kernel fills, rows and turns without their padding."""
+
+    rows: np.ndarray
+    turns: np.ndarray
+    sweeps: np.ndarray
+    launch: Launch
+
+
+def jacobi(
+    emulator: Emulator,
+    r: np.ndarray,
+    *,
+    blocks: int = 2,
+    seed: int = 1,
+    dropped: int = 0,
+    in_shared: bool = True,
+) -> Turned:
+    """Turn the rows of matrices (B, n, n) by the kernel with a switch as its last argument."""
+    batch, n, _ = r.shape
+    length = -(-n // 32) * 32
+    rows = np.zeros((batch, n, length), r.dtype)
+    rows[:, :, :n] = r
+    turns, sweeps = np.zeros_like(rows), np.zeros(batch, np.int32)
+    scratch = jacobi_bytes(length, r.itemsize)
+    workspace = None if in_shared else np.zeros(-(-scratch // 256) * 256 * blocks, np.uint8)
+    done = emulator.launch(
+        JACOBI[r.dtype.type],
+        [rows, turns, sweeps, batch, n, length, scratch, workspace, dropped],
+        blocks,
+        32 * WARPS,
+        shared_bytes=scratch if in_shared else 0,
+        outputs=[1, 2],
+        seed=seed,
+    )
+    assert dropped or not rows[:, :, n:].any()
+    assert dropped or not turns[:, :, n:].any()
+    return Turned(rows[:, :, :n], turns[:, :, :n], sweeps, done)

@@ -1,4 +1,4 @@
-"""The CUDA kernels as nvcc compiles them, executed on the CPU with race checks."""
+"""The spectrum kernels as nvcc compiles them, executed on the CPU with race checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from featkd.benchmarks.csrc_counts import KERNELS
 from featkd.ptx import Emulator
 from tests.csrc import cuda_ptx
 from tests.csrc.cuda_ptx import solve
-from tests.csrc.test_teams import BARRIERS
+from tests.csrc.test_teams import SPECTRUM_BARRIERS
 from tests.spectra import FAMILIES, THRESHOLDS, lapack
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, not found")
@@ -24,11 +24,6 @@ SAME = [name for name in FAMILIES if name not in ("tiny", "huge")]
 @pytest.fixture(scope="module", autouse=True)
 def cache(compiled_kernels):
     """The test run's own cache folder."""
-
-
-@pytest.fixture(scope="module")
-def ptx(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return csrc_counts.compile_ptx(tmp_path_factory.mktemp("ptx"))
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +103,13 @@ def test_bad_matrices_among_good_ones(emulators):
 
 
 def test_every_barrier_is_in_the_ptx(ptx: str, switchable):
-    assert cuda_ptx.barriers(ptx) == set(BARRIERS)
+    for kernel in KERNELS.values():
+        assert cuda_ptx.barriers(csrc_counts.entry(ptx, kernel)) == set(SPECTRUM_BARRIERS)
     x = family(["features", "zero"], 20, 9)
     assert solve(switchable, x, np.float32, blocks=1).launch.reports == ()
 
 
-@pytest.mark.parametrize("number", BARRIERS)
+@pytest.mark.parametrize("number", SPECTRUM_BARRIERS)
 def test_a_dropped_barrier_is_reported(switchable, number: int):
     x = family(["features", "zero", "zero", "diagonal"], 36, 40)
     reports = solve(switchable, x, np.float32, blocks=1, dropped=number).launch.reports

@@ -7,13 +7,22 @@ from pathlib import Path
 
 import pytest
 
+from featkd.benchmarks.csrc_kernels import WARPS, jacobi_bytes
 from tests.csrc.test_teams import CSRC, compiler
 
 SOURCE = """
 #include <cstdio>
 #include <cstdlib>
+#include "jacobi.h"
 #include "plan.h"
-int main(int, char** a) {
+#include "thread_team.h"
+using namespace featkd::portable;
+int main(int count, char** a) {
+  if (count == 2) {  // what a team that works on copies needs of rows of this length
+    const int length = std::atoi(a[1]);
+    std::printf("%zu", JacobiScratch<ThreadTeam, double>::bytes(length, featkd::WARPS));
+    return 0;
+  }
   const auto plan = featkd::plan_launch(
       std::strtoull(a[1], nullptr, 10), std::strtoll(a[2], nullptr, 10),
       {std::strtoull(a[3], nullptr, 10), std::strtoull(a[4], nullptr, 10), std::atoi(a[5])});
@@ -29,7 +38,7 @@ A100 = (163 * KIB, 164 * KIB, 108)
 def planner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plan")
     (folder / "plan.cpp").write_text(SOURCE)
-    command = [compiler(), "-std=c++17", f"-I{CSRC}", "plan.cpp", "-o", "plan"]
+    command = [compiler(), "-std=c++20", "-Wno-psabi", f"-I{CSRC}", "plan.cpp", "-o", "plan"]
     subprocess.run(command, cwd=folder, check=True)
     return folder / "plan"
 
@@ -51,9 +60,30 @@ def planner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_plans(planner: Path, scratch, batch, device, blocks, in_shared):
-    words = [str(x) for x in (scratch, batch, *device)]
-    out = subprocess.run([planner, *words], capture_output=True, text=True, check=True).stdout
-    found = [int(x) for x in out.split()]
+    found = [int(x) for x in run(planner, scratch, batch, *device).split()]
     assert found[:2] == [blocks, scratch if in_shared else 0]
     each = -(-scratch // 256) * 256
     assert found[2] == (0 if in_shared else each * blocks)
+
+
+@pytest.mark.parametrize(
+    ("length", "device", "blocks", "in_shared"),
+    [
+        (64, A100, 6 * 108, True),
+        (224, A100, 108, True),  # of 196 rows
+        (224, H100, 2 * 132, True),
+        (416, A100, 108, True),
+        (448, A100, 2 * 108, False),
+        (512, H100, 132, True),
+    ],
+)
+def test_plans_of_jacobi(planner: Path, length, device, blocks, in_shared):
+    scratch = int(run(planner, length))
+    assert scratch == jacobi_bytes(length, 8, WARPS)
+    found = [int(x) for x in run(planner, scratch, 5000, *device).split()]
+    assert found[:2] == [blocks, scratch if in_shared else 0]
+
+
+def run(planner: Path, *words: int) -> str:
+    command = [planner, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

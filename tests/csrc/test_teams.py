@@ -12,11 +12,17 @@ import pytest
 
 CSRC = Path(__file__).parents[2] / "csrc"
 CHECK = Path(__file__).with_name("check_teams.cpp")
-BARRIERS = sorted(
-    int(number)
-    for path in CSRC.glob("*.h")
-    for number in re.findall(r"team\.barrier\(At<(\d+)>\(\)\)", path.read_text())
-)
+
+
+def barriers(*headers: Path) -> list[int]:
+    """The numbers in headers of csrc."""
+    texts = "".join(path.read_text() for path in headers)
+    return sorted(int(n) for n in re.findall(r"team\.barrier\(At<(\d+)>\(\)\)", texts))
+
+
+BARRIERS = barriers(*CSRC.glob("*.h"))
+JACOBI_BARRIERS = barriers(CSRC / "jacobi.h")
+SPECTRUM_BARRIERS = [number for number in BARRIERS if number not in JACOBI_BARRIERS]
 RACES = 66  # ThreadSanitizer's exit code
 
 

@@ -1,0 +1,12 @@
+"""nvcc's PTX of csrc, once a process."""
+
+from __future__ import annotations
+
+import pytest
+
+from featkd.benchmarks import csrc_counts
+
+
+@pytest.fixture(scope="session")
+def ptx(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return csrc_counts.compile_ptx(tmp_path_factory.mktemp("ptx"))

@@ -5,8 +5,8 @@ that their norms alone give rstd, and sums over the tokens commute with the prod
 in `featkd.kernels.lift_head`.
 
 With a teacher the upstream gradients of the loss and of the pooled map meet in dz, and one sweep
-takes it to df and dW; the product f W^T is kept for it in float32 and float64, where forming it
-again would be a quarter of the whole, and formed again in half precision. Without a teacher, with
+takes it to df and dW; the product f W^T is kept for it where that is of the features' dtype, as
+forming it again would be a quarter of the whole, and else formed again. Without a teacher, with
 G = W_c^T W_c and g, m the gradient gamma dpooled / N and its mean(g x_hat), the backward pass is
 square in the student's channels:
 
@@ -24,9 +24,14 @@ from featkd.cpu.chunks import TeacherMap, add_product, product_dtype, put_produc
 from featkd.cpu.rows import distance
 from featkd.reference import accumulation_dtype
 
-# of a chunk: four images of 14 x 14 patches. Sums over tokens, a product a chunk, lose digits in
+# of a chunk: four images of 14 x 14 patches, and sixteen where they are multiplied in bf16, in
+# which a product takes less time than its call. Sums over tokens, a product a chunk, lose digits in
 # longer ones
 _ROWS = 784
+
+
+def _rows(products: torch.dtype) -> int:
+    return 4 * _ROWS if products == torch.bfloat16 else _ROWS
 
 
 class Forward(NamedTuple):
@@ -39,9 +44,9 @@ class Forward(NamedTuple):
     product: Tensor  # f W^T (B, N, Ct) for `backward_with_loss`, or empty
 
 
-def keeps_product(dtype: torch.dtype) -> bool:
-    """Whether `forward` keeps f W^T beside a teacher for features of this dtype."""
-    return accumulation_dtype(dtype) == dtype
+def keeps_product(features: Tensor) -> bool:
+    """Whether `forward` keeps f W^T, of the features' dtype, beside a teacher."""
+    return product_dtype(features) == features.dtype
 
 
 def forward(
@@ -72,8 +77,9 @@ def forward(
     rstd = torch.empty(batch, tokens, dtype=dtype)
     means = torch.zeros(batch, channels, dtype=dtype)
     total = torch.zeros((), dtype=torch.float64)
-    keep = teacher is not None and need_gradient and keeps_product(features.dtype)
-    product = torch.empty((batch, tokens, len(weight)) if keep else 0, dtype=dtype)
+    keep = teacher is not None and need_gradient and keeps_product(features)
+    shape = (batch, tokens, len(weight)) if keep else 0
+    product = torch.empty(shape, dtype=features.dtype if keep else dtype)
     exact = weight.detach().to(compute).to(dtype).contiguous()
     centred = exact - exact.mean(0)
     used = centred if teacher is None else exact
@@ -82,8 +88,8 @@ def forward(
     targets = None if teacher is None else TeacherMap(teacher, right, dtype)
     products = product_dtype(features)
     factor = used.to(products).t()
-    for at in row_chunks(batch, tokens, _ROWS, width or 1):
-        rows = features[at].to(compute).to(dtype).contiguous()
+    for at in row_chunks(batch, tokens, _rows(products), width or 1):
+        rows = features[at].to(compute).to(products).contiguous()
         scales = rstd[at]
         flat = rows.view(-1, channels)
         if keep:
@@ -92,11 +98,11 @@ def forward(
             if buffer is None:
                 buffer = torch.empty(len(flat), len(weight), dtype=products)
             place = buffer[: len(flat)]
-        p = torch.mm(flat.to(products), factor, out=place).view(*scales.shape, -1)
+        p = torch.mm(flat, factor, out=place).view(*scales.shape, -1)
         given = None if targets is None else targets[at]
         rest = (None, None, None, scales, total, None, None, None)
         distance(p, given, None, *norm, eps, width if given is not None else 0, *rest)
-        means[at[0]] += torch.bmm(scales.unsqueeze(1), rows).squeeze(1)
+        means[at[0]] += torch.bmm(scales.unsqueeze(1), rows.to(dtype)).squeeze(1)
     means /= tokens
     return Forward(means @ centred.t(), means, rstd, total.to(dtype), product)
 
@@ -144,7 +150,7 @@ def backward_with_loss(
     factor = w.to(products)
     buffer: Tensor | None = None
     targets = TeacherMap(teacher, right, dtype)
-    for at in row_chunks(batch, tokens, _ROWS, width or 1):
+    for at in row_chunks(batch, tokens, _rows(products), width or 1):
         target = None if scale is None else targets[at]
         f = features[at].to(compute).to(products).reshape(-1, channels).contiguous()
         if buffer is None:  # the first chunk is the largest
@@ -195,7 +201,7 @@ def backward(
     outer = torch.zeros_like(square)
     products = product_dtype(features)
     factor, slopes = square.to(products), v.to(products)
-    for images, part in row_chunks(batch, tokens, _ROWS):
+    for images, part in row_chunks(batch, tokens, _rows(products)):
         f = features[images, part].to(compute).to(products).contiguous()
         r = rstd[images, part].unsqueeze(2)
         # rstd^2 m, with m = rstd f.v / Ct

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from featkd import backends, reference
+from featkd.cpu.chunks import product_dtype
 from featkd.factors import LowRank
 from featkd.ops import support
 from featkd.reference import accumulation_dtype
@@ -137,14 +138,17 @@ def _(
     dtype = accumulation_dtype(features.dtype)
     needed, empty = need_features or need_parameters, (0,)
     on_cpu = backend == "cpu"
-    keep = on_cpu and needed and teacher is not None and dtype == features.dtype
+    keep = on_cpu and needed and teacher is not None and product_dtype(features) == features.dtype
     statistics = ((batch, tokens) if on_cpu else (batch * tokens, 4)) if needed else empty
     return (
         features.new_empty(batch, weight.shape[0]),
         features.new_empty((), dtype=dtype),
         features.new_empty(statistics, dtype=dtype),
         features.new_empty((batch, channels) if on_cpu and needed else empty, dtype=dtype),
-        features.new_empty((batch, tokens, weight.shape[0]) if keep else empty, dtype=dtype),
+        features.new_empty(
+            (batch, tokens, weight.shape[0]) if keep else empty,
+            dtype=features.dtype if keep else dtype,
+        ),
     )
 
 

@@ -24,14 +24,14 @@ from featkd.cpu.chunks import TeacherMap, add_product, product_dtype, put_produc
 from featkd.cpu.rows import distance
 from featkd.reference import accumulation_dtype
 
-# of a chunk: four images of 14 x 14 patches, and sixteen where they are multiplied in bf16, in
+# of a chunk: eight images of 14 x 14 patches, and sixteen where they are multiplied in bf16, in
 # which a product takes less time than its call. Sums over tokens, a product a chunk, lose digits in
 # longer ones
-_ROWS = 784
+_ROWS = 1568
 
 
 def _rows(products: torch.dtype) -> int:
-    return 4 * _ROWS if products == torch.bfloat16 else _ROWS
+    return 2 * _ROWS if products == torch.bfloat16 else _ROWS
 
 
 class Forward(NamedTuple):

@@ -285,7 +285,8 @@ def test_no_tensor_of_all_rows_by_teacher_channels(compare, dtype):
         else:
             given = (*x[:3], kept.rstd, kept.means, direction)
             cpu.backward(*given, compute=dtype, **needs)
-    assert Largest.elements == x.features.numel() < whole / 4
+    largest = cpu._ROWS * 64 if compare else x.features.numel()
+    assert Largest.elements == largest < whole / 4
 
 
 def test_backends_by_name():

@@ -232,7 +232,8 @@ def built(
             run = as_way(recipe, way)
             if way.cached:
                 folder = stack.enter_context(TemporaryDirectory(prefix="featkd-cache-"))
-                fill(run, CacheConfig(), context, Path(folder), quiet=True)
+                cache = Path(folder)
+                fill(run, CacheConfig(), context, cache, quiet=True, strict_classes=False)
                 run = replace(run, cache=folder, cache_epochs="cycle")
             trainers[name] = Trainer(run, context, strict_classes=False)
             stack.callback(trainers[name].parts.close)

@@ -49,6 +49,7 @@ def fill(
     folder: Path,
     *,
     quiet: bool = False,
+    strict_classes: bool = True,
 ) -> Filled:
     """Write what is missing of a cache; all processes must call it.
 
@@ -61,6 +62,7 @@ def fill(
         context: this process.
         folder: of the cache; made if missing.
         quiet: print nothing.
+        strict_classes: refuse a student with more outputs than there are class folders.
 
     Raises:
         RecipeError, ValueError: a field or argument can't be used.
@@ -80,7 +82,7 @@ def fill(
     )
     notes: list[str] = []
     try:
-        classes = count_classes(recipe, dataset.classes, notes)
+        classes = count_classes(recipe, dataset.classes, notes, strict=strict_classes)
         student = build_student(recipe, classes).to(context.device)
         teacher = _teacher(recipe, config, classes, context, notes)
         compared = pair_layers(recipe, teacher.model, "teacher")  # kept or not

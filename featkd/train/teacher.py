@@ -64,8 +64,7 @@ class Teacher:
             self.layers = tuple(sorted(set(layers(num_layers(self.model)))))
         self._amp = recipe.amp
         self._device = context.device
-        with autocast(recipe.amp, context.device):
-            self.shapes = shapes_of(self.model, self.layers, recipe, context)
+        self.shapes = shapes_of(self.model, self.layers, recipe, context)
         logits = layers is not None or recipe.loss.alpha > 0
         plain = TeacherForward(self.model, self.layers, logits)
         mode = Mode(recipe.compile, recipe.compile_mode)
@@ -162,12 +161,12 @@ def resolve_pairs(
 def shapes_of(
     model: FeatureModel, layers: Sequence[int], recipe: Recipe, context: ProcessContext
 ) -> Shapes:
-    """One image through a model, in evaluation mode."""
+    """One image through a model, in evaluation mode and the recipe's precision."""
     size = recipe.data.img_size
     image = torch.zeros(1, 3, size, size, device=context.device)
     training = model.training
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), autocast(recipe.amp, context.device):
         logits, maps = model.forward_with_features(image, layers)
     model.train(training)
     return Shapes(

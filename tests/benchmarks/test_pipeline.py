@@ -25,6 +25,7 @@ OTHERS = {
     "featkd": step.Way("off", False, "auto"),
     "featkd_bf16": step.Way("bf16", False, "auto"),
     "cached": step.Way("off", False, "auto", cached=True),
+    "cached_bf16": step.Way("bf16", False, "auto", cached=True),
 }
 
 
@@ -37,7 +38,9 @@ def still(recipe):
 
 @pytest.fixture
 def recipe_file(still, tmp_path, monkeypatch) -> str:
-    """It as a file; and the machine's rates are not measured, which takes seconds."""
+    """It as a file, with more classes than images to time have; and the machine's rates are not
+    measured, which takes seconds."""
+    still = replace(still, student=replace(still.student, num_classes=7))
     rates = SimpleNamespace(gflop_per_s={"fp32": 100.0})
     monkeypatch.setattr(step, "measure_rates", lambda *_: rates)
     path = tmp_path / "tiny.yaml"

@@ -35,11 +35,17 @@ def losses(recipe: Recipe, name: str = "loss") -> list[float]:
     return list(map(float, column(recipe, name)))
 
 
-@pytest.mark.parametrize(("arch", "repeats"), [("widelast", 1), ("lift", 3)])
-def test_an_exact_cache_gives_the_losses_and_weights_bit_for_bit(recipe, tmp_path, arch, repeats):
+@pytest.mark.parametrize(
+    ("arch", "repeats", "amp"),
+    [("widelast", 1, "off"), ("lift", 3, "off"), ("widelast", 1, "bf16"), ("lift", 1, "bf16")],
+)
+def test_an_exact_cache_gives_the_losses_and_weights_bit_for_bit(
+    recipe, tmp_path, arch, repeats, amp
+):
     augment = replace(recipe.data.augment, repeats=repeats)
     recipe = replace(
         recipe,
+        amp=amp,
         student=replace(recipe.student, arch=arch),
         data=replace(recipe.data, augment=augment),
         loss=replace(recipe.loss, pairs=[(-1, -1)] if arch == "lift" else [(0, -1), (1, 0)]),

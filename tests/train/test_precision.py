@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
+import pytest
 import torch
 
 from featkd.models import create_teacher
@@ -42,3 +43,29 @@ def test_a_bf16_run_holds_its_teacher_and_says_where_bf16_is_slow(recipe, monkey
         assert parts.student.blocks[0].mlp.fc1.weight.dtype == torch.float32
         slow = [note for note in parts.notes if note.startswith("amp: bf16")]
         assert len(slow) == (amp == "bf16")
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_a_compiled_bf16_student_on_a_cpu_has_its_attention_apart(
+    recipe, monkeypatch, has_instructions
+):
+    monkeypatch.setattr(building, "multiplies_bf16", lambda device: has_instructions)
+    for amp, compiled in (("bf16", True), ("bf16", False), ("off", True)):
+        parts = building.build(replace(recipe, amp=amp, compile=compiled), CPU)
+        apart = has_instructions and amp == "bf16" and compiled
+        assert {block.attn.fused_attn for block in parts.student.blocks} == {not apart}
+
+
+def test_attention_apart_is_the_same_function(recipe, monkeypatch):
+    monkeypatch.setattr(building, "multiplies_bf16", lambda device: True)
+    images = torch.randn(2, 3, 16, 16)
+    found = []
+    for apart in (False, True):
+        student = building.build_student(recipe, 3).eval()
+        if apart:
+            building.unfuse_attention(student, CPU)
+        student(images).square().sum().backward()
+        found.append([p.grad for p in student.parameters() if p.grad is not None])
+    assert len(found[0]) > 10
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -161,7 +161,8 @@ FEATKD_INLINE bool turn_pass(Team team, const Pass<Team, Real>& pass) {
 }
 
 // Sweeps over all pairs of the rows until one finds them orthogonal and in descending order. The
-// turns become those of a unit matrix. Returns the number of sweeps, MOST_SWEEPS + 1 where they do not suffice.
+// turns become those of a unit matrix. Returns the number of sweeps, MOST_SWEEPS + 1 where they do
+// not suffice.
 template <class Team, class Real>
 FEATKD_INLINE int jacobi(Team team, const Band<Real>& all,
                          const JacobiScratch<Team, Real>& scratch) {

@@ -20,9 +20,10 @@ FEATKD_INLINE void step_minors(Team team, double d, double e2, const Lane<Team, 
 
 // How many eigenvalues lie below each x, in float64: the changes of sign in the leading minors of
 // T - x I, p_i = (d_i - x) p_{i-1} - e2_{i-1} p_{i-2}. Their ratios are the pivots below with the
-// same rounding errors, without the division that is most of the work. With entries up to 2^40 and
-// e2 from LEAST on, ROWS steps change the minors by factors from 2^-812 to 2^331. A minor is zero
-// where a pivot is; two in turn are not.
+// same rounding errors, without the division that is most of the work. With entries up to 2^40, e2
+// from LEAST on and d_i - x zero or, x lying on a grid over the spectrum, from 2^-133 on, ROWS steps
+// change the larger of two minors by factors from 2^-950 to 2^331. A minor is zero where a pivot is;
+// two in turn are not.
 template <int U, class Team, class Count>
 FEATKD_INLINE void sturm_counts(Team team, int n, const double* d, const double* e2,
                                 const Lane<Team, double> (&x)[U], Count (&counts)[U]) {

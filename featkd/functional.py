@@ -156,7 +156,7 @@ def widelast_projection(
         CUDA tensors run on Triton kernels: x is read and both maps are written once, LN_1 takes r
         unrounded, and nothing but four numbers a row is kept for the backward pass, which forms
         x W^T again. CPU tensors run on a fused sweep (`featkd.use_backend`), which ignores autocast
-        and keeps x W^T in float32 and float64 alone. Both form the gradients without a (B, N, Ct)
+        and keeps x W^T if it multiplies in x's dtype. Both form the gradients without a (B, N, Ct)
         tensor of their own and repeat bitwise; a gradient of either map that is expanded from a
         scalar is copied. Gradients cannot be differentiated again. A graph that is being exported
         gets plain torch operators.

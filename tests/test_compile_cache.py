@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch.compiler.config as config
 
-import featkd.ops
+import featkd
 from featkd.compile_cache import tell_ops_apart
 
 
@@ -18,15 +18,32 @@ def test_the_tag_is_that_of_the_sources(tmp_path: Path, monkeypatch: pytest.Monk
     tell_ops_apart()
     assert own == config.cache_key_tag
 
-    copy = tmp_path / "ops"
-    shutil.copytree(Path(featkd.ops.__file__).parent, copy)
+    copy = tmp_path / "featkd"
+    shutil.copytree(
+        Path(featkd.__file__).parent,
+        copy,
+        ignore=lambda _, names: {*names} & {"kernels", "_csrc.so"},
+    )
     monkeypatch.setattr("featkd.compile_cache.resources.files", lambda _: copy)
-    monkeypatch.setattr(config, "cache_key_tag", "user")
-    tell_ops_apart()
-    assert "user" + own == config.cache_key_tag
-    with (copy / "soft_kd.py").open("a") as source:
+    with config.patch(cache_key_tag="user"):
+        tell_ops_apart()
+        assert "user" + own == config.cache_key_tag
+    with (copy / "ops" / "soft_kd.py").open("a") as source:
         source.write("\n")
-    monkeypatch.setattr(config, "cache_key_tag", "user")
-    tell_ops_apart()
-    assert config.cache_key_tag.startswith("userfeatkd.ops-")
-    assert own not in config.cache_key_tag
+    with config.patch(cache_key_tag="user"):
+        tell_ops_apart()
+        assert config.cache_key_tag.startswith("userfeatkd.ops-")
+        assert own not in config.cache_key_tag
+
+
+def test_the_tag_says_whether_the_processor_multiplies_bf16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What ops keep for their backward passes depends on it, and machines may share a cache."""
+    tags = []
+    for found in (True, False):
+        monkeypatch.setattr("featkd.compile_cache.multiplies_bf16", lambda _, found=found: found)
+        with config.patch(cache_key_tag="user"):
+            tell_ops_apart()
+            tags.append(config.cache_key_tag)
+    assert tags[0] != tags[1]

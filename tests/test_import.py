@@ -27,12 +27,11 @@ LAYERS = (
     ("ops",),
     ("kernels", "cpu"),
     ("reference",),
-    ("arguments",),
+    ("arguments", "compile_cache"),
     ("ptx",),  # a test bench: only benchmarks imports it
     (
         "backends",
         "checks",
-        "compile_cache",
         "distributed",
         "environment",
         "extension",

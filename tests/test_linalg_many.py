@@ -68,3 +68,19 @@ def test_no_rank_of_these_features_differs():
     for first in range(0, len(features), 64):
         tally.add(np.array(features[first : first + 64], np.float32))
     tally.check()
+
+
+def test_counts_by_minors_stay_within_the_range_of_numbers():
+    """Diagonal over 300 decades, with zeros, far above 1, and close to a permutation."""
+    n = 100
+    for x in (
+        torch.diag(10.0 ** -torch.linspace(0, 150, n, dtype=torch.float64)),
+        torch.eye(n, dtype=torch.float64) * (torch.arange(n) % 3 == 0),
+        torch.ones(n, 4000, dtype=torch.float64),
+        torch.eye(n, dtype=torch.float64).roll(1, 0) + 2.0**-40 * torch.eye(n, dtype=torch.float64),
+    ):
+        found, expected = linalg.spectrum(x[None]), lapack(x[None].numpy(), linalg.THRESHOLDS)
+        largest = expected.values[0, 0]
+        error = (found.values.numpy() / largest) ** 2 - (expected.values / largest) ** 2
+        assert np.abs(error).max() <= 1e-13
+        assert (found.ranks.numpy() == expected.ranks).all()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from featkd.cpu import chunks
 from tests.kernels import feature_kd_cases, lift_head_cases, widelast_cases
+from tests.ops import test_lift_head as lift
 from tests.ops import test_projected_feature_kd as projected
 from tests.ops import test_widelast_projection as widelast
 
@@ -50,7 +51,11 @@ def test_projected_feature_kd(problem, multiplied):
 
 @pytest.mark.parametrize(
     "problem",
-    [lift_head_cases.Problem(5, 196, 24, 40, 14), lift_head_cases.Problem(3, 10, 8, 20)],
+    [
+        lift_head_cases.Problem(17, 196, 24, 40, 14),  # two chunks
+        lift_head_cases.Problem(3, 10, 8, 20),
+        lift_head_cases.Problem(17, 196, 24, 40, compare=False),
+    ],
     ids=str,
 )
 def test_lift_head(problem, multiplied):
@@ -65,3 +70,17 @@ def test_widelast_projection(used, multiplied):
     tensors = problem.tensors(BF16)
     got = multiplied(lambda: widelast.run(tensors, problem.used))
     widelast_cases.assert_as_exact_as_eager(got, tensors, problem.used)
+
+
+def test_what_is_kept_is_as_the_fakes_say(monkeypatch):
+    """opcheck, of ops that keep a product in bf16."""
+    monkeypatch.setattr(chunks, "multiplies_bf16", lambda device: True)
+    x, *parameters, _, _ = widelast_cases.Problem(2, 12, 6, 10).tensors(BF16)
+    arguments = (x.requires_grad_(), *parameters, 1e-5, BF16, BF16, True, "cpu")
+    assert widelast._forward(*arguments)[3].dtype == BF16
+    torch.library.opcheck(widelast._forward, arguments)
+    leaves = lift_head_cases.Problem(2, 12, 6, 10, 4).inputs(BF16)
+    leaves.features.requires_grad_()
+    arguments = (*leaves[:5], 1e-5, 4, BF16, True, True, "cpu")
+    assert lift._forward(*arguments)[-1].dtype == BF16
+    torch.library.opcheck(lift._forward, arguments)

@@ -71,6 +71,12 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return accumulation_dtype(x.dtype)
 
 
+def keeps_product(x: Tensor) -> bool:
+    """Whether a forward pass leaves its product with maps like `x`, of their dtype, to the backward
+    pass: where it is multiplied in that dtype."""
+    return product_dtype(x) == x.dtype
+
+
 def put_product(a: Tensor, b: Tensor, place: Tensor) -> None:
     """Write a b to `place`, of any dtype, through no copy where it is of theirs."""
     if place.dtype == a.dtype:

@@ -20,7 +20,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from featkd.cpu.chunks import TeacherMap, add_product, product_dtype, put_product, row_chunks
+from featkd.cpu.chunks import (
+    TeacherMap,
+    add_product,
+    keeps_product,
+    product_dtype,
+    put_product,
+    row_chunks,
+)
 from featkd.cpu.rows import distance
 from featkd.reference import accumulation_dtype
 
@@ -42,11 +49,6 @@ class Forward(NamedTuple):
     rstd: Tensor  # (B, N)
     energy: Tensor  # sum(E H), 0 without a teacher
     product: Tensor  # f W^T (B, N, Ct) for `backward_with_loss`, or empty
-
-
-def keeps_product(features: Tensor) -> bool:
-    """Whether `forward` keeps f W^T, of the features' dtype, beside a teacher."""
-    return product_dtype(features) == features.dtype
 
 
 def forward(

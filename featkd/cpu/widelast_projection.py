@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from featkd.cpu.chunks import add_product, product_dtype, put_product, row_chunks
+from featkd.cpu.chunks import add_product, keeps_product, product_dtype, put_product, row_chunks
 from featkd.cpu.rows import two_norms, two_norms_backward
 from featkd.reference import accumulation_dtype
 
@@ -29,11 +29,6 @@ class Parameters(NamedTuple):
     beta_p: Tensor  # (Ct,)
     gamma_1: Tensor  # (Ct,)
     beta_1: Tensor  # (Ct,)
-
-
-def keeps_product(x: Tensor) -> bool:
-    """Whether `forward` leaves h (M, Ct), of x's dtype, to `backward`."""
-    return product_dtype(x) == x.dtype
 
 
 def forward(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from featkd import backends, reference
-from featkd.cpu.chunks import product_dtype
+from featkd.cpu.chunks import keeps_product
 from featkd.factors import LowRank
 from featkd.ops import support
 from featkd.reference import accumulation_dtype
@@ -138,7 +138,7 @@ def _(
     dtype = accumulation_dtype(features.dtype)
     needed, empty = need_features or need_parameters, (0,)
     on_cpu = backend == "cpu"
-    keep = on_cpu and needed and teacher is not None and product_dtype(features) == features.dtype
+    keep = on_cpu and needed and teacher is not None and keeps_product(features)
     statistics = ((batch, tokens) if on_cpu else (batch * tokens, 4)) if needed else empty
     return (
         features.new_empty(batch, weight.shape[0]),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from featkd import backends, reference
-from featkd.cpu.chunks import product_dtype
+from featkd.cpu.chunks import keeps_product
 from featkd.ops import support
 from featkd.reference import accumulation_dtype
 
@@ -125,7 +125,7 @@ def _(
     width, kind = weight.shape[0], accumulation_dtype(compute)
     rows = batch * tokens
     shape: tuple[int, ...] = (rows, 4) if backend == "triton" else (4, rows)
-    keep = need_gradient and backend == "cpu" and product_dtype(x) == x.dtype
+    keep = need_gradient and backend == "cpu" and keeps_product(x)
     return (
         x.new_empty((batch, tokens, width), dtype=residual_dtype),
         x.new_empty((batch, tokens, width), dtype=compute),

@@ -1,8 +1,8 @@
-"""Which implementation of an op runs: the choice, and which one ran last.
+"""The choice of an op's implementation, and a record of which one ran last.
 
-"auto" takes the Triton kernels for CUDA tensors, the fused CPU path for CPU tensors, and plain
-torch (`featkd.reference`) for everything else and for what the other two do not support. While
-torch.autograd.forward_ad or torch.func.jvp is on, all runs on the reference.
+"auto" takes the Triton kernels for CUDA tensors, and plain torch (`featkd.reference`) for all
+others and for what the kernels do not support. Forward-mode derivatives and torch.func transforms
+take the reference too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch.autograd import forward_ad
 
-BACKENDS = ("auto", "triton", "cpu", "reference")
+BACKENDS = ("auto", "triton", "reference")
 
 
 class _Chosen(threading.local):
@@ -57,14 +57,13 @@ def wanted_backend() -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Choose the backend of all ops that this thread calls while the block runs.
 
-    A backward pass, in whatever thread, runs on its forward pass's backend. Other threads, also
-    those started inside of the block, choose for themselves; FEATKD_BACKEND is everyone's default.
-    What `torch.utils.checkpoint` computes again on a GPU runs in one of autograd's threads: put
-    the block inside of the function that is checkpointed.
+    A backward pass runs on its forward pass's backend. Other threads, also those started inside of
+    the block, choose for themselves; FEATKD_BACKEND sets the default of all. `torch.utils.checkpoint`
+    recomputes in one of autograd's threads: put the block inside of the checkpointed function.
 
     Args:
-        name: "auto", "triton", "cpu" or "reference". What the named backend does not support
-            still runs on the reference, with one warning that says why.
+        name: "auto", "triton" or "reference". A call that the kernels do not support still runs on
+            the reference, with one warning that gives the reason.
 
     Raises:
         ValueError: an unknown name.
@@ -100,25 +99,22 @@ def record(op: str, backend: str) -> None:
     _last[op] = backend
 
 
-def choose(op: str, device: torch.device, unsupported: Callable[[str], str]) -> str:
-    """The backend for one call: the one asked for, or the reference where it cannot.
+def choose(op: str, device: torch.device, unsupported: Callable[[], str]) -> str:
+    """Returns "triton" or "reference", the backend of one call.
 
     Args:
         op: the op's name.
-        device: where the tensors are.
-        unsupported: given "triton" or "cpu", why that one cannot take this call, or "".
+        device: the tensors' device.
+        unsupported: returns why the Triton kernels cannot take this call, or "".
     """
     wanted = wanted_backend()
-    backend = wanted
-    if wanted == "auto":
-        backend = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference")
-    if backend == "reference":
-        return backend
-    # a custom op's outputs have no tangents, and torch says nothing where no input requires grad
+    if wanted == "reference" or (wanted == "auto" and device.type != "cuda"):
+        return "reference"
+    # a custom op's outputs have no tangents, and torch says nothing if no input requires grad
     tangents = forward_ad._current_level >= 0  # of torch.func.jvp too
-    why = "forward-mode derivatives" if tangents else unsupported(backend)
+    why = "forward-mode derivatives" if tangents else unsupported()
     if not why:
-        return backend
+        return "triton"
     _warn_once(op, why)
     return "reference"
 

@@ -2,23 +2,22 @@
 
 Shapes: B images, N tokens (patches, row-major, no CLS), Cs/Ct student/teacher channels, K classes.
 Scalars come back as float32, or float64 where the first argument is float64. All functions are
-differentiable in everything but the teacher's tensors (in forward mode by plain torch), repeat
-bitwise, and write to no input.
+differentiable in everything but the teacher's tensors, repeat bitwise, and write to no input.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
+import torch
 from torch import Tensor
 
 from featkd import checks
-from featkd.factors import LowRank
-from featkd.ops import lift_head as lift_head_op
-from featkd.ops import projected_feature_kd as projected_feature_kd_op
 from featkd.ops import soft_kd as soft_kd_op
+from featkd.ops import support
 from featkd.ops import talking_heads_attention as talking_heads_attention_op
-from featkd.ops import widelast_projection as widelast_projection_op
+from featkd.ops.feature_distance import feature_distance
+from featkd.ops.two_layer_norms import two_layer_norms
 
 Metric = Literal["mse", "spectral"]
 
@@ -33,7 +32,7 @@ __all__ = [
 
 def projected_feature_kd(
     student: Tensor,
-    teacher: Tensor | LowRank,
+    teacher: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
@@ -52,8 +51,7 @@ def projected_feature_kd(
 
     Args:
         student: (B, N, Cs), floating.
-        teacher: (B, N, Ct), floating, needing no gradient; its dtype may differ. Or its factors,
-            a `featkd.lowrank.LowRank` of (B, N, k) and (B, Ct, k), k at most min(N, Ct).
+        teacher: (B, N, Ct), floating, needing no gradient; its dtype may differ.
         weight: (Ct, Cs) or None; None needs Cs == Ct.
         bias: (Ct,) or None; only with `weight`.
         norm_weight: (Ct,) or None (no LayerNorm).
@@ -71,14 +69,12 @@ def projected_feature_kd(
             requires grad.
 
     Notes:
-        CUDA tensors run on Triton kernels, CPU tensors on a fused sweep (`featkd.use_backend`).
-        Both form the gradients without a (B, N, Ct) tensor in memory and repeat bitwise; they
-        keep one map of the student's size for the backward pass. The teacher's map stays alive
-        until then. Under autocast the kernels round S and W as a linear layer would; a student
-        in half precision rounds W to its type, and one in bf16 its products too on a CPU that
-        multiplies in bf16. The map of a teacher in factors is never whole: it
-        is restored a chunk of images at a time, in float32 (float64 for a float64 student), on a
-        GPU by cuBLAS between launches of the kernels. Gradients cannot be differentiated again.
+        S W^T + b is torch's linear layer, under autocast too; without autocast the parameters
+        take the student's dtype. All that follows is computed in float32 (float64 for a float64
+        student): for CUDA tensors by one Triton kernel that reads the projected map and the
+        teacher's once, and one kernel backward; for others by plain torch
+        (`featkd.use_backend`). The projected map and the teacher's are kept for the backward
+        pass. Results repeat bitwise. The kernels' gradients cannot be differentiated again.
 
     Example:
         >>> import torch
@@ -103,23 +99,24 @@ def projected_feature_kd(
     checks.check_teacher_map(teacher, (batch, tokens, width))
     checks.check_same_device(
         student=student,
-        **checks.teacher_tensors(teacher),
+        teacher=teacher,
         weight=weight,
         bias=bias,
         norm_weight=norm_weight,
         norm_bias=norm_bias,
     )
-    return projected_feature_kd_op.projected_feature_kd(
+    if weight is not None:
+        student = support.project(student, weight, bias)
+    loss, _ = feature_distance(
+        "projected_feature_kd",
         student,
         teacher,
-        weight,
-        bias,
         norm_weight,
         norm_bias,
         eps=eps,
-        metric=metric,
         grid=checks.resolve_grid(metric, grid, tokens),
     )
+    return cast(Tensor, loss)
 
 
 def widelast_projection(
@@ -144,22 +141,20 @@ def widelast_projection(
         eps: epsilon of both LayerNorms.
 
     Returns:
-        (residual, normed), both (B, N, Ct) in x's dtype. Under autocast on a GPU the residual is
-        float32, as LayerNorm's output is, and the normed map has autocast's dtype, to which the
-        linear layer that takes it would round it.
+        (residual, normed), both (B, N, Ct) in x's dtype. Under autocast the residual is float32
+        and the normed map has autocast's dtype, which the linear layer after it would take.
 
     Raises:
         TypeError: an integer tensor, or something else than a tensor or a number.
         ValueError: shapes or devices don't fit.
 
     Notes:
-        CUDA tensors run on Triton kernels: x is read and both maps are written once, LN_1 takes r
-        unrounded, and nothing but four numbers a row is kept for the backward pass, which forms
-        x W^T again. CPU tensors run on a fused sweep (`featkd.use_backend`), which ignores autocast
-        and keeps x W^T if it multiplies in x's dtype. Both form the gradients without a (B, N, Ct)
-        tensor of their own and repeat bitwise; a gradient of either map that is expanded from a
-        scalar is copied. Gradients cannot be differentiated again. A graph that is being exported
-        gets plain torch operators.
+        x W^T is torch's linear layer, under autocast too; without autocast the weight takes x's
+        dtype. LN_1 takes r unrounded, and both norms are computed in float32 (float64 for a
+        float64 x): for CUDA tensors by one Triton kernel each way, for others by plain torch
+        (`featkd.use_backend`). x W^T is kept for the backward pass. Results repeat bitwise. The
+        kernels' gradients cannot be differentiated again. A graph that is being exported gets
+        plain torch operators.
 
     Example:
         >>> import torch
@@ -185,8 +180,14 @@ def widelast_projection(
         norm1_weight=norm1_weight,
         norm1_bias=norm1_bias,
     )
-    return widelast_projection_op.widelast_projection(
-        x, weight, proj_norm_weight, proj_norm_bias, norm1_weight, norm1_bias, eps=eps
+    parameters = (proj_norm_weight, proj_norm_bias, norm1_weight, norm1_bias)
+    cast_by_autocast = support.is_autocast_on(x) and x.dtype != torch.float64
+    return two_layer_norms(
+        "widelast_projection",
+        support.project(x, weight),
+        parameters,
+        eps=eps,
+        residual_dtype=torch.float32 if cast_by_autocast else x.dtype,
     )
 
 
@@ -195,7 +196,7 @@ def lift_head(
     weight: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
-    teacher: Tensor | LowRank | None = None,
+    teacher: Tensor | None = None,
     *,
     eps: float = 1e-5,
     metric: Metric = "mse",
@@ -210,7 +211,7 @@ def lift_head(
         features: (B, N, Cs), the last block's raw patch tokens, floating.
         weight: (Ct, Cs).
         norm_weight, norm_bias: (Ct,).
-        teacher: (B, N, Ct), its factors as in `projected_feature_kd`, or None (no loss).
+        teacher: (B, N, Ct), or None (no loss).
         eps, metric, grid: as in `projected_feature_kd`.
 
     Returns:
@@ -222,12 +223,11 @@ def lift_head(
             requires grad.
 
     Notes:
-        CUDA tensors run on Triton kernels, CPU tensors on fused sweeps (`featkd.use_backend`).
-        Neither writes z or another (B, N, Ct) tensor, in training or at inference, and both repeat
-        bitwise. For the backward pass the kernels keep 16 bytes a token and the teacher's map; the
-        CPU path 4 bytes, and with a teacher one map of the features' size. A patch grid of more
-        than 64 columns runs on plain torch on a GPU. Autocast and half precision as in
-        `projected_feature_kd`. Gradients cannot be differentiated again.
+        f W^T is torch's linear layer, as in `projected_feature_kd`, and is kept for the backward
+        pass. For CUDA tensors one Triton kernel forms both results from it without writing z, and
+        one kernel its gradient; others take plain torch (`featkd.use_backend`). A patch grid of
+        more than 128 columns takes plain torch too. Results repeat bitwise. The kernels' gradients
+        cannot be differentiated again.
 
     Example:
         >>> import torch
@@ -250,18 +250,19 @@ def lift_head(
         weight=weight,
         norm_weight=norm_weight,
         norm_bias=norm_bias,
-        **({} if teacher is None else checks.teacher_tensors(teacher)),
+        teacher=teacher,
     )
-    return lift_head_op.lift_head(
-        features,
-        weight,
+    loss, pooled = feature_distance(
+        "lift_head",
+        support.project(features, weight),
+        teacher,
         norm_weight,
         norm_bias,
-        teacher,
         eps=eps,
-        metric=metric,
         grid=None if teacher is None else checks.resolve_grid(metric, grid, tokens),
+        pooled_dtype=features.dtype,
     )
+    return cast(Tensor, pooled), loss
 
 
 def soft_kd(
@@ -299,13 +300,13 @@ def soft_kd(
             would wait for it, such a row makes the loss NaN, and its own gradient.
 
     Notes:
-        CUDA tensors run on Triton kernels, CPU tensors on a fused sweep (`featkd.use_backend`).
-        Both compute in float32 (float64 for a float64 student), under autocast too, and form
-        the gradient with the loss: it and the student's logits are kept for the backward pass,
-        and no softmax. Without grad mode it is not formed. Results repeat bitwise.
-        Soft labels that require grad get theirs from the reference, with a warning. Masked
+        Computed in float32 (float64 for a float64 student), under autocast too: for CUDA tensors
+        by one Triton kernel each way, for others by plain torch (`featkd.use_backend`). Nothing
+        but the logits is kept for the backward pass. Results repeat bitwise.
+        Soft labels that require grad get theirs from plain torch, with a warning. Masked
         classes (logits of -inf) give what the equation gives in IEEE arithmetic: a finite
-        cross-entropy for indices, NaN for 0 * inf. Gradients cannot be differentiated again.
+        cross-entropy for indices, NaN for 0 * inf. The kernels' gradients cannot be
+        differentiated again.
 
     Example:
         >>> import torch
@@ -360,11 +361,9 @@ def talking_heads_attention(
         ValueError: shapes, dtypes or devices don't fit, an empty input.
 
     Notes:
-        CUDA tensors run on a Triton kernel that keeps all maps of scores on the chip, CPU tensors
-        on blocks of scores that stay in the cache (`featkd.use_backend`); q, k and v that are
-        views of timm's qkv are read where they are. Both are for inference: where an input
-        requires grad, and for more than 768 channels of all heads on a GPU, plain torch runs, with
-        a warning. Under autocast the kernel's products are in autocast's dtype.
+        CPU tensors run on blocks of scores that stay in the cache, from csrc, for inference:
+        plain torch runs, with a warning, if an input requires grad. All other tensors take plain
+        torch, which torch.compile fuses (`featkd.use_backend`).
 
     Example:
         >>> import torch

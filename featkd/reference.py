@@ -1,20 +1,17 @@
-"""Every operation's mathematics in plain torch: the oracle of the tests and the slow backend.
+"""The ops in plain torch: what runs on a CPU, in exported graphs, and where a kernel can't.
 
-Works in any floating dtype and is differentiable by autograd. Half-precision inputs are upcast
-to float32 on entry, so that a result here has no rounding but the final one; float64 stays
-float64. Arguments are taken as valid: `featkd.functional` checks them.
+Works in any floating dtype and is differentiable by autograd. The rows that a linear layer has
+made are taken to float32 (float64 stays float64), so that nothing else is rounded before the
+result. Arguments are taken as valid: `featkd.functional` checks them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from featkd.factors import LowRank, restore
 
 TIE = 1e-10
 """A share this little below a threshold still reaches it: float64's rounding is less."""
@@ -25,33 +22,34 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def projected_feature_kd(
-    student: Tensor,
-    teacher: Tensor | LowRank,
-    weight: Tensor | None,
-    bias: Tensor | None,
+def feature_distance(
+    feature: Tensor,
+    teacher: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     *,
     eps: float,
-    metric: str,
     grid: tuple[int, int] | None,
-) -> Tensor:
-    """E = LN(S W^T + b) - T, then mean E^2 or its spectral form ([EM26], feature losses)."""
-    dtype = accumulation_dtype(student.dtype)
-    with _full_precision(student):
-        projected = _project(student, weight, bias, norm_weight, norm_bias, eps, dtype)
-        difference = projected - _teacher_map(teacher, dtype)
-        if metric == "mse":
-            return difference.square().mean()
-        assert grid is not None
-        return spectral_mean_square(difference, grid)
+    pooled_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Distance of Y = LN(feature) from the teacher's map, and Y's mean over the tokens.
 
-
-def _teacher_map(teacher: Tensor | LowRank, dtype: torch.dtype) -> Tensor:
-    if isinstance(teacher, LowRank):
-        return restore(teacher, dtype).detach()
-    return teacher.detach().to(dtype)
+    The distance is mean (Y - T)^2 or, with a grid, its spectral form ([EM26], feature losses).
+    Arguments and results as in `featkd.ops.feature_distance`.
+    """
+    dtype = accumulation_dtype(feature.dtype)
+    output = feature.to(dtype)
+    if norm_weight is not None:
+        output = _layer_norm(output, norm_weight, norm_bias, eps)
+    loss = None
+    if teacher is not None:
+        target = teacher.detach().to(dtype)
+        if grid is None:
+            loss = F.mse_loss(output, target)
+        else:
+            loss = spectral_mean_square(output - target, grid)
+    pooled = None if pooled_dtype is None else output.mean(1).to(pooled_dtype)
+    return loss, pooled
 
 
 def spectral_mean_square(difference: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -82,46 +80,18 @@ def spectral_mean_square(difference: Tensor, grid: tuple[int, int]) -> Tensor:
     return 0.5 * energy / (batch * channels * height * (width // 2 + 1) * 2)
 
 
-def widelast_projection(
-    x: Tensor,
-    weight: Tensor,
-    proj_norm_weight: Tensor,
-    proj_norm_bias: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor,
+def two_layer_norms(
+    h: Tensor,
+    parameters: tuple[Tensor, Tensor, Tensor, Tensor],
     *,
     eps: float,
+    residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """r = LN_p(x W^T), u = LN_1(r): the entry of a block that is wider than the one before."""
-    dtype = accumulation_dtype(x.dtype)
-    with _full_precision(x):
-        residual = _project(x, weight, None, proj_norm_weight, proj_norm_bias, eps, dtype)
-        normed = _layer_norm(residual, norm1_weight, norm1_bias, eps)
-    return residual.to(x.dtype), normed.to(x.dtype)
-
-
-def lift_head(
-    features: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    teacher: Tensor | LowRank | None,
-    *,
-    eps: float,
-    metric: str,
-    grid: tuple[int, int] | None,
-) -> tuple[Tensor, Tensor | None]:
-    """z = LN(f W^T); the mean of z over the tokens, and z's distance from the teacher's map."""
-    dtype = accumulation_dtype(features.dtype)
-    with _full_precision(features):
-        lifted = _project(features, weight, None, norm_weight, norm_bias, eps, dtype)
-    pooled = lifted.mean(1).to(features.dtype)
-    if teacher is None:
-        return pooled, None
-    loss = projected_feature_kd(
-        lifted, teacher, None, None, None, None, eps=eps, metric=metric, grid=grid
-    )
-    return pooled, loss
+    """r = LN_p(h), u = LN_1(r); arguments and results as in `featkd.ops.two_layer_norms`."""
+    gamma_p, beta_p, gamma_1, beta_1 = parameters
+    residual = _layer_norm(h.to(accumulation_dtype(h.dtype)), gamma_p, beta_p, eps)
+    normed = _layer_norm(residual, gamma_1, beta_1, eps)
+    return residual.to(residual_dtype), normed.to(h.dtype)
 
 
 def soft_kd(
@@ -134,24 +104,24 @@ def soft_kd(
 ) -> Tensor:
     """(1 - alpha) CE(student, target) + alpha tau^2 KL(teacher || student), batch means."""
     dtype = accumulation_dtype(student_logits.dtype)
-    with _full_precision(student_logits):
-        student = student_logits.to(dtype)
-        loss = torch.zeros((), dtype=dtype, device=student.device)
-        # A term of weight zero is left out, not multiplied by zero: 0 * inf would be NaN.
-        if alpha != 1:
-            log_p = student.log_softmax(1)
-            if target.dim() == 1:
-                picked = log_p.gather(1, target[:, None])
-            else:
-                picked = (target.to(dtype) * log_p).sum(1)
-            loss = loss - (1 - alpha) * picked.mean()
-        if alpha != 0:
-            assert teacher_logits is not None
-            log_s = (student / tau).log_softmax(1)
-            log_t = (teacher_logits.detach().to(dtype) / tau).log_softmax(1)
-            divergence = F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
-            loss = loss + alpha * tau**2 * divergence
-        return loss
+    student = student_logits.to(dtype)
+    log_p = student.log_softmax(1) if alpha != 1 or tau == 1 else None
+    terms = []
+    # A term of weight zero is left out, not multiplied by zero: 0 * inf would be NaN.
+    if alpha != 1:
+        assert log_p is not None
+        if target.dim() == 1:  # F.nll_loss would ignore an index of -100
+            picked = log_p.gather(1, target[:, None])
+        else:
+            picked = (target.to(dtype) * log_p).sum(1)
+        terms.append(-(1 - alpha) * picked.mean())
+    if alpha != 0:
+        assert teacher_logits is not None
+        log_s = log_p if log_p is not None and tau == 1 else (student / tau).log_softmax(1)
+        log_t = (teacher_logits.detach().to(dtype) / tau).log_softmax(1)
+        divergence = F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+        terms.append(alpha * tau**2 * divergence)
+    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
 
 def talking_heads_attention(
@@ -167,7 +137,7 @@ def talking_heads_attention(
 ) -> Tensor:
     """O = post(softmax_k(pre(Q K^T scale))) V; pre and post mix the heads [THA20]."""
     dtype = accumulation_dtype(query.dtype)
-    with _full_precision(query):
+    with torch.autocast(query.device.type, enabled=False):
         scores = (query.to(dtype) * scale) @ key.to(dtype).mT
         shares = _mix_heads(scores, pre_weight, pre_bias).softmax(-1)
         mixed = _mix_heads(shares, post_weight, post_bias) @ value.to(dtype)
@@ -245,31 +215,6 @@ def spectrum(x: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, ...]:
         torch.where(finite, residual, nan),
         torch.zeros_like(finite, dtype=torch.int32),
     )
-
-
-def _project(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """LN(x W^T + b) in `dtype`; either step is left out where it has no parameters."""
-    x = x.to(dtype)
-    if weight is not None:
-        x = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-    if norm_weight is not None:
-        x = _layer_norm(x, norm_weight, norm_bias, eps)
-    return x
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """Switches autocast off where x's device has it (the meta device has not)."""
-    kind = x.device.type
-    available = torch.amp.is_autocast_available(kind)
-    return torch.autocast(kind, enabled=False) if available else nullcontext()
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

@@ -4,48 +4,52 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
+import triton.language as tl
+from torch import Tensor
 
 # (kernel, grid, arguments by name, compiler's options) -> None
 Launcher = Callable[[Any, tuple[int, ...], dict[str, Any], dict[str, Any]], None]
+
+_TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+_H100_PROCESSORS = 132  # for launches that no GPU runs
 
 _redirected: Launcher | None = None
 _redirected_arch = 80
 
 
 def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    arguments: dict[str, Any],
-    *,
-    num_warps: int,
-    num_stages: int = 2,
+    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *, num_warps: int
 ) -> None:
-    """Run a `triton.jit` function on the device of its first tensor argument."""
-    options = {
-        "num_warps": num_warps,
-        "num_stages": num_stages,
-        # a product fused into the first step of a sum across lanes rounds each lane's copy of the
-        # sum differently, and which copy is kept is the hardware's choice
-        "enable_fp_fusion": False,
-    }
+    """Runs a `triton.jit` function on the device of its first tensor argument."""
+    # a product fused into the first step of a sum across lanes rounds each lane's copy of the sum
+    # differently, and which copy is kept is the hardware's choice
+    options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False}
     if _redirected is not None:
         _redirected(kernel, grid, arguments, options)
         return
-    device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
-    # the current device may be another one
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[grid](**arguments, **options)
+        return
+    with torch.cuda.device(device):
         kernel[grid](**arguments, **options)
 
 
 @contextmanager
 def redirect(launcher: Launcher, arch: int = 80) -> Iterator[None]:
-    """Hand every launch to `launcher` while the block runs: emulators, recorders, counters.
+    """Hands every launch to `launcher` while the block runs: emulators, recorders, counters.
 
-    `arch` is the compute capability, times ten, that launch configurations are chosen for.
+    `arch` is the compute capability, times ten, of the GPU that is stood in for.
     """
     global _redirected, _redirected_arch
     before = _redirected, _redirected_arch
@@ -56,15 +60,25 @@ def redirect(launcher: Launcher, arch: int = 80) -> Iterator[None]:
         _redirected, _redirected_arch = before
 
 
-def architecture(device: torch.device) -> int:
-    """Compute capability, times ten, of the GPU that a launch would run on: 80, 86, 90, 100, ..."""
-    if _redirected is not None or device.type != "cuda":
-        return _redirected_arch
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def can_run_on(device: torch.device) -> bool:
-    """Whether kernels can run on tensors of this device."""
+    """Checks whether kernels can run on tensors of this device."""
     interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
     return device.type == "cuda" or _redirected is not None or interpreted
+
+
+@lru_cache(maxsize=16)
+def processors(device: torch.device) -> int:
+    """Number of streaming multiprocessors of a GPU; an H100's for other devices."""
+    if device.type != "cuda":
+        return _H100_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def triton_type(dtype: torch.dtype) -> Any:
+    """The Triton name of a floating dtype."""
+    return _TYPES[dtype]
+
+
+def channels_adjacent(x: Tensor) -> Tensor:
+    """`x`, or a copy of it if its last dimension is not contiguous: kernels load rows."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

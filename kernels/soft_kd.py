@@ -1,17 +1,14 @@
-"""soft_kd in Triton: the loss of each row of logits and its gradient from one read of the row.
+"""soft_kd in Triton: one row kernel that gives the losses forward, and the gradient backward.
 
 With p and s the student's softmaxes at temperatures 1 and tau, t the teacher's at tau, and labels y
-(one-hot for class indices):
+(one-hot for class indices), for each row ([EM26], SoftKD):
 
     loss = (1 - alpha) (-sum_k y_k log p_k) + alpha tau^2 sum_k t_k (log t_k - log s_k)
     d loss / d x = (1 - alpha) (p sum_k y_k - y) + alpha tau (s - t)
 
-[EM26], SoftKD. The gradient is kept as it stands there: the mean's 1/B and the upstream gradient
-join in `backward`, since their product with a small p is below what fp16 holds.
-
-Traffic a row of K classes in bf16: student and teacher read once (4 K bytes), the gradient written
-(2 K), and read and written once more in the backward pass. Rows of more than 8,192 classes are
-read three times, for their maxima, their sums and their gradient; the last two from the cache.
+Both are divided by the batch size. Bytes per class: the student's and the teacher's logits once
+each way, and the gradient once. Backward forms the softmaxes again, so nothing is kept.
+Rows of more than 8,192 classes are read three times, the last two from the cache.
 """
 
 from __future__ import annotations
@@ -26,33 +23,33 @@ import triton.language as tl
 from torch import Tensor
 
 from featkd.kernels import rows
-from featkd.kernels.launch import launch
-from featkd.kernels.scaled import times
-from featkd.kernels.shapes import channels_adjacent, triton_type
+from featkd.kernels.launch import channels_adjacent, launch, triton_type
+from featkd.kernels.reduce import add_up
 from featkd.reference import accumulation_dtype
 
 
-@triton.jit
-def loss_and_logit_gradient(
+@triton.jit(do_not_specialize=["batch"])
+def soft_kd_rows(
     student,  # (B, K) any floating dtype, classes adjacent
     teacher,  # (B, K) any floating dtype, classes adjacent; None: no KL term
     target,  # (B,) int64, or (B, K) any floating dtype, classes adjacent; None: no CE term
-    gradient,  # (B, K) student's dtype: of the row's loss, or None
-    losses,  # (B,) ACC: each row's loss
+    losses,  # (B,) ACC: each row's share of the loss, or None
+    upstream,  # one number, any floating dtype: the loss's gradient, or None
+    gradient,  # (B, K) student's dtype, or None
     student_row, teacher_row, target_row, batch,
     ce_weight, kl_weight, per_tau,  # 1 - alpha, alpha tau^2, 1 / tau
     ce_rest, kl_rest, per_tau_rest,  # what float32 leaves of them, or None
     CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    SOFT: tl.constexpr, WARM: tl.constexpr,
+    SOFT: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
     STUDENT_ALIGNED: tl.constexpr, TEACHER_ALIGNED: tl.constexpr, TARGET_ALIGNED: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """A program a few rows: their maxima, their sums, their gradient.
+    """A program takes a few rows: their maxima, their sums, then the losses or the gradient.
 
-    Each is a sweep over blocks of classes. Where one block holds the row, the compiler finds the
+    Each is a sweep over blocks of classes. If one block holds the row, the compiler finds the
     loads and exponentials of the sweeps to be the same, and keeps them in registers.
     """
-    BLOCKS: tl.constexpr = tl.cdiv(CLASSES, BLOCK)
+    BLOCKS: tl.constexpr = (CLASSES + BLOCK - 1) // BLOCK
     LOWEST: tl.constexpr = float("-inf")
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = row < batch
@@ -61,8 +58,8 @@ def loss_and_logit_gradient(
     from_student = tl.multiple_of(row * student_row, STUDENT_ALIGNED)
     from_teacher = tl.multiple_of(row * teacher_row, TEACHER_ALIGNED)
     from_target = tl.multiple_of(row * target_row, TARGET_ALIGNED)
-    ce_weight = _number(ce_weight, ce_rest, ACC)
-    kl_weight = _number(kl_weight, kl_rest, ACC)
+    ce_weight = _number(ce_weight, ce_rest, ACC) / batch.to(ACC)
+    kl_weight = _number(kl_weight, kl_rest, ACC) / batch.to(ACC)
     per_tau = _number(per_tau, per_tau_rest, ACC)
 
     x_top = tl.full((ROWS, BLOCK), LOWEST, ACC)
@@ -90,14 +87,14 @@ def loss_and_logit_gradient(
         if teacher is not None:
             z = rows.load_rows(teacher, from_teacher, valid, k, CLASSES, BLOCK, LOWEST)
             z = z.to(ACC) - z_top
-            t = _exp(z, per_tau, WARM)
-            sum_s += _exp(x, per_tau, WARM)
+            t = _exp(z, per_tau, HAS_TEMPERATURE)
+            sum_s += _exp(x, per_tau, HAS_TEMPERATURE)
             sum_t += t
-            apart += rows.inside(t * (z - x), valid, k, CLASSES, BLOCK)
+            apart += rows.mask_out_of_bounds(t * (z - x), valid, k, CLASSES, BLOCK)
         if SOFT:
             y = rows.load_rows(target, from_target, valid, k, CLASSES, BLOCK, 0.0).to(ACC)
             mass += y
-            picked += rows.inside(y * x, valid, k, CLASSES, BLOCK)
+            picked += rows.mask_out_of_bounds(y * x, valid, k, CLASSES, BLOCK)
     sum_p = tl.sum(sum_p, 1)
     sum_s = tl.sum(sum_s, 1)
     sum_t = tl.sum(sum_t, 1)
@@ -114,35 +111,39 @@ def loss_and_logit_gradient(
         loss += ce_weight * (mass * tl.log(sum_p) - picked)
     if teacher is not None:
         divergence = tl.sum(apart, 1) / sum_t
-        if WARM:
+        if HAS_TEMPERATURE:
             divergence *= per_tau
         loss += kl_weight * (divergence + tl.log(sum_s) - tl.log(sum_t))
 
+    if losses is not None:
+        tl.store(losses + row, loss, mask=valid)
+
     if gradient is not None:
-        kl_slope = kl_weight
-        if WARM:
-            kl_slope *= per_tau
-        of_p = (ce_weight * mass / sum_p)[:, None]
-        of_s = (kl_slope / sum_s)[:, None]
-        of_t = (kl_slope / sum_t)[:, None]
+        scale = tl.load(upstream).to(ACC)
+        kl_grad = kl_weight * scale
+        if HAS_TEMPERATURE:
+            kl_grad *= per_tau
+        ce_grad = ce_weight * scale
+        of_p = (ce_grad * mass / sum_p)[:, None]
+        of_s = (kl_grad / sum_s)[:, None]
+        of_t = (kl_grad / sum_t)[:, None]
         for k in range(BLOCKS):
             x = rows.load_rows(student, from_student, valid, k, CLASSES, BLOCK, LOWEST)
             x = x.to(ACC) - x_top
-            slope = tl.zeros((ROWS, BLOCK), ACC)
+            grad = tl.zeros((ROWS, BLOCK), ACC)
             if teacher is not None:
                 z = rows.load_rows(teacher, from_teacher, valid, k, CLASSES, BLOCK, LOWEST)
                 z = z.to(ACC) - z_top
-                slope += _exp(x, per_tau, WARM) * of_s - _exp(z, per_tau, WARM) * of_t
+                grad += _exp(x, per_tau, HAS_TEMPERATURE) * of_s
+                grad -= _exp(z, per_tau, HAS_TEMPERATURE) * of_t
             if target is not None:
                 if SOFT:
                     y = rows.load_rows(target, from_target, valid, k, CLASSES, BLOCK, 0.0)
-                    slope += tl.exp(x) * of_p - ce_weight * y.to(ACC)
+                    grad += tl.exp(x) * of_p - ce_grad * y.to(ACC)
                 else:
                     here = (k * BLOCK + tl.arange(0, BLOCK))[None, :] == label[:, None]
-                    slope += tl.exp(x) * of_p - tl.where(here, ce_weight, 0.0)
-            rows.store_rows(gradient, row * CLASSES, valid, slope, k, CLASSES, BLOCK)
-    # last: a store would keep the compiler from seeing that the sweeps load the same
-    tl.store(losses + row, loss, mask=valid)
+                    grad += tl.exp(x) * of_p - tl.where(here, ce_grad, 0.0)
+            rows.store_rows(gradient, row * CLASSES, valid, grad, k, CLASSES, BLOCK)
 
 
 @triton.jit
@@ -155,16 +156,16 @@ def _number(value, rest, ACC: tl.constexpr):
 
 
 @triton.jit
-def _exp(x, per_tau, WARM: tl.constexpr):
+def _exp(x, per_tau, HAS_TEMPERATURE: tl.constexpr):
     """exp(x / tau); with tau 1 the very exp(x) of the other softmax."""
-    if WARM:
+    if HAS_TEMPERATURE:
         x = x * per_tau
     return tl.exp(x)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a launch: rows of a program, and classes of a block (a power of two)."""
+    """Sizes of a launch: rows per program, classes per block (a power of two), warps."""
 
     rows: int
     block: int
@@ -172,11 +173,10 @@ class Config:
 
 
 def config(classes: int, kind: torch.dtype) -> Config:
-    """One block a row as long as its registers suffice, and several rows where they are short.
+    """One block per row as long as its registers suffice; several rows per program if short.
 
-    Compiled ahead of time nothing spills with 8 to 16 logits a thread of each tensor; whole rows
-    of 16,384 with soft labels do, and so do longer ones in blocks of 4,096. `kind` is the
-    accumulators'.
+    A thread holds 8 to 16 logits of each tensor: compiled ahead of time nothing spills, while whole
+    rows of 16,384 with soft labels do. `kind` is the accumulators' dtype.
     """
     whole = triton.next_power_of_2(classes)
     block = whole if whole * kind.itemsize <= 4 * 8192 else 2048
@@ -197,38 +197,68 @@ def forward(
     *,
     alpha: float,
     tau: float,
-    need_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The rows' losses, and the gradient of their sum.
+) -> Tensor:
+    """The loss, a scalar.
 
     Args:
-        student: (B, K); like the others copied where its classes are not adjacent.
-        teacher: (B, K), or None where alpha is 0.
-        target: (B,) int64 or (B, K) floating, or None where alpha is 1. A row whose index is
-            outside of [0, K) has a loss and a gradient of NaN.
+        student: (B, K); like the others copied if its classes are not adjacent.
+        teacher: (B, K), or None if alpha is 0.
+        target: (B,) int64 or (B, K) floating, or None if alpha is 1. A row whose index is outside
+            of [0, K) makes the loss NaN.
         alpha, tau: as in `featkd.functional.soft_kd`.
-        need_gradient: form the gradient (B, K), in the student's dtype.
     """
+    losses = student.new_empty(len(student), dtype=accumulation_dtype(student.dtype))
+    loss = losses.new_empty(())
+    _launch(student, teacher, target, alpha, tau, losses=losses)
+    add_up(None, None, losses, loss)
+    return loss
+
+
+def backward(
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    upstream: Tensor,
+    *,
+    alpha: float,
+    tau: float,
+) -> Tensor:
+    """Gradient of the student's logits, in their dtype; `upstream` is the loss's, a scalar."""
+    gradient = student.new_empty(student.shape)
+    _launch(student, teacher, target, alpha, tau, upstream=upstream, gradient=gradient)
+    return gradient
+
+
+def _launch(
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    alpha: float,
+    tau: float,
+    *,
+    losses: Tensor | None = None,
+    upstream: Tensor | None = None,
+    gradient: Tensor | None = None,
+) -> None:
     student = channels_adjacent(student)
     teacher = None if teacher is None else channels_adjacent(teacher)
     soft = target is not None and target.dim() == 2
-    target = channels_adjacent(target) if soft else target
+    target = channels_adjacent(target) if target is not None and soft else target
     batch, classes = student.shape
     kind = accumulation_dtype(student.dtype)
     chosen = config(classes, kind)
-    losses = student.new_empty(batch, dtype=kind)
-    gradient = student.new_empty(batch, classes) if need_gradient else None
     strides = [0 if x is None else x.stride(0) for x in (student, teacher, target)]
     ce, kl, per_tau = (_parts(x, kind) for x in (1 - alpha, alpha * tau**2, 1 / tau))
     launch(
-        loss_and_logit_gradient,
+        soft_kd_rows,
         (triton.cdiv(batch, chosen.rows),),
         {
             "student": student,
             "teacher": teacher,
             "target": target,
-            "gradient": gradient,
             "losses": losses,
+            "upstream": upstream,
+            "gradient": gradient,
             "student_row": strides[0],
             "teacher_row": strides[1],
             "target_row": strides[2],
@@ -243,7 +273,7 @@ def forward(
             "ROWS": chosen.rows,
             "BLOCK": chosen.block,
             "SOFT": soft,
-            "WARM": tau != 1,
+            "HAS_TEMPERATURE": tau != 1,
             "STUDENT_ALIGNED": math.gcd(strides[0], 16),
             "TEACHER_ALIGNED": math.gcd(strides[1], 16),
             "TARGET_ALIGNED": math.gcd(strides[2], 16),
@@ -251,9 +281,3 @@ def forward(
         },
         num_warps=chosen.num_warps,
     )
-    return losses, gradient
-
-
-def backward(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """The gradient of the mean, times the upstream one: in `gradient`'s dtype, rounded once."""
-    return times(gradient, upstream / gradient.shape[0])

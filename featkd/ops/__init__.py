@@ -1,5 +1,5 @@
 """The ops: one file each, with schema, autograd, and the choice of backend."""
 
-from featkd.compile_cache import tell_ops_apart
+from featkd.compile_cache import tag_compile_cache
 
-tell_ops_apart()
+tag_compile_cache()

@@ -1,75 +1,104 @@
-"""What the ops' choice of a backend has in common."""
+"""What the ops share: the choice of a backend, products, and the library that holds the ops."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from featkd import extension
-from featkd.factors import LowRank
+from featkd import backends
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-MOST_COLUMNS = 64  # of the patch grid: a tile of rows in Triton holds whole image rows
+
+_library = torch.library.Library("featkd", "FRAGMENT")
 
 
-def unsupported(backend: str, x: Tensor, rows: int, others: Iterable[Tensor | None] = ()) -> str:
-    """Why "cpu" or "triton" cannot take a call on `x` with so many rows at all, or "".
+def choose(
+    name: str, tensors: Iterable[Tensor | None], why_not: Callable[[], str] = lambda: ""
+) -> str:
+    """Chooses and records the backend of one call; a graph to be exported takes plain torch.
 
-    `others` are the call's further tensors; only their dtypes matter.
+    Args:
+        name: the op's name in `featkd.functional`.
+        tensors: those that a kernel would read, the first of them not None.
+        why_not: returns why the kernels can't take this call, or "".
     """
-    kind = x.device.type
-    for tensor in (x, *others):
-        if tensor is not None and tensor.dtype not in DTYPES:
-            return f"a tensor in {tensor.dtype}"
-    if backend == "cpu":
-        return extension.missing() if kind == "cpu" else f"tensors on {kind}"
-    from featkd.kernels.launch import can_run_on
+    first, *others = tensors
+    assert first is not None
+    if is_being_exported():
+        return "reference"
 
-    if not can_run_on(x.device):
-        return f"Triton kernels cannot run on tensors on {kind}"
-    if rows >= 2**31:
-        return f"{rows} tokens, not below 2^31"
-    return ""
+    def unsupported() -> str:
+        if torch._C._are_functorch_transforms_active():
+            return "torch.func transforms"
+        for x in (first, *others):
+            if x is not None and x.is_floating_point() and x.dtype not in DTYPES:
+                return f"a tensor in {x.dtype}"
+        from featkd.kernels.launch import can_run_on
 
+        if not can_run_on(first.device):
+            return f"Triton kernels cannot run on tensors on {first.device.type}"
+        return why_not()
 
-def operand_dtype(backend: str, x: Tensor) -> torch.dtype:
-    """Type to which a projection's operands are rounded: x's own, or autocast's on a GPU.
-
-    On a CPU the fused paths ignore autocast: rounding would cost time there and gain nothing.
-    """
-    return torch.get_autocast_dtype(x.device.type) if is_cast(backend, x) else x.dtype
-
-
-def is_cast(backend: str, x: Tensor) -> bool:
-    """Whether a fused path follows autocast for `x`, which it does on a GPU below float64."""
-    on = torch.is_autocast_enabled(x.device.type)
-    return backend == "triton" and x.dtype != torch.float64 and on
-
-
-def no_autocast(x: Tensor) -> torch.autocast:
-    """It would round the operands of the products that an op's backend makes."""
-    return torch.autocast(x.device.type, enabled=False)
+    chosen = backends.choose(name, first.device, unsupported)
+    backends.record(name, chosen)
+    return chosen
 
 
 def is_being_exported() -> bool:
-    """Whether a graph is being made for elsewhere, which must hold torch's own operators alone."""
+    """Checks whether a graph is made for elsewhere: it must hold torch's own operators alone."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return bool(torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or tracing)
 
 
-def factors(teacher: Tensor | LowRank) -> tuple[Tensor, Tensor | None]:
-    """A teacher's map as the ops take it: itself and None, or its two factors."""
-    return (teacher.left, teacher.right) if isinstance(teacher, LowRank) else (teacher, None)
+# Dynamo calls it while it traces, and takes the answer: torch 2.11 would fold is_exporting to True
+is_being_exported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def distance_factor(teacher: Tensor, width: int, right: Tensor | None = None) -> float:
-    """Loss / sum(E H) of a feature distance: a mean over the elements of E, or, with `width`
-    columns of the patch grid, over the real and imaginary parts of its half spectrum."""
-    batch, tokens, channels = teacher.shape
-    if right is not None:  # the teacher is the left factor
-        channels = right.shape[1]
-    if not width:
-        return 1 / (batch * tokens * channels)
-    return 0.25 / (batch * channels * (tokens // width) * (width // 2 + 1))
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b by torch; without autocast the parameters take x's dtype."""
+    if weight.dtype != x.dtype and (x.dtype == torch.float64 or not is_autocast_on(x)):
+        weight = weight.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+    return F.linear(x, weight, bias)
+
+
+def is_autocast_on(x: Tensor) -> bool:
+    """Checks whether autocast is on for x's device; the meta device has none."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def define(
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> Any:
+    """Registers an op of namespace featkd; returns it as a function.
+
+    Args:
+        schema: as of `torch.library.define`, with the op's name.
+        run: its implementation, on all devices.
+        fake: the same for shapes and dtypes alone.
+        backward, setup_context: as of `torch.library.register_autograd`; without them,
+            differentiating the op is an error.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"featkd::{name}", fake, lib=_library)
+    torch.library.register_autograd(
+        f"featkd::{name}", backward or _refuse, setup_context=setup_context, lib=_library
+    )
+    return getattr(torch.ops.featkd, name).default
+
+
+def _refuse(ctx: Any, *gradients: Any) -> Any:
+    raise RuntimeError(
+        "featkd's gradients cannot be differentiated again; "
+        'use featkd.use_backend("reference") for second derivatives'
+    )

@@ -1,0 +1,190 @@
+"""The row op of `projected_feature_kd` and `lift_head`: distance from a teacher's map, and pooling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featkd import reference
+from featkd.ops import support
+from featkd.reference import accumulation_dtype
+
+
+def feature_distance(
+    name: str,
+    feature: Tensor,
+    teacher: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *,
+    eps: float,
+    grid: tuple[int, int] | None,
+    pooled_dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Distance of Y = LN(feature) from the teacher's map, and the mean of Y over the tokens.
+
+    Args:
+        name: the public function that calls, for `featkd.last_backend`.
+        feature: (B, N, C), not empty.
+        teacher: (B, N, C), or None for no loss.
+        norm_weight, norm_bias: (C,), or None; no LayerNorm without a weight.
+        eps: LayerNorm's epsilon.
+        grid: (H, W) for the spectral metric, None for the mse.
+        pooled_dtype: dtype of the pooled map; None for no pooled map.
+
+    Returns:
+        (loss or None, pooled (B, C) or None).
+    """
+
+    def why_not() -> str:
+        from featkd.kernels.feature_distance import MOST_COLUMNS
+
+        if grid is not None and grid[1] > MOST_COLUMNS:
+            return f"a patch grid of {grid[1]} columns, more than {MOST_COLUMNS}"
+        return ""
+
+    tensors = (feature, teacher, norm_weight, norm_bias)
+    if support.choose(name, tensors, why_not) == "reference":
+        return reference.feature_distance(*tensors, eps=eps, grid=grid, pooled_dtype=pooled_dtype)
+    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    loss, pooled, _ = _forward(
+        *tensors, eps, 0 if grid is None else grid[1], pooled_dtype, needed
+    )  # fmt: skip
+    return loss if teacher is not None else None, pooled if pooled_dtype is not None else None
+
+
+def _run(
+    feature: Tensor,
+    teacher: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    width: int,
+    pooled_dtype: torch.dtype | None,
+    needed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, pooled map and statistics for `_backward`; empty if not asked for."""
+    from featkd.kernels import feature_distance as kernels
+
+    results = kernels.forward(
+        *(feature, teacher, gamma, beta),
+        eps=eps,
+        width=width,
+        pooled_dtype=pooled_dtype,
+        need_statistics=needed and gamma is not None,
+    )
+    loss, pooled, statistics = (feature.new_empty(0) if x is None else x for x in results)
+    return loss, pooled, statistics
+
+
+def _fake(
+    feature: Tensor,
+    teacher: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    width: int,
+    pooled_dtype: torch.dtype | None,
+    needed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, channels = feature.shape
+    acc = accumulation_dtype(feature.dtype)
+    loss, pooled, statistics = (feature.new_empty(0) for _ in range(3))
+    if teacher is not None:
+        loss = feature.new_empty((), dtype=acc)
+    if pooled_dtype is not None:
+        pooled = feature.new_empty(batch, channels, dtype=pooled_dtype)
+    if needed and gamma is not None:
+        statistics = feature.new_empty(4, batch, tokens, dtype=acc)
+    return loss, pooled, statistics
+
+
+def _run_backward(
+    d_loss: Tensor | None,
+    d_pooled: Tensor | None,
+    feature: Tensor,
+    teacher: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    statistics: Tensor,
+    width: int,
+    need_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the feature map, the norm's weight and its bias; empty if not needed."""
+    from featkd.kernels import feature_distance as kernels
+
+    d_feature, norms = kernels.backward(
+        feature,
+        None if d_loss is None else teacher,
+        gamma,
+        beta,
+        None if gamma is None else statistics,
+        d_loss,
+        d_pooled,
+        width=width,
+        need_norm=need_norm,
+    )
+    d_gamma, d_beta, *_ = (*norms, feature.new_empty(0), feature.new_empty(0))
+    return d_feature, d_gamma, d_beta
+
+
+def _fake_backward(
+    d_loss: Tensor | None,
+    d_pooled: Tensor | None,
+    feature: Tensor,
+    teacher: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    statistics: Tensor,
+    width: int,
+    need_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    norms = [
+        x.new_empty(x.shape) if x is not None and need_norm else feature.new_empty(0)
+        for x in (gamma, beta)
+    ]
+    return feature.new_empty(feature.shape), *norms
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    feature, teacher, gamma, beta, _, width, pooled_dtype, _ = inputs
+    loss, pooled, statistics = output
+    ctx.save_for_backward(feature, teacher, gamma, beta, statistics)
+    ctx.width = width
+    ctx.mark_non_differentiable(
+        statistics,
+        *(() if teacher is not None else (loss,)),
+        *(() if pooled_dtype is not None else (pooled,)),
+    )
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, d_loss: Tensor | None, d_pooled: Tensor | None, _: Any) -> Any:
+    if d_loss is None and d_pooled is None:
+        return (None,) * 8
+    need_norm = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    gradients = _backward(d_loss, d_pooled, *ctx.saved_tensors, ctx.width, need_norm)
+    d_feature, d_gamma, d_beta = (
+        gradient if ctx.needs_input_grad[i] else None
+        for i, gradient in zip((0, 2, 3), gradients, strict=True)
+    )
+    return d_feature, None, d_gamma, d_beta, None, None, None, None
+
+
+_forward = support.define(
+    "feature_distance(Tensor feature, Tensor? teacher, Tensor? gamma, Tensor? beta, float eps, "
+    "int width, ScalarType? pooled_dtype, bool needed) -> (Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+    backward=_differentiate,
+    setup_context=_setup_context,
+)
+_backward = support.define(
+    "feature_distance_backward(Tensor? d_loss, Tensor? d_pooled, Tensor feature, Tensor? teacher, "
+    "Tensor? gamma, Tensor? beta, Tensor statistics, int width, bool need_norm) "
+    "-> (Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)

@@ -1,0 +1,131 @@
+"""The row op of `widelast_projection`: two LayerNorms, one after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featkd import reference
+from featkd.ops import support
+
+
+def two_layer_norms(
+    name: str,
+    h: Tensor,
+    parameters: tuple[Tensor, Tensor, Tensor, Tensor],
+    *,
+    eps: float,
+    residual_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """r = LN_p(h) and u = LN_1(r), with r not rounded in between.
+
+    Args:
+        name: the public function that calls, for `featkd.last_backend`.
+        h: (B, N, C).
+        parameters: weight and bias of LN_p, weight and bias of LN_1, (C,) each.
+        eps: epsilon of both.
+        residual_dtype: dtype of r; u has h's.
+    """
+    if support.choose(name, (h, *parameters)) == "reference":
+        return reference.two_layer_norms(h, parameters, eps=eps, residual_dtype=residual_dtype)
+    residual, normed = _forward(h, *parameters, eps, residual_dtype)
+    return residual, normed
+
+
+def _run(
+    h: Tensor,
+    gamma_p: Tensor,
+    beta_p: Tensor,
+    gamma_1: Tensor,
+    beta_1: Tensor,
+    eps: float,
+    residual_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    from featkd.kernels import two_layer_norms as kernels
+
+    parameters = (gamma_p, beta_p, gamma_1, beta_1)
+    return kernels.forward(h, parameters, eps=eps, residual_dtype=residual_dtype)
+
+
+def _fake(
+    h: Tensor,
+    gamma_p: Tensor,
+    beta_p: Tensor,
+    gamma_1: Tensor,
+    beta_1: Tensor,
+    eps: float,
+    residual_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    return h.new_empty(h.shape, dtype=residual_dtype), h.new_empty(h.shape)
+
+
+def _run_backward(
+    d_residual: Tensor | None,
+    d_normed: Tensor | None,
+    h: Tensor,
+    gamma_p: Tensor,
+    beta_p: Tensor,
+    gamma_1: Tensor,
+    beta_1: Tensor,
+    eps: float,
+    need_norms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of h and of the four parameters, the latter empty if not needed."""
+    from featkd.kernels import two_layer_norms as kernels
+
+    parameters = (gamma_p, beta_p, gamma_1, beta_1)
+    if not h.numel():
+        norms = [torch.zeros_like(p) if need_norms else p.new_empty(0) for p in parameters]
+        return torch.empty_like(h), *norms
+    d_h, norms = kernels.backward(
+        h, parameters, d_residual, d_normed, eps=eps, need_norms=need_norms
+    )
+    return d_h, *(norms or (p.new_empty(0) for p in parameters))
+
+
+def _fake_backward(
+    d_residual: Tensor | None,
+    d_normed: Tensor | None,
+    h: Tensor,
+    gamma_p: Tensor,
+    beta_p: Tensor,
+    gamma_1: Tensor,
+    beta_1: Tensor,
+    eps: float,
+    need_norms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    parameters = (gamma_p, beta_p, gamma_1, beta_1)
+    norms = (p.new_empty(p.shape if need_norms else (0,)) for p in parameters)
+    return h.new_empty(h.shape), *norms
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.eps, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, d_residual: Tensor | None, d_normed: Tensor | None) -> Any:
+    if d_residual is None and d_normed is None:
+        return (None,) * 7
+    needed = ctx.needs_input_grad[:5]
+    gradients = _backward(d_residual, d_normed, *ctx.saved_tensors, ctx.eps, any(needed[1:]))
+    return (*(g if n else None for g, n in zip(gradients, needed, strict=True)), None, None)
+
+
+_TENSORS = "Tensor h, Tensor gamma_p, Tensor beta_p, Tensor gamma_1, Tensor beta_1, float eps"
+_forward = support.define(
+    f"two_layer_norms({_TENSORS}, ScalarType residual_dtype) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+    backward=_differentiate,
+    setup_context=_setup_context,
+)
+_backward = support.define(
+    f"two_layer_norms_backward(Tensor? d_residual, Tensor? d_normed, {_TENSORS}, bool need_norms) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)

@@ -1,0 +1,444 @@
+"""Distance of a feature map from a teacher's, in Triton: one row kernel forward, one backward.
+
+With P the map (a linear layer's output, or the student's own), LN a LayerNorm or nothing:
+
+    x_hat = (P - mean) rstd        Y = gamma x_hat + beta        E = Y - T
+    loss  = scale sum(E H)         pooled = mean of Y over each image's tokens
+    H = E for the mse; for the spectral metric
+    H = E + (1/W) sum_w E [+ (-1)^w (1/W) sum_w (-1)^w E if W is even]
+
+and backward, with u and v the gradients of loss and pooled, dY = 2 scale u H + v / N,
+g = gamma dY, dP = rstd (g - mean(g) - x_hat mean(g x_hat)), dgamma = sum(dY x_hat),
+dbeta = sum(dY) ([EM26], feature losses; docs/method.md).
+
+Bytes per element: forward reads P and T, backward reads them again and writes dP. Forward also
+keeps four numbers per row, so that backward needs no sum over channels. Rows that take several
+blocks of channels are read again from the L1 or L2 cache.
+
+A program works on some of the tiles of some images: `slots` programs take turns with the images,
+and `splits` programs share the tiles of an image. Both are fixed by the shapes and the GPU, so
+results repeat bitwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from featkd.kernels import rows
+from featkd.kernels.launch import channels_adjacent, launch, processors, triton_type
+from featkd.kernels.reduce import add_up, norm_gradients
+from featkd.reference import accumulation_dtype
+
+MOST_COLUMNS = 128
+"""Widest patch grid of the spectral metric: a tile holds whole image rows."""
+
+
+@triton.jit(do_not_specialize=["images", "loss_divisor"])
+def distance_forward(
+    feature,  # (B, N, C) any floating dtype: P
+    teacher,  # (B, N, C) any floating dtype, or None: no loss
+    gamma, beta,  # (C,) any floating dtype, or None
+    loss_partial,  # (slots * splits,) ACC, or None
+    pooled_partial,  # (B, splits, C) ACC: sums of x_hat (of P, without a norm), or None
+    statistics,  # (4, B, N) ACC: mean, rstd, mean of gamma H, mean of gamma H x_hat, or None
+    feature_image, feature_token, teacher_image, teacher_token,  # strides
+    images, height, width, loss_divisor,  # loss = sum(E H) / loss_divisor
+    C: tl.constexpr, BLOCK: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr,
+    NORM: tl.constexpr, SPECTRAL: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
+    split, splits, slot = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    energy = tl.zeros((HB * WB,), ACC)
+    for image in range(slot, images, tl.num_programs(1)):
+        image_64 = image.to(tl.int64)
+        from_feature = feature + image_64 * feature_image
+        pooled = _zeros(BLOCKS, HB * WB, BLOCK, ACC)
+        for tile in range(split, (height + HB - 1) // HB, splits):
+            token, valid = rows.tile_rows(tile, height, width, HB, WB)
+            offsets = token * feature_token
+            p = rows.load_rows(from_feature, offsets, valid, 0, C, BLOCK).to(ACC)
+            mean = tl.zeros((HB * WB, 1), ACC)
+            rstd = mean + 1.0
+            if NORM:
+                if BLOCKS == 1:
+                    mean, rstd = rows.moments(p, valid, EPS, C, BLOCK)
+                else:
+                    mean, rstd = rows.swept_moments(
+                        from_feature, offsets, valid, EPS, C, BLOCK, ACC
+                    )  # fmt: skip
+            sum_g = tl.zeros((HB * WB,), ACC)
+            sum_gx = tl.zeros((HB * WB,), ACC)
+            sums = ()
+            for j in tl.static_range(BLOCKS):
+                if BLOCKS > 1:
+                    p = rows.load_rows(from_feature, offsets, valid, j, C, BLOCK).to(ACC)
+                x_hat = rows.mask_out_of_bounds((p - mean) * rstd, valid, j, C, BLOCK)
+                if pooled_partial is not None:
+                    sums = sums + (pooled[j] + _summed(x_hat, BLOCKS),)
+                if teacher is not None:
+                    error, half = _error(
+                        x_hat, teacher + image_64 * teacher_image, token * teacher_token,
+                        gamma, beta, valid, width, j, C, BLOCK, HB, WB, SPECTRAL, ACC,
+                    )  # fmt: skip
+                    energy += tl.sum(error * half, 1)
+                    if statistics is not None:
+                        g = half * rows.load_channels(gamma, j, 1.0, C, BLOCK, ACC)
+                        sum_g += tl.sum(g, 1)
+                        sum_gx += tl.sum(g * x_hat, 1)
+            if pooled_partial is not None:
+                pooled = sums
+            if statistics is not None:
+                tokens = height * width
+                at = statistics + image_64 * tokens + token
+                plane = images.to(tl.int64) * tokens
+                tl.store(at, tl.reshape(mean, (HB * WB,)), mask=valid)
+                tl.store(at + plane, tl.reshape(rstd, (HB * WB,)), mask=valid)
+                if teacher is not None:
+                    tl.store(at + 2 * plane, sum_g / C, mask=valid)
+                    tl.store(at + 3 * plane, sum_gx / C, mask=valid)
+        if pooled_partial is not None:
+            _store_sums(pooled_partial, image_64 * splits + split, pooled, C, BLOCK)
+    if loss_partial is not None:
+        tl.store(loss_partial + slot * splits + split, tl.sum(energy, 0) / loss_divisor.to(ACC))
+
+
+@triton.jit(do_not_specialize=["images", "loss_divisor"])
+def distance_backward(
+    feature,  # (B, N, C) any floating dtype: P
+    teacher,  # (B, N, C) any floating dtype, or None: pooled alone
+    gamma, beta,  # (C,) any floating dtype, or None
+    statistics,  # (4, B, N) ACC, from `distance_forward`; None without a norm
+    d_loss,  # one number, any floating dtype, or None
+    d_pooled,  # (B, C) any floating dtype, or None
+    d_feature,  # (B, N, C) feature's dtype, contiguous
+    norm_partial,  # (slots * splits, 1 or 2, C) ACC: sums of dY x_hat, and of dY, or None
+    feature_image, feature_token, teacher_image, teacher_token, pooled_image,  # strides
+    images, height, width, loss_divisor,
+    C: tl.constexpr, BLOCK: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr,
+    NORM: tl.constexpr, SPECTRAL: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
+    split, splits, slot = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    tokens = height * width
+    plane = images.to(tl.int64) * tokens
+    if d_loss is not None:
+        upstream = 2.0 * tl.load(d_loss).to(ACC) / loss_divisor.to(ACC)
+    d_gamma = _zeros(BLOCKS, HB * WB, BLOCK, ACC)
+    d_beta = _zeros(BLOCKS, HB * WB, BLOCK, ACC)
+    for image in range(slot, images, tl.num_programs(1)):
+        image_64 = image.to(tl.int64)
+        from_feature = feature + image_64 * feature_image
+        from_pooled = d_pooled
+        if d_pooled is not None:
+            from_pooled += image_64 * pooled_image
+        for tile in range(split, (height + HB - 1) // HB, splits):
+            token, valid = rows.tile_rows(tile, height, width, HB, WB)
+            offsets = token * feature_token
+            mean = tl.zeros((HB * WB, 1), ACC)
+            rstd = mean + 1.0
+            mean_g = mean
+            mean_gx = mean
+            if NORM:
+                at = statistics + image_64 * tokens + token
+                mean = tl.load(at, mask=valid, other=0.0)[:, None]
+                rstd = tl.load(at + plane, mask=valid, other=0.0)[:, None]
+                if d_loss is not None:
+                    mean_g = upstream * tl.load(at + 2 * plane, mask=valid, other=0.0)[:, None]
+                    mean_gx = upstream * tl.load(at + 3 * plane, mask=valid, other=0.0)[:, None]
+                if d_pooled is not None:  # the pooled map's share depends on its gradient
+                    for j in tl.static_range(BLOCKS):
+                        p = rows.load_rows(from_feature, offsets, valid, j, C, BLOCK).to(ACC)
+                        g = rows.load_channels(from_pooled, j, 0.0, C, BLOCK, ACC) / tokens
+                        g *= rows.load_channels(gamma, j, 1.0, C, BLOCK, ACC)
+                        mean_g += tl.sum(g, 1)[:, None] / C
+                        mean_gx += tl.sum(g * (p - mean) * rstd, 1)[:, None] / C
+            gamma_sums = ()
+            beta_sums = ()
+            for j in tl.static_range(BLOCKS):
+                p = rows.load_rows(from_feature, offsets, valid, j, C, BLOCK).to(ACC)
+                x_hat = rows.mask_out_of_bounds((p - mean) * rstd, valid, j, C, BLOCK)
+                d_output = tl.zeros((HB * WB, BLOCK), ACC)
+                if d_loss is not None:
+                    _, half = _error(
+                        x_hat, teacher + image_64 * teacher_image, token * teacher_token,
+                        gamma, beta, valid, width, j, C, BLOCK, HB, WB, SPECTRAL, ACC,
+                    )  # fmt: skip
+                    d_output = upstream * half
+                if d_pooled is not None:
+                    share = rows.load_channels(from_pooled, j, 0.0, C, BLOCK, ACC) / tokens
+                    d_output += tl.where(valid[:, None], share, 0.0)
+                if norm_partial is not None:
+                    gamma_sums = gamma_sums + (d_gamma[j] + _summed(d_output * x_hat, BLOCKS),)
+                    beta_sums = beta_sums + (d_beta[j] + _summed(d_output, BLOCKS),)
+                if NORM:
+                    g = d_output * rows.load_channels(gamma, j, 1.0, C, BLOCK, ACC)
+                    d_output = rstd * (g - mean_g - x_hat * mean_gx)
+                rows.store_rows(
+                    d_feature + image_64 * tokens * C, token * C, valid, d_output, j, C, BLOCK
+                )  # fmt: skip
+            if norm_partial is not None:
+                d_gamma = gamma_sums
+                d_beta = beta_sums
+    if norm_partial is not None:
+        program = (slot * splits + split).to(tl.int64)
+        if beta is None:
+            _store_sums(norm_partial, program, d_gamma, C, BLOCK)
+        else:
+            _store_sums(norm_partial, 2 * program, d_gamma, C, BLOCK)
+            _store_sums(norm_partial, 2 * program + 1, d_beta, C, BLOCK)
+
+
+@triton.jit
+def _error(
+    x_hat, teacher, offsets, gamma, beta, valid, width, j,
+    C: tl.constexpr, BLOCK: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr,
+    SPECTRAL: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """E and H of a channel block; zero out of bounds."""
+    output = x_hat
+    if gamma is not None:
+        output *= rows.load_channels(gamma, j, 1.0, C, BLOCK, ACC)
+    if beta is not None:
+        output += rows.load_channels(beta, j, 0.0, C, BLOCK, ACC)
+    target = rows.load_rows(teacher, offsets, valid, j, C, BLOCK).to(ACC)
+    error = rows.mask_out_of_bounds(output - target, valid, j, C, BLOCK)
+    half = error
+    if SPECTRAL:
+        half = _with_row_sums(error, width, HB, WB, BLOCK, ACC)
+    return error, half
+
+
+@triton.jit
+def _with_row_sums(
+    error, width, HB: tl.constexpr, WB: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+):
+    """H of the spectral metric, from an E that is zero out of bounds."""
+    grid = tl.reshape(error, (HB, WB, BLOCK))
+    column = tl.arange(0, WB)[None, :, None]
+    scale = 1.0 / (tl.zeros((1, 1, 1), ACC) + width)  # a width of 1 comes as a constant
+    plain = tl.sum(grid, 1, keep_dims=True) * scale
+    sign = tl.where(column % 2 == 0, 1.0, -1.0).to(ACC)
+    alternating = tl.sum(grid * sign, 1, keep_dims=True) * scale
+    alternating = tl.where(width % 2 == 0, alternating, 0.0)
+    total = tl.where(column < width, grid + plain + sign * alternating, 0.0)
+    return tl.reshape(total, (HB * WB, BLOCK))
+
+
+@triton.jit
+def _zeros(BLOCKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """Sums over rows, per channel block: whole tiles if there is one block, for time."""
+    sums = ()
+    for _ in tl.static_range(BLOCKS):
+        if BLOCKS == 1:
+            sums = sums + (tl.zeros((ROWS, BLOCK), ACC),)
+        else:
+            sums = sums + (tl.zeros((BLOCK,), ACC),)
+    return sums
+
+
+@triton.jit
+def _summed(values, BLOCKS: tl.constexpr):
+    """A tile as `_zeros` keeps it."""
+    if BLOCKS == 1:
+        result = values
+    else:
+        result = tl.sum(values, 0)
+    return result
+
+
+@triton.jit
+def _store_sums(base, entry, sums, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Stores the sums over rows as an entry of an (entries, C) tensor."""
+    for j in tl.static_range(len(sums)):
+        channel = j * BLOCK + tl.arange(0, BLOCK)
+        values = sums[j]
+        if len(sums) == 1:
+            values = tl.sum(values, 0)
+        tl.store(base + entry * C + channel, values, mask=channel < C)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a launch: a tile's image rows, places per row and channels; programs and warps."""
+
+    image_rows: int
+    places: int
+    block: int
+    splits: int
+    slots: int
+    num_warps: int
+
+
+@lru_cache(maxsize=256)
+def config(
+    images: int, height: int, width: int, channels: int, itemsize: int, programs: int
+) -> Config:
+    """Tiles of about 2,048 elements (4,096 for the spectral metric), 16 to 32 per thread.
+
+    A thread then has two to four 16-byte loads of each map in flight, and six or more programs fit
+    a processor.
+
+    Args:
+        height, width: image rows and tokens per image row; width 1 if image rows don't matter.
+        itemsize: bytes of the accumulators; float64 halves the tiles.
+        programs: number to aim at.
+    """
+    whole = triton.next_power_of_2(channels)
+    places = triton.next_power_of_2(width)
+    if places == 1:
+        block = whole
+        image_rows = max(1, 8192 // itemsize // block)
+    else:
+        most = max(16, min(256, 16384 // itemsize // max(16, places)))
+        # padding costs work, and so does every block: 192 is cut by 64, 384 by 128
+        sizes = [size for size in (16, 32, 64, 128, 256) if size <= min(most, max(16, whole))]
+        block = min(sizes, key=lambda size: (-(-channels // size) * (size + 16), -size))
+        image_rows = max(1, 16 // places)
+    image_rows = min(image_rows, triton.next_power_of_2(height))
+    splits = min(-(-height // image_rows), max(1, -(-programs // images)))
+    slots = min(images, 4 * programs)
+    elements = image_rows * places * block
+    return Config(image_rows, places, block, splits, slots, 8 if elements > 4096 else 4)
+
+
+def _shared(
+    feature: Tensor, teacher: Tensor | None, width: int, programs_each: int
+) -> tuple[Config, dict[str, Any]]:
+    """What both launches have in common."""
+    images, tokens, channels = feature.shape
+    columns = width or 1
+    acc = accumulation_dtype(feature.dtype)
+    programs = programs_each * processors(feature.device)
+    chosen = config(images, tokens // columns, columns, channels, acc.itemsize, programs)
+    divisor = images * tokens * channels
+    if width:  # mean over the real and imaginary parts of the half spectrum, half of sum(E H)
+        divisor = 4 * images * channels * (tokens // width) * (width // 2 + 1)
+    return chosen, {
+        "feature": feature,
+        "teacher": teacher,
+        "feature_image": feature.stride(0),
+        "feature_token": feature.stride(1),
+        "teacher_image": 0 if teacher is None else teacher.stride(0),
+        "teacher_token": 0 if teacher is None else teacher.stride(1),
+        "images": images,
+        "height": tokens // columns,
+        "width": columns,
+        "loss_divisor": divisor,
+        "C": channels,
+        "BLOCK": chosen.block,
+        "HB": chosen.image_rows,
+        "WB": chosen.places,
+        "SPECTRAL": width > 0,
+        "ACC": triton_type(acc),
+    }
+
+
+def forward(
+    feature: Tensor,
+    teacher: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    *,
+    eps: float,
+    width: int,
+    pooled_dtype: torch.dtype | None,
+    need_statistics: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Loss, pooled map and statistics; each None if not asked for.
+
+    Args:
+        feature: (B, N, C), not empty; like the teacher copied if its channels are not adjacent.
+        teacher: (B, N, C), or None for no loss.
+        gamma, beta: (C,), or None; no LayerNorm without gamma.
+        eps: LayerNorm's epsilon.
+        width: columns of the patch grid for the spectral metric, 0 for the mse.
+        pooled_dtype: of the mean of Y over the tokens (B, C); None for no such mean.
+        need_statistics: return (4, B, N) numbers for `backward`; only with a LayerNorm.
+    """
+    feature = channels_adjacent(feature)
+    teacher = None if teacher is None else channels_adjacent(teacher)
+    chosen, shared = _shared(feature, teacher, width, 4)
+    images, tokens, channels = feature.shape
+    acc = accumulation_dtype(feature.dtype)
+    programs = chosen.slots * chosen.splits
+    loss = loss_partial = pooled = pooled_partial = statistics = None
+    if teacher is not None:
+        loss_partial, loss = feature.new_empty(programs, dtype=acc), feature.new_empty((), dtype=acc)
+    if pooled_dtype is not None:
+        pooled_partial = feature.new_empty(images, chosen.splits, channels, dtype=acc)
+        pooled = feature.new_empty(images, channels, dtype=pooled_dtype)
+    if need_statistics:
+        statistics = feature.new_empty(4, images, tokens, dtype=acc)
+    launch(
+        distance_forward,
+        (chosen.splits, chosen.slots),
+        {
+            **shared,
+            "gamma": gamma,
+            "beta": beta,
+            "loss_partial": loss_partial,
+            "pooled_partial": pooled_partial,
+            "statistics": statistics,
+            "NORM": gamma is not None,
+            "EPS": eps,
+        },
+        num_warps=chosen.num_warps,
+    )
+    add_up(pooled_partial, pooled, loss_partial, loss, weight=gamma, bias=beta, divisor=tokens)
+    return loss, pooled, statistics
+
+
+def backward(
+    feature: Tensor,
+    teacher: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    statistics: Tensor | None,
+    d_loss: Tensor | None,
+    d_pooled: Tensor | None,
+    *,
+    width: int,
+    need_norm: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of the feature map, and of gamma and beta if `need_norm`.
+
+    Args:
+        d_loss: (), any floating dtype; None if the loss has no gradient.
+        d_pooled: (B, C), any floating dtype; None likewise.
+        others: as in `forward`, with the statistics that it returned.
+    """
+    feature = channels_adjacent(feature)
+    teacher = None if teacher is None else channels_adjacent(teacher)
+    d_pooled = None if d_pooled is None else channels_adjacent(d_pooled)
+    chosen, shared = _shared(feature, teacher, width, 2)
+    d_feature = torch.empty(feature.shape, dtype=feature.dtype, device=feature.device)
+    parameters = [p for p in (gamma, beta) if p is not None and need_norm]
+    partial = None
+    if parameters:
+        size = (chosen.slots * chosen.splits, len(parameters), feature.shape[2])
+        partial = feature.new_empty(size, dtype=accumulation_dtype(feature.dtype))
+    launch(
+        distance_backward,
+        (chosen.splits, chosen.slots),
+        {
+            **shared,
+            "gamma": gamma,
+            "beta": beta,
+            "statistics": statistics,
+            "d_loss": d_loss,
+            "d_pooled": d_pooled,
+            "d_feature": d_feature,
+            "norm_partial": partial,
+            "pooled_image": 0 if d_pooled is None else d_pooled.stride(0),
+            "NORM": gamma is not None,
+        },
+        num_warps=chosen.num_warps,
+    )
+    return d_feature, [] if partial is None else norm_gradients(partial, parameters)

@@ -1,0 +1,108 @@
+"""The second launch of an op: what its programs have summed, added up in a fixed order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from featkd.kernels.launch import launch, triton_type
+
+_PARTS, _BLOCK = 64, 32  # partial sums and elements of a tile: some 24 programs for 2 x 384
+
+
+@triton.jit
+def sum_partials(
+    partial,  # (groups, parts, elements) ACC, or None
+    weight,  # (elements,) any floating dtype, or None for 1
+    bias,  # (elements,) any floating dtype, or None for 0
+    out,  # (groups, elements) any floating dtype
+    loss_partial,  # (loss_parts,) ACC, or None
+    loss,  # one number, ACC
+    parts, loss_parts, elements, divisor,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """out = weight / divisor * sum(partial over its parts) + bias; loss = sum(loss_partial)."""
+    group = tl.program_id(1)
+    first = tl.arange(0, PARTS)
+    if partial is not None:
+        element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        there = element < elements
+        total = tl.zeros((PARTS, BLOCK), ACC)
+        at = partial + group.to(tl.int64) * parts * elements + element[None, :]
+        for start in range(0, parts, PARTS):
+            part = (start + first)[:, None]
+            mask = (part < parts) & there[None, :]
+            total += tl.load(at + part.to(tl.int64) * elements, mask=mask, other=0.0)
+        result = tl.sum(total, 0) / divisor
+        if weight is not None:
+            result *= tl.load(weight + element, mask=there, other=0.0).to(ACC)
+        if bias is not None:
+            result += tl.load(bias + element, mask=there, other=0.0).to(ACC)
+        to = out + group.to(tl.int64) * elements + element
+        tl.store(to, result.to(out.dtype.element_ty), mask=there)
+    if loss_partial is not None:
+        if (tl.program_id(0) == 0) & (group == 0):
+            sums = tl.zeros((PARTS,), ACC)
+            for start in range(0, loss_parts, PARTS):
+                part = start + first
+                sums += tl.load(loss_partial + part, mask=part < loss_parts, other=0.0)
+            tl.store(loss, tl.sum(sums, 0))
+
+
+def add_up(
+    partial: Tensor | None,
+    out: Tensor | None,
+    loss_partial: Tensor | None = None,
+    loss: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    divisor: int = 1,
+) -> None:
+    """Sums partial results in one launch, always in the same order.
+
+    Args:
+        partial: (groups, parts, elements) float32 or float64, contiguous. Its sums over the parts,
+            divided by `divisor`, times `weight` (elements,), plus `bias` (elements,) are `out`.
+        out: (groups, elements), contiguous, any floating dtype.
+        loss_partial: (parts,) float32 or float64, contiguous.
+        loss: (), its sum.
+    """
+    groups, parts, elements = (1, 0, 0) if partial is None else partial.shape
+    source = loss_partial if partial is None else partial
+    assert source is not None
+    arguments: dict[str, Any] = {
+        "partial": partial,
+        "weight": weight,
+        "bias": bias,
+        "out": out,
+        "loss_partial": loss_partial,
+        "loss": loss,
+        "parts": parts,
+        "loss_parts": 0 if loss_partial is None else len(loss_partial),
+        "elements": elements,
+        "divisor": divisor,
+        "PARTS": _PARTS,
+        "BLOCK": _BLOCK,
+        "ACC": triton_type(source.dtype),
+    }
+    launch(sum_partials, (max(1, triton.cdiv(elements, _BLOCK)), groups), arguments, num_warps=4)
+
+
+def norm_gradients(partial: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    """Gradients of LayerNorm parameters, in their dtypes, from one launch.
+
+    Args:
+        partial: (programs, parameters, channels) float32 or float64, contiguous.
+        parameters: (channels,) each.
+    """
+    programs, count, channels = partial.shape
+    dtype = parameters[0].dtype
+    out = partial.new_empty(count, channels, dtype=dtype)
+    add_up(partial.view(1, programs, count * channels), out.view(1, -1))
+    # the parameters of a norm share a dtype; one that differs costs a copy
+    return [out[i].to(p.dtype) for i, p in enumerate(parameters)]
+

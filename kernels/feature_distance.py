@@ -50,7 +50,7 @@ def distance_forward(
     statistics,  # (4, B, N) ACC: mean, rstd, mean of gamma H, mean of gamma H x_hat, or None
     feature_image, feature_token, teacher_image, teacher_token,  # strides
     images, height, width, loss_divisor,  # loss = sum(E H) / loss_divisor
-    C: tl.constexpr, BLOCK: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr,
+    C: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr,
     NORM: tl.constexpr, SPECTRAL: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
@@ -59,13 +59,14 @@ def distance_forward(
     for image in range(slot, images, tl.num_programs(1)):
         image_64 = image.to(tl.int64)
         from_feature = feature + image_64 * feature_image
-        pooled = _zeros(BLOCKS, HB * WB, BLOCK, ACC)
+        pooled = tl.zeros((SUMS, BLOCK), ACC)
         for tile in range(split, (height + HB - 1) // HB, splits):
             token, valid = rows.tile_rows(tile, height, width, HB, WB)
             offsets = token * feature_token
-            p = rows.load_rows(from_feature, offsets, valid, 0, C, BLOCK).to(ACC)
             mean = tl.zeros((HB * WB, 1), ACC)
             rstd = mean + 1.0
+            if BLOCKS == 1:
+                p = rows.load_rows(from_feature, offsets, valid, 0, C, BLOCK).to(ACC)
             if NORM:
                 if BLOCKS == 1:
                     mean, rstd = rows.moments(p, valid, EPS, C, BLOCK)
@@ -75,13 +76,12 @@ def distance_forward(
                     )  # fmt: skip
             sum_g = tl.zeros((HB * WB,), ACC)
             sum_gx = tl.zeros((HB * WB,), ACC)
-            sums = ()
-            for j in tl.static_range(BLOCKS):
+            for j in range(BLOCKS):
                 if BLOCKS > 1:
                     p = rows.load_rows(from_feature, offsets, valid, j, C, BLOCK).to(ACC)
                 x_hat = rows.mask_out_of_bounds((p - mean) * rstd, valid, j, C, BLOCK)
                 if pooled_partial is not None:
-                    sums = sums + (pooled[j] + _summed(x_hat, BLOCKS),)
+                    pooled = _add(pooled, x_hat, j, BLOCKS, SUMS)
                 if teacher is not None:
                     error, half = _error(
                         x_hat, teacher + image_64 * teacher_image, token * teacher_token,
@@ -92,8 +92,6 @@ def distance_forward(
                         g = half * rows.load_channels(gamma, j, 1.0, C, BLOCK, ACC)
                         sum_g += tl.sum(g, 1)
                         sum_gx += tl.sum(g * x_hat, 1)
-            if pooled_partial is not None:
-                pooled = sums
             if statistics is not None:
                 tokens = height * width
                 at = statistics + image_64 * tokens + token
@@ -104,7 +102,7 @@ def distance_forward(
                     tl.store(at + 2 * plane, sum_g / C, mask=valid)
                     tl.store(at + 3 * plane, sum_gx / C, mask=valid)
         if pooled_partial is not None:
-            _store_sums(pooled_partial, image_64 * splits + split, pooled, C, BLOCK)
+            _store_sums(pooled_partial, image_64 * splits + split, pooled, BLOCKS, SUMS, C, BLOCK)
     if loss_partial is not None:
         tl.store(loss_partial + slot * splits + split, tl.sum(energy, 0) / loss_divisor.to(ACC))
 
@@ -121,7 +119,7 @@ def distance_backward(
     norm_partial,  # (slots * splits, 1 or 2, C) ACC: sums of dY x_hat, and of dY, or None
     feature_image, feature_token, teacher_image, teacher_token, pooled_image,  # strides
     images, height, width, loss_divisor,
-    C: tl.constexpr, BLOCK: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr,
+    C: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr,
     NORM: tl.constexpr, SPECTRAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
@@ -130,8 +128,8 @@ def distance_backward(
     plane = images.to(tl.int64) * tokens
     if d_loss is not None:
         upstream = 2.0 * tl.load(d_loss).to(ACC) / loss_divisor.to(ACC)
-    d_gamma = _zeros(BLOCKS, HB * WB, BLOCK, ACC)
-    d_beta = _zeros(BLOCKS, HB * WB, BLOCK, ACC)
+    d_gamma = tl.zeros((SUMS, BLOCK), ACC)
+    d_beta = tl.zeros((SUMS, BLOCK), ACC)
     for image in range(slot, images, tl.num_programs(1)):
         image_64 = image.to(tl.int64)
         from_feature = feature + image_64 * feature_image
@@ -153,15 +151,13 @@ def distance_backward(
                     mean_g = upstream * tl.load(at + 2 * plane, mask=valid, other=0.0)[:, None]
                     mean_gx = upstream * tl.load(at + 3 * plane, mask=valid, other=0.0)[:, None]
                 if d_pooled is not None:  # the pooled map's share depends on its gradient
-                    for j in tl.static_range(BLOCKS):
+                    for j in range(BLOCKS):
                         p = rows.load_rows(from_feature, offsets, valid, j, C, BLOCK).to(ACC)
                         g = rows.load_channels(from_pooled, j, 0.0, C, BLOCK, ACC) / tokens
                         g *= rows.load_channels(gamma, j, 1.0, C, BLOCK, ACC)
                         mean_g += tl.sum(g, 1)[:, None] / C
                         mean_gx += tl.sum(g * (p - mean) * rstd, 1)[:, None] / C
-            gamma_sums = ()
-            beta_sums = ()
-            for j in tl.static_range(BLOCKS):
+            for j in range(BLOCKS):
                 p = rows.load_rows(from_feature, offsets, valid, j, C, BLOCK).to(ACC)
                 x_hat = rows.mask_out_of_bounds((p - mean) * rstd, valid, j, C, BLOCK)
                 d_output = tl.zeros((HB * WB, BLOCK), ACC)
@@ -175,24 +171,21 @@ def distance_backward(
                     share = rows.load_channels(from_pooled, j, 0.0, C, BLOCK, ACC) / tokens
                     d_output += tl.where(valid[:, None], share, 0.0)
                 if norm_partial is not None:
-                    gamma_sums = gamma_sums + (d_gamma[j] + _summed(d_output * x_hat, BLOCKS),)
-                    beta_sums = beta_sums + (d_beta[j] + _summed(d_output, BLOCKS),)
+                    d_gamma = _add(d_gamma, d_output * x_hat, j, BLOCKS, SUMS)
+                    d_beta = _add(d_beta, d_output, j, BLOCKS, SUMS)
                 if NORM:
                     g = d_output * rows.load_channels(gamma, j, 1.0, C, BLOCK, ACC)
                     d_output = rstd * (g - mean_g - x_hat * mean_gx)
                 rows.store_rows(
                     d_feature + image_64 * tokens * C, token * C, valid, d_output, j, C, BLOCK
                 )  # fmt: skip
-            if norm_partial is not None:
-                d_gamma = gamma_sums
-                d_beta = beta_sums
     if norm_partial is not None:
         program = (slot * splits + split).to(tl.int64)
         if beta is None:
-            _store_sums(norm_partial, program, d_gamma, C, BLOCK)
+            _store_sums(norm_partial, program, d_gamma, BLOCKS, SUMS, C, BLOCK)
         else:
-            _store_sums(norm_partial, 2 * program, d_gamma, C, BLOCK)
-            _store_sums(norm_partial, 2 * program + 1, d_beta, C, BLOCK)
+            _store_sums(norm_partial, 2 * program, d_gamma, BLOCKS, SUMS, C, BLOCK)
+            _store_sums(norm_partial, 2 * program + 1, d_beta, BLOCKS, SUMS, C, BLOCK)
 
 
 @triton.jit
@@ -232,36 +225,31 @@ def _with_row_sums(
 
 
 @triton.jit
-def _zeros(BLOCKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """Sums over rows, per channel block: whole tiles if there is one block, for time."""
-    sums = ()
-    for _ in tl.static_range(BLOCKS):
-        if BLOCKS == 1:
-            sums = sums + (tl.zeros((ROWS, BLOCK), ACC),)
-        else:
-            sums = sums + (tl.zeros((BLOCK,), ACC),)
-    return sums
+def _add(sums, values, j, BLOCKS: tl.constexpr, SUMS: tl.constexpr):
+    """Sums over rows, with the values of channel block j added.
 
-
-@triton.jit
-def _summed(values, BLOCKS: tl.constexpr):
-    """A tile as `_zeros` keeps it."""
+    One block is kept as a whole tile, so that nothing moves between threads before the end. Of
+    several, each has a row of `sums`, and a loop over j stays a loop: unrolled, it would spill.
+    """
     if BLOCKS == 1:
-        result = values
+        result = sums + values
     else:
-        result = tl.sum(values, 0)
+        here = tl.arange(0, SUMS)[:, None] == j
+        result = tl.where(here, sums + tl.sum(values, 0)[None, :], sums)
     return result
 
 
 @triton.jit
-def _store_sums(base, entry, sums, C: tl.constexpr, BLOCK: tl.constexpr):
+def _store_sums(
+    base, entry, sums, BLOCKS: tl.constexpr, SUMS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
+):
     """Stores the sums over rows as an entry of an (entries, C) tensor."""
-    for j in tl.static_range(len(sums)):
-        channel = j * BLOCK + tl.arange(0, BLOCK)
-        values = sums[j]
-        if len(sums) == 1:
-            values = tl.sum(values, 0)
-        tl.store(base + entry * C + channel, values, mask=channel < C)
+    if BLOCKS == 1:
+        channel = tl.arange(0, BLOCK)
+        tl.store(base + entry * C + channel, tl.sum(sums, 0), mask=channel < C)
+    else:
+        channel = tl.arange(0, SUMS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        tl.store(base + entry * C + channel, sums, mask=channel < C)
 
 
 @dataclass(frozen=True)
@@ -275,15 +263,20 @@ class Config:
     slots: int
     num_warps: int
 
+    def sums(self, channels: int) -> int:
+        """Rows of the sums over rows: those of a tile, or one per block of channels."""
+        blocks = -(-channels // self.block)
+        return self.image_rows * self.places if blocks == 1 else triton.next_power_of_2(blocks)
+
 
 @lru_cache(maxsize=256)
 def config(
     images: int, height: int, width: int, channels: int, itemsize: int, programs: int
 ) -> Config:
-    """Tiles of about 2,048 elements (4,096 for the spectral metric), 16 to 32 per thread.
+    """Tiles of about 2,048 elements, 16 per thread.
 
-    A thread then has two to four 16-byte loads of each map in flight, and six or more programs fit
-    a processor.
+    A thread then has two 16-byte loads of each bf16 map in flight, and three to seven programs fit
+    a processor: 32 KB on their way, where the bandwidth times the latency is some 24 KB.
 
     Args:
         height, width: image rows and tokens per image row; width 1 if image rows don't matter.
@@ -296,9 +289,9 @@ def config(
         block = whole
         image_rows = max(1, 8192 // itemsize // block)
     else:
-        most = max(16, min(256, 16384 // itemsize // max(16, places)))
+        most = min(max(16, whole), 8192 // itemsize // max(16, places))
         # padding costs work, and so does every block: 192 is cut by 64, 384 by 128
-        sizes = [size for size in (16, 32, 64, 128, 256) if size <= min(most, max(16, whole))]
+        sizes = [size for size in (16, 32, 64, 128) if size <= max(16, most)]
         block = min(sizes, key=lambda size: (-(-channels // size) * (size + 16), -size))
         image_rows = max(1, 16 // places)
     image_rows = min(image_rows, triton.next_power_of_2(height))
@@ -333,6 +326,7 @@ def _shared(
         "loss_divisor": divisor,
         "C": channels,
         "BLOCK": chosen.block,
+        "SUMS": chosen.sums(channels),
         "HB": chosen.image_rows,
         "WB": chosen.places,
         "SPECTRAL": width > 0,

@@ -83,13 +83,13 @@ def swept_moments(
     """
     mean = tl.zeros((offsets.shape[0], 1), ACC)
     squares = tl.zeros((offsets.shape[0], 1), ACC)
-    for j in tl.static_range((C + BLOCK - 1) // BLOCK):
-        before: tl.constexpr = j * BLOCK
-        count: tl.constexpr = min(C - before, BLOCK)
+    for j in range((C + BLOCK - 1) // BLOCK):
+        count = tl.minimum(C - j * BLOCK, BLOCK).to(ACC)
+        share = count / (j * BLOCK + count)
         values = load_rows(base, offsets, valid, j, C, BLOCK).to(ACC)
         shift = tl.sum(values, 1)[:, None] / count - mean
         centred = mask_out_of_bounds(values - (mean + shift), valid, j, C, BLOCK)
         squares += tl.sum(centred * centred, 1)[:, None]
-        squares += shift * shift * (count * before / (before + count))
-        mean += shift * (count / (before + count))
+        squares += shift * shift * (count * (1 - share))
+        mean += shift * share
     return mean, 1.0 / tl.sqrt(squares / C + EPS)

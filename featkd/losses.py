@@ -64,13 +64,15 @@ class ProjectedFeatureKD(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """(B, N, Cs), (B, N, Ct) -> scalar."""
+        feature = self.proj(student)
+        norm: nn.Module | None = self.norm
+        if norm is not None and type(norm) is not nn.LayerNorm:
+            feature, norm = norm(feature), None
         return projected_feature_kd(
-            student,
+            feature,
             teacher,
-            self.proj.weight,
-            self.proj.bias,
-            None if self.norm is None else self.norm.weight,
-            None if self.norm is None else self.norm.bias,
+            norm_weight=None if norm is None else norm.weight,
+            norm_bias=None if norm is None else norm.bias,
             eps=self.eps,
             metric=self.metric,
             grid=self.grid,

@@ -262,9 +262,6 @@ class Config:
     splits: int
     slots: int
     num_warps: int
-    threads: int
-    """Of a processor, at least; see `launch`."""
-
     def sums(self, channels: int) -> int:
         """Rows of the sums over rows: those of a tile, or one per block of channels."""
         blocks = -(-channels // self.block)
@@ -300,7 +297,7 @@ def config(
     splits = min(-(-height // image_rows), max(1, -(-programs // images)))
     slots = min(images, 4 * programs)
     warps = 8 if image_rows * places * block > 4096 else 4
-    return Config(image_rows, places, block, splits, slots, warps, 512 if places == 1 else 384)
+    return Config(image_rows, places, block, splits, slots, warps)
 
 
 def _shared(
@@ -386,7 +383,7 @@ def forward(
             "EPS": eps,
         },
         num_warps=chosen.num_warps,
-        threads=chosen.threads,
+        threads=384 if width else 512,
     )
     add_up(pooled_partial, pooled, loss_partial, loss, weight=gamma, bias=beta, divisor=tokens)
     return loss, pooled, statistics
@@ -437,6 +434,6 @@ def backward(
             "NORM": gamma is not None,
         },
         num_warps=chosen.num_warps,
-        threads=chosen.threads,
+        threads=384,
     )
     return d_feature, [] if partial is None else norm_gradients(partial, parameters)

@@ -262,6 +262,8 @@ class Config:
     splits: int
     slots: int
     num_warps: int
+    threads: int
+    """Of a processor, at least; see `launch`."""
 
     def sums(self, channels: int) -> int:
         """Rows of the sums over rows: those of a tile, or one per block of channels."""
@@ -297,8 +299,8 @@ def config(
     image_rows = min(image_rows, triton.next_power_of_2(height))
     splits = min(-(-height // image_rows), max(1, -(-programs // images)))
     slots = min(images, 4 * programs)
-    elements = image_rows * places * block
-    return Config(image_rows, places, block, splits, slots, 8 if elements > 4096 else 4)
+    warps = 8 if image_rows * places * block > 4096 else 4
+    return Config(image_rows, places, block, splits, slots, warps, 512 if places == 1 else 384)
 
 
 def _shared(
@@ -384,6 +386,7 @@ def forward(
             "EPS": eps,
         },
         num_warps=chosen.num_warps,
+        threads=chosen.threads,
     )
     add_up(pooled_partial, pooled, loss_partial, loss, weight=gamma, bias=beta, divisor=tokens)
     return loss, pooled, statistics
@@ -434,5 +437,6 @@ def backward(
             "NORM": gamma is not None,
         },
         num_warps=chosen.num_warps,
+        threads=chosen.threads,
     )
     return d_feature, [] if partial is None else norm_gradients(partial, parameters)

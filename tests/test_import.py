@@ -22,7 +22,7 @@ LAYERS = (
     ("train",),
     ("diagnostics", "cache"),
     ("models", "data"),
-    ("losses", "lowrank"),
+    ("losses",),
     ("functional", "linalg"),
     ("ops",),
     ("kernels", "cpu"),
@@ -43,7 +43,7 @@ LAYERS = (
         "recipes",
         "__init__",
     ),
-    ("remote", "factors"),
+    ("remote",),
 )
 
 

@@ -1,19 +1,18 @@
-"""A teacher's feature maps kept low-rank: their factors at an energy, and what is stored of them.
+"""Low-rank compression of a teacher's feature maps, and its inverse.
 
 One image's map needs few singular directions ([EM26], "per-image low rank"; docs/method.md,
 section 5): U_k S_k and V_k at an energy threshold are smaller than the map wherever
-k < N C / (N + C). The losses of `featkd.functional` take the factors in the map's place.
+k < N C / (N + C).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from featkd import checks, linalg
-from featkd.factors import LowRank, restore
 
 __all__ = ["FORMS", "LowRank", "compress", "dequantise", "quantise", "restore"]
 
@@ -22,6 +21,18 @@ FORMS: tuple[Form, ...] = ("fp16", "int8")
 
 _MOST = 1e38  # what is near float32's largest could be rounded to Inf
 _RESOLVED = 2.0**-23  # of the largest: a smaller singular value is float32's rounding
+
+
+class LowRank(NamedTuple):
+    """Feature maps (B, N, C) as `left @ right.mT`, image by image.
+
+    Attributes:
+        left: (B, N, k) float32, U_k S_k of each image's own rank, and zeros beyond it.
+        right: (B, C, k) float32, V_k, orthonormal columns, and zeros beyond the image's rank.
+    """
+
+    left: Tensor
+    right: Tensor
 
 
 def compress(
@@ -85,6 +96,22 @@ def compress(
     left.copy_(u * (s * kept).unsqueeze(1))
     right.copy_(vh.mT * kept.unsqueeze(1))
     return LowRank(left, right), ranks
+
+
+def restore(factors: LowRank, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Multiplies the factors to maps (B, N, C): one batched product in float32, then in `dtype`.
+
+    A column of U_k S_k can exceed float16's range where no value of the map does, and a product
+    of rounded factors would err more than the map's own rounding. Autocast is ignored.
+
+    Example:
+        >>> restore(LowRank(torch.ones(1, 2, 1), torch.ones(1, 3, 1)))
+        tensor([[[1., 1., 1.],
+                 [1., 1., 1.]]])
+    """
+    left, right = factors
+    with torch.autocast(left.device.type, enabled=False):
+        return torch.bmm(left, right.mT).to(dtype)
 
 
 def _check_rank(rank: object, most: int) -> None:

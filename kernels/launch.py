@@ -77,8 +77,9 @@ def redirect(launcher: Launcher, arch: int = 80) -> Iterator[None]:
 
 def can_run_on(device: torch.device) -> bool:
     """Checks whether kernels can run on tensors of this device."""
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-    return device.type == "cuda" or _redirected is not None or interpreted
+    if device.type == "cuda" or _redirected is not None:
+        return True
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 @lru_cache(maxsize=16)

@@ -89,7 +89,7 @@ def add_up(
         "BLOCK": _BLOCK,
         "ACC": triton_type(source.dtype),
     }
-    launch(sum_partials, (max(1, triton.cdiv(elements, _BLOCK)), groups), arguments, num_warps=4)
+    launch(sum_partials, (max(1, -(-elements // _BLOCK)), groups), arguments, num_warps=4)
 
 
 def norm_gradients(partial: Tensor, parameters: list[Tensor]) -> list[Tensor]:
@@ -105,4 +105,3 @@ def norm_gradients(partial: Tensor, parameters: list[Tensor]) -> list[Tensor]:
     add_up(partial.view(1, programs, count * channels), out.view(1, -1))
     # the parameters of a norm share a dtype; one that differs costs a copy
     return [out[i].to(p.dtype) for i, p in enumerate(parameters)]
-

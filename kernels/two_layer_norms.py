@@ -168,7 +168,7 @@ def forward(
     if count and channels:
         launch(
             two_norms_forward,
-            (triton.cdiv(count, chosen.rows),),
+            (-(-count // chosen.rows),),
             {
                 "h": h,
                 **dict(zip(("gamma_p", "beta_p", "gamma_1", "beta_1"), parameters, strict=True)),
@@ -208,7 +208,7 @@ def backward(
     acc = accumulation_dtype(h.dtype)
     chosen = config(channels, acc.itemsize)
     count = images * tokens
-    programs = min(2 * processors(h.device), triton.cdiv(count, chosen.rows))
+    programs = min(2 * processors(h.device), -(-count // chosen.rows))
     d_h = torch.empty_like(h)
     partial = h.new_empty(programs, 4, channels, dtype=acc) if need_norms else None
     launch(

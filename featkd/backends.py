@@ -58,8 +58,9 @@ def use_backend(name: str) -> Iterator[None]:
     """Choose the backend of all ops that this thread calls while the block runs.
 
     A backward pass runs on its forward pass's backend. Other threads, also those started inside of
-    the block, choose for themselves; FEATKD_BACKEND sets the default of all. `torch.utils.checkpoint`
-    recomputes in one of autograd's threads: put the block inside of the checkpointed function.
+    the block, choose for themselves; FEATKD_BACKEND sets the default of all.
+    `torch.utils.checkpoint` recomputes in one of autograd's threads: put the block inside of the
+    checkpointed function.
 
     Args:
         name: "auto", "triton" or "reference". A call that the kernels do not support still runs on

@@ -241,7 +241,13 @@ def _add(sums, values, j, BLOCKS: tl.constexpr, SUMS: tl.constexpr):
 
 @triton.jit
 def _store_sums(
-    base, entry, sums, BLOCKS: tl.constexpr, SUMS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
+    base,
+    entry,
+    sums,
+    BLOCKS: tl.constexpr,
+    SUMS: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Stores the sums over rows as an entry of an (entries, C) tensor."""
     if BLOCKS == 1:
@@ -262,6 +268,7 @@ class Config:
     splits: int
     slots: int
     num_warps: int
+
     def sums(self, channels: int) -> int:
         """Rows of the sums over rows: those of a tile, or one per block of channels."""
         blocks = -(-channels // self.block)
@@ -363,7 +370,10 @@ def forward(
     programs = chosen.slots * chosen.splits
     loss = loss_partial = pooled = pooled_partial = statistics = None
     if teacher is not None:
-        loss_partial, loss = feature.new_empty(programs, dtype=acc), feature.new_empty((), dtype=acc)
+        loss_partial, loss = (
+            feature.new_empty(programs, dtype=acc),
+            feature.new_empty((), dtype=acc),
+        )
     if pooled_dtype is not None:
         pooled_partial = feature.new_empty(images, chosen.splits, channels, dtype=acc)
         pooled = feature.new_empty(images, channels, dtype=pooled_dtype)

@@ -1,4 +1,4 @@
-"""The row op of `projected_feature_kd` and `lift_head`: distance from a teacher's map, and pooling."""
+"""The row op of `projected_feature_kd` and `lift_head`: distance from a teacher, and pooling."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _run_backward(
     statistics: Tensor,
     width: int,
     need_norm: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of the feature map, the norm's weight and its bias; empty if not needed."""
     from featkd.kernels import feature_distance as kernels
 
@@ -126,8 +126,8 @@ def _run_backward(
         width=width,
         need_norm=need_norm,
     )
-    d_gamma, d_beta, *_ = (*norms, feature.new_empty(0), feature.new_empty(0))
-    return d_feature, d_gamma, d_beta
+    nothing = [feature.new_empty(0) for _ in range(2 - len(norms))]
+    return d_feature, *norms, *nothing
 
 
 def _fake_backward(
@@ -140,7 +140,7 @@ def _fake_backward(
     statistics: Tensor,
     width: int,
     need_norm: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     norms = [
         x.new_empty(x.shape) if x is not None and need_norm else feature.new_empty(0)
         for x in (gamma, beta)

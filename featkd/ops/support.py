@@ -13,7 +13,7 @@ from featkd import backends
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-_library = torch.library.Library("featkd", "FRAGMENT")
+_library: Any = torch.library.Library("featkd", "FRAGMENT")
 
 
 def choose(
@@ -116,7 +116,7 @@ def define(
             return op(*arguments)
         if not torch.is_grad_enabled():
             return run(*arguments)
-        return Function.apply(*arguments)  # type: ignore[no-untyped-call]
+        return Function.apply(*arguments)
 
     return call
 

@@ -46,7 +46,8 @@ def _run(
     from featkd.kernels import two_layer_norms as kernels
 
     parameters = (gamma_p, beta_p, gamma_1, beta_1)
-    return kernels.forward(h, parameters, eps=eps, residual_dtype=residual_dtype)
+    residual, normed = kernels.forward(h, parameters, eps=eps, residual_dtype=residual_dtype)
+    return residual, normed
 
 
 def _fake(
@@ -71,7 +72,7 @@ def _run_backward(
     beta_1: Tensor,
     eps: float,
     need_norms: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of h and of the four parameters, the latter empty if not needed."""
     from featkd.kernels import two_layer_norms as kernels
 
@@ -95,7 +96,7 @@ def _fake_backward(
     beta_1: Tensor,
     eps: float,
     need_norms: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     parameters = (gamma_p, beta_p, gamma_1, beta_1)
     norms = (p.new_empty(p.shape if need_norms else (0,)) for p in parameters)
     return h.new_empty(h.shape), *norms

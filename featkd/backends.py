@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -100,22 +100,31 @@ def record(op: str, backend: str) -> None:
     _last[op] = backend
 
 
-def choose(op: str, device: torch.device, unsupported: Callable[[], str]) -> str:
-    """Returns "triton" or "reference", the backend of one call.
+def choose(
+    op: str,
+    device: torch.device,
+    unsupported: Callable[[], str],
+    *,
+    own: str = "triton",
+    devices: Sequence[str] = ("cuda",),
+) -> str:
+    """Returns the backend of one call: the op's own one, or "reference".
 
     Args:
         op: the op's name.
         device: the tensors' device.
-        unsupported: returns why the Triton kernels cannot take this call, or "".
+        unsupported: returns why the op's own backend cannot take this call, or "".
+        own: name of the op's own backend.
+        devices: kinds of device on which "auto" takes it.
     """
     wanted = wanted_backend()
-    if wanted == "reference" or (wanted == "auto" and device.type != "cuda"):
+    if wanted == "reference" or (wanted == "auto" and device.type not in devices):
         return "reference"
     # a custom op's outputs have no tangents, and torch says nothing if no input requires grad
     tangents = forward_ad._current_level >= 0  # of torch.func.jvp too
     why = "forward-mode derivatives" if tangents else unsupported()
     if not why:
-        return "triton"
+        return own
     _warn_once(op, why)
     return "reference"
 

@@ -20,8 +20,10 @@ def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         RuntimeError: a matrix holds NaN or Inf, or does not converge.
     """
-    backend = backends.choose(NAME, x.device, lambda name: _unsupported(name, x))
-    backend = "cuda" if backend == "triton" else backend  # the GPU's backend is csrc's own here
+    kind = x.device.type  # csrc has a half for each
+    backend = backends.choose(
+        NAME, x.device, lambda: _unsupported(x), own=kind, devices=("cpu", "cuda")
+    )
     backends.record(NAME, backend)
     if not bool(x.isfinite().all()):
         raise RuntimeError("svd: x holds NaN or Inf, of which Jacobi finds no singular vectors")
@@ -39,10 +41,10 @@ def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, vh
 
 
-def _unsupported(backend: str, x: Tensor) -> str:
-    device = {"triton": "cuda"}.get(backend, backend)
-    if x.device.type != device:
-        return f"Jacobi has no {backend} kernel for tensors on {x.device.type}"
+def _unsupported(x: Tensor) -> str:
+    device = x.device.type
+    if device not in ("cpu", "cuda"):
+        return f"Jacobi has no kernel for tensors on {device}"
     if not 1 <= min(x.shape[-2:]) <= MOST_ROWS:
         return f"the smaller side of {x.shape[-2]} x {x.shape[-1]} is not 1 to {MOST_ROWS}"
     why: str = extension.missing()

@@ -45,8 +45,10 @@ def spectrum(x: Tensor, thresholds: Sequence[float], *, wide: bool) -> Spectrum:
     Args:
         wide: whether to compute in float64 whatever the dtype; the results' dtype stays.
     """
-    backend = backends.choose(NAME, x.device, lambda name: _unsupported(name, x))
-    backend = "cuda" if backend == "triton" else backend  # the GPU's backend is csrc's own here
+    kind = x.device.type  # csrc has a half for each
+    backend = backends.choose(
+        NAME, x.device, lambda: _unsupported(x), own=kind, devices=("cpu", "cuda")
+    )
     backends.record(NAME, backend)
     if backend == "reference":
         return Spectrum(*reference.spectrum(x, thresholds))
@@ -57,16 +59,16 @@ def spectrum(x: Tensor, thresholds: Sequence[float], *, wide: bool) -> Spectrum:
     return Spectrum(*(part.reshape((*batch, *part.shape[1:])) for part in found))
 
 
-def _unsupported(backend: str, x: Tensor) -> str:
+def _unsupported(x: Tensor) -> str:
     if x.dtype not in support.DTYPES:
         return f"a tensor in {x.dtype}"
     if not 1 <= min(x.shape[-2:]) <= MOST_ROWS:
         return (
             f"matrices of {x.shape[-2]} x {x.shape[-1]}: the smaller side is not 1 to {MOST_ROWS}"
         )
-    device = {"triton": "cuda"}.get(backend, backend)
-    if x.device.type != device:
-        return f"tensors on {x.device.type}"
+    device = x.device.type
+    if device not in ("cpu", "cuda"):
+        return f"tensors on {device}"
     why: str = extension.missing()
     if why:
         return why

@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 from importlib import resources
 
-import torch
 import torch.compiler.config as config
-
-from featkd.environment import multiplies_bf16
 
 
 def tell_ops_apart() -> None:
@@ -17,20 +14,16 @@ def tell_ops_apart() -> None:
     torch keys a compiled graph by the names of the ops in it, and keeps what it traced of their
     backward passes: code compiled before an op changed came back after it, and called the op with
     arguments that it no longer had, or gave the old gradient (torch 2.14). The key's tag, which the
-    user may have set too, takes up the ops' sources, those of the rule for the type of products on
-    a CPU, and what it says of this processor: what the ops keep for their backward passes depends
-    on it. A second call changes nothing.
+    user may have set too, takes up the ops' sources. A second call changes nothing.
 
     torch's settings are a thread's own: this holds where it is called, that is in the thread that
     imports the ops first. TORCH_COMPILE_CACHE_KEY_TAG holds in all.
     """
     digest = hashlib.blake2b(digest_size=8)
-    package = resources.files("featkd")
-    ops = sorted((package / "ops").iterdir(), key=lambda file: file.name)
-    for source in (*ops, package / "cpu" / "chunks.py", package / "environment.py"):
+    ops = (resources.files("featkd") / "ops").iterdir()
+    for source in sorted(ops, key=lambda file: file.name):
         if source.is_file():
             digest.update(source.read_bytes())
-    digest.update(str(multiplies_bf16(torch.device("cpu"))).encode())
     tag = f"featkd.ops-{digest.hexdigest()}"
     if tag not in config.cache_key_tag:
         config.cache_key_tag += tag

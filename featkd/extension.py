@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
+
+from featkd import backends
 
 LIBRARY = Path(__file__).with_name("_csrc.so")
 
 _known: dict[Path, str] = {}
+
+
+def choose(op: str, kernel: str, device: torch.device, unsupported: Callable[[], str]) -> str:
+    """Backend of a call of an op that csrc implements: "cpu", "cuda" or "reference".
+
+    Args:
+        op: name of the op, for `backends.last_backend` and the one warning that says why a call
+            runs on the reference.
+        kernel: csrc's operator, like "featkd::spectrum".
+        device: where the tensors are; on others than CPU and CUDA the reference runs.
+        unsupported: returns why csrc cannot take this call, or "".
+    """
+    if backends.wanted_backend() == "reference" or device.type not in ("cpu", "cuda"):
+        return "reference"
+    # a custom op's outputs have no tangents, and torch says nothing where no input requires grad
+    tangents = forward_ad._current_level >= 0  # of torch.func.jvp too
+    why = "forward-mode derivatives" if tangents else unsupported() or missing()
+    if not why and not has_kernel(kernel, device.type):
+        why = f"csrc has no {device.type} half"
+    if not why:
+        return device.type
+    backends._warn_once(op, why)
+    return "reference"
 
 
 def missing() -> str:
@@ -30,9 +57,7 @@ def _load() -> str:
 
 def has_kernel(op: str, device: str) -> bool:
     """Whether an operator like "featkd::spectrum" is implemented for "cpu" or "cuda" tensors."""
-    keys = {"cpu": "CPU", "cuda": "CUDA"}
-    key = keys.get(device)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op, device.upper())
 
 
 # What `torch.compiler.assume_constant_result` sets, which imports all of the compiler.

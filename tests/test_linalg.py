@@ -25,7 +25,7 @@ from tests.spectra import FAMILIES, THRESHOLDS, lapack, with_values
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = ((196, 192), (196, 384), (49, 96), (64, 64), (33, 20), (5, 5), (1, 7), (3, 1))
 
-NEEDED: dict[str, set[str]] = {  # of the processor, by the instruction sets of csrc/cpu.cpp
+NEEDED: dict[str, set[str]] = {  # of the processor, by the instruction sets of csrc/isa.cpp
     "portable": set(),
     "avx2": {"avx2", "fma"},
     "avx512": {"avx2", "fma", "avx512f", "avx512dq", "avx512vl"},

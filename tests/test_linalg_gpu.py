@@ -57,6 +57,48 @@ def test_jacobi_with_scratch_in_global_memory_and_tiny_values():
     torch.testing.assert_close(found, known, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(196, 384), (300, 200), (40, 33)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_leading_vectors_of_every_family(family: str, shape: tuple[int, int]):
+    x = matrices(family, *shape)
+    u, s, vh = (part.cpu() for part in linalg.svd(x.cuda(), 20))
+    assert featkd.last_backend("svd") == "cuda"
+    largest = torch.from_numpy(lapack(x.numpy()).values)[:, :1].clamp_min(1e-300)
+    assert ((s - linalg.svd(x, 20).S).abs() / largest).max() < 1e-7  # by the Gram matrix both
+    for part in (u, vh.mT):
+        assert (part.mT @ part - torch.eye(20)).abs().max() < 1e-12
+    assert (((x @ vh.mT - u * s.unsqueeze(-2)).abs().amax((1, 2))) / largest[:, 0]).max() < 1e-7
+
+
+def test_angles():
+    one, other = matrices("flat", 384, 30, count=4), matrices("geometric", 384, 40, count=4)
+    found = linalg.principal_angles(one.cuda(), other.cuda()).cpu()
+    torch.testing.assert_close(found, linalg.principal_angles(one, other), rtol=1e-9, atol=1e-12)
+
+
+def test_a_graph_captures_everything_and_replays_it():
+    calls = [
+        lambda x: linalg.spectrum(x).values,
+        linalg.svdvals,
+        lambda x: linalg.svd(x, 9).S,
+        lambda x: linalg.svd(x, method="jacobi").S,
+        lambda x: linalg.principal_angles(x[..., :5], x[..., 3:9]),
+    ]
+    first, second = (matrices("features", 60, 80, count=5).cuda() * scale for scale in (1, 3))
+    x = first.clone()
+    for call in calls:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            call(x)  # workspaces of torch's libraries
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = call(x)
+        for given in (second, first):
+            x.copy_(given)
+            graph.replay()
+            assert torch.equal(found, call(given))
+
+
 def test_another_stream_and_scratch_in_global_memory():
     x = torch.randn(3, 500, 512, generator=torch.Generator().manual_seed(0))
     with torch.cuda.stream(torch.cuda.Stream()):

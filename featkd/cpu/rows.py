@@ -52,10 +52,3 @@ torch.library.define(
     "Tensor(a!) slope, Tensor(b!)? sums) -> ()",
 )
 two_norms_backward = torch.ops.featkd.two_norms_rows_backward.default
-
-# softmax over the keys of `pre` times the scores, then `post` times that, plus `bias`; in place.
-# Scores are (B, heads, queries, keys) numbers, and so are the (heads, heads) mixes.
-torch.library.define(
-    "featkd::mix_heads", "(Tensor(a!) scores, Tensor pre, Tensor post, Tensor bias) -> ()"
-)
-mix_heads = torch.ops.featkd.mix_heads.default

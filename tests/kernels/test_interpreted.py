@@ -10,13 +10,7 @@ from pathlib import Path
 
 import pytest
 
-OPS = (
-    "projected_feature_kd",
-    "soft_kd",
-    "widelast_projection",
-    "lift_head",
-    "talking_heads_attention",
-)
+OPS = ("projected_feature_kd", "soft_kd", "widelast_projection", "lift_head")
 
 
 def interpreted(op: str, what: str) -> str:

@@ -18,14 +18,12 @@ from featkd.ops import (
     lift_head,
     projected_feature_kd,
     soft_kd,
-    talking_heads_attention,
     widelast_projection,
 )
 from tests.kernels.conftest import WRITTEN
 from tests.kernels.feature_kd_cases import Problem as FeatureProblem
 from tests.kernels.lift_head_cases import Problem as LiftProblem
 from tests.kernels.soft_kd_cases import Problem as LogitsProblem
-from tests.kernels.talking_heads_cases import Problem as HeadsProblem
 from tests.kernels.widelast_cases import EPS
 from tests.kernels.widelast_cases import Problem as WideProblem
 
@@ -39,7 +37,7 @@ NEEDS = [(True, True), (True, False), (False, True)]
 # arguments of kernels that come with their strides
 STRIDED = {
     *("student", "teacher", "target", "features", "x", "weight", "partial"),
-    *("d_residual", "d_normed", "query", "key", "value"),
+    *("d_residual", "d_normed"),
 }
 
 
@@ -186,11 +184,3 @@ def test_widelast_projection_for_triton(dtypes, launched):
 def test_soft_kd_for_triton(problem, dtype, launched):
     check_soft_kd(problem, dtype, "triton")
     assert launched
-
-
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_talking_heads_attention(backend, launched):
-    x = HeadsProblem(2, 4, 9, 8).tensors(torch.float32)
-    given = (x["q"], x["k"], x["v"], turned(x["pre_weight"]), x["post_weight"], x["post_bias"])
-    check(talking_heads_attention._forward, *given, 0.3, torch.float32, backend)
-    assert set(launched) == (set() if backend == "cpu" else {"attend"})

@@ -31,21 +31,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#if defined(__CUDACC__)
-#define FEATKD_INLINE __device__ __forceinline__
-#define FEATKD_SIZE __host__ __device__ __forceinline__
-#define FEATKD_UNROLLED _Pragma("unroll")
-#else
-#define FEATKD_INLINE inline __attribute__((always_inline))
-#define FEATKD_SIZE FEATKD_INLINE
-#define FEATKD_UNROLLED _Pragma("GCC unroll 8")
-#endif
-
-// each instruction set's code has a namespace of its own, so that the linker never takes one's
-// copy of a function for another's
-#ifndef FEATKD_ISA
-#define FEATKD_ISA portable
-#endif
+#include "../target.h"
 
 namespace featkd::FEATKD_ISA {
 

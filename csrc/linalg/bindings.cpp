@@ -4,26 +4,44 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <dlfcn.h>
+
 #include <new>
 #include <tuple>
 
-#include "bindings.h"
+#include "../bindings.h"
 #include "cpu.h"
 #if defined(FEATKD_WITH_CUDA)
-#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cuda.h"
 #endif
 
+// A function of a library that the process has loaded, or null. torch loads its libraries
+// RTLD_LOCAL, where RTLD_DEFAULT finds nothing. For current_stream, and for the tests.
+extern "C" __attribute__((visibility("default"))) void* featkd_loaded_symbol(const char* library,
+                                                                             const char* name) {
+  void* const handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+  return handle ? dlsym(handle, name) : nullptr;
+}
+
 namespace {
 
-using torch::headeronly::ScalarType;
 using featkd::run_parallel;
-using featkd::type_of;
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+featkd::Type type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return featkd::Type::f32;
+    case ScalarType::Double: return featkd::Type::f64;
+    case ScalarType::BFloat16: return featkd::Type::bf16;
+    case ScalarType::Half: return featkd::Type::f16;
+    default: STD_TORCH_CHECK(false, "x: expected float32, float64, bfloat16 or float16");
+  }
+}
 
 struct Call {
   featkd::Problem problem;
@@ -111,13 +129,17 @@ Turned jacobi_cpu(Tensor given) {
 }
 
 #if defined(FEATKD_WITH_CUDA)
-// torch's CUDA library has this function; one without CUDA has not, and loads this file too.
+// The stable ABI's function of every torch with CUDA from 2.10 on. It is not linked to, because a
+// torch without CUDA loads this library too.
 void* current_stream(int32_t device) {
   using Function = int32_t (*)(int32_t, void**);
-  static const auto ask =
-      reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  static const auto ask = reinterpret_cast<Function>(
+      featkd_loaded_symbol("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream"));
+  STD_TORCH_CHECK(ask != nullptr,
+                  "featkd.linalg: libtorch_cuda.so has no aoti_torch_get_current_cuda_stream");
   void* stream = nullptr;
-  STD_TORCH_CHECK(ask != nullptr && ask(device, &stream) == 0, "featkd.linalg: no CUDA stream");
+  STD_TORCH_CHECK(ask(device, &stream) == 0, "featkd.linalg: torch names no stream of CUDA device ",
+                  device);
   return stream;
 }
 

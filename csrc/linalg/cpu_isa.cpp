@@ -4,8 +4,6 @@
 #include "jacobi.h"
 #include "spectrum.h"
 
-#define FEATKD_JOIN_(a, b) a##b
-#define FEATKD_JOIN(a, b) FEATKD_JOIN_(a, b)
 #define FEATKD_QUOTE_(a) #a
 #define FEATKD_QUOTE(a) FEATKD_QUOTE_(a)
 

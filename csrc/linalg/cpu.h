@@ -1,6 +1,7 @@
-// The CPU's kernels, one set an instruction set, and the choice among them.
+// The CPU's solvers, one set per instruction set.
 #pragma once
 
+#include "../deal.h"
 #include "problem.h"
 
 namespace featkd {
@@ -15,15 +16,6 @@ struct CpuKernels {
   // Rows are `length` numbers apart, a multiple of 8, zero behind the n-th
   int (*jacobi)(int n, double* rows, double* turns, int length);
 };
-
-// The kernels of this processor: the best that it has, or at most the one named by FEATKD_ISA
-// (avx512, avx2, portable).
-enum class Isa { portable, avx2, avx512 };
-Isa isa();
-const CpuKernels& cpu_kernels();
-
-// Runs `body(context)` in up to `count` threads at once, at least one.
-using Parallel = void (*)(int count, void (*body)(void* context), void* context);
 
 // Solves the whole batch with `threads` threads, which take the next matrix as they come free.
 // Throws std::bad_alloc.

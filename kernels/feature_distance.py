@@ -57,7 +57,7 @@ def distance_forward(
     split, splits, slot = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     energy = tl.zeros((HB * WB,), ACC)
     for image in range(slot, images, tl.num_programs(1)):
-        image_64 = image.to(tl.int64)
+        image_64 = tl.cast(image, tl.int64)  # the interpreter counts in Python
         from_feature = feature + image_64 * feature_image
         pooled = tl.zeros((SUMS, BLOCK), ACC)
         for tile in range(split, (height + HB - 1) // HB, splits):
@@ -131,7 +131,7 @@ def distance_backward(
     d_gamma = tl.zeros((SUMS, BLOCK), ACC)
     d_beta = tl.zeros((SUMS, BLOCK), ACC)
     for image in range(slot, images, tl.num_programs(1)):
-        image_64 = image.to(tl.int64)
+        image_64 = tl.cast(image, tl.int64)  # the interpreter counts in Python
         from_feature = feature + image_64 * feature_image
         from_pooled = d_pooled
         if d_pooled is not None:
@@ -241,7 +241,13 @@ def _add(sums, values, j, BLOCKS: tl.constexpr, SUMS: tl.constexpr):
 
 @triton.jit
 def _store_sums(
-    base, entry, sums, BLOCKS: tl.constexpr, SUMS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
+    base,
+    entry,
+    sums,
+    BLOCKS: tl.constexpr,
+    SUMS: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Stores the sums over rows as an entry of an (entries, C) tensor."""
     if BLOCKS == 1:
@@ -364,7 +370,10 @@ def forward(
     programs = chosen.slots * chosen.splits
     loss = loss_partial = pooled = pooled_partial = statistics = None
     if teacher is not None:
-        loss_partial, loss = feature.new_empty(programs, dtype=acc), feature.new_empty((), dtype=acc)
+        loss_partial, loss = (
+            feature.new_empty(programs, dtype=acc),
+            feature.new_empty((), dtype=acc),
+        )
     if pooled_dtype is not None:
         pooled_partial = feature.new_empty(images, chosen.splits, channels, dtype=acc)
         pooled = feature.new_empty(images, channels, dtype=pooled_dtype)

@@ -57,7 +57,7 @@ def distance_forward(
     split, splits, slot = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     energy = tl.zeros((HB * WB,), ACC)
     for image in range(slot, images, tl.num_programs(1)):
-        image_64 = image.to(tl.int64)
+        image_64 = tl.cast(image, tl.int64)  # the interpreter counts in Python
         from_feature = feature + image_64 * feature_image
         pooled = tl.zeros((SUMS, BLOCK), ACC)
         for tile in range(split, (height + HB - 1) // HB, splits):
@@ -131,7 +131,7 @@ def distance_backward(
     d_gamma = tl.zeros((SUMS, BLOCK), ACC)
     d_beta = tl.zeros((SUMS, BLOCK), ACC)
     for image in range(slot, images, tl.num_programs(1)):
-        image_64 = image.to(tl.int64)
+        image_64 = tl.cast(image, tl.int64)  # the interpreter counts in Python
         from_feature = feature + image_64 * feature_image
         from_pooled = d_pooled
         if d_pooled is not None:

@@ -1,26 +1,84 @@
-"""Run in a process of its own under TRITON_INTERPRET=1: an op's kernels themselves, in float64.
+"""Run in a process of its own under TRITON_INTERPRET=1: the kernels themselves, in float64.
 
-python -m tests.kernels.interpreted OP gradcheck
-python -m tests.kernels.interpreted OP mutants
-
-`tests.kernels.float64_OP` defines what is run: `worst(kernels)` is the largest relative error over
-its problems of the kernels of a module, `gradcheck()` calls torch's through the public function,
-and MUTANTS are (name, what stands in the kernels' source, what a slip would have put there).
+python -m tests.kernels.interpreted OP
 """
 
 from __future__ import annotations
 
-import importlib
-import shutil
 import sys
-import tempfile
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from triton.language.core import is_builtin
 from triton.runtime import interpreter
 
-from featkd import kernels as package
+import featkd
+from featkd.kernels import feature_distance, soft_kd, two_layer_norms
+from tests.ops import feature_cases, norms_cases, soft_kd_cases
+from tests.ops.comparing import Tensors
+
+FEATURES = [
+    feature_cases.Problem(9, 15, 40, 5, student=6, bias=True),
+    feature_cases.Problem(3, 8, 24, 4, student=5, pooled=True),
+    feature_cases.Problem(9, 45, 300, student=5, teacher=False, pooled=True),
+    feature_cases.Problem(3, 9, 33, norm="weight"),
+    feature_cases.Problem(5, 12, 36, 4, norm="none"),
+]
+NORMS = [
+    norms_cases.Problem(3, 19, 5, 300),
+    norms_cases.Problem(1, 3, 5, 7, ("normed",)),
+    norms_cases.Problem(1, 3, 5, 7, ("residual",)),
+]
+LOGITS = [
+    soft_kd_cases.Problem(7, 33),
+    soft_kd_cases.Problem(5, 33, 0.3, 1.7, soft=True),
+    soft_kd_cases.Problem(3, 5000, 0.5, 1.7),
+]
+
+
+def check_feature_distance() -> None:
+    feature_distance.processors = lambda device: 1  # a program has several images and tiles
+    for problem in FEATURES:
+        inputs = problem.inputs(torch.float64)
+        problem.assert_exact(problem.run(inputs), inputs)
+    for width in (0, 2, 3):
+        problem = feature_cases.Problem(2, 6, 5, width, student=3, pooled=True)
+        inputs = problem.inputs(torch.float64)
+        gradcheck(problem.fused, inputs, ("teacher",))
+
+
+def check_two_layer_norms() -> None:
+    two_layer_norms.processors = lambda device: 1
+    for problem in NORMS:
+        inputs = problem.inputs(torch.float64)
+        problem.assert_exact(problem.run(inputs), inputs)
+    gradcheck(NORMS[1].fused, NORMS[1].inputs(torch.float64))
+
+
+def check_soft_kd() -> None:
+    for problem in LOGITS:
+        inputs = problem.inputs(torch.float64)
+        problem.assert_exact(problem.run(inputs), inputs)
+    for soft in (False, True):
+        problem = soft_kd_cases.Problem(3, 5, 0.3, 1.7, soft)
+        gradcheck(problem.fused, problem.inputs(torch.float64), soft_kd_cases.CONSTANT)
+    small, soft_kd.config = soft_kd.config, lambda *_: soft_kd.Config(2, 4, num_warps=1)
+    problem.assert_exact(problem.run(inputs := problem.inputs(torch.float64)), inputs)
+    soft_kd.config = small
+
+
+def gradcheck(
+    function: Callable[..., Tensors], inputs: Tensors, constant: tuple[str, ...] = ()
+) -> None:
+    """torch's numerical gradients through the public function."""
+    names = [n for n, x in inputs.items() if n not in constant and x.is_floating_point()]
+
+    def outputs(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = function(**inputs | dict(zip(names, leaves, strict=True)))
+        return tuple(found.values())
+
+    torch.autograd.gradcheck(outputs, [inputs[n].requires_grad_() for n in names], fast_mode=True)
 
 
 def scan_once_a_kernel() -> None:
@@ -39,33 +97,11 @@ def scan_once_a_kernel() -> None:
     interpreter._patch_builtin = patch
 
 
-def gradcheck(op: str) -> None:
-    """float64 against autograd, and torch's numerical gradients through the public function."""
-    suite = importlib.import_module(f"tests.kernels.float64_{op}")
-    found = suite.worst(importlib.import_module(f"featkd.kernels.{op}"))
-    assert found < 1e-13, found
-    suite.gradcheck()
-    print("gradcheck passed")
-
-
-def mutants(op: str) -> None:
-    """Prints each mutant's largest error over the problems: a slip that stays small is not seen."""
-    suite = importlib.import_module(f"tests.kernels.float64_{op}")
-    folder = Path(tempfile.mkdtemp())
-    sys.path.insert(0, str(folder))
-    source = Path(next(iter(package.__path__)))
-    for i, (name, there, slip) in enumerate([("none", "", ""), *suite.MUTANTS]):
-        copy = folder / f"mutant{i}"
-        shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
-        texts = {path: path.read_text() for path in copy.glob("*.py")}
-        assert any(there in text for text in texts.values()), f"{name}: not in the kernels"
-        for path, text in texts.items():
-            slipped = text.replace(there, slip) if there else text
-            path.write_text(slipped.replace("featkd.kernels", copy.name))
-        kernels = importlib.import_module(f"{copy.name}.{op}")
-        print(f"{name}\t{suite.worst(kernels):.3e}", flush=True)
-
-
 if __name__ == "__main__":
     scan_once_a_kernel()
-    {"gradcheck": gradcheck, "mutants": mutants}[sys.argv[2]](sys.argv[1])
+    op = sys.argv[1]
+    with featkd.use_backend("triton"):
+        globals()[f"check_{op}"]()
+    called = {"feature_distance": "lift_head", "two_layer_norms": "widelast_projection"}
+    assert featkd.last_backend(called.get(op, op)) == "triton"
+    print("passed")

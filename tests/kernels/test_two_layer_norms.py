@@ -1,0 +1,96 @@
+"""The kernels of widelast_projection: PTX executed with all checks on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import featkd
+from tests.kernels.conftest import executing, tokens_far_apart
+from tests.ops.comparing import assert_same_bits, views
+from tests.ops.norms_cases import Problem
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+# between them: rows and channels that do not fill their tiles; programs with several tiles, and
+# one; both outputs used, and either; rows' dtype, and that of the norms' parameters
+CASES = [
+    (Problem(3, 49, 24, 200), BF16, F32),
+    (Problem(2, 9, 20, 33, ("normed",)), F16, F16),
+    (Problem(1, 1, 5, 7, ("residual",)), F32, F32),
+    (Problem(2, 9, 20, 40), F16, F32),
+    (Problem(2, 9, 20, 40), BF16, BF16),
+]
+LAUNCHES = ["two_norms_forward", "two_norms_backward", "sum_partials"]
+SMALL = Problem(3, 6, 12, 20)
+
+
+@pytest.fixture(autouse=True)
+def triton():
+    with featkd.use_backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize(("problem", "rows", "parameters"), CASES, ids=str)
+@pytest.mark.usefixtures("few_programs")
+def test_as_exact_as_torch(executed, problem, rows, parameters):
+    inputs = problem.inputs(rows, parameters)
+    got = problem.run(inputs)
+    assert executed == LAUNCHES
+    problem.assert_exact(got, inputs)
+
+
+@pytest.mark.parametrize(("arch", "rows", "parameters"), [(80, BF16, F32), (90, F16, F32)], ids=str)
+def test_as_exact_as_torch_at_the_published_widths(arch, rows, parameters):
+    problem = Problem(1, 98, 192, 384)
+    inputs = problem.inputs(rows, parameters)
+    with executing(arch) as executed:
+        got = problem.run(inputs)
+    assert executed == LAUNCHES
+    problem.assert_exact(got, inputs)
+
+
+def test_views_and_expanded_gradients_give_the_same_bits(executed):
+    inputs, upstream = SMALL.inputs(BF16, F32), SMALL.upstream(BF16)
+    upstream["normed"] = upstream["normed"][:1, :, :1].expand(3, 6, 20)
+    plain = SMALL.run(inputs, {n: x.contiguous() for n, x in upstream.items()})
+    for name in ("sliced", "transposed"):
+        of_residual = {**upstream, "residual": views(upstream["residual"])[name]}
+        assert_same_bits(SMALL.run(inputs, of_residual), plain)
+
+
+def test_a_second_run_and_an_upstream_gradient_keep_the_bits(executed):
+    """Threads run in another order, and a power of two is exact."""
+    inputs, upstream = SMALL.inputs(F32), SMALL.upstream(F32)
+    once = SMALL.run(inputs, upstream)
+    assert_same_bits(SMALL.run(inputs, upstream), once)
+    eighth = SMALL.run(inputs, {n: -0.125 * x for n, x in upstream.items()})
+    scaled = {n: x * (-0.125 if n.startswith("d_") else 1) for n, x in once.items()}
+    assert_same_bits(eighth, scaled)
+
+
+def test_gradients_more_than_two_to_the_31_elements_apart():
+    problem = Problem(1, 3, 5, 20)
+    inputs, upstream = problem.inputs(BF16, F32), problem.upstream(BF16)
+    with executing(check=False):  # for gigabytes between the elements
+        far = problem.run(inputs, {n: tokens_far_apart(x) for n, x in upstream.items()})
+        assert_same_bits(far, problem.run(inputs, upstream))
+
+
+@pytest.mark.parametrize("name", ["x", "normed", "residual"])
+def test_nan_stays_in_its_row(executed, name):
+    inputs, upstream = SMALL.inputs(BF16, F32), SMALL.upstream(BF16)
+    (inputs | upstream)[name][1, 3, 2] = float("nan")
+    got = SMALL.run(inputs, upstream)
+    for output in ("residual", "normed", "d_x"):
+        bad = [[1, 3]] if name == "x" or output == "d_x" else []
+        assert (~got[output].isfinite().all(2)).nonzero().tolist() == bad, output
+    assert not got["d_weight"].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+def test_no_rows_launch_nothing(executed, shape):
+    problem = Problem(*shape, 6, 10)
+    got = problem.run(problem.inputs(BF16, F32))
+    assert executed == []
+    assert got["residual"].shape == got["normed"].shape == (*shape, 10)
+    assert not any(x.any() for x in got.values())

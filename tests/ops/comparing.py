@@ -1,0 +1,76 @@
+"""Outputs and gradients by name, how close they must come to float64, and layouts of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def normal(generator: torch.Generator, *shape: int, scale: float = 1, mean: float = 0) -> Tensor:
+    return mean + scale * torch.randn(shape, generator=generator)
+
+
+def differentiate(
+    function: Callable[..., Tensors],
+    inputs: Tensors,
+    upstream: Tensors,
+    constant: tuple[str, ...] = (),
+) -> Tensors:
+    """Outputs, and gradients as "d_NAME".
+
+    Args:
+        function: takes the inputs by name and returns outputs by name.
+        upstream: the gradients of those outputs that are used.
+        constant: inputs that need no gradient; nor do integers.
+    """
+    needed = [n for n, x in inputs.items() if n not in constant and x.is_floating_point()]
+    leaves = {n: x.detach().requires_grad_(n in needed) for n, x in inputs.items()}
+    outputs = function(**leaves)
+    gradients = torch.autograd.grad(
+        [outputs[n] for n in upstream],
+        [leaves[n] for n in needed],
+        list(upstream.values()),
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    found = {f"d_{n}": gradient for n, gradient in zip(needed, gradients, strict=True)}
+    return {n: x.detach() for n, x in outputs.items()} | found
+
+
+def double(tensors: Tensors) -> Tensors:
+    return {n: x.double() if x.is_floating_point() else x for n, x in tensors.items()}
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """Relative L2 error."""
+    error = (got.double() - want.double()).norm()
+    return float(error if not error else error / want.double().norm())
+
+
+def assert_as_exact(got: Tensors, plain: Tensors, exact: Tensors) -> None:
+    """Errors against float64 of at most twice those of plain torch, and a few of float32's."""
+    assert set(got) == set(plain) == set(exact)
+    for name, want in exact.items():
+        assert got[name].dtype == plain[name].dtype, name
+        tiny = 1e-13 if got[name].dtype == torch.float64 else 4 * torch.finfo(torch.float32).eps
+        allowed = 2 * relative(plain[name], want) + tiny
+        error = relative(got[name], want)
+        assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
+
+
+def assert_same_bits(got: Tensors, want: Tensors) -> None:
+    assert set(got) == set(want)
+    for name, x in want.items():
+        assert torch.equal(got[name], x), name
+
+
+def views(x: Tensor) -> Tensors:
+    """Tensors equal to x in every element, laid out in other ways."""
+    wider = x.new_zeros(x.shape[0] * 2, *x.shape[1:-1], x.shape[-1] + 3)
+    wider[::2, ..., 2:-1] = x
+    return {"sliced": wider[::2, ..., 2:-1], "transposed": x.mT.contiguous().mT}

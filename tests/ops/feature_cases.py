@@ -1,0 +1,109 @@
+"""Problems for projected_feature_kd and lift_head, and the same by torch's own functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featkd.functional import lift_head, projected_feature_kd
+from tests.ops.comparing import Tensors, assert_as_exact, differentiate, double, normal
+
+EPS = 1e-2  # so large that a slip in it is seen
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes, and what there is; `width` 0 is the mse, and `student` 0 no projector.
+
+    `pooled` calls lift_head, which returns the mean over the tokens too.
+    """
+
+    batch: int
+    tokens: int
+    channels: int
+    width: int = 0
+    student: int = 0
+    bias: bool = False
+    norm: str = "both"  # none, weight, both
+    teacher: bool = True
+    pooled: bool = False
+
+    def __str__(self) -> str:
+        kind = f"w{self.width}" if self.teacher else "alone"
+        sizes = f"{self.batch}x{self.tokens}x{self.student}to{self.channels}"
+        parts = [sizes, kind, self.norm, *["bias"] * self.bias, *["pooled"] * self.pooled]
+        return "-".join(parts)
+
+    def inputs(self, rows: torch.dtype, parameters: torch.dtype | None = None) -> Tensors:
+        """The maps in one dtype, the norm's parameters in another if so asked for."""
+        g = torch.Generator().manual_seed(0)
+        of_norm, ct, cs = parameters or rows, self.channels, self.student
+        tensors = {
+            "student": normal(g, self.batch, self.tokens, cs or ct, mean=0.5).to(rows),
+            "teacher": normal(g, self.batch, self.tokens, ct).to(rows),
+            "weight": normal(g, ct, cs or 1, scale=(cs or 1) ** -0.5, mean=0.1).to(rows),
+            "bias": normal(g, ct).to(rows),
+            "norm_weight": normal(g, ct, scale=0.3, mean=1).to(of_norm),
+            "norm_bias": normal(g, ct).to(of_norm),
+        }
+        absent = {
+            "teacher": not self.teacher,
+            "weight": not cs,
+            "bias": not self.bias,
+            "norm_weight": self.norm == "none",
+            "norm_bias": self.norm != "both",
+        }
+        return {name: x for name, x in tensors.items() if not absent.get(name)}
+
+    def upstream(self, outputs: Tensors, loss: float = 3.0) -> Tensors:
+        """Gradients of the outputs; those of the pooled map as large as the loss's at each token."""
+        g, size = torch.Generator().manual_seed(1), 1 / (self.batch * self.channels)
+        given = {"pooled": normal(g, self.batch, self.channels, scale=size)}
+        given["loss"] = torch.tensor(loss)
+        return {n: given[n].to(x.dtype) for n, x in outputs.items()}
+
+    def grid(self) -> tuple[int, int] | None:
+        return (self.tokens // self.width, self.width) if self.width else None
+
+    def fused(self, student: Tensor, **others: Tensor) -> Tensors:
+        """featkd's own."""
+        options = {"eps": EPS, "metric": "spectral" if self.width else "mse", "grid": self.grid()}
+        if not self.pooled:
+            return {"loss": projected_feature_kd(student, **others, **options)}
+        pooled, loss = lift_head(student, **others, **options)
+        return {"pooled": pooled} if loss is None else {"pooled": pooled, "loss": loss}
+
+    def plain(self, student: Tensor, **others: Tensor) -> Tensors:
+        """torch's linear layer in the student's dtype, the rest in float32 or float64; an FFT."""
+        rows = student
+        if "weight" in others:
+            rows = F.linear(student, others["weight"], others.get("bias"))
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        if "norm_weight" in others:
+            weight, bias = (None if x is None else x.to(rows.dtype) for x in self._norm(others))
+            rows = F.layer_norm(rows, (self.channels,), weight, bias, EPS)
+        found = {"pooled": rows.mean(1).to(student.dtype)} if self.pooled else {}
+        if "teacher" in others:
+            error = rows - others["teacher"].to(rows.dtype)
+            if self.width:
+                maps = error.mT.reshape(self.batch, self.channels, *self.grid())
+                error = torch.view_as_real(torch.fft.rfft2(maps, norm="ortho"))
+            found["loss"] = error.square().mean()
+        return found
+
+    def _norm(self, others: Tensors) -> tuple[Tensor, Tensor | None]:
+        return others["norm_weight"], others.get("norm_bias")
+
+    def run(self, inputs: Tensors, loss: float = 3.0, by_torch: bool = False) -> Tensors:
+        """Outputs and gradients."""
+        function = self.plain if by_torch else self.fused
+        with torch.no_grad():
+            upstream = self.upstream(self.plain(**inputs), loss)
+        return differentiate(function, inputs, upstream, ("teacher",))
+
+    def assert_exact(self, got: Tensors, inputs: Tensors) -> None:
+        exact = self.run(double(inputs), by_torch=True)
+        assert_as_exact(got, self.run(inputs, by_torch=True), exact)

@@ -1,0 +1,74 @@
+"""Problems for widelast_projection, and the same by torch's own functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featkd.functional import widelast_projection
+from tests.ops.comparing import Tensors, assert_as_exact, differentiate, double, normal
+
+EPS = 1e-2  # so large that a slip in it is seen
+NORMS = ("proj_norm_weight", "proj_norm_bias", "norm1_weight", "norm1_bias")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes, and which of the outputs are used."""
+
+    batch: int
+    tokens: int
+    student: int
+    channels: int
+    used: tuple[str, ...] = ("residual", "normed")
+
+    def __str__(self) -> str:
+        sizes = f"{self.batch}x{self.tokens}x{self.student}to{self.channels}"
+        return "-".join((sizes, *self.used))
+
+    def inputs(self, rows: torch.dtype, parameters: torch.dtype | None = None) -> Tensors:
+        """x and the weight in one dtype, the norms' parameters in another if so asked for."""
+        g, ct = torch.Generator().manual_seed(0), self.channels
+        means = dict(zip(NORMS, (1, 0, 1, 0), strict=True))
+        return {
+            "x": normal(g, self.batch, self.tokens, self.student, mean=0.5).to(rows),
+            "weight": normal(g, ct, self.student, scale=self.student**-0.5, mean=0.1).to(rows),
+            **{
+                n: normal(g, ct, scale=0.3, mean=m).to(parameters or rows) for n, m in means.items()
+            },
+        }
+
+    def upstream(self, dtype: torch.dtype) -> Tensors:
+        g = torch.Generator().manual_seed(1)
+        shape = (self.batch, self.tokens, self.channels)
+        both = {n: normal(g, *shape, mean=0.5).to(dtype) for n in ("residual", "normed")}
+        return {n: both[n] for n in self.used}
+
+    def fused(self, **inputs: Tensor) -> Tensors:
+        """featkd's own."""
+        residual, normed = widelast_projection(**inputs, eps=EPS)
+        return {"residual": residual, "normed": normed}
+
+    def plain(self, x: Tensor, weight: Tensor, **norms: Tensor) -> Tensors:
+        """torch's linear layer in x's dtype, the norms in float32 or float64."""
+        rows = F.linear(x, weight)
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        p = [norms[n].to(rows.dtype) for n in NORMS]
+        residual = F.layer_norm(rows, (self.channels,), p[0], p[1], EPS)
+        normed = F.layer_norm(residual, (self.channels,), p[2], p[3], EPS)
+        return {"residual": residual.to(x.dtype), "normed": normed.to(x.dtype)}
+
+    def run(
+        self, inputs: Tensors, upstream: Tensors | None = None, by_torch: bool = False
+    ) -> Tensors:
+        """Outputs and gradients."""
+        upstream = self.upstream(inputs["x"].dtype) if upstream is None else upstream
+        return differentiate(self.plain if by_torch else self.fused, inputs, upstream)
+
+    def assert_exact(self, got: Tensors, inputs: Tensors) -> None:
+        upstream = double(self.upstream(inputs["x"].dtype))
+        exact = self.run(double(inputs), upstream, by_torch=True)
+        assert_as_exact(got, self.run(inputs, by_torch=True), exact)

@@ -1,0 +1,103 @@
+"""Problems for soft_kd, and the same by torch's own losses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featkd.functional import soft_kd
+from tests.ops.comparing import Tensors, assert_as_exact, differentiate, double, normal
+
+CONSTANT = ("teacher", "target")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes, weights, and whether the labels are soft (they then do not sum to one)."""
+
+    batch: int
+    classes: int
+    alpha: float = 0.9
+    tau: float = 1.0
+    soft: bool = False
+
+    def __str__(self) -> str:
+        kind = "soft" if self.soft else "index"
+        return f"{self.batch}x{self.classes}-alpha{self.alpha}-tau{self.tau}-{kind}"
+
+    def inputs(self, dtype: torch.dtype, others: torch.dtype | None = None) -> Tensors:
+        """Student, teacher (no matter what alpha is) and target; logits up to about 10."""
+        g, shape = torch.Generator().manual_seed(0), (self.batch, self.classes)
+        target = torch.randint(self.classes, (self.batch,), generator=g)
+        if self.soft:
+            target = (1.3 * normal(g, *shape).softmax(1)).to(others or dtype)
+        student, teacher = (normal(g, *shape, scale=3) for _ in range(2))
+        return {
+            "student": student.to(dtype), "teacher": teacher.to(others or dtype), "target": target,
+        }  # fmt: skip
+
+    def fused(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensors:
+        """featkd's own."""
+        return {"loss": soft_kd(student, teacher, target, alpha=self.alpha, tau=self.tau)}
+
+    def plain(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensors:
+        """torch's cross-entropy and divergence, in float32 or float64."""
+        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+        x, loss = student.to(dtype), torch.zeros((), dtype=dtype)
+        if self.alpha < 1:
+            labels = target.to(dtype) if self.soft else target
+            loss = loss + (1 - self.alpha) * F.cross_entropy(x, labels)
+        if self.alpha > 0:
+            log_t = (teacher.to(dtype) / self.tau).log_softmax(1)
+            log_s = (x / self.tau).log_softmax(1)
+            divergence = F.kl_div(log_s, log_t, log_target=True, reduction="batchmean")
+            loss = loss + self.alpha * self.tau**2 * divergence
+        return {"loss": loss}
+
+    def run(self, inputs: Tensors, loss: float = 3.0, by_torch: bool = False) -> Tensors:
+        """The loss and the student's gradient."""
+        wide = torch.float64 if inputs["student"].dtype == torch.float64 else torch.float32
+        upstream = {"loss": torch.tensor(loss, dtype=wide)}
+        return differentiate(self.plain if by_torch else self.fused, inputs, upstream, CONSTANT)
+
+    def assert_exact(self, got: Tensors, inputs: Tensors, loss: float = 3.0) -> None:
+        exact = self.run(double(inputs), loss, by_torch=True)
+        assert_as_exact(got, self.run(inputs, loss, by_torch=True), exact)
+
+
+INF, NAN = math.inf, math.nan
+# (student, teacher, label) of a row each, where the loss or the gradient is not finite, or nearly
+SPECIAL_ROWS = [
+    ([0.5, -INF, 1.0, 2.0], [1.0, 0.0, 0.5, 0.0], 2),  # a class that the student rules out
+    ([0.5, 1.0, 1.0, 2.0], [1.0, -INF, 0.5, 0.0], 2),  # one that the teacher rules out
+    ([0.5, -INF, 1.0, 2.0], [1.0, -INF, 0.5, 0.0], 2),  # both
+    ([0.5, -INF, 1.0, 2.0], [1.0, 0.0, 0.5, 0.0], 1),  # the label
+    ([-INF, -INF, -INF, -INF], [1.0, 0.0, 0.5, 0.0], 0),
+    ([INF, 0.0, 0.5, 0.0], [1.0, 0.0, 0.5, 0.0], 0),
+    ([1.0, 0.0, 0.5, 0.0], [1.0, INF, 0.5, 0.0], 0),
+    ([1.0, NAN, 0.5, 0.0], [1.0, 0.0, 0.5, 0.0], 0),
+    ([1.0, 0.0, 0.5, 0.0], [1.0, NAN, 0.5, 0.0], 0),
+    ([1e4, -1e4, 0.0, 0.0], [-80.0, 80.0, 0.0, 0.0], 1),
+    ([3e4, 3e4, 3e4, 3e4 + 2], [0.0, 0.0, 0.0, 3.0], 3),
+]
+
+
+def assert_special_rows(alpha: float, tau: float, soft: bool) -> None:
+    """Each row alone gives what the equation gives in IEEE arithmetic, as torch works it out."""
+    for student, teacher, label in SPECIAL_ROWS:
+        target = torch.tensor([label])
+        inputs = {
+            "student": torch.tensor([student]),
+            "teacher": torch.tensor([teacher]),
+            "target": F.one_hot(target, 4).float() if soft else target,
+        }
+        problem = Problem(1, 4, alpha, tau, soft)
+        got, want = problem.run(inputs), problem.run(inputs, by_torch=True)
+        for name, x in want.items():
+            torch.testing.assert_close(
+                got[name], x, equal_nan=True, rtol=1e-5, atol=1e-5, msg=f"{student}, {teacher}"
+            )

@@ -13,7 +13,7 @@ from featkd import backends
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-_library: Any = torch.library.Library("featkd", "FRAGMENT")
+_library: Any = torch.library.Library("featkd", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def choose(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import featkd
+from benchmarks.gpu.recorder import NotHere
 from featkd import backends
 
 from .accuracy import (
@@ -29,10 +30,6 @@ from .forms import FORMS, MAIN, Form, Sizes, Tensors
 
 FP32 = PRECISIONS["fp32"]
 _CLOSE = 2e-5  # of two float32 computations of the same: sums in another order
-
-
-class NotHere(Exception):
-    """This machine can't run the check; says why."""
 
 
 def sizes_for(form: Form, device: torch.device) -> Sizes:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 import featkd
+from benchmarks.gpu.recorder import NotHere
 from featkd import linalg
 from tests.spectra import FAMILIES, THRESHOLDS, lapack
-
-from .behaviour import NotHere
 
 SHAPES = ((196, 192), (196, 384), (49, 96), (64, 64), (300, 200), (33, 20), (1, 7), (3, 1))
 SMALL = ((33, 20), (1, 7))

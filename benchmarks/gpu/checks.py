@@ -34,7 +34,9 @@ def ops(recorder: Recorder, device: torch.device, shard: int, shards: int) -> No
 
 def linalg(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
     """The operators of csrc."""
-    for number, (name, check) in enumerate(decompositions.cases(small=device.type == "cpu").items()):
+    for number, (name, check) in enumerate(
+        decompositions.cases(small=device.type == "cpu").items()
+    ):
         if number % shards == shard:
             recorder.run(name, partial(check, device))
 

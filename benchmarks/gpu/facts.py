@@ -41,8 +41,8 @@ NEEDED = {
     "nvidia.dali": ("nvidia-dali-cuda130", "the DALI loader; timm's is used"),
 }
 _LOOK = """
-import importlib.util, json, platform, sys
-found = {"python": platform.python_version(), "missing": []}
+import importlib.metadata, importlib.util, json, platform, sys
+found = {"python": platform.python_version(), "missing": [], "gpus": []}
 for name in json.loads(sys.argv[1]):
     try:
         there = importlib.util.find_spec(name) is not None
@@ -50,19 +50,18 @@ for name in json.loads(sys.argv[1]):
         there = False
     if not there:
         found["missing"].append(name)
-found["gpus"] = []
-for name in ("torch", "triton", "timm", "numpy", "torchvision", "setuptools"):
+for name in ("triton", "timm", "numpy", "torchvision", "setuptools"):
     try:
-        found[name] = str(__import__(name).__version__)
-    except Exception as error:
-        found[name] = "none: " + str(error)[:200]
+        found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        found[name] = "none"
 try:
     import torch
-    found["cuda"] = str(torch.version.cuda)
+    found["torch"], found["cuda"] = str(torch.__version__), str(torch.version.cuda)
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
-            found["gpus"].append([p.name, p.total_memory, p.major, p.minor, p.multi_processor_count])
+            found["gpus"].append([p.name, p.total_memory, p.major, p.minor])
 except Exception as error:
     found["torch_error"] = str(error)[:500]
 print("FACTS" + json.dumps(found))
@@ -80,7 +79,9 @@ def look() -> dict[str, Any]:
         found = {"missing": [], "gpus": [], "torch_error": f"{type(error).__name__}: {error}"}
     if "ninja" in found["missing"] and shutil.which("ninja"):
         found["missing"].remove("ninja")
-    driver = _output("nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader")
+    driver = _output(
+        "nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"
+    )
     found["driver"] = driver.splitlines()[0] if driver else "unknown"
     found["nvcc"] = (_output(nvcc() or "nvcc", "--version").splitlines() or ["none"])[-1]
     commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
@@ -135,7 +136,7 @@ def build_environment(gpus: list[Any]) -> dict[str, str]:
     """For this GPU alone, which takes a third of the time."""
     known = {**os.environ}
     if gpus:
-        _, _, major, minor, _ = gpus[0]
+        _, _, major, minor = gpus[0]
         known["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
         known["FEATKD_CUDA"] = "1"
     return known

@@ -10,7 +10,6 @@ from typing import Any
 from .schedule import Outcome
 
 MARK = "gpu"
-_PARTS_OF_PAGE = ("speed", "updates", "launches")
 
 
 def content(found: Mapping[str, Any], outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -90,7 +89,9 @@ def page(results: Mapping[str, Any]) -> str:
         for kind in ("failed", "skipped"):
             reasons: dict[str, list[str]] = {}
             for item in part[kind]:
-                reasons.setdefault(_short(item["message"]) or "never ended", []).append(item["name"])
+                reasons.setdefault(_short(item["message"]) or "never ended", []).append(
+                    item["name"]
+                )
             text += [
                 f"\n- {part['name']}, {kind}: {', '.join(names[:6])}"
                 f"{f' and {len(names) - 6} more' if len(names) > 6 else ''}: {reason}"
@@ -112,7 +113,7 @@ def tables(results: Mapping[str, Any]) -> str:
     speed = {k.removeprefix("speed/"): v for k, v in by_name.items() if k.startswith("speed/")}
     names = ("eager", "compile", "reference", "featkd")
     for metric, title in (
-        ("gpu_us", "GPU time, us (launched from Python, cold L2)"),
+        ("gpu_us", "GPU time, us (launched from Python, L2 flushed before)"),
         ("graph_us", "GPU time as a CUDA graph, us"),
         ("host_us", "the host's time, us"),
     ):
@@ -127,7 +128,7 @@ def tables(results: Mapping[str, Any]) -> str:
         if lines:
             header = ("forward and backward", *names, "best of the others / featkd")
             text.append(f"{title}:\n\n{_table(header, lines)}\n")
-    lines = [
+    updates = [
         (
             case.removeprefix("updates/"),
             f"{values['featkd', 'update']:.1f}",
@@ -138,18 +139,18 @@ def tables(results: Mapping[str, Any]) -> str:
         for case, values in by_name.items()
         if case.startswith("updates/")
     ]
-    if lines:
-        header = ("update of the trainer", "ms", "images/s", "first loss", "last loss")
-        text.append(_table(header, lines) + "\n")
-    lines = [
+    if updates:
+        columns = ("update of the trainer", "ms", "images/s", "first loss", "last loss")
+        text.append(_table(columns, updates) + "\n")
+    launches = [
         (variant, f"{value:.1f}")
         for case, values in by_name.items()
         if case.startswith("launches/")
         for (variant, metric), value in values.items()
         if metric == "time"
     ]
-    if lines:
-        text.append(_table(("launch", "us"), lines) + "\n")
+    if launches:
+        text.append(_table(("launch", "us"), launches) + "\n")
     return "\n".join([*text, f"{origin(results['meta'])}.\n"])
 
 

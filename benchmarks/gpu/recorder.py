@@ -92,7 +92,9 @@ def read(path: Path) -> list[Item]:
             line = json.loads(text)
         except ValueError:  # the process was ended as it wrote
             continue
-        figures = tuple((str(v), str(m), str(u), float(x)) for v, m, u, x in line.get("figures", ()))
+        figures = tuple(
+            (str(v), str(m), str(u), float(x)) for v, m, u, x in line.get("figures", ())
+        )
         found[line["name"]] = Item(
             line["name"], line["status"], line.get("seconds", 0.0), line.get("message", ""), figures
         )

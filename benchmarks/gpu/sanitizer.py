@@ -12,8 +12,8 @@ from functools import partial
 
 import torch
 
-from tests.gpu import accuracy, behaviour
-from tests.gpu.forms import FORMS, Sizes
+from tests.gpu import accuracy
+from tests.gpu.forms import FORMS, MAIN, Sizes
 
 from .recorder import NotHere, Recorder
 
@@ -25,9 +25,9 @@ _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 
 def checks(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
     """An item for each op and tool."""
-    items = [(name, tool) for tool in TOOLS for name in (*behaviour.MAIN, *CSRC)]
+    items = [(name, tool) for tool in TOOLS for name in (*MAIN, *CSRC)]
     if device.type == "cpu":
-        items = [(behaviour.MAIN[1], "none")]
+        items = [(MAIN[1], "none")]
     for number, (name, tool) in enumerate(items):
         if number % shards == shard:
             recorder.run(f"{tool}/{name}", partial(_check, name, tool, device))
@@ -55,7 +55,8 @@ def _check(name: str, tool: str, device: torch.device) -> None:
         counts = _SUMMARY.findall(output)
         # kernels of cuBLAS are checked too: the lines name the kernel
         reports = "\n".join(line for line in output.splitlines() if "=========" in line)
-        assert counts and not any(map(int, counts)), f"{tool}: {reports[:1500]}"
+        assert counts, f"{tool} gave no summary: {output[-600:]}"
+        assert not any(map(int, counts)), f"{tool}: {reports[:1500]}"
 
 
 def main(words: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -120,10 +121,8 @@ class _Process:
     def kill(self) -> None:
         """End it and all that it started."""
         assert self.handle is not None
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.handle.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.handle.wait()
 
 

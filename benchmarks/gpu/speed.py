@@ -1,7 +1,7 @@
 """Part: each op against plain torch: GPU time, time as a CUDA graph, and the host's time apart.
 
 Variants: `eager` (plain torch written for speed), `compile` (torch.compile of it), `reference`
-(torch.compile of featkd's own plain torch) and `featkd`, each forward and backward. In the precision
+(torch.compile of featkd's own plain torch) and `featkd`, each forward and backward. In precision
 `autocast` the student and the parameters are float32 and all run under bf16 autocast; in `bf16`
 every tensor is bf16.
 """
@@ -97,7 +97,11 @@ def runs(problem: Problem, precision: str, device: torch.device) -> dict[str, Ru
     leaves = [tensors[name] for name in problem.differentiable]
 
     def context() -> AbstractContextManager[object]:
-        return torch.autocast(device.type, torch.bfloat16) if precision == "autocast" else nullcontext()
+        return (
+            torch.autocast(device.type, torch.bfloat16)
+            if precision == "autocast"
+            else nullcontext()
+        )
 
     def reference(x: Tensors) -> tuple[Tensor, ...]:
         with featkd.use_backend("reference"):
@@ -153,9 +157,9 @@ def measure(problem: Problem, precision: str, device: torch.device) -> list[Figu
         failures.append(f"featkd ran on {featkd.last_backend(problem.op)}")
     for name, gradients in results.items():
         for x, y in zip(gradients, results.get("eager", gradients), strict=True):
-            error = float((x.double() - y.double()).norm() / y.double().norm())
-            if not error < 0.06:
-                failures.append(f"{name} differs from eager by {error:.1e}")
+            gap = float((x.double() - y.double()).norm() / y.double().norm())
+            if not gap < 0.06:
+                failures.append(f"{name} differs from eager by {gap:.1e}")
     graphs = {} if device.type == "cpu" else _captured(ready, device, failures)
     for metric, steps in (("gpu_us", ready), ("graph_us", graphs)):
         for name, times in _times(steps, device).items():
@@ -176,7 +180,7 @@ def _captured(
     found: dict[str, Callable[[], object]] = {}
     for name, run in ready.items():
         try:
-            stream = torch.cuda.Stream(device)
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 for _ in range(2):

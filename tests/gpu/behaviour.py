@@ -159,7 +159,7 @@ def side_stream(form: Form, device: torch.device) -> None:
     torch.cuda.synchronize(device)
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]  # about 0.1 s
+        torch.cuda._sleep(200_000_000)  # about 0.1 s
         for name, x in late.items():
             x.copy_(tensors[name].detach())
         got = results(form, leaves, form.ours(leaves, sizes), upstream)
@@ -222,7 +222,7 @@ def compiled(form: Form, device: torch.device, mode: str = "default") -> None:
     backends._last.pop(form.op, None)
     options: dict[str, Any] = {"mode": mode} if device.type == "cuda" else {"backend": "aot_eager"}
 
-    @torch.compile(fullgraph=True, dynamic=False, **options)  # type: ignore[untyped-decorator]
+    @torch.compile(fullgraph=True, dynamic=False, **options)
     def run(x: Tensors) -> tuple[Tensor, ...]:
         return form.ours(x, sizes)
 
@@ -231,7 +231,7 @@ def compiled(form: Form, device: torch.device, mode: str = "default") -> None:
         for _ in range(4):  # a CUDA graph is recorded in the second call, replayed from the third
             tensors = inputs_of(form, sizes, FP32, device)
             if device.type == "cuda":
-                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+                torch.compiler.cudagraph_mark_step_begin()
             with _backend(device):
                 outputs = run(tensors)
             got = results(form, tensors, outputs)

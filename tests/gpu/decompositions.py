@@ -140,7 +140,7 @@ def side_stream(device: torch.device) -> None:
     torch.cuda.synchronize(device)
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(200_000_000)
         late.copy_(x)
         values = linalg.svdvals(late)
     stream.synchronize()

@@ -40,6 +40,7 @@ NEEDED = {
     "pytest": ("pytest, iniconfig, pluggy, packaging, pygments", "`pytest tests/gpu` only"),
     "nvidia.dali": ("nvidia-dali-cuda130", "the DALI loader; timm's is used"),
 }
+_SETUPTOOLS = 77  # pyproject.toml's
 _LOOK = """
 import importlib.metadata, importlib.util, json, platform, sys
 found = {"python": platform.python_version(), "missing": [], "gpus": []}
@@ -77,6 +78,7 @@ def look() -> dict[str, Any]:
         found: dict[str, Any] = json.loads(line.removeprefix("FACTS"))
     except (subprocess.TimeoutExpired, StopIteration, ValueError) as error:
         found = {"missing": [], "gpus": [], "torch_error": f"{type(error).__name__}: {error}"}
+    found["missing"] += too_old(found)
     if "ninja" in found["missing"] and shutil.which("ninja"):
         found["missing"].remove("ninja")
     driver = _output(
@@ -108,6 +110,12 @@ def nvcc() -> str | None:
 def carry(missing: list[str]) -> list[str]:
     """What to bring as wheels, a line each."""
     return [f"{NEEDED[name][0]}: needed for {NEEDED[name][1]}" for name in missing]
+
+
+def too_old(found: dict[str, Any]) -> list[str]:
+    """Modules that are here in a version that can't be used."""
+    old = found.get("setuptools", "none").partition(".")[0]
+    return ["setuptools"] if old.isdigit() and int(old) < _SETUPTOOLS else []
 
 
 def link() -> str:

@@ -62,7 +62,9 @@ class Recorder:
             status = "skipped" if skipped else "failed"
             message, figures = str(error), getattr(error, "figures", ())
             if not skipped:
-                message = f"{type(error).__name__}: {message}"[:2000]
+                frame = traceback.extract_tb(error.__traceback__)[-1]
+                place = f"{Path(frame.filename).name}:{frame.lineno}"
+                message = f"{type(error).__name__}: {message or frame.line} ({place})"[:2000]
                 traceback.print_exc()
                 broken = "CUDA error" in message or "CUDA driver error" in message
         seconds = time.monotonic() - started

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
 from tests.gpu import accuracy, behaviour, decompositions
+from tests.gpu.forms import FORMS, MAIN
 
 from .recorder import Figure, Recorder
 
@@ -15,30 +17,50 @@ Work = Callable[[], Sequence[Figure] | None]
 
 
 def ops(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
-    """Accuracy and behaviour of the fused ops."""
-    small = device.type == "cpu"
-    items: dict[str, Work] = {
-        str(case): partial(_measured, case, device) for case in accuracy.cases(small=small)
-    }
-    if small:
-        items = dict(list(items.items())[::6])
-    # what takes long first: compilation
-    for name, form, check in reversed(behaviour.cases()):
-        items = {name: partial(check, form, device), **items}
-    if small:
-        items = {k: v for k, v in items.items() if not k.endswith("/compiled")}
-    for number, (name, work) in enumerate(items.items()):
-        if number % shards == shard:
-            recorder.run(name, work)
+    """Accuracy and behaviour of the fused ops, in an order that a cut leaves some of each."""
+    cases = list(accuracy.cases(small=device.type == "cpu"))
+    random.Random(0).shuffle(cases)
+    items = _behaviour(behaviour.QUICK, device)
+    chosen = cases[::6] if device.type == "cpu" else cases
+    items |= {str(case): partial(_measured, case, device) for case in chosen}
+    _deal(recorder, items, shard, shards)
+
+
+def compiled(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
+    """The fused ops in torch.compile's modes."""
+    items = _behaviour(behaviour.COMPILED, device)
+    if device.type == "cpu":
+        items = {k: v for k, v in items.items() if k == "soft_kd/indices/compiled"}
+    _deal(recorder, items, shard, shards)
+
+
+def large(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
+    """Maps of more than 2^31 elements, one after the other: each takes up to 40 GiB."""
+    for name, work in _behaviour(behaviour.LARGE, device).items():
+        recorder.run(name, work)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def linalg(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
     """The operators of csrc."""
-    for number, (name, check) in enumerate(
-        decompositions.cases(small=device.type == "cpu").items()
-    ):
+    checks = decompositions.cases(small=device.type == "cpu")
+    items: dict[str, Work] = {name: partial(check, device) for name, check in checks.items()}
+    _deal(recorder, items, shard, shards)
+
+
+def _behaviour(checks: Sequence[behaviour.Check], device: torch.device) -> dict[str, Work]:
+    return {
+        f"{form}/{check.__name__}": partial(check, FORMS[form], device)
+        for check in checks
+        for form in MAIN
+    }
+
+
+def _deal(recorder: Recorder, items: dict[str, Work], shard: int, shards: int) -> None:
+    for number, (name, work) in enumerate(items.items()):
         if number % shards == shard:
-            recorder.run(name, partial(check, device))
+            recorder.run(name, work)
 
 
 def _measured(case: accuracy.Case, device: torch.device) -> list[Figure]:

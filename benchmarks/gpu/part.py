@@ -12,6 +12,8 @@ from .recorder import Recorder
 # part -> module and function; imported here, so that a part needs only what it uses
 PARTS = {
     "ops": ("checks", "ops"),
+    "compiled": ("checks", "compiled"),
+    "large": ("checks", "large"),
     "linalg": ("checks", "linalg"),
     "updates": ("training", "updates"),
     "tools": ("training", "tools"),

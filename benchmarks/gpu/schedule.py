@@ -35,12 +35,14 @@ class Part:
 WAVES: tuple[tuple[Part, ...], ...] = (
     (
         Part("build", "csrc with its CUDA half", 230),
-        Part("ops", "accuracy and behaviour of the fused ops", 200, 0.45),
-        Part("warm", "compilation of what is timed later", 190, 0.3),
+        Part("ops", "accuracy and behaviour of the fused ops", 230, 0.5),
+        Part("warm", "compilation of what is timed later", 200, 0.3),
     ),
     (Part("speed", "ops against plain torch", 150),),
     (
-        Part("linalg", "featkd.linalg", 100, 0.1),
+        Part("linalg", "featkd.linalg", 120, 0.1),
+        Part("large", "maps of more than 2^31 elements", 120),
+        Part("compiled", "the fused ops in torch.compile's modes", 170, 0.3),
         Part("updates", "30 updates of the trainer in each mode", 170, 0.4),
         Part("tools", "cache, distill --cache, distill, diagnose", 150, 0.2),
         Part("sanitizer", "compute-sanitizer", 170, 0.3),
@@ -105,8 +107,8 @@ class _Process:
         now = time.monotonic()
         if code is None and now < min(deadline, self.started + self.part.limit):
             return True
+        self._end_group()  # what it started may outlive it
         if code is None:
-            self.kill()
             self.problem = f"ended after {now - self.started:.0f} s"
         elif code in (BROKEN, -signal.SIGSEGV, -signal.SIGABRT) and self.restarts < _RESTARTS:
             # the item that broke it is written down; go on with those after it
@@ -120,9 +122,14 @@ class _Process:
 
     def kill(self) -> None:
         """End it and all that it started."""
+        if self.handle is not None and self.ended is None:
+            self._end_group()
+
+    def _end_group(self) -> None:
         assert self.handle is not None
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.handle.pid, signal.SIGKILL)
+        self.handle.wait()
         self.handle.wait()
 
 
@@ -150,8 +157,7 @@ def run(
                 at_work = [p for p in at_work if p.look(deadline)]
         finally:
             for process in processes:
-                if process.handle is not None and process.handle.poll() is None:
-                    process.kill()
+                process.kill()
         for part in chosen:
             outcome = _outcome(part, [p for p in processes if p.part is part])
             outcomes.append(outcome)

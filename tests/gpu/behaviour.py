@@ -26,7 +26,7 @@ from .accuracy import (
     run_ours,
     upstream_of,
 )
-from .forms import FORMS, MAIN, Form, Sizes, Tensors
+from .forms import Form, Sizes, Tensors
 
 FP32 = PRECISIONS["fp32"]
 _CLOSE = 2e-5  # of two float32 computations of the same: sums in another order
@@ -326,12 +326,8 @@ def _repeated(
 
 
 Check = Callable[[Form, torch.device], None]
-CHECKS: tuple[Check, ...] = (
-    views, expanded, not_a_number, no_wait, side_stream, second_device, cuda_graph, compiled,
-    reduce_overhead, max_autotune, beyond_32_bits,
+QUICK: tuple[Check, ...] = (
+    views, expanded, not_a_number, no_wait, side_stream, second_device, cuda_graph,
 )  # fmt: skip
-
-
-def cases() -> list[tuple[str, Form, Check]]:
-    """(name, form, check) of all."""
-    return [(f"{form}/{check.__name__}", FORMS[form], check) for check in CHECKS for form in MAIN]
+COMPILED: tuple[Check, ...] = (compiled, reduce_overhead, max_autotune)
+LARGE: tuple[Check, ...] = (beyond_32_bits,)

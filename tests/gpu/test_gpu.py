@@ -11,9 +11,10 @@ from benchmarks.gpu.recorder import NotHere
 from featkd import extension
 
 from . import accuracy, behaviour, decompositions
-from .forms import FORMS
+from .forms import FORMS, MAIN
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+ALL = (*behaviour.QUICK, *behaviour.COMPILED, *behaviour.LARGE)
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,13 +60,13 @@ def _behave(check: behaviour.Check, form: str, device: torch.device) -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("form", behaviour.MAIN)
-@pytest.mark.parametrize("check", behaviour.CHECKS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("form", MAIN)
+@pytest.mark.parametrize("check", ALL, ids=lambda c: c.__name__)
 def test_behaviour(check: behaviour.Check, form: str):
     _behave(check, form, GPU)
 
 
-@pytest.mark.parametrize("form", behaviour.MAIN)
+@pytest.mark.parametrize("form", MAIN)
 @pytest.mark.parametrize(
     "check",
     [behaviour.views, behaviour.expanded, behaviour.not_a_number, behaviour.beyond_32_bits],
@@ -73,11 +74,6 @@ def test_behaviour(check: behaviour.Check, form: str):
 )
 def test_behaviour_on_a_cpu(check: behaviour.Check, form: str):
     _behave(check, form, CPU)
-
-
-@pytest.mark.slow
-def test_compiled_on_a_cpu():
-    behaviour.compiled(FORMS["soft_kd/indices"], CPU)
 
 
 @on_gpu

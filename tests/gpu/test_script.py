@@ -22,14 +22,14 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=facts.ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", [name for name in part.PARTS if name not in ("ops", "linalg")])
+@pytest.mark.parametrize("name", [name for name in part.PARTS if name != "linalg"])
 def test_a_part_runs_on_a_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(facts.ROOT)
     part.main([name, "cpu", "0", "1", str(tmp_path / "items")])
     items = read(tmp_path / "items")
     assert items
     for item in items:
-        assert item.status == "passed", item
+        assert item.status == "passed" or item.message == "needs a GPU", item
 
 
 def test_every_part_is_known():

@@ -6,18 +6,18 @@ from functools import partial
 
 import torch
 
-from .. import cases, measured, report
+from .. import measured, report
 from ..chips import CHIPS
 from .recorder import Failed, Figure, Recorder
 
+_OPS = ("projected_feature_kd", "lift_head", "widelast_projection", "soft_kd")
 _DTYPES = ("bf16", "fp32")
 
 
 def kernels(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
     """An item for each op and dtype."""
     small = device.type == "cpu"
-    ops = ("soft_kd",) if small else tuple(cases.OPS)
-    for op in ops:
+    for op in _OPS[-1:] if small else _OPS:
         for dtype in _DTYPES[:1] if small else _DTYPES:
             recorder.run(f"{op}/{dtype}", partial(_of, op, dtype, device))
 

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -142,7 +143,9 @@ class BuildCsrc(build_ext):
         for made in (target.parent, folder):
             made.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(ninja_file(torch, nvcc(), target))
-        command = [sys.executable, "-m", "ninja", "-C", str(folder), "-j", str(jobs())]
+        # the package that a build requires, or the system's where an environment lacks it
+        ninja = [sys.executable, "-m", "ninja"] if find_spec("ninja") else ["ninja"]
+        command = [*ninja, "-C", str(folder), "-j", str(jobs())]
         if subprocess.run(command).returncode:
             raise SystemExit("csrc: the build failed; the compiler's message is above")
 

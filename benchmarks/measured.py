@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from featkd.kernels.launch import architecture
-
 from .aot import run
 from .problem import Case
 
@@ -49,5 +47,11 @@ def measure(
         def launcher(kernel: Any, *launch: Any, title: str = title) -> None:
             found.append(Timed(title, str(kernel.fn.__name__), timer(kernel, *launch)))
 
-        run(case, launcher, architecture(torch.device(device)), device)
+        run(case, launcher, _arch(device), device)
     return name, found
+
+
+def _arch(device: str) -> int:
+    """Compute capability, times ten."""
+    major, minor = torch.cuda.get_device_capability() if device == "cuda" else (8, 0)
+    return 10 * major + minor

@@ -47,11 +47,5 @@ def measure(
         def launcher(kernel: Any, *launch: Any, title: str = title) -> None:
             found.append(Timed(title, str(kernel.fn.__name__), timer(kernel, *launch)))
 
-        run(case, launcher, _arch(device), device)
+        run(case, launcher, device)
     return name, found
-
-
-def _arch(device: str) -> int:
-    """Compute capability, times ten."""
-    major, minor = torch.cuda.get_device_capability() if device == "cuda" else (8, 0)
-    return 10 * major + minor

@@ -28,13 +28,13 @@ LAYERS = (
     ("kernels", "cpu"),
     ("reference",),
     ("arguments", "compile_cache"),
+    ("extension",),
     ("ptx",),  # a test bench: only benchmarks imports it
     (
         "backends",
         "checks",
         "distributed",
         "environment",
-        "extension",
         "files",
         "interrupt",
         "openmp",

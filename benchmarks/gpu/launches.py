@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ from .recorder import Figure, Recorder
 
 _OPS = ("projected_feature_kd", "lift_head", "widelast_projection", "soft_kd")
 _DTYPES = ("bf16", "fp32")
+_WORKERS = max(2, len(os.sched_getaffinity(0)) // 4)
 
 
 def kernels(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
@@ -35,7 +37,7 @@ def _of(op: str, dtype: str, device: torch.device) -> list[Figure]:
     """Registers, spills and broken rules as compiled; microseconds of each launch as measured."""
     asked = report.questions([op], "small", [dtype])
     found: list[Figure] = []
-    for row in report.compile_all(asked, [_arch(device)], workers=2):
+    for row in report.compile_all(asked, [_arch(device)], workers=_WORKERS):
         name = f"{row.case}/{row.kernel}"
         for metric, unit, value in (
             ("registers", "count", row.code.registers),

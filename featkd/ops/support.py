@@ -116,7 +116,7 @@ def define(
             return op(*arguments)
         if not torch.is_grad_enabled():
             return run(*arguments)
-        return Function.apply(*arguments)  # type: ignore[no-untyped-call]
+        return Function.apply(*arguments)
 
     return call
 

@@ -143,6 +143,11 @@ def config(channels: int, itemsize: int) -> Config:
     return Config(count, block, max(4, min(16, block * itemsize // 2048)))
 
 
+def _named(parameters: tuple[Tensor, Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+    names = ("gamma_p", "beta_p", "gamma_1", "beta_1")
+    return {n: channels_adjacent(p) for n, p in zip(names, parameters, strict=True)}
+
+
 def forward(
     h: Tensor,
     parameters: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -154,7 +159,7 @@ def forward(
 
     Args:
         h: (B, N, C), copied if it is not contiguous.
-        parameters: gamma_p, beta_p, gamma_1, beta_1, (C,) each.
+        parameters: gamma_p, beta_p, gamma_1, beta_1, (C,) each, copied likewise.
         eps: epsilon of both norms.
     """
     h = h.contiguous()
@@ -169,7 +174,7 @@ def forward(
             (triton.cdiv(count, chosen.rows),),
             {
                 "h": h,
-                **dict(zip(("gamma_p", "beta_p", "gamma_1", "beta_1"), parameters, strict=True)),
+                **_named(parameters),
                 "residual": residual,
                 "normed": normed,
                 "row_count": count,
@@ -192,8 +197,8 @@ def backward(
     *,
     eps: float,
     need_norms: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of h, in its dtype, and of the four parameters if `need_norms`.
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of h, in its dtype, and of the four parameters, (4, C), if `need_norms`.
 
     Args:
         d_residual, d_normed: (B, N, C), any floating dtype and strides; None for no gradient.
@@ -214,7 +219,7 @@ def backward(
         (programs,),
         {
             "h": h,
-            **dict(zip(("gamma_p", "beta_p", "gamma_1", "beta_1"), parameters, strict=True)),
+            **_named(parameters),
             "d_residual": d_residual,
             "d_normed": d_normed,
             "d_h": d_h,
@@ -233,4 +238,4 @@ def backward(
         },
         num_warps=chosen.num_warps,
     )
-    return d_h, [] if partial is None else norm_gradients(partial, list(parameters))
+    return d_h, None if partial is None else norm_gradients(partial, parameters[0].dtype)

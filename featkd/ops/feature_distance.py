@@ -162,12 +162,15 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 def _differentiate(ctx: Any, d_loss: Tensor | None, d_pooled: Tensor | None, _: Any) -> Any:
     if d_loss is None and d_pooled is None:
         return (None,) * 8
-    need_norm = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-    d_feature, d_norm = _backward(d_loss, d_pooled, *ctx.saved_tensors, ctx.width, need_norm)
-    d_gamma, d_beta = (
-        d_norm[row].to(ctx.saved_tensors[i].dtype) if ctx.needs_input_grad[i] else None
-        for row, i in ((0, 2), (1, 3))
+    _, _, need_gamma, need_beta, *_ = ctx.needs_input_grad
+    feature, teacher, gamma, beta, statistics = ctx.saved_tensors
+    d_feature, d_norm = _backward(
+        *(d_loss, d_pooled, feature, teacher, gamma, beta, statistics),
+        ctx.width,
+        need_gamma or need_beta,
     )
+    d_gamma = d_norm[0].to(gamma.dtype) if need_gamma else None
+    d_beta = d_norm[1].to(beta.dtype) if need_beta else None
     return d_feature, None, d_gamma, d_beta, None, None, None, None
 
 

@@ -108,8 +108,8 @@ def _differentiate(ctx: Any, d_residual: Tensor | None, d_normed: Tensor | None)
     if d_residual is None and d_normed is None:
         return (None,) * 7
     _, *needed = ctx.needs_input_grad[:5]
-    d_h, d_norms = _backward(d_residual, d_normed, *ctx.saved_tensors, ctx.eps, any(needed))
-    parameters = ctx.saved_tensors[1:]
+    h, *parameters = ctx.saved_tensors  # once: a checkpoint allows no second time
+    d_h, d_norms = _backward(d_residual, d_normed, h, *parameters, ctx.eps, any(needed))
     of_norms = (d_norms[i].to(p.dtype) if needed[i] else None for i, p in enumerate(parameters))
     return d_h, *of_norms, None, None
 

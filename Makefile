@@ -9,11 +9,17 @@ BENCH ?= cpu-epyc-avx2-2cores
 BENCH_ARGS ?= --shapes published --batches 32 --dtypes fp32 bf16 --directions forward both
 BENCH_CSV := benchmarks/results/$(BENCH).csv
 
-.PHONY: env demo test report bench lint types format clean
+# the torch versions of `make compat`; newest is constraints.txt's
+TORCH ?= 2.10.0 2.11.0 newest
+# an environment with torch for the GPU; nothing is installed into it
+GPU_PYTHON ?= python3
+GPU_ARGS ?=
+
+.PHONY: env demo test compat gpu report bench lint types format clean
 
 env: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "featkd needs Python >= 3.10; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Set PYTHON=..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,6 +34,15 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+compat:
+	@echo "tests/ops, tests/kernels and tests/models with torch $(TORCH)"
+	@failed=; for version in $(TORCH); do \
+		PYTHON="$(PYTHON)" .ci/compat $$version $(PYTEST_ARGS) || failed="$$failed $$version"; done; \
+		test -z "$$failed" || { echo "failed with torch$$failed" >&2; exit 1; }
+
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu $(GPU_ARGS)
 
 bench: $(STAMP)
 	$(BIN)/featkd bench run $(BENCH_ARGS) --out $(BENCH_CSV)
@@ -50,4 +65,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build featkd/_csrc.so *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-compat-* build featkd/_csrc.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -82,7 +83,7 @@ def jobs() -> int:
 
 
 def cpu_flags(isa: str) -> tuple[str, ...]:
-    """Of csrc/cpu_isa.cpp and rows_isa.cpp for one instruction set."""
+    """Compiler flags of a CPU kernel for one instruction set."""
     size, rows, unroll, flags = ISAS[isa]
     values = (f"ISA={isa}", f"VECTOR_BYTES={size}", f"ROWS={rows}", f"UNROLL={unroll}")
     return (*FLAGS, *flags, *(f"-DFEATKD_{value}" for value in values))
@@ -100,27 +101,28 @@ def ninja_file(torch: Path, cuda: str | None, target: Path) -> str:
     ]
     objects = []
 
-    def compiled(name: str, file: str, flags: tuple[str, ...], rule: str = "cxx") -> None:
-        objects.append(f"{name}.o")
-        lines.append(f"build {name}.o: {rule} {source / file}\n  flags = {' '.join(flags)}")
+    def compiled(file: str, flags: tuple[str, ...], rule: str = "cxx", suffix: str = "") -> None:
+        target = f"{Path(file).with_suffix('')}{suffix}.o"
+        objects.append(target)
+        lines.append(f"build {target}: {rule} {source / file}\n  flags = {' '.join(flags)}")
 
     for isa in ISAS:
-        for kind in ("cpu", "rows"):
-            compiled(f"{kind}_{isa}", f"{kind}_isa.cpp", cpu_flags(isa))
-    for name in ("cpu", "rows_cpu"):
-        compiled(name, f"{name}.cpp", FLAGS)
+        for file in ("linalg/cpu_isa.cpp", "attention/heads.cpp"):
+            compiled(file, cpu_flags(isa), suffix=f"_{isa}")
+    for file in ("isa.cpp", "linalg/cpu.cpp"):
+        compiled(file, FLAGS)
     headers = f"-isystem {torch / 'include'}"
     with_cuda = ("-DFEATKD_WITH_CUDA",) if cuda else ()
     target_version = f"-DTORCH_TARGET_VERSION={TORCH_2_10}"
-    for name in ("bindings", "rows_bindings"):
-        compiled(name, f"{name}.cpp", (*FLAGS, headers, target_version, *with_cuda))
-    libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
+    for folder in ("linalg", "attention"):
+        compiled(f"{folder}/bindings.cpp", (*FLAGS, headers, target_version, *with_cuda))
+    libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ldl"]
     if cuda:
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
         flags = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v")
         lines.append(f"rule nvcc\n  command = {cuda} $flags -MMD -MF $out.d -c $in -o $out")
         lines.append("  depfile = $out.d\n  deps = gcc")
-        compiled("cuda", "cuda.cu", (*flags, *gencodes(archs)), "nvcc")
+        compiled("linalg/cuda.cu", (*flags, *gencodes(archs)), "nvcc")
         libraries += ["-cudart=static"]
     lines.append(f"build {target}: link {' '.join(objects)}\n  libraries = {' '.join(libraries)}")
     return "\n".join(lines) + "\n"
@@ -141,7 +143,9 @@ class BuildCsrc(build_ext):
         for made in (target.parent, folder):
             made.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(ninja_file(torch, nvcc(), target))
-        command = [sys.executable, "-m", "ninja", "-C", str(folder), "-j", str(jobs())]
+        # the package that a build requires, or the system's where an environment lacks it
+        ninja = [sys.executable, "-m", "ninja"] if find_spec("ninja") else ["ninja"]
+        command = [*ninja, "-C", str(folder), "-j", str(jobs())]
         if subprocess.run(command).returncode:
             raise SystemExit("csrc: the build failed; the compiler's message is above")
 

@@ -6,7 +6,6 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,20 @@ class Recorded:
     def name(self) -> str:
         return str(self.kernel.fn.__name__)
 
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """What the compiled code depends on."""
+        found: list[object] = [self.name, *self.options.items()]
+        for parameter in self.kernel.params:
+            x = self.arguments[parameter.name]
+            if isinstance(x, torch.Tensor):
+                found.append(x.dtype)
+            elif parameter.is_constexpr or x is None:
+                found.append(str(x))
+            elif isinstance(x, int) and not parameter.do_not_specialize:
+                found.append((x == 1, x % 16 == 0))
+        return tuple(found)
+
 
 @dataclass(frozen=True)
 class Code:
@@ -45,14 +58,10 @@ class Code:
     """Instructions that read or write local memory."""
     shared: int
     """Bytes a block."""
-    products: bool
-    """Whether the source multiplies matrices."""
-    tensor_core: int
-    """Instructions that do so on tensor cores."""
-    instructions: str
-    """Their names: HMMA on all chips, HGMMA on sm_90, UTC...MMA on sm_100; "" for none."""
+    warps: int
+    """A block's."""
     loads: int
-    """Instructions that read global memory, asynchronous copies included."""
+    """Instructions that read global memory."""
     wide_loads: int
     """Those of 16 bytes a thread."""
     doubles: int
@@ -61,8 +70,8 @@ class Code:
     """Whether the rows of every tensor begin at multiples of 16 bytes, as a 16-byte load needs."""
 
 
-def record(case: Case, arch: int) -> list[Recorded]:
-    """The launches of a case's forward and backward pass on `arch`; nothing runs.
+def record(case: Case) -> list[Recorded]:
+    """The launches of a case's forward and backward pass; nothing runs.
 
     Raises:
         ValueError: the op does not run on Triton.
@@ -72,15 +81,17 @@ def record(case: Case, arch: int) -> list[Recorded]:
     def keep(kernel: Any, grid: tuple[int, ...], arguments: Any, options: Any) -> None:
         found.append(Recorded(kernel, grid, dict(arguments), dict(options)))
 
-    run(case, keep, arch)
+    run(case, keep)
     return found
 
 
-def run(case: Case, launcher: Any, arch: int, device: str = "cpu") -> None:
+def run(case: Case, launcher: Any, device: str = "cpu") -> None:
     """A case's forward and backward pass, every launch handed to `launcher`."""
-    inputs = case.inputs(torch.device(device))
-    with featkd.use_backend("triton"), redirect(launcher, arch):
-        outputs = case.problem.featkd(inputs)
+    place = torch.device(device)
+    inputs = case.inputs(place)
+    with featkd.use_backend("triton"), redirect(launcher):
+        with case.context(place):
+            outputs = case.problem.featkd(inputs)
         backend = featkd.last_backend(case.problem.op)
         if backend != "triton":
             raise ValueError(f"{case.name}: runs on {backend}, not on Triton")
@@ -93,35 +104,26 @@ def run(case: Case, launcher: Any, arch: int, device: str = "cpu") -> None:
 def compile_for(launch: Recorded, arch: int) -> Code:
     """Compile a launch's kernel for an architecture, and read the machine code."""
     compiled = compile_triton(launch.kernel, launch.arguments, arch, **launch.options)
-    usage, sass = _machine_code(compiled.asm["cubin"])
+    usage = _tool("cuobjdump", "--dump-resource-usage", compiled.asm["cubin"])
+    sass = _tool("nvdisasm", "-c", compiled.asm["cubin"])
     sizes = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert sizes is not None, usage
 
     def count(pattern: str) -> int:
         return len(re.findall(pattern, sass))
 
-    products = re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", sass)
     tensors = [x for x in launch.arguments.values() if isinstance(x, torch.Tensor)]
     return Code(
         registers=int(sizes[1]),
         stack=int(sizes[2]),
         spills=count(r"\b(?:LDL|STL)\b"),
         shared=compiled.metadata.shared,
-        products="tt.dot" in compiled.asm["ttir"],
-        tensor_core=len(products),
-        instructions=" ".join(sorted(set(products))),
-        loads=count(r"\b(?:LDG|LDGSTS|UBLKCP|UTMALDG)\b"),
-        wide_loads=count(r"\b(?:LDG|LDGSTS)\.E\S*\.128") + count(r"\b(?:UBLKCP|UTMALDG)\b"),
+        warps=compiled.metadata.num_warps,
+        loads=count(r"\bLDG\b"),
+        wide_loads=count(r"\bLDG\.E\S*\.128"),
         doubles=count(r"\b(?:DADD|DMUL|DFMA|DSETP|DMMA|F2F\.F64)\b"),
         aligned=all(s * x.itemsize % 16 == 0 for x in tensors for s in x.stride()[:-1]),
     )
-
-
-@lru_cache(maxsize=4)  # a case launches some kernels several times over
-def _machine_code(binary: bytes) -> tuple[str, str]:
-    """What a kernel uses, and its instructions."""
-    usage = _tool("cuobjdump", "--dump-resource-usage", binary=binary)
-    return usage, _tool("nvdisasm", "-c", binary=binary)
 
 
 def _tool(name: str, option: str, binary: bytes) -> str:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from featkd.arguments import Parser, add_json, check_folders
+from featkd.cache.lowrank import FORMS, Form, LowRank, compress, dequantise, quantise, restore
 from featkd.checks import check_positive
 from featkd.data import DataConfig
 from featkd.diagnostics.model_features import ModelFeatures, Subject
 from featkd.functional import projected_feature_kd
-from featkd.lowrank import FORMS, Form, LowRank, compress, dequantise, quantise
 from featkd.models import FeatureModel, create_teacher
 from featkd.train import checkpoint
 from featkd.train.trained import load_trained
@@ -37,8 +37,8 @@ _HEADER = (
     "form", "mean rank", "bytes/image", *(f"x {views}" for views in VIEWS), "loss", "dS", "dW"
 )  # fmt: skip
 
-Stored = tuple[Tensor | LowRank, float, int]
-"""(what the loss takes, summed matrix rank, bytes) of some images."""
+Stored = tuple[Tensor, float, int]
+"""(maps as they are read back, summed matrix rank, bytes) of some images."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ def _thin(features: Tensor, energy: float, form: Form) -> Stored:
         stored.shape[1] * stored.itemsize + scale.shape[1] * scale.itemsize
         for stored, scale in parts
     )
-    return LowRank(*(dequantise(*pair) for pair in parts)), rank, rank * column
+    return restore(LowRank(*(dequantise(*pair) for pair in parts))), rank, rank * column
 
 
 def forms() -> dict[str, Callable[[Tensor], Stored]]:

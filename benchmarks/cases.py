@@ -14,7 +14,7 @@ from . import (
     talking_heads_attention,
     widelast_projection,
 )
-from .problem import DIRECTIONS, DTYPES, Case, Problem
+from .problem import DIRECTIONS, DTYPES, Case, Maps, Problem
 
 OPS: dict[str, Callable[[str], list[Problem]]] = {
     "projected_feature_kd": projected_feature_kd.problems,
@@ -23,6 +23,8 @@ OPS: dict[str, Callable[[str], list[Problem]]] = {
     "soft_kd": soft_kd.problems,
     "talking_heads_attention": talking_heads_attention.problems,
 }
+ROW_OPS = ("projected_feature_kd", "widelast_projection", "lift_head", "soft_kd")
+"""Those that have kernels in Triton."""
 
 
 def select(
@@ -63,6 +65,13 @@ def select(
         for direction in (DIRECTIONS if problem.differentiable else ("forward",))
         if direction in directions
     ]
+
+
+def problems_of(op: str, maps: Maps) -> list[Problem]:
+    """An op's problems on one pair of feature maps."""
+    name = str(maps)
+    sizes.MAPS[name], sizes.LOGITS[name] = (maps,), ()
+    return OPS[op](name)
 
 
 def check_known(name: str, given: Sequence[str], allowed: Collection[str]) -> None:

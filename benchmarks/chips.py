@@ -1,11 +1,13 @@
-"""What the makers say of three GPUs, and the time that a kernel would take at those rates."""
+"""What the makers say of three GPUs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 KIB = 1024
+# of a multiprocessor: the same on the three
+_REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32
+_RESERVED = 1024  # bytes of shared memory that CUDA keeps of each block
 # of a multiprocessor (CUDA C++ Programming Guide, arithmetic instructions per compute capability)
 _FP32_CORES = {80: 64, 90: 128, 100: 128}
 
@@ -35,6 +37,19 @@ class Chip:
     def ghz(self) -> float:
         """The clock that its fp32 rate implies."""
         return self.fp32_tflops * 1e3 / (2 * self.multiprocessors * _FP32_CORES[self.arch])
+
+    def blocks(self, registers: int, warps: int, shared: int) -> int:
+        """Blocks that a multiprocessor holds at once.
+
+        Args:
+            registers: of a thread; warps get them in eights.
+            warps: of a block.
+            shared: bytes of a block.
+        """
+        by_registers = _REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
+        # a block may have all but what is kept of it
+        by_shared = (self.shared_bytes + _RESERVED) // (shared + _RESERVED)
+        return min(by_registers, by_shared, _WARPS // warps, _BLOCKS)
 
 
 CHIPS = (
@@ -66,21 +81,3 @@ def chip_of(arch: int) -> Chip:
             return chip
     known = ", ".join(str(chip.arch) for chip in CHIPS)
     raise ValueError(f"archs: expected some of {known}; got {arch}")
-
-
-def modelled_us(chip: Chip, moved: float, flops: Mapping[str, float]) -> float:
-    """Microseconds if memory or arithmetic ran at the data sheet's rate, the longer of the two.
-
-    A bound from below: no latency, no L2 traffic, no launch.
-
-    Args:
-        moved: bytes from and to memory.
-        flops: by class as `featkd.ptx` counts them: "mma.bf16", "fma.f32", ...
-    """
-    tensor = sum(
-        count / chip.tensor_tflops[kind.removeprefix("mma.")]
-        for kind, count in flops.items()
-        if kind.startswith("mma.")
-    )
-    other = sum(count for kind, count in flops.items() if not kind.startswith("mma."))
-    return max(moved / chip.gb_per_s / 1e3, tensor / 1e6, other / chip.fp32_tflops / 1e6)

@@ -26,7 +26,7 @@ KERNELS: dict[type[np.floating[Any]], str] = {
 TYPES = {np.dtype(np.float32): 0, np.dtype(np.float64): 1, np.dtype(np.uint16): 2}  # 2: bfloat16
 SHAPES = ((64, 64), (196, 384))
 THRESHOLDS = (0.8, 0.9, 0.95, 0.99)
-_TOO_MANY_BLOCKS = 2  # a multiprocessor, where the scratch is in global memory: csrc/plan.h
+_TOO_MANY_BLOCKS = 2  # a multiprocessor, where the scratch is in global memory: csrc/linalg/plan.h
 # an instruction's result is there after so many clocks (CUDA C++ Programming Guide, multiprocessor
 # level, "typically 4 clock cycles"), and so many warps begin one in a clock
 _LATENCY = 4

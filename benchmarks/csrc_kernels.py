@@ -13,11 +13,11 @@ from pathlib import Path
 from .chips import chip_of
 from .results import Measured
 
-SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "cuda.cu"
+SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "linalg" / "cuda.cu"
 WARPS = 8
 _REGISTERS = 65536  # of a multiprocessor, on all three architectures
 _RESERVED = 1024  # bytes of shared memory that CUDA keeps of each block
-_BAND = 8  # rows, of csrc/jacobi.h
+_BAND = 8  # rows, of csrc/linalg/jacobi.h
 _ROWS = (64, 196, 256)
 _USED = re.compile(
     r"Compiling entry function 'featkd_(spectrum|jacobi)_(float\d\d)'.*?"
@@ -66,7 +66,7 @@ class Kernel:
 
 
 def scratch_bytes(rows: int, size: int, groups: int = WARPS) -> int:
-    """As Scratch of csrc/spectrum.h counts them: sums, slots, the largest of slab, vectors, counts.
+    """Bytes by Scratch of csrc/linalg/spectrum.h: sums, slots, largest of slab, vectors, counts.
 
     Args:
         size: bytes of a number.
@@ -79,7 +79,7 @@ def scratch_bytes(rows: int, size: int, groups: int = WARPS) -> int:
 
 
 def jacobi_bytes(length: int, size: int, groups: int = WARPS) -> int:
-    """As JacobiScratch of csrc/jacobi.h counts them: flags, three bands of rows and of turns.
+    """Bytes by JacobiScratch of csrc/linalg/jacobi.h: flags, three bands of rows and of turns.
 
     Args:
         length: of a row, whole vectors of 32 numbers.
@@ -99,7 +99,7 @@ def compile_for(arch: int) -> list[Kernel]:
         RuntimeError: there is no nvcc or no source, or nvcc fails.
     """
     if shutil.which("nvcc") is None or not SOURCE.is_file():
-        raise RuntimeError("csrc: needs nvcc and a checkout with csrc/cuda.cu")
+        raise RuntimeError("csrc: needs nvcc and a checkout with csrc/linalg/cuda.cu")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as target:
         command = ["nvcc", "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v"]
         done = subprocess.run(

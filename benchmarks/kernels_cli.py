@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 _HELP = """\
 usage: featkd kernels report [arguments]      featkd kernels report --help
 
-  report   compile every kernel for sm_80, sm_90 and sm_100, count its traffic, check the rules,
-           and measure it where there is a GPU
+  report   compile every kernel for sm_80, sm_90 and sm_100, count its traffic and launches, check the
+           rules, model whole ops, and measure each launch where there is a GPU
 """
+_PARTS = ("compiled", "traffic", "host", "modelled")
 
 
 def kernels(words: Sequence[str]) -> int:
@@ -41,18 +42,19 @@ def kernels(words: Sequence[str]) -> int:
 def _report(words: list[str]) -> int:
     import torch
 
-    from . import cases, chips, csrc_counts, csrc_kernels, measured, report, results, sizes, table
+    from . import cases, chips, csrc_counts, csrc_kernels, host, measured, modelled, report
+    from . import results, sizes, table
     from .problem import DTYPES
 
     archs = [str(chip.arch) for chip in chips.CHIPS]
-    ops = (*cases.OPS, "spectrum")
+    ops = (*cases.ROW_OPS, "spectrum")
     description = " ".join(_HELP.split("report   ")[1].split())
     parser = Parser(prog="featkd kernels report", description=description)
     several(parser, "ops", ops, ops)
     several(parser, "dtypes", tuple(DTYPES), tuple(DTYPES))
     several(parser, "archs", archs, archs)
-    several(parser, "shapes", sizes.SETS, ("small", "narrow"))
-    several(parser, "count", ("none", *DTYPES), ("bf16",))
+    several(parser, "shapes", ("default", *sizes.SETS), ("default",))
+    several(parser, "parts", _PARTS, _PARTS)
     parser.add_argument("--csv", type=str, default=None, metavar="FILE", help="figures as CSV")
     add_json(parser)
     options = parser.parse_args(words)
@@ -61,37 +63,49 @@ def _report(words: list[str]) -> int:
         ("--ops", options.ops, ops),
         ("--dtypes", options.dtypes, tuple(DTYPES)),
         ("--archs", options.archs, archs),
-        ("--count", options.count, ("none", *DTYPES)),
-        ("--shapes", options.shapes, sizes.SETS),
+        ("--shapes", options.shapes, ("default", *sizes.SETS)),
+        ("--parts", options.parts, _PARTS),
     ):
         cases.check_known(name, given, allowed)
-    workers = len(os.sched_getaffinity(0))
-    own = _csrc([int(arch) for arch in options.archs]) if "spectrum" in options.ops else []
+    chosen = [int(arch) for arch in options.archs]
     asked_ops = [op for op in options.ops if op != "spectrum"]
-    asked = [
-        question
-        for name in options.shapes
-        for question in report.questions(asked_ops, name, options.dtypes)
-    ]
-    compiled = list(report.compile_all(asked, [int(arch) for arch in options.archs], workers))
-    print(report.compiled_table(compiled))
-    counted = report.counted(asked_ops, [name for name in options.count if name != "none"])
-    moved = list(report.count_all(counted, workers))
+    compiled = list[report.Compiled]()
+    own = list[csrc_kernels.Kernel]()
+    if "compiled" in options.parts:
+        jobs = report.default_jobs(asked_ops, options.dtypes, chosen)
+        if options.shapes != ["default"]:
+            named = [n for n in options.shapes if n != "default"]
+            asked = [q for n in named for q in report.questions(asked_ops, n, options.dtypes)]
+            jobs = [*(jobs if "default" in options.shapes else ()), *report.jobs(asked, chosen)]
+        compiled = list(report.compile_all(jobs, chosen, len(os.sched_getaffinity(0))))
+        if compiled:
+            print(f"{report.compiled_table(compiled)}\n\n{report.summary(compiled)}\n")
+        own = _csrc(chosen) if "spectrum" in options.ops else []
+        if own:
+            print(f"{table.aligned(csrc_kernels.HEADER, csrc_kernels.rows(own))}\n")
+    moved = report.moved(asked_ops) if "traffic" in options.parts else []
+    solves = list[csrc_counts.Counted]()
     if moved:
-        print(f"\n{report.moved_table(moved)}\n\n{report.modelled_table(moved)}")
+        print(f"{report.moved_table(moved)}\n")
+    if own and "traffic" in options.parts:
+        solves = [csrc_counts.count(*shape) for shape in csrc_counts.SHAPES]
+        print(f"{csrc_counts.tables(solves, own)}\n")
+    launched, hosts = list[host.Launches](), list[host.HostTime]()
+    if "host" in options.parts and asked_ops:
+        launched, hosts = report.launches(asked_ops), host.measure()
+        print(f"{report.launches_table(launched)}\n\n{report.host_table(hosts)}\n")
+    models = modelled.model() if "modelled" in options.parts and asked_ops else []
+    if models:
+        print(f"{report.modelled_table(models)}\n")
     device, name, timed = "cpu", "", list[measured.Timed]()
     if torch.cuda.is_available():
         device = "cuda"
-        name, timed = measured.measure([question.case for question in asked])
-        print(f"\n{report.measured_table(name, timed)}")
-    solves = list[csrc_counts.Counted]()
-    if own:
-        print(f"\n{table.aligned(csrc_kernels.HEADER, csrc_kernels.rows(own))}")
-        if options.count != ["none"]:
-            solves = [csrc_counts.count(*shape) for shape in csrc_counts.SHAPES]
-            print(f"\n{csrc_counts.tables(solves, own)}")
+        name, timed = measured.measure(
+            [q.case for q in report.questions(asked_ops, "published", options.dtypes)]
+        )
+        print(f"{report.measured_table(name, timed)}\n")
     figures = [
-        *report.figures(compiled, moved, name, timed),
+        *report.figures(compiled, moved, launched, hosts, models, name, timed),
         *csrc_kernels.figures(own),
         *csrc_counts.figures(solves, own),
     ]
@@ -102,9 +116,8 @@ def _report(words: list[str]) -> int:
     if options.csv is not None:
         columns = ("name", "variant", "metric", "unit", "value")
         write_csv(Path(options.csv), columns, figures)
-    broken = [row for row in compiled if row.broken], [row for row in moved if row.broken]
-    total = len(broken[0]) + len(broken[1]) + sum(1 for kernel in own if kernel.broken)
-    print(f"\n{len(compiled) + len(own)} kernels compiled, {total} broken rules")
+    total = sum(1 for row in (*compiled, *moved, *own) if row.broken)
+    print(f"{len(compiled) + len(own)} kernels compiled, {total} broken rules")
     return 1 if total else 0
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from featkd.kernels.launch import architecture
-
 from .aot import run
 from .problem import Case
 
@@ -49,5 +47,5 @@ def measure(
         def launcher(kernel: Any, *launch: Any, title: str = title) -> None:
             found.append(Timed(title, str(kernel.fn.__name__), timer(kernel, *launch)))
 
-        run(case, launcher, architecture(torch.device(device)), device)
+        run(case, launcher, device)
     return name, found

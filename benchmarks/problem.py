@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,15 @@ from torch import Tensor
 
 Direction = Literal["forward", "backward", "both"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "both")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"autocast-bf16": torch.bfloat16, "autocast-fp16": torch.float16}
+"""Pairs of dtypes: what is learnt is float32, products and a teacher's outputs are in this one."""
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    **dict.fromkeys(AUTOCAST, torch.float32),
+}
+"""Dtype of what is learnt."""
 
 Tensors = dict[str, Tensor]
 Normal = Callable[..., Tensor]
@@ -70,11 +79,10 @@ class Maps:
 
 @dataclass(frozen=True)
 class Case:
-    """A problem in one dtype and one direction: what is timed.
+    """A problem in one dtype, or pair of dtypes, and one direction: what is timed.
 
     "forward" runs without gradients, as in evaluation; "both" is a training step's forward and
-    backward; "backward" is the latter's second half alone. An op that forms its gradients with
-    the loss does that work in the first half: only "both" compares like with like.
+    backward; "backward" is the latter's second half alone.
     """
 
     problem: Problem
@@ -95,7 +103,17 @@ class Case:
             return drawn.to(device, DTYPES[self.dtype])
 
         tensors = self.problem.tensors(normal)
+        if self.dtype in AUTOCAST:
+            for name, x in tensors.items():
+                if x.is_floating_point() and name not in self.problem.differentiable:
+                    tensors[name] = x.to(AUTOCAST[self.dtype])
         if self.direction != "forward":
             for name in self.problem.differentiable:
                 tensors[name].requires_grad_()
         return tensors
+
+    def context(self, device: torch.device) -> AbstractContextManager[object]:
+        """Autocast where the pair of dtypes asks for it; for a forward pass."""
+        if self.dtype not in AUTOCAST:
+            return nullcontext()
+        return torch.autocast(device.type, AUTOCAST[self.dtype])

@@ -1,29 +1,28 @@
-"""The rules that compiled kernels are held to, and the report of what they are and move."""
+"""The report of the compiled kernels: what they use, what they move, and the rules for both."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from multiprocessing import get_context
 
-from . import aot, cases, measured, traffic
-from .chips import CHIPS, chip_of, modelled_us
-from .problem import Case
+from . import aot, cases, host, measured, modelled, traffic
+from .chips import chip_of
+from .problem import AUTOCAST, Case, Maps
 from .results import Measured
 from .table import aligned
 
-# bytes over the floor: loss and dS in one launch, all launches together, one forward launch
-_FIRST_LAUNCH = {"projected_feature_kd": 1.25, "widelast_projection": 1.1}
-_ALL_LAUNCHES = {"projected_feature_kd": 2.5}
-# of the narrow set, for time: where tiles of the published widths have spilled or loaded too little
-_NARROW = (
-    ("widelast_projection", "fp32"),
-    ("widelast_projection", "bf16"),
-    ("lift_head", "fp32"),
-    ("projected_feature_kd", "bf16"),
-)
-_NARROW_FORMS = ("two-norms", "spectral", "spectral-lift")
+# ptxas keeps a few addresses that no loop changes there, in order to fit another block
+_MOST_STACK = 32
+# what every dtype pair is compiled for; one pair on one chip stands for the other forms and sizes
+_FORMS = ("mse-lift", "spectral-lift", "two-norms", "indices")
+_ONE_DTYPE, _ONE_ARCH = "autocast-bf16", 90
+_WIDE = (Maps(1, (14, 14), 768, 1024), Maps(1, (16, 16), 1024, 1280), Maps(1, (37, 37), 384, 1024))
+_WIDE_FORMS = ("spectral-lift", "two-norms")
+_SUMS = "sum_partials"  # reads no rows
+_EIGHT_PAIRS = "spectral-8pairs"  # one kernel, eight times
 
 
 @dataclass(frozen=True)
@@ -36,45 +35,23 @@ class Compiled:
     code: aot.Code
 
     @property
-    def broken(self) -> list[str]:
-        """Rules of docs/kernels.md that it breaks."""
-        code, chip = self.code, chip_of(self.arch)
-        checks = {
-            f"spills: {code.stack} bytes of stack, {code.spills} accesses": (
-                code.stack or code.spills
-            ),
-            f"{code.shared} bytes of shared memory, {chip.name} has {chip.shared_bytes}": (
-                code.shared > chip.shared_bytes
-            ),
-            "multiplies matrices without tensor cores": code.products and not code.tensor_core,
-            "no 16-byte load": code.aligned and not code.wide_loads,
-            f"{code.doubles} float64 instructions": code.doubles,
-        }
-        return [text for text, broken in checks.items() if broken]
-
-
-@dataclass(frozen=True)
-class Moved:
-    """What a case's launches moved when their sm_80 PTX ran on the CPU."""
-
-    case: str
-    op: str
-    launches: list[traffic.Traffic]
-    over_floor: float
-    """Of all launches together."""
-    least_flops: int
-    """Of the matrix products that the forward pass cannot avoid; at least 1."""
+    def blocks(self) -> int:
+        """That a processor holds at once."""
+        return chip_of(self.arch).blocks(self.code.registers, self.code.warps, self.code.shared)
 
     @property
     def broken(self) -> list[str]:
         """Rules of docs/kernels.md that it breaks."""
-        first = self.launches[0].moved / self.launches[0].floor
-        found = []
-        if first > _FIRST_LAUNCH.get(self.op, first):
-            found.append(f"first launch moves {first:.2f} x the floor")
-        if self.over_floor > _ALL_LAUNCHES.get(self.op, self.over_floor):
-            found.append(f"all launches move {self.over_floor:.2f} x the floor")
-        return found
+        code, chip = self.code, chip_of(self.arch)
+        checks = {
+            f"{code.stack} bytes of stack": code.stack > _MOST_STACK,
+            f"{code.shared} bytes of shared memory, {chip.name} has {chip.shared_bytes}": (
+                code.shared > chip.shared_bytes
+            ),
+            "no 16-byte load": self.kernel != _SUMS and code.aligned and not code.wide_loads,
+            f"{code.doubles} float64 instructions": code.doubles,
+        }
+        return [text for text, broken in checks.items() if broken]
 
 
 @dataclass(frozen=True)
@@ -88,37 +65,73 @@ class Question:
 
     @property
     def case(self) -> Case:
-        """The case: forward and, where there is one, backward pass."""
-        return _whole(self.op, self.shapes, self.dtype)[self.number]
+        """The case, forward and backward."""
+        return _cases(self.op, self.shapes, self.dtype)[self.number]
 
 
-def _whole(op: str, shapes: str, dtype: str) -> list[Case]:
-    """An op's cases in the direction that has the most launches."""
-    both = cases.select([op], shapes, [dtype], ["both"])
-    return both or cases.select([op], shapes, [dtype], ["forward"])
+def _cases(op: str, shapes: str, dtype: str) -> list[Case]:
+    if shapes == "wide":
+        return [
+            Case(problem, dtype, "both")
+            for maps in _WIDE
+            for problem in cases.problems_of(op, maps)
+        ]
+    return cases.select([op], shapes, [dtype], ["both"])
 
 
 def questions(ops: Sequence[str], shapes: str, dtypes: Sequence[str]) -> list[Question]:
-    """One for each case; those of several layer pairs launch the same kernels again and again."""
+    """One for each case with kernels; several layer pairs launch the same again and again."""
     return [
         Question(op, shapes, dtype, number)
         for op in ops
+        if op in cases.ROW_OPS
         for dtype in dtypes
-        if shapes != "narrow" or (op, dtype) in _NARROW
-        for number, case in enumerate(_whole(op, shapes, dtype))
-        if "pairs" not in case.problem.form
-        if shapes != "narrow" or case.problem.form in _NARROW_FORMS
+        if not (op == "soft_kd" and dtype in AUTOCAST)  # logits and gradient have one dtype
+        for number, case in enumerate(_cases(op, shapes, dtype))
+        if case.problem.form != _EIGHT_PAIRS
     ]
 
 
-def counted(ops: Sequence[str], dtypes: Sequence[str]) -> list[Question]:
-    """The cases whose traffic is counted: the small ones, for time; the published 32 images where
-    the rule is about all launches, as W and partial sums weigh more in fewer."""
-    many = [op for op in ops if op in _ALL_LAUNCHES]
-    published = questions(many, "published", dtypes)
-    fewest = min((q.case.problem.batch for q in published), default=0)
-    small = questions([op for op in ops if op not in many], "small", dtypes)
-    return [q for q in published if q.case.problem.batch == fewest] + small
+Job = tuple[Question, int, int]
+"""A question, the number of one of its launches, and an architecture."""
+
+
+def default_jobs(ops: Sequence[str], dtypes: Sequence[str], archs: Sequence[int]) -> list[Job]:
+    """Every row kernel, dtype pair and chip at the published widths; others on one chip.
+
+    Those are wider maps, grids of 16 and 37, the metrics without a norm, pooling, and soft labels.
+    """
+    small = questions(ops, "small", dtypes)
+    main = [q for q in small if q.case.problem.form in _FORMS]
+    one = [q for q in small if q not in main and q.dtype in (_ONE_DTYPE, "bf16")]
+    one = [q for q in one if q.dtype == _ONE_DTYPE or q.op == "soft_kd"]
+    one += [
+        q
+        for q in questions(ops, "wide", [_ONE_DTYPE] if _ONE_DTYPE in dtypes else [])
+        if q.case.problem.form in _WIDE_FORMS
+    ]
+    others = jobs(one, [_ONE_ARCH] if _ONE_ARCH in archs else [])
+    rows = [job for job in others if _recorded(job[0])[job[1]].name != _SUMS]
+    return jobs(main, archs) + rows
+
+
+def jobs(asked: Sequence[Question], archs: Sequence[int]) -> list[Job]:
+    """The launches of the cases that differ in their code."""
+    found: list[Job] = []
+    seen = set()
+    for question in asked:
+        for number, launch in enumerate(_recorded(question)):
+            for arch in archs:
+                key = (launch.signature, arch)
+                if key not in seen:
+                    seen.add(key)
+                    found.append((question, number, arch))
+    return found
+
+
+@lru_cache(maxsize=4)
+def _recorded(question: Question) -> list[aot.Recorded]:
+    return aot.record(question.case)
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
@@ -129,35 +142,56 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def compile_all(
-    asked: Sequence[Question], archs: Sequence[int], workers: int
+    asked: Sequence[Question] | Sequence[Job], archs: Sequence[int], workers: int
 ) -> Iterator[Compiled]:
-    """Every kernel of the cases on every architecture, as they are compiled."""
-    with _pool(workers) as pool:
-        jobs = [(question, arch) for question in asked for arch in archs]
-        for found in pool.map(_compile, *zip(*jobs, strict=True)):
-            yield from found
+    """The kernels of the cases on the architectures, or of the jobs, as they are compiled."""
+    work: list[Job] = []
+    for x in asked:
+        work += jobs([x], archs) if isinstance(x, Question) else [x]
+    if work:
+        with _pool(workers) as pool:
+            yield from pool.map(_compile, work)
 
 
-def _compile(question: Question, arch: int) -> list[Compiled]:
-    name = _name(question.case)
+def _compile(job: Job) -> Compiled:
+    question, number, arch = job
+    launch = _recorded(question)[number]
+    return Compiled(_name(question.case), launch.name, arch, aot.compile_for(launch, arch))
+
+
+def moved(ops: Sequence[str]) -> list[traffic.Traffic]:
+    """Counted where the compiled kernels run, added up for two published sizes.
+
+    The emulator's GPU has 5 processors for 8 images, so that an image is shared by as many programs
+    as on 132 with 256 images: three forward and two backward.
+    """
+    forms = [x for x in traffic.FORMS if _public(x) in ops]
+    found: list[traffic.Traffic] = []
+    for form in forms:
+        channels = 1000 if form == "soft_kd" else 384
+        few = traffic.Rows(form, "bf16", 8, channels=channels, processors=5)
+        found += traffic.count(few)
+        for dtype in ("bf16", "fp32"):
+            for images in (32, 256):
+                found += traffic.add_up(traffic.Rows(form, dtype, images, channels=channels))
+    return found
+
+
+def _public(form: str) -> str:
+    """The public function of a form of the row ops."""
+    names = {"pooled": "lift_head", "two-norms": "widelast_projection", "soft_kd": "soft_kd"}
+    return names.get(form, "projected_feature_kd")
+
+
+def launches(ops: Sequence[str]) -> list[host.Launches]:
+    """What the small cases start on a GPU, uniform and under autocast."""
+    asked = questions(ops, "small", ("bf16", _ONE_DTYPE))
     return [
-        Compiled(name, launch.name, arch, aot.compile_for(launch, arch))
-        for launch in aot.record(question.case, arch)
+        found
+        for q in asked
+        if q.case.problem.form in (*_FORMS, "mse")
+        for found in host.count(q.case)
     ]
-
-
-def count_all(asked: Sequence[Question], workers: int) -> Iterator[Moved]:
-    """The traffic of the cases, as they are counted."""
-    with _pool(workers) as pool:
-        yield from pool.map(_count, asked)
-
-
-def _count(question: Question) -> Moved:
-    case = question.case
-    launches = traffic.count(case)
-    over = traffic.over_floor(launches)
-    least = max(2 * case.problem.multiply_adds, 1)
-    return Moved(_name(case), case.problem.op, launches, over, least)
 
 
 def _name(case: Case) -> str:
@@ -166,61 +200,81 @@ def _name(case: Case) -> str:
 
 def compiled_table(rows: Sequence[Compiled]) -> str:
     """Registers, memory and instructions of every kernel."""
-    header = ("kernel", "sm", "regs", "stack", "spills", "shared", "tensor", "16-byte", "fp64", "")
+    header = ("kernel", "sm", "regs", "stack", "spills", "shared", "blocks", "16-byte", "fp64", "")
     lines = []
     for row in rows:
         code = row.code
         loads = f"{code.wide_loads}/{code.loads}"
-        tensor = f"{code.tensor_core} {code.instructions}".rstrip()
-        figures = (code.registers, code.stack, code.spills, code.shared, tensor, loads)
+        figures = (code.registers, code.stack, code.spills, code.shared, row.blocks, loads)
         verdict = "; ".join(row.broken) or "ok"
-        name = f"{row.case} {row.kernel}"
-        lines.append((name, row.arch, *figures, code.doubles, verdict))
+        lines.append((f"{row.case} {row.kernel}", row.arch, *figures, code.doubles, verdict))
     return aligned(header, lines)
 
 
-def moved_table(rows: Sequence[Moved]) -> str:
-    """Bytes over the floor, coalescing, conflicts and flops of every launch."""
-    header = (
-        "kernel", "read", "written", "/floor", "L2 read/floor", "asked/sectors", "conflicts",
-        "products/projection", "",
-    )  # fmt: skip
-    lines: list[tuple[object, ...]] = []
-    for row in rows:
-        for launch in row.launches:
-            c = launch.counters
-            figures = (
-                c.distinct_read_bytes,
-                c.distinct_write_bytes,
-                f"{launch.moved / launch.floor:.2f}",
-                f"{32 * c.global_read_sectors / launch.floor:.1f}",
-                f"{c.read_efficiency:.2f} {c.write_efficiency:.2f}",
-                f"{c.shared_conflicts / max(c.shared_wavefronts, 1):.2f}",
-                f"{products(c.flops) / row.least_flops:.2f}" if products(c.flops) else "",
-            )
-            lines.append((f"{row.case} {launch.name}", *figures, ""))
-        verdict = "; ".join(row.broken) or "ok"
-        lines.append(
-            (f"{row.case} together", "", "", f"{row.over_floor:.2f}", "", "", "", "", verdict)
-        )
+def summary(rows: Sequence[Compiled]) -> str:
+    """The extremes of the table, a line for each kernel and chip."""
+    header = ("kernel", "sm", "compiled", "regs", "stack", "blocks", "no 16-byte load")
+    lines = []
+    for kernel in dict.fromkeys(row.kernel for row in rows):
+        for arch in dict.fromkeys(row.arch for row in rows):
+            mine = [row for row in rows if (row.kernel, row.arch) == (kernel, arch)]
+            if mine:
+                registers, stacks = [
+                    [getattr(r.code, k) for r in mine] for k in ("registers", "stack")
+                ]
+                blocks = [row.blocks for row in mine]
+                narrow = sum(not row.code.wide_loads for row in mine)
+                lines.append(
+                    (
+                        *(kernel, arch, len(mine), f"{min(registers)} to {max(registers)}"),
+                        *(max(stacks), f"{min(blocks)} to {max(blocks)}", narrow),
+                    )
+                )
     return aligned(header, lines)
 
 
-def products(flops: dict[str, int]) -> int:
-    """Flops of the tensor cores."""
-    return sum(count for kind, count in flops.items() if kind.startswith("mma."))
-
-
-def modelled_table(rows: Sequence[Moved]) -> str:
-    """Least microseconds by the data sheets."""
-    header = ("modelled, not measured: us", *(chip.name for chip in CHIPS))
+def moved_table(rows: Sequence[traffic.Traffic]) -> str:
+    """Bytes over the floor."""
+    header = ("rows", "direction", "processors", "bytes", "/floor", "")
     lines = [
         (
-            f"{row.case} {launch.name}",
-            *(f"{modelled_us(c, launch.moved, launch.counters.flops):.2f}" for c in CHIPS),
+            *(row.rows.name, row.direction, row.rows.processors, row.moved),
+            f"{row.over_floor:.3f}",
+            "; ".join(row.broken) or ("counted" if row.counted else "added up"),
         )
         for row in rows
-        for launch in row.launches
+    ]
+    return aligned(header, lines)
+
+
+def launches_table(rows: Sequence[host.Launches]) -> str:
+    """What each op starts on a GPU."""
+    header = ("launches", "direction", "featkd's", "products", "other operators of torch")
+    lines = []
+    for row in rows:
+        others = ", ".join(f"{count} {name}" for name, count in row.others.items())
+        lines.append((row.case, row.direction, ", ".join(row.kernels), row.products, others))
+    return aligned(header, lines)
+
+
+def host_table(rows: Sequence[host.HostTime]) -> str:
+    """Host time beside plain torch's."""
+    header = ("host us, launches left out", "featkd", "torch", "ratio", "")
+    lines = [
+        (
+            *(row.op, f"{row.us:.0f}", f"{row.plain_us:.0f}", f"{row.us / row.plain_us:.2f}"),
+            "; ".join(row.broken),
+        )
+        for row in rows
+    ]
+    return aligned(header, lines)
+
+
+def modelled_table(rows: Sequence[modelled.Modelled]) -> str:
+    """Modelled times of whole ops."""
+    header = ("modelled for an H200, not measured: us", "eager", "reference compiled", "featkd")
+    lines = [
+        (row.case, f"{row.eager:.1f}", f"{row.compiled:.1f}", f"{row.featkd:.1f}") for row in rows
     ]
     return aligned(header, lines)
 
@@ -233,7 +287,10 @@ def measured_table(name: str, rows: Sequence[measured.Timed]) -> str:
 
 def figures(
     compiled: Sequence[Compiled],
-    moved: Sequence[Moved],
+    moved: Sequence[traffic.Traffic] = (),
+    launched: Sequence[host.Launches] = (),
+    hosts: Sequence[host.HostTime] = (),
+    models: Sequence[modelled.Modelled] = (),
     device: str = "",
     timed: Sequence[measured.Timed] = (),
 ) -> list[Measured]:
@@ -246,33 +303,30 @@ def figures(
             ("stack", "bytes", code.stack),
             ("spills", "count", code.spills),
             ("shared", "bytes", code.shared),
-            ("tensor_core", "count", code.tensor_core),
+            ("blocks", "count", row.blocks),
             ("loads", "count", code.loads),
             ("wide_loads", "count", code.wide_loads),
             ("doubles", "count", code.doubles),
             ("broken_rules", "count", len(row.broken)),
         ):
             found.append((name, f"sm_{row.arch}", metric, unit, value))
-    for case in moved:
-        for launch in case.launches:
-            c, name = launch.counters, f"{case.case}/{launch.name}"
-            for metric, unit, number in (
-                ("read", "bytes", c.distinct_read_bytes),
-                ("written", "bytes", c.distinct_write_bytes),
-                ("read_sectors", "count", c.global_read_sectors),
-                ("written_sectors", "count", c.global_write_sectors),
-                ("floor", "bytes", launch.floor),
-                ("over_floor", "ratio", launch.moved / launch.floor),
-                ("read_efficiency", "ratio", c.read_efficiency),
-                ("write_efficiency", "ratio", c.write_efficiency),
-                ("bank_conflicts", "count", c.shared_conflicts),
-                ("shared_wavefronts", "count", c.shared_wavefronts),
-            ):
-                found.append((name, "sm_80 counted", metric, unit, number))
-            for chip in CHIPS:
-                time = modelled_us(chip, launch.moved, c.flops)
-                found.append((name, f"{chip.name} modelled, not measured", "time", "us", time))
-        found.append((case.case, "sm_80 counted", "over_floor", "ratio", case.over_floor))
+    for part in moved:
+        how = "sm_80 counted" if part.counted else "added up"
+        name = f"{part.rows.name}/{part.direction}"
+        found.append((name, how, "moved", "bytes", part.moved))
+        found.append((name, how, "over_floor", "ratio", part.over_floor))
+    for launch in launched:
+        name = f"{launch.case}/{launch.direction}"
+        found.append((name, "featkd", "kernels", "count", len(launch.kernels)))
+        found.append((name, "torch", "products", "count", launch.products))
+        found.append((name, "torch", "others", "count", sum(launch.others.values())))
+    for call in hosts:
+        found.append((call.op, "featkd", "host", "us", call.us))
+        found.append((call.op, "torch", "host", "us", call.plain_us))
+    for model in models:
+        for form in ("eager", "compiled", "featkd"):
+            variant = f"{form} modelled, not measured"
+            found.append((model.case, variant, "time", "us", getattr(model, form)))
     for timing in timed:
         kernel = f"{timing.case}/{timing.kernel}"
         found.append((kernel, f"{device} measured", "time", "us", timing.us))

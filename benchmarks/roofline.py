@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .problem import DTYPES, Direction, Problem
+from .problem import AUTOCAST, DTYPES, Direction, Problem
 from .variants import Prepared
 
 
@@ -70,7 +70,8 @@ def measure_rates(device: torch.device, dtypes: Sequence[str]) -> Rates:
     size = 8192 if cuda else 512
     rates = {}
     for name in dict.fromkeys(("fp32", *dtypes)):
-        matrix = torch.ones(size, size, device=device, dtype=DTYPES[name])
+        dtype = AUTOCAST.get(name, DTYPES[name])
+        matrix = torch.ones(size, size, device=device, dtype=dtype)
         out = torch.empty_like(matrix)
         seconds = _best(partial(torch.mm, matrix, matrix, out=out), device)
         rates[name] = 2 * size**3 / seconds / 1e9

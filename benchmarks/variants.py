@@ -1,9 +1,10 @@
-"""The ways a case is computed (eager, torch.compile, featkd), and the check that they agree."""
+"""The ways a case is computed, and the check that they agree."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +12,15 @@ from torch import Tensor
 
 import featkd
 
-from .problem import Case, Tensors
+from .problem import Case, Problem, Tensors
 
-VARIANTS = ("eager", "compile", "featkd")
+VARIANTS = ("eager", "compile", "reference", "featkd")
+"""Plain torch written for speed, torch.compile of it and of featkd's own plain torch, featkd."""
 
 # relative L2 error against eager in the next wider type: wide enough for rounding in the case's
 # type, narrow enough that a missing term shows
 _TOLERANCE = {"fp32": 1e-3, "fp16": 0.03, "bf16": 0.06}
+_TOLERANCE |= {f"autocast-{dtype}": _TOLERANCE[dtype] for dtype in ("fp16", "bf16")}
 
 _UPSTREAM = 1024.0  # a GradScaler's: gradients of means over millions underflow in fp16 without
 
@@ -64,7 +67,7 @@ def prepare(case: Case, variants: Sequence[str], device: torch.device) -> Prepar
     """
     problem = case.problem
     inputs = case.inputs(device)
-    with torch.no_grad():
+    with torch.no_grad(), case.context(device):
         outputs = problem.eager(inputs)
     upstream = tuple(_upstream(x) for x in outputs)
     # guards of earlier cases count towards the limit after which dynamo silently runs eager
@@ -72,9 +75,13 @@ def prepare(case: Case, variants: Sequence[str], device: torch.device) -> Prepar
     functions = {
         "eager": problem.eager,
         "compile": torch.compile(problem.eager, fullgraph=True, dynamic=False),
+        "reference": torch.compile(_reference(problem), fullgraph=True, dynamic=False),
         "featkd": problem.featkd,
     }
-    steps = {name: _step(case, functions[name], inputs, upstream) for name in variants}
+    steps = {
+        name: _step(case, functions[name], inputs, upstream, case.context(device))
+        for name in variants
+    }
     want = _exact(case, inputs, upstream)
     errors: dict[str, float] = {}
     backend = ""
@@ -84,10 +91,17 @@ def prepare(case: Case, variants: Sequence[str], device: torch.device) -> Prepar
             warnings.filterwarnings("ignore", message=".*complex operators.*")
             results = step()
         if name == "featkd":
-            # None: an op that has no fused form yet runs the reference without recording it
-            backend = featkd.last_backend(problem.op) or "reference"
+            backend = featkd.last_backend(problem.op) or ""
         errors[name] = _largest_error(case, name, results, want)
     return Prepared(steps, inputs, outputs, upstream, backend, errors)
+
+
+def _reference(problem: Problem) -> Callable[[Tensors], tuple[Tensor, ...]]:
+    def run(tensors: Tensors) -> tuple[Tensor, ...]:
+        with featkd.use_backend("reference"):
+            return problem.featkd(tensors)
+
+    return run
 
 
 def _exact(case: Case, inputs: Tensors, upstream: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -95,7 +109,7 @@ def _exact(case: Case, inputs: Tensors, upstream: tuple[Tensor, ...]) -> tuple[T
     wide = {k: x.detach().to(dtype) if x.is_floating_point() else x for k, x in inputs.items()}
     for name in case.problem.differentiable:
         wide[name].requires_grad_(case.direction != "forward")
-    return _step(case, case.problem.eager, wide, upstream)()
+    return _step(case, case.problem.eager, wide, upstream, nullcontext())()
 
 
 def _upstream(output: Tensor) -> Tensor:
@@ -111,20 +125,25 @@ def _step(
     function: Callable[[Tensors], tuple[Tensor, ...]],
     inputs: Tensors,
     upstream: tuple[Tensor, ...],
+    context: AbstractContextManager[object],
 ) -> Step:
     leaves = [inputs[name] for name in case.problem.differentiable]
 
-    def forward(_: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        with torch.no_grad():
+    def outputs() -> tuple[Tensor, ...]:
+        with context:
             return function(inputs)
 
-    def backward(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def forward(_: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return outputs()
+
+    def backward(ready: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         # a variant's own output dtype: featkd's losses are float32 for half-precision maps
-        grads = [g.to(y.dtype) for g, y in zip(upstream, outputs, strict=True)]
-        return torch.autograd.grad(outputs, leaves, grads)
+        grads = [g.to(y.dtype) for g, y in zip(upstream, ready, strict=True)]
+        return torch.autograd.grad(ready, leaves, grads)
 
     def both(_: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return backward(function(inputs))
+        return backward(outputs())
 
     def nothing() -> tuple[Tensor, ...]:
         return ()
@@ -132,7 +151,7 @@ def _step(
     if case.direction == "forward":
         return Step(nothing, forward)
     if case.direction == "backward":
-        return Step(lambda: function(inputs), backward)
+        return Step(outputs, backward)
     return Step(nothing, both)
 
 

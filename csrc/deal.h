@@ -2,12 +2,15 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <new>
 
-#include "cpu.h"
-
 namespace featkd {
+
+// Runs `body(context)` in up to `count` threads at once, at least one.
+using Parallel = void (*)(int count, void (*body)(void* context), void* context);
 
 constexpr std::align_val_t ALIGNMENT{64};
 

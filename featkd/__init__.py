@@ -13,7 +13,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("data", "functional", "linalg", "losses", "lowrank", "models", "reference", "train")
+_SUBMODULES = ("data", "functional", "linalg", "losses", "models", "reference", "train")
 
 _BACKENDS = ("last_backend", "use_backend")
 

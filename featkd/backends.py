@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -58,8 +58,9 @@ def use_backend(name: str) -> Iterator[None]:
     """Choose the backend of all ops that this thread calls while the block runs.
 
     A backward pass runs on its forward pass's backend. Other threads, also those started inside of
-    the block, choose for themselves; FEATKD_BACKEND sets the default of all. `torch.utils.checkpoint`
-    recomputes in one of autograd's threads: put the block inside of the checkpointed function.
+    the block, choose for themselves; FEATKD_BACKEND sets the default of all.
+    `torch.utils.checkpoint` recomputes in one of autograd's threads: put the block inside of the
+    checkpointed function.
 
     Args:
         name: "auto", "triton" or "reference". A call that the kernels do not support still runs on
@@ -99,22 +100,31 @@ def record(op: str, backend: str) -> None:
     _last[op] = backend
 
 
-def choose(op: str, device: torch.device, unsupported: Callable[[], str]) -> str:
-    """Returns "triton" or "reference", the backend of one call.
+def choose(
+    op: str,
+    device: torch.device,
+    unsupported: Callable[[], str],
+    *,
+    own: str = "triton",
+    devices: Sequence[str] = ("cuda",),
+) -> str:
+    """Returns the backend of one call: the op's own one, or "reference".
 
     Args:
         op: the op's name.
         device: the tensors' device.
-        unsupported: returns why the Triton kernels cannot take this call, or "".
+        unsupported: returns why the op's own backend cannot take this call, or "".
+        own: name of the op's own backend.
+        devices: kinds of device on which "auto" takes it.
     """
     wanted = wanted_backend()
-    if wanted == "reference" or (wanted == "auto" and device.type != "cuda"):
+    if wanted == "reference" or (wanted == "auto" and device.type not in devices):
         return "reference"
     # a custom op's outputs have no tangents, and torch says nothing if no input requires grad
     tangents = forward_ad._current_level >= 0  # of torch.func.jvp too
     why = "forward-mode derivatives" if tangents else unsupported()
     if not why:
-        return "triton"
+        return own
     _warn_once(op, why)
     return "reference"
 

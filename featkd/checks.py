@@ -10,8 +10,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from featkd.factors import LowRank
-
 METRICS = ("mse", "spectral")
 
 
@@ -84,38 +82,11 @@ def check_constant(name: str, x: Tensor) -> None:
         )
 
 
-def check_teacher_map(teacher: Tensor | LowRank, shape: tuple[int, int, int]) -> None:
-    """Check a teacher's map (B, N, Ct), or its factors, of matrix rank min(N, Ct) at most."""
-    batch, tokens, channels = shape
-    sizes: dict[str, tuple[int | str, ...]] = {"teacher": shape}
-    if isinstance(teacher, LowRank):
-        sizes = {"teacher.left": (batch, tokens, "k"), "teacher.right": (batch, channels, "k")}
-    for name, x in teacher_tensors(teacher).items():
-        check_floating(name, x, sizes[name])
-        check_constant(name, x)
-    if not channels:
-        raise ValueError(
-            f"teacher: has no elements (shape {tuple(teacher.shape)}); the mean is undefined"
-        )
-    if not isinstance(teacher, LowRank):
-        return
-    rank, most = teacher.left.shape[2], min(tokens, channels)
-    if teacher.right.shape[2] != rank:
-        raise ValueError(
-            f"teacher: expected factors of one matrix rank k, got left {tuple(teacher.left.shape)} "
-            f"and right {tuple(teacher.right.shape)}"
-        )
-    if rank > most:
-        raise ValueError(
-            f"teacher: factors of matrix rank {rank}; expected at most min(N, Ct) = {most}"
-        )
-
-
-def teacher_tensors(teacher: Tensor | LowRank) -> dict[str, Tensor]:
-    """What a teacher's map consists of, by the name that errors give it."""
-    if isinstance(teacher, LowRank):
-        return {"teacher.left": teacher.left, "teacher.right": teacher.right}
-    return {"teacher": teacher}
+def check_teacher_map(teacher: Tensor, shape: tuple[int, int, int]) -> None:
+    """Check a teacher's map (B, N, Ct): floating, not empty, and without a gradient."""
+    check_floating("teacher", teacher, shape)
+    check_constant("teacher", teacher)
+    check_not_empty("teacher", teacher)
 
 
 def check_positive(name: str, value: float) -> None:

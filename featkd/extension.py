@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from featkd import backends
+
 LIBRARY = Path(__file__).with_name("_csrc.so")
 
+_DEVICES = ("cpu", "cuda")
 _known: dict[Path, str] = {}
+
+
+def choose(op: str, kernel: str, device: torch.device, unsupported: Callable[[], str]) -> str:
+    """Backend of a call of an op that csrc implements: "cpu", "cuda" or "reference".
+
+    Args:
+        op: name of the op, for `backends.last_backend` and the one warning that says why a call
+            runs on the reference.
+        kernel: csrc's operator, like "featkd::spectrum".
+        device: where the tensors are; on others than CPU and CUDA the reference runs.
+        unsupported: returns why csrc cannot take this call, or "".
+    """
+
+    def why_not() -> str:
+        if device.type not in _DEVICES:
+            return f"csrc has no kernel for tensors on {device.type}"
+        why = unsupported() or missing()
+        if not why and not has_kernel(kernel, device.type):
+            return f"csrc has no {device.type} half"
+        return why
+
+    return backends.choose(op, device, why_not, own=device.type, devices=_DEVICES)
 
 
 def missing() -> str:
@@ -30,9 +56,7 @@ def _load() -> str:
 
 def has_kernel(op: str, device: str) -> bool:
     """Whether an operator like "featkd::spectrum" is implemented for "cpu" or "cuda" tensors."""
-    keys = {"cpu": "CPU", "cuda": "CUDA"}
-    key = keys.get(device)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op, device.upper())
 
 
 # What `torch.compiler.assume_constant_result` sets, which imports all of the compiler.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from featkd import backends, checks, reference
 from featkd.ops import jacobi as jacobi_op
+from featkd.ops import orthonormal
 from featkd.ops import spectrum as spectrum_op
 from featkd.ops.spectrum import Spectrum
 
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 THRESHOLDS = (0.8, 0.9, 0.95, 0.99)
+_NOISE = 2.0**-40  # of the largest: a vector this short holds nothing but roundings
 
 
 class SVD(NamedTuple):
@@ -161,7 +163,7 @@ def svd(x: Tensor, k: int | None = None, *, method: Literal["auto", "jacobi"] = 
     Args:
         x: (..., N, D), floating; half precision is computed and returned as float32.
         k: how many; None for all n.
-        method: "auto", or "jacobi" for tiny values: QR and one-sided Jacobi in float64.
+        method: "auto", or "jacobi" for tiny values: one-sided Jacobi in float64.
 
     Returns:
         `SVD` of U (..., N, k), S (..., k) and Vh (..., k, D). With "auto", NaN for a matrix that
@@ -170,15 +172,19 @@ def svd(x: Tensor, k: int | None = None, *, method: Literal["auto", "jacobi"] = 
     Raises:
         TypeError: not a real floating-point tensor, or k neither None nor an int.
         ValueError: fewer than two dimensions, an unknown method, or k not from 1 to n.
-        RuntimeError: "jacobi" and NaN or Inf.
+        RuntimeError: "jacobi" and NaN or Inf, or no convergence. While a CUDA graph is captured
+            nothing is raised; those matrices' results are NaN.
 
     Notes:
         With "auto" all vectors come from torch.linalg.svd, with its gradient. The k leading ones
         come from the eigenvectors of the smaller side's Gram matrix in float64; the other side's
         vectors, X^T U / s, are orthonormalised. Where x requires grad, they are those of
         torch.linalg.svd in float64, with its gradient: slower, and signs may differ. Those of
-        "jacobi" carry none; it takes values below 1e-135 of the largest for zeros, and shares no
-        step but the QR with the others: it is their oracle.
+        "jacobi" carry none; it takes values below 1e-135 of the largest for zeros.
+
+        On a GPU torch.linalg.svd takes one matrix after the other and waits for the GPU. The k
+        leading vectors and "jacobi" take the whole batch at once, and a CUDA graph can capture
+        them. The leading vectors are NaN there where Jacobi does not converge in 60 sweeps.
 
     Example:
         >>> import torch
@@ -220,18 +226,24 @@ def _scaled(u: Tensor, s: Tensor, vh: Tensor, factor: Tensor) -> SVD:
 
 def _leading(x: Tensor, k: int) -> SVD:
     """The k leading singular triplets by the Gram matrix of the smaller side, in float64."""
+    backend = jacobi_op.choose(x) if orthonormal.is_batched_only(x) else "reference"
+    backends.record(jacobi_op.NAME, backend)
     tall = x.shape[-2] > x.shape[-1]
     clean, factor = reference.set_bad_aside(x.double())
     scale = _power_of_two(clean)  # the Gram matrix squares what it gets
     wide = (clean.mT if tall else clean) / scale
-    _, vectors = torch.linalg.eigh(wide @ wide.mT)
-    near = vectors[..., -k:].flip(-1)
-    far, triangle = torch.linalg.qr(wide.mT @ near)  # the columns have the lengths S
-    diagonal = triangle.diagonal(dim1=-2, dim2=-1)
-    far = far * torch.where(diagonal < 0, -1, 1).unsqueeze(-2)
+    gram = wide @ wide.mT
+    if backend == "reference":
+        near = torch.linalg.eigh(gram).eigenvectors[..., -k:].flip(-1)
+    else:  # torch.linalg.eigh waits for the GPU and, up to torch 2.11, loops over the batch
+        _, turns, converged = jacobi_op.turn(gram)
+        near, factor = turns.mT[..., :k], factor * converged
+    far = wide.mT @ near  # the columns have the lengths S
+    lengths = torch.linalg.vector_norm(far, dim=-2)
+    basis = orthonormal.orthonormal_columns(far, lengths <= _NOISE * lengths[..., :1])
     # beyond the matrix rank the eigenvectors' order is rounding's, and the lengths have another
-    values, order = diagonal.abs().sort(dim=-1, descending=True, stable=True)
-    near, far = (torch.take_along_dim(part, order.unsqueeze(-2), -1) for part in (near, far))
+    values, order = (basis * far).sum(-2).abs().sort(dim=-1, descending=True, stable=True)
+    near, far = (torch.take_along_dim(v, order.unsqueeze(-2), -1) for v in (near, basis))
     u, v = (far, near) if tall else (near, far)
     return _scaled(u, values * scale[..., 0], v.mT, factor)
 
@@ -278,13 +290,23 @@ def principal_angles(v1: Tensor, v2: Tensor) -> Tensor:
             )
     small, large = (v1, v2) if v1.shape[-1] <= v2.shape[-1] else (v2, v1)
     (small, one), (large, other) = (reference.set_bad_aside(v.double()) for v in (small, large))
-    q_small, q_large = (torch.linalg.qr(v).Q for v in (small, large))
+    q_small, q_large = (orthonormal.orthonormal_columns(v) for v in (small, large))
     shared = q_large.mT @ q_small
-    cosines = torch.linalg.svdvals(shared).clamp(max=1)
-    sines = torch.linalg.svdvals(q_small - q_large @ shared).flip(-1).clamp(max=1)
+    cosines = _small_values(shared).clamp(max=1)
+    sines = _small_values(q_small - q_large @ shared).flip(-1).clamp(max=1)
     angles = torch.where(cosines.square() < 0.5, cosines.acos(), sines.asin())
     dtype = torch.promote_types(*(reference.accumulation_dtype(v.dtype) for v in (v1, v2)))
     return (angles * (one * other)[..., None]).to(dtype)
+
+
+def _small_values(x: Tensor) -> Tensor:
+    """Singular values good to 1e-16 of the largest, which those by a Gram matrix are not."""
+    differentiable = x.requires_grad and torch.is_grad_enabled()
+    batched = orthonormal.is_batched_only(x) and not differentiable
+    if batched and jacobi_op.choose(x) != "reference":
+        return jacobi_op.svdvals(x)
+    values: Tensor = torch.linalg.svdvals(x)
+    return values
 
 
 def _check_matrices(name: str, x: Tensor) -> None:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featkd import checks
-from featkd.factors import LowRank, restore
 from featkd.functional import Metric, projected_feature_kd, soft_kd
 from featkd.reference import accumulation_dtype
 
@@ -63,15 +62,17 @@ class ProjectedFeatureKD(nn.Module):
         self.metric: Metric = metric
         self.grid = grid
 
-    def forward(self, student: Tensor, teacher: Tensor | LowRank) -> Tensor:
-        """(B, N, Cs), (B, N, Ct) or its factors -> scalar."""
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """(B, N, Cs), (B, N, Ct) -> scalar."""
+        feature = self.proj(student)
+        norm: nn.Module | None = self.norm
+        if norm is not None and type(norm) is not nn.LayerNorm:
+            feature, norm = norm(feature), None
         return projected_feature_kd(
-            student,
+            feature,
             teacher,
-            self.proj.weight,
-            self.proj.bias,
-            None if self.norm is None else self.norm.weight,
-            None if self.norm is None else self.norm.bias,
+            norm_weight=None if norm is None else norm.weight,
+            norm_bias=None if norm is None else norm.bias,
             eps=self.eps,
             metric=self.metric,
             grid=self.grid,
@@ -141,7 +142,7 @@ class DistillationLoss(nn.Module):
         target: Tensor,
         teacher_logits: Tensor | None = None,
         student_features: Sequence[Tensor] = (),
-        teacher_features: Sequence[Tensor | LowRank] = (),
+        teacher_features: Sequence[Tensor] = (),
         *,
         feature_loss: Tensor | None = None,
     ) -> DistillationTerms:
@@ -151,8 +152,7 @@ class DistillationLoss(nn.Module):
             student_logits: (B, K).
             target: (B,) int64 indices or (B, K) soft labels.
             teacher_logits: (B, K), or None where alpha is 0.
-            student_features, teacher_features: one (B, N, C) map a layer pair, in the same order,
-                or, the teacher's, its factors.
+            student_features, teacher_features: one (B, N, C) map a layer pair, in the same order.
             feature_loss: L_feat, a scalar, in place of the maps where the student has formed it
                 (`featkd.models.Lift.forward_with_loss`).
 
@@ -171,9 +171,7 @@ class DistillationLoss(nn.Module):
         total = logits + self.beta * self.w_feat * features
         return DistillationTerms(total, logits.detach(), features.detach())
 
-    def _feature_loss(
-        self, student: Sequence[Tensor], teacher: Sequence[Tensor | LowRank]
-    ) -> Tensor:
+    def _feature_loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         assert self.feature is not None
         if len(student) != len(teacher) or not student:
             raise ValueError(
@@ -195,16 +193,14 @@ class DistillationLoss(nn.Module):
         return torch.stack(terms).mean()
 
 
-def pool_channels(student: Tensor, teacher: Tensor | LowRank) -> tuple[Tensor, Tensor | LowRank]:
+def pool_channels(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Average-pool the wider of two maps over neighbouring channels to the narrower width.
 
     Args:
-        student: (B, N, Cs). teacher: (B, N, Ct), or its factors.
+        student: (B, N, Cs). teacher: (B, N, Ct).
 
     Returns:
-        Both with min(Cs, Ct) channels; a map of that width already is returned as it came. Of
-        factors the right one alone is pooled; the map is restored where their rank is above that
-        width.
+        Both with min(Cs, Ct) channels; a map of that width already is returned as it came.
 
     Example:
         >>> s, t = pool_channels(torch.zeros(1, 1, 2), torch.tensor([[[1., 3., 5., 7.]]]))
@@ -212,13 +208,7 @@ def pool_channels(student: Tensor, teacher: Tensor | LowRank) -> tuple[Tensor, T
         tensor([[[2., 6.]]])
     """
     width = min(student.shape[2], teacher.shape[2])
-    student = _pooled(student, width)
-    if not isinstance(teacher, LowRank):
-        return student, _pooled(teacher, width)
-    if teacher.shape[2] == width:
-        return student, teacher
-    factors = LowRank(teacher.left, _pooled(teacher.right.mT, width).mT)
-    return student, restore(factors) if factors.left.shape[2] > width else factors
+    return _pooled(student, width), _pooled(teacher, width)
 
 
 def _pooled(x: Tensor, width: int) -> Tensor:

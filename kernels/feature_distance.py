@@ -303,8 +303,8 @@ def config(
     image_rows = min(image_rows, triton.next_power_of_2(height))
     splits = min(-(-height // image_rows), max(1, -(-programs // images)))
     slots = min(images, 4 * programs)
-    elements = image_rows * places * block
-    return Config(image_rows, places, block, splits, slots, 8 if elements > 4096 else 4)
+    warps = 8 if image_rows * places * block > 4096 else 4
+    return Config(image_rows, places, block, splits, slots, warps)
 
 
 def _shared(
@@ -395,6 +395,7 @@ def forward(
             "EPS": eps,
         },
         num_warps=chosen.num_warps,
+        threads=384 if width else 512,
     )
     add_up(pooled_partial, pooled, loss_partial, loss, weight=gamma, bias=beta, divisor=tokens)
     return loss, pooled, statistics
@@ -446,5 +447,6 @@ def backward(
             "NORM": gamma is not None,
         },
         num_warps=chosen.num_warps,
+        threads=384,
     )
     return d_feature, None if partial is None else norm_gradients(partial, parameters[0].dtype)

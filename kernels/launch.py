@@ -28,12 +28,27 @@ _redirected_arch = 80
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *, num_warps: int
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: dict[str, Any],
+    *,
+    num_warps: int,
+    threads: int = 384,
 ) -> None:
-    """Runs a `triton.jit` function on the device of its first tensor argument."""
+    """Runs a `triton.jit` function on the device of its first tensor argument.
+
+    Args:
+        threads: that a processor shall hold at once, at least: it bounds a thread's registers.
+            Left alone, ptxas spills a few of them to reach the next number of blocks.
+    """
     # a product fused into the first step of a sum across lanes rounds each lane's copy of the sum
     # differently, and which copy is kept is the hardware's choice
-    options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False}
+    options = {
+        "num_warps": num_warps,
+        "num_stages": 1,
+        "enable_fp_fusion": False,
+        "maxnreg": min(255, 65536 // threads // 8 * 8),
+    }
     if _redirected is not None:
         _redirected(kernel, grid, arguments, options)
         return
@@ -62,8 +77,9 @@ def redirect(launcher: Launcher, arch: int = 80) -> Iterator[None]:
 
 def can_run_on(device: torch.device) -> bool:
     """Checks whether kernels can run on tensors of this device."""
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-    return device.type == "cuda" or _redirected is not None or interpreted
+    if device.type == "cuda" or _redirected is not None:
+        return True
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 @lru_cache(maxsize=16)

@@ -90,7 +90,7 @@ def add_up(
         "BLOCK": _BLOCK,
         "ACC": triton_type(source.dtype),
     }
-    launch(sum_partials, (max(1, triton.cdiv(elements, _BLOCK)), groups), arguments, num_warps=4)
+    launch(sum_partials, (max(1, -(-elements // _BLOCK)), groups), arguments, num_warps=4)
 
 
 def norm_gradients(partial: Tensor, dtype: torch.dtype) -> Tensor:

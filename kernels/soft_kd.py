@@ -251,7 +251,7 @@ def _launch(
     ce, kl, per_tau = (_parts(x, kind) for x in (1 - alpha, alpha * tau**2, 1 / tau))
     launch(
         soft_kd_rows,
-        (triton.cdiv(batch, chosen.rows),),
+        (-(-batch // chosen.rows),),
         {
             "student": student,
             "teacher": teacher,

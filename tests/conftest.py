@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from featkd.cpu import chunks
 from featkd.data import AugmentConfig, DataConfig
 from featkd.train.recipe import (
     LossConfig,
@@ -37,15 +36,6 @@ def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder.resolve()))
         yield
-
-
-@pytest.fixture(autouse=True)
-def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fused ops' CPU paths multiply bf16 maps in float32, as on processors without bf16.
-
-    So that a test compares the same on every machine; tests/ops/test_bf16_products.py has the rest.
-    """
-    monkeypatch.setattr(chunks, "multiplies_bf16", lambda device: False)
 
 
 @pytest.fixture

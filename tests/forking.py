@@ -26,7 +26,7 @@ from unittest import mock
 
 # what commands import, the parsers' own modules included
 IMPORTED = (
-    *("featkd.diagnose", "featkd.train.dryrun", "featkd.train.fill", "featkd.cpu.rows"),
+    *("featkd.diagnose", "featkd.train.dryrun", "featkd.train.fill"),
     *("attrs", "docstring_parser", "torch.distributed.launcher.api", "torch.utils.tensorboard"),
     *("torch.utils.serialization.config", "torchmetrics.classification"),
 )

@@ -34,16 +34,3 @@ def test_the_tag_is_that_of_the_sources(tmp_path: Path, monkeypatch: pytest.Monk
         tell_ops_apart()
         assert config.cache_key_tag.startswith("userfeatkd.ops-")
         assert own not in config.cache_key_tag
-
-
-def test_the_tag_says_whether_the_processor_multiplies_bf16(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """What ops keep for their backward passes depends on it, and machines may share a cache."""
-    tags = []
-    for found in (True, False):
-        monkeypatch.setattr("featkd.compile_cache.multiplies_bf16", lambda _, found=found: found)
-        with config.patch(cache_key_tag="user"):
-            tell_ops_apart()
-            tags.append(config.cache_key_tag)
-    assert tags[0] != tags[1]

@@ -22,19 +22,19 @@ LAYERS = (
     ("train",),
     ("diagnostics", "cache"),
     ("models", "data"),
-    ("losses", "lowrank"),
+    ("losses",),
     ("functional", "linalg"),
     ("ops",),
     ("kernels", "cpu"),
     ("reference",),
     ("arguments", "compile_cache"),
+    ("extension",),
     ("ptx",),  # a test bench: only benchmarks imports it
     (
         "backends",
         "checks",
         "distributed",
         "environment",
-        "extension",
         "files",
         "interrupt",
         "openmp",
@@ -43,7 +43,7 @@ LAYERS = (
         "recipes",
         "__init__",
     ),
-    ("remote", "factors"),
+    ("remote",),
 )
 
 

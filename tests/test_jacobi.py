@@ -8,15 +8,18 @@ import torch
 
 import featkd
 from featkd import linalg
+from featkd.ops import jacobi, orthonormal
 from tests.spectra import FAMILIES, THRESHOLDS, lapack
 from tests.test_linalg import matrices
 
 ODD = [name for name in FAMILIES if name not in ("tiny", "huge")]
 
 
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("shape", [(40, 33), (20, 45), (17, 17), (1, 4), (4, 1)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_decomposes_every_family(family: str, shape: tuple[int, int]):
+def test_decomposes_every_family(family: str, shape: tuple[int, int], gpu: bool, monkeypatch):
+    monkeypatch.setattr(orthonormal, "is_batched_only", lambda x: gpu)
     x = matrices(family, *shape)
     found = linalg.svd(x, method="jacobi")
     assert featkd.last_backend("svd") == "cpu"
@@ -69,6 +72,24 @@ def test_dtypes_batches_k_and_bitwise_repeats():
         again = linalg.svd(x.to(dtype), k=4, method="jacobi")
         assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True))
     assert linalg.svd(x[:0], method="jacobi").S.shape == (0, 3, 7)
+
+
+def test_no_convergence_is_an_error(monkeypatch):
+    monkeypatch.setattr(jacobi, "_MOST_SWEEPS", 1)
+    with pytest.raises(RuntimeError, match="a matrix does not converge in 1 sweeps"):
+        linalg.svd(matrices("features", 20, 30), method="jacobi")
+
+
+def test_a_capture_gives_nan_where_it_can_not_raise(monkeypatch):
+    x = matrices("features", 20, 30, count=3)
+    clean = linalg.svd(x, method="jacobi")
+    x[1, 3, 3] = float("nan")
+    monkeypatch.setattr(jacobi, "_is_captured", lambda x: True)
+    for one, other in zip(clean, linalg.svd(x, method="jacobi"), strict=True):
+        assert other[1].isnan().all()
+        assert torch.equal(one[[0, 2]], other[[0, 2]])
+    monkeypatch.setattr(jacobi, "_MOST_SWEEPS", 1)
+    assert all(part.isnan().all() for part in linalg.svd(x, method="jacobi"))
 
 
 def test_what_is_refused_or_left_to_torch():

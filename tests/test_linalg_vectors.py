@@ -11,7 +11,15 @@ from torch import Tensor
 
 import featkd
 from featkd import linalg
+from featkd.ops import jacobi, orthonormal
 from tests.test_linalg import matrices
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU's calls, and those that a GPU takes, on the CPU."""
+    if request.param == "gpu":
+        monkeypatch.setattr(orthonormal, "is_batched_only", lambda x: True)
 
 
 def results_and_gradient(function: Callable[..., object], *given: Tensor) -> list[Tensor]:
@@ -44,6 +52,7 @@ def test_one_bad_matrix_leaves_other_vectors_and_gradients_alone(
             assert not one.isnan().any()
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("shape", [(20, 30), (30, 20)], ids=str)
 def test_one_bad_matrix_leaves_other_leading_vectors_alone(shape: tuple[int, int]):
     clean = matrices("features", *shape, count=4)
@@ -54,6 +63,7 @@ def test_one_bad_matrix_leaves_other_leading_vectors_alone(shape: tuple[int, int
         assert torch.equal(one[[0, 1, 3]], other[[0, 1, 3]])
 
 
+@pytest.mark.usefixtures("route")
 def test_one_bad_pair_leaves_the_angles_of_the_others_alone():
     one, other = matrices("flat", 12, 3, count=4), matrices("geometric", 12, 5, count=4)
     before = results_and_gradient(linalg.principal_angles, one, other)
@@ -69,6 +79,7 @@ def test_one_bad_pair_leaves_the_angles_of_the_others_alone():
             assert not clean.isnan().any()
 
 
+@pytest.mark.usefixtures("route")
 def test_leading_vectors():
     for shape in ((2, 60, 90), (90, 60), (40, 40)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -87,6 +98,7 @@ def test_leading_vectors():
     assert linalg.svd(torch.zeros(3, 4), k=2).S.tolist() == [0, 0]
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("scale", [1e-170, 1e-307, 5e-324, 1e160, 3e307])
 def test_leading_vectors_at_any_scale(scale: float):
     values = torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64) * scale
@@ -100,6 +112,7 @@ def test_leading_vectors_at_any_scale(scale: float):
             torch.testing.assert_close(shown, best)
 
 
+@pytest.mark.usefixtures("route")
 def test_scales_of_a_batch_do_not_mix():
     x = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scales = torch.tensor([2.0**-700, 0.0, 2.0**600], dtype=torch.float64)
@@ -108,6 +121,7 @@ def test_scales_of_a_batch_do_not_mix():
     torch.testing.assert_close(found.U[[0, 2]], each.U[[0, 2]])
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("shape", [(40, 50), (50, 40)], ids=str)
 def test_leading_values_of_low_rank_descend(shape: tuple[int, int], rank: int):
@@ -124,6 +138,7 @@ def test_leading_values_of_low_rank_descend(shape: tuple[int, int], rank: int):
     torch.testing.assert_close(lengths, found.S, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("family", ["features", "geometric"])
 def test_leading_subspaces_are_as_exact_as_a_float32_svds(family: str):
     x = matrices(family, 96, 192).float()
@@ -177,6 +192,18 @@ def test_leading_vectors_have_torchs_gradient():
     assert half.grad.dtype == torch.bfloat16
 
 
+def test_a_gpus_leading_vectors_take_csrcs_jacobi(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(orthonormal, "is_batched_only", lambda x: True)
+    x = matrices("features", 40, 30)
+    found = linalg.svd(x, 5)
+    assert featkd.last_backend("svd") == "cpu"  # csrc's
+    monkeypatch.setattr(jacobi, "_MOST_SWEEPS", 1)
+    assert all(part.isnan().all() for part in linalg.svd(x, 5))
+    with featkd.use_backend("reference"):
+        torch.testing.assert_close(linalg.svd(x, 5).S, found.S)
+    assert featkd.last_backend("svd") == "reference"
+
+
 @pytest.mark.parametrize("k", [None, 2])
 @pytest.mark.parametrize("grad", [False, True])
 def test_what_ran_is_recorded(k: int | None, grad: bool):
@@ -186,6 +213,7 @@ def test_what_ran_is_recorded(k: int | None, grad: bool):
     assert featkd.last_backend("svd") == "reference"
 
 
+@pytest.mark.usefixtures("route")
 def test_principal_angles():
     angles = torch.tensor([1e-9, 1e-4, 0.3, torch.pi / 2 - 1e-9], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)

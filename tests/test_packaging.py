@@ -128,14 +128,16 @@ def test_architectures():
         gencodes("Hopper")
 
 
-@pytest.mark.parametrize("kind", ["cpu", "rows"])
+@pytest.mark.parametrize(("file", "name"), [("cpu_isa", "cpu"), ("heads", "mix_heads")])
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
-def test_no_instruction_set_lends_another_its_functions(built: Path, isa: str, kind: str):
+def test_no_instruction_set_lends_another_its_functions(
+    built: Path, isa: str, file: str, name: str
+):
     """A weak symbol would be kept once for all of them, perhaps in the AVX-512 form."""
     if isa not in functions()["ISAS"] or shutil.which("nm") is None:
         pytest.skip("another processor, or no nm")
-    (target,) = (built / "build").rglob(f"{kind}_{isa}.o")
+    (target,) = (built / "build").rglob(f"{file}_{isa}.o")
     table = subprocess.run(["nm", str(target)], check=True, capture_output=True, text=True).stdout
-    assert f"{kind}_{isa}" in table
+    assert f"{name}_{isa}" in table
     kinds = {line.split()[-2]: line.split()[-1] for line in table.splitlines()}
     assert not {"V", "W", "v", "w", "u"} & set(kinds), table

@@ -28,14 +28,14 @@ class CacheConfig:
             classes. None: all beside maps, which take 20 times their bytes; 10 without maps, or
             all where there are no more.
         features: of the teacher's layers in loss.pairs: "full" keeps the maps, "lowrank" each
-            image's leading singular directions (`featkd.lowrank.compress`), "none" nothing. None:
-            full where the loss compares maps.
+            image's leading singular directions (`featkd.cache.lowrank.compress`), "none" nothing.
+            None: full where the loss compares maps.
         energy: lowrank: the share of each map's energy that is kept. None: 0.99, or what `rank`
             leaves.
         rank: lowrank: a number of directions in place of an energy.
         store: what values are stored in: "fp16" or "int8" with a scale for each channel, or
-            direction (`featkd.lowrank.quantise`); full: also "fp32" and "bf16" as they are. None:
-            int8.
+            direction (`featkd.cache.lowrank.quantise`); full: also "fp32" and "bf16" as they are.
+            None: int8.
         shard_rows: rows of a file; rounded up to whole batches.
 
     Raises:

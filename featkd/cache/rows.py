@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from featkd.lowrank import Form, LowRank, compress, dequantise, quantise
+from featkd.cache.lowrank import Form, LowRank, compress, dequantise, quantise, restore
 
 Row = Mapping[str, Tensor]
 """What is stored of one image, by column, on the CPU."""
@@ -20,11 +20,10 @@ _PARTS = ("left", "left_scales", "right", "right_scales")
 
 
 class Taught(NamedTuple):
-    """What the teacher says of a batch: logits (B, K) or None, a (B, N, C) map a layer pair, or
-    its factors."""
+    """What the teacher says of a batch: logits (B, K) or None, a (B, N, C) map a layer pair."""
 
     logits: Tensor | None
-    maps: list[Tensor | LowRank]
+    maps: list[Tensor]
 
 
 class NotStorable(ValueError):
@@ -94,7 +93,6 @@ class Layout:
         assert taught.logits is not None
         columns: dict[str, Tensor | list[Tensor]] = dict(self._encode_logits(taught.logits))
         for shape, x in zip(self.layers, taught.maps, strict=True):
-            assert isinstance(x, Tensor)
             name = f"features.{shape.layer}"
             _check_finite(x, f"the map of layer {shape.layer}")
             if self.features == "lowrank":
@@ -114,7 +112,7 @@ class Layout:
 
         Logits of which `logits_top` were kept come as float32 log-probabilities, which are logits
         up to an image's own constant: those classes have theirs, and the rest of the probability
-        is spread evenly over the others. Factors come in float32.
+        is spread evenly over the others. Low-rank maps are restored. Nothing waits for the device.
 
         Args:
             rows: of the images.
@@ -122,13 +120,15 @@ class Layout:
             device: where they go.
         """
         shapes = {shape.layer: shape for shape in self.layers}
-        maps: list[Tensor | LowRank] = []
+        device = torch.device(device)
+        maps: list[Tensor] = []
         for layer in layers:
-            name = f"features.{layer}"
+            name, dtype = f"features.{layer}", getattr(torch, shapes[layer].dtype)
             if self.features == "lowrank":
-                maps.append(_decode_factors(rows, name, shapes[layer], device))
+                factors = _decode_factors(rows, name, shapes[layer], device)
+                maps.append(restore(factors, dtype))
                 continue
-            held, dtype = _batched(rows, name, device), getattr(torch, shapes[layer].dtype)
+            held = _batched(rows, name, device)
             if self.store in _DTYPES:
                 maps.append(held.to(dtype))
             else:
@@ -161,7 +161,7 @@ class Layout:
             "logits.log_probs": torch.cat((top, rest), 1).to(torch.float16).cpu(),
         }
 
-    def _decode_logits(self, rows: Sequence[Row], device: torch.device | str) -> Tensor:
+    def _decode_logits(self, rows: Sequence[Row], device: torch.device) -> Tensor:
         if self.logits_top is None:
             return _batched(rows, "logits", device)
         log_probs = _batched(rows, "logits.log_probs", device).float()
@@ -172,19 +172,19 @@ class Layout:
 
 
 def _decode_factors(
-    rows: Sequence[Row], name: str, shape: LayerShape, device: torch.device | str
+    rows: Sequence[Row], name: str, shape: LayerShape, device: torch.device
 ) -> LowRank:
+    """The factors in float32, with zeros beyond each image's rank."""
     ranks = [len(row[f"{name}.left_scales"]) for row in rows]
-    # Whole eights: fewer shapes for torch.compile, and what products on a GPU are made for.
-    most = min(-(-max(*ranks, 1) // 8) * 8, shape.tokens, shape.channels)
     found = []
     for part, length in (("left", shape.tokens), ("right", shape.channels)):
-        values = rows[0][f"{name}.{part}"].new_zeros(len(rows), length, most)
-        scales = torch.zeros(len(rows), 1, most)
+        kind = rows[0][f"{name}.{part}"].dtype
+        values = _host_memory((len(rows), length, max(ranks)), kind, device).zero_()
+        scales = _host_memory((len(rows), 1, max(ranks)), torch.float32, device).zero_()
         for i, (row, rank) in enumerate(zip(rows, ranks, strict=True)):
             values[i, :, :rank] = row[f"{name}.{part}"].view(length, rank)
             scales[i, 0, :rank] = row[f"{name}.{part}_scales"]
-        found.append(dequantise(values.to(device), scales.to(device)))
+        found.append(dequantise(_moved(values, device), _moved(scales, device)))
     return LowRank(*found)
 
 
@@ -194,5 +194,16 @@ def _check_finite(x: Tensor, what: str) -> None:
         raise NotStorable(int(bad.nonzero()[0]), f"{what} is not finite")
 
 
-def _batched(rows: Sequence[Row], name: str, device: Any) -> Tensor:
-    return torch.stack([row[name] for row in rows]).to(device)
+def _batched(rows: Sequence[Row], name: str, device: torch.device) -> Tensor:
+    parts = [row[name] for row in rows]
+    held = _host_memory((len(parts), *parts[0].shape), parts[0].dtype, device)
+    return _moved(torch.stack(parts, out=held), device)
+
+
+def _host_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor, pinned for a GPU: a copy from other memory waits for the device."""
+    return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    return x.to(device, non_blocking=device.type == "cuda")

@@ -8,7 +8,6 @@ from typing import Any, cast
 from timm.layers import get_device_dtype
 from torch import Tensor, nn
 
-from featkd.factors import LowRank
 from featkd.functional import Metric, lift_head, projected_feature_kd
 from featkd.models.base import StudentVisionTransformer, check_vision_transformer
 from featkd.models.features import resolve_layers
@@ -82,7 +81,7 @@ class Lift(StudentVisionTransformer):
     def forward_with_loss(
         self,
         images: Tensor,
-        teacher: Tensor | LowRank,
+        teacher: Tensor,
         *,
         metric: Metric = "mse",
         grid: tuple[int, int] | None = None,
@@ -94,7 +93,7 @@ class Lift(StudentVisionTransformer):
 
         Args:
             images: (B, C, H, W).
-            teacher: (B, N, teacher_dim), or its factors, needing no gradient.
+            teacher: (B, N, teacher_dim), needing no gradient.
             metric, grid: as in `projected_feature_kd`.
 
         Returns:
@@ -110,7 +109,7 @@ class Lift(StudentVisionTransformer):
     def _finish(
         self,
         tokens: Tensor,
-        teacher: Tensor | LowRank | None = None,
+        teacher: Tensor | None = None,
         metric: Metric = "mse",
         grid: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:

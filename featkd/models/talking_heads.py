@@ -14,15 +14,15 @@ from featkd.models.fusible import can_bypass
 class FusedTalkingHeads(TalkingHeadAttn):  # type: ignore[misc]
     """timm's TalkingHeadAttn through `featkd.functional.talking_heads_attention`.
 
-    The same weights, and the same numbers but for rounding. In training mode, where gradients are
-    asked for, on the backend "reference", and where somebody watches or has replaced one of the
-    two mixes, it is timm's.
+    The same weights, and the same numbers but for rounding. timm's own forward runs on other
+    devices than a CPU, in training mode, where gradients are asked for, on another backend than
+    "auto", and where one of the two mixes has hooks or was replaced.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        plain = self.training or wanted_backend() == "reference"
-        if plain or not can_bypass(self.proj_l, self.proj_w):
+        fused = x.device.type == "cpu" and wanted_backend() == "auto" and not self.training
+        if not fused or not can_bypass(self.proj_l, self.proj_w):
             return super().forward(x)  # type: ignore[no-any-return]
         if torch.is_grad_enabled() and (x.requires_grad or self.proj_w.weight.requires_grad):
             return super().forward(x)  # type: ignore[no-any-return]

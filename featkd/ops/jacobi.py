@@ -1,4 +1,4 @@
-"""The op behind `linalg.svd(method="jacobi")`: schema, fake, and the steps around it."""
+"""csrc's one-sided Jacobi: the op, and `linalg.svd(method="jacobi")` by it."""
 
 from __future__ import annotations
 
@@ -6,65 +6,101 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featkd import backends, extension
+from featkd import backends, extension, reference
+from featkd.ops.orthonormal import orthonormal_columns
 from featkd.ops.spectrum import MOST_ROWS
 
 NAME = "svd"
-_MOST_SWEEPS = 60  # of csrc/jacobi.h
+_MOST_SWEEPS = 60  # of csrc/linalg/jacobi.h
 _VECTOR = {"cpu": 8, "cuda": 32}  # numbers of the widest
+_NOTHING = 1e-135  # of the largest element: csrc takes shorter rows for zeros
+
+
+def choose(x: Tensor) -> str:
+    """Backend for Jacobi on matrices (..., N, D): "cpu" or "cuda", both csrc's, or "reference"."""
+
+    def unsupported() -> str:
+        if 1 <= min(x.shape[-2:]) <= MOST_ROWS:
+            return ""
+        return f"the smaller side of {x.shape[-2]} x {x.shape[-1]} is not 1 to {MOST_ROWS}"
+
+    return extension.choose(NAME, "featkd::jacobi", x.device, unsupported)
+
+
+def turn(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotate the rows of each matrix until they are orthogonal.
+
+    Args:
+        rows: (..., n, length), float64, finite, n <= length.
+
+    Returns:
+        (turns @ rows, longest row first; turns (..., n, n), orthogonal; factors (...), which are
+        NaN where 60 sweeps did not suffice and else 1).
+    """
+    *batch, n, length = rows.shape
+    padded = F.pad(rows, (0, -length % _VECTOR[rows.device.type]))
+    found, turns, sweeps = torch.ops.featkd.jacobi(padded.reshape(-1, n, padded.shape[-1]))
+    return (
+        found[..., :length].reshape(rows.shape),
+        turns[..., :n].reshape(*batch, n, n),
+        torch.where(sweeps > _MOST_SWEEPS, torch.nan, 1.0).to(rows.dtype).reshape(batch),
+    )
 
 
 def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin U, S, Vh of matrices (..., N, D), in float64, by the chosen backend.
 
     Raises:
-        RuntimeError: a matrix holds NaN or Inf, or does not converge.
+        RuntimeError: a matrix holds NaN or Inf, or does not converge. Not while a CUDA graph is
+            captured, where asking would wait for the GPU: its results are NaN instead.
     """
-    backend = backends.choose(NAME, x.device, lambda name: _unsupported(name, x))
-    backend = "cuda" if backend == "triton" else backend  # the GPU's backend is csrc's own here
+    backend = choose(x)
     backends.record(NAME, backend)
-    if not bool(x.isfinite().all()):
-        raise RuntimeError("svd: x holds NaN or Inf, of which Jacobi finds no singular vectors")
-    wide = x.double()
+    clean, factor = reference.set_bad_aside(x.double())
+    _check(factor, "x holds NaN or Inf, of which Jacobi finds no singular vectors")
     if backend == "reference":
-        u, s, vh = torch.linalg.svd(wide, full_matrices=False)
-        return u, s, vh
-    batch = x.shape[:-2]
-    if x.shape[-2] < x.shape[-1]:
-        v, s, uh = _tall(wide.mT.reshape(-1, x.shape[-1], x.shape[-2]))
-        u, vh = uh.mT, v.mT
+        u, s, vh = torch.linalg.svd(clean, full_matrices=False)
     else:
-        u, s, vh = _tall(wide.reshape(-1, *x.shape[-2:]))
-    u, s, vh = (part.reshape((*batch, *part.shape[1:])) for part in (u, s, vh))
-    return u, s, vh
+        wide = x.shape[-2] <= x.shape[-1]
+        largest = clean.abs().amax((-2, -1), keepdim=True)
+        scale = torch.where(largest > 0, largest, 1)
+        near, s, far, converged = _by_rows((clean if wide else clean.mT) / scale)
+        _check(converged, f"a matrix does not converge in {_MOST_SWEEPS} sweeps")
+        u, vh = (near, far.mT) if wide else (far, near.mT)
+        s, factor = s * scale[..., 0], factor * converged
+    each = factor[..., None]
+    return u * each[..., None], s * each, vh * each[..., None]
 
 
-def _unsupported(backend: str, x: Tensor) -> str:
-    device = {"triton": "cuda"}.get(backend, backend)
-    if x.device.type != device:
-        return f"Jacobi has no {backend} kernel for tensors on {x.device.type}"
-    if not 1 <= min(x.shape[-2:]) <= MOST_ROWS:
-        return f"the smaller side of {x.shape[-2]} x {x.shape[-1]} is not 1 to {MOST_ROWS}"
-    why: str = extension.missing()
-    if why:
-        return why
-    return "" if extension.has_kernel("featkd::jacobi", device) else f"csrc has no {device} half"
+def svdvals(x: Tensor) -> Tensor:
+    """Singular values (..., n), descending, of float64 matrices with elements of about 1.
+
+    Each has a small error relative to itself. NaN where csrc's Jacobi, which must support x, does
+    not converge.
+    """
+    rows, _, converged = turn(x if x.shape[-2] <= x.shape[-1] else x.mT)
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+    return lengths * converged[..., None]
 
 
-def _tall(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of (B, N, D), N >= D: QR, then Jacobi on the rows of R."""
-    n = x.shape[-1]
-    largest = x.abs().amax((-2, -1), keepdim=True) if len(x) else x.new_zeros(0, 1, 1)
-    scale = torch.where(largest > 0, largest, 1)
-    q, r = torch.linalg.qr(x / scale)
-    rows, turns, sweeps = torch.ops.featkd.jacobi(F.pad(r, (0, -n % _VECTOR[x.device.type])))
-    if bool((sweeps > _MOST_SWEEPS).any()):
-        raise RuntimeError(f"svd: a matrix does not converge in {_MOST_SWEEPS} sweeps")
-    # the rows are s_i v_i^T: their QR divides by s_i, and completes where s_i is zero
-    v, lengths = torch.linalg.qr(rows[..., :n].mT)
-    signs = torch.where(lengths.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(x.dtype)
-    values = torch.linalg.vector_norm(rows, dim=-1) * scale[..., 0]
-    return q @ turns[..., :n].mT, values, (v * signs.unsqueeze(-2)).mT
+def _by_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of (..., n, D), n <= D, with a largest element of 1: U, S, V and the factors of `turn`.
+
+    X = T^T (T X), and the rows of T X are s_i v_i^T.
+    """
+    rows, turns, converged = turn(x)
+    lengths = torch.linalg.vector_norm(rows, dim=-1)
+    return turns.mT, lengths, orthonormal_columns(rows.mT, lengths <= _NOTHING), converged
+
+
+def _check(factor: Tensor, message: str) -> None:
+    if not _is_captured(factor) and bool(factor.isnan().any()):
+        raise RuntimeError(f"svd: {message}")
+
+
+def _is_captured(x: Tensor) -> bool:
+    """Whether x's operations go to a CUDA graph, where asking for a number would wait."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 torch.library.define(

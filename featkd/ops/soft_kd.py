@@ -37,7 +37,8 @@ def _run(
 ) -> Tensor:
     from featkd.kernels import soft_kd as kernels
 
-    return kernels.forward(student, teacher, target, alpha=alpha, tau=tau)
+    loss: Tensor = kernels.forward(student, teacher, target, alpha=alpha, tau=tau)
+    return loss
 
 
 def _fake(
@@ -56,7 +57,8 @@ def _run_backward(
 ) -> Tensor:
     from featkd.kernels import soft_kd as kernels
 
-    return kernels.backward(student, teacher, target, upstream, alpha=alpha, tau=tau)
+    gradient: Tensor = kernels.backward(student, teacher, target, upstream, alpha=alpha, tau=tau)
+    return gradient
 
 
 def _fake_backward(

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from featkd import backends, extension, reference
-from featkd.ops import support
 
 NAME = "spectrum"
-MOST_ROWS = 512  # of csrc/problem.h: the smaller side
+MOST_ROWS = 512  # of csrc/linalg/problem.h: the smaller side
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Spectrum(NamedTuple):
@@ -45,32 +45,31 @@ def spectrum(x: Tensor, thresholds: Sequence[float], *, wide: bool) -> Spectrum:
     Args:
         wide: whether to compute in float64 whatever the dtype; the results' dtype stays.
     """
-    backend = backends.choose(NAME, x.device, lambda name: _unsupported(name, x))
-    backend = "cuda" if backend == "triton" else backend  # the GPU's backend is csrc's own here
+    backend = extension.choose(NAME, "featkd::spectrum", x.device, lambda: _unsupported(x))
     backends.record(NAME, backend)
     if backend == "reference":
         return Spectrum(*reference.spectrum(x, thresholds))
     batch = x.shape[:-2]
     matrices = x.reshape(-1, *x.shape[-2:]) if x.dim() != 3 else x
-    levels = torch.tensor(list(thresholds), dtype=torch.float64)
-    found = torch.ops.featkd.spectrum(matrices, levels.to(x.device), wide)
+    found = torch.ops.featkd.spectrum(matrices, device_vector(x, thresholds), wide)
     return Spectrum(*(part.reshape((*batch, *part.shape[1:])) for part in found))
 
 
-def _unsupported(backend: str, x: Tensor) -> str:
-    if x.dtype not in support.DTYPES:
+def _unsupported(x: Tensor) -> str:
+    """Why csrc cannot take matrices (..., N, D), or ""."""
+    if x.dtype not in _DTYPES:
         return f"a tensor in {x.dtype}"
     if not 1 <= min(x.shape[-2:]) <= MOST_ROWS:
         return (
             f"matrices of {x.shape[-2]} x {x.shape[-1]}: the smaller side is not 1 to {MOST_ROWS}"
         )
-    device = {"triton": "cuda"}.get(backend, backend)
-    if x.device.type != device:
-        return f"tensors on {x.device.type}"
-    why: str = extension.missing()
-    if why:
-        return why
-    return "" if extension.has_kernel("featkd::spectrum", device) else f"csrc has no {device} half"
+    return ""
+
+
+def device_vector(x: Tensor, values: Sequence[float]) -> Tensor:
+    """Numbers (T,) in float64, made on the device of x: CUDA graphs capture no host copies."""
+    empty = x.new_empty(0, dtype=torch.float64)
+    return torch.cat([empty, *(empty.new_full((1,), value) for value in values)])
 
 
 torch.library.define(

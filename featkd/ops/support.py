@@ -13,7 +13,7 @@ from featkd import backends
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-_library = torch.library.Library("featkd", "FRAGMENT")
+_library: Any = torch.library.Library("featkd", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def choose(
@@ -78,7 +78,10 @@ def define(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
 ) -> Any:
-    """Registers an op of namespace featkd; returns it as a function.
+    """Registers an op of namespace featkd; returns a function that calls it.
+
+    Where nothing traces, the function runs the implementation in a plain autograd function: the
+    dispatcher's way through a custom op and its gradients takes the host twice as long.
 
     Args:
         schema: as of `torch.library.define`, with the op's name.
@@ -94,7 +97,36 @@ def define(
     torch.library.register_autograd(
         f"featkd::{name}", backward or _refuse, setup_context=setup_context, lib=_library
     )
-    return getattr(torch.ops.featkd, name).default
+    op = getattr(torch.ops.featkd, name).default
+    setup: Callable[..., None] = setup_context or (lambda ctx, inputs, output: None)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            # not as setup_context: torch would look up run's signature at each call
+            output = run(*arguments)
+            setup(ctx, arguments, output)
+            return output
+
+    Function.__name__ = name
+    Function.backward = staticmethod(backward or _refuse)  # type: ignore[method-assign]
+
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or not _are_plain(arguments):
+            return op(*arguments)
+        if not torch.is_grad_enabled():
+            return run(*arguments)
+        return Function.apply(*arguments)
+
+    return call
+
+
+def _are_plain(arguments: Iterable[Any]) -> bool:
+    """Checks that no mode sees torch's operators, and that no tensor is a subclass of its own."""
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    return all(type(x) in kinds for x in arguments if isinstance(x, torch.Tensor))
 
 
 def _refuse(ctx: Any, *gradients: Any) -> Any:

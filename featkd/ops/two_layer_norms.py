@@ -46,7 +46,8 @@ def _run(
     from featkd.kernels import two_layer_norms as kernels
 
     parameters = (gamma_p, beta_p, gamma_1, beta_1)
-    return kernels.forward(h, parameters, eps=eps, residual_dtype=residual_dtype)
+    residual, normed = kernels.forward(h, parameters, eps=eps, residual_dtype=residual_dtype)
+    return residual, normed
 
 
 def _fake(

@@ -84,6 +84,7 @@ def compile_triton(
     num_warps: int,
     num_stages: int,
     enable_fp_fusion: bool = True,
+    maxnreg: int | None = None,
 ) -> Any:
     """Compile a `triton.jit` function as a launch with these arguments would."""
     import triton
@@ -108,6 +109,7 @@ def compile_triton(
         "num_warps": num_warps,
         "num_stages": num_stages,
         "enable_fp_fusion": enable_fp_fusion,
+        "maxnreg": maxnreg,
     }
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -119,6 +121,7 @@ def run_triton(
     num_warps: int = 4,
     num_stages: int = 3,
     enable_fp_fusion: bool = True,
+    maxnreg: int | None = None,
     arch: int = 80,
     check: bool = True,
     count: bool = False,
@@ -136,7 +139,7 @@ def run_triton(
             `arch` 90 `TensorDescriptor`s of CPU tensors, with the specialisation of a real
             launch: divisibility by 16 of pointers and integers, and the integer 1, are compiled
             in.
-        num_warps, num_stages, enable_fp_fusion, arch: as for Triton; `arch` 80 or 90.
+        num_warps, num_stages, enable_fp_fusion, maxnreg, arch: as for Triton; `arch` 80 or 90.
         check, count, seed, time_limit: as for `Emulator` and its `launch`.
         outputs: names of tensor arguments that the kernel must fill.
         constexprs: the other arguments by name.
@@ -158,7 +161,9 @@ def run_triton(
     ]
     if unknown:
         raise TypeError(f"outputs: {', '.join(unknown)} are no tensor arguments")
-    compiled = compile_triton(kernel, arguments, arch, num_warps, num_stages, enable_fp_fusion)
+    compiled = compile_triton(
+        kernel, arguments, arch, num_warps, num_stages, enable_fp_fusion, maxnreg
+    )
     emulator = _emulator(compiled.asm["ptx"], check, count)
     names = [p.name for p in kernel.params if not _is_constant(p, arguments[p.name])]
     # the compiler adds two pointers to scratch memory, which these kernels leave alone

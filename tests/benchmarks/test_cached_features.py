@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from featkd.benchmarks import cached_features
+from featkd.cache.lowrank import compress
 from featkd.data import DataConfig
-from featkd.lowrank import compress
 from featkd.models import create_teacher
 from tests.conftest import TEACHER
 

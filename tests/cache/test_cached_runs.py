@@ -8,10 +8,11 @@ from pathlib import Path
 
 import nvidia.dali
 import pytest
+import torch
 
-from featkd.cache import CacheConfig, CacheError
+from featkd.cache import CacheConfig, CacheError, TeacherCache
 from featkd.cli import main
-from featkd.data import build_loader
+from featkd.data import Key, build_loader
 from featkd.distributed import ProcessContext
 from featkd.train import caching
 from featkd.train.build import build
@@ -86,6 +87,30 @@ def test_compressed_forms_are_within_their_error(recipe, tmp_path, options, logi
         errors.append([abs(x.item() / y.item() - 1) for x, y in pairs])
     for error, allowed in zip(map(max, zip(*errors, strict=True)), (logits, features), strict=True):
         assert allowed / 1000 <= error <= allowed + 1e-6
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_the_loss_takes_the_product_of_the_stored_factors(recipe, tmp_path, amp):
+    """As a plain map in the dtype of the teacher's own, which is float32 in a ViT under amp too."""
+    recipe = replace(recipe, amp=amp)
+    cached = Trainer(with_cache(recipe, tmp_path / "cache", features="lowrank", store="int8"), CPU)
+    cache = TeacherCache(tmp_path / "cache")
+    batch = next(cached.batches(0))
+    taught = cached.teach(batch)
+    maps = []
+    for key in batch.keys:
+        shard, offset = cache._place(Key(*key.tolist()))
+        row = shard.row(offset)
+        left, right = (
+            row[f"features.1.{part}"].reshape(size, -1).double() * row[f"features.1.{part}_scales"]
+            for part, size in (("left", 16), ("right", 24))
+        )
+        maps.append(left @ right.mT)
+    assert taught.maps[0].dtype == Trainer(recipe, CPU).teach(batch).maps[0].dtype
+    want = taught._replace(maps=[torch.stack(maps).float()])
+    learnt = cached.learn(batch.images, taught)
+    found, expected = (cached.compare(learnt, batch.targets, x).features for x in (taught, want))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_a_cached_run_on_two_processes_has_the_losses_of_the_teachers(

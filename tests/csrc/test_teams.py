@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).parents[2] / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc" / "linalg"
 CHECK = Path(__file__).with_name("check_teams.cpp")
 
 

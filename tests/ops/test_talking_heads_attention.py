@@ -7,13 +7,17 @@ import torch
 from torch import Tensor
 
 import featkd
-from featkd.cpu import chunks
-from featkd.cpu import talking_heads_attention as cpu
+from featkd import extension
 from featkd.functional import talking_heads_attention
-from tests.kernels.feature_kd_cases import relative
-from tests.kernels.talking_heads_cases import Problem, as_timm, assert_as_exact_as_eager, exact
+from featkd.ops import talking_heads_attention as op
+from tests.ops.talking_heads_cases import (
+    Problem,
+    as_timm,
+    assert_as_exact_as_eager,
+    exact,
+    relative,
+)
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PROBLEMS = [
     Problem(2, 8, 196, 48),  # CaiT-S24
     Problem(3, 4, 37, 48),
@@ -27,23 +31,58 @@ def run(tensors: dict[str, Tensor], scale: float) -> Tensor:
     return talking_heads_attention(**tensors, scale=scale)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_exact_as_timm(problem, dtype):
     tensors = problem.tensors(dtype)
     got = run(tensors, problem.scale)
-    assert featkd.last_backend("talking_heads_attention") == "cpu"
+    assert featkd.last_backend(op.NAME) == "cpu"
     assert got.transpose(1, 2).is_contiguous()
     assert_as_exact_as_eager(got, tensors, problem.scale)
     with featkd.use_backend("reference"):
         plain = run(tensors, problem.scale)
+    assert featkd.last_backend(op.NAME) == "reference"
     assert plain.stride() == got.stride()
     assert_as_exact_as_eager(plain, tensors, problem.scale)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "backend", "why"),
+    [
+        (torch.float64, "auto", r"csrc has no kernel for torch\.float64"),
+        (torch.float32, "triton", "it has no Triton kernel"),
+    ],
+)
+def test_the_reference_takes_what_csrc_does_not(dtype, backend, why, monkeypatch):
+    monkeypatch.setattr("featkd.backends._warned", set())
+    problem = Problem(2, 3, 7, 4)
+    tensors = problem.tensors(dtype)
+    with featkd.use_backend(backend), pytest.warns(UserWarning, match=why):
+        got = run(tensors, problem.scale)
+    assert featkd.last_backend(op.NAME) == "reference"
+    assert_as_exact_as_eager(got, tensors, problem.scale)
+
+
+def test_without_the_library_the_reference_runs_and_says_so(monkeypatch):
+    monkeypatch.setitem(extension._known, extension.LIBRARY, "csrc is not built: a test")
+    problem = Problem(1, 2, 5, 4)
+    tensors = problem.tensors(torch.float32)
+    with pytest.warns(UserWarning, match="reference backend: csrc is not built: a test"):
+        assert_as_exact_as_eager(run(tensors, problem.scale), tensors, problem.scale)
+    assert featkd.last_backend(op.NAME) == "reference"
+
+
+def test_other_devices_run_plain_torch_without_a_warning(recwarn):
+    problem = Problem(2, 3, 7, 4)
+    tensors = {name: x.to("meta") for name, x in problem.tensors(torch.float32).items()}
+    assert run(tensors, problem.scale).shape == (2, 3, 7, 4)
+    assert featkd.last_backend(op.NAME) == "reference"
+    assert not recwarn.list
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_keys_of_every_length():
-    """Whole and cut vectors of 16 to 64 bytes, in four chains and alone; odd heads."""
+    """Whole and cut vectors of 16 to 64 bytes, four at once and alone; odd heads."""
     for tokens in (2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 79, 128, 131):
         problem = Problem(1, 3, tokens, 4)
         tensors = problem.tensors(torch.float32)
@@ -52,7 +91,7 @@ def test_keys_of_every_length():
 
 @pytest.mark.parametrize("products", [False, True], ids=["float32_scores", "bf16_scores"])
 def test_bf16_whatever_the_processor_multiplies_in(products, monkeypatch):
-    monkeypatch.setattr(chunks, "multiplies_bf16", lambda device: products)
+    monkeypatch.setattr(op, "multiplies_bf16", lambda device: products)
     for tokens in (1, 3, 8, 15, 16, 17, 37, 64, 67, 131):
         problem = Problem(2, 5, tokens, 8)
         tensors = problem.tensors(torch.bfloat16)
@@ -63,11 +102,12 @@ def test_bf16_scores_are_rounded_to_nearest_even_and_keep_nan():
     """The sweep's own rounding, against torch's, where both mixes do nothing."""
     scores = torch.randn(1, 1, 64, 37, generator=torch.Generator().manual_seed(0)).bfloat16()
     scores[0, 0, 5, 7] = torch.nan
+    assert extension.missing() == ""
     one, nothing = torch.ones(1, 1), torch.zeros(1)
     want = scores.float().softmax(-1)
     got, plain = scores.clone(), scores.float()
-    cpu.mix_heads(got, one, one, nothing)
-    cpu.mix_heads(plain, one, one, nothing)
+    op.mix_heads(got, one, one, nothing)
+    op.mix_heads(plain, one, one, nothing)
     torch.testing.assert_close(plain, want, rtol=1e-6, atol=0, equal_nan=True)
     assert torch.equal(got.nan_to_num(9), plain.bfloat16().nan_to_num(9))
     assert got[0, 0, 5].isnan().all()
@@ -79,7 +119,7 @@ def test_blocks_of_images_and_of_queries_change_nothing(monkeypatch):
     tensors = problem.tensors(torch.float32)
     want = run(tensors, problem.scale)
     for size in (4 * 20 * 20 * 4, 4 * 20 * 7 * 4, 1):
-        monkeypatch.setattr(cpu, "_BLOCK_BYTES", size)
+        monkeypatch.setattr(op, "_BLOCK_BYTES", size)
         torch.testing.assert_close(run(tensors, problem.scale), want, rtol=1e-5, atol=1e-6)
 
 
@@ -101,7 +141,7 @@ def test_any_number_of_threads_and_layout_gives_the_same():
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         found.append(scores.clone())
-        cpu.mix_heads(found[-1], *mixes)
+        op.mix_heads(found[-1], *mixes)
     torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -124,17 +164,43 @@ def test_extreme_scores_and_nan():
 
 def test_inputs_that_require_grad_run_on_the_reference():
     problem = Problem(1, 2, 5, 4)
-    tensors = problem.tensors(torch.float64)
+    tensors = problem.tensors(torch.float32)
     tensors["v"] = tensors["v"].clone().requires_grad_()
-    with pytest.warns(UserWarning, match="reference backend: an input that requires grad"):
+    with pytest.warns(UserWarning, match="reference backend: an input requires grad"):
         out = run(tensors, problem.scale)
-    assert featkd.last_backend("talking_heads_attention") == "reference"
+    assert featkd.last_backend(op.NAME) == "reference"
     (gradient,) = torch.autograd.grad(out.sum(), tensors["v"])
     (want,) = torch.autograd.grad(exact(tensors, problem.scale).sum(), tensors["v"])
     torch.testing.assert_close(gradient, want)
     with torch.no_grad():
         run(tensors, problem.scale)
-    assert featkd.last_backend("talking_heads_attention") == "cpu"
+    assert featkd.last_backend(op.NAME) == "cpu"
+
+
+def test_autocast_changes_nothing():
+    problem = Problem(2, 4, 9, 8)
+    tensors = problem.tensors(torch.float32)
+    want = run(tensors, problem.scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(tensors, problem.scale), want)
+
+
+def test_opcheck():
+    x = Problem(2, 4, 9, 8).tensors(torch.float32)
+    turned = x["pre_weight"].t().contiguous().t()  # equal, and not contiguous
+    given = (x["q"], x["k"], x["v"], turned, x["post_weight"], x["post_bias"], 0.3)
+    assert set(torch.library.opcheck(op._forward, given).values()) == {"SUCCESS"}
+    assert relative(op._forward(*given), exact(x, 0.3)) < 1e-6
+
+
+def test_what_the_sweep_refuses():
+    assert extension.missing() == ""
+    scores, mix, bias = torch.zeros(1, 2, 3, 3), torch.eye(2), torch.zeros(2)
+    for bad in (scores.double(), scores.mT, scores[0]):
+        with pytest.raises(RuntimeError, match="scores: expected contiguous float32 or bfloat16"):
+            op.mix_heads(bad, mix, mix, bias)
+    with pytest.raises(RuntimeError, match="expected 4 contiguous float32 numbers"):
+        op.mix_heads(scores, torch.eye(3), mix, bias)
 
 
 def test_fullgraph_compile():

@@ -1,0 +1,74 @@
+"""Part: the checks of tests/gpu. Their items are dealt out to the processes of the part."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from tests.gpu import accuracy, behaviour, decompositions
+from tests.gpu.forms import FORMS, MAIN
+
+from .recorder import Figure, Recorder
+
+Work = Callable[[], Sequence[Figure] | None]
+
+
+def ops(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
+    """Accuracy and behaviour of the fused ops, in an order that a cut leaves some of each."""
+    cases = list(accuracy.cases(small=device.type == "cpu"))
+    random.Random(0).shuffle(cases)
+    items = _behaviour(behaviour.QUICK, device)
+    chosen = cases[::6] if device.type == "cpu" else cases
+    items |= {str(case): partial(_measured, case, device) for case in chosen}
+    _deal(recorder, items, shard, shards)
+
+
+def compiled(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
+    """The fused ops in torch.compile's modes."""
+    items = _behaviour(behaviour.COMPILED, device)
+    if device.type == "cpu":
+        items = {k: v for k, v in items.items() if k == "soft_kd/indices/compiled"}
+    _deal(recorder, items, shard, shards)
+
+
+def large(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
+    """Maps of more than 2^31 elements, one after the other: each takes up to 40 GiB."""
+    for name, work in _behaviour(behaviour.LARGE, device).items():
+        recorder.run(name, work)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def linalg(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
+    """The operators of csrc."""
+    checks = decompositions.cases(small=device.type == "cpu")
+    items: dict[str, Work] = {name: partial(check, device) for name, check in checks.items()}
+    _deal(recorder, items, shard, shards)
+
+
+def _behaviour(checks: Sequence[behaviour.Check], device: torch.device) -> dict[str, Work]:
+    return {
+        f"{form}/{check.__name__}": partial(check, FORMS[form], device)
+        for check in checks
+        for form in MAIN
+    }
+
+
+def _deal(recorder: Recorder, items: dict[str, Work], shard: int, shards: int) -> None:
+    for number, (name, work) in enumerate(items.items()):
+        if number % shards == shard:
+            recorder.run(name, work)
+
+
+def _measured(case: accuracy.Case, device: torch.device) -> list[Figure]:
+    """The largest error of a case, as a multiple of what is allowed too."""
+    errors = accuracy.check(case, device)
+    worst = max(errors, key=lambda e: e.error / e.allowed)
+    return [
+        ("featkd", "error", "ratio", worst.error),
+        ("eager", "error", "ratio", worst.eager),
+        ("featkd", "error_over_allowed", "ratio", worst.error / worst.allowed),
+    ]

@@ -1,0 +1,203 @@
+"""The parts, their time limits and order, and the processes that run them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import facts
+from .recorder import BROKEN, Item, read
+
+WHOLE_RUN = 590  # seconds
+_RESTARTS = 6
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is run in processes of its own, at most `limit` seconds."""
+
+    name: str
+    about: str
+    limit: int
+    share: float = 0.0
+    """Of the cores, one process each; 0 is one process."""
+
+
+# One wave after another; the parts of a wave run beside each other. What is timed runs alone.
+WAVES: tuple[tuple[Part, ...], ...] = (
+    (
+        Part("build", "csrc with its CUDA half", 230),
+        Part("ops", "accuracy and behaviour of the fused ops", 230, 0.5),
+        Part("warm", "compilation of what is timed later", 200, 0.3),
+    ),
+    (Part("speed", "ops against plain torch", 150),),
+    (
+        Part("linalg", "featkd.linalg", 120, 0.1),
+        Part("large", "maps of more than 2^31 elements", 120),
+        Part("compiled", "the fused ops in torch.compile's modes", 170, 0.3),
+        Part("updates", "30 updates of the trainer in each mode", 170, 0.4),
+        Part("tools", "cache, distill --cache, distill, diagnose", 150, 0.2),
+        Part("sanitizer", "compute-sanitizer", 170, 0.3),
+    ),
+    (Part("launches", "compiled kernels and launch times", 60),),
+)
+CPU_WAVES: tuple[tuple[Part, ...], ...] = tuple(
+    (part,) for wave in WAVES for part in wave if part.name not in ("build", "warm")
+)
+
+
+@dataclass
+class Outcome:
+    """What came of a part."""
+
+    part: Part
+    seconds: float = 0.0
+    problem: str = ""
+    """Why it did not come to its end, or ""."""
+    items: list[Item] = field(default_factory=list)
+    log: str = ""
+
+    def count(self, status: str) -> int:
+        """Items of that status."""
+        return sum(item.status == status for item in self.items)
+
+    @property
+    def is_good(self) -> bool:
+        """No failure, and nothing left undone."""
+        return not self.problem and all(x.status in ("passed", "skipped") for x in self.items)
+
+
+@dataclass
+class _Process:
+    part: Part
+    command: list[str]
+    environment: dict[str, str]
+    file: Path | None
+    log: Path
+    started: float
+    handle: subprocess.Popen[bytes] | None = None
+    restarts: int = 0
+    problem: str = ""
+    ended: float | None = None
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.handle = subprocess.Popen(
+                self.command,
+                cwd=facts.ROOT,
+                env=self.environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # so that what it started is ended with it
+            )
+
+    def look(self, deadline: float) -> bool:
+        """Whether it is still at work."""
+        assert self.handle is not None
+        code = self.handle.poll()
+        now = time.monotonic()
+        if code is None and now < min(deadline, self.started + self.part.limit):
+            return True
+        self._end_group()  # what it started may outlive it
+        if code is None:
+            self.problem = f"ended after {now - self.started:.0f} s"
+        elif code in (BROKEN, -signal.SIGSEGV, -signal.SIGABRT) and self.restarts < _RESTARTS:
+            # the item that broke it is written down; go on with those after it
+            self.restarts += 1
+            self.start()
+            return True
+        elif code not in (0, BROKEN):
+            self.problem = f"exit code {code}: {_tail(self.log)}"
+        self.ended = now
+        return False
+
+    def kill(self) -> None:
+        """End it and all that it started."""
+        if self.handle is not None and self.ended is None:
+            self._end_group()
+
+    def _end_group(self) -> None:
+        assert self.handle is not None
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.handle.pid, signal.SIGKILL)
+        self.handle.wait()
+        self.handle.wait()
+
+
+def _tail(log: Path, size: int = 1500) -> str:
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    return text[-size:].strip()
+
+
+def run(
+    waves: Sequence[Sequence[Part]], device: str, folder: Path, gpus: list[Any], only: Sequence[str]
+) -> list[Outcome]:
+    """All parts of all waves, or the named ones; what there is no time for is said."""
+    deadline = time.monotonic() + WHOLE_RUN
+    outcomes = []
+    for wave in waves:
+        chosen = [part for part in wave if not only or part.name in only]
+        processes = [p for part in chosen for p in _processes(part, device, folder, gpus)]
+        for process in processes:
+            process.started = time.monotonic()
+            process.start()
+        try:
+            at_work = list(processes)
+            while at_work:
+                time.sleep(0.1)
+                at_work = [p for p in at_work if p.look(deadline)]
+        finally:
+            for process in processes:
+                process.kill()
+        for part in chosen:
+            outcome = _outcome(part, [p for p in processes if p.part is part])
+            outcomes.append(outcome)
+            state = "ok" if outcome.is_good else "NOT OK"
+            print(
+                f"{part.name:10} {outcome.seconds:5.0f} s  {outcome.count('passed')} passed, "
+                f"{outcome.count('failed') + outcome.count('begun')} failed, "
+                f"{outcome.count('skipped')} skipped  {state}  {outcome.problem[-300:]}",
+                flush=True,
+            )
+    return outcomes
+
+
+def _processes(part: Part, device: str, folder: Path, gpus: list[Any]) -> list[_Process]:
+    log = folder / f"{part.name}.log"
+    if part.name == "build":
+        known = facts.build_environment(gpus)
+        return [_Process(part, facts.build_command(), known, None, log, 0.0)]
+    cores = len(os.sched_getaffinity(0))
+    count = max(1, int(part.share * cores)) if device == "cuda" else 1
+    known = {**os.environ, "PYTHONPATH": str(facts.ROOT), "PYTHONFAULTHANDLER": "1"}
+    known.setdefault("OMP_NUM_THREADS", "1" if device == "cpu" else str(max(1, cores // 8)))
+    known.setdefault("OMP_WAIT_POLICY", "passive")
+    # inductor's workers, of each process
+    known.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores // (2 * count))))
+    found = []
+    for shard in range(count):
+        file = folder / f"{part.name}.{shard}.jsonl"
+        words = [part.name, device, str(shard), str(count), str(file)]
+        command = [sys.executable, "-m", "benchmarks.gpu.part", *words]
+        found.append(_Process(part, command, known, file, log, 0.0))
+    return found
+
+
+def _outcome(part: Part, processes: Sequence[_Process]) -> Outcome:
+    items = [item for p in processes if p.file is not None for item in read(p.file)]
+    problems = [p.problem for p in processes if p.problem]
+    undone = [item.name for item in items if item.status == "begun"]
+    if undone:
+        problems.append(f"ended in the middle of {', '.join(undone)}")
+    seconds = max(((p.ended or p.started) - p.started for p in processes), default=0.0)
+    log = "\n".join(dict.fromkeys(_tail(p.log, 6000) for p in processes))
+    return Outcome(part, seconds, "; ".join(dict.fromkeys(problems)), items, log)

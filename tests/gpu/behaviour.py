@@ -1,0 +1,333 @@
+"""What must hold beside accuracy: views, streams, devices, CUDA graphs, compilation, size."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import featkd
+from benchmarks.gpu.recorder import NotHere
+from featkd import backends
+
+from .accuracy import (
+    BF16,
+    PRECISIONS,
+    Precision,
+    backend_on,
+    inputs_of,
+    leaves_of,
+    relative,
+    results,
+    run_ours,
+    upstream_of,
+)
+from .forms import Form, Sizes, Tensors
+
+FP32 = PRECISIONS["fp32"]
+_CLOSE = 2e-5  # of two float32 computations of the same: sums in another order
+
+
+def sizes_for(form: Form, device: torch.device) -> Sizes:
+    """One usual size on a GPU, a tiny one on a CPU."""
+    logits = form.op == "soft_kd"
+    if device.type == "cpu":
+        return Sizes(3, (1, 1), 12, 12) if logits else Sizes(2, (3, 4), 12, 20)
+    return Sizes(8, (1, 1), 1000, 1000) if logits else Sizes(4, (14, 14), 192, 384)
+
+
+def assert_close(got: Tensors, want: Tensors, tolerance: float = _CLOSE) -> None:
+    """Relative L2 errors of all outputs and gradients."""
+    assert set(got) == set(want)
+    for name, x in want.items():
+        error = relative(got[name], x)
+        assert error <= tolerance, f"{name}: differs by {error:.1e}, allowed {tolerance:.1e}"
+
+
+def _views(x: Tensor) -> dict[str, Tensor]:
+    """Tensors equal to x in every element that lie in memory in other ways."""
+    wider = x.new_zeros([size + 3 for size in x.shape])
+    inner = wider[tuple(slice(1, 1 + size) for size in x.shape)]
+    inner.copy_(x)
+    turned = x.transpose(0, -1).contiguous().transpose(0, -1)
+    shifted = x.new_zeros(x.numel() + 1)[1:].view(x.shape)  # 16 divides no address of a row
+    shifted.copy_(x)
+    return {"strided": inner, "transposed": turned, "misaligned": shifted}
+
+
+def views(form: Form, device: torch.device) -> None:
+    """Strided, transposed and misaligned inputs give what contiguous ones give."""
+    sizes = sizes_for(form, device)
+    tensors = inputs_of(form, sizes, FP32, device)
+    want = run_ours(form, tensors, sizes)
+    for kind in ("strided", "transposed", "misaligned"):
+        other = {name: _views(x.detach())[kind] for name, x in tensors.items()}
+        for name, x in other.items():
+            assert torch.equal(x, tensors[name])
+        assert_close(run_ours(form, leaves_of(form, other), sizes), want)
+
+
+def expanded(form: Form, device: torch.device) -> None:
+    """Inputs and upstream gradients with strides of 0 give what their copies give."""
+    sizes = sizes_for(form, device)
+    tensors = inputs_of(form, sizes, FP32, device)
+    rows = ("student", "teacher", "features", "x", "target")
+    one = {k: x.detach()[:1] if k in rows else x.detach() for k, x in tensors.items()}
+
+    def spread(x: Tensor) -> Tensor:
+        return x.expand(sizes.batch, *x.shape[1:])
+
+    views = {k: spread(x) if k in rows else x for k, x in one.items()}
+    copies = {k: x.clone() for k, x in views.items()}
+    want = run_ours(form, leaves_of(form, copies), sizes)
+    assert_close(run_ours(form, leaves_of(form, views), sizes), want)
+    names = [name for name in tensors if name not in form.constant]
+    leaves = [tensors[name] for name in names]
+    with _backend(device):
+        outputs = form.ours(tensors, sizes)
+        summed = torch.autograd.grad([y.sum() for y in outputs], leaves)
+        outputs = form.ours(tensors, sizes)
+        ones = [torch.ones_like(y) for y in outputs]
+        plain = torch.autograd.grad(outputs, leaves, ones)
+    assert_close(dict(zip(names, summed, strict=True)), dict(zip(names, plain, strict=True)), 1e-4)
+
+
+def not_a_number(form: Form, device: torch.device) -> None:
+    """NaN in one element reaches the outputs, and a wrong class index does on a GPU."""
+    sizes = sizes_for(form, device)
+    for name in [k for k in ("student", "teacher", "features", "x") if k in _names(form, sizes)]:
+        tensors = {k: x.detach() for k, x in inputs_of(form, sizes, FP32, device).items()}
+        tensors[name][-1, -1] = float("nan")
+        with _backend(device):
+            outputs = form.ours(tensors, sizes)
+        # the teacher of a head is no input of what it pools
+        checked = outputs[-1:] if name == "teacher" else outputs
+        assert all(y.isnan().any() for y in checked), f"NaN in {name} is lost"
+    if form.name == "indices" and device.type == "cuda":
+        tensors = {k: x.detach() for k, x in inputs_of(form, sizes, FP32, device).items()}
+        tensors["target"][1] = sizes.teacher
+        assert form.ours(tensors, sizes)[0].isnan(), "a class index out of range gives no NaN"
+
+
+def _names(form: Form, sizes: Sizes) -> set[str]:
+    return set(inputs_of(form, sizes, FP32, torch.device("cpu")))
+
+
+@contextmanager
+def _backend(device: torch.device) -> Any:
+    with featkd.use_backend("auto" if device.type == "cuda" else "reference"):
+        yield
+
+
+def _cuda(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise NotHere("needs a GPU")
+
+
+def no_wait(form: Form, device: torch.device) -> None:
+    """Neither half waits for the GPU."""
+    _cuda(device)
+    sizes = sizes_for(form, device)
+    tensors = inputs_of(form, sizes, FP32, device)
+    names = [name for name in tensors if name not in form.constant]
+    run_ours(form, tensors, sizes)  # kernels are compiled and loaded
+    upstream = [torch.ones_like(y) for y in form.ours(tensors, sizes)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outputs = form.ours(tensors, sizes)
+        torch.autograd.grad(outputs, [tensors[name] for name in names], upstream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def side_stream(form: Form, device: torch.device) -> None:
+    """Kernels run on the current stream: inputs that come late there are seen."""
+    _cuda(device)
+    sizes = sizes_for(form, device)
+    tensors = inputs_of(form, sizes, FP32, device)
+    want = run_ours(form, tensors, sizes)
+    late = {
+        k: torch.full_like(x.detach(), float("nan")) if x.is_floating_point() else x.detach()
+        for k, x in tensors.items()
+    }
+    leaves = leaves_of(form, late)
+    upstream = upstream_of(form.ours(tensors, sizes))  # a copy from the CPU waits for the stream
+    torch.cuda.synchronize(device)
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # about 0.1 s
+        for name, x in late.items():
+            x.copy_(tensors[name].detach())
+        got = results(form, leaves, form.ours(leaves, sizes), upstream)
+    stream.synchronize()
+    assert_close(got, want)
+
+
+def second_device(form: Form, device: torch.device) -> None:
+    """On a GPU that is not the current one."""
+    _cuda(device)
+    if torch.cuda.device_count() < 2:
+        raise NotHere("needs a second GPU")
+    sizes = sizes_for(form, device)
+    want = run_ours(form, inputs_of(form, sizes, FP32, torch.device("cuda", 0)), sizes)
+    with torch.cuda.device(0):
+        got = run_ours(form, inputs_of(form, sizes, FP32, torch.device("cuda", 1)), sizes)
+    assert_close({k: x.to("cuda:0") for k, x in got.items()}, want)
+
+
+def cuda_graph(form: Form, device: torch.device) -> None:
+    """Forward and backward are captured, and replays take what the inputs hold then."""
+    _cuda(device)
+    sizes = sizes_for(form, device)
+    tensors = inputs_of(form, sizes, FP32, device)
+    names = [name for name in tensors if name not in form.constant]
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            outputs = form.ours(tensors, sizes)
+            upstream = [torch.full_like(y, 0.5) for y in outputs]
+            torch.autograd.grad(outputs, [tensors[k] for k in names], upstream)
+        del outputs
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = form.ours(tensors, sizes)
+        gradients = torch.autograd.grad(outputs, [tensors[k] for k in names], upstream)
+    recorded = [*(y.detach() for y in outputs), *gradients]
+    for factor in (1.0, -0.5, 2.0):
+        with torch.no_grad():
+            tensors[names[0]].mul_(factor)
+        graph.replay()
+        once = [x.clone() for x in recorded]
+        graph.replay()
+        fresh = form.ours(tensors, sizes)
+        want = [*fresh, *torch.autograd.grad(fresh, [tensors[k] for k in names], upstream)]
+        for number, (x, y) in enumerate(zip(once, recorded, strict=True)):
+            assert torch.equal(x, y), f"result {number} of a replay does not repeat bitwise"
+            # a product may take another algorithm in a graph, whose workspace is another
+            error = relative(x, want[number])
+            assert error <= _CLOSE, f"result {number} of a replay differs by {error:.1e}"
+
+
+def compiled(form: Form, device: torch.device, mode: str = "default") -> None:
+    """`torch.compile(fullgraph=True)` in a mode, forward and backward, keeps the kernels."""
+    sizes = sizes_for(form, device)
+    want = run_ours(form, inputs_of(form, sizes, FP32, device), sizes)
+    torch.compiler.reset()
+    backends._last.pop(form.op, None)
+    options: dict[str, Any] = {"mode": mode} if device.type == "cuda" else {"backend": "aot_eager"}
+
+    @torch.compile(fullgraph=True, dynamic=False, **options)
+    def run(x: Tensors) -> tuple[Tensor, ...]:
+        return form.ours(x, sizes)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(4):  # a CUDA graph is recorded in the second call, replayed from the third
+            tensors = inputs_of(form, sizes, FP32, device)
+            if device.type == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()
+            with _backend(device):
+                outputs = run(tensors)
+            got = results(form, tensors, outputs)
+            assert_close({k: x.clone() for k, x in got.items()}, want, 1e-4)
+    ran = featkd.last_backend(form.op)
+    untold = device.type == "cpu" and ran is None  # what is compiled for a CPU need not tell
+    assert untold or ran == backend_on(device), f"ran on {ran}"
+
+
+def reduce_overhead(form: Form, device: torch.device) -> None:
+    """`compiled` with CUDA graphs."""
+    _cuda(device)
+    compiled(form, device, "reduce-overhead")
+
+
+def max_autotune(form: Form, device: torch.device) -> None:
+    """`compiled` with autotuned products and CUDA graphs."""
+    _cuda(device)
+    compiled(form, device, "max-autotune")
+
+
+def beyond_32_bits(form: Form, device: torch.device, elements: int = 2**31) -> None:
+    """Maps of more than 2^31 elements: first and last images by the plain form in float64.
+
+    Rows are independent of each other but for the mean, whose factor is put right.
+    """
+    precision = PRECISIONS["bf16"]
+    if device.type == "cpu":
+        elements = 2**12
+        precision = Precision(torch.float32, torch.float32)
+    logits = form.op == "soft_kd"
+    one = Sizes(1, (1, 1), 32768, 32768) if logits else Sizes(1, (14, 14), 32, 384)
+    if device.type == "cpu":
+        one = Sizes(1, (1, 1), 64, 64) if logits else Sizes(1, (3, 4), 8, 12)
+    an_image = one.grid[0] * one.grid[1] * one.teacher
+    batch = (elements // an_image // _PERIOD + 1) * _PERIOD
+    sizes = Sizes(batch, one.grid, one.student, one.teacher)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        needed = 9 * batch * an_image * 2
+        if free < needed:
+            raise NotHere(f"needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free")
+    tensors = _repeated(form, one, batch, precision, device)
+    names = [name for name in tensors if name not in form.constant]
+    with _backend(device):
+        outputs = form.ours(tensors, sizes)
+    assert featkd.last_backend(form.op) == backend_on(device)
+    first = next(k for k in ("student", "features", "x") if k in tensors)
+    ones = [torch.full_like(y, batch) if not y.dim() else torch.ones_like(y) for y in outputs]
+    gradients = dict(
+        zip(names, torch.autograd.grad(outputs, [tensors[k] for k in names], ones), strict=True)
+    )
+    tolerance = 0.02 if precision.student == BF16 else _CLOSE
+    for image in (0, 1, batch // 2, batch - 1):
+        mine = {
+            k: x[image : image + 1] if x.shape[0] == batch and k not in _PARAMETERS else x
+            for k, x in tensors.items()
+        }
+        wide = leaves_of(form, mine, torch.float64)
+        want = form.plain(wide, one)
+        upstream = [torch.ones_like(y) for y in want]
+        (gradient,) = torch.autograd.grad(want, [wide[first]], upstream)
+        error = relative(gradients[first][image : image + 1], gradient)
+        assert error <= tolerance, f"gradient of image {image} of {batch}: error {error:.1e}"
+        for number, y in enumerate(outputs):
+            if y.dim():
+                error = relative(y[image : image + 1], want[number])
+                assert error <= tolerance, f"output {number}, image {image}: error {error:.1e}"
+    repeats = leaves_of(form, _repeated(form, one, _PERIOD, precision, device), torch.float64)
+    few = Sizes(_PERIOD, one.grid, one.student, one.teacher)
+    for y, mean in zip(outputs, form.plain(repeats, few), strict=True):
+        error = 0.0 if y.dim() else relative(y, mean)
+        assert error <= tolerance / 10, f"loss: error {error:.1e}"
+
+
+_PERIOD = 4
+_PARAMETERS = ("weight", "bias", "norm_weight", "norm_bias", "proj_norm_weight", "proj_norm_bias",
+               "norm1_weight", "norm1_bias")  # fmt: skip
+
+
+def _repeated(
+    form: Form, one: Sizes, batch: int, precision: Precision, device: torch.device
+) -> Tensors:
+    """Inputs of `batch` images, the same four again and again: few numbers are drawn."""
+    few = Sizes(_PERIOD, one.grid, one.student, one.teacher)
+    drawn = inputs_of(form, few, precision, device)
+    found = {}
+    for name, x in drawn.items():
+        times = 1 if name in _PARAMETERS else batch // _PERIOD
+        found[name] = x.detach().repeat(times, *[1] * (x.dim() - 1))
+    return leaves_of(form, found)
+
+
+Check = Callable[[Form, torch.device], None]
+QUICK: tuple[Check, ...] = (
+    views, expanded, not_a_number, no_wait, side_stream, second_device, cuda_graph,
+)  # fmt: skip
+COMPILED: tuple[Check, ...] = (compiled, reduce_overhead, max_autotune)
+LARGE: tuple[Check, ...] = (beyond_32_bits,)

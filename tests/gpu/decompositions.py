@@ -1,0 +1,197 @@
+"""featkd.linalg on a GPU: every operator of csrc, against LAPACK in float64 on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import featkd
+from benchmarks.gpu.recorder import NotHere
+from featkd import linalg
+from tests.spectra import FAMILIES, THRESHOLDS, lapack
+
+SHAPES = ((196, 192), (196, 384), (49, 96), (64, 64), (300, 200), (33, 20), (1, 7), (3, 1))
+SMALL = ((33, 20), (1, 7))
+
+
+def matrices(family: str, rows: int, columns: int, count: int = 2) -> Tensor:
+    """float64 (count, rows, columns), the same at every call."""
+    rng = np.random.default_rng([rows, columns, *family.encode()])
+    return torch.from_numpy(np.stack([FAMILIES[family](rows, columns, rng) for _ in range(count)]))
+
+
+def _shapes(device: torch.device) -> tuple[tuple[int, int], ...]:
+    return SMALL if device.type == "cpu" else SHAPES
+
+
+def _repeats(work: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The results, having run twice."""
+    once, twice = work(), work()
+    for x, y in zip(once, twice, strict=True):
+        assert torch.equal(x, y), "does not repeat bitwise"
+    return once
+
+
+def spectra(family: str, device: torch.device) -> None:
+    """`spectrum`, `energy_ranks` and `svdvals` of a family of matrices, at all shapes."""
+    for shape in _shapes(device):
+        for dtype in (torch.float32, torch.float64):
+            x = matrices(family, *shape).to(dtype)
+            expected = lapack(x.numpy())
+            moved = x.to(device)
+            found = linalg.spectrum(moved, THRESHOLDS)
+            assert featkd.last_backend("spectrum") == _backend(device)
+            _repeats(partial(linalg.spectrum, moved, THRESHOLDS))
+            for ranks in (found.ranks, linalg.energy_ranks(moved, THRESHOLDS)):
+                assert (ranks.cpu().numpy() == expected.ranks).all(), f"{shape} {dtype}: ranks"
+            # sums over the depth of the Gram matrix are not in float64 there, as on a CPU
+            bound = 9e-7 if dtype == torch.float32 else 1e-12
+            error = np.abs(found.curve.cpu().double().numpy() - expected.curve).max()
+            assert error <= bound, f"{shape} {dtype}: curve off by {error:.1e}"
+            values = linalg.svdvals(moved).cpu().double().numpy()
+            largest = np.maximum(expected.values[:, :1], 1e-300)
+            allowed = 1e-6 if dtype == torch.float32 else 5e-8  # of a Gram matrix's small values
+            error = (np.abs(values - expected.values) / largest).max()
+            assert error <= allowed, f"{shape} {dtype}: values off by {error:.1e}"
+
+
+def jacobi(family: str, device: torch.device) -> None:
+    """`svd(method="jacobi")` of a family of matrices."""
+    shapes = SMALL if device.type == "cpu" else ((196, 384), (300, 200), (17, 17), (1, 4))
+    for shape in shapes:
+        x = matrices(family, *shape)
+        moved = x.to(device)
+        u, s, vh = _repeats(partial(linalg.svd, moved, method="jacobi"))
+        assert featkd.last_backend("svd") == _backend(device)
+        u, s, vh = u.cpu(), s.cpu(), vh.cpu()
+        values = torch.from_numpy(lapack(x.numpy()).values)
+        largest = values[:, :1].clamp_min(1e-300)
+        assert ((s - values).abs() / largest).max() < 1e-12, f"{shape}: values"
+        for part in (u, vh.mT):
+            eye = torch.eye(min(shape), dtype=part.dtype)
+            assert (part.mT @ part - eye).abs().max() < 1e-12, f"{shape}: not orthonormal"
+        shown = (u * s.unsqueeze(-2)) @ vh
+        assert ((shown - x).abs().amax((1, 2)) / largest[:, 0]).max() < 1e-12, f"{shape}: product"
+
+
+def leading_vectors(device: torch.device) -> None:
+    """`svd(k=8)` and `svd()`: subspaces and products, by projectors on the leading vectors."""
+    for shape in _shapes(device)[:1] if device.type == "cpu" else ((196, 384), (300, 200)):
+        x = matrices("features", *shape).float()
+        u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
+        for k in (8, None):
+            found = linalg.svd(x.to(device), k)
+            count = k or min(shape)
+            assert found.S.shape == (2, count)
+            error = (found.S.cpu().double() - s[:, :count]).abs() / s[:, :1]
+            assert error.max() < 1e-5, f"{shape} k={k}: values off by {error.max():.1e}"
+            shown = ((found.U * found.S.unsqueeze(-2)) @ found.Vh).cpu().double()
+            want = (u * s.unsqueeze(-2))[..., :count] @ vh[:, :count]
+            gap = (shown - want).norm() / want.norm()
+            assert gap < 1e-4, f"{shape} k={k}: product off by {gap:.1e}"
+
+
+def many_matrices(device: torch.device) -> None:
+    """More matrices than blocks; half precision; strided; scratch in global memory."""
+    count, shape = (40, (9, 12)) if device.type == "cpu" else (4000, (49, 64))
+    x = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
+    moved = x.to(device)
+    want = torch.linalg.svdvals(x.double())
+    assert (linalg.svdvals(moved).cpu().double() - want).abs().max() < 1e-4
+    turned = moved.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    assert torch.equal(linalg.svdvals(turned), linalg.svdvals(moved))
+    half = moved[:8].bfloat16()
+    want = torch.linalg.svdvals(half.double().cpu())
+    assert (linalg.svdvals(half).cpu().double() - want).abs().max() < 1e-4
+    side = 60 if device.type == "cpu" else 512
+    for rows in (side - 12, side):
+        x = torch.randn(2, rows, side, generator=torch.Generator().manual_seed(1)).double()
+        want = torch.linalg.svdvals(x)
+        values = linalg.svdvals(x.to(device)).cpu()
+        assert (values - want).abs().max() < 1e-6 * want.max()
+        values = linalg.svd(x.to(device), method="jacobi").S.cpu()
+        assert (values - want).abs().max() < 1e-11 * want.max()
+
+
+def bad_matrix(device: torch.device) -> None:
+    """One matrix with NaN leaves the others as they are."""
+    x = matrices("features", 20, 30, count=3).float()
+    clean = linalg.spectrum(x.to(device))
+    x[1, 3, 3] = float("nan")
+    found = linalg.spectrum(x.to(device))
+    assert found.info.tolist() == [0, 1, 0]
+    assert found.values[1].isnan().all()
+    assert (found.ranks[1] == -1).all()
+    for kept in (0, 2):
+        assert torch.equal(found.values[kept], clean.values[kept])
+
+
+def side_stream(device: torch.device) -> None:
+    """A matrix that comes late on the current stream is seen."""
+    if device.type != "cuda":
+        raise NotHere("needs a GPU")
+    x = torch.randn(3, 49, 64, device=device)
+    want = linalg.svdvals(x)
+    late = torch.full_like(x, float("nan"))
+    torch.cuda.synchronize(device)
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        late.copy_(x)
+        values = linalg.svdvals(late)
+    stream.synchronize()
+    assert torch.equal(values, want)
+
+
+def captured(name: str, device: torch.device) -> None:
+    """An operator inside a CUDA graph's capture; replays take what the input holds then."""
+    if device.type != "cuda":
+        raise NotHere("needs a GPU")
+    work: dict[str, Callable[[Tensor], Tensor]] = {
+        "svdvals": linalg.svdvals,
+        "energy_ranks": linalg.energy_ranks,
+        "curve": linalg.energy_curve,
+        "jacobi": lambda x: linalg.svd(x, method="jacobi").S,
+    }
+    run = work[name]
+    dtype = torch.float64 if name == "jacobi" else torch.float32
+    x = torch.randn(4, 49, 64, device=device, dtype=dtype)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run(x)
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run(x)
+    for seed in range(3):
+        x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        assert torch.equal(found, run(x)), "a replay differs"
+
+
+def _backend(device: torch.device) -> str:
+    return device.type
+
+
+Check = Callable[[torch.device], None]
+
+
+def cases(*, small: bool = False) -> dict[str, Check]:
+    """Name -> check; `small` for a CPU."""
+    families = ("features", "zero") if small else tuple(FAMILIES)
+    found: dict[str, Check] = {}
+    for family in families:
+        name = family.replace(" ", "-")
+        found[f"spectra/{name}"] = partial(spectra, family)
+        found[f"jacobi/{name}"] = partial(jacobi, family)
+    for alone in (leading_vectors, many_matrices, bad_matrix, side_stream):
+        found[alone.__name__] = alone
+    for op in ("svdvals", "energy_ranks", "curve", "jacobi"):
+        found[f"captured/{op}"] = partial(captured, op)
+    return found

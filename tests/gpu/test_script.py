@@ -1,0 +1,146 @@
+"""`make gpu`: its parts on a CPU, and what it does without a GPU, without time, after a crash."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import facts, page, part, schedule
+from benchmarks.gpu.recorder import Failed, NotHere, Recorder, read
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.gpu", *words]
+    return subprocess.run(command, cwd=facts.ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", [name for name in part.PARTS if name != "linalg"])
+def test_a_part_runs_on_a_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(facts.ROOT)
+    part.main([name, "cpu", "0", "1", str(tmp_path / "items")])
+    items = read(tmp_path / "items")
+    assert items
+    for item in items:
+        assert item.status == "passed" or item.message == "needs a GPU", item
+
+
+def test_every_part_is_known():
+    names = {part.name for wave in schedule.WAVES for part in wave}
+    assert names == {"build", *part.PARTS}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    done = run()
+    assert done.returncode == 2
+    assert "no CUDA device is visible" in done.stderr
+
+
+def test_a_run_is_written_down(tmp_path: Path):
+    done = run("--cpu-parts", "--only", "linalg", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "cpu.json").read_text())
+    (found,) = results["parts"]
+    assert found["good"]
+    assert found["passed"] >= 5
+    assert not found["failed"]
+    assert results["meta"]["torch"] == torch.__version__
+    assert "| linalg | yes |" in (tmp_path / "cpu.md").read_text()
+
+
+def test_items_are_told_apart(tmp_path: Path):
+    recorder = Recorder(tmp_path / "items")
+
+    def fail() -> None:
+        raise Failed("why", [("featkd", "time", "us", 2.0)])
+
+    def absent() -> None:
+        raise NotHere("no such thing")
+
+    recorder.run("good", lambda: [("featkd", "time", "us", 1.0)])
+    recorder.run("bad", fail)
+    recorder.run("absent", absent)
+    good, bad, skipped = read(tmp_path / "items")
+    assert (good.status, good.figures) == ("passed", (("featkd", "time", "us", 1.0),))
+    assert (bad.status, bad.figures) == ("failed", (("featkd", "time", "us", 2.0),))
+    assert "why" in bad.message
+    assert (skipped.status, skipped.message) == ("skipped", "no such thing")
+    again = Recorder(tmp_path / "items")  # of a process that goes on
+    again.run("bad", lambda: pytest.fail("ran twice"))
+
+
+def _started(code: str, tmp_path: Path, limit: int) -> schedule._Process:
+    file = tmp_path / "items"
+    made = schedule.Part("made", "", limit)
+    process = schedule._Process(
+        made, [sys.executable, "-c", code, str(file)], {}, file, tmp_path / "log", time.monotonic()
+    )
+    process.environment = {"PYTHONPATH": str(facts.ROOT)}
+    process.start()
+    while process.look(time.monotonic() + 60):
+        time.sleep(0.02)
+    return process
+
+
+def test_a_crash_leaves_the_items_after_it(tmp_path: Path):
+    code = (
+        "import os, sys; from pathlib import Path; from benchmarks.gpu.recorder import Recorder\n"
+        "r = Recorder(Path(sys.argv[1]))\n"
+        "r.run('one', lambda: None); r.run('crash', os.abort); r.run('two', lambda: None)\n"
+    )
+    process = _started(code, tmp_path, 60)
+    outcome = schedule._outcome(process.part, [process])
+    assert [item.status for item in outcome.items] == ["passed", "begun", "passed"]
+    assert not outcome.is_good
+    assert "crash" in outcome.problem
+
+
+def test_a_broken_device_leaves_the_items_after_it(tmp_path: Path):
+    code = (
+        "import sys; from pathlib import Path; from benchmarks.gpu.recorder import Recorder\n"
+        "def bad(): raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
+        "r = Recorder(Path(sys.argv[1]))\n"
+        "r.run('bad', bad); r.run('two', lambda: None)\n"
+    )
+    process = _started(code, tmp_path, 60)
+    assert process.restarts == 1
+    assert [item.status for item in read(tmp_path / "items")] == ["failed", "passed"]
+
+
+def test_what_hangs_is_ended(tmp_path: Path):
+    process = _started("import time; time.sleep(600)", tmp_path, 1)
+    assert "ended after 1 s" in process.problem
+
+
+def test_tables_go_into_a_document(tmp_path: Path):
+    meta = {"gpus": [["GPU X", 1, 9, 0]], "driver": "1", "nvcc": "", "commit": "c", "time": "t"}
+    rows = [
+        {"name": "speed/op/form/1x2/bf16", "variant": name, "metric": "gpu_us", "unit": "us",
+         "value": value}
+        for name, value in (("eager", 30.0), ("compile", 20.0), ("featkd", 10.0))
+    ]  # fmt: skip
+    source = tmp_path / "gpu.json"
+    source.write_text(json.dumps({"meta": meta, "parts": [], "rows": rows}))
+    document = tmp_path / "page.md"
+    document.write_text("before\n<!-- bench gpu -->\nearlier\n<!-- end bench gpu -->\nafter\n")
+    page.write_into(document, source)
+    text = document.read_text()
+    assert "| op/form/1x2/bf16 | 30.0 | 20.0 | failed | 10.0 | 2.00 |" in text
+    assert "GPU X" in text
+    assert "earlier" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+
+
+def test_missing_packages_are_named():
+    lines = facts.carry(["jsonargparse", "ninja"])
+    assert "typeshed-client" in lines[0]
+    assert "csrc" in lines[1]

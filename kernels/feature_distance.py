@@ -356,14 +356,16 @@ def forward(
     Args:
         feature: (B, N, C), not empty; like the teacher copied if its channels are not adjacent.
         teacher: (B, N, C), or None for no loss.
-        gamma, beta: (C,), or None; no LayerNorm without gamma.
+        gamma, beta: (C,), or None; no LayerNorm without gamma. Copied likewise.
         eps: LayerNorm's epsilon.
         width: columns of the patch grid for the spectral metric, 0 for the mse.
         pooled_dtype: of the mean of Y over the tokens (B, C); None for no such mean.
         need_statistics: return (4, B, N) numbers for `backward`; only with a LayerNorm.
     """
     feature = channels_adjacent(feature)
-    teacher = None if teacher is None else channels_adjacent(teacher)
+    teacher, gamma, beta = (
+        None if x is None else channels_adjacent(x) for x in (teacher, gamma, beta)
+    )
     chosen, shared = _shared(feature, teacher, width, 4)
     images, tokens, channels = feature.shape
     acc = accumulation_dtype(feature.dtype)
@@ -410,8 +412,8 @@ def backward(
     *,
     width: int,
     need_norm: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of the feature map, and of gamma and beta if `need_norm`.
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the feature map, and of gamma and beta, (1 or 2, C), if `need_norm`.
 
     Args:
         d_loss: (), any floating dtype; None if the loss has no gradient.
@@ -419,8 +421,9 @@ def backward(
         others: as in `forward`, with the statistics that it returned.
     """
     feature = channels_adjacent(feature)
-    teacher = None if teacher is None else channels_adjacent(teacher)
-    d_pooled = None if d_pooled is None else channels_adjacent(d_pooled)
+    teacher, gamma, beta, d_pooled = (
+        None if x is None else channels_adjacent(x) for x in (teacher, gamma, beta, d_pooled)
+    )
     chosen, shared = _shared(feature, teacher, width, 2)
     d_feature = torch.empty(feature.shape, dtype=feature.dtype, device=feature.device)
     parameters = [p for p in (gamma, beta) if p is not None and need_norm]
@@ -446,4 +449,4 @@ def backward(
         num_warps=chosen.num_warps,
         threads=384,
     )
-    return d_feature, [] if partial is None else norm_gradients(partial, parameters)
+    return d_feature, None if partial is None else norm_gradients(partial, parameters[0].dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -92,16 +93,13 @@ def add_up(
     launch(sum_partials, (max(1, -(-elements // _BLOCK)), groups), arguments, num_warps=4)
 
 
-def norm_gradients(partial: Tensor, parameters: list[Tensor]) -> list[Tensor]:
-    """Gradients of LayerNorm parameters, in their dtypes, from one launch.
+def norm_gradients(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradients of LayerNorm parameters, (parameters, channels) in `dtype`, from one launch.
 
     Args:
         partial: (programs, parameters, channels) float32 or float64, contiguous.
-        parameters: (channels,) each.
     """
     programs, count, channels = partial.shape
-    dtype = parameters[0].dtype
     out = partial.new_empty(count, channels, dtype=dtype)
     add_up(partial.view(1, programs, count * channels), out.view(1, -1))
-    # the parameters of a norm share a dtype; one that differs costs a copy
-    return [out[i].to(p.dtype) for i, p in enumerate(parameters)]
+    return out

@@ -145,6 +145,11 @@ def config(channels: int, itemsize: int) -> Config:
     return Config(count, block, max(4, min(16, block * itemsize // 1024)))
 
 
+def _named(parameters: tuple[Tensor, Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+    names = ("gamma_p", "beta_p", "gamma_1", "beta_1")
+    return {n: channels_adjacent(p) for n, p in zip(names, parameters, strict=True)}
+
+
 def forward(
     h: Tensor,
     parameters: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -156,7 +161,7 @@ def forward(
 
     Args:
         h: (B, N, C), copied if it is not contiguous.
-        parameters: gamma_p, beta_p, gamma_1, beta_1, (C,) each.
+        parameters: gamma_p, beta_p, gamma_1, beta_1, (C,) each, copied likewise.
         eps: epsilon of both norms.
     """
     h = h.contiguous()
@@ -171,7 +176,7 @@ def forward(
             (-(-count // chosen.rows),),
             {
                 "h": h,
-                **dict(zip(("gamma_p", "beta_p", "gamma_1", "beta_1"), parameters, strict=True)),
+                **_named(parameters),
                 "residual": residual,
                 "normed": normed,
                 "row_count": count,
@@ -194,8 +199,8 @@ def backward(
     *,
     eps: float,
     need_norms: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of h, in its dtype, and of the four parameters if `need_norms`.
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of h, in its dtype, and of the four parameters, (4, C), if `need_norms`.
 
     Args:
         d_residual, d_normed: (B, N, C), any floating dtype and strides; None for no gradient.
@@ -216,7 +221,7 @@ def backward(
         (programs,),
         {
             "h": h,
-            **dict(zip(("gamma_p", "beta_p", "gamma_1", "beta_1"), parameters, strict=True)),
+            **_named(parameters),
             "d_residual": d_residual,
             "d_normed": d_normed,
             "d_h": d_h,
@@ -236,4 +241,4 @@ def backward(
         num_warps=chosen.num_warps,
         threads=256,  # two programs of a processor, which is all there are
     )
-    return d_h, [] if partial is None else norm_gradients(partial, list(parameters))
+    return d_h, None if partial is None else norm_gradients(partial, parameters[0].dtype)

@@ -1,4 +1,4 @@
-"""The row op of `projected_feature_kd` and `lift_head`: distance from a teacher, and pooling."""
+"""The row op of `projected_feature_kd` and `lift_head`: distance from a teacher's map, pooling."""
 
 from __future__ import annotations
 
@@ -111,11 +111,11 @@ def _run_backward(
     statistics: Tensor,
     width: int,
     need_norm: bool,
-) -> tuple[Tensor, ...]:
-    """Gradients of the feature map, the norm's weight and its bias; empty if not needed."""
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the feature map, and of the norm's weight and bias, (1 or 2, C), or empty."""
     from featkd.kernels import feature_distance as kernels
 
-    d_feature, norms = kernels.backward(
+    d_feature, d_norm = kernels.backward(
         feature,
         None if d_loss is None else teacher,
         gamma,
@@ -126,8 +126,7 @@ def _run_backward(
         width=width,
         need_norm=need_norm,
     )
-    nothing = [feature.new_empty(0) for _ in range(2 - len(norms))]
-    return d_feature, *norms, *nothing
+    return d_feature, feature.new_empty(0) if d_norm is None else d_norm
 
 
 def _fake_backward(
@@ -140,12 +139,11 @@ def _fake_backward(
     statistics: Tensor,
     width: int,
     need_norm: bool,
-) -> tuple[Tensor, ...]:
-    norms = [
-        x.new_empty(x.shape) if x is not None and need_norm else feature.new_empty(0)
-        for x in (gamma, beta)
-    ]
-    return feature.new_empty(feature.shape), *norms
+) -> tuple[Tensor, Tensor]:
+    d_norm = feature.new_empty(0)
+    if gamma is not None and need_norm:
+        d_norm = gamma.new_empty(1 if beta is None else 2, len(gamma))
+    return feature.new_empty(feature.shape), d_norm
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -164,12 +162,15 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 def _differentiate(ctx: Any, d_loss: Tensor | None, d_pooled: Tensor | None, _: Any) -> Any:
     if d_loss is None and d_pooled is None:
         return (None,) * 8
-    need_norm = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-    gradients = _backward(d_loss, d_pooled, *ctx.saved_tensors, ctx.width, need_norm)
-    d_feature, d_gamma, d_beta = (
-        gradient if ctx.needs_input_grad[i] else None
-        for i, gradient in zip((0, 2, 3), gradients, strict=True)
+    _, _, need_gamma, need_beta, *_ = ctx.needs_input_grad
+    feature, teacher, gamma, beta, statistics = ctx.saved_tensors
+    d_feature, d_norm = _backward(
+        *(d_loss, d_pooled, feature, teacher, gamma, beta, statistics),
+        ctx.width,
+        need_gamma or need_beta,
     )
+    d_gamma = d_norm[0].to(gamma.dtype) if need_gamma else None
+    d_beta = d_norm[1].to(beta.dtype) if need_beta else None
     return d_feature, None, d_gamma, d_beta, None, None, None, None
 
 
@@ -184,7 +185,7 @@ _forward = support.define(
 _backward = support.define(
     "feature_distance_backward(Tensor? d_loss, Tensor? d_pooled, Tensor feature, Tensor? teacher, "
     "Tensor? gamma, Tensor? beta, Tensor statistics, int width, bool need_norm) "
-    "-> (Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )

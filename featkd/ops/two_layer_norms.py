@@ -72,18 +72,17 @@ def _run_backward(
     beta_1: Tensor,
     eps: float,
     need_norms: bool,
-) -> tuple[Tensor, ...]:
-    """Gradients of h and of the four parameters, the latter empty if not needed."""
+) -> tuple[Tensor, Tensor]:
+    """Gradients of h, and of the four parameters, (4, C), or empty."""
     from featkd.kernels import two_layer_norms as kernels
 
     parameters = (gamma_p, beta_p, gamma_1, beta_1)
     if not h.numel():
-        norms = [torch.zeros_like(p) if need_norms else p.new_empty(0) for p in parameters]
-        return torch.empty_like(h), *norms
-    d_h, norms = kernels.backward(
+        return torch.empty_like(h), gamma_p.new_zeros(4 if need_norms else 0, len(gamma_p))
+    d_h, d_norms = kernels.backward(
         h, parameters, d_residual, d_normed, eps=eps, need_norms=need_norms
     )
-    return d_h, *(norms or (p.new_empty(0) for p in parameters))
+    return d_h, gamma_p.new_empty(0, len(gamma_p)) if d_norms is None else d_norms
 
 
 def _fake_backward(
@@ -96,10 +95,8 @@ def _fake_backward(
     beta_1: Tensor,
     eps: float,
     need_norms: bool,
-) -> tuple[Tensor, ...]:
-    parameters = (gamma_p, beta_p, gamma_1, beta_1)
-    norms = (p.new_empty(p.shape if need_norms else (0,)) for p in parameters)
-    return h.new_empty(h.shape), *norms
+) -> tuple[Tensor, Tensor]:
+    return h.new_empty(h.shape), gamma_p.new_empty(4 if need_norms else 0, len(gamma_p))
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -111,9 +108,11 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 def _differentiate(ctx: Any, d_residual: Tensor | None, d_normed: Tensor | None) -> Any:
     if d_residual is None and d_normed is None:
         return (None,) * 7
-    needed = ctx.needs_input_grad[:5]
-    gradients = _backward(d_residual, d_normed, *ctx.saved_tensors, ctx.eps, any(needed[1:]))
-    return (*(g if n else None for g, n in zip(gradients, needed, strict=True)), None, None)
+    _, *needed = ctx.needs_input_grad[:5]
+    h, *parameters = ctx.saved_tensors  # once: a checkpoint allows no second time
+    d_h, d_norms = _backward(d_residual, d_normed, h, *parameters, ctx.eps, any(needed))
+    of_norms = (d_norms[i].to(p.dtype) if needed[i] else None for i, p in enumerate(parameters))
+    return d_h, *of_norms, None, None
 
 
 _TENSORS = "Tensor h, Tensor gamma_p, Tensor beta_p, Tensor gamma_1, Tensor beta_1, float eps"
@@ -126,7 +125,7 @@ _forward = support.define(
 )
 _backward = support.define(
     f"two_layer_norms_backward(Tensor? d_residual, Tensor? d_normed, {_TENSORS}, bool need_norms) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )

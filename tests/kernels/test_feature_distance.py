@@ -7,7 +7,7 @@ import torch
 
 import featkd
 from tests.kernels.conftest import executing, tokens_far_apart
-from tests.ops.comparing import assert_same_bits, views
+from tests.ops.comparing import assert_same_bits, spread, views
 from tests.ops.feature_cases import Problem
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -63,7 +63,7 @@ def test_views_and_other_gradients_give_the_same_bits(executed):
     inputs = SMALL.inputs(BF16, F32)
     plain = SMALL.run(inputs)
     for name in ("sliced", "transposed"):
-        viewed = {n: views(x)[name] if x.dim() > 1 else x for n, x in inputs.items()}
+        viewed = {n: (views(x)[name] if x.dim() > 1 else spread(x)) for n, x in inputs.items()}
         got = SMALL.run(viewed)
         assert_same_bits(got, plain) if name == "sliced" else SMALL.assert_exact(got, inputs)
     expanded = {**inputs, "teacher": inputs["teacher"][:1].expand(3, -1, -1)}
@@ -73,7 +73,7 @@ def test_views_and_other_gradients_give_the_same_bits(executed):
 
 def test_a_second_run_and_an_upstream_gradient_keep_the_bits(executed):
     """Threads run in another order, and a power of two is exact."""
-    inputs = {n: x for n, x in SMALL.inputs(F32).items()}
+    inputs = SMALL.inputs(F32)
     before = {n: x.clone() for n, x in inputs.items()}
     loss = Problem(3, 12, 20, 4, student=12)
     once = loss.run(inputs, 1.0)

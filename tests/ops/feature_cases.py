@@ -59,7 +59,7 @@ class Problem:
         return {name: x for name, x in tensors.items() if not absent.get(name)}
 
     def upstream(self, outputs: Tensors, loss: float = 3.0) -> Tensors:
-        """Gradients of the outputs; those of the pooled map as large as the loss's at each token."""
+        """Gradients of the outputs; the pooled map's as large as the loss's at each token."""
         g, size = torch.Generator().manual_seed(1), 1 / (self.batch * self.channels)
         given = {"pooled": normal(g, self.batch, self.channels, scale=size)}
         given["loss"] = torch.tensor(loss)

@@ -32,13 +32,11 @@ class Problem:
     def inputs(self, rows: torch.dtype, parameters: torch.dtype | None = None) -> Tensors:
         """x and the weight in one dtype, the norms' parameters in another if so asked for."""
         g, ct = torch.Generator().manual_seed(0), self.channels
-        means = dict(zip(NORMS, (1, 0, 1, 0), strict=True))
+        norms = [normal(g, ct, scale=0.3, mean=m).to(parameters or rows) for m in (1, 0, 1, 0)]
         return {
             "x": normal(g, self.batch, self.tokens, self.student, mean=0.5).to(rows),
             "weight": normal(g, ct, self.student, scale=self.student**-0.5, mean=0.1).to(rows),
-            **{
-                n: normal(g, ct, scale=0.3, mean=m).to(parameters or rows) for n, m in means.items()
-            },
+            **dict(zip(NORMS, norms, strict=True)),
         }
 
     def upstream(self, dtype: torch.dtype) -> Tensors:

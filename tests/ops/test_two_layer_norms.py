@@ -1,0 +1,77 @@
+"""widelast_projection on a CPU, by plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import featkd
+from tests.ops.comparing import DTYPES, assert_same_bits, relative, views
+from tests.ops.norms_cases import NORMS, Problem
+
+PROBLEMS = [
+    Problem(2, 98, 24, 40),
+    Problem(1, 1, 5, 7),
+    Problem(3, 10, 7, 9, ("residual",)),
+    Problem(5, 12, 10, 8, ("normed",)),
+]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_as_exact_as_torch(problem):
+    for rows in DTYPES:
+        for parameters in {rows, torch.float32} if rows != torch.float64 else {rows}:
+            inputs = problem.inputs(rows, parameters)
+            problem.assert_exact(problem.run(inputs), inputs)
+    assert featkd.last_backend("widelast_projection") == "reference"
+
+
+def test_views_repeats_and_inputs_left_alone():
+    problem = PROBLEMS[0]
+    inputs = problem.inputs(torch.float32)
+    before = {n: x.clone() for n, x in inputs.items()}
+    plain = problem.run(inputs)
+    assert_same_bits(problem.run(inputs), plain)
+    assert_same_bits(inputs, before)
+    for x in views(inputs["x"]).values():
+        problem.assert_exact(problem.run(inputs | {"x": x}), inputs)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+def test_no_rows(shape):
+    problem = Problem(*shape, 6, 10)
+    got = problem.run(problem.inputs(torch.float32))
+    assert got["residual"].shape == got["normed"].shape == (*shape, 10)
+    assert got["d_x"].shape == (*shape, 6)
+    assert not any(x.any() for x in got.values())
+
+
+def test_gradients_of_a_sum(executed, triton):
+    """`sum` sends back one number, expanded to the output's shape."""
+    problem = Problem(3, 6, 12, 20)
+    inputs = {n: x.requires_grad_() for n, x in problem.inputs(torch.float32).items()}
+    r, u = problem.fused(**inputs).values()
+    got = torch.autograd.grad(3 * r.sum() + u.square().sum(), list(inputs.values()))
+    assert executed == ["two_norms_forward", "two_norms_backward", "sum_partials"]
+    r, u = problem.plain(**inputs).values()
+    want = torch.autograd.grad(3 * r.sum() + u.square().sum(), list(inputs.values()))
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_autocast_rounds_the_product_and_the_normed_map(backend, cast, launched):
+    problem = Problem(2, 12, 6, 10)
+    inputs = problem.inputs(torch.float32)
+    upstream = problem.upstream(torch.float32)
+    upstream["normed"] = upstream["normed"].to(cast)
+    with torch.autocast("cpu", dtype=cast), featkd.use_backend(backend):
+        got = problem.run(inputs, upstream)
+    assert (got["residual"].dtype, got["normed"].dtype) == (torch.float32, cast)
+    assert all(got[f"d_{n}"].dtype == torch.float32 for n in ("x", "weight", *NORMS))
+    if backend == "reference":
+        rounded = {n: x.to(cast) if n in ("x", "weight") else x for n, x in inputs.items()}
+        want = problem.run(rounded, {n: x.to(cast) for n, x in upstream.items()}, by_torch=True)
+        for n, x in got.items():
+            assert relative(x, want[n]) < 1e-2, n

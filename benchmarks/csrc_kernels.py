@@ -15,8 +15,6 @@ from .results import Measured
 
 SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "linalg" / "cuda.cu"
 WARPS = 8
-_REGISTERS = 65536  # of a multiprocessor, on all three architectures
-_RESERVED = 1024  # bytes of shared memory that CUDA keeps of each block
 _BAND = 8  # rows, of csrc/linalg/jacobi.h
 _ROWS = (64, 196, 256)
 _USED = re.compile(
@@ -54,9 +52,7 @@ class Kernel:
         chip = chip_of(self.arch)
         if self.shared(rows) > chip.shared_bytes:
             return 0
-        whole = chip.shared_bytes + _RESERVED  # a block may have all but what is kept of it
-        by_registers = _REGISTERS // (_up(self.registers, 8) * 32 * WARPS)
-        return min(by_registers, whole // (self.shared(rows) + _RESERVED), 64 // WARPS)
+        return chip.blocks(self.registers, WARPS, self.shared(rows))
 
     @property
     def broken(self) -> list[str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -172,6 +173,7 @@ class Config:
     num_warps: int
 
 
+@lru_cache(maxsize=64)
 def config(classes: int, kind: torch.dtype) -> Config:
     """One block per row as long as its registers suffice; several rows per program if short.
 

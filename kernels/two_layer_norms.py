@@ -17,6 +17,7 @@ program holds whole rows, so both moments are formed again in backward and nothi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -132,6 +133,7 @@ class Config:
     num_warps: int
 
 
+@lru_cache(maxsize=64)
 def config(channels: int, itemsize: int) -> Config:
     """Tiles of about 1,024 elements, 8 per thread: one 16-byte load of each bf16 map in flight.
 
@@ -239,6 +241,5 @@ def backward(
             "ACC": triton_type(acc),
         },
         num_warps=chosen.num_warps,
-        threads=256,  # two programs of a processor, which is all there are
     )
     return d_h, None if partial is None else norm_gradients(partial, parameters[0].dtype)

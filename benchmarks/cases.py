@@ -67,10 +67,10 @@ def select(
     ]
 
 
-def problems_of(op: str, maps: Maps) -> list[Problem]:
-    """An op's problems on one pair of feature maps."""
-    name = str(maps)
-    sizes.MAPS[name], sizes.LOGITS[name] = (maps,), ()
+def problems_of(op: str, maps: Maps, logits: tuple[tuple[int, int], ...] = ()) -> list[Problem]:
+    """An op's problems on one pair of feature maps, and on (images, classes) of logits."""
+    name = f"one {maps}"
+    sizes.MAPS[name], sizes.LOGITS[name] = (maps,), logits
     return OPS[op](name)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .results import Measured, Row
 
 _COMMANDS = {
-    "run": "time featkd beside eager torch and torch.compile",
+    "run": "time featkd beside eager torch, torch.compile of that and of featkd's reference",
     "plot": "draw a results file",
     "table": "print a results file as a Markdown table, or put it into a document",
     "compare": "fail where featkd became slower, larger, or fell back to the reference",

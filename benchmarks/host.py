@@ -158,11 +158,10 @@ def _pairs() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
         return (0.5 * F.cross_entropy(logits, target) + 0.5 * apart,)
 
     distance = functional.projected_feature_kd
-    bare = dict(norm_weight=gamma, norm_bias=beta)
     few, all_ = [rows, gamma, beta], [x, weight, gamma, beta]
     return {
         "projected_feature_kd, norm; layer_norm, mse_loss": (
-            step(lambda: (distance(rows, teacher, **bare),), few, [one]),
+            step(lambda: (distance(rows, teacher, None, None, gamma, beta),), few, [one]),
             step(lambda: (F.mse_loss(normed(rows), teacher),), few, [one]),
         ),
         "projected_feature_kd, projector and norm; linear, layer_norm, mse_loss": (

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _HELP = """\
 usage: featkd kernels report [arguments]      featkd kernels report --help
 
-  report   compile every kernel for sm_80, sm_90 and sm_100, count its traffic and launches, check the
-           rules, model whole ops, and measure each launch where there is a GPU
+  report   compile every kernel for sm_80, sm_90 and sm_100, count its traffic and launches, check
+           the rules, model whole ops, and measure each launch where there is a GPU
 """
 _PARTS = ("compiled", "traffic", "host", "modelled")
 
@@ -42,8 +42,19 @@ def kernels(words: Sequence[str]) -> int:
 def _report(words: list[str]) -> int:
     import torch
 
-    from . import cases, chips, csrc_counts, csrc_kernels, host, measured, modelled, report
-    from . import results, sizes, table
+    from . import (
+        cases,
+        chips,
+        csrc_counts,
+        csrc_kernels,
+        host,
+        measured,
+        modelled,
+        report,
+        results,
+        sizes,
+        table,
+    )
     from .problem import DTYPES
 
     archs = [str(chip.arch) for chip in chips.CHIPS]
@@ -116,7 +127,8 @@ def _report(words: list[str]) -> int:
     if options.csv is not None:
         columns = ("name", "variant", "metric", "unit", "value")
         write_csv(Path(options.csv), columns, figures)
-    total = sum(1 for row in (*compiled, *moved, *own) if row.broken)
+    verdicts = [row.broken for part in (compiled, moved, own) for row in part]
+    total = sum(1 for broken in verdicts if broken)
     print(f"{len(compiled) + len(own)} kernels compiled, {total} broken rules")
     return 1 if total else 0
 

@@ -1,7 +1,7 @@
-"""Times of whole ops on an H200, forward and backward, modelled from bytes and flops; none measured.
+"""Times of whole ops on an H200, forward and backward: modelled from bytes and flops, not measured.
 
-Every product and every pass over the rows takes the longer of its bytes at the memory's rate and its
-flops at the tensor cores'. No launch, no latency and no cache is in it.
+Every product and every pass over the rows takes the longer of its bytes at the memory's rate and
+its flops at the tensor cores'. No launch, no latency and no cache is in it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ BYTES_PER_US = 4e6  # 4 TB/s of the data sheet's 4.8
 FLOPS_PER_US = 600e6  # of thin products, of the data sheet's 989 TFLOP/s
 
 # Passes over a map of (B, N, Ct) in the least that torch.compile makes of the reference: reads of P
-# and T for the loss and reads and a write for dP, as in featkd's form; the norms' parameter gradients
-# sum over the rows, not the channels, and so read once more; and so do the spectral metric's row
-# sums, in each direction, and the mean over the tokens
+# and T for the loss, reads and a write for dP, as in featkd's form; the norms' parameter gradients
+# sum over the rows, not the channels, and so read both once more; and so do the spectral metric's
+# row sums, and the mean over the tokens reads P
 _COMPILED_PASSES = {
     "mse-lift": 2 + 3 + 2,
     "spectral-lift": 4 + 3 + 2,
@@ -55,11 +55,11 @@ class Modelled:
     featkd: float
 
 
-class _Passes(TorchDispatchMode):
+class _Passes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up what torch's operators would take, one by one."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.products = 0.0
         self.others = 0.0
 

@@ -15,8 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMATS = (".svg", ".png")
-_COLOURS = {"eager": "#777777", "compile": "#c06010", "featkd": "#1060c0"}
-_MARKS = {"eager": "|", "compile": "s", "featkd": "o"}
+_COLOURS = {
+    "eager": "#777777",
+    "compile": "#c06010",
+    "reference": "#208040",
+    "featkd": "#1060c0",
+}
+_MARKS = {"eager": "|", "compile": "s", "reference": "d", "featkd": "o"}
 
 Group = dict[str, dict[str, Row]]
 """Rows by case and variant."""
@@ -61,7 +66,7 @@ def draw(rows: Sequence[Row], path: Path) -> list[Measured]:
         right.set_xlim(left=-0.1)
         for axis in (left.xaxis, right.xaxis):
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        figure.legend(*left.get_legend_handles_labels(), loc="outside upper right", ncols=3)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside upper right", ncols=4)
         figure.suptitle(origin(newest(rows).values()), fontsize=7, x=0, ha="left")
         with atomic_write(path) as file:
             meta = {"Date": None} if path.suffix == ".svg" else None

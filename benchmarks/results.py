@@ -49,7 +49,7 @@ class Row:
     direction: str
     variant: str
     backend: str
-    """featkd's backend (cpu, triton, reference); "torch" for the other variants."""
+    """featkd's backend (triton, reference); "torch" for the other variants."""
     load: float
     """The machine's load average over the case's last minute, of which its own threads are part."""
     rounds: int

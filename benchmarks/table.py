@@ -11,8 +11,9 @@ from .results import ResultsError, Row, newest, origin
 from .variants import VARIANTS
 
 _HEAD = (
-    "| case | eager ms | compile ms | featkd ms | vs eager | vs best | MiB, eager | compile | "
-    "featkd | roofline | backend |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|\n"
+    "| case | eager ms | compile ms | reference compiled ms | featkd ms | vs eager | vs best | "
+    "MiB, eager | compile | reference | featkd | roofline | backend |\n"
+    "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|\n"
 )
 
 
@@ -41,8 +42,8 @@ def grid(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def markdown(rows: Sequence[Row]) -> str:
     """Newest figures of every case that has all variants: median [20 %, 80 %], peak memory.
 
-    Where featkd is slower than the best of the other two, its ratio to it is bold. A line below
-    says where the figures come from.
+    Where featkd is slower than the best of the others, its ratio to it is bold. A line below says
+    where the figures come from.
     """
     latest = newest(rows)
     lines = [_HEAD]
@@ -52,12 +53,12 @@ def markdown(rows: Sequence[Row]) -> str:
     return "".join([*lines, "\n", origin(latest.values()), ".\n"])
 
 
-def _line(case: str, eager: Row, compiled: Row, ours: Row) -> str:
-    three = (eager, compiled, ours)
-    times = [f"{_short(r.median_ms)} [{_short(r.q20_ms)}, {_short(r.q80_ms)}]" for r in three]
+def _line(case: str, *rows: Row) -> str:
+    *others, ours = rows
+    times = [f"{_short(r.median_ms)} [{_short(r.q20_ms)}, {_short(r.q80_ms)}]" for r in rows]
     # beside eager, not median / median: the two were taken moments apart
-    best = ours.speedup / max(1.0, compiled.speedup)
-    memory = [f"{r.peak_bytes / 2**20:.1f}" for r in three]
+    best = ours.speedup / max(row.speedup for row in others)
+    memory = [f"{r.peak_bytes / 2**20:.1f}" for r in rows]
     against = f"{best:.2f}" if best >= 1 else f"**{best:.2f}**"
     share = f"{100 * ours.roofline_share:.0f} %"
     cells = [case, *times, f"{ours.speedup:.2f}", against, *memory, share, ours.backend]

@@ -1,7 +1,7 @@
 """Bytes that the row kernels move, over the floor: every row tensor once.
 
-Counted on their PTX as it runs on the CPU, and, for sizes that are too large for that, added up from
-the tensors that each launch is given: it touches all of them, once.
+Counted on their PTX as it runs on the CPU, and, for sizes that are too large for that, added up
+from the tensors that each launch is given: it touches all of them, once.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Rows:
 
     @property
     def name(self) -> str:
-        tokens = self.grid[0] * self.grid[1]
-        return f"{self.op}/{self.form}/{self.images}x{tokens}x{self.channels}/{self.dtype}"
+        tokens = "" if self.form == "soft_kd" else f"x{self.grid[0] * self.grid[1]}"
+        return f"{self.op}/{self.form}/{self.images}{tokens}x{self.channels}/{self.dtype}"
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
@@ -93,8 +93,8 @@ class Rows:
         if self.form == "soft_kd":
             student, teacher = (make(self.images, self.channels, dtype=half) for _ in range(2))
             target = torch.zeros(self.images, dtype=torch.int64)
-            loss = soft_kd(student.requires_grad_(), teacher, target, alpha=0.9, tau=1.0)
-            return [loss], [student]
+            student.requires_grad_()
+            return [soft_kd(student, teacher, target, alpha=0.9, tau=1.0)], [student]
         shape = (self.images, self.grid[0] * self.grid[1], self.channels)
         rows = make(shape, dtype=half).requires_grad_()
         norms = [make(self.channels, dtype=wide).requires_grad_() for _ in range(4)]

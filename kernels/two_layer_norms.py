@@ -239,5 +239,6 @@ def backward(
             "ACC": triton_type(acc),
         },
         num_warps=chosen.num_warps,
+        threads=256,  # two programs of a processor, which is all there are
     )
     return d_h, None if partial is None else norm_gradients(partial, parameters[0].dtype)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import torch
 
 from .. import measured, report
 from ..chips import CHIPS
-from .recorder import Failed, Figure, Recorder
+from .recorder import Figure, Recorder
 
 _OPS = ("projected_feature_kd", "lift_head", "widelast_projection", "soft_kd")
 _DTYPES = ("bf16", "fp32")
+_WORKERS = max(2, len(os.sched_getaffinity(0)) // 4)
 
 
 def kernels(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
@@ -35,22 +37,21 @@ def _of(op: str, dtype: str, device: torch.device) -> list[Figure]:
     """Registers, spills and broken rules as compiled; microseconds of each launch as measured."""
     asked = report.questions([op], "small", [dtype])
     found: list[Figure] = []
-    broken = []
-    for row in report.compile_all(asked, [_arch(device)], workers=2):
+    for row in report.compile_all(asked, [_arch(device)], workers=_WORKERS):
         name = f"{row.case}/{row.kernel}"
         for metric, unit, value in (
             ("registers", "count", row.code.registers),
             ("spills", "count", row.code.spills),
             ("wide_loads", "count", row.code.wide_loads),
             ("loads", "count", row.code.loads),
+            ("broken_rules", "count", len(row.broken)),
         ):
             found.append((name, metric, unit, float(value)))
-        broken += [f"{name}: {text}" for text in row.broken]
+        for text in row.broken:
+            print(f"{name}: {text}")
     if device.type == "cuda":
         published = [q.case for q in report.questions([op], "published", [dtype])]
         sizes = [case for case in published if case.problem.batch in (32, 256)]
         for timed in measured.measure(sizes)[1]:
             found.append((f"{timed.case}/{timed.kernel}", "time", "us", timed.us))
-    if broken:
-        raise Failed("; ".join(broken), found)
     return found

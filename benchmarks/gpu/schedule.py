@@ -47,7 +47,7 @@ WAVES: tuple[tuple[Part, ...], ...] = (
         Part("tools", "cache, distill --cache, distill, diagnose", 150, 0.2),
         Part("sanitizer", "compute-sanitizer", 170, 0.3),
     ),
-    (Part("launches", "compiled kernels and launch times", 60),),
+    (Part("launches", "compiled kernels and launch times", 100),),
 )
 CPU_WAVES: tuple[tuple[Part, ...], ...] = tuple(
     (part,) for wave in WAVES for part in wave if part.name not in ("build", "warm")

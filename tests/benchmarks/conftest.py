@@ -48,7 +48,7 @@ def make_row() -> Callable[..., Row]:
             "dtype": "fp32",
             "direction": "both",
             "variant": "featkd",
-            "backend": "cpu",
+            "backend": "triton",
             "load": 2.0,
             "rounds": 20,
             "median_ms": 2.0,
@@ -68,13 +68,15 @@ def make_row() -> Callable[..., Row]:
 
 
 @pytest.fixture
-def three(make_row) -> Callable[..., list[Row]]:
-    """Rows of eager, compile and featkd of one case."""
+def all_variants(make_row) -> Callable[..., list[Row]]:
+    """Rows of eager, both compiled forms and featkd of one case."""
 
     def make(**changes: Any) -> list[Row]:
         eager = dict(variant="eager", median_ms=3.0, q20_ms=2.9, q80_ms=3.1, speedup=1.0)
         compiled = dict(variant="compile", median_ms=1.8, q20_ms=1.7, q80_ms=1.9, speedup=1.7)
-        others = [make_row(backend="torch", **x, **changes) for x in (eager, compiled)]
+        reference = dict(variant="reference", median_ms=2.5, q20_ms=2.4, q80_ms=2.6, speedup=1.2)
+        three = (eager, compiled, reference)
+        others = [make_row(backend="torch", **x, **changes) for x in three]
         return [*others, make_row(**changes)]
 
     return make

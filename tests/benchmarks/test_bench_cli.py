@@ -25,12 +25,12 @@ def ran(tiny, tmp_path, capsys):
 
 def test_run_then_plot_table_and_compare(ran, tmp_path, capsys):
     stored, written, rows = ran
-    assert [row.variant for row in rows] == ["eager", "compile", "featkd"]
+    assert [row.variant for row in rows] == ["eager", "compile", "reference", "featkd"]
     assert [row.backend for row in rows[:2]] == ["torch", "torch"]
     assert all(r.rounds >= 10 and r.q20_ms <= r.median_ms <= r.q80_ms for r in rows)
     assert all(r.peak_bytes > 0 and r.roofline_share > 0 and r.error < 1e-5 for r in rows)
     assert rows[0].speedup == 1
-    assert written["meta"]["backends"] == {rows[2].case: rows[2].backend}
+    assert written["meta"]["backends"] == {rows[3].case: rows[3].backend}
     assert {"commit", "versions", "machine"} <= set(written["meta"])
     figures = {(r["name"], r["variant"], r["metric"]): r["value"] for r in written["rows"]}
     assert len(figures) == len(written["rows"])
@@ -48,9 +48,9 @@ def test_run_then_plot_table_and_compare(ran, tmp_path, capsys):
 
     assert main(["bench", "compare", str(stored), str(stored)]) == 0
     again, report = tmp_path / "again.csv", tmp_path / "compare.json"
-    results.append(stored, [replace(rows[2], form="gone")])
-    slow = replace(rows[2], median_ms=1e3, q20_ms=1e3, q80_ms=1e3, speedup=1e-6)
-    results.append(again, [*rows[:2], slow])
+    results.append(stored, [replace(rows[3], form="gone")])
+    slow = replace(rows[3], median_ms=1e3, q20_ms=1e3, q80_ms=1e3, speedup=1e-6)
+    results.append(again, [*rows[:3], slow])
     capsys.readouterr()
     assert main(["bench", "compare", str(stored), str(again), "--json", str(report)]) == 1
     said = capsys.readouterr().out
@@ -81,9 +81,12 @@ MISTAKES = {
     ),
     "no shapes": (
         ["run", "--shapes", "tiny"],
-        "shapes: expected small, narrow, published, large, grids, all",
+        "shapes: expected small, published, large, grids, all",
     ),
-    "no dtype": (["run", "--dtypes", "fp32", "fp64"], "dtypes: expected fp32, bf16, fp16; got"),
+    "no dtype": (
+        ["run", "--dtypes", "fp32", "fp64"],
+        "dtypes: expected fp32, bf16, fp16, autocast-bf16, autocast-fp16; got",
+    ),
     "no direction": (["run", "--directions", "back"], "directions: expected forward, backward, bo"),
     "batches": (["run", "--batches", "many"], "batches"),
     "seconds": (["run", "--min-seconds=-1"], "--min-seconds: expected a finite number > 0, got -1"),

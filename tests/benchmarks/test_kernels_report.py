@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from featkd.benchmarks import aot, cases, measured, report, traffic
-from featkd.benchmarks.chips import CHIPS, chip_of, modelled_us
+from featkd.benchmarks import aot, cases, host, measured, modelled, report, traffic
+from featkd.benchmarks.chips import CHIPS, chip_of
+from featkd.benchmarks.problem import DTYPES
 from featkd.cli import main
 from featkd.ptx import run_triton
+
+ARCHS = [chip.arch for chip in CHIPS]
+ROWS = 4 * 196
+MAP = ROWS * 384 * 2  # bytes in bf16
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,14 +46,7 @@ def in_double(source, target, N: tl.constexpr):
 
 
 @triton.jit
-def product(source, target, N: tl.constexpr, PRECISION: tl.constexpr):
-    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
-    x = tl.load(source + at)
-    tl.store(target + at, tl.dot(x, x, input_precision=PRECISION))
-
-
-@triton.jit
-def sorted_tile(source, target, N: tl.constexpr):
+def mixed_tile(source, target, N: tl.constexpr):
     at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     x = tl.load(source + at)
     for _ in range(4):
@@ -55,93 +54,166 @@ def sorted_tile(source, target, N: tl.constexpr):
     tl.store(target + at, x)
 
 
-def compiled(kernel, size: int, arch: int = 80, **constants) -> report.Compiled:
-    arguments = {"source": torch.zeros(size * size), "target": torch.zeros(size * size)}
-    arguments |= {"N": size, **constants}
+def compiled(kernel, size: int, arch: int = 80) -> report.Compiled:
+    arguments = {"source": torch.zeros(size * size), "target": torch.zeros(size * size), "N": size}
     options = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
     launch = aot.Recorded(kernel, (1,), arguments, options)
     return report.Compiled("case", launch.name, arch, aot.compile_for(launch, arch))
 
 
-@pytest.mark.parametrize("arch", [chip.arch for chip in CHIPS])
-def test_good_kernels_break_no_rule(arch):
-    assert compiled(copy, 128, arch).broken == []
-    good = compiled(product, 32, arch, PRECISION="tf32")
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_good_kernel_breaks_no_rule(arch):
+    good = compiled(copy, 128, arch)
     assert good.broken == []
-    assert good.code.products
-    assert good.code.tensor_core > 0
-    assert good.code.instructions == "HMMA"
+    assert good.blocks == 32  # a warp each, of few registers
 
 
 @pytest.mark.parametrize(
-    ("kernel", "size", "constants", "rule"),
+    ("kernel", "rule"),
     [
-        (strided, 128, {}, "no 16-byte load"),
-        (in_double, 128, {}, "float64 instructions"),
-        (product, 32, {"PRECISION": "ieee"}, "without tensor cores"),
-        (sorted_tile, 128, {}, "spills: "),
+        (strided, "no 16-byte load"),
+        (in_double, "float64 instructions"),
+        (mixed_tile, "bytes of stack"),
     ],
-    ids=["scalar loads", "double", "no tensor cores", "spills"],
+    ids=["scalar loads", "double", "stack"],
 )
-def test_planted_faults_are_seen(kernel, size, constants, rule):
-    broken = compiled(kernel, size, **constants).broken
+def test_planted_faults_are_seen(kernel, rule):
+    broken = compiled(kernel, 128).broken
     assert any(rule in text for text in broken), broken
 
 
-def test_narrow_maps_are_compiled_too():
-    """By default, and of each op with products those that have broken a rule."""
-    asked = report.questions(tuple(cases.OPS), "narrow", ("fp32", "bf16", "fp16"))
-    assert {q.op for q in asked} == {"projected_feature_kd", "widelast_projection", "lift_head"}
-    names = [q.case.name for q in asked]
-    assert len(names) == 8
-    assert sum("32to64" in name for name in names) == sum("96to192" in name for name in names) == 4
+CODE = aot.Code(
+    registers=64,
+    stack=0,
+    spills=0,
+    shared=0,
+    warps=4,
+    loads=1,
+    wide_loads=1,
+    doubles=0,
+    aligned=True,
+)
 
 
-def test_rows_that_begin_anywhere_need_no_wide_load():
-    code = aot.Code(64, 0, 0, 0, False, 0, "", 1, 0, 0, False)
-    assert report.Compiled("case", "kernel", 80, code).broken == []
+@pytest.mark.parametrize(
+    ("kernel", "changes", "arch", "broken"),
+    [
+        ("kernel", {"stack": 32}, 80, ""),
+        ("kernel", {"stack": 40}, 80, "40 bytes of stack"),
+        ("kernel", {"wide_loads": 0}, 80, "no 16-byte load"),
+        ("kernel", {"wide_loads": 0, "aligned": False}, 80, ""),
+        ("sum_partials", {"wide_loads": 0}, 80, ""),  # reads no rows
+        ("kernel", {"shared": 204800}, 80, "204800 bytes of shared memory, A100 has 166912"),
+        ("kernel", {"shared": 204800}, 90, ""),
+    ],
+)
+def test_rules(kernel, changes, arch, broken):
+    found = report.Compiled("case", kernel, arch, replace(CODE, **changes)).broken
+    assert found == ([broken] if broken else [])
 
 
-@pytest.mark.parametrize(("arch", "broken"), [(80, 1), (90, 0)])
-def test_shared_memory_must_fit_the_chip(arch, broken):
-    code = aot.Code(64, 0, 0, 200 * 1024, False, 0, "", 1, 1, 0, True)
-    found = report.Compiled("case", "kernel", arch, code).broken
-    assert len(found) == broken
-    assert all("204800 bytes of shared memory, A100 has 166912" in text for text in found)
-
-
-def test_modelled_time_is_the_longer_of_the_two():
-    chip = chip_of(80)
-    assert modelled_us(chip, 2039e3, {}) == pytest.approx(1)
-    assert modelled_us(chip, 0, {"mma.bf16": 312 * 10**6}) == pytest.approx(1)
-    assert modelled_us(chip, 2039e3, {"add.f32": 39 * 10**6}) == pytest.approx(2)
+def test_blocks_of_a_processor():
+    """By registers (65,536, dealt to a warp in eights a thread), shared memory, warps, blocks."""
+    a100, h100 = chip_of(80), chip_of(90)
+    assert a100.blocks(128, 4, 0) == 4
+    assert a100.blocks(129, 4, 0) == 3
+    assert a100.blocks(16, 4, 0) == 16
+    assert a100.blocks(16, 1, 0) == 32
+    assert (a100.blocks(16, 4, 81 * 1024), h100.blocks(16, 4, 81 * 1024)) == (2, 2)
+    assert (a100.blocks(16, 4, 54 * 1024), h100.blocks(16, 4, 54 * 1024)) == (2, 4)
     with pytest.raises(ValueError, match="archs: expected some of 80, 90, 100; got 75"):
         chip_of(75)
 
 
-def test_traffic_of_the_loss_without_a_projector_is_the_floor():
-    (case,) = (
-        c
-        for c in cases.select(["projected_feature_kd"], "small", ["bf16"], ["both"])
-        if c.problem.form == "mse-widelast"
+def test_every_row_kernel_pair_and_chip_is_compiled_once():
+    jobs = report.default_jobs(cases.ROW_OPS, tuple(DTYPES), ARCHS)
+    assert 100 <= len(jobs) <= 160
+    found = {}
+    for question, number, arch in jobs:
+        launch = report._recorded(question)[number]
+        assert found.setdefault((launch.signature, arch), question) == question
+        found.setdefault((launch.name, question.dtype, arch), question)
+    rows = ("distance_forward", "distance_backward", "two_norms_forward", "two_norms_backward")
+    assert {(name, dtype, arch) for name in rows for dtype in DTYPES for arch in ARCHS} <= set(
+        found
     )
-    launch, scaling = traffic.count(case)
-    maps = 3 * 4 * 196 * 384 * 2  # student, teacher, gradient
-    assert launch.floor == maps
-    assert maps < launch.moved < 1.01 * maps  # and each program's sum
-    assert traffic.over_floor([launch]) < 1.01
-    # the gradient is read and written once more when the upstream factor is known
-    assert scaling.moved == 2 * maps // 3 + 4
-    assert traffic.over_floor([launch, scaling]) == pytest.approx(5 / 3, rel=0.01)
+    shapes = {question.case.problem.shape for question, _, _ in jobs}
+    assert {"1x196x768to1024", "1x256x1024to1280", "1x1369x384to1024"} <= shapes
+
+
+def test_an_op_without_kernels_asks_nothing():
+    assert report.questions(["talking_heads_attention"], "small", ["bf16"]) == []
+    assert list(report.compile_all([], [90], workers=1)) == []
+
+
+@pytest.mark.parametrize(("form", "forward", "backward"), [("mse", 2, 3), ("two-norms", 3, 4)])
+def test_traffic_is_that_of_the_rows(form, forward, backward):
+    """And, counted on what runs, little else; added up from the tensors it is the same."""
+    rows = traffic.Rows(form, "bf16", 4, processors=3)
+    found = traffic.count(rows)
+    assert [x.direction for x in found] == ["forward", "backward"]
+    assert [x.floor for x in found] == [forward * MAP, backward * MAP]
+    assert all(1 < x.over_floor < 1.05 and not x.broken for x in found)
+    for counted, added in zip(found, traffic.add_up(rows), strict=True):
+        assert (counted.floor, counted.counted, added.counted) == (added.floor, True, False)
+        assert counted.moved == pytest.approx(added.moved, rel=0.002)
+
+
+def test_partial_sums_follow_the_processors():
+    """(programs, 2, C) float32 sums of the parameters' gradients, written and read."""
+    moved = [
+        traffic.add_up(traffic.Rows("mse", "bf16", 4, processors=n))[1].moved for n in (2, 4, 8)
+    ]
+    # programs: 4 images, each shared by as many as make 2 for a processor
+    assert moved[1] - moved[0] == 4 * 2 * 2 * 384 * 4
+    assert moved[2] - moved[1] == 4 * 2 * 4 * 384 * 4
 
 
 def test_broken_traffic_rules_are_named():
-    counters = traffic.Counters(distinct_read_bytes=900, distinct_write_bytes=500)
-    launch = traffic.Traffic("kernel", counters, {(0, 1000): 1000})
-    for op, expected in (("projected_feature_kd", 2), ("widelast_projection", 1), ("soft_kd", 0)):
-        found = report.Moved("case", op, [launch], 2.6, 1).broken
-        assert len(found) == expected
-    assert report.Moved("case", "soft_kd", [launch], 9.0, 1).broken == []
+    rows = traffic.Rows("mse", "bf16", 4)
+    good = traffic.Traffic(rows, "forward", 104, 100, counted=True)
+    assert good.broken == []
+    assert replace(good, moved=106).broken == ["moves 1.060 x the floor, more than 1.05"]
+    assert replace(good, moved=106, direction="backward").broken == []
+    assert replace(good, moved=106, counted=False).broken == []
+
+
+def test_launches_of_an_op():
+    """One row kernel each way, one reduction, the products, and nothing else."""
+    (case,) = (
+        c
+        for c in cases.select(["lift_head"], "small", ["bf16"], ["both"])
+        if c.problem.form == "spectral"
+    )
+    forward, backward = host.count(case)
+    assert forward.kernels == ("distance_forward", "sum_partials")
+    assert backward.kernels == ("distance_backward", "sum_partials")
+    assert (forward.products, backward.products) == (1, 2)
+    assert (forward.others, backward.others) == ({}, {})
+    mixed = host.count(replace(case, dtype="autocast-bf16"))
+    # autocast's: student and weight, and their gradients
+    assert [x.others for x in mixed] == [{"copy_": 2}, {"copy_": 2}]
+
+
+def test_host_times_come_in_pairs():
+    found = host.measure(rounds=3)
+    assert {x.op.partition(",")[0].partition(";")[0] for x in found} == set(cases.ROW_OPS)
+    assert all(x.us > 0 and x.plain_us > 0 for x in found)
+    assert host.HostTime("op", 201, 100).broken == ["2.01 times plain torch's host time"]
+    assert host.HostTime("op", 199, 100).broken == []
+
+
+def test_modelled_time_of_the_plain_mse():
+    """Bytes at 4 TB/s: eager reads S and T, writes and reads the squares, and so on; see below."""
+    found = {x.case: x for x in modelled.model()}
+    mse = found["projected_feature_kd/mse-widelast/256x196x384to384/bf16"]
+    map_us = 256 * 196 * 384 * 2 / 4e6
+    assert mse.eager == pytest.approx(7 * map_us, rel=1e-3)  # 4 forward, 3 backward
+    assert mse.compiled == mse.featkd == pytest.approx(5 * map_us, rel=1e-3)
+    lift = found["projected_feature_kd/mse-lift/256x196x192to384/bf16"]
+    product_us = 256 * 196 * (192 + 384) * 2 / 4e6  # and W, which is small
+    assert lift.featkd == pytest.approx(3 * product_us + 5 * map_us, rel=0.05)
+    assert lift.featkd < lift.compiled < lift.eager
 
 
 def test_every_launch_is_timed():
@@ -151,12 +223,11 @@ def test_every_launch_is_timed():
 
     (case,) = cases.select(["soft_kd"], "small", ["fp32"], ["both"])[:1]
     name, timed = measured.measure([case], "cpu", timer)
-    assert [row.kernel for row in timed] == ["loss_and_logit_gradient", "scale"]
+    assert [row.kernel for row in timed] == ["soft_kd_rows", "sum_partials", "soft_kd_rows"]
     assert "2.50" in report.measured_table(name, timed)
-    (question,) = report.questions(["soft_kd"], "small", ["fp32"])[:1]
-    rows = report.figures(report._compile(question, 90), [], name, timed)
-    assert rows[-2] == (
-        "soft_kd/indices/4x1000/fp32/loss_and_logit_gradient",
+    rows = report.figures([], device=name, timed=timed)
+    assert rows[0] == (
+        "soft_kd/indices/4x1000/fp32/soft_kd_rows",
         "cpu measured",
         "time",
         "us",
@@ -167,14 +238,14 @@ def test_every_launch_is_timed():
 def test_command_writes_csv_and_json(tmp_path, capsys):
     files = [tmp_path / name for name in ("report.json", "report.csv")]
     words = ["kernels", "report", "--ops", "soft_kd", "--dtypes", "fp32", "--archs", "90"]
-    words += ["--count", "none", "--json", str(files[0]), "--csv", str(files[1])]
+    words += ["--parts", "compiled", "--json", str(files[0]), "--csv", str(files[1])]
     assert main(words) == 0
-    assert "0 broken rules" in capsys.readouterr().out
+    assert "3 kernels compiled, 0 broken rules" in capsys.readouterr().out
     content = json.loads(files[0].read_text())
     assert {"commit", "versions", "machine", "chips"} <= set(content["meta"])
     assert {"name", "variant", "metric", "unit", "value"} == set(content["rows"][0])
     rows = list(csv.DictReader(files[1].open()))
-    assert len(rows) == len(content["rows"]) >= 9
+    assert len(rows) == len(content["rows"]) == 3 * 9
     assert {row["variant"] for row in rows} == {"sm_90"}
 
 
@@ -184,6 +255,7 @@ def test_command_writes_csv_and_json(tmp_path, capsys):
         (["repor"], "kernels: expected report; got 'repor'"),
         (["report", "--ops", "softkd"], "--ops: expected projected_feature_kd"),
         (["report", "--archs", "75"], "--archs: expected 80, 90, 100; got '75'"),
+        (["report", "--parts", "all"], "--parts: expected compiled, traffic, host, modelled; got"),
         (["report", "--json", "/nowhere/x.json"], "--json: no folder /nowhere"),
         (["report", "--size", "3"], "see featkd kernels report --help"),
     ],

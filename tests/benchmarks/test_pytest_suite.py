@@ -52,8 +52,6 @@ def test_choice_of_cases():
     pytest_generate_tests(asked)
     chosen = select(shapes="published", dtypes=("bf16", "fp16"), directions=("backward",))
     assert [c.name for c in asked.found["case"]] == [c.name for c in chosen]
-    assert asked.found["variant"] == ["eager", "compile", "featkd"]
-    with pytest.raises(
-        pytest.UsageError, match="--bench-shapes: expected small, narrow, published"
-    ):
+    assert asked.found["variant"] == ["eager", "compile", "reference", "featkd"]
+    with pytest.raises(pytest.UsageError, match="--bench-shapes: expected small, published, large"):
         pytest_generate_tests(Asked(shapes="big"))

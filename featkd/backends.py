@@ -8,6 +8,7 @@ take the reference too.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -132,7 +133,10 @@ def choose(
 def _warn_once(op: str, why: str) -> bool:
     if (op, why) not in _warned:
         _warned.add((op, why))
-        warnings.warn(f"featkd.{op} runs on the reference backend: {why}", stacklevel=5)
+        level, frame = 1, sys._getframe()
+        while frame.f_back and frame.f_globals["__name__"].startswith("featkd."):
+            level, frame = level + 1, frame.f_back  # to the line of the user's code
+        warnings.warn(f"featkd.{op} runs on the reference backend: {why}", stacklevel=level)
     return True
 
 

@@ -8,6 +8,7 @@ result. Arguments are taken as valid: `featkd.functional` checks them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +138,8 @@ def talking_heads_attention(
 ) -> Tensor:
     """O = post(softmax_k(pre(Q K^T scale))) V; pre and post mix the heads [THA20]."""
     dtype = accumulation_dtype(query.dtype)
-    with torch.autocast(query.device.type, enabled=False):
+    kind = query.device.type
+    with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
         scores = (query.to(dtype) * scale) @ key.to(dtype).mT
         shares = _mix_heads(scores, pre_weight, pre_bias).softmax(-1)
         mixed = _mix_heads(shares, post_weight, post_bias) @ value.to(dtype)

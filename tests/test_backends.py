@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +15,8 @@ from torch._dynamo.utils import counters
 
 import featkd
 from featkd import backends
-from featkd.functional import projected_feature_kd, widelast_projection
+from featkd.functional import projected_feature_kd
+from featkd.kernels.launch import redirect
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +27,14 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_warned", set())
     reset: Any = torch.compiler.reset  # untyped in torch
     reset()
+
+
+@pytest.fixture
+def launched() -> Iterator[list[str]]:
+    """The kernels that would have been launched, as if there were a GPU; they write nothing."""
+    names: list[str] = []
+    with redirect(lambda kernel, *_: names.append(kernel.fn.__name__)):
+        yield names
 
 
 def maps() -> tuple[Tensor, Tensor]:
@@ -54,7 +63,7 @@ def test_overlapping_blocks_of_two_threads_do_not_meet():
 
     def second() -> None:
         assert entered.wait(10)
-        with featkd.use_backend("cpu"):
+        with featkd.use_backend("triton"):
             left.set()
             threads[0].join()
             seen["second"] = backends.wanted_backend()
@@ -68,42 +77,41 @@ def test_overlapping_blocks_of_two_threads_do_not_meet():
     assert seen == {
         "first": "reference",
         "first, after": "auto",
-        "second": "cpu",
+        "second": "triton",
         "second, after": "auto",
     }
     assert backends.wanted_backend() == "auto"
 
 
 def test_blocks_nest_and_end_with_an_error(monkeypatch):
-    monkeypatch.setenv("FEATKD_BACKEND", "cpu")
+    monkeypatch.setenv("FEATKD_BACKEND", "triton")
     with featkd.use_backend("reference"):
-        with pytest.raises(KeyError), featkd.use_backend("triton"):
+        with pytest.raises(KeyError), featkd.use_backend("auto"):
             raise KeyError(backends.wanted_backend())
         assert backends.wanted_backend() == "reference"
-    assert backends.wanted_backend() == "cpu"
+    assert backends.wanted_backend() == "triton"
 
 
-def test_a_backward_pass_in_another_thread_keeps_the_backend():
+def test_a_backward_pass_in_another_thread_keeps_the_backend(launched):
     """As autograd's threads for GPUs do: they have no choice of their own."""
     student, teacher = maps()
-    for inside, outside in (("cpu", "reference"), ("reference", "cpu")):
+    for inside, outside in (("triton", "reference"), ("reference", "triton")):
         with featkd.use_backend(inside):
             loss = projected_feature_kd(student, teacher)
-        (want,) = torch.autograd.grad(loss, student, retain_graph=True)
-        got: list[Tensor] = []
 
-        def differentiate(outside=outside, loss=loss, got=got) -> None:
+        def differentiate(outside=outside, loss=loss) -> None:
             with featkd.use_backend(outside):
-                got.extend(torch.autograd.grad(loss, student))
+                torch.autograd.grad(loss, student)
 
+        launched.clear()
         thread = threading.Thread(target=differentiate)
         thread.start()
         thread.join()
-        assert torch.equal(got[0], want)
+        assert launched == ["distance_backward"] * (inside == "triton")
         assert featkd.last_backend("projected_feature_kd") == inside
 
 
-def test_compiled_code_follows_the_block_around_a_call():
+def test_compiled_code_follows_the_block_around_a_call(launched):
     student, teacher = maps()
     counter = CompileCounter()
 
@@ -112,30 +120,29 @@ def test_compiled_code_follows_the_block_around_a_call():
         return 2 * projected_feature_kd(student, teacher)
 
     for _ in range(3):
-        assert ran(lambda: loss(student)) == "cpu"
-        with featkd.use_backend("reference"):
-            assert ran(lambda: loss(student)) == "reference"
+        assert ran(lambda: loss(student)) == "reference"
+        with featkd.use_backend("triton"):
+            assert ran(lambda: loss(student)) == "triton"
             thread = threading.Thread(target=loss, args=(student,))
             thread.start()
             thread.join()
-            assert featkd.last_backend("projected_feature_kd") == "cpu"
+            assert featkd.last_backend("projected_feature_kd") == "reference"
     assert counter.frame_count <= 3, "compiled again for a choice that it had been compiled for"
 
 
-def test_compiled_code_may_hold_the_block():
+def test_compiled_code_may_hold_the_block(launched):
     student, teacher = maps()
 
     @torch.compile(backend="eager", fullgraph=True)
     def losses(student: Tensor) -> tuple[Tensor, Tensor]:
-        with featkd.use_backend("reference"):
-            plain = projected_feature_kd(student, teacher)
-        return plain, projected_feature_kd(student, teacher)
+        with featkd.use_backend("triton"):
+            fused = projected_feature_kd(student, teacher)
+        return projected_feature_kd(student, teacher), fused
 
     for _ in range(2):
         plain, fused = losses(student)
         assert "featkd" not in type(plain.grad_fn).__name__.lower()
         assert "featkd" in type(fused.grad_fn).__name__.lower()
-        torch.testing.assert_close(plain, fused)
         assert backends.wanted_backend() == "auto"
     assert not counters["graph_break"]
 
@@ -165,52 +172,24 @@ def test_compiled_code_warns_once_as_it_is_traced():
     assert featkd.last_backend("projected_feature_kd") == "reference"
 
 
-def test_compiled_code_warns_of_a_size_that_varies(monkeypatch):
-    monkeypatch.setattr("featkd.kernels.launch._redirected", lambda *_: pytest.fail("launched"))
-
-    @torch.compile(backend="eager", fullgraph=True, dynamic=True)
-    def outputs(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return widelast_projection(*inputs)
-
-    for channels in (1025, 1030):
-        inputs = torch.ones(1, 2, channels), torch.ones(3, channels), *torch.ones(4, 3)
-        with (
-            featkd.use_backend("triton"),
-            pytest.warns(UserWarning, match=f"{channels} student channels, more than 1024"),
-        ):
-            outputs(*inputs)
+def outputs(x: Tensor) -> Tensor:
+    heads = (x.unsqueeze(1) for _ in range(3))
+    mix = (torch.ones(1, 1, dtype=x.dtype), torch.ones(1, dtype=x.dtype))
+    return featkd.functional.talking_heads_attention(*heads, *mix, *mix, scale=1.0)
 
 
-CALLS: dict[str, Callable[[Tensor], Tensor]] = {
-    "projected_feature_kd": lambda x: projected_feature_kd(x, torch.ones(3, 9, 6)),
-    "widelast_projection": lambda x: widelast_projection(
-        x, torch.ones(4, 6).triu(), *(torch.arange(4.0) for _ in range(4))
-    )[1],
-    "lift_head": lambda x: featkd.functional.lift_head(
-        x, torch.ones(4, 6).triu(), torch.arange(4.0), torch.ones(4)
-    )[0],
-    "soft_kd": lambda x: featkd.functional.soft_kd(x[0], torch.eye(9, 6), x[2], alpha=0.5),
-    "talking_heads_attention": lambda x: featkd.functional.talking_heads_attention(
-        *(x.unsqueeze(1) for _ in range(3)), *(torch.ones(1, 1), torch.ones(1)) * 2, scale=1.0
-    ),
-    "spectrum": featkd.linalg.svdvals,
-}
-
-
-@pytest.mark.parametrize("op", CALLS)
-def test_forward_mode_derivatives_are_the_references(op: str) -> None:
-    """An op would drop the tangent without a word where nothing requires grad."""
+@pytest.mark.parametrize(
+    ("op", "call"), [("talking_heads_attention", outputs), ("spectrum", featkd.linalg.svdvals)]
+)
+def test_forward_mode_derivatives_are_the_references(
+    op: str, call: Callable[[Tensor], Tensor]
+) -> None:
+    """csrc's ops; tests/ops/test_autograd.py has the kernels'."""
     generator = torch.Generator().manual_seed(0)
     x, direction = torch.randn(2, 3, 9, 6, dtype=torch.float64, generator=generator)
-    call = CALLS[op]
-    with pytest.warns(UserWarning, match=f"{op} runs on the reference.*forward-mode"):
+    with pytest.warns(UserWarning, match=f"{op} runs on the reference"):
         out, tangent = torch.func.jvp(call, (x,), (direction,))
     assert featkd.last_backend(op) == "reference"
     after, before = (call(x + step * direction) for step in (1e-5, -1e-5))
     torch.testing.assert_close(tangent, (after - before) / 2e-5, rtol=1e-6, atol=1e-6)
-    assert featkd.last_backend(op) == "cpu"
     torch.testing.assert_close(call(x), out)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, direction)
-        again = torch.autograd.forward_ad.unpack_dual(call(dual)).tangent
-    torch.testing.assert_close(again, tangent)

@@ -9,13 +9,13 @@ import pytest
 import torch.compiler.config as config
 
 import featkd
-from featkd.compile_cache import tell_ops_apart
+from featkd.compile_cache import tag_compile_cache
 
 
 def test_the_tag_is_that_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = config.cache_key_tag  # set on import
     assert own.count("featkd.ops-") == 1
-    tell_ops_apart()
+    tag_compile_cache()
     assert own == config.cache_key_tag
 
     copy = tmp_path / "featkd"
@@ -26,11 +26,11 @@ def test_the_tag_is_that_of_the_sources(tmp_path: Path, monkeypatch: pytest.Monk
     )
     monkeypatch.setattr("featkd.compile_cache.resources.files", lambda _: copy)
     with config.patch(cache_key_tag="user"):
-        tell_ops_apart()
+        tag_compile_cache()
         assert "user" + own == config.cache_key_tag
     with (copy / "ops" / "soft_kd.py").open("a") as source:
         source.write("\n")
     with config.patch(cache_key_tag="user"):
-        tell_ops_apart()
+        tag_compile_cache()
         assert config.cache_key_tag.startswith("userfeatkd.ops-")
         assert own not in config.cache_key_tag

@@ -139,33 +139,14 @@ def test_soft_kd_equals_torch_cross_entropy_with_smoothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_inputs_are_computed_in_float32(dtype):
+def test_half_rows_are_computed_in_float32(dtype):
     """The only rounding is the inputs' own: the result equals float64's on the rounded inputs."""
-    s, t, w = (randn(*shape).to(dtype) for shape in ((2, 49, 32), (2, 49, 64), (64, 32)))
+    s, t = randn(2, 49, 64).to(dtype), randn(2, 49, 64, seed=1).to(dtype)
     g, b = torch.ones(64, dtype=dtype), torch.zeros(64, dtype=dtype)
-    loss = projected_feature_kd(s, t, w, None, g, b)
-    exact = projected_feature_kd(s.double(), t.double(), w.double(), None, g.double(), b.double())
+    loss = projected_feature_kd(s, t, None, None, g, b)
+    exact = projected_feature_kd(s.double(), t.double(), None, None, g.double(), b.double())
     assert loss.dtype == torch.float32
     assert abs(float(loss) - float(exact)) <= 1e-6 * float(exact)
-
-
-@pytest.mark.parametrize("function", ["feature", "lift", "widelast", "soft"])
-def test_autocast_changes_no_result(function):
-    def run() -> Tensor:
-        x = randn(2, 4, 3, dtype=torch.float32)
-        w = randn(4, 3, dtype=torch.float32)
-        one, zero = torch.ones(4), torch.zeros(4)
-        if function == "feature":
-            return projected_feature_kd(x, torch.ones(2, 4, 4), w, None, one, zero)
-        if function == "lift":
-            return lift_head(x, w, one, zero)[0]
-        if function == "widelast":
-            return widelast_projection(x, w, one, zero, one, zero)[1]
-        return soft_kd(x[0], x[1], torch.zeros(4, dtype=torch.int64), alpha=0.5)
-
-    plain = run()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(run(), plain)
 
 
 def test_views_upstream_gradient_and_inputs_untouched():

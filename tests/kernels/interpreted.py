@@ -97,8 +97,20 @@ def scan_once_a_kernel() -> None:
     interpreter._patch_builtin = patch
 
 
+def count_by_arrays_of_one() -> None:
+    """Triton 3.6 takes an int of a one-element array, which NumPy no longer gives."""
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, *rest: Any) -> None:
+        patch_tensor(tensor, *rest)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+
+
 if __name__ == "__main__":
     scan_once_a_kernel()
+    count_by_arrays_of_one()
     op = sys.argv[1]
     with featkd.use_backend("triton"):
         globals()[f"check_{op}"]()

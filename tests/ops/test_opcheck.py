@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-import featkd.functional  # noqa: F401  (defines the ops)
+import featkd.functional  # noqa: F401 - defines the ops
 from tests.ops.comparing import views
 from tests.ops.feature_cases import Problem as FeatureProblem
 from tests.ops.norms_cases import NORMS
@@ -15,13 +15,12 @@ from tests.ops.norms_cases import Problem as NormsProblem
 from tests.ops.soft_kd_cases import Problem as LogitsProblem
 
 F16, F32 = torch.float16, torch.float32
+ops = torch.ops.featkd
 
 
-def check(name: str, *arguments: Any) -> Any:
-    """All of opcheck's tests; the op's result."""
-    op = getattr(torch.ops.featkd, name).default
-    assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
-    return op(*arguments)
+def check(op: Any, *arguments: Any) -> None:
+    """All of opcheck's tests."""
+    assert set(torch.library.opcheck(op.default, arguments).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize(
@@ -47,12 +46,12 @@ def test_feature_distance(launched, problem, dtypes):
         teacher = views(x["teacher"])[layout] if problem.teacher else None
         rest = (0.1, problem.width, F16 if problem.pooled else None, layout == "sliced")
         inputs = (student, teacher, *parameters)
-        check("feature_distance", *inputs, *rest)
-        _, _, statistics = torch.ops.featkd.feature_distance(*inputs, *rest[:-1], True)
+        check(ops.feature_distance, *inputs, *rest)
+        _, _, statistics = ops.feature_distance(*inputs, *rest[:-1], True)
         kept = [None if p is None else p.detach() for p in (*inputs, statistics)]
         if gradients != (None, None):
             rest = (problem.width, layout == "sliced")
-            check("feature_distance_backward", *gradients, *kept, *rest)
+            check(ops.feature_distance_backward, *gradients, *kept, *rest)
     assert {"distance_forward", "distance_backward", "sum_partials"} == set(launched)
 
 
@@ -61,12 +60,12 @@ def test_two_layer_norms(launched, dtypes):
     problem = NormsProblem(2, 12, 10, 10)
     inputs, upstream = problem.inputs(*dtypes), problem.upstream(dtypes[0])
     tensors = [inputs["x"].requires_grad_(), *(inputs[n].requires_grad_() for n in NORMS)]
-    check("two_layer_norms", *tensors, 0.1, F32)
+    check(ops.two_layer_norms, *tensors, 0.1, F32)
     kept = [x.detach() for x in (views(inputs["x"])["transposed"], *tensors[1:])]
     turned = views(upstream["residual"])["sliced"]
     for pair in (tuple(upstream.values()), (None, turned), (turned[:1].expand(2, -1, -1), None)):
         for norms in (True, False):
-            check("two_layer_norms_backward", *pair, *kept, 0.1, norms)
+            check(ops.two_layer_norms_backward, *pair, *kept, 0.1, norms)
     assert {"two_norms_forward", "two_norms_backward", "sum_partials"} == set(launched)
 
 
@@ -75,6 +74,6 @@ def test_soft_kd(launched, alpha, soft):
     x = LogitsProblem(4, 10, alpha, soft=soft).inputs(F16, F32)
     used = [x["teacher"] if alpha else None, x["target"] if alpha < 1 else None, alpha, 2.0]
     for student in (x["student"], *views(x["student"]).values()):
-        check("soft_kd", student.detach().requires_grad_(), *used)
-        check("soft_kd_backward", torch.tensor(2.0), student.detach(), *used)
+        check(ops.soft_kd, student.detach().requires_grad_(), *used)
+        check(ops.soft_kd_backward, torch.tensor(2.0), student.detach(), *used)
     assert {"soft_kd_rows", "sum_partials"} == set(launched)

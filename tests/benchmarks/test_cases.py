@@ -65,7 +65,8 @@ def test_featkd_agrees_with_eager_in_every_case(op, direction, dtype):
     for case in select([op], "small", [dtype], [direction]):
         prepared = variants.prepare(case, ["eager", "featkd"], CPU)
         assert list(prepared.steps) == ["eager", "featkd"]
-        assert prepared.backend == "reference"
+        own = op == "talking_heads_attention"  # csrc has it for a CPU
+        assert prepared.backend == ("cpu" if own else "reference")
         assert prepared.errors["featkd"] <= 2 * prepared.errors["eager"] + 1e-6
         inputs = prepared.inputs
         taught = {inputs[k].dtype for k in inputs if k.startswith("teacher")}

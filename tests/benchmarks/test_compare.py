@@ -37,7 +37,7 @@ def slower(factor: float, eager: float = 1.0) -> dict[str, float]:
         (slower(1.3, eager=1.3), ""),  # a busy machine
         (slower(1.0, eager=0.5), ""),  # eager became faster
         (slower(1.3) | {"q20_ms": 2.0}, ""),  # widely spread
-        ({"backend": "reference"}, "runs on the reference, ran on cpu"),
+        ({"backend": "reference"}, "runs on the reference, ran on triton"),
         ({"peak_bytes": 1_100_000}, ""),
         ({"peak_bytes": 1_300_000}, "holds 1300000 bytes, held 1000000"),
     ],

@@ -209,14 +209,16 @@ def test_gradients_are_clipped_at_their_true_norm(alone, amp):
 
     def note_norm(*args, **options):
         grads = [p.grad for p in trainer.parts.student.parameters()]
-        norms.append(torch.nn.utils.get_total_norm(grads).item())
+        norm = torch.nn.utils.get_total_norm(grads).item()
+        if math.isfinite(norm):  # a fused optimizer sees and skips gradients that overflow
+            norms.append(norm)
         return original(*args, **options)
 
     trainer.parts.optimizer.step = note_norm  # type: ignore[method-assign]
     batch = next(iter(trainer.parts.train_loader))
     for _ in range(20):  # fp16: updates are skipped until the scale no longer overflows
         trainer.step([batch])
-    assert norms
+    assert len(norms) >= 15
     assert norms == pytest.approx([1e-3] * len(norms), rel=1e-2)
 
 

@@ -15,7 +15,11 @@ TORCH ?= 2.10.0 2.11.0 newest
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
 
-.PHONY: env demo test compat gpu report bench lint types format clean
+# of `make mutate`: a module of featkd/ops or kernels, and how many mutants to draw
+MODULE ?= kernels/two_layer_norms.py
+MUTANTS ?= 20
+
+.PHONY: env demo test compat gpu mutate report bench lint types format clean
 
 env: $(STAMP)
 
@@ -43,6 +47,9 @@ compat:
 
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu $(GPU_ARGS)
+
+mutate: $(STAMP)
+	OMP_NUM_THREADS=1 .ci/mutate $(MODULE) $(MUTANTS)
 
 bench: $(STAMP)
 	$(BIN)/featkd bench run $(BENCH_ARGS) --out $(BENCH_CSV)

@@ -15,13 +15,14 @@ Bytes per element: forward reads P and T, backward reads them again and writes d
 keeps four numbers per row, so that backward needs no sum over channels. Rows that take several
 blocks of channels are read again from the L1 or L2 cache.
 
-A program works on some of the tiles of some images: `slots` programs take turns with the images,
-and `splits` programs share the tiles of an image. Both are fixed by the shapes and the GPU, so
-results repeat bitwise.
+As many programs as fit the GPU at once take turns with the tiles of all images; with a pooled map
+a program's tiles lie in one image. Their number is fixed by the shapes and the GPU, so results
+repeat bitwise.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -45,8 +46,8 @@ def distance_forward(
     feature,  # (B, N, C) any floating dtype: P
     teacher,  # (B, N, C) any floating dtype, or None: no loss
     gamma, beta,  # (C,) any floating dtype, or None
-    loss_partial,  # (slots * splits,) ACC, or None
-    pooled_partial,  # (B, splits, C) ACC: sums of x_hat (of P, without a norm), or None
+    loss_partial,  # (programs,) ACC, or None
+    pooled_partial,  # (B, programs per image, C) ACC: sums of x_hat (P without a norm), or None
     statistics,  # (4, B, N) ACC: mean, rstd, mean of gamma H, mean of gamma H x_hat, or None
     feature_image, feature_token, teacher_image, teacher_token,  # strides
     images, height, width, loss_divisor,  # loss = sum(E H) / loss_divisor
@@ -54,57 +55,61 @@ def distance_forward(
     NORM: tl.constexpr, SPECTRAL: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
-    split, splits, slot = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    tiles = (height + HB - 1) // HB
+    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    first, last, step = tl.program_id(0), images * tiles, tl.num_programs(0)
+    if pooled_partial is not None:
+        last = (tl.program_id(0) + 1) * tiles
+        first, step = tl.program_id(0) * tiles + tl.program_id(1), tl.num_programs(1)
     energy = tl.zeros((HB * WB,), ACC)
-    for image in range(slot, images, tl.num_programs(1)):
-        image_64 = tl.cast(image, tl.int64)  # the interpreter counts in Python
-        from_feature = feature + image_64 * feature_image
-        pooled = tl.zeros((SUMS, BLOCK), ACC)
-        for tile in range(split, (height + HB - 1) // HB, splits):
-            token, valid = rows.tile_rows(tile, height, width, HB, WB)
-            offsets = token * feature_token
-            mean = tl.zeros((HB * WB, 1), ACC)
-            rstd = mean + 1.0
+    pooled = tl.zeros((SUMS, BLOCK), ACC)
+    for task in range(first, last, step):
+        image = tl.cast(task // tiles, tl.int64)
+        token, valid = rows.tile_rows(task % tiles, height, width, HB, WB)
+        from_feature = feature + image * feature_image
+        offsets = token * feature_token
+        mean = tl.zeros((HB * WB, 1), ACC)
+        rstd = mean + 1.0
+        if BLOCKS == 1:
+            p = rows.load_rows(from_feature, offsets, valid, 0, C, BLOCK).to(ACC)
+        if NORM:
             if BLOCKS == 1:
-                p = rows.load_rows(from_feature, offsets, valid, 0, C, BLOCK).to(ACC)
-            if NORM:
-                if BLOCKS == 1:
-                    mean, rstd = rows.moments(p, valid, EPS, C, BLOCK)
-                else:
-                    mean, rstd = rows.swept_moments(
-                        from_feature, offsets, valid, EPS, C, BLOCK, ACC
-                    )  # fmt: skip
-            sum_g = tl.zeros((HB * WB,), ACC)
-            sum_gx = tl.zeros((HB * WB,), ACC)
-            for j in range(BLOCKS):
-                if BLOCKS > 1:
-                    p = rows.load_rows(from_feature, offsets, valid, j, C, BLOCK).to(ACC)
-                x_hat = rows.mask_out_of_bounds((p - mean) * rstd, valid, j, C, BLOCK)
-                if pooled_partial is not None:
-                    pooled = _add(pooled, x_hat, j, BLOCKS, SUMS)
-                if teacher is not None:
-                    error, half = _error(
-                        x_hat, teacher + image_64 * teacher_image, token * teacher_token,
-                        gamma, beta, valid, width, j, C, BLOCK, HB, WB, SPECTRAL, ACC,
-                    )  # fmt: skip
-                    energy += tl.sum(error * half, 1)
-                    if statistics is not None:
-                        g = half * rows.load_channels(gamma, j, 1.0, C, BLOCK, ACC)
-                        sum_g += tl.sum(g, 1)
-                        sum_gx += tl.sum(g * x_hat, 1)
-            if statistics is not None:
-                tokens = height * width
-                at = statistics + image_64 * tokens + token
-                plane = images.to(tl.int64) * tokens
-                tl.store(at, tl.reshape(mean, (HB * WB,)), mask=valid)
-                tl.store(at + plane, tl.reshape(rstd, (HB * WB,)), mask=valid)
-                if teacher is not None:
-                    tl.store(at + 2 * plane, sum_g / C, mask=valid)
-                    tl.store(at + 3 * plane, sum_gx / C, mask=valid)
-        if pooled_partial is not None:
-            _store_sums(pooled_partial, image_64 * splits + split, pooled, BLOCKS, SUMS, C, BLOCK)
+                mean, rstd = rows.moments(p, valid, EPS, C, BLOCK)
+            else:
+                mean, rstd = rows.swept_moments(
+                    from_feature, offsets, valid, EPS, C, BLOCK, ACC
+                )  # fmt: skip
+        sum_g = tl.zeros((HB * WB,), ACC)
+        sum_gx = tl.zeros((HB * WB,), ACC)
+        for j in range(BLOCKS):
+            if BLOCKS > 1:
+                p = rows.load_rows(from_feature, offsets, valid, j, C, BLOCK).to(ACC)
+            x_hat = rows.mask_out_of_bounds((p - mean) * rstd, valid, j, C, BLOCK)
+            if pooled_partial is not None:
+                pooled = _add(pooled, x_hat, j, BLOCKS, SUMS)
+            if teacher is not None:
+                error, half = _error(
+                    x_hat, teacher + image * teacher_image, token * teacher_token,
+                    gamma, beta, valid, width, j, C, BLOCK, HB, WB, SPECTRAL, ACC,
+                )  # fmt: skip
+                energy += tl.sum(error * half, 1)
+                if statistics is not None:
+                    g = half * rows.load_channels(gamma, j, 1.0, C, BLOCK, ACC)
+                    sum_g += tl.sum(g, 1)
+                    sum_gx += tl.sum(g * x_hat, 1)
+        if statistics is not None:
+            tokens = height * width
+            at = statistics + image * tokens + token
+            plane = images.to(tl.int64) * tokens
+            tl.store(at, tl.reshape(mean, (HB * WB,)), mask=valid)
+            tl.store(at + plane, tl.reshape(rstd, (HB * WB,)), mask=valid)
+            if teacher is not None:
+                tl.store(at + 2 * plane, sum_g / C, mask=valid)
+                tl.store(at + 3 * plane, sum_gx / C, mask=valid)
+    if pooled_partial is not None:
+        _store_sums(pooled_partial, program.to(tl.int64), pooled, BLOCKS, SUMS, C, BLOCK)
     if loss_partial is not None:
-        tl.store(loss_partial + slot * splits + split, tl.sum(energy, 0) / loss_divisor.to(ACC))
+        tl.store(loss_partial + program, tl.sum(energy, 0) / loss_divisor.to(ACC))
 
 
 @triton.jit(do_not_specialize=["images", "loss_divisor"])
@@ -116,71 +121,70 @@ def distance_backward(
     d_loss,  # one number, any floating dtype, or None
     d_pooled,  # (B, C) any floating dtype, or None
     d_feature,  # (B, N, C) feature's dtype, contiguous
-    norm_partial,  # (slots * splits, 1 or 2, C) ACC: sums of dY x_hat, and of dY, or None
+    norm_partial,  # (programs, 1 or 2, C) ACC: sums of dY x_hat, and of dY, or None
     feature_image, feature_token, teacher_image, teacher_token, pooled_image,  # strides
     images, height, width, loss_divisor,
     C: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr,
     NORM: tl.constexpr, SPECTRAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
-    split, splits, slot = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    tiles = (height + HB - 1) // HB
     tokens = height * width
     plane = images.to(tl.int64) * tokens
     if d_loss is not None:
         upstream = 2.0 * tl.load(d_loss).to(ACC) / loss_divisor.to(ACC)
     d_gamma = tl.zeros((SUMS, BLOCK), ACC)
     d_beta = tl.zeros((SUMS, BLOCK), ACC)
-    for image in range(slot, images, tl.num_programs(1)):
-        image_64 = tl.cast(image, tl.int64)  # the interpreter counts in Python
-        from_feature = feature + image_64 * feature_image
+    for task in range(tl.program_id(0), images * tiles, tl.num_programs(0)):
+        image = tl.cast(task // tiles, tl.int64)
+        token, valid = rows.tile_rows(task % tiles, height, width, HB, WB)
+        from_feature = feature + image * feature_image
+        offsets = token * feature_token
         from_pooled = d_pooled
         if d_pooled is not None:
-            from_pooled += image_64 * pooled_image
-        for tile in range(split, (height + HB - 1) // HB, splits):
-            token, valid = rows.tile_rows(tile, height, width, HB, WB)
-            offsets = token * feature_token
-            mean = tl.zeros((HB * WB, 1), ACC)
-            rstd = mean + 1.0
-            mean_g = mean
-            mean_gx = mean
-            if NORM:
-                at = statistics + image_64 * tokens + token
-                mean = tl.load(at, mask=valid, other=0.0)[:, None]
-                rstd = tl.load(at + plane, mask=valid, other=0.0)[:, None]
-                if d_loss is not None:
-                    mean_g = upstream * tl.load(at + 2 * plane, mask=valid, other=0.0)[:, None]
-                    mean_gx = upstream * tl.load(at + 3 * plane, mask=valid, other=0.0)[:, None]
-                if d_pooled is not None:  # the pooled map's share depends on its gradient
-                    for j in range(BLOCKS):
-                        p = rows.load_rows(from_feature, offsets, valid, j, C, BLOCK).to(ACC)
-                        g = rows.load_channels(from_pooled, j, 0.0, C, BLOCK, ACC) / tokens
-                        g *= rows.load_channels(gamma, j, 1.0, C, BLOCK, ACC)
-                        mean_g += tl.sum(g, 1)[:, None] / C
-                        mean_gx += tl.sum(g * (p - mean) * rstd, 1)[:, None] / C
-            for j in range(BLOCKS):
-                p = rows.load_rows(from_feature, offsets, valid, j, C, BLOCK).to(ACC)
-                x_hat = rows.mask_out_of_bounds((p - mean) * rstd, valid, j, C, BLOCK)
-                d_output = tl.zeros((HB * WB, BLOCK), ACC)
-                if d_loss is not None:
-                    _, half = _error(
-                        x_hat, teacher + image_64 * teacher_image, token * teacher_token,
-                        gamma, beta, valid, width, j, C, BLOCK, HB, WB, SPECTRAL, ACC,
-                    )  # fmt: skip
-                    d_output = upstream * half
-                if d_pooled is not None:
-                    share = rows.load_channels(from_pooled, j, 0.0, C, BLOCK, ACC) / tokens
-                    d_output += tl.where(valid[:, None], share, 0.0)
-                if norm_partial is not None:
-                    d_gamma = _add(d_gamma, d_output * x_hat, j, BLOCKS, SUMS)
-                    d_beta = _add(d_beta, d_output, j, BLOCKS, SUMS)
-                if NORM:
-                    g = d_output * rows.load_channels(gamma, j, 1.0, C, BLOCK, ACC)
-                    d_output = rstd * (g - mean_g - x_hat * mean_gx)
-                rows.store_rows(
-                    d_feature + image_64 * tokens * C, token * C, valid, d_output, j, C, BLOCK
+            from_pooled += image * pooled_image
+        mean = tl.zeros((HB * WB, 1), ACC)
+        rstd = mean + 1.0
+        mean_g = mean
+        mean_gx = mean
+        if NORM:
+            at = statistics + image * tokens + token
+            mean = tl.load(at, mask=valid, other=0.0)[:, None]
+            rstd = tl.load(at + plane, mask=valid, other=0.0)[:, None]
+            if d_loss is not None:
+                mean_g = upstream * tl.load(at + 2 * plane, mask=valid, other=0.0)[:, None]
+                mean_gx = upstream * tl.load(at + 3 * plane, mask=valid, other=0.0)[:, None]
+            if d_pooled is not None:  # the pooled map's share depends on its gradient
+                for j in range(BLOCKS):
+                    p = rows.load_rows(from_feature, offsets, valid, j, C, BLOCK).to(ACC)
+                    g = rows.load_channels(from_pooled, j, 0.0, C, BLOCK, ACC) / tokens
+                    g *= rows.load_channels(gamma, j, 1.0, C, BLOCK, ACC)
+                    mean_g += tl.sum(g, 1)[:, None] / C
+                    mean_gx += tl.sum(g * (p - mean) * rstd, 1)[:, None] / C
+        for j in range(BLOCKS):
+            p = rows.load_rows(from_feature, offsets, valid, j, C, BLOCK).to(ACC)
+            x_hat = rows.mask_out_of_bounds((p - mean) * rstd, valid, j, C, BLOCK)
+            d_output = tl.zeros((HB * WB, BLOCK), ACC)
+            if d_loss is not None:
+                _, half = _error(
+                    x_hat, teacher + image * teacher_image, token * teacher_token,
+                    gamma, beta, valid, width, j, C, BLOCK, HB, WB, SPECTRAL, ACC,
                 )  # fmt: skip
+                d_output = upstream * half
+            if d_pooled is not None:
+                share = rows.load_channels(from_pooled, j, 0.0, C, BLOCK, ACC) / tokens
+                d_output += tl.where(valid[:, None], share, 0.0)
+            if norm_partial is not None:
+                d_gamma = _add(d_gamma, d_output * x_hat, j, BLOCKS, SUMS)
+                d_beta = _add(d_beta, d_output, j, BLOCKS, SUMS)
+            if NORM:
+                g = d_output * rows.load_channels(gamma, j, 1.0, C, BLOCK, ACC)
+                d_output = rstd * (g - mean_g - x_hat * mean_gx)
+            rows.store_rows(
+                d_feature + image * tokens * C, token * C, valid, d_output, j, C, BLOCK
+            )  # fmt: skip
     if norm_partial is not None:
-        program = (slot * splits + split).to(tl.int64)
+        program = tl.program_id(0).to(tl.int64)
         if beta is None:
             _store_sums(norm_partial, program, d_gamma, BLOCKS, SUMS, C, BLOCK)
         else:
@@ -260,13 +264,11 @@ def _store_sums(
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a launch: a tile's image rows, places per row and channels; programs and warps."""
+    """Sizes of a tile: image rows, places per row, channels; and its warps."""
 
     image_rows: int
     places: int
     block: int
-    splits: int
-    slots: int
     num_warps: int
 
     def sums(self, channels: int) -> int:
@@ -276,18 +278,15 @@ class Config:
 
 
 @lru_cache(maxsize=256)
-def config(
-    images: int, height: int, width: int, channels: int, itemsize: int, programs: int
-) -> Config:
+def config(height: int, width: int, channels: int, itemsize: int) -> Config:
     """Tiles of about 2,048 elements, 16 per thread.
 
-    A thread then has two 16-byte loads of each bf16 map in flight, and three to seven programs fit
-    a processor: 32 KB on their way, where the bandwidth times the latency is some 24 KB.
+    A thread then has two 16-byte loads of each bf16 map in flight, and three or four programs fit
+    a processor: some 24 KB on their way, which is the bandwidth times the latency of an H100.
 
     Args:
         height, width: image rows and tokens per image row; width 1 if image rows don't matter.
         itemsize: bytes of the accumulators; float64 halves the tiles.
-        programs: number to aim at.
     """
     whole = triton.next_power_of_2(channels)
     places = triton.next_power_of_2(width)
@@ -301,25 +300,47 @@ def config(
         block = min(sizes, key=lambda size: (-(-channels // size) * (size + 16), -size))
         image_rows = max(1, 16 // places)
     image_rows = min(image_rows, triton.next_power_of_2(height))
-    splits = min(-(-height // image_rows), max(1, -(-programs // images)))
-    slots = min(images, 4 * programs)
-    warps = 8 if image_rows * places * block > 4096 else 4
-    return Config(image_rows, places, block, splits, slots, warps)
+    return Config(image_rows, places, block, 8 if image_rows * places * block > 4096 else 4)
+
+
+@lru_cache(maxsize=256)
+def grid(chosen: Config, images: int, height: int, resident: int, pool: bool) -> tuple[int, ...]:
+    """Programs of a launch: as many as are resident at once, but four tiles or more for each.
+
+    With fewer tiles, the partial sums of the norm's gradients would be more than a sixth of the
+    traffic. With a pooled map, (images, programs per image).
+
+    Args:
+        resident: programs that fit the GPU at once.
+    """
+    tiles = -(-height // chosen.image_rows)
+    if pool:  # twice as many as fit: the last to run are fewer of all
+        return images, min(tiles, -(-2 * resident // images))
+    processors_share = min(resident // 3, images * tiles)
+    return (max(1, processors_share, min(resident, images * tiles // 4)),)
 
 
 def _shared(
-    feature: Tensor, teacher: Tensor | None, width: int, programs_each: int
-) -> tuple[Config, dict[str, Any]]:
-    """What both launches have in common."""
+    feature: Tensor, teacher: Tensor | None, width: int, *, pool: bool, simple: bool
+) -> tuple[tuple[int, ...], dict[str, Any], dict[str, int]]:
+    """Grid, arguments and options that both launches have in common.
+
+    Args:
+        pool: as of `grid`.
+        simple: few registers are needed, so that a processor can hold more threads.
+    """
     images, tokens, channels = feature.shape
     columns = width or 1
     acc = accumulation_dtype(feature.dtype)
-    programs = programs_each * processors(feature.device)
-    chosen = config(images, tokens // columns, columns, channels, acc.itemsize, programs)
+    height = tokens // columns
+    chosen = config(height, columns, channels, acc.itemsize)
+    threads = 512 if simple and not width else 384
+    resident = max(1, threads // (32 * chosen.num_warps)) * processors(feature.device)
+    options = {"num_warps": chosen.num_warps, "threads": threads}
     divisor = images * tokens * channels
     if width:  # mean over the real and imaginary parts of the half spectrum, half of sum(E H)
         divisor = 4 * images * channels * (tokens // width) * (width // 2 + 1)
-    return chosen, {
+    arguments = {
         "feature": feature,
         "teacher": teacher,
         "feature_image": feature.stride(0),
@@ -327,7 +348,7 @@ def _shared(
         "teacher_image": 0 if teacher is None else teacher.stride(0),
         "teacher_token": 0 if teacher is None else teacher.stride(1),
         "images": images,
-        "height": tokens // columns,
+        "height": height,
         "width": columns,
         "loss_divisor": divisor,
         "C": channels,
@@ -338,6 +359,7 @@ def _shared(
         "SPECTRAL": width > 0,
         "ACC": triton_type(acc),
     }
+    return grid(chosen, images, height, resident, pool), arguments, options
 
 
 def forward(
@@ -366,24 +388,24 @@ def forward(
     teacher, gamma, beta = (
         None if x is None else channels_adjacent(x) for x in (teacher, gamma, beta)
     )
-    chosen, shared = _shared(feature, teacher, width, 4)
+    pool = pooled_dtype is not None
+    programs, shared, options = _shared(feature, teacher, width, pool=pool, simple=True)
     images, tokens, channels = feature.shape
     acc = accumulation_dtype(feature.dtype)
-    programs = chosen.slots * chosen.splits
     loss = loss_partial = pooled = pooled_partial = statistics = None
     if teacher is not None:
         loss_partial, loss = (
-            feature.new_empty(programs, dtype=acc),
+            feature.new_empty(math.prod(programs), dtype=acc),
             feature.new_empty((), dtype=acc),
         )
-    if pooled_dtype is not None:
-        pooled_partial = feature.new_empty(images, chosen.splits, channels, dtype=acc)
+    if pool:
+        pooled_partial = feature.new_empty(images, programs[1], channels, dtype=acc)
         pooled = feature.new_empty(images, channels, dtype=pooled_dtype)
     if need_statistics:
         statistics = feature.new_empty(4, images, tokens, dtype=acc)
     launch(
         distance_forward,
-        (chosen.splits, chosen.slots),
+        programs,
         {
             **shared,
             "gamma": gamma,
@@ -394,8 +416,7 @@ def forward(
             "NORM": gamma is not None,
             "EPS": eps,
         },
-        num_warps=chosen.num_warps,
-        threads=384 if width else 512,
+        **options,
     )
     add_up(pooled_partial, pooled, loss_partial, loss, weight=gamma, bias=beta, divisor=tokens)
     return loss, pooled, statistics
@@ -424,16 +445,17 @@ def backward(
     teacher, gamma, beta, d_pooled = (
         None if x is None else channels_adjacent(x) for x in (teacher, gamma, beta, d_pooled)
     )
-    chosen, shared = _shared(feature, teacher, width, 2)
+    simple = d_pooled is None
+    programs, shared, options = _shared(feature, teacher, width, pool=False, simple=simple)
     d_feature = torch.empty(feature.shape, dtype=feature.dtype, device=feature.device)
     parameters = [p for p in (gamma, beta) if p is not None and need_norm]
     partial = None
     if parameters:
-        size = (chosen.slots * chosen.splits, len(parameters), feature.shape[2])
+        size = (programs[0], len(parameters), feature.shape[2])
         partial = feature.new_empty(size, dtype=accumulation_dtype(feature.dtype))
     launch(
         distance_backward,
-        (chosen.splits, chosen.slots),
+        programs,
         {
             **shared,
             "gamma": gamma,
@@ -446,7 +468,6 @@ def backward(
             "pooled_image": 0 if d_pooled is None else d_pooled.stride(0),
             "NORM": gamma is not None,
         },
-        num_warps=chosen.num_warps,
-        threads=384,
+        **options,
     )
     return d_feature, None if partial is None else norm_gradients(partial, parameters[0].dtype)

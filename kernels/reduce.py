@@ -26,10 +26,10 @@ def sum_partials(
     PARTS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out = weight / divisor * sum(partial over its parts) + bias; loss = sum(loss_partial)."""
-    group = tl.program_id(1)
+    group = tl.program_id(0)
     first = tl.arange(0, PARTS)
     if partial is not None:
-        element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         there = element < elements
         total = tl.zeros((PARTS, BLOCK), ACC)
         at = partial + group.to(tl.int64) * parts * elements + element[None, :]
@@ -45,7 +45,7 @@ def sum_partials(
         to = out + group.to(tl.int64) * elements + element
         tl.store(to, result.to(out.dtype.element_ty), mask=there)
     if loss_partial is not None:
-        if (tl.program_id(0) == 0) & (group == 0):
+        if (tl.program_id(1) == 0) & (group == 0):
             sums = tl.zeros((PARTS,), ACC)
             for start in range(0, loss_parts, PARTS):
                 part = start + first
@@ -90,7 +90,7 @@ def add_up(
         "BLOCK": _BLOCK,
         "ACC": triton_type(source.dtype),
     }
-    launch(sum_partials, (max(1, -(-elements // _BLOCK)), groups), arguments, num_warps=4)
+    launch(sum_partials, (groups, max(1, -(-elements // _BLOCK))), arguments, num_warps=4)
 
 
 def norm_gradients(partial: Tensor, dtype: torch.dtype) -> Tensor:

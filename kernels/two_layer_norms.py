@@ -29,6 +29,8 @@ from featkd.kernels.launch import channels_adjacent, launch, processors, triton_
 from featkd.kernels.reduce import norm_gradients
 from featkd.reference import accumulation_dtype
 
+_THREADS = 512  # of backward on a processor at once
+
 
 @triton.jit
 def two_norms_forward(
@@ -215,7 +217,10 @@ def backward(
     acc = accumulation_dtype(h.dtype)
     chosen = config(channels, acc.itemsize)
     count = images * tokens
-    programs = min(2 * processors(h.device), -(-count // chosen.rows))
+    # as many as fit at once, but eight tiles or more for each: partial sums are traffic, too
+    tiles = -(-count // chosen.rows)
+    most = max(1, _THREADS // (32 * chosen.num_warps)) * processors(h.device)
+    programs = min(tiles, max(processors(h.device), min(most, tiles // 8)))
     d_h = torch.empty_like(h)
     partial = h.new_empty(programs, 4, channels, dtype=acc) if need_norms else None
     launch(
@@ -241,5 +246,6 @@ def backward(
             "ACC": triton_type(acc),
         },
         num_warps=chosen.num_warps,
+        threads=_THREADS,
     )
     return d_h, None if partial is None else norm_gradients(partial, parameters[0].dtype)

@@ -43,7 +43,7 @@ def feature_distance(
 
         if grid is not None and grid[1] > MOST_COLUMNS:
             return f"a patch grid of {grid[1]} columns, more than {MOST_COLUMNS}"
-        return ""
+        return support.too_many_rows(feature)
 
     tensors = (feature, teacher, norm_weight, norm_bias)
     if support.choose(name, tensors, why_not) == "reference":

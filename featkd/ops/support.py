@@ -48,6 +48,12 @@ def choose(
     return chosen
 
 
+def too_many_rows(x: Tensor) -> str:
+    """Returns why the kernels, which count rows in 32 bits, can't take a map (B, N, C), or ""."""
+    count = x.shape[0] * x.shape[1]
+    return f"{count} tokens, not below 2^31" if count >= 2**31 else ""
+
+
 def is_being_exported() -> bool:
     """Checks whether a graph is made for elsewhere: it must hold torch's own operators alone."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]

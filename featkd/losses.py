@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from featkd import checks
 from featkd.functional import Metric, projected_feature_kd, soft_kd
+from featkd.ops import support
 from featkd.reference import accumulation_dtype
 
 __all__ = [
@@ -64,7 +65,12 @@ class ProjectedFeatureKD(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """(B, N, Cs), (B, N, Ct) -> scalar."""
-        feature = self.proj(student)
+        proj = self.proj
+        checks.check_floating("student", student, ("B", "N", getattr(proj, "in_features", "Cs")))
+        if type(proj) is nn.Linear and proj.weight.dtype != student.dtype:
+            feature = support.project(student, proj.weight, proj.bias)
+        else:  # through the module: hooks, sharding and adapters have their effect
+            feature = proj(student)
         norm: nn.Module | None = self.norm
         if norm is not None and type(norm) is not nn.LayerNorm:
             feature, norm = norm(feature), None

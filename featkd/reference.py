@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,11 @@ from torch import Tensor
 
 TIE = 1e-10
 """A share this little below a threshold still reaches it: float64's rounding is less."""
+
+
+def widest_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype that holds all of the tensors' values; at least one is not None."""
+    return reduce(torch.promote_types, (x.dtype for x in tensors if x is not None))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

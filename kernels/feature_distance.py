@@ -35,7 +35,7 @@ from torch import Tensor
 from featkd.kernels import rows
 from featkd.kernels.launch import channels_adjacent, launch, processors, triton_type
 from featkd.kernels.reduce import add_up, norm_gradients
-from featkd.reference import accumulation_dtype
+from featkd.reference import accumulation_dtype, widest_dtype
 
 MOST_COLUMNS = 128
 """Widest patch grid of the spectral metric: a tile holds whole image rows."""
@@ -88,13 +88,13 @@ def distance_forward(
             if pooled_partial is not None:
                 pooled = _add(pooled, x_hat, j, BLOCKS, SUMS)
             if teacher is not None:
-                error, half = _error(
+                error, grad_error = _error(
                     x_hat, teacher + image * teacher_image, token * teacher_token,
                     gamma, beta, valid, width, j, C, BLOCK, HB, WB, SPECTRAL, ACC,
                 )  # fmt: skip
-                energy += tl.sum(error * half, 1)
+                energy += tl.sum(error * grad_error, 1)
                 if statistics is not None:
-                    g = half * rows.load_channels(gamma, j, 1.0, C, BLOCK, ACC)
+                    g = grad_error * rows.load_channels(gamma, j, 1.0, C, BLOCK, ACC)
                     sum_g += tl.sum(g, 1)
                     sum_gx += tl.sum(g * x_hat, 1)
         if statistics is not None:
@@ -112,7 +112,7 @@ def distance_forward(
         tl.store(loss_partial + program, tl.sum(energy, 0) / loss_divisor.to(ACC))
 
 
-@triton.jit(do_not_specialize=["images", "loss_divisor"])
+@triton.jit(do_not_specialize=["images", "loss_divisor"], do_not_specialize_on_alignment=["d_loss"])
 def distance_backward(
     feature,  # (B, N, C) any floating dtype: P
     teacher,  # (B, N, C) any floating dtype, or None: pooled alone
@@ -166,11 +166,11 @@ def distance_backward(
             x_hat = rows.mask_out_of_bounds((p - mean) * rstd, valid, j, C, BLOCK)
             d_output = tl.zeros((HB * WB, BLOCK), ACC)
             if d_loss is not None:
-                _, half = _error(
+                _, grad_error = _error(
                     x_hat, teacher + image * teacher_image, token * teacher_token,
                     gamma, beta, valid, width, j, C, BLOCK, HB, WB, SPECTRAL, ACC,
                 )  # fmt: skip
-                d_output = upstream * half
+                d_output = upstream * grad_error
             if d_pooled is not None:
                 share = rows.load_channels(from_pooled, j, 0.0, C, BLOCK, ACC) / tokens
                 d_output += tl.where(valid[:, None], share, 0.0)
@@ -206,10 +206,10 @@ def _error(
         output += rows.load_channels(beta, j, 0.0, C, BLOCK, ACC)
     target = rows.load_rows(teacher, offsets, valid, j, C, BLOCK).to(ACC)
     error = rows.mask_out_of_bounds(output - target, valid, j, C, BLOCK)
-    half = error
+    grad_error = error
     if SPECTRAL:
-        half = _with_row_sums(error, width, HB, WB, BLOCK, ACC)
-    return error, half
+        grad_error = _with_row_sums(error, width, HB, WB, BLOCK, ACC)
+    return error, grad_error
 
 
 @triton.jit
@@ -300,45 +300,68 @@ def config(height: int, width: int, channels: int, itemsize: int) -> Config:
         block = min(sizes, key=lambda size: (-(-channels // size) * (size + 16), -size))
         image_rows = max(1, 16 // places)
     image_rows = min(image_rows, triton.next_power_of_2(height))
-    return Config(image_rows, places, block, 8 if image_rows * places * block > 4096 else 4)
+    return Config(image_rows, places, block, 8 if image_rows * places * block > 2048 else 4)
 
 
 @lru_cache(maxsize=256)
-def grid(chosen: Config, images: int, height: int, resident: int, pool: bool) -> tuple[int, ...]:
-    """Programs of a launch: as many as are resident at once, but four tiles or more for each.
+def grid(
+    chosen: Config,
+    images: int,
+    height: int,
+    width: int,
+    resident: int,
+    *,
+    per_image: bool,
+    sums: bool,
+) -> tuple[int, ...]:
+    """Programs of a launch: at most as many as fit the GPU at once.
 
-    With fewer tiles, the partial sums of the norm's gradients would be more than a sixth of the
-    traffic. With a pooled map, (images, programs per image).
+    Programs that write sums over rows, a channel vector each, get 16 rows or more: with fewer, the
+    sums would be more than a sixth of the traffic.
 
     Args:
+        height, width: as of `config`.
         resident: programs that fit the GPU at once.
+        per_image: a mean over each image is formed: returns (images, programs per image).
+        sums: gradients of a norm are formed.
     """
     tiles = -(-height // chosen.image_rows)
-    if pool:  # twice as many as fit: the last to run are fewer of all
-        return images, min(tiles, -(-2 * resident // images))
-    processors_share = min(resident // 3, images * tiles)
-    return (max(1, processors_share, min(resident, images * tiles // 4)),)
+    rows_allow = max(1, height * width // 16)
+    if per_image:  # the fewest rounds of all, times the tiles of a program
+        return images, min(
+            range(1, min(tiles, rows_allow) + 1),
+            key=lambda n: (-(-images * n // resident) * -(-tiles // n), n),
+        )
+    return (min(resident, images * tiles, images * rows_allow if sums else resident),)
 
 
 def _shared(
-    feature: Tensor, teacher: Tensor | None, width: int, *, pool: bool, simple: bool
+    feature: Tensor,
+    teacher: Tensor | None,
+    width: int,
+    *,
+    pooled: bool,
+    per_image: bool,
+    sums: bool,
 ) -> tuple[tuple[int, ...], dict[str, Any], dict[str, int]]:
     """Grid, arguments and options that both launches have in common.
 
     Args:
-        pool: as of `grid`.
-        simple: few registers are needed, so that a processor can hold more threads.
+        pooled: a mean over each image, or its gradient, takes registers.
+        per_image, sums: as of `grid`.
     """
     images, tokens, channels = feature.shape
     columns = width or 1
     acc = accumulation_dtype(feature.dtype)
     height = tokens // columns
     chosen = config(height, columns, channels, acc.itemsize)
-    threads = 512 if simple and not width else 384
+    threads = 384 if width and (pooled or channels > 1024) else 512
     resident = max(1, threads // (32 * chosen.num_warps)) * processors(feature.device)
     options = {"num_warps": chosen.num_warps, "threads": threads}
     divisor = images * tokens * channels
-    if width:  # mean over the real and imaginary parts of the half spectrum, half of sum(E H)
+    if (
+        width
+    ):  # mean over the real and imaginary parts of the grad_error spectrum, grad_error of sum(E H)
         divisor = 4 * images * channels * (tokens // width) * (width // 2 + 1)
     arguments = {
         "feature": feature,
@@ -359,7 +382,8 @@ def _shared(
         "SPECTRAL": width > 0,
         "ACC": triton_type(acc),
     }
-    return grid(chosen, images, height, resident, pool), arguments, options
+    programs = grid(chosen, images, height, columns, resident, per_image=per_image, sums=sums)
+    return programs, arguments, options
 
 
 def forward(
@@ -389,7 +413,9 @@ def forward(
         None if x is None else channels_adjacent(x) for x in (teacher, gamma, beta)
     )
     pool = pooled_dtype is not None
-    programs, shared, options = _shared(feature, teacher, width, pool=pool, simple=True)
+    programs, shared, options = _shared(
+        feature, teacher, width, pooled=pool, per_image=pool, sums=False
+    )
     images, tokens, channels = feature.shape
     acc = accumulation_dtype(feature.dtype)
     loss = loss_partial = pooled = pooled_partial = statistics = None
@@ -445,8 +471,14 @@ def backward(
     teacher, gamma, beta, d_pooled = (
         None if x is None else channels_adjacent(x) for x in (teacher, gamma, beta, d_pooled)
     )
-    simple = d_pooled is None
-    programs, shared, options = _shared(feature, teacher, width, pool=False, simple=simple)
+    programs, shared, options = _shared(
+        feature,
+        teacher,
+        width,
+        pooled=d_pooled is not None,
+        per_image=False,
+        sums=need_norm,
+    )
     d_feature = torch.empty(feature.shape, dtype=feature.dtype, device=feature.device)
     parameters = [p for p in (gamma, beta) if p is not None and need_norm]
     partial = None
@@ -470,4 +502,6 @@ def backward(
         },
         **options,
     )
-    return d_feature, None if partial is None else norm_gradients(partial, parameters[0].dtype)
+    return d_feature, None if partial is None else norm_gradients(
+        partial, widest_dtype(*parameters)
+    )

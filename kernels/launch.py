@@ -47,7 +47,7 @@ def launch(
         "num_warps": num_warps,
         "num_stages": 1,
         "enable_fp_fusion": False,
-        "maxnreg": min(255, 65536 // threads // 8 * 8),
+        "maxnreg": min(255, 65536 // max(threads, 32 * num_warps) // 8 * 8),
     }
     if _redirected is not None:
         _redirected(kernel, grid, arguments, options)

@@ -12,9 +12,10 @@ from torch import Tensor
 from featkd.kernels.launch import launch, triton_type
 
 _PARTS, _BLOCK = 64, 32  # partial sums and elements of a tile: some 24 programs for 2 x 384
+_LOSS_PARTS = 1024  # all in flight at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "loss_parts"])
 def sum_partials(
     partial,  # (groups, parts, elements) ACC, or None
     weight,  # (elements,) any floating dtype, or None for 1
@@ -23,7 +24,7 @@ def sum_partials(
     loss_partial,  # (loss_parts,) ACC, or None
     loss,  # one number, ACC
     parts, loss_parts, elements, divisor,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, LOSS_PARTS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out = weight / divisor * sum(partial over its parts) + bias; loss = sum(loss_partial)."""
     group = tl.program_id(0)
@@ -46,9 +47,9 @@ def sum_partials(
         tl.store(to, result.to(out.dtype.element_ty), mask=there)
     if loss_partial is not None:
         if (tl.program_id(1) == 0) & (group == 0):
-            sums = tl.zeros((PARTS,), ACC)
-            for start in range(0, loss_parts, PARTS):
-                part = start + first
+            sums = tl.zeros((LOSS_PARTS,), ACC)
+            for start in range(0, loss_parts, LOSS_PARTS):
+                part = start + tl.arange(0, LOSS_PARTS)
                 sums += tl.load(loss_partial + part, mask=part < loss_parts, other=0.0)
             tl.store(loss, tl.sum(sums, 0))
 
@@ -88,6 +89,7 @@ def add_up(
         "divisor": divisor,
         "PARTS": _PARTS,
         "BLOCK": _BLOCK,
+        "LOSS_PARTS": _LOSS_PARTS,
         "ACC": triton_type(source.dtype),
     }
     launch(sum_partials, (groups, max(1, -(-elements // _BLOCK))), arguments, num_warps=4)

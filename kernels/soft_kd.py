@@ -29,7 +29,7 @@ from featkd.kernels.reduce import add_up
 from featkd.reference import accumulation_dtype
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch"], do_not_specialize_on_alignment=["upstream"])
 def soft_kd_rows(
     student,  # (B, K) any floating dtype, classes adjacent
     teacher,  # (B, K) any floating dtype, classes adjacent; None: no KL term

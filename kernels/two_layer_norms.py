@@ -27,12 +27,12 @@ from torch import Tensor
 from featkd.kernels import rows
 from featkd.kernels.launch import channels_adjacent, launch, processors, triton_type
 from featkd.kernels.reduce import norm_gradients
-from featkd.reference import accumulation_dtype
+from featkd.reference import accumulation_dtype, widest_dtype
 
 _THREADS = 512  # of backward on a processor at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_count"])
 def two_norms_forward(
     h,  # (M, C) any floating dtype, rows contiguous
     gamma_p, beta_p, gamma_1, beta_1,  # (C,) any floating dtype
@@ -52,7 +52,7 @@ def two_norms_forward(
     rows.store_rows(normed, offsets, valid, u, 0, C, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_count"])
 def two_norms_backward(
     h,  # (M, C) any floating dtype, rows contiguous
     gamma_p, beta_p, gamma_1, beta_1,  # (C,) any floating dtype
@@ -248,4 +248,4 @@ def backward(
         num_warps=chosen.num_warps,
         threads=_THREADS,
     )
-    return d_h, None if partial is None else norm_gradients(partial, parameters[0].dtype)
+    return d_h, None if partial is None else norm_gradients(partial, widest_dtype(*parameters))

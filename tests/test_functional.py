@@ -210,3 +210,13 @@ def test_fullgraph_compile_with_numbers_that_vary():
         torch.testing.assert_close(
             compiled(*args, alpha, alpha / 10), step(*args, alpha, alpha / 10)
         )
+
+
+def test_weight_and_bias_take_the_dtype_each_for_itself():
+    student, teacher = torch.randn(2, 9, 3), torch.randn(2, 9, 5)
+    weight, bias = torch.randn(5, 3), torch.randn(5).bfloat16()
+    mixed = projected_feature_kd(student, teacher, weight, bias)
+    assert torch.equal(mixed, projected_feature_kd(student, teacher, weight, bias.float()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # which leaves float64 as it is
+        wide = projected_feature_kd(student, teacher, weight.double(), bias)
+        assert torch.equal(wide, projected_feature_kd(student, teacher, weight, bias))

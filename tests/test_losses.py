@@ -129,3 +129,34 @@ def test_bad_settings(field):
     name = "metric" if "feature" in field else next(iter(field))
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         DistillationLoss(**field)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_projector_takes_the_students_dtype(dtype):
+    module = ProjectedFeatureKD(3, 5, bias=True)
+    loss = module(torch.randn(2, 9, 3, dtype=dtype), torch.randn(2, 9, 5))
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    loss.backward()
+    assert module.proj.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        (torch.ones(2, 9, 3, dtype=torch.int64), "student: expected a floating-point tensor"),
+        (torch.ones(2, 9, 4), r"student: expected shape \(B, N, 3\), got \(2, 9, 4\)"),
+        ([1.0], "student: expected a torch.Tensor, got list"),
+    ],
+)
+def test_a_projector_refuses_other_students(student, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        ProjectedFeatureKD(3, 5)(student, torch.ones(2, 9, 5))
+
+
+def test_a_projector_is_called():
+    """Hooks, adapters and sharding of the projector have their effect."""
+    module = ProjectedFeatureKD(3, 5)
+    seen = []
+    module.proj.register_forward_hook(lambda *_: seen.append(1))
+    module(torch.randn(2, 9, 3), torch.randn(2, 9, 5))
+    assert seen == [1]

@@ -142,7 +142,8 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor]:
     d_norm = feature.new_empty(0)
     if gamma is not None and need_norm:
-        d_norm = gamma.new_empty(1 if beta is None else 2, len(gamma))
+        dtype = reference.widest_dtype(gamma, beta)
+        d_norm = gamma.new_empty(1 if beta is None else 2, len(gamma), dtype=dtype)
     return feature.new_empty(feature.shape), d_norm
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from featkd import backends
 
+MOST_ROWS = 2**31 - 2**16  # the end of a loop over tiles must fit 32 bits too
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _library: Any = torch.library.Library("featkd", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -51,7 +52,7 @@ def choose(
 def too_many_rows(x: Tensor) -> str:
     """Returns why the kernels, which count rows in 32 bits, can't take a map (B, N, C), or ""."""
     count = x.shape[0] * x.shape[1]
-    return f"{count} tokens, not below 2^31" if count >= 2**31 else ""
+    return f"{count} tokens, not below {MOST_ROWS}" if count >= MOST_ROWS else ""
 
 
 def is_being_exported() -> bool:
@@ -65,11 +66,13 @@ is_being_exported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b by torch; without autocast the parameters take x's dtype."""
-    if weight.dtype != x.dtype and (x.dtype == torch.float64 or not is_autocast_on(x)):
-        weight = weight.to(x.dtype)
-        bias = None if bias is None else bias.to(x.dtype)
-    return F.linear(x, weight, bias)
+    """x W^T + b by torch. The parameters take x's dtype, or autocast's if it is on."""
+    cast = x.dtype == torch.float64 or not is_autocast_on(x)
+
+    def fitting(p: Tensor) -> Tensor:  # autocast leaves float64 as it is
+        return p.to(x.dtype) if cast or p.dtype == torch.float64 else p
+
+    return F.linear(x, fitting(weight), None if bias is None else fitting(bias))
 
 
 def is_autocast_on(x: Tensor) -> bool:
@@ -128,11 +131,16 @@ def define(
 
 
 def _are_plain(arguments: Iterable[Any]) -> bool:
-    """Checks that no mode sees torch's operators, and that no tensor is a subclass of its own."""
-    if torch._C._len_torch_dispatch_stack():
+    """Checks that no mode, transform or tensor subclass has to see the op."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
     kinds = (torch.Tensor, torch.nn.Parameter)
-    return all(type(x) in kinds for x in arguments if isinstance(x, torch.Tensor))
+    return all(
+        # is_grads_batched has a vmap of its own
+        type(x) in kinds and not torch._C._functorch.is_legacy_batchedtensor(x)
+        for x in arguments
+        if isinstance(x, torch.Tensor)
+    )
 
 
 def _refuse(ctx: Any, *gradients: Any) -> Any:

@@ -78,11 +78,16 @@ def _run_backward(
 
     parameters = (gamma_p, beta_p, gamma_1, beta_1)
     if not h.numel():
-        return torch.empty_like(h), gamma_p.new_zeros(4 if need_norms else 0, len(gamma_p))
+        dtype = reference.widest_dtype(*parameters)
+        size = (4 if need_norms else 0, len(gamma_p))
+        return torch.empty_like(h), gamma_p.new_zeros(size, dtype=dtype)
     d_h, d_norms = kernels.backward(
         h, parameters, d_residual, d_normed, eps=eps, need_norms=need_norms
     )
-    return d_h, gamma_p.new_empty(0, len(gamma_p)) if d_norms is None else d_norms
+    if d_norms is None:
+        dtype = reference.widest_dtype(*parameters)
+        d_norms = gamma_p.new_empty(0, len(gamma_p), dtype=dtype)
+    return d_h, d_norms
 
 
 def _fake_backward(
@@ -96,7 +101,9 @@ def _fake_backward(
     eps: float,
     need_norms: bool,
 ) -> tuple[Tensor, Tensor]:
-    return h.new_empty(h.shape), gamma_p.new_empty(4 if need_norms else 0, len(gamma_p))
+    dtype = reference.widest_dtype(gamma_p, beta_p, gamma_1, beta_1)
+    size = (4 if need_norms else 0, len(gamma_p))
+    return h.new_empty(h.shape), gamma_p.new_empty(size, dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:

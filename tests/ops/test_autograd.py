@@ -132,3 +132,29 @@ def test_a_grad_scaler_trains_in_fp16_where_gradients_alone_would_vanish(execute
     scaler.update()
     assert executed == ["distance_forward", "sum_partials", "distance_backward"]
     assert relative(before - projector.weight.detach(), want) < 3e-3
+
+
+def test_batched_gradients_see_the_custom_op(launched):
+    x = randn(3, 12, 12).requires_grad_()
+    with featkd.use_backend("triton"):
+        loss = CALLS["projected_feature_kd"](x)
+    # vmap over the backward op, for which no rule exists, calls it once per gradient
+    (found,) = torch.autograd.grad(loss, x, torch.ones(2), is_grads_batched=True)
+    assert found.shape == (2, 3, 12, 12)
+    assert launched.count("distance_backward") == 2
+
+
+def test_norm_parameters_of_two_dtypes_keep_their_gradients(executed):
+    rows, teacher = randn(2, 6, 20), randn(2, 6, 20, seed=1)
+    norm = [ONE.bfloat16().requires_grad_(), ZERO.clone().requires_grad_()]
+
+    def gradients() -> tuple[Tensor, ...]:
+        loss = projected_feature_kd(rows, teacher, norm_weight=norm[0], norm_bias=norm[1])
+        return torch.autograd.grad(loss, norm)
+
+    with featkd.use_backend("triton"):
+        ours = gradients()
+    assert "distance_backward" in executed
+    for mine, plain in zip(ours, gradients(), strict=True):
+        assert mine.dtype == plain.dtype
+        assert relative(mine, plain.double()) < 2 * torch.finfo(plain.dtype).eps

@@ -69,4 +69,4 @@ def test_two_processes_find_the_gradients_of_one(server):
     ranks = server.ranks(2, script="from tests.ops.test_sharded import main; main()")
     for rank in ranks:
         assert rank.wait(180) == 0, rank.stderr[-3000:]
-        assert rank.stdout.strip() == "equal"
+        assert rank.stdout.splitlines()[-1] == "equal"  # gloo prints, too

@@ -301,8 +301,8 @@ def soft_kd(
 
     Notes:
         Computed in float32 (float64 for a float64 student), under autocast too: for CUDA tensors
-        by one Triton kernel each way, for others by plain torch (`featkd.use_backend`). Nothing
-        but the logits is kept for the backward pass. Results repeat bitwise.
+        by one Triton kernel each way, for others by plain torch (`featkd.use_backend`). Only
+        the inputs are kept for the backward pass. Results repeat bitwise.
         Soft labels that require grad get theirs from plain torch, with a warning. Masked
         classes (logits of -inf) give what the equation gives in IEEE arithmetic: a finite
         cross-entropy for indices, NaN for 0 * inf. The kernels' gradients cannot be

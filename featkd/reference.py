@@ -21,7 +21,8 @@ TIE = 1e-10
 
 def widest_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype that holds all of the tensors' values; at least one is not None."""
-    return reduce(torch.promote_types, (x.dtype for x in tensors if x is not None))
+    dtypes = {x.dtype for x in tensors if x is not None}
+    return dtypes.pop() if len(dtypes) == 1 else reduce(torch.promote_types, dtypes)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

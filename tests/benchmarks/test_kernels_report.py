@@ -153,7 +153,8 @@ def test_traffic_is_that_of_the_rows(form, forward, backward):
     found = traffic.count(rows)
     assert [x.direction for x in found] == ["forward", "backward"]
     assert [x.floor for x in found] == [forward * MAP, backward * MAP]
-    assert all(1 < x.over_floor < 1.05 and not x.broken for x in found)
+    limits = {"forward": 1.05, "backward": 1.1}
+    assert all(1 < x.over_floor < limits[x.direction] and not x.broken for x in found)
     for counted, added in zip(found, traffic.add_up(rows), strict=True):
         assert (counted.floor, counted.counted, added.counted) == (added.floor, True, False)
         assert counted.moved == pytest.approx(added.moved, rel=0.002)
@@ -164,9 +165,9 @@ def test_partial_sums_follow_the_processors():
     moved = [
         traffic.add_up(traffic.Rows("mse", "bf16", 4, processors=n))[1].moved for n in (2, 4, 8)
     ]
-    # programs: 4 images, each shared by as many as make 2 for a processor
-    assert moved[1] - moved[0] == 4 * 2 * 2 * 384 * 4
-    assert moved[2] - moved[1] == 4 * 2 * 4 * 384 * 4
+    each = 2 * 2 * 384 * 4  # written and read, two parameters
+    assert moved[1] - moved[0] == 4 * (4 - 2) * each  # four programs fit a processor
+    assert moved[2] - moved[1] == 4 * (8 - 4) * each
 
 
 def test_broken_traffic_rules_are_named():

@@ -24,7 +24,6 @@ _TYPES = {
 _H100_PROCESSORS = 132  # for launches that no GPU runs
 
 _redirected: Launcher | None = None
-_redirected_arch = 80
 
 
 def launch(
@@ -61,18 +60,14 @@ def launch(
 
 
 @contextmanager
-def redirect(launcher: Launcher, arch: int = 80) -> Iterator[None]:
-    """Hands every launch to `launcher` while the block runs: emulators, recorders, counters.
-
-    `arch` is the compute capability, times ten, of the GPU that is stood in for.
-    """
-    global _redirected, _redirected_arch
-    before = _redirected, _redirected_arch
-    _redirected, _redirected_arch = launcher, arch
+def redirect(launcher: Launcher) -> Iterator[None]:
+    """Hands every launch to `launcher` while the block runs: emulators, recorders, counters."""
+    global _redirected
+    before, _redirected = _redirected, launcher
     try:
         yield
     finally:
-        _redirected, _redirected_arch = before
+        _redirected = before
 
 
 def can_run_on(device: torch.device) -> bool:

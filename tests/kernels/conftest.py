@@ -52,7 +52,7 @@ def executing(arch: int = 80, check: bool = True) -> Iterator[list[str]]:
         assert launch.reports == (), "\n".join(map(str, launch.reports))
         ran.append(name)
 
-    with redirect(run, arch):
+    with redirect(run):
         yield ran
 
 

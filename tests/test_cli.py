@@ -116,9 +116,9 @@ def test_a_killed_loader_worker_ends_the_run_with_a_message(recipe_file, server,
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(workers[0]), signal.SIGKILL)
     assert process.wait() == 1
-    # The last line: Python prints what torch's signal handler raises within a callback of its own.
-    last = process.stderr.splitlines()[-1]
-    assert re.match(r"featkd: .*DataLoader worker.*for want of memory", last), process.stderr
+    # Not the only lines: Python prints what torch's signal handler raises within a callback, or within the
+    # constructor of the loader's iterator, whose `__del__` then fails.
+    assert re.search(r"^featkd: .*DataLoader worker.*for want of memory", process.stderr, re.MULTILINE), process.stderr
     assert load(out / "last.pt")["update"] > 0
 
 

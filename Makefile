@@ -58,7 +58,7 @@ bench: $(STAMP)
 		then $(BIN)/featkd bench table $(BENCH_CSV) --out docs/results.md; fi
 
 report: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/featkd kernels report
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.report
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -12,12 +12,12 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from featkd import checks
 from featkd.ops import soft_kd as soft_kd_op
 from featkd.ops import support
 from featkd.ops import talking_heads_attention as talking_heads_attention_op
 from featkd.ops.feature_distance import feature_distance
 from featkd.ops.two_layer_norms import two_layer_norms
+from featkd.runtime import checks
 
 Metric = Literal["mse", "spectral"]
 

@@ -15,11 +15,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from featkd import backends, checks, reference
+from featkd.ops import backends, orthonormal, reference
 from featkd.ops import jacobi as jacobi_op
-from featkd.ops import orthonormal
 from featkd.ops import spectrum as spectrum_op
 from featkd.ops.spectrum import Spectrum
+from featkd.runtime import checks
+from featkd.runtime.dtypes import accumulation_dtype
 
 __all__ = [
     "SVD",
@@ -198,7 +199,7 @@ def svd(x: Tensor, k: int | None = None, *, method: Literal["auto", "jacobi"] = 
         raise ValueError(f"method: expected 'auto' or 'jacobi', got {method!r}")
     if k is not None:
         _check_count("k", k, smaller)
-    dtype = reference.accumulation_dtype(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     if method == "jacobi":
         found = SVD(*jacobi_op.svd(x.detach()))
     else:
@@ -295,7 +296,7 @@ def principal_angles(v1: Tensor, v2: Tensor) -> Tensor:
     cosines = _small_values(shared).clamp(max=1)
     sines = _small_values(q_small - q_large @ shared).flip(-1).clamp(max=1)
     angles = torch.where(cosines.square() < 0.5, cosines.acos(), sines.asin())
-    dtype = torch.promote_types(*(reference.accumulation_dtype(v.dtype) for v in (v1, v2)))
+    dtype = torch.promote_types(*(accumulation_dtype(v.dtype) for v in (v1, v2)))
     return (angles * (one * other)[..., None]).to(dtype)
 
 

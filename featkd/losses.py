@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featkd import checks
 from featkd.functional import Metric, projected_feature_kd, soft_kd
 from featkd.ops import support
-from featkd.reference import accumulation_dtype
+from featkd.runtime import checks
+from featkd.runtime.dtypes import accumulation_dtype
 
 __all__ = [
     "DistillationLoss",

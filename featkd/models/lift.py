@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from featkd.functional import Metric, lift_head, projected_feature_kd
 from featkd.models.base import StudentVisionTransformer, check_vision_transformer
 from featkd.models.features import resolve_layers
-from featkd.models.fusible import can_fuse
+from featkd.models.fusion import can_fuse
 from featkd.ops.support import is_being_exported
 
 PUBLISHED_EPS = 1e-5  # torch's default, which the published Lift has; timm's norms have 1e-6

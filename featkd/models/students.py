@@ -8,11 +8,11 @@ from typing import Any
 import timm
 from timm.models import filter_pretrained_cfg, get_pretrained_cfg
 
-from featkd.checks import suggestion
 from featkd.models.base import build_timm
 from featkd.models.features import FeatureModel, with_features
 from featkd.models.lift import Lift
 from featkd.models.widelast import SCHEDULES, WideLast
+from featkd.runtime.checks import suggestion
 
 ARCHS = ("plain", "lift", *SCHEDULES)
 

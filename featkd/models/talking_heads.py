@@ -6,9 +6,9 @@ import torch
 from timm.models.cait import TalkingHeadAttn
 from torch import Tensor, nn
 
-from featkd.backends import wanted_backend
 from featkd.functional import talking_heads_attention
-from featkd.models.fusible import can_bypass
+from featkd.models.fusion import can_bypass
+from featkd.ops.backends import wanted_backend
 
 
 class FusedTalkingHeads(TalkingHeadAttn):  # type: ignore[misc]

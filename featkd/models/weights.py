@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from featkd.remote import Location, locate, seekable
+from featkd.runtime.remote import Location, locate, seekable
 
 Weights = Literal["auto", "model", "model_ema"]
 

@@ -15,7 +15,7 @@ from featkd.models.base import (
     build_timm,
     check_vision_transformer,
 )
-from featkd.models.fusible import can_fuse
+from featkd.models.fusion import can_fuse
 from featkd.ops.support import is_being_exported
 
 SCHEDULES = ("widelast", "fixed_step", "heads_linear", "fixed_linear")

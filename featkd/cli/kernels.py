@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featkd.arguments import Parser, add_json, check_folders, several
-from featkd.checks import suggestion
-from featkd.files import write_csv
+from featkd.cli.arguments import Parser, add_json, check_folders, several
+from featkd.runtime.checks import suggestion
+from featkd.runtime.files import write_csv
 
 if TYPE_CHECKING:
-    from . import csrc_kernels
+    from featkd.benchmarks import csrc_kernels
 
 _HELP = """\
 usage: featkd kernels report [arguments]      featkd kernels report --help
@@ -42,7 +42,7 @@ def kernels(words: Sequence[str]) -> int:
 def _report(words: list[str]) -> int:
     import torch
 
-    from . import (
+    from featkd.benchmarks import (
         cases,
         chips,
         csrc_counts,
@@ -55,7 +55,7 @@ def _report(words: list[str]) -> int:
         sizes,
         table,
     )
-    from .problem import DTYPES
+    from featkd.benchmarks.problem import DTYPES
 
     archs = [str(chip.arch) for chip in chips.CHIPS]
     ops = (*cases.ROW_OPS, "spectrum")
@@ -135,7 +135,7 @@ def _report(words: list[str]) -> int:
 
 def _csrc(archs: Sequence[int]) -> list[csrc_kernels.Kernel]:
     """csrc's kernels; where nvcc is missing a line says so."""
-    from . import csrc_kernels
+    from featkd.benchmarks import csrc_kernels
 
     try:
         return [kernel for arch in archs for kernel in csrc_kernels.compile_for(arch)]

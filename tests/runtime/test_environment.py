@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import featkd
-from featkd import environment
+from featkd.runtime import environment
 
 
 def git(folder: Path, *words: str) -> str:

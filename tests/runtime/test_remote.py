@@ -11,8 +11,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from featkd.files import atomic_link, atomic_write, remove_leftovers
-from featkd.remote import RemotePath, locate
+from featkd.runtime.files import atomic_link, atomic_write, remove_leftovers
+from featkd.runtime.remote import RemotePath, locate
 
 
 class FailingStore(MemoryFileSystem):

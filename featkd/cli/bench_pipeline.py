@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from featkd.checks import check_positive, suggestion
+from featkd.runtime.checks import check_positive, suggestion
 
 if TYPE_CHECKING:
-    from .throughput import Rate
+    from featkd.benchmarks.throughput import Rate
 
 IMAGES = 1024
 """Of an epoch of the loaders."""
@@ -48,10 +48,9 @@ def _add_data(parser: ArgumentParser, otherwise: str) -> None:
 
 def loader(options: Namespace) -> int:
     """Run `featkd bench loader`."""
+    from featkd.benchmarks import loader, table, throughput
+    from featkd.benchmarks.photographs import photographs
     from featkd.data import DataConfig
-
-    from . import loader, table, throughput
-    from .photographs import photographs
 
     _check_counts(options, "batch", "images", "rounds")
     variants = _chosen("variants", options.variants, loader.VARIANTS)
@@ -92,10 +91,11 @@ def loader(options: Namespace) -> int:
 
 def _ratio(baseline: Rate, rate: Rate) -> float:
     """Median over the rounds of the baseline's time an image / this one's."""
-    from .timing import speedup
+    from featkd.benchmarks.timing import speedup
 
     factor = rate.images / baseline.images
-    return factor * speedup(list(baseline.seconds), list(rate.seconds))
+    ratio: float = factor * speedup(list(baseline.seconds), list(rate.seconds))
+    return ratio
 
 
 def _chosen(option: str, words: Sequence[str], known: Sequence[str]) -> Sequence[str]:
@@ -119,7 +119,7 @@ def _write_json(
     about: Mapping[str, object],
     figures: Iterable[tuple[str, str, str, str, float]],
 ) -> None:
-    from . import results
+    from featkd.benchmarks import results
 
     if options.json is None:
         return
@@ -179,11 +179,10 @@ def train(options: Namespace) -> int:
 
 def _updates(options: Namespace, backend: Any) -> int:
     """The update and its parts; with a loader's name, loading and both together as well."""
-    from featkd import distributed
+    from featkd.benchmarks import step, table, throughput, train_step
+    from featkd.benchmarks.photographs import photographs
+    from featkd.runtime import distributed
     from featkd.train.recipe import find_recipe, load_recipe
-
-    from . import step, table, throughput, train_step
-    from .photographs import photographs
 
     recipe = load_recipe(find_recipe(options.recipe))
     context = distributed.start(options.device)

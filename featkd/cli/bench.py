@@ -1,4 +1,4 @@
-"""`featkd bench`: run, plot, table, compare; pipeline_cli.py has loader, step, train."""
+"""`featkd bench`: run, plot, table, compare; bench_pipeline.py has loader, step, train."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from featkd.arguments import Parser, add_json, check_folders, several
-from featkd.checks import check_positive, suggestion
-
-from . import pipeline_cli
+from featkd.cli import bench_pipeline
+from featkd.cli.arguments import Parser, add_json, check_folders, several
+from featkd.runtime.checks import check_positive, suggestion
 
 if TYPE_CHECKING:
     import torch
 
-    from .results import Measured, Row
+    from featkd.benchmarks.results import Measured, Row
 
 _COMMANDS = {
     "run": "time featkd beside eager torch, torch.compile of that and of featkd's reference",
@@ -59,8 +58,8 @@ def bench(words: Sequence[str]) -> int:
 
 
 def _add_run(parser: ArgumentParser) -> None:
-    from . import cases, sizes
-    from .problem import DIRECTIONS, DTYPES
+    from featkd.benchmarks import cases, sizes
+    from featkd.benchmarks.problem import DIRECTIONS, DTYPES
 
     several(parser, "ops", tuple(cases.OPS), tuple(cases.OPS))
     parser.add_argument(
@@ -82,8 +81,8 @@ def _add_run(parser: ArgumentParser) -> None:
 
 def _run(options: Namespace) -> int:
     check_positive("--min-seconds", options.min_seconds)
-    from . import cases, results, run
-    from .variants import Disagreement
+    from featkd.benchmarks import cases, results, run
+    from featkd.benchmarks.variants import Disagreement
 
     chosen = cases.select(
         *(options.ops, options.shapes, options.dtypes, options.directions, options.batches)
@@ -142,7 +141,7 @@ def _add_plot(parser: ArgumentParser) -> None:
 
 
 def _plot(options: Namespace) -> int:
-    from . import plot, results
+    from featkd.benchmarks import plot, results
 
     rows = results.read(Path(options.csv))
     drawn = plot.draw(rows, Path(options.out))
@@ -164,7 +163,7 @@ def _add_table(parser: ArgumentParser) -> None:
 
 
 def _table(options: Namespace) -> int:
-    from . import results, table
+    from featkd.benchmarks import results, table
 
     source = Path(options.csv)
     rows = results.read(source)
@@ -187,8 +186,8 @@ def _add_compare(parser: ArgumentParser) -> None:
 
 def _compare(options: Namespace) -> int:
     check_positive("--tolerance", options.tolerance)
-    from . import results
-    from .compare import compare
+    from featkd.benchmarks import results
+    from featkd.benchmarks.compare import compare
 
     found = compare(Path(options.old), Path(options.new), options.tolerance)
     for case in found.missing:
@@ -204,7 +203,7 @@ def _compare(options: Namespace) -> int:
 
 
 def _write_json(options: Namespace, rows: Sequence[Row], measured: Sequence[Measured]) -> None:
-    from . import results
+    from featkd.benchmarks import results
 
     if options.json is not None:
         meta = {**results.meta_of(rows[-1]), "results": options.csv}
@@ -216,7 +215,7 @@ _PARTS: dict[str, tuple[Callable[[ArgumentParser], None], Callable[[Namespace], 
     "plot": (_add_plot, _plot),
     "table": (_add_table, _table),
     "compare": (_add_compare, _compare),
-    "loader": (pipeline_cli.add_loader, pipeline_cli.loader),
-    "step": (pipeline_cli.add_step, pipeline_cli.step),
-    "train": (pipeline_cli.add_train, pipeline_cli.train),
+    "loader": (bench_pipeline.add_loader, bench_pipeline.loader),
+    "step": (bench_pipeline.add_step, bench_pipeline.step),
+    "train": (bench_pipeline.add_train, bench_pipeline.train),
 }

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from featkd import backends
+from featkd.ops import backends
 
-LIBRARY = Path(__file__).with_name("_csrc.so")
+LIBRARY = Path(__file__).parent.with_name("_csrc.so")
 
 _DEVICES = ("cpu", "cuda")
 _known: dict[Path, str] = {}

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from featkd.data.augment import kept_generators
+from featkd.data.augment_params import Decisions, TrainingDecisions, evaluation_decisions
 from featkd.data.config import DataConfig
-from featkd.data.dali_augment import supported
-from featkd.data.dali_files import File, load, load_decodable
-from featkd.data.dali_pipeline import as_arrays, build_pipeline
-from featkd.data.decisions import Decisions, TrainingDecisions, evaluation_decisions
+from featkd.data.dali.augment import supported
+from featkd.data.dali.files import File, load, load_decodable
+from featkd.data.dali.pipeline import as_arrays, build_pipeline
 from featkd.data.images import BadImageError
 from featkd.data.imageset import DATA_ERRORS, DataError, ImageSet
 from featkd.data.loader import Batch, SampledLoader, as_tensor

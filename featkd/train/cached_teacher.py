@@ -18,8 +18,8 @@ from featkd.cache.ahead import ReadAhead
 from featkd.cache.manifest import differing, read_manifest
 from featkd.data import Batch, Loader
 from featkd.data.augment import AUGMENTATION_VERSION
-from featkd.distributed import ProcessContext
-from featkd.remote import Location, locate
+from featkd.runtime.distributed import ProcessContext
+from featkd.runtime.remote import Location, locate
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import Shapes, resolve_pairs
 

@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from featkd import environment
 from featkd.cache import Taught
 from featkd.data import Batch
-from featkd.distributed import ProcessContext
-from featkd.interrupt import Interrupt
 from featkd.losses import DistillationTerms
 from featkd.models.features import FeatureModel
-from featkd.remote import locate
-from featkd.seeding import derive_seed
-from featkd.train.build import Parts, build
-from featkd.train.caching import OpenCache
+from featkd.runtime import environment
+from featkd.runtime.distributed import ProcessContext
+from featkd.runtime.interrupt import Interrupt
+from featkd.runtime.remote import locate
+from featkd.runtime.seeding import derive_seed
+from featkd.train.cached_teacher import OpenCache
 from featkd.train.checkpoint import CheckpointStore
+from featkd.train.components import Parts, build
 from featkd.train.evaluate import evaluate
 from featkd.train.logs import RunLog
 from featkd.train.meter import Meter, check_weights

@@ -1,6 +1,6 @@
 """The choice of an op's implementation, and a record of which one ran last.
 
-"auto" takes the Triton kernels for CUDA tensors, and plain torch (`featkd.reference`) for all
+"auto" takes the Triton kernels for CUDA tensors, and plain torch (`featkd.ops.reference`) for all
 others and for what the kernels do not support. Forward-mode derivatives and torch.func transforms
 take the reference too.
 """

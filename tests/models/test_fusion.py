@@ -13,8 +13,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.utils import parametrize
 
 import featkd
-from featkd import backends
 from featkd.models import create_student
+from featkd.ops import backends
 
 OPS = {"lift": "lift_head", "widelast": "widelast_projection"}
 MODULES = {

@@ -13,15 +13,15 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from featkd.checks import suggestion
 from featkd.data import Loader, Mixer, build_loader
-from featkd.distributed import ProcessContext
-from featkd.environment import multiplies_bf16
 from featkd.functional import Metric
 from featkd.losses import DistillationLoss
 from featkd.models import Lift, create_student
 from featkd.models.features import FeatureModel, feature_grid, num_layers
-from featkd.train.caching import OpenCache, open_cache, views_of
+from featkd.runtime.checks import suggestion
+from featkd.runtime.distributed import ProcessContext
+from featkd.runtime.environment import multiplies_bf16
+from featkd.train.cached_teacher import OpenCache, open_cache, views_of
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import Shapes, Teacher, naming, pair_layers, shapes_of
 

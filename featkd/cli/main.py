@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 
 import featkd
-from featkd import openmp
-from featkd.arguments import Parser, check_known
+from featkd.cli.arguments import Parser, check_known
+from featkd.runtime import openmp
 
 if TYPE_CHECKING:
-    from featkd.train.engine import Outcome
     from featkd.train.recipe import Recipe
+    from featkd.train.trainer import Outcome
 
 _COMMANDS = ("distill", "cache", "diagnose", "bench", "kernels", "demo")
 _USAGE = f"""\
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(_kernels, rest)
     if command == "demo":
         return _run(_demo, rest)
-    from featkd.checks import suggestion
+    from featkd.runtime.checks import suggestion
 
     return _fail(f"no command {command!r}{suggestion(command, _COMMANDS)}\n\n{_USAGE}", 2)
 
@@ -75,7 +75,7 @@ def _run(command: Callable[[list[str]], int], words: list[str]) -> int:
     from featkd.data.workers import is_of_worker
     from featkd.diagnostics.source import UnreadableError
     from featkd.diagnostics.state import StateError
-    from featkd.distributed import ProcessLost
+    from featkd.runtime.distributed import ProcessLost
     from featkd.train.checkpoint import CheckpointError
     from featkd.train.evaluate import EvaluationError
     from featkd.train.meter import TrainingDiverged
@@ -101,10 +101,10 @@ def _run(command: Callable[[list[str]], int], words: list[str]) -> int:
 
 
 def _distill(words: list[str]) -> int:
-    from featkd import distributed
+    from featkd.runtime import distributed
     from featkd.train import recipe
     from featkd.train.dryrun import dry_run
-    from featkd.train.engine import Trainer
+    from featkd.train.trainer import Trainer
 
     parser = _distill_parser()
     run, options = _parse(parser, words, ("resume", "dry-run", "print-config"))
@@ -149,20 +149,20 @@ def _summary(outcome: Outcome) -> str:
 
 
 def _diagnose(words: list[str]) -> int:
-    from featkd.diagnose import diagnose
+    from featkd.cli.diagnose import diagnose
 
     return diagnose(words)
 
 
 def _bench(words: list[str]) -> int:
-    from featkd.benchmarks.cli import bench
+    from featkd.cli.bench import bench
 
     code: int = bench(words)
     return code
 
 
 def _kernels(words: list[str]) -> int:
-    from featkd.benchmarks.kernels_cli import kernels
+    from featkd.cli.kernels import kernels
 
     code: int = kernels(words)
     return code
@@ -269,9 +269,9 @@ _VERIFY = "--verify"
 
 def _cache(words: list[str]) -> int:
     """`featkd cache RECIPE --out DIR ...`, or `featkd cache --verify DIR`."""
-    from featkd import distributed
     from featkd.cache import CacheConfig
-    from featkd.train.fill import fill
+    from featkd.runtime import distributed
+    from featkd.train.build_cache import fill
     from featkd.train.recipe import check_local
 
     if words[:1] == [_VERIFY]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from featkd.data.decisions import Operation
+from featkd.data.augment_params import Operation
 
 NUM_VALUES = 12
 _CUT = -0.5 + 2**-10  # added before rounding; whole numbers stay what they are

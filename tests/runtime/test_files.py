@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from featkd.files import atomic_link, atomic_write, remove_leftovers
+from featkd.runtime.files import atomic_link, atomic_write, remove_leftovers
 
 
 def test_write_replaces_and_leaves_nothing_else(tmp_path: Path):
@@ -40,7 +40,8 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path):
     target = tmp_path / "file"
     target.write_bytes(b"old")
     code = (
-        "import os, signal, sys; from pathlib import Path; from featkd.files import atomic_write\n"
+        "import os, signal, sys; from pathlib import Path\n"
+        "from featkd.runtime.files import atomic_write\n"
         "with atomic_write(Path(sys.argv[1])) as f:\n"
         "    f.write(b'half'); f.flush(); os.kill(os.getpid(), signal.SIGKILL)"
     )

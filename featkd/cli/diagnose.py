@@ -13,8 +13,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from featkd import distributed, environment
-from featkd.arguments import Parser, check_folders, check_known
+from featkd.cli.arguments import Parser, check_folders, check_known
 from featkd.data import DataConfig
 from featkd.diagnostics import report, tables, verdicts
 from featkd.diagnostics.feature_files import FeatureFiles
@@ -24,9 +23,10 @@ from featkd.diagnostics.reach import Reach, of_focus, reach
 from featkd.diagnostics.run import DiagnosticsRun
 from featkd.diagnostics.source import Source, fingerprint
 from featkd.diagnostics.stream import Settings
-from featkd.distributed import ProcessContext
-from featkd.files import atomic_write
 from featkd.models import FeatureModel, Lift, create_teacher
+from featkd.runtime import distributed, environment
+from featkd.runtime.distributed import ProcessContext
+from featkd.runtime.files import atomic_write
 from featkd.train import checkpoint
 from featkd.train.trained import load_trained
 

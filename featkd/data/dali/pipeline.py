@@ -10,9 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from featkd.data import dali_augment
+from featkd.data.augment_params import Decisions
 from featkd.data.config import DataConfig
-from featkd.data.decisions import Decisions
+from featkd.data.dali import augment
 
 
 def build_pipeline(
@@ -33,7 +33,7 @@ def build_pipeline(
             StopIteration.
         batch_size: most images in a batch.
         layers: operations of RandAugment to an image.
-        fill: see `dali_augment.augment`.
+        fill: see `augment.augment`.
         device: "cpu", or a CUDA device, on which JPEGs are decoded and images augmented.
         resize: "dali" resizes with DALI's operator; "auto" does so on a GPU alone. On the CPU
             torch's vectorised filter takes an eighth of the time, and is closer to Pillow's.
@@ -88,7 +88,7 @@ def build_pipeline(
             images = fn.flip(images, horizontal=flip)
         for layer in range(layers):
             kind, values = operations[2 * layer : 2 * layer + 2]
-            images = dali_augment.augment(images, kind, values, fill, on_gpu)
+            images = augment.augment(images, kind, values, fill, on_gpu)
         return fn.crop_mirror_normalize(
             images,
             mirror=0 if layers else flip,
@@ -119,7 +119,7 @@ def as_arrays(
     ]
     for layer in range(layers):
         codes = [
-            dali_augment.encode(d.operations[layer] if layer < len(d.operations) else None, side)
+            augment.encode(d.operations[layer] if layer < len(d.operations) else None, side)
             for d in decisions
         ]
         columns += [

@@ -9,7 +9,7 @@ import pytest
 import torch.compiler.config as config
 
 import featkd
-from featkd.compile_cache import tag_compile_cache
+from featkd.ops.compile_cache import tag_compile_cache
 
 
 def test_the_tag_is_that_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,7 +24,7 @@ def test_the_tag_is_that_of_the_sources(tmp_path: Path, monkeypatch: pytest.Monk
         copy,
         ignore=lambda _, names: {*names} & {"kernels", "_csrc.so"},
     )
-    monkeypatch.setattr("featkd.compile_cache.resources.files", lambda _: copy)
+    monkeypatch.setattr("featkd.ops.compile_cache.resources.files", lambda _: copy)
     with config.patch(cache_key_tag="user"):
         tag_compile_cache()
         assert "user" + own == config.cache_key_tag

@@ -18,13 +18,13 @@ import torch
 
 from featkd.cache import CacheConfig, CacheError, TeacherCache
 from featkd.cache.shard import Shard, write_shard
-from featkd.cli import main
+from featkd.cli.main import main
 from featkd.data import imageset
-from featkd.distributed import ProcessContext
-from featkd.train.engine import Trainer
-from featkd.train.fill import Filled, fill
+from featkd.runtime.distributed import ProcessContext
+from featkd.train.build_cache import Filled, fill
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import Teacher
+from featkd.train.trainer import Trainer
 from tests.cache.made import column_of
 from tests.conftest import TEACHER
 from tests.train.runs import CPU
@@ -282,7 +282,7 @@ def test_a_full_disk_leaves_what_was_written(recipe, tmp_path, monkeypatch):
         fsync(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr("featkd.files.os.fsync", full)
+        patch.setattr("featkd.runtime.files.os.fsync", full)
         with pytest.raises(CacheError, match=r"could not write .*No space left.* before is whole"):
             filled(recipe, out)
     written = [path.name for path in out.rglob("*.safetensors")]

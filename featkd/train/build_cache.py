@@ -20,11 +20,11 @@ from featkd.cache.writer import locked, prepare
 from featkd.data import Batch, EpochSampler, ImageSet, Loader
 from featkd.data.factory import build_over
 from featkd.data.sampler import StretchSampler
-from featkd.distributed import ProcessContext
-from featkd.interrupt import Interrupt
 from featkd.models.features import num_layers
-from featkd.train.build import build_student, check_fit, count_classes
-from featkd.train.caching import check_unmixed, checkpoint_name, subject_of
+from featkd.runtime.distributed import ProcessContext
+from featkd.runtime.interrupt import Interrupt
+from featkd.train.cached_teacher import check_unmixed, checkpoint_name, subject_of
+from featkd.train.components import build_student, check_fit, count_classes
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import Teacher, pair_layers, resolve_pairs, shapes_of
 

@@ -9,25 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from featkd.runtime.dtypes import accumulation_dtype
+
 TIE = 1e-10
 """A share this little below a threshold still reaches it: float64's rounding is less."""
-
-
-def widest_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype that holds all of the tensors' values; at least one is not None."""
-    dtypes = {x.dtype for x in tensors if x is not None}
-    return dtypes.pop() if len(dtypes) == 1 else reduce(torch.promote_types, dtypes)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for every narrower floating dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def feature_distance(

@@ -14,9 +14,9 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 import featkd
-from featkd import backends
 from featkd.functional import projected_feature_kd
 from featkd.kernels.launch import redirect
+from featkd.ops import backends
 
 
 @pytest.fixture(autouse=True)

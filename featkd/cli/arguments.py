@@ -37,7 +37,9 @@ def check_known(words: Sequence[str], known: Sequence[str], free: Sequence[str] 
         known: the options, without their dashes.
         free: beginnings of names that may go on in any way.
     """
-    from featkd.checks import suggestion  # brings torch along, which OpenMP's settings go before
+    from featkd.runtime.checks import (
+        suggestion,  # brings torch along, which OpenMP's settings go before
+    )
 
     for word in words:
         name = word[2:].split("=")[0]

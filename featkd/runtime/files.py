@@ -1,6 +1,6 @@
 """Files that are either whole or not there: write aside, flush to disk, rename.
 
-Behind a URL (`featkd.remote`) it is: collect in memory, upload aside, move.
+Behind a URL (`featkd.runtime.remote`) it is: collect in memory, upload aside, move.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from featkd.remote import Location, RemotePath
+from featkd.runtime.remote import Location, RemotePath
 
 
 def user_cache() -> Path:

@@ -16,14 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import featkd
 from featkd.data import BadImageError
-from featkd.distributed import ProcessContext
-from featkd.train.build import FeatureForward
+from featkd.runtime.distributed import ProcessContext
 from featkd.train.checkpoint import load
-from featkd.train.engine import Trainer
+from featkd.train.components import FeatureForward
 from featkd.train.logs import read_csv
 from featkd.train.meter import TrainingDiverged
 from featkd.train.recipe import RecipeError, StudentConfig, TeacherConfig, to_dict
 from featkd.train.teacher_mode import TeacherForward
+from featkd.train.trainer import Trainer
 from tests.train.runs import CPU, column, run
 
 

@@ -61,6 +61,7 @@ report: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/featkd kernels report
 
 lint: $(STAMP)
+	git ls-files 'csrc/*' 'tests/csrc/*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -68,6 +69,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 format: $(STAMP)
+	git ls-files 'csrc/*' 'tests/csrc/*.cpp' | xargs $(BIN)/clang-format -i
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -182,9 +182,7 @@ def test_step_trains_on_the_images_of_a_folder(recipe_file, images, tmp_path, mo
     assert not torch.equal(photographs, noise)
 
 
-def test_train_times_loader_and_updates_together(
-    recipe_file, images, tmp_path, monkeypatch
-):
+def test_train_times_loader_and_updates_together(recipe_file, images, tmp_path, monkeypatch):
     monkeypatch.setattr(step, "ways", lambda device: {"eager_fp32": EAGER})
     words = ["train", recipe_file, "--batch", "8", "--rounds", "1", "--device", "cpu"]
     words += ["--updates", "2", "--workers", "0", "--images", "48", "--data", str(images)]

@@ -1,6 +1,6 @@
 """Bytes of a teacher's feature map on disk in each form of a cache, and the error of each form.
 
-python -m benchmarks.studies.cached_features --data DIR [--teacher NAME | run/best.pt]
+python -m featkd.benchmarks.cached_features --data DIR [--teacher NAME | run/best.pt]
     [--checkpoint weights.safetensors] [--images 250] [--out docs/cache-sizes.md]
 """
 
@@ -25,8 +25,8 @@ from featkd.runtime.checks import check_positive
 from featkd.train import checkpoint
 from featkd.train.trained import load_trained
 
-from ..results import describe_run, versions_of
-from ..table import aligned, grid, write_into
+from .results import describe_run, versions_of
+from .table import aligned, grid, write_into
 
 IMAGENET = 1_281_167  # training images of ImageNet-1K
 VIEWS = (1, 30, 300)  # augmented views per image; 300 is one per epoch of the published recipe

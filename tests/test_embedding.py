@@ -343,9 +343,8 @@ def test_hugging_face_trainer(tmp_path, monkeypatch):
     )
     trainer = names["trainer"]
     assert dtypes == {torch.bfloat16}
-    assert (
-        not trainer.model_accepts_loss_kwargs
-    )  # otherwise accumulated losses would not be averaged
+    # otherwise accumulated losses would not be averaged
+    assert not trainer.model_accepts_loss_kwargs
     assert_falls([row["loss"] for row in trainer.state.log_history if "loss" in row], per_epoch=2)
     assert_trained(trainer.model, trainer.optimizer.optimizer, "feature_loss.proj.weight")
     assert not teacher.training

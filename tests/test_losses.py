@@ -66,9 +66,8 @@ def test_wider_map_is_pooled_over_adjacent_channels(student, teacher):
         if original.shape[2] == width:
             assert pooled is original
             continue
-        for channel in range(
-            width
-        ):  # bins of adaptive pooling: floor(i n / m) to ceil((i+1) n / m)
+        # bins of adaptive pooling: floor(i n / m) to ceil((i+1) n / m)
+        for channel in range(width):
             n = original.shape[2]
             low, high = channel * n // width, -((-(channel + 1) * n) // width)
             torch.testing.assert_close(pooled[..., channel], original[..., low:high].mean(-1))

@@ -150,8 +150,8 @@ void mix_query(const HeadsProblem& p, int64_t index, float* scratch) {
                         index % p.queries * keys;
   const HeadRows<Stored> scores{first, stride};
   const HeadRows<float> mixed{scratch, width};
-  float* const post_over_sums =
-      scratch + heads * width;  // (heads, heads): `post` divided by the softmax sums
+  // (heads, heads): `post` divided by the softmax sums
+  float* const post_over_sums = scratch + heads * width;
   mix(heads, keys, p.pre, nullptr, scores, mixed);
   for (int64_t g = 0; g < heads; g++) {
     float* const row = scratch + g * width;

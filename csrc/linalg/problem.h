@@ -31,9 +31,10 @@ struct Problem {
 };
 
 constexpr int32_t MAX_ROWS = 512;
-constexpr double NEAR_TIE = 1e-6;  // the error of a float32 curve is below a third of this
-constexpr double TIE =
-    1e-10;  // shares up to this much below a threshold reach it; float64 rounding is smaller
+// The error of a float32 curve is below a third of this.
+constexpr double NEAR_TIE = 1e-6;
+// Shares up to this much below a threshold reach it; the rounding of float64 is smaller.
+constexpr double TIE = 1e-10;
 constexpr double WORST_RESIDUAL = 2e-6;
 
 }  // namespace featkd

@@ -53,7 +53,8 @@ void mix_heads(Tensor scores, Tensor pre, Tensor post, Tensor bias) {
   const int64_t blocks = rows < MAX_QUERY_BLOCKS ? rows : MAX_QUERY_BLOCKS;
   MixHeads* const mix = FEATKD_FOR_THIS_CPU(mix_heads);
   try {
-    parallel_for_each(blocks, threads, run_in_torch_threads, problem.scratch_elements() * sizeof(float),
+    parallel_for_each(blocks, threads, run_in_torch_threads,
+                      problem.scratch_elements() * sizeof(float),
                       [&](int64_t index, void* scratch) {
                         mix(problem, rows * index / blocks, rows * (index + 1) / blocks,
                             static_cast<float*>(scratch));

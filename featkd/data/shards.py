@@ -67,7 +67,7 @@ class _Shards:
     def __len__(self) -> int:
         return len(self._places)
 
-    def size(self, index: int) -> int:
+    def file_size(self, index: int) -> int:
         """See `ImageSource`."""
         return int(self._places[index, 2])
 

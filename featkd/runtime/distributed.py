@@ -42,7 +42,7 @@ class ProcessContext:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
         return bool(value.item())
 
-    def merged(self, facts: dict[str, str]) -> dict[str, str]:
+    def merge_dicts(self, facts: dict[str, str]) -> dict[str, str]:
         """The facts of all processes; all must call it at the same point."""
         return {key: value for part in self.all_gather(facts) for key, value in part.items()}
 
@@ -88,7 +88,7 @@ class ProcessLost(RuntimeError):
 
 
 @contextmanager
-def naming_lost_processes(remedy: str) -> Iterator[None]:
+def explain_lost_processes(remedy: str) -> Iterator[None]:
     """Say in one line what the network says at length when another process ends.
 
     Args:

@@ -80,7 +80,7 @@ def _processor_name() -> str:
 
 
 @functools.cache
-def multiplies_bf16(device: torch.device) -> bool:
+def has_fast_bf16(device: torch.device) -> bool:
     """Whether products of bf16 matrices are at least as fast on `device` as those of float32.
 
     A CPU without vector instructions for them (AVX2) takes torch's plain loops: 1,568 rows of 384

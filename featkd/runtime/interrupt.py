@@ -29,7 +29,7 @@ class Interrupt:
     def __exit__(self, *_: object) -> None:
         self._restore()
 
-    def agreed(self, any_true: Callable[[bool], bool]) -> int | None:
+    def stop_signal(self, any_true: Callable[[bool], bool]) -> int | None:
         """The signal to stop by where any process was told to; any_true: `ProcessContext`'s."""
         if not any_true(self.signal is not None):
             return None

@@ -23,7 +23,7 @@ DEFAULTS: dict[str, Any] = {"augment": STRONG}
 def loading(
     root: Path, split: Split = "train", batch_size: int = 4, **options: Any
 ) -> Iterator[Loader]:
-    names = ("seed", "rank", "world_size", "device")
+    names = ("seed", "rank", "world_size", "device", "views")
     call = {name: options.pop(name) for name in names if name in options}
     config = DataConfig(str(root), **{"img_size": 16, "workers": 0, **DEFAULTS, **options})
     loader = build_loader(config, split=split, batch_size=batch_size, **call)

@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp, RandAugment, posterize
 
-from featkd.data import AugmentConfig, DataConfig, Key, build_transform
+from featkd.data import AugmentConfig, DataConfig, SampleKey, build_transform
 from featkd.data.augment import seeded
 
 
@@ -36,7 +36,7 @@ def test_timms_pixels_and_no_crash_on_posterize_with_no_bits() -> None:
     )  # fmt: skip
     failures = 0
     for index in range(400):
-        key, image = Key(0, index, 0), picture(seed=index)
+        key, image = SampleKey(0, index, 0), picture(seed=index)
         with seeded(0, key):
             got = ours(image)
         assert got.shape == (3, 16, 16)
@@ -94,7 +94,7 @@ def test_erasing_writes_normal_noise(no_augment: AugmentConfig) -> None:
         img_size=64, augment=AugmentConfig(**{**vars(no_augment), "random_erasing": 1.0})
     )
     grey = Image.new("RGB", (64, 64), (124, 116, 104))  # ImageNet's mean: about 0 after it
-    with seeded(0, Key(0, 0, 0)):
+    with seeded(0, SampleKey(0, 0, 0)):
         erased = build_transform(config, training=True)(grey)
     noise = erased[:, erased[0].abs() > 0.05]
     assert noise.shape[1] > 0.01 * 64 * 64
@@ -106,7 +106,7 @@ def test_erasing_writes_normal_noise(no_augment: AugmentConfig) -> None:
 def test_small_images(size: tuple[int, int]) -> None:
     transform = build_transform(DataConfig(img_size=24), training=True)
     for copy in range(60):
-        with seeded(0, Key(0, 0, copy)):
+        with seeded(0, SampleKey(0, 0, copy)):
             got = transform(picture(*size))
         assert got.shape == (3, 24, 24)
         assert got.isfinite().all()
@@ -118,15 +118,21 @@ def test_small_images(size: tuple[int, int]) -> None:
 
 
 def test_draws_depend_on_each_part_of_the_key_and_on_nothing_else() -> None:
-    def seen(seed: int, key: Key) -> tuple[float, float, float]:
+    def seen(seed: int, key: SampleKey) -> tuple[float, float, float]:
         random.random(), np.random.rand(), torch.rand(3)
         with seeded(seed, key):
             return draws()
 
-    base = seen(5, Key(1, 2, 3))
-    assert seen(5, Key(1, 2, 3)) == base
-    for other in (seen(6, Key(1, 2, 3)), seen(5, Key(2, 2, 3)), seen(5, Key(1, 3, 3)),
-                  seen(5, Key(1, 2, 4)), seen(5, Key(2, 1, 3))):  # fmt: skip
+    base = seen(5, SampleKey(1, 2, 3))
+    assert seen(5, SampleKey(1, 2, 3)) == base
+    for seed, key in (
+        (6, (1, 2, 3)),
+        (5, (2, 2, 3)),
+        (5, (1, 3, 3)),
+        (5, (1, 2, 4)),
+        (5, (2, 1, 3)),
+    ):
+        other = seen(seed, SampleKey(*key))
         assert all(a != b for a, b in zip(base, other, strict=True))
 
 
@@ -148,7 +154,7 @@ def test_the_callers_generators_are_left_alone(fail: bool) -> None:
     prepare()
     transform = build_transform(DataConfig(img_size=16), training=True)
     try:
-        with seeded(0, Key(0, 0, 0)):
+        with seeded(0, SampleKey(0, 0, 0)):
             transform(picture())
             if fail:
                 raise KeyError
@@ -162,7 +168,7 @@ def test_transforms_survive_pickling(training: bool) -> None:
     """Workers started by spawn or forkserver get them so."""
     transform = build_transform(DataConfig(img_size=16), training=training)
     again = pickle.loads(pickle.dumps(transform))
-    with seeded(0, Key(0, 0, 0)):
+    with seeded(0, SampleKey(0, 0, 0)):
         expected = transform(picture())
-    with seeded(0, Key(0, 0, 0)):
+    with seeded(0, SampleKey(0, 0, 0)):
         assert torch.equal(again(picture()), expected)

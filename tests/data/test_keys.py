@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from featkd.data import AugmentConfig, DataConfig, EpochSampler, ImageSet, build_loader
-from featkd.data.factory import build_over
+from featkd.data.factory import build_loader_for
 from featkd.data.loader import as_tensor
-from featkd.data.sampler import StretchSampler
+from featkd.data.sampler import RangeSampler
 from tests.data.conftest import MakeSet
 
 Spoil = Callable[[Path, str], None]
@@ -65,11 +65,11 @@ def test_stretches_are_pieces_of_an_epoch_with_its_pixels(make_set: MakeSet, con
     images = torch.cat([batch.images for batch in whole])
     keys = torch.cat([batch.keys for batch in whole])
     whole.close()
-    sampler = StretchSampler(22, repeats=1, seed=3)
-    loader = build_over(
+    sampler = RangeSampler(22, repeats=1, seed=3)
+    loader = build_loader_for(
         ImageSet(options, "train", 3), options, sampler, batch_size=4, device=torch.device("cpu")
     )
-    sampler.choose(4, [range(4, 12), range(16, 22)])
+    sampler.set_ranges(4, [range(4, 12), range(16, 22)])
     batches = list(loader)
     loader.close()
     taken = [*range(4, 12), *range(16, 22)]

@@ -138,7 +138,7 @@ def test_the_state_says_what_comes_next(make_set: MakeSet, workers: int) -> None
         next(running)  # of epoch 7 still
         assert loader.state_dict() == {
             "epoch": 8, "batch": 2, "batch_size": 4, "world_size": 1, "seed": 0, "repeats": 1,
-            "ordered_as": 8, "num_images": 22,
+            "shuffle_epoch": 8, "num_images": 22,
         }  # fmt: skip
     assert [(state["epoch"], state["batch"]) for state in states] == [(5, k) for k in range(1, 6)]
     with loading(make_set(train=22)) as other:
@@ -190,6 +190,21 @@ def test_a_state_of_another_order_is_refused(make_set: MakeSet) -> None:
         ),
     ):
         other.load_state_dict(state)
+
+
+def test_states_of_older_versions_are_read(make_set: MakeSet) -> None:
+    """They name the shuffle epoch "ordered_as", or lack it."""
+    augment = replace(DEFAULTS["augment"], repeats=3)
+    with loading(make_set(train=20), augment=augment, views=2) as loader:
+        loader.set_epoch(3, 1)
+        state = loader.state_dict()
+        assert state.pop("shuffle_epoch") == 1
+        loader.set_epoch(0)
+        loader.load_state_dict({**state, "ordered_as": 1})
+        assert (loader.state_dict()["epoch"], loader.state_dict()["batch"]) == (3, 1)
+        for older, stored in (({**state, "ordered_as": 0}, 0), (state, 3)):
+            with pytest.raises(ValueError, match=f"shuffle_epoch: {stored} when .* now 1"):
+                loader.load_state_dict(older)
 
 
 @pytest.mark.usefixtures("backend")

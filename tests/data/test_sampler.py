@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.data.distributed_sampler import RepeatAugSampler
 
-from featkd.data import EpochSampler, Key
+from featkd.data import EpochSampler, SampleKey
 
 sizes = st.one_of(st.integers(1, 60), st.integers(250, 530))
 
 
-def all_ranks(n: int, world: int, epoch: int = 0, **options: Any) -> list[list[Key]]:
+def all_ranks(n: int, world: int, epoch: int = 0, **options: Any) -> list[list[SampleKey]]:
     ranks = []
     for rank in range(world):
         sampler = EpochSampler(n, rank=rank, world_size=world, **options)
@@ -25,7 +25,7 @@ def all_ranks(n: int, world: int, epoch: int = 0, **options: Any) -> list[list[K
     return ranks
 
 
-def interleaved(ranks: list[list[Key]]) -> list[Key]:
+def interleaved(ranks: list[list[SampleKey]]) -> list[SampleKey]:
     """The common sequence of positions, from ranks of equal length."""
     return [key for step in zip(*ranks, strict=True) for key in step]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from featkd.data import AugmentConfig, BadImageError, DataConfig, ImageSet, Key, build_loader
+from featkd.data import AugmentConfig, BadImageError, DataConfig, ImageSet, SampleKey, build_loader
 from featkd.data.shards import ShardError
 from featkd.data.tf_example import Example
 from tests.data.conftest import MakeSet
@@ -106,7 +106,7 @@ def test_dalis_index_files_are_used(both, kind):
     root, other = both
     fill(root, other, kind)
     config = DataConfig(str(other), img_size=8, first_label=1 if kind == "tfrecord" else 0)
-    expected = [ImageSet(config, "val")[Key(0, i, 0)] for i in range(5)]
+    expected = [ImageSet(config, "val")[SampleKey(0, i, 0)] for i in range(5)]
     tool = Path(sys.executable).parent / ("wds2idx" if kind == "tar" else "tfrecord2idx")
     for shard in sorted((other / "val").iterdir()):
         if shard.is_file():
@@ -117,7 +117,7 @@ def test_dalis_index_files_are_used(both, kind):
             shard.write_bytes(content)
     dataset = ImageSet(config, "val")
     for number, sample in enumerate(expected):
-        found = dataset[Key(0, number, 0)]
+        found = dataset[SampleKey(0, number, 0)]
         assert torch.equal(found.image, sample.image)
         assert found.target == sample.target
 
@@ -132,11 +132,11 @@ def test_bad_images_in_shards_are_named(both):
         place = archive.getmember("val-001/0001.jpg").offset_data
     shard.write_bytes(content[:place] + b"no image" + content[place + 8 :])
     with pytest.raises(BadImageError, match=r"val-001.tar/val-001/0001.jpg: not a known image"):
-        ImageSet(config, "val")[Key(0, 4, 0)]
+        ImageSet(config, "val")[SampleKey(0, 4, 0)]
     dataset = ImageSet(config, "val")
     shard.write_bytes(content[: place + 10])
     with pytest.raises(BadImageError, match=r"0001.jpg: the shard ends \d+ bytes before it does"):
-        dataset[Key(0, 4, 0)]
+        dataset[SampleKey(0, 4, 0)]
     skipped = ImageSet(replace(config, on_bad_image="skip"), "train")
     assert len(skipped) == 12
     with pytest.raises(ShardError, match=r"val-001.tar: not a readable tar file"):
@@ -150,7 +150,7 @@ def test_what_can_not_be_used_is_refused_by_name(both):
     first = other / "val" / "val-00000-of-00002"
 
     with pytest.raises(ShardError, match=r"has class 1; classes.txt has 3 lines.*first_label is 5"):
-        ImageSet(replace(config, first_label=5), "val")[Key(0, 0, 0)]
+        ImageSet(replace(config, first_label=5), "val")[SampleKey(0, 0, 0)]
     (other / "classes.txt").write_text("a\na\n")
     with pytest.raises(ShardError, match=r"classes.txt: expected one class name a line, each once"):
         ImageSet(config, "val")
@@ -282,7 +282,7 @@ def test_a_record_without_its_features_says_which_it_has(both, features, found):
         example.features.feature[name].bytes_list.value.append(value)
     write_examples(other / "val" / "a.tfrecord", [example])
     with pytest.raises(ShardError) as raised:
-        ImageSet(DataConfig(str(other), img_size=8), "val")[Key(0, 0, 0)]
+        ImageSet(DataConfig(str(other), img_size=8), "val")[SampleKey(0, 0, 0)]
     assert str(raised.value) == (
         f"{other}/val/a.tfrecord at byte 0: expected the features image/encoded and "
         f"image/class/label, found {found}"

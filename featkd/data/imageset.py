@@ -16,7 +16,7 @@ from featkd.data.config import DataConfig
 from featkd.data.folder import FolderSource, split_folder
 from featkd.data.images import BadImageError, decode_image
 from featkd.data.sampler import SampleKey
-from featkd.data.shards import RecordSource, ShardError, TarSource, record_files, tar_files
+from featkd.data.shards import ShardError, TarSource, tar_files
 
 # Number of images tried for one training sample. More unreadable neighbors than this point to a
 # broken disk or mount, not to a few broken files.
@@ -71,16 +71,8 @@ def open_source(config: DataConfig, split: Literal["train", "val"]) -> ImageSour
     """
     if config.path:
         folder = split_folder(config, split)
-        tars, records = tar_files(folder), record_files(folder)
-        if tars and records:
-            raise ValueError(
-                f"{folder}: holds both tar and TFRecord files ({tars[0]}, {records[0]}); "
-                "expected one kind"
-            )
-        if tars:
+        if tars := tar_files(folder):
             return TarSource(config, folder, tars)
-        if records:
-            return RecordSource(config, folder, records)
     return FolderSource(config, split)
 
 

@@ -198,7 +198,9 @@ def test_metrics_and_grids_that_are_missing(name):
         ):
             call(name, metric=wrong)
     maps = {MAPS[name]: torch.zeros(2, 6, 3), "teacher": torch.zeros(2, 6, 6)}
-    with pytest.raises(ValueError, match=r"grid: 6 tokens form no square; pass grid=\(H, W\)"):
+    with pytest.raises(
+        ValueError, match=r"grid: 6 tokens do not form a square; pass grid=\(H, W\)"
+    ):
         call(name, **maps, grid=None)
 
 

@@ -1,4 +1,4 @@
-"""Matrices with spectra that are hard for energy ranks, and what LAPACK says of them."""
+"""Matrices with spectra that are hard for energy ranks, and LAPACK's results for them."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ FAMILIES: dict[str, Callable[[int, int, Rng], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class Expected:
-    """What float64 LAPACK says: values (B, n), curve (B, n), ranks (B, T)."""
+    """Results of float64 LAPACK: values (B, n), curve (B, n), ranks (B, T)."""
 
     values: np.ndarray
     curve: np.ndarray
@@ -126,7 +126,7 @@ class Expected:
 
 
 def lapack(x: np.ndarray, thresholds: tuple[float, ...] = THRESHOLDS) -> Expected:
-    """Of matrices (B, N, D); ranks by the rule of docs/linalg.md."""
+    """Decomposes matrices (B, N, D); ranks by the rule of docs/linalg.md."""
     values = np.linalg.svd(x.astype(np.float64), compute_uv=False)
     largest = values[:, :1]
     energy = (values / np.where(largest > 0, largest, 1)) ** 2

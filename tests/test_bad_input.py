@@ -1,4 +1,4 @@
-"""What the public functions refuse, pass on, or leave to the reference, argument by argument."""
+"""Invalid and unusual arguments of the public functions, one by one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def arguments(name: str) -> dict[str, Any]:
-    """A valid call, with every tensor that the function takes."""
+    """Returns the arguments of a valid call, with all optional tensors."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
@@ -82,10 +82,10 @@ def test_no_floating_point(name, argument, dtype):
 def test_shapes(name, argument):
     value = arguments(name)[argument]
     wrong = [value[..., None], value[0]]
-    if argument != next(iter(arguments(name))):  # the first one's sizes are the rule
+    if argument != next(iter(arguments(name))):  # its sizes define those of the others
         wrong += [torch.cat((value, value[..., :1]), -1), torch.cat((value, value[:1]))]
     if argument == "weight":
-        wrong.pop()  # its rows are the width that the others must have
+        wrong.pop()  # its rows define the width of the others
     if argument == "target":
         wrong[1] = value.sum()
     for x in wrong:
@@ -98,7 +98,7 @@ def test_shapes(name, argument):
 @pytest.mark.parametrize("most", ["cpu", "meta"])
 @pytest.mark.parametrize(("name", "argument"), TENSORS)
 def test_devices(name, argument, most):
-    """One tensor is elsewhere; the error lists where each is."""
+    """One tensor is on another device; the error lists the device of each."""
     given = {key: x.to(most) if isinstance(x, Tensor) else x for key, x in arguments(name).items()}
     other = {"cpu": "meta", "meta": "cpu"}[most]
     given[argument] = torch.empty_like(given[argument], device=other)
@@ -112,7 +112,7 @@ def test_a_teacher_with_a_gradient(name, argument):
     message = f"{argument}: requires grad, .*no_grad.*{argument}.detach"
     with pytest.raises(ValueError, match=message):
         call(name, **{argument: teacher})
-    with torch.no_grad():  # nothing is lost there
+    with torch.no_grad():  # no gradient is lost here
         assert torch.equal(call(name, **{argument: teacher})[-1], call(name)[-1])
 
 
@@ -191,7 +191,7 @@ def test_grids(name, metric):
 
 
 @pytest.mark.parametrize("name", ["projected_feature_kd", "lift_head"])
-def test_metrics_and_grids_that_are_missing(name):
+def test_unknown_metrics_and_missing_grids(name):
     for wrong in ("l1", "MSE", None, 2):
         with pytest.raises(
             ValueError, match=f"metric: expected one of mse, spectral; got {wrong!r}"
@@ -204,7 +204,7 @@ def test_metrics_and_grids_that_are_missing(name):
         call(name, **maps, grid=None)
 
 
-def test_parameters_that_go_together():
+def test_parameters_that_require_each_other():
     student, teacher = torch.zeros(2, 4, 3), torch.zeros(2, 4, 3)
     with pytest.raises(ValueError, match="bias: given without weight"):
         projected_feature_kd(student, teacher, bias=torch.zeros(3))
@@ -214,7 +214,7 @@ def test_parameters_that_go_together():
         projected_feature_kd(student, torch.zeros(2, 4, 6))
     with pytest.raises(ValueError, match=r"teacher_logits: None, but alpha is 0.5"):
         call("soft_kd", teacher_logits=None)
-    for name in ("lift_head", "widelast_projection"):  # a norm left out is no default there
+    for name in ("lift_head", "widelast_projection"):  # their norms are required
         for argument, value in arguments(name).items():
             if isinstance(value, Tensor) and argument != "teacher":
                 with pytest.raises(
@@ -239,18 +239,20 @@ def test_class_indices():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize(("name", "argument"), TENSORS)
-def test_nan_and_inf_come_through(name, argument, backend, bad):
+def test_nan_and_inf_propagate(name, argument, backend, bad):
     value = arguments(name)[argument].clone()
     value.view(-1)[1] = bad
-    with featkd.use_backend(backend):
-        assert not all(x.isfinite().all() for x in call(name, **{argument: value}))
+    for options in ({}, {"metric": "mse"}) if "metric" in arguments(name) else ({},):
+        with featkd.use_backend(backend):
+            found = call(name, **{argument: value}, **options)
+        assert not all(x.isfinite().all() for x in found)
 
 
 @pytest.mark.parametrize("other", DTYPES, ids=str)
 @pytest.mark.parametrize("own", DTYPES, ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_dtypes_may_differ(name, own, other):
-    """Each tensor counts with the value that it has; its gradient comes in its own dtype."""
+    """Each tensor contributes its exact value, and its gradient has its dtype."""
     first = next(iter(arguments(name)))
     constant = (*TEACHERS.values(), "target")
     given, exact = arguments(name), arguments(name)
@@ -259,7 +261,7 @@ def test_dtypes_may_differ(name, own, other):
             given[key] = x.to(own if key == first else other).requires_grad_(key not in constant)
             exact[key] = given[key].detach().double()
     got = call(name, **given)
-    if "weight" in given and own.itemsize == 2:  # the product is torch's, in its dtype
+    if "weight" in given and own.itemsize == 2:  # torch computes the product in this dtype
         rows = F.linear(given[first], *(given[n].to(own) for n in ("weight", "bias") if n in given))
         exact[first] = rows.detach().double()
         exact["weight"] = torch.eye(6, dtype=torch.float64)
@@ -297,10 +299,10 @@ TOO_MUCH = {
 
 
 @pytest.mark.parametrize("why", TOO_MUCH)
-def test_what_the_kernels_do_not_take_goes_to_the_reference_with_one_warning(why, monkeypatch):
+def test_unsupported_input_uses_the_reference_with_one_warning(why, monkeypatch):
     monkeypatch.setattr(backends, "_warned", set())
     given = TOO_MUCH[why]
-    with redirect(refuse), featkd.use_backend("triton"):  # as if there were a GPU
+    with redirect(refuse), featkd.use_backend("triton"):  # pretends that there is a GPU
         message = f"featkd.projected_feature_kd runs on the reference backend: {why}"
         with pytest.warns(UserWarning, match=message) as caught:
             loss = projected_feature_kd(**given)
@@ -323,11 +325,10 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("name", "argument"), OTHERS)
-def test_no_fused_path_takes_eight_bits(name, argument, monkeypatch):
-    """Of any tensor that a kernel reads; torch's linear layer takes its own first."""
+def test_eight_bit_tensors_use_the_reference(name, argument, monkeypatch):
     monkeypatch.setattr(backends, "_warned", set())
     value = arguments(name)[argument].to(torch.float8_e4m3fn)
-    with redirect(refuse), featkd.use_backend("triton"):  # as if there were a GPU
+    with redirect(refuse), featkd.use_backend("triton"):  # pretends that there is a GPU
         message = f"{name} runs on the reference .* in torch.float8_e4m3fn"
         with pytest.warns(UserWarning, match=message):
             got = call(name, **{argument: value})

@@ -1,4 +1,4 @@
-"""The public functions against independent float64 computations."""
+"""Public functions against independent float64 computations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def randn(*shape: int, grad: bool = False, seed: int = 0, dtype: torch.dtype = F
 
 
 def by_fft(difference: Tensor, grid: tuple[int, int]) -> Tensor:
-    """SpectralKD as published: MSE of the stacked real and imaginary parts of rfft2."""
+    """Computes SpectralKD as published: MSE of the stacked real and imaginary parts of rfft2."""
     batch, _, channels = difference.shape
     maps = difference.transpose(1, 2).reshape(batch, channels, *grid)
     spectrum = torch.fft.rfft2(maps, norm="ortho")
@@ -129,18 +129,9 @@ def test_soft_kd_by_hand(alpha, tau, soft):
     assert float(got) == pytest.approx(expected, rel=1e-12)
 
 
-def test_soft_kd_equals_torch_cross_entropy_with_smoothing():
-    from featkd.losses import smooth_labels
-
-    student, target = randn(4, 6, dtype=torch.float32), torch.tensor([0, 5, 3, 3])
-    soft = smooth_labels(target, 6, 0.1)
-    expected = F.cross_entropy(student, target, label_smoothing=0.1)
-    torch.testing.assert_close(soft_kd(student, None, soft, alpha=0.0), expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_rows_are_computed_in_float32(dtype):
-    """The only rounding is the inputs' own: the result equals float64's on the rounded inputs."""
+    """Only the inputs are rounded, so the result equals that of float64 on the rounded inputs."""
     s, t = randn(2, 49, 64).to(dtype), randn(2, 49, 64, seed=1).to(dtype)
     g, b = torch.ones(64, dtype=dtype), torch.zeros(64, dtype=dtype)
     loss = projected_feature_kd(s, t, None, None, g, b)
@@ -160,15 +151,6 @@ def test_views_upstream_gradient_and_inputs_untouched():
     torch.testing.assert_close(again, 2 * (before - teacher) / before.numel())
     torch.testing.assert_close(scaled, 3 * again)
     assert torch.equal(student.detach(), before)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("metric", ["mse", "spectral"])
-def test_nan_and_inf_are_not_hidden(bad, metric):
-    student = randn(1, 4, 3)
-    student[0, 1, 2] = bad
-    assert not torch.isfinite(projected_feature_kd(student, randn(1, 4, 3, seed=1), metric=metric))
-    assert not torch.isfinite(soft_kd(student[0], student[0], torch.zeros(4).long(), alpha=0.5))
 
 
 def test_gradcheck_in_float64():
@@ -198,7 +180,7 @@ def test_fullgraph_compile():
 
 
 def test_fullgraph_compile_with_numbers_that_vary():
-    """A schedule of alpha, say: torch.compile makes a number that changed a symbol."""
+    """torch.compile makes a number that changes, as in a schedule of alpha, a symbol."""
 
     def step(x: Tensor, t: Tensor, labels: Tensor, alpha: float, eps: float) -> Tensor:
         loss = projected_feature_kd(x, t, None, None, torch.ones(4, dtype=F64), eps=eps)
@@ -212,11 +194,11 @@ def test_fullgraph_compile_with_numbers_that_vary():
         )
 
 
-def test_weight_and_bias_take_the_dtype_each_for_itself():
+def test_weight_and_bias_can_have_different_dtypes():
     student, teacher = torch.randn(2, 9, 3), torch.randn(2, 9, 5)
     weight, bias = torch.randn(5, 3), torch.randn(5).bfloat16()
     mixed = projected_feature_kd(student, teacher, weight, bias)
     assert torch.equal(mixed, projected_feature_kd(student, teacher, weight, bias.float()))
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # which leaves float64 as it is
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # autocast does not change float64
         wide = projected_feature_kd(student, teacher, weight.double(), bias)
         assert torch.equal(wide, projected_feature_kd(student, teacher, weight, bias))

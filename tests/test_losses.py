@@ -1,4 +1,4 @@
-"""The loss modules: the published objective put together by hand, pooling, projectors."""
+"""Loss modules: the published objective computed by hand, pooling, projectors."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_gradient_reaches_the_student_through_pooling():
     torch.testing.assert_close(s.grad, expected.repeat_interleave(2, -1))
 
 
-def test_a_feature_loss_formed_elsewhere_stands_for_the_maps():
+def test_a_given_feature_loss_replaces_the_maps():
     loss = DistillationLoss(beta=3.0, w_feat=0.2, feature="mse")
     logits, target = torch.randn(2, 5), torch.tensor([1, 4])
     formed = torch.tensor(0.75, requires_grad=True)
@@ -154,7 +154,7 @@ def test_a_projector_refuses_other_students(student, message):
 
 
 def test_a_projector_is_called():
-    """Hooks, adapters and sharding of the projector have their effect."""
+    """The projector is called as a module, so its hooks, adapters and sharding take effect."""
     module = ProjectedFeatureKD(3, 5)
     seen = []
     module.proj.register_forward_hook(lambda *_: seen.append(1))

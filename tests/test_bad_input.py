@@ -199,7 +199,9 @@ def test_bad_metric_or_missing_grid_raises(name):
         ):
             call(name, metric=wrong)
     maps = {MAPS[name]: torch.zeros(2, 6, 3), "teacher": torch.zeros(2, 6, 6)}
-    with pytest.raises(ValueError, match=r"grid: 6 tokens form no square; pass grid=\(H, W\)"):
+    with pytest.raises(
+        ValueError, match=r"grid: 6 tokens do not form a square; pass grid=\(H, W\)"
+    ):
         call(name, **maps, grid=None)
 
 
@@ -343,7 +345,7 @@ TOO_MUCH = {
 def test_unsupported_by_kernels_uses_reference_with_one_warning(why, monkeypatch):
     monkeypatch.setattr(backends, "_warned", set())
     given = TOO_MUCH[why]
-    with redirect(refuse), featkd.use_backend("triton"):  # as if there were a GPU
+    with redirect(refuse), featkd.use_backend("triton"):  # pretends that there is a GPU
         message = f"featkd.projected_feature_kd runs on the reference backend: {why}"
         with pytest.warns(UserWarning, match=message) as caught:
             loss = projected_feature_kd(**given)
@@ -370,7 +372,7 @@ def test_float8_uses_reference(name, argument, monkeypatch):
     """Tests each tensor that a kernel reads; torch's linear layer reads the others."""
     monkeypatch.setattr(backends, "_warned", set())
     value = arguments(name)[argument].to(torch.float8_e4m3fn)
-    with redirect(refuse), featkd.use_backend("triton"):  # as if there were a GPU
+    with redirect(refuse), featkd.use_backend("triton"):  # pretends that there is a GPU
         message = f"{name} runs on the reference .* in torch.float8_e4m3fn"
         with pytest.warns(UserWarning, match=message):
             got = call(name, **{argument: value})

@@ -1,4 +1,4 @@
-"""The code of docs/embedding.md trains: in a plain loop, under DDP, in timm, Lightning and HF.
+"""The code of docs/embedding.md trains in a plain loop, with DDP, timm, Lightning and HF.
 
 The replacements below make the models small. Each must occur once in the page.
 """

@@ -19,7 +19,7 @@ def randn(*shape: int, grad: bool = False, seed: int = 0, dtype: torch.dtype = F
 
 
 def by_fft(difference: Tensor, grid: tuple[int, int]) -> Tensor:
-    """SpectralKD as published: MSE of the stacked real and imaginary parts of rfft2."""
+    """Computes SpectralKD as published: MSE of the stacked real and imaginary parts of rfft2."""
     batch, _, channels = difference.shape
     maps = difference.transpose(1, 2).reshape(batch, channels, *grid)
     spectrum = torch.fft.rfft2(maps, norm="ortho")

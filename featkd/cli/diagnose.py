@@ -90,7 +90,7 @@ def _run(
     source = _source(args, context)
     out.mkdir(parents=True, exist_ok=True)
     remedy = f"the same command goes on from {out}/state"
-    with distributed.naming_lost_processes(remedy):
+    with distributed.explain_lost_processes(remedy):
         with _Progress(context) as progress:
             run = DiagnosticsRun(source, settings, options, out / "state", context, progress)
             found = run.run()

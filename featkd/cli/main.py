@@ -72,7 +72,7 @@ def _run(command: Callable[[list[str]], int], words: list[str]) -> int:
     """Run a command and turn the errors a user can mend into one clear message."""
     from featkd.cache import CacheError
     from featkd.data.imageset import DATA_ERRORS
-    from featkd.data.workers import is_of_worker
+    from featkd.data.workers import is_worker_error
     from featkd.diagnostics.source import UnreadableError
     from featkd.diagnostics.state import StateError
     from featkd.runtime.distributed import ProcessLost
@@ -95,7 +95,7 @@ def _run(command: Callable[[list[str]], int], words: list[str]) -> int:
     except OSError as error:
         return _fail(str(error), 1)
     except RuntimeError as error:
-        if not is_of_worker(error):
+        if not is_worker_error(error):
             raise
         return _fail(f"{error} Killed from outside, or for want of memory?", 1)
 
@@ -118,7 +118,7 @@ def _distill(words: list[str]) -> int:
             if context.is_main:
                 print(report)
             return 0
-        with distributed.naming_lost_processes(
+        with distributed.explain_lost_processes(
             f"--resume auto goes on from the last checkpoint in {run.out}, and torchrun "
             "--max-restarts does so by itself"
         ):
@@ -288,7 +288,7 @@ def _cache(words: list[str]) -> int:
     config = CacheConfig(**{field.name: options[field.name] for field in fields(CacheConfig)})
     try:
         context = distributed.start(run.device)
-        with distributed.naming_lost_processes(f"the same command goes on with {run.out}"):
+        with distributed.explain_lost_processes(f"the same command goes on with {run.out}"):
             found = fill(run, config, context, Path(run.out))
         if found.interrupted_by is not None:
             if context.is_main:

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 # the name of this machine's results; the default's are of the machine that docs/results.md is about
 BENCH ?= cpu-epyc-avx512-2cores
-BENCH_ARGS ?= --shapes published --batches 32 --dtypes fp32 bf16 --directions forward both
+BENCH_ARGS ?= --shapes published --batch-sizes 32 --dtypes fp32 bf16 --directions forward both
 BENCH_CSV := benchmarks/results/$(BENCH).csv
 
 # the torch versions of `make compat`; newest is constraints.txt's

@@ -117,7 +117,7 @@ def test_a_killed_loader_worker_ends_the_run_with_a_message(recipe_file, server,
     os.kill(int(workers[0]), signal.SIGKILL)
     assert process.wait() == 1
     # Python may print more: torch's signal handler raises within any callback or constructor.
-    message = re.compile(r"^featkd: .*DataLoader worker.*for want of memory", re.MULTILINE)
+    message = re.compile(r"^featkd: .*DataLoader worker.*for lack of memory", re.MULTILINE)
     assert message.search(process.stderr), process.stderr
     assert load(out / "last.pt")["update"] > 0
 
@@ -202,7 +202,7 @@ def test_bad_data_are_a_failure_and_no_wrong_argument(recipe_file, images, tmp_p
 
 MISTAKES = {
     "no recipe": (("distill", "no-such"), 2, "no file 'no-such' and no shipped recipe"),
-    "unknown option": (("distill", "RECIPE", "--optim.lrr", "1"), 2, "did you mean 'optim.lr'?"),
+    "unknown option": (("distill", "RECIPE", "--optim.lrr", "1"), 2, "did you mean '--optim.lr'?"),
     "wrong type": (("distill", "RECIPE", "--optim.lr", "fast"), 2, "optim.lr"),
     "out of range": (("distill", "RECIPE", "--optim.lr=-1"), 2, "expected a finite number > 0"),
     "no folder": (("distill", "RECIPE", "--data.path", "/no/such"), 2, "/no/such"),

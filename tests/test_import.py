@@ -16,8 +16,7 @@ PACKAGE = Path(featkd.__file__).parent
 # highest first; a module may import from its own row and from the rows below it
 LAYERS = (
     ("__main__",),
-    ("cli", "demo"),
-    ("benchmarks",),
+    ("cli", "demo", "benchmarks"),
     ("train", "diagnostics"),
     ("cache",),
     ("models", "data"),

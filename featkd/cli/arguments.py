@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+
+class UsageError(ValueError):
+    """Bad words on the command line."""
 
 
 class _HelpFormatter(DefaultHelpFormatter):
@@ -47,25 +52,27 @@ class Parser(ArgumentParser):
         """Add an argument; see `argparse.ArgumentParser.add_argument`."""
         return super().add_argument(*map(_with_underscores, names), **kwargs)
 
-    def parse_args(self, args: Sequence[str], **kwargs: Any) -> Namespace:  # type: ignore[override]
-        """Parse the words of a command line.
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, **kwargs: Any
+    ) -> Namespace:
+        """Parse the words of a command line (default: this process's arguments).
 
         Raises:
-            ValueError: an unknown option or a bad value; one line that names it.
+            UsageError: an unknown option or a bad value; one line that names it.
         """
-        words = [_with_underscores(word) for word in args]
-        self._check_options(words)
+        words = [_with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
+        self.check_options(words)
         return super().parse_args(words, **kwargs)
 
-    def format_help(self) -> str:
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         """Return the help text: options with dashes, the examples last."""
-        text = with_dashes(super().format_help())
+        text = with_dashes(super().format_help(formatter))
         if self.examples:
             text += "\nexamples:\n" + "".join(f"  {example}\n" for example in self.examples)
         return text
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise ValueError with one line, instead of printing the usage and exiting."""
+        """Raise UsageError with one line, instead of printing the usage and exiting."""
         text = " ".join(message.split())
         hints = self._hints()
         key = re.findall(r'Parser key "([^"]*)"', text)
@@ -79,17 +86,17 @@ class Parser(ArgumentParser):
         if names:
             options = (f"--{name}" for name in names.split(", "))
             text = f"{start} are required: {', '.join(o for o in options if o in hints) or names}"
-        raise ValueError(f"{with_dashes(text)} (see {self.prog} --help)")
+        raise UsageError(f"{with_dashes(text)} (see {self.prog} --help)")
 
-    def _check_options(self, words: Iterable[str]) -> None:
-        """Raise ValueError for an unknown option; the error names the nearest known one."""
+    def check_options(self, words: Iterable[str]) -> None:
+        """Raise UsageError for an unknown option; the error names the nearest known one."""
         hints = self._hints()
         free = tuple(f"{option}." for option, hint in hints.items() if _takes_any_key(hint))
-        for word in words:
+        for word in map(_with_underscores, words):
             name = word.partition("=")[0]
             if word.startswith("--") and name not in hints and not name.startswith(free):
                 name, near = with_dashes(name), nearest(with_dashes(name), map(with_dashes, hints))
-                raise ValueError(f"no option {name!r}{near} (see {self.prog} --help)")
+                raise UsageError(f"no option {name!r}{near} (see {self.prog} --help)")
 
     def _hints(self) -> dict[str, Any]:
         """Return the type of every option, options of nested fields included."""

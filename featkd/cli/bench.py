@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from featkd.cli import bench_pipeline
-from featkd.cli.arguments import Parser, add_json, check_folders, nearest, several
+from featkd.cli.arguments import Parser, UsageError, add_json, check_folders, nearest, several
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ def bench(words: Sequence[str]) -> int:
     name = words[0]
     if name not in COMMANDS:
         near = nearest(name, COMMANDS)
-        raise ValueError(f"bench: expected one of {', '.join(COMMANDS)}; got {name!r}{near}")
+        raise UsageError(f"bench: expected one of {', '.join(COMMANDS)}; got {name!r}{near}")
     options = _parser_of(name).parse_args(words[1:])
     check_folders(options, ("json", "out"))
     return _PARTS[name][1](options)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from featkd.cache.config import ENERGY, TOP, CacheConfig, Features, Store
-from featkd.cli.arguments import Parser
+from featkd.cli.arguments import Parser, UsageError
 from featkd.cli.recipe_arguments import parse_recipe, recipe_parser
 
 
@@ -23,11 +23,11 @@ def cache(words: Sequence[str]) -> int:
     options_given = {word.partition("=")[0] for word in words if word.startswith("-")}
     if options.verify is not None:
         if options_given != {"--verify"} or not words[0].startswith("--verify"):
-            raise ValueError(f"--verify: expected no other arguments, got {' '.join(words)}")
+            raise UsageError(f"--verify: expected no other arguments, got {' '.join(words)}")
         check_local("--verify", options.verify)
         return _verify(Path(options.verify))
     if "--out" not in options_given:
-        raise ValueError("--out: expected the folder of the cache, got nothing")
+        raise UsageError("--out: expected the folder of the cache, got nothing")
     check_local("out", recipe.out)
     check_local("data.path", recipe.data.path)
     config = CacheConfig(**{field.name: options[field.name] for field in fields(CacheConfig)})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 
 from featkd.cli import bench, cache, demo, diagnose, distill
-from featkd.cli.arguments import Parser, with_dashes
+from featkd.cli.arguments import Parser, UsageError, with_dashes
 
 SHELLS = ("bash", "zsh")
 
@@ -18,10 +19,12 @@ def completion_script(shell: str, commands: Mapping[str, str]) -> str:
         commands: command -> description.
 
     Raises:
-        ValueError: no such shell, or shtab is not installed.
+        UsageError: no such shell, or shtab is not installed.
     """
     if shell not in SHELLS:
-        raise ValueError(f"--print-completion: expected {' or '.join(SHELLS)}, got {shell!r}")
+        raise UsageError(f"--print-completion: expected {' or '.join(SHELLS)}, got {shell!r}")
+    if find_spec("shtab") is None:
+        raise UsageError("--print-completion: shtab is not installed; pip install shtab")
     parsers = {
         "distill": distill.parser(),
         "cache": cache.parser(),

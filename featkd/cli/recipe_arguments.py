@@ -48,7 +48,8 @@ def parse_recipe(parser: Parser, words: Sequence[str]) -> tuple[Recipe, Namespac
         words: arguments of the command, the recipe first.
 
     Raises:
-        ValueError: no such recipe, an unknown option or a bad value.
+        RecipeError: no such recipe, or an unknown field in it.
+        UsageError: an unknown option or a bad value.
     """
     words = [_long_option(word) for word in words]
     if words and not words[0].startswith("-"):

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, exit codes, messages, signals."""
+"""`featkd distill`: real processes, exit codes, messages, signals."""
 
 from __future__ import annotations
 
@@ -210,29 +210,15 @@ MISTAKES = {
     "no model": (("distill", "RECIPE", "--student.base", "deit_tinny_patch16_224"), 2, "deit_tiny"),
     "layer": (("distill", "RECIPE", "--loss.pairs", "[[5, 0]]"), 2, "5 is out of range"),
     "no file": (("distill", "RECIPE", "--teacher.checkpoint", "/no/such.pt"), 2, "/no/such.pt"),
-    "no command": (("destill",), 2, "no command 'destill'; did you mean 'distill'?"),
+    "teacher's field": (("distill", "RECIPE", "--teacher.nmae", "x"), 2, "mean '--teacher.name'?"),
+    "two words": (("distill", "RECIPE", "more"), 2, "unrecognized arguments: more"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_get_one_clear_message(recipe_file, mistake, capsys):
     words, code, message = MISTAKES[mistake]
-    try:
-        got = main([str(recipe_file) if w == "RECIPE" else w for w in words])
-    except SystemExit as stop:
-        got = stop.code  # type: ignore[assignment]
+    assert main([str(recipe_file) if w == "RECIPE" else w for w in words]) == code
     errors = capsys.readouterr().err
-    assert got == code
     assert message in errors
-    assert "Traceback" not in errors
-
-
-def test_help_and_version(capsys):
-    assert main(["--help"]) == 0
-    assert "distill RECIPE" in capsys.readouterr().out
-    assert main(["--version"]) == 0
-    assert main([]) == 2
-    with pytest.raises(SystemExit) as stop:
-        main(["distill", "--help"])
-    assert stop.value.code == 0
-    assert "learning rate at a global batch of lr_batch images" in capsys.readouterr().out
+    assert errors.count("\n") == 1

@@ -372,7 +372,7 @@ def test_unreadable_images_are_named_once(recipe_file, one_broken, tmp_path, cap
             "rank: expected 1 to 16, the lesser of the 16 tokens and",
         ),
         (["--out", "x", "--logits-top", "4"], "logits_top: expected 1 to 3, the teacher's classes"),
-        (["--out", "x", "--store", "int4"], 'Parser key "store"'),
+        (["--out", "x", "--store", "int4"], "--store: expected fp32, bf16, fp16, int8 or null"),
     ],
 )
 def test_mistakes_get_one_clear_message(

@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -18,21 +16,6 @@ from featkd.cli.main import main
 from featkd.train.checkpoint import load
 from featkd.train.logs import read_csv
 from tests.forking import Forked
-
-
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "featkd", *map(str, words)]
-
-
-def call(*words: object, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*words),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        stdin=subprocess.DEVNULL,
-        **options,
-    )
 
 
 def here(*words: object) -> int:
@@ -154,7 +137,8 @@ def test_dry_run_says_what_it_would_do_and_writes_nothing(recipe_file, tmp_path,
 
 
 def test_print_config_is_a_recipe_again(recipe_file, tmp_path, capsys):
-    printed = call("distill", recipe_file, "--optim.lr", 0.5, "--print-config").stdout
+    assert here("distill", recipe_file, "--optim.lr", 0.5, "--print-config") == 0
+    printed = capsys.readouterr().out
     copy = tmp_path / "copy.yaml"
     copy.write_text(printed)
     assert here("distill", copy, "--print-config") == 0

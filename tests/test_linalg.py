@@ -246,6 +246,8 @@ def test_what_is_refused():
     for bad in (0, -0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="thresholds: expected"):
             linalg.energy_ranks(x, (0.8, bad))
+    with pytest.raises(TypeError, match=r"thresholds: expected a sequence .*\(0.9,\), got 0.8"):
+        linalg.energy_ranks(x, 0.8)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="thresholds: expected a number"):
         linalg.energy_ranks(x, ("0.8",))  # type: ignore[arg-type]
     for k in (0, 3, -1):

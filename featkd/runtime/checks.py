@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -14,9 +15,18 @@ METRICS = ("mse", "spectral")
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" for the nearest known name, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """Returns "; did you mean 'x'?" for the nearest known name, or "".
+
+    Known names are also compared by as many of their first words as `name` has, so that
+    "deit_tinny" finds "deit_tiny_patch16_224".
+    """
+    words = name.count("_") + 1
+    nearest: dict[str, str] = {}  # of the names that begin alike, the shortest
+    for full in sorted(known, key=lambda full: (-len(full), full)):
+        nearest["_".join(full.split("_")[:words])] = full
+        nearest[full] = full
+    found = difflib.get_close_matches(name, nearest, n=1, cutoff=0.5)
+    return f"; did you mean {nearest[found[0]]!r}?" if found else ""
 
 
 def check_tensor(name: str, x: Tensor) -> None:
@@ -89,6 +99,40 @@ def check_teacher_map(teacher: Tensor, shape: tuple[int, int, int]) -> None:
     check_not_empty("teacher", teacher)
 
 
+def check_not_swapped(student: Tensor, teacher: Tensor, weight: Tensor) -> None:
+    """Raises ValueError if the maps fit the projection only in the other order."""
+    maps = [x for x in (student, teacher) if isinstance(x, Tensor) and x.dim() == 3]
+    if len(maps) < 2 or not isinstance(weight, Tensor) or weight.dim() != 2:
+        return
+    widths = student.shape[2], teacher.shape[2]
+    if widths == tuple(weight.shape) and widths[0] != widths[1]:
+        raise ValueError(
+            f"student, teacher: weight {tuple(weight.shape)} projects a student of {widths[1]} "
+            f"channels to a teacher of {widths[0]}, got a student of {widths[0]} and a teacher of "
+            f"{widths[1]}; the two maps are swapped"
+        )
+
+
+def warn_of_class_token(metric: str, grid: object, tokens: int) -> None:
+    """Warns once if the maps seem to contain the class token: N - 1 is a square and N is not.
+
+    Compiled graphs don't warn: their number of tokens may be symbolic.
+    """
+    if metric != "mse" or grid is not None or tokens < 5 or torch.compiler.is_compiling():
+        return
+    side = math.isqrt(tokens - 1)
+    if side * side == tokens - 1 and tokens not in _warned_of:
+        _warned_of.add(tokens)
+        warnings.warn(
+            f"the feature maps have {tokens} = {side}*{side} + 1 tokens: pass patch tokens only, "
+            "without the class token, or grid=(H, W) if this is the patch grid",
+            stacklevel=3,
+        )
+
+
+_warned_of: set[int] = set()  # numbers of tokens
+
+
 def check_positive(name: str, value: float) -> None:
     """Raise ValueError unless `value` is a finite number above zero."""
     _check_number(name, value, "a finite number > 0")
@@ -97,7 +141,9 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_shares(name: str, values: Iterable[float]) -> None:
-    """Raise ValueError unless each of `values` lies in (0, 1]."""
+    """Raises unless `values` is a sequence of numbers in (0, 1]."""
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected a sequence of numbers, such as (0.9,), got {values!r}")
     for value in values:
         check_fraction(name, value)
         if value == 0:

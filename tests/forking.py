@@ -26,7 +26,8 @@ from unittest import mock
 
 # modules that the commands import
 IMPORTED = (
-    *("featkd.cli.diagnose", "featkd.train.dryrun", "featkd.train.build_cache"),
+    *("featkd.cli.diagnose", "featkd.cli.distill", "featkd.cli.cache", "featkd.cli.errors"),
+    *("featkd.train.dryrun", "featkd.train.build_cache"),
     *("attrs", "docstring_parser", "torch.distributed.launcher.api", "torch.utils.tensorboard"),
     *("torch.utils.serialization.config", "torchmetrics.classification"),
 )

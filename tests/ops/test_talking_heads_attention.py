@@ -91,7 +91,7 @@ def test_sequence_lengths_around_vector_sizes():
 
 @pytest.mark.parametrize("products", [False, True], ids=["float32_scores", "bf16_scores"])
 def test_bf16_with_and_without_bf16_matmul(products, monkeypatch):
-    monkeypatch.setattr(op, "multiplies_bf16", lambda device: products)
+    monkeypatch.setattr(op, "has_fast_bf16", lambda device: products)
     for tokens in (1, 3, 8, 15, 16, 17, 37, 64, 67, 131):
         problem = Problem(2, 5, tokens, 8)
         tensors = problem.tensors(torch.bfloat16)

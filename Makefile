@@ -58,7 +58,7 @@ bench: $(STAMP)
 		then $(BIN)/featkd bench table $(BENCH_CSV) --out docs/results.md; fi
 
 report: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/featkd kernels report
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.report
 
 lint: $(STAMP)
 	git ls-files 'csrc/*' 'tests/csrc/*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from featkd.benchmarks import csrc_counts
+from benchmarks.report import csrc_counts
 from featkd.ops import extension
 from featkd.ptx import Emulator
 from tests.csrc import cuda_ptx

@@ -19,7 +19,7 @@ from featkd.cache import CacheConfig
 from featkd.data import Batch
 from featkd.data.loader import as_tensor
 from featkd.runtime.distributed import ProcessContext
-from featkd.runtime.environment import multiplies_bf16
+from featkd.runtime.environment import has_fast_bf16
 from featkd.train.build_cache import fill
 from featkd.train.recipe import Recipe
 from featkd.train.trainer import Trainer
@@ -66,7 +66,7 @@ def ways(device: torch.device) -> dict[str, Way]:
     They are plain torch, featkd in bf16 if the device multiplies in it, featkd in the other
     precision, and featkd with the teacher's outputs from a cache.
     """
-    own = "bf16" if multiplies_bf16(device) else "fp32"
+    own = "bf16" if has_fast_bf16(device) else "fp32"
     other = "fp32" if own == "bf16" else "bf16"
     amp = {"bf16": "bf16", "fp32": "off"}
     return {

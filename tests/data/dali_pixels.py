@@ -1,4 +1,4 @@
-"""RandAugment's operations, and the DALI pipeline on given files and parameters."""
+"""DALI pipeline for given files and parameters, and RandAugment's operations."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from featkd.data import DataConfig
 from featkd.data.augment_params import AugmentParams, RandAugmentOp
 from featkd.data.dali import build_pipeline, pipeline_inputs
 
+_BATCH = 32
 # near the levels that rand-m9-mstd0.5-inc1 draws, both signs
 OPERATIONS = (
     RandAugmentOp("AutoContrast", ()),
@@ -45,28 +46,38 @@ def through_dali(
     files: Sequence[Pixels],
     params: Sequence[AugmentParams],
     *,
-    num_ops: int,
-    fill_color: tuple[int, int, int],
+    num_ops: int = 0,
+    fill_color: tuple[int, int, int] = (0, 0, 0),
 ) -> Pixels:
-    """Runs files through the loader's pipeline on the CPU as one batch, without normalization.
+    """Runs files through the loader's pipeline on the CPU, without its normalization.
 
     Args:
         config: sizes and filter; its statistics are not used.
         files: contents of each file, (bytes,) uint8.
-        params: parameters for each file.
+        params: parameters of each file.
         num_ops, fill_color: as in `build_pipeline`.
 
     Returns:
         (B, H, W, 3) float32 levels, 0 to 255.
     """
     levels = replace(config, mean=(0, 0, 0), std=(1 / 255,) * 3, channels_last=True)
+    starts = iter(range(0, len(files), _BATCH))
+
+    def feed() -> tuple[list[Any], ...]:
+        start = next(starts)  # its StopIteration ends the pipeline
+        batch = slice(start, start + _BATCH)
+        return pipeline_inputs(list(files[batch]), params[batch], num_ops, config.img_size)
+
     pipeline = build_pipeline(
         levels,
-        lambda: pipeline_inputs(list(files), params, num_ops, config.img_size),
-        batch_size=len(files),
+        feed,
+        batch_size=_BATCH,
         num_ops=num_ops,
         fill_color=fill_color,
         device=torch.device("cpu"),
     )
-    (out,) = pipeline.run()
-    return np.array(out.as_tensor())
+    images: list[Pixels] = []
+    while len(images) < len(files):
+        (out,) = pipeline.run()
+        images += list(np.array(out.as_tensor()))
+    return np.stack(images)

@@ -87,7 +87,7 @@ def test_another_number_of_images_is_said_between_epochs_and_refused_within(
 def test_processes_that_read_different_files_are_stopped(alone, monkeypatch):
     """Each of three says where it would go on; all learn of it, so that none waits for another."""
     others: dict[str, str] = {}
-    monkeypatch.setattr(ProcessContext, "merged", lambda _, facts: facts | others)
+    monkeypatch.setattr(ProcessContext, "merge_dicts", lambda _, facts: facts | others)
     last = saved(alone).store.last
     ours = f"{last} after update 1 (epoch 0, batch 1)"
     others = {"1": ours, "2": ours}

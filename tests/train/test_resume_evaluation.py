@@ -170,6 +170,6 @@ def test_processes_of_which_one_would_evaluate_are_stopped(alone, monkeypatch):
     trainer._save(RunLog(None, 0, 0))
     last = trainer.store.last
     theirs = {"1": f"{last} after update 0 (epoch 0, batch 0)"}
-    monkeypatch.setattr(ProcessContext, "merged", lambda _, facts: facts | theirs)
+    monkeypatch.setattr(ProcessContext, "merge_dicts", lambda _, facts: facts | theirs)
     with pytest.raises(CheckpointError, match=r"batch 0\), to be evaluated \(process 0\); .*"):
         Trainer(alone, CPU)._resume("auto")

@@ -23,14 +23,14 @@ MUTANTS ?= 20
 
 env: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
+$(STAMP): pyproject.toml setup.py constraints.txt tools/ptx_emulator/pyproject.toml $(wildcard csrc/* csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "featkd needs Python >= 3.10; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Set PYTHON=..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing featkd and its dependencies into $(VENV) (a few minutes the first time)"
 	@# torch first: csrc is built on its headers, and its isolated build must not fetch a second one
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' --editable tools/ptx_emulator
 	@touch $@
 
 demo: $(STAMP)

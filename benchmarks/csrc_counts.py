@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from featkd.ptx import Counters, Emulator, Launch
+from ptx_emulator import Counters, Emulator, Launch
 
 from .chips import CHIPS, Chip
 from .csrc_kernels import SOURCE, WARPS, Kernel, scratch_bytes

@@ -30,7 +30,7 @@ TEACHER = TINY | {"embed_dim": 24, "num_heads": 6}
 
 @pytest.fixture(scope="session")
 def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """featkd.ptx keeps what it compiles in a folder of the run's own, shared by its workers."""
+    """ptx_emulator keeps what it compiles in a folder of the run's own, shared by its workers."""
     worker = "PYTEST_XDIST_WORKER" in os.environ  # whose folder is inside the run's
     folder = tmp_path_factory.getbasetemp() / (".." if worker else ".") / "compiled"
     with pytest.MonkeyPatch.context() as patch:

@@ -11,7 +11,7 @@ from featkd.benchmarks import csrc_counts, csrc_kernels
 from featkd.benchmarks.chips import CHIPS, chip_of
 from featkd.benchmarks.csrc_counts import Counted
 from featkd.benchmarks.csrc_kernels import Kernel
-from featkd.ptx import Counters
+from ptx_emulator import Counters
 
 SAID = """
 ptxas info    : Compiling entry function 'featkd_spectrum_float64' for 'sm_90'

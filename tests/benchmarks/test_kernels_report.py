@@ -15,7 +15,7 @@ from featkd.benchmarks import aot, cases, host, measured, modelled, report, traf
 from featkd.benchmarks.chips import CHIPS, chip_of
 from featkd.benchmarks.problem import DTYPES
 from featkd.cli import main
-from featkd.ptx import run_triton
+from ptx_emulator import run_triton
 
 ARCHS = [chip.arch for chip in CHIPS]
 ROWS = 4 * 196

@@ -1,0 +1,24 @@
+"""A test bench: runs compiled PTX on the CPU, with race checks and exact counters.
+
+Nothing at run time imports it. See docs/ptx.md.
+"""
+
+from ptx_emulator.build import CompilerError
+from ptx_emulator.emulator import Emulator
+from ptx_emulator.parser import PtxError
+from ptx_emulator.reports import Counters, Launch, Report
+from ptx_emulator.site import UnsupportedInstruction
+from ptx_emulator.tensor_map import TensorMap
+from ptx_emulator.triton import run_triton
+
+__all__ = [
+    "CompilerError",
+    "Counters",
+    "Emulator",
+    "Launch",
+    "PtxError",
+    "Report",
+    "TensorMap",
+    "UnsupportedInstruction",
+    "run_triton",
+]

@@ -1,0 +1,104 @@
+"""Triton's PTX for sm_90, executed: matrix products of warpgroups, copies by tensor maps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import triton_kernels as kernels
+from ptx_emulator import Emulator, run_triton
+from ptx_emulator.triton import compile_triton
+
+ULP = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def close(got: torch.Tensor, want: torch.Tensor, ulps: float) -> None:
+    error = (got.double() - want).abs().max().item()
+    assert error <= ulps * ULP[got.dtype] * want.abs().max().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_triton_matmul(dtype):
+    a, b = random(100, 80, dtype=dtype), random(80, 72, dtype=dtype, seed=1)
+    c = torch.empty(100, 72, dtype=dtype)
+    launch = run_triton(
+        *(kernels.matmul, (2, 2), a, b, c, 100, 72, 80),
+        **dict(BLOCK=64, DEPTH=32, PRECISION="tf32", outputs=["c"], seed=5, arch=90, count=True),
+    )
+    assert [str(r) for r in launch.reports] == []
+    kind = "tf32" if dtype == torch.float32 else "bf16"
+    # four tiles of 64 x 64, three steps of 32
+    assert launch.counters.flops == {f"wgmma.{kind}": 2 * 128 * 128 * 96}
+    close(c, a.double() @ b.double(), 2.0**13 if dtype == torch.float32 else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_triton_attention(dtype):
+    q, k, v = (random(2, 70, 32, dtype=dtype, seed=i) for i in range(3))
+    o = torch.empty_like(q)
+    launch = run_triton(
+        *(kernels.attention, (2, 2), q, k, v, o, 70, 32**-0.5),
+        **dict(ROWS=64, KEYS=32, D=32, outputs=["o"], seed=2, arch=90),
+    )
+    assert [str(r) for r in launch.reports] == []
+    scores = (q.double() @ k.double().transpose(1, 2)) * 32**-0.5
+    close(o, scores.softmax(2) @ v.double(), 2.0**15 if dtype == torch.float32 else 2)
+
+
+REMOVED = {
+    "bar.sync": {"shared-race"},
+    "fence.proxy.async": {"missing-fence"},
+    "wgmma.wait_group": {"missing-async-wait"},
+    "wgmma.fence": {"missing-fence"},
+    "nothing": set(),
+}
+
+
+@pytest.fixture(scope="module")
+def incomplete():
+    """A pipelined matmul, once for each kind of sync that is taken out; its shared memory."""
+    a, b, c = (torch.empty(1, dtype=torch.bfloat16) for _ in range(3))
+    sizes = dict(M=64, N=64, K=160, BLOCK=64, DEPTH=32, PRECISION="ieee")
+    compiled = compile_triton(kernels.matmul, dict(a=a, b=b, c=c, **sizes), 90, 4, 3)
+    head, code = compiled.asm["ptx"].split(".visible", 1)
+    code = code[: code.index("\n}") + 2]
+    for i, name in enumerate(REMOVED):
+        kept = [x for x in code.splitlines() if not x.strip().startswith(name)]
+        assert name == "nothing" or len(kept) < len(code.splitlines())
+        head += ".visible" + "\n".join(kept).replace("matmul(", f"matmul_{i}(") + "\n"
+    return Emulator(head), compiled.metadata.shared
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_triton_matmul_without_its_syncs_is_reported(incomplete, name):
+    emulator, shared = incomplete
+    a, b = random(64, 160, dtype=torch.bfloat16), random(160, 64, dtype=torch.bfloat16, seed=1)
+    c = torch.empty(64, 64, dtype=torch.bfloat16)
+    reports = emulator.launch(
+        *(f"matmul_{list(REMOVED).index(name)}", [a, b, c, 64, 64, 160, None, None], 1, 128),
+        **dict(shared_bytes=shared, outputs=[2]),
+    ).reports
+    found = {r.kind for r in reports}
+    assert REMOVED[name] <= found
+    assert REMOVED[name] or not found
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_triton_matmul_by_tensor_descriptors(stages):
+    a, b = random(100, 80, dtype=torch.bfloat16), random(80, 72, dtype=torch.bfloat16, seed=1)
+    c = torch.empty(100, 72, dtype=torch.bfloat16)
+    described = (
+        TensorDescriptor.from_tensor(x, block)
+        for x, block in ((a, [64, 32]), (b, [32, 64]), (c, [64, 64]))
+    )
+    launch = run_triton(
+        *(kernels.descriptor_matmul, (2, 2), *described, 80),
+        **dict(BLOCK=64, DEPTH=32, outputs=["c"], seed=5, arch=90, num_stages=stages),
+    )
+    assert [str(r) for r in launch.reports] == []
+    close(c, a.double() @ b.double(), 1)

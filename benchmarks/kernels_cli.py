@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,10 @@ usage: featkd kernels report [arguments]      featkd kernels report --help
   report   compile every kernel for sm_80, sm_90 and sm_100, count its traffic and launches, check
            the rules, model whole ops, and measure each launch where there is a GPU
 """
+_NO_EMULATOR = (
+    "featkd: kernels report needs ptx_emulator, a development tool: "
+    "run `pip install --editable tools/ptx_emulator` in a checkout of featkd"
+)
 _PARTS = ("compiled", "traffic", "host", "modelled")
 
 
@@ -40,21 +46,7 @@ def kernels(words: Sequence[str]) -> int:
 
 
 def _report(words: list[str]) -> int:
-    import torch
-
-    from . import (
-        cases,
-        chips,
-        csrc_counts,
-        csrc_kernels,
-        host,
-        measured,
-        modelled,
-        report,
-        results,
-        sizes,
-        table,
-    )
+    from . import cases, chips, sizes
     from .problem import DTYPES
 
     archs = [str(chip.arch) for chip in chips.CHIPS]
@@ -78,6 +70,13 @@ def _report(words: list[str]) -> int:
         ("--parts", options.parts, _PARTS),
     ):
         cases.check_known(name, given, allowed)
+    if find_spec("ptx_emulator") is None:
+        print(_NO_EMULATOR, file=sys.stderr)
+        return 1
+    import torch
+
+    from . import csrc_counts, csrc_kernels, host, measured, modelled, report, results, table
+
     chosen = [int(arch) for arch in options.archs]
     asked_ops = [op for op in options.ops if op != "spectrum"]
     compiled = list[report.Compiled]()

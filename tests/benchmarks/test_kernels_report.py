@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -264,3 +265,10 @@ def test_command_writes_csv_and_json(tmp_path, capsys):
 def test_bad_arguments(capsys, words, message):
     assert main(["kernels", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_the_emulator_the_command_tells_how_to_install_it(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ptx_emulator", None)
+    assert main(["kernels", "report", "--ops", "soft_kd"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pip install --editable tools/ptx_emulator" in line

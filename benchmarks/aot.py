@@ -13,7 +13,7 @@ import torch
 
 import featkd
 from featkd.kernels.launch import redirect
-from ptx_emulator.triton import compile_triton
+from ptx_emulator import compile_triton
 
 from .problem import Case
 

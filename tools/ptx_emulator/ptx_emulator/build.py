@@ -1,4 +1,4 @@
-"""C++ to shared libraries: compiled once, kept in the user's cache folder."""
+"""Compilation of C++ to shared libraries, which are kept in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ FLAGS = (
     *("-std=c++17", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing"),
     *("-w", "-fPIC", "-pthread"),
 )
-# characters of C++ where -O0 is better: 1.1 million take 13 s to compile at -O1, 4 s at -O0;
-# and most of a launch is spent in the engine, which is compiled once, at -O2
+# Characters of C++ from which a kernel is compiled at -O0: -O1 takes three times as long, and most
+# of a launch is spent in the engine, which is always compiled at -O2.
 _LARGE = 300_000
 
 
 class CompilerError(RuntimeError):
-    """No C++ compiler, or one that could not compile the translated kernel."""
+    """There is no C++ compiler, or it failed."""
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/ptx_emulator, by default below ~/.cache; made where it is missing."""
+    """Returns $XDG_CACHE_HOME/ptx_emulator (by default below ~/.cache), and creates it."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(home) / "ptx_emulator"
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,22 +35,22 @@ def cache_folder() -> Path:
 
 
 def find_compiler() -> str:
-    """The C++ compiler: $CXX, or g++ or clang++ on the path.
+    """Returns the path of the C++ compiler: $CXX, else g++ or clang++.
 
     Raises:
-        CompilerError: there is none.
+        CompilerError: there is no compiler.
     """
     for name in (os.environ.get("CXX"), "g++", "clang++"):
         if name and (path := shutil.which(name)):
             return path
     raise CompilerError(
         "ptx_emulator compiles kernels with a C++ compiler, and none was found: "
-        "install g++ or clang++, or name one in CXX"
+        "install g++ or clang++, or set CXX to a compiler"
     )
 
 
 def _machine() -> str:
-    """What -march=native depends on, so that a cache shared by machines stays right."""
+    """Returns the CPU's model and features, on which -march=native depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return "".join(sorted({x for x in lines if x.startswith(("flags", "model name"))}))
@@ -59,10 +59,15 @@ def _machine() -> str:
 
 
 def build(code: str, check: bool, count: bool) -> Path:
-    """Compile translated C++, link it with the engine; returns the shared library's path.
+    """Compiles translated C++ and links it with the engine.
 
-    The library's name is a hash of the code, the runtime, the flags, the compiler and the
-    machine. It is compiled aside and renamed, so that processes building at once are safe.
+    Args:
+        code: C++ of the kernels.
+        check: compile the checks.
+        count: compile the counters.
+
+    Returns:
+        Path of the shared library in the cache folder.
 
     Raises:
         CompilerError: there is no compiler, or it fails.
@@ -79,7 +84,11 @@ def _version(compiler: str) -> str:
 
 
 def _compiled(code: str, flags: list[str], suffix: str, objects: Sequence[Path] = ()) -> Path:
-    """An object or a shared library in the cache folder, made where it is missing."""
+    """Returns the path of an object or a shared library, compiled if it is not in the cache.
+
+    Its name is a hash of everything that it depends on: code, runtime, flags, compiler, CPU. It is
+    compiled in a temporary folder and renamed, so that processes may build it at the same time.
+    """
     compiler = find_compiler()
     version = _version(compiler)
     digest = hashlib.sha256()
@@ -92,7 +101,7 @@ def _compiled(code: str, flags: list[str], suffix: str, objects: Sequence[Path] 
     with tempfile.TemporaryDirectory(dir=made.parent) as folder:
         source, target = Path(folder) / "kernel.cpp", Path(folder) / made.name
         source.write_text(code)
-        # the engine first: of functions that both hold, its faster ones are kept
+        # The engine comes first: the linker keeps its -O2 version of functions that both define.
         given = [*map(str, objects), str(source), "-shared" if suffix == ".so" else "-c"]
         command = [compiler, *flags, f"-I{RUNTIME}", *given, "-o", str(target)]
         result = subprocess.run(command, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""PTX text to typed statements: declarations, labels and instructions, each with its line."""
+"""Parser of PTX: text to declarations, labels and instructions with their lines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-# bytes of a PTX type; "pred" has none in memory
+# bytes of each PTX type; "pred" is not stored in memory
 SIZES = {
     **{f"{kind}{bits}": bits // 8 for kind in "bus" for bits in (8, 16, 32, 64)},
     "f16": 2,
@@ -28,12 +28,12 @@ _VARIABLE = re.compile(
 
 
 class PtxError(ValueError):
-    """PTX text that cannot be understood, or that asks for what the emulator lacks."""
+    """PTX text that cannot be parsed or translated."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A place in the source that a `.loc` directive names."""
+    """A line of the source, from a `.loc` directive."""
 
     file: str
     line: int
@@ -44,7 +44,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Register:
-    """A register, special register, variable or label named in an operand; `!p` is negated."""
+    """A name in an operand: register, special register, variable or label; `!p` is negated."""
 
     name: str
     negated: bool = False
@@ -52,7 +52,7 @@ class Register:
 
 @dataclass(frozen=True)
 class Immediate:
-    """A literal: its bits, and "int", "f32" or "f64" for how they were written."""
+    """A literal: its bits, and its notation: "int", "f32" or "f64"."""
 
     bits: int
     kind: str
@@ -60,7 +60,7 @@ class Immediate:
 
 @dataclass(frozen=True)
 class Vector:
-    """`{a, b}`: operands packed side by side."""
+    """`{a, b}`: the elements of a vector."""
 
     items: tuple[Operand, ...]
 
@@ -74,7 +74,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Address:
-    """`[base + offset]`; base None for a literal address."""
+    """`[base + offset]`; the base of a literal address is None."""
 
     base: str | None
     offset: int
@@ -82,7 +82,7 @@ class Address:
 
 @dataclass(frozen=True)
 class TensorAddress:
-    """`[map, {x, y}]`: a box of a tensor, by its first element."""
+    """`[map, {x, y}]`: a tensor map and the coordinates of a box's first element."""
 
     map: Address
     at: tuple[Operand, ...]
@@ -90,7 +90,7 @@ class TensorAddress:
 
 @dataclass(frozen=True)
 class Group:
-    """`(a, b)`: the results or arguments of a call."""
+    """`(a, b)`: results or arguments of a call."""
 
     items: tuple[Operand, ...]
 
@@ -100,7 +100,7 @@ Operand = Register | Immediate | Vector | Pair | Address | TensorAddress | Group
 
 @dataclass(frozen=True)
 class Variable:
-    """A declaration: `count` elements of `type` in a state space; -1 elements where unsized."""
+    """A declaration of `count` elements in a state space; the count of an unsized array is -1."""
 
     space: str
     type: str
@@ -113,12 +113,13 @@ class Variable:
 
     @property
     def bytes(self) -> int:
+        """Size in memory."""
         return SIZES[self.type] * max(self.count, 0)
 
 
 @dataclass(frozen=True)
 class Label:
-    """A jump target; `targets` where it lists those of an indexed branch."""
+    """A label; `targets` are the labels of a `.branchtargets` list."""
 
     name: str
     line: int
@@ -127,7 +128,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Brace:
-    """A scope that opens or closes."""
+    """The brace that opens or closes a scope."""
 
     text: str
     line: int
@@ -135,7 +136,7 @@ class Brace:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: `opcode` split at its dots, operands, guard predicate, place."""
+    """An instruction; `parts` is the opcode split at its dots."""
 
     parts: tuple[str, ...]
     operands: tuple[Operand, ...]
@@ -145,6 +146,7 @@ class Instruction:
 
     @property
     def opcode(self) -> str:
+        """The opcode with all modifiers."""
         return ".".join(self.parts)
 
 
@@ -153,7 +155,7 @@ Statement = Variable | Label | Brace | Instruction
 
 @dataclass
 class Function:
-    """An `.entry` (kernel) or `.func`: its parameters, results and statements."""
+    """A kernel (`.entry`) or a function (`.func`)."""
 
     name: str
     entry: bool
@@ -168,7 +170,7 @@ class Function:
 
 @dataclass
 class Module:
-    """All of a PTX file."""
+    """A PTX file."""
 
     version: str
     target: str
@@ -177,7 +179,7 @@ class Module:
 
 
 def split_list(text: str) -> list[str]:
-    """Split at the commas outside brackets."""
+    """Splits at the commas outside of brackets."""
     items, depth, start = [], 0, 0
     for at, char in enumerate(text):
         depth += (char in "{[(") - (char in "}])")
@@ -188,16 +190,17 @@ def split_list(text: str) -> list[str]:
 
 
 def parse_integer(text: str) -> int:
+    """Parses a decimal, hexadecimal or octal integer."""
     digits = text.rstrip("U")
     octal = re.fullmatch(r"-?0\d+", digits)
     return int(digits, 8 if octal else 0)
 
 
 def parse_operand(text: str, line: int) -> Operand:
-    """One operand's text to its typed form.
+    """Parses an operand.
 
     Raises:
-        PtxError: the text is no PTX operand.
+        PtxError: the text is not an operand.
     """
     if text.startswith("{"):
         return Vector(tuple(parse_operand(x, line) for x in split_list(text[1:-1])))
@@ -224,26 +227,26 @@ def parse_operand(text: str, line: int) -> Operand:
         return Immediate(parse_integer(text) & (2**64 - 1), "int")
     if re.fullmatch(r"!?[%\w$.]+", text):
         return Register(text.lstrip("!"), text.startswith("!"))
-    raise PtxError(f"PTX line {line}: cannot read operand {text!r}")
+    raise PtxError(f"PTX line {line}: cannot parse operand {text!r}")
 
 
 def parse_variables(text: str, line: int) -> list[Variable]:
-    """A declaration without its semicolon, such as `.reg .b32 %r<5>` or `.shared .b8 s[64]`.
+    """Parses a declaration without its semicolon: `.reg .b32 %r<5>`, `.shared .b8 s[64]`.
 
     Raises:
-        PtxError: it is no declaration.
+        PtxError: the text is not a declaration.
     """
     variables: list[Variable] = []
     attributes: list[str] = []
     for part in split_list(text):
         match = _VARIABLE.match(part)
         if not match:
-            raise PtxError(f"PTX line {line}: cannot read declaration {part[:80]!r}")
+            raise PtxError(f"PTX line {line}: cannot parse declaration {part[:80]!r}")
         attributes = match["attributes"].replace(".", " ").split() or attributes
         kind = next((a for a in attributes if a in SIZES or a == "pred"), None)
         space = next((a for a in attributes if a in _SPACES), None)
         if kind is None or space is None:
-            raise PtxError(f"PTX line {line}: cannot read declaration {part[:80]!r}")
+            raise PtxError(f"PTX line {line}: cannot parse declaration {part[:80]!r}")
         align = int(attributes[attributes.index("align") + 1]) if "align" in attributes else 0
         pointer = "ptr" in attributes
         count, names = 1, [match["name"]]
@@ -260,11 +263,12 @@ def parse_variables(text: str, line: int) -> list[Variable]:
 
 
 def _blank(match: re.Match[str]) -> str:
+    """Replaces text by its line ends."""
     return "\n" * match[0].count("\n")
 
 
 def _statements(text: str, line: int) -> Iterator[tuple[int, str]]:
-    """Pieces of a body: `{`, `}`, `name:`, directives and instructions, with first lines."""
+    """Splits a body into braces, labels, directives and instructions, with their first lines."""
     at = 0
     token = re.compile(
         r"(?P<space>\s+)|(?P<brace>[{}])"
@@ -274,7 +278,7 @@ def _statements(text: str, line: int) -> Iterator[tuple[int, str]]:
     while at < len(text):
         match = token.match(text, at)
         if not match:
-            raise PtxError(f"PTX line {line}: cannot read {text[at : at + 60].strip()!r}")
+            raise PtxError(f"PTX line {line}: cannot parse {text[at : at + 60].strip()!r}")
         if match.lastgroup != "space":
             yield line, match[match.lastgroup or 0].strip()
         line += match[0].count("\n")
@@ -295,7 +299,7 @@ class _Parser:
             guard, text = Register(match[2], bool(match[1])), text[match.end() :]
         match = re.match(r"([a-z][\w.:]*)\s*(.*)$", text, re.S)
         if not match:
-            raise PtxError(f"PTX line {line}: cannot read instruction {text[:80]!r}")
+            raise PtxError(f"PTX line {line}: cannot parse instruction {text[:80]!r}")
         operands = tuple(parse_operand(x, line) for x in split_list(match[2]) if x)
         return Instruction(tuple(match[1].split(".")), operands, guard, line, source)
 
@@ -324,7 +328,7 @@ class _Parser:
         pattern = r"\.(entry|func)\s*(\([^)]*\))?\s*([\w$]+)\s*(\([^)]*\))?(.*)$"
         match = re.search(pattern, head, re.S)
         if not match:
-            raise PtxError(f"PTX line {line}: cannot read function head {head[:80]!r}")
+            raise PtxError(f"PTX line {line}: cannot parse function head {head[:80]!r}")
 
         def variables(text: str | None) -> tuple[Variable, ...]:
             parts = split_list(text[1:-1]) if text else []
@@ -344,13 +348,22 @@ class _Parser:
             cluster=sizes("reqnctapercluster"),
         )
 
+    def body_end(self, start: int, function: Function) -> int:
+        """Returns the position after the closing brace of a body that begins at `start`."""
+        depth = 1
+        for match in re.compile(r"[{}]").finditer(self.text, start):
+            depth += 1 if match[0] == "{" else -1
+            if depth == 0:
+                return match.end()
+        raise PtxError(f"PTX line {function.line}: function {function.name} has no closing brace")
+
     def module(self) -> Module:
         text, at = self.text, 0
         version, target = (
             re.search(rf"^\s*\.{word}\s+(\S+)", text, re.M) for word in ("version", "target")
         )
         if not version or not target:
-            raise PtxError("no PTX: .version or .target is missing")
+            raise PtxError("the text is not PTX: .version or .target is missing")
         module = Module(version[1], target[1].split(",")[0], [], [])
         skip = re.compile(r"\s*\.(?:version|target|address_size|file)\b[^\n]*(?:\n|$)|\s+")
         while at < len(text):
@@ -360,7 +373,7 @@ class _Parser:
             line = text.count("\n", 0, at) + 1
             end = re.compile(r"[;{]").search(text, at)
             if not end:
-                raise PtxError(f"PTX line {line}: cannot read {text[at : at + 60].strip()!r}")
+                raise PtxError(f"PTX line {line}: cannot parse {text[at : at + 60].strip()!r}")
             head = text[at : end.start()]
             if re.search(r"\.(entry|func)\b", head):
                 function = self.function(head, line)
@@ -368,31 +381,25 @@ class _Parser:
                 if end[0] == ";":
                     function.declared_only = True
                 else:
-                    depth = 1
-                    while depth:
-                        if at >= len(text):
-                            raise PtxError(f"PTX line {line}: {function.name} has no end")
-                        depth += (text[at] == "{") - (text[at] == "}")
-                        at += 1
-                    start = end.end()
+                    start, at = at, self.body_end(at, function)
                     function.body = self.body(text[start : at - 1], text.count("\n", 0, start) + 1)
                 module.functions.append(function)
             else:
                 stop = text.find(";", at)
                 if stop < 0:
-                    raise PtxError(f"PTX line {line}: cannot read {head.strip()[:80]!r}")
+                    raise PtxError(f"PTX line {line}: cannot parse {head.strip()[:80]!r}")
                 module.variables += parse_variables(text[at:stop].strip(), line)
                 at = stop + 1
         return module
 
 
 def parse(text: str) -> Module:
-    """Parse PTX as nvcc and Triton write it.
+    """Parses PTX as nvcc and Triton write it.
 
     Args:
         text: a whole PTX file.
 
     Raises:
-        PtxError: the text cannot be read; names the line.
+        PtxError: the text cannot be parsed; names the line.
     """
     return _Parser(text).module()

@@ -1,11 +1,11 @@
-"""What a launch hands back: reports of faults, counters, time."""
+"""Results of a launch: reports of faults, counters, time."""
 
 from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
 
-# the order is that of ReportKind in runtime/machine.h
+# in the order of ReportKind in runtime/thread.h
 KINDS = (
     "shared-race",
     "global-race",
@@ -28,31 +28,32 @@ KINDS = (
 )
 _SPACES = ("global", "shared", "local", "")
 _MEANING = {
-    "shared-race": "two threads touch the same shared memory, one of them writes, and no barrier "
-    "lies between",
-    "global-race": "two threads of a block touch the same global memory, one of them writes, and "
-    "no barrier lies between",
-    "block-race": "two blocks touch the same global memory and one of them writes",
-    "uninitialised-read": "reads what nothing has written",
-    "out-of-bounds": "outside of every allocation",
-    "misaligned": "the address is no multiple of the access size",
-    "divergent-barrier": "threads of the block meet a barrier at different places, or some have "
+    "shared-race": "two threads access the same shared memory, at least one writes, and no barrier "
+    "orders them",
+    "global-race": "two threads of a block access the same global memory, at least one writes, and "
+    "no barrier orders them",
+    "block-race": "two blocks access the same global memory, and at least one writes",
+    "uninitialised-read": "reads memory that was never written",
+    "out-of-bounds": "accesses memory outside of every allocation",
+    "misaligned": "the address is not a multiple of the access size",
+    "divergent-barrier": "threads of the block meet a barrier at different lines, or some have "
     "exited",
-    "deadlock": "no thread of the block can go on",
-    "missing-async-wait": "touches what an asynchronous operation uses, before it was waited for",
-    "unwritten-output": "the launch ended with bytes of this output never written",
-    "time-limit": "still running at the time limit; the launch was stopped",
+    "deadlock": "no thread of the block can continue",
+    "missing-async-wait": "accesses memory or registers of an asynchronous operation without "
+    "waiting for it",
+    "unwritten-output": "the launch did not write all bytes of this output",
+    "time-limit": "the launch was stopped at the time limit",
     "trap": "a trap or a failed device assertion",
-    "warp-mismatch": "lanes of a warp disagree on a warp-wide operation: another line, a lane "
-    "outside of the mask, or less than a whole warp",
-    "stack-overflow": "recursion, which is not supported",
-    "cluster-exit": "touches the shared memory of a block of the cluster, and nothing makes that "
-    "block wait before it ends",
-    "invalid-mbarrier": "no mbarrier was initialised here, or it is initialised twice or with "
-    "count 0, or it gets more arrivals than it expects",
-    "invalid-tensor-map": "a tensor copy whose map is none, or has another number of dimensions",
-    "missing-fence": "an asynchronous operation uses what ordinary instructions wrote, and no "
-    "fence.proxy.async (shared memory) or wgmma.fence (registers) lies between",
+    "warp-mismatch": "the lanes of a warp disagree on a warp operation: different lines, a lane "
+    "outside of the mask, or an incomplete warp",
+    "stack-overflow": "local memory is exhausted: recursion is not supported",
+    "cluster-exit": "accesses the shared memory of another block of the cluster, which may exit "
+    "before",
+    "invalid-mbarrier": "the mbarrier is not initialised, is initialised twice or with count 0, or "
+    "gets more arrivals than expected",
+    "invalid-tensor-map": "the tensor map is invalid or has another number of dimensions",
+    "missing-fence": "an asynchronous operation reads what ordinary instructions wrote, without "
+    "fence.proxy.async (shared memory) or wgmma.fence (registers) between them",
 }
 
 
@@ -78,18 +79,20 @@ class RawReport(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Report:
-    """A fault; the first of its kind at its lines, in the order of blocks.
+    """A fault; of those of one kind at the same lines, the first in block order.
 
     Attributes:
         kind: one of `KINDS`.
         kernel: the kernel's name.
-        line, other_line: PTX lines of the access and of the one it meets; 0 where there is none.
-        source, other_source: the source lines behind them, "" where the PTX names none.
-        block: x, y, z of the block.
-        threads: linear ids in the block of the threads concerned; for "block-race" none.
-        rank: the second thread's block in the cluster, None where it is the same block.
-        count: how often it was found.
-        message: all of this in words.
+        line: PTX line, or 0.
+        source: source line, or "" if the PTX does not name it.
+        other_line: PTX line of the access that it conflicts with, or 0.
+        other_source: source line of that access, or "".
+        block: x, y and z of the block.
+        threads: ids, in their blocks, of the threads; empty for "block-race".
+        rank: rank of the second thread's block in the cluster, None if it is the same block.
+        count: number of times the fault was found.
+        message: all of this as text.
     """
 
     kind: str
@@ -108,10 +111,13 @@ class Report:
         return self.message
 
 
-def make_report(
-    raw: RawReport, kernel: str, sources: dict[int, str], places: dict[int, str]
-) -> Report:
-    """A raw report in words; `places` names each allocation."""
+def make_report(raw: RawReport, kernel: str, sources: dict[int, str], names: list[str]) -> Report:
+    """Converts a report of the runtime.
+
+    Args:
+        sources: source line of each PTX line.
+        names: name of each allocation.
+    """
     kind = KINDS[raw.kind]
     source, other_source = sources.get(raw.line, ""), sources.get(raw.other_line, "")
     block: tuple[int, int, int] = (raw.block[0], raw.block[1], raw.block[2])
@@ -133,7 +139,7 @@ def make_report(
         parts[-1] += f" of block {rank} of the cluster"
     space = _SPACES[raw.space]
     if raw.argument >= 0:
-        parts.append(f"{raw.bytes} bytes at offset {raw.offset} of {places[raw.argument]}")
+        parts.append(f"{raw.bytes} bytes at offset {raw.offset} of {names[raw.argument]}")
     elif space:
         parts.append(f"{raw.bytes} bytes at {space} address {raw.offset:#x}")
     parts.append(f"found {raw.count} times")
@@ -152,7 +158,7 @@ def make_report(
     )
 
 
-# the order is that of Total in runtime/machine.h
+# in the order of Total in runtime/machine.h
 TOTALS = (
     "global_read_bytes",
     "global_write_bytes",
@@ -178,18 +184,19 @@ class Counters:
     """Exact counts of a launch.
 
     Attributes:
-        instructions: executions by a thread, by class ("memory", "fma.f32", "mma.bf16", ...).
+        instructions: executed thread instructions by class ("memory", "fma.f32", "mma.bf16", ...).
         flops: floating-point operations by class; an fma is two, a matrix product 2 M N K.
-        global_read_bytes, global_write_bytes: bytes that threads asked for.
-        global_read_sectors, global_write_sectors: 32-byte sectors, once a warp access.
+        global_read_bytes, global_write_bytes: bytes requested by threads.
+        global_read_sectors, global_write_sectors: 32-byte sectors of each warp access.
         global_read_requests, global_write_requests: warp accesses.
-        shared_requests, shared_wavefronts, shared_conflicts: warp accesses, the passes they take
-            over 32 banks of 4 bytes, and those passes beyond the least possible.
+        shared_requests: warp accesses of shared memory.
+        shared_wavefronts: passes that these accesses take over 32 banks of 4 bytes.
+        shared_conflicts: passes caused by bank conflicts.
         barriers, warp_syncs: completed block barriers and `bar.warp.sync`s.
-        atomics: atomic operations by a thread.
-        local_read_bytes, local_write_bytes: local memory traffic.
-        distinct_read_bytes, distinct_write_bytes: different bytes of global memory touched: the
-            floor of the traffic.
+        atomics: atomic operations of threads.
+        local_read_bytes, local_write_bytes: traffic of local memory.
+        distinct_read_bytes, distinct_write_bytes: different bytes of global memory: the least
+            possible traffic.
     """
 
     instructions: dict[str, int] = field(default_factory=dict)
@@ -213,18 +220,24 @@ class Counters:
 
     @property
     def read_efficiency(self) -> float:
-        """Share of the bytes of the read sectors that threads asked for."""
+        """Share of the bytes in the read sectors that threads requested."""
         return self.global_read_bytes / max(32 * self.global_read_sectors, 1)
 
     @property
     def write_efficiency(self) -> float:
-        """Share of the bytes of the written sectors that threads asked for."""
+        """Share of the bytes in the written sectors that threads requested."""
         return self.global_write_bytes / max(32 * self.global_write_sectors, 1)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The outcome of a launch: run time, faults (None found: empty), counts where asked for."""
+    """The outcome of a launch.
+
+    Attributes:
+        seconds: run time.
+        reports: faults that were found.
+        counters: counts, or None if counting is off.
+    """
 
     seconds: float
     reports: tuple[Report, ...]

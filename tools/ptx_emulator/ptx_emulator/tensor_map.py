@@ -1,4 +1,4 @@
-"""Tensor maps: what `cuTensorMapEncodeTiled` makes on a machine with a driver, for the emulator."""
+"""Tensor maps of the emulator, in place of those that `cuTensorMapEncodeTiled` makes."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 import torch
 
 BYTES = 128
-_MAGIC = 0x70616D74
+_MAGIC = 0x70616D74  # kTensorMagic of runtime/tensor.h
 
 
 @dataclass(frozen=True)
 class TensorMap:
-    """A kernel argument that tells `cp.async.bulk.tensor` of an array in global memory.
+    """A kernel argument that describes an array in global memory to `cp.async.bulk.tensor`.
 
     Args:
         array: numpy array or CPU tensor of 1 to 5 dimensions, the last one contiguous.
-        box: size of the part that one copy moves, a number a dimension.
-        swizzle: bytes of a row of the pattern in shared memory: 0 (none), 32, 64 or 128.
+        box: size of the part that one copy moves, one number per dimension.
+        swizzle: row bytes of the swizzle pattern in shared memory: 0 (none), 32, 64 or 128.
 
     Raises:
-        ValueError: what the driver would refuse too.
+        ValueError: arguments that the driver refuses too.
     """
 
     array: Any
@@ -36,7 +36,7 @@ class TensorMap:
             raise ValueError(f"box: expected 1 to 5 sizes as the array has, got {self.box}")
         if strides[-1] != item or any(s % 16 for s in strides[:-1]):
             raise ValueError(
-                "array: the last dimension must be contiguous, the others' strides multiples of "
+                "array: the last dimension must be contiguous and the other strides multiples of "
                 f"16 bytes, got strides of {strides} bytes"
             )
         if any(not 1 <= b <= 256 for b in self.box) or self.box[-1] * item % 16:
@@ -45,8 +45,8 @@ class TensorMap:
             )
         if self.swizzle not in (0, 32, 64, 128) or 0 < self.swizzle < self.box[-1] * item:
             raise ValueError(
-                f"swizzle: expected 0, 32, 64 or 128, and no less than the box's row of "
-                f"{self.box[-1] * item} bytes, got {self.swizzle}"
+                f"swizzle: expected 0, 32, 64 or 128, and at least the "
+                f"{self.box[-1] * item} bytes of a row of the box, got {self.swizzle}"
             )
 
     @property
@@ -62,7 +62,7 @@ class TensorMap:
         return self.array.data_ptr(), tuple(self.array.shape), strides, item
 
     def pack(self) -> bytes:
-        """The bytes of `TensorMap` in runtime/tensor.h, innermost dimension first."""
+        """Returns the bytes of `TensorMap` in runtime/tensor.h, innermost dimension first."""
         address, sizes, strides, item = self.geometry
 
         def five(values: tuple[int, ...]) -> list[int]:

@@ -1,4 +1,4 @@
-"""From a Triton kernel and CPU tensors to results: compiled ahead of time, executed on the CPU."""
+"""Triton kernels: ahead-of-time compilation to PTX, and execution on CPU tensors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _is_descriptor(value: Any) -> bool:
 
 
 def _expand(name: str, value: Any, layout: dict[str, Any]) -> list[Any]:
-    """What a launch passes for a tensor descriptor: its map, sizes and strides."""
+    """Returns what a launch passes for a tensor descriptor: tensor map, sizes and strides."""
     if layout["is_im2col"] or layout["fp4_padded"] or value.padding != "zero":
         raise TypeError(f"{name}: only plain tensor descriptors that pad with zeros are supported")
     tensor = torch.as_strided(value.base, value.shape, value.strides)
@@ -44,7 +44,7 @@ def _expand(name: str, value: Any, layout: dict[str, Any]) -> list[Any]:
 
 
 def _specialise(name: str, value: Any) -> tuple[str, bool]:
-    """Triton type of an argument, and whether a launch would know that 16 divides it."""
+    """Returns an argument's Triton type, and True if a launch finds it divisible by 16."""
     if _is_descriptor(value):
         kind = _POINTERS[value.base.dtype].removeprefix("*")
         return f"tensordesc<{kind}[{', '.join(map(str, value.block_shape))}]>", False
@@ -65,7 +65,7 @@ def _specialise(name: str, value: Any) -> tuple[str, bool]:
 
 
 def _is_constant(parameter: Any, value: Any) -> bool:
-    """Whether a launch compiles the value in: None, and the integer 1 unless told otherwise."""
+    """Checks if a launch compiles the value in: None, and the integer 1 unless told otherwise."""
     if parameter.is_constexpr or value is None:
         return True
     free = parameter.do_not_specialize or parameter.annotation_type
@@ -86,7 +86,20 @@ def compile_triton(
     enable_fp_fusion: bool = True,
     maxnreg: int | None = None,
 ) -> Any:
-    """Compile a `triton.jit` function as a launch with these arguments would."""
+    """Compiles a `triton.jit` function with the specialisation of a launch.
+
+    Args:
+        kernel: a `triton.jit` function.
+        arguments: value of each parameter.
+        arch: compute capability, such as 80 or 90.
+        num_warps: as for Triton.
+        num_stages: as for Triton.
+        enable_fp_fusion: as for Triton.
+        maxnreg: as for Triton.
+
+    Returns:
+        Triton's compiled kernel; `asm["ptx"]` is its PTX.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -130,23 +143,23 @@ def run_triton(
     outputs: Sequence[str] = (),
     **constexprs: Any,
 ) -> Launch:
-    """Compile a Triton kernel to PTX and execute that on the CPU.
+    """Compiles a Triton kernel to PTX and executes it on the CPU.
 
     Args:
         kernel: a `triton.jit` function.
         grid: up to three sizes.
-        args: the kernel's arguments: CPU tensors (read and written in place), numbers, and for
-            `arch` 90 `TensorDescriptor`s of CPU tensors, with the specialisation of a real
-            launch: divisibility by 16 of pointers and integers, and the integer 1, are compiled
-            in.
-        num_warps, num_stages, enable_fp_fusion, maxnreg, arch: as for Triton; `arch` 80 or 90.
+        args: arguments of the kernel: numbers, CPU tensors (read and written in place), and for
+            `arch` 90 `TensorDescriptor`s of CPU tensors. They are specialised as in a real
+            launch: divisibility by 16 and the integer 1 are compiled in.
+        num_warps, num_stages, enable_fp_fusion, maxnreg: as for Triton.
+        arch: compute capability, 80 or 90.
         check, count, seed, time_limit: as for `Emulator` and its `launch`.
         outputs: names of tensor arguments that the kernel must fill.
         constexprs: the other arguments by name.
 
     Raises:
         TypeError: arguments that do not fit the kernel.
-        UnsupportedInstruction: Triton's PTX holds what the emulator lacks.
+        UnsupportedInstruction: the PTX has an instruction that is not implemented.
     """
     if not hasattr(kernel, "params"):
         raise TypeError(f"kernel: expected a triton.jit function, got {type(kernel).__name__}")
@@ -166,15 +179,15 @@ def run_triton(
     )
     emulator = _emulator(compiled.asm["ptx"], check, count)
     names = [p.name for p in kernel.params if not _is_constant(p, arguments[p.name])]
-    # the compiler adds two pointers to scratch memory, which these kernels leave alone
+    # Triton appends two pointers to scratch memory, which supported kernels do not use.
     scratch = compiled.metadata.global_scratch_size + compiled.metadata.profile_scratch_size
     if scratch:
-        raise TypeError(f"kernel: asks for {scratch} bytes of scratch memory, not supported")
+        raise TypeError(f"kernel: uses {scratch} bytes of scratch memory, which is not supported")
     values: list[Any] = []
-    places: dict[str, int] = {}
+    positions: dict[str, int] = {}
     layouts = iter(compiled.metadata.tensordesc_meta or ())
     for name in names:
-        places[name], value = len(values), arguments[name]
+        positions[name], value = len(values), arguments[name]
         values += _expand(name, value, next(layouts)) if _is_descriptor(value) else [value]
     return emulator.launch(
         compiled.metadata.name,
@@ -184,5 +197,5 @@ def run_triton(
         shared_bytes=compiled.metadata.shared,
         seed=seed,
         time_limit=time_limit,
-        outputs=[places[name] for name in outputs],
+        outputs=[positions[name] for name in outputs],
     )

@@ -1,4 +1,4 @@
-"""Shifts, bit fields, logic, comparisons and moves, evaluated with Python's integers."""
+"""Cases of shifts, bit fields, logic, comparisons and moves."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ COMPARISONS: dict[str, Callable] = {
 }
 
 
-def own(kind: str) -> str:
-    """The operand type of an untyped instruction."""
+def operand_type(kind: str) -> str:
+    """Returns the operand type; that of an untyped instruction is unsigned."""
     return kind.replace("b", "u")
 
 
 def logic(kind: str) -> list[Case]:
-    one, two = " ".join([own(kind)] * 2), " ".join([own(kind)] * 3)
+    one, two = " ".join([operand_type(kind)] * 2), " ".join([operand_type(kind)] * 3)
     return [
         operation(f"and.{kind}", two, lambda a, b: a & b),
         operation(f"or.{kind}", two, lambda a, b: a | b),
@@ -45,12 +45,12 @@ def predicates(name: str, f: Callable) -> Case:
 
 
 def shifts(kind: str) -> list[Case]:
-    bits, types = size(kind), f"{own(kind)} {own(kind)} amount"
+    bits, types = size(kind), f"{operand_type(kind)} {operand_type(kind)} amount"
     signed = kind.replace("b", "s")
     return [
         operation(f"shl.{kind}", types, each(lambda a, n: a << n if n < bits else 0)),
         operation(f"shr.{kind}", types, each(lambda a, n: a >> min(n, bits))),
-        operation(f"shr.{own(kind)}", types, each(lambda a, n: a >> min(n, bits))),
+        operation(f"shr.{operand_type(kind)}", types, each(lambda a, n: a >> min(n, bits))),
         operation(
             f"shr.{signed}", f"{signed} {signed} amount", each(lambda a, n: a >> min(n, bits))
         ),
@@ -93,8 +93,8 @@ def truth_table(table: int) -> Case:
     return operation("lop3.b32", "u32 u32 u32 u32", each(want), f", {table}")
 
 
-def take(kind: str) -> Case:
-    """bfe: bits past the top are the sign, which is that of the field's last bit there is."""
+def extracted_field(kind: str) -> Case:
+    """Returns a case of bfe; bits past the top repeat the sign of the field's last existing bit."""
     bits, signed = size(kind), kind[0] == "s"
 
     def want(a: int, start: int, length: int) -> int:
@@ -108,10 +108,10 @@ def take(kind: str) -> Case:
     return operation(f"bfe.{kind}", f"{kind} {kind} amount amount", each(want))
 
 
-def insert(kind: str, start: int, length: int) -> Case:
+def inserted_field(kind: str, start: int, length: int) -> Case:
     mask = low_bits(-1, length % 256) << start % 256
     code = f"bfi.{kind} {{d}}, {{a}}, {{b}}, {start}, {length};"
-    types = " ".join([own(kind)] * 3)
+    types = " ".join([operand_type(kind)] * 3)
     return case(code, types, each(lambda a, b: b & ~mask | a << start % 256 & mask))
 
 
@@ -131,13 +131,13 @@ def positions(kind: str) -> list[Case]:
 
 
 def counts(kind: str) -> list[Case]:
-    types, bits = f"u32 {own(kind)}", size(kind)
+    types, bits = f"u32 {operand_type(kind)}", size(kind)
     return [
         operation(f"popc.{kind}", types, each(lambda a: a.bit_count())),
         operation(f"clz.{kind}", types, each(lambda a: bits - a.bit_length())),
         operation(
             f"brev.{kind}",
-            f"{own(kind)} {own(kind)}",
+            f"{operand_type(kind)} {operand_type(kind)}",
             each(lambda a: int(f"{a:0{bits}b}"[::-1], 2)),
         ),
     ]
@@ -163,7 +163,7 @@ def comparisons(kind: str) -> list[Case]:
 
 
 def combined(kind: str, name: str, f: Callable) -> Case:
-    """Both results of a comparison, each joined with a third, negated predicate."""
+    """Returns a case with both results of a comparison, each combined with a negated predicate."""
     code = "setp.ne.u32 %p2, {c}, 4;\n"
     code += f"setp.lt.{name}.{kind} %p0|%p1, {{a}}, {{b}}, !%p2;\n"
     code += "selp.u32 %r13, 1, 0, %p0;\nselp.u32 {d}, 2, 0, %p1;\nor.b32 {d}, {d}, %r13;"
@@ -173,12 +173,12 @@ def combined(kind: str, name: str, f: Callable) -> Case:
 
 def chosen(kind: str) -> Case:
     code = f"setp.gt.u32 %p0, {{c}}, 32;\nselp.{kind} {{d}}, {{a}}, {{b}}, %p0;"
-    types = f"{own(kind)} {own(kind)} {own(kind)} amount"
+    types = f"{operand_type(kind)} {operand_type(kind)} {operand_type(kind)} amount"
     return case(code, types, lambda a, b, c: np.where(c > 32, a, b))
 
 
 def moved(kind: str) -> Case:
-    return operation(f"mov.{kind}", f"{own(kind)} {own(kind)}", lambda a: a)
+    return operation(f"mov.{kind}", f"{operand_type(kind)} {operand_type(kind)}", lambda a: a)
 
 
 MOVES = [
@@ -206,14 +206,18 @@ CASES = [
     *funnel("clamp"),
     *(truth_table(table) for table in (0x96, 0x3C, 0xE8, 0x01, 0x80, 0xCA)),
     operation("prmt.b32", "u32 u32 u32 bytes", each(select_bytes)),
-    *(c for kind in ("u32", "s32", "u64", "s64") for c in [take(kind), *positions(kind)]),
-    *(insert(kind, *field) for kind in ("b32", "b64") for field in FIELDS),
+    *(
+        c
+        for kind in ("u32", "s32", "u64", "s64")
+        for c in [extracted_field(kind), *positions(kind)]
+    ),
+    *(inserted_field(kind, *field) for kind in ("b32", "b64") for field in FIELDS),
     *(c for kind in ("b32", "b64") for c in counts(kind)),
     *(c for kind in INTS for c in comparisons(kind)),
     *(
         case(
             f"setp.{name}.{kind} %p0, {{a}}, {{b}};\nselp.u32 {{d}}, 1, 0, %p0;",
-            f"u32 {own(kind)} {own(kind)}",
+            f"u32 {operand_type(kind)} {operand_type(kind)}",
             COMPARISONS[name],
         )
         for kind in BITS

@@ -1,4 +1,4 @@
-"""cvt between all types, and address conversions."""
+"""Cases of cvt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WHOLE: dict[str, Callable] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, 
 
 
 def between_ints(target: str, source: str) -> list[Case]:
-    """.sat only where a source value can be outside of the target."""
+    """Returns the plain conversion, and that with .sat if a value can exceed the target."""
     types, bits = f"{target} {source}", int(source[1:])
     found = []
     ends = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if source[0] == "s" else (0, 2**bits - 1)
@@ -31,10 +31,10 @@ def between_ints(target: str, source: str) -> list[Case]:
 
 
 def to_int(target: str, source: str, mode: str, more: str = "") -> Case:
-    """Rounded, then clamped; NaN is 0, or the top bit alone where either side has 64 bits."""
+    """Rounds and clamps; NaN becomes 0, or the top bit alone if one of the types has 64 bits."""
     bits = int(target[1:])
     not_a_number = 2 ** (bits - 1) if source == "f64" or bits == 64 else 0
-    top = 2.0**70  # past every integer type
+    top = 2.0**70  # exceeds every integer type
 
     def want(a: np.ndarray) -> np.ndarray:
         a = flush(a, source) if more else a
@@ -54,7 +54,7 @@ def from_int(target: str, source: str, mode: str, more: str = "") -> Case:
 
 
 def between_floats(target: str, source: str, mode: str = "", more: str = "") -> Case:
-    """mode empty where every value fits; .ftz is about float32's subnormals only."""
+    """Converts a float; `mode` is empty if every value fits. .ftz applies to float32 only."""
 
     def want(a: np.ndarray) -> np.ndarray:
         if ".ftz" in more and source == "f32":
@@ -77,7 +77,7 @@ def whole(kind: str, mode: str, more: str = "") -> Case:
 
 
 def packed(kind: str, mode: str, more: str = "") -> Case:
-    """Two floats to a pair of halves: the first operand is the high half."""
+    """Converts two floats to a pair of halves; the first one is the high half."""
 
     def want(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         pairs = round_array(np.stack([b, a], axis=1), kind, mode)
@@ -87,7 +87,7 @@ def packed(kind: str, mode: str, more: str = "") -> Case:
 
 
 def tf32(a: np.ndarray) -> np.ndarray:
-    """Bits of the float with its 13 low bits rounded away, ties away from zero."""
+    """Rounds the 13 low bits of a float away, ties away from zero."""
     bits = a.view("u4").astype(object)
     return np.where(np.isnan(a), 0x7FFFFFFF, bits + 0x1000 & 0xFFFFE000)
 

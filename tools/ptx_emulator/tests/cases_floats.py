@@ -1,4 +1,4 @@
-"""Arithmetic and functions of floats and halves, rounded once from exact fractions."""
+"""Cases of arithmetic and functions on floats and halves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def repeat(kind: str, count: int) -> str:
 
 
 def computed(name: str, kind: str, mode: str = "rn", more: str = "") -> Case:
-    """An instruction that rounds once, with .ftz and .sat where `more` has them."""
+    """Returns a case of an instruction that rounds once; `more` may hold .ftz and .sat."""
     want = arithmetic(name, kind.removesuffix("x2"), mode, ".ftz" in more, ".sat" in more)
     return operation(f"{name}.{mode}{more}.{kind}", repeat(kind, OPERANDS[name]), want)
 
@@ -34,7 +34,7 @@ def rectified(kind: str, more: str = "") -> Case:
 
 
 def lesser(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The smaller one, -0 below +0; NaN where either is."""
+    """Returns the minimum; -0 is less than +0, and NaN if one of the two is."""
     return np.where(a == b, np.where(np.signbit(a), a, b), np.minimum(a, b))
 
 
@@ -61,7 +61,7 @@ def sign_only(kind: str, more: str = "") -> list[Case]:
 
 
 def approximate(opcode: str, kind: str, f: Callable, tolerance: float, more: str = "") -> Case:
-    """A function that the hardware only approximates: the exact one in float64, nearly."""
+    """Returns a case of a function that the hardware approximates, with a tolerance."""
 
     def want(*operands: np.ndarray) -> np.ndarray:
         inputs = [x.astype("f8") for x in operands]
@@ -161,7 +161,7 @@ def functions() -> list[Case]:
             approximate("div.approx", "f32", np.divide, 2.0**-22, more),
             approximate("div.full", "f32", np.divide, 2.0**-22, more),
         ]
-    # doubles keep only 20 bits here, and flush
+    # in float64 only 20 bits are exact
     for name in ("rcp", "rsqrt"):
         found.append(approximate(f"{name}.approx", "f64", single[name], 2.0**-20, ".ftz"))
     found.append(approximate("rsqrt.approx", "f64", single["rsqrt"], 2.0**-20))

@@ -1,4 +1,4 @@
-"""Sums and products of whole numbers, evaluated with Python's integers."""
+"""Cases of integer arithmetic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INTS = ("u16", "s16", "u32", "s32", "u64", "s64")
 
 
 def each(f: Callable) -> Callable[..., np.ndarray]:
-    """f of single Python integers, lifted to arrays."""
+    """Returns f of Python integers as a function over arrays."""
     return np.frompyfunc(f, f.__code__.co_argcount, 1)
 
 
@@ -26,7 +26,7 @@ def low_bits(x: int, bits: int, sign: bool = False) -> int:
 
 
 def quotient(a: int, b: int) -> int:
-    """Towards zero; by zero all ones, as the hardware gives."""
+    """Divides towards zero; a division by zero returns all ones, as on the hardware."""
     return -1 if b == 0 else abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
 
@@ -73,7 +73,7 @@ def saturated() -> list[Case]:
 
 
 def carries(kind: str) -> list[Case]:
-    """Sums of words: what leaves the low word arrives in the next one."""
+    """Returns cases of the carry flag, which passes from one instruction to the next."""
     bits = size(kind)
     register = "%r13" if bits == 32 else "%rd13"
     two, three = " ".join([kind] * 3), " ".join([kind] * 4)

@@ -1,4 +1,4 @@
-"""Floating point worked out in fractions: what an instruction must give, rounded once."""
+"""Exact floating-point arithmetic: results as fractions, rounded once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMATS = {
 
 
 def round_fraction(x: Fraction, kind: str, mode: str) -> float:
-    """A nonzero x as the type `kind`, under rn, rz, rm, rp, or rna (ties away from zero)."""
+    """Rounds x != 0 to the type `kind` in mode rn, rz, rm, rp, or rna (ties away from zero)."""
     bits, least, largest = FORMATS[kind]
     sign, x = (-1 if x < 0 else 1), abs(x)
     exponent = x.numerator.bit_length() - x.denominator.bit_length()
@@ -43,7 +43,7 @@ def round_fraction(x: Fraction, kind: str, mode: str) -> float:
 
 
 def root(x: Fraction) -> Fraction:
-    """The square root: exact, or between its neighbours where no format can tell it apart."""
+    """Returns the square root, precise enough to be rounded to any format."""
     scaled = (x.numerator << 2400) // x.denominator
     whole = math.isqrt(scaled)
     inexact = whole * whole * x.denominator != x.numerator << 2400
@@ -51,7 +51,7 @@ def root(x: Fraction) -> Fraction:
 
 
 def round_array(x: np.ndarray, kind: str, mode: str = "rn") -> np.ndarray:
-    """Floats, or whole numbers as objects, as the type `kind` in float64."""
+    """Rounds floats or integers to the type `kind`; the result is float64."""
     flat = [
         round_fraction(Fraction(v), kind, mode) if v and math.isfinite(v) else float(v)
         for v in np.ravel(x).tolist()
@@ -60,13 +60,13 @@ def round_array(x: np.ndarray, kind: str, mode: str = "rn") -> np.ndarray:
 
 
 def flush(x: np.ndarray, kind: str) -> np.ndarray:
-    """Subnormals to zeros of their sign."""
+    """Replaces subnormals by zeros of the same sign."""
     bits, least, _ = FORMATS[kind]
     return np.where(np.abs(x) < 2.0 ** (least + bits - 1), np.copysign(0.0, x), x)
 
 
 def clamp(x: np.ndarray) -> np.ndarray:
-    """.sat: into [0, 1], NaN to 0."""
+    """Clamps to [0, 1] as .sat does; NaN becomes 0."""
     return np.where(x > 0, np.minimum(x, 1), 0.0)
 
 
@@ -74,7 +74,7 @@ def relu(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), x, np.where(x > 0, x, 0.0))
 
 
-# name: the value, and the operands whose signs flip its sign
+# name: the exact value, and the operands whose signs change its sign
 OPERATIONS: dict[str, tuple[Callable, tuple[int, ...]]] = {
     "add": (lambda a, b: a + b, (0, 1)),
     "sub": (lambda a, b: a - b, (0, 1)),
@@ -97,9 +97,9 @@ def one(name: str, values: tuple[float, ...], kind: str, mode: str) -> float:
         if exact:
             return round_fraction(exact, kind, mode)
     else:
-        # beside an infinity or NaN only the sign of a number matters, and it must not overflow
+        # next to an infinity or NaN only the sign of a number matters
         values = tuple(math.copysign(1, v) if v and math.isfinite(v) else v for v in values)
-    if mode == "rm" and flips:  # rounding down is rounding up of the negative: zero sums are -0
+    if mode == "rm" and flips:  # zero sums are -0: computed as the negative of a rounded-up value
         negated = (-v if i in flips else v for i, v in enumerate(values))
         return -float(f(*map(np.float64, negated)))
     return float(f(*map(np.float64, values)))
@@ -108,7 +108,7 @@ def one(name: str, values: tuple[float, ...], kind: str, mode: str) -> float:
 def arithmetic(
     name: str, kind: str, mode: str = "rn", ftz: bool = False, sat: bool = False
 ) -> Callable[..., np.ndarray]:
-    """An operation over arrays of the values of `kind`; the result in float64."""
+    """Returns an operation over arrays of values of `kind`; its results are float64."""
 
     def want(*operands: np.ndarray) -> np.ndarray:
         inputs = [flush(x, kind) if ftz else x for x in operands]

@@ -1,4 +1,4 @@
-"""Cases of single instructions: one kernel each, against what its `want` says over arrays."""
+"""Cases of single instructions: one kernel per case, compared with a function over arrays."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import pytest
 
 from exact_arithmetic import round_array
 from ptx_emulator import Emulator
 from ptx_text import kernel, together
 
-NAN, INF = np.nan, np.inf
 THREADS = 256
-# type: its register, how it is loaded, how its register is stored, numpy's types of both
+# type: register, suffixes of its load and store, numpy types of operands and results in memory
 KINDS = {
     "s8": ("%h", "s8", "b16", "i1", "i2"),
     "u8": ("%h", "u8", "b16", "u1", "u2"),
@@ -30,78 +28,21 @@ KINDS = {
     "bf16": ("%h", "b16", "b16", "u2", "u2"),
     "f16x2": ("%r", "b32", "b32", "u4", "u4"),
     "bf16x2": ("%r", "b32", "b32", "u4", "u4"),
-    # u32 operands with values of their own: amounts of shifts, and bytes of a selector
+    # u32 operands with other values: shift amounts, and selectors of bytes
     "amount": ("%r", "b32", "b32", "u4", "u4"),
     "bytes": ("%r", "b32", "b32", "u4", "u4"),
 }
+_COMMON = "0 -0.0 1 -1.5 3 inf -inf nan 0.1"
 FLOATS = {
-    "f32": [
-        0.0,
-        -0.0,
-        1.0,
-        -1.5,
-        3.0,
-        1e30,
-        -1e-30,
-        1e-40,
-        -1e-40,
-        INF,
-        -INF,
-        NAN,
-        0.1,
-        2.0**24 + 2,
-    ],
-    "f64": [
-        0.0,
-        -0.0,
-        1.0,
-        -1.5,
-        3.0,
-        1e300,
-        -1e-300,
-        1e-310,
-        -1e-310,
-        INF,
-        -INF,
-        NAN,
-        0.1,
-        2.0**53,
-    ],
+    "f32": [float(x) for x in f"{_COMMON} 1e30 -1e-30 1e-40 -1e-40 16777218".split()],
+    "f64": [float(x) for x in f"{_COMMON} 1e300 -1e-300 1e-310 -1e-310 9007199254740992".split()],
 }
-# subnormals at both ends, the largest, one and its neighbour, ties between them
+_F16 = "0 8000 3C00 BE00 1 83FF 400 7BFF 7C00 FC00 7E01 2E66 3C01 1000"
+_BF16 = "0 8000 3F80 BFC0 1 807F 80 7F7F 7F80 FF80 7FC1 3DCD 3F81 3B80"
+# bits: zeros, subnormals, the largest values, infinities, NaN, 1, the value after 1, and ties
 HALVES = {
-    "f16": [
-        0,
-        0x8000,
-        0x3C00,
-        0xBE00,
-        1,
-        0x83FF,
-        0x400,
-        0x7BFF,
-        0x7C00,
-        0xFC00,
-        0x7E01,
-        0x2E66,
-        0x3C01,
-        0x1000,
-    ],
-    "bf16": [
-        0,
-        0x8000,
-        0x3F80,
-        0xBFC0,
-        1,
-        0x807F,
-        0x80,
-        0x7F7F,
-        0x7F80,
-        0xFF80,
-        0x7FC1,
-        0x3DCD,
-        0x3F81,
-        0x3B80,
-    ],
+    "f16": [int(x, 16) for x in _F16.split()],
+    "bf16": [int(x, 16) for x in _BF16.split()],
 }
 INTS = [0, 1, -1, 2, 7, 31, 100, -128, 255, -256, 32767, -32768, 2**31 - 1, -(2**31), 12345678]
 INTS += [-87654321, 2**63 - 1, -(2**63), 2**53 + 1, 0x123456789ABCDEF, -(2**40)]
@@ -111,34 +52,38 @@ BYTES = [0x3210, 0x7654, 0x0246, 0x89AB, 0xFEDC, 0x7F80, 0x1111, 0xF3D5, 0xFFFF7
 
 @dataclass(frozen=True)
 class Case:
-    """`code` with {d} the result and {a} {b} {c} registers; `want` the same over arrays.
+    """An instruction and its expected results.
 
-    `want` sees whole numbers as Python's integers, so that nothing wraps, halves as float64, and
-    pairs of halves as two columns of it; its result is wrapped or rounded to the result's type.
+    Attributes:
+        code: PTX, in which {d} is the result and {a} {b} {c} are the operands.
+        types: types of the result and the operands.
+        want: the instruction over arrays. Integers are Python's and do not wrap, halves are
+            float64, pairs of halves are two columns. The result is converted to its type.
+        tolerance: relative error allowed; 0 requires the same bits.
     """
 
     code: str
-    types: tuple[str, ...]  # of the result and the operands
+    types: tuple[str, ...]
     want: Callable[..., np.ndarray]
-    tolerance: float = 0.0  # relative; 0 asks for the same bits
+    tolerance: float = 0.0
 
     def __str__(self) -> str:
         last = self.code.replace("\n", " ").split(" ")
         return "-".join(x for x in last if "." in x or x in ("and", "or"))
 
 
-def case(code: str, types: str, want: Callable[..., np.ndarray], tolerance: float = 0.0) -> Case:
-    return Case(code, tuple(types.split()), want, tolerance)
+def case(code: str, types: str, want: Callable[..., np.ndarray]) -> Case:
+    return Case(code, tuple(types.split()), want)
 
 
 def operation(opcode: str, types: str, want: Callable[..., np.ndarray], tail: str = "") -> Case:
-    """A case whose instruction takes the operands in order, and then `tail`."""
+    """Returns the case of an instruction with its operands in order, followed by `tail`."""
     operands = ", ".join("{" + x + "}" for x in "dabc"[: len(types.split())])
     return case(f"{opcode} {operands}{tail};", types, want)
 
 
 def body(c: Case) -> str:
-    """Loads operands of a thread from b, c and d, runs the code, stores to a."""
+    """Returns PTX that loads a thread's operands from b, c and d, and stores the result to a."""
     register, _, store, _, dtype = KINDS[c.types[0]]
     names = {"d": f"{register}5"}
     text = f"mov.u32 %r10, %ctaid.x;\nmad.lo.u32 %r0, %r10, {THREADS}, %r0;\n"
@@ -155,20 +100,15 @@ def body(c: Case) -> str:
 
 
 def text(cases: list[Case]) -> str:
-    """A PTX file with a kernel `case0`, `case1` ... each."""
+    """Returns a PTX file with the kernels `case0`, `case1` and so on."""
     four = ", ".join(f".param .u64 {x}" for x in "abcd")
     return together(
         *(kernel(body(c), four, name=f"case{i}") for i, c in enumerate(cases)), target="sm_90"
     )
 
 
-def numbered(cases: list[Case]) -> list:
-    """Each case with its number, for parametrize."""
-    return [pytest.param(i, c, id=f"{i}-{c}") for i, c in enumerate(cases)]
-
-
 def values(kind: str) -> np.ndarray:
-    """What an operand of the type is tried with, as it lies in memory."""
+    """Returns the values of an operand of a type, as in memory."""
     dtype = KINDS[kind][3]
     if kind in FLOATS:
         return np.array(FLOATS[kind], dtype)
@@ -186,7 +126,7 @@ def values(kind: str) -> np.ndarray:
 
 
 def decode(bits: np.ndarray, kind: str) -> np.ndarray:
-    """Bits of halves as float64."""
+    """Converts bits of halves to float64."""
     with np.errstate(invalid="ignore"):  # numpy warns of signalling NaNs
         if kind == "f16":
             return bits.view("f2").astype("f8")
@@ -194,7 +134,7 @@ def decode(bits: np.ndarray, kind: str) -> np.ndarray:
 
 
 def seen(raw: np.ndarray, kind: str) -> np.ndarray:
-    """Memory of operands or results, as values."""
+    """Converts memory of operands or results to values."""
     if kind in HALVES:
         return decode(raw.view("u2"), kind)
     if kind.endswith("x2"):
@@ -203,7 +143,7 @@ def seen(raw: np.ndarray, kind: str) -> np.ndarray:
 
 
 def wrapped(x: np.ndarray, kind: str) -> np.ndarray:
-    """Whole numbers modulo the type's range, as Python's integers."""
+    """Wraps integers to the range of a type."""
     size = 32 if kind in ("amount", "bytes") else int(kind[1:])
     result = [int(v) % 2**size for v in np.ravel(x).tolist()]
     if kind[0] == "s":
@@ -212,14 +152,14 @@ def wrapped(x: np.ndarray, kind: str) -> np.ndarray:
 
 
 def same(got: np.ndarray, want: np.ndarray, tolerance: float = 0.0) -> np.ndarray:
-    """Floats equal in all bits or within the tolerance; NaN equals NaN."""
+    """Compares floats: the same bits, or within the tolerance; NaN equals NaN."""
     near = np.abs(got - want) <= tolerance * np.abs(want) if tolerance else got == want
     near |= got == want
     return (near & (np.signbit(got) == np.signbit(want))) | (np.isnan(got) & np.isnan(want))
 
 
 def check(emulator: Emulator, name: str, c: Case) -> None:
-    """Run a case over all combinations of its operands' values."""
+    """Runs a case on all combinations of values of its operands."""
     grids = np.meshgrid(*(values(kind) for kind in c.types[1:]), indexing="ij")
     operands = [np.ascontiguousarray(x.ravel()) for x in grids]
     size = operands[0].size

@@ -1,4 +1,4 @@
-"""Small kernels written in PTX by hand, so that no test of the checks needs nvcc."""
+"""Small kernels written in PTX, so that the tests of the checks need no nvcc."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ def kernel(
     target: str = "sm_80",
     name: str = "k",
 ) -> str:
-    """A file with a kernel: %r0 is the thread, %r1 four times it, %rd0 `a`, %rd1 its element."""
+    """Returns a PTX file with one kernel.
+
+    At the start of `body`, %r0 is the thread, %r1 four times the thread, %rd0 the parameter `a`,
+    and %rd1 the address of the thread's element of `a`.
+    """
     block = f".shared .align 16 .b8 s[{shared}];\n" if shared else ""
     start = (
         "mov.u32 %r0, %tid.x;\nshl.b32 %r1, %r0, 2;\nld.param.u64 %rd0, [a];\n"
@@ -28,12 +32,12 @@ def kernel(
 
 
 def together(*files: str, target: str = "sm_80") -> str:
-    """One file with the kernels of several, so that they are compiled once."""
+    """Joins files to one, which is compiled once."""
     bodies = (file.partition(".address_size 64\n")[2] for file in files)
     return HEAD.replace("sm_80", target) + "".join(bodies)
 
 
-# addresses in shared memory: %r2 this thread's element, %r3 that of the thread across the block
+# addresses in shared memory: %r2 of the thread's element, %r3 of the element at the opposite end
 SHARED = """
 mov.u32 %r2, s;
 add.u32 %r2, %r2, %r1;

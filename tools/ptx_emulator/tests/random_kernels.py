@@ -1,4 +1,8 @@
-"""Random CUDA kernels without undefined behaviour, each with an evaluation in numpy."""
+"""Random CUDA kernels without undefined behaviour, each with an evaluation in numpy.
+
+They test control flow, exchanges between threads and mixed types. Single instructions have tests
+of their own, so a few operators per type are enough.
+"""
 
 from __future__ import annotations
 
@@ -9,54 +13,43 @@ from dataclasses import dataclass
 import numpy as np
 
 from cases_conversions import to_int
-from cases_floats import lesser
-from cases_integers import each, low_bits, quotient
+from cases_integers import each, low_bits
 from exact_arithmetic import arithmetic
 from instruction_cases import wrapped
 
 THREADS = 64
 Environment = dict[str, np.ndarray]
-# a variable of each type lives through a kernel: its C and numpy types
-TYPES = {"i": ("int", "i4"), "u": ("unsigned", "u4"), "l": ("long long", "i8")}
-TYPES |= {"f": ("float", "f4"), "d": ("double", "f8")}
-PTX = {"i": "s32", "u": "u32", "l": "s64", "f": "f32", "d": "f64"}
-
+# a kernel has one variable of each type: C type, numpy type, PTX type
+TYPES = {
+    "i": ("int", "i4", "s32"),
+    "u": ("unsigned", "u4", "u32"),
+    "l": ("long long", "i8", "s64"),
+    "f": ("float", "f4", "f32"),
+    "d": ("double", "f8", "f64"),
+}
 PRELUDE = """
-#define DEFINE(T, U, name, most)                                                    \\
-  __device__ T add_##name(T a, T b) { return (T)((U)a + (U)b); }                    \\
-  __device__ T sub_##name(T a, T b) { return (T)((U)a - (U)b); }                    \\
-  __device__ T mul_##name(T a, T b) { return (T)((U)a * (U)b); }                    \\
-  __device__ T div_##name(T a, T b) { return b == 0 || b == (T)-1 ? a : a / b; }    \\
-  __device__ T rem_##name(T a, T b) { return b == 0 || b == (T)-1 ? a : a % b; }    \\
-  __device__ T shl_##name(T a, int n) { return (T)((U)a << (n & most)); }           \\
-  __device__ T shr_##name(T a, int n) { return a >> (n & most); }                   \\
-  __device__ T and_##name(T a, T b) { return a & b; }                               \\
-  __device__ T or_##name(T a, T b) { return a | b; }                                \\
-  __device__ T xor_##name(T a, T b) { return a ^ b; }                               \\
-  __device__ T not_##name(T a) { return ~a; }                                       \\
-  __device__ T min_##name(T a, T b) { return a < b ? a : b; }                       \\
+#define INTEGERS(T, U, name, most)                                        \\
+  __device__ T add_##name(T a, T b) { return (T)((U)a + (U)b); }          \\
+  __device__ T mul_##name(T a, T b) { return (T)((U)a * (U)b); }          \\
+  __device__ T shr_##name(T a, int n) { return a >> (n & most); }         \\
+  __device__ T xor_##name(T a, T b) { return a ^ b; }                     \\
   __device__ T max_##name(T a, T b) { return a > b ? a : b; }
-DEFINE(int, unsigned, i, 31)
-DEFINE(unsigned, unsigned, u, 31)
-DEFINE(long long, unsigned long long, l, 63)
+INTEGERS(int, unsigned, i, 31)
+INTEGERS(unsigned, unsigned, u, 31)
+INTEGERS(long long, unsigned long long, l, 63)
 #define FLOATS(T, name)                                       \\
   __device__ T add_##name(T a, T b) { return a + b; }         \\
-  __device__ T sub_##name(T a, T b) { return a - b; }         \\
   __device__ T mul_##name(T a, T b) { return a * b; }         \\
   __device__ T div_##name(T a, T b) { return a / b; }         \\
-  __device__ T neg_##name(T a) { return -a; }                 \\
-  __device__ T sign_##name(T a, T b) { return b == b ? copysign(a, b) : a; } \\
   __device__ T root_##name(T a) { return sqrt(fabs(a)); }
 FLOATS(float, f)
 FLOATS(double, d)
-__device__ int bits_f(float a) { return a == a ? __float_as_int(a) : 0; }
-__device__ long long bits_d(double a) { return a == a ? __double_as_longlong(a) : 0; }
 """
 
 
 @dataclass(frozen=True)
 class Operator:
-    """`code` is a C function (or cast) of operands of these types; `want` the same in numpy."""
+    """A C function or cast, the types of its operands, and the same function in numpy."""
 
     code: str
     operands: str
@@ -64,48 +57,29 @@ class Operator:
 
 
 def wrap(kind: str, f: Callable) -> Callable[..., np.ndarray]:
-    """A function of Python integers, wrapped to the type."""
+    """Returns a function of Python integers as a function over arrays, wrapped to the type."""
     bits, sign = (64 if kind == "l" else 32), kind != "u"
 
     def want(*operands: np.ndarray) -> np.ndarray:
-        whole = each(f)(*(x.astype(object) for x in operands))
-        return np.array([low_bits(int(x), bits, sign) for x in whole], TYPES[kind][1])
+        results = each(f)(*(x.astype(object) for x in operands))
+        return np.array([low_bits(int(x), bits, sign) for x in results], TYPES[kind][1])
 
     return want
 
 
 def integers(kind: str) -> list[Operator]:
-    most = 63 if kind == "l" else 31
-    minus_one = 2**32 - 1 if kind == "u" else -1
-    two: dict[str, Callable] = {
-        "add": lambda a, b: a + b,
-        "sub": lambda a, b: a - b,
-        "mul": lambda a, b: a * b,
-        "div": lambda a, b: a if b in (0, minus_one) else quotient(a, b),
-        "rem": lambda a, b: a if b in (0, minus_one) else a - b * quotient(a, b),
-        "and": lambda a, b: a & b,
-        "or": lambda a, b: a | b,
-        "xor": lambda a, b: a ^ b,
-        "min": lambda a, b: min(a, b),
-        "max": lambda a, b: max(a, b),
-    }
-    found = [Operator(f"{name}_{kind}", kind * 2, wrap(kind, f)) for name, f in two.items()]
-    found.append(Operator(f"shl_{kind}", f"{kind}i", wrap(kind, lambda a, n: a << (n & most))))
-    found.append(Operator(f"shr_{kind}", f"{kind}i", wrap(kind, lambda a, n: a >> (n & most))))
-    found.append(Operator(f"not_{kind}", kind, wrap(kind, lambda a: ~a)))
-    c_type = TYPES[kind][0]
-    found += [Operator(f"({c_type})", k, wrap(kind, lambda a: a)) for k in "iul" if k != kind]
-    names = {"i": "int", "u": "uint", "l": "ll"}
-    for source, name in (("f", "float"), ("d", "double")):
-        for c_mode, mode in (("rz", "rzi"), ("rn", "rni"), ("rd", "rmi"), ("ru", "rpi")):
-            code = f"__{name}2{names[kind]}_{c_mode}"
-            convert = to_int(PTX[kind], PTX[source], mode).want
-            found.append(Operator(code, source, whole(convert, kind)))
-    return found
-
-
-def whole(convert: Callable, kind: str) -> Callable[..., np.ndarray]:
-    return lambda a: wrapped(convert(a), PTX[kind]).astype(TYPES[kind][1])
+    c_type, dtype, ptx_type = TYPES[kind]
+    name, most = {"i": ("int", 31), "u": ("uint", 31), "l": ("ll", 63)}[kind]
+    convert = to_int(ptx_type, "f32", "rni").want
+    return [
+        Operator(f"add_{kind}", kind * 2, wrap(kind, lambda a, b: a + b)),
+        Operator(f"mul_{kind}", kind * 2, wrap(kind, lambda a, b: a * b)),
+        Operator(f"xor_{kind}", kind * 2, wrap(kind, lambda a, b: a ^ b)),
+        Operator(f"max_{kind}", kind * 2, wrap(kind, lambda a, b: max(a, b))),
+        Operator(f"shr_{kind}", f"{kind}i", wrap(kind, lambda a, n: a >> (n & most))),
+        Operator(f"__float2{name}_rn", "f", lambda a: wrapped(convert(a), ptx_type).astype(dtype)),
+        *(Operator(f"({c_type})", k, wrap(kind, lambda a: a)) for k in "iul" if k != kind),
+    ]
 
 
 def cast(f: Callable, dtype: str) -> Callable[..., np.ndarray]:
@@ -113,59 +87,20 @@ def cast(f: Callable, dtype: str) -> Callable[..., np.ndarray]:
 
 
 def floats(kind: str) -> list[Operator]:
-    c_type, dtype = TYPES[kind]
-    ptx, letter = PTX[kind], "f" if kind == "f" else ""
-    found = [
+    c_type, dtype, ptx_type = TYPES[kind]
+    letter = "f" if kind == "f" else ""
+    return [
         Operator(f"add_{kind}", kind * 2, np.add),
-        Operator(f"sub_{kind}", kind * 2, np.subtract),
         Operator(f"mul_{kind}", kind * 2, np.multiply),
         Operator(f"div_{kind}", kind * 2, np.divide),
-        Operator(f"neg_{kind}", kind, np.negative),
         Operator(f"root_{kind}", kind, lambda a: np.sqrt(np.abs(a))),
-        Operator(f"fma{letter}", kind * 3, cast(arithmetic("fma", ptx), dtype)),
-        Operator(f"fabs{letter}", kind, np.abs),
-        Operator(f"floor{letter}", kind, np.floor),
-        Operator(f"ceil{letter}", kind, np.ceil),
-        Operator(f"trunc{letter}", kind, np.trunc),
-        Operator(f"rint{letter}", kind, np.rint),
-        Operator(
-            f"sign_{kind}", kind * 2, lambda a, b: np.where(np.isnan(b), a, np.copysign(a, b))
-        ),
-        Operator(f"fmin{letter}", kind * 2, cast(number_min, dtype)),
-        Operator(f"fmax{letter}", kind * 2, cast(lambda a, b: -number_min(-a, -b), dtype)),
+        Operator(f"fma{letter}", kind * 3, cast(arithmetic("fma", ptx_type), dtype)),
+        Operator(f"__{kind}add_ru", kind * 2, cast(arithmetic("add", ptx_type, "rp"), dtype)),
         *(Operator(f"({c_type})", k, cast(lambda a: a, dtype)) for k in "iulfd" if k != kind),
     ]
-    name = kind
-    for c_mode, mode in (("rz", "rz"), ("rd", "rm"), ("ru", "rp")):
-        for operation in ("add", "mul", "div", "sqrt"):
-            count = 1 if operation == "sqrt" else 2
-            want = cast(arithmetic(operation, ptx, mode), dtype)
-            found.append(Operator(f"__{name}{operation}_{c_mode}", kind * count, want))
-    return found
-
-
-def number_min(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.where(np.isnan(a), b, np.where(np.isnan(b), a, lesser(a, b)))
-
-
-def bits_of(a: np.ndarray) -> np.ndarray:
-    return np.where(np.isnan(a), 0, a.view(f"i{a.itemsize}")).astype(f"i{a.itemsize}")
 
 
 OPERATORS = {kind: integers(kind) for kind in "iul"} | {kind: floats(kind) for kind in "fd"}
-OPERATORS["i"] += [
-    Operator("__popc", "u", lambda a: np.array([x.bit_count() for x in a.tolist()], "i4")),
-    Operator("__clz", "i", wrap("i", lambda a: 32 - low_bits(a, 32).bit_length())),
-    Operator("__ffs", "i", wrap("i", lambda a: (a & -a).bit_length())),
-    Operator("__mulhi", "ii", wrap("i", lambda a, b: a * b >> 32)),
-    Operator("bits_f", "f", bits_of),
-]
-OPERATORS["u"] += [
-    Operator("__brev", "u", wrap("u", lambda a: int(f"{a:032b}"[::-1], 2))),
-    Operator("__umulhi", "uu", wrap("u", lambda a, b: a * b >> 32)),
-    Operator("__funnelshift_l", "uuu", wrap("u", lambda a, b, n: (b << 32 | a) << n % 32 >> 32)),
-]
-OPERATORS["l"].append(Operator("bits_d", "d", bits_of))
 COMPARISONS: dict[str, Callable] = {
     "<": np.less,
     "<=": np.less_equal,
@@ -184,18 +119,18 @@ class Expression:
 
 @dataclass(frozen=True)
 class Statement:
-    """`run` changes the variables of the threads in a mask."""
+    """A statement; `run` changes the variables of the threads in a mask."""
 
     code: str
     run: Callable[[Environment, np.ndarray], None]
 
 
 class Generator:
-    """Draws kernels; the same seed draws the same ones."""
+    """Draws random kernels; the same seed gives the same kernels."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.counters: list[str] = []  # of the loops around the statement
+        self.counters: list[str] = []  # of the loops that enclose the statement
 
     def expression(self, kind: str, depth: int) -> Expression:
         choice = self.random.random()
@@ -220,7 +155,7 @@ class Generator:
         if self.random.random() < 0.8:
             return Expression(kind, lambda e: e[kind])
         number = self.random.choice([0, 1, 2, 3, 7, 31, 100, 65535])
-        c_type, dtype = TYPES[kind]
+        c_type, dtype, _ = TYPES[kind]
         return Expression(f"({c_type}){number}", lambda e: np.full(THREADS, number, dtype))
 
     def comparison(self, depth: int) -> Expression:
@@ -260,7 +195,7 @@ class Generator:
         return Statement(f"if {test.code} {{\n{yes.code}\n}} else {{\n{no.code}\n}}", run)
 
     def loop(self, depth: int) -> Statement:
-        """A number of turns that differs from thread to thread, some of which leave early."""
+        """Returns a loop whose number of iterations differs between threads, with a break."""
         name, times = f"n{len(self.counters)}", self.expression("i", 2)
         self.counters.append(name)
         inside, leave = self.sequence(depth - 1), self.comparison(1)
@@ -296,7 +231,7 @@ class Generator:
         return self.random.choice([self.branch, self.loop, self.switch])(depth)
 
     def permutation(self) -> Statement:
-        """All threads trade a variable through shared memory."""
+        """Returns an exchange of a variable between all threads through shared memory."""
         kind, step, shift = self.random.choice("iulfd"), *self.random.choices(range(1, 64, 2), k=2)
         index = self.expression("i", 1)
         code = f"shared_{kind}[({step} * t + {shift}) & 63] = {kind};\n__syncthreads();\n"
@@ -328,8 +263,8 @@ class Generator:
 
 
 def assemble(name: str, parts: list[Statement]) -> Statement:
-    """A kernel that loads the variables, changes them, and stores them back."""
-    types = [(kind, c_type) for kind, (c_type, _) in TYPES.items()]
+    """Returns a kernel that loads the variables, runs statements, and stores the variables."""
+    types = [(kind, c_type) for kind, (c_type, _, _) in TYPES.items()]
     parameters = ", ".join(f"{c_type}* memory_{kind}" for kind, c_type in types)
     code = f'extern "C" __global__ void {name}({parameters}) {{\nint t = threadIdx.x;\n'
     code += "".join(f"__shared__ {c_type} shared_{kind}[64];\n" for kind, c_type in types)
@@ -345,7 +280,7 @@ def assemble(name: str, parts: list[Statement]) -> Statement:
 
 
 def one_operator(kind: str, code: str) -> Statement:
-    """A statement that applies one operator to the variable and the thread's number."""
+    """Returns a statement that applies an operator to a variable and the thread id."""
     operator = next(x for x in OPERATORS[kind] if x.code == code)
     first, rest = operator.operands[0], operator.operands[1:]
     numbers = "".join(f", ({TYPES[k][0]})t" for k in rest)
@@ -358,10 +293,10 @@ def one_operator(kind: str, code: str) -> Statement:
 
 
 def inputs(seed: int) -> Environment:
-    """Values of each type: the edges, small ones, and random bits."""
+    """Returns values of each type: edges, small values, and random bits."""
     draw = np.random.default_rng(seed)
     found: Environment = {"t": np.arange(THREADS, dtype="i4")}
-    for kind, (_, dtype) in TYPES.items():
+    for kind, (_, dtype, _) in TYPES.items():
         size = int(dtype[1])
         noise = np.frombuffer(draw.bytes(THREADS * size), dtype)
         small = draw.integers(0, 200, THREADS).astype(dtype)

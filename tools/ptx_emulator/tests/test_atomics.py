@@ -1,4 +1,4 @@
-"""atom and red of every operation and type, alone and contended, in every space."""
+"""atom and red: every operation and type in every state space, and contended atomics."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def title(space: str, name: str, kind: str, returns: bool) -> str:
 
 
 def changed(space: str, name: str, kind: str, returns: bool) -> str:
-    """a holds the old values and gets the new; b the operand; c what the atomic returned."""
+    """Returns a kernel that changes the values in `a` by operands in `b`; old values go to `c`."""
     register, _, _, size, _ = KINDS[typed(kind)]
     bits, old, operand, got = f"b{8 * int(size[1])}", *(f"{register}{i}" for i in (6, 7, 8))
     where = "" if space == "generic" else f".{space}"
@@ -82,7 +82,7 @@ def changed(space: str, name: str, kind: str, returns: bool) -> str:
     return kernel(text, PARAMETERS, shared=4096, name=title(space, name, kind, returns))
 
 
-# all threads of all blocks: a count, an order of arrival, and a lock around a plain sum
+# all threads of all blocks: a counter, a maximum, a wrapping counter, and a compare-and-swap loop
 CONTENDED = """atom.global.add.u32 %r5, [%rd0], 1;
 mov.u32 %r6, 0;
 red.relaxed.gpu.global.max.u32 [%rd0+4], %r5;
@@ -114,7 +114,7 @@ def emulator():
 
 
 def pairs(kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Old values and operands; no subnormal floats, which the hardware may flush here."""
+    """Returns old values and operands, without subnormal floats, which the hardware may flush."""
     one = values(typed(kind))
     if kind in ("f32", "f64"):
         one = one[~((np.abs(one) < 1e-37) & (one != 0))]
@@ -147,7 +147,7 @@ def test_atomic(emulator, space, name, kind, returns):
 def test_contended_atomics(emulator):
     a, b = np.zeros(4, "u4"), np.zeros(192, "u4")
     launch = emulator.launch("contended", [a, b], 3, 64, seed=8, outputs=[1])
-    assert {r.kind for r in launch.reports} <= {"global-race", "block-race"}  # the plain reads
+    assert {r.kind for r in launch.reports} <= {"global-race", "block-race"}  # of the plain reads
     state = 0
     for _ in range(192):
         state = (3 * state + 1) % 2**32

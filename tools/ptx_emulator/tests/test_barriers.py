@@ -1,4 +1,4 @@
-"""Barriers that count, vote, and are only arrived at."""
+"""Barriers of a block: votes, thread counts, and arrivals without a wait."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PRED = "selp.u32 %r6, 1, 0, %p1;"
 # the first 64 threads vote among themselves, the others at another barrier
 HALVES = "setp.ge.u32 %p2, %r0, 64;\n@%p2 bra HIGH;\n@LOW@\nbra END;\nHIGH:\n@HIGH@\nEND:\n"
 STORE = "\nst.global.u32 [%rd1], %r6;"
-# 64 producers fill shared memory and go on; 64 consumers wait for them
+# 64 producers fill shared memory and continue; 64 consumers wait for them
 PRODUCE = """setp.ge.u32 %p0, %r0, 64;
 @%p0 bra CONSUMER;
 mul.lo.u32 %r5, %r0, 3;

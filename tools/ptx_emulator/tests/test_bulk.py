@@ -1,4 +1,4 @@
-"""Bulk copies: between global and shared memory and between the blocks of a cluster."""
+"""Bulk copies between global and shared memory, and between the blocks of a cluster."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from ptx_emulator import Emulator
 from ptx_text import SHARED, kernel, together
 
-# 64 threads; 256 bytes of data, behind them an mbarrier (%r10) and at 512 a copy of the data
+# 64 threads; 256 bytes of data, then an mbarrier (%r10), and at 512 a copy of the data
 START = (
     SHARED
     + """add.u32 %r10, %r4, 256;
@@ -37,7 +37,7 @@ OUT = SHARED + "setp.eq.u32 %p1, %r0, 0;\nst.shared.u32 [%r3], %r1;\n"
 OUT += FENCE + BARRIER + STORE + COMMIT + DONE
 REUSE = OUT.replace(DONE, "cp.async.bulk.wait_group.read 0;\n" + BARRIER)
 REUSE += "st.shared.u32 [%r2], 9;\n" + DONE
-# each block loads its half for both blocks; places in another block by mapa
+# each block loads half of the data for both blocks
 MULTICAST = (
     START.replace("SYNC", CLUSTER)
     + EXPECT
@@ -82,7 +82,7 @@ REMOTE += "mapa.shared::cluster.u32 %r13, %r2, %r12;\nst.shared::cluster.u32 [%r
 
 @dataclass(frozen=True)
 class Case:
-    """A body; the report it is due and those that may follow; without any, what it puts in `a`."""
+    """A kernel; its report and those that may follow, or the values that it writes to `a`."""
 
     name: str
     body: str

@@ -1,4 +1,4 @@
-"""Every check, with a planted fault that it reports and a clean twin on which it is silent."""
+"""Every check reports a planted fault, and reports nothing for the corrected kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ptx_text import SHARED, kernel, together
 
 @dataclass(frozen=True)
 class Fault:
-    """Two bodies that differ in one thing; `kinds` are the reports of the first."""
+    """A faulty kernel, its reports, and the corrected kernel."""
 
     name: str
     kinds: set[str]
@@ -32,10 +32,10 @@ def faults(name: str, kind: str, body: str, fault: str, clean: str, **more) -> F
 
 SWAP = SHARED + "cvt.rn.f32.u32 %f0, %r0;\nst.shared.f32 [%r2], %f0;\n@@\n"
 SWAP += "ld.shared.f32 %f1, [%r3];\nst.global.f32 [%rd1], %f1;"
-# read across, then write the place another thread reads
+# reads an element, then writes one that another thread reads
 ANTI = SHARED + "mov.u32 %r9, 7;\nst.shared.u32 [%r2], %r9;\nbar.sync 0;\n"
 ANTI += "ld.shared.u32 %r5, [%r3];\n@@\nst.shared.u32 [%r2], %r0;\nst.global.u32 [%rd1], %r5;"
-# lanes of a warp trade values; a partial sync orders only the lanes it names
+# lanes of a warp exchange values; a partial sync orders only the lanes of its mask
 LANES = SHARED + "xor.b32 %r5, %r1, 4;\nmov.u32 %r6, s;\nadd.u32 %r5, %r5, %r6;\n"
 LANES += "st.shared.u32 [%r2], %r0;\n@@\nld.shared.u32 %r7, [%r5];\nst.global.u32 [%rd1], %r7;"
 HALVES = "and.b32 %r8, %r0, 31;\nsetp.lt.u32 %p0, %r8, 16;\n"
@@ -49,12 +49,12 @@ ASYNC += "cp.async.commit_group;\n@@\nld.shared.f32 %f1, [%r5];\nst.global.f32 [
 NAMED = SHARED + "setp.lt.u32 %p0, %r0, 64;\n@!%p0 bra END;\nst.shared.u32 [%r2], %r0;\n@@\n"
 NAMED += "xor.b32 %r5, %r1, 128;\nmov.u32 %r6, s;\nadd.u32 %r5, %r5, %r6;\n"
 NAMED += "ld.shared.u32 %r7, [%r5];\nst.global.u32 [%rd1], %r7;\nEND:\n"
-# half of the threads only arrive: what they do before is ordered, what they do after is not
+# half of the threads only arrive: their accesses before the arrival are ordered, later ones are not
 ARRIVE = SHARED + "setp.ge.u32 %p0, %r0, 32;\n@%p0 bra WAIT;\n@@\nmov.u32 %r7, 0;\nbra END;\n"
 ARRIVE += "WAIT:\nbar.sync 1, 64;\nld.shared.u32 %r7, [%r3];\nEND:\nst.global.u32 [%rd1], %r7;"
 BEFORE = "st.shared.u32 [%r2], %r0;\nbar.arrive 1, 64;"
 AFTER = "bar.arrive 1, 64;\nst.shared.u32 [%r2], %r0;"
-# one warp writes and ends, the other one passes a barrier of its own
+# one warp writes and exits, the other one passes a barrier of its own
 GONE = SHARED + "setp.lt.u32 %p0, %r0, 32;\n@%p0 bra LOW;\nst.shared.u32 [%r2], %r0;\n@@\n"
 GONE += "bra END;\nLOW:\nbar.sync 1, COUNT;\nbar.sync 2, 32;\nld.shared.u32 %r7, [%r3];\n"
 GONE += "st.global.u32 [%rd1], %r7;\nEND:\n"
@@ -63,7 +63,7 @@ LOCAL += "ld.local.u32 %r6, [%rd2+4];\nst.global.u32 [%rd1], %r6;"
 SPIN = "mov.u32 %r5, 0;\nLOOP:\nadd.u32 %r5, %r5, @@;\nsetp.lt.u32 %p0, %r5, 9;\n@%p0 bra LOOP;\n"
 SPLIT = "setp.lt.u32 %p0, %r0, 16;\n@%p0 bra LOW;\nshfl.sync.bfly.b32 %r5, %r0, 1, 31, HIGH;\n"
 SPLIT += "bra END;\nLOW:\nshfl.sync.bfly.b32 %r5, %r0, 1, 31, MASK;\nEND:\n"
-# recursion to the depth given, in a function of the kernel's own, with or without a frame
+# recursion to a depth, with or without a frame in local memory
 DOWN = """.func DOWN(.param .b32 n)
 {
 .reg .pred %p<2>;
@@ -92,7 +92,7 @@ TABLE = [
     faults("warp sync", "shared-race", LANES, "", "bar.warp.sync -1;"),
     faults("warp sync of half the lanes", "shared-race", ACROSS, HALVES, "bar.warp.sync -1;"),
     Fault("warp sync of the right half", set(), LANES.replace("@@", HALVES), ""),
-    # the lanes of a sync may come from different branches
+    # lanes may arrive at a sync from different branches
     Fault("warp sync at two lines", set(), LANES.replace("@@", BRANCHES), ""),
     faults(
         "named barrier of another group",
@@ -181,7 +181,7 @@ TABLE = [
         threads=256,
     ),
     faults(
-        "sum into an output that nobody set to zero",
+        "sum into an uninitialised output",
         "uninitialised-read",
         "@@\nred.global.add.u32 [%rd1], %r0;",
         "",
@@ -200,7 +200,7 @@ TABLE = [
     ),
     faults("global past the end", "out-of-bounds", "ld.global.u32 %r5, [%rd1+@@];", "772", "768"),
     faults("global before the start", "out-of-bounds", "ld.global.u32 %r5, [%rd1+@@];", "-4", "0"),
-    # a null pointer's neighbour, whose end is where addresses start again
+    # an address at the end of the address range
     faults(
         "global just before zero",
         "out-of-bounds",
@@ -328,10 +328,10 @@ def launch(emulator: Emulator, fault: Fault, side: str, seed: int):
 
 
 @pytest.mark.parametrize("fault", TABLE, ids=lambda f: f.name)
-def test_fault_is_reported_and_its_clean_twin_is_silent(emulator, fault):
+def test_a_fault_is_reported_and_its_correction_is_not(emulator, fault):
     for seed in (0, 1):
         reports = launch(emulator, fault, "faulty", seed).reports
-        # whoever reads too early may also be the first to touch the place
+        # a read that is too early may also be the first access
         follows = {"uninitialised-read"} if "shared-race" in fault.kinds else set()
         found = {r.kind for r in reports}
         assert fault.kinds <= found <= fault.kinds | follows, [str(r) for r in reports]

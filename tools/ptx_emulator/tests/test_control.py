@@ -1,4 +1,4 @@
-"""Jumps, calls, exits, traps, special registers, and what has no effect."""
+"""Jumps, calls, exits, traps, special registers, and instructions without an effect."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ptx_emulator import Emulator
 from ptx_text import SHARED, kernel, together
 
 STORE = "\nst.global.u32 [%rd1], %r5;"
-# steps until the Collatz walk of thread + 1 meets 1
+# number of Collatz steps from thread + 1 to 1
 LOOP = """add.u32 %r6, %r0, 1;
 mov.u32 %r5, 0;
 LOOP:
@@ -87,7 +87,7 @@ call mark, (q0);
 LEAVE = (
     "setp.lt.u32 %p0, %r0, 20;\n@%p0 exit;\nsetp.lt.u32 %p0, %r0, 40;\n@%p0 ret;\nmov.u32 %r5, 1;"
 )
-# hints at timing, and fences: the memory is coherent here
+# timing hints and fences
 NOTHING = (
     SHARED
     + """mov.u32 %r5, 9;
@@ -110,7 +110,7 @@ SPECIAL += ["WARP_SZ", "%dynamic_smem_size"]
 
 
 def specials() -> str:
-    """Each thread of a 3-D launch writes all special registers in a row of its own."""
+    """Returns a kernel in which each thread writes all special registers to a row of its own."""
     text = ""
     for at, ids in ((2, "%ctaid"), (3, "%tid")):
         sizes = {"%ctaid": "%nctaid", "%tid": "%ntid"}[ids]

@@ -1,4 +1,4 @@
-"""Counters of kernels whose traffic, conflicts and flops are worked out by hand."""
+"""Counters of kernels with known traffic, bank conflicts and flops."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ mul.rn.f32 %f4, %f4, %f4;
 red.global.add.f32 [%rd0], %f4;"""
 LOCAL = ".local .align 4 .b8 depot[16];\nmov.u64 %rd2, depot;\nst.local.u32 [%rd2], %r0;\n"
 LOCAL += "ld.local.u32 %r5, [%rd2];\nst.global.u32 [%rd1], %r5;"
-# one warp reads while the other one passes a barrier of its own
+# one warp reads, the other one passes a barrier of its own
 APART = "setp.lt.u32 %p0, %r0, 32;\n@%p0 bra LOW;\nld.global.u32 %r5, [%rd1];\nbra END;\n"
 APART += "LOW:\nbar.sync 1, 32;\nEND:\n"
 TWO = ".param .u64 a, .param .u64 b"
@@ -83,7 +83,7 @@ def test_coalesced_copy(emulator):
 
 
 def test_strided_copy(emulator):
-    # every thread reads 4 bytes of a sector of its own, and writes side by side
+    # every thread reads 4 bytes of its own sector; the writes are coalesced
     a, b = aligned(2048), aligned(256)
     a[:] = np.arange(2048)
     c = count(emulator, "strided", [a, b], 256)
@@ -96,8 +96,8 @@ def test_strided_copy(emulator):
 
 @pytest.mark.parametrize(("name", "conflicts"), [("plain", 32 * 31), ("padded", 0)])
 def test_transpose(emulator, name, conflicts):
-    # 32 warps write a row and read a column: without padding a column lies in one bank,
-    # 32 passes where 1 would do; with a row of 33 words it lies in all
+    # 32 warps write a row and read a column. Without padding a column lies in one bank and takes
+    # 32 passes; with rows of 33 words it lies in all banks and takes one.
     a = aligned(1024)
     a[:] = np.arange(1024)
     c = count(emulator, name, [a], 1024)
@@ -109,7 +109,7 @@ def test_transpose(emulator, name, conflicts):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_barrier_of_one_warp_does_not_cut_an_access_of_another(emulator, seed):
+def test_a_barrier_of_one_warp_does_not_split_an_access_of_another(emulator, seed):
     c = count(emulator, "apart", [aligned(64)], 64, seed=seed)
     assert (c.global_read_requests, c.global_read_sectors) == (1, 4)
 
@@ -118,7 +118,7 @@ def test_a_barrier_of_one_warp_does_not_cut_an_access_of_another(emulator, seed)
 def test_wide_accesses_flops_and_atomics(emulator, seed):
     # 32 lanes of 16 bytes: 512 bytes, 16 sectors; shared memory moves them in 4 passes
     c = count(emulator, "wide", [aligned(128)], 32, seed=seed)
-    assert (c.global_read_bytes, c.global_read_sectors) == (512 + 0, 16)
+    assert (c.global_read_bytes, c.global_read_sectors) == (512, 16)
     assert (c.shared_requests, c.shared_wavefronts, c.shared_conflicts) == (1, 4, 0)
     assert c.flops == {"fma.f32": 64, "add.f32": 32, "mul.f32": 32}
     assert c.instructions["fma.f32"] == 32
@@ -131,7 +131,7 @@ def test_local_traffic(emulator):
 
 
 def test_triton_matmul():
-    # 64 x 64 x 64 in one tile: each input read once, the output written once, 2 M N K flops
+    # one tile: each input is read once, the output is written once, 2 M N K flops
     a, b = (torch.randn(64, 64).bfloat16() for _ in range(2))
     c = torch.empty(64, 64, dtype=torch.bfloat16)
     launch = run_triton(
@@ -153,7 +153,7 @@ def test_nothing_is_counted_unless_asked(emulator):
 
 
 def aligned(elements: int) -> np.ndarray:
-    """Zeros of float32 from a sector's start on."""
+    """Returns zeros that begin at a sector."""
     memory = np.zeros(4 * elements + 32, np.uint8)
     start = -memory.ctypes.data % 32
     return memory[start : start + 4 * elements].view(np.float32)

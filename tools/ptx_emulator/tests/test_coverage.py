@@ -1,4 +1,4 @@
-"""Every instruction of the table, in every type, and every kind of report is in some test."""
+"""Every instruction of the table, in every type, and every kind of report has a test."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ import test_tensor_copies
 import test_warp
 import test_wgmma
 from instruction_cases import text
-from ptx_emulator import isa
+from ptx_emulator.isa.forms import INTS, Form, names
+from ptx_emulator.isa.table import TABLE
+from ptx_emulator.operation import Operation, Scope
 from ptx_emulator.parser import Instruction, parse
 from ptx_emulator.reports import KINDS
-from ptx_emulator.site import Scope, Site
 
 TABLES = (cases_integers, cases_bits, cases_floats, cases_conversions)
 KERNELS = (
@@ -35,7 +36,7 @@ KERNELS = (
     *(test_matrix, test_memory, test_warp),
     *(test_bulk, test_mbarrier, test_tensor_copies, test_wgmma),  # sm_90
 )
-# what each test module compiles and compares with an evaluation of its own
+# PTX of the test modules that compare results with an independent evaluation
 TEXTS = {m.__name__: text(m.CASES) for m in TABLES}
 TEXTS |= {m.__name__: m.text() for m in KERNELS}
 
@@ -54,37 +55,38 @@ def translated() -> dict[str, list[Instruction]]:
 
 
 def uncovered(table: dict, translated: dict[str, list[Instruction]]) -> list[str]:
-    """Opcodes, and types of an opcode's forms, that no test translates."""
+    """Returns the opcodes, and the types of forms, that no test translates."""
     missing = [opcode for opcode in table if opcode not in translated]
     for opcode, forms in table.items():
-        sites = [Site(x, Scope()) for x in translated.get(opcode, ())]
+        operations = [Operation(x, Scope()) for x in translated.get(opcode, ())]
         for i, form in enumerate(forms):
-            if isinstance(form, isa.Form):
-                # the first form that fits is the one used
-                earlier = [f for f in forms[:i] if isinstance(f, isa.Form)]
-                used = [s for s in sites if form.fits(s) and not any(f.fits(s) for f in earlier)]
-                seen = {s.types[0] for s in used}
+            if isinstance(form, Form):
+                # the first form that fits is used
+                earlier = [f for f in forms[:i] if isinstance(f, Form)]
+                used = [
+                    x for x in operations if form.fits(x) and not any(f.fits(x) for f in earlier)
+                ]
+                seen = {x.types[0] for x in used}
                 needs = "".join(f".{x}" for x in sorted(form.needs))
                 missing += [f"{opcode}{needs}.{x}" for x in sorted(form.types - seen)]
     return missing
 
 
 def test_every_form_of_the_table_is_tested_in_every_type(translated):
-    assert uncovered(isa.TABLE, translated) == []
+    assert uncovered(TABLE, translated) == []
 
 
 def test_a_form_without_a_test_is_found(translated):
-    form = isa.Form(isa.INTS, "{a}", isa.fs("new"))
-    table = isa.TABLE | {"neg": (*isa.TABLE["neg"], form), "newer": (form,)}
+    form = Form(INTS, "{a}", names("new"))
+    table = TABLE | {"neg": (*TABLE["neg"], form), "newer": (form,)}
     missing = uncovered(table, translated)
     assert "newer" in missing
-    assert {x for x in missing if not x.startswith("newer")} == {f"neg.new.{x}" for x in isa.INTS}
+    assert {x for x in missing if not x.startswith("newer")} == {f"neg.new.{x}" for x in INTS}
 
 
 def test_every_kind_has_a_planted_fault():
     planted = set().union(*(f.kinds for f in (*test_checks.TABLE, *test_mbarrier.TABLE)))
-    # the first kind is the planted one, others may follow from it; a bulk copy's clean twin is
-    # the case with a result that its fault was made from
+    # the first kind is the planted one, others may follow from it
     planted |= {c.kinds[0] for c in test_bulk.CASES if c.kinds}
     planted |= {kind for _, kind in test_tensor_copies.BAD_MAPS.values()}
     assert planted == set(KINDS)

@@ -1,4 +1,4 @@
-"""cvt from and to halves: all 65,536 of them, and what lies between neighbours."""
+"""cvt from and to halves: all 65,536 halves, and values between and next to them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PARAMETERS = ".param .u64 a, .param .u64 b, .param .u64 c"
 
 
 def convert(target: str, source: str, modifiers: str) -> str:
-    """Thread t of all blocks converts element t of b, with c's as the other half of a pair."""
+    """Returns a kernel that converts `b`, or `b` and `c` to the halves of pairs."""
     to, _, store, _, size = KINDS[target]
     from_, load, _, from_size, _ = KINDS[source]
     to, text = f"{to}5", "mov.u32 %r2, %ctaid.x;\nmad.lo.u32 %r0, %r2, 1024, %r0;\n"
@@ -63,7 +63,7 @@ def run(emulator: Emulator, conversion: tuple[str, str, str], *operands: np.ndar
 
 
 def narrowed(x: np.ndarray, half: str, modifiers: str) -> np.ndarray:
-    """Bits of float64 values as halves: looked up among all halves in order."""
+    """Rounds float64 values to halves by a search among all halves; returns their bits."""
     mode, *relu = modifiers.split(".")
     infinity = 0x7C00 if half == "f16" else 0x7F80
     ordered = decode(BITS[: infinity + 1], half)
@@ -89,7 +89,7 @@ def narrowed(x: np.ndarray, half: str, modifiers: str) -> np.ndarray:
 
 
 def neighbourhood(half: str, wide: str) -> np.ndarray:
-    """All halves, the middles between neighbours, and the wide values beside both."""
+    """Returns all halves, the middles between neighbours, and the values next to both."""
     exact = decode(BITS, half)
     with np.errstate(all="ignore"):
         points = np.sort(exact[np.isfinite(exact)])
@@ -122,7 +122,7 @@ def test_narrowing_to_every_half_and_between_all_neighbours(emulator, conversion
     inputs = neighbourhood(half, wide)
     want = narrowed(inputs.astype("f8"), half, modifiers)
     assert (run(emulator, conversion, inputs) == want).all()
-    if modifiers == "rn" and wide == "f32":  # the lookup itself, against torch
+    if modifiers == "rn" and wide == "f32":  # checks `narrowed` itself
         dtype = torch.float16 if half == "f16" else torch.bfloat16
         bits = torch.from_numpy(inputs).to(dtype).view(torch.int16).numpy().view("u2")
         assert (want == np.where(np.isnan(inputs), 0x7FFF, bits)).all()
@@ -157,7 +157,7 @@ def test_integers_to_halves(emulator, conversion):
     half, kind, mode = conversion
     if kind[1:] == "16":
         inputs = BITS.view(KINDS[kind][3])
-    else:  # around every power of two and every middle between halves that float64 holds
+    else:  # next to every half and every middle between halves that float64 can represent
         points = neighbourhood(half, "f64")
         points = points[np.abs(points) < 2.0 ** (31 if kind == "s32" else 53)]
         points = points[points >= 0] if kind[0] == "u" else points

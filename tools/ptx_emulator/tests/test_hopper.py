@@ -1,4 +1,4 @@
-"""nvcc's PTX for sm_90, executed: clusters, barriers, copies; skipped where there is no nvcc."""
+"""PTX of nvcc for sm_90: clusters, mbarriers, asynchronous copies; skipped without nvcc."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SOURCE = r"""
 namespace cg = cooperative_groups;
 namespace ptx = cuda::ptx;
 using barrier = cuda::barrier<cuda::thread_scope_block>;
-// `fault` plants one of those that the tests expect to be reported
+// `fault` selects one of the faults that the tests expect to be reported
 
 // every block reads the next one's shared memory
 extern "C" __global__ void __cluster_dims__(4) ring(int fault, int* out) {
@@ -50,7 +50,7 @@ extern "C" __global__ void histogram(int fault, const int* x, int n, int* bins) 
   if (threadIdx.x < 32) bins[threadIdx.x * c.num_blocks() + c.block_rank()] = s[threadIdx.x];
 }
 
-// block 0 writes into block 1 and arrives at its mbarrier, which nobody else has to wait for
+// block 0 writes to block 1 and arrives at its mbarrier
 extern "C" __global__ void __cluster_dims__(2, 1, 1) remote(int fault, int* out) {
   __shared__ int data[32];
   __shared__ alignas(8) uint64_t ready;
@@ -74,7 +74,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) remote(int fault, int* out)
   c.sync();
 }
 
-// arrive and wait apart: what comes between is not ordered
+// accesses between the arrival and the wait are not ordered
 extern "C" __global__ void __cluster_dims__(2) apart(int fault, int* out) {
   __shared__ int s[32];
   cg::cluster_group c = cg::this_cluster();
@@ -95,7 +95,7 @@ extern "C" __global__ void __cluster_dims__(2, 2, 1) places(unsigned* out) {
   if (threadIdx.x == 0) out[blockIdx.y * gridDim.x + blockIdx.x] = place + 100000 * cluster;
 }
 
-// a tile comes by a tensor copy, each thread adds to it, and it goes back
+// a tensor copy loads a tile, each thread adds to it, and a tensor copy stores it
 extern "C" __global__ void tile(int fault, const __grid_constant__ CUtensorMap map, int x, int y) {
   __shared__ alignas(128) int s[8][32];
 #pragma nv_diag_suppress static_var_with_dynamic_init
@@ -126,7 +126,7 @@ extern "C" __global__ void tile(int fault, const __grid_constant__ CUtensorMap m
     (&bar)->~barrier();
   }
 }
-// a row at a time by cp.async, which a barrier waits for, and out in reverse
+// rows are copied by cp.async, which a barrier waits for, and written in reverse
 extern "C" __global__ void pipe(int fault, const int* x, int* out, int n) {
   __shared__ alignas(16) int s[2][64];
   __shared__ barrier full[2];
@@ -144,22 +144,6 @@ extern "C" __global__ void pipe(int fault, const int* x, int* out, int n) {
     if (fault != 8) __syncthreads();
   }
 }
-
-// redux, match, stmatrix and ldmatrix as sm_90 has them
-extern "C" __global__ void warp(unsigned* out) {
-  __shared__ alignas(16) unsigned short s[64];
-  unsigned t = threadIdx.x;
-  out[t] = __reduce_add_sync(~0u, t) + __reduce_max_sync(~0u, t ^ 5);
-  out[32 + t] = __match_any_sync(~0u, t / 5);
-  unsigned r = t | (t + 100) << 16;
-  unsigned at = (unsigned)__cvta_generic_to_shared(&s[8 * (t & 7)]);
-  asm volatile("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%0], {%1};" ::"r"(at), "r"(r) : "memory");
-  __syncwarp();
-  out[64 + t] = s[2 * t] | s[2 * t + 1] << 16;
-  unsigned back;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(back) : "r"(at));
-  out[96 + t] = back;
-}
 """
 
 
@@ -174,7 +158,7 @@ def emulator(tmp_path_factory):
 
 @dataclass(frozen=True)
 class Case:
-    """A launch with fault 0 or another; `want` is what the last argument then holds."""
+    """A launch; `want` is the last argument after a launch without a fault."""
 
     name: str
     grid: int
@@ -232,7 +216,7 @@ def test_fault_is_reported(emulator, fault, name, kinds):
         _, reports = launch(emulator, CASES[name], seed, fault)
         found = {r.kind for r in reports}
         assert kinds <= found <= kinds | {"uninitialised-read"}, [str(r) for r in reports]
-        # a race of the histogram's first report may be one within a block
+        # the first race of the histogram may be within a block
         assert name == "histogram" or any(r.rank is not None for r in reports)
 
 
@@ -284,28 +268,13 @@ def test_places(emulator):
     assert (out == place + 100000 * cluster).all()
 
 
-@needs_nvcc
-def test_warp_operations(emulator):
-    out = np.zeros(128, np.uint32)
-    assert [str(r) for r in emulator.launch("warp", [out], 1, 32, outputs=[0]).reports] == []
-    t = np.arange(32, dtype=np.uint32)
-    assert (out[:32] == 496 + 31).all()
-    assert (
-        out[32:64] == [sum(1 << u for u in range(32) if u // 5 == i // 5) for i in range(32)]
-    ).all()
-    # lane l holds row l/4, columns 2 (l%4) and the next: in memory row by row, that is in order
-    assert (out[64:96] == (t | (t + 100) << 16)).all()
-    matrix = out[64:96].copy().view(np.uint16).reshape(8, 8)
-    assert (out[96:].copy().view(np.uint16) == np.ascontiguousarray(matrix.T).ravel()).all()
-
-
 @pytest.mark.parametrize(
     ("target", "directive", "grid", "cluster", "error"),
     [
-        ("sm_80", "", 4, 2, "from sm_90 on at most 16 are allowed, before none, and this is sm_80"),
+        ("sm_80", "", 4, 2, "has 2 blocks; sm_80 allows 1"),
         ("sm_90", "", 34, 17, "cluster: sizes must be from 1 to 16"),
         ("sm_90", "", 64, (8, 4), "has 32 blocks"),
-        ("sm_90", "", 3, 2, r"grid: \[3, 1, 1\] is no multiple of the cluster's \[2, 1, 1\]"),
+        ("sm_90", "", 3, 2, r"grid: \[3, 1, 1\] must be a multiple of the cluster \[2, 1, 1\]"),
         ("sm_90", ".explicitcluster .reqnctapercluster 2, 1, 1", 4, 4, r"k requires \(2, 1, 1\)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""mma, ldmatrix and stmatrix: fragments laid out here as the PTX manual draws them."""
+"""mma, ldmatrix and stmatrix, with the fragments of the PTX manual."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from ptx_emulator import Emulator
 from ptx_text import kernel, together
 
-# name, rows and depth of A, its type, the sum's type, and B's type where it differs
+# name, rows and depth of A, its type, the type of the sum, and the type of B if it differs
 SHAPES = [
     ("m16n8k16.row.col.f32.bf16.bf16.f32", 16, 16, torch.bfloat16, torch.float32, None),
     ("m16n8k8.row.col.f32.bf16.bf16.f32", 16, 8, torch.bfloat16, torch.float32, None),
@@ -32,7 +32,7 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fragments(rows: int, depth: int, pack: int) -> tuple[np.ndarray, ...]:
-    """Row and column of each element: (lanes, registers, elements) of A and B, (lanes, 4) of C."""
+    """Returns rows and columns: (lanes, registers, elements) of A and B, (lanes, 4) of C."""
     lane = np.arange(32)
     group, quad = lane // 4, lane % 4
     h = np.arange(pack)
@@ -57,7 +57,7 @@ def raw(x: torch.Tensor, kind: torch.dtype) -> np.ndarray:
 
 
 def sizes(shape: tuple) -> tuple[int, int, list[int]]:
-    """Elements a register, bytes a register, and registers of A, B and C."""
+    """Returns elements per register, bytes per register, and registers of A, B and C."""
     _, rows, depth, dtype, sum_type, _ = shape
     pack, word = max(1, 4 // dtype.itemsize), max(4, dtype.itemsize)
     counts = [rows * depth // 32 // pack, depth * 8 // 32 // pack]
@@ -65,7 +65,7 @@ def sizes(shape: tuple) -> tuple[int, int, list[int]]:
 
 
 def product(shape: tuple, name: str) -> str:
-    """A lane's registers of A, B and C lie in a row of memory; D replaces C."""
+    """Returns a kernel that replaces C by A B + C; the registers of a lane are a row of memory."""
     _, word, counts = sizes(shape)
     register, total = "%rd" if word == 8 else "%r", sum(counts)
     text = f"mul.wide.u32 %rd2, %r0, {total * word};\nadd.s64 %rd2, %rd0, %rd2;\n"
@@ -80,7 +80,7 @@ def product(shape: tuple, name: str) -> str:
     return kernel(text, name=name)
 
 
-# a warp copies 64 halves a matrix into shared memory, and takes fragments, or the reverse
+# a warp copies matrices of 64 halves to shared memory and loads fragments, or the reverse
 TRANSFER = """mov.u32 %r2, s;
 mul.lo.u32 %r4, %r0, WIDTH;
 add.u32 %r3, %r2, %r4;
@@ -164,7 +164,7 @@ def test_matrix_transfer(emulator, count, trans, load):
         np.random.default_rng(count).permutation(count * 64).reshape(count, 8, 8).astype("u2")
     )
     lane = np.arange(32)
-    # lane l has elements 2 (l % 4) and the next of row l / 4, one register a matrix
+    # lane l has elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4, one register per matrix
     turned = matrices.transpose(0, 2, 1) if trans else matrices
     fragment = np.stack([turned[:, lane // 4, lane % 4 * 2 + i].T for i in (0, 1)], axis=2)
     memory, result = (matrices, fragment) if load else (fragment, matrices)

@@ -1,4 +1,4 @@
-"""mbarriers: phases, what they order, their misuse; and the small instructions of sm_90."""
+"""mbarriers: phases, the order that they give, faults; and further instructions of sm_90."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ptx_emulator import Emulator
 from ptx_text import SHARED, kernel, together
 from test_checks import Fault, faults
 
-# the mbarrier lies behind 256 bytes of data; %r10 is its address, thread 0 initialises it
+# the mbarrier follows 256 bytes of data; %r10 is its address, thread 0 initialises it
 BARRIER = SHARED + "add.u32 %r10, %r4, 256;\nsetp.eq.u32 %p1, %r0, 0;\n"
 INIT = BARRIER + "@%p1 mbarrier.init.shared.b64 [%r10], COUNT;\nbar.sync 0;\n"
 WAIT = "LOOP:\nmbarrier.try_wait.parity.shared::cta.b64 %p2, [%r10], PARITY;\n@!%p2 bra LOOP;\n"
@@ -19,7 +19,7 @@ START = INIT.replace("COUNT", "64") + "st.shared.u32 [%r2], %r0;\n"
 ALL = START + ARRIVE + WAIT.replace("PARITY", "0") + READ
 EARLY = INIT.replace("COUNT", "64") + ARRIVE + "st.shared.u32 [%r2], %r0;\n"
 EARLY += WAIT.replace("PARITY", "0") + READ
-# warp 0 waits for warp 1, which has written
+# warp 0 waits for the writes of warp 1
 ONE_WAY = INIT.replace("COUNT", "32") + "setp.ge.u32 %p3, %r0, 32;\n@%p3 bra WRITE;\n"
 ONE_WAY += WAIT.replace("PARITY", "0") + READ + "\nbra END;\nWRITE:\nst.shared.u32 [%r2], %r0;\n"
 ONE_WAY += "@@\nEND:\n"
@@ -27,7 +27,7 @@ TWO = """TWO:
 mbarrier.test_wait.parity.shared.b64 %p2, [%r10], 1;
 @!%p2 bra TWO;
 """
-# a warp writes twice through one place: the mbarrier's second phase hands it back
+# a warp writes the same elements twice: the second phase tells that they were read
 RING = (
     INIT.replace("COUNT", "64")
     + """setp.ge.u32 %p3, %r0, 32;
@@ -93,7 +93,7 @@ TABLE = [
         "64",
     ),
     faults(
-        "no arrival completes that must not",
+        "an arrival completes the phase in spite of noComplete",
         "invalid-mbarrier",
         INIT.replace("COUNT", "2") + "@%p1 mbarrier.arrive.noComplete.shared.b64 %rd5, [%r10], @@;",
         "2",
@@ -108,7 +108,7 @@ TABLE = [
     ),
     Fault(
         "waits for the phase before",
-        {"shared-race", "deadlock"},  # and whoever asks after its end waits for the next one
+        {"shared-race", "deadlock"},  # a later wait is for the next phase
         ALL.replace("[%r10], 0", "[%r10], 1"),
         ALL,
     ),
@@ -155,7 +155,7 @@ TABLE = [
 ]
 
 
-# ---- states and counts, against a model of the phases
+# ---- states and counts
 
 STATES = (
     INIT.replace("COUNT", "5")
@@ -183,7 +183,7 @@ END:
 """
 )
 
-# ---- one thread of a warp, and instructions that change nothing here
+# ---- elect, and instructions without an effect
 
 SMALL = """mov.u32 %r6, 0;
 setp.lt.u32 %p3, %r0, 4;
@@ -228,7 +228,7 @@ def emulator():
 
 
 @pytest.mark.parametrize("fault", TABLE, ids=lambda f: f.name)
-def test_fault_is_reported_and_its_clean_twin_is_silent(emulator, fault):
+def test_a_fault_is_reported_and_its_correction_is_not(emulator, fault):
     for seed in (0, 1, 2):
         runs = {
             side: emulator.launch(
@@ -245,8 +245,8 @@ def test_fault_is_reported_and_its_clean_twin_is_silent(emulator, fault):
 def test_states_counts_and_bytes(emulator):
     out = np.zeros(6, np.uint32)
     assert [str(r) for r in emulator.launch("states", [out], 1, 64).reports] == []
-    # 5 arrivals due; 2 came; one came and left for good; 2 came, but 24 bytes are due: not over.
-    # 20 + 8 of 24 + 4 bytes came: over, the next phase (parity 1) is not, and 4 are due in it
+    # 5 arrivals expected. After 2, one that drops out, and 2 more, 24 bytes are pending: not over.
+    # After 20 + 8 of 24 + 4 bytes it is over; the next phase (parity 1) expects 4 arrivals.
     assert out.tolist() == [5, 3, 0, 1, 0, 4]
 
 

@@ -1,4 +1,4 @@
-"""Loads, stores and asynchronous copies of every width and space."""
+"""Loads, stores and cp.async of every width in every state space."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ptx_text import kernel, together
 PARAMETERS = ".param .u64 a, .param .u64 b, .param .u64 c"
 SPACES = ("global", "shared", "local", "generic")
 THREADS = 32
-# a thread's piece of each array: %rd3 of b, %rd4 of a; %rd5 a place of its own in a space
+# a thread's part of each array: %rd3 of b, %rd4 of a; %rd5 is an address of its own in a space
 PIECES = """ld.param.u64 %rd3, [b];
 mul.wide.u32 %rd2, %r0, SIZE;
 add.s64 %rd3, %rd3, %rd2;
@@ -28,7 +28,7 @@ WIDTHS = [(kind, count) for kind, count in WIDTHS if int(kind[1:]) * count <= 12
 
 
 def moved(space: str, kind: str, count: int) -> str:
-    """b to a, by way of the space when that is another."""
+    """Returns a kernel that copies b to a, through the space."""
     size, vector = int(kind[1:]) // 8 * count, "" if count == 1 else f".v{count}"
     register = {"b8": "%h", "b16": "%h", "b32": "%r", "b64": "%rd"}[kind]
     first = [
@@ -49,7 +49,7 @@ def moved(space: str, kind: str, count: int) -> str:
     return kernel(text, PARAMETERS, shared=1024, name=f"move_{space}_{kind}_{count}")
 
 
-# ---- narrow loads fill their register; modifiers change nothing
+# ---- modifiers without an effect, and narrow loads
 
 MODIFIED = [
     "ld.global.nc.L1::no_allocate.L2::128B.b32 %r5, [%rd3];\nst.global.wt.b32 [%rd4], %r5;",
@@ -74,7 +74,7 @@ mov.u64 %rd9, depot;
 cvta.local.u64 %rd10, %rd9;
 mov.u32 %r6, 0;
 """
-# each (address, space): whether it is in the space, as bits of the result
+# one bit of the result per (address, space): the address is in the space
 PROBES = [(f"%rd{n}", space) for n in (7, 10, 0) for space in ("shared", "local", "global")]
 
 
@@ -86,7 +86,7 @@ def probe() -> str:
     return kernel(code + "st.global.u32 [%rd1], %r6;", shared=16, name="probe")
 
 
-# ---- cp.async: SIZE bytes, of which some may be zeros
+# ---- cp.async: bytes to write, instruction, bytes to read (the others are zeros)
 
 COPIES = {
     "copy4": (4, "cp.async.ca.shared.global [%r5], [%rd3], 4;", 4),
@@ -188,5 +188,5 @@ def test_asynchronous_copy(emulator, name, wait):
 def test_generic_addresses_know_their_space(emulator):
     result = np.zeros(THREADS, "u4")
     assert emulator.launch("probe", [result], 1, THREADS, outputs=[0]).reports == ()
-    # in turn of shared, local and global memory, and the round trip of a shared address
+    # addresses in shared, local and global memory, and a shared address converted and back
     assert (result == 0b1_100_010_001).all()

@@ -1,4 +1,4 @@
-"""Random CUDA kernels, compiled by nvcc, against an evaluation in numpy, bit for bit."""
+"""Random CUDA kernels, compiled by nvcc: the same bits as an evaluation in numpy."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def compiled(kernels: dict[str, Statement], folder: Path) -> str:
 
 
 def differences(emulator: Emulator, name: str, kernel: Statement, seed: int) -> list[str]:
-    """What the kernel left in memory and should not have, or what was reported."""
+    """Returns the reports of a launch, and the wrong values that it left in memory."""
     start = inputs(seed)
     memory = [start[kind].copy() for kind in TYPES]
     launch = emulator.launch(name, memory, 1, THREADS, seed=seed % 5, time_limit=5.0)
@@ -73,23 +73,17 @@ def test_random_kernels(tmp_path, seed):
             assert not wrong, "\n".join([*wrong[:5], kernel.code])
 
 
-# statements, an instruction nvcc makes of them, and another in its place
+# statements, an instruction of their PTX, and its replacement
 MUTATIONS = [
-    (one_operator("f", "add_f"), "add.rn.f32", "sub.rn.f32"),
-    (one_operator("d", "mul_d"), "mul.rn.f64", "add.rn.f64"),
-    (one_operator("f", "div_f"), "div.rn.f32", "mul.rn.f32"),
-    (one_operator("i", "xor_i"), "xor.b32", "or.b32"),
-    (one_operator("u", "__umulhi"), "mul.hi.u32", "mul.lo.u32"),
-    (one_operator("l", "shr_l"), "shr.s64", "shr.u64"),
-    (one_operator("i", "__float2int_rn"), "cvt.rni", "cvt.rzi"),
     (one_operator("f", "__fadd_ru"), "add.rp.f32", "add.rm.f32"),
+    (one_operator("l", "shr_l"), "shr.s64", "shr.u64"),
     (one_operator("u", "max_u"), "max.u32", "max.s32"),
     (Generator(0).permutation(), "bar.sync", "// bar.sync"),
     (Generator(0).shuffle(), "shfl.sync.idx", "shfl.sync.bfly"),
 ]
 
 
-def test_a_changed_instruction_is_noticed(tmp_path):
+def test_a_changed_instruction_is_detected(tmp_path):
     kernels = {f"m{i}": assemble(f"m{i}", [x]) for i, (x, _, _) in enumerate(MUTATIONS)}
     head, *entries = compiled(kernels, tmp_path).split(".visible .entry ")
     changed = []

@@ -1,4 +1,4 @@
-"""Copies of boxes of tensors by a tensor map, against slices of the tensors."""
+"""Copies of boxes of tensors by tensor maps, compared with slices of the tensors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ setp.lt.u32 %p3, %r3, BYTES;
 
 @dataclass(frozen=True)
 class Box:
-    """A box of a tensor, and where its first element is (may be outside)."""
+    """A box of a tensor; its first element may lie outside of the tensor."""
 
     sizes: tuple[int, ...]
     box: tuple[int, ...]
@@ -56,7 +56,7 @@ class Box:
         return np.arange(1, count + 1, dtype=TYPES[self.item]).reshape(self.sizes)
 
     def wanted(self) -> np.ndarray:
-        """The box with zeros outside of the tensor, its 16-byte units permuted."""
+        """Returns the box, with zeros outside of the tensor, and swizzled."""
         padded = np.pad(self.tensor(), [(b, b) for b in self.box])
         ends = zip(self.at, self.box, strict=True)
         box = padded[tuple(slice(b + a, b + a + b) for a, b in ends)]
@@ -65,7 +65,7 @@ class Box:
         units = np.ascontiguousarray(box).view(np.uint8).reshape(-1, 16)
         result, width = np.empty_like(units), self.swizzle // 16
         for i, unit in enumerate(units):
-            # the order changes every 128 bytes
+            # the permutation changes every 128 bytes
             turn = i // 8 % width
             result[i ^ turn] = unit
         return result.ravel().view(TYPES[self.item])
@@ -74,7 +74,7 @@ class Box:
 BOXES = [
     Box((100,), (64,), (8,)),
     Box((40, 64), (16, 32), (8, 16)),
-    Box((40, 64), (16, 32), (32, 48)),  # past both ends
+    Box((40, 64), (16, 32), (32, 48)),  # beyond both ends
     Box((40, 64), (16, 32), (-3, -4)),
     Box((5, 12, 16), (2, 4, 8), (3, 9, 4)),
     Box((40, 64), (16, 64), (4, 0), item=2, swizzle=128),
@@ -129,7 +129,7 @@ def test_load(emulator, number):
 
 
 @pytest.mark.parametrize("number", range(len(BOXES)), ids=lambda i: str(BOXES[i].box))
-def test_store_puts_back_what_a_load_took(emulator, number):
+def test_store_is_the_inverse_of_load(emulator, number):
     box = BOXES[number]
     tensor = np.zeros_like(box.tensor())
     args = [box.wanted(), TensorMap(tensor, box.box, box.swizzle)]
@@ -141,7 +141,7 @@ def test_store_puts_back_what_a_load_took(emulator, number):
     assert (tensor == want).all()
 
 
-# maps that load1, which `test_load` runs with a right one, cannot use
+# wrong maps for the kernel load1
 BAD_MAPS = {
     "none": (bytes(128), "invalid-tensor-map"),
     "of another rank": (TensorMap(BOXES[0].tensor(), BOXES[0].box), "invalid-tensor-map"),
@@ -162,7 +162,7 @@ def test_a_bad_map_is_reported(emulator, name):
         (np.zeros((8, 8)).T, (8, 8), 0, "the last dimension must be contiguous"),
         (np.zeros((8, 9), np.float32), (8, 8), 0, "multiples of 16 bytes"),
         (np.zeros((8, 8)), (300, 8), 0, "sizes must be from 1 to 256"),
-        (np.zeros((8, 8)), (8, 8), 32, "no less than the box's row of 64 bytes, got 32"),
+        (np.zeros((8, 8)), (8, 8), 32, "at least the 64 bytes of a row of the box, got 32"),
     ],
 )
 def test_bad_maps(array, box, swizzle, error):
@@ -170,7 +170,7 @@ def test_bad_maps(array, box, swizzle, error):
         TensorMap(array, box, swizzle)
 
 
-def test_maps_and_arrays_are_told_apart(emulator):
+def test_maps_and_arrays_in_the_wrong_place(emulator):
     array = BOXES[0].tensor()
     with pytest.raises(TypeError, match=r"args\[0\]: a takes no tensor map"):
         emulator.launch("load0", [TensorMap(array, BOXES[0].box), array], 1, 32)

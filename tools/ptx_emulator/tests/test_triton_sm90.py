@@ -1,4 +1,4 @@
-"""Triton's PTX for sm_90, executed: matrix products of warpgroups, copies by tensor maps."""
+"""PTX of Triton for sm_90: matrix products of warpgroups, copies by tensor maps."""
 
 from __future__ import annotations
 
@@ -7,23 +7,12 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import triton_kernels as kernels
-from ptx_emulator import Emulator, run_triton
-from ptx_emulator.triton import compile_triton
-
-ULP = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
-
-
-def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def close(got: torch.Tensor, want: torch.Tensor, ulps: float) -> None:
-    error = (got.double() - want).abs().max().item()
-    assert error <= ulps * ULP[got.dtype] * want.abs().max().item()
+from ptx_emulator import Emulator, compile_triton, run_triton
+from triton_kernels import close, random
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_triton_matmul(dtype):
+def test_matmul(dtype):
     a, b = random(100, 80, dtype=dtype), random(80, 72, dtype=dtype, seed=1)
     c = torch.empty(100, 72, dtype=dtype)
     launch = run_triton(
@@ -38,7 +27,7 @@ def test_triton_matmul(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_triton_attention(dtype):
+def test_attention(dtype):
     q, k, v = (random(2, 70, 32, dtype=dtype, seed=i) for i in range(3))
     o = torch.empty_like(q)
     launch = run_triton(
@@ -61,7 +50,7 @@ REMOVED = {
 
 @pytest.fixture(scope="module")
 def incomplete():
-    """A pipelined matmul, once for each kind of sync that is taken out; its shared memory."""
+    """Returns a pipelined matmul without each kind of synchronization, and its shared memory."""
     a, b, c = (torch.empty(1, dtype=torch.bfloat16) for _ in range(3))
     sizes = dict(M=64, N=64, K=160, BLOCK=64, DEPTH=32, PRECISION="ieee")
     compiled = compile_triton(kernels.matmul, dict(a=a, b=b, c=c, **sizes), 90, 4, 3)
@@ -75,7 +64,7 @@ def incomplete():
 
 
 @pytest.mark.parametrize("name", REMOVED)
-def test_a_triton_matmul_without_its_syncs_is_reported(incomplete, name):
+def test_a_matmul_without_synchronization_is_reported(incomplete, name):
     emulator, shared = incomplete
     a, b = random(64, 160, dtype=torch.bfloat16), random(160, 64, dtype=torch.bfloat16, seed=1)
     c = torch.empty(64, 64, dtype=torch.bfloat16)
@@ -89,7 +78,7 @@ def test_a_triton_matmul_without_its_syncs_is_reported(incomplete, name):
 
 
 @pytest.mark.parametrize("stages", [1, 3])
-def test_triton_matmul_by_tensor_descriptors(stages):
+def test_matmul_by_tensor_descriptors(stages):
     a, b = random(100, 80, dtype=torch.bfloat16), random(80, 72, dtype=torch.bfloat16, seed=1)
     c = torch.empty(100, 72, dtype=torch.bfloat16)
     described = (

@@ -1,4 +1,4 @@
-"""What a warp does together, lane by lane as the PTX manual defines it."""
+"""Warp operations, compared with their definition for each lane in the PTX manual."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ptx_text import kernel, together
 ALL = 2**32 - 1
 MASKS = (ALL, 0x0000FFFF, 0x0F0F1248, 1 << 31)
 PARAMETERS = ".param .u64 a, .param .u64 b, .param .u32 mask, .param .u32 m, .param .u32 n"
-# only lanes of the mask take part; %rd5, %r5 and %p1 are the lane's value, %r6 and %r7 results
+# only the lanes of the mask run; %rd5, %r5 and %p1 are the lane's value, %r6 and %r7 the results
 START = """ld.param.u32 %r2, [mask];
 shr.u32 %r3, %r2, %r0;
 and.b32 %r3, %r3, 1;
@@ -58,7 +58,7 @@ LANE_MASKS: dict[str, Callable[[int], int]] = {
     "ge": lambda lane: ALL - ((1 << lane) - 1),
 }
 FLAG = "selp.u32 %r7, 1, 0, %p2;"
-# the amount is m, or for n's top bit the lane's value; n is the control operand
+# n is the control operand; the amount is m, or the lane's value if the top bit of n is set
 SHUFFLE = "shr.u32 %r10, %r9, 31;\nsetp.ne.u32 %p3, %r10, 0;\nselp.u32 %r8, %r5, %r8, %p3;\n"
 SHUFFLE += "and.b32 %r9, %r9, 0x7fffffff;\nshl.b32 %r11, %r5, 8;\n"
 
@@ -95,7 +95,7 @@ def emulator():
 
 
 def run(emulator: Emulator, name: str, values, mask: int = ALL, m: int = 0, n: int = 0):
-    """Both results of each lane; lanes outside of the mask keep zeros."""
+    """Returns both results of each lane; they are 0 for lanes outside of the mask."""
     result = np.zeros((32, 2), "u4")
     inputs = np.array([v % 2**64 for v in values], "u8")
     launch = emulator.launch(name, [result, inputs, mask, m, n], 1, 32, seed=mask % 7)
@@ -112,7 +112,7 @@ def expected(mask: int, one: Callable[[int], tuple[int, int]]) -> list[list[int]
 
 
 def source_lane(name: str, lane: int, amount: int, control: int) -> tuple[int, bool]:
-    """The lane shfl reads from, and whether that is inside of the segment."""
+    """Returns the lane that shfl reads from, and if it lies in the segment."""
     clamp, segment, amount = control & 31, control >> 8 & 31, amount & 31
     low = lane & segment
     limit = low | clamp & ~segment
@@ -131,7 +131,7 @@ def source_lane(name: str, lane: int, amount: int, control: int) -> tuple[int, b
 def test_shuffle(emulator, name, width):
     values = [(7 * lane + 3) % 32 for lane in range(32)]
     for clamp in (0,) if name == "up" else (31, 5):
-        for amount in (0, 1, 3, width - 1, 31, 33, None):  # None: each lane has its own
+        for amount in (0, 1, 3, width - 1, 31, 33, None):  # None: the value of each lane
             control = (32 - width) << 8 | clamp | (amount is None) << 31
 
             def one(lane: int, amount=amount, control=control) -> tuple[int, int]:
@@ -178,7 +178,7 @@ def test_reduction(emulator, name, kind, mask):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("name", "kind"), MATCHES)
 def test_match(emulator, name, kind, mask):
-    # values that differ in their high words only, all the same, and small groups
+    # values that differ in their high words only, equal values, and groups of equal values
     for values in (
         [lane % 2 << 40 for lane in range(32)],
         [9] * 32,

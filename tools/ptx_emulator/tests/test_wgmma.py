@@ -1,4 +1,4 @@
-"""Matrix products of a warpgroup: operands laid out here as the PTX manual draws them."""
+"""Matrix products of a warpgroup, with the operand layouts of the PTX manual."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ptx_emulator import Emulator
 from ptx_text import kernel, together
 
 TYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32}
-SWIZZLES = {16: 0, 128: 1, 64: 2, 32: 3}  # bytes of a row of the pattern to the descriptor's code
+SWIZZLES = {16: 0, 128: 1, 64: 2, 32: 3}  # row bytes of the pattern: code in the descriptor
 
 
 @dataclass(frozen=True)
 class Case:
-    """D = 3 + signs A B over two steps of the sum; A in registers or in shared memory."""
+    """D = 3 + signs A B in two steps of the sum; A is in registers if `a` is None."""
 
     kind: str
     columns: int
-    a: tuple[int, bool] | None  # bytes of the pattern's rows; is it M-major?
+    a: tuple[int, bool] | None  # row bytes of the swizzle pattern, and if it is M-major
     b: tuple[int, bool]
     signs: tuple[int, int] = (1, 1)
     sums: str = "f32"
@@ -54,7 +54,7 @@ def depth(c: Case) -> int:
 
 @dataclass(frozen=True)
 class Packed:
-    """An operand as it lies in shared memory, and the descriptor's offsets in bytes."""
+    """An operand in shared memory, and the offsets of its descriptor in bytes."""
 
     data: np.ndarray
     leading: int
@@ -63,18 +63,18 @@ class Packed:
 
 
 def swizzled(rows: np.ndarray) -> np.ndarray:
-    """Permute the 16-byte columns of patterns (..., 8 rows, bytes) as the drawings show."""
+    """Permutes the 16-byte columns of patterns (..., 8 rows, bytes)."""
     width = rows.shape[-1] // 16
     units = rows.reshape(*rows.shape[:-1], width, 16).copy()
     for row in range(8):
-        # the pattern moves on every 128 bytes
+        # the permutation changes every 128 bytes
         turn = row * width // 8
         units[..., row, :, :] = units[..., row, np.arange(width) ^ turn, :]
     return units.reshape(rows.shape)
 
 
 def pack(matrix: np.ndarray, layout: tuple[int, bool], step: int) -> Packed:
-    """`matrix` (outer, summed over) of 2- or 4-byte integers, summed over `step` at a time."""
+    """Packs a matrix (outer, summed over) of integers; one step sums `step` elements."""
     row_bytes, outer_major = layout
     size = matrix.itemsize
     rows = np.ascontiguousarray(matrix.T if outer_major else matrix)
@@ -118,7 +118,7 @@ TWO = ".param .u64 a, .param .u64 b, .param .u64 c"
 
 
 def integers(c: Case) -> tuple[np.ndarray, np.ndarray]:
-    """A (64, K) and B (K, N), small whole numbers."""
+    """Returns A (64, K) and B (K, N) with small integers."""
     random = np.random.default_rng(c.columns + depth(c))
     return random.integers(-8, 9, (64, 2 * depth(c))), random.integers(
         -8, 9, (2 * depth(c), c.columns)
@@ -131,7 +131,7 @@ def bits(c: Case, matrix: np.ndarray) -> np.ndarray:
 
 
 def image(c: Case) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Shared memory's bytes, and the two operands' descriptors at each step."""
+    """Returns the bytes of shared memory, and the descriptors of A and B for each step."""
     left, right = (bits(c, x) for x in integers(c))
     packed = [] if c.a is None else [(pack(left, c.a, depth(c)), c.a[0])]
     packed.append((pack(np.ascontiguousarray(right.T), c.b, depth(c)), c.b[0]))
@@ -147,7 +147,7 @@ def image(c: Case) -> tuple[np.ndarray, list[tuple[int, int]]]:
 
 
 def fragment(c: Case, step: int) -> np.ndarray:
-    """A's registers (128, 4): lane l of warp w holds row 16 w + l / 4, and that 8 below."""
+    """Returns A's registers (128, 4): lane l of warp w has rows 16 w + l / 4 and 8 below."""
     left = bits(c, integers(c)[0])[:, step * depth(c) : (step + 1) * depth(c)]
     thread, register = np.arange(128)[:, None], np.arange(4)
     row = thread // 32 * 16 + thread % 32 // 4 + 8 * (register % 2)
@@ -253,7 +253,7 @@ FAULTS = {
     "operand changed in flight": ("missing-async-wait", LAST, OVERWRITE + LAST),
     "lanes with other descriptors": ("warp-mismatch", "wgmma.mma_async", LANES + "wgmma.mma_async"),
 }
-CLEAN_TWINS = {
+CORRECT = {
     "operand changed after the wait": (LAST, LAST + OVERWRITE),
     "accumulator changed after the wait": (LAST, LAST + "mov.b32 %acc3, 0;\n"),
     "accumulator copied after the fence from what was set before it": (
@@ -266,7 +266,7 @@ CLEAN_TWINS = {
 
 @pytest.fixture(scope="module")
 def faulty():
-    changes = [x[1:] for x in FAULTS.values()] + list(CLEAN_TWINS.values())
+    changes = [x[1:] for x in FAULTS.values()] + list(CORRECT.values())
     assert all(old in BODY for old, _ in changes)
     bodies = [BODY.replace(old, new, 1) for old, new in changes]
     shared = len(image(FIRST)[0])
@@ -281,15 +281,15 @@ def kinds(emulator: Emulator, number: int) -> set[str]:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_fault_is_reported(faulty, name):
+def test_a_fault_is_reported(faulty, name):
     found = kinds(faulty, list(FAULTS).index(name))
     expected = FAULTS[name][0]
-    # without a barrier it also reads what is not there yet, or is not fenced yet
+    # without a barrier it may also read what is not written or fenced yet
     follows = {"uninitialised-read", "missing-fence", "missing-async-wait"}
     assert expected in found
     assert found <= {expected} | (follows if expected == "shared-race" else set())
 
 
-@pytest.mark.parametrize("name", CLEAN_TWINS)
-def test_clean_twin_is_silent(faulty, name):
-    assert kinds(faulty, len(FAULTS) + list(CLEAN_TWINS).index(name)) == set()
+@pytest.mark.parametrize("name", CORRECT)
+def test_a_correct_kernel_is_not_reported(faulty, name):
+    assert kinds(faulty, len(FAULTS) + list(CORRECT).index(name)) == set()

@@ -1,7 +1,21 @@
-"""Triton kernels that the emulator's tests run."""
+"""Triton kernels for the tests of the emulator, their inputs, and a comparison of results."""
 
+import torch
 import triton
 import triton.language as tl
+
+# spacing of values in [1, 2)
+ULP = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def close(got: torch.Tensor, want: torch.Tensor, ulps: float) -> None:
+    """Asserts that the largest error is at most `ulps` units of the output's type."""
+    error = (got.double() - want).abs().max().item()
+    assert error <= ulps * ULP[got.dtype] * want.abs().max().item()
 
 
 @triton.jit

@@ -1,21 +1,21 @@
-// The life of a cluster: its blocks start, their threads take turns, the last one ends.
+// Execution of a cluster: its blocks start, their threads take turns, the last one exits.
 #pragma once
 #include "counters.h"
 #include "mbarrier.h"
 #include "warp.h"
 
-// A block ended: whatever other blocks did in its shared memory must have come before that.
+// The last thread of a block exits: accesses of other blocks to its shared memory must be ordered before.
 inline void check_exit(Thread& last) {
   Block& b = *last.block;
   Cluster& c = b.cluster;
   const u64 first = c.cell((u64)b.rank * c.shared_stride), granule = 1ull << c.worker.launch.granule_bits;
   for (u64 i = 0; i < c.cell(c.shared_stride); i++) {
-    const Cell& cell = c.shared_cells[first + i];
-    for (const Stamp& s : {cell.write, cell.read, cell.other_read, cell.atomic}) {
+    const RaceCell& cell = c.shared_cells[first + i];
+    for (const AccessStamp& s : {cell.write, cell.read, cell.other_read, cell.atomic}) {
       if (!s.thread || (s.thread - 1) / c.stride == b.rank) continue;
-      bool known = false;
-      for (u32 t = 0; t < b.count && !known; t++) known = c.clocks.before(b.threads[t].self, s);
-      if (known) continue;
+      bool ordered = false;
+      for (u32 t = 0; t < b.count && !ordered; t++) ordered = c.clocks.is_before(s, b.threads[t].self);
+      if (ordered) continue;
       report(last, CLUSTER_EXIT, s.line, SHARED, i * granule, granule, -1, (s32)s.thread - 1, s.line);
     }
   }
@@ -29,15 +29,15 @@ inline void end_thread(Thread& t) {
   for (Barrier& barrier : b.barriers)
     if (barrier.arrived && !barrier.expected && barrier.arrived >= b.alive) b.release(barrier);
   const u32 first = t.id & ~31u;
-  for (u32 rest = living(b, first); rest; rest &= rest - 1) {
+  for (u32 rest = running_lanes(b, first); rest; rest &= rest - 1) {
     const u32 lane = __builtin_ctz(rest);
-    if (b.threads[first + lane].state == AT_WARP && try_complete(b, first, lane)) break;
+    if (b.threads[first + lane].state == AT_WARP && try_complete_warp(b, first, lane)) break;
   }
   const bool arrived = t.in_cluster_barrier && t.cluster_phase == c.barrier.phase;
   if (!arrived && --c.barrier.missing == 0) complete_cluster_barrier(c);
   if constexpr (kCheck)
     if (!b.alive) {
-      check_landings(t);
+      check_pending_copies(t);
       if (c.blocks.size() > 1) check_exit(t);
     }
 }
@@ -51,7 +51,7 @@ inline void thread_main() {
   end_stores(t);
   end_thread(t);
   yield_(t);
-  abort();  // a finished thread is never scheduled again
+  abort();  // never reached: a finished thread is not scheduled
 }
 
 inline u64 next_random(u64& state) {
@@ -63,15 +63,15 @@ inline u64 next_random(u64& state) {
 
 inline Cluster::Cluster(Worker& w) : worker(w) {
   LaunchState& launch = w.launch;
-  const u32 size = launch.blocks_a_cluster();
-  // a block alone needs no padding: its warps start at multiples of 32 anyway
-  stride = size == 1 ? launch.threads_a_block() : (launch.threads_a_block() + 31) & ~31u;
+  const u32 size = launch.blocks_per_cluster();
+  // without a cluster no padding is needed
+  stride = size == 1 ? launch.threads_per_block() : (launch.threads_per_block() + 31) & ~31u;
   shared_bytes = launch.static_shared + launch.dynamic_shared;
   shared_stride = (shared_bytes + 15) & ~15u;
   blocks.reserve(size);
   for (u32 rank = 0; rank < size; rank++) blocks.emplace_back(w, *this, rank);
   threads.resize((size_t)size * stride);
-  own.resize(threads.size());
+  engine_states.resize(threads.size());
   shared.resize((size_t)size * shared_stride);
   local.resize(threads.size() * launch.local_bytes);
   if constexpr (kCheck) {
@@ -101,7 +101,7 @@ inline void Cluster::place_blocks(u32 number) {
 
 inline void Cluster::start(Stacks& stacks, u32 number) {
   LaunchState& launch = worker.launch;
-  const u32 count = launch.threads_a_block();
+  const u32 count = launch.threads_per_block();
   alive = 0;
   ticks = 0;
   abandoned = false;
@@ -121,17 +121,17 @@ inline void Cluster::start(Stacks& stacks, u32 number) {
     for (Barrier& one : b.barriers) one = Barrier();
     for (u32 i = 0; i < stride; i++) {
       Thread& t = b.threads[i];
-      t.block = &b, t.place = &b, t.launch = &launch, t.own = &own[b.rank * stride + i];
+      t.block = &b, t.position = &b, t.launch = &launch, t.engine = &engine_states[b.rank * stride + i];
       t.executed = worker.executed.data();
       t.id = i, t.self = b.rank * stride + i, t.lane = i & 31, t.warp = i / 32;
       t.x = i % launch.size[0], t.y = i / launch.size[0] % launch.size[1];
       t.z = i / launch.size[0] / launch.size[1];
-      t.state = i < count ? READY : DONE, t.fuel = 4096, t.carry = 0, t.line = 0;
-      t.own->copies.clear(), t.copy_group = 0, t.copy_number = 0, t.local_top = 0;
-      t.own->stores.clear(), t.store_group = 0, t.own->products.clear(), t.product_group = 0, t.own->unfenced_registers.clear();
+      t.state = i < count ? READY : DONE, t.jumps_left = kJumpsPerTurn, t.carry = 0, t.line = 0;
+      t.engine->copies.clear(), t.copy_group = 0, t.copy_number = 0, t.local_top = 0;
+      t.engine->stores.clear(), t.store_group = 0, t.engine->products.clear(), t.product_group = 0, t.engine->unfenced_registers.clear();
       t.polling = t.in_cluster_barrier = false;
-      if constexpr (kCount) t.own->runs.assign(launch.sites, 0);
-      if (i < count) t.own->context.start(stacks[t.self], stacks.bytes(), thread_main);
+      if constexpr (kCount) t.engine->runs.assign(launch.access_sites, 0);
+      if (i < count) t.engine->context.start(stacks[t.self], stacks.bytes(), thread_main);
     }
   }
   mbarriers.clear();
@@ -139,8 +139,8 @@ inline void Cluster::start(Stacks& stacks, u32 number) {
   barrier.missing = alive;
 }
 
-// Every thread that can runs once, to where it has to wait. Idle: all that ran asked an mbarrier,
-// as they did the last time, and it was not ready.
+// Runs each ready thread until it waits. The turn is idle if all threads that ran have polled an
+// mbarrier in vain, now and the turn before.
 inline Pass Cluster::pass(const std::vector<u32>& order) {
   Pass result = PASS_STUCK;
   for (u32 i : order) {
@@ -148,7 +148,7 @@ inline Pass Cluster::pass(const std::vector<u32>& order) {
     if (t.state != READY) continue;
     const bool polled = t.polling;
     starting_thread = &t;
-    switch_context(scheduler, t.own->context);
+    switch_context(scheduler, t.engine->context);
     const bool idle = polled && t.polling && t.state == READY;
     result = idle ? std::max(result, PASS_IDLE) : PASS_WORKED;
     if (abandoned) break;
@@ -157,7 +157,7 @@ inline Pass Cluster::pass(const std::vector<u32>& order) {
 }
 
 inline void Cluster::run(Stacks& stacks, u32 number) {
-  // threads that only ask might still give up by themselves after some tries
+  // polling loops may give up by themselves after some tries
   constexpr u32 kIdlePasses = 2000;
   LaunchState& launch = worker.launch;
   start(stacks, number);

@@ -1,4 +1,4 @@
-// cvt: between floats, and between floats and integers.
+// Conversions between floats, and between floats and integers.
 #pragma once
 #include "numeric.h"
 
@@ -8,11 +8,11 @@ inline double widen(T x) {
   else return (double)x;
 }
 
-// .ftz of cvt is about the subnormals of f32 alone
+// .ftz of cvt applies to f32 only.
 template <bool FTZ, class T>
 inline T flush_single(T x) { return flush<FTZ && std::is_same_v<T, float>>(x); }
 
-// a floating value to an integer: rounded, clamped to the range, NaN as the hardware gives it
+// Rounds to an integer and clamps it to the range; NaN becomes what the hardware returns.
 template <class I, Rounding R, bool FTZ, class F>
 inline I to_int(F from) {
   if (from != from) {
@@ -30,7 +30,7 @@ template <class F, Rounding R, bool SAT, class I>
 inline F int_to_float(I x) {
   F result;
   if constexpr (is_half<F>) {
-    // to odd in double first, so that 64-bit integers are rounded once
+    // the double is rounded to odd, so that the half is rounded correctly
     double wide = rounded<RZ, double>([&](double, double, double) { volatile I v = x; return (double)v; }, 0.);
     if ((__int128)wide != (__int128)x) wide = bits_as<double>(bits_as<u64>(wide) | 1);
     result = as<F>((u16)narrow<std::is_same_v<F, f16> ? 5 : 8, std::is_same_v<F, f16> ? 10 : 7>(wide, R));
@@ -54,7 +54,7 @@ inline To to_float(From from) {
   return finish<false, SAT>(flush_single<FTZ>(result));
 }
 
-// the float itself, rounded to a whole number
+// Rounds to a whole number of the same type.
 template <class T, Rounding R, bool FTZ, bool SAT>
 inline T to_whole(T from) {
   if constexpr (is_half<T>) return T(to_whole<float, R, false, SAT>((float)from));

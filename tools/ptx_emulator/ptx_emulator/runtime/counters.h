@@ -1,11 +1,12 @@
-// The counters of memory traffic, from what the lanes of each warp accessed together.
+// Counters of memory traffic, from the accesses that the lanes of a warp make together.
 #pragma once
 #include "machine.h"
 
-// What each warp instruction touched: 32-byte sectors of global memory, 4-byte banks of shared.
+// Counts, for each warp instruction, sectors of global memory (32 bytes) and passes over the banks of
+// shared memory (32 banks of 4 bytes).
 inline void Block::flush_log() {
   u64* totals = worker.totals;
-  std::stable_sort(log.begin(), log.end(), [](const Logged& a, const Logged& b) {
+  std::stable_sort(log.begin(), log.end(), [](const LoggedAccess& a, const LoggedAccess& b) {
     const u32 warp_a = a.thread / 32, warp_b = b.thread / 32;
     return std::tie(warp_a, a.site, a.run, a.thread) < std::tie(warp_b, b.site, b.run, b.thread);
   });
@@ -13,7 +14,7 @@ inline void Block::flush_log() {
     size_t end = i;
     while (end < log.size() && log[end].thread / 32 == log[i].thread / 32 && log[end].site == log[i].site && log[end].run == log[i].run) end++;
     if ((log[i].site & 3) == 0) {
-      // wide accesses go in turns of so many lanes, side by side, that make 128 bytes
+      // wide accesses are split into groups of adjacent lanes that access 128 bytes
       const u32 lanes = std::max(1u, 128 / std::max(log[i].bytes, 4u));
       totals[T_SHARED_REQUESTS]++;
       for (size_t part = i, next; part < end; part = next) {

@@ -1,5 +1,5 @@
-// The engine: runs a grid over the OS threads, keeps reports and counters for Python to read. It is
-// compiled once for all kernels, which see thread.h and launch.h of it.
+// The engine: runs a grid on the OS threads, and returns reports and counters to Python. It is
+// compiled once for all kernels, which include only launch.h.
 #include <thread>
 
 #include "cluster.h"
@@ -12,7 +12,8 @@ struct Outcome {
 };
 
 #if defined(__x86_64__) && !defined(PTX_EMULATOR_PORTABLE_FIBERS)
-// saves the callee-saved registers and MXCSR's owner stays the OS thread; switches the stack
+// Saves the callee-saved registers and switches the stack. MXCSR is left: rounding modes are reset
+// before a fiber switches.
 asm(R"(
 .text
 .globl ptx_emulator_switch
@@ -38,23 +39,23 @@ ptx_emulator_switch:
 #endif
 
 inline void run_clusters(LaunchState& launch, Worker& worker, u32 index) {
-  worker.executed.assign(launch.classes, 0);
+  worker.executed.assign(launch.instruction_classes, 0);
   if constexpr (kCheck)
     for (u32 i = 0; i < launch.allocation_count; i++)
       worker.global_cells.emplace_back(launch.allocations[i].bytes / launch.allocations[i].granule + 1);
   Cluster cluster(worker);
   Stacks stacks(cluster.threads.size(), launch.stack_bytes);
-  const u64 clusters = (u64)launch.grid[0] * launch.grid[1] * launch.grid[2] / launch.blocks_a_cluster();
+  const u64 clusters = (u64)launch.grid[0] * launch.grid[1] * launch.grid[2] / launch.blocks_per_cluster();
   for (u64 i = index; i < clusters && !launch.stop; i += launch.workers) cluster.run(stacks, (u32)i);
 }
 
-// Two blocks touched the same bytes and one of them wrote: nothing orders blocks of a launch, but
-// for those of a cluster, which count here as its first block.
+// Finds bytes that two clusters access and at least one writes: nothing orders them within a launch.
+// A cluster is reported as its first block.
 inline void find_block_races(LaunchState& launch, std::vector<Report>& reports) {
   auto block_of = [](u64 key) { return (key >> 32) - 1; };
   std::map<std::pair<u32, u32>, Report> found;
   for (u32 a = 0; a < launch.allocation_count; a++) {
-    auto& cells = launch.touched[a];
+    auto& cells = launch.block_accesses[a];
     for (u64 c = 0; c < cells.size() / 6; c++) {
       const std::atomic<u64>* k = &cells[6 * c];
       const u64 writes[2] = {k[2 * WRITE], k[2 * WRITE + 1]};
@@ -90,7 +91,7 @@ inline Outcome* run_launch(LaunchState& launch) {
       launch.written[i].resize(launch.allocations[i].bytes);
       if (const u8* gaps = launch.allocations[i].gaps) std::copy_n(gaps, launch.written[i].size(), launch.written[i].begin());
       if (kCount) launch.read[i].resize(launch.allocations[i].bytes);
-      if (kCheck) launch.touched.emplace_back(6 * (launch.allocations[i].bytes / launch.allocations[i].granule + 1));
+      if (kCheck) launch.block_accesses.emplace_back(6 * (launch.allocations[i].bytes / launch.allocations[i].granule + 1));
     }
   }
   std::vector<std::unique_ptr<Worker>> workers;
@@ -102,7 +103,7 @@ inline Outcome* run_launch(LaunchState& launch) {
 
   auto* outcome = new Outcome;
   outcome->totals.assign(T_COUNT, 0);
-  outcome->executed.assign(launch.classes, 0);
+  outcome->executed.assign(launch.instruction_classes, 0);
   std::map<std::tuple<u32, u32, u32>, Report> merged;
   auto linear = [&](const Report& r) { return ((u64)r.block[2] * launch.grid[1] + r.block[1]) * launch.grid[0] + r.block[0]; };
   for (auto& worker : workers) {
@@ -114,7 +115,7 @@ inline Outcome* run_launch(LaunchState& launch) {
       at->second.count = count;
     }
     for (u32 i = 0; i < T_COUNT; i++) outcome->totals[i] += worker->totals[i];
-    for (u32 i = 0; i < launch.classes; i++) outcome->executed[i] += worker->executed[i];
+    for (u32 i = 0; i < launch.instruction_classes; i++) outcome->executed[i] += worker->executed[i];
   }
   for (auto& [key, r] : merged) outcome->reports.push_back(r);
   if (kCheck) {
@@ -122,7 +123,7 @@ inline Outcome* run_launch(LaunchState& launch) {
     for (u32 i = 0; i < n && !launch.stop; i++) {
       auto& written = launch.written[i];
       const u64 missing = std::count(written.begin(), written.end(), 0);
-      if (launch.allocations[i].poisoned && missing) {
+      if (launch.allocations[i].is_output && missing) {
         const u64 first = std::find(written.begin(), written.end(), 0) - written.begin();
         outcome->reports.push_back({UNWRITTEN, GLOBAL, 0, 0, {0, 0, 0}, -1, -1, -1, (s32)i, 0, first, missing, 1});
       }
@@ -146,9 +147,9 @@ __attribute__((used)) double ptx_emulator_seconds(Outcome* o) { return o->second
 __attribute__((used)) void ptx_emulator_free(Outcome* o) { delete o; }
 }
 
-Outcome* start_launch(const LaunchRequest& request, void (*kernel)(Thread&, u8**), const KernelFacts& facts) {
+Outcome* start_launch(const LaunchRequest& request, void (*kernel)(Thread&, u8**), const KernelInfo& facts) {
   LaunchState launch;
-  static_cast<KernelFacts&>(launch) = facts;
+  static_cast<KernelInfo&>(launch) = facts;
   memcpy(launch.grid, request.grid, sizeof launch.grid);
   memcpy(launch.size, request.size, sizeof launch.size);
   memcpy(launch.cluster, request.cluster, sizeof launch.cluster);

@@ -1,4 +1,4 @@
-// Cooperative threads with stacks of their own: one a CUDA thread.
+// Fibers: cooperative threads with stacks of their own, one per CUDA thread.
 #pragma once
 #include <sys/mman.h>
 
@@ -8,7 +8,7 @@
 
 #include "thread.h"
 
-// PTX_EMULATOR_PORTABLE_FIBERS is how the tests reach the other way on x86-64
+// PTX_EMULATOR_PORTABLE_FIBERS selects the portable version on x86-64, for tests.
 #if defined(__x86_64__) && !defined(PTX_EMULATOR_PORTABLE_FIBERS)
 
 // in engine.cpp
@@ -17,7 +17,7 @@ struct Context {
   void* pointer = nullptr;
   void start(char* stack, size_t bytes, void (*entry)()) {
     void** top = (void**)(((size_t)stack + bytes) & ~(size_t)15);
-    *--top = nullptr;  // keeps the entry's stack aligned as after a call
+    *--top = nullptr;  // aligns the stack of the entry as after a call
     *--top = (void*)entry;
     for (int i = 0; i < 6; i++) *--top = nullptr;
     pointer = top;
@@ -42,7 +42,7 @@ inline void switch_context(Context& from, Context& to) { swapcontext(&from.state
 
 #endif
 
-// Memory for the stacks of a block: pages are only taken when touched, and kept between blocks.
+// Memory of the stacks of a cluster. Pages are allocated when used, and reused by later clusters.
 class Stacks {
  public:
   Stacks(size_t count, size_t bytes) : bytes_(bytes), total_(count * bytes) {

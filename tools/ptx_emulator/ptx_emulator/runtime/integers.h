@@ -1,4 +1,4 @@
-// Whole numbers and bits: what wraps, saturates, shifts past the width or moves fields.
+// Integer and bit operations with PTX semantics: wrapping, saturation, long shifts, bit fields.
 #pragma once
 #include "numeric.h"
 
@@ -21,12 +21,12 @@ template <class T>
 inline T sat_to(__int128 x) {
   return (T)std::min<__int128>(std::max<__int128>(x, std::numeric_limits<T>::min()), std::numeric_limits<T>::max());
 }
-// division by zero gives all ones on the hardware; the most negative over -1 wraps
+// Division by zero returns all ones, as on the hardware; the minimum divided by -1 wraps.
 template <class T>
 inline T div_int(T a, T b) { return b == 0 ? (T)-1 : (T)((Wide<T>)a / (Wide<T>)b); }
 template <class T>
 inline T rem_int(T a, T b) { return b == 0 ? a : (T)((Wide<T>)a % (Wide<T>)b); }
-// shifts past the width give zero, or the sign
+// Shifts by the width or more return zero, or the sign.
 template <class T>
 inline T shift_left(T a, u32 n) { return n >= 8 * sizeof(T) ? T(0) : (T)(a << n); }
 template <class T>

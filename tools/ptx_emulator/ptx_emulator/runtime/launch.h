@@ -1,13 +1,13 @@
-// What a translated kernel is compiled with: the instructions, and where its launches go.
+// The header of a translated kernel: the instructions, and the entry point of its launches.
 #pragma once
 #include "convert.h"
 #include "integers.h"
 #include "thread.h"
 
 struct Allocation;
-struct Outcome;  // reports and counters, which Python asks the engine for
+struct Outcome;
 
-// read from Python through ctypes: keep in step with RawLaunch there
+// Written by Python as _RawLaunch of emulator.py.
 struct LaunchRequest {
   u32 grid[3], size[3], cluster[3], dynamic_shared, workers, allocation_count;
   u64 seed;
@@ -16,4 +16,4 @@ struct LaunchRequest {
   Allocation* allocations;
 };
 
-HIDDEN Outcome* start_launch(const LaunchRequest& request, void (*kernel)(Thread&, u8**), const KernelFacts& facts);
+HIDDEN Outcome* start_launch(const LaunchRequest& request, void (*kernel)(Thread&, u8**), const KernelInfo& facts);

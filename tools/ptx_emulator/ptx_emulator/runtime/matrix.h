@@ -1,8 +1,8 @@
-// Matrices of one warp: moved between shared memory and registers, and multiplied.
+// Matrix instructions of a warp: ldmatrix, stmatrix and mma.
 #pragma once
 #include "memory.h"
 
-// Row r of matrix m starts where lane 8m+r says; lane l holds elements (l/4, 2(l%4)) and the next.
+// Lane 8m+r holds the address of row r of matrix m; lane l holds elements (l/4, 2(l%4)) and the next one.
 inline void matrix_transfer(Thread* w, bool is_load) {
   const u32 matrices = (u32)w[0].in[1];
   const bool transposed = w[0].in[2];
@@ -27,6 +27,7 @@ inline void matrix_transfer(Thread* w, bool is_load) {
     for (u32 row = 0; row < matrices * 8; row++) log_access(w[row], SHARED, w[row].in[0] & kOffsetMask, 16, READ, (u32)w[0].in[8]);
 }
 
+// Returns element `index` of a register.
 inline double element(u64 bits, u32 index, u32 type) {
   switch (type) {
     case MMA_BF16: return (float)as<bf16>((u16)(bits >> (16 * index)));
@@ -38,9 +39,9 @@ inline double element(u64 bits, u32 index, u32 type) {
   }
 }
 
-// D = A B + C with A (M x K) row-major and B (K x 8) column-major fragments, as the PTX manual
-// lays them over the lanes: lane l owns row l/4 (and +8), columns in packs of one register.
-// in[0..3] A, in[4..5] B, in[6..9] C, in[10] the two types, in[11] M << 8 | K.
+// D = A B + C with fragments of A (M x K), B (K x 8) and C (M x 8) in the registers of the lanes, as in
+// the PTX manual: lane l holds row l/4 (and that 8 below), and one register holds adjacent columns.
+// in[0..3]: A, in[4..5]: B, in[6..9]: C, in[10]: types of A, B and C, in[11]: M << 8 | K.
 inline void mma(Thread* w) {
   const u32 a_type = w[0].in[10] & 15, b_type = w[0].in[10] >> 4 & 15, c_kind = w[0].in[10] >> 8;
   const u32 M = (u32)w[0].in[11] >> 8, K = (u32)w[0].in[11] & 255;

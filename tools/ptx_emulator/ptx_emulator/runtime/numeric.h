@@ -1,4 +1,4 @@
-// Number formats, rounding and the arithmetic that C++ has no operator for.
+// Number formats, rounding, and floating-point arithmetic with PTX semantics.
 #pragma once
 #include <algorithm>
 #include <cfenv>
@@ -33,7 +33,7 @@ inline To bits_as(From from) {
   return to;
 }
 
-// Encode x with EXPONENT and MANTISSA bits; IEEE subnormals, infinities, and the canonical NaN.
+// Rounds x to a format with EXPONENT and MANTISSA bits; returns its bits. NaN is the canonical one.
 template <int EXPONENT, int MANTISSA>
 inline u32 narrow(double x, Rounding rounding) {
   const u32 infinity = ((1u << EXPONENT) - 1) << MANTISSA;
@@ -92,7 +92,7 @@ constexpr bool is_half = std::is_same_v<T, f16> || std::is_same_v<T, bf16>;
 template <class T>
 constexpr bool is_float = is_half<T> || std::is_floating_point_v<T>;
 
-// the low bits of register r as a T
+// Returns the low bits of register r as a T.
 template <class T, class R>
 inline T as(R r) {
   if constexpr (std::is_same_v<T, bool>) return r;
@@ -105,7 +105,7 @@ inline T as(R r) {
   }
 }
 
-// value into register r: signed integers extend their sign, all else extends with zeros
+// Writes a value to register r: signed integers are sign-extended, other types zero-extended.
 template <class R, class T>
 inline void put(R& r, T value) {
   if constexpr (std::is_same_v<T, bool>) r = value;
@@ -117,7 +117,7 @@ inline void put(R& r, T value) {
   }
 }
 
-// f(a, b, c) under a directed rounding mode; volatile keeps the sum between the mode switches
+// Returns f(a, b, c) in a rounding mode; `volatile` keeps the operation between the mode switches.
 template <Rounding R, class T, class F>
 inline T rounded(F f, T a, T b = T(), T c = T()) {
   if constexpr (R == RN) return f(a, b, c);
@@ -135,7 +135,7 @@ template <class T>
 constexpr double smallest_normal = std::is_same_v<T, f16>      ? 0x1p-14
                                    : std::is_same_v<T, double> ? 0x1p-1022
                                                                : 0x1p-126;
-// .ftz: subnormals, of halves too, become zeros of their sign
+// .ftz: subnormals become zeros of the same sign.
 template <bool FTZ, class T>
 inline T flush(T x) {
   if constexpr (FTZ) return std::fabs((double)x) < smallest_normal<T> ? T(std::copysign(0.f, (float)x)) : x;
@@ -149,7 +149,7 @@ inline T finish(T x) {
   return x;
 }
 
-// c + a*b of halves rounded once: an inexact sum in double is first rounded to odd
+// Returns a * b + c of halves as a double rounded to odd, so that rounding to a half is correct.
 inline double fma_to_odd(double a, double b, double c) {
   const double product = a * b, sum = product + c;
   if (!std::isfinite(sum)) return sum;
@@ -183,7 +183,7 @@ inline T fma_(T a, T b, T c) {
                                           flush<FTZ>(a), flush<FTZ>(b), flush<FTZ>(c)));
 }
 
-// square root, reciprocal and the like: `exact` maps T to T
+// Functions of one operand, such as the square root; `exact` computes the function.
 template <Rounding R, bool FTZ, bool SAT, class T, class F>
 inline T unary_(F exact, T a) {
   if constexpr (is_half<T>) return finish<FTZ, SAT>(T(exact((double)flush<FTZ>(a))));
@@ -192,7 +192,7 @@ inline T unary_(F exact, T a) {
         rounded<R, T>([&](T x, T, T) { return (T)exact(x); }, flush<FTZ>(a)));
 }
 
-// the smaller or the larger: a NaN loses to a number unless it must win, and -0 is below +0
+// Returns the minimum or the maximum: a NaN only if both are or NAN_WINS; -0 is less than +0.
 template <bool LARGER, class T, bool NAN_WINS, bool FTZ>
 inline T extreme(T a, T b) {
   if constexpr (std::is_integral_v<T>) return (a < b) == LARGER ? b : a;
@@ -212,7 +212,7 @@ inline T min_(T a, T b) { return extreme<false, T, NAN_WINS, FTZ>(a, b); }
 template <class T, bool NAN_WINS, bool FTZ>
 inline T max_(T a, T b) { return extreme<true, T, NAN_WINS, FTZ>(a, b); }
 
-// both halves of a packed pair
+// Applies f to each half of a pair.
 template <class H, class F>
 inline u32 pairwise(F f, u32 a, u32 b = 0, u32 c = 0) {
   u32 result = 0;
@@ -223,7 +223,7 @@ inline u32 pairwise(F f, u32 a, u32 b = 0, u32 c = 0) {
   return result;
 }
 
-// clears or flips the sign bit only, as the hardware does, NaN included
+// Clears or flips the sign bit, also of NaN, as the hardware does.
 template <class T>
 inline T absolute(T a) {
   if constexpr (std::is_integral_v<T>) return a < 0 ? (T)(0 - (std::make_unsigned_t<T>)a) : a;

@@ -1,9 +1,9 @@
-// Copies of a box of a tensor, which a tensor map describes: rows of the box lie one after another
-// in shared memory, permuted as the map says. Outside of the tensor there are zeros.
+// Copies of a box of a tensor that a tensor map describes. In shared memory the rows of the box are
+// contiguous and swizzled; elements outside of the tensor are zero.
 #pragma once
 #include "bulk.h"
 
-// made by ptx_emulator/tensor_map.py: keep in step
+// Written by Python as TensorMap.pack of tensor_map.py.
 struct TensorMap {
   u64 address;
   u32 rank, item;
@@ -26,8 +26,8 @@ inline u32 box_bytes(const TensorMap& map) {
   return bytes;
 }
 
-// Calls row(place in the box's bytes, address in the tensor, bytes) for the part of each row of the
-// box that is inside of the tensor.
+// Calls row(byte offset in the box, address in the tensor, bytes) for the part of each row of the box
+// that lies inside of the tensor.
 template <class F>
 inline void for_each_row(const TensorMap& map, const s32* at, F row) {
   const u32 width = map.box[0] * map.item;
@@ -46,7 +46,7 @@ inline void for_each_row(const TensorMap& map, const s32* at, F row) {
   }
 }
 
-// 16-byte units change places within 8 rows of the pattern, by the row they are in
+// Permutes the 16-byte units within each 8 rows of the swizzle pattern.
 inline std::vector<u8> swizzled(const std::vector<u8>& bytes, u32 row_bytes) {
   if (!row_bytes) return bytes;
   std::vector<u8> result(bytes.size());
@@ -54,7 +54,7 @@ inline std::vector<u8> swizzled(const std::vector<u8>& bytes, u32 row_bytes) {
   return result;
 }
 
-inline bool check_place(Thread& t, const TensorMap& map, u64 address, u32 line) {
+inline bool check_alignment(Thread& t, const TensorMap& map, u64 address, u32 line) {
   const u32 pattern = std::max(128u, 8 * map.swizzle);
   if constexpr (kCheck)
     if ((address & kOffsetMask) % pattern) report(t, MISALIGNED, line, SHARED, address & kOffsetMask, box_bytes(map));
@@ -63,35 +63,35 @@ inline bool check_place(Thread& t, const TensorMap& map, u64 address, u32 line) 
 
 void tensor_load(Thread& t, u64 to, u64 map_address, u32 rank, const s32* at, u64 barrier, u32 mask, u32 line, u32 site) {
   const TensorMap* map = find_map(t, map_address, rank, line);
-  if (!map || !check_place(t, *map, to, line)) return;
+  if (!map || !check_alignment(t, *map, to, line)) return;
   std::vector<u8> box(box_bytes(*map));
-  for_each_row(*map, at, [&](u32 place, u64 address, u32 bytes) {
+  for_each_row(*map, at, [&](u32 offset, u64 address, u32 bytes) {
     log_access(t, GLOBAL, address, bytes, READ, site);
     const u8* source = global_access(t, address, bytes, 1, READ, false, line);
-    if (source != (u8*)spare_bytes) memcpy(&box[place], source, bytes);
+    if (source != (u8*)dummy_memory) memcpy(&box[offset], source, bytes);
   });
   box = swizzled(box, map->swizzle);
-  if (!mask) return bulk_land(t, to & kOffsetMask, box, barrier, line);
+  if (!mask) return start_tensor_copy(t, to & kOffsetMask, box, barrier, line);
   for (u32 r = 0; r < t.block->cluster.blocks.size(); r++)
-    if (mask >> r & 1) bulk_land(t, map_shared(to & kOffsetMask, r), box, map_shared(barrier, r), line);
+    if (mask >> r & 1) start_tensor_copy(t, map_shared(to & kOffsetMask, r), box, map_shared(barrier, r), line);
 }
 
 void tensor_store(Thread& t, u64 map_address, u32 rank, const s32* at, u64 from, u32 line, u32 site) {
   const TensorMap* map = find_map(t, map_address, rank, line);
-  if (!map || !check_place(t, *map, from, line)) return;
+  if (!map || !check_alignment(t, *map, from, line)) return;
   for_each_row(*map, at, [&](u32, u64 address, u32 bytes) { log_access(t, GLOBAL, address, bytes, WRITE, site); });
   const u32 bytes = box_bytes(*map);
   const u8* source = bulk_source(t, SHARED, from, bytes, line);
   if (!source) return;
-  t.own->stores.push_back({0, from & kOffsetMask, bytes, t.store_group, line, kCheck ? digest_of(source, bytes) : 0});
-  t.own->stores.back().map = map;
-  std::copy(at, at + 5, t.own->stores.back().at);
+  t.engine->stores.push_back({0, from & kOffsetMask, bytes, t.store_group, line, kCheck ? checksum_of(source, bytes) : 0});
+  t.engine->stores.back().map = map;
+  std::copy(at, at + 5, t.engine->stores.back().at);
 }
 
 inline void write_tensor(Thread& t, const BulkStore& s) {
-  const std::vector<u8> box = swizzled(s.data, s.map->swizzle);  // the permutation undoes itself
-  for_each_row(*s.map, s.at, [&](u32 place, u64 address, u32 bytes) {
+  const std::vector<u8> box = swizzled(s.data, s.map->swizzle);  // the permutation is its own inverse
+  for_each_row(*s.map, s.at, [&](u32 offset, u64 address, u32 bytes) {
     u8* target = global_access(t, address, bytes, 1, WRITE, false, s.line);
-    if (target != (u8*)spare_bytes) memcpy(target, &box[place], bytes);
+    if (target != (u8*)dummy_memory) memcpy(target, &box[offset], bytes);
   });
 }

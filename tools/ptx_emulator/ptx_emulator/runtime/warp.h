@@ -1,11 +1,10 @@
-// Operations that a whole warp does together: shuffles, votes, reductions.
+// Operations of a warp: shuffles, votes, matches, reductions.
 #pragma once
 #include "matrix.h"
 #include "tensor.h"
 #include "wgmma.h"
 
-inline void shuffle(Block& b, Thread* w, u32 mask, u32 operation) {
-  (void)b;
+inline void shuffle(Thread* w, u32 mask, u32 operation) {
   for (u32 rest = mask; rest; rest &= rest - 1) {
     const int lane = __builtin_ctz(rest);
     const u32 amount = (u32)w[lane].in[1] & 31, control = (u32)w[lane].in[2];
@@ -44,7 +43,7 @@ inline void complete_warp(Block& b, u32 first, u32 mask) {
   Thread* w = &b.threads[first];
   const u32 leader = __builtin_ctz(mask), operation = w[leader].operation;
   if (operation == W_SYNC) return;
-  if (operation >= W_UP && operation <= W_IDX) return shuffle(b, w, mask, operation);
+  if (operation >= W_UP && operation <= W_IDX) return shuffle(w, mask, operation);
   if (operation >= W_LDMATRIX) {
     if (mask != ~0u) {
       if (kCheck) report(w[leader], WARP_MISMATCH, w[leader].line);

@@ -34,7 +34,7 @@ from featkd.kernels import rows
 from featkd.kernels.distance_sizes import config, grid
 from featkd.kernels.launch import channels_adjacent, launch, processors, triton_type
 from featkd.kernels.reduce import add_up, norm_gradients
-from featkd.reference import accumulation_dtype, widest_dtype
+from featkd.runtime.dtypes import accumulation_dtype, widest_dtype
 
 MOST_COLUMNS = 128
 """Widest patch grid of the spectral metric: a tile holds whole image rows."""

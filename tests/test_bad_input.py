@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import featkd
-from featkd import backends
 from featkd.functional import lift_head, projected_feature_kd, soft_kd, widelast_projection
 from featkd.kernels.launch import redirect
+from featkd.ops import backends
+from featkd.runtime import checks
 
 FUNCTIONS = {f.__name__: f for f in (projected_feature_kd, widelast_projection, lift_head, soft_kd)}
 MAPS = {"projected_feature_kd": "student", "widelast_projection": "x", "lift_head": "features"}
@@ -219,6 +220,52 @@ def test_parameters_that_go_together():
                     TypeError, match=f"{argument}: expected a torch.Tensor, got None"
                 ):
                     call(name, **{argument: None})
+
+
+def test_swapped_maps_are_named():
+    student, teacher, weight = torch.zeros(2, 4, 3), torch.zeros(2, 4, 6), torch.zeros(6, 3)
+    with pytest.raises(ValueError, match=r"^student, teacher: .*the two maps are swapped"):
+        projected_feature_kd(teacher, student, weight)
+    with pytest.raises(ValueError, match=r"^student: expected shape|^weight: expected shape"):
+        projected_feature_kd(torch.zeros(2, 4, 5), teacher, weight)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "warns"),
+    [
+        (197, {}, True),
+        (17, {}, True),
+        (196, {}, False),  # a patch grid
+        (10, {"grid": (2, 5)}, False),  # a grid that is given
+        (12, {}, False),
+        (2, {}, False),
+    ],
+)
+def test_a_class_token_left_in_is_reported_once(tokens, options, warns, monkeypatch):
+    monkeypatch.setattr(checks, "_warned_of", set())
+    maps = torch.zeros(2, tokens, 3), torch.ones(2, tokens, 3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            projected_feature_kd(*maps, **options)
+        compiled = torch.compile(projected_feature_kd, backend="eager", fullgraph=True)
+        compiled(*maps, **options)
+    found = [w for w in caught if "class token" in str(w.message)]
+    assert len(found) == warns
+    if warns:
+        assert f"{tokens} = " in str(found[0].message)
+        assert found[0].filename == __file__
+
+
+def test_lift_of_no_images_is_no_images():
+    norm = torch.ones(6), torch.zeros(6)
+    for backend in ("auto", "triton"):
+        with featkd.use_backend(backend):
+            pooled, loss = lift_head(torch.zeros(0, 4, 3), torch.zeros(6, 3), *norm)
+        assert pooled.shape == (0, 6)
+        assert loss is None
+    with pytest.raises(ValueError, match=r"^features: has no elements"):
+        lift_head(torch.zeros(2, 0, 3), torch.zeros(6, 3), *norm)
 
 
 def test_class_indices():

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import featkd
-from featkd import backends, extension, linalg, reference
+from featkd import linalg
+from featkd.ops import backends, extension, reference
 from featkd.ops import spectrum as spectrum_op
 from tests.spectra import FAMILIES, THRESHOLDS, lapack, with_values
 
@@ -245,6 +246,8 @@ def test_what_is_refused():
     for bad in (0, -0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="thresholds: expected"):
             linalg.energy_ranks(x, (0.8, bad))
+    with pytest.raises(TypeError, match=r"thresholds: expected a sequence .*\(0.9,\), got 0.8"):
+        linalg.energy_ranks(x, 0.8)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="thresholds: expected a number"):
         linalg.energy_ranks(x, ("0.8",))  # type: ignore[arg-type]
     for k in (0, 3, -1):

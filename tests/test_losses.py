@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import prune
 
-from featkd.losses import DistillationLoss, ProjectedFeatureKD, pool_channels
+from featkd.losses import DistillationLoss, ProjectedFeatureKD, pool_channels, smooth_labels
 
 
 def maps(*widths: int, seed: int = 0) -> list[Tensor]:
@@ -160,3 +163,37 @@ def test_a_projector_is_called():
     module.proj.register_forward_hook(lambda *_: seen.append(1))
     module(torch.randn(2, 9, 3), torch.randn(2, 9, 5))
     assert seen == [1]
+
+
+def halve(module: nn.Module) -> None:
+    module.register_forward_hook(lambda module, inputs, output: output / 2)
+
+
+CHANGES: dict[str, Callable[[ProjectedFeatureKD], object]] = {
+    "pruned": lambda loss: prune.l1_unstructured(loss.proj, "weight", 0.5),
+    "weight norm": lambda loss: nn.utils.parametrizations.weight_norm(loss.proj),
+    "no norm": lambda loss: setattr(loss, "norm", nn.Identity()),
+    "hook on the norm": lambda loss: halve(loss.norm),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_projector_or_norm_takes_effect(change):
+    """The modules may be pruned, parametrised, replaced or hooked, as the called modules show."""
+    student, teacher = *maps(6), *maps(8, seed=1)
+    loss = ProjectedFeatureKD(6, 8)
+    before = loss(student, teacher)
+    CHANGES[change](loss)
+    want = F.mse_loss(loss.norm(loss.proj(student)), teacher)
+    torch.testing.assert_close(loss(student, teacher), want)
+    assert change == "weight norm" or not torch.isclose(want, before)
+
+
+def test_smooth_labels_ignore_the_default_dtype():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        soft = smooth_labels(torch.tensor([1]), 4, 0.2)
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(soft, torch.tensor([[0.05, 0.85, 0.05, 0.05]]))

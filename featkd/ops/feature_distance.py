@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featkd import reference
-from featkd.ops import support
-from featkd.reference import accumulation_dtype
+from featkd.ops import reference, support
+from featkd.runtime.dtypes import accumulation_dtype, widest_dtype
 
 
 def feature_distance(
@@ -27,7 +26,7 @@ def feature_distance(
 
     Args:
         name: the public function that calls, for `featkd.last_backend`.
-        feature: (B, N, C), not empty.
+        feature: (B, N, C); without a teacher B may be 0.
         teacher: (B, N, C), or None for no loss.
         norm_weight, norm_bias: (C,), or None; no LayerNorm without a weight.
         eps: LayerNorm's epsilon.
@@ -46,7 +45,7 @@ def feature_distance(
         return support.too_many_rows(feature)
 
     tensors = (feature, teacher, norm_weight, norm_bias)
-    if support.choose(name, tensors, why_not) == "reference":
+    if not len(feature) or support.choose(name, tensors, why_not) == "reference":
         return reference.feature_distance(*tensors, eps=eps, grid=grid, pooled_dtype=pooled_dtype)
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     loss, pooled, _ = _forward(
@@ -142,7 +141,7 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor]:
     d_norm = feature.new_empty(0)
     if gamma is not None and need_norm:
-        dtype = reference.widest_dtype(gamma, beta)
+        dtype = widest_dtype(gamma, beta)
         d_norm = gamma.new_empty(1 if beta is None else 2, len(gamma), dtype=dtype)
     return feature.new_empty(feature.shape), d_norm
 

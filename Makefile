@@ -61,7 +61,7 @@ report: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/featkd kernels report
 
 lint: $(STAMP)
-	git ls-files 'csrc/*' 'tests/csrc/*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
+	git ls-files 'csrc/*' 'tests/csrc/*.cpp' 'tools/*.h' 'tools/*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -69,9 +69,9 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 format: $(STAMP)
-	git ls-files 'csrc/*' 'tests/csrc/*.cpp' | xargs $(BIN)/clang-format -i
+	git ls-files 'csrc/*' 'tests/csrc/*.cpp' 'tools/*.h' 'tools/*.cpp' | xargs $(BIN)/clang-format -i
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-compat-* build featkd/_csrc.so *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-compat-* build featkd/_csrc.so *.egg-info tools/*/*.egg-info .pytest_cache .mypy_cache .ruff_cache

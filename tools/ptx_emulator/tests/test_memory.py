@@ -119,6 +119,21 @@ def copied(name: str, wait: int) -> str:
     return kernel(text, PARAMETERS, shared=1024, name=f"{name}_{wait}")
 
 
+# ---- variables of the module
+
+VARIABLES = """.global .align 4 .f32 single = 0f3FC00000;
+.const .align 8 .f64 double[2] = {0d4000000000000000, 0dC008000000000000};
+.global .align 2 .u16 numbers[3] = {7, 0x10, 010};"""
+READ = """ld.global.f32 %f1, [single];
+ld.const.f64 %d1, [double+8];
+cvt.rn.f32.f64 %f2, %d1;
+ld.global.u16 %r5, [numbers+4];
+cvt.rn.f32.u32 %f3, %r5;
+add.f32 %f1, %f1, %f2;
+add.f32 %f1, %f1, %f3;
+st.global.f32 [%rd1], %f1;"""
+
+
 def text() -> str:
     files = [moved(space, kind, count) for space in SPACES for kind, count in WIDTHS]
     for i, code in enumerate(MODIFIED):
@@ -131,6 +146,7 @@ def text() -> str:
             code += f"st.global.b{bits} [%rd4], {register}7;"
             files.append(kernel(code, PARAMETERS, name=f"extend_{kind}_{bits}"))
     files += [copied(name, wait) for name in COPIES for wait in (0, 1)]
+    files.append(kernel(READ, declarations=VARIABLES, name="variables"))
     return together(*files, probe())
 
 
@@ -190,3 +206,9 @@ def test_generic_addresses_know_their_space(emulator):
     assert emulator.launch("probe", [result], 1, THREADS, outputs=[0]).reports == ()
     # addresses in shared, local and global memory, and a shared address converted and back
     assert (result == 0b1_100_010_001).all()
+
+
+def test_initialised_variables(emulator):
+    result = np.zeros(THREADS, "f4")
+    assert emulator.launch("variables", [result], 1, THREADS, outputs=[0]).reports == ()
+    assert (result == 1.5 - 3 + 8).all()

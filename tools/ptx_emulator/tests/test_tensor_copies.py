@@ -86,7 +86,9 @@ BOXES = [
 
 def load(box: Box) -> str:
     ON = "mbarrier::complete_tx::bytes"
-    text = f"@%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%r10], {box.bytes};\n"
+    text = f"cp.async.bulk.prefetch.tensor.{len(box.sizes)}d.L2.global.tile "
+    text += f"[%rd6, {box.coordinates}];\n"
+    text += f"@%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%r10], {box.bytes};\n"
     text += f"@%p1 cp.async.bulk.tensor.{len(box.sizes)}d.shared::cluster.global.tile.{ON} "
     text += f"[%r2], [%rd6, {box.coordinates}], [%r10];\n" + WAIT
     move = MOVE.replace("FIRST", "ld.shared.b32 %r5, [%r4];")

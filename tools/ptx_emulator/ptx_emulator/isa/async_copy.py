@@ -42,7 +42,7 @@ def copy_async(op: Operation) -> str:
     filled = str(size.bits)
     if len(op.operands) > 3:
         last = op.operands[3]
-        # read as a bool, a register keeps its C++ type: async_copy_bytes recognises a predicate by it
+        # read as a bool, a register keeps its type, by which async_copy_bytes detects a predicate
         read = op.value(last, "u32" if isinstance(last, Immediate) else "bool")
         filled = f"async_copy_bytes({size.bits}, {read})"
     return (

@@ -4,16 +4,20 @@
 
 inline void Block::release(Barrier& barrier) {
   if (kCheck && !barrier.expected && alive < count && !barrier.waiting.empty())
-    report(cluster.threads[barrier.waiting[0]], DIVERGENT_BARRIER, barrier.line);  // some threads have exited
+    report(cluster.threads[barrier.waiting[0]], DIVERGENT_BARRIER,
+           barrier.line);  // some threads have exited
   if constexpr (kCheck) {
     // at a barrier with a count, threads that have exited or only arrived see nothing of the others
     const u32 all = barrier.expected ? count * (u32)cluster.blocks.size() : cluster.alive;
-    if (barrier.waiting.size() >= all) cluster.clocks.join_all();
-    else cluster.clocks.join(barrier.waiting, barrier.arrival_clock);
+    if (barrier.waiting.size() >= all)
+      cluster.clocks.join_all();
+    else
+      cluster.clocks.join(barrier.waiting, barrier.arrival_clock);
   }
   if constexpr (kCount) {
     worker.totals[T_BARRIERS]++;
-    if (barrier.waiting.size() == alive) flush_log();  // otherwise lanes of a warp may be at different places
+    if (barrier.waiting.size() == alive)
+      flush_log();  // otherwise lanes of a warp may be at different places
   }
   for (u32 i : barrier.waiting) {
     cluster.threads[i].state = READY;
@@ -22,11 +26,13 @@ inline void Block::release(Barrier& barrier) {
   barrier = Barrier();
 }
 
-// Returns a thread that waits at the barrier but must not: at another line though in the same warp,
-// or though the barrier has no count, or with another count. Returns -1 if there is none.
-inline s32 find_divergent_thread(Thread& t, const Barrier& barrier, u32 id, u32 expected, u32 line) {
+// Returns a thread that waits at the barrier with another count, at another line though the barrier
+// has no count, or at another line though in the same warp. Returns -1 if there is none.
+inline s32 find_divergent_thread(Thread& t, const Barrier& barrier, u32 id, u32 expected,
+                                 u32 line) {
   if (barrier.waiting.empty()) return -1;
-  if (barrier.expected != expected || (!expected && barrier.line != line)) return (s32)barrier.waiting[0];
+  if (barrier.expected != expected || (!expected && barrier.line != line))
+    return (s32)barrier.waiting[0];
   Block& b = *t.block;
   const u32 first = t.id & ~31u;
   for (u32 i = first; i < std::min(first + 32, b.count); i++) {
@@ -36,13 +42,15 @@ inline s32 find_divergent_thread(Thread& t, const Barrier& barrier, u32 id, u32 
   return -1;
 }
 
-// `expected`: number of threads, 0 for all. `wait` is false for bar.arrive. Returns the number of yes votes.
+// `expected`: number of threads, 0 for all. `wait` is false for bar.arrive. Returns the number of
+// yes votes.
 u32 barrier_(Thread& t, u32 id, u32 expected, bool wait, bool vote, u32 line) {
   Block& b = *t.block;
   Barrier& barrier = b.barriers[id & 15];
   if (kCheck && wait) {
     const s32 other = find_divergent_thread(t, barrier, id, expected, line);
-    if (other >= 0) report(t, DIVERGENT_BARRIER, line, NO_SPACE, 0, 0, -1, other, b.cluster.threads[other].line);
+    if (other >= 0)
+      report(t, DIVERGENT_BARRIER, line, NO_SPACE, 0, 0, -1, other, b.cluster.threads[other].line);
   }
   if (!barrier.arrived) barrier.expected = expected;
   barrier.line = line;
@@ -117,7 +125,8 @@ inline bool try_complete_warp(Block& b, u32 first, u32 leader) {
   const u32 mask = w[leader].mask & running_lanes(b, first);
   for (u32 rest = mask; rest; rest &= rest - 1) {
     Thread& o = w[__builtin_ctz(rest)];
-    if (o.state != AT_WARP || o.mask != w[leader].mask || o.operation != w[leader].operation) return false;
+    if (o.state != AT_WARP || o.mask != w[leader].mask || o.operation != w[leader].operation)
+      return false;
   }
   // from sm_70 on, lanes may arrive at a sync from different branches
   if (kCheck && w[leader].operation != W_SYNC)
@@ -135,8 +144,10 @@ inline bool try_complete_warp(Block& b, u32 first, u32 leader) {
     if constexpr (kCheck) {
       std::vector<u32> members;
       for (u32 rest = mask; rest; rest &= rest - 1) members.push_back(w[__builtin_ctz(rest)].self);
-      if (mask == running_lanes(b, first)) b.cluster.clocks.join_warp(members);
-      else b.cluster.clocks.join(members);
+      if (mask == running_lanes(b, first))
+        b.cluster.clocks.join_warp(members);
+      else
+        b.cluster.clocks.join(members);
     }
   }
   return true;

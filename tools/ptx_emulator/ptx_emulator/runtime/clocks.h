@@ -23,7 +23,7 @@ struct Clocks {
   u32 count = 0, epoch = 1;
   std::vector<u32> now;          // clock of each thread, which advances when others acquire it
   std::vector<u32> warp_clocks;  // clocks that the whole warp has seen
-  std::vector<u32> vectors;      // count x count: the vector clock of each thread; empty until needed
+  std::vector<u32> vectors;  // count x count: the vector clock of each thread; empty until needed
 
   void start(u32 threads) {
     count = threads;
@@ -92,6 +92,7 @@ struct Clocks {
     if (!vectors.empty()) return;
     vectors.assign((size_t)count * count, 0);
     for (u32 i = 0; i < count; i++)
-      for (u32 j = i & ~31u; j < std::min(count, (i & ~31u) + 32); j++) vectors[(size_t)i * count + j] = warp_clocks[j];
+      for (u32 j = i & ~31u; j < std::min(count, (i & ~31u) + 32); j++)
+        vectors[(size_t)i * count + j] = warp_clocks[j];
   }
 };

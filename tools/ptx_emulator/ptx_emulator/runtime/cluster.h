@@ -4,19 +4,23 @@
 #include "mbarrier.h"
 #include "warp.h"
 
-// The last thread of a block exits: accesses of other blocks to its shared memory must be ordered before.
+// The last thread of a block exits: accesses of other blocks to its shared memory must be ordered
+// before.
 inline void check_exit(Thread& last) {
   Block& b = *last.block;
   Cluster& c = b.cluster;
-  const u64 first = c.cell((u64)b.rank * c.shared_stride), granule = 1ull << c.worker.launch.granule_bits;
+  const u64 first = c.cell((u64)b.rank * c.shared_stride),
+            granule = 1ull << c.worker.launch.granule_bits;
   for (u64 i = 0; i < c.cell(c.shared_stride); i++) {
     const RaceCell& cell = c.shared_cells[first + i];
     for (const AccessStamp& s : {cell.write, cell.read, cell.other_read, cell.atomic}) {
       if (!s.thread || (s.thread - 1) / c.stride == b.rank) continue;
       bool ordered = false;
-      for (u32 t = 0; t < b.count && !ordered; t++) ordered = c.clocks.is_before(s, b.threads[t].self);
+      for (u32 t = 0; t < b.count && !ordered; t++)
+        ordered = c.clocks.is_before(s, b.threads[t].self);
       if (ordered) continue;
-      report(last, CLUSTER_EXIT, s.line, SHARED, i * granule, granule, -1, (s32)s.thread - 1, s.line);
+      report(last, CLUSTER_EXIT, s.line, SHARED, i * granule, granule, -1, (s32)s.thread - 1,
+             s.line);
     }
   }
 }
@@ -121,14 +125,16 @@ inline void Cluster::start(Stacks& stacks, u32 number) {
     for (Barrier& one : b.barriers) one = Barrier();
     for (u32 i = 0; i < stride; i++) {
       Thread& t = b.threads[i];
-      t.block = &b, t.position = &b, t.launch = &launch, t.engine = &engine_states[b.rank * stride + i];
+      t.block = &b, t.position = &b, t.launch = &launch,
+      t.engine = &engine_states[b.rank * stride + i];
       t.executed = worker.executed.data();
       t.id = i, t.self = b.rank * stride + i, t.lane = i & 31, t.warp = i / 32;
       t.x = i % launch.size[0], t.y = i / launch.size[0] % launch.size[1];
       t.z = i / launch.size[0] / launch.size[1];
       t.state = i < count ? READY : DONE, t.jumps_left = kJumpsPerTurn, t.carry = 0, t.line = 0;
       t.engine->copies.clear(), t.copy_group = 0, t.copy_number = 0, t.local_top = 0;
-      t.engine->stores.clear(), t.store_group = 0, t.engine->products.clear(), t.product_group = 0, t.engine->unfenced_registers.clear();
+      t.engine->stores.clear(), t.store_group = 0, t.engine->products.clear(), t.product_group = 0,
+                                t.engine->unfenced_registers.clear();
       t.polling = t.in_cluster_barrier = false;
       if constexpr (kCount) t.engine->runs.assign(launch.access_sites, 0);
       if (i < count) t.engine->context.start(stacks[t.self], stacks.bytes(), thread_main);
@@ -168,7 +174,8 @@ inline void Cluster::run(Stacks& stacks, u32 number) {
   u32 idle = 0;
   while (alive && !abandoned) {
     if (launch.seed)
-      for (u32 i = (u32)order.size() - 1; i; i--) std::swap(order[i], order[next_random(random) % (i + 1)]);
+      for (u32 i = (u32)order.size() - 1; i; i--)
+        std::swap(order[i], order[next_random(random) % (i + 1)]);
     const Pass passed = pass(order);
     idle = passed == PASS_IDLE ? idle + 1 : 0;
     if (passed == PASS_STUCK || idle > kIdlePasses) {

@@ -8,12 +8,14 @@ void copy_async(Thread& t, u64 to, u64 from, u32 bytes, u32 filled, u32 line, u3
   if (filled) log_access(t, GLOBAL, from, filled, READ, site + 1);
   shared_access(t, offset, bytes, bytes, WRITE, false, line);
   if constexpr (kCheck) mark_shared(t, offset, bytes, PENDING);
-  t.engine->copies.push_back({(u32)offset, from, bytes, filled, t.copy_group, t.copy_number++, line});
+  t.engine->copies.push_back(
+      {(u32)offset, from, bytes, filled, t.copy_group, t.copy_number++, line});
 }
 
 inline void copy_bytes(Thread& t, const AsyncCopy& c, u8* to) {
   u8 data[16] = {};
-  if (c.filled) memcpy(data, global_access(t, c.from, c.filled, c.bytes, READ, false, c.line), c.filled);
+  if (c.filled)
+    memcpy(data, global_access(t, c.from, c.filled, c.bytes, READ, false, c.line), c.filled);
   memcpy(to, data, c.bytes);
 }
 
@@ -31,8 +33,8 @@ void finish_copies(Thread& t, int groups_left) {
   t.engine->copies.resize(kept);
 }
 
-// Completes the copies numbered below `end`, for an mbarrier that waits for them. They stay accesses
-// at the time of their issue: the mbarrier does not order what the thread did since.
+// Completes the copies numbered below `end`, for an mbarrier that waits for them. They stay
+// accesses at the time of their issue: the mbarrier does not order what the thread did since.
 inline void complete_thread_copies(Thread& t, u32 end) {
   size_t kept = 0;
   for (AsyncCopy& c : t.engine->copies) {

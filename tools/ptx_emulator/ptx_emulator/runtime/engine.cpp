@@ -42,15 +42,18 @@ inline void run_clusters(LaunchState& launch, Worker& worker, u32 index) {
   worker.executed.assign(launch.instruction_classes, 0);
   if constexpr (kCheck)
     for (u32 i = 0; i < launch.allocation_count; i++)
-      worker.global_cells.emplace_back(launch.allocations[i].bytes / launch.allocations[i].granule + 1);
+      worker.global_cells.emplace_back(launch.allocations[i].bytes / launch.allocations[i].granule +
+                                       1);
   Cluster cluster(worker);
   Stacks stacks(cluster.threads.size(), launch.stack_bytes);
-  const u64 clusters = (u64)launch.grid[0] * launch.grid[1] * launch.grid[2] / launch.blocks_per_cluster();
-  for (u64 i = index; i < clusters && !launch.stop; i += launch.workers) cluster.run(stacks, (u32)i);
+  const u64 clusters =
+      (u64)launch.grid[0] * launch.grid[1] * launch.grid[2] / launch.blocks_per_cluster();
+  for (u64 i = index; i < clusters && !launch.stop; i += launch.workers)
+    cluster.run(stacks, (u32)i);
 }
 
-// Finds bytes that two clusters access and at least one writes: nothing orders them within a launch.
-// A cluster is reported as its first block.
+// Finds bytes that two clusters access and at least one writes: nothing orders them within a
+// launch. A cluster is reported as its first block.
 inline void find_block_races(LaunchState& launch, std::vector<Report>& reports) {
   auto block_of = [](u64 key) { return (key >> 32) - 1; };
   std::map<std::pair<u32, u32>, Report> found;
@@ -71,9 +74,20 @@ inline void find_block_races(LaunchState& launch, std::vector<Report>& reports) 
           }
       if (!two) continue;
       const u32 linear = (u32)block_of(two);
-      Report r{BLOCK_RACE, GLOBAL, (u32)two, (u32)one,
-               {linear % launch.grid[0], linear / launch.grid[0] % launch.grid[1], linear / launch.grid[0] / launch.grid[1]},
-               -1, (s32)block_of(one), -1, (s32)a, 0, c * launch.allocations[a].granule, launch.allocations[a].granule, 0};
+      Report r{BLOCK_RACE,
+               GLOBAL,
+               (u32)two,
+               (u32)one,
+               {linear % launch.grid[0], linear / launch.grid[0] % launch.grid[1],
+                linear / launch.grid[0] / launch.grid[1]},
+               -1,
+               (s32)block_of(one),
+               -1,
+               (s32)a,
+               0,
+               c * launch.allocations[a].granule,
+               launch.allocations[a].granule,
+               0};
       found.try_emplace({r.line, r.other_line}, r).first->second.count++;
     }
   }
@@ -89,15 +103,19 @@ inline Outcome* run_launch(LaunchState& launch) {
     launch.written.resize(n), launch.read.resize(n);
     for (u32 i = 0; i < n; i++) {
       launch.written[i].resize(launch.allocations[i].bytes);
-      if (const u8* gaps = launch.allocations[i].gaps) std::copy_n(gaps, launch.written[i].size(), launch.written[i].begin());
+      if (const u8* gaps = launch.allocations[i].gaps)
+        std::copy_n(gaps, launch.written[i].size(), launch.written[i].begin());
       if (kCount) launch.read[i].resize(launch.allocations[i].bytes);
-      if (kCheck) launch.block_accesses.emplace_back(6 * (launch.allocations[i].bytes / launch.allocations[i].granule + 1));
+      if (kCheck)
+        launch.block_accesses.emplace_back(
+            6 * (launch.allocations[i].bytes / launch.allocations[i].granule + 1));
     }
   }
   std::vector<std::unique_ptr<Worker>> workers;
   for (u32 i = 0; i < launch.workers; i++) workers.push_back(std::make_unique<Worker>(launch));
   std::vector<std::thread> others;
-  for (u32 i = 1; i < launch.workers; i++) others.emplace_back([&, i] { run_clusters(launch, *workers[i], i); });
+  for (u32 i = 1; i < launch.workers; i++)
+    others.emplace_back([&, i] { run_clusters(launch, *workers[i], i); });
   run_clusters(launch, *workers[0], 0);
   for (std::thread& other : others) other.join();
 
@@ -105,7 +123,9 @@ inline Outcome* run_launch(LaunchState& launch) {
   outcome->totals.assign(T_COUNT, 0);
   outcome->executed.assign(launch.instruction_classes, 0);
   std::map<std::tuple<u32, u32, u32>, Report> merged;
-  auto linear = [&](const Report& r) { return ((u64)r.block[2] * launch.grid[1] + r.block[1]) * launch.grid[0] + r.block[0]; };
+  auto linear = [&](const Report& r) {
+    return ((u64)r.block[2] * launch.grid[1] + r.block[1]) * launch.grid[0] + r.block[0];
+  };
   for (auto& worker : workers) {
     for (auto& [key, r] : worker->reports) {
       auto [at, fresh] = merged.try_emplace(key, r);
@@ -115,7 +135,8 @@ inline Outcome* run_launch(LaunchState& launch) {
       at->second.count = count;
     }
     for (u32 i = 0; i < T_COUNT; i++) outcome->totals[i] += worker->totals[i];
-    for (u32 i = 0; i < launch.instruction_classes; i++) outcome->executed[i] += worker->executed[i];
+    for (u32 i = 0; i < launch.instruction_classes; i++)
+      outcome->executed[i] += worker->executed[i];
   }
   for (auto& [key, r] : merged) outcome->reports.push_back(r);
   if (kCheck) {
@@ -125,16 +146,20 @@ inline Outcome* run_launch(LaunchState& launch) {
       const u64 missing = std::count(written.begin(), written.end(), 0);
       if (launch.allocations[i].is_output && missing) {
         const u64 first = std::find(written.begin(), written.end(), 0) - written.begin();
-        outcome->reports.push_back({UNWRITTEN, GLOBAL, 0, 0, {0, 0, 0}, -1, -1, -1, (s32)i, 0, first, missing, 1});
+        outcome->reports.push_back(
+            {UNWRITTEN, GLOBAL, 0, 0, {0, 0, 0}, -1, -1, -1, (s32)i, 0, first, missing, 1});
       }
     }
   }
   if (kCount)
     for (u32 i = 0; i < n; i++) {
-      outcome->totals[T_DISTINCT_READ] += std::count(launch.read[i].begin(), launch.read[i].end(), 1);
-      outcome->totals[T_DISTINCT_WRITE] += std::count(launch.written[i].begin(), launch.written[i].end(), 1);
+      outcome->totals[T_DISTINCT_READ] +=
+          std::count(launch.read[i].begin(), launch.read[i].end(), 1);
+      outcome->totals[T_DISTINCT_WRITE] +=
+          std::count(launch.written[i].begin(), launch.written[i].end(), 1);
     }
-  outcome->seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  outcome->seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return outcome;
 }
 
@@ -147,14 +172,16 @@ __attribute__((used)) double ptx_emulator_seconds(Outcome* o) { return o->second
 __attribute__((used)) void ptx_emulator_free(Outcome* o) { delete o; }
 }
 
-Outcome* start_launch(const LaunchRequest& request, void (*kernel)(Thread&, u8**), const KernelInfo& facts) {
+Outcome* start_launch(const LaunchRequest& request, void (*kernel)(Thread&, u8**),
+                      const KernelInfo& facts) {
   LaunchState launch;
   static_cast<KernelInfo&>(launch) = facts;
   memcpy(launch.grid, request.grid, sizeof launch.grid);
   memcpy(launch.size, request.size, sizeof launch.size);
   memcpy(launch.cluster, request.cluster, sizeof launch.cluster);
   launch.dynamic_shared = request.dynamic_shared;
-  launch.workers = request.workers, launch.seed = request.seed, launch.time_limit = request.time_limit;
+  launch.workers = request.workers, launch.seed = request.seed,
+  launch.time_limit = request.time_limit;
   launch.parameters = request.parameters, launch.allocations = request.allocations;
   launch.allocation_count = request.allocation_count, launch.kernel = kernel;
   return run_launch(launch);

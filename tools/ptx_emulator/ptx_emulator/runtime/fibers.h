@@ -23,7 +23,9 @@ struct Context {
     pointer = top;
   }
 };
-inline void switch_context(Context& from, Context& to) { ptx_emulator_switch(&from.pointer, to.pointer); }
+inline void switch_context(Context& from, Context& to) {
+  ptx_emulator_switch(&from.pointer, to.pointer);
+}
 
 #else
 #include <ucontext.h>

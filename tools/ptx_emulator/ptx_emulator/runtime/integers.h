@@ -8,33 +8,56 @@ using Wide = std::conditional_t<
     std::conditional_t<sizeof(T) == 4, std::conditional_t<std::is_signed_v<T>, s64, u64>,
                        std::conditional_t<std::is_signed_v<T>, s32, u32>>>;
 template <class T>
-inline T mul_lo(T a, T b) { return (T)((Wide<std::make_unsigned_t<T>>)a * (Wide<std::make_unsigned_t<T>>)b); }
+inline T mul_lo(T a, T b) {
+  return (T)((Wide<std::make_unsigned_t<T>>)a * (Wide<std::make_unsigned_t<T>>)b);
+}
 template <class T>
-inline T mul_hi(T a, T b) { return (T)(((Wide<T>)a * (Wide<T>)b) >> (8 * sizeof(T))); }
+inline T mul_hi(T a, T b) {
+  return (T)(((Wide<T>)a * (Wide<T>)b) >> (8 * sizeof(T)));
+}
 template <class T>
-inline Wide<T> mul_wide(T a, T b) { return (Wide<T>)a * (Wide<T>)b; }
+inline Wide<T> mul_wide(T a, T b) {
+  return (Wide<T>)a * (Wide<T>)b;
+}
 template <class T>
-inline T wrap_add(T a, T b) { using U = std::make_unsigned_t<T>; return (T)(U)((U)a + (U)b); }
+inline T wrap_add(T a, T b) {
+  using U = std::make_unsigned_t<T>;
+  return (T)(U)((U)a + (U)b);
+}
 template <class T>
-inline T wrap_sub(T a, T b) { using U = std::make_unsigned_t<T>; return (T)(U)((U)a - (U)b); }
+inline T wrap_sub(T a, T b) {
+  using U = std::make_unsigned_t<T>;
+  return (T)(U)((U)a - (U)b);
+}
 template <class T>
 inline T sat_to(__int128 x) {
-  return (T)std::min<__int128>(std::max<__int128>(x, std::numeric_limits<T>::min()), std::numeric_limits<T>::max());
+  return (T)std::min<__int128>(std::max<__int128>(x, std::numeric_limits<T>::min()),
+                               std::numeric_limits<T>::max());
 }
 // Division by zero returns all ones, as on the hardware; the minimum divided by -1 wraps.
 template <class T>
-inline T div_int(T a, T b) { return b == 0 ? (T)-1 : (T)((Wide<T>)a / (Wide<T>)b); }
+inline T div_int(T a, T b) {
+  return b == 0 ? (T)-1 : (T)((Wide<T>)a / (Wide<T>)b);
+}
 template <class T>
-inline T rem_int(T a, T b) { return b == 0 ? a : (T)((Wide<T>)a % (Wide<T>)b); }
+inline T rem_int(T a, T b) {
+  return b == 0 ? a : (T)((Wide<T>)a % (Wide<T>)b);
+}
 // Shifts by the width or more return zero, or the sign.
 template <class T>
-inline T shift_left(T a, u32 n) { return n >= 8 * sizeof(T) ? T(0) : (T)(a << n); }
+inline T shift_left(T a, u32 n) {
+  return n >= 8 * sizeof(T) ? T(0) : (T)(a << n);
+}
 template <class T>
 inline T shift_right(T a, u32 n) {
-  if constexpr (std::is_signed_v<T>) return (T)(a >> std::min<u32>(n, 8 * sizeof(T) - 1));
-  else return n >= 8 * sizeof(T) ? T(0) : (T)(a >> n);
+  if constexpr (std::is_signed_v<T>)
+    return (T)(a >> std::min<u32>(n, 8 * sizeof(T) - 1));
+  else
+    return n >= 8 * sizeof(T) ? T(0) : (T)(a >> n);
 }
-inline u32 funnel_left(u32 low, u32 high, u32 n) { return (u32)(((((u64)high << 32) | low) << n) >> 32); }
+inline u32 funnel_left(u32 low, u32 high, u32 n) {
+  return (u32)(((((u64)high << 32) | low) << n) >> 32);
+}
 inline u32 funnel_right(u32 low, u32 high, u32 n) { return (u32)((((u64)high << 32) | low) >> n); }
 template <class T>
 inline u32 leading_zeros(T a) {
@@ -93,6 +116,7 @@ inline u32 lop3_(u32 a, u32 b, u32 c, u32 table) {
 }
 inline u32 dot4(u32 a, bool a_signed, u32 b, bool b_signed, u32 c) {
   for (int i = 0; i < 32; i += 8)
-    c += (u32)((a_signed ? (s32)(s8)(a >> i) : (s32)(u8)(a >> i)) * (b_signed ? (s32)(s8)(b >> i) : (s32)(u8)(b >> i)));
+    c += (u32)((a_signed ? (s32)(s8)(a >> i) : (s32)(u8)(a >> i)) *
+               (b_signed ? (s32)(s8)(b >> i) : (s32)(u8)(b >> i)));
   return c;
 }

@@ -16,4 +16,5 @@ struct LaunchRequest {
   Allocation* allocations;
 };
 
-HIDDEN Outcome* start_launch(const LaunchRequest& request, void (*kernel)(Thread&, u8**), const KernelInfo& facts);
+HIDDEN Outcome* start_launch(const LaunchRequest& request, void (*kernel)(Thread&, u8**),
+                             const KernelInfo& facts);

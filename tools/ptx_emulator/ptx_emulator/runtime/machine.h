@@ -27,9 +27,9 @@ struct Report {
 // Memory of an array argument. Written by Python as RawAllocation of arguments.py.
 struct Allocation {
   u64 address, bytes;
-  u32 granule;    // bytes per race cell
-  u32 is_output;  // the kernel must write all bytes, and not read them before
-  const u8* gaps; // for each byte of an output 2 if it lies between the elements, else 0; or null
+  u32 granule;     // bytes per race cell
+  u32 is_output;   // the kernel must write all bytes, and not read them before
+  const u8* gaps;  // for each byte of an output 2 if it lies between the elements, else 0; or null
 };
 
 struct Cluster;
@@ -76,8 +76,8 @@ struct EngineState {
 
 struct Barrier {
   u32 arrived = 0, line = 0, expected = 0, votes = 0;
-  std::vector<u32> waiting;    // threads of the cluster
-  VectorClock arrival_clock;   // of threads that arrived without waiting
+  std::vector<u32> waiting;   // threads of the cluster
+  VectorClock arrival_clock;  // of threads that arrived without waiting
 };
 
 struct ClusterBarrier {
@@ -122,18 +122,33 @@ struct LaunchState : LaunchShape, KernelInfo {
   void (*kernel)(Thread&, u8**);
   std::chrono::steady_clock::time_point deadline;
   std::atomic<bool> stop{false};
-  // per allocation: 1 for each byte written (2 in gaps, which need not be written), and each byte read
+  // per allocation: 1 for each byte written (2 in gaps, which need not be written), and each byte
+  // read
   std::vector<std::vector<u8>> written, read;
-  // per allocation and race cell: the lowest and the highest key of writes, reads and atomics, in the
-  // order of Access; a key is the cluster + 1 in the high word and the PTX line in the low word
+  // per allocation and race cell: the lowest and the highest key of writes, reads and atomics, in
+  // the order of Access; a key is the cluster + 1 in the high word and the PTX line in the low word
   std::vector<std::vector<std::atomic<u64>>> block_accesses;
 };
 
 // In the order of TOTALS in reports.py.
 enum Total : u32 {
-  T_READ_BYTES, T_WRITE_BYTES, T_READ_SECTORS, T_WRITE_SECTORS, T_READ_REQUESTS, T_WRITE_REQUESTS,
-  T_SHARED_REQUESTS, T_SHARED_WAVEFRONTS, T_SHARED_CONFLICTS, T_BARRIERS, T_WARP_SYNCS, T_ATOMICS,
-  T_LOCAL_READ, T_LOCAL_WRITE, T_DISTINCT_READ, T_DISTINCT_WRITE, T_COUNT,
+  T_READ_BYTES,
+  T_WRITE_BYTES,
+  T_READ_SECTORS,
+  T_WRITE_SECTORS,
+  T_READ_REQUESTS,
+  T_WRITE_REQUESTS,
+  T_SHARED_REQUESTS,
+  T_SHARED_WAVEFRONTS,
+  T_SHARED_CONFLICTS,
+  T_BARRIERS,
+  T_WARP_SYNCS,
+  T_ATOMICS,
+  T_LOCAL_READ,
+  T_LOCAL_WRITE,
+  T_DISTINCT_READ,
+  T_DISTINCT_WRITE,
+  T_COUNT,
 };
 
 // One OS thread.
@@ -159,7 +174,8 @@ struct Block : BlockPosition {
   void flush_log();
 };
 
-// Result of one turn of all threads: none can run, all that ran only poll mbarriers, or some progress.
+// Result of one turn of all threads: none can run, all that ran only poll mbarriers, or some
+// progress.
 enum Pass : u32 { PASS_STUCK, PASS_IDLE, PASS_WORKED };
 
 // Blocks whose threads take turns on one OS thread; without clusters, a single block.
@@ -195,7 +211,8 @@ struct Cluster {
 
 inline HIDDEN thread_local Thread* starting_thread;
 
-// Adds a fault, or counts it if one of this kind at these lines is known. `other`: thread of the cluster.
+// Adds a fault, or counts it if one of this kind at these lines is known. `other`: thread of the
+// cluster.
 inline void report(Thread& t, ReportKind kind, u32 line, Space space = NO_SPACE, u64 offset = 0,
                    u64 bytes = 0, s32 argument = -1, s32 other = -1, u32 other_line = 0) {
   Block& b = *t.block;
@@ -206,8 +223,19 @@ inline void report(Thread& t, ReportKind kind, u32 line, Space space = NO_SPACE,
     other %= stride;
   }
   auto key = std::make_tuple((u32)kind, line, other_line);
-  auto [at, fresh] = b.worker.reports.try_emplace(
-      key, Report{kind, space, line, other_line, {b.x, b.y, b.z}, (s32)t.id, other, rank, argument, 0, offset, bytes, 0});
+  auto [at, fresh] = b.worker.reports.try_emplace(key, Report{kind,
+                                                              space,
+                                                              line,
+                                                              other_line,
+                                                              {b.x, b.y, b.z},
+                                                              (s32)t.id,
+                                                              other,
+                                                              rank,
+                                                              argument,
+                                                              0,
+                                                              offset,
+                                                              bytes,
+                                                              0});
   at->second.count++;
 }
 

@@ -1,5 +1,5 @@
-// mbarriers: a phase completes when all arrivals and all expected bytes are there. The eight bytes in
-// shared memory are only used by the checks; the state is kept in `Cluster::mbarriers`.
+// mbarriers: a phase completes when all arrivals and all expected bytes are there. The eight bytes
+// in shared memory are only used by the checks; the state is kept in `Cluster::mbarriers`.
 #pragma once
 #include "copies.h"
 
@@ -90,7 +90,9 @@ inline void complete_copies(Mbarrier& m) {
 }
 
 inline bool phase_passed(Mbarrier& m, u64 value, bool parity) {
-  auto passed = [&] { return parity ? (m.phase & 1) != (value & 1) : m.phase != (u32)(value >> 32); };
+  auto passed = [&] {
+    return parity ? (m.phase & 1) != (value & 1) : m.phase != (u32)(value >> 32);
+  };
   if (!passed()) complete_copies(m);
   return passed();
 }
@@ -126,5 +128,6 @@ inline void check_pending_copies(Thread& last) {
   const u64 first = (u64)last.block->rank * c.shared_stride;
   for (auto& [at, m] : c.mbarriers)
     if (at >= first && at < first + c.shared_stride)
-      for (PendingCopy& pending : m.pending_copies) report(*pending.thread, MISSING_WAIT, pending.line, SHARED, at - first, 8);
+      for (PendingCopy& pending : m.pending_copies)
+        report(*pending.thread, MISSING_WAIT, pending.line, SHARED, at - first, 8);
 }

@@ -7,8 +7,9 @@ enum ByteState : u8 { EMPTY, VALID, PENDING };
 inline HIDDEN thread_local u64 dummy_memory[8];  // target of accesses outside of memory
 
 // Reports accesses of a cell that race with this one, and records this one.
-inline void check_race(Thread& t, RaceCell& cell, Access kind, bool unchanged, ReportKind report_kind, u32 line,
-                 Space space, u64 offset, u32 bytes, s32 argument) {
+inline void check_race(Thread& t, RaceCell& cell, Access kind, bool unchanged,
+                       ReportKind report_kind, u32 line, Space space, u64 offset, u32 bytes,
+                       s32 argument) {
   auto check_conflict = [&](const AccessStamp& s) {
     if (t.block->cluster.clocks.is_before(s, t.self)) return false;
     report(t, report_kind, line, space, offset, bytes, argument, (s32)s.thread - 1, s.line);
@@ -20,10 +21,14 @@ inline void check_race(Thread& t, RaceCell& cell, Access kind, bool unchanged, R
   bool found = check_conflict(cell.write);
   if (kind != ATOMIC && !found) found = check_conflict(cell.atomic);
   if (kind != READ && !found) found = check_conflict(cell.read) || check_conflict(cell.other_read);
-  if (kind == WRITE) cell.write = now;
-  else if (kind == ATOMIC) cell.atomic = now;
-  else if (cell.read.epoch != now.epoch || cell.read.thread == now.thread) cell.read = now;
-  else cell.other_read = now;
+  if (kind == WRITE)
+    cell.write = now;
+  else if (kind == ATOMIC)
+    cell.atomic = now;
+  else if (cell.read.epoch != now.epoch || cell.read.thread == now.thread)
+    cell.read = now;
+  else
+    cell.other_read = now;
 }
 
 struct SharedLocation {
@@ -46,7 +51,8 @@ inline void mark_shared(Thread& t, u64 address, u64 bytes, ByteState state) {
 }
 
 // Checks an access to shared memory; returns the host address.
-inline u8* shared_access(Thread& t, u64 address, u32 bytes, u32 align, Access kind, bool unchanged, u32 line) {
+inline u8* shared_access(Thread& t, u64 address, u32 bytes, u32 align, Access kind, bool unchanged,
+                         u32 line) {
   Cluster& c = t.block->cluster;
   const SharedLocation location = locate_shared(t, address, bytes);
   if constexpr (kCheck) {
@@ -60,13 +66,18 @@ inline u8* shared_access(Thread& t, u64 address, u32 bytes, u32 align, Access ki
     for (u32 i = 0; i < bytes; i++) {
       u8& state = c.shared_state[location.at + i];
       pending |= state == PENDING;
-      if (kind != WRITE) empty |= state == EMPTY;
-      else if (state == EMPTY) state = VALID;
+      if (kind != WRITE)
+        empty |= state == EMPTY;
+      else if (state == EMPTY)
+        state = VALID;
     }
-    if (pending) report(t, MISSING_WAIT, line, SHARED, address, bytes);
-    else if (empty) report(t, UNINITIALISED, line, SHARED, address, bytes);
+    if (pending)
+      report(t, MISSING_WAIT, line, SHARED, address, bytes);
+    else if (empty)
+      report(t, UNINITIALISED, line, SHARED, address, bytes);
     for (u64 i = c.cell(location.at); i <= c.cell(location.at + bytes - 1); i++) {
-      check_race(t, c.shared_cells[i], kind, unchanged, SHARED_RACE, line, SHARED, address, bytes, -1);
+      check_race(t, c.shared_cells[i], kind, unchanged, SHARED_RACE, line, SHARED, address, bytes,
+                 -1);
       if (kind != READ && t.block->worker.launch.async_proxy) note_ordinary_write(c, i);
     }
   }
@@ -86,8 +97,10 @@ inline u8* local_access(Thread& t, u64 offset, u32 bytes, u32 align, Access kind
     bool empty = false;
     for (u32 i = 0; i < bytes; i++) {
       u8& state = c.local_state[base + offset + i];
-      if (kind == WRITE) state = VALID;
-      else empty |= state == EMPTY;
+      if (kind == WRITE)
+        state = VALID;
+      else
+        empty |= state == EMPTY;
     }
     if (empty) report(t, UNINITIALISED, line, LOCAL, offset, bytes);
   }
@@ -111,14 +124,17 @@ inline s32 find_allocation(LaunchState& launch, u64 address, u32 bytes) {
 
 inline void atomic_min(std::atomic<u64>& slot, u64 key) {
   u64 seen = slot.load(std::memory_order_relaxed);
-  while ((seen == 0 || key < seen) && !slot.compare_exchange_weak(seen, key)) {}
+  while ((seen == 0 || key < seen) && !slot.compare_exchange_weak(seen, key)) {
+  }
 }
 inline void atomic_max(std::atomic<u64>& slot, u64 key) {
   u64 seen = slot.load(std::memory_order_relaxed);
-  while (key > seen && !slot.compare_exchange_weak(seen, key)) {}
+  while (key > seen && !slot.compare_exchange_weak(seen, key)) {
+  }
 }
 
-inline u8* global_access(Thread& t, u64 address, u32 bytes, u32 align, Access kind, bool unchanged, u32 line) {
+inline u8* global_access(Thread& t, u64 address, u32 bytes, u32 align, Access kind, bool unchanged,
+                         u32 line) {
   Worker& w = t.block->worker;
   LaunchState& launch = w.launch;
   if constexpr (kCheck || kCount) {
@@ -130,7 +146,8 @@ inline u8* global_access(Thread& t, u64 address, u32 bytes, u32 align, Access ki
     const Allocation& a = launch.allocations[found];
     const u64 offset = address - a.address;
     u8* written = &launch.written[found][offset];
-    const bool unwritten = kind != WRITE && a.is_output && std::find(written, written + bytes, 0) != written + bytes;
+    const bool unwritten =
+        kind != WRITE && a.is_output && std::find(written, written + bytes, 0) != written + bytes;
     if (kind != READ) std::fill_n(written, bytes, 1);
     if constexpr (kCount)
       if (kind != WRITE) std::fill_n(&launch.read[found][offset], bytes, 1);
@@ -139,7 +156,8 @@ inline u8* global_access(Thread& t, u64 address, u32 bytes, u32 align, Access ki
       if (unwritten) report(t, UNINITIALISED, line, GLOBAL, offset, bytes, found);
       const u64 key = ((u64)t.block->cluster.linear + 1) << 32 | line;
       for (u64 c = offset / a.granule; c <= (offset + bytes - 1) / a.granule; c++) {
-        check_race(t, w.global_cells[found][c], kind, unchanged, GLOBAL_RACE, line, GLOBAL, offset, bytes, found);
+        check_race(t, w.global_cells[found][c], kind, unchanged, GLOBAL_RACE, line, GLOBAL, offset,
+                   bytes, found);
         atomic_min(launch.block_accesses[found][6 * c + 2 * kind], key);
         atomic_max(launch.block_accesses[found][6 * c + 2 * kind + 1], key);
       }
@@ -169,7 +187,8 @@ inline void log_access(Thread& t, Space space, u64 address, u32 bytes, Access ki
   }
 }
 
-inline u8* memory_access(Thread& t, Space space, u64 address, u32 bytes, u32 align, Access kind, bool unchanged, u32 line) {
+inline u8* memory_access(Thread& t, Space space, u64 address, u32 bytes, u32 align, Access kind,
+                         bool unchanged, u32 line) {
   if (space == SHARED) return shared_access(t, address, bytes, align, kind, unchanged, line);
   if (space == LOCAL) return local_access(t, address, bytes, align, kind, line);
   return global_access(t, address, bytes, align, kind, unchanged, line);
@@ -188,7 +207,8 @@ inline bool is_unchanged(Thread& t, Space space, u64 address, const void* from, 
     return location.block && !memcmp(&t.block->cluster.shared[location.at], from, bytes);
   }
   LaunchState& launch = t.block->worker.launch;
-  return space == GLOBAL && find_allocation(launch, address, bytes) >= 0 && !memcmp((void*)address, from, bytes);
+  return space == GLOBAL && find_allocation(launch, address, bytes) >= 0 &&
+         !memcmp((void*)address, from, bytes);
 }
 
 void store(Thread& t, Space space, u64 address, const void* from, u32 bytes, u32 line, u32 site) {
@@ -205,10 +225,12 @@ u8* access_atomic(Thread& t, Space space, u64 address, u32 bytes, u32 line, u32 
   return memory_access(t, space, address, bytes, bytes, ATOMIC, false, line);
 }
 
-Frame::Frame(Thread& t, u32 bytes) : thread(t), before(t.local_top), base((t.local_top + 15) & ~15u) {
+Frame::Frame(Thread& t, u32 bytes)
+    : thread(t), before(t.local_top), base((t.local_top + 15) & ~15u) {
   const u32 most = t.block->worker.launch.local_bytes;
   t.local_top = base + bytes;
   // local memory has room for one frame of each function: only recursion exceeds it
   if (t.local_top > most) stop_block(t, STACK_OVERFLOW, t.line);
-  if constexpr (kCheck) std::fill_n(&t.block->cluster.local_state[(u64)t.self * most + base], bytes, EMPTY);
+  if constexpr (kCheck)
+    std::fill_n(&t.block->cluster.local_state[(u64)t.self * most + base], bytes, EMPTY);
 }

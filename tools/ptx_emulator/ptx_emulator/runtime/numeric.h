@@ -61,8 +61,8 @@ inline u32 narrow(double x, Rounding rounding) {
   if (kept < (1u << MANTISSA)) return sign | kept;
   const int biased = last + MANTISSA + bias;
   if (biased >= (1 << EXPONENT) - 1) {
-    const bool to_infinity = rounding == RN || rounding == RNA || (rounding == RM && sign) ||
-                             (rounding == RP && !sign);
+    const bool to_infinity =
+        rounding == RN || rounding == RNA || (rounding == RM && sign) || (rounding == RP && !sign);
     return sign | (to_infinity ? infinity : infinity - 1);
   }
   return sign | ((u32)biased << MANTISSA) | (kept - (1u << MANTISSA));
@@ -95,7 +95,8 @@ constexpr bool is_float = is_half<T> || std::is_floating_point_v<T>;
 // Returns the low bits of register r as a T.
 template <class T, class R>
 inline T as(R r) {
-  if constexpr (std::is_same_v<T, bool>) return r;
+  if constexpr (std::is_same_v<T, bool>)
+    return r;
   else {
     u64 wide = 0;
     memcpy(&wide, &r, sizeof r);
@@ -108,11 +109,14 @@ inline T as(R r) {
 // Writes a value to register r: signed integers are sign-extended, other types zero-extended.
 template <class R, class T>
 inline void put(R& r, T value) {
-  if constexpr (std::is_same_v<T, bool>) r = value;
+  if constexpr (std::is_same_v<T, bool>)
+    r = value;
   else {
     u64 wide = 0;
-    if constexpr (std::is_integral_v<T> && std::is_signed_v<T>) wide = (u64)(s64)value;
-    else memcpy(&wide, &value, sizeof value);
+    if constexpr (std::is_integral_v<T> && std::is_signed_v<T>)
+      wide = (u64)(s64)value;
+    else
+      memcpy(&wide, &value, sizeof value);
     memcpy((void*)&r, &wide, sizeof r);
   }
 }
@@ -120,7 +124,8 @@ inline void put(R& r, T value) {
 // Returns f(a, b, c) in a rounding mode; `volatile` keeps the operation between the mode switches.
 template <Rounding R, class T, class F>
 inline T rounded(F f, T a, T b = T(), T c = T()) {
-  if constexpr (R == RN) return f(a, b, c);
+  if constexpr (R == RN)
+    return f(a, b, c);
   else {
     volatile T x = a, y = b, z = c;
     const int before = fegetround();
@@ -138,8 +143,10 @@ constexpr double smallest_normal = std::is_same_v<T, f16>      ? 0x1p-14
 // .ftz: subnormals become zeros of the same sign.
 template <bool FTZ, class T>
 inline T flush(T x) {
-  if constexpr (FTZ) return std::fabs((double)x) < smallest_normal<T> ? T(std::copysign(0.f, (float)x)) : x;
-  else return x;
+  if constexpr (FTZ)
+    return std::fabs((double)x) < smallest_normal<T> ? T(std::copysign(0.f, (float)x)) : x;
+  else
+    return x;
 }
 
 template <bool FTZ, bool SAT, class T>
@@ -159,14 +166,14 @@ inline double fma_to_odd(double a, double b, double c) {
   return std::nextafter(sum, error > 0 ? HUGE_VAL : -HUGE_VAL);
 }
 
-#define PTX_BINARY(name, symbol)                                                               \
-  template <class T, Rounding R, bool FTZ, bool SAT>                                           \
-  inline T name(T a, T b) {                                                                    \
-    if constexpr (is_half<T>)                                                                  \
-      return finish<FTZ, SAT>(T((double)flush<FTZ>(a) symbol (double)flush<FTZ>(b)));          \
-    else                                                                                       \
-      return finish<FTZ, SAT>(rounded<R, T>([](T x, T y, T) { return x symbol y; },            \
-                                            flush<FTZ>(a), flush<FTZ>(b)));                    \
+#define PTX_BINARY(name, symbol)                                                                \
+  template <class T, Rounding R, bool FTZ, bool SAT>                                            \
+  inline T name(T a, T b) {                                                                     \
+    if constexpr (is_half<T>)                                                                   \
+      return finish<FTZ, SAT>(T((double)flush<FTZ>(a) symbol(double) flush<FTZ>(b)));           \
+    else                                                                                        \
+      return finish<FTZ, SAT>(                                                                  \
+          rounded<R, T>([](T x, T y, T) { return x symbol y; }, flush<FTZ>(a), flush<FTZ>(b))); \
   }
 PTX_BINARY(add_, +)
 PTX_BINARY(sub_, -)
@@ -186,16 +193,17 @@ inline T fma_(T a, T b, T c) {
 // Functions of one operand, such as the square root; `exact` computes the function.
 template <Rounding R, bool FTZ, bool SAT, class T, class F>
 inline T unary_(F exact, T a) {
-  if constexpr (is_half<T>) return finish<FTZ, SAT>(T(exact((double)flush<FTZ>(a))));
+  if constexpr (is_half<T>)
+    return finish<FTZ, SAT>(T(exact((double)flush<FTZ>(a))));
   else
-    return finish<FTZ, SAT>(
-        rounded<R, T>([&](T x, T, T) { return (T)exact(x); }, flush<FTZ>(a)));
+    return finish<FTZ, SAT>(rounded<R, T>([&](T x, T, T) { return (T)exact(x); }, flush<FTZ>(a)));
 }
 
 // Returns the minimum or the maximum: a NaN only if both are or NAN_WINS; -0 is less than +0.
 template <bool LARGER, class T, bool NAN_WINS, bool FTZ>
 inline T extreme(T a, T b) {
-  if constexpr (std::is_integral_v<T>) return (a < b) == LARGER ? b : a;
+  if constexpr (std::is_integral_v<T>)
+    return (a < b) == LARGER ? b : a;
   else {
     const bool nan_a = a != a, nan_b = b != b;
     if (nan_a || nan_b) {
@@ -208,9 +216,13 @@ inline T extreme(T a, T b) {
   }
 }
 template <class T, bool NAN_WINS, bool FTZ>
-inline T min_(T a, T b) { return extreme<false, T, NAN_WINS, FTZ>(a, b); }
+inline T min_(T a, T b) {
+  return extreme<false, T, NAN_WINS, FTZ>(a, b);
+}
 template <class T, bool NAN_WINS, bool FTZ>
-inline T max_(T a, T b) { return extreme<true, T, NAN_WINS, FTZ>(a, b); }
+inline T max_(T a, T b) {
+  return extreme<true, T, NAN_WINS, FTZ>(a, b);
+}
 
 // Applies f to each half of a pair.
 template <class H, class F>
@@ -226,13 +238,19 @@ inline u32 pairwise(F f, u32 a, u32 b = 0, u32 c = 0) {
 // Clears or flips the sign bit, also of NaN, as the hardware does.
 template <class T>
 inline T absolute(T a) {
-  if constexpr (std::is_integral_v<T>) return a < 0 ? (T)(0 - (std::make_unsigned_t<T>)a) : a;
-  else if constexpr (is_half<T>) return as<T>((u16)(a.bits & 0x7fff));
-  else return std::fabs(a);
+  if constexpr (std::is_integral_v<T>)
+    return a < 0 ? (T)(0 - (std::make_unsigned_t<T>)a) : a;
+  else if constexpr (is_half<T>)
+    return as<T>((u16)(a.bits & 0x7fff));
+  else
+    return std::fabs(a);
 }
 template <class T>
 inline T negative(T a) {
-  if constexpr (std::is_integral_v<T>) return (T)(0 - (std::make_unsigned_t<T>)a);
-  else if constexpr (is_half<T>) return as<T>((u16)(a.bits ^ 0x8000));
-  else return -a;
+  if constexpr (std::is_integral_v<T>)
+    return (T)(0 - (std::make_unsigned_t<T>)a);
+  else if constexpr (is_half<T>)
+    return as<T>((u16)(a.bits ^ 0x8000));
+  else
+    return -a;
 }

@@ -9,8 +9,8 @@ inline void note_ordinary_write(Cluster& c, u64 cell) {
   c.unfenced_cells.push_back((u32)cell);
 }
 
-// Fences the writes of the thread and those ordered before now. A fence counts once it has run, even
-// if nothing orders it before the access of the async proxy.
+// Fences the writes of the thread and those ordered before now. A fence counts once it has run,
+// even if nothing orders it before the access of the async proxy.
 void fence_async_proxy(Thread& t) {
   if constexpr (kCheck) {
     Cluster& c = t.block->cluster;
@@ -18,15 +18,17 @@ void fence_async_proxy(Thread& t) {
     for (u32 i : c.unfenced_cells) {
       const RaceCell& cell = c.shared_cells[i];
       if (!c.unfenced[i]) continue;
-      if (c.clocks.is_before(cell.write, t.self) && c.clocks.is_before(cell.atomic, t.self)) c.unfenced[i] = false;
-      else c.unfenced_cells[kept++] = i;
+      if (c.clocks.is_before(cell.write, t.self) && c.clocks.is_before(cell.atomic, t.self))
+        c.unfenced[i] = false;
+      else
+        c.unfenced_cells[kept++] = i;
     }
     c.unfenced_cells.resize(kept);
   }
 }
 
-// Reports a read of the async proxy from bytes with an unfenced write. `at`: position of the bytes in
-// the cluster's shared memory.
+// Reports a read of the async proxy from bytes with an unfenced write. `at`: position of the bytes
+// in the cluster's shared memory.
 inline void check_fenced(Thread& t, u64 at, u64 address, u32 bytes, u32 line) {
   Cluster& c = t.block->cluster;
   for (u64 i = c.cell(at); i <= c.cell(at + bytes - 1); i++)

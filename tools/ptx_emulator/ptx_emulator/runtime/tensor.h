@@ -26,8 +26,8 @@ inline u32 box_bytes(const TensorMap& map) {
   return bytes;
 }
 
-// Calls row(byte offset in the box, address in the tensor, bytes) for the part of each row of the box
-// that lies inside of the tensor.
+// Calls row(byte offset in the box, address in the tensor, bytes) for the part of each row of the
+// box that lies inside of the tensor.
 template <class F>
 inline void for_each_row(const TensorMap& map, const s32* at, F row) {
   const u32 width = map.box[0] * map.item;
@@ -50,18 +50,21 @@ inline void for_each_row(const TensorMap& map, const s32* at, F row) {
 inline std::vector<u8> swizzled(const std::vector<u8>& bytes, u32 row_bytes) {
   if (!row_bytes) return bytes;
   std::vector<u8> result(bytes.size());
-  for (u32 at = 0; at < bytes.size(); at += 16) memcpy(&result[at ^ (at >> 7 & (row_bytes / 16 - 1)) << 4], &bytes[at], 16);
+  for (u32 at = 0; at < bytes.size(); at += 16)
+    memcpy(&result[at ^ (at >> 7 & (row_bytes / 16 - 1)) << 4], &bytes[at], 16);
   return result;
 }
 
 inline bool check_alignment(Thread& t, const TensorMap& map, u64 address, u32 line) {
   const u32 pattern = std::max(128u, 8 * map.swizzle);
   if constexpr (kCheck)
-    if ((address & kOffsetMask) % pattern) report(t, MISALIGNED, line, SHARED, address & kOffsetMask, box_bytes(map));
+    if ((address & kOffsetMask) % pattern)
+      report(t, MISALIGNED, line, SHARED, address & kOffsetMask, box_bytes(map));
   return (address & kOffsetMask) % pattern == 0;
 }
 
-void tensor_load(Thread& t, u64 to, u64 map_address, u32 rank, const s32* at, u64 barrier, u32 mask, u32 line, u32 site) {
+void tensor_load(Thread& t, u64 to, u64 map_address, u32 rank, const s32* at, u64 barrier, u32 mask,
+                 u32 line, u32 site) {
   const TensorMap* map = find_map(t, map_address, rank, line);
   if (!map || !check_alignment(t, *map, to, line)) return;
   std::vector<u8> box(box_bytes(*map));
@@ -73,23 +76,29 @@ void tensor_load(Thread& t, u64 to, u64 map_address, u32 rank, const s32* at, u6
   box = swizzled(box, map->swizzle);
   if (!mask) return start_tensor_copy(t, to & kOffsetMask, box, barrier, line);
   for (u32 r = 0; r < t.block->cluster.blocks.size(); r++)
-    if (mask >> r & 1) start_tensor_copy(t, map_shared(to & kOffsetMask, r), box, map_shared(barrier, r), line);
+    if (mask >> r & 1)
+      start_tensor_copy(t, map_shared(to & kOffsetMask, r), box, map_shared(barrier, r), line);
 }
 
-void tensor_store(Thread& t, u64 map_address, u32 rank, const s32* at, u64 from, u32 line, u32 site) {
+void tensor_store(Thread& t, u64 map_address, u32 rank, const s32* at, u64 from, u32 line,
+                  u32 site) {
   const TensorMap* map = find_map(t, map_address, rank, line);
   if (!map || !check_alignment(t, *map, from, line)) return;
-  for_each_row(*map, at, [&](u32, u64 address, u32 bytes) { log_access(t, GLOBAL, address, bytes, WRITE, site); });
+  for_each_row(*map, at, [&](u32, u64 address, u32 bytes) {
+    log_access(t, GLOBAL, address, bytes, WRITE, site);
+  });
   const u32 bytes = box_bytes(*map);
   const u8* source = bulk_source(t, SHARED, from, bytes, line);
   if (!source) return;
-  t.engine->stores.push_back({0, from & kOffsetMask, bytes, t.store_group, line, kCheck ? checksum_of(source, bytes) : 0});
+  t.engine->stores.push_back(
+      {0, from & kOffsetMask, bytes, t.store_group, line, kCheck ? checksum_of(source, bytes) : 0});
   t.engine->stores.back().map = map;
   std::copy(at, at + 5, t.engine->stores.back().at);
 }
 
 inline void write_tensor(Thread& t, const BulkStore& s) {
-  const std::vector<u8> box = swizzled(s.data, s.map->swizzle);  // the permutation is its own inverse
+  const std::vector<u8> box =
+      swizzled(s.data, s.map->swizzle);  // the permutation is its own inverse
   for_each_row(*s.map, s.at, [&](u32 offset, u64 address, u32 bytes) {
     u8* target = global_access(t, address, bytes, 1, WRITE, false, s.line);
     if (target != (u8*)dummy_memory) memcpy(target, &box[offset], bytes);

@@ -1,4 +1,5 @@
-// Interface between a translated kernel and the engine: the state of a thread, and engine functions.
+// Interface between a translated kernel and the engine: the state of a thread, and engine
+// functions.
 #pragma once
 #include "numeric.h"
 
@@ -16,20 +17,61 @@ constexpr bool kCount = PTX_EMULATOR_COUNT;
 
 // In the order of KINDS in reports.py.
 enum ReportKind : u32 {
-  SHARED_RACE, GLOBAL_RACE, BLOCK_RACE, UNINITIALISED, OUT_OF_BOUNDS, MISALIGNED,
-  DIVERGENT_BARRIER, DEADLOCK, MISSING_WAIT, UNWRITTEN, TIME_LIMIT, TRAP, WARP_MISMATCH, STACK_OVERFLOW,
-  CLUSTER_EXIT, BAD_MBARRIER, MISSING_FENCE, BAD_TENSOR_MAP,
+  SHARED_RACE,
+  GLOBAL_RACE,
+  BLOCK_RACE,
+  UNINITIALISED,
+  OUT_OF_BOUNDS,
+  MISALIGNED,
+  DIVERGENT_BARRIER,
+  DEADLOCK,
+  MISSING_WAIT,
+  UNWRITTEN,
+  TIME_LIMIT,
+  TRAP,
+  WARP_MISMATCH,
+  STACK_OVERFLOW,
+  CLUSTER_EXIT,
+  BAD_MBARRIER,
+  MISSING_FENCE,
+  BAD_TENSOR_MAP,
 };
 enum Space : u32 { GLOBAL, SHARED, LOCAL, NO_SPACE };
 enum WarpOperation : u32 {
-  W_SYNC, W_UP, W_DOWN, W_BFLY, W_IDX, W_ALL, W_ANY, W_BALLOT, W_UNI, W_MATCH_ANY, W_MATCH_ALL,
-  W_ADD, W_MIN, W_MAX, W_AND, W_OR, W_XOR, W_MIN_SIGNED, W_MAX_SIGNED, W_LDMATRIX, W_STMATRIX, W_MMA,
-  W_PRODUCT, W_PRODUCT_WAIT,
+  W_SYNC,
+  W_UP,
+  W_DOWN,
+  W_BFLY,
+  W_IDX,
+  W_ALL,
+  W_ANY,
+  W_BALLOT,
+  W_UNI,
+  W_MATCH_ANY,
+  W_MATCH_ALL,
+  W_ADD,
+  W_MIN,
+  W_MAX,
+  W_AND,
+  W_OR,
+  W_XOR,
+  W_MIN_SIGNED,
+  W_MAX_SIGNED,
+  W_LDMATRIX,
+  W_STMATRIX,
+  W_MMA,
+  W_PRODUCT,
+  W_PRODUCT_WAIT,
 };
 enum MmaType : u32 { MMA_BF16, MMA_F16, MMA_TF32, MMA_F64, MMA_S8, MMA_U8 };
 enum ArriveFlags : u32 { ARRIVE_DROP = 1, ARRIVE_RELAXED = 2, ARRIVE_INCOMPLETE = 4 };
 enum ProductFlags : u32 {
-  LEFT_IN_REGISTERS = 1, LEFT_TRANSPOSED = 2, RIGHT_TRANSPOSED = 4, LEFT_NEGATED = 8, RIGHT_NEGATED = 16, HALF_SUMS = 32,
+  LEFT_IN_REGISTERS = 1,
+  LEFT_TRANSPOSED = 2,
+  RIGHT_TRANSPOSED = 4,
+  LEFT_NEGATED = 8,
+  RIGHT_NEGATED = 16,
+  HALF_SUMS = 32,
 };
 
 // ---- the thread
@@ -123,7 +165,8 @@ inline u32 rank_of(Thread& t, u64 address) {
 // ---- memory
 
 HIDDEN void load(Thread& t, Space space, u64 address, void* to, u32 bytes, u32 line, u32 site);
-HIDDEN void store(Thread& t, Space space, u64 address, const void* from, u32 bytes, u32 line, u32 site);
+HIDDEN void store(Thread& t, Space space, u64 address, const void* from, u32 bytes, u32 line,
+                  u32 site);
 HIDDEN u8* access_atomic(Thread& t, Space space, u64 address, u32 bytes, u32 line, u32 site);
 
 // Reads, changes and writes back a value; returns the old one. No other thread runs in between:
@@ -154,7 +197,8 @@ HIDDEN void cluster_arrive(Thread& t, bool releases, u32 line);
 HIDDEN void cluster_wait(Thread& t, u32 line);
 HIDDEN void warp_sync(Thread& t, u32 operation, u32 mask, u32 line);
 
-inline u64 shuffle_(Thread& t, u32 operation, u32 value, u32 amount, u32 control, u32 mask, u32 line) {
+inline u64 shuffle_(Thread& t, u32 operation, u32 value, u32 amount, u32 control, u32 mask,
+                    u32 line) {
   t.in[0] = value, t.in[1] = amount, t.in[2] = control;
   warp_sync(t, operation, mask, line);
   return t.out[0];
@@ -177,18 +221,24 @@ HIDDEN void mbarrier_track_copies(Thread& t, u64 address, bool counted, u32 line
 // Bytes that a cp.async reads: its last operand is their number, or a predicate to read none.
 template <class R>
 inline u32 async_copy_bytes(u32 bytes, R operand) {
-  if constexpr (std::is_same_v<R, bool>) return operand ? 0 : bytes;
-  else return std::min((u32)operand, bytes);
+  if constexpr (std::is_same_v<R, bool>)
+    return operand ? 0 : bytes;
+  else
+    return std::min((u32)operand, bytes);
 }
 HIDDEN void copy_async(Thread& t, u64 to, u64 from, u32 bytes, u32 filled, u32 line, u32 site);
 HIDDEN void finish_copies(Thread& t, int groups_left);
 
-HIDDEN void bulk_load(Thread& t, u64 to, Space space, u64 from, u32 bytes, u64 barrier, u32 line, u32 site);
-HIDDEN void bulk_load_multicast(Thread& t, u64 to, u64 from, u32 bytes, u64 barrier, u32 mask, u32 line, u32 site);
+HIDDEN void bulk_load(Thread& t, u64 to, Space space, u64 from, u32 bytes, u64 barrier, u32 line,
+                      u32 site);
+HIDDEN void bulk_load_multicast(Thread& t, u64 to, u64 from, u32 bytes, u64 barrier, u32 mask,
+                                u32 line, u32 site);
 HIDDEN void bulk_store(Thread& t, u64 to, u64 from, u32 bytes, u32 line, u32 site);
 HIDDEN void finish_stores(Thread& t, u32 left, bool only_read);
-HIDDEN void tensor_load(Thread& t, u64 to, u64 map_address, u32 rank, const s32* at, u64 barrier, u32 mask, u32 line, u32 site);
-HIDDEN void tensor_store(Thread& t, u64 map_address, u32 rank, const s32* at, u64 from, u32 line, u32 site);
+HIDDEN void tensor_load(Thread& t, u64 to, u64 map_address, u32 rank, const s32* at, u64 barrier,
+                        u32 mask, u32 line, u32 site);
+HIDDEN void tensor_store(Thread& t, u64 map_address, u32 rank, const s32* at, u64 from, u32 line,
+                         u32 site);
 
 // A wgmma.mma_async; `flags` are ProductFlags.
 struct ProductRequest {
@@ -196,7 +246,8 @@ struct ProductRequest {
   bool adds;
   u64 a, b;  // descriptors of the operands in shared memory
 };
-HIDDEN void issue_product(Thread& t, const ProductRequest& request, u32* const* target, u32 count, u32* const* left);
+HIDDEN void issue_product(Thread& t, const ProductRequest& request, u32* const* target, u32 count,
+                          u32* const* left);
 HIDDEN void wait_products(Thread& t, u32 left, u32 line);
 HIDDEN void check_register(Thread& t, const u32* r, bool writes, u32 line);
 HIDDEN void copy_register(Thread& t, const u32* target, const u32* source, u32 line);

@@ -1,5 +1,6 @@
-// Matrix products of a warpgroup. They are computed at the wait, the latest moment that the hardware
-// allows. Until then the accumulators hold NaN, and the operands in shared memory must not change.
+// Matrix products of a warpgroup. They are computed at the wait, the latest moment that the
+// hardware allows. Until then the accumulators hold NaN, and the operands in shared memory must not
+// change.
 #pragma once
 #include "copies.h"
 #include "matrix.h"
@@ -16,18 +17,20 @@ struct OperandLayout {
 inline OperandLayout decode_descriptor(u64 descriptor, bool transposed) {
   auto field = [&](u32 from) { return (descriptor >> from & 0x3fff) << 4; };
   static const u32 swizzles[4] = {16, 128, 64, 32};
-  return {field(0), field(16), field(32), swizzles[descriptor >> 62], descriptor >> 49 & 7, transposed};
+  return {field(0),  field(16), field(32), swizzles[descriptor >> 62], descriptor >> 49 & 7,
+          transposed};
 }
 
-// Returns the address of 16 bytes. `outer` and `inner` are the positions of their first element in the
-// outer dimension and in the one summed over; `wide` is the number of elements in 16 bytes. A swizzle
-// pattern has 8 rows of `swizzle` bytes, whose 16-byte columns are permuted by the row.
+// Returns the address of 16 bytes. `outer` and `inner` are the positions of their first element in
+// the outer dimension and in the one summed over; `wide` is the number of elements in 16 bytes. A
+// swizzle pattern has 8 rows of `swizzle` bytes, whose 16-byte columns are permuted by the row.
 inline u64 operand_address(const OperandLayout& o, u32 outer, u32 inner, u32 wide) {
   const u32 row = o.transposed ? inner : outer, column = (o.transposed ? outer : inner) / wide;
   u64 at = o.start;
   if (o.swizzle == 16) {
     at += row % 8 * 16;
-    at += o.transposed ? row / 8 * o.leading + column * o.stride : row / 8 * o.stride + column * o.leading;
+    at += o.transposed ? row / 8 * o.leading + column * o.stride
+                       : row / 8 * o.stride + column * o.leading;
     return at;
   }
   const u32 columns = (u32)o.swizzle / 16;
@@ -46,9 +49,11 @@ inline HIDDEN thread_local WarpProduct warp_product;
 
 inline u32 depth_of(const Product& p) { return p.type == MMA_TF32 ? 8 : 16; }
 
-// Reads `outer` x depth elements from row `first` on, and calls put(outer, inner, element) for each.
+// Reads `outer` x depth elements from row `first` on, and calls put(outer, inner, element) for
+// each.
 template <class F>
-inline void read_operand(Thread& t, const Product& p, const OperandLayout& layout, u32 first, u32 outer, bool issued, F put) {
+inline void read_operand(Thread& t, const Product& p, const OperandLayout& layout, u32 first,
+                         u32 outer, bool issued, F put) {
   const u32 size = p.type == MMA_TF32 ? 4 : 2, wide = 16 / size, depth = depth_of(p);
   const u32 rows = layout.transposed ? depth : outer, columns = layout.transposed ? outer : depth;
   for (u32 row = 0; row < rows; row++)
@@ -57,10 +62,12 @@ inline void read_operand(Thread& t, const Product& p, const OperandLayout& layou
       const u64 address = operand_address(layout, first + i, k, wide);
       u8* memory = shared_access(t, address, 16, 16, READ, false, p.line);
       if constexpr (kCheck)
-        if (issued && locate_shared(t, address, 16).block) check_fenced(t, locate_shared(t, address, 16).at, address, 16, p.line);
+        if (issued && locate_shared(t, address, 16).block)
+          check_fenced(t, locate_shared(t, address, 16).at, address, 16, p.line);
       u64 words[2];
       memcpy(words, memory, 16);
-      warp_product.checksum = (warp_product.checksum * 0x100000001b3ull ^ words[0]) * 0x100000001b3ull ^ words[1];
+      warp_product.checksum =
+          (warp_product.checksum * 0x100000001b3ull ^ words[0]) * 0x100000001b3ull ^ words[1];
       for (u32 e = 0; e < wide; e++) {
         u32 bits = 0;
         memcpy(&bits, memory + e * size, size);
@@ -106,7 +113,8 @@ inline void run_product(Thread* w, size_t number) {
   WarpProduct& m = warp_product;
   read_operands(w, number, false);
   if constexpr (kCheck)
-    if (m.checksum != p.checksum) report(w[0], MISSING_WAIT, p.line, SHARED, decode_descriptor(p.b, false).start, 16);
+    if (m.checksum != p.checksum)
+      report(w[0], MISSING_WAIT, p.line, SHARED, decode_descriptor(p.b, false).start, 16);
   if (p.flags & LEFT_IN_REGISTERS) read_left_registers(w, number);
   const double sign = (p.flags & LEFT_NEGATED ? -1 : 1) * (p.flags & RIGHT_NEGATED ? -1 : 1);
   const u32 depth = depth_of(p);
@@ -134,10 +142,13 @@ inline void run_product(Thread* w, size_t number) {
 
 // ---- instructions
 
-inline bool is_target(const Product& p, const u32* r) { return std::find(p.target.begin(), p.target.end(), r) != p.target.end(); }
+inline bool is_target(const Product& p, const u32* r) {
+  return std::find(p.target.begin(), p.target.end(), r) != p.target.end();
+}
 
 inline bool is_unfenced(const Thread& t, const u32* r) {
-  return std::find(t.engine->unfenced_registers.begin(), t.engine->unfenced_registers.end(), r) != t.engine->unfenced_registers.end();
+  return std::find(t.engine->unfenced_registers.begin(), t.engine->unfenced_registers.end(), r) !=
+         t.engine->unfenced_registers.end();
 }
 
 // All lanes have issued a product, the last one in their lists.
@@ -146,9 +157,11 @@ inline void issue_products(Thread* w) {
   if constexpr (kCheck) {
     for (u32 lane = 1; lane < 32; lane++) {
       const Product &one = w[0].engine->products[number], &other = w[lane].engine->products.back();
-      const bool same = w[lane].engine->products.size() == number + 1 && other.b == one.b && other.adds == one.adds &&
+      const bool same = w[lane].engine->products.size() == number + 1 && other.b == one.b &&
+                        other.adds == one.adds &&
                         ((one.flags & LEFT_IN_REGISTERS) || other.a == one.a);
-      if (!same) report(w[lane], WARP_MISMATCH, one.line, NO_SPACE, 0, 0, -1, (s32)w[0].self, one.line);
+      if (!same)
+        report(w[lane], WARP_MISMATCH, one.line, NO_SPACE, 0, 0, -1, (s32)w[0].self, one.line);
     }
     read_operands(w, number, true);
     w[0].engine->products[number].checksum = warp_product.checksum;
@@ -159,7 +172,8 @@ inline void issue_products(Thread* w) {
 inline void finish_products(Thread* w) {
   const u32 left = (u32)w[0].in[0];
   size_t done = 0;
-  while (done < w[0].engine->products.size() && w[0].engine->products[done].group + left < w[0].product_group) {
+  while (done < w[0].engine->products.size() &&
+         w[0].engine->products[done].group + left < w[0].product_group) {
     bool all = true;
     for (u32 lane = 0; lane < 32; lane++) all &= w[lane].engine->products.size() > done;
     if (!all) break;
@@ -171,7 +185,8 @@ inline void finish_products(Thread* w) {
   }
 }
 
-void issue_product(Thread& t, const ProductRequest& request, u32* const* target, u32 count, u32* const* left) {
+void issue_product(Thread& t, const ProductRequest& request, u32* const* target, u32 count,
+                   u32* const* left) {
   Product p{request};
   p.group = t.product_group;
   p.target.assign(target, target + count);
@@ -203,7 +218,8 @@ void check_register(Thread& t, const u32* r, bool writes, u32 line) {
   if constexpr (kCheck) {
     if (writes && !is_unfenced(t, r)) t.engine->unfenced_registers.push_back(r);
     for (const Product& p : t.engine->products) {
-      const bool is_left = (p.flags & LEFT_IN_REGISTERS) && std::count(p.left_registers, p.left_registers + 4, r);
+      const bool is_left =
+          (p.flags & LEFT_IN_REGISTERS) && std::count(p.left_registers, p.left_registers + 4, r);
       if (is_target(p, r) || (writes && is_left)) {
         report(t, MISSING_WAIT, line, NO_SPACE, 0, 0, -1, -1, p.line);
         return;
@@ -212,7 +228,8 @@ void check_register(Thread& t, const u32* r, bool writes, u32 line) {
   }
 }
 
-// A copy between registers of products is fenced if its source is: see register_copy in isa/wgmma.py.
+// A copy between registers of products is fenced if its source is: see register_copy in
+// isa/wgmma.py.
 void copy_register(Thread& t, const u32* target, const u32* source, u32 line) {
   if constexpr (kCheck) {
     check_register(t, source, false, line);

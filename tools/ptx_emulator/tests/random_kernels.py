@@ -167,7 +167,7 @@ class Generator:
 
     def assignment(self) -> Statement:
         kind = self.random.choice("iulfd")
-        value = self.expression(kind, 3)
+        value = self.expression(kind, 2)
 
         def run(e: Environment, mask: np.ndarray) -> None:
             if mask.any():

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
-import triton_kernels as kernels
-from ptx_emulator import Emulator, run_triton
+from ptx_emulator import Emulator
 from ptx_text import kernel, together
 
 COPY = "mul.wide.u32 %rd2, %r0, STRIDE;\nadd.s64 %rd2, %rd0, %rd2;\nld.global.f32 %f0, [%rd2];\n"
@@ -128,22 +126,6 @@ def test_wide_accesses_flops_and_atomics(emulator, seed):
 def test_local_traffic(emulator):
     c = count(emulator, "local", [aligned(64)], 64)
     assert (c.local_read_bytes, c.local_write_bytes) == (256, 256)
-
-
-def test_triton_matmul():
-    # one tile: each input is read once, the output is written once, 2 M N K flops
-    a, b = (torch.randn(64, 64).bfloat16() for _ in range(2))
-    c = torch.empty(64, 64, dtype=torch.bfloat16)
-    launch = run_triton(
-        *(kernels.matmul, 1, a, b, c, 64, 64, 64),
-        **dict(BLOCK=64, DEPTH=32, PRECISION="ieee", outputs=["c"], count=True),
-    )
-    assert launch.reports == ()
-    k = launch.counters
-    assert k.flops["mma.bf16"] == 2 * 64**3
-    assert k.global_read_bytes == k.distinct_read_bytes == 2 * 64 * 64 * 2
-    assert k.global_write_bytes == k.distinct_write_bytes == 64 * 64 * 2
-    assert k.global_read_sectors == 2 * 64 * 64 * 2 / 32
 
 
 def test_nothing_is_counted_unless_asked(emulator):

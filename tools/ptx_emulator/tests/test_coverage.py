@@ -41,24 +41,23 @@ TEXTS = {m.__name__: text(m.CASES) for m in TABLES}
 TEXTS |= {m.__name__: m.text() for m in KERNELS}
 
 
-def instructions() -> list[Instruction]:
-    functions = [f for ptx in TEXTS.values() for f in parse(ptx).functions]
-    return [x for f in functions for x in f.body if isinstance(x, Instruction)]
-
-
 @pytest.fixture(scope="module")
-def translated() -> dict[str, list[Instruction]]:
-    found: dict[str, list[Instruction]] = {}
-    for instruction in instructions():
-        found.setdefault(instruction.parts[0], []).append(instruction)
+def translated() -> dict[str, list[Operation]]:
+    """The instructions that the tests translate, by opcode."""
+    found: dict[str, list[Operation]] = {}
+    for function in (f for ptx in TEXTS.values() for f in parse(ptx).functions):
+        for statement in function.body:
+            if isinstance(statement, Instruction):
+                operation = Operation(statement, Scope())
+                found.setdefault(statement.parts[0], []).append(operation)
     return found
 
 
-def uncovered(table: dict, translated: dict[str, list[Instruction]]) -> list[str]:
+def uncovered(table: dict, translated: dict[str, list[Operation]]) -> list[str]:
     """Returns the opcodes, and the types of forms, that no test translates."""
     missing = [opcode for opcode in table if opcode not in translated]
     for opcode, forms in table.items():
-        operations = [Operation(x, Scope()) for x in translated.get(opcode, ())]
+        operations = translated.get(opcode, ())
         for i, form in enumerate(forms):
             if isinstance(form, Form):
                 # the first form that fits is used

@@ -41,20 +41,6 @@ extern "C" __global__ void mixed(float* out, Weights w, int i, const __nv_bfloat
   __syncthreads();
   if (threadIdx.x < 4) out[blockDim.x + threadIdx.x] = totals[threadIdx.x];
 }
-
-// block sum: shuffles within a warp, shared memory across, in fixed order
-extern "C" __global__ void sums(const float* x, float* out, int n) {
-  __shared__ float part[32];
-  float s = 0;
-  for (int i = threadIdx.x; i < n; i += blockDim.x) s += x[blockIdx.x * n + i];
-  for (int k = 16; k; k /= 2) s += __shfl_xor_sync(~0u, s, k);
-  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = s;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int i = 1; i < blockDim.x / 32; i++) s += part[i];
-    out[blockIdx.x] = s;
-  }
-}
 """
 
 
@@ -93,10 +79,3 @@ def test_structs_calls_constants_local_and_dynamic_memory(emulator):
     t = np.arange(64)
     assert (out[:64] == (1.5 + 3 * t) * 3 + t + 0.25).all()
     assert (out[64:] == 16).all()
-
-
-def test_block_sums(emulator):
-    x = np.random.default_rng(0).standard_normal((6, 1000)).astype(np.float32)
-    out = np.zeros(6, np.float32)
-    assert emulator.launch("sums", [x, out, 1000], 6, 256, outputs=[1], seed=9).reports == ()
-    assert np.abs(out - x.sum(1, dtype=np.float64)).max() < 2e-5

@@ -7,7 +7,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import triton_kernels as kernels
-from ptx_emulator import Emulator, compile_triton, run_triton
+from ptx_emulator import run_triton
 from triton_kernels import close, random
 
 
@@ -37,44 +37,6 @@ def test_attention(dtype):
     assert [str(r) for r in launch.reports] == []
     scores = (q.double() @ k.double().transpose(1, 2)) * 32**-0.5
     close(o, scores.softmax(2) @ v.double(), 2.0**15 if dtype == torch.float32 else 2)
-
-
-REMOVED = {
-    "bar.sync": {"shared-race"},
-    "fence.proxy.async": {"missing-fence"},
-    "wgmma.wait_group": {"missing-async-wait"},
-    "wgmma.fence": {"missing-fence"},
-    "nothing": set(),
-}
-
-
-@pytest.fixture(scope="module")
-def incomplete():
-    """Returns a pipelined matmul without each kind of synchronization, and its shared memory."""
-    a, b, c = (torch.empty(1, dtype=torch.bfloat16) for _ in range(3))
-    sizes = dict(M=64, N=64, K=160, BLOCK=64, DEPTH=32, PRECISION="ieee")
-    compiled = compile_triton(kernels.matmul, dict(a=a, b=b, c=c, **sizes), 90, 4, 3)
-    head, code = compiled.asm["ptx"].split(".visible", 1)
-    code = code[: code.index("\n}") + 2]
-    for i, name in enumerate(REMOVED):
-        kept = [x for x in code.splitlines() if not x.strip().startswith(name)]
-        assert name == "nothing" or len(kept) < len(code.splitlines())
-        head += ".visible" + "\n".join(kept).replace("matmul(", f"matmul_{i}(") + "\n"
-    return Emulator(head), compiled.metadata.shared
-
-
-@pytest.mark.parametrize("name", REMOVED)
-def test_a_matmul_without_synchronization_is_reported(incomplete, name):
-    emulator, shared = incomplete
-    a, b = random(64, 160, dtype=torch.bfloat16), random(160, 64, dtype=torch.bfloat16, seed=1)
-    c = torch.empty(64, 64, dtype=torch.bfloat16)
-    reports = emulator.launch(
-        *(f"matmul_{list(REMOVED).index(name)}", [a, b, c, 64, 64, 160, None, None], 1, 128),
-        **dict(shared_bytes=shared, outputs=[2]),
-    ).reports
-    found = {r.kind for r in reports}
-    assert REMOVED[name] <= found
-    assert REMOVED[name] or not found
 
 
 @pytest.mark.parametrize("stages", [1, 3])

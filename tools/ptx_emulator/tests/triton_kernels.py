@@ -35,20 +35,6 @@ def softmax(x, o, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def layer_norm(x, weight, bias, o, n, eps, BLOCK: tl.constexpr):
-    columns = tl.arange(0, BLOCK)
-    mask = columns < n
-    at = tl.program_id(0) * n + columns
-    values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(values, 0) / n
-    centred = tl.where(mask, values - mean, 0.0)
-    scale = 1 / tl.sqrt(tl.sum(centred * centred, 0) / n + eps)
-    w = tl.load(weight + columns, mask=mask).to(tl.float32)
-    b = tl.load(bias + columns, mask=mask).to(tl.float32)
-    tl.store(o + at, (centred * scale * w + b).to(o.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def matmul(a, b, c, M, N, K, BLOCK: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

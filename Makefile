@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 # name of this machine's results file; the default belongs to the machine of docs/results.md
 BENCH ?= cpu-epyc-avx512-2cores
-BENCH_ARGS ?= --shapes published --batches 32 --dtypes fp32 bf16 --directions forward both
+BENCH_ARGS ?= --shapes published --batch-sizes 32 --dtypes fp32 bf16 --directions forward both
 BENCH_CSV := benchmarks/results/$(BENCH).csv
 
 # torch versions of `make compat`; newest: the version in constraints.txt
@@ -58,7 +58,7 @@ bench: $(STAMP)
 		then $(BIN)/featkd bench table $(BENCH_CSV) --out docs/results.md; fi
 
 report: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/featkd kernels report
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.report
 
 lint: $(STAMP)
 	git ls-files 'csrc/*' 'tests/csrc/*.cpp' 'tools/*.h' 'tools/*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +18,9 @@ from benchmarks.problem import DTYPES
 from benchmarks.report import aot, compiled, host, modelled, traffic
 from benchmarks.report.__main__ import main
 from benchmarks.report.chips import CHIPS, chip_of
-from featkd.ptx import run_triton
+from ptx_emulator import run_triton
 
+ROOT = Path(__file__).parent.parent.parent
 ARCHS = [chip.arch for chip in CHIPS]
 ROWS = 4 * 196
 MAP = ROWS * 384 * 2  # bytes in bf16
@@ -267,3 +271,12 @@ def test_bad_arguments(capsys, words, message):
         main(words)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_the_emulator_the_command_ends_in_one_line():
+    code = "import sys, runpy; sys.modules['ptx_emulator'] = None; "
+    code += "runpy.run_module('benchmarks.report', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "run pip install --editable tools/ptx_emulator" in done.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from featkd.cache import Layout, Taught
+from featkd.cache import Layout, TeacherOutputs
 from featkd.cli.arguments import Parser, add_json, check_folders
 from featkd.functional import soft_kd
 
@@ -58,7 +58,7 @@ def measure(
         errors, size = [], 0.0
         for spread in SPREADS:
             teacher, student = _logits(spread, classes, images)
-            rows = layout.encode(Taught(teacher, []))
+            rows = layout.encode(TeacherOutputs(teacher, []))
             size = sum(x.nbytes for x in rows[0].values())
             held = layout.decode(rows, ()).logits
             assert held is not None

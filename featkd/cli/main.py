@@ -220,7 +220,7 @@ def _distill_parser() -> ArgumentParser:
 
 
 def _cache_parser() -> ArgumentParser:
-    from featkd.cache.config import ENERGY, TOP, CacheConfig, Features, Store
+    from featkd.cache.config import DEFAULT_ENERGY, DEFAULT_TOP, CacheConfig, Features, Store
 
     parser = _recipe_parser(
         "featkd cache", "Write what a recipe's teacher says of its training images."
@@ -231,7 +231,7 @@ def _cache_parser() -> ArgumentParser:
         type=int | Literal["all"] | None,
         default=None,
         help="classes whose log-probabilities are kept, the largest ones, in fp16; all: the logits "
-        f"as they are (default: all beside maps, else {TOP}, or all where there are no more)",
+        f"as they are (default: all beside maps, else {DEFAULT_TOP}, or all of fewer classes)",
     )
     parser.add_argument(
         "--features",
@@ -244,7 +244,7 @@ def _cache_parser() -> ArgumentParser:
         "--energy",
         type=float | None,
         default=None,
-        help=f"lowrank: the share of each map's energy that is kept (default: {ENERGY})",
+        help=f"lowrank: the share of each map's energy that is kept (default: {DEFAULT_ENERGY})",
     )
     parser.add_argument(
         "--rank", type=int | None, default=None, help="lowrank: directions, in place of an energy"
@@ -271,7 +271,7 @@ def _cache(words: list[str]) -> int:
     """`featkd cache RECIPE --out DIR ...`, or `featkd cache --verify DIR`."""
     from featkd.cache import CacheConfig
     from featkd.runtime import distributed
-    from featkd.train.build_cache import fill
+    from featkd.train.build_cache import build_cache
     from featkd.train.recipe import check_local
 
     if words[:1] == [_VERIFY]:
@@ -289,7 +289,7 @@ def _cache(words: list[str]) -> int:
     try:
         context = distributed.start(run.device)
         with distributed.naming_lost_processes(f"the same command goes on with {run.out}"):
-            found = fill(run, config, context, Path(run.out))
+            found = build_cache(run, config, context, Path(run.out))
         if found.interrupted_by is not None:
             if context.is_main:
                 said = f"stopped by signal {found.interrupted_by}"
@@ -315,12 +315,12 @@ def _cache(words: list[str]) -> int:
 
 def _verify(folder: Path) -> int:
     """Check every byte of a cache, and name what is damaged or missing."""
-    from featkd.cache import damages
+    from featkd.cache import verify_cache
     from featkd.cache.manifest import read_manifest
 
     manifest = read_manifest(folder)
     shards, damaged = 0, 0
-    for damage in damages(folder):
+    for damage in verify_cache(folder):
         shards += 1
         if damage is not None:
             damaged += 1
@@ -335,12 +335,10 @@ def _parse(
     parser: ArgumentParser, words: list[str], others: Sequence[str]
 ) -> tuple[Recipe, Namespace]:
     """The recipe of a command line, and its other options."""
-    from featkd.train.recipe import Recipe, check_fields, field_names, find_recipe
+    from featkd.train.recipe import Recipe, field_names, find_recipe, read_recipe_config
 
     if words and not words[0].startswith("-"):
-        path = find_recipe(words[0])
-        check_fields(path)
-        words = ["--config", str(path), *words[1:]]
+        words = ["--config", read_recipe_config(find_recipe(words[0])), *words[1:]]
     known = [*field_names(), "config", "help", *others]
     check_known(words, known, ("student.options.", "teacher.options."))
     parsed = parser.parse_args(words)

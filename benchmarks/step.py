@@ -1,4 +1,4 @@
-"""One training update and its parts, eager in float32 beside what featkd offers, in turns."""
+"""Times of a training update and its parts, in eager float32 and in featkd, in turns."""
 
 from __future__ import annotations
 
@@ -13,22 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 import featkd
 from featkd.cache import CacheConfig
 from featkd.data import Batch
 from featkd.data.loader import as_tensor
 from featkd.runtime.distributed import ProcessContext
-from featkd.runtime.environment import multiplies_bf16
+from featkd.runtime.environment import has_fast_bf16
 from featkd.train.build_cache import build_cache
 from featkd.train.recipe import Recipe
 from featkd.train.trainer import Trainer
 
-from .results import Measured
-from .roofline import measure_rates
 from .throughput import Rate
 from .timing import take_turns
 from .variants import Step
@@ -36,25 +31,22 @@ from .variants import Step
 PARTS = ("teacher", "student", "loss", "optimizer", "step")
 EAGER = "eager_fp32"
 CACHED = "cached"
-_PRODUCTS = (
-    "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_convolution",
-    "aten::convolution_backward", "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Way:
-    """How an update is computed."""
+    """Settings with which an update is computed."""
 
-    amp: Any  # as a recipe's
+    amp: Any
+    """Value of the recipe's `amp`."""
     compile: bool
     backend: str
-    cached: bool = False  # the teacher's outputs are read, not computed
+    cached: bool = False
+    """Reads the teacher's outputs from a cache."""
 
     @property
     def about(self) -> str:
-        """In words."""
+        """Description of the settings."""
         precision = "float32" if self.amp == "off" else f"{self.amp} autocast and teacher weights"
         compiled = "torch.compile" if self.compile else "eager"
         ops = "plain torch" if self.backend == "reference" else "featkd's fused ops"
@@ -63,18 +55,18 @@ class Way:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """featkd's ops take this way's backend."""
+        """Selects the backend of featkd's ops while the block runs."""
         with featkd.use_backend(self.backend):
             yield
 
 
 def ways(device: torch.device) -> dict[str, Way]:
-    """The variants: plain torch; featkd as one would use it here; featkd in the other precision;
-    featkd without the teacher's forward pass.
+    """Returns the variants by name.
 
-    One would use bf16 only where the device multiplies in it.
+    They are plain torch, featkd in bf16 if the device multiplies in it, featkd in the other
+    precision, and featkd with the teacher's outputs from a cache.
     """
-    own = "bf16" if multiplies_bf16(device) else "fp32"
+    own = "bf16" if has_fast_bf16(device) else "fp32"
     other = "fp32" if own == "bf16" else "bf16"
     amp = {"bf16": "bf16", "fp32": "off"}
     return {
@@ -86,7 +78,7 @@ def ways(device: torch.device) -> dict[str, Way]:
 
 
 def as_way(recipe: Recipe, way: Way) -> Recipe:
-    """A recipe computed in another way, with random teacher weights."""
+    """Returns the recipe with other settings and random teacher weights."""
     teacher = recipe.teacher
     if teacher is not None:
         teacher = replace(teacher, pretrained=False, checkpoint=None)
@@ -94,7 +86,7 @@ def as_way(recipe: Recipe, way: Way) -> Recipe:
 
 
 def random_batch(trainer: Trainer) -> Batch:
-    """Normal noise as images, and random classes, on the device; the keys of the first batch."""
+    """Draws noise as images and random classes, on the device, with the keys of the first batch."""
     recipe, device = trainer.recipe, trainer.context.device
     generator = torch.Generator().manual_seed(0)
     size = (recipe.batch_size, 3, recipe.data.img_size, recipe.data.img_size)
@@ -105,17 +97,21 @@ def random_batch(trainer: Trainer) -> Batch:
 
 
 def first_batch(trainer: Trainer) -> Batch:
-    """The run's first batch, on the device."""
+    """Returns the run's first batch, on the device."""
     batch = next(iter(trainer.batches(0)))
     device = trainer.context.device
     return batch._replace(images=batch.images.to(device), targets=batch.targets.to(device))
 
 
 def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
-    """Each part alone, with what the parts before it put out once, and the whole update.
+    """Returns each part of the update as a step of its own, and the whole update.
 
-    teacher: forward. student: forward and backward from gradients of its outputs. loss: forward and
-    backward to the student's outputs. optimizer: the update of the weights and of their average.
+    - teacher: forward
+    - student: forward, and backward from the gradients of its outputs
+    - loss: forward, and backward to the student's outputs
+    - optimizer: the update of the weights and of their average
+
+    Each part takes the outputs that the parts before it have computed once.
     """
     components = trainer.components
     parameters = [p for p in components.student.parameters() if p.requires_grad]
@@ -192,13 +188,13 @@ def measure(
     rounds: int,
     batch_of: Callable[[Trainer], Batch] = random_batch,
 ) -> list[Rate]:
-    """Every part of every variant in turns, after one round to warm up (and compile).
+    """Times every part of every variant in turns, after one round to warm up and compile.
 
     Args:
-        recipe: a run whose data folders exist.
-        variants: name -> way, as of `ways`.
+        recipe: run whose data folders exist.
+        variants: values of `ways` by name.
         rounds: timed rounds.
-        batch_of: what is trained on; from `random_batch` no file is read, but for a cache.
+        batch_of: returns the batch to train on; with `random_batch` only a cache reads files.
 
     Raises:
         RuntimeError: a variant's loss is not finite.
@@ -209,7 +205,7 @@ def measure(
             for part, step in steps(trainer, batch_of(trainer), variants[name]).items():
                 work[f"{part} {name}"] = step
         clock = _clock(context.device)
-        seconds = take_turns(work, clock, min_seconds=0, min_rounds=rounds)
+        seconds = take_turns(work, clock, min_rounds=rounds)
         for name, trainer in trainers.items():
             if not trainer.losses(batch_of(trainer)).total.isfinite():
                 raise RuntimeError(f"{name}: the loss is not finite after the timed updates")
@@ -225,7 +221,7 @@ def measure(
 def built(
     recipe: Recipe, context: ProcessContext, variants: Mapping[str, Way]
 ) -> Iterator[dict[str, Trainer]]:
-    """The runs as `featkd distill` would build them, and caches of an epoch where they need one."""
+    """Builds the trainers as `featkd distill` does, with a cache of one epoch where needed."""
     with ExitStack() as stack:
         trainers = {}
         for name, way in variants.items():
@@ -241,7 +237,7 @@ def built(
 
 
 def _clock(device: torch.device) -> Callable[[Step], float]:
-    """Wall time until the device is done: what a training run waits for."""
+    """Returns a clock of the wall time until the device is done."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -259,73 +255,8 @@ def _clock(device: torch.device) -> Callable[[Step], float]:
 
 
 def shares(rates: Sequence[Rate], variant: str) -> dict[str, float]:
-    """Each part's time / the whole update's; what is left is "other"."""
-    of = {rate.name: rate.median for rate in rates if rate.variant == variant}
-    whole = of.pop("step")
-    found = {name: seconds / whole for name, seconds in of.items()}
+    """Returns the share of each part in the update's time; "other" is the rest."""
+    medians = {rate.name: rate.median for rate in rates if rate.variant == variant}
+    whole = medians.pop("step")
+    found = {name: seconds / whole for name, seconds in medians.items()}
     return {**found, "other": 1 - sum(found.values())}
-
-
-@dataclass(frozen=True)
-class Bound:
-    """What an eager float32 update's matrix products say of the speed that can be had."""
-
-    time_share: float
-    """Of the products in the update's time, by torch's profiler."""
-    gflop_per_image: float
-    """Of the products."""
-    gflop_per_s: float
-    """The best rate seen of float32 products here: large ones', before and after the update, or
-    the update's own."""
-
-    @property
-    def most_images_per_s(self) -> float:
-        """Modelled: the products alone, all at the rate of large ones."""
-        return self.gflop_per_s / self.gflop_per_image
-
-    @property
-    def text(self) -> str:
-        """In words."""
-        return (
-            f"matrix products take {self.time_share:.0%} of the eager update: all else made free "
-            f"gains {1 / self.time_share:.2f} times. They are {self.gflop_per_image:.1f} GFLOP an "
-            f"image; at {self.gflop_per_s:.0f} GFLOP/s, the best seen of such products here, no "
-            f"float32 update exceeds {self.most_images_per_s:.2f} images/s (modelled)"
-        )
-
-    def figures(self) -> list[Measured]:
-        """In the JSON form."""
-        return [
-            ("step", EAGER, "product_time_share", "ratio", self.time_share),
-            ("step", EAGER, "gflop_per_image", "GFLOP", self.gflop_per_image),
-            ("step", EAGER, "large_products", "GFLOP/s", self.gflop_per_s),
-            ("step", "modelled_bound", "images_per_s", "images/s", self.most_images_per_s),
-        ]
-
-
-def bound(recipe: Recipe, context: ProcessContext) -> Bound:
-    """Profile an eager float32 update on a CPU, after another, and count another's flops."""
-    way = ways(context.device)[EAGER]
-    # the machine's pace changes, and a bound has to be of its best
-    rates = [_product_rate(context.device)]
-    with built(recipe, context, {EAGER: way}) as trainers:
-        trainer = trainers[EAGER]
-        batch = random_batch(trainer)
-        trainer.components.student.train()
-        with way.in_use():
-            trainer.step([batch])
-            with profile(activities=[ProfilerActivity.CPU]) as recorded:
-                trainer.step([batch])
-            # the counter does not know the CPU's fused attention
-            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-                trainer.step([batch])
-    events = recorded.key_averages()
-    whole = sum(event.self_cpu_time_total for event in events)
-    inside = sum(event.self_cpu_time_total for event in events if event.key in _PRODUCTS)
-    gflop = counter.get_total_flops() / 1e9
-    rates += [_product_rate(context.device), gflop / (inside / 1e6)]  # the profiler's are us
-    return Bound(inside / whole, gflop / recipe.batch_size, max(rates))
-
-
-def _product_rate(device: torch.device) -> float:
-    return measure_rates(device, ("fp32",)).gflop_per_s["fp32"]

@@ -1,4 +1,4 @@
-"""The demo, shortened: real digits, five models through the real engine, table and page."""
+"""A short demo: real digits, five models trained by the real trainer, table and page."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sklearn.datasets import load_digits
 from featkd.demo import run_demo
 from featkd.demo.digits import write_digits
 from featkd.demo.results import STUDENTS, RunResult, spread
-from featkd.demo.run import keep_or_clear
+from featkd.demo.run import keep_or_clear, train_all
 from featkd.runtime.environment import versions
 from featkd.train.checkpoint import FORMAT, load
 from featkd.train.recipe import find_recipe, load_recipe, to_dict
 from tests.page import Page
 
 
-def test_digits_are_scikit_learns(tmp_path: Path):
+def test_digits_equal_scikit_learns(tmp_path: Path):
     write_digits(tmp_path)
     files = {s: sorted((tmp_path / s).rglob("*.png")) for s in ("train", "val")}
     assert {s: len(f) for s, f in files.items()} == {"train": 1437, "val": 360}
@@ -44,7 +44,7 @@ def test_spread():
 
 
 class Inline:
-    """A pool of this very process: starting others takes most of a run that trains nothing."""
+    """Executor that runs in this process, because starting others takes longer than the work."""
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
@@ -68,8 +68,7 @@ def test_demo_end_to_end(
     assert run_demo(tmp_path, seeds=2, epochs=1) == 0
     printed = capsys.readouterr().out
     lines = printed.splitlines()
-    parameters = {"teacher": "302,666", **dict.fromkeys(STUDENTS)}
-    for name in parameters:
+    for name in ("teacher", *STUDENTS):
         (line,) = [x for x in lines if x.startswith(name)]
         figures = line.removeprefix(name).split()
         assert len(figures) == 5
@@ -77,7 +76,7 @@ def test_demo_end_to_end(
         assert 0 <= float(figures[1]) <= 100
     states = {p.parent.name: load(p) for p in tmp_path.glob("*-seed*/last.pt")}
     assert len(states) == 8
-    assert {s["update"] for s in states.values()} == {22}  # the same number of updates for all
+    assert {s["update"] for s in states.values()} == {22}  # equal for all
     for name, (arch, distilled) in STUDENTS.items():
         state = states[f"{name.replace(', ', '-').replace(' ', '-')}-seed1"]
         assert state["recipe"]["student"]["arch"] == arch
@@ -98,11 +97,21 @@ def test_demo_end_to_end(
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("last.pt")}
     monkeypatch.setattr("featkd.demo.run.ProcessPoolExecutor", Inline)
     monkeypatch.setattr("featkd.demo.run.compare_maps", lambda *_: 3)
-    assert run_demo(tmp_path, seeds=2, epochs=1) == 3  # nothing is trained again
+    assert run_demo(tmp_path, seeds=2, epochs=1) == 3  # no run is repeated
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("last.pt")}
 
 
-def test_runs_of_another_recipe_are_not_taken_up(tmp_path: Path):
+def test_no_progress_bar_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("featkd.demo.run.ProcessPoolExecutor", Inline)
+    monkeypatch.setattr("featkd.demo.run.train", lambda name, _: name)
+    recipe = load_recipe(find_recipe("demo"))
+    assert train_all({("a", 0): recipe, ("b", 0): recipe}, "training") == ["a", "b"]
+    assert capsys.readouterr().err == ""
+
+
+def test_runs_of_another_recipe_are_discarded(tmp_path: Path):
     recipe = load_recipe(find_recipe("demo"))
     recipe.out = str(tmp_path / "run")
     last = tmp_path / "run" / "last.pt"

@@ -38,14 +38,14 @@ from featkd.train.trainer import Trainer
 
 from .recorder import Figure, Recorder
 
-_QUIET = 6  # updates before those that may not wait: compilation, CUDA graphs' recording
+_QUIET = 6  # first updates, which may wait: for compilation and the recording of CUDA graphs
 _CLASSES = 3
 _OPS = {"lift": "lift_head", "widelast": "widelast_projection"}
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of images, models and runs."""
+    """Sizes of images, models and runs."""
 
     pixels: int
     student: dict[str, Any]
@@ -71,7 +71,7 @@ _CPU = Size(
 
 
 def updates(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
-    """30 updates of a Lift and a WideLast student in each precision and mode."""
+    """Runs 30 updates of a Lift and a WideLast student in each precision and mode."""
     small = device.type == "cpu"
     amps: tuple[Literal["off", "bf16", "fp16"], ...] = ("off",) if small else ("bf16", "fp16")
     modes = ("off",) if small else ("off", "default", "reduce-overhead")
@@ -87,7 +87,7 @@ def updates(recorder: Recorder, device: torch.device, shard: int, shards: int) -
 
 
 def tools(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
-    """A cache, a run from it, a whole run, and diagnostics, all with random weights."""
+    """Runs the cache, a run from it, a whole run, and diagnostics, all with random weights."""
     items: dict[str, Callable[[Path, torch.device], None]] = {
         "cache and distill --cache": _cached,
         "distill, evaluate, resume": _whole,
@@ -109,7 +109,7 @@ def _context(device: torch.device) -> ProcessContext:
 
 @contextmanager
 def images(size: Size) -> Iterator[Path]:
-    """A folder of made-up JPEGs: 40 a class to train, 8 to validate."""
+    """Generates a folder of JPEGs, for each class 40 to train and 8 to validate."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(prefix="featkd-gpu-") as name:
         root = Path(name)
@@ -125,7 +125,7 @@ def images(size: Size) -> Iterator[Path]:
 
 
 def recipe_for(folder: Path, arch: Any, device: torch.device) -> Recipe:
-    """Soft labels and a feature loss from a random teacher, without augmentation that is slow."""
+    """Returns a recipe with soft labels, a feature loss, and augmentation that is fast."""
     size = _size(device)
     model = "vit_tiny_patch16_224"
     metric: Literal["mse", "spectral"] = "spectral" if arch == "widelast" else "mse"
@@ -152,7 +152,7 @@ def recipe_for(folder: Path, arch: Any, device: torch.device) -> Recipe:
 
 
 def _updates(recipe: Recipe, device: torch.device) -> list[Figure]:
-    """The updates; from the seventh on nothing may wait for the GPU."""
+    """Runs the updates; from the seventh on none may wait for the GPU."""
     torch.compiler.reset()
     cuda = device.type == "cuda"
     trainer = Trainer(recipe, _context(device))
@@ -191,7 +191,7 @@ def _updates(recipe: Recipe, device: torch.device) -> list[Figure]:
 
 
 def _batches(trainer: Trainer, count: int) -> Iterator[Batch]:
-    """Micro-batches of as many epochs as it takes."""
+    """Yields `count` batches, over as many epochs as needed."""
     epoch = 0
     while count > 0:
         for batch in trainer.batches(epoch):
@@ -249,7 +249,7 @@ def _diagnose(folder: Path, device: torch.device) -> None:
         chunk_size=8,
         on_bad="error",
     )
-    # compiled as `featkd diagnose` has it on a GPU
+    # compiled as in `featkd diagnose` on a GPU
     run_options = RunOptions(resume=False, compiled=device.type == "cuda")
     settings = Settings(sample=8, permuted=4, permutations=4)
     found = DiagnosticsRun(source, settings, run_options, folder / "state", context).run()

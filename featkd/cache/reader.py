@@ -16,7 +16,7 @@ from torch import Tensor
 from featkd.cache.manifest import CacheError, read_manifest
 from featkd.cache.rows import Row, TeacherOutputs
 from featkd.cache.shard import Shard, check_length, find_damage
-from featkd.data import Key
+from featkd.data import SampleKey
 
 _OPEN_SHARDS = 4096  # memory maps; Linux allows 65,530 per process
 _MOST_READERS = 8
@@ -84,12 +84,12 @@ class TeacherCache:
         Raises:
             CacheError: a key belongs to no view of this cache, or its row is damaged.
         """
-        places = [self._place(Key(*key)) for key in keys.tolist()]
+        places = [self._place(SampleKey(*key)) for key in keys.tolist()]
         parts = [places[first :: self._readers] for first in range(self._readers)]
         found = list(self._threads.map(_read, parts)) if self._readers > 1 else [_read(places)]
         rows = [found[i % self._readers][i // self._readers] for i in range(len(places))]
-        shown = torch.tensor([shard.shown(offset) for shard, offset in places])
-        return self.manifest.layout.decode(rows, layers, device), shown
+        source_index = torch.tensor([shard.source_index(offset) for shard, offset in places])
+        return self.manifest.layout.decode(rows, layers, device), source_index
 
     def _missing(self, views: int) -> Iterator[str]:
         """Yields the names of missing shards; lists each folder once."""
@@ -99,7 +99,7 @@ class TeacherCache:
             existing = set(os.listdir(folder)) if folder.is_dir() else set()
             yield from (name for name in names if name.rpartition("/")[2] not in existing)
 
-    def _place(self, key: Key) -> tuple[Shard, int]:
+    def _place(self, key: SampleKey) -> tuple[Shard, int]:
         """Returns the shard that holds a key's row, and the row's number in it."""
         number, offset = divmod(self._position(key), self.manifest.shard_rows)
         shard = self._shard(key.epoch, number)
@@ -107,7 +107,7 @@ class TeacherCache:
             raise CacheError(f"{shard.path}: row {offset} is {shard.key(offset)}, not {key}")
         return shard, offset
 
-    def _position(self, key: Key) -> int:
+    def _position(self, key: SampleKey) -> int:
         """Position of a key's row within its view."""
         manifest = self.manifest
         if 0 <= key.epoch < manifest.views and 0 <= key.image < manifest.images:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from featkd.cache.manifest import CacheError
 from featkd.cache.rows import Row
-from featkd.data import Key
+from featkd.data import SampleKey
 from featkd.runtime.files import atomic_write
 
 _LENGTH_BYTES = 8  # length of the header, at the start of the file
@@ -44,7 +44,7 @@ def write_shard(
     path: Path,
     identity: str,
     keys: Tensor,
-    shown: Tensor,
+    source_index: Tensor,
     rows: Sequence[Row],
     varying: Iterable[str] = (),
 ) -> None:
@@ -54,14 +54,14 @@ def write_shard(
         path: the file.
         identity: identity of the cache.
         keys: (n, 3) int64, in the order of their positions in the view.
-        shown: (n,) int64, the image that each row was computed from.
+        source_index: (n,) int64, the image that each row was computed from.
         rows: n rows with the same columns.
         varying: columns whose rows differ in shape; they are read back flat.
     """
     names = sorted(rows[0])
     tensors: dict[str, Tensor] = {
         "keys": keys,
-        "shown": shown.clone(),  # may be a view of the keys, which safetensors refuses
+        "shown": source_index.clone(),  # may be a view of the keys, which safetensors refuses
         "crc": torch.tensor([_crc(row, names) for row in rows]),
         "check": torch.zeros(_DIGEST, dtype=torch.uint8),
     }
@@ -106,7 +106,7 @@ class Shard:
                 f"{path}: belongs to another cache ({found[:12]}, not {identity[:12]})"
             )
         # NumPy views of the mapped file: faster to index than tensors, smaller than lists.
-        self._crc, self._shown, self._keys = (
+        self._crc, self._source_index, self._keys = (
             self._tensors[name].numpy() for name in ("crc", "shown", "keys")
         )
         self._ends = {
@@ -121,13 +121,13 @@ class Shard:
     def __len__(self) -> int:
         return len(self._crc)
 
-    def key(self, number: int) -> Key:
+    def key(self, number: int) -> SampleKey:
         """Key of row `number`."""
-        return Key(*self._keys[number].tolist())
+        return SampleKey(*self._keys[number].tolist())
 
-    def shown(self, number: int) -> int:
+    def source_index(self, number: int) -> int:
         """Image that row `number` was computed from."""
-        return int(self._shown[number])
+        return int(self._source_index[number])
 
     def row(self, number: int) -> Row:
         """Returns row `number` as views of the mapped file, after checking it.
@@ -144,7 +144,7 @@ class Shard:
             )
         return row
 
-    def damages(self, keys: Sequence[Key]) -> Iterator[str]:
+    def damages(self, keys: Sequence[SampleKey]) -> Iterator[str]:
         """Checks every row; yields an error message for each damaged one.
 
         Args:
@@ -184,7 +184,7 @@ class Shard:
         return values[int(ends[number - 1]) if number else 0 : int(ends[number])]
 
 
-def find_damage(path: Path, identity: str, keys: Sequence[Key]) -> list[str]:
+def find_damage(path: Path, identity: str, keys: Sequence[SampleKey]) -> list[str]:
     """Checks a shard's file and every row; returns error messages, none for an intact file."""
     try:
         return list(Shard(path, identity).damages(keys))

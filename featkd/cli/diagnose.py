@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from featkd.cli.arguments import Parser, check_folders, check_known
+from featkd.cli.arguments import Parser, check_folders
 from featkd.data import DataConfig
 from featkd.diagnostics import report, tables, verdicts
 from featkd.diagnostics.feature_files import FeatureFiles
@@ -38,10 +38,7 @@ shared out, and the figures are the same for any number of processes."""
 
 def diagnose(words: Sequence[str]) -> int:
     """Measure the mismatch of feature maps; the arguments are the command line's."""
-    parser = _parser()
-    known = [option[2:] for action in parser._actions for option in action.option_strings]
-    check_known(words, known, [f"{name}-options." for name in _MODELS])
-    args = parser.parse_args(list(words))
+    args = parser().parse_args(words)
     settings = Settings(**{f.name: _tuple(args[f.name]) for f in fields(Settings)})
     _check(args)
     out = Path(args.out)
@@ -90,7 +87,7 @@ def _run(
     source = _source(args, context)
     out.mkdir(parents=True, exist_ok=True)
     remedy = f"the same command goes on from {out}/state"
-    with distributed.naming_lost_processes(remedy):
+    with distributed.explain_lost_processes(remedy):
         with _Progress(context) as progress:
             run = DiagnosticsRun(source, settings, options, out / "state", context, progress)
             found = run.run()
@@ -304,10 +301,16 @@ def _tuple(value: Any) -> Any:
 # The command line.
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
+    """Return the parser of `featkd diagnose`."""
     parser = Parser(
         prog="featkd diagnose",
         description="Spectra, dataset PCA, subspace rotation and SEP of feature maps. " + _EPILOG,
+        examples=(
+            "featkd diagnose --model runs/cifar/best.pt --data CIFAR/test --out report",
+            "featkd diagnose --student deit_tiny_patch16_224 --teacher cait_s24_224 --pretrained "
+            "--data PHOTOS --out report",
+        ),
     )
     add = parser.add_argument
     what = "a timm name or a checkpoint of featkd distill"

@@ -158,7 +158,9 @@ def train_all(jobs: dict[tuple[str, int], Recipe], what: str) -> list[RunResult]
     ) as pool:
         running = {pool.submit(train, key[0], recipe): key for key, recipe in jobs.items()}
         try:
-            for future in tqdm(as_completed(running), total=len(running), unit="run", desc=what):
+            done = as_completed(running)
+            # disable=None: no bar if stderr is no terminal
+            for future in tqdm(done, total=len(running), unit="run", desc=what, disable=None):
                 found[running[future]] = future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -268,7 +268,7 @@ class DiagnosticsRun:
                 found[layer] = self._figures(merged[layer], states)
             except ValueError as error:  # one dead layer must not cost the others' report
                 self._note(f"{layer} is left out: {error}")
-        bad = self.context.merged(self._bad)
+        bad = self.context.merge_dicts(self._bad)
         if not self.context.is_main:
             return None
         if not found:

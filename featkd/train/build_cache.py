@@ -18,8 +18,8 @@ from featkd.cache import CacheConfig, CacheError, CacheWriter, Manifest
 from featkd.cache.rows import NotStorable, Row
 from featkd.cache.writer import lock_folder, prepare_folder
 from featkd.data import Batch, EpochSampler, ImageSet, Loader
-from featkd.data.factory import build_over
-from featkd.data.sampler import StretchSampler
+from featkd.data.factory import build_loader_for
+from featkd.data.sampler import RangeSampler
 from featkd.models.features import num_layers
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.interrupt import Interrupt
@@ -84,8 +84,8 @@ def build_cache(
     config = config.resolved(recipe.loss.feature is not None)
     dataset = ImageSet(recipe.data, "train", recipe.seed)
     repeats = recipe.data.augment.repeats
-    sampler = StretchSampler(len(dataset), repeats=repeats, seed=recipe.seed)
-    loader = build_over(
+    sampler = RangeSampler(len(dataset), repeats=repeats, seed=recipe.seed)
+    loader = build_loader_for(
         dataset, recipe.data, sampler, batch_size=recipe.batch_size, device=context.device
     )
     notes: list[str] = []
@@ -130,7 +130,7 @@ def build_cache(
                 signals = (build.write_view(view) for view in range(manifest.views))
                 stopped_by = next((signal for signal in signals if signal is not None), None)
             written = sum(_gather([build.written], context))
-            bad_files = context.merged(build.bad_files)
+            bad_files = context.merge_dicts(build.bad_files)
     finally:
         loader.close()
     return CacheBuild(manifest, written, build.damaged, bad_files, stopped_by)
@@ -144,7 +144,7 @@ class _Build:
         writer: CacheWriter,
         teacher: Teacher,
         loader: Loader,
-        sampler: StretchSampler,
+        sampler: RangeSampler,
         context: ProcessContext,
         interrupt: Interrupt,
         bar: Any,
@@ -172,16 +172,16 @@ class _Build:
         missing = self._missing(view)
         ranges = [self._writer.manifest.positions(shard) for shard in missing]
         self._bar.update(self._writer.manifest.rows - sum(map(len, ranges)))
-        self._sampler.choose(view, own := ranges[rank::world_size])
+        self._sampler.set_ranges(view, own := ranges[rank::world_size])
         batches = iter(self._loader) if own else iter(())
         for first in range(0, len(missing), world_size):
-            if (stopped_by := self._interrupt.agreed(self._context.any_true)) is not None:
+            if (stopped_by := self._interrupt.stop_signal(self._context.any_true)) is not None:
                 return stopped_by
             turn = range(first, min(first + world_size, len(missing)))
             if first + rank in turn:
                 self._write_shard(view, missing[first + rank], batches)
             self._bar.update(sum(len(ranges[i]) for i in turn if i != first + rank))
-        return self._interrupt.agreed(self._context.any_true)
+        return self._interrupt.stop_signal(self._context.any_true)
 
     def _missing(self, view: int) -> list[int]:
         """Missing or damaged shards of a view; each process checks a part of the view."""
@@ -206,16 +206,16 @@ class _Build:
         manifest = self._writer.manifest
         rows: list[Row] = []
         keys: list[Tensor] = []
-        shown: list[Tensor] = []
+        source_index: list[Tensor] = []
         for batch in islice(batches, -(-len(manifest.positions(shard)) // manifest.batch_size)):
             if self._interrupt.signal is not None:
                 return
             rows += self._rows(batch)
             keys.append(batch.keys)
-            shown.append(batch.shown)
+            source_index.append(batch.source_index)
             self._bar.update(len(batch.keys))
             self._report_bad_images()
-        self._writer.write(view, shard, torch.cat(keys), torch.cat(shown), rows)
+        self._writer.write(view, shard, torch.cat(keys), torch.cat(source_index), rows)
         self.written += 1
 
     def _report_bad_images(self) -> None:

@@ -71,13 +71,13 @@ class CachedTeacher:
             CacheError: a row is damaged, or belongs to another image than the batch shows.
         """
         outputs, held = self._ahead.read(batch.keys)
-        for number in (held != batch.shown).nonzero().flatten().tolist():
+        for number in (held != batch.source_index).nonzero().flatten().tolist():
             image = int(batch.keys[number, 1])
             raise CacheError(
                 f"{self._folder}: the row of image {image} ({self._image_name(image)}) was "
                 f"computed from image {held[number]}, but this run shows image "
-                f"{batch.shown[number]}: the file was readable in only one of the two; expected "
-                "it to be readable in both, or in neither"
+                f"{batch.source_index[number]}: the file was readable in only one of the two; "
+                "expected it to be readable in both, or in neither"
             )
         return outputs
 
@@ -196,13 +196,13 @@ def cache_subject(recipe: Recipe, loader: Loader, context: ProcessContext) -> di
         "data.mean": data.mean,
         "data.std": data.std,
         "data.interpolation": data.interpolation,
-        "data.pixels": loader.pixels,
+        "data.pixels": loader.decoder,
         "amp": recipe.amp,
         "seed": recipe.seed,
         "augmentation_version": AUGMENTATION_VERSION,
     }
     found |= {f"data.augment.{k}": v for k, v in dataclasses.asdict(data.augment).items()}
-    found |= {f"versions.{k}": v for k, v in _versions(loader.pixels).items()}
+    found |= {f"versions.{k}": v for k, v in _versions(loader.decoder).items()}
     digests: dict[str, str | None] = {}
     if context.is_main:  # reads the size of every image file
         digests["data.images_sha256"] = loader.dataset.fingerprint()
@@ -214,14 +214,14 @@ def cache_subject(recipe: Recipe, loader: Loader, context: ProcessContext) -> di
     return plain
 
 
-def _versions(pixels: str) -> Mapping[str, str]:
+def _versions(decoder: str) -> Mapping[str, str]:
     """Versions of the packages that determine the pixels, without build suffixes ("+cu130").
 
     With DALI, timm still draws the augmentation with torch, torchvision, Pillow and numpy.
     """
     names = ("torch", "numpy", "timm", "torchvision", "pillow")
     found = {name: metadata.version(name).partition("+")[0] for name in names}
-    if pixels != "timm":
+    if decoder != "timm":
         from nvidia import dali  # not by metadata: the wheel's name contains the CUDA version
 
         found["dali"] = dali.__version__

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from featkd.data.workers import is_of_worker
+from featkd.data.workers import is_worker_error
 from featkd.runtime.files import atomic_link, atomic_write, remove_leftovers
 from featkd.runtime.remote import Location, RemotePath, locate, seekable
 from featkd.train.recipe import NO_FASTEST
@@ -74,7 +74,7 @@ class CheckpointStore:
             with atomic_write(self.last, names) as file:
                 torch.save({"format": FORMAT, **state}, file)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-            if isinstance(error, RuntimeError) and is_of_worker(error):
+            if isinstance(error, RuntimeError) and is_worker_error(error):
                 raise
             raise CheckpointError(
                 f"could not save {self.last}: {error}; the earlier checkpoint is unchanged"

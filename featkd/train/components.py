@@ -20,7 +20,7 @@ from featkd.models import Lift, create_student
 from featkd.models.features import FeatureModel, feature_grid, num_layers
 from featkd.runtime.checks import suggestion
 from featkd.runtime.distributed import ProcessContext
-from featkd.runtime.environment import multiplies_bf16
+from featkd.runtime.environment import has_fast_bf16
 from featkd.train.cached_teacher import CachedTeacher, cache_views, open_cache
 from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
 from featkd.train.recipe import Recipe, RecipeError
@@ -99,7 +99,7 @@ class RunComponents:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "loader": self.train_loader.state_dict(),
-            "pixels": self.train_loader.pixels,
+            "pixels": self.train_loader.decoder,
             "classes": self.train_loader.classes,
             "num_classes": self.num_classes,
         }
@@ -273,7 +273,7 @@ def _teacher(
 
 def _precision_notes(recipe: Recipe, device: torch.device) -> list[str]:
     """Notes on a precision that is slow on this device."""
-    if recipe.amp == "bf16" and not multiplies_bf16(device):
+    if recipe.amp == "bf16" and not has_fast_bf16(device):
         return [
             "amp: bf16 is many times slower than off on this device, which has no instructions for "
             "bf16 products; try --amp off"
@@ -290,7 +290,7 @@ def unfuse_attention(student: nn.Module, context: ProcessContext) -> None:
     slower if there are any. Unfused attention takes more memory: it keeps the (heads, N, N) maps
     of all blocks.
     """
-    if multiplies_bf16(context.device):
+    if has_fast_bf16(context.device):
         for module in student.modules():
             if isinstance(getattr(module, "fused_attn", None), bool):
                 module.fused_attn = False  # type: ignore[assignment]

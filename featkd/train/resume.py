@@ -63,7 +63,7 @@ def check_same_position(context: ProcessContext, place: str) -> None:
     Raises:
         CheckpointError: the positions differ; raised on all processes.
     """
-    places = context.merged({str(context.rank): place})
+    places = context.merge_dicts({str(context.rank): place})
     if len(set(places.values())) == 1:
         return
     by_place: dict[str, list[str]] = {}
@@ -185,7 +185,7 @@ def _image_changes(state: dict[str, Any], components: RunComponents) -> list[str
 
 def _loader_changes(state: dict[str, Any], components: RunComponents) -> list[str]:
     """Note on a changed image loader, which `data.backend: auto` may choose too."""
-    now = components.train_loader.pixels
+    now = components.train_loader.decoder
     before = state.get("pixels", now)  # absent in earlier versions
     if before == now:
         return []

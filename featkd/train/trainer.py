@@ -117,7 +117,7 @@ class Trainer:
         if self.context.is_main:
             self.store.prepare()
         self.context.barrier()
-        loader = f"image loader: {self.components.train_loader.pixels}"
+        loader = f"image loader: {self.components.train_loader.decoder}"
         messages = [loader, *self.components.notes, *self._resume(resume)]
         folder = self.folder if self.context.is_main else None
         log = RunLog(
@@ -256,7 +256,7 @@ class Trainer:
                 self._log(log, watch)
             if self.batch == last_batch:
                 continue  # exhausts the loader: a DALI pipeline starts its next epoch only then
-            stopped_by = interrupt.agreed(self.context.any_true)
+            stopped_by = interrupt.stop_signal(self.context.any_true)
             if stopped_by is not None:
                 return stopped_by
             every = recipe.checkpoint.every_updates
@@ -272,7 +272,7 @@ class Trainer:
             self.evaluation_pending = True
             self._save(log)
             self._evaluate_and_save(log)
-        return None if ended else interrupt.agreed(self.context.any_true)
+        return None if ended else interrupt.stop_signal(self.context.any_true)
 
     def _set_lr(self) -> None:
         if self.recipe.optim.step_on == "epoch":
@@ -335,7 +335,7 @@ class Trainer:
                 self.best = {**row, **scores}
                 improved = True
         self._report_bad_images(components.val_loader.bad_images, log)
-        self._report_bad_images(self.context.merged(self.bad_files), log)
+        self._report_bad_images(self.context.merge_dicts(self.bad_files), log)
         return improved
 
     def _report_bad_images(self, files: Mapping[str, str], log: RunLog) -> None:
@@ -350,7 +350,7 @@ class Trainer:
         meter = self._meter.state_dict(self._position)  # a collective: all processes call it
         check_weights(self.components.student.parameters(), self._position)
         log.publish()
-        bad_files = self.context.merged(self.bad_files)
+        bad_files = self.context.merge_dicts(self.bad_files)
         if self.context.is_main:
             state = {
                 **self.components.state_dict(),

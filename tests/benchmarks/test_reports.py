@@ -1,4 +1,4 @@
-"""The plot and the table, from a results file alone."""
+"""The plot and the tables."""
 
 from __future__ import annotations
 

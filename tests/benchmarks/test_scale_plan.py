@@ -1,4 +1,4 @@
-"""The plan for many GPUs: its inputs against published figures, its times by hand, its document."""
+"""The plan for many GPUs: its work against published figures, its times by hand, its document."""
 
 from __future__ import annotations
 
@@ -7,29 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from featkd.benchmarks import scale_plan
-from featkd.benchmarks.chips import chip_of
-from featkd.benchmarks.scale_plan import Assumed, Work, model_update
+from benchmarks.report.chips import chip_of
+from benchmarks.studies import scale_plan
+from benchmarks.studies.scale_plan import Assumed, Work, model_update
 
 ROOT = Path(__file__).parents[2]
 WORK = Work(teacher_flops=20_000_000_000, student_flops=9_000_000_000, gradient_bytes=32_000_000)
 
 
-@pytest.fixture(scope="module")
-def work() -> Work:
-    return scale_plan.published_work()
-
-
-def test_flops_and_gradients_are_the_published_models(work):
+def test_work_is_that_of_the_published_models_and_the_document_has_the_table(tmp_path):
+    work = scale_plan.published_work()
     assert work.teacher_flops == pytest.approx(2 * 9.35e9, rel=0.01)  # CaiT-S24's 9.35 GMACs
     assert work.student_flops == pytest.approx(3 * 2 * 1.545e9, rel=0.03)  # test_dryrun's GMACs
     assert work.student_flops < 3 * 2 * 1.545e9  # no gradient of the image
     assert 4 * 5.7e6 < work.gradient_bytes < 4 * 8e6
-
-
-def test_the_document_holds_the_table(work):
-    table = scale_plan.markdown(work, Assumed())
-    assert f"<!-- bench scale-plan -->\n\n{table}\n<!-- end" in (ROOT / "docs/scale.md").read_text()
+    page = tmp_path / "scale.md"
+    page.write_text("<!-- bench scale-plan -->\n<!-- end bench scale-plan -->\n")
+    scale_plan.main(["--out", str(page)])
+    assert page.read_text().strip() in (ROOT / "docs/scale.md").read_text()
 
 
 def test_times_by_hand():
@@ -40,9 +35,10 @@ def test_times_by_hand():
     assert update.all_reduce == pytest.approx(2 * 63 / 64 * 32e6 / 50e9 * 1e3 + 6 * 0.02)
     assert update.host_copy == pytest.approx(32 * 602_112 / 50e9 * 1e3)
     assert update.loader == pytest.approx(32 / 2520 * 1e3)
-    shown = update.all_reduce - update.student * 2 / 3  # what the backward pass does not hide
-    busy = update.host_copy + update.teacher + update.student + shown
-    assert update.compute == pytest.approx(busy)
+    shown = update.all_reduce - update.student * 2 / 3  # longer than the backward pass
+    assert update.compute == pytest.approx(
+        update.host_copy + update.teacher + update.student + shown
+    )
     assert (update.limit, update.total) == ("loader", update.loader)
 
 
@@ -50,7 +46,7 @@ def test_times_by_hand():
     ("changes", "limit"),
     [({"images_per_core_s": 1e6}, "GPU"), ({"host_gb_per_s": 0.1}, "GPU"), ({}, "loader")],
 )
-def test_what_limits(changes, limit):
+def test_limit(changes, limit):
     assumed = replace(Assumed(), **changes)
     update = model_update(WORK, chip_of(90), 512, assumed)
     assert update.limit == limit
@@ -58,13 +54,3 @@ def test_what_limits(changes, limit):
     alone = model_update(WORK, chip_of(90), 512, replace(assumed, gpus=1))
     assert alone.all_reduce == 0
     assert alone.compute == update.compute  # hidden at 512 images
-
-
-def test_main(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(scale_plan, "published_work", lambda: WORK)
-    assert scale_plan.main([]) == 0
-    assert capsys.readouterr().out == scale_plan.markdown(WORK, Assumed())
-    assert scale_plan.main(["--oot"]) == 2
-    assert "expected nothing or --out FILE.md" in capsys.readouterr().err
-    with pytest.raises(FileNotFoundError, match="no document"):
-        scale_plan.main(["--out", str(tmp_path / "none.md")])

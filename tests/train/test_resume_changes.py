@@ -88,7 +88,7 @@ def test_another_number_of_images_is_noted_between_epochs_and_refused_within(
 def test_processes_that_read_different_files_are_stopped(alone, monkeypatch):
     """All of three processes raise an error that lists the positions."""
     others: dict[str, str] = {}
-    monkeypatch.setattr(ProcessContext, "merged", lambda _, facts: facts | others)
+    monkeypatch.setattr(ProcessContext, "merge_dicts", lambda _, facts: facts | others)
     last = saved(alone).store.last
     ours = f"{last} after update 1 (epoch 0, batch 1)"
     others = {"1": ours, "2": ours}

@@ -177,6 +177,6 @@ def test_processes_that_disagree_on_a_pending_evaluation_are_stopped(alone, monk
     state["due"] = state.pop("evaluation_pending")  # as earlier versions named it
     torch.save(state, last)
     theirs = {"1": f"{last} after update 0 (epoch 0, batch 0)"}
-    monkeypatch.setattr(ProcessContext, "merged", lambda _, facts: facts | theirs)
+    monkeypatch.setattr(ProcessContext, "merge_dicts", lambda _, facts: facts | theirs)
     with pytest.raises(CheckpointError, match=r"batch 0\), to be evaluated \(process 0\); .*"):
         Trainer(alone, CPU)._resume("auto")

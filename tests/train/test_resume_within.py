@@ -107,16 +107,20 @@ def test_a_restart_by_torchrun_resumes_the_same_job(recipe):
 
 def test_another_loader_is_noted(recipe, monkeypatch, capsys):
     """On a node where DALI is broken, `data.backend: auto` takes another loader."""
-    monkeypatch.setattr("featkd.data.dali.loader.why_not", lambda *_: "a library of it is missing")
-    real = factory.build_over
-    monkeypatch.setattr(  # chooses as for a GPU, without needing one
-        factory, "build_over", lambda *a, **k: real(*a, **{**k, "device": torch.device("cuda")})
+    monkeypatch.setattr(
+        "featkd.data.dali.unsupported_reason", lambda *_: "a library of it is missing"
     )
-    with pytest.warns(UserWarning, match="loaded by timm, not by DALI: a library"):
+    real = factory.build_loader_for
+    monkeypatch.setattr(  # chooses as for a GPU, without needing one
+        factory,
+        "build_loader_for",
+        lambda *a, **k: real(*a, **{**k, "device": torch.device("cuda")}),
+    )
+    with pytest.warns(UserWarning, match="timm loader instead of DALI: a library"):
         trainer = Trainer(replace(recipe, data=replace(recipe.data, backend="auto")), CPU)
     trainer.components.close()
-    said = "images are loaded by timm, not by DALI: a library of it is missing"
-    assert trainer.components.notes.count(said) == 1
+    note = "using the timm loader instead of DALI: a library of it is missing"
+    assert trainer.components.notes.count(note) == 1
     monkeypatch.undo()
     last = stop_within_an_epoch(recipe, 2)
     torch.save({**load(last), "pixels": "dali on cuda"}, last)

@@ -40,7 +40,9 @@ def test_a_diverged_state_is_not_saved(alone, monkeypatch, stopped):
     monkeypatch.setattr(trainer, "compute_loss", diverge)
     monkeypatch.setattr(trainer, "apply_gradients", lambda: None)  # the weights stay finite
     if stopped:
-        monkeypatch.setattr(Interrupt, "agreed", lambda *_: 15 if trainer.update == 4 else None)
+        monkeypatch.setattr(
+            Interrupt, "stop_signal", lambda *_: 15 if trainer.update == 4 else None
+        )
     with pytest.raises(TrainingDiverged, match=r"loss is nan by update 4; the last .*last.pt"):
         trainer.run(quiet=True)
     assert load(Path(alone.out) / "last.pt")["update"] == 2

@@ -1,53 +1,52 @@
-"""What the makers say of three GPUs."""
+"""Data sheets of three GPUs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 KIB = 1024
-# of a multiprocessor: the same on the three
+# limits of a multiprocessor, equal on the three
 _REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32
-_RESERVED = 1024  # bytes of shared memory that CUDA keeps of each block
-# of a multiprocessor (CUDA C++ Programming Guide, arithmetic instructions per compute capability)
+_RESERVED = 1024  # bytes of shared memory per block that CUDA keeps
+# per multiprocessor (CUDA C++ Programming Guide, arithmetic instructions per compute capability)
 _FP32_CORES = {80: 64, 90: 128, 100: 128}
 
 
 @dataclass(frozen=True)
 class Chip:
-    """A GPU by its data sheet: dense rates, without structured sparsity."""
+    """A GPU by its data sheet; rates are dense, without structured sparsity."""
 
     name: str
     arch: int
-    """Compute capability, times ten."""
+    """Compute capability times ten."""
     shared_bytes: int
-    """Most shared memory that a block can have (CUDA C++ Programming Guide, technical
-    specifications per compute capability)."""
+    """Largest shared memory of a block (CUDA C++ Programming Guide, technical specifications per
+    compute capability)."""
     gb_per_s: float
-    """Of its memory."""
+    """Rate of the memory."""
     tensor_tflops: dict[str, float]
-    """Of the tensor cores, by the type of the operands."""
+    """Rate of the tensor cores, by dtype of the operands."""
     fp32_tflops: float
-    """Of the other cores."""
+    """Rate without tensor cores."""
     fp64_tflops: float
-    """Of the other cores."""
+    """Rate without tensor cores."""
     multiprocessors: int
     source: str
 
     @property
     def ghz(self) -> float:
-        """The clock that its fp32 rate implies."""
+        """Clock that the fp32 rate implies."""
         return self.fp32_tflops * 1e3 / (2 * self.multiprocessors * _FP32_CORES[self.arch])
 
     def blocks(self, registers: int, warps: int, shared: int) -> int:
-        """Blocks that a multiprocessor holds at once.
+        """Returns the number of blocks that a multiprocessor holds at once.
 
         Args:
-            registers: of a thread; warps get them in eights.
-            warps: of a block.
-            shared: bytes of a block.
+            registers: registers per thread; warps get them in multiples of eight.
+            warps: warps per block.
+            shared: bytes of shared memory per block.
         """
         by_registers = _REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
-        # a block may have all but what is kept of it
         by_shared = (self.shared_bytes + _RESERVED) // (shared + _RESERVED)
         return min(by_registers, by_shared, _WARPS // warps, _BLOCKS)
 
@@ -71,13 +70,13 @@ CHIPS = (
 
 
 def chip_of(arch: int) -> Chip:
-    """The chip of an architecture.
+    """Returns the chip of an architecture.
 
     Raises:
-        ValueError: an architecture that the table lacks.
+        ValueError: the table has no such architecture.
     """
     for chip in CHIPS:
         if chip.arch == arch:
             return chip
     known = ", ".join(str(chip.arch) for chip in CHIPS)
-    raise ValueError(f"archs: expected some of {known}; got {arch}")
+    raise ValueError(f"archs: expected some of {known}, got {arch}")

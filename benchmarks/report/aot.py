@@ -1,10 +1,11 @@
-"""Kernels compiled ahead of time: what the machine code of each holds, on any architecture."""
+"""Launches of the row kernels: recorded, compiled ahead of time, and timed on a GPU."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from typing import Any
 import torch
 
 import featkd
-from featkd.kernels.launch import redirect
+from featkd.kernels.launch import Launcher, redirect
 from featkd.ptx.triton import compile_triton
 
-from .problem import Case
+from ..problem import Case
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Recorded:
 
     @property
     def signature(self) -> tuple[object, ...]:
-        """What the compiled code depends on."""
+        """Properties of the launch on which the compiled code depends."""
         found: list[object] = [self.name, *self.options.items()]
         for parameter in self.kernel.params:
             x = self.arguments[parameter.name]
@@ -48,30 +49,30 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Code:
-    """What a compiled kernel uses."""
+    """Resources and instructions of a compiled kernel."""
 
     registers: int
-    """A thread's."""
+    """Registers per thread."""
     stack: int
-    """Bytes a thread: registers that did not fit, and arrays."""
+    """Bytes of stack per thread: spilled registers and arrays."""
     spills: int
     """Instructions that read or write local memory."""
     shared: int
-    """Bytes a block."""
+    """Bytes of shared memory per block."""
     warps: int
-    """A block's."""
+    """Warps per block."""
     loads: int
     """Instructions that read global memory."""
     wide_loads: int
-    """Those of 16 bytes a thread."""
+    """Instructions that read 16 bytes of global memory per thread."""
     doubles: int
     """Arithmetic instructions in float64."""
     aligned: bool
-    """Whether the rows of every tensor begin at multiples of 16 bytes, as a 16-byte load needs."""
+    """True if the rows of every tensor begin at multiples of 16 bytes, as 16-byte loads need."""
 
 
 def record(case: Case) -> list[Recorded]:
-    """The launches of a case's forward and backward pass; nothing runs.
+    """Returns the launches of a case's forward and backward pass without running them.
 
     Raises:
         ValueError: the op does not run on Triton.
@@ -85,8 +86,8 @@ def record(case: Case) -> list[Recorded]:
     return found
 
 
-def run(case: Case, launcher: Any, device: str = "cpu") -> None:
-    """A case's forward and backward pass, every launch handed to `launcher`."""
+def run(case: Case, launcher: Launcher, device: str = "cpu") -> None:
+    """Runs a case's forward and backward pass, and hands every launch to `launcher`."""
     place = torch.device(device)
     inputs = case.inputs(place)
     with featkd.use_backend("triton"), redirect(launcher):
@@ -94,7 +95,7 @@ def run(case: Case, launcher: Any, device: str = "cpu") -> None:
             outputs = case.problem.featkd(inputs)
         backend = featkd.last_backend(case.problem.op)
         if backend != "triton":
-            raise ValueError(f"{case.name}: runs on {backend}, not on Triton")
+            raise ValueError(f"{case.name}: expected to run on triton, ran on {backend}")
         if case.direction != "forward":
             leaves = [inputs[name] for name in case.problem.differentiable]
             upstream = [torch.ones_like(x) for x in outputs]
@@ -102,7 +103,7 @@ def run(case: Case, launcher: Any, device: str = "cpu") -> None:
 
 
 def compile_for(launch: Recorded, arch: int) -> Code:
-    """Compile a launch's kernel for an architecture, and read the machine code."""
+    """Compiles a launch's kernel for an architecture, and reads the machine code."""
     compiled = compile_triton(launch.kernel, launch.arguments, arch, **launch.options)
     usage = _tool("cuobjdump", "--dump-resource-usage", compiled.asm["cubin"])
     sass = _tool("nvdisasm", "-c", compiled.asm["cubin"])
@@ -127,7 +128,7 @@ def compile_for(launch: Recorded, arch: int) -> Code:
 
 
 def _tool(name: str, option: str, binary: bytes) -> str:
-    """Output of one of the CUDA tools that Triton carries."""
+    """Returns the output of a CUDA tool that Triton ships."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
@@ -136,3 +137,42 @@ def _tool(name: str, option: str, binary: bytes) -> str:
         file.flush()
         done = subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True)
     return done.stdout
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Time of one launch of a case."""
+
+    case: str
+    kernel: str
+    us: float
+    """Median of many launches, the cache flushed before each."""
+
+
+def on_gpu(
+    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, Any]
+) -> float:
+    """Times a launch in microseconds. A launch writes the same results each time."""
+    from triton.testing import do_bench
+
+    median = do_bench(lambda: kernel[grid](**arguments, **options), return_mode="median")
+    return 1e3 * float(median)
+
+
+def measure(
+    cases: Sequence[Case], device: str = "cuda", timer: Callable[..., float] = on_gpu
+) -> list[Timed]:
+    """Times each launch of the cases' forward and backward passes.
+
+    Args:
+        timer: takes kernel, grid, arguments and options, runs the launch at least once and returns
+            microseconds.
+    """
+    found: list[Timed] = []
+    for case in cases:
+
+        def launcher(kernel: Any, *launch: Any, title: str = case.title) -> None:
+            found.append(Timed(title, str(kernel.fn.__name__), timer(kernel, *launch)))
+
+        run(case, launcher, device)
+    return found

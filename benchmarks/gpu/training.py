@@ -25,7 +25,7 @@ from featkd.diagnostics.run import DiagnosticsRun
 from featkd.diagnostics.stream import Settings
 from featkd.models import create_student, create_teacher
 from featkd.runtime.distributed import ProcessContext
-from featkd.train.build_cache import fill
+from featkd.train.build_cache import build_cache
 from featkd.train.recipe import (
     CheckpointConfig,
     LossConfig,
@@ -158,7 +158,7 @@ def _updates(recipe: Recipe, device: torch.device) -> list[Figure]:
     trainer = Trainer(recipe, _context(device))
     size = _size(device)
     try:
-        trainer.parts.student.train()
+        trainer.components.student.train()
         totals, seconds = [], []
         for number, batch in enumerate(_batches(trainer, size.updates)):
             if cuda:
@@ -173,7 +173,7 @@ def _updates(recipe: Recipe, device: torch.device) -> list[Figure]:
             totals.append(float(terms.total.detach()))
             seconds.append(time.perf_counter() - started)
     finally:
-        trainer.parts.close()
+        trainer.components.close()
     assert len(totals) == size.updates
     assert all(np.isfinite(totals)), f"losses {totals}"
     if cuda:
@@ -207,8 +207,8 @@ def _cached(folder: Path, device: torch.device) -> None:
     for features in ("full",) if device.type == "cpu" else ("full", "lowrank"):
         cache = folder / f"cache-{features}"
         config = CacheConfig(views=2, features=features)  # type: ignore[arg-type]
-        filled = fill(recipe, config, context, cache, quiet=True)
-        assert filled.written > 0
+        built = build_cache(recipe, config, context, cache, quiet=True)
+        assert built.written > 0
         run = replace(recipe, cache=str(cache), out=str(folder / f"run-{features}"))
         outcome = Trainer(run, context).run("never", quiet=True)
         _check_outcome(outcome, run, device)

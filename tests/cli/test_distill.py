@@ -83,7 +83,7 @@ def test_signals_save_a_checkpoint_and_print_a_message(
     for pid in (*workers, process.pid):
         os.kill(int(pid), number)
     assert process.wait() == code, process.stderr
-    assert "--resume auto goes on from here" in process.stderr
+    assert "--resume auto continues from here" in process.stderr
     done = load(out / "last.pt")["update"]
     assert 10 <= done < 48
     assert len(read_csv(out / "metrics.csv")) == done
@@ -132,7 +132,7 @@ def test_dry_run_prints_a_report_and_writes_nothing(recipe_file, tmp_path, capsy
     notes = [text for name, text in lines if name == "note"]
     assert notes[0].startswith("student.num_classes: 5, but the training set has 3")
     assert notes[1].startswith("teacher: vit_tiny_patch16_224 has random weights")
-    assert "images/s loading (0 workers a process)" in report["throughput"]
+    assert "images/s loading (0 workers per process)" in report["throughput"]
     assert {"throughput", "peak", "estimated", "would"} <= set(report)
 
 

@@ -26,15 +26,14 @@ Under torchrun the processes share the images; the figures do not depend on thei
 
 def diagnose(words: Sequence[str]) -> int:
     """Runs `featkd diagnose` with the arguments of a command line; returns the exit code."""
-    parser = _parser()
-    known = [option[2:] for action in parser._actions for option in action.option_strings]
-    free = [f"{name}." for name in known if name.endswith("-options")]
-    check_known(words, known, free)
-    args = parser.parse_args(list(words))
+    options = parser()
+    known = [option[2:] for action in options._actions for option in action.option_strings]
+    check_known(words, known, [f"{name}." for name in known if name.endswith("-options")])
+    args = options.parse_args(list(words))
     check_folders(args, ("json",))
-    options = {f.name: _as_tuple(args[f.name]) for f in _options()}
     settings = Settings(**{f.name: _as_tuple(args[f.name]) for f in fields(Settings)})
-    config = DiagnoseConfig(**options, settings=settings, command=_command(words))
+    values = {field.name: args[field.name] for field in _option_fields()}
+    config = DiagnoseConfig(**values, settings=settings, command=_command(words))
     is_main = os.environ.get("RANK", "0") == "0"
     for name in config.random_models if is_main else ():
         print(f"featkd: {name} {args[name]} has random weights", file=sys.stderr)
@@ -71,17 +70,17 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _options() -> list[Any]:
+def _option_fields() -> list[Any]:
     """The fields of `DiagnoseConfig` that are options of their own."""
     return [f for f in fields(DiagnoseConfig) if f.name not in ("settings", "command")]
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
     """Makes one option per field; types, defaults and help texts are those of the dataclasses."""
     parser = Parser(prog="featkd diagnose", description=_DESCRIPTION)
     hints = get_type_hints(DiagnoseConfig)
     texts = {p.arg_name: p.description for p in parse(DiagnoseConfig.__doc__ or "").params}
-    for field in _options():
+    for field in _option_fields():
         how: dict[str, Any] = {"type": hints[field.name], "default": field.default}
         if hints[field.name] is bool:
             how = {"action": "store_true"}

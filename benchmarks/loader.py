@@ -16,7 +16,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from featkd.data import DataConfig, build_loader, build_transform, read_image
-from featkd.data.workers import end_workers, worker_options
+from featkd.data.workers import shut_down_workers, worker_options
 
 from . import timing
 from .photographs import Photographs
@@ -144,7 +144,7 @@ def _torchvision_epoch(config: DataConfig, batch_size: int, loaders: Loaders) ->
         **worker_options(workers),
     )
 
-    loaders.closing.append(partial(end_workers, loader))
+    loaders.closing.append(partial(shut_down_workers, loader))
     return lambda: sum(len(targets) for _, targets in loader)
 
 

@@ -20,38 +20,42 @@ from torch import Tensor
 
 from featkd.cli.arguments import Parser, check_folders
 from featkd.data import DataConfig, ImageSet, read_image
-from featkd.data.augment import build_transform, kept_generators, seeded
-from featkd.data.augment_params import Decisions, Operation, TrainingDecisions, evaluation_decisions
-from featkd.data.dali.files import as_png
-from featkd.data.dali.pipeline import as_arrays, build_pipeline
-from featkd.data.sampler import Key
+from featkd.data.augment import build_transform, preserve_rng_state, seeded
+from featkd.data.augment_params import (
+    AugmentParams,
+    AugmentParamSampler,
+    RandAugmentOp,
+    evaluation_params,
+)
+from featkd.data.dali import as_png, build_pipeline, pipeline_inputs
+from featkd.data.sampler import SampleKey
 
 from .table import write_into
 
 _BATCH = 32
 # near the levels that rand-m9-mstd0.5-inc1 draws, both signs
 OPERATIONS = (
-    Operation("AutoContrast", ()),
-    Operation("Equalize", ()),
-    Operation("Invert", ()),
-    Operation("Rotate", (27.0,)),
-    Operation("Rotate", (-25.0,)),
-    Operation("PosterizeIncreasing", (1,)),
-    Operation("PosterizeIncreasing", (0,)),
-    Operation("SolarizeIncreasing", (26,)),
-    Operation("SolarizeAdd", (99,)),
-    Operation("ColorIncreasing", (1.81,)),
-    Operation("ColorIncreasing", (0.19,)),
-    Operation("ContrastIncreasing", (1.81,)),
-    Operation("ContrastIncreasing", (0.19,)),
-    Operation("BrightnessIncreasing", (1.81,)),
-    Operation("BrightnessIncreasing", (0.19,)),
-    Operation("SharpnessIncreasing", (1.81,)),
-    Operation("SharpnessIncreasing", (0.19,)),
-    Operation("ShearX", (0.27,)),
-    Operation("ShearY", (-0.27,)),
-    Operation("TranslateXRel", (0.405,)),
-    Operation("TranslateYRel", (-0.405,)),
+    RandAugmentOp("AutoContrast", ()),
+    RandAugmentOp("Equalize", ()),
+    RandAugmentOp("Invert", ()),
+    RandAugmentOp("Rotate", (27.0,)),
+    RandAugmentOp("Rotate", (-25.0,)),
+    RandAugmentOp("PosterizeIncreasing", (1,)),
+    RandAugmentOp("PosterizeIncreasing", (0,)),
+    RandAugmentOp("SolarizeIncreasing", (26,)),
+    RandAugmentOp("SolarizeAdd", (99,)),
+    RandAugmentOp("ColorIncreasing", (1.81,)),
+    RandAugmentOp("ColorIncreasing", (0.19,)),
+    RandAugmentOp("ContrastIncreasing", (1.81,)),
+    RandAugmentOp("ContrastIncreasing", (0.19,)),
+    RandAugmentOp("BrightnessIncreasing", (1.81,)),
+    RandAugmentOp("BrightnessIncreasing", (0.19,)),
+    RandAugmentOp("SharpnessIncreasing", (1.81,)),
+    RandAugmentOp("SharpnessIncreasing", (0.19,)),
+    RandAugmentOp("ShearX", (0.27,)),
+    RandAugmentOp("ShearY", (-0.27,)),
+    RandAugmentOp("TranslateXRel", (0.405,)),
+    RandAugmentOp("TranslateYRel", (-0.405,)),
 )
 Pixels = np.ndarray[Any, Any]
 
@@ -72,10 +76,10 @@ class Difference:
 def through_dali(
     config: DataConfig,
     files: Sequence[Pixels],
-    decisions: Sequence[Decisions],
+    params: Sequence[AugmentParams],
     *,
-    layers: int = 0,
-    fill: tuple[int, int, int] = (0, 0, 0),
+    num_ops: int = 0,
+    fill_color: tuple[int, int, int] = (0, 0, 0),
     resize: str = "auto",
 ) -> Pixels:
     """Run files through the loader's pipeline on the CPU, without its normalisation.
@@ -83,8 +87,8 @@ def through_dali(
     Args:
         config: sizes and filter; its statistics are not used.
         files: contents, (bytes,) uint8 each.
-        decisions: for each file.
-        layers, fill, resize: as `build_pipeline`.
+        params: parameters per file.
+        num_ops, fill_color, resize: as in `build_pipeline`.
 
     Returns:
         (B, H, W, 3) float32 levels, 0 to 255.
@@ -95,14 +99,14 @@ def through_dali(
     def feed() -> tuple[list[Any], ...]:
         start = next(starts)  # its StopIteration ends the pipeline
         batch = slice(start, start + _BATCH)
-        return as_arrays(list(files[batch]), decisions[batch], layers, config.img_size)
+        return pipeline_inputs(list(files[batch]), params[batch], num_ops, config.img_size)
 
     pipeline = build_pipeline(
         levels,
         feed,
         batch_size=_BATCH,
-        layers=layers,
-        fill=fill,
+        num_ops=num_ops,
+        fill_color=fill_color,
         device=torch.device("cpu"),
         resize=resize,
     )
@@ -122,20 +126,20 @@ def step_differences(config: DataConfig, paths: Sequence[str]) -> list[Differenc
     images = [read_image(path) for path in paths]
     files = [np.fromfile(path, np.uint8) for path in paths]
     corner = min(min(image.size) for image in images)
-    cut = [Decisions((0, 0, corner, corner), (corner, corner), (0, 0))] * len(files)
+    cut = [AugmentParams((0, 0, corner, corner), (corner, corner), (0, 0))] * len(files)
     theirs = _stack([image.crop((0, 0, corner, corner)) for image in images])
     ours = through_dali(replace(config, img_size=corner), files, cut)
     found = [_difference("decode", ours, theirs)]
 
     augment = replace(config.augment, rand_augment=None, random_erasing=0)
     plain = replace(config, augment=augment, mean=(0, 0, 0), std=(1, 1, 1))
-    keys = [Key(0, number, 0) for number in range(len(images))]
-    draw = TrainingDecisions(plain, seed=0)
-    with kept_generators():
-        drawn = [draw.draw(image.size, key) for image, key in zip(images, keys, strict=True)]
+    keys = [SampleKey(0, number, 0) for number in range(len(images))]
+    sampler = AugmentParamSampler(plain, seed=0)
+    with preserve_rng_state():
+        drawn = [sampler.sample(image.size, key) for image, key in zip(images, keys, strict=True)]
     theirs = _stack([_resized(config, *pair) for pair in zip(images, drawn, strict=True)])
     unchanged = [as_png(image) for image in images]
-    windows = [replace(decisions, flip=False) for decisions in drawn]
+    windows = [replace(params, flip=False) for params in drawn]
     for name, resize in (("resize (torch)", "auto"), ("resize (DALI, on the CPU)", "dali")):
         ours = through_dali(config, unchanged, windows, resize=resize)
         found.append(_difference(name, ours, theirs))
@@ -149,7 +153,7 @@ def step_differences(config: DataConfig, paths: Sequence[str]) -> list[Differenc
         _difference("all of training, plain", through_dali(config, files, drawn), _levels(whole))
     )
     evaluation = build_transform(plain, training=False)
-    central = [evaluation_decisions(i.size, config.img_size, config.crop_pct) for i in images]
+    central = [evaluation_params(i.size, config.img_size, config.crop_pct) for i in images]
     whole = [evaluation(image) for image in images]
     found.append(
         _difference("all of evaluation", through_dali(config, files, central), _levels(whole))
@@ -162,16 +166,16 @@ def operation_differences(config: DataConfig, paths: Sequence[str]) -> list[Diff
     transform = build_transform(config, training=True)
     steps: Sequence[Any] = transform.transforms  # type: ignore[attr-defined]
     ops = {op.name: op for step in steps if isinstance(step, RandAugment) for op in step.ops}
-    fill = TrainingDecisions(config, seed=0).fill
+    fill_color = AugmentParamSampler(config, seed=0).fill_color
     side = config.img_size
     images = [read_image(path).resize((side, side)) for path in paths]
     files = [as_png(image) for image in images]
-    whole = Decisions((0, 0, side, side), (side, side), (0, 0))
+    whole = AugmentParams((0, 0, side, side), (side, side), (0, 0))
     found = []
     for operation in OPERATIONS:
         op = ops[operation.name]
-        decisions = [replace(whole, operations=[operation])] * len(files)
-        ours = through_dali(config, files, decisions, layers=1, fill=fill)
+        params = [replace(whole, operations=[operation])] * len(files)
+        ours = through_dali(config, files, params, num_ops=1, fill_color=fill_color)
         theirs = [op.aug_fn(image, *operation.arguments, **op.kwargs) for image in images]
         argument = "".join(f" {value:g}" for value in operation.arguments)
         name = operation.name.removesuffix("Increasing") + argument
@@ -179,10 +183,10 @@ def operation_differences(config: DataConfig, paths: Sequence[str]) -> list[Diff
     return found
 
 
-def _resized(config: DataConfig, image: Image.Image, decisions: Decisions) -> Image.Image:
-    top, left, height, width = decisions.window
+def _resized(config: DataConfig, image: Image.Image, params: AugmentParams) -> Image.Image:
+    top, left, height, width = params.source_box
     window = image.crop((left, top, left + width, top + height))
-    return window.resize(decisions.size, Image.Resampling[config.interpolation.upper()])
+    return window.resize(params.resize_to, Image.Resampling[config.interpolation.upper()])
 
 
 def _stack(images: Sequence[Image.Image]) -> Pixels:

@@ -22,7 +22,7 @@ from featkd.cache import CacheConfig
 from featkd.data import Batch
 from featkd.data.loader import as_tensor
 from featkd.runtime.distributed import ProcessContext
-from featkd.runtime.environment import multiplies_bf16
+from featkd.runtime.environment import has_fast_bf16
 from featkd.train.build_cache import fill
 from featkd.train.recipe import Recipe
 from featkd.train.trainer import Trainer
@@ -74,7 +74,7 @@ def ways(device: torch.device) -> dict[str, Way]:
 
     One would use bf16 only where the device multiplies in it.
     """
-    own = "bf16" if multiplies_bf16(device) else "fp32"
+    own = "bf16" if has_fast_bf16(device) else "fp32"
     other = "fp32" if own == "bf16" else "bf16"
     amp = {"bf16": "bf16", "fp32": "off"}
     return {

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from featkd.demo import run_demo
 from featkd.demo.digits import write_digits
 from featkd.demo.results import STUDENTS, RunResult, spread
-from featkd.demo.run import keep_or_clear
+from featkd.demo.run import keep_or_clear, train_all
 from featkd.runtime.environment import versions
 from featkd.train.checkpoint import FORMAT, load
 from featkd.train.recipe import find_recipe, load_recipe, to_dict
@@ -100,6 +100,16 @@ def test_demo_end_to_end(
     monkeypatch.setattr("featkd.demo.run.compare_maps", lambda *_: 3)
     assert run_demo(tmp_path, seeds=2, epochs=1) == 3  # no run is trained again
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("last.pt")}
+
+
+def test_no_progress_bar_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("featkd.demo.run.ProcessPoolExecutor", InProcessPool)
+    monkeypatch.setattr("featkd.demo.run.train", lambda name, _: name)
+    recipe = load_recipe(find_recipe("demo"))
+    assert train_all({("a", 0): recipe, ("b", 0): recipe}, "training") == ["a", "b"]
+    assert capsys.readouterr().err == ""
 
 
 def test_runs_of_another_recipe_are_deleted(tmp_path: Path):

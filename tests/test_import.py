@@ -1,4 +1,4 @@
-"""Importing featkd is light, and imports between its layers only go down."""
+"""Importing featkd is fast, and imports between its layers only go down."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ PACKAGE = Path(featkd.__file__).parent
 # highest first; a module may import from its own row and from the rows below it
 LAYERS = (
     ("__main__",),
-    ("cli", "demo"),
-    ("benchmarks",),
+    ("cli", "demo", "benchmarks"),
     ("train", "diagnostics"),
     ("cache",),
     ("models", "data"),
@@ -64,7 +63,7 @@ def row(module: str) -> int:
 
 
 def imports_of(path: Path) -> set[str]:
-    """First names below featkd that a file imports, anywhere in it."""
+    """Returns the names below featkd that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -83,7 +82,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def modules() -> dict[Path, str]:
-    """Every source file and the first name below featkd that it belongs to."""
+    """Maps each source file to the folder or module below featkd that contains it."""
     inside = sorted(PACKAGE.rglob("*.py"))
     found = {path: path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in inside}
     for name in ("kernels", "benchmarks"):  # beside the package: featkd.kernels and so on

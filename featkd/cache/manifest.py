@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from featkd.cache.rows import LayerShape, Layout
-from featkd.data import EpochSampler, Key
-from featkd.data.sampler import StretchSampler
+from featkd.data import EpochSampler, SampleKey
+from featkd.data.sampler import RangeSampler
 from featkd.runtime.files import atomic_write
 
 SCHEMA = 2
@@ -82,12 +82,12 @@ class Manifest:
         start = shard * self.shard_rows
         return range(start, min(start + self.shard_rows, self.rows))
 
-    def keys(self, view: int, shards: Sequence[int]) -> Iterator[list[Key]]:
+    def keys(self, view: int, shards: Sequence[int]) -> Iterator[list[SampleKey]]:
         """Those of the rows of some shards of a view, shard by shard."""
         seed = int(self.subject["seed"])
-        sampler = StretchSampler(self.images, repeats=self.repeats, seed=seed)
+        sampler = RangeSampler(self.images, repeats=self.repeats, seed=seed)
         stretches = [self.positions(shard) for shard in shards]
-        sampler.choose(view, stretches)
+        sampler.set_ranges(view, stretches)
         keys = iter(sampler)  # the view is shuffled once for all of them
         return (list(islice(keys, len(stretch))) for stretch in stretches)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from featkd.cache.manifest import CacheError, read_manifest
 from featkd.cache.rows import Row, Taught
 from featkd.cache.shard import Shard, check_length, damages_of
-from featkd.data import Key
+from featkd.data import SampleKey
 
 _OPEN_SHARDS = 4096  # mappings; Linux allows a process 65,530
 _MOST_READERS = 8
@@ -84,12 +84,12 @@ class TeacherCache:
         Raises:
             CacheError: a key is of no view of this cache, or what is stored of it is damaged.
         """
-        places = [self._place(Key(*key)) for key in keys.tolist()]
+        places = [self._place(SampleKey(*key)) for key in keys.tolist()]
         parts = [places[first :: self._readers] for first in range(self._readers)]
         found = list(self._threads.map(_read, parts)) if self._readers > 1 else [_read(places)]
         rows = [found[i % self._readers][i // self._readers] for i in range(len(places))]
-        shown = torch.tensor([shard.shown(offset) for shard, offset in places])
-        return self.manifest.layout.decode(rows, layers, device), shown
+        source_index = torch.tensor([shard.source_index(offset) for shard, offset in places])
+        return self.manifest.layout.decode(rows, layers, device), source_index
 
     def _missing(self, views: int) -> Iterator[str]:
         """Names of the shards that are not there; a folder is read once, not asked for each."""
@@ -99,7 +99,7 @@ class TeacherCache:
             there = set(os.listdir(folder)) if folder.is_dir() else set()
             yield from (name for name in names if name.rpartition("/")[2] not in there)
 
-    def _place(self, key: Key) -> tuple[Shard, int]:
+    def _place(self, key: SampleKey) -> tuple[Shard, int]:
         """The open shard that holds a key's row, and which of its rows it is."""
         number, offset = divmod(self._position(key), self.manifest.shard_rows)
         shard = self._shard(key.epoch, number)
@@ -107,7 +107,7 @@ class TeacherCache:
             raise CacheError(f"{shard.path}: row {offset} is {shard.key(offset)}, not {key}")
         return shard, offset
 
-    def _position(self, key: Key) -> int:
+    def _position(self, key: SampleKey) -> int:
         """Where in its view a key's row is."""
         manifest = self.manifest
         if 0 <= key.epoch < manifest.views and 0 <= key.image < manifest.images:

@@ -1,8 +1,8 @@
 """A shard: some rows of a view in one safetensors file, in which no changed bit goes unseen.
 
     keys   (n, 3) int64    the epoch, image and copy of each row          \\
-    shown  (n,)   int64    the image that it is of: another than its       | the index
-                           key's where that one could not be read          |
+    shown  (n,)   int64    `Batch.source_index`: the image that it is of,  | the index
+                           not its key's if that one was unreadable        |
     crc    (n,)   int64    CRC-32 of each row's columns                   /
     check  (32,)  uint8    SHA-256 of the file's header and its index
     ...                    the columns; one whose rows differ in length is flat, and the index has
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from featkd.cache.manifest import CacheError
 from featkd.cache.rows import Row
-from featkd.data import Key
+from featkd.data import SampleKey
 from featkd.runtime.files import atomic_write
 
 _HEAD = 8  # bytes that say how long the header is
@@ -44,7 +44,7 @@ def write_shard(
     path: Path,
     identity: str,
     keys: Tensor,
-    shown: Tensor,
+    source_index: Tensor,
     rows: Sequence[Row],
     varying: Iterable[str] = (),
 ) -> None:
@@ -54,14 +54,14 @@ def write_shard(
         path: the file.
         identity: of the cache.
         keys: (n, 3) int64.
-        shown: (n,) int64, the image that each row is of.
+        source_index: (n,) int64, the image that each row is of.
         rows: as many, with the same columns.
         varying: columns whose rows differ in shape; they are read back flat.
     """
     names = sorted(rows[0])
     tensors: dict[str, Tensor] = {
         "keys": keys,
-        "shown": shown.clone(),  # which may be a view of the keys, of which safetensors wants none
+        "shown": source_index.clone(),  # safetensors rejects a view of the keys
         "crc": torch.tensor([_crc(row, names) for row in rows]),
         "check": torch.zeros(_DIGEST, dtype=torch.uint8),
     }
@@ -107,7 +107,7 @@ class Shard:
             )
         # Arrays: an element of a tensor takes microseconds, and lists of numbers half a megabyte a
         # shard. These are the mapped file itself.
-        self._crc, self._shown, self._keys = (
+        self._crc, self._source_index, self._keys = (
             self._tensors[name].numpy() for name in ("crc", "shown", "keys")
         )
         self._ends = {
@@ -127,13 +127,13 @@ class Shard:
         """Of the columns."""
         return sum(self._tensors[name].nbytes for name in self._columns)
 
-    def key(self, number: int) -> Key:
+    def key(self, number: int) -> SampleKey:
         """Of row `number`."""
-        return Key(*self._keys[number].tolist())
+        return SampleKey(*self._keys[number].tolist())
 
-    def shown(self, number: int) -> int:
+    def source_index(self, number: int) -> int:
         """The image that row `number` is of."""
-        return int(self._shown[number])
+        return int(self._source_index[number])
 
     def row(self, number: int) -> Row:
         """Row `number`, checked, as views of the mapped file.
@@ -150,7 +150,7 @@ class Shard:
             )
         return row
 
-    def damages(self, keys: Sequence[Key]) -> Iterator[str]:
+    def damages(self, keys: Sequence[SampleKey]) -> Iterator[str]:
         """Check every row; a message for each that is not as it was written.
 
         Args:
@@ -190,7 +190,7 @@ class Shard:
         return values[int(ends[number - 1]) if number else 0 : int(ends[number])]
 
 
-def damages_of(path: Path, identity: str, keys: Sequence[Key]) -> list[str]:
+def damages_of(path: Path, identity: str, keys: Sequence[SampleKey]) -> list[str]:
     """What is wrong with a shard's file, every row of which is read; nothing where it is whole."""
     try:
         return list(Shard(path, identity).damages(keys))

@@ -13,7 +13,7 @@ from featkd.cache import manifest as manifests
 from featkd.cache.manifest import CacheError, Manifest, read_manifest
 from featkd.cache.rows import Row
 from featkd.cache.shard import damages_of, write_shard
-from featkd.data import Key
+from featkd.data import SampleKey
 from featkd.runtime.files import remove_leftovers
 
 _LOCK = ".lock"
@@ -97,7 +97,7 @@ class CacheWriter:
             yield self._is_whole(view, shard, keys)
 
     def write(
-        self, view: int, shard: int, keys: Tensor, shown: Tensor, rows: Sequence[Row]
+        self, view: int, shard: int, keys: Tensor, source_index: Tensor, rows: Sequence[Row]
     ) -> None:
         """Write a shard whole, rows in the order of their positions; arguments as `write_shard`.
 
@@ -108,7 +108,9 @@ class CacheWriter:
         path = self._path(view, shard)
         try:
             path.parent.mkdir(exist_ok=True)
-            write_shard(path, self._identity, keys, shown, rows, self.manifest.layout.varying)
+            write_shard(
+                path, self._identity, keys, source_index, rows, self.manifest.layout.varying
+            )
         except OSError as error:
             raise CacheError(
                 f"could not write {path}: {error}; what was written before is whole"
@@ -117,7 +119,7 @@ class CacheWriter:
     def _path(self, view: int, shard: int) -> Path:
         return self.folder / self.manifest.shard_name(view, shard)
 
-    def _is_whole(self, view: int, shard: int, keys: Sequence[Key]) -> bool:
+    def _is_whole(self, view: int, shard: int, keys: Sequence[SampleKey]) -> bool:
         path = self._path(view, shard)
         if not path.exists():
             return False

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from docstring_parser import parse
 
-from featkd.cli.arguments import Parser, check_folders, check_known
+from featkd.cli.arguments import Parser, add_json, check_folders
 from featkd.diagnostics import DiagnoseConfig, Settings
 from featkd.diagnostics import diagnose as run_diagnose
 from featkd.diagnostics.process_run import Interrupted
@@ -26,10 +26,7 @@ Under torchrun the processes share the images; the figures do not depend on thei
 
 def diagnose(words: Sequence[str]) -> int:
     """Runs `featkd diagnose` with the arguments of a command line; returns the exit code."""
-    options = parser()
-    known = [option[2:] for action in options._actions for option in action.option_strings]
-    check_known(words, known, [f"{name}." for name in known if name.endswith("-options")])
-    args = options.parse_args(list(words))
+    args = parser().parse_args(words)
     check_folders(args, ("json",))
     settings = Settings(**{f.name: _as_tuple(args[f.name]) for f in fields(Settings)})
     values = {field.name: args[field.name] for field in _option_fields()}
@@ -76,8 +73,16 @@ def _option_fields() -> list[Any]:
 
 
 def parser() -> Parser:
-    """Makes one option per field; types, defaults and help texts are those of the dataclasses."""
-    parser = Parser(prog="featkd diagnose", description=_DESCRIPTION)
+    """Returns the parser; options, defaults and help texts are those of the dataclasses."""
+    parser = Parser(
+        prog="featkd diagnose",
+        description=_DESCRIPTION,
+        examples=(
+            "featkd diagnose --model runs/cifar/best.pt --data CIFAR/test --out report",
+            "featkd diagnose --student deit_tiny_patch16_224 --teacher cait_s24_224 --pretrained "
+            "--data PHOTOS --out report",
+        ),
+    )
     hints = get_type_hints(DiagnoseConfig)
     texts = {p.arg_name: p.description for p in parse(DiagnoseConfig.__doc__ or "").params}
     for field in _option_fields():
@@ -86,9 +91,7 @@ def parser() -> Parser:
             how = {"action": "store_true"}
         if field.name == "out":
             how = {"type": str, "required": True}
-        option = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(option, help=texts[field.name], **how)
-    text = "file for a copy of summary.json"
-    parser.add_argument("--json", type=str | None, default=None, metavar="FILE", help=text)
+        parser.add_argument(f"--{field.name}", help=texts[field.name], **how)
+    add_json(parser)
     parser.add_class_arguments(Settings)
     return parser

@@ -180,8 +180,10 @@ def train_all(jobs: dict[tuple[str, int], Recipe], description: str) -> list[Run
     ) as pool:
         running = {pool.submit(train, key[0], recipe): key for key, recipe in jobs.items()}
         try:
-            finished = as_completed(running)
-            for future in tqdm(finished, total=len(running), unit="run", desc=description):
+            done = as_completed(running)
+            # disable=None: no bar if stderr is no terminal
+            bar = tqdm(done, total=len(running), unit="run", desc=description, disable=None)
+            for future in bar:
                 results[running[future]] = future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

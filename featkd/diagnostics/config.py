@@ -31,8 +31,8 @@ class Settings:
         sample: images whose features are kept, for rotation, bandwidth and permutations.
         permuted: images of the sample that the permutation test uses.
         permutations: random orders of the channels in the permutation test.
-        k: dimensions of the subspaces that rotation compares; by default the median energy rank
-            at the threshold nearest to 0.9.
+        k: dimensions of the subspaces that rotation compares (default: the median energy rank at
+            the threshold nearest to 0.9).
         centred: subtract the data set's mean token before the PCA.
         seed: random seed of the sample, the permutations, the Gaussian tokens and random weights.
 
@@ -75,11 +75,11 @@ class DiagnoseConfig:
         model_options: further timm arguments of model, as YAML or JSON.
         student: student of a pair, a timm name or a checkpoint of featkd distill.
         student_checkpoint: weights file of student, if that is a timm name.
-        student_layers: layers of student; default: layers.
+        student_layers: layers of student (default: layers).
         student_options: further timm arguments of student, as YAML or JSON.
         teacher: teacher of a pair, a timm name or a checkpoint of featkd distill.
         teacher_checkpoint: weights file of teacher, if that is a timm name.
-        teacher_layers: layers of teacher; default: layers.
+        teacher_layers: layers of teacher (default: layers).
         teacher_options: further timm arguments of teacher, as YAML or JSON.
         pretrained: load timm's weights for each timm name without a weights file.
         data: folder with images at any depth.
@@ -89,14 +89,14 @@ class DiagnoseConfig:
             auto: as few of 0, 1, 2 or 5 as leave a square number.
         out: folder for the report, the tables and the state of an interrupted run; it must not
             lie below data.
-        layers: indices of the layers, as [0,-1]; default: all layers.
-        images: maximum number of images, spread evenly over the folder; default: all images.
+        layers: indices of the layers, as [0,-1] (default: all layers).
+        images: maximum number of images, spread evenly over the folder (default: all images).
         batch_size: images per forward pass, or files read at once.
-        img_size: image size in pixels; default: the model's, of a pair both models'.
-        mean: pixel mean per channel; default: the model's, of a pair the teacher's.
-        std: pixel standard deviation per channel; default: the model's, of a pair the teacher's.
-        crop_pct: share of the image that the centre crop keeps; default: the model's, of a pair
-            the teacher's.
+        img_size: image size in pixels (default: the model's; both models of a pair must agree).
+        mean: pixel mean per channel (default: the model's, of a pair the teacher's).
+        std: pixel standard deviation per channel (default: the model's, of a pair the teacher's).
+        crop_pct: share of the image that the centre crop keeps (default: the model's, of a pair
+            the teacher's).
         amp: precision of the models, float32 (off) or bfloat16 by autocast.
         device: auto, cpu, cuda or cuda:N.
         workers: image-loading processes, per process of torchrun.
@@ -108,7 +108,7 @@ class DiagnoseConfig:
         resume: auto continues from the state in out, if any; never starts again.
         save_seconds: minimum time between two saved states.
         settings: definitions and sample sizes of the figures.
-        command: command line that the report shows; default: the call of `diagnose`.
+        command: command line that the report shows (default: the call of `diagnose`).
 
     Raises:
         ValueError: a field is out of its range, or fields contradict each other.

@@ -269,7 +269,7 @@ class ProcessRun:
                 layers[layer] = self._layer_result(merged[layer], states)
             except ValueError as error:  # the other layers are still reported
                 self._note(f"{layer} is left out: {error}")
-        left_out = self.context.merged(self._left_out)
+        left_out = self.context.merge_dicts(self._left_out)
         if not self.context.is_main:
             return None
         if not layers:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -69,7 +68,7 @@ def diagnose(config: DiagnoseConfig) -> Findings:
             remedy = f"the same command continues from {config.out}/state"
             if config.out is None:
                 remedy = "start the run again"
-            stack.enter_context(distributed.naming_lost_processes(remedy))
+            stack.enter_context(distributed.explain_lost_processes(remedy))
             folder = config.out
             if folder is None:  # the features for the second pass still need a place on disk
                 folder = stack.enter_context(TemporaryDirectory(prefix="featkd-diagnose-"))
@@ -136,7 +135,7 @@ def _progress_bar(context: ProcessContext) -> Iterator[Callable[[int, int, int],
                 initial=done,  # images of a resumed run do not count into the rate
                 desc=("", "features", "captured energy")[number],
                 unit=" images",
-                disable=not sys.stderr.isatty(),
+                disable=None,  # no bar if stderr is no terminal
             )
         bars[number].update(done - bars[number].n)
 

@@ -1,26 +1,24 @@
-"""Whether the modules of a model may be left uncalled, for one fused op in their place."""
+"""Checks whether a fused op may replace a model's modules."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import LayerNorm
-from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
+from torch import nn
 
-_KINDS = ("forward", "forward_pre", "backward", "backward_pre")
+from featkd.ops.plain_modules import are_plain
 
 
-def can_fuse(projection: Any, *norms: Any) -> bool:
-    """Whether these do what the fused ops compute, and nobody watches them run.
+def is_fusible(projection: Any, *norms: Any) -> bool:
+    """Checks whether a fused op may replace these modules (no hooks, no substituted layers).
 
-    A model that finds False calls its modules instead, so that what stands in their place (another
-    norm, an adapter, a quantised layer, sharded weights) and hooks have their effect.
+    If not, the model calls its modules, so that hooks and substitutes (another norm, an adapter, a
+    quantised layer, sharded weights) keep their effect.
 
     Args:
-        projection: to be a Linear without a bias.
-        norms: to be LayerNorms of its outputs, with weight and bias, of one epsilon.
+        projection: must be a Linear without bias.
+        norms: must be LayerNorms of its output, with weight and bias and the same epsilon.
     """
     if type(projection) is not nn.Linear or getattr(projection, "bias", None) is not None:
         return False
@@ -31,28 +29,10 @@ def can_fuse(projection: Any, *norms: Any) -> bool:
             return False
         if norm.normalized_shape != (projection.out_features,):
             return False
-    modules = (projection, *norms)
-    return _are_plain(modules)
+    return are_plain(projection, *norms)
 
 
 def can_bypass(*linears: Any) -> bool:
-    """Whether these are Linears with a bias whose weights may be used without calling them."""
+    """Checks whether these are Linears with bias whose weights may be used without a call."""
     known = all(type(linear) is nn.Linear and linear.bias is not None for linear in linears)
-    return known and _are_plain(linears)
-
-
-def _are_plain(modules: Sequence[Any]) -> bool:
-    """Without quantised or sharded weights, and without anybody who watches them run."""
-    weights = [p for module in modules for p in module.parameters()]
-    plain = all(type(p) in (Tensor, nn.Parameter) for p in weights)
-    return plain and not any(_is_watched(module) for module in modules)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """By a hook, its own or one on all modules, or by a `forward` put over its class's."""
-    if "forward" in vars(module):
-        return True
-    return any(
-        getattr(module, f"_{kind}_hooks") or getattr(torch_module, f"_global_{kind}_hooks")
-        for kind in _KINDS
-    )
+    return known and are_plain(*linears)

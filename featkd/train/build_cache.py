@@ -18,8 +18,8 @@ from featkd.cache import CacheConfig, CacheError, CacheWriter, Manifest
 from featkd.cache.rows import NotStorable, Row
 from featkd.cache.writer import locked, prepare
 from featkd.data import Batch, EpochSampler, ImageSet, Loader
-from featkd.data.factory import build_over
-from featkd.data.sampler import StretchSampler
+from featkd.data.factory import build_loader_for
+from featkd.data.sampler import RangeSampler
 from featkd.models.features import num_layers
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.interrupt import Interrupt
@@ -76,8 +76,8 @@ def fill(
     config = config.resolved(recipe.loss.feature is not None)
     dataset = ImageSet(recipe.data, "train", recipe.seed)
     repeats = recipe.data.augment.repeats
-    sampler = StretchSampler(len(dataset), repeats=repeats, seed=recipe.seed)
-    loader = build_over(
+    sampler = RangeSampler(len(dataset), repeats=repeats, seed=recipe.seed)
+    loader = build_loader_for(
         dataset, recipe.data, sampler, batch_size=recipe.batch_size, device=context.device
     )
     notes: list[str] = []
@@ -115,7 +115,7 @@ def fill(
                 ends = (work.fill(view) for view in range(manifest.views))
                 by = next((signal for signal in ends if signal is not None), None)
             written = sum(_pooled([work.written], context))
-            bad_files = context.merged(work.bad_files)
+            bad_files = context.merge_dicts(work.bad_files)
     finally:
         loader.close()
     return Filled(manifest, written, work.damaged, bad_files, by)
@@ -129,7 +129,7 @@ class _Work:
         writer: CacheWriter,
         teacher: Teacher,
         loader: Loader,
-        sampler: StretchSampler,
+        sampler: RangeSampler,
         context: ProcessContext,
         interrupt: Interrupt,
         bar: Any,
@@ -157,16 +157,16 @@ class _Work:
         missing = self._missing(view)
         stretches = [self._writer.manifest.positions(shard) for shard in missing]
         self._bar.update(self._writer.manifest.rows - sum(map(len, stretches)))
-        self._sampler.choose(view, own := stretches[number::together])
+        self._sampler.set_ranges(view, own := stretches[number::together])
         batches = iter(self._loader) if own else iter(())
         for first in range(0, len(missing), together):
-            if (stopped_by := self._interrupt.agreed(self._context.any_true)) is not None:
+            if (stopped_by := self._interrupt.stop_signal(self._context.any_true)) is not None:
                 return stopped_by
             turn = range(first, min(first + together, len(missing)))
             if first + number in turn:
                 self._compute(view, missing[first + number], batches)
             self._bar.update(sum(len(stretches[i]) for i in turn if i != first + number))
-        return self._interrupt.agreed(self._context.any_true)
+        return self._interrupt.stop_signal(self._context.any_true)
 
     def _missing(self, view: int) -> list[int]:
         """Shards of a view that are not there or damaged; each process looks at a part of it."""
@@ -190,16 +190,16 @@ class _Work:
         manifest = self._writer.manifest
         rows: list[Row] = []
         keys: list[Tensor] = []
-        shown: list[Tensor] = []
+        source_index: list[Tensor] = []
         for batch in islice(batches, -(-len(manifest.positions(shard)) // manifest.batch_size)):
             if self._interrupt.signal is not None:
                 return
             rows += self._rows(batch)
             keys.append(batch.keys)
-            shown.append(batch.shown)
+            source_index.append(batch.source_index)
             self._bar.update(len(batch.keys))
             self._name_bad()
-        self._writer.write(view, shard, torch.cat(keys), torch.cat(shown), rows)
+        self._writer.write(view, shard, torch.cat(keys), torch.cat(source_index), rows)
         self.written += 1
 
     def _name_bad(self) -> None:

@@ -74,12 +74,12 @@ class OpenCache:
                 shows.
         """
         taught, held = self._ahead.rows(batch.keys)
-        for number in (held != batch.shown).nonzero().flatten().tolist():
+        for number in (held != batch.source_index).nonzero().flatten().tolist():
             image = int(batch.keys[number, 1])
             raise CacheError(
                 f"{self._folder}: its row of image {image} ({self._name(image)}) is of image "
-                f"{held[number]}, this run shows {batch.shown[number]}: the file could be read in "
-                "one of the two only; expected it readable in both, or in neither"
+                f"{held[number]}, this run shows {batch.source_index[number]}: the file could be "
+                "read in one of the two only; expected it readable in both, or in neither"
             )
         return taught
 
@@ -190,13 +190,13 @@ def subject_of(recipe: Recipe, loader: Loader, context: ProcessContext) -> dict[
         "data.mean": data.mean,
         "data.std": data.std,
         "data.interpolation": data.interpolation,
-        "data.pixels": loader.pixels,
+        "data.pixels": loader.decoder,
         "amp": recipe.amp,
         "seed": recipe.seed,
         "augmentation_version": AUGMENTATION_VERSION,
     }
     found |= {f"data.augment.{k}": v for k, v in dataclasses.asdict(data.augment).items()}
-    found |= {f"versions.{k}": v for k, v in _versions(loader.pixels).items()}
+    found |= {f"versions.{k}": v for k, v in _versions(loader.decoder).items()}
     digests: dict[str, str | None] = {}
     if context.is_main:  # a million files' sizes: once a run
         digests["data.images_sha256"] = loader.dataset.fingerprint()

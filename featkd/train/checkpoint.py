@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from featkd.data.workers import is_of_worker
+from featkd.data.workers import is_worker_error
 from featkd.runtime.files import atomic_link, atomic_write, remove_leftovers
 from featkd.runtime.remote import Location, RemotePath, locate, seekable
 
@@ -73,7 +73,7 @@ class CheckpointStore:
             with atomic_write(self.last, names) as file:
                 torch.save({"format": FORMAT, **state}, file)
         except (OSError, RuntimeError) as error:  # torch.save turns a short write into the latter
-            if isinstance(error, RuntimeError) and is_of_worker(error):
+            if isinstance(error, RuntimeError) and is_worker_error(error):
                 raise
             raise CheckpointError(
                 f"could not save {self.last}: {error}; what was there before is untouched"

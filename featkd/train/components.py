@@ -20,7 +20,7 @@ from featkd.models import Lift, create_student
 from featkd.models.features import FeatureModel, feature_grid, num_layers
 from featkd.runtime.checks import suggestion
 from featkd.runtime.distributed import ProcessContext
-from featkd.runtime.environment import multiplies_bf16
+from featkd.runtime.environment import has_fast_bf16
 from featkd.train.cached_teacher import OpenCache, open_cache, views_of
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import Shapes, Teacher, naming, pair_layers, shapes_of
@@ -113,7 +113,7 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
             source = Teacher(recipe, num_classes, context, notes)
         if source is not None:
             check_fit(recipe, student, source.shapes, context, notes)
-        if recipe.amp == "bf16" and not multiplies_bf16(context.device):
+        if recipe.amp == "bf16" and not has_fast_bf16(context.device):
             notes.append(
                 "amp: bf16 is many times slower than off here: this device has no "
                 "instructions for products in it; try --amp off"
@@ -230,7 +230,7 @@ def unfuse_attention(student: nn.Module, context: ProcessContext) -> None:
     attention uses none: DeiT-Tiny's update, 8 images, took 1.4 to 1.6 times as long with it. It
     saves memory: the (heads, N, N) maps of all blocks are kept without it.
     """
-    if multiplies_bf16(context.device):
+    if has_fast_bf16(context.device):
         for module in student.modules():
             if isinstance(getattr(module, "fused_attn", None), bool):
                 module.fused_attn = False  # type: ignore[assignment]
@@ -290,8 +290,8 @@ def _optimizer(
         near = suggestion(config.optimizer, names)
         raise RecipeError(f"optim.optimizer: timm has no {config.optimizer!r}{near}")
     # One pass over each tensor: 21 ms in place of 66 for DeiT-Tiny WideLast on two CPU cores.
-    can_fuse = context.device.type in ("cpu", "cuda") and config.optimizer in ("adam", "adamw")
-    fused = {"fused": True} if can_fuse else {}
+    is_fusible = context.device.type in ("cpu", "cuda") and config.optimizer in ("adam", "adamw")
+    fused = {"fused": True} if is_fusible else {}
     optimizer = create_optimizer_v2(
         student,
         opt=config.optimizer,

@@ -58,7 +58,7 @@ def check_alike(context: ProcessContext, place: str) -> None:
     Raises:
         CheckpointError: in all processes.
     """
-    places = context.merged({str(context.rank): place})
+    places = context.merge_dicts({str(context.rank): place})
     if len(set(places.values())) == 1:
         return
     by_place: dict[str, list[str]] = {}
@@ -172,7 +172,7 @@ def _of_images(state: dict[str, Any], parts: Parts) -> list[str]:
 
 def _of_pixels(state: dict[str, Any], parts: Parts) -> list[str]:
     """What another loader changes, or nothing; also where the recipe leaves its choice open."""
-    now = parts.train_loader.pixels
+    now = parts.train_loader.decoder
     before = state.get("pixels", now)  # earlier checkpoints do not say
     if before == now:
         return []

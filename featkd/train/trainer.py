@@ -119,7 +119,7 @@ class Trainer:
         if self.context.is_main:
             self.store.prepare()
         self.context.barrier()
-        loads = f"images are loaded by {self.parts.train_loader.pixels}"
+        loads = f"images are loaded by {self.parts.train_loader.decoder}"
         messages = [loads, *self.parts.notes, *self._resume(resume)]
         folder = self.folder if self.context.is_main else None
         log = RunLog(folder, self.update, self.total_updates, quiet, due=self.due)
@@ -247,7 +247,7 @@ class Trainer:
                 self._log(log, watch)
             if self.batch == last_batch:
                 continue  # to the loader's end: a DALI pipeline goes on from there, not from before
-            stopped_by = interrupt.agreed(self.context.any_true)
+            stopped_by = interrupt.stop_signal(self.context.any_true)
             if stopped_by is not None:
                 return stopped_by
             every = recipe.checkpoint.every_updates
@@ -263,7 +263,7 @@ class Trainer:
             self.due = True
             self._save(log)
             self._score(log)
-        return None if ended else interrupt.agreed(self.context.any_true)
+        return None if ended else interrupt.stop_signal(self.context.any_true)
 
     def _set_lr(self) -> None:
         if self.recipe.optim.step_on == "epoch":
@@ -325,7 +325,7 @@ class Trainer:
                 self.best = {**row, **scores}
                 improved = True
         self._name_bad(parts.val_loader.bad_images, log)
-        self._name_bad(self.context.merged(self.bad_files), log)
+        self._name_bad(self.context.merge_dicts(self.bad_files), log)
         return improved
 
     def _name_bad(self, files: Mapping[str, str], log: RunLog) -> None:
@@ -340,7 +340,7 @@ class Trainer:
         meter = self._meter.state_dict(self._so_far)  # all processes take part
         check_weights(parts.student.parameters(), self._so_far)
         log.publish()
-        bad_files = self.context.merged(self.bad_files)
+        bad_files = self.context.merge_dicts(self.bad_files)
         if self.context.is_main:
             state = {
                 "model": parts.student.state_dict(),
@@ -350,7 +350,7 @@ class Trainer:
                 "update": self.update,
                 "epoch": self.epoch,
                 "loader": parts.train_loader.state_dict(),
-                "pixels": parts.train_loader.pixels,
+                "pixels": parts.train_loader.decoder,
                 **meter,
                 "best": self.best,
                 "scores": self.scores,

@@ -91,7 +91,7 @@ def test_loader_reports_what_could_not_be_built(images, tmp_path, monkeypatch, c
     monkeypatch.setattr(loader, "build_loader", without_dali)
     monkeypatch.setattr(loader, "_dali_decoder", lambda paths: lambda: None)
     report = tmp_path / "loader.json"
-    words = ["loader", "--data", str(images), "--images", "8", "--batch", "4", "--rounds", "2"]
+    words = ["loader", "--data", str(images), "--images", "8", "--batch-size", "4", "--rounds", "2"]
     words += ["--workers", "0", "--variants", "dali/plain", "timm/plain", "torchvision/plain"]
     figures = bench(*words, "--json", str(report))
     meta = json.loads(report.read_text())["meta"]
@@ -154,7 +154,7 @@ def test_parts_do_what_the_whole_update_does(still, arch):
 
 def test_step_gives_every_part_in_every_variant(recipe_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(step, "ways", lambda device: {"eager_fp32": EAGER, **OTHERS})
-    words = ["step", recipe_file, "--batch", "4", "--rounds", "2", "--device", "cpu"]
+    words = ["step", recipe_file, "--batch-size", "4", "--rounds", "2", "--device", "cpu"]
     words += ["--variants", "eager_fp32", *OTHERS]
     figures = bench(*words, "--json", str(tmp_path / "step.json"))
     for variant in ("eager_fp32", *OTHERS):
@@ -178,7 +178,7 @@ def test_step_trains_on_the_images_of_a_folder(recipe_file, images, tmp_path, mo
     monkeypatch.setattr(
         Trainer, "losses", lambda *args: (trained.append(args[1]), losses(*args))[1]
     )
-    words = ["step", recipe_file, "--batch", "4", "--rounds", "1", "--device", "cpu"]
+    words = ["step", recipe_file, "--batch-size", "4", "--rounds", "1", "--device", "cpu"]
     bench(*words, "--data", str(images), "--json", str(tmp_path / "step.json"))
     assert f"images: the images of {images / 'train'} (" in capsys.readouterr().out
     photographed, noise = trained[0].images, trained[-1].images  # the bound is of noise
@@ -188,7 +188,7 @@ def test_step_trains_on_the_images_of_a_folder(recipe_file, images, tmp_path, mo
 
 def test_train_times_the_loader_beside_the_updates(recipe_file, images, tmp_path, monkeypatch):
     monkeypatch.setattr(step, "ways", lambda device: {"eager_fp32": EAGER})
-    words = ["train", recipe_file, "--batch", "8", "--rounds", "1", "--device", "cpu"]
+    words = ["train", recipe_file, "--batch-size", "8", "--rounds", "1", "--device", "cpu"]
     words += ["--updates", "2", "--workers", "0", "--images", "48", "--data", str(images)]
     report = tmp_path / "train.json"
     figures = bench(*words, "--json", str(report))

@@ -12,7 +12,7 @@ import torch
 
 from featkd.cache import CacheConfig, CacheError, TeacherCache
 from featkd.cli.main import main
-from featkd.data import Key, build_loader
+from featkd.data import SampleKey, build_loader
 from featkd.runtime.distributed import ProcessContext
 from featkd.train import cached_teacher
 from featkd.train.build_cache import fill
@@ -99,7 +99,7 @@ def test_the_loss_takes_the_product_of_the_stored_factors(recipe, tmp_path, amp)
     taught = cached.teach(batch)
     maps = []
     for key in batch.keys:
-        shard, offset = cache._place(Key(*key.tolist()))
+        shard, offset = cache._place(SampleKey(*key.tolist()))
         row = shard.row(offset)
         left, right = (
             row[f"features.1.{part}"].reshape(size, -1).double() * row[f"features.1.{part}_scales"]
@@ -205,7 +205,7 @@ def test_an_epoch_in_another_order_is_refused(recipe, tmp_path):
         if epoch == 0:
             other.load_state_dict(plain.state_dict())
             continue
-        with pytest.raises(ValueError, match="ordered_as: 1 when"):
+        with pytest.raises(ValueError, match="shuffle_epoch: 1 when"):
             other.load_state_dict(plain.state_dict())
 
 

@@ -14,7 +14,7 @@ import torch
 
 from featkd.cache import CacheError, TeacherCache, damages
 from featkd.cache.shard import Shard, write_shard
-from featkd.data import Key
+from featkd.data import SampleKey
 from tests.cache.made import FULL, LOWRANK, column_of, keys_of, manifest, outputs, write
 
 
@@ -42,7 +42,7 @@ def test_rows_come_back_in_any_order(tmp_path):
         assert torch.equal(logits, taught.logits[order])
         assert torch.equal(maps, taught.maps[0][order])
     for key in ((2, 0, 0), (0, 20, 0), (0, 1, 1), (-1, 0, 0)):
-        with pytest.raises(CacheError, match=r"holds no row of Key.*views 0 to 1 of 20 rows"):
+        with pytest.raises(CacheError, match=r"holds no row of SampleKey.*views 0 to 1 of 20 rows"):
             cache.read(torch.tensor([key]), [1])
 
 
@@ -90,7 +90,7 @@ def test_an_open_shard_takes_little_memory(tmp_path):
     taken = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert taken < 20_000
-    assert (shard.key(1023), shard.shown(1023)) == (Key(3069, 3070, 3071), 3070)
+    assert (shard.key(1023), shard.source_index(1023)) == (SampleKey(3069, 3070, 3071), 3070)
     assert shard.row(1023).keys() == rows[1023].keys()
 
 
@@ -159,8 +159,8 @@ def test_shards_of_elsewhere_are_named(folder, tmp_path):
     shutil.copy(tmp_path / "other" / head.shard_name(0, 0), path)
     assert f"{path}: belongs to another cache" in found_in(folder)
     path.write_bytes(other.read_bytes())
-    assert f"{path}: damaged: row 0 is Key" in found_in(folder)
-    with pytest.raises(CacheError, match=r"shard-00000.*: row 0 is Key"):
+    assert f"{path}: damaged: row 0 is SampleKey" in found_in(folder)
+    with pytest.raises(CacheError, match=r"shard-00000.*: row 0 is SampleKey"):
         TeacherCache(folder).read(keys_of(head, 0)[:1], [1])
     path.write_bytes(kept)
     assert found_in(folder) == ""

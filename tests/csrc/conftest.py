@@ -1,4 +1,4 @@
-"""nvcc's PTX of csrc, once a process."""
+"""PTX of csrc by nvcc, compiled once per process."""
 
 from __future__ import annotations
 

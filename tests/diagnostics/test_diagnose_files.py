@@ -200,7 +200,7 @@ def test_out_must_not_lie_below_data(images, monkeypatch, capsys, below):
         (("--student", "deit_tiny_patch16_224"), "or student and teacher; got student"),
         (("--features", "x", "--data", "y"), "features: given together with data"),
         (("--features", "/none"), "features: expected a folder of feature files, got /none"),
-        (("--feature", "x"), "no option --feature; did you mean 'features'?"),
+        (("--feature", "x"), "no option '--feature'; did you mean '--features'?"),
         (("--model", "deit_tinny_patch16_224", "--data", "/usr"), "did you mean 'deit_tiny"),
         (("--model", "none.pt", "--data", "/usr"), "model: no checkpoint none.pt"),
         (

@@ -36,7 +36,7 @@ def test_held_weights_give_autocasts_numbers():
 
 
 def test_a_bf16_run_holds_its_teacher_and_says_where_bf16_is_slow(recipe, monkeypatch):
-    monkeypatch.setattr(components, "multiplies_bf16", lambda device: False)
+    monkeypatch.setattr(components, "has_fast_bf16", lambda device: False)
     for amp, dtype in (("off", torch.float32), ("bf16", torch.bfloat16)):
         parts = components.build(replace(recipe, amp=amp), CPU)
         assert parts.teacher.blocks[0].mlp.fc1.weight.dtype == dtype
@@ -49,7 +49,7 @@ def test_a_bf16_run_holds_its_teacher_and_says_where_bf16_is_slow(recipe, monkey
 def test_a_compiled_bf16_student_on_a_cpu_has_its_attention_apart(
     recipe, monkeypatch, has_instructions
 ):
-    monkeypatch.setattr(components, "multiplies_bf16", lambda device: has_instructions)
+    monkeypatch.setattr(components, "has_fast_bf16", lambda device: has_instructions)
     for amp, compiled in (("bf16", True), ("bf16", False), ("off", True)):
         parts = components.build(replace(recipe, amp=amp, compile=compiled), CPU)
         apart = has_instructions and amp == "bf16" and compiled
@@ -57,7 +57,7 @@ def test_a_compiled_bf16_student_on_a_cpu_has_its_attention_apart(
 
 
 def test_attention_apart_is_the_same_function(recipe, monkeypatch):
-    monkeypatch.setattr(components, "multiplies_bf16", lambda device: True)
+    monkeypatch.setattr(components, "has_fast_bf16", lambda device: True)
     images = torch.randn(2, 3, 16, 16)
     found = []
     for apart in (False, True):

@@ -107,15 +107,19 @@ def test_a_restart_by_torchrun_goes_on_whatever_was_asked(recipe):
 
 def test_another_loader_is_said(recipe, monkeypatch, capsys):
     """As on a node where DALI is broken: the recipe's "auto" takes other pixels there."""
-    monkeypatch.setattr("featkd.data.dali.loader.why_not", lambda *_: "a library of it is missing")
-    real = factory.build_over
-    monkeypatch.setattr(  # to a GPU as far as the choice goes: it needs none
-        factory, "build_over", lambda *a, **k: real(*a, **{**k, "device": torch.device("cuda")})
+    monkeypatch.setattr(
+        "featkd.data.dali.unsupported_reason", lambda *_: "a library of it is missing"
     )
-    with pytest.warns(UserWarning, match="loaded by timm, not by DALI: a library"):
+    real = factory.build_loader_for
+    monkeypatch.setattr(  # to a GPU as far as the choice goes: it needs none
+        factory,
+        "build_loader_for",
+        lambda *a, **k: real(*a, **{**k, "device": torch.device("cuda")}),
+    )
+    with pytest.warns(UserWarning, match="timm loader instead of DALI: a library"):
         trainer = Trainer(replace(recipe, data=replace(recipe.data, backend="auto")), CPU)
     trainer.parts.close()
-    said = "images are loaded by timm, not by DALI: a library of it is missing"
+    said = "using the timm loader instead of DALI: a library of it is missing"
     assert trainer.parts.notes.count(said) == 1
     monkeypatch.undo()
     last = stop_within_an_epoch(recipe, 2)

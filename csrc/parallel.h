@@ -1,4 +1,4 @@
-// Deals work to threads, each with scratch memory of its own.
+// Distributes work over threads, each with its own scratch memory.
 #pragma once
 
 #include <atomic>
@@ -9,33 +9,34 @@
 
 namespace featkd {
 
-// Runs `body(context)` in up to `count` threads at once, at least one.
-using Parallel = void (*)(int count, void (*body)(void* context), void* context);
+// Calls `body(context)` in one to `count` threads at the same time.
+using ThreadRunner = void (*)(int count, void (*body)(void* context), void* context);
 
 constexpr std::align_val_t ALIGNMENT{64};
 
-struct Release {
+struct AlignedDelete {
   void operator()(char* p) const { ::operator delete(p, ALIGNMENT); }
 };
 
-// Calls body(index, scratch) for every index below `count`, in threads that take the next one as
-// they come free, each with its own scratch memory of `bytes`.
+// Calls body(index, scratch) for every index below `count`. A thread takes the next index when it
+// is done with one; each thread has its own scratch memory of `bytes`. Throws std::bad_alloc.
 template <class Body>
-void deal(int64_t count, int threads, Parallel parallel, size_t bytes, const Body& body) {
+void parallel_for_each(int64_t count, int threads, ThreadRunner run_threads, size_t bytes,
+                       const Body& body) {
   struct Queue {
     const Body& body;
     int64_t count;
     size_t bytes;
-    std::unique_ptr<char, Release> memory;
+    std::unique_ptr<char, AlignedDelete> memory;
     std::atomic<int64_t> next{0};
     std::atomic<int> workers{0};
   };
   if (threads > count) threads = int(count);
   if (threads < 1) return;
   bytes = (bytes + 63) / 64 * 64;
-  // all of it before any thread starts: where there is too little, nothing has run
+  // Allocate for all threads before any of them starts, so that a failure leaves no partial result.
   char* memory = static_cast<char*>(::operator new(bytes * size_t(threads), ALIGNMENT));
-  Queue queue{body, count, bytes, std::unique_ptr<char, Release>(memory)};
+  Queue queue{body, count, bytes, std::unique_ptr<char, AlignedDelete>(memory)};
   const auto work = [](void* context) {
     Queue& own = *static_cast<Queue*>(context);
     char* scratch = own.memory.get() + size_t(own.workers.fetch_add(1)) * own.bytes;
@@ -45,7 +46,7 @@ void deal(int64_t count, int threads, Parallel parallel, size_t bytes, const Bod
   if (threads == 1)
     work(&queue);
   else
-    parallel(threads, work, &queue);
+    run_threads(threads, work, &queue);
 }
 
 }  // namespace featkd

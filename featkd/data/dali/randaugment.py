@@ -1,7 +1,8 @@
 """RandAugment's operations as DALI operators, with their arguments as tensors.
 
-The formulas are Pillow's, whose functions timm calls. `docs/training.md` has how far the pixels
-are apart. Pillow cuts fractions off where DALI rounds: `_CUT` makes the one the other.
+They compute what Pillow's functions, called by timm, compute. `docs/training.md` lists the
+differences in pixels. Pillow truncates fractions and DALI rounds, so `_TRUNCATE` is added before
+DALI rounds.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from featkd.data.augment_params import Operation
+from featkd.data.augment_params import RandAugmentOp
 
 NUM_VALUES = 12
-_CUT = -0.5 + 2**-10  # added before rounding; whole numbers stay what they are
-_GREY = np.array([19595, 38470, 7471]) / 65536  # Pillow's weights of red, green, blue
+_TRUNCATE = -0.5 + 2**-10  # turns rounding into truncation; keeps whole numbers
+_GREY = np.array([19595, 38470, 7471]) / 65536  # Pillow's weights of red, green and blue
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13  # Pillow's ImageFilter.SMOOTH
 
-# kinds of operations
+# codes of the operations
 NONE, AFFINE, SATURATION, CONTRAST, BRIGHTNESS, INVERT = range(6)
 AUTOCONTRAST, EQUALIZE, POSTERIZE, SOLARIZE, ADD, SHARPNESS = range(6, 12)
 
 
 def _affine(*matrix: float) -> tuple[int, Any]:
-    """Where in the image a pixel of the result comes from: x' = a x + b y + c, y' likewise."""
+    """Encodes an affine map of output to input coordinates: x' = a x + b y + c, y' likewise."""
     return AFFINE, matrix
 
 
@@ -39,9 +40,9 @@ def _rotation(side: int, degrees: float) -> tuple[int, Any]:
 
 
 def _saturation(factor: float) -> tuple[int, Any]:
-    """The matrix that a pixel's three values are multiplied by, and what is added."""
+    """Encodes a (3, 4) matrix: a color transform, and the offset in its last column."""
     matrix = factor * np.eye(3) + (1 - factor) * np.tile(_GREY, (3, 1))
-    return SATURATION, np.hstack((matrix, np.full((3, 1), _CUT))).ravel()
+    return SATURATION, np.hstack((matrix, np.full((3, 1), _TRUNCATE))).ravel()
 
 
 _ENCODERS: dict[str, Callable[..., tuple[int, Any]]] = {
@@ -69,43 +70,45 @@ _ENCODERS: dict[str, Callable[..., tuple[int, Any]]] = {
 }
 
 
-def _plain(name: str) -> str:
-    """timm's further names set how a level becomes an argument; the argument means the same."""
+def _base_name(name: str) -> str:
+    """Strips timm's suffixes, which change how arguments are drawn but not what they mean."""
     return name.removesuffix("Increasing").removesuffix("Original")
 
 
-def supported(name: str) -> bool:
-    """Whether an operation, by timm's name, can be done."""
-    return _plain(name) in _ENCODERS
+def is_supported(name: str) -> bool:
+    """Checks whether the operation with timm's name `name` is implemented."""
+    return _base_name(name) in _ENCODERS
 
 
-def encode(operation: Operation | None, side: int) -> tuple[int, np.ndarray[Any, Any]]:
-    """What `augment` takes for an operation on an image of side x side pixels.
+def encode_op(operation: RandAugmentOp | None, side: int) -> tuple[int, np.ndarray[Any, Any]]:
+    """Encodes an operation on images of side x side pixels for `apply_op`.
 
     Args:
-        operation: the operation, or None for none.
+        operation: the operation; None keeps the image.
         side: height and width of the images.
 
     Returns:
-        Its kind, and NUM_VALUES float32 values, of which a kind uses the first ones.
+        The code of the operation, and NUM_VALUES float32 values. An operation uses the first ones.
     """
     values = np.zeros(NUM_VALUES, np.float32)
     if operation is None:
         return NONE, values
-    kind, found = _ENCODERS[_plain(operation.name)](side, *operation.arguments)
-    values[: len(found)] = found
+    kind, arguments = _ENCODERS[_base_name(operation.name)](side, *operation.arguments)
+    values[: len(arguments)] = arguments
     return kind, values
 
 
-def augment(images: Any, kind: Any, values: Any, fill: tuple[int, int, int], on_gpu: bool) -> Any:
-    """Apply an operation to each image; called while a pipeline with conditionals is defined.
+def apply_op(
+    images: Any, kind: Any, values: Any, fill_color: tuple[int, int, int], on_gpu: bool
+) -> Any:
+    """Applies one operation per image; called while a pipeline with conditionals is defined.
 
     Args:
-        images: (H, W, 3) uint8, on the GPU where `on_gpu`.
-        kind: from `encode`, on the CPU.
-        values: from `encode`, on the CPU.
-        fill: what an affine operation moves in from outside the image.
-        on_gpu: where the images are.
+        images: (H, W, 3) uint8.
+        kind: code from `encode_op`, on the CPU.
+        values: values from `encode_op`, on the CPU.
+        fill_color: red, green and blue that affine operations fill with.
+        on_gpu: True if the images are on the GPU.
 
     Returns:
         Images of the same shape and type.
@@ -117,32 +120,32 @@ def augment(images: Any, kind: Any, values: Any, fill: tuple[int, int, int], on_
     if kind == NONE:
         result = images
     elif kind == AFFINE:
-        # an operator's own fill is one value for all channels: it fills with 0, what is left of
-        # `fill` where that is the origin
-        origin = types.Constant(np.array(fill, np.float32), device="gpu" if on_gpu else "cpu")
+        # warp_affine fills all channels with one value. Subtracting the fill color makes it 0.
+        color = types.Constant(np.array(fill_color, np.float32), device="gpu" if on_gpu else "cpu")
         moved = fn.warp_affine(
-            images - origin, matrix=fn.reshape(values[:6], shape=[2, 3]), fill_value=0.0
+            images - color, matrix=fn.reshape(values[:6], shape=[2, 3]), fill_value=0.0
         )
-        result = fn.cast(moved + origin, dtype=types.UINT8)
+        result = fn.cast(moved + color, dtype=types.UINT8)
     elif kind == SATURATION:
         matrix = fn.reshape(values, shape=[3, 4])
         result = fn.coord_transform(images, MT=matrix, dtype=types.UINT8)
     elif kind == CONTRAST:
         grey = fn.coord_transform(images, M=_GREY.tolist(), dtype=types.FLOAT)
         mean = fn.cast(fn.reductions.mean(grey), dtype=types.UINT8)
-        result = fn.cast(images * scalar + (1 - scalar) * mean + _CUT, dtype=types.UINT8)
+        result = fn.cast(images * scalar + (1 - scalar) * mean + _TRUNCATE, dtype=types.UINT8)
     elif kind == BRIGHTNESS:
-        result = fn.brightness(images, brightness=values[0], brightness_shift=_CUT / 255)
+        result = fn.brightness(images, brightness=values[0], brightness_shift=_TRUNCATE / 255)
     elif kind == INVERT:
         result = images ^ all_bits
     elif kind == AUTOCONTRAST:
         darkest = fn.reductions.min(images, axes=[0, 1])
         spread = fn.reductions.max(images, axes=[0, 1]) - darkest
         flat = spread == 0
-        scale = (255.0 + flat) / (spread + flat) - 255.0 * flat  # 1 where all pixels are equal
-        result = fn.cast((images - darkest * (spread > 0)) * scale + _CUT, dtype=types.UINT8)
+        scale = (255.0 + flat) / (spread + flat) - 255.0 * flat  # 1 if all pixels are equal
+        result = fn.cast((images - darkest * (spread > 0)) * scale + _TRUNCATE, dtype=types.UINT8)
     elif kind == EQUALIZE:
-        # DALI counts the values up to a pixel's own, Pillow those below it: DALI's way from above
+        # DALI's histogram counts the values up to a pixel's own, Pillow's those below it. Inverting
+        # the image turns one into the other.
         result = fn.equalize(images ^ all_bits) ^ all_bits
     elif kind == POSTERIZE:
         result = images & fn.cast(scalar, dtype=types.UINT8)
@@ -156,5 +159,5 @@ def augment(images: Any, kind: Any, values: Any, fill: tuple[int, int, int], on_
         if on_gpu:
             kernel = kernel.gpu()
         sharpened = fn.filter(images, kernel, dtype=types.FLOAT)
-        result = fn.cast(sharpened + _CUT, dtype=types.UINT8)
+        result = fn.cast(sharpened + _TRUNCATE, dtype=types.UINT8)
     return result

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from featkd.cache.lowrank import FORMS, Form, LowRank, compress, dequantise, quantise, restore
 from featkd.data import DataConfig
-from featkd.diagnostics.model_features import ModelFeatures, Subject
+from featkd.diagnostics.model_features import MeasuredModel, ModelFeatures
 from featkd.functional import projected_feature_kd
 from featkd.models import FeatureModel, create_teacher
 from featkd.runtime.checks import check_positive
@@ -194,7 +194,7 @@ def main(words: Sequence[str] | None = None) -> None:
     check_positive("--batch-size", options.batch_size)
     model, config, about = _model(options.teacher, options.checkpoint)
     source = ModelFeatures(
-        [Subject("", model, (-1,), {})],
+        [MeasuredModel("", model, (-1,), {})],
         Path(options.data),
         config,
         device=torch.device("cpu"),

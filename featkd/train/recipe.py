@@ -398,13 +398,3 @@ def field_types(cls: type) -> dict[str, type | None]:
         inner = [o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)]
         found[entry.name] = inner[0] if inner else None
     return found
-
-
-def field_names(cls: type = Recipe, prefix: str = "") -> list[str]:
-    """Dotted names of all fields, for example "optim.lr"."""
-    names = []
-    for name, inner in field_types(cls).items():
-        names.append(prefix + name)
-        if inner is not None:
-            names += field_names(inner, f"{prefix}{name}.")
-    return names

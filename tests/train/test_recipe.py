@@ -15,7 +15,6 @@ from featkd.train.recipe import (
     Recipe,
     RecipeError,
     TeacherConfig,
-    field_names,
     find_recipe,
     load_recipe,
     shipped_recipes,
@@ -151,8 +150,3 @@ def test_recipes_with_teacher_inference_are_read(tmp_path, inference, style):
 def test_unknown_recipe_name():
     with pytest.raises(RecipeError, match="did you mean 'lift_imagenet_mse'"):
         find_recipe("lift_imagenet_mes")
-
-
-def test_field_names():
-    names = field_names()
-    assert {"optim.lr", "teacher.name", "data.augment.repeats", "out"} <= set(names)

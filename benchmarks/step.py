@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from featkd.train.recipe import Recipe
 from featkd.train.trainer import Trainer
 
 from .throughput import Rate
-from .timing import take_turns
+from .timing import take_turns, wall_clock
 from .variants import Step
 
 PARTS = ("teacher", "student", "loss", "optimizer", "step")
@@ -204,8 +203,7 @@ def measure(
         for name, trainer in trainers.items():
             for part, step in steps(trainer, batch_of(trainer), variants[name]).items():
                 work[f"{part} {name}"] = step
-        clock = _clock(context.device)
-        seconds = take_turns(work, clock, min_rounds=rounds)
+        seconds = take_turns(work, wall_clock(context.device), min_rounds=rounds)
         for name, trainer in trainers.items():
             if not trainer.losses(batch_of(trainer)).total.isfinite():
                 raise RuntimeError(f"{name}: the loss is not finite after the timed updates")
@@ -234,24 +232,6 @@ def built(
             trainers[name] = Trainer(run, context, strict_classes=False)
             stack.callback(trainers[name].components.close)
         yield trainers
-
-
-def _clock(device: torch.device) -> Callable[[Step], float]:
-    """Returns a clock of the wall time until the device is done."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    def clock(step: Step) -> float:
-        ready = step.prepare()
-        wait()
-        start = time.perf_counter()
-        step.run(ready)
-        wait()
-        return time.perf_counter() - start
-
-    return clock
 
 
 def shares(rates: Sequence[Rate], variant: str) -> dict[str, float]:

@@ -177,7 +177,8 @@ def _processes(part: Part, device: str, folder: Path, gpus: list[Any]) -> list[_
         return [_Process(part, facts.build_command(), known, None, log, 0.0)]
     cores = len(os.sched_getaffinity(0))
     count = max(1, int(part.share * cores)) if device == "cuda" else 1
-    known = {**os.environ, "PYTHONPATH": str(facts.ROOT), "PYTHONFAULTHANDLER": "1"}
+    folders = (facts.ROOT, facts.ROOT / "tools" / "ptx_emulator")
+    known = {**os.environ, "PYTHONPATH": ":".join(map(str, folders)), "PYTHONFAULTHANDLER": "1"}
     known.setdefault("OMP_NUM_THREADS", "1" if device == "cpu" else str(max(1, cores // 8)))
     known.setdefault("OMP_WAIT_POLICY", "passive")
     # per process

@@ -14,7 +14,13 @@ import torch
 from .. import cases, results, table
 from ..problem import DTYPES
 from ..results import Measured
-from . import aot, chips, compiled, csrc_counts, csrc_kernels, host, modelled, traffic
+
+try:
+    from . import aot, chips, compiled, csrc_counts, csrc_kernels, host, modelled, traffic
+except ModuleNotFoundError as error:
+    if error.name != "ptx_emulator":
+        raise
+    sys.exit("benchmarks.report needs ptx_emulator: run pip install --editable tools/ptx_emulator")
 
 OPS = (*cases.ROW_OPS, "spectrum")
 PARTS = ("compiled", "traffic", "host", "modelled", "measured")

@@ -14,7 +14,7 @@ import torch
 
 import featkd
 from featkd.kernels.launch import Launcher, redirect
-from featkd.ptx.triton import compile_triton
+from ptx_emulator import compile_triton
 
 from ..problem import Case
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from featkd.ptx import Counters, Emulator, Launch
+from ptx_emulator import Counters, Emulator, Launch
 
 from ..results import Measured
 from .chips import CHIPS, Chip

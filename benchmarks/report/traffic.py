@@ -20,7 +20,7 @@ from featkd.kernels.launch import Launcher, redirect
 from featkd.ops.feature_distance import feature_distance
 from featkd.ops.soft_kd import soft_kd
 from featkd.ops.two_layer_norms import two_layer_norms
-from featkd.ptx import run_triton
+from ptx_emulator import run_triton
 
 from ..problem import AUTOCAST, DTYPES
 from ..results import Measured

@@ -13,7 +13,7 @@ __all__ = [
     "LayerShape",
     "Layout",
     "Manifest",
-    "TeacherOutputs",
     "TeacherCache",
+    "TeacherOutputs",
     "verify_cache",
 ]

@@ -11,7 +11,7 @@ from benchmarks.report import csrc_kernels
 from benchmarks.report.chips import CHIPS, chip_of
 from benchmarks.report.csrc_counts import Counted
 from benchmarks.report.csrc_kernels import Kernel
-from featkd.ptx import Counters
+from ptx_emulator import Counters
 
 PTXAS = """
 ptxas info    : Compiling entry function 'featkd_spectrum_float64' for 'sm_90'

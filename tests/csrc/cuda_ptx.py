@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.report import csrc_counts
 from benchmarks.report.csrc_counts import Results
 from benchmarks.report.csrc_kernels import WARPS, jacobi_bytes
-from featkd.ptx import Emulator, Launch
+from ptx_emulator import Emulator, Launch
 from tests.spectra import THRESHOLDS
 
 _MARK = r"// featkd barrier (\d+)\n"

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.report import csrc_counts
 from featkd.ops import extension
-from featkd.ptx import Emulator
+from ptx_emulator import Emulator
 from tests.csrc import cuda_ptx
 from tests.csrc.test_teams import JACOBI_BARRIERS
 from tests.spectra import FAMILIES

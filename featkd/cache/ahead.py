@@ -24,7 +24,7 @@ class _Ahead(NamedTuple, Generic[Found]):
 class ReadAhead(Generic[Found]):
     """Reads the rows of the next two batches ahead, in a thread.
 
-    A batch always gets the rows of its own keys, even if another batch was expected.
+    A batch always gets the rows of its keys, even if another batch was expected.
 
     Args:
         read: returns the rows of some keys; called by one thread only.

@@ -169,7 +169,7 @@ setup(
     ],
     package_dir={f"featkd.{folder}": folder for folder in FOLDERS},
     package_data={
-        "featkd": ["py.typed", "*/templates/*", "ptx/runtime/*.h", "ptx/runtime/*.cpp"],
+        "featkd": ["py.typed", "*/templates/*"],
         "featkd.recipes": ["*.yaml"],
     },
     ext_modules=extensions,

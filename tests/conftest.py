@@ -30,7 +30,7 @@ TEACHER = TINY | {"embed_dim": 24, "num_heads": 6}
 
 @pytest.fixture(scope="session")
 def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Makes featkd.ptx compile into a temporary folder that the workers of a test run share."""
+    """Makes ptx_emulator compile into a temporary folder that the workers of a test run share."""
     worker = "PYTEST_XDIST_WORKER" in os.environ  # its folder is inside that of the run
     folder = tmp_path_factory.getbasetemp() / (".." if worker else ".") / "compiled"
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Part: compute-sanitizer's memcheck and racecheck on one small case of each op."""
+"""Part: compute-sanitizer's memcheck and racecheck on a small case of each op."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 
 
 def checks(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
-    """An item for each op and tool."""
+    """Runs an item for each op and tool."""
     items = [(name, tool) for tool in TOOLS for name in (*MAIN, *CSRC)]
     if device.type == "cpu":
         items = [(MAIN[1], "none")]
@@ -42,12 +42,12 @@ def _check(name: str, tool: str, device: torch.device) -> None:
         )
         if path is None:
             raise NotHere("compute-sanitizer is neither on the path nor in CUDA_HOME")
-        # torch asks the driver for functions that it may lack: no error of ours
+        # torch asks the driver for functions that it may lack, which is no error
         quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
         command = [path, "--tool", tool, "--print-limit", "20", *quiet, *command]
-    # each tensor an allocation of its own, so that an access beyond its end is seen
+    # one allocation per tensor: accesses beyond its end are found
     known = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    with tempfile.TemporaryFile() as file:  # no pipe: a process left over would hold it open
+    with tempfile.TemporaryFile() as file:  # a process left over would keep a pipe open
         with subprocess.Popen(command, env=known, stdout=file, stderr=file) as process:
             try:
                 code = process.wait(_SECONDS)
@@ -61,14 +61,14 @@ def _check(name: str, tool: str, device: torch.device) -> None:
     assert "the case ran" in output, output[-600:]
     if tool != "none":
         counts = _SUMMARY.findall(output)
-        # kernels of cuBLAS are checked too: the lines name the kernel
+        # the lines name the kernel, which may be one of cuBLAS
         reports = "\n".join(line for line in output.splitlines() if "=========" in line)
         assert counts, f"{tool} gave no summary: {output[-600:]}"
         assert not any(map(int, counts)), f"{tool}: {reports[:1500]}"
 
 
 def main(words: Sequence[str]) -> int:
-    """The case itself: forward and backward, under a sanitizer or not."""
+    """Runs the forward and backward pass of a case, with or without a sanitizer."""
     name, kind = words
     device = torch.device(kind)
     if name in CSRC:

@@ -223,7 +223,6 @@ def _updates(options: Namespace, backend: Any) -> int:
             "images": images,
             "ways": {name: way.about for name, way in variants.items()},
         }
-        bound = step.bound(recipe, context) if context.device.type == "cpu" else None
     found = list(rates)
     shares = {name: step.shares(rates, name) for name in names}
     waiting = dict.fromkeys(names, 0.0)
@@ -248,9 +247,6 @@ def _updates(options: Namespace, backend: Any) -> int:
     ]
     if together is not None:
         figures += [("train", n, "waiting_share", "ratio", x) for n, x in waiting.items()]
-    if bound is not None:
-        print(bound.text)
-        figures += bound.figures()
     _write_json(options, context.device.type, {**meta, "bottleneck": bottlenecks}, figures)
     return 0
 

@@ -152,7 +152,7 @@ def train(name: str, recipe: Recipe) -> RunResult:
     return RunResult(
         name=name,
         seed=recipe.seed,
-        parameters=sum(p.numel() for p in trainer.parts.student.parameters()),
+        parameters=sum(p.numel() for p in trainer.components.student.parameters()),
         top1=outcome.scores["model"]["top1"],
         images_per_s=throughput(Path(recipe.out)),
         folder=Path(recipe.out),

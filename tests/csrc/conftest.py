@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from featkd.benchmarks import csrc_counts
+from benchmarks.report import csrc_counts
 
 
 @pytest.fixture(scope="session")

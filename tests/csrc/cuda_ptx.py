@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from featkd.benchmarks import csrc_counts
-from featkd.benchmarks.csrc_counts import Results
-from featkd.benchmarks.csrc_kernels import WARPS, jacobi_bytes
-from featkd.ptx import Emulator, Launch
+from benchmarks.report import csrc_counts
+from benchmarks.report.csrc_counts import Results
+from benchmarks.report.csrc_kernels import WARPS, jacobi_bytes
+from ptx_emulator import Emulator, Launch
 from tests.spectra import THRESHOLDS
 
 _MARK = r"// featkd barrier (\d+)\n"

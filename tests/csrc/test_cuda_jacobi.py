@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from featkd.benchmarks import csrc_counts
+from benchmarks.report import csrc_counts
 from featkd.ops import extension
-from featkd.ptx import Emulator
+from ptx_emulator import Emulator
 from tests.csrc import cuda_ptx
 from tests.csrc.test_teams import JACOBI_BARRIERS
 from tests.spectra import FAMILIES

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.report import csrc_counts
+from benchmarks.report.csrc_counts import KERNELS
 from featkd import linalg
-from featkd.benchmarks import csrc_counts
-from featkd.benchmarks.csrc_counts import KERNELS
-from featkd.ptx import Emulator
+from ptx_emulator import Emulator
 from tests.csrc import cuda_ptx
 from tests.csrc.cuda_ptx import solve
 from tests.csrc.test_teams import SPECTRUM_BARRIERS

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from featkd.benchmarks.csrc_kernels import WARPS, jacobi_bytes
+from benchmarks.report.csrc_kernels import WARPS, jacobi_bytes
 from tests.csrc.test_teams import CSRC, compiler
 
 SOURCE = """

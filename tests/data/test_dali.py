@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from featkd.benchmarks.pixels import OPERATIONS, through_dali
 from featkd.data import AugmentConfig, DataConfig, build_loader
 from featkd.data.augment import build_transform, preserve_rng_state, seeded
 from featkd.data.augment_params import AugmentParams, AugmentParamSampler, RandAugmentOp
@@ -27,6 +26,7 @@ from featkd.data.sampler import SampleKey
 from featkd.train.checkpoint import load
 from featkd.train.recipe import LossConfig
 from tests.data.conftest import MakeSet, break_file, save_noise, without_segment
+from tests.data.dali_pixels import OPERATIONS, through_dali
 from tests.train.runs import run
 
 pytest.importorskip("nvidia.dali")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from featkd.kernels.launch import redirect
-from featkd.ptx import run_triton
+from ptx_emulator import run_triton
 
 # tensor arguments that a kernel writes; they are poisoned before the launch
 WRITTEN = {

@@ -68,7 +68,7 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _option_fields() -> list[Any]:
-    """The fields of `DiagnoseConfig` that are options of their own."""
+    """Fields of `DiagnoseConfig` that become options; those of `Settings` are added as a group."""
     return [f for f in fields(DiagnoseConfig) if f.name not in ("settings", "command")]
 
 

@@ -87,7 +87,7 @@ class ProcessRun:
         self._notes: list[str] = []
 
     def run(self) -> Findings | None:
-        """Runs both passes, or what is left of them.
+        """Runs both passes, or the rest of them after a resume.
 
         Returns:
             The findings on process 0, without `reach` and `about`; None on the others.

@@ -1,4 +1,4 @@
-"""Conclusions in words, limited to what the null models leave open."""
+"""Conclusions in words, as far as the null models allow them."""
 
 from __future__ import annotations
 

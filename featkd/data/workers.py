@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -49,28 +50,52 @@ def _start_worker(worker: int, *, end_with_thread: bool) -> None:
     assert parent.pid is not None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited by new threads
-    threading.Thread(target=_end_on_sigterm_of, args=(parent.pid,), daemon=True).start()
+    inherited = _temporary_folder()
+    threading.Thread(target=_end_on_sigterm_of, args=(parent.pid, inherited), daemon=True).start()
     if end_with_thread and parent.pid == os.getppid():
         # A forked worker holds its rank's sockets open, so other ranks would wait for a killed rank
         # until its workers end. The signal ends them immediately; torch polls every 5 s.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if parent.pid != os.getppid():  # the parent ended before the call
+            os._exit(1)
     else:
         # The forking thread can end before its process. A server process, which torch takes for
         # the parent, lives as long as its workers.
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+        end_with_parent()
     torch.set_num_threads(1)
 
 
-def _end_on_sigterm_of(parent: int) -> None:
+def end_with_parent() -> None:
+    """Ends this child process as soon as its parent process has ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent, _temporary_folder()), daemon=True).start()
+
+
+def _end_on_sigterm_of(parent: int, inherited: str | None) -> None:
     """Ends the worker on a SIGTERM sent by the parent, with which Python and torch end workers."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
-    os._exit(0)
+    _exit(0, inherited)
 
 
-def _end_with(parent: BaseProcess) -> None:
+def _end_with(parent: BaseProcess, inherited: str | None) -> None:
     parent.join()
-    os._exit(1)
+    _exit(1, inherited)
+
+
+def _temporary_folder() -> str | None:
+    """Returns the folder of this process's sockets, through which it passes shared memory."""
+    config: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    return config.get("tempdir")
+
+
+def _exit(code: int, inherited: str | None) -> None:
+    """Ends the process at once, and removes its temporary folder, but not that of its parent."""
+    folder = _temporary_folder()
+    if folder is not None and folder != inherited:
+        shutil.rmtree(folder, ignore_errors=True)
+    os._exit(code)
 
 
 def shut_down_workers(loader: DataLoader[Any]) -> None:

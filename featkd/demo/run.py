@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from featkd.data.workers import end_with_parent
 from featkd.demo.digits import write_digits
 from featkd.demo.report import DIAGNOSTICS, as_table, write_report
 from featkd.demo.results import STUDENTS, RunResult, throughput
@@ -175,9 +176,7 @@ def train_all(jobs: dict[tuple[str, int], Recipe], description: str) -> list[Run
     server = multiprocessing.get_context("forkserver")  # imports the trainer only once
     server.set_forkserver_preload(["featkd.train.trainer"])
     results: dict[tuple[str, int], RunResult] = {}
-    with ProcessPoolExecutor(
-        min(cores, len(jobs)), server, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with ProcessPoolExecutor(min(cores, len(jobs)), server, initializer=_start_process) as pool:
         running = {pool.submit(train, key[0], recipe): key for key, recipe in jobs.items()}
         try:
             done = as_completed(running)
@@ -191,3 +190,9 @@ def train_all(jobs: dict[tuple[str, int], Recipe], description: str) -> list[Run
                 child.terminate()  # it saves its checkpoint; Ctrl-C has reached it already
             raise
     return [results[key] for key in jobs]
+
+
+def _start_process() -> None:
+    """Initializes a process of the pool, which would otherwise outlive a killed demo."""
+    torch.set_num_threads(1)
+    end_with_parent()

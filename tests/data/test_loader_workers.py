@@ -152,7 +152,8 @@ def lives(process: str) -> bool:
 
 
 ENDING = """
-import multiprocessing, signal, sys, time
+import multiprocessing, signal, sys, tempfile, time
+tempfile.tempdir = sys.argv[3]
 from featkd.data import DataConfig, build_loader
 config = DataConfig(sys.argv[1], img_size=16, workers=2)
 loader = build_loader(config, split="train", batch_size=4)
@@ -172,16 +173,19 @@ print(len(list(batches)), "more batches")
 
 
 @pytest.mark.parametrize("how", ["ctrl-c", "handled", "raise"])
-def test_an_end_within_an_epoch_leaves_no_process(
-    make_set: MakeSet, server: Server, how: str
+def test_an_end_within_an_epoch_leaves_nothing(
+    make_set: MakeSet, server: Server, tmp_path: Path, how: str
 ) -> None:
-    """Ends without close().
+    """Ends without close(), and leaves no folder of the workers behind.
 
     A terminal's Ctrl-C reaches the whole process group. If the main process handles it (to save
     its state), the workers continue.
     """
-    process = server.start(make_set(train=256), how, script=ENDING)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    process = server.start(make_set(train=256), how, str(temporary), script=ENDING)
     first = line(process, 0)
+    assert list(temporary.glob("pymp-*"))
     workers = [int(pid) for pid in first.split()]
     assert len(workers) == 2
     if how != "raise":
@@ -198,3 +202,4 @@ def test_an_end_within_an_epoch_leaves_no_process(
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline, f"workers {workers} live on"
         time.sleep(0.05)
+    assert not list(temporary.glob("pymp-*"))

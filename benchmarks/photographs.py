@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets import ImageFolder
 
 from featkd.data import DataConfig
+from featkd.data.folder import FolderSource
 
 MADE = 64  # most images to generate
 _MADE_SIZE = (500, 375)  # width and height of a typical photograph of ImageNet
@@ -56,7 +56,8 @@ def photographs(folder: str | None, data: DataConfig, wanted: int) -> Iterator[P
             source = Path(folder) / "train" if (Path(folder) / "train").is_dir() else Path(folder)
             about = f"the images of {source}"
         flat = replace(data, path=str(source), train_split=".", val_split=".")
-        found = [path for path, _ in ImageFolder(source).imgs]
+        images = FolderSource(flat, "train")
+        found = [images.name(index) for index in range(len(images))]
         paths = found[:: max(1, len(found) // wanted)]  # every class of a large set
         times = -(-wanted // len(paths))
         repeated = root / "repeated"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -20,12 +19,12 @@ from featkd.data import Batch
 from featkd.data.loader import as_tensor
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.environment import has_fast_bf16
-from featkd.train.build_cache import fill
+from featkd.train.build_cache import build_cache
 from featkd.train.recipe import Recipe
 from featkd.train.trainer import Trainer
 
 from .throughput import Rate
-from .timing import take_turns
+from .timing import take_turns, wall_clock
 from .variants import Step
 
 PARTS = ("teacher", "student", "loss", "optimizer", "step")
@@ -91,8 +90,8 @@ def random_batch(trainer: Trainer) -> Batch:
     generator = torch.Generator().manual_seed(0)
     size = (recipe.batch_size, 3, recipe.data.img_size, recipe.data.img_size)
     images = torch.randn(size, generator=generator)
-    targets = torch.randint(trainer.parts.num_classes, size[:1], generator=generator)
-    keys = as_tensor(list(islice(trainer.parts.train_loader.sampler, recipe.batch_size)))
+    targets = torch.randint(trainer.components.num_classes, size[:1], generator=generator)
+    keys = as_tensor(list(islice(trainer.components.train_loader.sampler, recipe.batch_size)))
     return Batch(images.to(device), targets.to(device), [], keys, keys[:, 1])
 
 
@@ -113,25 +112,25 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
 
     Each part takes the outputs that the parts before it have computed once.
     """
-    parts = trainer.parts
-    parameters = [p for p in parts.student.parameters() if p.requires_grad]
-    parts.student.train()
+    components = trainer.components
+    parameters = [p for p in components.student.parameters() if p.requires_grad]
+    components.student.train()
     with way.in_use():
-        taught = trainer.teach(batch)
-        learnt = trainer.learn(batch.images, taught)
-        leaves = learnt._replace(
-            logits=_leaf(learnt.logits),
-            maps=[_leaf(x) for x in learnt.maps],
-            feature_loss=None if learnt.feature_loss is None else _leaf(learnt.feature_loss),
+        teacher = trainer.teacher_forward(batch)
+        outputs = trainer.student_forward(batch.images, teacher)
+        leaves = outputs._replace(
+            logits=_leaf(outputs.logits),
+            maps=[_leaf(x) for x in outputs.maps],
+            feature_loss=None if outputs.feature_loss is None else _leaf(outputs.feature_loss),
         )
-        total = trainer.compare(leaves, batch.targets, taught).total
-        torch.autograd.backward(parts.scaler.scale(total))
-        outputs, inputs = _tensors(learnt), _tensors(leaves)
-        used = [(y, x.grad) for y, x in zip(outputs, inputs, strict=True) if x.grad is not None]
+        total = trainer.compute_loss(leaves, batch.targets, teacher).total
+        torch.autograd.backward(components.scaler.scale(total))
+        tensors, inputs = _tensors(outputs), _tensors(leaves)
+        used = [(y, x.grad) for y, x in zip(tensors, inputs, strict=True) if x.grad is not None]
         torch.autograd.backward([y for y, _ in used], [g for _, g in used])
     upstream = [None if x.grad is None else x.grad.clone() for x in inputs]
     gradients = [p.grad for p in parameters]
-    del learnt, outputs, used
+    del outputs, tensors, used
 
     def forget() -> tuple[Tensor, ...]:
         for x in (*parameters, *inputs):
@@ -144,12 +143,12 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
         return ()
 
     def student() -> None:
-        found = _tensors(trainer.learn(batch.images, taught))
+        found = _tensors(trainer.student_forward(batch.images, teacher))
         pairs = [(y, g) for y, g in zip(found, upstream, strict=True) if g is not None]
         torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
 
     def loss() -> None:
-        torch.autograd.backward(trainer.compare(leaves, batch.targets, taught).total)
+        torch.autograd.backward(trainer.compute_loss(leaves, batch.targets, teacher).total)
 
     work: dict[str, tuple[Callable[[], tuple[Tensor, ...]], Callable[[], object]]] = {
         "student": (forget, student),
@@ -157,8 +156,8 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
         "optimizer": (restore, trainer.apply_gradients),
         "step": (forget, lambda: trainer.step([batch])),
     }
-    if parts.source is not None:
-        work = {"teacher": (forget, lambda: trainer.teach(batch)), **work}
+    if components.teacher is not None:
+        work = {"teacher": (forget, lambda: trainer.teacher_forward(batch)), **work}
     forget()
     return {name: Step(prepare, _run(way, run)) for name, (prepare, run) in work.items()}
 
@@ -167,9 +166,9 @@ def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
-def _tensors(learnt: Any) -> list[Tensor]:
-    distance = [] if learnt.feature_loss is None else [learnt.feature_loss]
-    return [learnt.logits, *learnt.maps, *distance]
+def _tensors(outputs: Any) -> list[Tensor]:
+    distance = [] if outputs.feature_loss is None else [outputs.feature_loss]
+    return [outputs.logits, *outputs.maps, *distance]
 
 
 def _run(way: Way, work: Callable[[], object]) -> Callable[[tuple[Tensor, ...]], Any]:
@@ -204,8 +203,7 @@ def measure(
         for name, trainer in trainers.items():
             for part, step in steps(trainer, batch_of(trainer), variants[name]).items():
                 work[f"{part} {name}"] = step
-        clock = _clock(context.device)
-        seconds = take_turns(work, clock, min_rounds=rounds)
+        seconds = take_turns(work, wall_clock(context.device), min_rounds=rounds)
         for name, trainer in trainers.items():
             if not trainer.losses(batch_of(trainer)).total.isfinite():
                 raise RuntimeError(f"{name}: the loss is not finite after the timed updates")
@@ -229,29 +227,11 @@ def built(
             if way.cached:
                 folder = stack.enter_context(TemporaryDirectory(prefix="featkd-cache-"))
                 cache = Path(folder)
-                fill(run, CacheConfig(), context, cache, quiet=True, strict_classes=False)
+                build_cache(run, CacheConfig(), context, cache, quiet=True, strict_classes=False)
                 run = replace(run, cache=folder, cache_epochs="cycle")
             trainers[name] = Trainer(run, context, strict_classes=False)
-            stack.callback(trainers[name].parts.close)
+            stack.callback(trainers[name].components.close)
         yield trainers
-
-
-def _clock(device: torch.device) -> Callable[[Step], float]:
-    """Returns a clock of the wall time until the device is done."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    def clock(step: Step) -> float:
-        ready = step.prepare()
-        wait()
-        start = time.perf_counter()
-        step.run(ready)
-        wait()
-        return time.perf_counter() - start
-
-    return clock
 
 
 def shares(rates: Sequence[Rate], variant: str) -> dict[str, float]:

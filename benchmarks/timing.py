@@ -20,14 +20,25 @@ _L2_BYTES = 256 * 2**20  # larger than the L2 of any GPU
 
 def clock_for(device: torch.device) -> Clock:
     """Returns wall time for a CPU; for a GPU the time of its work, starting from a cold L2."""
-    return _gpu_clock(device) if device.type == "cuda" else _wall_clock
+    return _gpu_clock(device) if device.type == "cuda" else wall_clock(device)
 
 
-def _wall_clock(step: Step) -> float:
-    ready = step.prepare()
-    start = time.perf_counter()
-    step.run(ready)
-    return time.perf_counter() - start
+def wall_clock(device: torch.device) -> Clock:
+    """Returns a clock of the wall time until the device is done."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def clock(step: Step) -> float:
+        ready = step.prepare()
+        wait()
+        start = time.perf_counter()
+        step.run(ready)
+        wait()
+        return time.perf_counter() - start
+
+    return clock
 
 
 def _gpu_clock(device: torch.device) -> Clock:

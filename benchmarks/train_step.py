@@ -83,7 +83,7 @@ class _Run:
         self._trainer = trainer
         self._way = way
         self._batches = _endless(trainer)
-        trainer.parts.student.train()
+        trainer.components.student.train()
 
     def go(self, updates: int) -> tuple[float, float]:
         """Runs some updates; returns their seconds and the seconds of waiting for batches.

@@ -30,6 +30,7 @@ IMPORTED = (
     *("featkd.train.dryrun", "featkd.train.build_cache"),
     *("attrs", "docstring_parser", "torch.distributed.launcher.api", "torch.utils.tensorboard"),
     *("torch.utils.serialization.config", "torchmetrics.classification"),
+    "featkd.diagnostics.report",
 )
 
 

@@ -134,7 +134,7 @@ def test_other_ranks_end_with_a_killed_one(recipe_file, server, tmp_path):
     assert "Traceback" not in ranks[0].stderr
     alone = server.call(*words, "--batch_size", 16)
     assert alone.returncode == 0, alone.stderr
-    assert "processes: 2 -> 1 (16 images an update as before" in alone.stderr
+    assert "processes: 2 -> 1 (16 images per update as before" in alone.stderr
     assert [row["update"] for row in read_csv(out / "metrics.csv")] == [
         str(update) for update in range(1, 121)
     ]

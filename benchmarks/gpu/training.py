@@ -19,13 +19,9 @@ from PIL import Image
 import featkd
 from featkd.cache import CacheConfig
 from featkd.data import AugmentConfig, Batch, DataConfig
-from featkd.diagnostics.findings import RunOptions
-from featkd.diagnostics.model_features import ModelFeatures, Subject
-from featkd.diagnostics.run import DiagnosticsRun
-from featkd.diagnostics.stream import Settings
-from featkd.models import create_student, create_teacher
+from featkd.diagnostics import DiagnoseConfig, Settings, diagnose
 from featkd.runtime.distributed import ProcessContext
-from featkd.train.build_cache import fill
+from featkd.train.build_cache import build_cache
 from featkd.train.recipe import (
     CheckpointConfig,
     LossConfig,
@@ -158,7 +154,7 @@ def _updates(recipe: Recipe, device: torch.device) -> list[Figure]:
     trainer = Trainer(recipe, _context(device))
     size = _size(device)
     try:
-        trainer.parts.student.train()
+        trainer.components.student.train()
         totals, seconds = [], []
         for number, batch in enumerate(_batches(trainer, size.updates)):
             if cuda:
@@ -173,7 +169,7 @@ def _updates(recipe: Recipe, device: torch.device) -> list[Figure]:
             totals.append(float(terms.total.detach()))
             seconds.append(time.perf_counter() - started)
     finally:
-        trainer.parts.close()
+        trainer.components.close()
     assert len(totals) == size.updates
     assert all(np.isfinite(totals)), f"losses {totals}"
     if cuda:
@@ -207,8 +203,8 @@ def _cached(folder: Path, device: torch.device) -> None:
     for features in ("full",) if device.type == "cpu" else ("full", "lowrank"):
         cache = folder / f"cache-{features}"
         config = CacheConfig(views=2, features=features)  # type: ignore[arg-type]
-        filled = fill(recipe, config, context, cache, quiet=True)
-        assert filled.written > 0
+        built = build_cache(recipe, config, context, cache, quiet=True)
+        assert built.written > 0
         run = replace(recipe, cache=str(cache), out=str(folder / f"run-{features}"))
         outcome = Trainer(run, context).run("never", quiet=True)
         _check_outcome(outcome, run, device)
@@ -230,30 +226,21 @@ def _check_outcome(outcome: Any, recipe: Recipe, device: torch.device) -> None:
 
 
 def _diagnose(folder: Path, device: torch.device) -> None:
-    size, context = _size(device), _context(device)
-    model = "vit_tiny_patch16_224"
-    options = {"img_size": size.pixels, **size.student}
-    student = create_student(model, "plain", size.teacher["embed_dim"], _CLASSES, **options)
-    teacher = create_teacher(model, pretrained=False, img_size=size.pixels, **size.teacher)
-    subjects = []
-    for name, made in (("student", student), ("teacher", teacher)):
-        made.to(context.device)
-        subjects.append(Subject(name, made, None, {"name": name}))
-    source = ModelFeatures(
-        subjects,
-        folder / "images",
-        DataConfig(img_size=size.pixels, workers=0),
-        device=context.device,
-        bf16=False,
-        limit=24,
-        chunk_size=8,
-        on_bad="error",
+    size = _size(device)
+    config = DiagnoseConfig(
+        student="vit_tiny_patch16_224",
+        student_options=dict(size.student),
+        teacher="vit_tiny_patch16_224",
+        teacher_options=dict(size.teacher),
+        data=str(folder / "images"),
+        out=str(folder / "diagnostics"),
+        images=24,
+        batch_size=8,
+        img_size=size.pixels,
+        workers=0,
+        device=device.type,
+        settings=Settings(sample=8, permuted=4, permutations=4),
     )
-    # compiled as in `featkd diagnose` on a GPU
-    run_options = RunOptions(resume=False, compiled=device.type == "cuda")
-    settings = Settings(sample=8, permuted=4, permutations=4)
-    found = DiagnosticsRun(source, settings, run_options, folder / "state", context).run()
-    assert not isinstance(found, int), f"stopped by signal {found}"
-    assert found is not None
+    found = diagnose(config)
     assert found.images == 24
     assert {layer.model for layer in found.layers} == {"student", "teacher"}

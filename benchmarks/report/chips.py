@@ -6,10 +6,15 @@ from dataclasses import dataclass
 
 KIB = 1024
 # limits of a multiprocessor, equal on the three
-_REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32
+REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32
 _RESERVED = 1024  # bytes of shared memory per block that CUDA keeps
 # per multiprocessor (CUDA C++ Programming Guide, arithmetic instructions per compute capability)
 _FP32_CORES = {80: 64, 90: 128, 100: 128}
+
+
+def block_registers(registers: int, warps: int) -> int:
+    """Returns the registers that a block takes: each thread gets a multiple of eight."""
+    return -(-registers // 8) * 8 * 32 * warps
 
 
 @dataclass(frozen=True)
@@ -24,8 +29,6 @@ class Chip:
     compute capability)."""
     gb_per_s: float
     """Rate of the memory."""
-    tensor_tflops: dict[str, float]
-    """Rate of the tensor cores, by dtype of the operands."""
     fp32_tflops: float
     """Rate without tensor cores."""
     fp64_tflops: float
@@ -42,27 +45,26 @@ class Chip:
         """Returns the number of blocks that a multiprocessor holds at once.
 
         Args:
-            registers: registers per thread; warps get them in multiples of eight.
+            registers: registers per thread.
             warps: warps per block.
             shared: bytes of shared memory per block.
         """
-        by_registers = _REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
+        by_registers = REGISTERS // block_registers(registers, warps)
         by_shared = (self.shared_bytes + _RESERVED) // (shared + _RESERVED)
         return min(by_registers, by_shared, _WARPS // warps, _BLOCKS)
 
 
 CHIPS = (
     Chip(
-        "A100", 80, 163 * KIB, 2039, {"bf16": 312, "f16": 312, "tf32": 156}, 19.5,
+        "A100", 80, 163 * KIB, 2039, 19.5,
         9.7, 108, "NVIDIA A100 Tensor Core GPU data sheet, SXM4 80 GB; architecture white paper",
     ),
     Chip(
-        "H100", 90, 227 * KIB, 3350, {"bf16": 989, "f16": 989, "tf32": 494}, 67,
-        34, 132, "NVIDIA H100 Tensor Core GPU data sheet, SXM; tensor rates there are with "
-        "sparsity: halved; architecture white paper",
+        "H100", 90, 227 * KIB, 3350, 67,
+        34, 132, "NVIDIA H100 Tensor Core GPU data sheet, SXM; architecture white paper",
     ),
     Chip(
-        "B200", 100, 227 * KIB, 8000, {"bf16": 2250, "f16": 2250, "tf32": 1100}, 80,
+        "B200", 100, 227 * KIB, 8000, 80,
         40, 148, "NVIDIA Blackwell architecture technical brief, HGX B200 at 1,000 W; "
         "multiprocessors as CUDA reports them",
     ),

@@ -14,7 +14,7 @@ from ..results import Measured
 from ..sizes import Maps, Sizes
 from ..table import aligned
 from . import aot
-from .chips import chip_of
+from .chips import REGISTERS, block_registers, chip_of
 
 # ptxas keeps a few addresses that no loop changes on the stack, in order to fit another block
 _MOST_STACK = 32
@@ -47,7 +47,9 @@ class Compiled:
     def broken(self) -> list[str]:
         """Rules of docs/kernels.md that the kernel breaks."""
         code, chip = self.code, chip_of(self.arch)
+        taken = block_registers(code.registers, code.warps)
         checks = {
+            f"{taken} registers per block, more than {REGISTERS}": taken > REGISTERS,
             f"{code.stack} bytes of stack": code.stack > _MOST_STACK,
             f"{code.shared} bytes of shared memory, {chip.name} has {chip.shared_bytes}": (
                 code.shared > chip.shared_bytes

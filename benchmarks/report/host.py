@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from ..cases import OPS, ROW_OPS
 from ..problem import Case, Function
 from ..results import Measured
 from ..sizes import Maps, Sizes
+from ..timing import clock_for, take_turns
+from ..variants import step_of
 
 # operators of torch that launch nothing on a GPU: they allocate tensors or make views
 FREE = {
@@ -130,21 +131,20 @@ class HostTime:
 def measure(rounds: int = 1500) -> list[HostTime]:
     """Measures the least of many calls, in turns with plain torch."""
     pairs = _pairs()
-    times = {name: [float("inf"), float("inf")] for name in pairs}
+    sides = ("featkd", "torch")
+    steps = {
+        f"{op} {side}": step_of(call)
+        for op, pair in pairs.items()
+        for side, call in zip(sides, pair, strict=True)
+    }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with featkd.use_backend("triton"), redirect(lambda *_: None):
-            for _ in range(rounds):
-                for name, pair in pairs.items():
-                    for which, call in enumerate(pair):
-                        start = time.perf_counter()
-                        call()
-                        spent = 1e6 * (time.perf_counter() - start)
-                        times[name][which] = min(times[name][which], spent)
+            times = take_turns(steps, clock_for(torch.device("cpu")), min_rounds=rounds)
     finally:
         torch.set_num_threads(threads)
-    return [HostTime(name, ours, plain) for name, (ours, plain) in times.items()]
+    return [HostTime(op, *(1e6 * min(times[f"{op} {side}"]) for side in sides)) for op in pairs]
 
 
 def _pairs() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
@@ -155,32 +155,28 @@ def _pairs() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
             if problem.form in ("mse-lift", "mse", "two-norms", "indices"):
                 inputs = Case(problem, "fp32", "both").inputs(torch.device("cpu"))
                 leaves = [inputs[name] for name in problem.differentiable]
-                pair = (problem.featkd, problem.eager)
-                ours, plain = (_call(function, inputs, leaves) for function in pair)
-                found[f"{op}/{problem.form}"] = (ours, plain)
-    # the loss alone, which docs/kernels.md compares with layer_norm and mse_loss
+                ours, plain = problem.featkd, problem.eager
+                found[f"{op}/{problem.form}"] = (
+                    _call(ours, inputs, leaves),
+                    _call(plain, inputs, leaves),
+                )
     rows, gamma, beta = torch.randn(2, 4, 16), torch.ones(16), torch.zeros(16)
     leaves = [x.requires_grad_() for x in (rows, gamma, beta)]
     inputs = {"rows": rows, "teacher": torch.randn(2, 4, 16), "gamma": gamma, "beta": beta}
     found["projected_feature_kd/mse and norm alone"] = (
-        _call(
-            lambda x: (
-                projected_feature_kd(
-                    x["rows"], x["teacher"], norm_weight=x["gamma"], norm_bias=x["beta"]
-                ),
-            ),
-            inputs,
-            leaves,
-        ),
-        _call(
-            lambda x: (
-                F.mse_loss(F.layer_norm(x["rows"], (16,), x["gamma"], x["beta"]), x["teacher"]),
-            ),
-            inputs,
-            leaves,
-        ),
+        _call(_loss, inputs, leaves),
+        _call(_plain_loss, inputs, leaves),
     )
     return found
+
+
+def _loss(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    norm = (x["gamma"], x["beta"])
+    return (projected_feature_kd(x["rows"], x["teacher"], None, None, *norm),)
+
+
+def _plain_loss(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return (F.mse_loss(F.layer_norm(x["rows"], (16,), x["gamma"], x["beta"]), x["teacher"]),)
 
 
 def _call(

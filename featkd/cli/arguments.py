@@ -161,10 +161,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def several(
+def add_words(
     parser: ArgumentParser, name: str, allowed: Sequence[str], default: Sequence[str]
 ) -> None:
-    """Add an option that takes one or more of the words in `allowed`."""
+    """Add an option that takes one or more of the allowed words."""
     text = f"one or more of {', '.join(allowed)} (default: {' '.join(default)})"
     parser.add_argument(f"--{name}", nargs="+", type=str, default=list(default), help=text)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from featkd.cli import bench_pipeline
-from featkd.cli.arguments import Parser, UsageError, add_json, check_folders, nearest, several
+from featkd.cli.arguments import Parser, UsageError, add_json, add_words, check_folders, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -109,15 +109,15 @@ def _add_run(parser: ArgumentParser) -> None:
     from featkd.benchmarks import cases, sizes
     from featkd.benchmarks.problem import DIRECTIONS, DTYPES
 
-    several(parser, "ops", tuple(cases.OPS), tuple(cases.OPS))
+    add_words(parser, "ops", tuple(cases.OPS), tuple(cases.OPS))
     parser.add_argument(
         "--shapes", type=str, default="small", help=f"set of shapes: {', '.join(sizes.SETS)} or all"
     )
     parser.add_argument(
         "--batch-sizes", nargs="+", type=int, default=[], help="only shapes with these batch sizes"
     )
-    several(parser, "dtypes", tuple(DTYPES), ("fp32",))
-    several(parser, "directions", DIRECTIONS, ("forward", "both"))
+    add_words(parser, "dtypes", tuple(DTYPES), ("fp32",))
+    add_words(parser, "directions", DIRECTIONS, ("forward", "both"))
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
     parser.add_argument(
         "--min-seconds", type=float, default=1.0, help="time spent on each variant of each case"
@@ -133,7 +133,6 @@ def _run(options: Namespace) -> int:
     from featkd.runtime.checks import check_positive
 
     check_positive("--min-seconds", options.min_seconds)
-
     chosen = cases.select(
         *(options.ops, options.shapes, options.dtypes, options.directions, options.batch_sizes)
     )

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Literal
 
-from featkd.cache.config import ENERGY, TOP, CacheConfig, Features, Store
+from featkd.cache.config import DEFAULT_ENERGY, DEFAULT_TOP, CacheConfig, Features, Store
 from featkd.cli.arguments import Parser, UsageError
 from featkd.cli.recipe_arguments import parse_recipe, recipe_parser
 
@@ -17,7 +17,7 @@ def cache(words: Sequence[str]) -> int:
     """Run `featkd cache RECIPE --out DIR` or `featkd cache --verify DIR`; return the exit code."""
     recipe, options = parse_recipe(parser(), words)
     from featkd.runtime import distributed
-    from featkd.train.build_cache import fill
+    from featkd.train.build_cache import build_cache
     from featkd.train.recipe import check_local
 
     options_given = {word.partition("=")[0] for word in words if word.startswith("-")}
@@ -34,7 +34,7 @@ def cache(words: Sequence[str]) -> int:
     try:
         context = distributed.start(recipe.device)
         with distributed.explain_lost_processes(f"the same command continues {recipe.out}"):
-            built = fill(recipe, config, context, Path(recipe.out))
+            built = build_cache(recipe, config, context, Path(recipe.out))
         if built.interrupted_by is not None:
             if context.is_main:
                 print(
@@ -64,12 +64,12 @@ def cache(words: Sequence[str]) -> int:
 
 def _verify(folder: Path) -> int:
     """Check every byte of a cache and print each damaged or missing shard."""
-    from featkd.cache import damages
+    from featkd.cache import verify_cache
     from featkd.cache.manifest import read_manifest
 
     manifest = read_manifest(folder)
     shards, damaged = 0, 0
-    for damage in damages(folder):
+    for damage in verify_cache(folder):
         shards += 1
         if damage is not None:
             damaged += 1
@@ -109,8 +109,8 @@ def parser() -> Parser:
         type=int | Literal["all"] | None,
         default=None,
         help="store the largest log-probabilities in fp16, this many per image; all: the whole "
-        f"logits (default: all if feature maps are stored, otherwise {TOP}, or all if there are "
-        "fewer classes)",
+        f"logits (default: all if feature maps are stored, otherwise {DEFAULT_TOP}, or all if "
+        "there are fewer classes)",
     )
     parser.add_argument(
         "--features",
@@ -124,7 +124,7 @@ def parser() -> Parser:
         "--energy",
         type=float | None,
         default=None,
-        help=f"lowrank: share of each map's energy to store (default: {ENERGY})",
+        help=f"lowrank: share of each map's energy to store (default: {DEFAULT_ENERGY})",
     )
     parser.add_argument(
         "--rank",

@@ -9,7 +9,13 @@ from dataclasses import fields
 from jsonargparse import Namespace
 
 from featkd.cli.arguments import Parser
-from featkd.train.recipe import Recipe, TeacherConfig, check_fields, find_recipe, shipped_recipes
+from featkd.train.recipe import (
+    Recipe,
+    TeacherConfig,
+    find_recipe,
+    read_recipe_config,
+    shipped_recipes,
+)
 
 
 def recipe_parser(command: str, purpose: str, examples: Sequence[str]) -> Parser:
@@ -53,9 +59,7 @@ def parse_recipe(parser: Parser, words: Sequence[str]) -> tuple[Recipe, Namespac
     """
     words = [_long_option(word) for word in words]
     if words and not words[0].startswith("-"):
-        path = find_recipe(words[0])
-        check_fields(path)
-        words = ["--config", str(path), *words[1:]]
+        words = ["--config", read_recipe_config(find_recipe(words[0])), *words[1:]]
     options = parser.parse_args(words)
     built = parser.instantiate(options)
     return Recipe(**{field.name: built[field.name] for field in fields(Recipe)}), options

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.studies import cached_features
+from featkd.benchmarks import cached_features
 from featkd.cache.lowrank import compress
 from featkd.data import DataConfig
 from featkd.models import create_teacher

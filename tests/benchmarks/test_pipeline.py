@@ -129,7 +129,7 @@ def test_parts_do_what_the_whole_update_does(still, arch):
     batch = step.random_batch(trainer)
     parts = step.steps(trainer, batch, EAGER)
     assert tuple(parts) == step.PARTS
-    parameters = list(trainer.parts.student.parameters())
+    parameters = list(trainer.components.student.parameters())
     torch.autograd.backward(trainer.losses(batch).total)
     want = [p.grad.clone() for p in parameters]
     parts["student"]()
@@ -204,7 +204,9 @@ def test_waiting_for_batches_is_told_from_computing():
         return SimpleNamespace(total=torch.zeros(()))
 
     student = SimpleNamespace(train=lambda: None)
-    trainer = SimpleNamespace(parts=SimpleNamespace(student=student), batches=slow, step=one_step)
+    trainer = SimpleNamespace(
+        components=SimpleNamespace(student=student), batches=slow, step=one_step
+    )
     run = train_step._Run(trainer, EAGER)
     spent, waiting = run.go(3)
     assert spent >= 0.24

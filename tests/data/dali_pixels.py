@@ -1,4 +1,4 @@
-"""The DALI pipeline on given files and decisions, and RandAugment's operations."""
+"""DALI pipeline for given files and parameters, and RandAugment's operations."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ import numpy as np
 import torch
 
 from featkd.data import DataConfig
-from featkd.data.augment_params import Decisions, Operation
-from featkd.data.dali.pipeline import as_arrays, build_pipeline
+from featkd.data.augment_params import AugmentParams, RandAugmentOp
+from featkd.data.dali import build_pipeline, pipeline_inputs
 
 _BATCH = 32
 # near the levels that rand-m9-mstd0.5-inc1 draws, both signs
 OPERATIONS = (
-    Operation("AutoContrast", ()),
-    Operation("Equalize", ()),
-    Operation("Invert", ()),
-    Operation("Rotate", (27.0,)),
-    Operation("Rotate", (-25.0,)),
-    Operation("PosterizeIncreasing", (1,)),
-    Operation("PosterizeIncreasing", (0,)),
-    Operation("SolarizeIncreasing", (26,)),
-    Operation("SolarizeAdd", (99,)),
-    Operation("ColorIncreasing", (1.81,)),
-    Operation("ColorIncreasing", (0.19,)),
-    Operation("ContrastIncreasing", (1.81,)),
-    Operation("ContrastIncreasing", (0.19,)),
-    Operation("BrightnessIncreasing", (1.81,)),
-    Operation("BrightnessIncreasing", (0.19,)),
-    Operation("SharpnessIncreasing", (1.81,)),
-    Operation("SharpnessIncreasing", (0.19,)),
-    Operation("ShearX", (0.27,)),
-    Operation("ShearY", (-0.27,)),
-    Operation("TranslateXRel", (0.405,)),
-    Operation("TranslateYRel", (-0.405,)),
+    RandAugmentOp("AutoContrast", ()),
+    RandAugmentOp("Equalize", ()),
+    RandAugmentOp("Invert", ()),
+    RandAugmentOp("Rotate", (27.0,)),
+    RandAugmentOp("Rotate", (-25.0,)),
+    RandAugmentOp("PosterizeIncreasing", (1,)),
+    RandAugmentOp("PosterizeIncreasing", (0,)),
+    RandAugmentOp("SolarizeIncreasing", (26,)),
+    RandAugmentOp("SolarizeAdd", (99,)),
+    RandAugmentOp("ColorIncreasing", (1.81,)),
+    RandAugmentOp("ColorIncreasing", (0.19,)),
+    RandAugmentOp("ContrastIncreasing", (1.81,)),
+    RandAugmentOp("ContrastIncreasing", (0.19,)),
+    RandAugmentOp("BrightnessIncreasing", (1.81,)),
+    RandAugmentOp("BrightnessIncreasing", (0.19,)),
+    RandAugmentOp("SharpnessIncreasing", (1.81,)),
+    RandAugmentOp("SharpnessIncreasing", (0.19,)),
+    RandAugmentOp("ShearX", (0.27,)),
+    RandAugmentOp("ShearY", (-0.27,)),
+    RandAugmentOp("TranslateXRel", (0.405,)),
+    RandAugmentOp("TranslateYRel", (-0.405,)),
 )
 Pixels = np.ndarray[Any, Any]
 
@@ -44,18 +44,18 @@ Pixels = np.ndarray[Any, Any]
 def through_dali(
     config: DataConfig,
     files: Sequence[Pixels],
-    decisions: Sequence[Decisions],
+    params: Sequence[AugmentParams],
     *,
-    layers: int = 0,
-    fill: tuple[int, int, int] = (0, 0, 0),
+    num_ops: int = 0,
+    fill_color: tuple[int, int, int] = (0, 0, 0),
 ) -> Pixels:
-    """Runs files through the loader's pipeline on the CPU, without its normalisation.
+    """Runs files through the loader's pipeline on the CPU, without its normalization.
 
     Args:
         config: sizes and filter; its statistics are not used.
         files: contents of each file, (bytes,) uint8.
-        decisions: decisions for each file.
-        layers, fill: as in `build_pipeline`.
+        params: parameters of each file.
+        num_ops, fill_color: as in `build_pipeline`.
 
     Returns:
         (B, H, W, 3) float32 levels, 0 to 255.
@@ -66,18 +66,18 @@ def through_dali(
     def feed() -> tuple[list[Any], ...]:
         start = next(starts)  # its StopIteration ends the pipeline
         batch = slice(start, start + _BATCH)
-        return as_arrays(list(files[batch]), decisions[batch], layers, config.img_size)
+        return pipeline_inputs(list(files[batch]), params[batch], num_ops, config.img_size)
 
     pipeline = build_pipeline(
         levels,
         feed,
         batch_size=_BATCH,
-        layers=layers,
-        fill=fill,
+        num_ops=num_ops,
+        fill_color=fill_color,
         device=torch.device("cpu"),
     )
-    found: list[Pixels] = []
-    while len(found) < len(files):
+    images: list[Pixels] = []
+    while len(images) < len(files):
         (out,) = pipeline.run()
-        found += list(np.array(out.as_tensor()))
-    return np.stack(found)
+        images += list(np.array(out.as_tensor()))
+    return np.stack(images)

@@ -1,4 +1,4 @@
-"""`make gpu`: its parts on a CPU, and what it does without a GPU, without time, after a crash."""
+"""`make gpu`: its parts on a CPU, and its behaviour without a GPU, without time, after a crash."""
 
 from __future__ import annotations
 

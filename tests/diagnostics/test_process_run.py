@@ -1,4 +1,4 @@
-"""A run's processes, one at a time, with collectives that are played to them."""
+"""Single processes of a run of two, with simulated collectives."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from featkd.diagnostics import Settings
-from featkd.diagnostics.findings import RunOptions
-from featkd.diagnostics.run import DiagnosticsRun
+from featkd.diagnostics import DiagnoseConfig, Settings
+from featkd.diagnostics.process_run import ProcessRun
 from featkd.diagnostics.source import Chunk, Layer
 from tests.diagnostics.maps import feature_maps
 
@@ -19,19 +18,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LAYER = Layer("", 0)
 
 
-class Ended(Exception):
-    """The first pass is over."""
+class FirstPassEnded(Exception):
+    """Raised in place of the first collective after the first pass."""
 
 
 @dataclass
-class Played:
-    """A process whose first collectives answer as those of a run of two would."""
+class SimulatedContext:
+    """Process context of a run of two; records what the process broadcasts and gathers."""
 
     rank: int
-    heard: Any = None
-    said: list[Any] = field(default_factory=list)
+    received: Any = None
+    sent: list[Any] = field(default_factory=list)
     states: list[Any] = field(default_factory=list)
     world_size = 2
+    device = torch.device("cpu")
 
     @property
     def is_main(self) -> bool:
@@ -44,16 +44,16 @@ class Played:
         pass
 
     def broadcast(self, value: object) -> Any:
-        self.said.append(value)
-        return value if self.is_main else self.heard
+        self.sent.append(value)
+        return value if self.is_main else self.received
 
     def gather(self, value: Any) -> list[Any]:
         self.states.append(value)
-        raise Ended
+        raise FirstPassEnded
 
 
-class Counted:
-    """Maps in chunks of two images; notes which chunks are asked for, and which are unusable."""
+class RecordingSource:
+    """Maps in chunks of two images, some unusable; records which chunks are read."""
 
     layers = (LAYER,)
     repeatable = False
@@ -83,49 +83,51 @@ class Counted:
 
 
 def first_pass(source, context, folder, progress=lambda *_: None):
-    """The state that a process brings to the end of its first pass."""
-    options = RunOptions(on_bad="skip")
+    """State of a process at the end of its first pass."""
     settings = Settings(sample=2, permuted=1, permutations=1)
-    run = DiagnosticsRun(source, settings, options, folder, context, progress)
-    with pytest.raises(Ended):
+    config = DiagnoseConfig(features="unused", on_bad="skip", settings=settings)
+    run = ProcessRun(source, config, folder, context, progress)
+    with pytest.raises(FirstPassEnded):
         run.run()
     return context.states[0]
 
 
 @pytest.mark.parametrize("unusable", [(), (0,), (0, 1, 2)])
-def test_process_0_alone_reads_what_all_calibrate_by(tmp_path, unusable):
-    sources = Counted(unusable), Counted(unusable)
-    main = Played(0)
+def test_only_process_0_reads_ahead_to_calibrate(tmp_path, unusable):
+    sources = RecordingSource(unusable), RecordingSource(unusable)
+    main = SimulatedContext(0)
     one = first_pass(sources[0], main, tmp_path)
     first = len(unusable)
-    ahead = [number for number in range(first + 1) if number % 2]  # only where the first are bad
+    ahead = [
+        number for number in range(first + 1) if number % 2
+    ]  # only if the first chunks are unusable
     assert sorted(sources[0].read) == sorted([0, 2, 4, *ahead])
-    other = Played(1, heard=main.said[0])
+    other = SimulatedContext(1, received=main.sent[0])
     two = first_pass(sources[1], other, tmp_path)
     assert sources[1].read == [1, 3, 5]
-    assert other.said == [None]
+    assert other.sent == [None]
     pilot = sources[0]._maps[2 * first : 2 * first + 2].double().flatten(0, 1).mean(0).float()
     assert torch.equal(one["pca"]["pilot"], pilot)
     assert torch.equal(two["pca"]["pilot"], pilot)
     assert one["seen"] + two["seen"] == 12 - 2 * first
 
 
-def test_a_process_that_lost_its_state_gets_its_pilot_again(tmp_path):
-    """Process 0 has one: it goes on from where it was, and counts nothing twice."""
-    main = Played(0)
-    before = first_pass(Counted(), main, tmp_path)
-    source, again = Counted(), Played(0)
+def test_process_0_resumes_and_broadcasts_the_pilots_again(tmp_path):
+    """Another process may have lost its state. Process 0 counts no image twice."""
+    main = SimulatedContext(0)
+    before = first_pass(RecordingSource(), main, tmp_path)
+    source, again = RecordingSource(), SimulatedContext(0)
     calls = []
     after = first_pass(source, again, tmp_path, lambda *call: calls.append(call))
     assert source.read == [0]
     assert after["seen"] == before["seen"] == 6
-    pilots, numbers = again.said[0]
-    assert torch.equal(pilots[LAYER].flatten(), main.said[0][0][LAYER].flatten())
+    pilots, numbers = again.sent[0]
+    assert torch.equal(pilots[LAYER].flatten(), main.sent[0][0][LAYER].flatten())
     assert numbers == 9 * 8
     assert calls == []
 
 
-def test_progress_begins_with_what_was_done(tmp_path):
+def test_progress_calls(tmp_path):
     calls = []
-    first_pass(Counted(), Played(0), tmp_path, lambda *call: calls.append(call))
+    first_pass(RecordingSource(), SimulatedContext(0), tmp_path, lambda *call: calls.append(call))
     assert calls == [(1, 0, 6), (1, 2, 6), (1, 4, 6), (1, 6, 6)]

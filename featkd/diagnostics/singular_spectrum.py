@@ -1,4 +1,4 @@
-"""The per-image spectrum: energy ranks of every image and the mean energy curve."""
+"""Singular spectrum: energy ranks of each image and the mean energy curve."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from featkd.runtime import checks
 
 @dataclass(frozen=True)
 class SpectrumResult:
-    """Over M images, n = min(N, D).
+    """Spectra of M images, n = min(N, D); summaries and curves are over nonzero images.
 
     Attributes:
         thresholds: the T shares of energy.
         images: (M,) int64 indices, ascending.
         ranks: (M, T) int32 energy ranks; 0 for an image whose features are all zero.
-        summaries: one for each threshold, over the images that are not zero, as are the curves.
-        curve_mean, curve_std: (n,) float64, share of the energy in the r leading values.
+        summaries: one per threshold.
+        curve_mean, curve_std: (n,) float64, share of the energy in the k leading singular values.
         curve_weighted: (n,) float64, mean of the curves weighted by the images' energies.
-        zero_images: images whose features are all zero.
-        unsolved: images whose eigenvalues missed the trace (info 2 of `linalg.spectrum`).
+        zero_images: number of images whose features are all zero.
+        unsolved: number of images whose eigenvalues missed the trace (info 2 of
+            `linalg.spectrum`).
     """
 
     thresholds: tuple[float, ...]
@@ -41,12 +42,12 @@ class SpectrumResult:
 
     @property
     def typical(self) -> int:
-        """Position of the threshold nearest to 0.9, at which figures are put into words."""
+        """Position of the threshold nearest to 0.9, which the report's sentences use."""
         return min(range(len(self.thresholds)), key=lambda n: abs(self.thresholds[n] - 0.9))
 
 
 class SpectrumStats:
-    """Accumulates sigma_k^2 / sum sigma^2 of every image's map, not centred ([EM26], Figure 1).
+    """Accumulates sigma_k^2 / sum sigma^2 of each image's uncentred map ([EM26], Figure 1).
 
     Args:
         thresholds: shares of energy in (0, 1] at which ranks are taken.
@@ -59,11 +60,11 @@ class SpectrumStats:
         self._unsolved = 0
 
     def update(self, features: Tensor, images: Tensor) -> None:
-        """Add the maps of some images.
+        """Adds the maps of some images.
 
         Args:
             features: (B, N, D), floating and finite.
-            images: (B,) int64, the images' indices.
+            images: (B,) int64 image indices.
         """
         checks.check_floating("features", features)
         found = linalg.spectrum(features.detach(), self.thresholds)
@@ -74,14 +75,14 @@ class SpectrumStats:
         self._unsolved += int((found.info != 0).sum())
 
     def _parts(self, length: int) -> tuple[CurveStats, ExactSum]:
-        """The sums, made where there are none yet."""
+        """Creates the sums on first use."""
         if self._curves is None or self._weighted is None:
             self._curves = CurveStats(length, len(self.thresholds))
             self._weighted = ExactSum((length,))
         return self._curves, self._weighted
 
     def merge(self, other: SpectrumStats) -> None:
-        """Take over what `other` has seen; the images must be others."""
+        """Adds the images of another accumulator; no image may be in both."""
         if other._curves is None or other._weighted is None:
             return
         curves, weighted = self._parts(other._weighted.shape[0])
@@ -107,13 +108,13 @@ class SpectrumStats:
         self._weighted, self._unsolved = weighted, state["unsolved"]
 
     def result(self) -> SpectrumResult:
-        """The figures over all images so far.
+        """Results over all images so far.
 
         Raises:
-            ValueError: no image came, or all features are zero.
+            ValueError: no image was added, or all features are zero.
         """
         if self._curves is None or self._weighted is None:
-            raise ValueError("features: no image came, so there is no spectrum")
+            raise ValueError("features: no image was added, so there is no spectrum")
         found = self._curves.result()
         weighted = self._weighted.value()
         return SpectrumResult(

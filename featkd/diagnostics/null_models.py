@@ -1,4 +1,4 @@
-"""SEP and token bandwidth without any structure: permuted channels, Gaussian tokens."""
+"""Null models of the figures: Gaussian maps and tokens, permuted channels; token bandwidth."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from featkd.diagnostics.sep import (
+from featkd.diagnostics.scaling import safe_scale
+from featkd.diagnostics.singular_spectrum import SpectrumResult, SpectrumStats
+from featkd.diagnostics.spectral_energy_pattern import (
     SEP,
     SHARES,
     SEPResult,
     cumulative_moments,
     first_reaching,
-    safe_scale,
 )
-from featkd.diagnostics.spectrum import SpectrumResult, SpectrumStats
 from featkd.ops import reference
 
-_TOKENS = 4096  # of the Gaussian null
+_GAUSSIAN_TOKENS = 4096
 
 
-def gaussian_tokens(channels: int, seed: int = 0, tokens: int = _TOKENS) -> Tensor:
-    """Tokens (tokens, channels) of independent standard normals, float32."""
+def gaussian_tokens(channels: int, seed: int = 0, tokens: int = _GAUSSIAN_TOKENS) -> Tensor:
+    """Standard normal tokens (tokens, channels), float32."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tokens, channels, generator=generator)
 
 
 def gaussian_sep(channels: int, shares: Sequence[float] = SHARES, seed: int = 0) -> SEPResult:
-    """SEP of Gaussian tokens of `channels` channels; their scale doesn't matter."""
+    """SEP of Gaussian tokens, which does not depend on their scale."""
     stats = SEP()
     stats.update(gaussian_tokens(channels, seed))
     return stats.result(shares)
@@ -38,7 +38,7 @@ def gaussian_sep(channels: int, shares: Sequence[float] = SHARES, seed: int = 0)
 def gaussian_spectrum(
     tokens: int, channels: int, thresholds: Sequence[float], seed: int = 0, images: int = 8
 ) -> SpectrumResult:
-    """Energy ranks and curve of Gaussian maps of one size: what counting alone makes low rank."""
+    """Energy ranks and curve of Gaussian maps (tokens, channels)."""
     stats = SpectrumStats(thresholds)
     maps = gaussian_tokens(channels, seed, images * tokens).reshape(images, tokens, channels)
     stats.update(maps, torch.arange(images))
@@ -47,21 +47,21 @@ def gaussian_spectrum(
 
 @dataclass(frozen=True)
 class PermutationResult:
-    """SEP of a sample beside SEP of the same sample with its channels in random orders.
+    """SEP of a sample of images, and of the same sample with its channels in random orders.
 
     Attributes:
         shares: the S shares of energy.
-        images: how many.
-        permutations: how many orders, each applied to all tokens.
-        observed: (S,) d/D of the sample in its own order.
-        low, high: (S,) 2.5th and 97.5th percentile of it over bootstraps of the images.
-        permuted_mean, permuted_low, permuted_high: (S,) mean and 2.5th and 97.5th percentile
-            over the orders.
-        p_value: (S,) share of the orders, the observed one among them, at least as far from the
-            orders' mean as the observed one.
-        p_joint: the same of the largest distance over all shares, each in units of its own
-            standard deviation over the orders: one test, however many shares.
-        permuted_curve: (D,) float64, the mean curve over the orders.
+        images: number of images with nonzero features.
+        permutations: number of random orders, each applied to all tokens.
+        observed: (S,) d/D in the channels' own order.
+        low, high: (S,) 2.5th and 97.5th percentile of `observed` over bootstraps of the images.
+        permuted_mean, permuted_low, permuted_high: (S,) mean, 2.5th and 97.5th percentile of d/D
+            over the random orders.
+        p_value: (S,) share of the orders, the observed one included, whose distance from the
+            random orders' mean is at least the observed distance.
+        p_joint: p-value of the largest distance over all shares, each in units of its standard
+            deviation over the orders. It needs no correction for the number of shares.
+        permuted_curve: (D,) float64, mean curve over the random orders.
     """
 
     shares: tuple[float, ...]
@@ -85,14 +85,14 @@ def permutation_test(
     shares: Sequence[float] = SHARES,
     seed: int = 0,
 ) -> PermutationResult:
-    """Does the order of the channels carry anything?
+    """Tests if SEP depends on the order of the channels.
 
     Args:
-        features: (M, N, D) of a sample of images.
-        permutations: random orders of the channels.
-        bootstraps: resamples of the images, for the observed figure's interval.
+        features: (M, N, D), maps of a sample of images.
+        permutations: number of random orders of the channels.
+        bootstraps: number of resamples of the images, for the interval of the observed figure.
         shares: shares of energy.
-        seed: of both.
+        seed: random seed of the orders and resamples.
 
     Raises:
         ValueError: all features are zero.
@@ -101,24 +101,24 @@ def permutation_test(
     x = features.float()
     x = x * safe_scale(x)
     generator = torch.Generator().manual_seed(seed)
-    own = [_mean_curve(image) for image in x]
-    curves, tokens = (torch.stack(part) for part in zip(*own, strict=True))  # (M, D), (M,)
+    per_image = [_mean_curve(image) for image in x]
+    curves, tokens = (torch.stack(part) for part in zip(*per_image, strict=True))  # (M, D), (M,)
     curves, tokens = curves[tokens > 0], tokens[tokens > 0]
     if not len(curves):
         raise ValueError("features: all of them are zero")
     observed = _relative(_mean_curve(x)[0].unsqueeze(0), shares)[0]
     picks = torch.randint(len(curves), (bootstraps, len(curves)), generator=generator)
-    weights = tokens[picks].double()  # so that a resample is a mean over tokens, as `observed` is
+    weights = tokens[picks].double()  # a resample is a mean over tokens, as `observed` is
     weights /= weights.sum(1, keepdim=True)
     boot = _relative((weights.unsqueeze(1) @ curves[picks]).squeeze(1), shares)
     orders = [torch.randperm(d, generator=generator) for _ in range(permutations)]
     permuted_curves = torch.stack([_mean_curve(x[..., order])[0] for order in orders])
     permuted = _relative(permuted_curves, shares)
-    middle = permuted.mean(0)
-    spread = permuted.std(0, unbiased=False) + 1 / d  # d/D moves in steps of 1/D
-    largest = ((permuted - middle).abs() / spread).amax(1)
-    joint = int((largest >= ((observed - middle).abs() / spread).max() - 1e-12).sum())
-    as_far = (permuted - middle).abs() >= (observed - middle).abs() - 1e-12
+    center = permuted.mean(0)
+    scale = permuted.std(0, unbiased=False) + 1 / d  # d/D changes in steps of 1/D
+    largest = ((permuted - center).abs() / scale).amax(1)
+    joint = int((largest >= ((observed - center).abs() / scale).max() - 1e-12).sum())
+    as_far = (permuted - center).abs() >= (observed - center).abs() - 1e-12
     return PermutationResult(
         shares=tuple(shares),
         images=len(curves),
@@ -126,7 +126,7 @@ def permutation_test(
         observed=_floats(observed),
         low=_floats(boot.quantile(0.025, dim=0)),
         high=_floats(boot.quantile(0.975, dim=0)),
-        permuted_mean=_floats(middle),
+        permuted_mean=_floats(center),
         permuted_low=_floats(permuted.quantile(0.025, dim=0)),
         permuted_high=_floats(permuted.quantile(0.975, dim=0)),
         p_value=_floats((1 + as_far.sum(0)) / (1 + permutations)),
@@ -136,9 +136,9 @@ def permutation_test(
 
 
 def _mean_curve(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cumulative share (D,) over the tokens of (..., D) that aren't zero, and their number.
+    """Mean cumulative share (D,) over the nonzero tokens of (..., D), and their number.
 
-    The shares are NaN where all are zero.
+    The shares are NaN if all tokens are zero.
     """
     d = features.shape[-1]
     sums, zero = cumulative_moments(features.reshape(-1, d))
@@ -148,7 +148,7 @@ def _mean_curve(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _relative(curves: Tensor, shares: Sequence[float]) -> Tensor:
-    """d/D (R, S) of curves (R, D)."""
+    """Figures d/D (R, S) of curves (R, D)."""
     found = [first_reaching(curve, shares) for curve in curves]
     return torch.tensor(found, dtype=torch.float64) / curves.shape[1]
 
@@ -159,14 +159,14 @@ def _floats(x: Tensor) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class BandwidthResult:
-    """Of how many of its channels a token makes use, whatever their order.
+    """Share of its channels that a token uses, independent of their order.
 
     Attributes:
-        participation_mean, participation_std: (sum x^2)^2 / sum x^4 over D: 1 where all channels
-            have one energy, 1/D where one has all.
-        channels90_mean, channels90_std: share of the channels that hold 90 % of the energy,
-            largest first.
-        tokens: how many.
+        participation_mean, participation_std: participation ratio, (sum x^2)^2 / (D sum x^4): 1
+            for equal energies in all channels, 1/D for all energy in one.
+        channels90_mean, channels90_std: smallest share of the channels that holds 90 % of the
+            energy.
+        tokens: number of nonzero tokens.
     """
 
     participation_mean: float
@@ -177,7 +177,7 @@ class BandwidthResult:
 
 
 def bandwidth(features: Tensor) -> BandwidthResult:
-    """The bandwidth of the tokens (..., D) that are not zero.
+    """Bandwidth of the nonzero tokens of (..., D).
 
     Raises:
         ValueError: all of them are zero.

@@ -1,4 +1,4 @@
-"""What features without an order or a preferred basis give: the law of SEP, permutations."""
+"""Null models: the published SEP values for noise, permutation tests, bandwidth."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from featkd.diagnostics.nulls import bandwidth, gaussian_sep, permutation_test
+from featkd.diagnostics.null_models import bandwidth, gaussian_sep, permutation_test
 from tests.diagnostics import published
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_gaussian_tokens_give_the_published_law():
+def test_gaussian_tokens_give_the_published_sep():
     for channels in (192, 384):
         found = gaussian_sep(channels)
         assert np.allclose(found.relative(), (0.5, 0.6, 0.7, 0.8, 0.9), atol=0.006)
         assert np.allclose(found.folded_relative(), (0.5, 0.6, 0.7, 0.8, 0.9), atol=0.011)
 
 
-def test_permutations_tell_order_from_none():
-    """Smooth channels have an order that a permutation destroys; Gaussian ones have none."""
+def test_permutation_test_detects_order():
+    """A permutation changes the SEP of smooth channels, but not of Gaussian ones."""
     generator = torch.Generator().manual_seed(0)
     random = torch.randn(6, 25, 64, generator=generator)
     smooth = random.cumsum(-1)
@@ -30,8 +30,8 @@ def test_permutations_tell_order_from_none():
     assert min(permutation_test(random, permutations=30).p_value) > 0.05
 
 
-def test_permutations_weigh_tokens_as_the_observed_order_does():
-    """Images with zero tokens: one smooth token in a hundred must not count as a whole image."""
+def test_permutation_test_ignores_zero_tokens():
+    """The only nonzero token of an image must not count as a whole image."""
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn(4, 50, 32, generator=generator)
     maps[:2, 1:] = 0
@@ -46,7 +46,7 @@ def test_permutations_weigh_tokens_as_the_observed_order_does():
 
 
 def test_joint_p_value_needs_no_correction():
-    """Smooth channels: under Bonferroni, 9 shares and 100 orders could never be significant."""
+    """With a Bonferroni correction, 9 shares and 100 orders could not be significant."""
     random = torch.randn(4, 25, 64, generator=torch.Generator().manual_seed(0))
     shares = tuple(n / 10 for n in range(1, 10))
     smooth = permutation_test(random.cumsum(-1), 100, shares=shares)

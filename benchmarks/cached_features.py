@@ -1,6 +1,6 @@
 """Bytes of a teacher's feature map on disk in each form of a cache, and the error of each form.
 
-python -m benchmarks.studies.cached_features --data DIR [--teacher NAME | run/best.pt]
+python -m featkd.benchmarks.cached_features --data DIR [--teacher NAME | run/best.pt]
     [--checkpoint weights.safetensors] [--images 250] [--out docs/cache-sizes.md]
 """
 
@@ -18,15 +18,15 @@ from torch import Tensor
 
 from featkd.cache.lowrank import FORMS, Form, LowRank, compress, dequantise, quantise, restore
 from featkd.data import DataConfig
-from featkd.diagnostics.model_features import ModelFeatures, Subject
+from featkd.diagnostics.model_features import MeasuredModel, ModelFeatures
 from featkd.functional import projected_feature_kd
 from featkd.models import FeatureModel, create_teacher
 from featkd.runtime.checks import check_positive
 from featkd.train import checkpoint
 from featkd.train.trained import load_trained
 
-from ..results import describe_run, versions_of
-from ..table import aligned, grid, write_into
+from .results import describe_run, versions_of
+from .table import aligned, grid, write_into
 
 IMAGENET = 1_281_167  # training images of ImageNet-1K
 VIEWS = (1, 30, 300)  # augmented views per image; 300 is one per epoch of the published recipe
@@ -194,7 +194,7 @@ def main(words: Sequence[str] | None = None) -> None:
     check_positive("--batch-size", options.batch_size)
     model, config, about = _model(options.teacher, options.checkpoint)
     source = ModelFeatures(
-        [Subject("", model, (-1,), {})],
+        [MeasuredModel("", model, (-1,), {})],
         Path(options.data),
         config,
         device=torch.device("cpu"),

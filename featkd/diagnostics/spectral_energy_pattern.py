@@ -1,14 +1,13 @@
 """SEP, the spectral energy pattern: a token's energy over the frequencies of its channels.
 
-A token's D channels are taken as a signal in their natural order ([EM26], section 3). The
-spectrum of a real signal is a mirror image of itself, so the published cumulative curve is
-point-symmetric about its middle whatever the token, and noise lies on the diagonal: read it
-beside the nulls of `nulls.py` only.
+A token's D channels are read as a signal in their natural order ([EM26], section 3). The spectrum
+of a real signal mirrors itself, so the published cumulative curve is point-symmetric about its
+middle for any token, and noise gives the diagonal. Compare it with the null models
+(`featkd.diagnostics.null_models`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,29 +16,29 @@ import torch
 from torch import Tensor
 
 from featkd.diagnostics.exact_sum import ExactSum
+from featkd.diagnostics.scaling import safe_scale
 from featkd.ops import reference
 from featkd.runtime import checks
 from featkd.runtime.dtypes import accumulation_dtype
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
-_CPU_TOKENS = 784
-_SAFE = (1e-12, 1e12)  # numbers whose squares are far from the ends of float32
+_CPU_TOKENS = 784  # per block on a CPU, so that intermediate results stay in the cache
 _TIE = 1e-9  # a share this close below a level reaches it
 
 
 @dataclass(frozen=True)
 class SEPResult:
-    """Over all tokens that are not zero.
+    """SEP over all nonzero tokens.
 
     Attributes:
         shares: the S shares of energy.
         mean, std: (D,) float64, cumulative share in the frequencies 0..d-1, as published.
-        bandwidth: (S,) int, first d (1-based) whose mean share reaches each of `shares`.
-        folded_mean, folded_std: (D // 2 + 1,) float64, the same over the one-sided spectrum.
-        folded_bandwidth: (S,) int, the same of the folded curve.
-        tokens: how many tokens.
-        zero_tokens: tokens left out, because all of their channels are zero (or under 1e-12 of the
-            largest entry that they came with).
+        bandwidth: (S,) int, first d (1-based) at which the mean reaches each of `shares`.
+        folded_mean, folded_std: (D // 2 + 1,) float64, the same for the one-sided spectrum.
+        folded_bandwidth: (S,) int, `bandwidth` of the folded curve.
+        tokens: number of tokens.
+        zero_tokens: number of tokens left out because all of their channels are zero, or below
+            1e-12 of the largest entry of their batch.
     """
 
     shares: tuple[float, ...]
@@ -53,23 +52,23 @@ class SEPResult:
     zero_tokens: int
 
     def relative(self) -> tuple[float, ...]:
-        """d / D at each share, the published figure."""
+        """Published figure: d / D at each share."""
         return tuple(d / len(self.mean) for d in self.bandwidth)
 
     def folded_relative(self) -> tuple[float, ...]:
-        """d / (D // 2 + 1) of the folded curve at each share."""
+        """Folded figure: d / (D // 2 + 1) at each share."""
         return tuple(d / len(self.folded_mean) for d in self.folded_bandwidth)
 
 
 class SEP:
     """Accumulates the cumulative spectra of all tokens.
 
-    Of the one-sided cumulative shares c alone, three sums are kept: c, c^2 and c_0 c. The
-    full curve is c up to the middle and 1 + c_0 - c, mirrored, after it; the folded one is
-    2 c - c_0. So no token is transformed twice, and no array of the full width is formed.
+    Only the one-sided cumulative shares c are computed, and the sums of c, c^2 and c_0 c kept.
+    The full curve is c up to the middle and 1 + c_0 - c, mirrored, after it; the folded curve is
+    2 c - c_0.
 
     Args:
-        compiled: run the transform and the sums through torch.compile.
+        compiled: use torch.compile for the transform and the sums.
     """
 
     def __init__(self, compiled: bool = False) -> None:
@@ -80,7 +79,7 @@ class SEP:
         self._zero = 0
 
     def update(self, features: Tensor) -> None:
-        """Add maps (..., D), floating and finite."""
+        """Adds maps (..., D), floating and finite."""
         checks.check_floating("features", features)
         channels = features.shape[-1]
         if self._sums is None:
@@ -92,7 +91,6 @@ class SEP:
             )
         tokens = features.detach().reshape(-1, channels)
         scale = safe_scale(tokens)
-        # on a CPU the steps of some hundred tokens find each other's results in the cache
         size = _CPU_TOKENS if tokens.device.type == "cpu" else max(1, len(tokens))
         wide = accumulation_dtype(features.dtype)
         total = tokens.new_zeros((3, channels // 2 + 1), dtype=torch.float64)
@@ -106,7 +104,7 @@ class SEP:
         self._tokens += len(tokens) - missing
 
     def merge(self, other: SEP) -> None:
-        """Take over what `other` has seen."""
+        """Adds the tokens of another accumulator."""
         if other._sums is None:
             return
         if self._sums is None:
@@ -130,13 +128,13 @@ class SEP:
         self._sums = None if sums is None else ExactSum.from_state_dict(sums)
 
     def result(self, shares: Sequence[float] = SHARES) -> SEPResult:
-        """The curves over all tokens so far.
+        """Curves over all tokens so far.
 
         Raises:
-            ValueError: no token that is not zero came.
+            ValueError: no nonzero token was added.
         """
         if self._sums is None or not self._tokens:
-            raise ValueError("features: no token with any energy came, so there is no SEP")
+            raise ValueError("features: no token is nonzero, so there is no SEP")
         c, square, with_first = self._sums.value() / self._tokens
         first, first_square = c[0], with_first[0]
         after = self._channels - len(c)  # frequencies past the middle
@@ -146,7 +144,7 @@ class SEP:
         second = torch.cat([square, second.flip(0)])
         folded = 2 * c - first
         folded_second = 4 * square - 4 * with_first + first_square
-        folded[-1], folded_second[-1] = 1.0, 1.0  # the middle of an even D is there once
+        folded[-1], folded_second[-1] = 1.0, 1.0  # of an even D the middle counts once
         return SEPResult(
             shares=tuple(shares),
             mean=mean,
@@ -161,11 +159,13 @@ class SEP:
 
 
 def cumulative_moments(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over tokens (M, D) of c, c^2 and c_0 c, (3, D // 2 + 1) float64; and how many are zero.
+    """Sums of c, c^2 and c_0 c over tokens (M, D).
 
-    c_d is the share of a token's energy in the frequencies 0..d, d up to the middle. Squares of
-    the entries must neither overflow nor all underflow. The sums are taken in the tokens' dtype,
-    pairwise, as torch's are.
+    c_d is the share of a token's energy in the frequencies 0..d, d up to the middle. The sums are
+    in the tokens' dtype; the squares of the entries must neither overflow nor all underflow.
+
+    Returns:
+        The sums (3, D // 2 + 1) in float64, and the number of zero tokens.
     """
     parts = torch.view_as_real(torch.fft.rfft(tokens)).square()
     power = parts[..., 0] + parts[..., 1]
@@ -177,42 +177,17 @@ def cumulative_moments(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([part.sum(0) for part in sums]).double(), zero.sum()
 
 
-def safe_scale(*parts: Tensor) -> float:
-    """A power of two that brings the largest entry near 1, where its square is out of range."""
-    ends = [float(end) for part in parts if part.numel() for end in part.aminmax()]
-    largest = max(map(abs, ends), default=0.0)
-    if _SAFE[0] < largest < _SAFE[1] or largest == 0:
-        return 1.0
-    return math.ldexp(1.0, min(-math.frexp(largest)[1], _most(parts[0].dtype)))
-
-
-def safe_scales(maps: Tensor) -> Tensor | None:
-    """The same for each of the maps (B, N, D), (B,); None where all of them are 1."""
-    low, high = maps.flatten(1).aminmax(dim=1)
-    largest = torch.maximum(-low, high)
-    odd = ((largest <= _SAFE[0]) | (largest >= _SAFE[1])) & (largest != 0)
-    if not odd.any():
-        return None
-    exponents = torch.where(odd, -torch.frexp(largest).exponent, 0).clamp(max=_most(maps.dtype))
-    return torch.ldexp(torch.ones_like(largest), exponents)
-
-
-def _most(dtype: torch.dtype) -> int:
-    """Exponent of the largest scale: the smallest numbers' own would not be finite."""
-    return 1022 if dtype == torch.float64 else 126
-
-
 _COMPILED: list[Callable[[Tensor], tuple[Tensor, Tensor]]] = []
 
 
 def _compiled() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """One compiled function for all accumulators of a process."""
+    """Compiles `cumulative_moments` once per process."""
     if not _COMPILED:
         _COMPILED.append(torch.compile(cumulative_moments))
     return _COMPILED[0]
 
 
 def first_reaching(curve: Tensor, shares: Sequence[float]) -> tuple[int, ...]:
-    """The first 1-based index at which a curve reaches each share."""
+    """First 1-based index at which a curve reaches each share."""
     levels = torch.tensor(list(shares), dtype=curve.dtype)
     return tuple(reference.first_reaching(curve, levels, _TIE).tolist())

@@ -1,4 +1,4 @@
-"""Subspace rotation: leading subspaces of images beside each other and the data set's."""
+"""Subspace rotation: overlap of the images' leading subspaces, and with the data set's axes."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 from featkd import linalg
 from featkd.diagnostics.pca import PCAResult
 
-_RANK = 1e-6  # of the largest singular value: float32 features are no more exact
-_PAIRS = 128  # pairs of images whose angles are computed one by one
+_RANK_TOLERANCE = 1e-6  # relative to the largest singular value, near float32's accuracy
+_ANGLE_PAIRS = 128  # pairs of images whose principal angles are averaged
 
 
 @dataclass(frozen=True)
 class RotationResult:
-    """Over a sample of M images, for the k leading right singular vectors of each.
+    """Overlap of M sampled images' subspaces, spanned by k leading right singular vectors.
 
-    The overlap of two subspaces is (1/k) sum cos^2 of their principal angles: 1 where they are
-    one, k/D on average where they are random.
+    The overlap of two subspaces is (1/k) sum cos^2 of their principal angles: 1 for equal
+    subspaces, k/D on average for random ones.
 
     Attributes:
-        k: dimensions of the subspaces; no more than the images' median rank.
-        images: (M,) int64, which images.
-        left_out: images of the sample whose rank is below k.
+        k: dimensions of the subspaces, at most the images' median rank.
+        images: (M,) int64 image indices.
+        left_out: number of sampled images whose rank is below k.
         overlap: (M, M) float64, between the images.
         overlap_dataset: (M,) float64, with the k leading axes of the data set.
-        pair_mean, pair_std: over the pairs of different images.
-        dataset_mean, dataset_std: over the images.
+        pair_mean, pair_std: `overlap` over the pairs of different images.
+        dataset_mean, dataset_std: `overlap_dataset` over the images.
         random: k / D, the expectation for random subspaces.
         angles_deg: (k,) float64, mean principal angles between different images, in degrees.
         random_angles_deg: (k,) float64, the same between random subspaces.
@@ -48,37 +48,39 @@ class RotationResult:
     random_angles_deg: Tensor
 
 
-def rotation(
+def measure_rotation(
     features: Tensor, images: Tensor, pca: PCAResult, k: int, seed: int = 0
 ) -> RotationResult:
-    """Compare the leading subspaces of some images.
+    """Compares the leading subspaces of some images.
 
     Args:
         features: (M, N, D), M >= 2.
-        images: (M,) int64, which they are.
-        pca: the axes of the data set.
-        k: dimensions; at most min(N, D), and no more where they are fewer.
-        seed: of the random subspaces.
+        images: (M,) int64 image indices.
+        pca: axes of the data set.
+        k: maximum dimensions; the images' median rank is used if it is lower.
+        seed: random seed of the random subspaces.
 
     Raises:
         ValueError: fewer than two images have k dimensions.
     """
     d = features.shape[2]
     values = linalg.svdvals(features.double())
-    ranks = (values > _RANK * values[:, :1]).sum(1)
-    k = min(k, int(ranks.median()))  # directions beyond an image's rank are arbitrary
-    able = ranks >= max(1, k)
-    left_out = len(features) - int(able.sum())
-    features, images = features[able], images[able]
+    ranks = (values > _RANK_TOLERANCE * values[:, :1]).sum(1)
+    k = min(k, int(ranks.median()))  # further directions would be arbitrary
+    full_rank = ranks >= max(1, k)
+    left_out = len(features) - int(full_rank.sum())
+    features, images = features[full_rank], images[full_rank]
     if len(features) < 2:
-        raise ValueError(f"features: expected at least 2 images with energy, got {len(features)}")
+        raise ValueError(
+            f"features: expected at least 2 images of rank {max(1, k)} or more, got {len(features)}"
+        )
     bases = linalg.svd(features.double(), k).Vh  # (M, k, D)
     overlap = _overlaps(bases)
     with_dataset = (bases @ pca.vectors[:, :k].to(bases)).square().sum((1, 2)) / k
     first, second = torch.triu_indices(len(features), len(features), 1)
     pairs = overlap[first, second]
     generator = torch.Generator().manual_seed(seed)
-    some = torch.randperm(len(first), generator=generator)[:_PAIRS]
+    chosen = torch.randperm(len(first), generator=generator)[:_ANGLE_PAIRS]
     random = torch.randn(2, 32, d, k, generator=generator, dtype=torch.float64)
     return RotationResult(
         k=k,
@@ -91,15 +93,15 @@ def rotation(
         dataset_mean=float(with_dataset.mean()),
         dataset_std=float(with_dataset.std(unbiased=False)),
         random=k / d,
-        angles_deg=_mean_angles(bases[first[some]].mT, bases[second[some]].mT),
+        angles_deg=_mean_angles(bases[first[chosen]].mT, bases[second[chosen]].mT),
         random_angles_deg=_mean_angles(random[0], random[1]),
     )
 
 
 def _overlaps(bases: Tensor) -> Tensor:
-    """(M, M) of orthonormal rows (M, k, D): one image beside the others at a time.
+    """Overlaps (M, M) of orthonormal rows (M, k, D).
 
-    All at once their cosines would be (M k)^2 numbers, and so they are at most M k^2.
+    A loop over the images needs M k^2 numbers; all cosines at once would be (M k)^2.
     """
     m, k, _ = bases.shape
     overlap = bases.new_zeros((m, m))

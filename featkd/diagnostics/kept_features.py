@@ -1,4 +1,4 @@
-"""Feature maps kept on disk for the second pass, so that nothing is computed or read twice."""
+"""Feature maps kept on disk for the second pass, so that none is computed or read twice."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class KeptFeatures:
-    """One flat file a layer, in the order in which the images came.
+    """Feature maps of one process: one flat file per layer, in the order they were appended.
 
     Args:
-        folder: where the files lie.
-        process: this process, in their names.
-        dtype: "fp32", or "bf16", which rounds each number to 8 bits.
+        folder: folder of the files.
+        process: rank of this process, part of the file names.
+        dtype: "fp32" or "bf16".
     """
 
     def __init__(self, folder: Path, process: int, dtype: Literal["fp32", "bf16"]) -> None:
@@ -35,27 +35,27 @@ class KeptFeatures:
         self._images: list[Tensor] = []
 
     def append(self, maps: dict[Layer, Tensor], images: Tensor) -> None:
-        """Write the maps of some images.
+        """Writes the maps of some images.
 
         Raises:
-            OSError: the disk is full, or the like; names the file. What `state_dict` told before
-                is whole.
+            OSError: a file cannot be written; the message names it. The features of the last
+                `state_dict` are still readable.
         """
         if not self._layers:
             self._layers = list(maps)
             self._shapes = [tuple(m.shape[1:]) for m in maps.values()]
         for position, m in enumerate(maps.values()):
-            numbers = m.detach().to("cpu", self._dtype).contiguous()
+            values = m.detach().to("cpu", self._dtype).contiguous()
             path = self._path(position)
             try:
                 with path.open("ab") as file:
-                    file.write(numbers.view(torch.uint8).numpy().data)
-            except OSError as error:  # a short write doesn't say of what
+                    file.write(values.view(torch.uint8).numpy().data)
+            except OSError as error:  # a short write does not name the file
                 raise OSError(error.errno, error.strerror, str(path)) from error
         self._images.append(images)
 
     def read(self, start: int = 0) -> Iterator[tuple[dict[Layer, Tensor], Tensor]]:
-        """Maps and images as they were appended, from the `start`-th time on; memory-mapped."""
+        """Yields memory-mapped maps and their images, from the `start`-th `append` on."""
         total = sum(len(images) for images in self._images)
         if not total:
             return
@@ -74,7 +74,7 @@ class KeptFeatures:
             yield maps, images
 
     def sync(self) -> None:
-        """Flush to disk what was appended."""
+        """Flushes the files to disk."""
         for position in range(len(self._layers)):
             with self._path(position).open("rb") as file:
                 os.fsync(file.fileno())
@@ -88,10 +88,10 @@ class KeptFeatures:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state; what was appended after it is cut off.
+        """Restores a state and truncates the files to it.
 
         Raises:
-            ValueError: a file holds less than the state says.
+            ValueError: a file is shorter than the state.
         """
         self._layers = [Layer(*layer) for layer in state["layers"]]
         self._shapes = [tuple(shape) for shape in state["shapes"]]
@@ -100,11 +100,14 @@ class KeptFeatures:
             path = self._path(position)
             size = len(state["images"]) * int(np.prod(shape)) * self._dtype.itemsize
             if not path.is_file() or path.stat().st_size < size:
-                raise ValueError(f"resume: {path} is missing or shorter than its state says")
+                raise ValueError(
+                    f"resume: {path} is missing or shorter than its state; start again with "
+                    "resume never"
+                )
             os.truncate(path, size)
 
     def remove(self) -> None:
-        """Delete this process's files."""
+        """Deletes this process's files."""
         for path in self._folder.glob(f"kept-*-of-process-{self._process}.bin"):
             path.unlink()
 

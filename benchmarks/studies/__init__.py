@@ -1,1 +1,0 @@
-"""Studies behind pages of docs/, to be run again with other assumptions or another teacher."""

@@ -71,6 +71,15 @@ def distance_forward(
         rstd = mean + 1.0
         if BLOCKS == 1:
             p = rows.load_rows(from_feature, offsets, valid, 0, C, BLOCK).to(ACC)
+        if teacher is not None:
+            from_teacher = teacher + image * teacher_image
+            # With a norm, T is loaded a block before its use: it arrives while the moments are
+            # computed. Of several float32 blocks a second one would spill.
+            AHEAD: tl.constexpr = NORM and (
+                BLOCKS == 1 or teacher.dtype.element_ty.primitive_bitwidth <= 16
+            )
+            if AHEAD:
+                coming = rows.load_rows(from_teacher, token * teacher_token, valid, 0, C, BLOCK)
         if NORM:
             if BLOCKS == 1:
                 mean, rstd = rows.moments(p, valid, EPS, C, BLOCK)
@@ -87,9 +96,17 @@ def distance_forward(
             if pooled_partial is not None:
                 pooled = _add(pooled, x_hat, j, BLOCKS, SUMS)
             if teacher is not None:
+                if AHEAD:
+                    target = coming
+                    if BLOCKS > 1:
+                        more = valid & (j + 1 < BLOCKS)
+                        coming = rows.load_rows(
+                            from_teacher, token * teacher_token, more, j + 1, C, BLOCK
+                        )  # fmt: skip
+                else:
+                    target = rows.load_rows(from_teacher, token * teacher_token, valid, j, C, BLOCK)
                 error, grad_error = _error(
-                    x_hat, teacher + image * teacher_image, token * teacher_token,
-                    gamma, beta, valid, width, j, C, BLOCK, HB, WB, SPECTRAL, ACC,
+                    x_hat, target, gamma, beta, valid, width, j, C, BLOCK, HB, WB, SPECTRAL, ACC
                 )  # fmt: skip
                 energy += tl.sum(error * grad_error, 1)
                 if statistics is not None:
@@ -139,6 +156,9 @@ def distance_backward(
         token, valid = rows.tile_rows(task % tiles, height, width, HB, WB)
         from_feature = feature + image * feature_image
         offsets = token * feature_token
+        from_teacher = teacher
+        if teacher is not None:
+            from_teacher += image * teacher_image
         from_pooled = d_pooled
         if d_pooled is not None:
             from_pooled += image * pooled_image
@@ -165,9 +185,9 @@ def distance_backward(
             x_hat = rows.mask_out_of_bounds((p - mean) * rstd, valid, j, C, BLOCK)
             d_output = tl.zeros((HB * WB, BLOCK), ACC)
             if d_loss is not None:
+                target = rows.load_rows(from_teacher, token * teacher_token, valid, j, C, BLOCK)
                 _, grad_error = _error(
-                    x_hat, teacher + image * teacher_image, token * teacher_token,
-                    gamma, beta, valid, width, j, C, BLOCK, HB, WB, SPECTRAL, ACC,
+                    x_hat, target, gamma, beta, valid, width, j, C, BLOCK, HB, WB, SPECTRAL, ACC
                 )  # fmt: skip
                 d_output = upstream * grad_error
             if d_pooled is not None:
@@ -193,7 +213,7 @@ def distance_backward(
 
 @triton.jit
 def _error(
-    x_hat, teacher, offsets, gamma, beta, valid, width, j,
+    x_hat, target, gamma, beta, valid, width, j,
     C: tl.constexpr, BLOCK: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr,
     SPECTRAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -203,8 +223,7 @@ def _error(
         output *= rows.load_channels(gamma, j, 1.0, C, BLOCK, ACC)
     if beta is not None:
         output += rows.load_channels(beta, j, 0.0, C, BLOCK, ACC)
-    target = rows.load_rows(teacher, offsets, valid, j, C, BLOCK).to(ACC)
-    error = rows.mask_out_of_bounds(output - target, valid, j, C, BLOCK)
+    error = rows.mask_out_of_bounds(output - target.to(ACC), valid, j, C, BLOCK)
     grad_error = error
     if SPECTRAL:
         grad_error = _with_row_sums(error, width, HB, WB, BLOCK, ACC)

@@ -1,21 +1,21 @@
-# Every target sets up what it needs: a .venv with plain pip, remade only when its inputs change.
+# Each target that needs the environment creates .venv with pip, and updates it when its inputs change.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
-# the name of this machine's results; the default's are of the machine that docs/results.md is about
+# name of this machine's results file; the default belongs to the machine of docs/results.md
 BENCH ?= cpu-epyc-avx512-2cores
 BENCH_ARGS ?= --shapes published --batches 32 --dtypes fp32 bf16 --directions forward both
 BENCH_CSV := benchmarks/results/$(BENCH).csv
 
-# the torch versions of `make compat`; newest is constraints.txt's
+# torch versions of `make compat`; newest: the version in constraints.txt
 TORCH ?= 2.10.0 2.11.0 newest
-# an environment with torch for the GPU; nothing is installed into it
+# Python of an environment with a CUDA build of torch, for `make gpu`; nothing is installed into it
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
 
-# of `make mutate`: a module of featkd/ops or kernels, and how many mutants to draw
+# for `make mutate`: a module of featkd/ops or kernels, and the number of mutants
 MODULE ?= kernels/two_layer_norms.py
 MUTANTS ?= 20
 
@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 		|| { echo "featkd needs Python >= 3.10; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Set PYTHON=..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing featkd and its dependencies into $(VENV) (a few minutes the first time)"
-	@# torch first: csrc is built on its headers, and its isolated build must not fetch a second one
+	@# torch first: csrc/ is compiled with its headers, and the isolated build must not download a second torch
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
@@ -61,6 +61,7 @@ report: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/featkd kernels report
 
 lint: $(STAMP)
+	git ls-files 'csrc/*' 'tests/csrc/*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -68,6 +69,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 format: $(STAMP)
+	git ls-files 'csrc/*' 'tests/csrc/*.cpp' | xargs $(BIN)/clang-format -i
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

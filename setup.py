@@ -1,9 +1,9 @@
 """Maps top-level folders to import names and builds csrc/; the rest is in pyproject.toml.
 
-The extension is one plain shared library on torch's stable ABI, loaded by torch and not imported:
-it needs torch's headers and libraries when it is built, and serves every Python and every later
-torch. They are looked for in the environment that is installed into, so that an isolated build
-needs no second torch.
+The extension is a plain shared library on torch's stable ABI. torch loads it; Python does not
+import it. Building it needs torch's headers and libraries; the result works with any Python 3 and
+with later torch versions. The build finds torch in the environment that featkd is installed into,
+so an isolated build needs no second torch.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ CSRC = Path("csrc")
 TORCH_2_10 = "0x020a000000000000"
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"),
-    # neither changes a result: square roots that set no errno, no floating-point traps
+    # neither changes a result: square roots do not set errno, and there are no floating-point traps
     *("-fno-math-errno", "-fno-trapping-math"),
 )
-# name: bytes of a vector, rows of A and vectors of shifts that the registers hold, flags
+# name: (bytes per vector, rows of A held in registers, vectors of shifts held in registers, flags)
 ISAS = {"portable": (16, 2, 4, ())}
 if platform.machine() in ("x86_64", "AMD64"):
     wide = ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
     ISAS |= {"avx2": (32, 2, 5, ("-mavx2", "-mfma")), "avx512": (64, 4, 4, wide)}
-BYTES_A_JOB = 2 * 2**30
+BYTES_PER_JOB = 2 * 2**30
 DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"
 
 
 def torch_folder() -> Path | None:
-    """Of the torch that this build can see, or that is installed where it will be used."""
+    """Folder of the torch that this build or the target environment can import, or None."""
     for place in (*sys.path, *(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))):
         folder = Path(place) / "torch"
         if (folder / "include/torch/csrc/stable/library.h").is_file():
@@ -48,7 +48,7 @@ def torch_folder() -> Path | None:
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler to use; FEATKD_CUDA=0 forbids it and FEATKD_CUDA=1 insists on it."""
+    """Path of nvcc, or None; FEATKD_CUDA=0 disables it, FEATKD_CUDA=1 requires it."""
     asked = os.environ.get("FEATKD_CUDA", "")
     if asked not in ("", "0", "1"):
         raise SystemExit(f"FEATKD_CUDA: expected 0, 1 or nothing, got {asked!r}")
@@ -64,7 +64,7 @@ def nvcc() -> str | None:
 
 
 def gencodes(archs: str) -> list[str]:
-    """nvcc's flags for a TORCH_CUDA_ARCH_LIST: 8.0;9.0a;10.0+PTX."""
+    """nvcc flags for a TORCH_CUDA_ARCH_LIST such as 8.0;9.0a;10.0+PTX."""
     flags = []
     for arch in archs.replace(" ", ";").split(";"):
         number = arch.removesuffix("+PTX").replace(".", "")
@@ -77,9 +77,9 @@ def gencodes(archs: str) -> list[str]:
 
 
 def jobs() -> int:
-    """As many compilers as there are cores, or as the memory holds."""
+    """Number of parallel compilers: limited by the cores and by free memory."""
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(len(os.sched_getaffinity(0)), memory // BYTES_A_JOB))
+    return max(1, min(len(os.sched_getaffinity(0)), memory // BYTES_PER_JOB))
 
 
 def cpu_flags(isa: str) -> tuple[str, ...]:
@@ -90,13 +90,13 @@ def cpu_flags(isa: str) -> tuple[str, ...]:
 
 
 def ninja_file(torch: Path, cuda: str | None, target: Path) -> str:
-    """The build as ninja reads it."""
+    """Contents of build.ninja."""
     cxx = os.environ.get("CXX", "c++")
     source = CSRC.absolute()
     lines = [
         "rule cxx\n  command = " + cxx + " $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc",
-        # nvcc knows where its own libraries are
+        # nvcc links its own libraries
         f"rule link\n  command = {cuda or cxx} -shared -o $out $in $libraries",
     ]
     objects = []
@@ -143,7 +143,7 @@ class BuildCsrc(build_ext):
         for made in (target.parent, folder):
             made.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(ninja_file(torch, nvcc(), target))
-        # the package that a build requires, or the system's where an environment lacks it
+        # the ninja package if it is installed, otherwise the system's ninja
         ninja = [sys.executable, "-m", "ninja"] if find_spec("ninja") else ["ninja"]
         command = [*ninja, "-C", str(folder), "-j", str(jobs())]
         if subprocess.run(command).returncode:
@@ -151,7 +151,7 @@ class BuildCsrc(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """A library that no Python imports fits all of them."""
+    """Wheel tag for any Python 3: no Python imports the library."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])

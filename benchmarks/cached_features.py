@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featkd.arguments import Parser, add_json, check_folders
 from featkd.cache.lowrank import FORMS, Form, LowRank, compress, dequantise, quantise, restore
-from featkd.checks import check_positive
+from featkd.cli.arguments import Parser, add_json, check_folders
 from featkd.data import DataConfig
 from featkd.diagnostics.model_features import ModelFeatures, Subject
 from featkd.functional import projected_feature_kd
 from featkd.models import FeatureModel, create_teacher
+from featkd.runtime.checks import check_positive
 from featkd.train import checkpoint
 from featkd.train.trained import load_trained
 

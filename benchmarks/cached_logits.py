@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from featkd.arguments import Parser, add_json, check_folders
 from featkd.cache import Layout, Taught
+from featkd.cli.arguments import Parser, add_json, check_folders
 from featkd.functional import soft_kd
 
 from .results import Measured, describe_run, meta_of, versions_of, write_json

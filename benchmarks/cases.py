@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from featkd.checks import suggestion
+from featkd.runtime.checks import suggestion
 
 from . import (
     lift_head,

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from featkd import openmp
+from featkd.runtime import openmp
 
 openmp.set_defaults()  # before torch is loaded, as `featkd bench` has it
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

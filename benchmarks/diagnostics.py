@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 import featkd
-from featkd.arguments import Parser, add_json, check_folders
-from featkd.checks import check_positive
+from featkd.cli.arguments import Parser, add_json, check_folders
 from featkd.diagnostics import SEP, CapturedEnergy, DatasetPCA, SpectrumStats
-from featkd.files import write_csv
+from featkd.runtime.checks import check_positive
+from featkd.runtime.files import write_csv
 
 from . import results, timing
 from .spectrum import feature_maps

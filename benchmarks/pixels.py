@@ -18,12 +18,12 @@ from PIL import Image
 from timm.data.auto_augment import RandAugment
 from torch import Tensor
 
-from featkd.arguments import Parser, check_folders
+from featkd.cli.arguments import Parser, check_folders
 from featkd.data import DataConfig, ImageSet, read_image
 from featkd.data.augment import build_transform, kept_generators, seeded
-from featkd.data.dali_files import as_png
-from featkd.data.dali_pipeline import as_arrays, build_pipeline
-from featkd.data.decisions import Decisions, Operation, TrainingDecisions, evaluation_decisions
+from featkd.data.augment_params import Decisions, Operation, TrainingDecisions, evaluation_decisions
+from featkd.data.dali.files import as_png
+from featkd.data.dali.pipeline import as_arrays, build_pipeline
 from featkd.data.sampler import Key
 
 from .table import write_into

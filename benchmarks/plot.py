@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featkd.files import atomic_write
+from featkd.runtime.files import atomic_write
 
 from .results import Measured, ResultsError, Row, newest, origin
 from .variants import VARIANTS

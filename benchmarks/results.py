@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 
-from featkd import environment
-from featkd.files import atomic_write
+from featkd.runtime import environment
+from featkd.runtime.files import atomic_write
 
 _VERSIONS = ("featkd", "python", "torch", "triton")
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import featkd
 from featkd import linalg
-from featkd.arguments import Parser, add_json, check_folders
-from featkd.checks import check_positive
-from featkd.files import write_csv
+from featkd.cli.arguments import Parser, add_json, check_folders
+from featkd.runtime.checks import check_positive
+from featkd.runtime.files import write_csv
 
 from . import results, timing
 from .variants import Step

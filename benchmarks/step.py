@@ -21,11 +21,11 @@ import featkd
 from featkd.cache import CacheConfig
 from featkd.data import Batch
 from featkd.data.loader import as_tensor
-from featkd.distributed import ProcessContext
-from featkd.environment import multiplies_bf16
-from featkd.train.engine import Trainer
-from featkd.train.fill import fill
+from featkd.runtime.distributed import ProcessContext
+from featkd.runtime.environment import multiplies_bf16
+from featkd.train.build_cache import fill
 from featkd.train.recipe import Recipe
+from featkd.train.trainer import Trainer
 
 from .results import Measured
 from .roofline import measure_rates

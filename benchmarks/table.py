@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from featkd.files import atomic_write
+from featkd.runtime.files import atomic_write
 
 from .results import ResultsError, Row, newest, origin
 from .variants import VARIANTS

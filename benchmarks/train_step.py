@@ -11,9 +11,9 @@ from itertools import count, islice
 import numpy as np
 
 from featkd.data import Batch, Loader, build_loader
-from featkd.distributed import ProcessContext
-from featkd.train.engine import Trainer
+from featkd.runtime.distributed import ProcessContext
 from featkd.train.recipe import Recipe
+from featkd.train.trainer import Trainer
 
 from . import step
 from .throughput import Rate

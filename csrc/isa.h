@@ -15,9 +15,9 @@ Isa isa();
 // this processor.
 #if defined(__x86_64__)
 #define FEATKD_FOR_EACH_ISA(type, name) extern type name##_portable, name##_avx2, name##_avx512;
-#define FEATKD_CHOSEN(name)                                    \
-  (::featkd::isa() == ::featkd::Isa::avx512 ? name##_avx512    \
-   : ::featkd::isa() == ::featkd::Isa::avx2 ? name##_avx2      \
+#define FEATKD_CHOSEN(name)                                 \
+  (::featkd::isa() == ::featkd::Isa::avx512 ? name##_avx512 \
+   : ::featkd::isa() == ::featkd::Isa::avx2 ? name##_avx2   \
                                             : name##_portable)
 #else
 #define FEATKD_FOR_EACH_ISA(type, name) extern type name##_portable;

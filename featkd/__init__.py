@@ -13,7 +13,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("data", "functional", "linalg", "losses", "models", "reference", "train")
+_SUBMODULES = ("data", "functional", "linalg", "losses", "models", "train")
 
 _BACKENDS = ("last_backend", "use_backend")
 
@@ -22,7 +22,7 @@ __all__ = ["__version__", *_BACKENDS, *_SUBMODULES]
 
 def __getattr__(name: str) -> Any:
     if name in _BACKENDS:
-        return getattr(importlib.import_module(f"{__name__}.backends"), name)
+        return getattr(importlib.import_module(f"{__name__}.ops.backends"), name)
     if name in _SUBMODULES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,6 @@
 
 import sys
 
-from featkd.cli import main
+from featkd.cli.main import main
 
 sys.exit(main())

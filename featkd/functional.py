@@ -1,8 +1,9 @@
-"""The public functions: documented, checked, and handed to a backend.
+"""Public functions: they check their arguments and call the ops.
 
 Shapes: B images, N tokens (patches, row-major, no CLS), Cs/Ct student/teacher channels, K classes.
-Scalars come back as float32, or float64 where the first argument is float64. All functions are
-differentiable in everything but the teacher's tensors, repeat bitwise, and write to no input.
+Scalars are float32, or float64 if the first argument is float64. All functions are differentiable
+in all inputs except the teacher's tensors, give bitwise equal results when repeated, and never
+write to an input.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from featkd import checks
 from featkd.ops import soft_kd as soft_kd_op
 from featkd.ops import support
 from featkd.ops import talking_heads_attention as talking_heads_attention_op
 from featkd.ops.feature_distance import feature_distance
 from featkd.ops.two_layer_norms import two_layer_norms
+from featkd.runtime import checks
 
 Metric = Literal["mse", "spectral"]
 
@@ -44,37 +45,37 @@ def projected_feature_kd(
 ) -> Tensor:
     """Distance of a student's (projected) feature map from a teacher's.
 
-    With Y = LN(S W^T + b) (either step left out where its parameters are None) and E = Y - T:
+    With Y = LN(S W^T + b) (a step is skipped if its parameters are None) and E = Y - T:
     "mse" is mean(E^2); "spectral" is the mean over real and imaginary parts of
     rfft2(E, norm="ortho")^2 on the patch grid ([EM26], MSE and SpectralKD losses; section 3 of
     docs/method.md has the FFT-free form that is computed).
 
     Args:
         student: (B, N, Cs), floating.
-        teacher: (B, N, Ct), floating, needing no gradient; its dtype may differ.
+        teacher: (B, N, Ct), floating, without requires_grad; its dtype may differ.
         weight: (Ct, Cs) or None; None needs Cs == Ct.
         bias: (Ct,) or None; only with `weight`.
         norm_weight: (Ct,) or None (no LayerNorm).
         norm_bias: (Ct,) or None; only with `norm_weight`.
         eps: LayerNorm's epsilon.
         metric: "mse" or "spectral".
-        grid: (H, W) with H*W == N, used by "spectral" alone. None takes a square grid.
+        grid: (H, W) with H*W == N, only used by "spectral". None assumes a square grid.
 
     Returns:
         A scalar.
 
     Raises:
-        TypeError: an integer tensor, or something else than a tensor or a number.
-        ValueError: shapes, devices or the grid don't fit, an empty input, a teacher that
+        TypeError: an argument is an integer tensor, or neither tensor nor number.
+        ValueError: shapes, devices or the grid don't match, an input is empty, or the teacher
             requires grad.
 
     Notes:
         S W^T + b is torch's linear layer, under autocast too; without autocast the parameters
-        take the student's dtype. All that follows is computed in float32 (float64 for a float64
-        student): for CUDA tensors by one Triton kernel that reads the projected map and the
-        teacher's once, and one kernel backward; for others by plain torch
-        (`featkd.use_backend`). The projected map and the teacher's are kept for the backward
-        pass. Results repeat bitwise. The kernels' gradients cannot be differentiated again.
+        are cast to the student's dtype. Everything after it is computed in float32 (float64 for a
+        float64 student). CUDA tensors take one Triton kernel forward and one backward, each of
+        which reads the two maps once; other tensors take plain torch (`featkd.use_backend`). The
+        projected map and the teacher's map are kept for the backward pass. Results are bitwise
+        repeatable. Double backward through the kernels is not supported.
 
     Example:
         >>> import torch
@@ -129,10 +130,10 @@ def widelast_projection(
     *,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Entry of a block that is wider than the one before: the new residual stream and its norm.
+    """Input projection of a wider block: the new residual stream and its normalised copy.
 
-    r = LN_p(x W^T) and u = LN_1(r) ([EM26], WideLast): r goes on as the residual stream, u into
-    the block's attention.
+    r = LN_p(x W^T) and u = LN_1(r) ([EM26], WideLast): r is the residual stream, u the input
+    of the block's attention.
 
     Args:
         x: (B, N, Cs), floating.
@@ -142,19 +143,19 @@ def widelast_projection(
 
     Returns:
         (residual, normed), both (B, N, Ct) in x's dtype. Under autocast the residual is float32
-        and the normed map has autocast's dtype, which the linear layer after it would take.
+        and the normed map has the autocast dtype, to which the next linear layer would cast it.
 
     Raises:
-        TypeError: an integer tensor, or something else than a tensor or a number.
-        ValueError: shapes or devices don't fit.
+        TypeError: an argument is an integer tensor, or neither tensor nor number.
+        ValueError: shapes or devices don't match.
 
     Notes:
-        x W^T is torch's linear layer, under autocast too; without autocast the weight takes x's
-        dtype. LN_1 takes r unrounded, and both norms are computed in float32 (float64 for a
-        float64 x): for CUDA tensors by one Triton kernel each way, for others by plain torch
-        (`featkd.use_backend`). x W^T is kept for the backward pass. Results repeat bitwise. The
-        kernels' gradients cannot be differentiated again. A graph that is being exported gets
-        plain torch operators.
+        x W^T is torch's linear layer, under autocast too; without autocast the weight is cast to
+        x's dtype. Both norms are computed in float32 (float64 for a float64 x), and LN_1 sees r
+        before it is rounded. CUDA tensors take one Triton kernel forward and one backward; other
+        tensors take plain torch (`featkd.use_backend`). x W^T is kept for the backward pass.
+        Results are bitwise repeatable. Double backward through the kernels is not supported.
+        Exported graphs contain plain torch operators.
 
     Example:
         >>> import torch
@@ -202,9 +203,9 @@ def lift_head(
     metric: Metric = "mse",
     grid: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Lift's head: project the patch tokens to the teacher's width, pool, and compare.
+    """Lift's head: projects the patch tokens to the teacher's width, pools, and compares.
 
-    z = LN(f W^T) ([EM26], Lift); pooled = mean of z over the tokens, which a Linear classifies;
+    z = LN(f W^T) ([EM26], Lift); pooled = mean of z over the tokens, the classifier's input;
     loss = `projected_feature_kd`'s distance of z from the teacher's map.
 
     Args:
@@ -218,16 +219,16 @@ def lift_head(
         (pooled (B, Ct) in features' dtype, scalar loss or None).
 
     Raises:
-        TypeError: an integer tensor, or something else than a tensor or a number.
-        ValueError: shapes, devices or the grid don't fit, an empty input, a teacher that
+        TypeError: an argument is an integer tensor, or neither tensor nor number.
+        ValueError: shapes, devices or the grid don't match, an input is empty, or the teacher
             requires grad.
 
     Notes:
         f W^T is torch's linear layer, as in `projected_feature_kd`, and is kept for the backward
-        pass. For CUDA tensors one Triton kernel forms both results from it without writing z, and
-        one kernel its gradient; others take plain torch (`featkd.use_backend`). A patch grid of
-        more than 128 columns takes plain torch too. Results repeat bitwise. The kernels' gradients
-        cannot be differentiated again.
+        pass. For CUDA tensors one Triton kernel computes both results without writing z, and one
+        computes the gradient. Other tensors, and patch grids with more than 128 columns, take
+        plain torch (`featkd.use_backend`). Results are bitwise repeatable. Double backward
+        through the kernels is not supported.
 
     Example:
         >>> import torch
@@ -273,40 +274,39 @@ def soft_kd(
     alpha: float,
     tau: float = 1.0,
 ) -> Tensor:
-    """Cross-entropy and softened KL divergence, weighted as published.
+    """Cross-entropy plus KL divergence at a temperature, weighted as published.
 
     (1 - alpha) CE(student, target) + alpha tau^2 KL(softmax(teacher/tau) || softmax(student/tau)),
     batch means ([EM26], SoftKD).
 
     Args:
         student_logits: (B, K), floating.
-        teacher_logits: (B, K), floating, needing no gradient; may be None where alpha is 0.
-        target: (B,) class indices, int64, each in [0, K); or (B, K) soft labels, floating, whatever
-            they sum to. Dtypes of all three may differ.
-        alpha: weight of the teacher, from 0 to 1. A term of weight zero is left out, and its
-            tensor not looked at.
+        teacher_logits: (B, K), floating, without requires_grad; may be None if alpha is 0.
+        target: (B,) class indices, int64, each in [0, K); or (B, K) soft labels, floating, with any
+            sum. The three dtypes may differ.
+        alpha: weight of the teacher, from 0 to 1. A term of weight zero is skipped, and its
+            tensor is not read.
         tau: temperature, > 0.
 
     Returns:
         A scalar.
 
     Raises:
-        TypeError: an integer tensor where logits are expected, a target of a wrong dtype, or
-            something else than a tensor or a number.
-        ValueError: shapes, devices, alpha or tau don't fit, an empty batch, no teacher where
-            alpha > 0, a teacher that requires grad.
-        RuntimeError: on a CPU, a class index outside of [0, K) ("index 7 is out of bounds for
-            dimension 1 with size 5"; no index is ignored, -100 neither). On a GPU, where asking
-            would wait for it, such a row makes the loss NaN, and its own gradient.
+        TypeError: logits are an integer tensor, the target has a wrong dtype, or an argument is
+            neither tensor nor number.
+        ValueError: shapes or devices don't match, alpha or tau is out of range, the batch is
+            empty, the teacher is missing although alpha > 0, or the teacher requires grad.
+        RuntimeError: on a CPU, a class index is outside of [0, K) ("index 7 is out of bounds for
+            dimension 1 with size 5"); no index is ignored, not even -100. On a GPU a check would
+            have to wait for the device: there the loss and the gradient of that row become NaN.
 
     Notes:
-        Computed in float32 (float64 for a float64 student), under autocast too: for CUDA tensors
-        by one Triton kernel each way, for others by plain torch (`featkd.use_backend`). Only
-        the inputs are kept for the backward pass. Results repeat bitwise.
-        Soft labels that require grad get theirs from plain torch, with a warning. Masked
-        classes (logits of -inf) give what the equation gives in IEEE arithmetic: a finite
-        cross-entropy for indices, NaN for 0 * inf. The kernels' gradients cannot be
-        differentiated again.
+        Computed in float32 (float64 for a float64 student), under autocast too. CUDA tensors take
+        one Triton kernel forward and one backward; other tensors take plain torch
+        (`featkd.use_backend`). Only the inputs are kept for the backward pass. Results are
+        bitwise repeatable. Double backward through the kernels is not supported. Soft labels that
+        require grad take plain torch, with a warning. Masked classes (logits of -inf) follow the
+        equation in IEEE arithmetic: a finite cross-entropy for class indices, NaN for 0 * inf.
 
     Example:
         >>> import torch
@@ -341,29 +341,29 @@ def talking_heads_attention(
     *,
     scale: float,
 ) -> Tensor:
-    """Attention whose heads are mixed before and after the softmax, as CaiT's.
+    """Attention that mixes the heads before and after the softmax, as in CaiT.
 
     With S_h = scale Q_h K_h^T: P_g = softmax over the keys of sum_h pre_gh S_h + pre_bias_g, and
     O_h = (sum_g post_hg P_g + post_bias_h) V_h (Shazeer et al., arXiv 2003.02436 [THA20]; CaiT,
-    arXiv 2103.17239). It is what a CaiT teacher spends most of its attention's time on.
+    arXiv 2103.17239).
 
     Args:
         q, k, v: (B, heads, N, d), floating, of one dtype.
         pre_weight, post_weight: (heads, heads), as timm's proj_l.weight and proj_w.weight.
         pre_bias, post_bias: (heads,).
-        scale: of the scores, > 0, for instance d ** -0.5.
+        scale: factor of the scores, > 0, for example d ** -0.5.
 
     Returns:
         (B, heads, N, d) in q's dtype; o.transpose(1, 2) is contiguous.
 
     Raises:
-        TypeError: an integer tensor, or something else than a tensor or a number.
-        ValueError: shapes, dtypes or devices don't fit, an empty input.
+        TypeError: an argument is an integer tensor, or neither tensor nor number.
+        ValueError: shapes, dtypes or devices don't match, or an input is empty.
 
     Notes:
-        CPU tensors run on blocks of scores that stay in the cache, from csrc, for inference:
-        plain torch runs, with a warning, if an input requires grad. All other tensors take plain
-        torch, which torch.compile fuses (`featkd.use_backend`).
+        On a CPU, inference takes the compiled kernel of csrc/, whose blocks of scores stay in the
+        cache. If an input requires grad, plain torch runs, with a warning. Tensors on other
+        devices take plain torch, which torch.compile can fuse (`featkd.use_backend`).
 
     Example:
         >>> import torch

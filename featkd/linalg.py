@@ -1,9 +1,9 @@
 """Batched singular values, energy ranks and subspaces of small matrices, such as feature maps.
 
 Shapes: any leading batch dimensions, then N tokens and D channels; n = min(N, D). The compiled
-library of csrc/ runs where the smaller side is from 1 to 512, on a CPU with one matrix a thread;
-torch.linalg runs else, and `featkd.last_backend("spectrum")`, or "svd", says which. Nothing here
-writes to its input. docs/linalg.md has the algorithm and how it was shown to be right.
+library of csrc/ runs if the smaller side is from 1 to 512 (on a CPU one matrix per thread),
+otherwise torch.linalg. `featkd.last_backend("spectrum")` or `("svd")` returns which one ran. No
+function writes to its input. docs/linalg.md describes the algorithm and its accuracy.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from featkd import backends, checks, reference
+from featkd.ops import backends, orthonormal, reference
 from featkd.ops import jacobi as jacobi_op
-from featkd.ops import orthonormal
 from featkd.ops import spectrum as spectrum_op
 from featkd.ops.spectrum import Spectrum
+from featkd.runtime import checks
+from featkd.runtime.dtypes import accumulation_dtype
 
 __all__ = [
     "SVD",
@@ -33,11 +34,11 @@ __all__ = [
 ]
 
 THRESHOLDS = (0.8, 0.9, 0.95, 0.99)
-_NOISE = 2.0**-40  # of the largest: a vector this short holds nothing but roundings
+_NOISE = 2.0**-40  # relative to the largest: a shorter vector consists of rounding errors
 
 
 class SVD(NamedTuple):
-    """X = U diag(S) Vh, as torch.linalg.svd has it.
+    """Result of `svd`: X = U diag(S) Vh, as in torch.linalg.svd.
 
     Attributes:
         U: (..., N, k), orthonormal columns.
@@ -57,19 +58,19 @@ def svdvals(x: Tensor) -> Tensor:
         x: (..., N, D), floating.
 
     Returns:
-        (..., n), float64 for float64 and else float32. NaN, as is the gradient, for a matrix that
-        holds NaN or Inf.
+        (..., n), float64 for float64 and otherwise float32. NaN for a matrix that contains NaN or
+        Inf, and so is its gradient.
 
     Raises:
-        TypeError: not a real floating-point tensor.
-        ValueError: fewer than two dimensions.
-        RuntimeError: too little memory for the scratch space.
+        TypeError: `x` is not a real floating-point tensor.
+        ValueError: `x` has fewer than two dimensions.
+        RuntimeError: not enough memory for the scratch space.
 
     Notes:
-        Computed in float64 whatever the dtype: values of float32 matrices are good to float32's
-        rounding of the largest. For float64 matrices the error of a value s is about
-        1e-16 s_1^2 / s: tiny values are better taken from `svd` by Jacobi. Differentiable, twice
-        too; the gradient takes torch.linalg.svd. Repeats bitwise.
+        Always computed in float64. For float32 inputs the error is at most float32's rounding of
+        the largest value. For float64 inputs the error of a value s is about 1e-16 s_1^2 / s; use
+        `svd(method="jacobi")` for tiny values. Twice differentiable; the gradient uses
+        torch.linalg.svd. Results are bitwise repeatable.
 
     Example:
         >>> import torch
@@ -81,30 +82,30 @@ def svdvals(x: Tensor) -> Tensor:
 
 
 def spectrum(x: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> Spectrum:
-    """Singular values, energies and ranks of one solve, and how it went.
+    """Singular values, energy curve, energy ranks and status of each matrix, from one solve.
 
     The share of the energy in the r leading values is sum_{i<=r} s_i^2 / sum_i s_i^2, and the
-    energy rank at a threshold the least r whose share reaches it ([EM26], Figure 1). A share
-    within 1e-10 below a threshold reaches it.
+    energy rank at a threshold is the least r whose share reaches it ([EM26], Figure 1). A share
+    at most 1e-10 below a threshold counts as reaching it.
 
     Args:
         x: (..., N, D), floating.
         thresholds: T shares, above 0 and at most 1.
 
     Returns:
-        A `Spectrum`; its fields say more. A zero matrix has ranks 0. A matrix with NaN or Inf has
-        info 1, values NaN and ranks -1, and the others are as they would be without it.
+        A `Spectrum`. A zero matrix has ranks 0. A matrix with NaN or Inf has info 1, values NaN
+        and ranks -1; the other matrices of the batch are unaffected.
 
     Raises:
-        TypeError: not a real floating-point tensor, or a threshold that is no number.
-        ValueError: fewer than two dimensions, or a threshold out of range.
-        RuntimeError: too little memory for the scratch space.
+        TypeError: `x` is not a real floating-point tensor, or a threshold is not a number.
+        ValueError: `x` has fewer than two dimensions, or a threshold is out of range.
+        RuntimeError: not enough memory for the scratch space.
 
     Notes:
-        float32 and narrower inputs are solved in float32, and once more in float64 where a
-        threshold is within 1e-6 of a step of the curve, so that ranks are float64's. A value s of
-        theirs is good to 5e-7 s_1^2 / s only: `svdvals` has small ones better. The values alone
-        have a gradient. Repeats bitwise.
+        float32 and narrower inputs are solved in float32. A matrix whose curve passes within 1e-6
+        of a threshold is solved again in float64, so that the ranks equal float64's. A singular
+        value s of a float32 solve has an error of about 5e-7 s_1^2 / s; `svdvals` is more precise
+        for small values. Only the values have a gradient. Results are bitwise repeatable.
 
     Example:
         >>> import torch
@@ -118,9 +119,9 @@ def spectrum(x: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> Spectrum:
 
 
 def energy_ranks(x: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> Tensor:
-    """Energy ranks: the least r with sum_{i<=r} s_i^2 >= t sum_i s_i^2 at each threshold t.
+    """Energy ranks: the least r with sum_{i<=r} s_i^2 >= t sum_i s_i^2 for each threshold t.
 
-    Args, errors and notes are those of `spectrum`.
+    Arguments, errors and notes: see `spectrum`.
 
     Returns:
         (..., T) int64: 0 for a zero matrix, -1 for one with NaN or Inf.
@@ -136,11 +137,11 @@ def energy_ranks(x: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> Tensor:
 def energy_curve(x: Tensor) -> Tensor:
     """Share of the energy in the r leading singular values, sum_{i<=r} s_i^2 / sum_i s_i^2.
 
-    Args, errors and notes are those of `spectrum`.
+    Arguments, errors and notes: see `spectrum`.
 
     Returns:
-        (..., n), float64 for float64 and else float32; zeros for a zero matrix. Differentiable,
-        by way of `svdvals`.
+        (..., n), float64 for float64 and otherwise float32; zeros for a zero matrix.
+        Differentiable through `svdvals`.
 
     Example:
         >>> import torch
@@ -158,33 +159,34 @@ def energy_curve(x: Tensor) -> Tensor:
 
 
 def svd(x: Tensor, k: int | None = None, *, method: Literal["auto", "jacobi"] = "auto") -> SVD:
-    """Singular value decomposition, thin, or its k leading vectors.
+    """Thin singular value decomposition, or its k leading triplets.
 
     Args:
         x: (..., N, D), floating; half precision is computed and returned as float32.
-        k: how many; None for all n.
-        method: "auto", or "jacobi" for tiny values: one-sided Jacobi in float64.
+        k: number of triplets; None for all n.
+        method: "auto", or "jacobi" for precise tiny values: one-sided Jacobi in float64.
 
     Returns:
         `SVD` of U (..., N, k), S (..., k) and Vh (..., k, D). With "auto", NaN for a matrix that
-        holds NaN or Inf; the others are as they would be without it.
+        contains NaN or Inf; the other matrices of the batch are unaffected.
 
     Raises:
-        TypeError: not a real floating-point tensor, or k neither None nor an int.
-        ValueError: fewer than two dimensions, an unknown method, or k not from 1 to n.
-        RuntimeError: "jacobi" and NaN or Inf, or no convergence. While a CUDA graph is captured
-            nothing is raised; those matrices' results are NaN.
+        TypeError: `x` is not a real floating-point tensor, or k is neither None nor an int.
+        ValueError: `x` has fewer than two dimensions, the method is unknown, or k is not from 1
+            to n.
+        RuntimeError: with "jacobi", a matrix contains NaN or Inf or does not converge. While a
+            CUDA graph is captured nothing is raised; the results of such a matrix are NaN.
 
     Notes:
-        With "auto" all vectors come from torch.linalg.svd, with its gradient. The k leading ones
-        come from the eigenvectors of the smaller side's Gram matrix in float64; the other side's
-        vectors, X^T U / s, are orthonormalised. Where x requires grad, they are those of
-        torch.linalg.svd in float64, with its gradient: slower, and signs may differ. Those of
-        "jacobi" carry none; it takes values below 1e-135 of the largest for zeros.
+        "auto" with k=None is torch.linalg.svd, with its gradient. With k, the vectors of the
+        smaller side are the leading eigenvectors of its Gram matrix in float64; those of the
+        other side, X^T U / s, are orthonormalised. If x requires grad, torch.linalg.svd in
+        float64 is used instead, with its gradient: it is slower, and signs may differ. "jacobi"
+        has no gradient; it treats values below 1e-135 of the largest as zero.
 
-        On a GPU torch.linalg.svd takes one matrix after the other and waits for the GPU. The k
-        leading vectors and "jacobi" take the whole batch at once, and a CUDA graph can capture
-        them. The leading vectors are NaN there where Jacobi does not converge in 60 sweeps.
+        On a GPU, torch.linalg.svd loops over the batch and synchronises. The k leading vectors
+        and "jacobi" process the whole batch at once and can be captured in a CUDA graph. The
+        leading vectors of a matrix are NaN if Jacobi does not converge in 60 sweeps.
 
     Example:
         >>> import torch
@@ -198,7 +200,7 @@ def svd(x: Tensor, k: int | None = None, *, method: Literal["auto", "jacobi"] = 
         raise ValueError(f"method: expected 'auto' or 'jacobi', got {method!r}")
     if k is not None:
         _check_count("k", k, smaller)
-    dtype = reference.accumulation_dtype(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     if method == "jacobi":
         found = SVD(*jacobi_op.svd(x.detach()))
     else:
@@ -225,12 +227,12 @@ def _scaled(u: Tensor, s: Tensor, vh: Tensor, factor: Tensor) -> SVD:
 
 
 def _leading(x: Tensor, k: int) -> SVD:
-    """The k leading singular triplets by the Gram matrix of the smaller side, in float64."""
+    """Computes the k leading triplets from the Gram matrix of the smaller side, in float64."""
     backend = jacobi_op.choose(x) if orthonormal.is_batched_only(x) else "reference"
     backends.record(jacobi_op.NAME, backend)
     tall = x.shape[-2] > x.shape[-1]
     clean, factor = reference.set_bad_aside(x.double())
-    scale = _power_of_two(clean)  # the Gram matrix squares what it gets
+    scale = _power_of_two(clean)  # the Gram matrix squares its input
     wide = (clean.mT if tall else clean) / scale
     gram = wide @ wide.mT
     if backend == "reference":
@@ -241,7 +243,7 @@ def _leading(x: Tensor, k: int) -> SVD:
     far = wide.mT @ near  # the columns have the lengths S
     lengths = torch.linalg.vector_norm(far, dim=-2)
     basis = orthonormal.orthonormal_columns(far, lengths <= _NOISE * lengths[..., :1])
-    # beyond the matrix rank the eigenvectors' order is rounding's, and the lengths have another
+    # beyond the matrix rank rounding decides the eigenvectors' order; the lengths differ from it
     values, order = (basis * far).sum(-2).abs().sort(dim=-1, descending=True, stable=True)
     near, far = (torch.take_along_dim(v, order.unsqueeze(-2), -1) for v in (near, basis))
     u, v = (far, near) if tall else (near, far)
@@ -249,7 +251,7 @@ def _leading(x: Tensor, k: int) -> SVD:
 
 
 def _power_of_two(x: Tensor) -> Tensor:
-    """(..., 1, 1): the greatest that the largest element reaches, and 1 for a zero matrix."""
+    """Largest power of two up to the largest element, (..., 1, 1); 1 for a zero matrix."""
     largest = x.abs().amax((-2, -1), keepdim=True)
     return torch.where(largest > 0, largest / (2 * largest.frexp().mantissa), 1)
 
@@ -258,20 +260,20 @@ def principal_angles(v1: Tensor, v2: Tensor) -> Tensor:
     """Principal angles between the column spaces of two matrices, in radians, ascending.
 
     With orthonormal bases Q1 and Q2 the cosines are the singular values of Q1^T Q2 and the sines
-    those of Q2 - Q1 Q1^T Q2; each angle is taken from the one that is well conditioned (Bjorck and
-    Golub, 1973).
+    those of Q2 - Q1 Q1^T Q2. Each angle is computed from the better conditioned of the two (Bjorck
+    and Golub, 1973).
 
     Args:
         v1: (..., D, k1), floating, of full column rank.
         v2: (..., D, k2), floating, of full column rank.
 
     Returns:
-        (..., min(k1, k2)), float64 where an argument is float64 and else float32. NaN where v1 or
-        v2 holds NaN or Inf; the other pairs' are as they would be without it.
+        (..., min(k1, k2)), float64 if an argument is float64 and otherwise float32. NaN for a pair
+        that contains NaN or Inf; the other pairs are unaffected.
 
     Raises:
-        TypeError: not real floating-point tensors.
-        ValueError: other shapes, or more columns than rows.
+        TypeError: an argument is not a real floating-point tensor.
+        ValueError: the shapes don't match, or a matrix has more columns than rows.
 
     Example:
         >>> import torch
@@ -295,12 +297,12 @@ def principal_angles(v1: Tensor, v2: Tensor) -> Tensor:
     cosines = _small_values(shared).clamp(max=1)
     sines = _small_values(q_small - q_large @ shared).flip(-1).clamp(max=1)
     angles = torch.where(cosines.square() < 0.5, cosines.acos(), sines.asin())
-    dtype = torch.promote_types(*(reference.accumulation_dtype(v.dtype) for v in (v1, v2)))
+    dtype = torch.promote_types(*(accumulation_dtype(v.dtype) for v in (v1, v2)))
     return (angles * (one * other)[..., None]).to(dtype)
 
 
 def _small_values(x: Tensor) -> Tensor:
-    """Singular values good to 1e-16 of the largest, which those by a Gram matrix are not."""
+    """Singular values with an error of 1e-16 of the largest; a Gram matrix would lose half."""
     differentiable = x.requires_grad and torch.is_grad_enabled()
     batched = orthonormal.is_batched_only(x) and not differentiable
     if batched and jacobi_op.choose(x) != "reference":

@@ -1,4 +1,4 @@
-"""The losses as modules: those that own a projector, and the published training objective."""
+"""Losses as modules: with a trainable projector, and the published training objective."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featkd import checks
 from featkd.functional import Metric, projected_feature_kd, soft_kd
 from featkd.ops import support
-from featkd.reference import accumulation_dtype
+from featkd.runtime import checks
+from featkd.runtime.dtypes import accumulation_dtype
 
 __all__ = [
     "DistillationLoss",
@@ -24,7 +24,7 @@ __all__ = [
 
 
 class ProjectedFeatureKD(nn.Module):
-    """Feature distillation through a linear projector that the loss owns (and trains).
+    """Feature distillation loss with its own trainable linear projector.
 
     Equation and source as in `featkd.functional.projected_feature_kd`. The projector's parameters
     belong to the optimizer: add `loss.parameters()` to it.
@@ -86,28 +86,28 @@ class ProjectedFeatureKD(nn.Module):
 
 
 class DistillationTerms(NamedTuple):
-    """What a training step logs; all scalars, `total` is the one to differentiate."""
+    """Scalar terms of the loss; call `backward` on `total`, the others are detached."""
 
     total: Tensor
     logits: Tensor
     """(1 - alpha) CE + alpha tau^2 KL."""
     features: Tensor
-    """Mean feature loss over the layer pairs, before its weights; 0 where there is none."""
+    """Mean feature loss over the layer pairs, before weighting; 0 without a feature loss."""
 
 
 class DistillationLoss(nn.Module):
     """The published objective: (1 - alpha) CE + beta w_feat L_feat + alpha L_soft ([EM26]).
 
-    L_soft = tau^2 KL(teacher || student); L_feat is the mean over layer pairs. Where the widths of
-    a pair differ, the wider map is average-pooled over neighbouring channels to the narrower
-    width (the baseline that fails, and why Lift and WideLast exist).
+    L_soft = tau^2 KL(teacher || student); L_feat is the mean over layer pairs. If the widths of a
+    pair differ, the wider map is average-pooled over neighbouring channels to the narrower width.
+    This baseline does not help the student, which is why Lift and WideLast exist.
 
     Args:
         alpha: weight of the teacher's logits, from 0 (cross-entropy alone) to 1.
         beta, w_feat: the feature loss is weighted by their product.
         tau: temperature.
         feature: "mse", "spectral", or None for no feature loss.
-        label_smoothing: spread over the classes of integer targets, from 0 to 1.
+        label_smoothing: smoothing of integer targets, from 0 to 1.
         grids: (H, W) of the patch grid of each pair, "spectral" only; None takes square grids.
 
     Example:
@@ -152,19 +152,19 @@ class DistillationLoss(nn.Module):
         *,
         feature_loss: Tensor | None = None,
     ) -> DistillationTerms:
-        """The loss of one batch.
+        """Computes the loss of one batch.
 
         Args:
             student_logits: (B, K).
             target: (B,) int64 indices or (B, K) soft labels.
-            teacher_logits: (B, K), or None where alpha is 0.
-            student_features, teacher_features: one (B, N, C) map a layer pair, in the same order.
-            feature_loss: L_feat, a scalar, in place of the maps where the student has formed it
+            teacher_logits: (B, K), or None if alpha is 0.
+            student_features, teacher_features: one (B, N, C) map per layer pair, in the same order.
+            feature_loss: L_feat as a scalar instead of the maps, if the student has computed it
                 (`featkd.models.Lift.forward_with_loss`).
 
         Raises:
-            ValueError: the lists' lengths differ, are empty where `feature` asks for a loss, or a
-                pair's token counts differ.
+            ValueError: the lists of maps differ in length or are empty although `feature` is set,
+                or the token counts of a pair differ.
         """
         if self.label_smoothing > 0 and target.dim() == 1:
             target = smooth_labels(target, student_logits.shape[1], self.label_smoothing)
@@ -181,8 +181,8 @@ class DistillationLoss(nn.Module):
         assert self.feature is not None
         if len(student) != len(teacher) or not student:
             raise ValueError(
-                f"student_features, teacher_features: expected as many maps of each, at least one; "
-                f"got {len(student)} and {len(teacher)}"
+                f"student_features, teacher_features: expected the same number of maps, at least "
+                f"one; got {len(student)} and {len(teacher)}"
             )
         grids = self.grids or [None] * len(student)
         if len(grids) != len(student):
@@ -206,7 +206,7 @@ def pool_channels(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         student: (B, N, Cs). teacher: (B, N, Ct).
 
     Returns:
-        Both with min(Cs, Ct) channels; a map of that width already is returned as it came.
+        Both maps with min(Cs, Ct) channels. A map that already has that width is returned as is.
 
     Example:
         >>> s, t = pool_channels(torch.zeros(1, 1, 2), torch.tensor([[[1., 3., 5., 7.]]]))
@@ -218,8 +218,10 @@ def pool_channels(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pooled(x: Tensor, width: int) -> Tensor:
-    """`adaptive_avg_pool1d`; where all windows are alike, without its detour: 0.7 ms in place of
-    12.4 for (32, 196, 384) to 192 on two CPU cores."""
+    """Computes `adaptive_avg_pool1d`, by strided sums if all windows have the same size.
+
+    The strided sums avoid the transposed copy that the general form needs on a CPU.
+    """
     several, left = divmod(x.shape[2], width)
     if left:
         return F.adaptive_avg_pool1d(x, width)

@@ -35,7 +35,7 @@ from torch import Tensor
 from featkd.kernels.distance_kernels import distance_backward, distance_forward
 from featkd.kernels.launch import channels_adjacent, launch, processors, triton_type
 from featkd.kernels.reduce import add_up, norm_gradients
-from featkd.reference import accumulation_dtype, widest_dtype
+from featkd.runtime.dtypes import accumulation_dtype, widest_dtype
 
 MOST_COLUMNS = 128
 """Largest width of a patch grid for the spectral metric: a tile holds whole image rows."""

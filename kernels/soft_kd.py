@@ -26,7 +26,7 @@ from torch import Tensor
 from featkd.kernels import rows
 from featkd.kernels.launch import channels_adjacent, launch, triton_type
 from featkd.kernels.reduce import add_up
-from featkd.reference import accumulation_dtype
+from featkd.runtime.dtypes import accumulation_dtype
 
 
 @triton.jit(do_not_specialize=["batch"], do_not_specialize_on_alignment=["upstream"])

@@ -28,7 +28,7 @@ from torch import Tensor
 from featkd.kernels import rows
 from featkd.kernels.launch import channels_adjacent, launch, processors, triton_type
 from featkd.kernels.reduce import norm_gradients
-from featkd.reference import accumulation_dtype, widest_dtype
+from featkd.runtime.dtypes import accumulation_dtype, widest_dtype
 
 _THREADS = 512  # of the backward kernel on a multiprocessor at once
 

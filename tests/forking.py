@@ -26,7 +26,7 @@ from unittest import mock
 
 # what commands import, the parsers' own modules included
 IMPORTED = (
-    *("featkd.diagnose", "featkd.train.dryrun", "featkd.train.fill"),
+    *("featkd.cli.diagnose", "featkd.train.dryrun", "featkd.train.build_cache"),
     *("attrs", "docstring_parser", "torch.distributed.launcher.api", "torch.utils.tensorboard"),
     *("torch.utils.serialization.config", "torchmetrics.classification"),
 )
@@ -165,7 +165,7 @@ def _serve() -> None:
 
 
 def _run(request: dict[str, Any]) -> None:
-    from featkd.cli import main
+    from featkd.cli.main import main
 
     os.setsid()
     os.environ.update(request["env"])
@@ -226,7 +226,7 @@ def _fork_of_interpreter(path: str, arguments: list[str], files: list[int]) -> i
 
 
 def _rank(words: list[str]) -> None:
-    from featkd.cli import main
+    from featkd.cli.main import main
 
     multiprocessing.set_start_method("fork", force=True)  # of loaders' workers, as anywhere else
     sys.exit(main(words))

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import featkd
-from featkd import backends
 from featkd.functional import lift_head, projected_feature_kd, soft_kd, widelast_projection
 from featkd.kernels.launch import redirect
+from featkd.ops import backends
 
 FUNCTIONS = {f.__name__: f for f in (projected_feature_kd, widelast_projection, lift_head, soft_kd)}
 MAPS = {"projected_feature_kd": "student", "widelast_projection": "x", "lift_head": "features"}

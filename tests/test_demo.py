@@ -17,7 +17,7 @@ from featkd.demo import run_demo
 from featkd.demo.digits import write_digits
 from featkd.demo.results import STUDENTS, RunResult, spread
 from featkd.demo.run import keep_or_clear
-from featkd.environment import versions
+from featkd.runtime.environment import versions
 from featkd.train.checkpoint import FORMAT, load
 from featkd.train.recipe import find_recipe, load_recipe, to_dict
 from tests.page import Page

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import featkd
-from featkd import backends, extension, linalg, reference
+from featkd import linalg
+from featkd.ops import backends, extension, reference
 from featkd.ops import spectrum as spectrum_op
 from tests.spectra import FAMILIES, THRESHOLDS, lapack, with_values
 

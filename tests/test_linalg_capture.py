@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import featkd
-from featkd import backends, extension, linalg
+from featkd import linalg
+from featkd.ops import backends, extension
 
 WAITS = ("_local_scalar_dense", "_linalg_check_errors", "nonzero", "masked_select", "unique")
 ONE_BY_ONE = ("_linalg_eigh", "linalg_qr", "_linalg_svd")  # CUDA's wait too, or may

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from featkd.cli import main
+from featkd.cli.main import main
 from featkd.data import build_loader
 from featkd.train.checkpoint import load
-from featkd.train.engine import Trainer
 from featkd.train.logs import read_csv
 from featkd.train.recipe import load_recipe
+from featkd.train.trainer import Trainer
 from tests.forking import Forked, Server
 from tests.train.runs import CPU, same_weights
 

@@ -23,10 +23,9 @@ from featkd.diagnostics.findings import RunOptions
 from featkd.diagnostics.model_features import ModelFeatures, Subject
 from featkd.diagnostics.run import DiagnosticsRun
 from featkd.diagnostics.stream import Settings
-from featkd.distributed import ProcessContext
 from featkd.models import create_student, create_teacher
-from featkd.train.engine import Trainer
-from featkd.train.fill import fill
+from featkd.runtime.distributed import ProcessContext
+from featkd.train.build_cache import fill
 from featkd.train.recipe import (
     CheckpointConfig,
     LossConfig,
@@ -35,6 +34,7 @@ from featkd.train.recipe import (
     StudentConfig,
     TeacherConfig,
 )
+from featkd.train.trainer import Trainer
 
 from .recorder import Figure, Recorder
 

@@ -1,12 +1,13 @@
 // The sweep over talking heads' scores for torch, by its stable ABI. The schema is declared in
 // featkd/ops/talking_heads_attention.py.
+#include "../bindings.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <new>
 
-#include "../bindings.h"
 #include "../deal.h"
 #include "../isa.h"
 #include "heads.h"

@@ -1,6 +1,6 @@
 // The sweep over talking heads' scores for one instruction set: compiled once for each, with its
-// flags and a name of its own in FEATKD_ISA. Nothing here may be a weak symbol, for the linker would
-// keep one copy.
+// flags and a name of its own in FEATKD_ISA. Nothing here may be a weak symbol, for the linker
+// would keep one copy.
 #include "heads.h"
 
 #include "../target.h"
@@ -96,23 +96,20 @@ FEATKD_INLINE void mix_tile(int64_t heads, const float* weights, const float* bi
                             int count = L) {
   Vec sums[HEADS][COLUMNS];
   FEATKD_UNROLLED
-  for (int i = 0; i < HEADS; i++)
-    FEATKD_UNROLLED
-    for (int k = 0; k < COLUMNS; k++) sums[i][k] = Vec{} + (bias ? bias[g + i] : 0);
+  for (int i = 0; i < HEADS; i++) FEATKD_UNROLLED
+  for (int k = 0; k < COLUMNS; k++) sums[i][k] = Vec{} + (bias ? bias[g + i] : 0);
   for (int64_t h = 0; h < heads; h++) {
     Vec x[COLUMNS];
     FEATKD_UNROLLED
     for (int k = 0; k < COLUMNS; k++) x[k] = load(in.data + h * in.stride + c + k * L, count);
     FEATKD_UNROLLED
-    for (int i = 0; i < HEADS; i++)
-      FEATKD_UNROLLED
-      for (int k = 0; k < COLUMNS; k++) sums[i][k] += weights[(g + i) * heads + h] * x[k];
+    for (int i = 0; i < HEADS; i++) FEATKD_UNROLLED
+    for (int k = 0; k < COLUMNS; k++) sums[i][k] += weights[(g + i) * heads + h] * x[k];
   }
   FEATKD_UNROLLED
-  for (int i = 0; i < HEADS; i++)
-    FEATKD_UNROLLED
-    for (int k = 0; k < COLUMNS; k++)
-      store(out.data + (g + i) * out.stride + c + k * L, sums[i][k], count);
+  for (int i = 0; i < HEADS; i++) FEATKD_UNROLLED
+  for (int k = 0; k < COLUMNS; k++)
+    store(out.data + (g + i) * out.stride + c + k * L, sums[i][k], count);
 }
 
 // Some heads at a time: a vector that is loaded serves all of them.
@@ -147,8 +144,8 @@ template <class Stored>
 void mix_query(const HeadsProblem& p, int64_t index, float* scratch) {
   const int64_t heads = p.heads, keys = p.keys, width = (keys + L - 1) / L * L;
   const int64_t stride = p.queries * keys;
-  Stored* const first = static_cast<Stored*>(p.scores) +
-                        index / p.queries * heads * stride + index % p.queries * keys;
+  Stored* const first = static_cast<Stored*>(p.scores) + index / p.queries * heads * stride +
+                        index % p.queries * keys;
   const HeadRows<Stored> scores{first, stride};
   const HeadRows<float> mixed{scratch, width};
   float* const shares = scratch + heads * width;  // (heads, heads): `post` over the sums

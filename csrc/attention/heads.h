@@ -12,7 +12,7 @@ struct HeadsProblem {
   void* scores;  // (any images, heads, queries, keys), in place; bf16 or float32
   bool bf16;
   const float *pre, *post;  // (heads, heads)
-  const float* bias;  // (heads)
+  const float* bias;        // (heads)
 
   // numbers of scratch memory that one thread needs: rows end in whole vectors
   size_t scratch() const { return size_t(heads * ((keys + 15) / 16 * 16 + heads)); }

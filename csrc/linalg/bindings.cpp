@@ -1,15 +1,15 @@
 // The operators of featkd.linalg for torch, by its stable ABI: one library for every torch from
 // 2.10 on. Their schemas are declared in featkd/ops/spectrum.py and featkd/ops/jacobi.py.
+#include "../bindings.h"
+
+#include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <dlfcn.h>
-
 #include <new>
 #include <tuple>
 
-#include "../bindings.h"
 #include "cpu.h"
 #if defined(FEATKD_WITH_CUDA)
 #include <torch/csrc/stable/accelerator.h>
@@ -35,11 +35,16 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 featkd::Type type_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return featkd::Type::f32;
-    case ScalarType::Double: return featkd::Type::f64;
-    case ScalarType::BFloat16: return featkd::Type::bf16;
-    case ScalarType::Half: return featkd::Type::f16;
-    default: STD_TORCH_CHECK(false, "x: expected float32, float64, bfloat16 or float16");
+    case ScalarType::Float:
+      return featkd::Type::f32;
+    case ScalarType::Double:
+      return featkd::Type::f64;
+    case ScalarType::BFloat16:
+      return featkd::Type::bf16;
+    case ScalarType::Half:
+      return featkd::Type::f16;
+    default:
+      STD_TORCH_CHECK(false, "x: expected float32, float64, bfloat16 or float16");
   }
 }
 
@@ -67,21 +72,12 @@ Call prepare(const Tensor& x, const Tensor& thresholds, bool wide) {
              make({batch, count}, ScalarType::Long), make({batch}, ScalarType::Int),
              make({batch}, ScalarType::Double), make({batch}, ScalarType::Int)}};
   auto& [values, curve, ranks, info, residual, resolved] = call.results;
-  call.problem = {x.const_data_ptr(),
-                  type,
-                  batch,
-                  columns,
-                  strides[0],
-                  strides[1 + turned],
-                  strides[2 - turned],
-                  int32_t(rows),
-                  wide,
+  call.problem = {x.const_data_ptr(), type, batch, columns, strides[0], strides[1 + turned],
+                  strides[2 - turned], int32_t(rows), wide,
                   // an error below 1e-8 of the largest value, where values alone are asked for
                   wide && type != featkd::Type::f64 && count == 0 ? 0x1p-25 : 0,
-                  values.mutable_data_ptr(),
-                  curve.mutable_data_ptr(),
-                  static_cast<const double*>(thresholds.const_data_ptr()),
-                  int32_t(count),
+                  values.mutable_data_ptr(), curve.mutable_data_ptr(),
+                  static_cast<const double*>(thresholds.const_data_ptr()), int32_t(count),
                   static_cast<int64_t*>(ranks.mutable_data_ptr()),
                   static_cast<int32_t*>(info.mutable_data_ptr()),
                   static_cast<double*>(residual.mutable_data_ptr()),
@@ -106,10 +102,9 @@ using Turned = std::tuple<Tensor, Tensor, Tensor>;  // rows, turns, sweeps
 Turned prepare_jacobi(const Tensor& given, int64_t vector) {
   STD_TORCH_CHECK(given.dim() == 3 && given.scalar_type() == ScalarType::Double &&
                       given.sizes()[2] % vector == 0 && 1 <= given.sizes()[1] &&
-                      given.sizes()[1] <= given.sizes()[2] &&
-                      given.sizes()[1] <= featkd::MOST_ROWS,
-                  "rows: expected float64 of shape (B, n, length), n from 1 to ",
-                  featkd::MOST_ROWS, ", length a multiple of ", vector);
+                      given.sizes()[1] <= given.sizes()[2] && given.sizes()[1] <= featkd::MOST_ROWS,
+                  "rows: expected float64 of shape (B, n, length), n from 1 to ", featkd::MOST_ROWS,
+                  ", length a multiple of ", vector);
   const int64_t batch = given.sizes()[0];
   return {torch::stable::clone(torch::stable::contiguous(given)),
           torch::stable::new_empty(given, given.sizes()),
@@ -143,9 +138,7 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-void check(const char* error) {
-  STD_TORCH_CHECK(error == nullptr, "featkd.linalg: ", error);
-}
+void check(const char* error) { STD_TORCH_CHECK(error == nullptr, "featkd.linalg: ", error); }
 
 Tensor workspace_of(const Tensor& x, const featkd::LaunchPlan& plan) {
   const int64_t bytes = int64_t(plan.workspace);

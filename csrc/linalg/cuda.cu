@@ -31,16 +31,17 @@ __device__ __forceinline__ void spectrum_of_batch(const Problem& p, bool only_re
 
 }  // namespace portable
 
-#define FEATKD_SPECTRUM_KERNEL(NAME, REAL, BLOCKS)                                                        \
-  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(                                     \
-      const void* data, int type, int64_t batch, int64_t columns, int64_t batch_stride,           \
-      int64_t row_stride, int64_t column_stride, int rows, double relative, void* values,         \
-      void* curve, const double* thresholds, int threshold_count, int64_t* ranks, int32_t* info,  \
-      double* residual, int32_t* resolved, int only_resolved, size_t bytes, char* workspace) {    \
-    const Problem p{data,           Type(type), batch,    columns,    batch_stride,    row_stride, \
-                    column_stride,  rows,       false,    relative,   values,          curve,      \
-                    thresholds,     threshold_count, ranks, info,     residual,        resolved};  \
-    portable::spectrum_of_batch<REAL>(p, only_resolved, bytes, workspace);                        \
+#define FEATKD_SPECTRUM_KERNEL(NAME, REAL, BLOCKS)                                               \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(                            \
+      const void* data, int type, int64_t batch, int64_t columns, int64_t batch_stride,          \
+      int64_t row_stride, int64_t column_stride, int rows, double relative, void* values,        \
+      void* curve, const double* thresholds, int threshold_count, int64_t* ranks, int32_t* info, \
+      double* residual, int32_t* resolved, int only_resolved, size_t bytes, char* workspace) {   \
+    const Problem p{                                                                             \
+        data,  Type(type), batch,    columns, batch_stride, row_stride, column_stride,           \
+        rows,  false,      relative, values,  curve,        thresholds, threshold_count,         \
+        ranks, info,       residual, resolved};                                                  \
+    portable::spectrum_of_batch<REAL>(p, only_resolved, bytes, workspace);                       \
   }
 
 // Blocks that a multiprocessor's registers must hold: at 196 rows its shared memory holds two of
@@ -54,9 +55,9 @@ FEATKD_SPECTRUM_KERNEL(featkd_spectrum_float32, float, FEATKD_FLOAT32_BLOCKS)
 FEATKD_SPECTRUM_KERNEL(featkd_spectrum_float64, double, 1)
 
 // rows (batch, n, length), turned in place; turns of the same shape; sweeps (batch)
-extern "C" __global__ void __launch_bounds__(THREADS, 2) featkd_jacobi_float64(
-    double* rows, double* turns, int32_t* sweeps, int64_t batch, int n, int length, size_t bytes,
-    char* workspace) {
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    featkd_jacobi_float64(double* rows, double* turns, int32_t* sweeps, int64_t batch, int n,
+                          int length, size_t bytes, char* workspace) {
   const portable::Block team;
   const portable::JacobiScratch<portable::Block, double> scratch(
       portable::scratch_memory(bytes, workspace), team.size());
@@ -98,8 +99,8 @@ template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), const LaunchPlan& plan, void* workspace,
                    void* stream, Arguments... arguments) {
   if (plan.blocks == 0) return nullptr;
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared));
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared));
   if (error != cudaSuccess) return said(error);
   kernel<<<plan.blocks, THREADS, plan.shared, static_cast<cudaStream_t>(stream)>>>(
       arguments..., plan.shared == 0 ? static_cast<char*>(workspace) : nullptr);
@@ -130,8 +131,7 @@ const char* solve_on_cuda(const Problem& p, bool wide, bool only_resolved, const
 }
 
 const char* jacobi_on_cuda(int64_t batch, int n, int length, double* rows, double* turns,
-                           int32_t* sweeps, const LaunchPlan& plan, void* workspace,
-                           void* stream) {
+                           int32_t* sweeps, const LaunchPlan& plan, void* workspace, void* stream) {
   return launch(featkd_jacobi_float64, plan, workspace, stream, rows, turns, sweeps, batch, n,
                 length, jacobi_bytes(length));
 }

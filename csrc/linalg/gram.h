@@ -67,7 +67,8 @@ FEATKD_INLINE Scale<Real> find_scale(Team team, const Source<In>& x, uint64_t* s
       }
   }
   uint64_t most = team.most(largest);
-  team.barrier(At<11>());  // the slots, and what is behind them, may be in use for the matrix before
+  team.barrier(
+      At<11>());  // the slots, and what is behind them, may be in use for the matrix before
   if (team.is_leader()) slots[team.rank()] = most;
   team.barrier(At<1>());
   for (int g = 0; g < team.size(); g++) most = slots[g] > most ? slots[g] : most;
@@ -102,7 +103,8 @@ FEATKD_INLINE void fill_slab(Team team, const Source<In>& x, int64_t k0, int dep
   if (along) {
     for (int i = team.rank(); i < (k0 == 0 ? padded : x.rows); i += team.size()) {
       Real* to = slab + i / S::COLUMNS * (S::DEPTH * S::STRIDE) + i % S::COLUMNS;
-      if constexpr (!Team::PACKED)  // a CPU's vectors convert and scale, where elements lie together
+      if constexpr (!Team::PACKED)  // a CPU's vectors convert and scale, where elements lie
+                                    // together
         if (x.column_stride == 1 && i < x.rows) {
           const In* line = x.data + i * x.row_stride + k0;
           Real scaled[S::DEPTH];
@@ -157,12 +159,11 @@ FEATKD_INLINE void gram_tile(Team team, const Real* slab, int depth, int i0, int
     }
   }
   FEATKD_UNROLLED
-  for (int r = 0; r < R; r++)
-    FEATKD_UNROLLED
-    for (int c = 0; c < 2; c++) {
-      const int i = i0 + r, j = panel * S::COLUMNS + c * L, count = i + 1 - j;
-      if (i < g.n && count > 0) team.accumulate(g.row(i) + j, totals[r][c], count, add);
-    }
+  for (int r = 0; r < R; r++) FEATKD_UNROLLED
+  for (int c = 0; c < 2; c++) {
+    const int i = i0 + r, j = panel * S::COLUMNS + c * L, count = i + 1 - j;
+    if (i < g.n && count > 0) team.accumulate(g.row(i) + j, totals[r][c], count, add);
+  }
 }
 
 // G = (s X)(s X)^T for the scale s, of which no slab's part is yet rounded away. Ends with a

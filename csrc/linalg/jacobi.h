@@ -1,11 +1,11 @@
 // One-sided Jacobi: turns pairs of a matrix's rows until all are orthogonal. The rows are then
 // s_i v_i^T, each with small relative error however small s_i, which no Gram matrix gives.
 //
-// A sweep has the pairs in the order of two loops, over rows p and q > p. Only pairs that share a row
-// depend on each other: those of one p + q can be turned at once, with the two loops' very results. A
-// pass has a band of rows p, each a group's own, along which the rows q come one after the other: in
-// a round the first group's pair has row q, the second's q - 1 and so on. So a sweep takes
-// n^2 / (2 BAND) rows from far memory and gives them back, where the two loops would n^2 / 2.
+// A sweep has the pairs in the order of two loops, over rows p and q > p. Only pairs that share a
+// row depend on each other: those of one p + q can be turned at once, with the two loops' very
+// results. A pass has a band of rows p, each a group's own, along which the rows q come one after
+// the other: in a round the first group's pair has row q, the second's q - 1 and so on. So a sweep
+// takes n^2 / (2 BAND) rows from far memory and gives them back, where the two loops would n^2 / 2.
 #pragma once
 
 #include "numbers.h"
@@ -20,7 +20,8 @@ struct Orthogonality;
 template <>
 struct Orthogonality<double> {
   static constexpr double COSINE = 0x1p-51;  // of two rows that are left, over sqrt(length)
-  static constexpr double NOTHING = 1e-270;  // squared length, of a largest entry 1, that underflows
+  static constexpr double NOTHING =
+      1e-270;  // squared length, of a largest entry 1, that underflows
 };
 
 // `count` rows of a matrix, and as many of its turns, each of `length` numbers: whole vectors.
@@ -71,12 +72,8 @@ struct Pass {
     Real* rows = near + place * 2 * size;
     return {rows, rows + size, rest.part(c).count, rest.length};
   }
-  FEATKD_INLINE void bring(Team team, int c) const {
-    copy(team, rest.part(c), band(c));
-  }
-  FEATKD_INLINE void take_back(Team team, int c) const {
-    copy(team, band(c), rest.part(c));
-  }
+  FEATKD_INLINE void bring(Team team, int c) const { copy(team, rest.part(c), band(c)); }
+  FEATKD_INLINE void take_back(Team team, int c) const { copy(team, band(c), rest.part(c)); }
   FEATKD_INLINE static void copy(Team team, const Band<Real>& from, const Band<Real>& to) {
     constexpr int L = width<Team, Real>;
     for (int k = team.rank(); k < from.count; k += team.size())

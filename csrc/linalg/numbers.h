@@ -89,7 +89,9 @@ FEATKD_INLINE double widened_bits(uint64_t bits, double) {
 #endif
 }
 FEATKD_INLINE double widened_bits(uint64_t bits, float) { return from_bits(uint32_t(bits)); }
-FEATKD_INLINE double widened_bits(uint64_t bits, BFloat16) { return widen(BFloat16{uint16_t(bits)}); }
+FEATKD_INLINE double widened_bits(uint64_t bits, BFloat16) {
+  return widen(BFloat16{uint16_t(bits)});
+}
 FEATKD_INLINE double widened_bits(uint64_t bits, Half) { return widen(Half{uint16_t(bits)}); }
 
 FEATKD_INLINE float power_of_two(int exponent, float) {

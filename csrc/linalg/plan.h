@@ -15,11 +15,11 @@ struct DeviceLimits {
 constexpr int THREADS = 256;  // a block: 8 warps
 constexpr int WARPS = THREADS / 32;
 constexpr int MOST_BLOCKS_EACH = 2048 / THREADS;  // a multiprocessor
-constexpr size_t RESERVED = 1024;  // shared memory that CUDA keeps of each block
+constexpr size_t RESERVED = 1024;                 // shared memory that CUDA keeps of each block
 
 struct LaunchPlan {
   int blocks;
-  size_t shared;  // dynamic bytes a block
+  size_t shared;     // dynamic bytes a block
   size_t workspace;  // bytes of global memory, where the scratch does not fit the shared memory
 };
 

@@ -18,15 +18,15 @@ struct Problem {
   Type type;
   int64_t batch, columns, batch_stride, row_stride, column_stride;
   int32_t rows;
-  bool wide;  // solve in float64 whatever the type
+  bool wide;        // solve in float64 whatever the type
   double relative;  // share of a singular value at which its search may end
   void* values;  // (batch, rows) singular values, descending; float64 for Type::f64, else float32
-  void* curve;  // (batch, rows) shares of the energy in the leading values, of the same type
+  void* curve;   // (batch, rows) shares of the energy in the leading values, of the same type
   const double* thresholds;
   int32_t threshold_count;
-  int64_t* ranks;  // (batch, threshold_count)
-  int32_t* info;  // (batch)
-  double* residual;  // (batch) |sum of eigenvalues / trace - 1|
+  int64_t* ranks;     // (batch, threshold_count)
+  int32_t* info;      // (batch)
+  double* residual;   // (batch) |sum of eigenvalues / trace - 1|
   int32_t* resolved;  // (batch) 1 where a float32 solve came too near to a threshold
 };
 

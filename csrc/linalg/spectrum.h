@@ -105,10 +105,18 @@ FEATKD_INLINE Solution<Real> solve(Team team, const Problem& p, int64_t index,
     return form(team, Source<In>{data, p.rows, p.columns, p.row_stride, p.column_stride}, scratch);
   };
   switch (p.type) {
-    case Type::f32: found = formed(float()); break;
-    case Type::f64: found = formed(double()); break;
-    case Type::bf16: found = formed(BFloat16()); break;
-    case Type::f16: found = formed(Half()); break;
+    case Type::f32:
+      found = formed(float());
+      break;
+    case Type::f64:
+      found = formed(double());
+      break;
+    case Type::bf16:
+      found = formed(BFloat16());
+      break;
+    case Type::f16:
+      found = formed(Half());
+      break;
   }
   solve(team, Real(p.relative), scratch, found);
   return found;
@@ -119,8 +127,8 @@ FEATKD_INLINE double scaled(double x, int exponent) {
   return x * power_of_two(half, double()) * power_of_two(exponent - half, double());
 }
 
-// Writes the results of matrix `index`; for one lane of one group. True where a float32 solve is too
-// near to a threshold, or too far from the trace, to be trusted with the ranks.
+// Writes the results of matrix `index`; for one lane of one group. True where a float32 solve is
+// too near to a threshold, or too far from the trace, to be trusted with the ranks.
 template <class Out, class Real>
 FEATKD_INLINE bool write_results(const Problem& p, int64_t index, const Solution<Real>& found) {
   const int n = p.rows;

@@ -21,9 +21,9 @@ FEATKD_INLINE void step_minors(Team team, double d, double e2, const Lane<Team, 
 // How many eigenvalues lie below each x, in float64: the changes of sign in the leading minors of
 // T - x I, p_i = (d_i - x) p_{i-1} - e2_{i-1} p_{i-2}. Their ratios are the pivots below with the
 // same rounding errors, without the division that is most of the work. With entries up to 2^40, e2
-// from LEAST on and d_i - x zero or, x lying on a grid over the spectrum, from 2^-133 on, ROWS steps
-// change the larger of two minors by factors from 2^-950 to 2^331. A minor is zero where a pivot is;
-// two in turn are not.
+// from LEAST on and d_i - x zero or, x lying on a grid over the spectrum, from 2^-133 on, ROWS
+// steps change the larger of two minors by factors from 2^-950 to 2^331. A minor is zero where a
+// pivot is; two in turn are not.
 template <int U, class Team, class Count>
 FEATKD_INLINE void sturm_counts(Team team, int n, const double* d, const double* e2,
                                 const Lane<Team, double> (&x)[U], Count (&counts)[U]) {
@@ -61,14 +61,14 @@ FEATKD_INLINE void sturm_counts(Team team, int n, const float* d, const float* e
                                 const Lane<Team, float> (&x)[U], Count (&counts)[U]) {
   using V = Lane<Team, float>;
   V pivot[U];
-FEATKD_UNROLLED
+  FEATKD_UNROLLED
   for (int c = 0; c < U; c++) {
     pivot[c] = team.splat(d[0]) - x[c];
     counts[c] = team.signs(pivot[c]);
   }
   for (int i = 1; i < n; i++) {
     const V di = team.splat(d[i]), ei = team.splat(e2[i - 1]);
-FEATKD_UNROLLED
+    FEATKD_UNROLLED
     for (int c = 0; c < U; c++) {
       pivot[c] = (di - x[c]) - ei / pivot[c];
       counts[c] += team.signs(pivot[c]);
@@ -80,7 +80,7 @@ FEATKD_UNROLLED
 template <class Real>
 struct Search {
   Real bound, low, step;  // all lie in [low, low + (points + 1) step], near [0, bound]
-  Real finest;  // interval that ends every search
+  Real finest;            // interval that ends every search
   Real relative;  // one of relative sqrt(lambda bound) ends it too: that much of sqrt(lambda)
   int points;
 };

@@ -157,7 +157,9 @@ struct VectorLanes {
   }
   // 1 in lanes with the sign bit set
   FEATKD_INLINE static CountOf<float> signs(LaneOf<float> x) { return -(CountOf<float>(x) >> 31); }
-  FEATKD_INLINE static CountOf<double> signs(LaneOf<double> x) { return -(CountOf<double>(x) >> 63); }
+  FEATKD_INLINE static CountOf<double> signs(LaneOf<double> x) {
+    return -(CountOf<double>(x) >> 63);
+  }
   FEATKD_INLINE static CountOf<double> unlike(LaneOf<double> x, LaneOf<double> y) {
     return CountOf<double>((WordOf<double>(x) ^ WordOf<double>(y)) >> 63);
   }
@@ -247,12 +249,12 @@ struct Block {
   // both lanes of a pair add the same two numbers: every lane ends with the same bits
   template <class Real>
   FEATKD_INLINE static Real sum(Real x) {
-FEATKD_UNROLLED
+    FEATKD_UNROLLED
     for (int step = 16; step; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
     return x;
   }
   FEATKD_INLINE static uint64_t most(uint64_t x) {
-FEATKD_UNROLLED
+    FEATKD_UNROLLED
     for (int step = 16; step; step /= 2) {
       const uint64_t other = __shfl_xor_sync(0xffffffffu, (unsigned long long)x, step);
       x = other > x ? other : x;

@@ -41,7 +41,7 @@ FEATKD_INLINE void update_rows(Team team, int i0, Lower<Team, Real> a, const Vec
   const Real* v = s.old_u;
   V v_row[R], w_row[R], u_row[R], sums[R];
   Real* rows[R];
-FEATKD_UNROLLED
+  FEATKD_UNROLLED
   for (int r = 0; r < R; r++) {
     v_row[r] = team.splat(v[i0 + r]);
     w_row[r] = team.splat(s.w[i0 + r]);
@@ -53,7 +53,7 @@ FEATKD_UNROLLED
   for (; j + L <= i0; j += L) {
     const V vj = team.load(v + j), wj = team.load(s.w + j), uj = team.load(s.u + j);
     V yj = team.load(partial + j);
-FEATKD_UNROLLED
+    FEATKD_UNROLLED
     for (int r = 0; r < R; r++) {
       const V entry = team.load(rows[r] + j) - v_row[r] * wj - w_row[r] * vj;
       team.store(rows[r] + j, entry);
@@ -66,7 +66,7 @@ FEATKD_UNROLLED
     const V vj = team.load(v + j), wj = team.load(s.w + j), uj = team.load(s.u + j);
     const V lane = team.iota(Real()), zero = team.splat(Real(0));
     V yj = team.load(partial + j);
-FEATKD_UNROLLED
+    FEATKD_UNROLLED
     for (int r = 0; r < R; r++) {
       const int count = i0 + r + 1 - j;
       if (count <= 0) continue;
@@ -78,7 +78,7 @@ FEATKD_UNROLLED
     }
     team.store(partial + j, yj);
   }
-FEATKD_UNROLLED
+  FEATKD_UNROLLED
   for (int r = 0; r < R; r++) {
     const Real total = team.sum(sums[r]);
     if (team.is_leader()) s.row_sums[i0 + r] = total;

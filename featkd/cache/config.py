@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from featkd.cache.rows import LayerShape, Layout
-from featkd.checks import check_shares
+from featkd.runtime.checks import check_shares
 
 TOP = 10  # classes whose log-probabilities are kept where nothing else is, unless said otherwise
 ENERGY = 0.99

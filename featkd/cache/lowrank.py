@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from featkd import checks, linalg
+from featkd import linalg
+from featkd.runtime import checks
 
 __all__ = ["FORMS", "LowRank", "compress", "dequantise", "quantise", "restore"]
 

@@ -13,7 +13,7 @@ from typing import Any
 from featkd.cache.rows import LayerShape, Layout
 from featkd.data import EpochSampler, Key
 from featkd.data.sampler import StretchSampler
-from featkd.files import atomic_write
+from featkd.runtime.files import atomic_write
 
 SCHEMA = 2
 NAME = "manifest.json"

@@ -31,7 +31,7 @@ from torch import Tensor
 from featkd.cache.manifest import CacheError
 from featkd.cache.rows import Row
 from featkd.data import Key
-from featkd.files import atomic_write
+from featkd.runtime.files import atomic_write
 
 _HEAD = 8  # bytes that say how long the header is
 _DIGEST = 32

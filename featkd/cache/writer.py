@@ -14,7 +14,7 @@ from featkd.cache.manifest import CacheError, Manifest, read_manifest
 from featkd.cache.rows import Row
 from featkd.cache.shard import damages_of, write_shard
 from featkd.data import Key
-from featkd.files import remove_leftovers
+from featkd.runtime.files import remove_leftovers
 
 _LOCK = ".lock"
 

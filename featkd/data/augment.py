@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from featkd.data.config import DataConfig
-from featkd.seeding import derive_seed
+from featkd.runtime.seeding import derive_seed
 
 Transform = Callable[[Image.Image], Tensor]
 

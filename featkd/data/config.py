@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from featkd.checks import check_fraction, check_positive
+from featkd.runtime.checks import check_fraction, check_positive
 
 _RAND_AUGMENT = re.compile(
     r"rand(-(m\d+|n\d+|p\d+(\.\d+)?|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3aw?)))*"

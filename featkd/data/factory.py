@@ -90,7 +90,7 @@ def build_over(
     """The loader of the images that a sampler names; the arguments as of `build_loader`."""
     why_not = _why_not_dali(config, dataset.training, device)
     if why_not is None:
-        from featkd.data.dali import DaliLoader
+        from featkd.data.dali.loader import DaliLoader
 
         return DaliLoader(dataset, config, sampler, batch_size=batch_size, device=device)
     return TorchLoader(
@@ -108,7 +108,7 @@ def _why_not_dali(config: DataConfig, training: bool, device: torch.device) -> s
     """None for DALI; else what its user should know, which is nothing where nobody asked for it."""
     if config.backend == "timm" or (config.backend == "auto" and device.type != "cuda"):
         return ""
-    from featkd.data.dali import why_not
+    from featkd.data.dali.loader import why_not
 
     why = why_not(config, training)
     if not why:

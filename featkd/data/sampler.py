@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-from featkd.seeding import derive_seed
+from featkd.runtime.seeding import derive_seed
 
 # DeiT cuts an epoch of repeated augmentation to a multiple of this many images.
 _ROUND = 256

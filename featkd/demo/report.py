@@ -7,10 +7,10 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from featkd import environment
 from featkd.demo.results import STUDENTS, RunResult, spread
-from featkd.files import atomic_write
-from featkd.plots import GREY, as_svg, axes_for, legend
+from featkd.runtime import environment
+from featkd.runtime.files import atomic_write
+from featkd.runtime.plots import GREY, as_svg, axes_for, legend
 from featkd.train.recipe import Recipe, to_yaml
 
 DIAGNOSTICS = "diagnostics"  # folder beside the report

@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from featkd import distributed, environment
+from featkd.cli.diagnose import diagnose
 from featkd.demo.digits import write_digits
 from featkd.demo.report import DIAGNOSTICS, as_table, write_report
 from featkd.demo.results import STUDENTS, RunResult, throughput
-from featkd.diagnose import diagnose
+from featkd.runtime import distributed, environment
 from featkd.train import checkpoint
-from featkd.train.engine import Trainer
 from featkd.train.recipe import (
     LossConfig,
     Recipe,
@@ -28,6 +27,7 @@ from featkd.train.recipe import (
     load_recipe,
     to_dict,
 )
+from featkd.train.trainer import Trainer
 
 
 def run_demo(out: Path, seeds: int = 3, epochs: int | None = None) -> int:
@@ -151,7 +151,7 @@ def train_all(jobs: dict[tuple[str, int], Recipe], what: str) -> list[RunResult]
     """
     cores = len(os.sched_getaffinity(0))
     server = multiprocessing.get_context("forkserver")  # it imports once for all of them
-    server.set_forkserver_preload(["featkd.train.engine"])
+    server.set_forkserver_preload(["featkd.train.trainer"])
     found: dict[tuple[str, int], RunResult] = {}
     with ProcessPoolExecutor(
         min(cores, len(jobs)), server, initializer=torch.set_num_threads, initargs=(1,)

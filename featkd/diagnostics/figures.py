@@ -15,8 +15,8 @@ from featkd.diagnostics.reach import Reach, of_focus
 from featkd.diagnostics.shares import percent
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.stream import LayerResult
-from featkd.files import atomic_write
-from featkd.plots import GREY, as_svg, axes_for, legend
+from featkd.runtime.files import atomic_write
+from featkd.runtime.plots import GREY, as_svg, axes_for, legend
 
 _TICKS = 16  # images of the sample that are named, at most
 _COLOURS = ("#3a86c8", "#d1495b", "#2a9d6f", "#c98a1b")

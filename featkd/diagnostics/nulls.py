@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from featkd import reference
 from featkd.diagnostics.sep import (
     SEP,
     SHARES,
@@ -18,6 +17,7 @@ from featkd.diagnostics.sep import (
     safe_scale,
 )
 from featkd.diagnostics.spectrum import SpectrumResult, SpectrumStats
+from featkd.ops import reference
 
 _TOKENS = 4096  # of the Gaussian null
 

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featkd import checks, linalg, reference
+from featkd import linalg
 from featkd.diagnostics.exact_sum import ExactSum
 from featkd.diagnostics.per_image import CurveStats, Summary
 from featkd.diagnostics.sep import safe_scale, safe_scales
+from featkd.ops import reference
+from featkd.runtime import checks
+from featkd.runtime.dtypes import accumulation_dtype
 
 _CPU_TOKENS = 784
 _SLAB = 1568  # tokens that are summed in the features' precision before float64 takes over
@@ -210,7 +213,7 @@ class CapturedEnergy:
 
     def update(self, features: Tensor, images: Tensor) -> None:
         """Add the maps (B, N, D) of the images (B,)."""
-        curve = self._captured(features, reference.accumulation_dtype(features.dtype))
+        curve = self._captured(features, accumulation_dtype(features.dtype))
         levels = torch.tensor(self.thresholds, dtype=torch.float64, device=curve.device)
         near = ((curve.unsqueeze(-1) - levels).abs() < _NEAR).flatten(1).any(1)
         if features.dtype != torch.float64 and near.any():
@@ -264,7 +267,7 @@ class CapturedEnergy:
 def _tokens(features: Tensor) -> Tensor:
     """(B, N, D) -> (B*N, D), half precision widened."""
     checks.check_shape("features", features, ("B", "N", "D"))
-    wide = reference.accumulation_dtype(features.dtype)
+    wide = accumulation_dtype(features.dtype)
     return features.detach().flatten(0, 1).to(wide)
 
 

@@ -16,7 +16,7 @@ from featkd.diagnostics.shares import percent
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.stream import LayerResult
 from featkd.diagnostics.verdicts import reach_verdict, verdicts, warnings
-from featkd.files import atomic_write
+from featkd.runtime.files import atomic_write
 
 
 def focus_layers(layers: Sequence[Layer]) -> list[Layer]:

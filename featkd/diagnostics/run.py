@@ -19,9 +19,9 @@ from featkd.diagnostics.pca import CapturedEnergy, PCAResult, mean_token
 from featkd.diagnostics.source import Chunk, Layer, Source, UnreadableError, num_chunks
 from featkd.diagnostics.state import STATE_FILES, load_state, save_state, state_path
 from featkd.diagnostics.stream import LayerDiagnostics, LayerResult, Settings
-from featkd.distributed import ProcessContext
-from featkd.files import remove_leftovers
-from featkd.interrupt import Interrupt
+from featkd.runtime.distributed import ProcessContext
+from featkd.runtime.files import remove_leftovers
+from featkd.runtime.interrupt import Interrupt
 
 _GIB = 2**30
 _LARGEST = 1e17  # the squares of more leave float32

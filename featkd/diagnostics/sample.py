@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featkd.seeding import derive_seed
+from featkd.runtime.seeding import derive_seed
 
 
 class FeatureSample:

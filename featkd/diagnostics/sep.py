@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featkd import checks, reference
 from featkd.diagnostics.exact_sum import ExactSum
+from featkd.ops import reference
+from featkd.runtime import checks
+from featkd.runtime.dtypes import accumulation_dtype
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
 _CPU_TOKENS = 784
@@ -92,7 +94,7 @@ class SEP:
         scale = safe_scale(tokens)
         # on a CPU the steps of some hundred tokens find each other's results in the cache
         size = _CPU_TOKENS if tokens.device.type == "cpu" else max(1, len(tokens))
-        wide = reference.accumulation_dtype(features.dtype)
+        wide = accumulation_dtype(features.dtype)
         total = tokens.new_zeros((3, channels // 2 + 1), dtype=torch.float64)
         missing = 0
         for block in torch.split(tokens, size):

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from featkd import checks, linalg
+from featkd import linalg
 from featkd.diagnostics.exact_sum import ExactSum
 from featkd.diagnostics.per_image import CurveStats, Summary
+from featkd.runtime import checks
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from featkd.files import atomic_write
+from featkd.runtime.files import atomic_write
 
 FORMAT = 1
 STATE_FILES = "process-*-of-*.pt"

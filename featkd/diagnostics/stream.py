@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featkd import checks, linalg
+from featkd import linalg
 from featkd.diagnostics import nulls
 from featkd.diagnostics.pca import CapturedResult, DatasetPCA, PCAResult
 from featkd.diagnostics.sample import FeatureSample
 from featkd.diagnostics.sep import SEP, SHARES, SEPResult
 from featkd.diagnostics.spectrum import SpectrumResult, SpectrumStats
 from featkd.diagnostics.subspace import RotationResult, rotation
+from featkd.runtime import checks
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from featkd import reference
 from featkd.diagnostics.findings import Findings
 from featkd.diagnostics.per_image import Summary
 from featkd.diagnostics.reach import Reach
 from featkd.diagnostics.shares import plain
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.stream import LayerResult
-from featkd.files import atomic_write, write_csv
+from featkd.ops import reference
+from featkd.runtime.files import atomic_write, write_csv
 
 SCHEMA = 1
 SUMMARY = "summary.json"

@@ -1,4 +1,4 @@
-"""What the Lift and the WideLast student share: a timm ViT whose head has its own width."""
+"""Base class of the Lift and WideLast students: a timm ViT whose head has its own width."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from featkd.models.features import BlockFeatures
 
 
 class StudentVisionTransformer(BlockFeatures, VisionTransformer):  # type: ignore[misc]
-    """timm's VisionTransformer, except that the head is `num_features`, not `embed_dim`, wide.
+    """timm's VisionTransformer with a head of `num_features` instead of `embed_dim` inputs.
 
-    `embed_dim` stays the width of the patch embedding, of the class token and of `pos_embed`.
+    `embed_dim` remains the width of the patch embedding, of the class token and of `pos_embed`.
     """
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a fresh one, as timm's models do.
+        """Replaces the head by a newly initialised one, as timm's models do.
 
         Args:
-            num_classes: the new number of classes; 0 for no head.
-            global_pool: a new pooling, where the student has a choice; None keeps the present one.
+            num_classes: new number of classes; 0 for no head.
+            global_pool: new pooling, if the student allows a choice; None keeps the present one.
         """
         super().reset_classifier(0, global_pool)  # the pooling, and an Identity for the head
         self.num_classes = num_classes
@@ -33,7 +33,7 @@ class StudentVisionTransformer(BlockFeatures, VisionTransformer):  # type: ignor
             self.head.train(self.training)
 
     def _set_num_features(self, width: int) -> None:
-        """Take a new width for the head, and a head of that width with timm's initialisation."""
+        """Sets the width of the head's input and creates a head with timm's initialisation."""
         self.num_features = self.head_hidden_size = width
         self.reset_classifier(self.num_classes)
         mode = self.weight_init_mode
@@ -43,17 +43,17 @@ class StudentVisionTransformer(BlockFeatures, VisionTransformer):  # type: ignor
 
 
 def build_timm(name: str, **timm_kwargs: Any) -> nn.Module:
-    """Let timm build a model; the sizes that timm asserts on are a ValueError here."""
+    """Builds a timm model; turns timm's assertions on sizes into ValueErrors."""
     try:
         model: nn.Module = timm.create_model(name, **timm_kwargs)
     except AssertionError as error:
         options = ", ".join(f"{key}={value!r}" for key, value in timm_kwargs.items())
-        raise ValueError(f"{options}: timm can't build {name!r} of these: {error}") from error
+        raise ValueError(f"{options}: timm can't build {name!r} with these: {error}") from error
     return model
 
 
 def check_vision_transformer(model: nn.Module, arch: str) -> None:
-    """Raise ValueError unless `model` is a plain VisionTransformer, fit to be rebuilt."""
+    """Raises ValueError unless `model` is exactly timm's VisionTransformer."""
     if type(model) is not VisionTransformer:
         raise ValueError(
             f"base: arch {arch!r} needs a model of timm's class VisionTransformer, "

@@ -1,7 +1,7 @@
 """Features as return values: `forward_with_features` on timm's transformers, without hooks.
 
-timm builds the models, so their parameters, their state-dict keys and their pretrained weights
-stay timm's; only the class of an instance changes, to one that has the additional method.
+timm builds the models, so parameters, state-dict keys and pretrained weights are timm's. Only the
+class of an instance changes, to a subclass with the additional method.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class FeatureModel(Protocol):
-    """An nn.Module that returns its features beside its logits: what every model here is."""
+    """nn.Module that can return feature maps beside its logits; every model here is one."""
 
     training: bool
 
@@ -26,31 +26,31 @@ class FeatureModel(Protocol):
     def forward_with_features(
         self, images: Tensor, layers: Sequence[int]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Logits and the patch-token maps of some layers, in one forward pass.
+        """Computes logits and the patch-token maps of some layers, in one forward pass.
 
-        The maps are what the layers put out: before the final norm, without class, register or
-        distillation tokens, and with a gradient. A layer is a transformer block; in CaiT a
-        self-attention block (the class-attention blocks are no layers); in Swin a stage, whose
-        (B, H, W, C) output comes as tokens. The last layer of a Lift student is its lifted map.
+        The maps are the layers' outputs before the final norm, without class, register or
+        distillation tokens, and with a gradient. A layer is a transformer block. In CaiT it is a
+        self-attention block (class-attention blocks don't count); in Swin it is a stage, whose
+        (B, H, W, C) output is flattened to tokens. The last layer of a Lift student is its lifted
+        map.
 
         Args:
-            images: (B, in_chans, H, W), of the model's dtype (or under autocast).
-            layers: indices as in Python: negative ones count from the end; any order, repeats
-                allowed, none at all allowed.
+            images: (B, in_chans, H, W), in the model's dtype (or under autocast).
+            layers: indices, negative ones from the end; any order, with repeats, or empty.
 
         Returns:
             logits (B, classes), and a list with one map (B, N, C) for each of `layers`, in that
-            order. A map may be a strided view (the prefix tokens are cut off, not copied away),
-            and a layer asked for twice comes as one tensor twice.
+            order. A map may be a strided view (without its prefix tokens), and a repeated layer
+            returns the same tensor twice.
 
         Raises:
             ValueError: a layer is out of range.
-            TypeError: `layers` is no sequence of ints.
+            TypeError: `layers` is not a sequence of ints.
         """
         ...
 
     def forward_maps(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """The maps of `forward_with_features` alone; nothing after the deepest is computed."""
+        """Computes only the maps of `forward_with_features`; stops after the deepest layer."""
         ...
 
     def train(self, mode: bool = True) -> Any: ...
@@ -63,18 +63,18 @@ class FeatureModel(Protocol):
 
 
 def resolve_layers(layers: Iterable[int], depth: int) -> tuple[int, ...]:
-    """Turn Python-style layer indices into indices from 0 to depth - 1.
+    """Converts layer indices that may be negative to indices from 0 to depth - 1.
 
     Args:
         layers: ints; negative ones count from the end.
-        depth: the number of layers.
+        depth: number of layers.
 
     Returns:
-        As many indices, in the same order.
+        The same number of indices, in the same order.
 
     Raises:
         ValueError: an index is out of range.
-        TypeError: `layers` is no sequence, or holds something else than ints.
+        TypeError: `layers` is not a sequence of ints.
 
     Example:
         >>> resolve_layers([0, -1], depth=12)
@@ -101,7 +101,7 @@ class BlockFeatures:
     def forward_with_features(
         self: Any, images: Tensor, layers: Sequence[int]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Logits and the raw patch tokens (B, N, C) of `layers`; see `FeatureModel`."""
+        """Computes logits and the raw patch tokens (B, N, C) of `layers`; see `FeatureModel`."""
         wanted = resolve_layers(layers, len(self.blocks))
         if not wanted:  # timm's forward_intermediates takes no empty selection
             return self.forward(images), []
@@ -111,7 +111,7 @@ class BlockFeatures:
         return self.forward_head(tokens), [found[layer] for layer in wanted]
 
     def forward_maps(self: Any, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """The raw patch tokens alone, without the blocks after the deepest; see `FeatureModel`."""
+        """Computes the raw patch tokens only, up to the deepest block; see `FeatureModel`."""
         wanted = resolve_layers(layers, len(self.blocks))
         if not wanted:
             return []
@@ -129,13 +129,13 @@ class StageFeatures:
     def forward_with_features(
         self: Any, images: Tensor, layers: Sequence[int]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Logits and the raw tokens (B, H*W, C) of the stages `layers`; see `FeatureModel`."""
+        """Computes logits and the raw tokens (B, H*W, C) of stages; see `FeatureModel`."""
         wanted = resolve_layers(layers, len(self.layers))
         x, found = self._run_stages(images, wanted, len(self.layers))
         return self.forward_head(self.norm(x)), [found[layer] for layer in wanted]
 
     def forward_maps(self: Any, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """The raw tokens alone, without the stages after the deepest; see `FeatureModel`."""
+        """Computes the raw tokens only, up to the deepest stage; see `FeatureModel`."""
         wanted = resolve_layers(layers, len(self.layers))
         if not wanted:
             return []
@@ -145,9 +145,9 @@ class StageFeatures:
     def _run_stages(
         self: Any, images: Tensor, wanted: Sequence[int], count: int
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """What `count` stages put out in the end, and the tokens of those wanted."""
-        # The stages put out (B, H, W, C), which is the token layout already. timm's
-        # forward_intermediates would copy every map to (B, C, H, W), and this would copy it back.
+        """Output of the first `count` stages, and the tokens of the wanted ones by index."""
+        # Stages return (B, H, W, C), which is the token layout already. timm's
+        # forward_intermediates would copy every map to (B, C, H, W), to be copied back here.
         x = self.patch_embed(images)
         found = {}
         for index, stage in enumerate(self.layers[:count]):
@@ -164,7 +164,7 @@ class FeatureVisionTransformer(BlockFeatures, VisionTransformer):  # type: ignor
 class FeatureDistilledTransformer(BlockFeatures, VisionTransformerDistilled):  # type: ignore[misc]
     """timm's DeiT with a distillation token, with features.
 
-    With timm's `set_distilled_training(True)` and in training mode the logits are timm's pair
+    In training mode after timm's `set_distilled_training(True)`, the logits are timm's pair
     (class head, distillation head).
     """
 
@@ -177,7 +177,7 @@ class FeatureSwinTransformer(StageFeatures, SwinTransformer):  # type: ignore[mi
     """timm's SwinTransformer, with the maps of its stages as features."""
 
 
-# Plain classes with a name, not types made at run time: models can be pickled and copied.
+# Named classes instead of types created at run time, so that models can be pickled and copied.
 _WITH_FEATURES: dict[type, type] = {
     VisionTransformer: FeatureVisionTransformer,
     VisionTransformerDistilled: FeatureDistilledTransformer,
@@ -187,18 +187,18 @@ _WITH_FEATURES: dict[type, type] = {
 
 
 def with_features(model: nn.Module) -> FeatureModel:
-    """Give a timm model the method `forward_with_features`, in place.
+    """Adds the method `forward_with_features` to a timm model, in place.
 
-    Parameters, buffers, state-dict keys and `model(images)` stay as they are.
+    Parameters, buffers, state-dict keys and `model(images)` don't change.
 
     Args:
-        model: a VisionTransformer, VisionTransformerDistilled, Cait or SwinTransformer of timm.
+        model: timm's VisionTransformer, VisionTransformerDistilled, Cait or SwinTransformer.
 
     Returns:
         `model`, now of a subclass of its class.
 
     Raises:
-        ValueError: another kind of model.
+        ValueError: `model` is of another class.
 
     Example:
         >>> import timm, torch
@@ -220,20 +220,20 @@ def with_features(model: nn.Module) -> FeatureModel:
 
 
 def num_layers(model: FeatureModel) -> int:
-    """How many layers `model.forward_with_features` can return."""
+    """Number of layers that `model.forward_with_features` can return."""
     return len(_layers(model))
 
 
 def feature_grid(model: FeatureModel, layer: int = -1) -> tuple[int, int] | None:
-    """The grid (H, W) whose cells are the tokens of a layer's map, row by row.
+    """Patch grid (H, W) of a layer's map; tokens are in row-major order.
 
     Args:
-        model: any model with features.
-        layer: which layer; it matters for Swin alone, whose stages have different grids.
+        model: a model with features.
+        layer: layer index; only Swin's stages have different grids.
 
     Returns:
-        (H, W), or None where the model alone does not say: it takes images of any size, or
-        drops patches at random.
+        (H, W), or None if it isn't fixed: the model takes images of any size or drops patches at
+        random.
 
     Raises:
         ValueError: the layer is out of range.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from featkd.functional import Metric, lift_head, projected_feature_kd
 from featkd.models.base import StudentVisionTransformer, check_vision_transformer
 from featkd.models.features import resolve_layers
-from featkd.models.fusible import can_fuse
+from featkd.models.fusion import is_fusible
 from featkd.ops.support import is_being_exported
 
 PUBLISHED_EPS = 1e-5  # torch's default, which the published Lift has; timm's norms have 1e-6
@@ -23,16 +23,15 @@ class Lift(StudentVisionTransformer):
     With f the patch tokens (no class token) of the last block before the final norm, and W of
     shape (teacher_dim, width) without a bias [EM26, Lift]:
 
-        z      = LayerNorm(f W^T)              eps 1e-5; the map that is matched to the teacher's
+        z      = LayerNorm(f W^T)              eps 1e-5; matched to the teacher's map
         logits = head(mean of z over the patch tokens)
 
-    Logits, and the loss by a teacher (`forward_with_loss`), come without z in memory
-    (`featkd.functional.lift_head`, whose gradients cannot be differentiated again), unless
-    something stands in the place of the two layers, or hooks wait for them. Where the last layer's
-    map is asked for, z is formed and returned.
+    Logits and the feature loss (`forward_with_loss`) are computed without storing z, by
+    `featkd.functional.lift_head`, unless one of the two layers has hooks or was replaced. z is
+    stored only if the last layer's map is requested.
 
-    The base's own final norm and head would be dead weight, so they are not there.
-    Made by `Lift.adopt` or `featkd.models.create_student(arch="lift")`.
+    The base's final norm and head would never be used, so they are removed.
+    Created by `Lift.adopt` or `featkd.models.create_student(arch="lift")`.
     """
 
     projection: nn.Linear
@@ -40,11 +39,11 @@ class Lift(StudentVisionTransformer):
 
     @classmethod
     def adopt(cls, model: nn.Module, teacher_dim: int) -> Lift:
-        """Turn a timm VisionTransformer into a Lift student, in place.
+        """Turns a timm VisionTransformer into a Lift student, in place.
 
         Args:
             model: a VisionTransformer; its blocks keep their weights.
-            teacher_dim: the width of the teacher's map.
+            teacher_dim: width of the teacher's map.
 
         Returns:
             `model`, now a Lift.
@@ -86,21 +85,21 @@ class Lift(StudentVisionTransformer):
         metric: Metric = "mse",
         grid: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Logits, and the distance of the lifted map from the teacher's, without z in memory.
+        """Computes logits and the feature loss without storing the lifted map z.
 
-        They are those of `forward_with_features(images, [-1])` and of
-        `featkd.functional.projected_feature_kd` on its map, in one `featkd.functional.lift_head`.
+        Equals `forward_with_features(images, [-1])` followed by
+        `featkd.functional.projected_feature_kd` on its map, by one `featkd.functional.lift_head`.
 
         Args:
             images: (B, C, H, W).
-            teacher: (B, N, teacher_dim), needing no gradient.
+            teacher: (B, N, teacher_dim), without requires_grad.
             metric, grid: as in `projected_feature_kd`.
 
         Returns:
             logits (B, classes), and a scalar.
 
         Raises:
-            ValueError: the teacher's shape, its device or the grid don't fit.
+            ValueError: the teacher's shape, its device or the grid doesn't match.
         """
         tokens = super().forward_features(images)[:, self.num_prefix_tokens :]
         logits, loss = self._finish(tokens, teacher, metric, grid)
@@ -113,10 +112,10 @@ class Lift(StudentVisionTransformer):
         metric: Metric = "mse",
         grid: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits of the last block's patch tokens (B, N, width), and the loss by a teacher."""
+        """Computes logits from the last block's patch tokens (B, N, width), and the loss."""
         linear, norm = self.projection, self.projection_norm
         loss = None
-        if can_fuse(linear, norm):
+        if is_fusible(linear, norm):
             pooled, loss = lift_head(
                 *(tokens, linear.weight, norm.weight, norm.bias, teacher),
                 eps=norm.eps,
@@ -135,7 +134,7 @@ class Lift(StudentVisionTransformer):
         return self.lift(tokens[:, self.num_prefix_tokens :])
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """timm's method: the blocks' raw maps, and as final features the lifted map."""
+        """timm's method; the blocks' maps are raw, the final features are the lifted map."""
         found = super().forward_intermediates(x, *args, **kwargs)
         if isinstance(found, tuple):
             tokens, maps = found
@@ -153,7 +152,7 @@ class Lift(StudentVisionTransformer):
     def forward_with_features(
         self, images: Tensor, layers: Sequence[int]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Logits and maps; the last layer's is z (B, N, teacher_dim); see `FeatureModel`."""
+        """Computes logits and maps; the last layer's is z (B, N, teacher_dim)."""
         last = len(self.blocks) - 1
         wanted = resolve_layers(layers, last + 1)
         earlier = sorted(set(wanted) - {last})
@@ -171,14 +170,14 @@ class Lift(StudentVisionTransformer):
         return self.forward_head(lifted), [found[layer] for layer in wanted]
 
     def forward_maps(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """Maps alone; the last layer's is z (B, N, teacher_dim); see `FeatureModel`."""
+        """Computes maps only; the last layer's is z (B, N, teacher_dim)."""
         last = len(self.blocks) - 1
         if last in resolve_layers(layers, last + 1):
             return self.forward_with_features(images, layers)[1]
         return super().forward_maps(images, layers)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a fresh one; the pooling is the mean over the patch tokens.
+        """Replaces the head by a newly initialised one; the pooling remains the mean over tokens.
 
         Raises:
             ValueError: `global_pool` is neither None nor "avg".

@@ -38,7 +38,7 @@ _PUBLISHED_HEADS = 3  # DeiT-Tiny's; head counts leave no trace in the shapes of
 
 
 class _Shape(NamedTuple):
-    """What the tensors of a student tell about its shape."""
+    """Architecture and sizes of a student, read from its tensors."""
 
     widths: tuple[int, ...]
     patch_size: tuple[int, int]
@@ -55,23 +55,22 @@ def load_published(
     num_heads: int | None = None,
     weights: Weights = "model",
 ) -> FeatureModel:
-    """Load a student in the published layout, working out its shape from the tensors.
+    """Loads a student in the published layout; its sizes are inferred from the tensors.
 
     Args:
-        path: a .pth or .safetensors file (see `read_state_dict` for what is read, and how).
-        arch: the schedule, where the widths fit several; of those, `widelast` (published as
-            `heads_step`) comes before `fixed_step`, and `heads_linear` before `fixed_linear`.
-        num_heads: heads of the first block; 3, as published, where not given.
-        weights: which weights of a checkpoint that has several (see `read_state_dict`). Not the
-            averaged ones, unless asked for: the published accuracies are of the last ones, as
-            the published code keeps an average but never evaluates it.
+        path: a .pth or .safetensors file (see `read_state_dict`).
+        arch: schedule, needed if the widths fit several. By default `widelast` (published as
+            `heads_step`) is preferred to `fixed_step`, and `heads_linear` to `fixed_linear`.
+        num_heads: heads of the first block; None for 3, as published.
+        weights: weights to load from a checkpoint (see `read_state_dict`). The default is the last
+            ones: the published code keeps an average but evaluates the last weights.
 
     Returns:
         The Lift or WideLast student, in evaluation mode.
 
     Raises:
-        CheckpointMismatch: names are missing or odd, or the widths are no schedule's.
-        ValueError: the file can't be read safely, or `arch` or `num_heads` don't fit.
+        CheckpointMismatch: names are missing or unexpected, or the widths fit no schedule.
+        ValueError: the file can't be read safely, or `arch` or `num_heads` doesn't match it.
     """
     state = read_state_dict(path, weights)
     is_lift = any(name.startswith(_LIFT_PREFIX) for name in state)
@@ -107,10 +106,10 @@ def load_published(
 
 
 def to_published(model: nn.Module | FeatureModel) -> dict[str, Tensor]:
-    """A student's state dict in the published layout: the reverse of `load_published`.
+    """Student's state dict in the published layout: the inverse of `load_published`.
 
-    The published Lift's dead tensors (`base_model.norm.*`, `base_model.head.*`) don't exist here,
-    so they are not in the result.
+    The published Lift's unused tensors (`base_model.norm.*`, `base_model.head.*`) don't exist here
+    and are left out.
 
     Args:
         model: a Lift or a WideLast student.
@@ -119,7 +118,7 @@ def to_published(model: nn.Module | FeatureModel) -> dict[str, Tensor]:
         Name to tensor; the tensors are the model's own, not copies.
 
     Raises:
-        TypeError: another model.
+        TypeError: `model` is of another class.
     """
     if not isinstance(model, (Lift, WideLast)):
         raise TypeError(f"model: expected a Lift or a WideLast, got {type(model).__name__}")
@@ -132,7 +131,7 @@ def to_published(model: nn.Module | FeatureModel) -> dict[str, Tensor]:
 
 
 def _lift_names(last: int) -> dict[str, str]:
-    """The published names outside `base_model.` of a Lift whose last block is `last`, and ours."""
+    """Published names outside `base_model.` of a Lift with last block `last`, to our names."""
     return {
         f"projections.{last}.weight": "projection.weight",
         f"layer_norms.{last}.weight": "projection_norm.weight",
@@ -143,7 +142,7 @@ def _lift_names(last: int) -> dict[str, str]:
 
 
 def _from_published_lift(state: dict[str, Tensor], path: str | PathLike[str]) -> dict[str, Tensor]:
-    """Rename a published Lift's tensors to ours, and drop the dead ones."""
+    """Renames the tensors of a published Lift to our names and drops unused ones."""
     inner = {
         name.removeprefix(_LIFT_PREFIX): value
         for name, value in state.items()
@@ -169,7 +168,7 @@ def _depth(state: dict[str, Tensor], path: str | PathLike[str], model_name: str)
 
 
 def _shape(state: dict[str, Tensor], path: str | PathLike[str], model_name: str) -> _Shape:
-    """Read a student's shape off the tensors, here in our names."""
+    """Infers a student's architecture and sizes from tensors with our names."""
     depth = _depth(state, path, model_name)
     norms = [f"blocks.{index}.norm1.weight" for index in range(depth)]
     patches, positions, classifier, hidden = (
@@ -212,7 +211,7 @@ def _shape(state: dict[str, Tensor], path: str | PathLike[str], model_name: str)
 def _matching_schedule(
     widths: tuple[int, ...], heads: int, arch: str | None, path: str | PathLike[str]
 ) -> str:
-    """The first schedule, of `arch` or of all, that has these widths."""
+    """First schedule (only `arch` if given) with these widths."""
     if arch is not None and arch not in SCHEDULES:
         raise ValueError(
             f"arch: expected one of {', '.join(SCHEDULES)} for {path}, which holds no Lift; "

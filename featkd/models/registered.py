@@ -1,4 +1,4 @@
-"""The paper's students by name: importing this registers them with timm [EM26].
+"""Registers the paper's students with timm when imported [EM26].
 
 Example:
     >>> import featkd.models, timm
@@ -28,7 +28,7 @@ _NAMES = (
     "deit_tiny_w219_patch16_224",
 )
 
-# What timm's loaders read: the data settings of DeiT-Tiny. None of these has weights to download.
+# DeiT-Tiny's data settings, which timm's loaders read. No model here has weights to download.
 default_cfgs = generate_default_cfgs(
     {
         name: {
@@ -79,14 +79,14 @@ def deit_tiny_fixed_step384_patch16_224(pretrained: bool = False, **kwargs: Any)
 
 @_register
 def deit_tiny_w204_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
-    """A control: DeiT-Tiny, 204 channels wide throughout."""
+    """Control: DeiT-Tiny, 204 channels wide throughout."""
     kwargs.setdefault("embed_dim", 204)
     return _deit_tiny("deit_tiny_w204_patch16_224", "plain", pretrained, kwargs)
 
 
 @_register
 def deit_tiny_w219_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
-    """A control: DeiT-Tiny, 219 channels wide throughout."""
+    """Control: DeiT-Tiny, 219 channels wide throughout."""
     kwargs.setdefault("embed_dim", 219)
     return _deit_tiny("deit_tiny_w219_patch16_224", "plain", pretrained, kwargs)
 
@@ -94,7 +94,7 @@ def deit_tiny_w219_patch16_224(pretrained: bool = False, **kwargs: Any) -> Featu
 def _deit_tiny(name: str, arch: str, pretrained: bool, kwargs: dict[str, Any]) -> FeatureModel:
     if pretrained:
         raise ValueError(
-            f"pretrained: there are no weights of {name!r} to download, got True; allowed: False "
+            f"pretrained: got True, but {name!r} has no weights to download; allowed: False "
             f"(featkd.models.load_published reads published files)"
         )
     kwargs.pop("cache_dir", None)  # where timm would put a download

@@ -1,4 +1,4 @@
-"""`create_student`: a student of any of the paper's architectures, on any timm ViT."""
+"""Creates students of the paper's architectures from any timm ViT."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import timm
 from timm.models import filter_pretrained_cfg, get_pretrained_cfg
 
-from featkd.checks import suggestion
 from featkd.models.base import build_timm
 from featkd.models.features import FeatureModel, with_features
 from featkd.models.lift import Lift
 from featkd.models.widelast import SCHEDULES, WideLast
+from featkd.runtime.checks import suggestion
 
 ARCHS = ("plain", "lift", *SCHEDULES)
 
@@ -24,25 +24,25 @@ def create_student(
     num_classes: int = 1000,
     **timm_kwargs: Any,
 ) -> FeatureModel:
-    """Make a student [EM26], in training mode, with timm's initialisation.
+    """Creates a student [EM26] in training mode, with timm's initialisation.
 
     Args:
-        base: a timm model name. `arch="plain"` takes any model that `with_features` takes (ViT,
-            DeiT, CaiT, Swin); the others take timm's VisionTransformer.
-        arch: "plain" (the base as it is), "lift" (see `Lift`), or a schedule of widths:
+        base: timm model name. `arch="plain"` allows every model of `with_features` (ViT, DeiT,
+            CaiT, Swin); the others allow only timm's VisionTransformer.
+        arch: "plain" (the base unchanged), "lift" (see `Lift`), or a schedule of widths:
             "widelast", "fixed_step", "heads_linear", "fixed_linear" (see `widelast.schedule`).
-        teacher_dim: the width of the map that is matched, i.e. the teacher's; "plain" ignores it.
-        num_classes: 0 for no head.
-        timm_kwargs: further arguments of the timm model, such as `img_size`, `patch_size`,
-            `embed_dim`, `depth`, `num_heads`, `drop_path_rate`. `pretrained=True` starts "plain"
-            and "lift" from timm's weights of the base.
+        teacher_dim: width of the teacher's map; ignored by "plain".
+        num_classes: number of classes; 0 for no head.
+        timm_kwargs: other arguments of the timm model, such as `img_size`, `patch_size`,
+            `embed_dim`, `depth`, `num_heads`, `drop_path_rate`. With `pretrained=True`, "plain"
+            and "lift" load timm's weights of the base.
 
     Returns:
-        A timm model that has `forward_with_features` (see `FeatureModel`).
+        A timm model with `forward_with_features` (see `FeatureModel`).
 
     Raises:
-        ValueError: an unknown `base` or `arch` (the nearest name is suggested), or sizes that
-            don't fit each other.
+        ValueError: `base` or `arch` is unknown (the nearest name is suggested), or sizes don't
+            match.
 
     Example:
         >>> student = create_student("deit_tiny_patch16_224", arch="widelast", teacher_dim=384)
@@ -64,10 +64,11 @@ def create_student(
     else:
         if timm_kwargs.get("pretrained"):
             raise ValueError(
-                f"pretrained: arch {arch!r} has other shapes than {base!r}; allowed: False"
+                f"pretrained: got True, but arch {arch!r} has other shapes than {base!r}; "
+                "allowed: False"
             )
         model = WideLast.build(base, arch, teacher_dim, **timm_kwargs)
-    # The base's weights are not this model's: its record must not offer them for download.
+    # The record must not offer the base's weights for download: they don't fit this model.
     model.pretrained_cfg = filter_pretrained_cfg(model.pretrained_cfg, remove_source=True)
     if model.pretrained_cfg.get("architecture") == base.partition(".")[0]:
         del model.pretrained_cfg["architecture"]
@@ -77,9 +78,9 @@ def create_student(
 
 
 def check_timm_name(argument: str, name: str) -> None:
-    """Raise ValueError, with the nearest name, unless timm knows the model `name`.
+    """Raises ValueError with the nearest name if timm does not know the model `name`.
 
-    Names with a source ("hf-hub:...", "local-dir:...") are left for timm to look up.
+    Names with a source ("hf-hub:...", "local-dir:...") are not checked.
     """
     if ":" in name:
         return

@@ -6,17 +6,17 @@ import torch
 from timm.models.cait import TalkingHeadAttn
 from torch import Tensor, nn
 
-from featkd.backends import wanted_backend
 from featkd.functional import talking_heads_attention
-from featkd.models.fusible import can_bypass
+from featkd.models.fusion import can_bypass
+from featkd.ops.backends import wanted_backend
 
 
 class FusedTalkingHeads(TalkingHeadAttn):  # type: ignore[misc]
     """timm's TalkingHeadAttn through `featkd.functional.talking_heads_attention`.
 
-    The same weights, and the same numbers but for rounding. timm's own forward runs on other
-    devices than a CPU, in training mode, where gradients are asked for, on another backend than
-    "auto", and where one of the two mixes has hooks or was replaced.
+    Same weights; results differ by rounding only. timm's forward runs instead if the device is not
+    a CPU, in training mode, if gradients are needed, with a backend other than "auto", and if one
+    of the two head-mixing layers has hooks or was replaced.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class FusedTalkingHeads(TalkingHeadAttn):  # type: ignore[misc]
 
 
 def fuse_talking_heads(model: nn.Module) -> None:
-    """Let every TalkingHeadAttn of timm in `model` compute so; its weights stay where they are."""
+    """Changes the class of every TalkingHeadAttn in `model`, in place; the weights stay."""
     for module in model.modules():
         if type(module) is TalkingHeadAttn:
             module.__class__ = FusedTalkingHeads

@@ -19,25 +19,24 @@ def create_teacher(
     weights: Weights = "auto",
     **timm_kwargs: Any,
 ) -> FeatureModel:
-    """Make a teacher: evaluation mode, no parameter asks for a gradient.
+    """Creates a teacher in evaluation mode, without gradients.
 
     Args:
-        name: a timm model name (ViT, DeiT, CaiT, Swin, or a student of featkd).
-        pretrained: let timm download its weights.
-        checkpoint: a weight file instead: .safetensors, or one of torch.save (see
-            `read_state_dict`); every tensor must fit.
-        weights: which weights of a checkpoint that has several; "auto" prefers the averaged
-            ones (EMA).
-        timm_kwargs: further arguments of the timm model, such as `num_classes`, `img_size`.
+        name: timm model name (ViT, DeiT, CaiT, Swin, or a student of featkd).
+        pretrained: if True, timm downloads its weights.
+        checkpoint: weight file to load instead: .safetensors or a file of torch.save (see
+            `read_state_dict`); every tensor must match.
+        weights: weights to load from a checkpoint (see `read_state_dict`).
+        timm_kwargs: other arguments of the timm model, such as `num_classes`, `img_size`.
 
     Returns:
-        The model, with `forward_with_features` (see `FeatureModel`). A CaiT mixes its attention
-        heads by featkd's op (see `FusedTalkingHeads`); its numbers differ by rounding.
+        The model, with `forward_with_features` (see `FeatureModel`). A CaiT computes its attention
+        by featkd's op (see `FusedTalkingHeads`); results differ by rounding.
 
     Raises:
-        ValueError: an unknown name (the nearest one is suggested), both `pretrained` and
-            `checkpoint`, or a file that can't be read safely.
-        CheckpointMismatch: the file's tensors are not the model's; it lists which.
+        ValueError: the name is unknown (the nearest one is suggested), both `pretrained` and
+            `checkpoint` are given, or the file can't be read safely.
+        CheckpointMismatch: the file's tensors don't match the model's; it lists which.
 
     Example:
         >>> teacher = create_teacher("deit_tiny_patch16_224", depth=1)

@@ -1,4 +1,4 @@
-"""Read weight files without running code from them, and load them without leaving anything out."""
+"""Reads weight files without running code from them, and loads them strictly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from featkd.remote import Location, locate, seekable
+from featkd.runtime.remote import Location, locate, seekable
 
 Weights = Literal["auto", "model", "model_ema"]
 
@@ -24,29 +24,29 @@ _MAX_LISTED = 20
 
 
 class CheckpointMismatch(ValueError):
-    """A file's tensors are not the ones that a model has."""
+    """The tensors of a file don't match those of a model."""
 
 
 def read_state_dict(path: str | PathLike[str], weights: Weights = "auto") -> dict[str, Tensor]:
-    """Read a state dict from a file, on the CPU.
+    """Reads a state dict from a file, on the CPU.
 
-    No code from the file is run: .safetensors holds none, and any other file is read by
-    torch.load with weights_only=True (argparse.Namespace, in which DeiT's training scripts save
-    their arguments, is the one class admitted besides torch's own list).
+    No code from the file is run: .safetensors contains none, and other files are read by
+    torch.load with weights_only=True. Besides torch's own list only argparse.Namespace is allowed,
+    in which DeiT's training scripts save their arguments.
 
     Args:
-        path: a .safetensors file, or one of torch.save that holds a plain state dict or a
-            checkpoint: a dict with a state dict under "model" or "state_dict", and maybe
-            an averaged one under "model_ema" or "state_dict_ema". A path, or a URL for fsspec.
-        weights: which of a checkpoint's weights: the averaged ones ("model_ema"), the last ones
-            ("model"), or ("auto") those that scored better when the file was written, if it is
-            a checkpoint of featkd, else the averaged ones where there are any.
+        path: a .safetensors file, or a file of torch.save with a plain state dict or a checkpoint:
+            a dict with a state dict under "model" or "state_dict", and optionally an averaged one
+            under "model_ema" or "state_dict_ema". A path, or a URL for fsspec.
+        weights: "model_ema" for a checkpoint's averaged weights, "model" for the last ones.
+            "auto" takes those with the better score if featkd wrote the file, otherwise the
+            averaged ones if there are any.
 
     Returns:
-        Name to tensor, without the prefixes ("module.") that wrappers put on every name.
+        Name to tensor, without the prefixes ("module.") that wrappers add to every name.
 
     Raises:
-        ValueError: the file is no weight file, or has not what `weights` asks for.
+        ValueError: the file is not a weight file, or lacks the requested `weights`.
         OSError: the file can't be read.
     """
     if weights not in get_args(Weights):
@@ -61,7 +61,7 @@ def read_state_dict(path: str | PathLike[str], weights: Weights = "auto") -> dic
                 else safetensors.torch.load(where.read_bytes())
             )
         except safetensors.SafetensorError as error:
-            raise ValueError(f"checkpoint: {path} is no safetensors file: {error}") from error
+            raise ValueError(f"checkpoint: {path} is not a safetensors file: {error}") from error
     else:
         content = _torch_load(where)
     state = choose_weights(content, weights, path)
@@ -75,16 +75,16 @@ def read_state_dict(path: str | PathLike[str], weights: Weights = "auto") -> dic
 def load_strictly(
     model: nn.Module, state: Mapping[str, Tensor], path: str | PathLike[str], model_name: str
 ) -> None:
-    """Load every tensor of `state` into `model`, or nothing at all.
+    """Loads every tensor of `state` into `model`, or raises and loads none.
 
     Args:
         model: receives the weights.
         state: name to tensor.
-        path: the file that `state` came from, for the error.
-        model_name: what to call the model in the error.
+        path: file that `state` was read from, for the error.
+        model_name: name of the model, for the error.
 
     Raises:
-        CheckpointMismatch: names are missing or unexpected, or shapes differ; it lists them.
+        CheckpointMismatch: names are missing or unexpected, or shapes differ.
     """
     own = model.state_dict()
     wrong = [
@@ -105,7 +105,7 @@ def load_strictly(
 def mismatch(
     path: str | PathLike[str], model_name: str, problems: Mapping[str, Sequence[str]]
 ) -> CheckpointMismatch:
-    """The error that says which names of a file don't fit a model, by kind of problem."""
+    """Creates the error that lists, per kind of problem, the names that don't match."""
     parts = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names]
     return CheckpointMismatch(f"checkpoint: {path} does not fit {model_name}; {'; '.join(parts)}")
 
@@ -117,15 +117,15 @@ def _torch_load(path: Location) -> Any:
             return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"checkpoint: {path} is no weight file, or holds objects that can't be read without "
+            f"checkpoint: {path} is not a weight file, or holds objects that can't be read without "
             f"running code from it; save its state dict alone. torch says: {error}"
         ) from error
     except (EOFError, RuntimeError) as error:
-        raise ValueError(f"checkpoint: {path} is damaged or no weight file: {error}") from error
+        raise ValueError(f"checkpoint: {path} is damaged or not a weight file: {error}") from error
 
 
 def choose_weights(content: Any, weights: Weights, path: str | PathLike[str]) -> dict[str, Any]:
-    """The state dict that `weights` asks for among what a file holds; see `read_state_dict`."""
+    """Selects a state dict from a file's content; see `read_state_dict`."""
     if not isinstance(content, dict):
         raise ValueError(
             f"checkpoint: {path} holds a {type(content).__name__}, expected a dict of tensors"
@@ -144,10 +144,9 @@ def choose_weights(content: Any, weights: Weights, path: str | PathLike[str]) ->
 
 
 def _scored_last_weights_higher(content: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint of featkd says that its average is no better than its weights.
+    """Compares the top-1 scores of last and averaged weights in a featkd checkpoint.
 
-    A long average of a short run is little more than the initial weights: it must not be taken
-    for the better of the two unseen.
+    A long average over a short run is close to the initial weights, so it isn't always better.
     """
     scores = content.get("scores")
     if not isinstance(scores, Mapping):
@@ -157,7 +156,7 @@ def _scored_last_weights_higher(content: Mapping[str, Any]) -> bool:
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cut off the prefixes that are on *every* name: one on some names is no wrapper's."""
+    """Removes wrappers' prefixes, which are on *every* name; others are kept."""
     for prefix in _WRAPPERS * 2:  # a wrapper may hold the other
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}

@@ -1,4 +1,4 @@
-"""The students whose late blocks have the teacher's width [EM26]."""
+"""Students whose last blocks have the teacher's width [EM26]."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from featkd.models.base import (
     build_timm,
     check_vision_transformer,
 )
-from featkd.models.fusible import can_fuse
+from featkd.models.fusion import is_fusible
 from featkd.ops.support import is_being_exported
 
 SCHEDULES = ("widelast", "fixed_step", "heads_linear", "fixed_linear")
 
 
 class BlockSize(NamedTuple):
-    """The width of a block's residual stream, and its number of attention heads."""
+    """Width of a block's residual stream and its number of attention heads."""
 
     width: int
     heads: int
@@ -31,9 +31,9 @@ class BlockSize(NamedTuple):
 def schedule(
     arch: str, width: int, heads: int, depth: int, teacher_dim: int
 ) -> tuple[BlockSize, ...]:
-    """The size of every block of a student with late blocks as wide as the teacher [EM26].
+    """Size of every block of a student with last blocks as wide as the teacher [EM26].
 
-    `widelast` (published name `heads_step`) and `fixed_step` widen the last block alone.
+    `widelast` (published name `heads_step`) and `fixed_step` widen only the last block.
     `heads_linear` and `fixed_linear` widen the last n = max(1, depth // 4) blocks, the j-th of
     them (j = 1..n) by the share j/n of the way from `width` to `teacher_dim`:
 
@@ -50,17 +50,17 @@ def schedule(
 
     Args:
         arch: one of `SCHEDULES`.
-        width: the width of the first blocks.
+        width: width of the first blocks.
         heads: their number of heads.
-        depth: the number of blocks.
-        teacher_dim: the width of the last block.
+        depth: number of blocks.
+        teacher_dim: width of the last block.
 
     Returns:
         `depth` sizes.
 
     Raises:
-        ValueError: `arch` is unknown; `width` is no multiple of `heads`; `teacher_dim` is not
-            above `width`, or no multiple of what the schedule keeps fixed.
+        ValueError: `arch` is unknown; `width` is not a multiple of `heads`; `teacher_dim` is not
+            above `width`, or not a multiple of the number that the schedule keeps fixed.
 
     Example:
         >>> [size.width for size in schedule("fixed_linear", 192, 3, 12, 384)[8:]]
@@ -69,7 +69,7 @@ def schedule(
     if arch not in SCHEDULES:
         raise ValueError(f"arch: expected one of {', '.join(SCHEDULES)}; got {arch!r}")
     if width % heads:
-        raise ValueError(f"embed_dim: {width} is no multiple of num_heads, {heads}")
+        raise ValueError(f"embed_dim: expected a multiple of num_heads ({heads}), got {width}")
     if teacher_dim <= width:
         raise ValueError(
             f"teacher_dim: arch {arch!r} needs more than the student's {width}, got {teacher_dim}"
@@ -102,11 +102,11 @@ class WideBlock(Block):  # type: ignore[misc]
         r = proj_norm(proj_in(x));   y = r + attn(norm1(r));   out = y + mlp(norm2(y))
 
     Args:
-        in_dim: the width of the block before.
-        dim: this block's width.
-        norm_layer: the class of all its norms.
-        device, dtype: of the parameters.
-        options: the other arguments of timm's Block.
+        in_dim: width of the previous block.
+        dim: width of this block.
+        norm_layer: class of all its norms.
+        device, dtype: device and dtype of the parameters.
+        options: other arguments of timm's Block.
     """
 
     def __init__(
@@ -123,15 +123,14 @@ class WideBlock(Block):  # type: ignore[misc]
         self.proj_norm = norm_layer(dim, device=device, dtype=dtype)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The wider residual stream r and norm1(r), both (B, N, dim), from x (B, N, in_dim).
+        """Projects x (B, N, in_dim) to the residual stream r and norm1(r), both (B, N, dim).
 
-        One fused operation (`featkd.functional.widelast_projection`) where the three modules do
-        what they are named for: a Linear, and two LayerNorms of one epsilon. The modules are
-        called where something stands in their place (another norm, a quantised layer, an
-        adapter), hooks wait for them, or the model is being exported.
+        One fused op (`featkd.functional.widelast_projection`) if the three modules are a plain
+        Linear and two plain LayerNorms of the same epsilon. Otherwise, for hooks and for exports,
+        the modules are called (see `featkd.models.fusion`).
         """
         modules = (self.proj_in, self.proj_norm, self.norm1)
-        if is_being_exported() or not isinstance(x, Tensor) or not can_fuse(*modules):
+        if is_being_exported() or not isinstance(x, Tensor) or not is_fusible(*modules):
             residual = self.proj_norm(self.proj_in(x))
             return residual, self.norm1(residual)
         _, first, second = cast(tuple[Any, ...], modules)
@@ -152,14 +151,14 @@ class WideBlock(Block):  # type: ignore[misc]
 
 
 class BlockFactory:
-    """timm's `block_fn`: every call hands out the next block, in its own size."""
+    """timm's `block_fn`: each call creates the next block of a schedule."""
 
     def __init__(self, sizes: Sequence[BlockSize]) -> None:
         self._sizes = tuple(sizes)
         self._made = 0
 
     def __call__(self, *, dim: int, num_heads: int, **options: Any) -> nn.Module:
-        """The next block; `dim` and `num_heads`, the model's own, give way to the schedule."""
+        """Creates the next block; the schedule overrides the model's `dim` and `num_heads`."""
         del num_heads
         before = self._sizes[self._made - 1].width if self._made else dim
         width, heads = self._sizes[self._made]
@@ -172,29 +171,29 @@ class BlockFactory:
 class WideLast(StudentVisionTransformer):
     """A ViT whose last blocks have the teacher's width, by one of the `SCHEDULES` [EM26].
 
-    A block whose width differs from the one before it is a `WideBlock`; the final norm and the
-    head have the last width. The matched map is the last block's output; pooling (the class
-    token's, in DeiT) and attention (fused) are the base's.
-    Made by `WideLast.build` or `featkd.models.create_student(arch="widelast")`.
+    A block whose width differs from the previous one is a `WideBlock`. The final norm and the head
+    have the last width. The last block's output is matched to the teacher; pooling (DeiT: the
+    class token) and attention are the base's.
+    Created by `WideLast.build` or `featkd.models.create_student(arch="widelast")`.
     """
 
     sizes: tuple[BlockSize, ...]
 
     @classmethod
     def build(cls, base: str, arch: str, teacher_dim: int, **timm_kwargs: Any) -> WideLast:
-        """Let timm build `base` with the block sizes of a schedule.
+        """Builds `base` by timm with the block sizes of a schedule.
 
         Args:
-            base: the timm name of a VisionTransformer.
+            base: timm name of a VisionTransformer.
             arch: one of `SCHEDULES`.
-            teacher_dim: the width of the last block.
-            timm_kwargs: further arguments of the timm model.
+            teacher_dim: width of the last block.
+            timm_kwargs: other arguments of the timm model.
 
         Raises:
-            ValueError: the base is no plain VisionTransformer with timm's standard blocks, or it
-                pools by attention; or the widths do not fit (see `schedule`).
+            ValueError: the base is not a VisionTransformer with timm's standard blocks, it pools
+                by attention, or the widths don't match (see `schedule`).
         """
-        on_meta = {**timm_kwargs, "device": "meta"}  # shapes alone: no memory, no random draw
+        on_meta = {**timm_kwargs, "device": "meta"}  # only shapes: no memory, no random numbers
         probe: Any = build_timm(base, **on_meta)
         check_vision_transformer(probe, arch)
         if probe.attn_pool is not None:
@@ -219,7 +218,7 @@ class WideLast(StudentVisionTransformer):
         return cast(WideLast, model)
 
     def _widen_end(self) -> None:
-        """Give the final norm, the head and timm's feature records the blocks' widths."""
+        """Sets the widths of the final norm, of the head and of timm's feature records."""
         width = self.sizes[-1].width
         for name in ("norm", "fc_norm"):  # one of them is the final norm, the other an Identity
             norm = getattr(self, name)

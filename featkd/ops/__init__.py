@@ -1,5 +1,5 @@
 """The ops: one file each, with schema, autograd, and the choice of backend."""
 
-from featkd.compile_cache import tag_compile_cache
+from featkd.ops.compile_cache import tag_compile_cache
 
 tag_compile_cache()

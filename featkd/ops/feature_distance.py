@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featkd import reference
-from featkd.ops import support
-from featkd.reference import accumulation_dtype
+from featkd.ops import reference, support
+from featkd.runtime.dtypes import accumulation_dtype, widest_dtype
 
 
 def feature_distance(
@@ -142,7 +141,7 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor]:
     d_norm = feature.new_empty(0)
     if gamma is not None and need_norm:
-        dtype = reference.widest_dtype(gamma, beta)
+        dtype = widest_dtype(gamma, beta)
         d_norm = gamma.new_empty(1 if beta is None else 2, len(gamma), dtype=dtype)
     return feature.new_empty(feature.shape), d_norm
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featkd import backends, extension, reference
+from featkd.ops import backends, extension, reference
 from featkd.ops.orthonormal import orthonormal_columns
 from featkd.ops.spectrum import MOST_ROWS
 

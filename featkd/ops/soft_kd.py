@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featkd import reference
-from featkd.ops import support
-from featkd.reference import accumulation_dtype
+from featkd.ops import reference, support
+from featkd.runtime.dtypes import accumulation_dtype
 
 NAME = "soft_kd"
 

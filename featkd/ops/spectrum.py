@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from featkd import backends, extension, reference
+from featkd.ops import backends, extension, reference
 
 NAME = "spectrum"
 MOST_ROWS = 512  # of csrc/linalg/problem.h: the smaller side

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featkd import backends
+from featkd.ops import backends
 
 MOST_ROWS = 2**31 - 2**16  # the end of a loop over tiles must fit 32 bits too
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

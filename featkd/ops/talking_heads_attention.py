@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from featkd import backends, extension, reference
-from featkd.environment import multiplies_bf16
-from featkd.ops import support
+from featkd.ops import backends, extension, reference, support
+from featkd.runtime.environment import multiplies_bf16
 
 NAME = "talking_heads_attention"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,7 +27,7 @@ def talking_heads_attention(
     *,
     scale: float,
 ) -> Tensor:
-    """Output by the chosen backend; arguments as in `featkd.reference`, taken as valid."""
+    """Output by the chosen backend; arguments as in `featkd.ops.reference`, taken as valid."""
     parameters = (pre_weight, pre_bias, post_weight, post_bias)
     tensors = (query, key, value, *parameters)
     if support.is_being_exported() or _choose(tensors) == "reference":

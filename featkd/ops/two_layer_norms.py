@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featkd import reference
-from featkd.ops import support
+from featkd.ops import reference, support
+from featkd.runtime.dtypes import widest_dtype
 
 
 def two_layer_norms(
@@ -78,14 +78,14 @@ def _run_backward(
 
     parameters = (gamma_p, beta_p, gamma_1, beta_1)
     if not h.numel():
-        dtype = reference.widest_dtype(*parameters)
+        dtype = widest_dtype(*parameters)
         size = (4 if need_norms else 0, len(gamma_p))
         return torch.empty_like(h), gamma_p.new_zeros(size, dtype=dtype)
     d_h, d_norms = kernels.backward(
         h, parameters, d_residual, d_normed, eps=eps, need_norms=need_norms
     )
     if d_norms is None:
-        dtype = reference.widest_dtype(*parameters)
+        dtype = widest_dtype(*parameters)
         d_norms = gamma_p.new_empty(0, len(gamma_p), dtype=dtype)
     return d_h, d_norms
 
@@ -101,7 +101,7 @@ def _fake_backward(
     eps: float,
     need_norms: bool,
 ) -> tuple[Tensor, Tensor]:
-    dtype = reference.widest_dtype(gamma_p, beta_p, gamma_1, beta_1)
+    dtype = widest_dtype(gamma_p, beta_p, gamma_1, beta_1)
     size = (4 if need_norms else 0, len(gamma_p))
     return h.new_empty(h.shape), gamma_p.new_empty(size, dtype=dtype)
 

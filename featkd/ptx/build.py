@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from featkd.files import user_cache
+from featkd.runtime.files import user_cache
 
 RUNTIME = Path(__file__).parent / "runtime"
 FLAGS = (

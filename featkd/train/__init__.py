@@ -1,7 +1,7 @@
 """Training by feature distillation: recipes, the loop, checkpoints, the dry run."""
 
-from featkd.train.engine import Outcome, Trainer
 from featkd.train.recipe import Recipe, find_recipe, load_recipe
 from featkd.train.trained import load_trained
+from featkd.train.trainer import Outcome, Trainer
 
 __all__ = ["Outcome", "Recipe", "Trainer", "find_recipe", "load_recipe", "load_trained"]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from featkd.data.workers import is_of_worker
-from featkd.files import atomic_link, atomic_write, remove_leftovers
-from featkd.remote import Location, RemotePath, locate, seekable
+from featkd.runtime.files import atomic_link, atomic_write, remove_leftovers
+from featkd.runtime.remote import Location, RemotePath, locate, seekable
 
 FORMAT = 2
 

@@ -15,13 +15,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from featkd.backends import use_backend
 from featkd.data import Batch
-from featkd.distributed import ProcessContext
 from featkd.models.features import FeatureModel
-from featkd.train.build import Parts, peak_lr
-from featkd.train.engine import Trainer
+from featkd.ops.backends import use_backend
+from featkd.runtime.distributed import ProcessContext
+from featkd.train.components import Parts, peak_lr
 from featkd.train.recipe import Recipe
+from featkd.train.trainer import Trainer
 
 
 def dry_run(recipe: Recipe, context: ProcessContext) -> str:

@@ -17,8 +17,8 @@ from typing import IO
 
 from tqdm import tqdm
 
-from featkd.files import atomic_write
-from featkd.remote import Location, RemotePath
+from featkd.runtime.files import atomic_write
+from featkd.runtime.remote import Location, RemotePath
 
 
 class CsvLog:

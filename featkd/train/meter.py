@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from featkd.distributed import ProcessContext
 from featkd.losses import DistillationTerms
+from featkd.runtime.distributed import ProcessContext
 
 
 class TrainingDiverged(RuntimeError):

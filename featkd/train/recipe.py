@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import yaml
 
-from featkd.checks import suggestion
 from featkd.data.config import DataConfig
+from featkd.runtime.checks import suggestion
 
 Arch = Literal["plain", "lift", "widelast", "heads_linear", "fixed_linear", "fixed_step"]
 

@@ -7,12 +7,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from featkd.distributed import ProcessContext
 from featkd.models.weights import load_strictly
-from featkd.remote import Location, locate
+from featkd.runtime.distributed import ProcessContext
+from featkd.runtime.remote import Location, locate
 from featkd.train import checkpoint
-from featkd.train.build import Parts, peak_lr
 from featkd.train.checkpoint import CheckpointError, CheckpointStore
+from featkd.train.components import Parts, peak_lr
 from featkd.train.recipe import Recipe, to_dict
 
 _OF_RECIPE = ("weight_decay", "eps")  # the learning rate is set anew with each update

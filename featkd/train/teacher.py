@@ -11,11 +11,11 @@ from torch import nn
 
 from featkd.cache import LayerShape, Taught
 from featkd.data import Batch
-from featkd.distributed import ProcessContext
 from featkd.models import create_teacher
 from featkd.models.features import FeatureModel, num_layers, resolve_layers
-from featkd.remote import locate
-from featkd.seeding import derive_seed
+from featkd.runtime.distributed import ProcessContext
+from featkd.runtime.remote import locate
+from featkd.runtime.seeding import derive_seed
 from featkd.train.precision import autocast, hold_products
 from featkd.train.recipe import Recipe, RecipeError, TeacherConfig
 from featkd.train.teacher_mode import Mode, TeacherForward, fastest

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featkd import environment
-from featkd.files import atomic_write, user_cache
 from featkd.models.features import FeatureModel
+from featkd.runtime import environment
+from featkd.runtime.files import atomic_write, user_cache
 
 _ROUNDS = 3
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from featkd.benchmarks import results
-from featkd.cli import main
+from featkd.cli.main import main
 
 
 @pytest.fixture

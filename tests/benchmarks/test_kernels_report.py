@@ -14,7 +14,7 @@ import triton.language as tl
 from featkd.benchmarks import aot, cases, host, measured, modelled, report, traffic
 from featkd.benchmarks.chips import CHIPS, chip_of
 from featkd.benchmarks.problem import DTYPES
-from featkd.cli import main
+from featkd.cli.main import main
 from featkd.ptx import run_triton
 
 ARCHS = [chip.arch for chip in CHIPS]

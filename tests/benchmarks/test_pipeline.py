@@ -14,10 +14,10 @@ import torch
 from featkd.benchmarks import loader, step, train_step
 from featkd.benchmarks.photographs import photographs
 from featkd.benchmarks.throughput import Rate
-from featkd.cli import main
+from featkd.cli.main import main
 from featkd.data import Batch, DataConfig
-from featkd.train.engine import Trainer
 from featkd.train.recipe import to_yaml
+from featkd.train.trainer import Trainer
 from tests.train.runs import CPU
 
 EAGER = step.Way("off", False, "reference")

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from featkd.cache import CacheError, Taught, TeacherCache
 from featkd.cache.ahead import ReadAhead
 from featkd.data import build_loader
-from featkd.train.engine import Trainer
+from featkd.train.trainer import Trainer
 from tests.cache.made import FULL, keys_of, manifest, write
 from tests.cache.test_cached_runs import with_cache
 from tests.train.runs import CPU

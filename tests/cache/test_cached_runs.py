@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from featkd.cache import CacheConfig, CacheError, TeacherCache
-from featkd.cli import main
+from featkd.cli.main import main
 from featkd.data import Key, build_loader
-from featkd.distributed import ProcessContext
-from featkd.train import caching
-from featkd.train.build import build
+from featkd.runtime.distributed import ProcessContext
+from featkd.train import cached_teacher
+from featkd.train.build_cache import fill
+from featkd.train.components import build
 from featkd.train.dryrun import dry_run
-from featkd.train.engine import Trainer
-from featkd.train.fill import fill
 from featkd.train.logs import read_csv
 from featkd.train.recipe import Recipe, RecipeError, load_recipe
+from featkd.train.trainer import Trainer
 from tests.train.runs import CPU, column, run, same_weights
 
 EXACT = {"views": 2, "shard_rows": 16, "logits_top": "all", "features": "full", "store": "fp32"}
@@ -275,10 +275,10 @@ def test_a_cache_of_something_else_is_refused_by_every_field(recipe, images, tmp
     refused(elsewhere, "data.images: 48, not 47; .*data.images_sha256: ")
 
     with monkeypatch.context() as patch:
-        patch.setattr("featkd.train.caching.AUGMENTATION_VERSION", 2)
+        patch.setattr("featkd.train.cached_teacher.AUGMENTATION_VERSION", 2)
         refused(cached, "augmentation_version: 1, not 2$")
     with monkeypatch.context() as patch:
-        patch.setattr("featkd.train.caching.metadata.version", lambda name: f"0.{len(name)}")
+        patch.setattr("featkd.train.cached_teacher.metadata.version", lambda name: f"0.{len(name)}")
         for name in ("torch", "numpy", "timm", "torchvision", "pillow"):
             refused(cached, rf".*versions.{name}: '.*', not '0.{len(name)}'")
 
@@ -307,11 +307,12 @@ def test_the_versions_are_of_all_that_makes_the_pixels(monkeypatch):
     """DALI's own, as its wheels are called nvidia-dali-cuda120, -cuda130 and so on."""
     asked = []
     monkeypatch.setattr(
-        "featkd.train.caching.metadata.version", lambda name: (asked.append(name), "1.2+cu1")[1]
+        "featkd.train.cached_teacher.metadata.version",
+        lambda name: (asked.append(name), "1.2+cu1")[1],
     )
     drawing = dict.fromkeys(("torch", "numpy", "timm", "torchvision", "pillow"), "1.2")
-    assert caching._versions("timm") == drawing
-    assert caching._versions("dali, CPU") == {**drawing, "dali": nvidia.dali.__version__}
+    assert cached_teacher._versions("timm") == drawing
+    assert cached_teacher._versions("dali, CPU") == {**drawing, "dali": nvidia.dali.__version__}
     assert not [name for name in asked if "dali" in name]
 
 

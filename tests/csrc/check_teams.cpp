@@ -69,9 +69,10 @@ int compare(const Problem& p, const char* name, int dropped) {
     const double bound = sizeof(Real) == 4 ? 4e-6 : 1e-13;
     bool same = found.info == expected.info;
     for (int i = 0; i < p.rows && found.info == SOLVED; i++)
-      same &= std::fabs(found.curve[i] - expected.curve[i]) <= bound &&
-              std::fabs(found.values[i] * found.values[i] - expected.values[i] * expected.values[i]) <=
-                  bound * expected.values[0] * expected.values[0];
+      same &=
+          std::fabs(found.curve[i] - expected.curve[i]) <= bound &&
+          std::fabs(found.values[i] * found.values[i] - expected.values[i] * expected.values[i]) <=
+              bound * expected.values[0] * expected.values[0];
     if (!same) std::printf("%s: %d threads differ from one\n", name, size);
     wrong += !same;
   }
@@ -155,8 +156,7 @@ int main(int argc, char** argv) {
         for (int k = 0; k < columns; k++) turned[size_t(k) * rows + i] = x[size_t(i) * columns + k];
       p.data = turned.data(), p.row_stride = 1, p.column_stride = rows;
       wrong += compare<double>(p, name, dropped);
-      if (std::strcmp(name, "bad"))
-        wrong += compare_turns<double>(x, rows, columns, name, dropped);
+      if (std::strcmp(name, "bad")) wrong += compare_turns<double>(x, rows, columns, name, dropped);
     }
   std::printf("%d differences\n", wrong);
   return wrong != 0;

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from featkd import extension
 from featkd.benchmarks import csrc_counts
+from featkd.ops import extension
 from featkd.ptx import Emulator
 from tests.csrc import cuda_ptx
 from tests.csrc.test_teams import JACOBI_BARRIERS

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from featkd import extension
+from featkd.ops import extension
 from tests.csrc.test_teams import compiler
 
 SOURCE = """

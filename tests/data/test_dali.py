@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 
 from featkd.benchmarks.pixels import OPERATIONS, through_dali
-from featkd.data import AugmentConfig, DataConfig, build_loader, dali
+from featkd.data import AugmentConfig, DataConfig, build_loader
 from featkd.data.augment import build_transform, kept_generators, seeded
-from featkd.data.dali import why_not
-from featkd.data.dali_files import as_png, is_whole_jpeg
-from featkd.data.dali_pipeline import build_pipeline
-from featkd.data.decisions import Decisions, Operation, TrainingDecisions
+from featkd.data.augment_params import Decisions, Operation, TrainingDecisions
+from featkd.data.dali import loader as dali
+from featkd.data.dali.files import as_png, is_whole_jpeg
+from featkd.data.dali.loader import why_not
+from featkd.data.dali.pipeline import build_pipeline
 from featkd.data.sampler import Key
 from featkd.train.checkpoint import load
 from featkd.train.recipe import LossConfig
@@ -232,7 +233,7 @@ def test_a_run_builds_a_pipeline_once_for_each_split(recipe, monkeypatch):
         built.append(options)
         return build_pipeline(*args, **options)
 
-    monkeypatch.setattr("featkd.data.dali.build_pipeline", note)
+    monkeypatch.setattr("featkd.data.dali.loader.build_pipeline", note)
     augment = replace(recipe.data.augment, rand_augment=None)
     recipe = replace(
         recipe,

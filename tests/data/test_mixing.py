@@ -13,7 +13,7 @@ from torch import Tensor
 
 from featkd.data import AugmentConfig, Batch, Mixer
 from featkd.losses import DistillationLoss
-from featkd.seeding import derive_seed
+from featkd.runtime.seeding import derive_seed
 
 CPU = torch.device("cpu")
 CLASSES, SMOOTHING = 5, 0.1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from featkd.cli import main
+from featkd.cli.main import main
 from featkd.diagnostics import figures
 from tests.diagnostics.commands import arguments
 from tests.diagnostics.maps import feature_maps

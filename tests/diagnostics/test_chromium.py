@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featkd.diagnose import diagnose
+from featkd.cli.diagnose import diagnose
 from tests.diagnostics.maps import feature_maps
 
 _CHROMIUM = shutil.which("chromium")

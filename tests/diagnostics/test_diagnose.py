@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from featkd.cli import main
+from featkd.cli.main import main
 from featkd.diagnostics import run
 from tests.diagnostics import published
 from tests.diagnostics.commands import arguments, spoiled

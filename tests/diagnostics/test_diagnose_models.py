@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from featkd import diagnose
-from featkd.cli import main
-from featkd.distributed import ProcessContext
+from featkd.cli import diagnose
+from featkd.cli.main import main
 from featkd.models import create_teacher
-from featkd.train.engine import Trainer
+from featkd.runtime.distributed import ProcessContext
 from featkd.train.recipe import LossConfig
+from featkd.train.trainer import Trainer
 from tests.diagnostics.commands import QUICK
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from featkd import diagnose
-from featkd.cli import main
+from featkd.cli import diagnose
+from featkd.cli.main import main
 from featkd.diagnostics import run
-from featkd.distributed import ProcessContext
+from featkd.runtime.distributed import ProcessContext
 from tests.diagnostics.commands import arguments, figures, spoiled
 
 pytestmark = pytest.mark.usefixtures("one_thread")

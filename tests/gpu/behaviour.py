@@ -12,7 +12,7 @@ from torch import Tensor
 
 import featkd
 from benchmarks.gpu.recorder import NotHere
-from featkd import backends
+from featkd.ops import backends
 
 from .accuracy import (
     BF16,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.recorder import NotHere
-from featkd import extension
+from featkd.ops import extension
 
 from . import accuracy, behaviour, decompositions
 from .forms import FORMS, MAIN

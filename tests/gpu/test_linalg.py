@@ -8,8 +8,8 @@ import torch
 
 import featkd
 from featkd import linalg
+from tests.ops.test_jacobi import graded
 from tests.spectra import FAMILIES, THRESHOLDS, lapack
-from tests.test_jacobi import graded
 from tests.test_linalg import SHAPES, matrices
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

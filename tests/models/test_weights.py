@@ -96,7 +96,7 @@ def test_no_code_is_run(tmp_path: Path, zipped: bool) -> None:
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content, protocol=2))
-    with pytest.raises(ValueError, match=r"checkpoint: .*harmful\.pth is no weight file, or"):
+    with pytest.raises(ValueError, match=r"checkpoint: .*harmful\.pth is not a weight file, or"):
         read_state_dict(path)
     assert not victim.exists()
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import featkd
-from featkd import backends
 from featkd.functional import lift_head, projected_feature_kd, soft_kd, widelast_projection
+from featkd.ops import backends
 from tests.ops.comparing import relative
 
 

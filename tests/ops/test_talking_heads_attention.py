@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import featkd
-from featkd import extension
 from featkd.functional import talking_heads_attention
+from featkd.ops import extension
 from featkd.ops import talking_heads_attention as op
 from tests.ops.talking_heads_cases import (
     Problem,
@@ -54,7 +54,7 @@ def test_exact_as_timm(problem, dtype):
     ],
 )
 def test_the_reference_takes_what_csrc_does_not(dtype, backend, why, monkeypatch):
-    monkeypatch.setattr("featkd.backends._warned", set())
+    monkeypatch.setattr("featkd.ops.backends._warned", set())
     problem = Problem(2, 3, 7, 4)
     tensors = problem.tensors(dtype)
     with featkd.use_backend(backend), pytest.warns(UserWarning, match=why):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from featkd.distributed import ProcessContext
+from featkd.runtime.distributed import ProcessContext
 from featkd.train.checkpoint import load
-from featkd.train.engine import Outcome, Trainer
 from featkd.train.logs import read_csv
 from featkd.train.recipe import Recipe
+from featkd.train.trainer import Outcome, Trainer
 
 CPU = ProcessContext(0, 1, torch.device("cpu"))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import featkd
-from featkd import backends
+from featkd.ops import backends
 from featkd.train.recipe import Recipe
 from tests.kernels.conftest import cache, executing  # noqa: F401
 from tests.train.runs import column, run

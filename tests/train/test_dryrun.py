@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from featkd.distributed import ProcessContext
 from featkd.models import create_student
+from featkd.runtime.distributed import ProcessContext
 from featkd.train.dryrun import dry_run, forward_macs
 
 

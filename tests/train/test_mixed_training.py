@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from featkd.train.engine import Trainer
 from featkd.train.recipe import Recipe, RecipeError
+from featkd.train.trainer import Trainer
 from tests.train.runs import CPU, column, run
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from featkd.models import create_teacher
-from featkd.train import build as building
+from featkd.train import components
 from featkd.train.dryrun import forward_macs
 from featkd.train.precision import hold_products
 from tests.conftest import TEACHER
@@ -36,9 +36,9 @@ def test_held_weights_give_autocasts_numbers():
 
 
 def test_a_bf16_run_holds_its_teacher_and_says_where_bf16_is_slow(recipe, monkeypatch):
-    monkeypatch.setattr(building, "multiplies_bf16", lambda device: False)
+    monkeypatch.setattr(components, "multiplies_bf16", lambda device: False)
     for amp, dtype in (("off", torch.float32), ("bf16", torch.bfloat16)):
-        parts = building.build(replace(recipe, amp=amp), CPU)
+        parts = components.build(replace(recipe, amp=amp), CPU)
         assert parts.teacher.blocks[0].mlp.fc1.weight.dtype == dtype
         assert parts.student.blocks[0].mlp.fc1.weight.dtype == torch.float32
         slow = [note for note in parts.notes if note.startswith("amp: bf16")]
@@ -49,21 +49,21 @@ def test_a_bf16_run_holds_its_teacher_and_says_where_bf16_is_slow(recipe, monkey
 def test_a_compiled_bf16_student_on_a_cpu_has_its_attention_apart(
     recipe, monkeypatch, has_instructions
 ):
-    monkeypatch.setattr(building, "multiplies_bf16", lambda device: has_instructions)
+    monkeypatch.setattr(components, "multiplies_bf16", lambda device: has_instructions)
     for amp, compiled in (("bf16", True), ("bf16", False), ("off", True)):
-        parts = building.build(replace(recipe, amp=amp, compile=compiled), CPU)
+        parts = components.build(replace(recipe, amp=amp, compile=compiled), CPU)
         apart = has_instructions and amp == "bf16" and compiled
         assert {block.attn.fused_attn for block in parts.student.blocks} == {not apart}
 
 
 def test_attention_apart_is_the_same_function(recipe, monkeypatch):
-    monkeypatch.setattr(building, "multiplies_bf16", lambda device: True)
+    monkeypatch.setattr(components, "multiplies_bf16", lambda device: True)
     images = torch.randn(2, 3, 16, 16)
     found = []
     for apart in (False, True):
-        student = building.build_student(recipe, 3).eval()
+        student = components.build_student(recipe, 3).eval()
         if apart:
-            building.unfuse_attention(student, CPU)
+            components.unfuse_attention(student, CPU)
         student(images).square().sum().backward()
         found.append([p.grad for p in student.parameters() if p.grad is not None])
     assert len(found[0]) > 10

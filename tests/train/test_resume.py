@@ -11,12 +11,12 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
-from featkd.remote import locate
+from featkd.runtime.remote import locate
 from featkd.train.checkpoint import CheckpointError, CheckpointStore, load
-from featkd.train.engine import Trainer
 from featkd.train.logs import RunLog, read_csv
 from featkd.train.recipe import Recipe, RecipeError, StudentConfig
 from featkd.train.trained import load_trained
+from featkd.train.trainer import Trainer
 from tests.train.runs import CPU, column, run, same_weights
 
 
@@ -133,7 +133,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(recipe, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("featkd.files.os.fsync", full)
+    monkeypatch.setattr("featkd.runtime.files.os.fsync", full)
     longer = replace(recipe, optim=replace(recipe.optim, epochs=3))
     trainer = Trainer(longer, CPU)
     trainer._resume("auto")

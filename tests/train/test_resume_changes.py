@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from featkd.distributed import ProcessContext
+from featkd.runtime.distributed import ProcessContext
 from featkd.train.checkpoint import CheckpointError
-from featkd.train.engine import Trainer
 from featkd.train.logs import RunLog
 from featkd.train.recipe import Recipe
+from featkd.train.trainer import Trainer
 from tests.train.runs import CPU, run
 
 

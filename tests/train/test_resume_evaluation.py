@@ -13,14 +13,14 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from featkd.data import BadImageError
-from featkd.distributed import ProcessContext
-from featkd.files import atomic_write
-from featkd.remote import Location, locate
-from featkd.train import engine
+from featkd.runtime.distributed import ProcessContext
+from featkd.runtime.files import atomic_write
+from featkd.runtime.remote import Location, locate
+from featkd.train import trainer
 from featkd.train.checkpoint import CheckpointError, CheckpointStore, load
-from featkd.train.engine import Trainer
 from featkd.train.logs import RunLog, read_csv
 from featkd.train.recipe import Recipe
+from featkd.train.trainer import Trainer
 from tests.train.runs import CPU, run
 
 
@@ -78,7 +78,7 @@ def assert_ended_alike(folder: Location, unbroken: Path) -> None:
 
 def die_at(monkeypatch: pytest.MonkeyPatch, moment: str, epoch: int) -> None:
     """Kill the next run at a moment of the evaluation after `epoch`."""
-    evaluate, evaluation, save = engine.evaluate, RunLog.evaluation, CheckpointStore.save
+    evaluate, evaluation, save = trainer.evaluate, RunLog.evaluation, CheckpointStore.save
     done = 0
 
     def score(*args: Any) -> Mapping[str, Any]:
@@ -104,7 +104,7 @@ def die_at(monkeypatch: pytest.MonkeyPatch, moment: str, epoch: int) -> None:
                 file.write(before)
             raise Killed
 
-    monkeypatch.setattr(engine, "evaluate", score)
+    monkeypatch.setattr(trainer, "evaluate", score)
     monkeypatch.setattr(RunLog, "evaluation", write)
     monkeypatch.setattr(CheckpointStore, "save", keep)
     monkeypatch.setattr(RunLog, "close", lambda _: None)  # nothing runs after a kill

@@ -12,9 +12,9 @@ import torch
 
 from featkd.data import factory
 from featkd.train.checkpoint import CheckpointError, load
-from featkd.train.engine import Trainer
 from featkd.train.logs import RunLog
 from featkd.train.recipe import Recipe
+from featkd.train.trainer import Trainer
 from tests.train.runs import CPU, column, run
 
 
@@ -107,7 +107,7 @@ def test_a_restart_by_torchrun_goes_on_whatever_was_asked(recipe):
 
 def test_another_loader_is_said(recipe, monkeypatch, capsys):
     """As on a node where DALI is broken: the recipe's "auto" takes other pixels there."""
-    monkeypatch.setattr("featkd.data.dali.why_not", lambda *_: "a library of it is missing")
+    monkeypatch.setattr("featkd.data.dali.loader.why_not", lambda *_: "a library of it is missing")
     real = factory.build_over
     monkeypatch.setattr(  # to a GPU as far as the choice goes: it needs none
         factory, "build_over", lambda *a, **k: real(*a, **{**k, "device": torch.device("cuda")})

@@ -16,13 +16,13 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
-from featkd.interrupt import Interrupt
 from featkd.losses import DistillationTerms
-from featkd.remote import Location, locate
+from featkd.runtime.interrupt import Interrupt
+from featkd.runtime.remote import Location, locate
 from featkd.train.checkpoint import CheckpointError, CheckpointStore, load
-from featkd.train.engine import Trainer
 from featkd.train.logs import TRAIN_COLUMNS, RunLog
 from featkd.train.meter import TrainingDiverged
+from featkd.train.trainer import Trainer
 from tests.train.runs import CPU
 
 
@@ -97,7 +97,7 @@ def test_a_kill_between_two_names_leaves_none_missing(folder, monkeypatch):
 
         return count_down
 
-    monkeypatch.setattr("featkd.files.os.replace", move("os.replace"))
+    monkeypatch.setattr("featkd.runtime.files.os.replace", move("os.replace"))
     monkeypatch.setattr(MemoryFileSystem, "mv", move("memory"))
     for done in range(3):
         left = done
@@ -120,7 +120,7 @@ def test_a_name_that_can_not_be_given_leaves_last(folder, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("featkd.files.atomic_link", full)
+    monkeypatch.setattr("featkd.runtime.files.atomic_link", full)
     monkeypatch.setattr(MemoryFileSystem, "copy", full)
     with pytest.raises(CheckpointError, match=r"could not save .*last.pt: .*space.*untouched"):
         store.save(scored(2, 20.0), is_best=True)

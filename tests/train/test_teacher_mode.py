@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from featkd.train import teacher_mode
-from featkd.train.engine import Trainer
 from featkd.train.teacher_mode import Mode, TeacherForward, fastest
+from featkd.train.trainer import Trainer
 from tests.train.runs import CPU, column, run
 
 SLOW, FAST, BROKEN = Mode(), Mode(channels_last=True), Mode(True, "default")

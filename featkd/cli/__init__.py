@@ -1,0 +1,1 @@
+"""Command line of featkd: one module per command."""

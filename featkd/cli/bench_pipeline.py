@@ -1,0 +1,275 @@
+"""`featkd bench loader|step|train`: arguments, what is printed, and the JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from featkd.runtime.checks import check_positive, suggestion
+
+if TYPE_CHECKING:
+    from featkd.benchmarks.throughput import Rate
+
+IMAGES = 1024
+"""Of an epoch of the loaders."""
+
+
+def add_loader(parser: ArgumentParser) -> None:
+    """Arguments of `featkd bench loader`."""
+    _add_loading(parser)
+    parser.add_argument("--batch", type=int, default=64, help="images in a batch")
+    parser.add_argument("--images", type=int, default=IMAGES, help="of an epoch, at least")
+    parser.add_argument(
+        "--variants", nargs="+", type=str, default=[], help="only these, such as dali/plain"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one to warm up")
+
+
+def _add_loading(parser: ArgumentParser) -> None:
+    _add_data(parser, "made images")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes (0: none), or DALI's threads"
+    )
+
+
+def _add_data(parser: ArgumentParser, otherwise: str) -> None:
+    parser.add_argument(
+        "--data",
+        type=str,
+        default=None,
+        metavar="DIR",
+        help=f"class folders of photographs, or a folder 'train' of them; default: {otherwise}",
+    )
+
+
+def loader(options: Namespace) -> int:
+    """Run `featkd bench loader`."""
+    from featkd.benchmarks import loader, table, throughput
+    from featkd.benchmarks.photographs import photographs
+    from featkd.data import DataConfig
+
+    _check_counts(options, "batch", "images", "rounds")
+    variants = _chosen("variants", options.variants, loader.VARIANTS)
+    data = DataConfig(workers=options.workers)
+    with photographs(options.data, data, max(options.images, options.batch)) as photos:
+        print(f"{photos.about}; {options.workers} workers or threads, batch {options.batch}")
+        rates, refused = loader.measure(
+            photos, variants, batch_size=options.batch, rounds=options.rounds
+        )
+        stages = loader.measure_stages(
+            photos, images=min(options.images, 128), rounds=options.rounds
+        )
+        about = photos.about
+    for variant, why in refused.items():
+        print(f"{variant} is left out: {why}")
+    known = {rate.variant: rate for rate in rates}
+    lines = []
+    for rate in [*rates, *stages]:
+        beside = known.get(f"timm/{rate.variant.split('/')[-1]}") if rate in rates else None
+        ratio = "" if beside is None else f"{_ratio(beside, rate):.2f}"
+        lines.append((f"{rate.name} {rate.variant}", f"{rate.images_per_s:.1f}", ratio))
+    print(table.aligned(("", "images/s", "timm takes (x)"), lines, numbers=True))
+    bottlenecks = {}
+    for form in loader.FORMS:
+        if f"timm/{form}" in known:
+            name, shares = loader.busiest([*rates, *stages], form, options.workers)
+            bottlenecks[f"timm/{form}"] = name
+            listed = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
+            print(f"timm/{form}: a worker's time is {listed}; the bottleneck is: {name}")
+    _write_json(
+        options,
+        "cpu",
+        {"images": about, "refused": refused, "bottleneck": bottlenecks},
+        throughput.figures([*rates, *stages]),
+    )
+    return 0
+
+
+def _ratio(baseline: Rate, rate: Rate) -> float:
+    """Median over the rounds of the baseline's time an image / this one's."""
+    from featkd.benchmarks.timing import speedup
+
+    factor = rate.images / baseline.images
+    ratio: float = factor * speedup(list(baseline.seconds), list(rate.seconds))
+    return ratio
+
+
+def _chosen(option: str, words: Sequence[str], known: Sequence[str]) -> Sequence[str]:
+    for word in words:
+        if word not in known:
+            raise ValueError(
+                f"--{option}: expected some of {', '.join(known)}; got {word!r}"
+                f"{suggestion(word, known)}"
+            )
+    return words or known
+
+
+def _check_counts(options: Namespace, *names: str) -> None:
+    for name in names:
+        check_positive(f"--{name}", options[name])
+
+
+def _write_json(
+    options: Namespace,
+    device: str,
+    about: Mapping[str, object],
+    figures: Iterable[tuple[str, str, str, str, float]],
+) -> None:
+    from featkd.benchmarks import results
+
+    if options.json is None:
+        return
+    settings = {k: v for k, v in options.as_dict().items() if k not in ("json", "config")}
+    meta = {**results.meta_of(results.describe_run(device)), "options": settings, **about}
+    results.write_json(Path(options.json), meta, figures)
+
+
+def add_step(parser: ArgumentParser) -> None:
+    """Arguments of `featkd bench step`."""
+    _add_updates(parser)
+    _add_data(parser, "normal noise")
+
+
+def _add_updates(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe",
+        type=str,
+        nargs="?",
+        default="widelast_imagenet_softkd_mse",
+        help="a recipe's file or name; its teacher gets random weights",
+    )
+    parser.add_argument("--batch", type=int, default=8, help="images in a batch")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        type=str,
+        default=[],
+        help="only these; featkd takes bf16 where the device multiplies in it, else float32, "
+        "and featkd_fp32 or featkd_bf16 is the other; cached reads the teacher's outputs "
+        "(default: all but featkd_bf16, in train also but cached)",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one to warm up")
+
+
+def add_train(parser: ArgumentParser) -> None:
+    """Arguments of `featkd bench train`."""
+    _add_updates(parser)
+    _add_loading(parser)
+    parser.add_argument("--loader", type=str, default="timm", help="timm, dali or auto")
+    parser.add_argument("--images", type=int, default=IMAGES, help="of an epoch, at least")
+    parser.add_argument("--updates", type=int, default=4, help="of a round")
+
+
+def step(options: Namespace) -> int:
+    """Run `featkd bench step`."""
+    _check_counts(options, "batch", "rounds")
+    return _updates(options, None)
+
+
+def train(options: Namespace) -> int:
+    """Run `featkd bench train`."""
+    _check_counts(options, "batch", "rounds", "images", "updates")
+    return _updates(options, options.loader)
+
+
+def _updates(options: Namespace, backend: Any) -> int:
+    """The update and its parts; with a loader's name, loading and both together as well."""
+    from featkd.benchmarks import step, table, throughput, train_step
+    from featkd.benchmarks.photographs import photographs
+    from featkd.runtime import distributed
+    from featkd.train.recipe import find_recipe, load_recipe
+
+    recipe = load_recipe(find_recipe(options.recipe))
+    context = distributed.start(options.device)
+    known = step.ways(context.device)
+    names = options.variants and _chosen("variants", options.variants, tuple(known))
+    if not names:  # bf16 where it is slow, and a cache of an epoch, take many minutes
+        asked_for = {"featkd_bf16"}
+        if backend is not None or recipe.teacher is None:
+            asked_for.add(step.CACHED)
+        names = [name for name in known if name not in asked_for]
+    variants = {name: known[name] for name in names}
+    together = None
+    wanted = options.batch if backend is None else options.images
+    with photographs(options.data, recipe.data, max(wanted, options.batch)) as photos:
+        data = replace(photos.data, workers=0)
+        if backend is not None:
+            data = replace(data, workers=options.workers, backend=backend)
+        recipe = replace(recipe, data=data, batch_size=options.batch)
+        noise = options.data is None
+        images = "normal noise" if noise and backend is None else photos.about
+        print(f"{options.recipe}, batch {options.batch} on {context.device}, images: {images}")
+        print("\n".join(f"  {name}: {way.about}" for name, way in variants.items()), flush=True)
+        batch_of = step.random_batch if noise else step.first_batch
+        rates = step.measure(recipe, context, variants, options.rounds, batch_of)
+        if backend is not None:
+            together = train_step.measure(
+                recipe, context, variants, updates=options.updates, rounds=options.rounds
+            )
+        meta: dict[str, object] = {
+            "images": images,
+            "ways": {name: way.about for name, way in variants.items()},
+        }
+        bound = step.bound(recipe, context) if context.device.type == "cpu" else None
+    found = list(rates)
+    shares = {name: step.shares(rates, name) for name in names}
+    waiting = dict.fromkeys(names, 0.0)
+    if together is not None:
+        found += [together.loader, *together.train.values()]
+        waiting = together.waiting
+    print(table.aligned(*_beside(found, shares), numbers=True))
+    bottlenecks = {name: train_step.bottleneck(waiting[name], shares[name]) for name in names}
+    for name in names:
+        waits = f" (waiting for the loader: {waiting[name]:.1%})" if together else ""
+        print(f"{name}: the bottleneck is the {bottlenecks[name]}{waits}")
+    figures = throughput.figures(found)
+    figures += [
+        (part, name, "share_of_step", "ratio", share)
+        for name, parts in shares.items()
+        for part, share in parts.items()
+    ]
+    figures += [
+        (rate.name, rate.variant, "speedup", "ratio", ratio)
+        for rate in found
+        if (ratio := _speedup(rate, found)) is not None
+    ]
+    if together is not None:
+        figures += [("train", n, "waiting_share", "ratio", x) for n, x in waiting.items()]
+    if bound is not None:
+        print(bound.text)
+        figures += bound.figures()
+    _write_json(options, context.device.type, {**meta, "bottleneck": bottlenecks}, figures)
+    return 0
+
+
+def _speedup(rate: Rate, rates: Sequence[Rate]) -> float | None:
+    """Median over the rounds of eager's time for the same part / this one's."""
+    for other in rates:
+        if other.name == rate.name and other.variant == "eager_fp32":
+            return _ratio(other, rate)
+    return None
+
+
+def _beside(
+    rates: Sequence[Rate], shares: Mapping[str, Mapping[str, float]]
+) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """Header and lines: a part's images/s, ms an image and share of the update, and the ratio."""
+    lines = []
+    for rate in rates:
+        share = shares.get(rate.variant, {}).get(rate.name)
+        ratio = _speedup(rate, rates)
+        lines.append(
+            (
+                f"{rate.name} {rate.variant}",
+                f"{rate.images_per_s:.2f}",
+                f"{rate.ms_per_image:.2f}",
+                "" if share is None else f"{share:.1%}",
+                "" if ratio is None else f"{ratio:.2f}",
+            )
+        )
+    return ("", "images/s", "ms/image", "of the step", "eager takes (x)"), lines

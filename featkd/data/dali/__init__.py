@@ -1,0 +1,1 @@
+"""Image loading by NVIDIA DALI."""

@@ -1,0 +1,64 @@
+"""The compiled library of csrc/: loaded when first needed, and why not where it cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from featkd.ops import backends
+
+LIBRARY = Path(__file__).parent.with_name("_csrc.so")
+
+_DEVICES = ("cpu", "cuda")
+_known: dict[Path, str] = {}
+
+
+def choose(op: str, kernel: str, device: torch.device, unsupported: Callable[[], str]) -> str:
+    """Backend of a call of an op that csrc implements: "cpu", "cuda" or "reference".
+
+    Args:
+        op: name of the op, for `backends.last_backend` and the one warning that says why a call
+            runs on the reference.
+        kernel: csrc's operator, like "featkd::spectrum".
+        device: where the tensors are; on others than CPU and CUDA the reference runs.
+        unsupported: returns why csrc cannot take this call, or "".
+    """
+
+    def why_not() -> str:
+        if device.type not in _DEVICES:
+            return f"csrc has no kernel for tensors on {device.type}"
+        why = unsupported() or missing()
+        if not why and not has_kernel(kernel, device.type):
+            return f"csrc has no {device.type} half"
+        return why
+
+    return backends.choose(op, device, why_not, own=device.type, devices=_DEVICES)
+
+
+def missing() -> str:
+    """Load the library; returns why it cannot be used, or ""."""
+    if LIBRARY not in _known:
+        _known[LIBRARY] = _load()
+    return _known[LIBRARY]
+
+
+def _load() -> str:
+    if not LIBRARY.is_file():
+        return "csrc is not built: no torch or no C++ compiler was there when featkd was installed"
+    try:
+        torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return f"{LIBRARY.name} cannot be loaded: {error.__cause__ or error}"
+    return ""
+
+
+def has_kernel(op: str, device: str) -> bool:
+    """Whether an operator like "featkd::spectrum" is implemented for "cpu" or "cuda" tensors."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op, device.upper())
+
+
+# What `torch.compiler.assume_constant_result` sets, which imports all of the compiler.
+for _function in (missing, has_kernel):
+    _function._dynamo_marked_constant = True  # type: ignore[union-attr]

@@ -1,0 +1,387 @@
+"""Writing a cache: the same bytes whatever happened meanwhile, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from featkd.cache import CacheConfig, CacheError, TeacherCache
+from featkd.cache.shard import Shard, write_shard
+from featkd.cli.main import main
+from featkd.data import imageset
+from featkd.runtime.distributed import ProcessContext
+from featkd.train.build_cache import Filled, fill
+from featkd.train.recipe import Recipe, RecipeError
+from featkd.train.teacher import Teacher
+from featkd.train.trainer import Trainer
+from tests.cache.made import column_of
+from tests.conftest import TEACHER
+from tests.train.runs import CPU
+
+LOWRANK = ("--features", "lowrank")
+KILLS = int(os.environ.get("FEATKD_KILLS", "1"))
+
+
+def digest(folder: Path) -> str:
+    """Of the names and contents of all files."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            found.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
+
+
+def filled(recipe: Recipe, folder: Path, **options) -> Filled:
+    config = CacheConfig(**{"views": 2, "shard_rows": 16, **options})
+    return fill(recipe, config, CPU, folder, quiet=True)
+
+
+def words(recipe_file: Path, folder: Path, views: int = 2) -> list[str]:
+    options = ["--out", folder, "--views", views, "--shard-rows", "16", "--data.workers", "1"]
+    return list(map(str, ["cache", recipe_file, *options]))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_two_processes_and_an_image_set_of_no_whole_shards_change_no_byte(
+    recipe, recipe_file, server, tmp_path
+):
+    """48 rows in batches of 10, and so in shards of 20, 20 and 8."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    found = filled(replace(recipe, batch_size=10), one)
+    assert (found.written, found.damaged, found.interrupted_by) == (6, 0, None)
+    ranks = server.ranks(2, *words(recipe_file, two), "--batch_size", 10, "--data.workers", 0)
+    for rank in ranks:
+        assert rank.wait() == 0, rank.stderr
+    assert "2 views of 48 rows in 6 shards, 6 now written" in ranks[0].stdout
+    assert ranks[1].stdout == ""
+    assert digest(one) == digest(two)
+    damaged, gone = (two / "view-00000" / f"shard-0000{number}.safetensors" for number in (1, 2))
+    damaged.write_bytes(b"")
+    gone.unlink()
+    ranks = server.ranks(2, *words(recipe_file, two), "--batch_size", 10, "--data.workers", 0)
+    for rank in ranks:
+        assert rank.wait() == 0, rank.stderr
+    assert "6 shards, 2 now written, 1 of them damaged before" in ranks[0].stdout
+    assert f"{damaged}: damaged: " in ranks[0].stderr
+    assert digest(one) == digest(two)
+    sizes = [len(TeacherCache(one)._shard(0, number)) for number in range(3)]
+    assert sizes == [20, 20, 8]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_kills_change_no_byte(recipe, recipe_file, server, tmp_path):
+    """kill -9 again and again, each time a few files later; FEATKD_KILLS=10 does so 10 times."""
+    views = 2 + KILLS
+    filled(recipe, tmp_path / "unbroken", views=views)
+    out = tmp_path / "killed"
+    draw = random.Random(0)
+    count = 0
+    for _ in range(KILLS):
+        process = server.start(*words(recipe_file, out, views))
+        count += draw.randrange(1, 3)
+        wait_for_shards(out, count, process)
+        time.sleep(draw.random() * 0.02)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    done = server.call(*words(recipe_file, out, views))
+    assert done.returncode == 0, done.stderr
+    written = int(done.stdout.split(" shards, ")[1].split()[0])
+    assert 0 < written < 3 * views
+    assert "damaged" not in done.stdout
+    assert digest(out) == digest(tmp_path / "unbroken")
+
+
+def wait_for_shards(out: Path, count: int, process) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("view-*/*.safetensors"))) < count:
+        assert process.poll() is None, process.stderr
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_a_signal_stops_it_and_the_same_command_goes_on(
+    recipe, recipe_file, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "cache"
+    teach, left = Teacher.teach, iter(range(3))
+
+    def stop_at_the_fourth(self, batch):
+        if next(left, None) is None:
+            signal.raise_signal(signal.SIGTERM)
+        return teach(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "teach", stop_at_the_fourth)
+        assert main(words(recipe_file, out)) == 128 + signal.SIGTERM
+    assert "featkd: stopped by signal 15; the same command goes on" in capsys.readouterr().err
+    assert main(["cache", "--verify", str(out)]) == 1
+    assert "4 of 6 shards are damaged or missing" in capsys.readouterr().err
+    assert filled(recipe, out).written == 4
+    filled(recipe, tmp_path / "unbroken")
+    assert digest(out) == digest(tmp_path / "unbroken")
+
+
+def test_processes_agree_on_every_shard(recipe, tmp_path, monkeypatch):
+    """Another one's signal ends this one's part after the shard at hand, not after the view."""
+    met = iter(range(2))
+    monkeypatch.setattr(ProcessContext, "any_true", lambda *_: next(met, None) is None)
+    found = filled(recipe, tmp_path / "cache")
+    assert (found.written, found.interrupted_by) == (2, signal.SIGTERM)
+    monkeypatch.undo()
+    assert filled(recipe, tmp_path / "cache").written == 4
+    filled(recipe, tmp_path / "unbroken")
+    assert digest(tmp_path / "cache") == digest(tmp_path / "unbroken")
+
+
+def test_whole_shards_stay_and_damaged_ones_are_written_anew(recipe, recipe_file, tmp_path, capsys):
+    out = tmp_path / "cache"
+    filled(recipe, out)
+    before = digest(out)
+    damaged, whole = (out / f"view-0000{n}" / "shard-00001.safetensors" for n in (1, 0))
+    gone = out / "view-00000" / "shard-00000.safetensors"
+    gone.unlink()
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    stamp = whole.stat().st_mtime_ns
+    assert main(["cache", "--verify", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert f"{damaged}: damaged" in said
+    assert f"{gone}: missing" in said
+    assert "2 of 6 shards are damaged or missing" in said
+    assert main(words(recipe_file, out)) == 0
+    done = capsys.readouterr()
+    assert "2 now written, 1 of them damaged before" in done.out
+    assert f"{damaged}: damaged: has " in done.err
+    assert whole.stat().st_mtime_ns == stamp
+    assert digest(out) == before
+    assert main(["cache", "--verify", str(out)]) == 0
+    assert "2 views of 48 rows in 6 shards, all whole" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["row", "keys", "rows"])
+def test_a_shard_with_a_damaged_row_or_of_another_place_is_written_anew(recipe, tmp_path, what):
+    """Each has a header and an index that are whole."""
+    out = tmp_path / "cache"
+    filled(recipe, out)
+    before = digest(out)
+    path, other, short = (
+        out / f"view-{view:05d}" / f"shard-{number:05d}.safetensors"
+        for view, number in ((0, 1), (1, 1), (0, 2))
+    )
+    content = bytearray(path.read_bytes())
+    content[column_of(content, "logits")] ^= 1
+    if what == "rows":
+        identity = TeacherCache(out).manifest.identity
+        shard = Shard(short, identity)
+        keys, rows = shard._tensors["keys"][:3], [shard.row(number) for number in range(3)]
+        write_shard(path, identity, keys, keys[:, 1], rows)
+    else:
+        path.write_bytes(content if what == "row" else other.read_bytes())
+    found = filled(recipe, out)
+    assert (found.written, found.damaged) == (1, 1)
+    assert digest(out) == before
+
+
+def test_views_can_be_added_and_change_none_before(recipe, tmp_path):
+    filled(recipe, tmp_path / "more", views=1)
+    found = filled(recipe, tmp_path / "more", views=2)
+    assert found.written == 3
+    filled(recipe, tmp_path / "once")
+    assert digest(tmp_path / "more") == digest(tmp_path / "once")
+    with pytest.raises(CacheError, match=r"views: .* to hold 2, asked for 1; expected at least"):
+        filled(recipe, tmp_path / "more", views=1)
+
+
+def test_another_cache_and_other_things_are_refused(recipe, tmp_path):
+    out = tmp_path / "cache"
+    filled(recipe, out, features="full")
+    (out / "view-00000" / f".shard.{2**22}.tmp").touch()
+    before = digest(out)
+    for options, message in (
+        ({"logits_top": 2}, "logits_top: None, not 2"),
+        ({"features": "lowrank"}, "features: 'full', not 'lowrank'; .*energy: None, not 0.99"),
+        ({"shard_rows": 8}, "shard_rows: 16, not 8"),
+    ):
+        with pytest.raises(CacheError, match=f"holds another cache: .*{message}"):
+            filled(recipe, out, **{"features": "full", **options})
+    with pytest.raises(
+        CacheError, match=r"another cache: seed: 0, not 1; weights: '[0-9a-f]{64}',"
+    ):
+        filled(replace(recipe, seed=1), out, features="full")
+    assert digest(out) == before
+    (tmp_path / "full").mkdir()
+    foreign = {"thesis.tex", f".thesis.tex.{2**22}.tmp"}  # of a process that is gone
+    for name in foreign:
+        (tmp_path / "full" / name).touch()
+    with pytest.raises(CacheError, match=r"holds no cache, but thesis\.tex"):
+        filled(recipe, tmp_path / "full")
+    assert {path.name for path in (tmp_path / "full").iterdir()} == foreign
+    (tmp_path / "file").touch()
+    with pytest.raises(CacheError, match="file is a file, expected a folder"):
+        filled(recipe, tmp_path / "file")
+    with pytest.raises(RecipeError, match="teacher: null"):
+        filled(replace(recipe, teacher=None, loss=replace(recipe.loss, alpha=0, feature=None)), out)
+
+
+def test_a_recipe_that_cannot_be_trained_is_refused_before_its_teacher_works(recipe, tmp_path):
+    student, out = recipe.student, tmp_path / "cache"
+    for other, message in (
+        ({"student": replace(student, num_classes=5)}, "student.num_classes: 5, but the training"),
+        ({"student": replace(student, teacher_dim=48)}, "student.teacher_dim: 48, but the teacher"),
+        ({"loss": replace(recipe.loss, pairs=[(7, -1)])}, r"loss.pairs \(student\): .*7"),
+        (
+            {"teacher": replace(recipe.teacher, options={**TEACHER, "num_classes": 5})},
+            "loss.alpha: needs logits of the same classes, but the student has 3 and .* 5",
+        ),
+    ):
+        for features in ("full", "none"):
+            with pytest.raises(RecipeError, match=message):
+                filled(replace(recipe, **other), out, features=features)
+    assert not out.exists()
+
+
+HOLD = """\
+import fcntl, sys
+with open(sys.argv[1], "wb") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_run_writes_at_a_time(recipe, tmp_path):
+    out = tmp_path / "cache"
+    filled(recipe, out, views=1)
+    hold = [sys.executable, "-c", HOLD, str(out / ".lock")]
+    with subprocess.Popen(hold, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(CacheError, match="out: another process is writing the cache in"):
+            filled(recipe, out)
+        other.stdin.close()
+    assert filled(recipe, out).written == 3
+
+
+def test_a_full_disk_leaves_what_was_written(recipe, tmp_path, monkeypatch):
+    """The third shard's write fails half-way, as on a full disk."""
+    out = tmp_path / "cache"
+    fsync, left = os.fsync, iter(range(5))  # of the manifest and its folder, of shards and theirs
+
+    def full(descriptor):
+        if next(left, None) is None:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("featkd.runtime.files.os.fsync", full)
+        with pytest.raises(CacheError, match=r"could not write .*No space left.* before is whole"):
+            filled(recipe, out)
+    written = [path.name for path in out.rglob("*.safetensors")]
+    assert written
+    assert not list(out.rglob("*.tmp"))
+    assert filled(recipe, out).written == 6 - len(written)
+    filled(recipe, tmp_path / "unbroken")
+    assert digest(out) == digest(tmp_path / "unbroken")
+
+
+def test_outputs_that_are_not_finite_are_named(recipe, tmp_path, monkeypatch):
+    teach = Teacher.teach
+
+    def broken(self, batch):
+        taught = teach(self, batch)
+        taught.maps[0][3, 0, 0] = torch.nan
+        return taught
+
+    monkeypatch.setattr(Teacher, "teach", broken)
+    with pytest.raises(CacheError, match=r"image \d+, copy 0 of view 0: the map of layer 1 is not"):
+        filled(recipe, tmp_path / "cache")
+
+
+@pytest.fixture
+def one_broken(recipe, images, tmp_path) -> tuple[Recipe, Path]:
+    """A recipe that passes over its one unreadable image, and the image."""
+    broken = tmp_path / "images"
+    shutil.copytree(images, broken)
+    path = broken / "train" / "green" / "3.png"
+    path.write_bytes(b"no picture".ljust(path.stat().st_size))
+    skip = replace(recipe.data, path=str(broken), on_bad_image="skip")
+    return replace(recipe, data=skip), path
+
+
+def test_a_replaced_image_keeps_its_key(one_broken, tmp_path):
+    """What was kept of an unreadable image is of the one that takes its place, in training too."""
+    skip, _ = one_broken
+    filled(skip, tmp_path / "cache", features="full", store="fp32")
+    without = Trainer(skip, CPU)
+    cached = Trainer(replace(skip, cache=str(tmp_path / "cache")), CPU)
+    for one, other in zip(without.parts.train_loader, cached.parts.train_loader, strict=True):
+        assert torch.equal(one.keys, other.keys)
+        assert torch.equal(without.teach(one).maps[0], cached.teach(other).maps[0])
+    assert without.parts.train_loader.bad_images
+
+
+@pytest.mark.parametrize("backend", ["timm", "dali"])
+@pytest.mark.parametrize("then", ["mended", "broken"])
+def test_rows_of_another_image_than_the_batchs_are_refused(
+    recipe, images, one_broken, tmp_path, then, backend, monkeypatch
+):
+    """The file is mended, or breaks, between the two; its size is the same, and its content is
+    none of those compared."""
+    monkeypatch.setattr(imageset, "FINGERPRINT_CONTENTS", 2)
+    skip, path = one_broken
+    skip = replace(skip, data=replace(skip.data, backend=backend))
+    good, bad = (images / "train" / "green" / "3.png").read_bytes(), path.read_bytes()
+    first, second = (bad, good) if then == "mended" else (good, bad)
+    path.write_bytes(first)
+    filled(skip, tmp_path / "cache")
+    path.write_bytes(second)
+    trainer = Trainer(replace(skip, cache=str(tmp_path / "cache")), CPU)
+    held, shown = (26, 25) if then == "mended" else (25, 26)
+    message = rf"image 25 \({path}\) is of image {held}, this run shows {shown}: "
+    with pytest.raises(CacheError, match=message):
+        trainer.run(quiet=True)
+
+
+def test_unreadable_images_are_named_once(recipe_file, one_broken, tmp_path, capsys):
+    skip, path = one_broken
+    others = ["--data.path", skip.data.path, "--data.on_bad_image", "skip"]
+    assert main([*words(recipe_file, tmp_path / "cache"), *others]) == 0
+    said = capsys.readouterr().err
+    assert said.count(f"unreadable image, its rows are of the one after it: {path}: ") == 1
+    assert "rows of 1 unreadable images are of the images after them" in said
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ([], "--out: expected the folder of the cache, got nothing"),
+        (["--out", "s3://bucket/x"], "out: expected a folder of this machine, got 's3://bucket/x'"),
+        (["--out", "x", "--data.path", "gs://x"], "data.path: expected a folder of this machine"),
+        (["--out", "x", "--viws", "2"], "no option --viws; did you mean 'views'?"),
+        (
+            ["--out", "x", *LOWRANK, "--rank", "17"],
+            "rank: expected 1 to 16, the lesser of the 16 tokens and",
+        ),
+        (["--out", "x", "--logits-top", "4"], "logits_top: expected 1 to 3, the teacher's classes"),
+        (["--out", "x", "--store", "int4"], 'Parser key "store"'),
+    ],
+)
+def test_mistakes_get_one_clear_message(
+    recipe_file, tmp_path, monkeypatch, capsys, others, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["cache", str(recipe_file), *others]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [recipe_file.name]
+    assert main(["cache", "--verify"]) == 2
+    assert main(["cache", "--verify", "s3://bucket/x"]) == 2
+    assert "--verify: expected a folder of this machine" in capsys.readouterr().err

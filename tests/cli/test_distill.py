@@ -1,0 +1,238 @@
+"""The command line as a user meets it: real processes, exit codes, messages, signals."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from featkd.cli.main import main
+from featkd.train.checkpoint import load
+from featkd.train.logs import read_csv
+from tests.forking import Forked
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "featkd", *map(str, words)]
+
+
+def call(*words: object, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*words),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+        **options,
+    )
+
+
+def here(*words: object) -> int:
+    """The exit code, in this process: starting one takes longer than the runs do."""
+    return main([str(word) for word in words])
+
+
+def wait_for_updates(metrics: Path, updates: int, process: Forked) -> None:
+    deadline = time.monotonic() + 60
+    while len(read_csv(metrics)) < updates:
+        assert process.poll() is None, process.stderr
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def losses(out: Path) -> list[tuple[str, str]]:
+    return [(row["update"], row["loss"]) for row in read_csv(out / "metrics.csv")]
+
+
+@pytest.fixture(scope="module")
+def _shared() -> dict[str, list[tuple[str, str]]]:
+    return {}
+
+
+LONG = ("--optim.epochs", 8, "--checkpoint.every_updates", 4, "--data.workers", 2)
+
+
+@pytest.fixture
+def unbroken(recipe_file, server, tmp_path, _shared) -> list[tuple[str, str]]:
+    """The losses of the LONG run in one go (the same in every test: made once)."""
+    if "losses" not in _shared:
+        out = tmp_path / "unbroken"
+        done = server.call("distill", recipe_file, "--out", out, *LONG)
+        assert done.returncode == 0, done.stderr
+        _shared["losses"] = losses(out)
+        assert len(_shared["losses"]) == 48
+    return _shared["losses"]
+
+
+def test_killed_and_resumed_run_repeats_the_unbroken_one_bit_for_bit(
+    recipe_file, server, tmp_path, unbroken
+):
+    out = tmp_path / "killed"
+    process = server.start("distill", recipe_file, "--out", out, *LONG)
+    wait_for_updates(out / "metrics.csv", 15, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert len(read_csv(out / "metrics.csv")) < 48
+    resumed = server.call("distill", recipe_file, "--out", out, *LONG)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed from" in resumed.stderr
+    assert losses(out) == unbroken
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_leaves_a_checkpoint_and_says_so(
+    recipe_file, server, tmp_path, unbroken, number, code
+):
+    out = tmp_path / "stopped"
+    process = server.start("distill", recipe_file, "--out", out, *LONG)
+    wait_for_updates(out / "metrics.csv", 10, process)
+    # the loader's workers get it too, as from a terminal or in a control group
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) >= 2
+    for pid in (*workers, process.pid):
+        os.kill(int(pid), number)
+    assert process.wait() == code, process.stderr
+    assert "--resume auto goes on from here" in process.stderr
+    done = load(out / "last.pt")["update"]
+    assert 10 <= done < 48
+    assert len(read_csv(out / "metrics.csv")) == done
+    resumed = server.call("distill", recipe_file, "--out", out, *LONG)
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(out) == unbroken
+
+
+def test_a_killed_loader_worker_ends_the_run_with_a_message(recipe_file, server, tmp_path):
+    out = tmp_path / "run"
+    process = server.start("distill", recipe_file, "--out", out, *LONG, "--optim.epochs", 500)
+    wait_for_updates(out / "metrics.csv", 5, process)  # the first checkpoint is after 4
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[0]), signal.SIGKILL)
+    assert process.wait() == 1
+    # Python may print more: torch's signal handler raises within any callback or constructor.
+    message = re.compile(r"^featkd: .*DataLoader worker.*for want of memory", re.MULTILINE)
+    assert message.search(process.stderr), process.stderr
+    assert load(out / "last.pt")["update"] > 0
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(recipe_file, server, tmp_path):
+    """A file-size limit below a checkpoint's size: the real error of a real write."""
+    out = tmp_path / "run"
+    assert here("distill", recipe_file, "--out", out) == 0
+    before = (out / "last.pt").read_bytes()
+    words = ("distill", recipe_file, "--out", out, "--optim.epochs", 3)
+    failed = server.call(*words, file_size=len(before) // 2)
+    assert failed.returncode == 1
+    assert f"could not save {out / 'last.pt'}" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert (out / "last.pt").read_bytes() == before
+    assert not list(out.glob(".*.tmp"))
+    assert here(*words) == 0
+
+
+def test_dry_run_says_what_it_would_do_and_writes_nothing(recipe_file, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert here("distill", recipe_file, "--dry-run", "--student.num_classes", 5) == 0
+    assert not out.exists()
+    lines = [line.split(None, 1) for line in capsys.readouterr().out.splitlines()]
+    report = dict(lines)
+    assert "(widelast)" in report["student"]
+    assert "48 training and 12 validation images, 3 classes" in report["data"]
+    assert "2 epochs of 6 updates = 12 updates" in report["schedule"]
+    notes = [text for name, text in lines if name == "note"]
+    assert notes[0].startswith("student.num_classes: 5, but the training set has 3")
+    assert notes[1].startswith("teacher: vit_tiny_patch16_224 has random weights")
+    assert "images/s loading (0 workers a process)" in report["throughput"]
+    assert {"throughput", "peak", "estimated", "would"} <= set(report)
+
+
+def test_print_config_is_a_recipe_again(recipe_file, tmp_path, capsys):
+    printed = call("distill", recipe_file, "--optim.lr", 0.5, "--print-config").stdout
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(printed)
+    assert here("distill", copy, "--print-config") == 0
+    assert capsys.readouterr().out == printed
+    assert "lr: 0.5" in printed
+
+
+def test_the_last_line_sums_the_run_up(recipe_file, images, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(images, broken)
+    (broken / "val" / "red" / "1.png").write_bytes(b"no picture")
+    words = ["distill", str(recipe_file), "--data.path", str(broken), "--optim.epochs", "1"]
+    words += ["--optim.warmup_epochs", "0"]
+    assert main(words) == 1
+    assert "red/1.png" in capsys.readouterr().err
+    words += ["--data.on_bad_image", "skip", "--out", str(tmp_path / "skipping")]
+    assert main(words) == 0
+    first = capsys.readouterr()
+    assert re.search(r"6 updates, best top-1 .* images/s, 1 unreadable images left out", first.out)
+    assert re.search(r"unreadable image no. 1, left out: \S*red/1.png", first.err)
+    assert main(words) == 0
+    assert "nothing was left to train" in capsys.readouterr().out
+
+
+def test_bad_data_are_a_failure_and_no_wrong_argument(recipe_file, images, tmp_path, capsys):
+    """Met while training in a shard, or in the evaluation, as an unreadable image is."""
+    broken = tmp_path / "broken"
+    shutil.copytree(images, broken)
+    for path in (broken / "val").rglob("*.png"):
+        path.write_bytes(b"no picture")
+    words = ("distill", recipe_file, "--data.path", broken, "--data.on_bad_image", "skip")
+    assert here(*words) == 1
+    assert "featkd: evaluation: none of the images could be read\n" in capsys.readouterr().err
+    (broken / "classes.txt").write_text("blue\ngreen\nred\n")
+    for split in ("train", "val"):
+        with tarfile.open(broken / split / "a.tar", "w") as archive:
+            for number, path in enumerate(sorted((images / "train").rglob("*.png"))):
+                label = tmp_path / "label"
+                label.write_text("7" if number == 40 else "0")
+                archive.add(path, f"{number}.png")
+                archive.add(label, f"{number}.cls")
+    assert here(*words, "--out", tmp_path / "shards") == 1
+    assert "a.tar/40.png: has class 7; classes.txt has 3 lines" in capsys.readouterr().err
+
+
+MISTAKES = {
+    "no recipe": (("distill", "no-such"), 2, "no file 'no-such' and no shipped recipe"),
+    "unknown option": (("distill", "RECIPE", "--optim.lrr", "1"), 2, "did you mean 'optim.lr'?"),
+    "wrong type": (("distill", "RECIPE", "--optim.lr", "fast"), 2, "optim.lr"),
+    "out of range": (("distill", "RECIPE", "--optim.lr=-1"), 2, "expected a finite number > 0"),
+    "no folder": (("distill", "RECIPE", "--data.path", "/no/such"), 2, "/no/such"),
+    "no device": (("distill", "RECIPE", "--device", "tpu"), 2, "device: expected auto, cpu, cuda"),
+    "no model": (("distill", "RECIPE", "--student.base", "deit_tinny_patch16_224"), 2, "deit_tiny"),
+    "layer": (("distill", "RECIPE", "--loss.pairs", "[[5, 0]]"), 2, "5 is out of range"),
+    "no file": (("distill", "RECIPE", "--teacher.checkpoint", "/no/such.pt"), 2, "/no/such.pt"),
+    "no command": (("destill",), 2, "no command 'destill'; did you mean 'distill'?"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_get_one_clear_message(recipe_file, mistake, capsys):
+    words, code, message = MISTAKES[mistake]
+    try:
+        got = main([str(recipe_file) if w == "RECIPE" else w for w in words])
+    except SystemExit as stop:
+        got = stop.code  # type: ignore[assignment]
+    errors = capsys.readouterr().err
+    assert got == code
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_help_and_version(capsys):
+    assert main(["--help"]) == 0
+    assert "distill RECIPE" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert main([]) == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["distill", "--help"])
+    assert stop.value.code == 0
+    assert "learning rate at a global batch of lr_batch images" in capsys.readouterr().out

@@ -1,0 +1,82 @@
+"""Files are whole or not there: errors, kills and a full disk leave what was there before."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from featkd.runtime.files import atomic_link, atomic_write, remove_leftovers
+
+
+def test_write_replaces_and_leaves_nothing_else(tmp_path: Path):
+    target = tmp_path / "file"
+    for content in (b"one", b"two"):
+        with atomic_write(target) as file:
+            file.write(content)
+    assert target.read_bytes() == b"two"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_error_leaves_the_old_file(tmp_path: Path):
+    target = tmp_path / "file"
+    target.write_bytes(b"old")
+
+    def fail_half_way():
+        with atomic_write(target) as file:
+            file.write(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_half_way()
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path: Path):
+    target = tmp_path / "file"
+    target.write_bytes(b"old")
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from featkd.runtime.files import atomic_write\n"
+        "with atomic_write(Path(sys.argv[1])) as f:\n"
+        "    f.write(b'half'); f.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(target)])
+    assert result.returncode == -9
+    assert target.read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 2  # the half-written one is still there
+    (tmp_path / ".mine.tmp").touch()
+    (tmp_path / f".other.{os.getpid()}.tmp").touch()  # of a process that still runs
+    remove_leftovers(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "file",
+        ".mine.tmp",
+        f".other.{os.getpid()}.tmp",
+    }
+
+
+def test_link_survives_a_new_original(tmp_path: Path):
+    last, best = tmp_path / "last", tmp_path / "best"
+    best.write_bytes(b"older best")
+    last.write_bytes(b"one")
+    atomic_link(last, best)
+    with atomic_write(last) as file:
+        file.write(b"two")
+    assert best.read_bytes() == b"one"
+
+
+def test_link_copies_where_the_file_system_has_no_links(tmp_path: Path, monkeypatch):
+    def refuse(*_):
+        raise OSError("no links here")
+
+    monkeypatch.setattr("os.link", refuse)
+    last, best = tmp_path / "last", tmp_path / "best"
+    last.write_bytes(b"one")
+    atomic_link(last, best)
+    assert best.read_bytes() == b"one"
+    assert best.stat().st_ino != last.stat().st_ino
+    assert len(list(tmp_path.iterdir())) == 2

@@ -1,0 +1,198 @@
+"""Places behind URLs: whole or not there, and every error names the URL."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from featkd.runtime.files import atomic_link, atomic_write, remove_leftovers
+from featkd.runtime.remote import RemotePath, locate
+
+
+class FailingStore(MemoryFileSystem):
+    """Takes half of an upload, which is there for all to see, and fails; as over SFTP, say."""
+
+    protocol = "failing"
+    left = 1 << 30  # bytes that still fit
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("failing://", "memory://")))
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        fits = value[: FailingStore.left]
+        super().pipe_file(path, fits, mode, **options)
+        if len(fits) < len(value):
+            raise RuntimeError("the quota is used up")
+
+
+class Unsteady(MemoryFileSystem):
+    """Refuses what it is told to refuse: "rm", or "cp_file" to a path."""
+
+    protocol = "unsteady"
+    refused: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("unsteady://", "memory://")))
+
+    def rm(self, path: Any, **options: Any) -> None:
+        if "rm" in Unsteady.refused:
+            raise PermissionError("deleting is not allowed")
+        super().rm(path, **options)
+
+    def cp_file(self, path1: str, path2: str, **options: Any) -> None:
+        if path2.endswith(Unsteady.refused.get("cp_file", "nothing")):
+            raise RuntimeError("the connection is lost")
+        super().cp_file(path1, path2, **options)
+
+
+class Renaming(Unsteady):
+    """Has a renaming of its own, and would show a copy while it is made."""
+
+    def mv(self, path1: str, path2: str, **options: Any) -> None:
+        self.store[path2] = self.store.pop(path1)
+
+
+fsspec.register_implementation("unsteady", Unsteady, clobber=True)
+fsspec.register_implementation("failing", FailingStore, clobber=True)
+
+
+@pytest.fixture(params=["memory", "failing"])
+def folder(request: pytest.FixtureRequest) -> Iterator[RemotePath]:
+    place = locate(f"{request.param}://runs/one")
+    assert isinstance(place, RemotePath)
+    place.mkdir()
+    yield place
+    place.fs.store.clear()
+    place.fs.pseudo_dirs[:] = [""]
+
+
+def files(folder: RemotePath) -> set[str]:
+    return {path.rpartition("/")[2] for path in folder.fs.find(str(folder))}
+
+
+def test_what_is_local_and_what_is_not(tmp_path: Path) -> None:
+    assert locate("runs/one") == Path("runs/one")
+    assert locate(tmp_path) == tmp_path
+    assert locate(f"file://{tmp_path}/a") == tmp_path / "a"
+    place = locate("memory://runs/one/")
+    assert str(place / "last.pt") == "memory://runs/one/last.pt"
+    assert (place / "last.pt").name == "last.pt"
+    assert locate(place) is place
+
+
+@pytest.mark.parametrize("url", ["nowhere://a/b", "s3://bucket/run"])
+def test_an_unusable_url_names_the_field_and_the_cause(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # not installed
+    cause = "Protocol not known" if url.startswith("nowhere") else "Install s3fs"
+    with pytest.raises(ValueError, match=f"resume: '{url}' .*{cause}.*s3://, gs://"):
+        locate(url, "resume")
+
+
+def test_write_replaces_and_leaves_nothing_else(folder: RemotePath) -> None:
+    last, best = folder / "last.pt", folder / "best.pt"
+    assert not last.exists()
+    for content in (b"one", b"two"):
+        with atomic_write(last) as file:
+            file.write(content)
+        if content == b"one":
+            atomic_link(last, best)
+    assert last.read_bytes() == b"two"
+    assert best.read_bytes() == b"one"
+    assert files(folder) == {"last.pt", "best.pt"}
+    assert last.is_file()
+    assert not folder.is_file()
+
+
+def test_an_error_while_writing_leaves_the_old_file(folder: RemotePath) -> None:
+    """fsspec's own files upload what they have got when the block that writes them fails."""
+    last = folder / "last.pt"
+    last.replace_with(b"old")
+
+    def fail_half_way() -> None:
+        with atomic_write(last) as file:
+            file.write(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_half_way()
+    assert last.read_bytes() == b"old"
+    assert files(folder) == {"last.pt"}
+
+
+def test_a_half_done_upload_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    last = locate("failing://runs/half/last.pt")
+    assert isinstance(last, RemotePath)
+    last.replace_with(b"old content")
+    monkeypatch.setattr(FailingStore, "left", 4)
+    with pytest.raises(OSError, match=r"failing://runs/half/last.pt: RuntimeError: the quota is"):
+        last.replace_with(b"new content")
+    assert last.read_bytes() == b"old content"
+    assert last.fs.find("/runs/half") == ["/runs/half/last.pt"]
+
+
+@pytest.fixture
+def unsteady(monkeypatch: pytest.MonkeyPatch) -> Iterator[RemotePath]:
+    """A folder with last.pt in it, on a file system that refuses nothing yet."""
+    monkeypatch.setattr(Unsteady, "refused", {})
+    place = locate("unsteady://runs/two")
+    assert isinstance(place, RemotePath)
+    (place / "last.pt").replace_with(b"old")
+    yield place
+    place.fs.store.clear()
+
+
+def test_a_refused_deletion_is_no_failure(unsteady: RemotePath) -> None:
+    """The content is there; an error would say that it is not."""
+    Unsteady.refused["rm"] = ""
+    last = unsteady / "last.pt"
+    last.replace_with(b"new")
+    last.copy_to(unsteady / "best.pt")
+    assert last.read_bytes() == (unsteady / "best.pt").read_bytes() == b"new"
+    Unsteady.refused.clear()
+    for path in (last, unsteady / "best.pt"):
+        path.replace_with(b"newer")  # takes the place of what was left, and removes it
+    assert files(unsteady) == {"last.pt", "best.pt"}
+
+
+@pytest.mark.parametrize("step", [".best.pt.tmp", "/best.pt"])
+def test_a_copy_that_fails_leaves_nothing_aside(unsteady: RemotePath, step: str) -> None:
+    last, best = unsteady / "last.pt", unsteady / "best.pt"
+    best.replace_with(b"before")
+    Unsteady.refused["cp_file"] = step
+    with pytest.raises(OSError, match=r"best.pt: RuntimeError: the connection is lost"):
+        last.copy_to(best)
+    assert best.read_bytes() == b"before"
+    assert files(unsteady) == {"last.pt", "best.pt"}
+
+
+def test_a_file_system_that_can_rename_does(unsteady: RemotePath) -> None:
+    last = RemotePath(f"{unsteady}/last.pt", Renaming(), "/runs/two/last.pt")
+    Unsteady.refused["cp_file"] = "/last.pt"
+    last.replace_with(b"new")
+    assert last.read_bytes() == b"new"
+    assert files(unsteady) == {"last.pt"}
+
+
+def test_a_killed_upload_is_replaced_by_the_next(folder: RemotePath) -> None:
+    folder.fs.pipe_file("/runs/one/.last.pt.tmp", b"half of wh")
+    remove_leftovers(folder)
+    (folder / "last.pt").replace_with(b"whole")
+    assert files(folder) == {"last.pt"}
+
+
+def test_errors_name_the_url(folder: RemotePath) -> None:
+    with pytest.raises(OSError, match=f"{folder}/none: FileNotFoundError"):
+        (folder / "none").read_bytes()
+    (folder / "file").replace_with(b"")
+    with pytest.raises(FileExistsError, match="file is a file"):
+        (folder / "file").mkdir()

@@ -6,10 +6,15 @@ from dataclasses import dataclass
 
 KIB = 1024
 # of a multiprocessor: the same on the three
-_REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32
+REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32
 _RESERVED = 1024  # bytes of shared memory that CUDA keeps of each block
 # of a multiprocessor (CUDA C++ Programming Guide, arithmetic instructions per compute capability)
 _FP32_CORES = {80: 64, 90: 128, 100: 128}
+
+
+def block_registers(registers: int, warps: int) -> int:
+    """Registers that a block takes: each thread gets a multiple of eight."""
+    return -(-registers // 8) * 8 * 32 * warps
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,11 @@ class Chip:
         """Blocks that a multiprocessor holds at once.
 
         Args:
-            registers: of a thread; warps get them in eights.
+            registers: of a thread.
             warps: of a block.
             shared: bytes of a block.
         """
-        by_registers = _REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
+        by_registers = REGISTERS // block_registers(registers, warps)
         # a block may have all but what is kept of it
         by_shared = (self.shared_bytes + _RESERVED) // (shared + _RESERVED)
         return min(by_registers, by_shared, _WARPS // warps, _BLOCKS)

@@ -9,7 +9,7 @@ from functools import lru_cache
 from multiprocessing import get_context
 
 from . import aot, cases, host, measured, modelled, traffic
-from .chips import chip_of
+from .chips import REGISTERS, block_registers, chip_of
 from .problem import AUTOCAST, Case, Maps
 from .results import Measured
 from .table import aligned
@@ -36,14 +36,16 @@ class Compiled:
 
     @property
     def blocks(self) -> int:
-        """That a processor holds at once."""
+        """Blocks that a multiprocessor holds at once."""
         return chip_of(self.arch).blocks(self.code.registers, self.code.warps, self.code.shared)
 
     @property
     def broken(self) -> list[str]:
-        """Rules of docs/kernels.md that it breaks."""
+        """Broken rules of docs/kernels.md."""
         code, chip = self.code, chip_of(self.arch)
+        taken = block_registers(code.registers, code.warps)
         checks = {
+            f"{taken} registers per block, more than {REGISTERS}": taken > REGISTERS,
             f"{code.stack} bytes of stack": code.stack > _MOST_STACK,
             f"{code.shared} bytes of shared memory, {chip.name} has {chip.shared_bytes}": (
                 code.shared > chip.shared_bytes
@@ -184,7 +186,7 @@ def _public(form: str) -> str:
 
 
 def launches(ops: Sequence[str]) -> list[host.Launches]:
-    """What the small cases start on a GPU, uniform and under autocast."""
+    """Launches of the small cases on a GPU, in one dtype and under autocast."""
     asked = questions(ops, "small", ("bf16", _ONE_DTYPE))
     return [
         found
@@ -248,7 +250,7 @@ def moved_table(rows: Sequence[traffic.Traffic]) -> str:
 
 
 def launches_table(rows: Sequence[host.Launches]) -> str:
-    """What each op starts on a GPU."""
+    """Launches of each op on a GPU."""
     header = ("launches", "direction", "featkd's", "products", "other operators of torch")
     lines = []
     for row in rows:

@@ -54,9 +54,9 @@ def mixed_tile(source, target, N: tl.constexpr):
     tl.store(target + at, x)
 
 
-def compiled(kernel, size: int, arch: int = 80) -> report.Compiled:
+def compiled(kernel, size: int, arch: int = 80, **options: int) -> report.Compiled:
     arguments = {"source": torch.zeros(size * size), "target": torch.zeros(size * size), "N": size}
-    options = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
+    options = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False, **options}
     launch = aot.Recorded(kernel, (1,), arguments, options)
     return report.Compiled("case", launch.name, arch, aot.compile_for(launch, arch))
 
@@ -69,16 +69,18 @@ def test_a_good_kernel_breaks_no_rule(arch):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "rule"),
+    ("kernel", "size", "options", "rule"),
     [
-        (strided, "no 16-byte load"),
-        (in_double, "float64 instructions"),
-        (mixed_tile, "bytes of stack"),
+        (strided, 128, {}, "no 16-byte load"),
+        (in_double, 128, {}, "float64 instructions"),
+        (mixed_tile, 128, {}, "bytes of stack"),
+        # the bound on registers is too high for 1,024 threads
+        (mixed_tile, 256, {"num_warps": 32, "maxnreg": 128}, "131072 registers per block"),
     ],
-    ids=["scalar loads", "double", "stack"],
+    ids=["scalar loads", "double", "stack", "registers"],
 )
-def test_planted_faults_are_seen(kernel, rule):
-    broken = compiled(kernel, 128).broken
+def test_planted_faults_are_seen(kernel, size, options, rule):
+    broken = compiled(kernel, size, **options).broken
     assert any(rule in text for text in broken), broken
 
 
@@ -105,6 +107,13 @@ CODE = aot.Code(
         ("sum_partials", {"wide_loads": 0}, 80, ""),  # reads no rows
         ("kernel", {"shared": 204800}, 80, "204800 bytes of shared memory, A100 has 166912"),
         ("kernel", {"shared": 204800}, 90, ""),
+        ("kernel", {"registers": 64, "warps": 32}, 80, ""),
+        (
+            "kernel",
+            {"registers": 65, "warps": 32},
+            80,
+            "73728 registers per block, more than 65536",
+        ),
     ],
 )
 def test_rules(kernel, changes, arch, broken):

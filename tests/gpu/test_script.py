@@ -14,12 +14,23 @@ import torch
 from benchmarks.gpu import facts, page, part, schedule
 from benchmarks.gpu.recorder import Failed, NotHere, Recorder, read
 
+from . import accuracy, behaviour
+from .forms import FORMS
+
+CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks.gpu", *words]
     return subprocess.run(command, cwd=facts.ROOT, capture_output=True, text=True)
+
+
+# items that a part must run on a CPU
+RUN = {
+    "compiled": {f"lift_head/spectral/{check.__name__}" for check in behaviour.COMPILED[:-2]},
+    "sanitizer": {"none/projected_feature_kd/spectral-as-wide"},
+}
 
 
 @pytest.mark.parametrize("name", [name for name in part.PARTS if name != "linalg"])
@@ -30,6 +41,30 @@ def test_a_part_runs_on_a_cpu(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert items
     for item in items:
         assert item.status == "passed" or item.message == "needs a GPU", item
+    assert RUN.get(name, set()) <= {item.name for item in items if item.status == "passed"}
+
+
+def test_every_check_is_listed_once_in_every_precision():
+    """Items are told apart by their checks' names."""
+    names = [x.__name__ for x in (*behaviour.QUICK, *behaviour.COMPILED, *behaviour.LARGE)]
+    assert len(names) == len(set(names))
+    for check in ("cuda_graph", "compiled"):
+        others = {f"{check}_{name}" for name in ("fp64", "autocast_bf16", "autocast_fp16")}
+        assert {check, *others} <= set(names)
+
+
+@pytest.mark.parametrize("name", behaviour.OTHERS)
+def test_another_precision_is_noticed(name: str):
+    """Results in float32 do not pass for those of another precision."""
+    precision = behaviour.OTHERS[name]
+    form = FORMS["lift_head/spectral"]
+    sizes = behaviour.sizes_for(form, CPU)
+    got, want = (
+        accuracy.run_ours(form, accuracy.inputs_of(form, sizes, p, CPU), sizes, p)
+        for p in (behaviour.FP32, precision)
+    )
+    with pytest.raises(AssertionError, match=r"torch\.float32, not|differs by"):
+        behaviour.assert_close(got, want, behaviour.close(precision, CPU, 1e-4))
 
 
 def test_every_part_is_known():

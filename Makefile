@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 # name of this machine's results file; the default belongs to the machine of docs/results.md
 BENCH ?= cpu-epyc-avx512-2cores
-BENCH_ARGS ?= --shapes published --batches 32 --dtypes fp32 bf16 --directions forward both
+BENCH_ARGS ?= --shapes published --batch-sizes 32 --dtypes fp32 bf16 --directions forward both
 BENCH_CSV := benchmarks/results/$(BENCH).csv
 
 # torch versions of `make compat`; newest: the version in constraints.txt
@@ -23,14 +23,14 @@ MUTANTS ?= 20
 
 env: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
+$(STAMP): pyproject.toml setup.py constraints.txt tools/ptx_emulator/pyproject.toml $(wildcard csrc/* csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "featkd needs Python >= 3.10; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Set PYTHON=..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing featkd and its dependencies into $(VENV) (a few minutes the first time)"
 	@# torch first: csrc/ is compiled with its headers, and the isolated build must not download a second torch
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' --editable tools/ptx_emulator
 	@touch $@
 
 demo: $(STAMP)
@@ -58,10 +58,10 @@ bench: $(STAMP)
 		then $(BIN)/featkd bench table $(BENCH_CSV) --out docs/results.md; fi
 
 report: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/featkd kernels report
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.report
 
 lint: $(STAMP)
-	git ls-files 'csrc/*' 'tests/csrc/*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
+	git ls-files 'csrc/*' 'tests/csrc/*.cpp' 'tools/*.h' 'tools/*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -69,9 +69,9 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 format: $(STAMP)
-	git ls-files 'csrc/*' 'tests/csrc/*.cpp' | xargs $(BIN)/clang-format -i
+	git ls-files 'csrc/*' 'tests/csrc/*.cpp' 'tools/*.h' 'tools/*.cpp' | xargs $(BIN)/clang-format -i
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-compat-* build featkd/_csrc.so *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-compat-* build featkd/_csrc.so *.egg-info tools/*/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -26,7 +26,7 @@ CSRC = Path("csrc")
 TORCH_2_10 = "0x020a000000000000"
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"),
-    # neither changes a result: square roots do not set errno, and there are no floating-point traps
+    # neither changes a result: errno of square roots and floating-point traps are not used
     *("-fno-math-errno", "-fno-trapping-math"),
 )
 # name: (bytes per vector, rows of A held in registers, vectors of shifts held in registers, flags)
@@ -49,15 +49,15 @@ def torch_folder() -> Path | None:
 
 def nvcc() -> str | None:
     """Path of nvcc, or None; FEATKD_CUDA=0 disables it, FEATKD_CUDA=1 requires it."""
-    asked = os.environ.get("FEATKD_CUDA", "")
-    if asked not in ("", "0", "1"):
-        raise SystemExit(f"FEATKD_CUDA: expected 0, 1 or nothing, got {asked!r}")
+    setting = os.environ.get("FEATKD_CUDA", "")
+    if setting not in ("", "0", "1"):
+        raise SystemExit(f"FEATKD_CUDA: expected 0, 1 or nothing, got {setting!r}")
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     found = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
-    if asked == "1" and not found:
+    if setting == "1" and not found:
         raise SystemExit("FEATKD_CUDA=1, but there is no nvcc on the path or in CUDA_HOME")
-    if asked == "0" or not found:
-        why = "FEATKD_CUDA=0" if asked == "0" else "no nvcc found"
+    if setting == "0" or not found:
+        why = "FEATKD_CUDA=0" if setting == "0" else "no nvcc found"
         print(f"featkd: the CUDA half of csrc is not built ({why})", file=sys.stderr)
         return None
     return found
@@ -169,7 +169,7 @@ setup(
     ],
     package_dir={f"featkd.{folder}": folder for folder in FOLDERS},
     package_data={
-        "featkd": ["py.typed", "*/templates/*", "ptx/runtime/*.h", "ptx/runtime/*.cpp"],
+        "featkd": ["py.typed", "*/templates/*"],
         "featkd.recipes": ["*.yaml"],
     },
     ext_modules=extensions,

@@ -1,7 +1,13 @@
-"""Benchmarks of featkd's ops against eager torch and torch.compile: `featkd bench`.
+"""Benchmarks of featkd against eager torch and torch.compile.
 
-One file an op, named as the op, says how its inputs look and how one writes it in plain torch;
-`cases` lists them all, `run` measures them, `results` stores the rows that `plot`, `table` and
-`compare` read. Imports inside this folder are relative: it is featkd.benchmarks when installed
-and plain `benchmarks` to pytest and mypy.
+- one file per op: its problems, in plain torch and in featkd
+- cases, variants, timing, run: `featkd bench run`
+- results, table, plot, compare: its rows on disk, and the commands that read them
+- loader, step, train_step: `featkd bench loader`, `step` and `train`
+- spectrum: `featkd.linalg` against torch and numpy
+- cached_features: sizes and errors of a teacher's cached maps
+- gpu/, report/: `make gpu` and `make report`, in a checkout only
+
+Imports within this folder are relative: it is featkd.benchmarks if installed, and benchmarks in a
+checkout.
 """

@@ -1,4 +1,4 @@
-"""All that can be timed, and the choice among it."""
+"""Every op's problems, and the choice of cases among them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from featkd.runtime.checks import suggestion
 from . import (
     lift_head,
     projected_feature_kd,
-    sizes,
     soft_kd,
     talking_heads_attention,
     widelast_projection,
 )
-from .problem import DIRECTIONS, DTYPES, Case, Maps, Problem
+from .problem import DIRECTIONS, DTYPES, Case, Problem
+from .sizes import SETS, Sizes
 
-OPS: dict[str, Callable[[str], list[Problem]]] = {
+OPS: dict[str, Callable[[Sizes], list[Problem]]] = {
     "projected_feature_kd": projected_feature_kd.problems,
     "widelast_projection": widelast_projection.problems,
     "lift_head": lift_head.problems,
@@ -24,7 +24,7 @@ OPS: dict[str, Callable[[str], list[Problem]]] = {
     "talking_heads_attention": talking_heads_attention.problems,
 }
 ROW_OPS = ("projected_feature_kd", "widelast_projection", "lift_head", "soft_kd")
-"""Those that have kernels in Triton."""
+"""Ops with Triton kernels."""
 
 
 def select(
@@ -34,27 +34,28 @@ def select(
     directions: Sequence[str] = ("forward", "both"),
     batches: Sequence[int] = (),
 ) -> list[Case]:
-    """The cases of the given ops, set of sizes ("all" for every set), dtypes and directions.
+    """Returns the cases of the given ops, set of sizes, dtypes and directions.
 
     Args:
-        batches: only problems of these numbers of images; empty for all.
+        shapes: name in `SETS`, or "all".
+        batches: keeps only problems with these numbers of images; empty for all.
 
     Raises:
-        ValueError: an unknown name, or batches that no problem has.
+        ValueError: unknown name, or batches that no problem has.
     """
     for name, given, allowed in (
         ("ops", ops, OPS),
-        ("shapes", [shapes], (*sizes.SETS, "all")),
+        ("shapes", [shapes], (*SETS, "all")),
         ("dtypes", dtypes, DTYPES),
         ("directions", directions, DIRECTIONS),
     ):
-        check_known(name, given, allowed)
-    sets = sizes.SETS if shapes == "all" else (shapes,)
-    problems = [p for op in dict.fromkeys(ops) for name in sets for p in OPS[op](name)]
-    there = sorted({p.batch for p in problems})
-    unknown = sorted(set(batches) - set(there))
+        _check_known(name, given, allowed)
+    sets = SETS.values() if shapes == "all" else [SETS[shapes]]
+    problems = [p for op in dict.fromkeys(ops) for sizes in sets for p in OPS[op](sizes)]
+    available = sorted({p.batch for p in problems})
+    unknown = sorted(set(batches) - set(available))
     if unknown:
-        listed = ", ".join(map(str, there))
+        listed = ", ".join(map(str, available))
         raise ValueError(f"batches: the chosen problems have {listed} images; got {unknown[0]}")
     return [
         Case(problem, dtype, direction)
@@ -67,15 +68,7 @@ def select(
     ]
 
 
-def problems_of(op: str, maps: Maps, logits: tuple[tuple[int, int], ...] = ()) -> list[Problem]:
-    """An op's problems on one pair of feature maps, and on (images, classes) of logits."""
-    name = f"one {maps}"
-    sizes.MAPS[name], sizes.LOGITS[name] = (maps,), logits
-    return OPS[op](name)
-
-
-def check_known(name: str, given: Sequence[str], allowed: Collection[str]) -> None:
-    """Raise ValueError for a word that is not among the allowed ones, or for none at all."""
+def _check_known(name: str, given: Sequence[str], allowed: Collection[str]) -> None:
     listed = ", ".join(allowed)
     if not given:
         raise ValueError(f"{name}: expected at least one of {listed}")

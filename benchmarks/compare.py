@@ -1,4 +1,4 @@
-"""Regression mode: this machine's stored results against new ones."""
+"""Regression check: stored results against new ones of the same machine."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from . import results
 from .results import Measured, ResultsError, Row
 
-_VARIANT = "featkd"  # the others are what it is held against
+_VARIANT = "featkd"
 
 
 @dataclass(frozen=True)
 class Change:
-    """featkd's figures of one case in both files."""
+    """Rows of featkd for one case in both files."""
 
     old: Row
     new: Row
@@ -21,21 +21,21 @@ class Change:
 
     @property
     def ratio(self) -> float:
-        """New median time / old."""
+        """New median time / old median time."""
         return self.new.median_ms / self.old.median_ms
 
     @property
     def ratio_to_eager(self) -> float:
-        """The same with both taken as multiples of eager's time in the rounds beside them."""
+        """New time / old time, each relative to eager's time in the same rounds."""
         return self.old.speedup / self.new.speedup
 
     @property
     def is_slower(self) -> bool:
-        """Slower by three measures, each of which noise alone can fool.
+        """True if the case is slower by three measures, each of which noise alone can exceed.
 
-        The median grew by more than the tolerance (a busy machine does that); so did the time
-        relative to eager's beside it (a faster eager does that); and four fifths of the new times
-        are above four fifths of the old ones (few rounds, widely spread, are not).
+        The median grew by more than the tolerance, which a busy machine causes as well. The time
+        relative to eager grew by as much, which a faster eager causes as well. Four fifths of the
+        new times are above four fifths of the old ones, which few scattered rounds are not.
         """
         return (
             min(self.ratio, self.ratio_to_eager) > 1 + self.tolerance
@@ -44,25 +44,25 @@ class Change:
 
     @property
     def fell_back(self) -> bool:
-        """Whether a fused op now runs on the reference."""
+        """True if a fused op now runs on the reference."""
         return self.new.backend == "reference" != self.old.backend
 
     @property
     def holds_more(self) -> bool:
-        """Whether the peak memory, which has no noise, grew by more than the tolerance."""
+        """True if the peak memory, which has no noise, grew by more than the tolerance."""
         return self.new.peak_bytes > self.old.peak_bytes * (1 + self.tolerance) + 4096
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The cases in both files, and the old file's that the new one lacks."""
+    """Cases in both files, and names of those that only the old file has."""
 
     changes: tuple[Change, ...]
     missing: tuple[str, ...]
 
     @property
     def failures(self) -> list[str]:
-        """A line for each case that became slower, larger, or fell back."""
+        """Describes each case that became slower or larger, or fell back to the reference."""
         lines = []
         for change in self.changes:
             why = []
@@ -82,7 +82,7 @@ class Comparison:
         return lines
 
     def measured(self) -> list[Measured]:
-        """The JSON form."""
+        """Returns the figures in the JSON form."""
         rows: list[Measured] = []
         for c in self.changes:
             for metric, value in (
@@ -98,11 +98,14 @@ class Comparison:
 
 
 def compare(old: Path, new: Path, tolerance: float) -> Comparison:
-    """featkd's newest times in `new` against its newest in `old`.
+    """Compares featkd's newest rows in `new` with its newest rows in `old`.
+
+    Args:
+        tolerance: accepted growth of time and memory, as a fraction.
 
     Raises:
         ResultsError: the files are of different machines, or have no case in common.
-        FileNotFoundError: one is missing.
+        FileNotFoundError: a file is missing.
     """
     before, after = _newest(old), _newest(new)
     if before and after:
@@ -110,8 +113,8 @@ def compare(old: Path, new: Path, tolerance: float) -> Comparison:
         different = results.difference(first.machine, second.machine)
         if different:
             raise ResultsError(
-                f"{old} and {new} are results of different machines ({different}); "
-                "their times say nothing about the code"
+                f"{old} and {new} are results of different machines ({different}): "
+                "compare runs of one machine"
             )
     both = [case for case in before if case in after]
     if not both:
@@ -123,11 +126,11 @@ def compare(old: Path, new: Path, tolerance: float) -> Comparison:
 
 
 def _newest(path: Path) -> dict[str, Row]:
-    """featkd's last row of every case; all must be of one machine."""
+    """Returns featkd's last row of each case; raises if the rows are of different machines."""
     rows = results.newest(results.read(path))
     first = next(iter(rows.values()))
     for row in rows.values():
         different = results.difference(first.machine, row.machine)
         if different:
-            raise ResultsError(f"{path}: its own rows are of different machines ({different})")
+            raise ResultsError(f"{path}: its rows are of different machines ({different})")
     return {case: row for (case, variant), row in rows.items() if variant == _VARIANT}

@@ -1,4 +1,4 @@
-"""lift_head: Lift's pooled features alone (inference), and with the feature loss (training)."""
+"""`lift_head` for inference (pooled features) and training (with the feature loss)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor
 
 from featkd.functional import Metric, lift_head
 
-from . import sizes
-from .problem import Maps, Normal, Problem, Tensors
+from .problem import Normal, Problem, Tensors
 from .projected_feature_kd import LIFT_PARAMETERS, distance, lift_tensors
+from .sizes import Maps, Sizes
 
 Form = Literal["mse", "spectral", "pool"]
 _FORMS: tuple[Form, ...] = ("mse", "spectral", "pool")
 
 
-def problems(shapes: str) -> list[Problem]:
-    """The op's problems of a set of sizes."""
-    return [_head(maps, form) for maps in sizes.MAPS[shapes] for form in _FORMS]
+def problems(sizes: Sizes) -> list[Problem]:
+    """Returns the op's problems."""
+    return [_head(maps, form) for maps in sizes.maps for form in _FORMS]
 
 
 def _head(maps: Maps, form: Form) -> Problem:
-    """z = LN(f W^T), its mean over the tokens, and, unless only pooled, its distance from T."""
+    """Mean over the tokens of z = LN(f W^T), and for training the distance of z from T."""
     metric: Metric = "spectral" if form == "spectral" else "mse"
     grid = maps.grid if metric == "spectral" else None
 

@@ -1,10 +1,10 @@
-"""Loaders side by side: featkd's on DALI and on timm, and torchvision's, and the stages alone."""
+"""Images per second of featkd's loaders on DALI and timm, of torchvision's, and of their stages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
 from typing import Any
@@ -16,12 +16,12 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from featkd.data import DataConfig, build_loader, build_transform, read_image
-from featkd.data.workers import end_workers, worker_options
+from featkd.data.workers import shut_down_workers, worker_options
 
 from . import timing
 from .photographs import Photographs
 from .throughput import Rate
-from .variants import Step
+from .variants import step_of
 
 LIBRARIES = ("dali", "timm", "torchvision")
 FORMS = ("plain", "randaugment")
@@ -29,78 +29,56 @@ VARIANTS = tuple(f"{library}/{form}" for form in FORMS for library in LIBRARIES)
 RAND_AUGMENT = "rand-m9-n2-mstd0.5-inc1"
 
 Epoch = Callable[[], int]
-"""Runs one epoch and returns how many images came."""
-
-
-@dataclass
-class Loaders:
-    """What could be built: an epoch of each variant, why others could not, and how to end all."""
-
-    epochs: dict[str, Epoch] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    closing: list[Callable[[], None]] = field(default_factory=list)
-
-    def close(self) -> None:
-        """End the loaders' processes."""
-        for close in self.closing:
-            close()
+"""Runs one epoch and returns its number of images."""
 
 
 def measure(
     photos: Photographs, variants: Sequence[str], *, batch_size: int, rounds: int
 ) -> tuple[list[Rate], dict[str, str]]:
-    """Images/s of whole epochs, in turns, after an epoch each to warm up.
+    """Times whole epochs in turns, after one epoch each to warm up.
 
-    An epoch counts from asking for its first batch to having its last, so that nothing is loaded
-    before the clock starts. Worker processes live on from one epoch to the next.
+    An epoch lasts from the request for its first batch to the last batch, so that nothing is loaded
+    before the clock starts. Worker processes are kept from one epoch to the next.
 
     Args:
-        variants: among `VARIANTS`.
-        batch_size: images in a batch; a last, partial batch is dropped.
-        rounds: epochs a variant.
+        variants: names in `VARIANTS`.
+        batch_size: images per batch; the last, partial batch is dropped.
+        rounds: timed epochs per variant.
 
     Returns:
-        The rates, and of each variant that could not be built: why.
+        (rates, reason by variant for those that cannot be built).
     """
-    loaders = _build(photos.data, variants, batch_size)
     counts: dict[str, int] = {}
 
     def counted(name: str) -> None:
-        counts[name] = loaders.epochs[name]()
+        counts[name] = epochs[name]()
 
-    try:
-        seconds = _in_turns({name: partial(counted, name) for name in loaders.epochs}, rounds)
-    finally:
-        loaders.close()
-    rates = [Rate("loader", name, counts[name], seconds[name]) for name in loaders.epochs]
-    return rates, loaders.refused
-
-
-def _step(work: Callable[[], object]) -> Step:
-    def run(ready: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        work()
-        return ready
-
-    return Step(lambda: (), run)
+    with ExitStack() as closing:
+        epochs, refused = _build(photos.data, variants, batch_size, closing)
+        seconds = _in_turns({name: partial(counted, name) for name in epochs}, rounds)
+    return [Rate("loader", name, counts[name], seconds[name]) for name in epochs], refused
 
 
 def _in_turns(work: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, in so many rounds after one to warm up."""
-    steps = {name: _step(run) for name, run in work.items()}
+    """Returns the seconds of each by round, after one round to warm up."""
+    steps = {name: step_of(run) for name, run in work.items()}
     clock = timing.clock_for(torch.device("cpu"))
-    return timing.take_turns(steps, clock, min_seconds=0, min_rounds=rounds)
+    return timing.take_turns(steps, clock, min_rounds=rounds)
 
 
-def _build(data: DataConfig, variants: Sequence[str], batch_size: int) -> Loaders:
-    # Loaded first, so that no DataLoader here forks beside DALI's threads.
+def _build(
+    data: DataConfig, variants: Sequence[str], batch_size: int, closing: ExitStack
+) -> tuple[dict[str, Epoch], dict[str, str]]:
+    # loaded first: no DataLoader may fork beside DALI's threads
     with suppress(ImportError):
         import nvidia.dali  # noqa: F401
-    loaders = Loaders()
+    epochs: dict[str, Epoch] = {}
+    refused: dict[str, str] = {}
     for variant in variants:
         library, form = variant.split("/")
         config = with_form(data, form)
         if library == "torchvision":
-            loaders.epochs[variant] = _torchvision_epoch(config, batch_size, loaders)
+            epochs[variant] = _torchvision_epoch(config, batch_size, closing)
             continue
         backend: Any = library
         try:
@@ -108,15 +86,15 @@ def _build(data: DataConfig, variants: Sequence[str], batch_size: int) -> Loader
                 replace(config, backend=backend), split="train", batch_size=batch_size
             )
         except ValueError as error:
-            loaders.refused[variant] = str(error)
+            refused[variant] = str(error)
             continue
-        loaders.closing.append(loader.close)
-        loaders.epochs[variant] = _epoch(loader)
-    return loaders
+        closing.callback(loader.close)
+        epochs[variant] = _epoch(loader)
+    return epochs, refused
 
 
 def with_form(data: DataConfig, form: str) -> DataConfig:
-    """The published crop, flip and erasing, each image once an epoch, with RandAugment or not."""
+    """Returns the published augmentation without repeats, with or without RandAugment."""
     rand_augment = RAND_AUGMENT if form == "randaugment" else None
     augment = replace(data.augment, repeats=1, color_jitter=None, rand_augment=rand_augment)
     return replace(data, augment=augment)
@@ -132,8 +110,8 @@ def _epoch(loader: Any) -> Epoch:
     return epoch
 
 
-def _torchvision_epoch(config: DataConfig, batch_size: int, loaders: Loaders) -> Epoch:
-    """torchvision's own data set and transforms in torch's DataLoader, as its users write it."""
+def _torchvision_epoch(config: DataConfig, batch_size: int, closing: ExitStack) -> Epoch:
+    """Builds torchvision's data set and transforms in torch's DataLoader, as its users do."""
     workers = config.workers
     loader = DataLoader(
         datasets.ImageFolder(config.path, torchvision_transform(config)),
@@ -143,16 +121,14 @@ def _torchvision_epoch(config: DataConfig, batch_size: int, loaders: Loaders) ->
         persistent_workers=workers > 0,
         **worker_options(workers),
     )
-
-    loaders.closing.append(partial(end_workers, loader))
+    closing.callback(shut_down_workers, loader)
     return lambda: sum(len(targets) for _, targets in loader)
 
 
 def torchvision_transform(config: DataConfig) -> Callable[[Image.Image], torch.Tensor]:
-    """The training transform of a configuration in torchvision's v2 transforms.
+    """Builds the training transform of a configuration from torchvision's v2 transforms.
 
-    Its RandAugment draws another magnitude for the same op: it has no noise of the level. What
-    is done to a pixel is as much.
+    Its RandAugment has no noise of the magnitude. It does as much work per pixel.
     """
     augment = config.augment
     steps: list[Any] = [
@@ -177,13 +153,13 @@ def torchvision_transform(config: DataConfig) -> Callable[[Image.Image], torch.T
 
 
 def measure_stages(photos: Photographs, *, images: int, rounds: int) -> list[Rate]:
-    """Images/s of decoding and of augmenting alone, in this thread, in turns.
+    """Times decoding and augmenting alone, in this thread, in turns.
 
-    DALI's stages run in one pipeline, which times no stage: only its decoder is set beside the
-    others, in a pipeline of its own with one thread. (Its loader decodes the crop's window alone.)
+    Of DALI only the decoder is timed, in a pipeline with one thread: a pipeline does not time its
+    stages. DALI's loader decodes only the window of the crop.
 
     Args:
-        images: of a round.
+        images: images per round.
         rounds: timed rounds, after one to warm up.
     """
     paths = list(islice(cycle(photos.paths), images))
@@ -217,7 +193,7 @@ def _over(
 
 
 def _dali_decoder(paths: Sequence[str]) -> Callable[[], object]:
-    """Decodes all paths with one DALI thread; waits for the last of them."""
+    """Returns a call that decodes all paths with one DALI thread and waits for the last."""
     import numpy as np
     from nvidia.dali import fn, pipeline_def, types
 
@@ -237,10 +213,10 @@ def _dali_decoder(paths: Sequence[str]) -> Callable[[], object]:
 
 
 def busiest(rates: Sequence[Rate], form: str, workers: int) -> tuple[str, dict[str, float]]:
-    """What takes most of the timm loader's time for an image, and the share of each part.
+    """Returns the stage that takes most of the timm loader's time, and the share of each stage.
 
-    A worker's time for an image is workers / (images/s of the loader); what decoding and
-    augmenting alone don't explain of it is stacking, handing over, and waiting for a core.
+    A worker's time per image is workers / (images/s of the loader). Time that decoding and
+    augmenting alone do not explain is stacking, handing over, and waiting for a core.
     """
     known = {(rate.name, rate.variant): rate for rate in rates}
     whole = max(workers, 1) / known["loader", f"timm/{form}"].images_per_s

@@ -1,4 +1,4 @@
-"""The most memory a call holds above what was allocated before it."""
+"""Peak memory of a call above what was allocated before it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _MARK = "featkd: the timed part"
 
 
 def extra_peak(step: Step, device: torch.device) -> int:
-    """Peak bytes of tensors during the timed part of a step, its results included.
+    """Returns the peak bytes of tensors during the timed part of a step, results included.
 
-    On a CPU every allocation and release of torch's allocator is recorded and added up, those
-    inside of operators too; scratch that a BLAS library takes by itself is not seen. On a GPU
-    this is the caching allocator's own peak.
+    On a CPU every allocation and release of torch's allocator is recorded, also those inside
+    operators; scratch that a BLAS library allocates itself is not counted. On a GPU this is the
+    peak of the caching allocator.
     """
     return _gpu_peak(step, device) if device.type == "cuda" else _cpu_peak(step)
 
@@ -33,8 +33,8 @@ def _gpu_peak(step: Step, device: torch.device) -> int:
 
 
 def _cpu_peak(step: Step) -> int:
-    # the preparation is recorded too: of memory from before the recording no release is seen,
-    # and a backward pass releases what its forward pass saved
+    # the preparation is recorded too: a backward pass releases what its forward pass saved, and
+    # the profiler reports no release of memory from before the recording
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         ready = step.prepare()
         with record_function(_MARK):
@@ -42,7 +42,7 @@ def _cpu_peak(step: Step) -> int:
     assert recorded.profiler is not None
     assert recorded.profiler.kineto_results is not None
     events = sorted(recorded.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-    # the results are alive: without a memory event, the profiler's events must have changed names
+    # the results are alive, so that there must be a memory event unless the profiler renamed them
     if not any(e.name() == "[memory]" for e in events) and any(x.numel() for x in results):
         raise RuntimeError(f"torch {torch.__version__}: its profiler recorded no allocation")
     held = before = highest = 0

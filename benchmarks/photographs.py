@@ -1,4 +1,4 @@
-"""The images that the loaders' and the training's benchmarks read."""
+"""Images that the benchmarks of loaders and training read."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torchvision.datasets import ImageFolder
 
 from featkd.data import DataConfig
 
-MADE = 64  # images that are made at most where there are none
+MADE = 64  # most images to generate
 _MADE_SIZE = (500, 375)  # width and height of a typical photograph of ImageNet
 _MADE_QUALITY = 90
 
 
 @dataclass(frozen=True)
 class Photographs:
-    """An image set, the paths of its training images, and what to say of it."""
+    """An image set, the paths of its training images, and a description."""
 
     data: DataConfig
     paths: list[str]
@@ -30,18 +30,18 @@ class Photographs:
 
 @contextmanager
 def photographs(folder: str | None, data: DataConfig, wanted: int) -> Iterator[Photographs]:
-    """Photographs of a folder, or made ones, repeated until there are `wanted` of them.
+    """Links the photographs of a folder, or generated images, into an image set of `wanted` images.
 
-    They are repeated as links in a folder of their own, so that an epoch is long enough to time and
-    every loader opens and decodes each of them anew.
+    Each is linked as often as it takes, so that an epoch is long enough to time, and every loader
+    opens and decodes each link.
 
     Args:
-        folder: class folders, or a folder `train` of class folders; None makes images.
-        data: everything but the folders.
-        wanted: images of an epoch, at least.
+        folder: folder of class folders, or with a folder `train` of them; None generates images.
+        data: configuration to use, except for its folders.
+        wanted: least number of images per epoch.
 
     Raises:
-        FileNotFoundError: the folder is missing or holds no images.
+        FileNotFoundError: the folder is missing or has no images.
     """
     with tempfile.TemporaryDirectory(prefix="featkd-bench-") as temporary:
         root = Path(temporary)
@@ -49,7 +49,7 @@ def photographs(folder: str | None, data: DataConfig, wanted: int) -> Iterator[P
             made = min(wanted, MADE)
             source = _made(root / "made", made)
             width, height = _MADE_SIZE
-            about = f"{made} made JPEGs of {width} x {height} (no --data), which are no photographs"
+            about = f"{made} generated JPEGs of {width} x {height}, no photographs (see --data)"
         else:
             if not Path(folder).is_dir():
                 raise FileNotFoundError(f"--data: no folder {folder}")
@@ -57,7 +57,7 @@ def photographs(folder: str | None, data: DataConfig, wanted: int) -> Iterator[P
             about = f"the images of {source}"
         flat = replace(data, path=str(source), train_split=".", val_split=".")
         found = [path for path, _ in ImageFolder(source).imgs]
-        paths = found[:: max(1, len(found) // wanted)]  # of a large set, some of every class
+        paths = found[:: max(1, len(found) // wanted)]  # every class of a large set
         times = -(-wanted // len(paths))
         repeated = root / "repeated"
         for number in range(times):
@@ -70,7 +70,7 @@ def photographs(folder: str | None, data: DataConfig, wanted: int) -> Iterator[P
 
 
 def _made(folder: Path, count: int) -> Path:
-    """Smooth shapes with some noise: as JPEG about as many bytes as a photograph of that size."""
+    """Generates smooth shapes with noise, as JPEGs of about the bytes of a photograph."""
     rng = np.random.default_rng(0)
     width, height = _MADE_SIZE
     for number in range(count):

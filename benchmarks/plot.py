@@ -1,4 +1,4 @@
-"""Time and peak memory of every case in a results file, drawn from that file alone."""
+"""Plot of time and peak memory of every case in a results file."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ Group = dict[str, dict[str, Row]]
 
 
 def draw(rows: Sequence[Row], path: Path) -> list[Measured]:
-    """Draw the newest figures; a row of panels a dtype and direction. Returns what was drawn.
+    """Draws the newest figures, a row of panels per dtype and direction; returns what was drawn.
 
-    Left: times as multiples of eager's, with the 20 % to 80 % range; right: extra peak memory.
+    Left: times relative to eager, with the range from the 20 % to the 80 % quantile. Right: peak
+    memory.
 
     Raises:
-        ResultsError: another ending than .svg or .png, or no case that has eager's time.
+        ResultsError: the suffix is not .svg or .png, or no case has a time of the eager variant.
     """
     if path.suffix not in FORMATS:
-        raise ResultsError(f"out: expected a name that ends in {' or '.join(FORMATS)}; got {path}")
+        raise ResultsError(f"out: expected a name that ends in {' or '.join(FORMATS)}, got {path}")
     groups = _groups(rows)
     if not groups:
         raise ResultsError("no case in the results has a time of the eager variant")
@@ -44,7 +45,7 @@ def draw(rows: Sequence[Row], path: Path) -> list[Measured]:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    # the same results make the same file: no random ids, no date, and no fonts drawn as paths
+    # no random ids, date or fonts as paths: equal results give equal files
     with mpl.rc_context({"svg.hashsalt": "featkd", "svg.fonttype": "none", "font.size": 8}):
         heights = [len(cases) for cases in groups.values()]
         figure = Figure(

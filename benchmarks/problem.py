@@ -1,4 +1,4 @@
-"""What a benchmark times: an op on inputs of one size, in featkd's form and in plain torch."""
+"""An op on inputs of one size, as featkd and as plain torch compute it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from torch import Tensor
 Direction = Literal["forward", "backward", "both"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "both")
 AUTOCAST = {"autocast-bf16": torch.bfloat16, "autocast-fp16": torch.float16}
-"""Pairs of dtypes: what is learnt is float32, products and a teacher's outputs are in this one."""
+"""Dtype of products and of the teacher's outputs; students and parameters are float32."""
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     **dict.fromkeys(AUTOCAST, torch.float32),
 }
-"""Dtype of what is learnt."""
+"""Dtype of students and parameters."""
 
 Tensors = dict[str, Tensor]
 Normal = Callable[..., Tensor]
 """Draws normal(*shape, scale=1, mean=0) in the case's dtype on its device."""
+Function = Callable[[Tensors], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -32,57 +33,31 @@ class Problem:
     """An op on inputs of one size; `eager` and `featkd` compute the same from the same tensors."""
 
     op: str
-    """Its name in featkd.functional."""
+    """Name in featkd.functional."""
     form: str
-    """Which use of the op this is, for instance "mse-lift"."""
+    """Use of the op, for example "mse-lift"."""
     shape: str
-    """The sizes, for instance "32x196x192to384"."""
+    """Sizes, for example "32x196x192to384"."""
     batch: int
     """Images."""
     differentiable: tuple[str, ...]
     """Names of the tensors that get a gradient."""
     multiply_adds: int
-    """Of the forward pass's matrix products; the gradients take twice as many."""
+    """Multiply-adds of the forward pass; the gradients take twice as many."""
     tensors: Callable[[Normal], Tensors]
-    """Fresh inputs by name."""
-    eager: Callable[[Tensors], tuple[Tensor, ...]]
-    """The outputs as a user of plain torch would write them."""
-    featkd: Callable[[Tensors], tuple[Tensor, ...]]
-    """The same through featkd's public function."""
-
-
-@dataclass(frozen=True)
-class Maps:
-    """Sizes of a pair of feature maps: images, patch grid, student's and teacher's channels."""
-
-    batch: int
-    grid: tuple[int, int]
-    student: int
-    teacher: int
-
-    @property
-    def tokens(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def rows(self) -> int:
-        return self.batch * self.tokens
-
-    @property
-    def multiply_adds(self) -> int:
-        """Of the projection."""
-        return self.rows * self.student * self.teacher
-
-    def __str__(self) -> str:
-        return f"{self.batch}x{self.tokens}x{self.student}to{self.teacher}"
+    """Draws the inputs by name."""
+    eager: Function
+    """Outputs in plain torch, written for speed."""
+    featkd: Function
+    """Outputs of featkd's public function."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A problem in one dtype, or pair of dtypes, and one direction: what is timed.
+    """A problem in one dtype and one direction.
 
-    "forward" runs without gradients, as in evaluation; "both" is a training step's forward and
-    backward; "backward" is the latter's second half alone.
+    "forward" runs without gradients, as in evaluation; "both" is the forward and backward pass of
+    a training step; "backward" is the backward pass alone.
     """
 
     problem: Problem
@@ -90,17 +65,22 @@ class Case:
     direction: Direction
 
     @property
-    def name(self) -> str:
+    def title(self) -> str:
+        """Name without the direction."""
         p = self.problem
-        return f"{p.op}/{p.form}/{p.shape}/{self.dtype}/{self.direction}"
+        return f"{p.op}/{p.form}/{p.shape}/{self.dtype}"
 
-    def inputs(self, device: torch.device, seed: int = 0) -> Tensors:
-        """The same tensors at every call; those that the direction differentiates are leaves."""
-        generator = torch.Generator().manual_seed(seed)
+    @property
+    def name(self) -> str:
+        return f"{self.title}/{self.direction}"
+
+    def inputs(self, device: torch.device) -> Tensors:
+        """Draws the inputs, equal in every call; the differentiated ones are leaves."""
+        generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int, scale: float = 1, mean: float = 0) -> Tensor:
-            drawn = mean + scale * torch.randn(shape, generator=generator)
-            return drawn.to(device, DTYPES[self.dtype])
+            drawn = mean + scale * torch.randn(shape, generator=generator, device=device)
+            return drawn.to(DTYPES[self.dtype])
 
         tensors = self.problem.tensors(normal)
         if self.dtype in AUTOCAST:
@@ -113,7 +93,7 @@ class Case:
         return tensors
 
     def context(self, device: torch.device) -> AbstractContextManager[object]:
-        """Autocast where the pair of dtypes asks for it; for a forward pass."""
+        """Returns the autocast context of the forward pass."""
         if self.dtype not in AUTOCAST:
             return nullcontext()
         return torch.autocast(device.type, AUTOCAST[self.dtype])

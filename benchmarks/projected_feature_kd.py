@@ -1,4 +1,4 @@
-"""projected_feature_kd: with Lift's projector and norm, without (WideLast), over eight pairs."""
+"""`projected_feature_kd` with projector and norm (Lift), without (WideLast), and on eight pairs."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from torch import Tensor
 from featkd.functional import Metric, projected_feature_kd
 from featkd.losses import pool_channels
 
-from . import sizes
-from .problem import Maps, Normal, Problem, Tensors
+from .problem import Normal, Problem, Tensors
+from .sizes import Maps, Sizes
 
 _OP = "projected_feature_kd"
 _METRICS: tuple[Metric, ...] = ("mse", "spectral")
 
 
-def problems(shapes: str) -> list[Problem]:
-    """The op's problems of a set of sizes."""
+def problems(sizes: Sizes) -> list[Problem]:
+    """Returns the op's problems."""
     found = []
-    for maps in sizes.MAPS[shapes]:
+    for maps in sizes.maps:
         found += [_lift(maps, metric) for metric in _METRICS] + [_eight_pairs(maps)]
-    # one for all students of a teacher: there the student has the teacher's width
-    widths = {(maps.batch, maps.teacher): maps for maps in sizes.MAPS[shapes]}
+    # WideLast's last block has the teacher's width, whatever the student's other widths
+    widths = {(maps.batch, maps.teacher): maps for maps in sizes.maps}
     return found + [_widelast(m, metric) for m in widths.values() for metric in _METRICS]
 
 
 def _lift(maps: Maps, metric: Metric) -> Problem:
-    """mean((LN(S W^T) - T)^2), or its spectral form."""
+    """Distance of LN(S W^T) from T."""
     grid = maps.grid if metric == "spectral" else None
 
     def eager(x: Tensors) -> tuple[Tensor, ...]:
@@ -56,7 +56,7 @@ def _lift(maps: Maps, metric: Metric) -> Problem:
 
 
 def _widelast(maps: Maps, metric: Metric) -> Problem:
-    """mean((S - T)^2) of equally wide maps, or its spectral form."""
+    """Distance of two equally wide maps."""
     grid = maps.grid if metric == "spectral" else None
     shape = (maps.batch, maps.tokens, maps.teacher)
 
@@ -77,11 +77,8 @@ def _widelast(maps: Maps, metric: Metric) -> Problem:
 
 
 def _eight_pairs(maps: Maps) -> Problem:
-    """SpectralKD's eight layer pairs on an unchanged student.
-
-    The teacher's maps are average-pooled to the student's width; the loss is the mean over the
-    pairs of the spectral distance ([EM26], SpectralKD).
-    """
+    """Mean spectral distance over eight layer pairs, the teacher average-pooled to the student's
+    width (SpectralKD on an unmodified student, [EM26])."""
 
     def tensors(normal: Normal) -> Tensors:
         drawn = {f"student{i}": normal(maps.batch, maps.tokens, maps.student) for i in range(8)}
@@ -120,7 +117,7 @@ LIFT_PARAMETERS = ("student", "weight", "norm_weight", "norm_bias")
 
 
 def lift_tensors(maps: Maps, normal: Normal) -> Tensors:
-    """A pair of maps, a projector whose output has unit variance, and a norm's parameters."""
+    """Draws two maps, a projector whose output has unit variance, and LayerNorm parameters."""
     return {
         "student": normal(maps.batch, maps.tokens, maps.student),
         "teacher": normal(maps.batch, maps.tokens, maps.teacher),
@@ -131,10 +128,10 @@ def lift_tensors(maps: Maps, normal: Normal) -> Tensors:
 
 
 def distance(y: Tensor, teacher: Tensor, metric: Metric, grid: tuple[int, int]) -> Tensor:
-    """The feature distance in plain torch, written for speed: one fused call, or one FFT.
+    """Computes the feature distance in plain torch, written for speed.
 
-    `F.mse_loss` takes a third of the time of (y - t).square().mean() on a CPU in fp32, and the FFT
-    of the difference half of that of two maps: the harder ones to beat.
+    `F.mse_loss` is faster than (y - t).square().mean(), and one FFT of the difference than two of
+    the maps: both make the comparison harder for featkd.
     """
     if metric == "mse":
         return F.mse_loss(y, teacher)

@@ -1,4 +1,4 @@
-"""The rows of results: what a row says, the CSV file they are kept in, and the JSON form."""
+"""Rows of results: their columns, the CSV file that stores them, and the JSON form."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _VERSIONS = ("featkd", "python", "torch", "triton")
 
 @dataclass(frozen=True)
 class Row:
-    """One variant of one case, with everything needed to read it later."""
+    """Results of one variant of one case, with the versions and the machine."""
 
     time: str
-    """Of the run's start, UTC; the same in all its rows."""
+    """Start of the run in UTC, equal in all its rows."""
     commit: str
-    """Of featkd, with "+changes" where source files were not as committed."""
+    """Commit of featkd, with "+changes" if source files differ from it."""
     featkd: str
     python: str
     torch: str
@@ -36,10 +36,10 @@ class Row:
     cores: str
     torch_threads: str
     accelerator: str
-    """The GPU that the case ran on, "none" for the CPU."""
+    """GPU on which the case ran; "none" for the CPU."""
     omp_wait_policy: str
     copy_gb_per_s: float
-    """Rate of torch's large copies on this machine, read and write counted."""
+    """Rate of torch's large copies on this machine, counting read and write."""
     gflop_per_s: float
     """Rate of torch's large matrix products in this dtype."""
     op: str
@@ -49,43 +49,43 @@ class Row:
     direction: str
     variant: str
     backend: str
-    """featkd's backend (triton, reference); "torch" for the other variants."""
+    """Backend of featkd (triton, cpu, cuda or reference); "torch" for the other variants."""
     load: float
-    """The machine's load average over the case's last minute, of which its own threads are part."""
+    """Load average of the machine over the last minute, including the case's own threads."""
     rounds: int
     median_ms: float
     q20_ms: float
     q80_ms: float
     speedup: float
-    """Median over the rounds of eager's time / this one's."""
+    """Median over the rounds of eager's time / this variant's."""
     peak_bytes: int
-    """Most memory held above what was allocated before the call."""
+    """Peak memory above what was allocated before the call."""
     floor_bytes: int
-    """Each input read once and each output written once."""
+    """Bytes of each input read once and each output written once."""
     flops: int
-    """Of the matrix products that cannot be avoided."""
+    """Floating-point operations of the matrix products, without recomputed ones."""
     gb_per_s: float
     """floor_bytes / median."""
     error: float
-    """Largest relative L2 error among the outputs (forward) or gradients, against eager torch in
-    the next wider type."""
+    """Largest relative L2 error of the outputs (forward) or gradients against eager torch in the
+    next wider dtype."""
     roofline_share: float
-    """Time of floor_bytes and flops at the machine's own rates / median; small cases, whose
-    data stay in a cache, can exceed 1."""
+    """Time of floor_bytes and flops at the machine's own rates / median; above 1 if the data stay
+    in a cache."""
 
     @property
     def case(self) -> str:
-        """Name of what was timed, without the variant."""
+        """Name of the case, without the variant."""
         return "/".join((self.op, self.form, self.shape, self.dtype, self.direction))
 
     @property
     def was_busy(self) -> bool:
-        """Whether more wanted to run than this case's threads."""
+        """True if other processes ran beside this case's threads."""
         return self.load > int(self.torch_threads) + 0.5
 
     @property
     def machine(self) -> dict[str, str]:
-        """What must be equal for two times to be comparable."""
+        """Properties that must be equal for two times to be comparable."""
         return {name: str(getattr(self, name)) for name in MACHINE}
 
 
@@ -98,11 +98,11 @@ _KINDS = {"float": float, "int": int, "str": str}
 
 
 class ResultsError(ValueError):
-    """A results file that cannot be used as asked."""
+    """Raised if a results file cannot be used as requested."""
 
 
 def describe_run(device: str) -> dict[str, str]:
-    """The part of a row that says when, from what source, with what and on which machine."""
+    """Returns the columns for time, commit, versions and machine."""
     commit = environment.commit() + ("+changes" if environment.has_changes() else "")
     installed = environment.versions()
     return {
@@ -114,7 +114,7 @@ def describe_run(device: str) -> dict[str, str]:
 
 
 def this_machine(device: str) -> dict[str, str]:
-    """The machine and the settings that times on "cpu" or "cuda" depend on."""
+    """Returns the machine and the settings on which times on "cpu" or "cuda" depend."""
     found = environment.machine()
     found["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "default").lower()
     if device == "cpu":
@@ -123,11 +123,11 @@ def this_machine(device: str) -> dict[str, str]:
 
 
 def read(path: Path) -> list[Row]:
-    """All rows of a results file, oldest first.
+    """Reads all rows of a results file, oldest first.
 
     Raises:
         FileNotFoundError: no such file.
-        ResultsError: not a results file, one without rows, or a value that is none of its column's.
+        ResultsError: other columns, no rows, or a value of the wrong type.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no results file {path}")
@@ -137,7 +137,7 @@ def read(path: Path) -> list[Row]:
             raise ResultsError(f"{path}: expected the columns {', '.join(COLUMNS)}")
         rows = [_parse(row, path, reader.line_num) for row in reader]
     if not rows:
-        raise ResultsError(f"{path}: has no rows")
+        raise ResultsError(f"{path}: expected at least one row, got none")
     return rows
 
 
@@ -151,18 +151,18 @@ def _parse(row: Mapping[str, str | None], path: Path, line: int) -> Row:
             values[field.name] = _KINDS[str(field.type)](text)
         except ValueError:
             raise ResultsError(
-                f"{path}, line {line}: {field.name} should be a {field.type}, got {text!r}"
+                f"{path}, line {line}: {field.name}: expected {field.type}, got {text!r}"
             ) from None
     return Row(**values)
 
 
 def newest(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
-    """The last row of every case and variant, by (case, variant), in the order of the file."""
+    """Returns the last row of each (case, variant), in the order of the file."""
     return {(row.case, row.variant): row for row in rows}
 
 
 def origin(rows: Iterable[Row]) -> str:
-    """Where rows come from, as a line of text: machine, versions, commits, days, load."""
+    """Describes machine, versions, commits, days and load of the rows in one line."""
     known = list(rows)
 
     def several(texts: Iterable[str]) -> str:
@@ -179,27 +179,27 @@ def origin(rows: Iterable[Row]) -> str:
 
 
 def check_same_machine(path: Path, machine: Mapping[str, str]) -> None:
-    """Raise ResultsError where a results file holds another machine's rows."""
+    """Raises ResultsError if a results file holds rows of another machine."""
     for row in read(path) if path.is_file() else ():
         different = difference(row.machine, machine)
         if different:
             raise ResultsError(
-                f"{path} holds results of another machine ({different}); choose another file"
+                f"{path} holds results of another machine ({different}): choose another file"
             )
 
 
 def difference(one: Mapping[str, str], other: Mapping[str, str]) -> str:
-    """ "cores: 2 and 8, ..." of two machines, "" where they are the same."""
+    """Lists the properties in which two machines differ, like "cores: 2 and 8"; "" for none."""
     return ", ".join(
         f"{name}: {one[name]} and {other[name]}" for name in MACHINE if one[name] != other[name]
     )
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows to a results file, which is at any moment either the old one or the new one.
+    """Adds rows to a results file, atomically.
 
     Raises:
-        ResultsError: the file is no results file, or another machine's.
+        ResultsError: the file is not a results file, or holds another machine's rows.
     """
     for row in rows[:1]:
         check_same_machine(path, row.machine)
@@ -218,7 +218,7 @@ def _texts(row: Row) -> dict[str, str]:
 
 
 Measured = tuple[str, str, str, str, float]
-"""(name, variant, metric, unit, value) of the JSON form."""
+"""(name, variant, metric, unit, value) as in the JSON form."""
 
 _UNITS = {
     "load": "processes", "median_ms": "ms",
@@ -229,7 +229,7 @@ _UNITS = {
 
 
 def measured(rows: Iterable[Row]) -> list[Measured]:
-    """Every figure of the rows, in the JSON form."""
+    """Returns every figure of the rows in the JSON form."""
     return [
         (row.case, row.variant, metric, unit, getattr(row, metric))
         for row in rows
@@ -238,7 +238,7 @@ def measured(rows: Iterable[Row]) -> list[Measured]:
 
 
 def write_json(path: Path, meta: Mapping[str, object], rows: Iterable[Measured]) -> None:
-    """{"meta": {...}, "rows": [{"name", "variant", "metric", "unit", "value"}, ...]}."""
+    """Writes {"meta": {...}, "rows": [{"name", "variant", "metric", "unit", "value"}, ...]}."""
     names = ("name", "variant", "metric", "unit", "value")
     content = {"meta": dict(meta), "rows": [dict(zip(names, r, strict=True)) for r in rows]}
     with atomic_write(path) as file:
@@ -246,16 +246,16 @@ def write_json(path: Path, meta: Mapping[str, object], rows: Iterable[Measured])
 
 
 def versions_of(run: Mapping[str, str]) -> str:
-    """torch, featkd and the day of `describe_run()`, as text."""
+    """Returns versions and day of a `describe_run()` as text."""
     return f"torch {run['torch']}, featkd {run['commit'][:10]}, {run['time'][:10]}"
 
 
 def meta_of(run: Mapping[str, str] | Row) -> dict[str, object]:
-    """The meta of the JSON form, of `describe_run()` or of a row."""
-    said = asdict(run) if isinstance(run, Row) else run
+    """Returns the "meta" of the JSON form for a `describe_run()` or a row."""
+    found = asdict(run) if isinstance(run, Row) else run
     return {
-        "time": said["time"],
-        "commit": said["commit"],
-        "versions": {name: said[name] for name in _VERSIONS},
-        "machine": {name: said[name] for name in MACHINE},
+        "time": found["time"],
+        "commit": found["commit"],
+        "versions": {name: found[name] for name in _VERSIONS},
+        "machine": {name: found[name] for name in MACHINE},
     }

@@ -1,4 +1,4 @@
-"""What a case must move and multiply at least, and how fast this machine does either."""
+"""Least bytes and floating-point operations of a case, and this machine's rates for both."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from .problem import AUTOCAST, DTYPES, Direction, Problem
 from .variants import Prepared
 
 
-def floor_bytes(prepared: Prepared, problem: Problem, direction: Direction) -> int:
-    """Each input read once, each output written once; no cache smaller than that can do better.
+def floor_bytes(prepared: Prepared, direction: Direction) -> int:
+    """Returns the bytes of each input read once and each output written once.
 
-    "backward" reads the inputs and the upstream gradients and writes the gradients; "both" reads
-    the inputs once for both halves, which is below what an op can do whose outputs the upstream
-    gradients depend on.
+    "backward" reads the inputs and the upstream gradients and writes the gradients. "both" counts
+    the inputs once for both passes; an op whose upstream gradients depend on its outputs has to
+    read them twice.
     """
     inputs = _bytes(prepared.inputs.values())
-    gradients = _bytes(prepared.inputs[name] for name in problem.differentiable)
+    leaves = prepared.case.problem.differentiable
+    gradients = _bytes(prepared.inputs[name] for name in leaves)
     outputs, upstream = _bytes(prepared.outputs), _bytes(prepared.upstream)
-    if direction == "forward":
-        return inputs + outputs
-    if direction == "backward":
-        return inputs + upstream + gradients
-    return inputs + outputs + upstream + gradients
+    return {
+        "forward": inputs + outputs,
+        "backward": inputs + upstream + gradients,
+        "both": inputs + outputs + upstream + gradients,
+    }[direction]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -36,30 +37,30 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def least_flops(problem: Problem, direction: Direction) -> int:
-    """Of the matrix products, recomputed ones left out."""
+    """Returns the floating-point operations of the matrix products, without recomputed ones."""
     passes = {"forward": 1, "backward": 2, "both": 3}[direction]
     return 2 * problem.multiply_adds * passes
 
 
 @dataclass(frozen=True)
 class Rates:
-    """This machine's own rates: torch's large copy, and its large matrix product by dtype."""
+    """Rates of torch's large copy, and of its large matrix product by dtype, on this machine."""
 
     copy_gb_per_s: float
     gflop_per_s: dict[str, float]
 
     def least_seconds(self, moved: int, flops: int, dtype: str) -> float:
-        """The roofline: the longer of moving and multiplying at these rates.
+        """Returns the roofline: the longer of moving and multiplying at these rates.
 
-        Products of half-precision inputs may be computed in fp32 where that is faster, as it is
-        on CPUs without bf16 instructions.
+        Products of half-precision inputs may be computed in fp32, which is faster on CPUs without
+        bf16 instructions.
         """
         rate = max(self.gflop_per_s[dtype], self.gflop_per_s["fp32"])
         return max(moved / self.copy_gb_per_s, flops / rate) / 1e9
 
 
 def measure_rates(device: torch.device, dtypes: Sequence[str]) -> Rates:
-    """The best of a few large copies and products; some seconds on a CPU."""
+    """Measures the best of a few large copies and products; takes some seconds on a CPU."""
     cuda = device.type == "cuda"
     elements = (256 if cuda else 64) * 2**20 // 4
     source = torch.zeros(elements, device=device)
@@ -79,7 +80,7 @@ def measure_rates(device: torch.device, dtypes: Sequence[str]) -> Rates:
 
 
 def _best(work: Callable[[], Tensor], device: torch.device) -> float:
-    """Least seconds of half a second's calls and at least three: others use the machine too."""
+    """Returns the least seconds of at least three calls within about half a second."""
     times: list[float] = []
     while len(times) < 3 or sum(times) < 0.5:
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Measure cases: agreement, times in turns, peak memory, and the floor they are held against."""
+"""Measurement of cases: agreement, times in turns, peak memory, and the roofline."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .results import Row
 
 
 def measure(cases: Sequence[Case], device: torch.device, min_seconds: float) -> Iterator[list[Row]]:
-    """The rows of each case, one a variant, as they are measured.
+    """Yields the rows of each case, one per variant, as they are measured.
 
     Args:
-        min_seconds: time to spend on each variant of each case, at least; ten rounds at least.
+        min_seconds: least time to spend on each variant of each case, in at least ten rounds.
     """
     run = results.describe_run(device.type)
     rates = roofline.measure_rates(device, [case.dtype for case in cases])
@@ -35,7 +35,7 @@ def _measure(
     min_seconds: float,
 ) -> list[Row]:
     prepared = variants.prepare(case, variants.VARIANTS, device)
-    moved = roofline.floor_bytes(prepared, case.problem, case.direction)
+    moved = roofline.floor_bytes(prepared, case.direction)
     flops = roofline.least_flops(case.problem, case.direction)
     least = rates.least_seconds(moved, flops, case.dtype)
     times = timing.take_turns(prepared.steps, clock, min_seconds=min_seconds)

@@ -1,44 +1,71 @@
-"""The sizes that are timed, by name of the set."""
+"""The sizes that are timed, as named sets."""
 
 from __future__ import annotations
 
-from .problem import Maps
+from dataclasses import dataclass
 
-SETS = ("small", "published", "large", "grids")
 
-_PUBLISHED_BATCHES = (32, 64, 128, 256)
+@dataclass(frozen=True)
+class Maps:
+    """Sizes of a pair of feature maps: images, patch grid, student and teacher channels."""
 
-# small: a moment's run. published: DeiT-Tiny from CaiT-S24 at 224 x 224, patch 16 ([EM26]).
-# large: teachers of ViT-L's (1024) and ViT-H's (1280, patch 14) width. grids: patches of 32 and 14
-# at 224 x 224, and one image of 518 x 518 at patch 14
-MAPS = {
-    "small": (Maps(4, (14, 14), 192, 384),),
-    "published": tuple(Maps(batch, (14, 14), 192, 384) for batch in _PUBLISHED_BATCHES),
-    "large": (
-        Maps(32, (14, 14), 384, 1024),
-        Maps(32, (14, 14), 768, 1024),
-        Maps(32, (16, 16), 1024, 1280),
+    batch: int
+    grid: tuple[int, int]
+    student: int
+    teacher: int
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of the projection from student to teacher channels."""
+        return self.batch * self.tokens * self.student * self.teacher
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.tokens}x{self.student}to{self.teacher}"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes for every op; an op without sizes has no problems in the set."""
+
+    maps: tuple[Maps, ...] = ()
+    logits: tuple[tuple[int, int], ...] = ()
+    """(images, classes) for `soft_kd`."""
+    heads: tuple[tuple[int, int, int, int], ...] = ()
+    """(images, heads, tokens, channels per head) for `talking_heads_attention`."""
+
+
+_BATCHES = (32, 64, 128, 256)
+
+SETS = {
+    # a run of a few seconds
+    "small": Sizes((Maps(4, (14, 14), 192, 384),), ((4, 1000),), ((1, 8, 196, 48),)),
+    # DeiT-Tiny from CaiT-S24 at 224 x 224, patch 16 ([EM26]), on ImageNet-1K
+    "published": Sizes(
+        tuple(Maps(batch, (14, 14), 192, 384) for batch in _BATCHES),
+        tuple((batch, 1000) for batch in _BATCHES),
+        tuple((batch, 8, 196, 48) for batch in _BATCHES),
     ),
-    "grids": (
-        Maps(8, (7, 7), 192, 384),
-        Maps(8, (16, 16), 192, 384),
-        Maps(1, (37, 37), 384, 1024),
+    # teachers of ViT-L's (1024) and ViT-H's (1280, patch 14) width; the classes of ImageNet-21K;
+    # CaiT-M36 at 224 and CaiT-S24 at 384
+    "large": Sizes(
+        (
+            Maps(32, (14, 14), 384, 1024),
+            Maps(32, (14, 14), 768, 1024),
+            Maps(32, (16, 16), 1024, 1280),
+        ),
+        ((32, 21841), (256, 21841)),
+        ((32, 16, 196, 48), (8, 8, 576, 48)),
     ),
-}
-
-# (images, classes): ImageNet-1K's classes and, large, those of ImageNet-21K
-LOGITS = {
-    "small": ((4, 1000),),
-    "published": tuple((batch, 1000) for batch in _PUBLISHED_BATCHES),
-    "large": ((32, 21841), (256, 21841)),
-    "grids": (),
-}
-
-# (images, heads, tokens, channels of a head): CaiT-S24 at 224 x 224; large, CaiT-M36 at 224 and
-# CaiT-S24 at 384
-HEADS = {
-    "small": ((1, 8, 196, 48),),
-    "published": tuple((batch, 8, 196, 48) for batch in _PUBLISHED_BATCHES),
-    "large": ((32, 16, 196, 48), (8, 8, 576, 48)),
-    "grids": (),
+    # patches of 32 and 14 at 224 x 224, and one image of 518 x 518 at patch 14
+    "grids": Sizes(
+        (
+            Maps(8, (7, 7), 192, 384),
+            Maps(8, (16, 16), 192, 384),
+            Maps(1, (37, 37), 384, 1024),
+        )
+    ),
 }

@@ -1,4 +1,4 @@
-"""soft_kd at the published weights, with class indices and with soft labels."""
+"""`soft_kd` with class indices and with soft labels, at the published weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from featkd.functional import soft_kd
 from featkd.losses import smooth_labels
 
-from . import sizes
 from .problem import Normal, Problem, Tensors
+from .sizes import Sizes
 
 Form = Literal["indices", "soft"]
 _FORMS: tuple[Form, ...] = ("indices", "soft")
@@ -20,9 +20,9 @@ _ALPHA, _TAU = 0.9, 1.0  # [EM26]
 _SMOOTHING = 0.1
 
 
-def problems(shapes: str) -> list[Problem]:
-    """The op's problems of a set of sizes."""
-    return [_loss(*size, form) for size in sizes.LOGITS[shapes] for form in _FORMS]
+def problems(sizes: Sizes) -> list[Problem]:
+    """Returns the op's problems."""
+    return [_loss(*size, form) for size in sizes.logits for form in _FORMS]
 
 
 def _loss(batch: int, classes: int, form: Form) -> Problem:

@@ -1,13 +1,15 @@
-r"""featkd.linalg beside torch and numpy at the sizes of feature maps, in turns.
+"""featkd.linalg against torch and numpy at the sizes of feature maps, in turns on the CPU.
 
-python -m featkd.benchmarks.spectrum --out benchmarks/results/spectrum-NAME.csv
+python -m featkd.benchmarks.spectrum --out spectrum.csv
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,42 +18,39 @@ from torch import Tensor
 
 import featkd
 from featkd import linalg
-from featkd.cli.arguments import Parser, add_json, check_folders
-from featkd.runtime.checks import check_positive
 from featkd.runtime.files import write_csv
 
 from . import results, timing
-from .variants import Step
+from .variants import step_of
 
-# tokens, channels: of DeiT-Tiny, its teachers and large teachers, a 7 x 7 grid, and small ones
+# tokens, channels: DeiT-Tiny, its teachers and large teachers, a 7 x 7 grid, and small ones
 SHAPES = (
     *((196, 192), (196, 384), (196, 768), (256, 1024), (256, 1280)),
     *((49, 768), (64, 64), (32, 32), (16, 16)),
 )
-NUMBERS_A_CALL = 1_000_000  # of all matrices of a call: a dozen of the larger ones
+NUMBERS_PER_CALL = 1_000_000  # elements of all matrices of a call: a dozen of the larger matrices
 
 
 @dataclass(frozen=True)
 class Timed:
-    """One variant at one size."""
+    """Times of one variant at one size, in milliseconds per matrix."""
 
     shape: str
     matrices: int
     variant: str
     q20_ms: float
-    """Of a matrix, as are the next two."""
     median_ms: float
     q80_ms: float
     over_ranks: float
     """Median over the rounds of this time / that of featkd's energy_ranks."""
     over_svdvals: float
-    """The same with featkd's svdvals."""
+    """Median over the rounds of this time / that of featkd's svdvals."""
     load: float
     rounds: int
 
 
 def feature_maps(tokens: int, channels: int, count: int) -> Tensor:
-    """A common part, channels of unequal scale, and a decaying spectrum."""
+    """Draws matrices with a common part, channels of unequal scale and a decaying spectrum."""
     generator = torch.Generator().manual_seed(0)
     n = min(tokens, channels)
     left = torch.randn(count, tokens, n, generator=generator) / torch.arange(1, n + 1)
@@ -76,16 +75,16 @@ VARIANTS: dict[str, Callable[[Tensor], object]] = {
 
 
 def measure(min_seconds: float) -> Iterator[list[Timed]]:
-    """The variants of each size, as they are measured."""
+    """Yields the variants of each size, as they are measured."""
     for tokens, channels in SHAPES:
-        count = max(2, min(128, NUMBERS_A_CALL // (tokens * channels)))
+        count = max(2, min(128, NUMBERS_PER_CALL // (tokens * channels)))
         x = feature_maps(tokens, channels, count)
-        steps = {name: _step(function, x) for name, function in VARIANTS.items()}
+        steps = {name: step_of(partial(function, x)) for name, function in VARIANTS.items()}
         times = timing.take_turns(
             steps, timing.clock_for(x.device), min_seconds=min_seconds, min_rounds=5
         )
         if featkd.last_backend("spectrum") != "cpu":
-            raise RuntimeError("featkd.linalg runs on torch.linalg here: csrc is not built")
+            raise RuntimeError("featkd.linalg runs on torch.linalg here: build csrc first")
         load = os.getloadavg()[0]
         rows = []
         for name, seconds in times.items():
@@ -96,54 +95,28 @@ def measure(min_seconds: float) -> Iterator[list[Timed]]:
         yield rows
 
 
-def _step(function: Callable[[Tensor], object], x: Tensor) -> Step:
-    def run(ready: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        function(x)
-        return ready
-
-    return Step(lambda: (), run)
-
-
-_UNITS = {
-    "matrices": "count", "q20_ms": "ms/matrix", "median_ms": "ms/matrix", "q80_ms": "ms/matrix",
-    "over_ranks": "ratio", "over_svdvals": "ratio", "load": "processes", "rounds": "count",
-}  # fmt: skip
-
-
-def measured(rows: Iterable[Timed]) -> list[results.Measured]:
-    """Every figure of the rows, in the JSON form."""
-    return [
-        (f"spectrum/{row.shape}", row.variant, metric, unit, getattr(row, metric))
-        for row in rows
-        for metric, unit in _UNITS.items()
-    ]
-
-
 def main(words: Sequence[str] | None = None) -> None:
-    """Measure, print a line a variant, and write the files that are named."""
-    parser = Parser(prog="featkd.benchmarks.spectrum", description="time featkd.linalg")
-    parser.add_argument("--min-seconds", type=float, default=1.0, help="for each variant and size")
-    add_json(parser)
-    parser.add_argument("--out", type=str, default=None, metavar="FILE.csv")
+    """Measures, prints a line per variant, and writes the file."""
+    parser = argparse.ArgumentParser(description="Times featkd.linalg beside torch and numpy.")
+    parser.add_argument("--min-seconds", type=float, default=1.0, help="per variant and size")
+    parser.add_argument("--out", type=Path, default=None, metavar="FILE.csv", help="rows as CSV")
     options = parser.parse_args(words)
-    check_positive("--min-seconds", options.min_seconds)
-    check_folders(options, ("json", "out"))
+    if options.out is not None and not options.out.absolute().parent.is_dir():
+        parser.error(f"--out: no folder {options.out.parent} to write {options.out} in")
     about = results.describe_run("cpu")
     rows: list[Timed] = []
     for several in measure(options.min_seconds):
         for row in several:
             print(
-                f"{row.shape:9} {row.variant:22} {row.median_ms:8.4f} ms a matrix, "
+                f"{row.shape:9} {row.variant:22} {row.median_ms:8.4f} ms per matrix, "
                 f"{row.over_ranks:6.2f} x energy_ranks, {row.over_svdvals:6.2f} x svdvals",
                 flush=True,
             )
         rows += several
-    if options.json is not None:
-        results.write_json(Path(options.json), results.meta_of(about), measured(rows))
     if options.out is not None:
         names = [*about, *Timed.__dataclass_fields__]
         lines = ((*about.values(), *vars(row).values()) for row in rows)
-        write_csv(Path(options.out), names, lines, digits=6)
+        write_csv(options.out, names, lines, digits=6)
 
 
 if __name__ == "__main__":

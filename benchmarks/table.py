@@ -1,4 +1,4 @@
-"""Tables: of text, and of the results in Markdown, on its own or inside a document."""
+"""Tables as text and as Markdown, on their own or inside a document."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from featkd.runtime.files import atomic_write
 
-from .results import ResultsError, Row, newest, origin
+from .results import Measured, ResultsError, Row, newest, origin
 from .variants import VARIANTS
 
 _HEAD = (
@@ -20,7 +20,7 @@ _HEAD = (
 def aligned(
     header: Sequence[str], lines: Sequence[Sequence[object]], *, numbers: bool = False
 ) -> str:
-    """Columns of text of equal width; with `numbers` all but the first are flush right."""
+    """Returns a text table; with `numbers` all columns but the first are right-aligned."""
     table = [list(header), *([str(cell) for cell in line] for line in lines)]
     widths = [max(len(line[i]) for line in table) for i in range(len(header))]
     return "\n".join(
@@ -32,18 +32,36 @@ def aligned(
     )
 
 
+def pivot(title: str, figures: Sequence[Measured]) -> str:
+    """Returns a text table with a line per name and variant, and a column per metric.
+
+    A metric that comes again right after its line begins another line of that name and variant.
+    """
+    metrics = {metric: unit for _, _, metric, unit, _ in figures}
+    rows: list[tuple[str, str, dict[str, float]]] = []
+    for name, variant, metric, _, value in figures:
+        if not rows or rows[-1][:2] != (name, variant) or metric in rows[-1][2]:
+            rows.append((name, variant, {}))
+        rows[-1][2][metric] = value
+    header = [m if unit in ("count", "ratio") else f"{m}, {unit}" for m, unit in metrics.items()]
+    lines = [
+        (name, variant, *(f"{found[m]:.5g}" if m in found else "" for m in metrics))
+        for name, variant, found in rows
+    ]
+    return aligned((title, "", *header), lines, numbers=True)
+
+
 def grid(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown; all columns but the first are flush right."""
+    """Returns a Markdown table; all columns but the first are right-aligned."""
     rows = "".join(f"| {' | '.join(line)} |\n" for line in (header, *lines))
     head, _, body = rows.partition("\n")
     return f"{head}\n|---|{'--:|' * (len(header) - 1)}\n{body}"
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Newest figures of every case that has all variants: median [20 %, 80 %], peak memory.
+    """Returns the newest figures of every case that has all variants, with a line on their origin.
 
-    Where featkd is slower than the best of the others, its ratio to it is bold. A line below says
-    where the figures come from.
+    A ratio to the best other variant is bold if featkd is slower.
     """
     latest = newest(rows)
     lines = [_HEAD]
@@ -56,7 +74,7 @@ def markdown(rows: Sequence[Row]) -> str:
 def _line(case: str, *rows: Row) -> str:
     *others, ours = rows
     times = [f"{_short(r.median_ms)} [{_short(r.q20_ms)}, {_short(r.q80_ms)}]" for r in rows]
-    # beside eager, not median / median: the two were taken moments apart
+    # by the ratios to eager: the two medians were taken moments apart
     best = ours.speedup / max(row.speedup for row in others)
     memory = [f"{r.peak_bytes / 2**20:.1f}" for r in rows]
     against = f"{best:.2f}" if best >= 1 else f"**{best:.2f}**"
@@ -70,11 +88,11 @@ def _short(ms: float) -> str:
 
 
 def write_into(document: Path, name: str, text: str) -> None:
-    """Replace what is between a document's two marks of that name.
+    """Replaces the text between a document's marks `<!-- bench NAME -->` and `<!-- end ... -->`.
 
     Raises:
-        FileNotFoundError: no such document.
-        ResultsError: it has no such marks.
+        FileNotFoundError: the document does not exist.
+        ResultsError: the document lacks the marks.
     """
     if not document.is_file():
         raise FileNotFoundError(f"no document {document}")
@@ -83,8 +101,8 @@ def write_into(document: Path, name: str, text: str) -> None:
     _, closed, after = rest.partition(end)
     if not (found and closed):
         raise ResultsError(
-            f"{document}: expected the lines {begin.strip()!r} and {end!r}, between which the "
-            "table goes"
+            f"{document}: expected the lines {begin.strip()!r} and {end!r}; add them where the "
+            "table is to go"
         )
     with atomic_write(document) as file:
         file.write(f"{before}{begin}\n{text}\n{end}{after}".encode())

@@ -1,4 +1,4 @@
-"""talking_heads_attention at CaiT's sizes: forward alone, as a teacher runs it."""
+"""`talking_heads_attention` at CaiT's sizes, forward only, as a frozen teacher runs it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch import Tensor
 
 from featkd.functional import talking_heads_attention
 
-from . import sizes
 from .problem import Normal, Problem, Tensors
+from .sizes import Sizes
 
 
-def problems(shapes: str) -> list[Problem]:
-    """The op's problems of a set of sizes."""
-    return [_attention(*size) for size in sizes.HEADS[shapes]]
+def problems(sizes: Sizes) -> list[Problem]:
+    """Returns the op's problems."""
+    return [_attention(*size) for size in sizes.heads]
 
 
 def _attention(batch: int, heads: int, tokens: int, dim: int) -> Problem:
-    """Between timm's qkv and its proj."""
+    """Attention between the `qkv` and `proj` layers of timm's block."""
     scale = dim**-0.5
 
     def tensors(normal: Normal) -> Tensors:
@@ -48,7 +48,7 @@ def _attention(batch: int, heads: int, tokens: int, dim: int) -> Problem:
         shape=f"{batch}x{heads}x{tokens}x{dim}",
         batch=batch,
         differentiable=(),
-        # two products a head, and two mixes of all heads
+        # two products per head, and two mixes of all heads
         multiply_adds=2 * batch * tokens * tokens * heads * (dim + heads),
         tensors=tensors,
         eager=eager,

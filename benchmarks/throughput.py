@@ -1,4 +1,4 @@
-"""Images/s of a part of training: what was timed, its figures, and the table that is printed."""
+"""Images per second of a part of training."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from .timing import quantiles
 
 @dataclass(frozen=True)
 class Rate:
-    """A part that was timed in some rounds, each over the same number of images."""
+    """Times of a part over several rounds of the same number of images."""
 
     name: str
     variant: str
     images: int
+    """Images per round."""
     seconds: Sequence[float]
-    """Of each round."""
+    """Seconds of each round."""
 
     @property
     def median(self) -> float:
         """Seconds of the median round."""
-        return quantiles(list(self.seconds))[1]
+        return quantiles(self.seconds)[1]
 
     @property
     def images_per_s(self) -> float:
-        """Of the median round."""
+        """Images per second in the median round."""
         return self.images / self.median
 
     @property
     def ms_per_image(self) -> float:
-        """Of the median round."""
+        """Milliseconds per image in the median round."""
         return 1e3 * self.median / self.images
 
     def figures(self) -> list[Measured]:
-        """In the JSON form."""
-        low, _, high = quantiles(list(self.seconds))
+        """Returns the figures in the JSON form."""
+        low, _, high = quantiles(self.seconds)
         return [
             (self.name, self.variant, "images_per_s", "images/s", self.images_per_s),
             (self.name, self.variant, "images_per_s_q20", "images/s", self.images / high),
@@ -46,5 +47,5 @@ class Rate:
 
 
 def figures(rates: Iterable[Rate]) -> list[Measured]:
-    """Of all of them, in the JSON form."""
+    """Returns the figures of all rates in the JSON form."""
     return [figure for rate in rates for figure in rate.figures()]

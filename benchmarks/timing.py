@@ -12,22 +12,33 @@ import torch
 from .variants import Step
 
 Clock = Callable[[Step], float]
-"""Runs a step once and returns the seconds its timed part took."""
+"""Runs a step once and returns the seconds of its timed part."""
 
 _MOST_ROUNDS = 2000
-_L2_BYTES = 256 * 2**20  # more than any GPU's L2
+_L2_BYTES = 256 * 2**20  # larger than the L2 of any GPU
 
 
 def clock_for(device: torch.device) -> Clock:
-    """Wall time on a CPU; on a GPU its own time, from a cold L2."""
-    return _gpu_clock(device) if device.type == "cuda" else _wall_clock
+    """Returns wall time for a CPU; for a GPU the time of its work, starting from a cold L2."""
+    return _gpu_clock(device) if device.type == "cuda" else wall_clock(device)
 
 
-def _wall_clock(step: Step) -> float:
-    ready = step.prepare()
-    start = time.perf_counter()
-    step.run(ready)
-    return time.perf_counter() - start
+def wall_clock(device: torch.device) -> Clock:
+    """Returns a clock of the wall time until the device is done."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def clock(step: Step) -> float:
+        ready = step.prepare()
+        wait()
+        start = time.perf_counter()
+        step.run(ready)
+        wait()
+        return time.perf_counter() - start
+
+    return clock
 
 
 def _gpu_clock(device: torch.device) -> Clock:
@@ -48,19 +59,19 @@ def _gpu_clock(device: torch.device) -> Clock:
 
 
 def take_turns(
-    steps: Mapping[str, Step], clock: Clock, *, min_seconds: float, min_rounds: int = 10
+    steps: Mapping[str, Step], clock: Clock, *, min_seconds: float = 0, min_rounds: int = 10
 ) -> dict[str, list[float]]:
-    """Seconds of every step in every round; round i of one is beside round i of the others.
+    """Times every step once per round; returns the seconds of each step by round.
 
-    A round runs each step once, and begins with another step than the round before: what a step
-    leaves in the caches is not always to the same one's benefit.
+    Each step runs once before the rounds. Each round begins with another step, because the caches
+    that one step leaves behind can slow down the next.
 
     Args:
-        min_seconds: time to spend on each step, at least.
-        min_rounds: rounds to take, at least.
+        min_seconds: least time to spend on each step.
+        min_rounds: least number of rounds.
     """
     names = list(steps)
-    for step in steps.values():  # once more after all: pages, pools and code are warm
+    for step in steps.values():
         step()
     times: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
@@ -83,17 +94,17 @@ def take_turns(
 
 
 def rotated(names: Sequence[str], number: int) -> list[str]:
-    """The names from another one on in each round."""
+    """Returns the names in the order of a round, which starts at another name each round."""
     first = number % len(names) if names else 0
     return [*names[first:], *names[:first]]
 
 
-def quantiles(seconds: list[float]) -> tuple[float, float, float]:
-    """20 %, 50 % and 80 % quantiles."""
+def quantiles(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Returns the 20 %, 50 % and 80 % quantiles."""
     low, middle, high = np.quantile(seconds, (0.2, 0.5, 0.8))
     return float(low), float(middle), float(high)
 
 
-def speedup(baseline: list[float], seconds: list[float]) -> float:
-    """Median over the rounds of baseline / time, each round's two taken moments apart."""
+def speedup(baseline: Sequence[float], seconds: Sequence[float]) -> float:
+    """Returns the median over the rounds of baseline time / time."""
     return float(np.median(np.asarray(baseline) / np.asarray(seconds)))

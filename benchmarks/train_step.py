@@ -1,4 +1,4 @@
-"""Loading and updates together: how many images/s a run makes, and what it waits for."""
+"""Images per second of loading and updates together, and the bottleneck."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .timing import rotated
 
 @dataclass(frozen=True)
 class Together:
-    """Loading beside updates, by variant, and the loader with nothing beside it."""
+    """Rates of training with its loader, by variant, and of the loader alone."""
 
     loader: Rate
     train: dict[str, Rate]
     waiting: dict[str, float]
-    """Share of the training's time in which the loop stood waiting for a batch."""
+    """Share of the training time that the loop waited for batches."""
 
 
 def measure(
@@ -38,15 +38,15 @@ def measure(
     updates: int,
     rounds: int,
 ) -> Together:
-    """Some updates in a row of each variant in turn, and an epoch of the loader alone.
+    """Times some updates of each variant in turn, and an epoch of the loader alone.
 
-    Two updates warm up (and compile). Batches that a loader holds ready when a round begins are as
-    many as it holds when the round ends.
+    Two updates before the rounds warm up and compile. The loader holds as many batches ready at
+    the beginning of a round as at its end.
 
     Args:
-        recipe: the run, with the folders and the loader to use.
-        variants: name -> way, as of `step.ways`.
-        updates: of a round.
+        recipe: run with the folders and the loader to use.
+        variants: values of `step.ways` by name.
+        updates: updates per round.
         rounds: timed rounds.
     """
     loader = build_loader(
@@ -77,18 +77,18 @@ def measure(
 
 
 class _Run:
-    """A training run that goes on where it stopped."""
+    """A training run that continues at the next batch in each round."""
 
     def __init__(self, trainer: Trainer, way: step.Way) -> None:
         self._trainer = trainer
         self._way = way
         self._batches = _endless(trainer)
-        trainer.parts.student.train()
+        trainer.components.student.train()
 
     def go(self, updates: int) -> tuple[float, float]:
-        """Some updates; returns the seconds they took, and those in which a batch was waited for.
+        """Runs some updates; returns their seconds and the seconds of waiting for batches.
 
-        On a GPU the updates run behind the loop: the last one is waited for.
+        On a GPU it waits for the last update.
         """
         clock = time.perf_counter
         waiting = 0.0
@@ -113,11 +113,11 @@ def _epoch(loader: Loader, number: int) -> int:
 
 
 def bottleneck(waiting: float, shares: Mapping[str, float]) -> str:
-    """What bounds a run: the loader, or the update's largest part, whichever takes longer.
+    """Returns the bottleneck of a run: the loader, or a part of the update.
 
     Args:
-        waiting: share of the run's time in which the loop waited for batches.
-        shares: of the update's parts in the update.
+        waiting: share of the run's time that the loop waited for batches.
+        shares: share of each part in the update.
     """
     parts = {name: share * (1 - waiting) for name, share in shares.items()}
     parts["loader"] = waiting

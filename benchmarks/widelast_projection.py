@@ -1,4 +1,4 @@
-"""widelast_projection: the entry of a block that is wider than the one before."""
+"""`widelast_projection`: input of the last block, which is wider than the block before it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from torch import Tensor
 
 from featkd.functional import widelast_projection
 
-from . import sizes
-from .problem import Maps, Normal, Problem, Tensors
+from .problem import Normal, Problem, Tensors
+from .sizes import Maps, Sizes
 
 _PARAMETERS = ("weight", "proj_norm_weight", "proj_norm_bias", "norm1_weight", "norm1_bias")
 
 
-def problems(shapes: str) -> list[Problem]:
-    """The op's problems of a set of sizes."""
-    return [_entry(maps) for maps in sizes.MAPS[shapes]]
+def problems(sizes: Sizes) -> list[Problem]:
+    """Returns the op's problems."""
+    return [_projection(maps) for maps in sizes.maps]
 
 
-def _entry(maps: Maps) -> Problem:
-    """r = LN_p(x W^T) and u = LN_1(r)."""
+def _projection(maps: Maps) -> Problem:
+    """Residual r = LN_p(x W^T) and input u = LN_1(r) of the block."""
     width = (maps.teacher,)
 
     def tensors(normal: Normal) -> Tensors:

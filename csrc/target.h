@@ -1,18 +1,18 @@
-// How functions are compiled for a CPU's instruction set or for CUDA.
+// Macros for code that is compiled both for CUDA and for each CPU instruction set.
 #pragma once
 
 #if defined(__CUDACC__)
 #define FEATKD_INLINE __device__ __forceinline__
-#define FEATKD_SIZE __host__ __device__ __forceinline__
+#define FEATKD_HOST_DEVICE __host__ __device__ __forceinline__
 #define FEATKD_UNROLLED _Pragma("unroll")
 #else
 #define FEATKD_INLINE inline __attribute__((always_inline))
-#define FEATKD_SIZE FEATKD_INLINE
+#define FEATKD_HOST_DEVICE FEATKD_INLINE
 #define FEATKD_UNROLLED _Pragma("GCC unroll 8")
 #endif
 
-// each instruction set's code has a namespace of its own, so that the linker never takes one's
-// copy of a function for another's
+// The code of each instruction set has its own namespace. Otherwise the linker could replace a
+// function by the copy that was compiled for another instruction set.
 #ifndef FEATKD_ISA
 #define FEATKD_ISA portable
 #endif

@@ -1,4 +1,4 @@
-"""`python -m featkd`, which torchrun needs."""
+"""`python -m featkd`: the command line under torchrun."""
 
 import sys
 

@@ -91,6 +91,7 @@ def projected_feature_kd(
         if bias is not None:
             raise ValueError("bias: given without weight")
     else:
+        checks.check_not_swapped(student, teacher, weight)
         checks.check_floating("weight", weight, ("Ct", width))
         width = weight.shape[0]
         if bias is not None:
@@ -98,6 +99,7 @@ def projected_feature_kd(
     checks.check_norm(norm_weight, norm_bias, width, optional=True)
     checks.check_not_empty("student", student)
     checks.check_teacher_map(teacher, (batch, tokens, width))
+    checks.warn_of_class_token(metric, grid, tokens)
     checks.check_same_device(
         student=student,
         teacher=teacher,
@@ -216,7 +218,7 @@ def lift_head(
         eps, metric, grid: as in `projected_feature_kd`.
 
     Returns:
-        (pooled (B, Ct) in features' dtype, scalar loss or None).
+        (pooled (B, Ct) in features' dtype, scalar loss or None). B may be 0 without a teacher.
 
     Raises:
         TypeError: an argument is an integer tensor, or neither tensor nor number.
@@ -243,9 +245,12 @@ def lift_head(
     batch, tokens, channels = features.shape
     checks.check_floating("weight", weight, ("Ct", channels))
     checks.check_norm(norm_weight, norm_bias, weight.shape[0])
-    checks.check_not_empty("features", features)
     if teacher is not None:
+        checks.check_not_empty("features", features)
         checks.check_teacher_map(teacher, (batch, tokens, weight.shape[0]))
+        checks.warn_of_class_token(metric, grid, tokens)
+    elif batch:  # the mean over the tokens of no image is an empty map, as in torch
+        checks.check_not_empty("features", features)
     checks.check_same_device(
         features=features,
         weight=weight,

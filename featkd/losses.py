@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from featkd.functional import Metric, projected_feature_kd, soft_kd
 from featkd.ops import support
+from featkd.ops.plain_modules import are_plain
 from featkd.runtime import checks
 from featkd.runtime.dtypes import accumulation_dtype
 
@@ -67,12 +68,13 @@ class ProjectedFeatureKD(nn.Module):
         """(B, N, Cs), (B, N, Ct) -> scalar."""
         proj = self.proj
         checks.check_floating("student", student, ("B", "N", getattr(proj, "in_features", "Cs")))
-        if type(proj) is nn.Linear and proj.weight.dtype != student.dtype:
+        # Modules with hooks, substitutes and sharded weights are called, so that these take effect.
+        if type(proj) is nn.Linear and are_plain(proj) and proj.weight.dtype != student.dtype:
             feature = support.project(student, proj.weight, proj.bias)
-        else:  # through the module: hooks, sharding and adapters have their effect
+        else:
             feature = proj(student)
         norm: nn.Module | None = self.norm
-        if norm is not None and type(norm) is not nn.LayerNorm:
+        if norm is not None and not (type(norm) is nn.LayerNorm and are_plain(norm)):
             feature, norm = norm(feature), None
         return projected_feature_kd(
             feature,
@@ -236,5 +238,6 @@ def _pooled(x: Tensor, width: int) -> Tensor:
 
 def smooth_labels(target: Tensor, classes: int, smoothing: float) -> Tensor:
     """(B,) class indices -> (B, classes) float32 soft labels: 1 - s on the class, s / K on all."""
-    soft = torch.full((len(target), classes), smoothing / classes, device=target.device)
+    size, dtype = (len(target), classes), torch.float32
+    soft = torch.full(size, smoothing / classes, dtype=dtype, device=target.device)
     return soft.scatter_add_(1, target[:, None], torch.full_like(soft[:, :1], 1 - smoothing))

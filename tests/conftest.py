@@ -1,4 +1,4 @@
-"""A tiny set of real image files, and tiny recipes over it."""
+"""Fixtures: a tiny set of image files, and tiny recipes for it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ TEACHER = TINY | {"embed_dim": 24, "num_heads": 6}
 
 @pytest.fixture(scope="session")
 def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """featkd.ptx keeps what it compiles in a folder of the run's own, shared by its workers."""
-    worker = "PYTEST_XDIST_WORKER" in os.environ  # whose folder is inside the run's
+    """Makes ptx_emulator compile into a temporary folder that the workers of a test run share."""
+    worker = "PYTEST_XDIST_WORKER" in os.environ  # its folder is inside that of the run
     folder = tmp_path_factory.getbasetemp() / (".." if worker else ".") / "compiled"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder.resolve()))
@@ -40,7 +40,7 @@ def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Problems this small only lose time to threads, the more so beside other processes."""
+    """Sets one thread, which is fastest for small problems."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -49,7 +49,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 training and 12 validation images of 3 classes, 16 x 16, told apart by their colour."""
+    """48 training and 12 validation images of 3 classes, 16 x 16, distinguished by color."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for split, count in (("train", 16), ("val", 4)):
@@ -93,7 +93,7 @@ def recipe(images: Path, tmp_path: Path) -> Recipe:
 
 @pytest.fixture
 def alone(recipe: Recipe) -> Recipe:
-    """The same student without a teacher."""
+    """`recipe` without a teacher."""
     return replace(recipe, teacher=None, loss=LossConfig())
 
 
@@ -106,7 +106,7 @@ def recipe_file(recipe: Recipe, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Starts commands in processes that have featkd imported already."""
+    """Server that runs commands in processes with featkd already imported."""
     server = Server(tmp_path_factory.mktemp("commands"))
     yield server
     server.close()

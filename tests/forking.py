@@ -1,8 +1,8 @@
-"""featkd's command line in processes forked from one that has imported it.
+"""Runs featkd's command line in processes forked from one that has imported it.
 
-Importing takes seconds, and tests of stops, kills and several ranks need many processes. Each is
-one like any other, with a session, signals, an exit code and output of its own. `python -m
-tests.forking` is the process that they are forked from.
+Importing takes seconds, and tests of stops, kills and several ranks need many processes. Each
+command has its own session, signals, exit code and output. `python -m tests.forking` is the process
+from which they are forked.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-# what commands import, the parsers' own modules included
+# modules that the commands import
 IMPORTED = (
-    *("featkd.cli.diagnose", "featkd.train.dryrun", "featkd.train.build_cache"),
+    *("featkd.cli.diagnose", "featkd.cli.distill", "featkd.cli.cache", "featkd.cli.errors"),
+    *("featkd.train.dryrun", "featkd.train.build_cache"),
     *("attrs", "docstring_parser", "torch.distributed.launcher.api", "torch.utils.tensorboard"),
     *("torch.utils.serialization.config", "torchmetrics.classification"),
+    "featkd.diagnostics.report",
 )
 
 
 class Forked:
-    """A command that runs, or has run."""
+    """A running or finished command."""
 
     def __init__(self, server: Server, pid: int, folder: Path) -> None:
         self.pid = pid
@@ -50,7 +52,7 @@ class Forked:
         return (self._folder / "stderr").read_text()
 
     def poll(self) -> int | None:
-        """The exit code, -N after signal N, None while it runs."""
+        """Returns the exit code, -N after signal N, None while the command runs."""
         if self.returncode is None:
             self.returncode = self._server.ask({"poll": self.pid})
         return self.returncode
@@ -67,7 +69,7 @@ class Forked:
 
 
 class Server:
-    """The process that commands are forked from."""
+    """The process from which commands are forked."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -97,14 +99,13 @@ class Server:
         file_size: int | None = None,
         elastic: int = 0,
     ) -> Forked:
-        """Start `featkd WORDS`.
+        """Starts `featkd WORDS`.
 
         Args:
-            script: run as `python -c SCRIPT WORDS` in place of featkd's command.
-            env: set in its environment.
-            file_size: bytes that a file of its can have.
-            elastic: so many ranks, started and started again by torchrun's agent; 0 runs the
-                command without one.
+            script: run `python -c SCRIPT WORDS` instead of featkd's command.
+            env: additional environment variables.
+            file_size: limit of the size of its files, in bytes.
+            elastic: number of ranks, started and restarted by torchrun's agent; 0 uses no agent.
         """
         self._count += 1
         folder = self._folder / str(self._count)
@@ -119,13 +120,13 @@ class Server:
         return self._started[-1]
 
     def call(self, *words: object, **options: Any) -> Forked:
-        """The same, after it has ended."""
+        """Starts a command and waits for its end."""
         forked = self.start(*words, **options)
         forked.wait()
         return forked
 
     def ranks(self, count: int, *words: object, **options: Any) -> list[Forked]:
-        """`count` processes of one run, without an agent."""
+        """Starts `count` ranks of one run, without an agent."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -147,11 +148,11 @@ class Server:
 
 
 def _serve() -> None:
-    """Answer requests, a line each, until the input ends; a forked child leaves for its command."""
+    """Answers requests, one per line, until the input ends; a forked child runs its command."""
     for name in IMPORTED:
         importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # a child's first full collection would copy the memory of all that was imported
+    gc.freeze()  # otherwise a child's first full collection copies the memory of all imports
     while line := sys.stdin.readline():
         request = json.loads(line)
         if "poll" in request:
@@ -186,7 +187,7 @@ def _run(request: dict[str, Any]) -> None:
 
 
 def _under_agent(words: list[str], ranks: int) -> int:
-    """What `torchrun --standalone --nproc-per-node RANKS --max-restarts 3` does."""
+    """Does what `torchrun --standalone --nproc-per-node RANKS --max-restarts 3` does."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -195,7 +196,7 @@ def _under_agent(words: list[str], ranks: int) -> int:
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="forkserver",
         rdzv_configs={"is_host": True}, local_addr="127.0.0.1",
     )  # fmt: skip
-    # Not from here: forked beside the agent's threads, ranks were seen to wait for a lock for ever.
+    # Ranks forked from this process, with the agent's threads, can deadlock on a lock.
     multiprocessing.resource_tracker.ensure_running()
     with mock.patch("multiprocessing.util.spawnv_passfds", _fork_of_interpreter):
         multiprocessing.forkserver.ensure_running()
@@ -208,14 +209,14 @@ def _under_agent(words: list[str], ranks: int) -> int:
 
 
 def _fork_of_interpreter(path: str, arguments: list[str], files: list[int]) -> int:
-    """A new interpreter that runs a line of code would have to import everything again."""
+    """Forks in place of spawnv_passfds, whose new interpreter would import everything again."""
     child = os.fork()
     if child:
         return child
     try:
         for name in os.listdir("/proc/self/fd"):
             if int(name) > 2 and int(name) not in files:
-                with contextlib.suppress(OSError):  # the listing's own
+                with contextlib.suppress(OSError):  # the descriptor of the listing
                     os.close(int(name))
         with contextlib.suppress(SystemExit):
             exec(arguments[arguments.index("-c") + 1], {})
@@ -228,7 +229,9 @@ def _fork_of_interpreter(path: str, arguments: list[str], files: list[int]) -> i
 def _rank(words: list[str]) -> None:
     from featkd.cli.main import main
 
-    multiprocessing.set_start_method("fork", force=True)  # of loaders' workers, as anywhere else
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # the start method of loader workers outside the tests
     sys.exit(main(words))
 
 

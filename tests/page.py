@@ -1,4 +1,4 @@
-"""A report page as a browser takes it apart."""
+"""HTML parser for report pages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _EMPTY = ("meta", "br", "link", "img", "path", "use")  # tags that need not be c
 
 
 class Page(HTMLParser):
-    """Collects a page's tags, those that are still open, and what it refers to or would load."""
+    """Collects the tags of a page, the open ones, its links and the elements that load others."""
 
     def __init__(self) -> None:
         super().__init__()

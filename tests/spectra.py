@@ -1,4 +1,4 @@
-"""Matrices with spectra that are hard for energy ranks, and what LAPACK says of them."""
+"""Matrices with spectra that are hard for energy ranks, and their LAPACK results."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Rng = np.random.Generator
 
 
 def with_values(values: np.ndarray, rows: int, columns: int, rng: Rng) -> np.ndarray:
-    """A matrix with the given singular values and random singular vectors."""
+    """Matrix with the given singular values and random singular vectors."""
     left, _ = np.linalg.qr(rng.standard_normal((rows, len(values))))
     right, _ = np.linalg.qr(rng.standard_normal((columns, len(values))))
     return (left * values) @ right.T
 
 
 def dominated(share: float) -> Callable[[int, int, Rng], np.ndarray]:
-    """One mode has `share` of the energy, the others equal parts of the rest."""
+    """Family in which one mode has `share` of the energy, and the others have equal parts."""
 
     def make(rows: int, columns: int, rng: Rng) -> np.ndarray:
         n = min(rows, columns)
@@ -34,7 +34,7 @@ def geometric(rows: int, columns: int, rng: Rng) -> np.ndarray:
 
 
 def graded(rows: int, columns: int, rng: Rng) -> np.ndarray:
-    """Values over twelve orders of magnitude."""
+    """Singular values over twelve orders of magnitude."""
     return with_values(np.logspace(0, -12, min(rows, columns)), rows, columns, rng)
 
 
@@ -43,19 +43,19 @@ def flat(rows: int, columns: int, rng: Rng) -> np.ndarray:
 
 
 def low_rank(rows: int, columns: int, rng: Rng) -> np.ndarray:
-    """Exactly, of small integers: rank 3."""
+    """Product of small integers with exact rank 3."""
     k = min(3, rows, columns)
     return rng.integers(-3, 4, (rows, k)) @ rng.integers(-3, 4, (k, columns)).astype(float)
 
 
 def repeated(rows: int, columns: int, rng: Rng) -> np.ndarray:
-    """Four different values, each many times."""
+    """Four different singular values, each repeated."""
     n = min(rows, columns)
     return with_values(np.sort(np.arange(n) % 4 + 1.0)[::-1], rows, columns, rng)
 
 
 def diagonal(rows: int, columns: int, rng: Rng) -> np.ndarray:
-    """The Gram matrix is diagonal already, and entries repeat."""
+    """Matrix with a diagonal Gram matrix and repeated entries."""
     x = np.zeros((rows, columns))
     n = min(rows, columns)
     x[np.arange(n), np.arange(n)] = rng.integers(0, 3, n)
@@ -64,7 +64,7 @@ def diagonal(rows: int, columns: int, rng: Rng) -> np.ndarray:
 
 
 def bidiagonal(rows: int, columns: int, rng: Rng) -> np.ndarray:
-    """The Gram matrix is tridiagonal already."""
+    """Matrix with a tridiagonal Gram matrix."""
     return diagonal(rows, columns, rng) + np.eye(rows, columns, 1)
 
 
@@ -88,7 +88,7 @@ def zero(rows: int, columns: int, rng: Rng) -> np.ndarray:
 
 
 def features(rows: int, columns: int, rng: Rng) -> np.ndarray:
-    """Like a ViT's: tokens with a strong common part, channels of unequal scale."""
+    """Matrix like a ViT feature map: a strong common part, and channels of unequal scale."""
     scales = np.exp(rng.standard_normal(columns))
     n = min(rows, columns)
     smooth = with_values(1 / np.arange(1, n + 1), rows, columns, rng)
@@ -118,7 +118,7 @@ FAMILIES: dict[str, Callable[[int, int, Rng], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class Expected:
-    """What float64 LAPACK says: values (B, n), curve (B, n), ranks (B, T)."""
+    """Results of float64 LAPACK: values (B, n), curve (B, n), ranks (B, T)."""
 
     values: np.ndarray
     curve: np.ndarray
@@ -126,7 +126,7 @@ class Expected:
 
 
 def lapack(x: np.ndarray, thresholds: tuple[float, ...] = THRESHOLDS) -> Expected:
-    """Of matrices (B, N, D); ranks by the rule of docs/linalg.md."""
+    """Computes the results for matrices (B, N, D); docs/linalg.md defines the ranks."""
     values = np.linalg.svd(x.astype(np.float64), compute_uv=False)
     largest = values[:, :1]
     energy = (values / np.where(largest > 0, largest, 1)) ** 2

@@ -1,4 +1,4 @@
-"""What the public functions refuse, pass on, or leave to the reference, argument by argument."""
+"""Arguments that public functions reject, propagate, or pass to the reference backend."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import featkd
 from featkd.functional import lift_head, projected_feature_kd, soft_kd, widelast_projection
 from featkd.kernels.launch import redirect
 from featkd.ops import backends
+from featkd.runtime import checks
 
 FUNCTIONS = {f.__name__: f for f in (projected_feature_kd, widelast_projection, lift_head, soft_kd)}
 MAPS = {"projected_feature_kd": "student", "widelast_projection": "x", "lift_head": "features"}
@@ -23,7 +24,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def arguments(name: str) -> dict[str, Any]:
-    """A valid call, with every tensor that the function takes."""
+    """Valid arguments, with every tensor that the function accepts."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
@@ -61,7 +62,7 @@ def call(name: str, **changes: Any) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize(("name", "argument"), TENSORS)
-def test_no_tensor(name, argument):
+def test_non_tensor_raises(name, argument):
     value = arguments(name)[argument]
     for other in (value.tolist(), value.numpy()):
         message = f"{argument}: expected a torch.Tensor, got {type(other).__name__}"
@@ -71,7 +72,7 @@ def test_no_tensor(name, argument):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
 @pytest.mark.parametrize(("name", "argument"), TENSORS)
-def test_no_floating_point(name, argument, dtype):
+def test_non_floating_point_raises(name, argument, dtype):
     value = arguments(name)[argument].to(dtype)
     message = f"{argument}: expected a floating-point tensor, got {dtype}"
     with pytest.raises(TypeError, match=message):
@@ -79,13 +80,13 @@ def test_no_floating_point(name, argument, dtype):
 
 
 @pytest.mark.parametrize(("name", "argument"), TENSORS)
-def test_shapes(name, argument):
+def test_wrong_shape_raises(name, argument):
     value = arguments(name)[argument]
     wrong = [value[..., None], value[0]]
-    if argument != next(iter(arguments(name))):  # the first one's sizes are the rule
+    if argument != next(iter(arguments(name))):  # the first argument defines the sizes
         wrong += [torch.cat((value, value[..., :1]), -1), torch.cat((value, value[:1]))]
     if argument == "weight":
-        wrong.pop()  # its rows are the width that the others must have
+        wrong.pop()  # its rows define the width of the others
     if argument == "target":
         wrong[1] = value.sum()
     for x in wrong:
@@ -97,8 +98,8 @@ def test_shapes(name, argument):
 
 @pytest.mark.parametrize("most", ["cpu", "meta"])
 @pytest.mark.parametrize(("name", "argument"), TENSORS)
-def test_devices(name, argument, most):
-    """One tensor is elsewhere; the error lists where each is."""
+def test_different_devices_raise(name, argument, most):
+    """The error lists the device of each tensor."""
     given = {key: x.to(most) if isinstance(x, Tensor) else x for key, x in arguments(name).items()}
     other = {"cpu": "meta", "meta": "cpu"}[most]
     given[argument] = torch.empty_like(given[argument], device=other)
@@ -107,12 +108,12 @@ def test_devices(name, argument, most):
 
 
 @pytest.mark.parametrize(("name", "argument"), TEACHERS.items())
-def test_a_teacher_with_a_gradient(name, argument):
+def test_teacher_requiring_grad_raises(name, argument):
     teacher = arguments(name)[argument].requires_grad_()
     message = f"{argument}: requires grad, .*no_grad.*{argument}.detach"
     with pytest.raises(ValueError, match=message):
         call(name, **{argument: teacher})
-    with torch.no_grad():  # nothing is lost there
+    with torch.no_grad():  # no gradient is lost
         assert torch.equal(call(name, **{argument: teacher})[-1], call(name)[-1])
 
 
@@ -136,14 +137,14 @@ def test_a_teacher_with_a_gradient(name, argument):
         ),
     ],
 )
-def test_a_mean_over_nothing(name, changes, argument):
+def test_mean_over_no_elements_raises(name, changes, argument):
     empty = {key: torch.zeros(shape) for key, shape in changes.items()}
     shape = ", ".join(map(str, changes[argument]))
     with pytest.raises(ValueError, match=rf"{argument}: has no elements \(shape \({shape}\)\)"):
         call(name, **empty)
 
 
-def test_no_teacher_channels():
+def test_teacher_without_channels_raises():
     none = torch.zeros(0)
     with pytest.raises(ValueError, match="teacher: has no elements"):
         projected_feature_kd(torch.zeros(2, 4, 3), torch.zeros(2, 4, 0), torch.zeros(0, 3))
@@ -151,7 +152,7 @@ def test_no_teacher_channels():
         lift_head(torch.zeros(2, 4, 3), torch.zeros(0, 3), none, none, torch.zeros(2, 4, 0))
 
 
-def test_widelast_of_no_images_is_no_images():
+def test_widelast_projection_of_empty_batch():
     residual, normed = call("widelast_projection", x=torch.zeros(0, 4, 3))
     assert residual.shape == normed.shape == (0, 4, 6)
 
@@ -165,7 +166,7 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize(("name", "argument"), NUMBERS)
-def test_numbers(name, argument):
+def test_bad_numbers_raise(name, argument):
     allowed = {"alpha": "a number from 0 to 1"}.get(argument, "a finite number > 0")
     for wrong in ("0.5", None, torch.tensor(0.5), 1j):
         with pytest.raises(TypeError, match=f"{argument}: expected {allowed}, got"):
@@ -178,7 +179,7 @@ def test_numbers(name, argument):
 
 @pytest.mark.parametrize("name", ["projected_feature_kd", "lift_head"])
 @pytest.mark.parametrize("metric", ["mse", "spectral"])
-def test_grids(name, metric):
+def test_bad_grids_raise(name, metric):
     for wrong in ((2, 3), (0, 4), (-2, -2), (5, 1)):
         message = rf"grid: \({wrong[0]}, {wrong[1]}\) has .* have 4 tokens; expected .* == 4"
         with pytest.raises(ValueError, match=message):
@@ -191,18 +192,20 @@ def test_grids(name, metric):
 
 
 @pytest.mark.parametrize("name", ["projected_feature_kd", "lift_head"])
-def test_metrics_and_grids_that_are_missing(name):
+def test_bad_metric_or_missing_grid_raises(name):
     for wrong in ("l1", "MSE", None, 2):
         with pytest.raises(
             ValueError, match=f"metric: expected one of mse, spectral; got {wrong!r}"
         ):
             call(name, metric=wrong)
     maps = {MAPS[name]: torch.zeros(2, 6, 3), "teacher": torch.zeros(2, 6, 6)}
-    with pytest.raises(ValueError, match=r"grid: 6 tokens form no square; pass grid=\(H, W\)"):
+    with pytest.raises(
+        ValueError, match=r"grid: 6 tokens do not form a square; pass grid=\(H, W\)"
+    ):
         call(name, **maps, grid=None)
 
 
-def test_parameters_that_go_together():
+def test_incomplete_arguments_raise():
     student, teacher = torch.zeros(2, 4, 3), torch.zeros(2, 4, 3)
     with pytest.raises(ValueError, match="bias: given without weight"):
         projected_feature_kd(student, teacher, bias=torch.zeros(3))
@@ -212,7 +215,7 @@ def test_parameters_that_go_together():
         projected_feature_kd(student, torch.zeros(2, 4, 6))
     with pytest.raises(ValueError, match=r"teacher_logits: None, but alpha is 0.5"):
         call("soft_kd", teacher_logits=None)
-    for name in ("lift_head", "widelast_projection"):  # a norm left out is no default there
+    for name in ("lift_head", "widelast_projection"):  # the norm is required
         for argument, value in arguments(name).items():
             if isinstance(value, Tensor) and argument != "teacher":
                 with pytest.raises(
@@ -221,7 +224,53 @@ def test_parameters_that_go_together():
                     call(name, **{argument: None})
 
 
-def test_class_indices():
+def test_swapped_maps_raise():
+    student, teacher, weight = torch.zeros(2, 4, 3), torch.zeros(2, 4, 6), torch.zeros(6, 3)
+    with pytest.raises(ValueError, match=r"^student, teacher: .*the two maps are swapped"):
+        projected_feature_kd(teacher, student, weight)
+    with pytest.raises(ValueError, match=r"^student: expected shape|^weight: expected shape"):
+        projected_feature_kd(torch.zeros(2, 4, 5), teacher, weight)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "warns"),
+    [
+        (197, {}, True),
+        (17, {}, True),
+        (196, {}, False),  # a square patch grid
+        (10, {"grid": (2, 5)}, False),  # a given grid
+        (12, {}, False),
+        (2, {}, False),
+    ],
+)
+def test_class_token_warns_once(tokens, options, warns, monkeypatch):
+    monkeypatch.setattr(checks, "_warned_of", set())
+    maps = torch.zeros(2, tokens, 3), torch.ones(2, tokens, 3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            projected_feature_kd(*maps, **options)
+        compiled = torch.compile(projected_feature_kd, backend="eager", fullgraph=True)
+        compiled(*maps, **options)
+    found = [w for w in caught if "class token" in str(w.message)]
+    assert len(found) == warns
+    if warns:
+        assert f"{tokens} = " in str(found[0].message)
+        assert found[0].filename == __file__
+
+
+def test_lift_head_of_empty_batch():
+    norm = torch.ones(6), torch.zeros(6)
+    for backend in ("auto", "triton"):
+        with featkd.use_backend(backend):
+            pooled, loss = lift_head(torch.zeros(0, 4, 3), torch.zeros(6, 3), *norm)
+        assert pooled.shape == (0, 6)
+        assert loss is None
+    with pytest.raises(ValueError, match=r"^features: has no elements"):
+        lift_head(torch.zeros(2, 0, 3), torch.zeros(6, 3), *norm)
+
+
+def test_bad_class_indices_raise():
     for wrong in (torch.zeros(2), torch.zeros(2, dtype=torch.int32)):
         with pytest.raises(
             TypeError, match=f"target: class indices must be int64, got {wrong.dtype}"
@@ -235,20 +284,18 @@ def test_class_indices():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize(("name", "argument"), TENSORS)
-def test_nan_and_inf_come_through(name, argument, backend, bad):
+def test_nan_and_inf_propagate(name, argument, bad):
     value = arguments(name)[argument].clone()
     value.view(-1)[1] = bad
-    with featkd.use_backend(backend):
-        assert not all(x.isfinite().all() for x in call(name, **{argument: value}))
+    assert not all(x.isfinite().all() for x in call(name, **{argument: value}))
 
 
 @pytest.mark.parametrize("other", DTYPES, ids=str)
 @pytest.mark.parametrize("own", DTYPES, ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_dtypes_may_differ(name, own, other):
-    """Each tensor counts with the value that it has; its gradient comes in its own dtype."""
+def test_mixed_dtypes(name, own, other):
+    """Tensors are not rounded to each other's dtype; gradients have the dtype of their tensor."""
     first = next(iter(arguments(name)))
     constant = (*TEACHERS.values(), "target")
     given, exact = arguments(name), arguments(name)
@@ -257,7 +304,7 @@ def test_dtypes_may_differ(name, own, other):
             given[key] = x.to(own if key == first else other).requires_grad_(key not in constant)
             exact[key] = given[key].detach().double()
     got = call(name, **given)
-    if "weight" in given and own.itemsize == 2:  # the product is torch's, in its dtype
+    if "weight" in given and own.itemsize == 2:  # torch computes the matmul in this dtype
         rows = F.linear(given[first], *(given[n].to(own) for n in ("weight", "bias") if n in given))
         exact[first] = rows.detach().double()
         exact["weight"] = torch.eye(6, dtype=torch.float64)
@@ -295,10 +342,10 @@ TOO_MUCH = {
 
 
 @pytest.mark.parametrize("why", TOO_MUCH)
-def test_what_the_kernels_do_not_take_goes_to_the_reference_with_one_warning(why, monkeypatch):
+def test_unsupported_by_kernels_uses_reference_with_one_warning(why, monkeypatch):
     monkeypatch.setattr(backends, "_warned", set())
     given = TOO_MUCH[why]
-    with redirect(refuse), featkd.use_backend("triton"):  # as if there were a GPU
+    with redirect(refuse), featkd.use_backend("triton"):  # pretends that there is a GPU
         message = f"featkd.projected_feature_kd runs on the reference backend: {why}"
         with pytest.warns(UserWarning, match=message) as caught:
             loss = projected_feature_kd(**given)
@@ -321,11 +368,11 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("name", "argument"), OTHERS)
-def test_no_fused_path_takes_eight_bits(name, argument, monkeypatch):
-    """Of any tensor that a kernel reads; torch's linear layer takes its own first."""
+def test_float8_uses_reference(name, argument, monkeypatch):
+    """Tests each tensor that a kernel reads; torch's linear layer reads the others."""
     monkeypatch.setattr(backends, "_warned", set())
     value = arguments(name)[argument].to(torch.float8_e4m3fn)
-    with redirect(refuse), featkd.use_backend("triton"):  # as if there were a GPU
+    with redirect(refuse), featkd.use_backend("triton"):  # pretends that there is a GPU
         message = f"{name} runs on the reference .* in torch.float8_e4m3fn"
         with pytest.warns(UserWarning, match=message):
             got = call(name, **{argument: value})
@@ -334,7 +381,7 @@ def test_no_fused_path_takes_eight_bits(name, argument, monkeypatch):
         torch.testing.assert_close(ours, exact)
 
 
-def test_just_below_the_limit_is_launched():
+def test_widest_supported_grid_uses_kernel():
     maps = torch.ones(1, 128, 2), torch.zeros(1, 128, 2)
     launched = pytest.raises(AssertionError, match="a kernel was launched")
     with redirect(refuse), featkd.use_backend("triton"), launched:

@@ -1,4 +1,4 @@
-"""The demo, shortened: real digits, five models through the real engine, table and page."""
+"""A short demo: real digits, five models through the trainer, table and report."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sklearn.datasets import load_digits
 from featkd.demo import run_demo
 from featkd.demo.digits import write_digits
 from featkd.demo.results import STUDENTS, RunResult, spread
-from featkd.demo.run import keep_or_clear
+from featkd.demo.run import keep_or_clear, train_all
 from featkd.runtime.environment import versions
 from featkd.train.checkpoint import FORMAT, load
 from featkd.train.recipe import find_recipe, load_recipe, to_dict
 from tests.page import Page
 
 
-def test_digits_are_scikit_learns(tmp_path: Path):
+def test_digits_equal_scikit_learns(tmp_path: Path):
     write_digits(tmp_path)
     files = {s: sorted((tmp_path / s).rglob("*.png")) for s in ("train", "val")}
     assert {s: len(f) for s, f in files.items()} == {"train": 1437, "val": 360}
@@ -43,13 +43,13 @@ def test_spread():
     assert spread([90.0]) == (90.0, 0.0)
 
 
-class Inline:
-    """A pool of this very process: starting others takes most of a run that trains nothing."""
+class InProcessPool:
+    """Process pool that runs everything in this process, to save the start of others."""
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
 
-    def __enter__(self) -> Inline:
+    def __enter__(self) -> InProcessPool:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -77,7 +77,7 @@ def test_demo_end_to_end(
         assert 0 <= float(figures[1]) <= 100
     states = {p.parent.name: load(p) for p in tmp_path.glob("*-seed*/last.pt")}
     assert len(states) == 8
-    assert {s["update"] for s in states.values()} == {22}  # the same number of updates for all
+    assert {s["update"] for s in states.values()} == {22}  # equal for all runs
     for name, (arch, distilled) in STUDENTS.items():
         state = states[f"{name.replace(', ', '-').replace(' ', '-')}-seed1"]
         assert state["recipe"]["student"]["arch"] == arch
@@ -96,13 +96,23 @@ def test_demo_end_to_end(
     assert "What the student can reach" in (tmp_path / "diagnostics" / "report.html").read_text()
 
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("last.pt")}
-    monkeypatch.setattr("featkd.demo.run.ProcessPoolExecutor", Inline)
+    monkeypatch.setattr("featkd.demo.run.ProcessPoolExecutor", InProcessPool)
     monkeypatch.setattr("featkd.demo.run.compare_maps", lambda *_: 3)
-    assert run_demo(tmp_path, seeds=2, epochs=1) == 3  # nothing is trained again
+    assert run_demo(tmp_path, seeds=2, epochs=1) == 3  # no run is trained again
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("last.pt")}
 
 
-def test_runs_of_another_recipe_are_not_taken_up(tmp_path: Path):
+def test_no_progress_bar_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("featkd.demo.run.ProcessPoolExecutor", InProcessPool)
+    monkeypatch.setattr("featkd.demo.run.train", lambda name, _: name)
+    recipe = load_recipe(find_recipe("demo"))
+    assert train_all({("a", 0): recipe, ("b", 0): recipe}, "training") == ["a", "b"]
+    assert capsys.readouterr().err == ""
+
+
+def test_runs_of_another_recipe_are_deleted(tmp_path: Path):
     recipe = load_recipe(find_recipe("demo"))
     recipe.out = str(tmp_path / "run")
     last = tmp_path / "run" / "last.pt"
@@ -125,12 +135,12 @@ def test_runs_of_another_recipe_are_not_taken_up(tmp_path: Path):
     assert not last.exists()
 
 
-def test_zero_seeds_are_refused(tmp_path: Path):
+def test_zero_seeds_raise(tmp_path: Path):
     with pytest.raises(ValueError, match="seeds: expected a whole number >= 1, got 0"):
         run_demo(tmp_path, seeds=0)
 
 
-def test_curves_are_read_from_the_runs_files(tmp_path: Path):
+def test_curves_come_from_the_logs(tmp_path: Path):
     (tmp_path / "eval.csv").write_text(
         "update,epoch,weights,top1\n5,1,model,50.0\n5,1,ema,40.0\n9,2,model,75.0\n"
     )

@@ -1,4 +1,4 @@
-"""README's snippets run as they stand, and the links in the documents lead somewhere."""
+"""The README's snippets run, and the relative links of the documents exist."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The code of docs/embedding.md trains: in a plain loop, under DDP, in timm, Lightning and HF.
+"""The code of docs/embedding.md trains in a plain loop, with DDP, timm, Lightning and HF.
 
-What the page says at full size is made small by the replacements below; each must be found.
+The replacements below make the models small. Each must occur once in the page.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SMALL: dict[str, Any] = {"img_size": 32, "num_classes": CLASSES}
 SMALLER = {
     "pretrained=True": f"img_size=32, depth=1, num_classes={CLASSES}",
     "num_classes=1000": f"img_size=32, depth=2, num_classes={CLASSES}",
-    # inductor takes half a minute
+    # inductor is slow
     "model.compile(fullgraph=True)": 'model.compile(fullgraph=True, backend="aot_eager")',
     "torch.compile(teacher.forward_with_features)": (
         'torch.compile(teacher.forward_with_features, backend="aot_eager")'
@@ -38,7 +38,7 @@ SMALLER = {
 
 
 def sections() -> dict[str, list[str]]:
-    """Heading -> blocks of code."""
+    """Code blocks by heading."""
     parts = re.split(r"^## (.+)$", PAGE.read_text(), flags=re.MULTILINE)
     return {
         title: re.findall(r"^```python\n(.*?)^```$", body, flags=re.MULTILINE | re.DOTALL)
@@ -54,7 +54,7 @@ def replaced(code: str, replacements: dict[str, str]) -> str:
 
 
 def execute(title: str, replacements: dict[str, str], **names: Any) -> dict[str, Any]:
-    """Run a section's code, after that of the section that the plain loop builds on."""
+    """Runs the code of a section; a plain loop needs the code of another section first."""
     found = {"__name__": "__main__", **names}
     blocks = sections()
     if title == "A plain loop":
@@ -72,7 +72,7 @@ def images_and_labels(count: int = 16, seed: int = 0) -> TensorDataset:
 
 
 def assert_trained(module: nn.Module, optimizer: torch.optim.Optimizer, projector: str) -> None:
-    """A gradient reached every parameter, the projector's too, and nothing else is optimized."""
+    """Checks that every parameter has had a gradient, and that nothing else is optimized."""
     named = dict(module.named_parameters())
     assert projector in named
     inside = [p for group in optimizer.param_groups for p in group["params"]]
@@ -98,7 +98,7 @@ def teacher() -> Any:
     return create_teacher("cait_s24_224", depth=1, **SMALL)
 
 
-def test_every_block_is_run_here():
+def test_page_has_only_tested_sections():
     assert {title: len(blocks) for title, blocks in sections().items()} == {
         "The module that is trained": 2,
         "A plain loop": 1,
@@ -129,7 +129,7 @@ def test_plain_loop(amp, monkeypatch):
     assert names["scaler"].is_enabled() == (amp == "float16")
     assert featkd.last_backend("projected_feature_kd") == "reference"
     steps = {int(state["step"]) for state in names["optimizer"].state.values()}
-    assert steps == {8}  # 4 epochs of 4 batches, two an update
+    assert steps == {8}  # 4 epochs of 4 batches, two batches per update
 
 
 def test_published_objective(student, teacher):
@@ -157,7 +157,7 @@ def in_one_of_two_processes() -> None:
     rank, folder = int(os.environ["RANK"]), sys.argv[1]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
-    torch.manual_seed(rank)  # DDP makes the weights equal, if they are inside
+    torch.manual_seed(rank)  # DDP makes the weights of its modules equal
     loader = DataLoader(images_and_labels(seed=rank), batch_size=4)
     uncompiled = {
         "model.compile(fullgraph=True)": "...",
@@ -182,7 +182,7 @@ def test_two_processes_train_one_projector(tmp_path, server):
 
 
 def timm_main(student: nn.Module, teacher: nn.Module, found: dict[str, Any]) -> Any:
-    """What timm's train.py does with a task, as `train.main`."""
+    """Function that uses a task as timm's train.py does."""
     from timm.optim import create_optimizer_v2
 
     train = sys.modules["train"]
@@ -343,7 +343,8 @@ def test_hugging_face_trainer(tmp_path, monkeypatch):
     )
     trainer = names["trainer"]
     assert dtypes == {torch.bfloat16}
-    assert not trainer.model_accepts_loss_kwargs  # else losses are not divided when accumulated
+    # otherwise accumulated losses would not be averaged
+    assert not trainer.model_accepts_loss_kwargs
     assert_falls([row["loss"] for row in trainer.state.log_history if "loss" in row], per_epoch=2)
     assert_trained(trainer.model, trainer.optimizer.optimizer, "feature_loss.proj.weight")
     assert not teacher.training

@@ -1,4 +1,4 @@
-"""Importing featkd is light, and imports between its layers only go down."""
+"""Importing featkd is fast, and imports between its layers only go down."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import featkd
 
 PACKAGE = Path(featkd.__file__).parent
+ROOT = Path(__file__).parent.parent
 
 # highest first; a module may import from its own row and from the rows below it
 LAYERS = (
@@ -23,7 +24,6 @@ LAYERS = (
     ("losses", "functional", "linalg"),
     ("ops",),
     ("kernels",),
-    ("ptx",),  # a test bench: only benchmarks imports it
     ("runtime", "recipes", "__init__"),
 )
 
@@ -63,7 +63,7 @@ def row(module: str) -> int:
 
 
 def imports_of(path: Path) -> set[str]:
-    """First names below featkd that a file imports, anywhere in it."""
+    """Returns the names below featkd that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -82,7 +82,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def modules() -> dict[Path, str]:
-    """Every source file and the first name below featkd that it belongs to."""
+    """Maps each source file to the folder or module below featkd that contains it."""
     inside = sorted(PACKAGE.rglob("*.py"))
     found = {path: path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in inside}
     for name in ("kernels", "benchmarks"):  # beside the package: featkd.kernels and so on
@@ -96,11 +96,19 @@ def test_imports_only_go_down(path, module):
         assert row(imported) >= row(module), f"{path} imports featkd.{imported}"
 
 
-def test_the_test_bench_needs_only_the_lowest_layer():
-    found = set().union(*(imports_of(path) for path in (PACKAGE / "ptx").rglob("*.py")))
-    assert found <= {"ptx", *LAYERS[-2], *LAYERS[-1]}
+def uses(path: Path, name: str) -> bool:
+    """Checks if a file imports a package."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    found = [x.module or "" for x in nodes if isinstance(x, ast.ImportFrom) and x.level == 0]
+    found += [alias.name for x in nodes if isinstance(x, ast.Import) for alias in x.names]
+    return any(x.split(".")[0] == name for x in found)
 
 
-def test_only_benchmarks_import_the_test_bench():
-    users = {module for path, module in modules().items() if "ptx" in imports_of(path)}
-    assert users <= {"ptx", "benchmarks"}
+def test_the_ptx_emulator_is_independent_of_featkd():
+    files = [*(ROOT / "tools/ptx_emulator").rglob("*.py")]
+    assert len(files) > 30
+    assert not [path for path in files if uses(path, "featkd") or uses(path, "benchmarks")]
+
+
+def test_featkd_does_not_import_the_ptx_emulator():
+    assert not [path for path in modules() if uses(path, "ptx_emulator")]

@@ -1,4 +1,4 @@
-"""Singular values, curves and ranks against float64 LAPACK; bad input; torch's machinery."""
+"""Singular values, curves and ranks: accuracy, bad input, autograd, compilation."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from torch import Tensor
 
 import featkd
 from featkd import linalg
-from featkd.ops import backends, extension, reference
+from featkd.ops import extension, reference
 from featkd.ops import spectrum as spectrum_op
 from tests.spectra import FAMILIES, THRESHOLDS, lapack, with_values
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = ((196, 192), (196, 384), (49, 96), (64, 64), (33, 20), (5, 5), (1, 7), (3, 1))
 
-NEEDED: dict[str, set[str]] = {  # of the processor, by the instruction sets of csrc/isa.cpp
+NEEDED: dict[str, set[str]] = {  # processor flags for each instruction set of csrc/isa.cpp
     "portable": set(),
     "avx2": {"avx2", "fma"},
     "avx512": {"avx2", "fma", "avx512f", "avx512dq", "avx512vl"},
@@ -34,26 +34,26 @@ NEEDED: dict[str, set[str]] = {  # of the processor, by the instruction sets of 
 
 
 def matrices(family: str, rows: int, columns: int, count: int = 2) -> Tensor:
-    """float64 (count, rows, columns), the same at every call."""
+    """Matrices (count, rows, columns) in float64, the same in each call."""
     rng = np.random.default_rng([rows, columns, *family.encode()])
     return torch.from_numpy(np.stack([FAMILIES[family](rows, columns, rng) for _ in range(count)]))
 
 
 def processor_flags() -> set[str]:
-    """As Linux names them; none on another architecture than x86."""
+    """Processor flags as Linux names them; empty except on x86."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
 def run(code: str, **environment: str) -> None:
-    """In a process of its own."""
+    """Runs code in a separate process."""
     path = os.pathsep.join((str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")))
     known = {**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "passive", **environment}
     done = subprocess.run([sys.executable, "-c", code], env=known, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_extension_is_built_and_used():
+def test_extension_is_built_and_used():
     assert extension.missing() == ""
     linalg.svdvals(torch.ones(2, 3))
     assert featkd.last_backend("spectrum") == "cpu"
@@ -61,7 +61,7 @@ def test_the_extension_is_built_and_used():
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ranks_and_curves_are_those_of_float64_lapack(family: str, shape: tuple[int, int]):
+def test_ranks_and_curves_match_float64_lapack(family: str, shape: tuple[int, int]):
     for dtype in (torch.float32, torch.float64):
         x = matrices(family, *shape).to(dtype)
         found, expected = linalg.spectrum(x, THRESHOLDS), lapack(x.numpy())
@@ -73,19 +73,19 @@ def test_ranks_and_curves_are_those_of_float64_lapack(family: str, shape: tuple[
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_svdvals_err_no_more_than_float32_rounding(family: str):
+def test_svdvals_error_is_below_float32_rounding(family: str):
     x = matrices(family, 196, 96).float()
     expected = lapack(x.numpy()).values
     found = linalg.svdvals(x).double().numpy()
     largest = np.maximum(expected[:, :1], 1e-300)
     assert (np.abs(found - expected) / largest).max() < 1e-7
-    if family not in ("tiny", "huge"):  # torch's own are no nearer
+    if family not in ("tiny", "huge"):  # torch's error is no smaller
         theirs = np.abs(torch.linalg.svdvals(x).double().numpy() - expected).max()
         assert np.abs(found - expected).max() <= 2 * theirs + 1e-7 * largest.max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_values_of_the_fast_solve(dtype: torch.dtype):
+def test_spectrum_values_of_each_dtype(dtype: torch.dtype):
     x = matrices("features", 60, 96).to(dtype)
     expected = lapack(x.double().numpy()).values
     found = linalg.spectrum(x).values
@@ -96,28 +96,26 @@ def test_values_of_the_fast_solve(dtype: torch.dtype):
 
 
 def halves(rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
-    """Half of the values are a hundredth of the others: where the fast solve errs most."""
+    """Half of the values are a hundredth of the others, the worst case of the float32 solve."""
     n = min(rows, columns)
     return with_values(np.where(np.arange(n) < (n + 1) // 2, 1, 0.01), rows, columns, rng)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [*FAMILIES.values(), halves])
-def test_errors_of_the_fast_solve_are_those_of_the_docs(
-    make: Callable[..., np.ndarray], dtype: torch.dtype
-):
+def test_documented_error_bounds(make: Callable[..., np.ndarray], dtype: torch.dtype):
     x = torch.from_numpy(np.stack([make(96, 120, np.random.default_rng(n)) for n in range(3)]))
     expected = lapack(x.to(dtype).double().numpy()).values
     largest = np.maximum(expected[:, :1], 1e-300)
     error = np.abs(linalg.spectrum(x.to(dtype)).values.double().numpy() - expected)
     shares = expected / largest
     assert (error / largest * shares)[shares >= 1e-2].max(initial=0) <= 5e-7
-    # and svdvals meets the bar that the fast solve does not
+    # svdvals has a smaller error than spectrum
     error = np.abs(linalg.svdvals(x.to(dtype)).double().numpy() - expected)
     assert (error / largest).max() <= 1e-7
 
 
-def test_float64_values():
+def test_float64_svdvals():
     x = matrices("features", 96, 60)
     expected = lapack(x.numpy()).values
     error = np.abs(linalg.svdvals(x).numpy() - expected) / expected[:, :1]
@@ -132,7 +130,7 @@ def test_float64_values():
     decay=st.floats(0, 1),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_shape_scale_and_spectrum(rows, columns, exponent, decay, seed):
+def test_random_shapes_scales_and_spectra(rows, columns, exponent, decay, seed):
     rng = np.random.default_rng(seed)
     n = min(rows, columns)
     x = (
@@ -155,7 +153,7 @@ def test_subnormal_numbers():
     assert torch.equal(linalg.svdvals(wide), wide.diagonal())
 
 
-def test_a_tie_is_decided_in_float64():
+def test_ties_are_resolved_in_float64():
     just_below, just_above = (
         torch.diag(torch.tensor([0.9 + d, 0.1 - d], dtype=torch.float64).sqrt())
         for d in (-3e-8, 3e-8)
@@ -167,7 +165,7 @@ def test_a_tie_is_decided_in_float64():
     assert linalg.spectrum(just_below.float(), (0.8,)).resolved.item() == 0
 
 
-def test_repeats_bitwise_whatever_the_threads_and_the_batch():
+def test_result_is_bitwise_independent_of_threads_and_batch():
     x = matrices("features", 60, 70, count=7).float()
     before = torch.get_num_threads()
     try:
@@ -186,7 +184,7 @@ def test_repeats_bitwise_whatever_the_threads_and_the_batch():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_bad_matrix_leaves_the_others_alone(bad: float, dtype: torch.dtype):
+def test_nonfinite_matrix_does_not_affect_others(bad: float, dtype: torch.dtype):
     clean = matrices("features", 20, 30, count=4).to(dtype)
     dirty = clean.clone()
     dirty[2, 19, 29] = bad
@@ -202,7 +200,7 @@ def test_one_bad_matrix_leaves_the_others_alone(bad: float, dtype: torch.dtype):
             assert torch.equal(one[[0, 1, 3]], other[[0, 1, 3]])
 
 
-def test_views_leading_dimensions_and_inputs_left_alone():
+def test_views_leading_dimensions_and_unchanged_inputs():
     base = torch.randn(3, 50, 2, 40, generator=torch.Generator().manual_seed(0))
     kept = base.clone()
     for view in (
@@ -222,7 +220,7 @@ def test_views_leading_dimensions_and_inputs_left_alone():
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 5), (2, 0, 4, 5), (3, 0, 5), (3, 5, 0), (0, 0)])
-def test_empty(shape: tuple[int, ...]):
+def test_empty_matrices(shape: tuple[int, ...]):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = linalg.spectrum(torch.zeros(shape))
@@ -232,7 +230,7 @@ def test_empty(shape: tuple[int, ...]):
     assert (found.ranks == 0).all()
 
 
-def test_what_is_refused():
+def test_bad_arguments():
     x = torch.ones(2, 3)
     for function in (linalg.svdvals, linalg.energy_ranks, linalg.energy_curve, linalg.svd):
         with pytest.raises(TypeError, match=r"x: expected a floating.*got torch\.int64"):
@@ -246,6 +244,8 @@ def test_what_is_refused():
     for bad in (0, -0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="thresholds: expected"):
             linalg.energy_ranks(x, (0.8, bad))
+    with pytest.raises(TypeError, match=r"thresholds: expected a sequence .*\(0.9,\), got 0.8"):
+        linalg.energy_ranks(x, 0.8)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="thresholds: expected a number"):
         linalg.energy_ranks(x, ("0.8",))  # type: ignore[arg-type]
     for k in (0, 3, -1):
@@ -257,7 +257,7 @@ def test_what_is_refused():
                 linalg.svd(x, k=k, method=method)  # type: ignore[arg-type]
 
 
-def test_other_sizes_and_machines_take_the_reference(monkeypatch):
+def test_large_matrices_or_missing_extension_use_reference(monkeypatch):
     large = torch.randn(1, 513, 514, generator=torch.Generator().manual_seed(0))
     with pytest.warns(UserWarning, match="smaller side is not 1 to 512"):
         values = linalg.svdvals(large)
@@ -270,7 +270,7 @@ def test_other_sizes_and_machines_take_the_reference(monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_reference_agrees(family: str):
+def test_matches_reference(family: str):
     x = matrices(family, 20, 30).float()
     expected = reference.spectrum(x, THRESHOLDS)
     for wide in (False, True):
@@ -303,7 +303,7 @@ def test_compiles_without_a_graph_break():
             assert torch.equal(one, other)
 
 
-def test_gradients_are_torchs():
+def test_gradients_match_torch():
     x = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x.requires_grad_()
     weights = torch.randn(3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -322,7 +322,7 @@ def test_gradients_are_torchs():
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_the_values_of_a_spectrum_alone_have_a_gradient(backend: str):
+def test_only_values_of_spectrum_have_gradient(backend: str):
     x = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
     with featkd.use_backend(backend):
         found = linalg.spectrum(x)
@@ -333,13 +333,14 @@ def test_the_values_of_a_spectrum_alone_have_a_gradient(backend: str):
 
 
 @pytest.mark.parametrize("isa", NEEDED)
-def test_every_instruction_set_there_is(isa: str):
-    """In a process of its own: the choice is made once."""
+def test_each_instruction_set(isa: str):
+    """Runs in a separate process, because the instruction set is selected once."""
     missing = NEEDED[isa] - processor_flags()
     if missing:
         pytest.skip(f"this processor has no {' '.join(sorted(missing))}")
     code = (
-        "import ctypes, torch; from featkd import extension, linalg; from tests.spectra import *\n"
+        "import ctypes, torch; from featkd import linalg; from featkd.ops import extension\n"
+        "from tests.spectra import *\n"
         "x = np.stack([f(49, 96, np.random.default_rng(1)) for f in FAMILIES.values()])\n"
         "for t in (torch.float32, torch.float64):\n"
         "    y = torch.from_numpy(x).to(t); found = linalg.spectrum(y, THRESHOLDS)\n"
@@ -353,7 +354,7 @@ def test_every_instruction_set_there_is(isa: str):
     run(code, FEATKD_ISA=isa)
 
 
-def test_too_little_memory_is_an_error_and_nothing_else():
+def test_out_of_memory_raises():
     code = (
         "import resource, torch; from featkd import linalg\n"
         "torch.set_num_threads(512); x = torch.ones(600, 512, 512)\n"
@@ -369,10 +370,10 @@ def test_too_little_memory_is_an_error_and_nothing_else():
     run(code)
 
 
-def test_offsets_beyond_two_to_the_31():
-    """In elements: the second matrix of one view, the second row of each of another's."""
+def test_offsets_beyond_int32():
+    """Element offsets of the second matrix, and of the second row in the transposed view."""
     stride = 2**31 + 1000
-    storage = torch.empty(2 * (stride + 30 * 30), dtype=torch.uint8)  # touched at its ends alone
+    storage = torch.empty(2 * (stride + 30 * 30), dtype=torch.uint8)  # only its ends are accessed
     halves = torch.empty(0, dtype=torch.float16).set_(
         storage.untyped_storage(), 0, (2, 30, 30), (stride, 30, 1)
     )
@@ -382,10 +383,3 @@ def test_offsets_beyond_two_to_the_31():
     for view in (halves, halves.transpose(0, 1)):
         assert max(view.stride()) > 2**31
         assert torch.equal(linalg.svdvals(view), linalg.svdvals(view.clone()))
-
-
-def test_backends_by_name():
-    with featkd.use_backend("reference"):
-        linalg.svdvals(torch.eye(2))
-        assert featkd.last_backend("spectrum") == "reference"
-    assert backends.last_backend("spectrum") == "reference"

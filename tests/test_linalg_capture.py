@@ -1,6 +1,6 @@
-"""What linalg asks of torch for CUDA tensors: nothing that a CUDA graph can't capture.
+"""linalg calls only operators that a CUDA graph can capture.
 
-No GPU is needed: fake tensors say that they are on one, and every operator is seen on its way.
+No GPU is needed: the tests dispatch on fake CUDA tensors and check each operator.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import featkd
 from featkd import linalg
 from featkd.ops import backends, extension
 
+# operators that wait for the GPU
 WAITS = ("_local_scalar_dense", "_linalg_check_errors", "nonzero", "masked_select", "unique")
-ONE_BY_ONE = ("_linalg_eigh", "linalg_qr", "_linalg_svd")  # CUDA's wait too, or may
+# operators that may wait on CUDA, or that process one matrix at a time
+ONE_BY_ONE = ("_linalg_eigh", "linalg_qr", "_linalg_svd")
 
 
 class Capturing(TorchDispatchMode):
-    """Refuses what waits for the GPU, copies from the host, or runs matrix by matrix."""
+    """Raises for operators that wait for the GPU, copy from the host or loop over matrices."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -40,7 +42,7 @@ class Capturing(TorchDispatchMode):
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
-    """Makes fake CUDA tensors of random numbers, in a capture by a csrc with its CUDA half."""
+    """Function that creates fake CUDA tensors, as if during a capture with csrc built for CUDA."""
     monkeypatch.setattr(extension, "has_kernel", lambda op, device: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(backends, "_last", {})
@@ -63,7 +65,7 @@ CALLS: dict[str, tuple[str, Callable[[Tensor], object]]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(6, 196, 384), (2, 3, 20, 12)], ids=str)
 @pytest.mark.parametrize("name", CALLS)
-def test_a_graph_can_capture(cuda, name: str, shape: tuple[int, ...], dtype: torch.dtype):
+def test_operators_are_capturable(cuda, name: str, shape: tuple[int, ...], dtype: torch.dtype):
     op, call = CALLS[name]
     x = cuda(*shape, dtype=dtype)
     with Capturing():
@@ -87,7 +89,7 @@ def test_a_graph_can_capture(cuda, name: str, shape: tuple[int, ...], dtype: tor
         lambda x: torch.linalg.svdvals(x),
     ],
 )
-def test_what_it_can_not_capture_is_seen(cuda, bad: Callable[[Tensor], object]):
+def test_uncapturable_operators_are_detected(cuda, bad: Callable[[Tensor], object]):
     x = cuda(3, 3)
     with pytest.raises(AssertionError, match="in a capture"), Capturing():
         bad(x)

@@ -1,9 +1,9 @@
-"""Ranks of many matrices against float64 LAPACK.
+"""Ranks of many matrices, compared with float64 LAPACK.
 
     FEATKD_MANY=10000 python -m pytest -s tests/test_linalg_many.py
     FEATKD_FEATURES=F.npy python -m pytest -s tests/test_linalg_many.py    # (images, N, D), float32
 
-The suite takes a few of each family; the figures in docs/linalg.md are of that command.
+By default, a few matrices of each family are tested. docs/linalg.md quotes the first command.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ SHAPES = ((64, 64), (196, 192), (49, 96), (196, 384))
 
 
 class Tally:
-    """Matrices compared so far, and how they came out."""
+    """Counts compared matrices and differences."""
 
     done = mismatches = resolved = 0
     worst = 0.0
 
     def add(self, x: np.ndarray) -> None:
-        """Compare a batch with LAPACK."""
+        """Compares a batch with LAPACK."""
         expected = lapack(x)
         found = linalg.spectrum(torch.from_numpy(x), THRESHOLDS)
         error = np.abs(found.curve.double().numpy() - expected.curve).max()
@@ -39,7 +39,7 @@ class Tally:
         self.done += len(x)
 
     def check(self) -> None:
-        """Print the figures, and hold them to the bars."""
+        """Prints the counts and checks them."""
         print(
             f"\n{self.done} matrices, {self.mismatches} with another rank than float64 LAPACK, "
             f"worst curve error {self.worst:.1e}, {self.resolved} solved again in float64"
@@ -49,7 +49,7 @@ class Tally:
         assert self.worst <= 3e-7
 
 
-def test_no_rank_differs():
+def test_ranks_of_all_families_match_lapack():
     rng = np.random.default_rng(2026)
     tally = Tally()
     each = -(-COUNT // len(FAMILIES))
@@ -62,7 +62,7 @@ def test_no_rank_differs():
 
 
 @pytest.mark.skipif(not FEATURES, reason="FEATKD_FEATURES names no file of features")
-def test_no_rank_of_these_features_differs():
+def test_ranks_of_given_features_match_lapack():
     features = np.load(FEATURES, mmap_mode="r")
     tally = Tally()
     for first in range(0, len(features), 64):
@@ -70,8 +70,8 @@ def test_no_rank_of_these_features_differs():
     tally.check()
 
 
-def test_counts_by_minors_stay_within_the_range_of_numbers():
-    """Diagonal over 300 decades, with zeros, far above 1, and close to a permutation."""
+def test_sturm_counts_neither_overflow_nor_underflow():
+    """Diagonals over 150 decades, zeros, large sums, and a matrix close to a permutation."""
     n = 100
     for x in (
         torch.diag(10.0 ** -torch.linspace(0, 150, n, dtype=torch.float64)),

@@ -1,4 +1,4 @@
-"""svd, its k leading vectors and the angles between subspaces; bad matrices and gradients."""
+"""svd, leading vectors and angles between subspaces: accuracy, bad matrices, gradients."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.test_linalg import matrices
 
 @pytest.fixture(params=["cpu", "gpu"])
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU's calls, and those that a GPU takes, on the CPU."""
+    """Runs a test with the code path of a CPU and with that of a GPU, both on the CPU."""
     if request.param == "gpu":
         monkeypatch.setattr(orthonormal, "is_batched_only", lambda x: True)
 
 
 def results_and_gradient(function: Callable[..., object], *given: Tensor) -> list[Tensor]:
-    """Of a function, one tensor or several; the gradients of a sum that no sign changes."""
+    """Results of a function, and gradients of a sum that is independent of the vectors' signs."""
     x = [part.clone().requires_grad_() for part in given]
     found = function(*x)
     parts = [found] if isinstance(found, Tensor) else list(found)  # type: ignore[call-overload]
@@ -36,7 +36,7 @@ def results_and_gradient(function: Callable[..., object], *given: Tensor) -> lis
 @pytest.mark.parametrize(
     "function", [linalg.svdvals, linalg.energy_curve, linalg.svd, partial(linalg.svd, k=3)]
 )
-def test_one_bad_matrix_leaves_other_vectors_and_gradients_alone(
+def test_nonfinite_matrix_does_not_affect_other_results_and_gradients(
     function: Callable[[Tensor], object], backend: str, bad: float
 ):
     for rows, columns, dtype in ((6, 9, torch.float64), (9, 6, torch.float32)):
@@ -54,7 +54,7 @@ def test_one_bad_matrix_leaves_other_vectors_and_gradients_alone(
 
 @pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("shape", [(20, 30), (30, 20)], ids=str)
-def test_one_bad_matrix_leaves_other_leading_vectors_alone(shape: tuple[int, int]):
+def test_nonfinite_matrix_does_not_affect_other_leading_vectors(shape: tuple[int, int]):
     clean = matrices("features", *shape, count=4)
     dirty = clean.clone()
     dirty[2] = float("inf")
@@ -64,7 +64,7 @@ def test_one_bad_matrix_leaves_other_leading_vectors_alone(shape: tuple[int, int
 
 
 @pytest.mark.usefixtures("route")
-def test_one_bad_pair_leaves_the_angles_of_the_others_alone():
+def test_nonfinite_pair_does_not_affect_other_angles():
     one, other = matrices("flat", 12, 3, count=4), matrices("geometric", 12, 5, count=4)
     before = results_and_gradient(linalg.principal_angles, one, other)
     bad = one.clone(), other.clone()
@@ -113,7 +113,7 @@ def test_leading_vectors_at_any_scale(scale: float):
 
 
 @pytest.mark.usefixtures("route")
-def test_scales_of_a_batch_do_not_mix():
+def test_matrices_of_a_batch_have_separate_scales():
     x = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scales = torch.tensor([2.0**-700, 0.0, 2.0**600], dtype=torch.float64)
     found, each = linalg.svd(x * scales[:, None, None], k=2), linalg.svd(x, k=2)
@@ -124,7 +124,7 @@ def test_scales_of_a_batch_do_not_mix():
 @pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("shape", [(40, 50), (50, 40)], ids=str)
-def test_leading_values_of_low_rank_descend(shape: tuple[int, int], rank: int):
+def test_leading_values_of_low_rank_matrices_are_sorted(shape: tuple[int, int], rank: int):
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(4, n, rank, generator=generator).double() for n in shape)
     x = left @ right.mT
@@ -140,7 +140,7 @@ def test_leading_values_of_low_rank_descend(shape: tuple[int, int], rank: int):
 
 @pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("family", ["features", "geometric"])
-def test_leading_subspaces_are_as_exact_as_a_float32_svds(family: str):
+def test_leading_subspaces_are_as_accurate_as_float32_svd(family: str):
     x = matrices(family, 96, 192).float()
     exact = torch.linalg.svd(x.double(), full_matrices=False).Vh.mT
     theirs = torch.linalg.svd(x, full_matrices=False).Vh.mT
@@ -155,7 +155,7 @@ def test_leading_subspaces_are_as_exact_as_a_float32_svds(family: str):
             assert errors[0] <= 2 * errors[1] + torch.finfo(torch.float32).eps, (k, errors)
 
 
-def test_thin_svd_is_torchs():
+def test_thin_svd_matches_torch():
     x = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x.requires_grad_()
     found, theirs = linalg.svd(x), torch.linalg.svd(x, full_matrices=False)
@@ -166,12 +166,12 @@ def test_thin_svd_is_torchs():
     torch.testing.assert_close(ours, expected)
 
 
-def test_leading_vectors_have_torchs_gradient():
+def test_gradients_of_leading_vectors_match_torch():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64).requires_grad_()
     weights = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64)
 
-    def loss(u: Tensor, s: Tensor, vh: Tensor) -> Tensor:  # whatever the vectors' signs
+    def loss(u: Tensor, s: Tensor, vh: Tensor) -> Tensor:  # independent of the vectors' signs
         return (weights * ((u * s.exp().unsqueeze(-2)) @ vh)).sum() + (u.abs() @ vh.abs()).sum()
 
     for k in (1, 3, 4):
@@ -192,11 +192,11 @@ def test_leading_vectors_have_torchs_gradient():
     assert half.grad.dtype == torch.bfloat16
 
 
-def test_a_gpus_leading_vectors_take_csrcs_jacobi(monkeypatch: pytest.MonkeyPatch):
+def test_leading_vectors_on_gpu_use_jacobi(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(orthonormal, "is_batched_only", lambda x: True)
     x = matrices("features", 40, 30)
     found = linalg.svd(x, 5)
-    assert featkd.last_backend("svd") == "cpu"  # csrc's
+    assert featkd.last_backend("svd") == "cpu"  # Jacobi of csrc
     monkeypatch.setattr(jacobi, "_MOST_SWEEPS", 1)
     assert all(part.isnan().all() for part in linalg.svd(x, 5))
     with featkd.use_backend("reference"):
@@ -206,7 +206,7 @@ def test_a_gpus_leading_vectors_take_csrcs_jacobi(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("k", [None, 2])
 @pytest.mark.parametrize("grad", [False, True])
-def test_what_ran_is_recorded(k: int | None, grad: bool):
+def test_last_backend_of_svd(k: int | None, grad: bool):
     linalg.svd(torch.eye(3), method="jacobi")
     assert featkd.last_backend("svd") == "cpu"
     linalg.svd(torch.eye(3, requires_grad=grad), k)

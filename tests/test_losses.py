@@ -1,13 +1,16 @@
-"""The loss modules: the published objective put together by hand, pooling, projectors."""
+"""Loss modules: the published objective, pooling, projectors."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import prune
 
-from featkd.losses import DistillationLoss, ProjectedFeatureKD, pool_channels
+from featkd.losses import DistillationLoss, ProjectedFeatureKD, pool_channels, smooth_labels
 
 
 def maps(*widths: int, seed: int = 0) -> list[Tensor]:
@@ -16,8 +19,8 @@ def maps(*widths: int, seed: int = 0) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("feature", ["mse", "spectral"])
-def test_published_objective_by_hand(feature):
-    """(1 - alpha) CE + beta w_feat L_feat + alpha tau^2 KL, every weight different from 1."""
+def test_published_objective_matches_torch(feature):
+    """(1 - alpha) CE + beta w_feat L_feat + alpha tau^2 KL, with all weights different from 1."""
     alpha, beta, w_feat, tau, smoothing = 0.9, 3.0, 0.2, 2.0, 0.1
     (logits, teacher_logits), target = torch.randn(2, 2, 5).unbind(), torch.tensor([1, 4])
     student, teacher = maps(8, 6), maps(8, 6, seed=1)
@@ -47,7 +50,7 @@ def test_published_objective_by_hand(feature):
     torch.testing.assert_close(terms.logits, (1 - alpha) * ce + alpha * tau**2 * kl)
 
 
-def test_without_teacher_it_is_cross_entropy():
+def test_without_teacher_is_cross_entropy():
     logits, target = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 1, 2])
     terms = DistillationLoss(label_smoothing=0.1)(logits, target)
     torch.testing.assert_close(terms.total, F.cross_entropy(logits, target, label_smoothing=0.1))
@@ -57,7 +60,7 @@ def test_without_teacher_it_is_cross_entropy():
 
 
 @pytest.mark.parametrize(("student", "teacher"), [(4, 8), (8, 4), (6, 9), (5, 5)])
-def test_wider_map_is_pooled_over_neighbouring_channels(student, teacher):
+def test_wider_map_is_pooled_over_adjacent_channels(student, teacher):
     (s,), (t,) = maps(student), maps(teacher, seed=1)
     got = pool_channels(s, t)
     width = min(student, teacher)
@@ -66,7 +69,8 @@ def test_wider_map_is_pooled_over_neighbouring_channels(student, teacher):
         if original.shape[2] == width:
             assert pooled is original
             continue
-        for channel in range(width):  # adaptive pooling's bins: floor(i n / m) .. ceil((i+1) n / m)
+        # bins of adaptive pooling: floor(i n / m) to ceil((i+1) n / m)
+        for channel in range(width):
             n = original.shape[2]
             low, high = channel * n // width, -((-(channel + 1) * n) // width)
             torch.testing.assert_close(pooled[..., channel], original[..., low:high].mean(-1))
@@ -82,7 +86,7 @@ def test_gradient_reaches_the_student_through_pooling():
     torch.testing.assert_close(s.grad, expected.repeat_interleave(2, -1))
 
 
-def test_a_feature_loss_formed_elsewhere_stands_for_the_maps():
+def test_feature_loss_argument_replaces_maps():
     loss = DistillationLoss(beta=3.0, w_feat=0.2, feature="mse")
     logits, target = torch.randn(2, 5), torch.tensor([1, 4])
     formed = torch.tensor(0.75, requires_grad=True)
@@ -116,7 +120,7 @@ def test_projected_feature_kd_module_trains_its_projector():
         (maps(4), [torch.zeros(2, 4, 4)], "layer pair 0: the student's map is"),
     ],
 )
-def test_unfit_maps(student, teacher, message):
+def test_mismatched_maps_raise(student, teacher, message):
     loss = DistillationLoss(feature="mse")
     with pytest.raises(ValueError, match=message):
         loss(torch.zeros(2, 3), torch.tensor([0, 1]), None, student, teacher)
@@ -125,14 +129,14 @@ def test_unfit_maps(student, teacher, message):
 @pytest.mark.parametrize(
     "field", [{"alpha": 2.0}, {"label_smoothing": -0.1}, {"tau": 0.0}, {"feature": "cosine"}]
 )
-def test_bad_settings(field):
+def test_bad_settings_raise(field):
     name = "metric" if "feature" in field else next(iter(field))
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         DistillationLoss(**field)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_projector_takes_the_students_dtype(dtype):
+def test_projector_casts_to_students_dtype(dtype):
     module = ProjectedFeatureKD(3, 5, bias=True)
     loss = module(torch.randn(2, 9, 3, dtype=dtype), torch.randn(2, 9, 5))
     assert loss.dtype == torch.promote_types(dtype, torch.float32)
@@ -148,15 +152,49 @@ def test_a_projector_takes_the_students_dtype(dtype):
         ([1.0], "student: expected a torch.Tensor, got list"),
     ],
 )
-def test_a_projector_refuses_other_students(student, message):
+def test_projector_rejects_bad_students(student, message):
     with pytest.raises((TypeError, ValueError), match=message):
         ProjectedFeatureKD(3, 5)(student, torch.ones(2, 9, 5))
 
 
-def test_a_projector_is_called():
-    """Hooks, adapters and sharding of the projector have their effect."""
+def test_projector_hooks_run():
+    """The projector is called as a module, so hooks, adapters and sharding work."""
     module = ProjectedFeatureKD(3, 5)
     seen = []
     module.proj.register_forward_hook(lambda *_: seen.append(1))
     module(torch.randn(2, 9, 3), torch.randn(2, 9, 5))
     assert seen == [1]
+
+
+def halve(module: nn.Module) -> None:
+    module.register_forward_hook(lambda module, inputs, output: output / 2)
+
+
+CHANGES: dict[str, Callable[[ProjectedFeatureKD], object]] = {
+    "pruned": lambda loss: prune.l1_unstructured(loss.proj, "weight", 0.5),
+    "weight norm": lambda loss: nn.utils.parametrizations.weight_norm(loss.proj),
+    "no norm": lambda loss: setattr(loss, "norm", nn.Identity()),
+    "hook on the norm": lambda loss: halve(loss.norm),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_projector_or_norm_takes_effect(change):
+    """Modules can be pruned, parametrised, replaced or hooked."""
+    student, teacher = *maps(6), *maps(8, seed=1)
+    loss = ProjectedFeatureKD(6, 8)
+    before = loss(student, teacher)
+    CHANGES[change](loss)
+    want = F.mse_loss(loss.norm(loss.proj(student)), teacher)
+    torch.testing.assert_close(loss(student, teacher), want)
+    assert change == "weight norm" or not torch.isclose(want, before)
+
+
+def test_smooth_labels_ignore_the_default_dtype():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        soft = smooth_labels(torch.tensor([1]), 4, 0.2)
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(soft, torch.tensor([[0.05, 0.85, 0.05, 0.05]]))

@@ -1,4 +1,4 @@
-"""Several processes train one model: equal to one process, and robust to stops and kills."""
+"""Training on several ranks equals one rank, and survives stops and kills."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def succeed(ranks: list[Forked]) -> None:
 def test_two_processes_train_one_model(
     recipe_file, server: Server, tmp_path, arch, accumulate, epochs
 ):
-    """gloo: over 102 updates the losses and weights of one process with the same global batch.
+    """Losses and weights equal those of one process with the same global batch.
 
-    Not to the bit: BatchNorm-free models sum gradients in another order, that is all.
+    They differ by rounding, because gradients are summed in another order.
     """
     words = ["distill", str(recipe_file), "--student.arch", arch, *map(str, EQUAL)]
     words += ["--optim.epochs", str(epochs), "--checkpoint.every_epochs", str(epochs)]
@@ -49,7 +49,7 @@ def test_two_processes_train_one_model(
     assert (a["world_size"], b["world_size"]) == (1, 2)
     for key, value in a["model"].items():
         expected, found = value, b["model"][key]
-        if key.endswith("qkv.bias"):  # attention does not depend on the keys' third: Adam on noise
+        if key.endswith("qkv.bias"):  # attention ignores the keys' third, which is noise
             expected, found = (torch.cat(x.chunk(3)[::2]) for x in (expected, found))
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-5)
     rows = [read_csv(tmp_path / name / "metrics.csv") for name in ("one", "two")]
@@ -60,8 +60,8 @@ def test_two_processes_train_one_model(
     assert {r["images"] for r in read_csv(tmp_path / "two" / "eval.csv")} == {"12"}
 
 
-def test_each_process_mixes_its_images_by_draws_of_its_own(recipe_file, server, tmp_path):
-    """gloo: the first loss is the mean of those of either rank's batch, each mixed as that rank."""
+def test_each_rank_mixes_its_images_with_its_own_draws(recipe_file, server, tmp_path):
+    """The first loss is the mean over the batches of both ranks, each mixed with its rank."""
     words = ["--data.augment.mixup", 0.8, "--data.augment.cutmix", 1, *EQUAL]
     words += ["--optim.epochs", 1, "--optim.warmup_epochs", 0]
     succeed(server.ranks(2, "distill", recipe_file, *words))
@@ -82,23 +82,25 @@ def test_each_process_mixes_its_images_by_draws_of_its_own(recipe_file, server, 
     assert found != pytest.approx((loss(0, 0) + loss(1, 0)) / 2, rel=1e-3)
 
 
-def test_two_processes_stop_together_and_leave_a_checkpoint(recipe_file, server, tmp_path):
-    """SIGTERM to one of them alone, far from any logged update."""
+def test_two_ranks_stop_together_and_save_a_checkpoint(recipe_file, server, tmp_path):
+    """SIGTERM is sent to one rank only, far from any logged update."""
     out = tmp_path / "run"
     words = ("distill", recipe_file, "--out", out, "--optim.epochs", 500)
     words += ("--log_every", 100000, "--checkpoint.every_epochs", 1000)
     ranks = server.ranks(2, *words)
-    wait_for(lambda: len(read_csv(out / "metrics.csv")) >= 3, ranks)  # an epoch's last is logged
+    wait_for(
+        lambda: len(read_csv(out / "metrics.csv")) >= 3, ranks
+    )  # the last update of an epoch is logged
     ranks[1].kill(signal.SIGTERM)
     assert [rank.wait() for rank in ranks] == [143, 143]
     assert "stopped by signal 15" in ranks[0].stderr
     assert load(out / "last.pt")["update"] > 3
 
 
-def test_bad_images_of_every_process_are_named(recipe_file, server, images, tmp_path):
+def test_bad_images_of_every_rank_are_named(recipe_file, server, images, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(images, broken)
-    paths = sorted((broken / "val").rglob("*.png"))[:2]  # one falls to each process
+    paths = sorted((broken / "val").rglob("*.png"))[:2]  # one per rank
     for path in paths:
         path.write_bytes(b"no picture")
     words = ("--data.path", broken, "--data.on_bad_image", "skip", "--batch_size", 4)
@@ -119,8 +121,8 @@ def wait_for(condition, processes: list[Forked], seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
-def test_other_processes_end_with_a_killed_one(recipe_file, server, tmp_path):
-    """They say why in one message; one process alone goes on, within the epoch."""
+def test_other_ranks_end_with_a_killed_one(recipe_file, server, tmp_path):
+    """They print one message; then a single process continues within the epoch."""
     out = tmp_path / "run"
     words = ("distill", recipe_file, "--out", out, "--optim.epochs", 40)
     words += ("--checkpoint.every_epochs", 100, "--checkpoint.every_updates", 1)
@@ -132,7 +134,7 @@ def test_other_processes_end_with_a_killed_one(recipe_file, server, tmp_path):
     assert "Traceback" not in ranks[0].stderr
     alone = server.call(*words, "--batch_size", 16)
     assert alone.returncode == 0, alone.stderr
-    assert "processes: 2 -> 1 (16 images an update as before" in alone.stderr
+    assert "processes: 2 -> 1 (16 images per update as before" in alone.stderr
     assert [row["update"] for row in read_csv(out / "metrics.csv")] == [
         str(update) for update in range(1, 121)
     ]
@@ -152,7 +154,7 @@ def _kept() -> dict[str, Path]:
 
 @pytest.fixture
 def unbroken(recipe_file, server, tmp_path, _kept) -> Path:
-    """The folder of the KILLED run on two processes in one go (made once)."""
+    """Folder of the KILLED run on two ranks without an interruption (made once)."""
     if "out" not in _kept:
         out = tmp_path / "unbroken"
         succeed(server.ranks(2, "distill", recipe_file, "--out", out, *KILLED))
@@ -163,9 +165,9 @@ def unbroken(recipe_file, server, tmp_path, _kept) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(KILLS))
 def test_a_killed_rank_changes_nothing(recipe_file, server, tmp_path, unbroken, number):
-    """kill -9 of a random rank at a random moment: torchrun's agent starts both again.
+    """Kills a random rank at a random moment; torchrun's agent restarts both.
 
-    FEATKD_KILLS=20 repeats it, FEATKD_TORCHRUN=1 takes torchrun itself in place of its agent.
+    FEATKD_KILLS=20 repeats the test. FEATKD_TORCHRUN=1 uses torchrun itself instead of its agent.
     """
     out = tmp_path / "killed"
     draw = random.Random(number)
@@ -189,7 +191,7 @@ def test_a_killed_rank_changes_nothing(recipe_file, server, tmp_path, unbroken, 
     assert agent.wait() == 0, agent.stderr
     assert loads > 0
     assert agent.stderr.count("teacher: vit_tiny_patch16_224 has random weights") == 2  # starts
-    # A kill before the first checkpoint leaves nothing to go on from.
+    # A rank killed before the first checkpoint cannot resume.
     assert agent.stderr.count("resumed from") == 1 or update <= 2
     rows = [read_csv(folder / "metrics.csv") for folder in (out, unbroken)]
     assert [(r["update"], r["loss"]) for r in rows[0]] == [
@@ -200,21 +202,21 @@ def test_a_killed_rank_changes_nothing(recipe_file, server, tmp_path, unbroken, 
 
 
 def test_the_real_torchrun_trains_the_same_model(recipe_file, tmp_path, unbroken):
-    """The other tests fork its ranks from a process that has imported everything."""
+    """The other tests fork the ranks from a process that has imported everything."""
     job = TorchRun(("distill", recipe_file, "--out", tmp_path / "run", *KILLED), tmp_path)
     assert job.wait(120) == 0, job.stderr
     assert same_weights(tmp_path / "run" / "last.pt", unbroken / "last.pt")
 
 
 def look(out: Path) -> int:
-    """Read every checkpoint there is; returns how many."""
+    """Loads all checkpoints and returns their number."""
     return sum(load(path)["update"] > 0 for path in out.glob("*.pt"))
 
 
 def rank_of(agent: Forked, rank: int) -> int:
-    """The process of a rank; they are started in order."""
+    """Returns the process of a rank; the ranks are started in order."""
     found = children(agent.pid)
-    if not isinstance(agent, TorchRun):  # the ranks of the other come from its server process
+    if not isinstance(agent, TorchRun):  # here the ranks are children of a server process
         found = [grandchild for child in found for grandchild in children(child)]
     assert len(found) == 2
     return found[rank]
@@ -225,7 +227,7 @@ def children(process: int) -> list[int]:
 
 
 class TorchRun(Forked):
-    """The real command, which imports everything in each of its processes."""
+    """The torchrun command, which imports everything in each process."""
 
     def __init__(self, words: tuple[object, ...], folder: Path) -> None:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -1,4 +1,4 @@
-"""The command: looks, builds, runs the parts, writes the results."""
+"""The command: runs the parts and writes the results."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ NO_GPU = 2
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """0: all good; 1: something failed, the page says what; 2: no GPU, or nothing can run."""
+    """Returns 0 if all parts passed, 1 if something failed, 2 without a GPU or a usable torch."""
     names = [part.name for wave in schedule.WAVES for part in wave]
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description="All that only a GPU can tell, in ten minutes."
+        prog="python -m benchmarks.gpu",
+        description="Runs the checks and measurements for a GPU.",
     )
     parser.add_argument("--out", type=Path, default=facts.ROOT / "gpu-results", help="folder")
-    parser.add_argument("--cpu-parts", action="store_true", help="what runs without a GPU, small")
-    parser.add_argument("--only", nargs="+", choices=names, default=[], help="these parts alone")
+    parser.add_argument("--cpu-parts", action="store_true", help="run small cases on the CPU")
+    parser.add_argument("--only", nargs="+", choices=names, default=[], help="run only these parts")
     parser.add_argument(
         "--into",
         nargs=2,
         type=Path,
         metavar=("PAGE.md", "FILE.json"),
-        help=f"only put a run's tables between a page's marks '<!-- bench {page.MARK} -->'",
+        help=f"only write a run's tables between a page's marks '<!-- bench {page.MARK} -->'",
     )
     options = parser.parse_args(words)
     if options.into:
@@ -40,13 +41,12 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"missing: {line}")
     if "torch_error" in found or "torch" in found["missing"]:
         why = found.get("torch_error", "no torch")
-        print(f"{sys.executable} can't be used: {why}", file=sys.stderr)
+        print(f"{sys.executable}: no usable torch: {why}. Set GPU_PYTHON=...", file=sys.stderr)
         return NO_GPU
     if not found["gpus"] and not options.cpu_parts:
         print(
             f"no CUDA device is visible to torch {found['torch']} of {sys.executable}: nothing was "
-            "run. Run this on a machine with a GPU (GPU_PYTHON=..., CUDA_VISIBLE_DEVICES), or with "
-            "--cpu-parts for what runs without one",
+            "run. Use a machine with a GPU (see GPU_PYTHON, CUDA_VISIBLE_DEVICES), or --cpu-parts",
             file=sys.stderr,
         )
         return NO_GPU

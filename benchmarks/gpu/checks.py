@@ -1,4 +1,4 @@
-"""Part: the checks of tests/gpu. Their items are dealt out to the processes of the part."""
+"""Parts: the checks of tests/gpu, distributed over the processes of each part."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Work = Callable[[], Sequence[Figure] | None]
 
 
 def ops(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
-    """Accuracy and behaviour of the fused ops, in an order that a cut leaves some of each."""
+    """Checks accuracy and behaviour of the fused ops, shuffled, as a run may be cut short."""
     cases = list(accuracy.cases(small=device.type == "cpu"))
     random.Random(0).shuffle(cases)
     items = _behaviour(behaviour.QUICK, device)
@@ -27,7 +27,7 @@ def ops(recorder: Recorder, device: torch.device, shard: int, shards: int) -> No
 
 
 def compiled(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
-    """The fused ops in torch.compile's modes."""
+    """Checks the fused ops in torch.compile's modes."""
     items = _behaviour(behaviour.COMPILED, device)
     if device.type == "cpu":
         items = {k: v for k, v in items.items() if k.startswith("lift_head/spectral/compiled")}
@@ -35,7 +35,7 @@ def compiled(recorder: Recorder, device: torch.device, shard: int, shards: int) 
 
 
 def large(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
-    """Maps of more than 2^31 elements, one after the other: each takes up to 40 GiB."""
+    """Checks maps of more than 2^31 elements, one at a time: each takes up to 40 GiB."""
     for name, work in _behaviour(behaviour.LARGE, device).items():
         recorder.run(name, work)
         if device.type == "cuda":
@@ -43,7 +43,7 @@ def large(recorder: Recorder, device: torch.device, shard: int, shards: int) -> 
 
 
 def linalg(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
-    """The operators of csrc."""
+    """Checks the operators of csrc."""
     checks = decompositions.cases(small=device.type == "cpu")
     items: dict[str, Work] = {name: partial(check, device) for name, check in checks.items()}
     _deal(recorder, items, shard, shards)
@@ -64,7 +64,7 @@ def _deal(recorder: Recorder, items: dict[str, Work], shard: int, shards: int) -
 
 
 def _measured(case: accuracy.Case, device: torch.device) -> list[Figure]:
-    """The largest error of a case, as a multiple of what is allowed too."""
+    """Returns the largest error of a case, and its ratio to the allowed error."""
     errors = accuracy.check(case, device)
     worst = max(errors, key=lambda e: e.error / e.allowed)
     return [

@@ -1,4 +1,4 @@
-"""What is here: torch, GPU, versions, what is missing; and the CUDA half of csrc."""
+"""Facts about this machine: torch, GPU, versions, missing packages; and the build of csrc."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LINKS = ("benchmarks", "kernels", "recipes")
-# module -> (wheel to carry, what is left out without it)
+# module -> (wheel to bring, parts that are left out without it)
 NEEDED = {
     "torch": ("torch", "everything"),
     "triton": ("triton, which comes with torch", "the fused ops on a GPU"),
@@ -35,7 +35,7 @@ NEEDED = {
     "jsonargparse": (
         "jsonargparse with typeshed-client, importlib-resources, typing-extensions and "
         "docstring-parser",
-        "the command line; no part of this run",
+        "the command line, which this run does not use",
     ),
     "pytest": ("pytest, iniconfig, pluggy, packaging, pygments", "`pytest tests/gpu` only"),
     "nvidia.dali": ("nvidia-dali-cuda130", "the DALI loader; timm's is used"),
@@ -70,7 +70,7 @@ print("FACTS" + json.dumps(found))
 
 
 def look() -> dict[str, Any]:
-    """Versions, GPUs and missing packages of this Python, asked of another process."""
+    """Returns versions, GPUs and missing packages of this Python, found in another process."""
     command = [sys.executable, "-c", _LOOK, json.dumps(list(NEEDED))]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
@@ -102,27 +102,27 @@ def _output(*command: str) -> str:
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler, on the path or in CUDA_HOME."""
+    """Returns the CUDA compiler on the path or in CUDA_HOME."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 
 
 def carry(missing: list[str]) -> list[str]:
-    """What to bring as wheels, a line each."""
+    """Returns a line for each wheel to bring."""
     return [f"{NEEDED[name][0]}: needed for {NEEDED[name][1]}" for name in missing]
 
 
 def too_old(found: dict[str, Any]) -> list[str]:
-    """Modules that are here in a version that can't be used."""
+    """Returns the modules whose version is too old."""
     old = found.get("setuptools", "none").partition(".")[0]
     return ["setuptools"] if old.isdigit() and int(old) < _SETUPTOOLS else []
 
 
 def link() -> str:
-    """Make the checkout importable as it lies; returns why that can't be done, or "".
+    """Makes the checkout importable; returns why that is not possible, or "".
 
-    featkd.kernels and the like are folders beside featkd/, which an installation maps; git ignores
-    these links.
+    An installation maps the folders beside featkd/ to featkd.kernels and so on. Here links do,
+    which git ignores.
     """
     for name in LINKS:
         place = ROOT / "featkd" / name
@@ -131,17 +131,17 @@ def link() -> str:
         try:
             place.symlink_to(Path("..") / name, target_is_directory=True)
         except OSError as error:
-            return f"{place}: no link to ../{name} can be made: {error}"
+            return f"{place}: cannot link to ../{name}: {error}"
     return ""
 
 
 def build_command() -> list[str]:
-    """Compiles csrc/ in place."""
+    """Returns the command that compiles csrc/ in place."""
     return [sys.executable, "setup.py", "build_ext", "--inplace"]
 
 
 def build_environment(gpus: list[Any]) -> dict[str, str]:
-    """For this GPU alone, which takes a third of the time."""
+    """Returns the environment that builds for this GPU alone, in a third of the time."""
     known = {**os.environ}
     if gpus:
         _, _, major, minor = gpus[0]

@@ -1,4 +1,4 @@
-"""The results: one JSON, one Markdown page, and its tables inside of another document."""
+"""Results as JSON, as a Markdown page, and as tables inside another document."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .recorder import Item
 from .schedule import Outcome
 
 MARK = "gpu"
 
 
 def content(found: Mapping[str, Any], outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """{"meta", "parts", "rows"}; a row is {"name", "variant", "metric", "unit", "value"}."""
+    """Returns {"meta", "parts", "rows"}; rows have "name", "variant", "metric", "unit", "value"."""
     rows = [
         {
             "name": f"{outcome.part.name}/{item.name}",
@@ -34,9 +35,9 @@ def content(found: Mapping[str, Any], outcomes: Sequence[Outcome]) -> dict[str, 
             "seconds": round(outcome.seconds, 1),
             "problem": outcome.problem,
             "passed": outcome.count("passed"),
-            "failed": [_said(item) for item in outcome.items if item.status in ("failed", "begun")],
-            "cut": [_said(item) for item in outcome.items if item.status == "cut"],
-            "skipped": [_said(item) for item in outcome.items if item.status == "skipped"],
+            "failed": [_entry(x) for x in outcome.items if x.status in ("failed", "begun")],
+            "cut": [_entry(item) for item in outcome.items if item.status == "cut"],
+            "skipped": [_entry(item) for item in outcome.items if item.status == "skipped"],
             "log": outcome.log if not outcome.is_good else "",
         }
         for outcome in outcomes
@@ -44,7 +45,7 @@ def content(found: Mapping[str, Any], outcomes: Sequence[Outcome]) -> dict[str, 
     return {"meta": dict(found), "parts": parts, "rows": rows}
 
 
-def _said(item: Any) -> dict[str, str]:
+def _entry(item: Item) -> dict[str, str]:
     return {"name": item.name, "message": item.message}
 
 
@@ -54,7 +55,7 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def origin(meta: Mapping[str, Any]) -> str:
-    """GPU, driver, versions, commit and day, as a line."""
+    """Describes GPU, driver, versions, commit and day in one line."""
     gpus = [gpu[0] for gpu in meta["gpus"]] or ["no GPU"]
     return (
         f"{gpus[0]} ({len(meta['gpus'])} here), driver {meta['driver']}, CUDA {meta.get('cuda')}, "
@@ -64,12 +65,12 @@ def origin(meta: Mapping[str, Any]) -> str:
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """The whole page."""
+    """Returns the page."""
     meta = results["meta"]
     name = meta["gpus"][0][0] if meta["gpus"] else "no GPU"
     text = [f"# featkd on {name}\n\n{origin(meta)}; nvcc: {meta['nvcc']}.\n"]
     if meta.get("carry"):
-        text.append("\nMissing here, to be carried as wheels:\n")
+        text.append("\nMissing packages, to be brought as wheels:\n")
         text += [f"\n- {line}" for line in meta["carry"]]
         text.append("\n")
     lines = [
@@ -91,7 +92,7 @@ def page(results: Mapping[str, Any]) -> str:
         for kind in ("failed", "cut", "skipped"):
             reasons: dict[str, list[str]] = {}
             for item in part[kind]:
-                reasons.setdefault(_short(item["message"]) or "never ended", []).append(
+                reasons.setdefault(_short(item["message"]) or "did not end", []).append(
                     item["name"]
                 )
             text += [
@@ -107,7 +108,7 @@ def _short(text: str) -> str:
 
 
 def tables(results: Mapping[str, Any]) -> str:
-    """What was measured: ops, updates, launches."""
+    """Returns the tables of ops, updates and launches."""
     by_name: dict[str, dict[tuple[str, str], float]] = {}
     for row in results["rows"]:
         by_name.setdefault(row["name"], {})[row["variant"], row["metric"]] = row["value"]
@@ -117,7 +118,7 @@ def tables(results: Mapping[str, Any]) -> str:
     for metric, title in (
         ("gpu_us", "GPU time, us (launched from Python, L2 flushed before)"),
         ("graph_us", "GPU time as a CUDA graph, us"),
-        ("host_us", "the host's time, us"),
+        ("host_us", "Host time, us"),
     ):
         lines = []
         for case, values in speed.items():
@@ -157,7 +158,7 @@ def tables(results: Mapping[str, Any]) -> str:
 
 
 def write(folder: Path, name: str, results: Mapping[str, Any]) -> list[Path]:
-    """NAME.json and NAME.md."""
+    """Writes NAME.json and NAME.md."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.json", folder / f"{name}.md"]
     paths[0].write_text(json.dumps(results, indent=1) + "\n")
@@ -166,7 +167,7 @@ def write(folder: Path, name: str, results: Mapping[str, Any]) -> list[Path]:
 
 
 def write_into(document: Path, source: Path) -> None:
-    """The measured tables of a JSON between a document's marks '<!-- bench gpu -->'."""
+    """Writes the tables of a JSON file between a document's marks `<!-- bench gpu -->`."""
     from ..table import write_into as put
 
     put(document, MARK, tables(json.loads(source.read_text())))

@@ -1,4 +1,4 @@
-"""A process of a part: python -m benchmarks.gpu.part NAME DEVICE SHARD SHARDS FILE."""
+"""Process of a part: python -m benchmarks.gpu.part NAME DEVICE SHARD SHARDS FILE."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .recorder import Recorder
 
-# part -> module and function; imported here, so that a part needs only what it uses
+# part -> module and function, imported in `main`: a part needs only the packages that it uses
 PARTS = {
     "ops": ("checks", "ops"),
     "compiled": ("checks", "compiled"),
@@ -25,7 +25,7 @@ PARTS = {
 
 
 def main(words: Sequence[str]) -> int:
-    """Run the items of a shard."""
+    """Runs the items of a shard."""
     name, kind, shard, shards, file = words
     import torch
 

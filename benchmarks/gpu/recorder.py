@@ -1,4 +1,4 @@
-"""How a part tells what it did: a line of JSON as each item begins, and one as it ends."""
+"""Record of a part: a line of JSON when an item begins, and one when it ends."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# (variant, metric, unit, value) of the JSON form; the item is the name
+# (variant, metric, unit, value) as in the JSON form, whose name is the item's
 Figure = tuple[str, str, str, float]
-BROKEN = 3  # exit code of a process whose CUDA context can't be used any more: start another
+BROKEN = 3  # exit code of a process with a broken CUDA context, to be replaced by another
 
 
 class NotHere(Exception):
-    """This machine can't run the item; says why."""
+    """Raised if this machine cannot run the item."""
 
 
 class Cut(Exception):
-    """The time limit of an item ended it: it has neither passed nor failed."""
+    """Raised if a time limit ended an item, which has neither passed nor failed."""
 
 
 class Failed(Exception):
-    """An item failed; `figures` are those that there are all the same."""
+    """Raised if an item failed; `figures` are those that it measured anyway."""
 
     def __init__(self, message: str, figures: Sequence[Figure]) -> None:
         super().__init__(message)
@@ -34,25 +34,25 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class Item:
-    """One check or one measurement."""
+    """A check or a measurement."""
 
     name: str
     status: str
-    """passed, failed, skipped, cut (by its time limit), or begun (and never ended)."""
+    """One of passed, failed, skipped, cut (by its time limit), and begun (which did not end)."""
     seconds: float
     message: str
     figures: tuple[Figure, ...]
 
 
 class Recorder:
-    """Runs items and writes what came of them; those that an earlier process began are left out."""
+    """Runs items and records the results; skips items that an earlier process has begun."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._begun = {item.name for item in read(path)}
 
     def run(self, name: str, work: Callable[[], Sequence[Figure] | None]) -> None:
-        """An item; its failure is written down and does not end the process."""
+        """Runs an item; a failure is recorded and does not end the process."""
         if name in self._begun:
             return
         self._write({"name": name, "status": "begun"})
@@ -91,12 +91,12 @@ class Recorder:
 
 
 def read(path: Path) -> list[Item]:
-    """The items of a file, in the order in which they began."""
+    """Returns the items of a file, in the order in which they began."""
     found: dict[str, Item] = {}
     for text in path.read_text().splitlines() if path.is_file() else ():
         try:
             line = json.loads(text)
-        except ValueError:  # the process was ended as it wrote
+        except ValueError:  # the process was killed while it wrote the line
             continue
         figures = tuple(
             (str(v), str(m), str(u), float(x)) for v, m, u, x in line.get("figures", ())

@@ -1,4 +1,4 @@
-"""Part: compute-sanitizer's memcheck and racecheck on one small case of each op.
+"""Part: compute-sanitizer's memcheck and racecheck on a small case of each op.
 
 The tool instruments featkd's kernels alone (`--kernel-name`). A kernel that writes past its tensor
 is the control: it must be reported, or the filter or the tool misses kernels.
@@ -50,7 +50,7 @@ def checks(recorder: Recorder, device: torch.device, shard: int, shards: int) ->
 
 
 def command_of(name: str, tool: str, device: torch.device, limit: float) -> list[str]:
-    """Command that runs a case under a tool.
+    """Returns the command that runs a case under a tool.
 
     Raises:
         NotHere: compute-sanitizer is not installed.
@@ -63,7 +63,7 @@ def command_of(name: str, tool: str, device: torch.device, limit: float) -> list
     )
     if path is None:
         raise NotHere("compute-sanitizer is neither on the path nor in CUDA_HOME")
-    # torch asks the driver for functions that it may lack: no error of ours
+    # torch asks the driver for functions that it may lack, which is no error
     quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
     return [
         *(path, "--tool", tool, "--print-limit", "20", *quiet),
@@ -82,9 +82,9 @@ def check(name: str, tool: str, device: torch.device, limit: float) -> None:
         AssertionError: the tool reports an error, or the case or the tool failed.
     """
     command = command_of(name, tool, device, limit)
-    # each tensor an allocation of its own, so that an access beyond its end is seen
+    # one allocation per tensor: accesses beyond its end are found
     known = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    with tempfile.TemporaryFile() as file:  # no pipe: a process left over would hold it open
+    with tempfile.TemporaryFile() as file:  # a process left over would keep a pipe open
         with subprocess.Popen(command, env=known, stdout=file, stderr=file) as process:
             try:
                 code = process.wait(limit)
@@ -122,9 +122,9 @@ def featkd_write_past_the_end(out, ELEMENTS: tl.constexpr):  # type: ignore[no-u
 
 
 def main(words: Sequence[str]) -> int:
-    """Runs a case, forward and backward pass, under a tool or not."""
+    """Runs the forward and backward pass of a case, with or without a sanitizer."""
     name, kind, limit = words
-    # where the tool is killed and leaves the case behind, the case still ends
+    # if the tool is killed and leaves the case behind, the case ends itself
     signal.alarm(max(1, int(limit)))
     device = torch.device(kind)
     if name == CONTROL:

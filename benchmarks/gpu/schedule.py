@@ -1,4 +1,4 @@
-"""The parts, their time limits and order, and the processes that run them."""
+"""Parts, their time limits and order, and the processes that run them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _RESTARTS = 6
 
 @dataclass(frozen=True)
 class Part:
-    """What is run in processes of its own, at most `limit` seconds."""
+    """Checks or measurements that run in processes of their own, for at most `limit` seconds."""
 
     name: str
     about: str
     limit: int
     share: float = 0.0
-    """Of the cores, one process each; 0 is one process."""
+    """Share of the cores that get a process each; 0 is one process."""
 
 
-# One wave after another; the parts of a wave run beside each other. What is timed runs alone.
+# The waves run one after another, and the parts of a wave side by side; timed parts run alone.
 WAVES: tuple[tuple[Part, ...], ...] = (
     (
         Part("build", "csrc with its CUDA half", 230),
@@ -56,22 +56,22 @@ CPU_WAVES: tuple[tuple[Part, ...], ...] = tuple(
 
 @dataclass
 class Outcome:
-    """What came of a part."""
+    """Result of a part."""
 
     part: Part
     seconds: float = 0.0
     problem: str = ""
-    """Why it did not come to its end, or ""."""
+    """Reason why it did not finish, or ""."""
     items: list[Item] = field(default_factory=list)
     log: str = ""
 
     def count(self, status: str) -> int:
-        """Items of that status."""
+        """Returns the number of items with that status."""
         return sum(item.status == status for item in self.items)
 
     @property
     def is_good(self) -> bool:
-        """No failure, and nothing cut or left undone."""
+        """True if the part finished, without a failure and without an item that was cut."""
         return not self.problem and all(x.status in ("passed", "skipped") for x in self.items)
 
 
@@ -97,21 +97,21 @@ class _Process:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # so that what it started is ended with it
+                start_new_session=True,  # its children are killed with it
             )
 
     def look(self, deadline: float) -> bool:
-        """Whether it is still at work."""
+        """Returns True if the process is still running; ends it after its deadline."""
         assert self.handle is not None
         code = self.handle.poll()
         now = time.monotonic()
         if code is None and now < min(deadline, self.started + self.part.limit):
             return True
-        self._end_group()  # what it started may outlive it
+        self._end_group()  # its children may outlive it
         if code is None:
             self.problem = f"ended after {now - self.started:.0f} s"
         elif code in (BROKEN, -signal.SIGSEGV, -signal.SIGABRT) and self.restarts < _RESTARTS:
-            # the item that broke it is written down; go on with those after it
+            # the item that broke it is recorded: a new process continues with the next one
             self.restarts += 1
             self.start()
             return True
@@ -121,7 +121,7 @@ class _Process:
         return False
 
     def kill(self) -> None:
-        """End it and all that it started."""
+        """Ends the process and its children."""
         if self.handle is not None and self.ended is None:
             self._end_group()
 
@@ -129,7 +129,6 @@ class _Process:
         assert self.handle is not None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.handle.pid, signal.SIGKILL)
-        self.handle.wait()
         self.handle.wait()
 
 
@@ -141,7 +140,7 @@ def _tail(log: Path, size: int = 1500) -> str:
 def run(
     waves: Sequence[Sequence[Part]], device: str, folder: Path, gpus: list[Any], only: Sequence[str]
 ) -> list[Outcome]:
-    """All parts of all waves, or the named ones; what there is no time for is said."""
+    """Runs all parts, or those in `only`; a part without time left has a problem in its outcome."""
     deadline = time.monotonic() + WHOLE_RUN
     outcomes = []
     for wave in waves:
@@ -179,10 +178,11 @@ def _processes(part: Part, device: str, folder: Path, gpus: list[Any]) -> list[_
         return [_Process(part, facts.build_command(), known, None, log, 0.0)]
     cores = len(os.sched_getaffinity(0))
     count = max(1, int(part.share * cores)) if device == "cuda" else 1
-    known = {**os.environ, "PYTHONPATH": str(facts.ROOT), "PYTHONFAULTHANDLER": "1"}
+    folders = (facts.ROOT, facts.ROOT / "tools" / "ptx_emulator")
+    known = {**os.environ, "PYTHONPATH": ":".join(map(str, folders)), "PYTHONFAULTHANDLER": "1"}
     known.setdefault("OMP_NUM_THREADS", "1" if device == "cpu" else str(max(1, cores // 8)))
     known.setdefault("OMP_WAIT_POLICY", "passive")
-    # inductor's workers, of each process
+    # per process
     known.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores // (2 * count))))
     found = []
     for shard in range(count):
@@ -198,7 +198,7 @@ def _outcome(part: Part, processes: Sequence[_Process]) -> Outcome:
     problems = [p.problem for p in processes if p.problem]
     undone = [item.name for item in items if item.status == "begun"]
     if undone:
-        problems.append(f"ended in the middle of {', '.join(undone)}")
+        problems.append(f"ended during {', '.join(undone)}")
     seconds = max(((p.ended or p.started) - p.started for p in processes), default=0.0)
     log = "\n".join(dict.fromkeys(_tail(p.log, 6000) for p in processes))
     return Outcome(part, seconds, "; ".join(dict.fromkeys(problems)), items, log)

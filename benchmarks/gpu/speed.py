@@ -1,17 +1,14 @@
-"""Part: each op against plain torch: GPU time, time as a CUDA graph, and the host's time apart.
+"""Part: GPU time, time as a CUDA graph and host time of each op against plain torch.
 
-Variants: `eager` (plain torch written for speed), `compile` (torch.compile of it), `reference`
-(torch.compile of featkd's own plain torch) and `featkd`, each forward and backward. In precision
-`autocast` the student and the parameters are float32 and all run under bf16 autocast; in `bf16`
-every tensor is bf16.
+The variants are those of `featkd bench run`, forward and backward, under autocast to bf16 and with
+all tensors in bf16.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -19,223 +16,134 @@ from torch import Tensor
 
 import featkd
 
-from .. import lift_head, projected_feature_kd, sizes, soft_kd, widelast_projection
-from ..problem import Maps, Problem, Tensors
-from ..timing import quantiles
+from ..cases import OPS, ROW_OPS
+from ..problem import Case
+from ..sizes import Maps, Sizes
+from ..timing import clock_for, quantiles, take_turns
+from ..variants import VARIANTS, Disagreement, Prepared, Step, build
 from .recorder import Failed, Figure, Recorder
 
-VARIANTS = ("eager", "compile", "reference", "featkd")
-PRECISIONS = ("autocast", "bf16")
-_L2_BYTES = 256 * 2**20  # more than any GPU's L2
+_DTYPES = ("autocast-bf16", "bf16")
+_FORMS = ("mse-lift", "spectral-lift", "two-norms", "mse", "indices", "spectral-widelast")
 _ROUNDS, _HOST_CALLS = 30, 20
 _WARM_UP = 4
-Run = Callable[[], tuple[Tensor, ...]]
 
 
 def ops(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
-    """An item for each problem and precision. A shard alone would be timed beside the others."""
-    for problem, precision in _problems(device):
-        name = f"{problem.op}/{problem.form}/{problem.shape}/{precision}"
-        recorder.run(name, partial(measure, problem, precision, device))
+    """Times each case, in one process: shards would disturb each other."""
+    for case in _cases(device):
+        recorder.run(case.title, partial(measure, case, device))
 
 
 def warm(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
-    """The same without timing, dealt out to processes: fills the compilers' caches on disk."""
-    for number, (problem, precision) in enumerate(_problems(device)):
+    """Runs the cases without timing, in several processes, to fill the compilers' disk caches."""
+    for number, case in enumerate(_cases(device)):
         if number % shards == shard:
-            name = f"{problem.op}/{problem.form}/{problem.shape}/{precision}"
-            recorder.run(name, partial(_compile, problem, precision, device))
+            recorder.run(case.title, partial(_run_once, case, device))
 
 
-def _compile(problem: Problem, precision: str, device: torch.device) -> None:
-    for run in runs(problem, precision, device).values():
-        run()
+def _run_once(case: Case, device: torch.device) -> None:
+    for step in _build(case, device).steps.values():
+        step()
 
 
-def _problems(device: torch.device) -> Iterator[tuple[Problem, str]]:
-    """The largest first: a run that is cut short has those."""
+def _build(case: Case, device: torch.device) -> Prepared:
+    # on a CPU only the tracing is checked
+    return build(case, VARIANTS, device, "inductor" if device.type == "cuda" else "eager")
+
+
+def _cases(device: torch.device) -> Iterator[Case]:
+    """Yields the largest cases first, for a run that is cut short."""
     if device.type == "cpu":
-        small = Maps(2, (3, 4), 12, 20)
-        yield from ((p, "autocast") for p in _of(small, ("spectral-lift",)))
+        yield from _select(Maps(2, (3, 4), 12, 20), ("spectral-lift",), "autocast-bf16")
         return
     for batch in (256, 32):
-        usual, wide = Maps(batch, (14, 14), 192, 384), Maps(batch, (14, 14), 768, 1024)
-        forms = ("mse-lift", "spectral-lift", "two-norms", "mse", "indices", "spectral-widelast")
-        for precision in PRECISIONS:
-            for problem in (*_of(usual, forms), *_of(wide, ("mse-lift",))):
-                yield problem, precision
+        for dtype in _DTYPES:
+            yield from _select(Maps(batch, (14, 14), 192, 384), _FORMS, dtype)
+            yield from _select(Maps(batch, (14, 14), 768, 1024), ("mse-lift",), dtype)
 
 
-def _of(maps: Maps, forms: tuple[str, ...]) -> list[Problem]:
-    """The benchmarks' problems of these forms at one size."""
-    name = f"gpu {maps}"
-    sizes.MAPS[name], sizes.LOGITS[name] = (maps,), ((maps.batch, 1000),)
-    modules = (projected_feature_kd, widelast_projection, lift_head, soft_kd)
-    return [p for module in modules for p in module.problems(name) if p.form in forms]
+def _select(maps: Maps, forms: tuple[str, ...], dtype: str) -> Iterator[Case]:
+    sizes = Sizes((maps,), ((maps.batch, 1000),))
+    for op in ROW_OPS:
+        for problem in OPS[op](sizes):
+            if problem.form in forms:
+                yield Case(problem, dtype, "both")
 
 
-def inputs(problem: Problem, precision: str, device: torch.device) -> Tensors:
-    """Leaves; under autocast all but the teacher's tensors are float32."""
-    generator = torch.Generator(device).manual_seed(0)
+def measure(case: Case, device: torch.device) -> list[Figure]:
+    """Times each variant; the error names the variants that failed, and has the others' figures.
 
-    def normal(*shape: int, scale: float = 1, mean: float = 0) -> Tensor:
-        return mean + scale * torch.randn(shape, generator=generator, device=device)
-
-    found = {}
-    for name, x in problem.tensors(normal).items():
-        differentiable = name in problem.differentiable
-        half = precision == "bf16" or not differentiable
-        x = x.bfloat16() if half and x.is_floating_point() else x
-        found[name] = x.requires_grad_(differentiable)
-    return found
-
-
-def runs(problem: Problem, precision: str, device: torch.device) -> dict[str, Run]:
-    """Forward and backward of each variant, compiled where it is, and found to agree."""
-    torch.compiler.reset()
-    tensors = inputs(problem, precision, device)
-    leaves = [tensors[name] for name in problem.differentiable]
-
-    def context() -> AbstractContextManager[object]:
-        return (
-            torch.autocast(device.type, torch.bfloat16)
-            if precision == "autocast"
-            else nullcontext()
-        )
-
-    def reference(x: Tensors) -> tuple[Tensor, ...]:
-        with featkd.use_backend("reference"):
-            return problem.featkd(x)
-
-    compiled = partial(torch.compile, fullgraph=True, dynamic=False)
-    if device.type == "cpu":  # that it can be traced is what is checked there
-        compiled = partial(compiled, backend="eager")
-    forwards = {
-        "eager": problem.eager,
-        "compile": compiled(problem.eager),
-        "reference": compiled(reference),
-        "featkd": problem.featkd,
-    }
-    generator = torch.Generator(device).manual_seed(1)
-    upstream: list[Tensor] = []
-    found: dict[str, Run] = {}
-    for name in VARIANTS:
-        forward = forwards[name]
-
-        def run(forward: Callable[[Tensors], tuple[Tensor, ...]] = forward) -> tuple[Tensor, ...]:
-            with context():
-                outputs = forward(tensors)
-            gradients = [g.to(y.dtype) for g, y in zip(upstream, outputs, strict=True)]
-            return torch.autograd.grad(outputs, leaves, gradients)
-
-        if not upstream:
-            with context(), torch.no_grad():
-                for y in forward(tensors):
-                    drawn = torch.randn(y.shape, generator=generator, device=device)
-                    upstream.append((1024 * torch.ones_like(drawn) if not y.dim() else drawn).to(y))
-        found[name] = run
-    return found
-
-
-def measure(problem: Problem, precision: str, device: torch.device) -> list[Figure]:
-    """Figures of each variant; one that fails is named and leaves the others alone."""
-    found: list[Figure] = []
-    ready: dict[str, Run] = {}
+    Raises:
+        Failed: a variant failed, differs from eager, or ran on another backend.
+    """
+    built = _build(case, device)
+    ready: dict[str, Step] = {}
     failures = []
-    results: dict[str, tuple[Tensor, ...]] = {}
-    for name, run in runs(problem, precision, device).items():
+    for name, step in built.steps.items():
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # inductor's, of the FFT
+                warnings.simplefilter("ignore")  # inductor's, about the FFT
                 for _ in range(_WARM_UP):
-                    results[name] = tuple(x.detach().clone() for x in run())
-            ready[name] = run
+                    results = step()
+            ready[name] = step
+            built.check(name, results)
+        except Disagreement as error:
+            failures.append(str(error))
         except Exception as error:
             failures.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
-    expected = "triton" if device.type == "cuda" else None
-    if expected is not None and featkd.last_backend(problem.op) != expected:
-        failures.append(f"featkd ran on {featkd.last_backend(problem.op)}")
-    for name, gradients in results.items():
-        for x, y in zip(gradients, results.get("eager", gradients), strict=True):
-            gap = float((x.double() - y.double()).norm() / y.double().norm())
-            if not gap < 0.06:
-                failures.append(f"{name} differs from eager by {gap:.1e}")
-    graphs = {} if device.type == "cpu" else _captured(ready, device, failures)
+    ran = featkd.last_backend(case.problem.op)
+    if device.type == "cuda" and ran != "triton":
+        failures.append(f"featkd: expected to run on triton, ran on {ran}")
+    found: list[Figure] = []
+    graphs = _captured(ready, device, failures) if device.type == "cuda" else {}
     for metric, steps in (("gpu_us", ready), ("graph_us", graphs)):
-        for name, times in _times(steps, device).items():
-            low, middle, high = quantiles(times)
-            for suffix, value in (("", middle), ("_q20", low), ("_q80", high)):
-                found.append((name, metric + suffix, "us", value))
-    for name, run in ready.items():
-        found.append((name, "host_us", "us", _host(run, device)))
+        for name, seconds in take_turns(steps, clock_for(device), min_rounds=_ROUNDS).items():
+            for suffix, value in zip(("_q20", "", "_q80"), quantiles(seconds), strict=True):
+                found.append((name, metric + suffix, "us", 1e6 * value))
+    for name, step in ready.items():
+        found.append((name, "host_us", "us", _host(step, device)))
     if failures:
         raise Failed("; ".join(failures), found)
     return found
 
 
-def _captured(
-    ready: dict[str, Run], device: torch.device, failures: list[str]
-) -> dict[str, Callable[[], object]]:
-    """The variants as CUDA graphs."""
-    found: dict[str, Callable[[], object]] = {}
-    for name, run in ready.items():
+def _captured(ready: dict[str, Step], device: torch.device, failures: list[str]) -> dict[str, Step]:
+    """Captures the variants as CUDA graphs."""
+    found: dict[str, Step] = {}
+    for name, step in ready.items():
         try:
             stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 for _ in range(2):
-                    run()
+                    step()
             torch.cuda.current_stream(device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                kept = run()
-            found[name] = partial(_replay, graph, kept)
+                kept = step()
+            found[name] = Step(tuple, partial(_replay, graph, kept))
         except Exception as error:
             failures.append(f"{name} as a CUDA graph: {type(error).__name__}: {str(error)[:300]}")
     return found
 
 
-def _replay(graph: torch.cuda.CUDAGraph, kept: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _replay(
+    graph: torch.cuda.CUDAGraph, kept: tuple[Tensor, ...], ready: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     graph.replay()
     return kept
 
 
-def _times(
-    steps: dict[str, Run] | dict[str, Callable[[], object]], device: torch.device
-) -> dict[str, list[float]]:
-    """Microseconds in turns; on a GPU its own time, from a cold L2."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    if device.type == "cpu":
-        for _ in range(3):
-            for name, step in steps.items():
-                started = time.perf_counter()
-                step()
-                times[name].append(1e6 * (time.perf_counter() - started))
-        return times
-    scratch = torch.empty(_L2_BYTES, dtype=torch.int8, device=device)
-    for _ in range(_ROUNDS):
-        events = {}
-        for name, step in steps.items():
-            scratch.zero_()
-            events[name] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-            events[name][0].record()
-            step()
-            events[name][1].record()
-        torch.cuda.synchronize(device)
-        for name, (start, end) in events.items():
-            times[name].append(1e3 * start.elapsed_time(end))
-    return times
-
-
-def _host(run: Run, device: torch.device) -> float:
-    """Microseconds that a call keeps the host, the GPU's queue being empty at first."""
+def _host(step: Step, device: torch.device) -> float:
+    """Returns the microseconds for which a call occupies the host, with the GPU's queue empty."""
     found = []
     for _ in range(5):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         started = time.perf_counter()
         for _ in range(_HOST_CALLS):
-            run()
+            step()
         found.append(1e6 * (time.perf_counter() - started) / _HOST_CALLS)
         if device.type == "cpu":
             break

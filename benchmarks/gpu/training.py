@@ -19,13 +19,9 @@ from PIL import Image
 import featkd
 from featkd.cache import CacheConfig
 from featkd.data import AugmentConfig, Batch, DataConfig
-from featkd.diagnostics.findings import RunOptions
-from featkd.diagnostics.model_features import ModelFeatures, Subject
-from featkd.diagnostics.run import DiagnosticsRun
-from featkd.diagnostics.stream import Settings
-from featkd.models import create_student, create_teacher
+from featkd.diagnostics import DiagnoseConfig, Settings, diagnose
 from featkd.runtime.distributed import ProcessContext
-from featkd.train.build_cache import fill
+from featkd.train.build_cache import build_cache
 from featkd.train.recipe import (
     CheckpointConfig,
     LossConfig,
@@ -38,14 +34,14 @@ from featkd.train.trainer import Trainer
 
 from .recorder import Figure, Recorder
 
-_QUIET = 6  # updates before those that may not wait: compilation, CUDA graphs' recording
+_QUIET = 6  # first updates, which may wait: for compilation and the recording of CUDA graphs
 _CLASSES = 3
 _OPS = {"lift": "lift_head", "widelast": "widelast_projection"}
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of images, models and runs."""
+    """Sizes of images, models and runs."""
 
     pixels: int
     student: dict[str, Any]
@@ -71,7 +67,7 @@ _CPU = Size(
 
 
 def updates(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
-    """30 updates of a Lift and a WideLast student in each precision and mode."""
+    """Runs 30 updates of a Lift and a WideLast student in each precision and mode."""
     small = device.type == "cpu"
     amps: tuple[Literal["off", "bf16", "fp16"], ...] = ("off",) if small else ("bf16", "fp16")
     modes = ("off",) if small else ("off", "default", "reduce-overhead")
@@ -87,7 +83,7 @@ def updates(recorder: Recorder, device: torch.device, shard: int, shards: int) -
 
 
 def tools(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
-    """A cache, a run from it, a whole run, and diagnostics, all with random weights."""
+    """Runs the cache, a run from it, a whole run, and diagnostics, all with random weights."""
     items: dict[str, Callable[[Path, torch.device], None]] = {
         "cache and distill --cache": _cached,
         "distill, evaluate, resume": _whole,
@@ -109,7 +105,7 @@ def _context(device: torch.device) -> ProcessContext:
 
 @contextmanager
 def images(size: Size) -> Iterator[Path]:
-    """A folder of made-up JPEGs: 40 a class to train, 8 to validate."""
+    """Generates a folder of JPEGs, for each class 40 to train and 8 to validate."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(prefix="featkd-gpu-") as name:
         root = Path(name)
@@ -125,7 +121,7 @@ def images(size: Size) -> Iterator[Path]:
 
 
 def recipe_for(folder: Path, arch: Any, device: torch.device) -> Recipe:
-    """Soft labels and a feature loss from a random teacher, without augmentation that is slow."""
+    """Returns a recipe with soft labels, a feature loss, and augmentation that is fast."""
     size = _size(device)
     model = "vit_tiny_patch16_224"
     metric: Literal["mse", "spectral"] = "spectral" if arch == "widelast" else "mse"
@@ -152,13 +148,13 @@ def recipe_for(folder: Path, arch: Any, device: torch.device) -> Recipe:
 
 
 def _updates(recipe: Recipe, device: torch.device) -> list[Figure]:
-    """The updates; from the seventh on nothing may wait for the GPU."""
+    """Runs the updates; from the seventh on none may wait for the GPU."""
     torch.compiler.reset()
     cuda = device.type == "cuda"
     trainer = Trainer(recipe, _context(device))
     size = _size(device)
     try:
-        trainer.parts.student.train()
+        trainer.components.student.train()
         totals, seconds = [], []
         for number, batch in enumerate(_batches(trainer, size.updates)):
             if cuda:
@@ -173,7 +169,7 @@ def _updates(recipe: Recipe, device: torch.device) -> list[Figure]:
             totals.append(float(terms.total.detach()))
             seconds.append(time.perf_counter() - started)
     finally:
-        trainer.parts.close()
+        trainer.components.close()
     assert len(totals) == size.updates
     assert all(np.isfinite(totals)), f"losses {totals}"
     if cuda:
@@ -191,7 +187,7 @@ def _updates(recipe: Recipe, device: torch.device) -> list[Figure]:
 
 
 def _batches(trainer: Trainer, count: int) -> Iterator[Batch]:
-    """Micro-batches of as many epochs as it takes."""
+    """Yields `count` batches, over as many epochs as needed."""
     epoch = 0
     while count > 0:
         for batch in trainer.batches(epoch):
@@ -207,8 +203,8 @@ def _cached(folder: Path, device: torch.device) -> None:
     for features in ("full",) if device.type == "cpu" else ("full", "lowrank"):
         cache = folder / f"cache-{features}"
         config = CacheConfig(views=2, features=features)  # type: ignore[arg-type]
-        filled = fill(recipe, config, context, cache, quiet=True)
-        assert filled.written > 0
+        built = build_cache(recipe, config, context, cache, quiet=True)
+        assert built.written > 0
         run = replace(recipe, cache=str(cache), out=str(folder / f"run-{features}"))
         outcome = Trainer(run, context).run("never", quiet=True)
         _check_outcome(outcome, run, device)
@@ -230,30 +226,21 @@ def _check_outcome(outcome: Any, recipe: Recipe, device: torch.device) -> None:
 
 
 def _diagnose(folder: Path, device: torch.device) -> None:
-    size, context = _size(device), _context(device)
-    model = "vit_tiny_patch16_224"
-    options = {"img_size": size.pixels, **size.student}
-    student = create_student(model, "plain", size.teacher["embed_dim"], _CLASSES, **options)
-    teacher = create_teacher(model, pretrained=False, img_size=size.pixels, **size.teacher)
-    subjects = []
-    for name, made in (("student", student), ("teacher", teacher)):
-        made.to(context.device)
-        subjects.append(Subject(name, made, None, {"name": name}))
-    source = ModelFeatures(
-        subjects,
-        folder / "images",
-        DataConfig(img_size=size.pixels, workers=0),
-        device=context.device,
-        bf16=False,
-        limit=24,
-        chunk_size=8,
-        on_bad="error",
+    size = _size(device)
+    config = DiagnoseConfig(
+        student="vit_tiny_patch16_224",
+        student_options=dict(size.student),
+        teacher="vit_tiny_patch16_224",
+        teacher_options=dict(size.teacher),
+        data=str(folder / "images"),
+        out=str(folder / "diagnostics"),
+        images=24,
+        batch_size=8,
+        img_size=size.pixels,
+        workers=0,
+        device=device.type,
+        settings=Settings(sample=8, permuted=4, permutations=4),
     )
-    # compiled as `featkd diagnose` has it on a GPU
-    run_options = RunOptions(resume=False, compiled=device.type == "cuda")
-    settings = Settings(sample=8, permuted=4, permutations=4)
-    found = DiagnosticsRun(source, settings, run_options, folder / "state", context).run()
-    assert not isinstance(found, int), f"stopped by signal {found}"
-    assert found is not None
+    found = diagnose(config)
     assert found.images == 24
     assert {layer.model for layer in found.layers} == {"student", "teacher"}

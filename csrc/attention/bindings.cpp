@@ -1,4 +1,4 @@
-// The sweep over talking heads' scores for torch, by its stable ABI. The schema is declared in
+// Registers featkd::mix_heads through torch's stable ABI. Its schema is declared in
 // featkd/ops/talking_heads_attention.py.
 #include "../bindings.h"
 
@@ -8,24 +8,24 @@
 
 #include <new>
 
-#include "../deal.h"
 #include "../isa.h"
+#include "../parallel.h"
 #include "heads.h"
 
 namespace featkd {
 
-FEATKD_FOR_EACH_ISA(MixHeads, mix_heads)
+FEATKD_DECLARE_FOR_EACH_ISA(MixHeads, mix_heads)
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t MOST_BLOCKS = 32;  // of queries, dealt to threads
-// Waking a thread takes as long as a sweep over this many numbers.
-constexpr int64_t A_THREADS_NUMBERS = 1 << 14;
+constexpr int64_t MAX_QUERY_BLOCKS = 32;  // blocks of queries that are distributed over the threads
+// Starting a thread takes about as long as processing this many elements.
+constexpr int64_t ELEMENTS_PER_THREAD = 1 << 14;
 
-const float* numbers(const Tensor& x, int64_t count) {
+const float* float_data(const Tensor& x, int64_t count) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == count,
                   "expected ", count, " contiguous float32 numbers");
   return static_cast<const float*>(x.const_data_ptr());
@@ -44,20 +44,21 @@ void mix_heads(Tensor scores, Tensor pre, Tensor post, Tensor bias) {
                              sizes[3],
                              scores.mutable_data_ptr(),
                              type == ScalarType::BFloat16,
-                             numbers(pre, heads * heads),
-                             numbers(post, heads * heads),
-                             numbers(bias, heads)};
-  const int64_t most = 1 + 2 * heads * scores.numel() / A_THREADS_NUMBERS;
-  const int64_t there = torch::stable::get_num_threads();
-  const int threads = int(most < there ? most : there);
-  const int64_t blocks = rows < MOST_BLOCKS ? rows : MOST_BLOCKS;
-  MixHeads* const mix = FEATKD_CHOSEN(mix_heads);
+                             float_data(pre, heads * heads),
+                             float_data(post, heads * heads),
+                             float_data(bias, heads)};
+  const int64_t max_threads = 1 + 2 * heads * scores.numel() / ELEMENTS_PER_THREAD;
+  const int64_t available = torch::stable::get_num_threads();
+  const int threads = int(max_threads < available ? max_threads : available);
+  const int64_t blocks = rows < MAX_QUERY_BLOCKS ? rows : MAX_QUERY_BLOCKS;
+  MixHeads* const mix = FEATKD_FOR_THIS_CPU(mix_heads);
   try {
-    deal(blocks, threads, run_parallel, problem.scratch() * sizeof(float),
-         [&](int64_t index, void* scratch) {
-           mix(problem, rows * index / blocks, rows * (index + 1) / blocks,
-               static_cast<float*>(scratch));
-         });
+    parallel_for_each(blocks, threads, run_in_torch_threads,
+                      problem.scratch_elements() * sizeof(float),
+                      [&](int64_t index, void* scratch) {
+                        mix(problem, rows * index / blocks, rows * (index + 1) / blocks,
+                            static_cast<float*>(scratch));
+                      });
   } catch (const std::bad_alloc&) {
     STD_TORCH_CHECK(false, "featkd: out of memory for the scratch space of ", threads, " threads");
   }

@@ -1,6 +1,6 @@
-// The sweep over talking heads' scores for one instruction set: compiled once for each, with its
-// flags and a name of its own in FEATKD_ISA. Nothing here may be a weak symbol, for the linker
-// would keep one copy.
+// Mixes and normalises the attention scores of talking heads. This file is compiled once per
+// instruction set, with the set's compiler flags and its name in FEATKD_ISA. It must define no weak
+// symbols: the linker would keep a single copy for all instruction sets.
 #include "heads.h"
 
 #include "../target.h"
@@ -9,16 +9,17 @@ namespace featkd {
 namespace {
 
 constexpr int BYTES = FEATKD_VECTOR_BYTES, L = BYTES / int(sizeof(float));
-constexpr int MOST_COLUMNS = 4;  // vectors of keys at once: a weight serves all of them
-// heads of a tile: its sums and a vector of each column stay in the 16 or 32 registers
-constexpr int MOST_HEADS = BYTES == 64 ? 4 : 2;
+constexpr int TILE_VECTORS = 4;  // vectors of keys in a tile; they share each loaded weight
+// Heads in a tile. Its sums and one head's vectors of keys must fit the 16 or 32 vector registers.
+constexpr int TILE_HEADS = BYTES == 64 ? 4 : 2;
 
 typedef float Vec __attribute__((vector_size(BYTES)));
 typedef int32_t Signed __attribute__((vector_size(BYTES)));
 typedef uint32_t Bits __attribute__((vector_size(BYTES)));
 typedef uint16_t BFloat16s __attribute__((vector_size(BYTES / 2)));
 
-// `count` of the numbers at p, L of them where it is a constant; the other lanes are zero.
+// Loads `count` numbers from p and sets the other lanes to zero. With the default count, the copy
+// has a constant size and compiles to one vector load.
 FEATKD_INLINE Vec load(const float* p, int count = L) {
   Vec x = {};
   __builtin_memcpy(&x, p, size_t(count) * sizeof *p);
@@ -32,7 +33,7 @@ FEATKD_INLINE Vec load(const uint16_t* p, int count = L) {
 FEATKD_INLINE void store(float* p, Vec x, int count = L) {
   __builtin_memcpy(p, &x, size_t(count) * sizeof *p);
 }
-// To nearest, ties to even: the carry of the rounding runs into the exponent as it should.
+// Rounds to nearest, ties to even. A carry from the mantissa correctly increments the exponent.
 FEATKD_INLINE void store(uint16_t* p, Vec x, int count = L) {
   const Bits bits = Bits(x), nan = Bits{} + 0x7fc0;
   const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -40,10 +41,10 @@ FEATKD_INLINE void store(uint16_t* p, Vec x, int count = L) {
   __builtin_memcpy(p, &narrow, size_t(count) * sizeof *p);
 }
 
-// Of x <= 0 or NaN, to 1e-7 of itself: 2^n e^r with |r| <= ln 2 / 2, and 0 where it is subnormal.
-// e^r by the polynomial of the Cephes library's expf (S. Moshier).
+// e^x for x <= 0 or NaN with a relative error of 1e-7; 0 if the result is subnormal. Computes
+// 2^n e^r with |r| <= ln 2 / 2; e^r is the polynomial of expf in the Cephes library (S. Moshier).
 FEATKD_INLINE Vec exponential(Vec x) {
-  constexpr float ROUND = 0x1.8p23f;  // its last place is worth 1
+  constexpr float ROUND = 0x1.8p23f;  // its last mantissa bit has the value 1
   const Vec zero = {}, shifted = x * 1.44269504f + ROUND, n = shifted - ROUND;
   const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Vec y = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -65,14 +66,14 @@ FEATKD_INLINE float reduce(Vec x, const Combine& combine) {
   return lanes[0];
 }
 
-// e^(x - largest) of whole vectors in place; returns their sum.
+// Replaces each x by e^(x - maximum) and returns the sum; `count` is a multiple of L.
 FEATKD_INLINE float exponentials(float* row, int64_t count) {
-  Vec most = load(row), sum = {};
+  Vec maximum = load(row), sum = {};
   for (int64_t c = L; c < count; c += L) {
     const Vec x = load(row + c);
-    most = x > most ? x : most;
+    maximum = x > maximum ? x : maximum;
   }
-  const float top = reduce(most, [](float a, float b) { return a > b ? a : b; });
+  const float top = reduce(maximum, [](float a, float b) { return a > b ? a : b; });
   for (int64_t c = 0; c < count; c += L) {
     const Vec e = exponential(load(row + c) - top);
     sum += e;
@@ -88,41 +89,41 @@ struct HeadRows {
   int64_t stride;
 };
 
-// out_g = sum_h weights_gh in_h + bias_g for HEADS heads from g on and COLUMNS vectors of keys from
-// c on, of which only `count` keys are there where that is below a vector.
-template <int HEADS, int COLUMNS, class From, class To>
+// out_g = sum_h weights_gh in_h + bias_g for HEADS heads from g on and VECTORS vectors of keys from
+// c on. A `count` below L is the number of keys in an incomplete vector.
+template <int HEADS, int VECTORS, class From, class To>
 FEATKD_INLINE void mix_tile(int64_t heads, const float* weights, const float* bias,
                             HeadRows<From> in, HeadRows<To> out, int64_t g, int64_t c,
                             int count = L) {
-  Vec sums[HEADS][COLUMNS];
+  Vec sums[HEADS][VECTORS];
   FEATKD_UNROLLED
   for (int i = 0; i < HEADS; i++) FEATKD_UNROLLED
-  for (int k = 0; k < COLUMNS; k++) sums[i][k] = Vec{} + (bias ? bias[g + i] : 0);
+  for (int k = 0; k < VECTORS; k++) sums[i][k] = Vec{} + (bias ? bias[g + i] : 0);
   for (int64_t h = 0; h < heads; h++) {
-    Vec x[COLUMNS];
+    Vec x[VECTORS];
     FEATKD_UNROLLED
-    for (int k = 0; k < COLUMNS; k++) x[k] = load(in.data + h * in.stride + c + k * L, count);
+    for (int k = 0; k < VECTORS; k++) x[k] = load(in.data + h * in.stride + c + k * L, count);
     FEATKD_UNROLLED
     for (int i = 0; i < HEADS; i++) FEATKD_UNROLLED
-    for (int k = 0; k < COLUMNS; k++) sums[i][k] += weights[(g + i) * heads + h] * x[k];
+    for (int k = 0; k < VECTORS; k++) sums[i][k] += weights[(g + i) * heads + h] * x[k];
   }
   FEATKD_UNROLLED
   for (int i = 0; i < HEADS; i++) FEATKD_UNROLLED
-  for (int k = 0; k < COLUMNS; k++)
+  for (int k = 0; k < VECTORS; k++)
     store(out.data + (g + i) * out.stride + c + k * L, sums[i][k], count);
 }
 
-// Some heads at a time: a vector that is loaded serves all of them.
-template <int COLUMNS, class From, class To>
-void mix_columns(int64_t heads, const float* weights, const float* bias, HeadRows<From> in,
+// All heads, in tiles: the heads of a tile share each loaded vector.
+template <int VECTORS, class From, class To>
+void mix_vectors(int64_t heads, const float* weights, const float* bias, HeadRows<From> in,
                  HeadRows<To> out, int64_t c) {
   int64_t g = 0;
-  for (; g + MOST_HEADS <= heads; g += MOST_HEADS)
-    mix_tile<MOST_HEADS, COLUMNS>(heads, weights, bias, in, out, g, c);
-  for (; g < heads; g++) mix_tile<1, COLUMNS>(heads, weights, bias, in, out, g, c);
+  for (; g + TILE_HEADS <= heads; g += TILE_HEADS)
+    mix_tile<TILE_HEADS, VECTORS>(heads, weights, bias, in, out, g, c);
+  for (; g < heads; g++) mix_tile<1, VECTORS>(heads, weights, bias, in, out, g, c);
 }
 
-// The same for all keys; `out` is not `in`.
+// All heads and keys; `out` must not overlap `in`.
 template <class From, class To>
 void mix(int64_t heads, int64_t keys, const float* weights, const float* bias, HeadRows<From> in,
          HeadRows<To> out) {
@@ -132,14 +133,15 @@ void mix(int64_t heads, int64_t keys, const float* weights, const float* bias, H
     return;
   }
   int64_t c = 0;
-  for (; c + MOST_COLUMNS * L <= keys; c += MOST_COLUMNS * L)
-    mix_columns<MOST_COLUMNS>(heads, weights, bias, in, out, c);
-  for (; c + L <= keys; c += L) mix_columns<1>(heads, weights, bias, in, out, c);
-  // the last whole vector, of which a part is there already
-  if (c < keys) mix_columns<1>(heads, weights, bias, in, out, keys - L);
+  for (; c + TILE_VECTORS * L <= keys; c += TILE_VECTORS * L)
+    mix_vectors<TILE_VECTORS>(heads, weights, bias, in, out, c);
+  for (; c + L <= keys; c += L) mix_vectors<1>(heads, weights, bias, in, out, c);
+  // The last vector ends with the last key; the keys that it shares with the vector before are
+  // computed again.
+  if (c < keys) mix_vectors<1>(heads, weights, bias, in, out, keys - L);
 }
 
-// One query: both mixes and the softmax of its scores for all heads, in the cache.
+// Mixes, softmax and second mix for one query and all heads, small enough to stay in the cache.
 template <class Stored>
 void mix_query(const HeadsProblem& p, int64_t index, float* scratch) {
   const int64_t heads = p.heads, keys = p.keys, width = (keys + L - 1) / L * L;
@@ -148,15 +150,16 @@ void mix_query(const HeadsProblem& p, int64_t index, float* scratch) {
                         index % p.queries * keys;
   const HeadRows<Stored> scores{first, stride};
   const HeadRows<float> mixed{scratch, width};
-  float* const shares = scratch + heads * width;  // (heads, heads): `post` over the sums
+  // (heads, heads): `post` divided by the softmax sums
+  float* const post_over_sums = scratch + heads * width;
   mix(heads, keys, p.pre, nullptr, scores, mixed);
   for (int64_t g = 0; g < heads; g++) {
     float* const row = scratch + g * width;
-    for (int64_t c = keys; c < width; c++) row[c] = -__builtin_inff();  // exponential 0
+    for (int64_t c = keys; c < width; c++) row[c] = -__builtin_inff();  // its exponential is 0
     const float sum = exponentials(row, width);
-    for (int64_t h = 0; h < heads; h++) shares[h * heads + g] = p.post[h * heads + g] / sum;
+    for (int64_t h = 0; h < heads; h++) post_over_sums[h * heads + g] = p.post[h * heads + g] / sum;
   }
-  mix(heads, keys, shares, p.bias, mixed, scores);
+  mix(heads, keys, post_over_sums, p.bias, mixed, scores);
 }
 
 }  // namespace

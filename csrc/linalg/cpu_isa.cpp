@@ -1,5 +1,5 @@
-// The CPU kernels for one instruction set: compiled once for each, with its flags and a name of
-// its own in FEATKD_ISA. Nothing here may be a weak symbol, for the linker would keep one copy.
+// CPU kernels. This file is compiled once per instruction set, with the set's compiler flags and
+// its name in FEATKD_ISA. It must define no weak symbols: the linker would keep a single copy.
 #include "cpu.h"
 #include "jacobi.h"
 #include "spectrum.h"
@@ -14,26 +14,26 @@ namespace {
 using One = TeamOfOne<FEATKD_VECTOR_BYTES, FEATKD_ROWS, FEATKD_UNROLL>;
 
 template <class Real>
-__attribute__((noinline)) bool solve_as(const Problem& p, int64_t index, void* memory) {
+__attribute__((noinline)) bool solve_in(const Problem& p, int64_t index, void* memory) {
   const Scratch<One, Real> scratch(memory, p.rows, 1);
   return write_results(p, index, solve(One(), p, index, scratch));
 }
 
 size_t bytes(const Problem& p) {
-  const size_t wide = Scratch<One, double>::bytes(p.rows, 1);
-  const size_t narrow = Scratch<One, float>::bytes(p.rows, 1);
-  return ((wide > narrow ? wide : narrow) + 63) / 64 * 64;
+  const size_t in_float64 = Scratch<One, double>::bytes(p.rows, 1);
+  const size_t in_float32 = Scratch<One, float>::bytes(p.rows, 1);
+  return ((in_float64 > in_float32 ? in_float64 : in_float32) + 63) / 64 * 64;
 }
 
 void solve_one(const Problem& p, int64_t index, void* memory) {
-  const bool narrow = !p.wide && p.type != Type::f64;
-  p.resolved[index] = narrow && solve_as<float>(p, index, memory);
-  if (!narrow || p.resolved[index]) solve_as<double>(p, index, memory);
+  const bool in_float32 = !p.in_float64 && p.type != Type::f64;
+  p.resolved[index] = in_float32 && solve_in<float>(p, index, memory);
+  if (!in_float32 || p.resolved[index]) solve_in<double>(p, index, memory);
 }
 
-int jacobi_one(int n, double* rows, double* turns, int length) {
+int jacobi_one(int n, double* rows, double* rotations, int length) {
   int32_t memory[16];  // JacobiScratch::bytes
-  return jacobi(One(), Band<double>{rows, turns, n, length}, {memory, 1});
+  return jacobi(One(), Band<double>{rows, rotations, n, length}, {memory, 1});
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The CUDA half's launchers, without a CUDA or torch header.
+// Host functions that launch the CUDA kernels. They need neither CUDA nor torch headers.
 #pragma once
 
 #include "plan.h"
@@ -6,18 +6,18 @@
 
 namespace featkd {
 
-// Plan of the solve in float64 or float32 on the current device; null, or what CUDA said.
-const char* plan_on_cuda(const Problem& problem, bool wide, LaunchPlan* plan);
+// Plans a launch in float64 or float32 on the current device. Returns null or CUDA's error message.
+const char* plan_on_cuda(const Problem& problem, bool in_float64, LaunchPlan* plan);
 
-// Queues a solve on a stream; with `only_resolved`, of the matrices alone that an earlier one
-// marked. `workspace` has the plan's bytes. Null, or what CUDA said.
-const char* solve_on_cuda(const Problem& problem, bool wide, bool only_resolved,
+// Queues a solve on a stream. `only_resolved` restricts it to the matrices that an earlier solve
+// marked in `resolved`. `workspace` has the plan's size. Returns null or CUDA's error message.
+const char* solve_on_cuda(const Problem& problem, bool in_float64, bool only_resolved,
                           const LaunchPlan& plan, void* workspace, void* stream);
 
-// The same of one-sided Jacobi of a batch of (n, length) matrices, the length a multiple of 32:
-// rows are turned in place, `turns` are filled, and `sweeps` has a number for each matrix.
+// The same for one-sided Jacobi on a batch of (n, length) matrices; the length is a multiple of 32.
+// Updates rows in place, writes `rotations`, and writes one number of sweeps per matrix.
 const char* plan_jacobi_on_cuda(int64_t batch, int length, LaunchPlan* plan);
-const char* jacobi_on_cuda(int64_t batch, int n, int length, double* rows, double* turns,
+const char* jacobi_on_cuda(int64_t batch, int n, int length, double* rows, double* rotations,
                            int32_t* sweeps, const LaunchPlan& plan, void* workspace, void* stream);
 
 }  // namespace featkd

@@ -1,13 +1,13 @@
-// The Gram matrix of a matrix's smaller side, and what must be known before: its scale.
+// Gram matrix over the smaller side of a matrix, scaled so that its entries do not overflow.
 #pragma once
 
 #include "numbers.h"
 
 namespace featkd::FEATKD_ISA {
 
-// One matrix of a batch, turned so that it has no more rows than columns.
+// View of one matrix of a batch, transposed if necessary so that rows <= columns.
 template <class In>
-struct Source {
+struct MatrixView {
   const In* data;
   int rows;
   int64_t columns, row_stride, column_stride;
@@ -17,17 +17,18 @@ struct Source {
   }
 };
 
-// A symmetric matrix, of which the entries on and below the diagonal are kept. Packed rows halve
-// the memory; a CPU's rows are all of one length instead, and end in whole vectors.
+// Symmetric matrix, stored on and below the diagonal. Packed rows need half of the memory. On a
+// CPU, rows have one length that is a multiple of a vector instead.
 template <class Team, class Real>
-struct Lower {
+struct LowerTriangle {
   Real* data;
   int n;
 
-  FEATKD_SIZE static int leading(int n) {  // a multiple of every vector's width, not of 1 KB
+  // A multiple of every vector width, but not of 1 KB: rows must not compete for cache sets.
+  FEATKD_HOST_DEVICE static int leading(int n) {
     return (n + 15) / 16 * 16 + 16 * ((n + 15) / 16 % 16 == 0);
   }
-  FEATKD_SIZE static size_t elements(int n) {
+  FEATKD_HOST_DEVICE static size_t elements(int n) {
     return Team::PACKED ? size_t(n) * (n + 1) / 2 : size_t(n) * leading(n);
   }
   FEATKD_INLINE Real* row(int i) const {
@@ -35,8 +36,8 @@ struct Lower {
   }
 };
 
-// Scale that brings the largest element to [0.5, 1): two powers of two, because one does not reach
-// from the smallest subnormal number to 1.
+// Scale that brings the largest magnitude to [0.5, 1). It is the product of two powers of two,
+// because a single one cannot scale the smallest subnormal number to 1.
 template <class Real>
 struct Scale {
   Real first, second;
@@ -44,10 +45,10 @@ struct Scale {
   bool finite, zero;
 };
 
-// `slots` holds a number for each group.
+// Finds the largest magnitude and the scale for it. `maxima` has one entry per group.
 template <class Real, class In, class Team>
-FEATKD_INLINE Scale<Real> find_scale(Team team, const Source<In>& x, uint64_t* slots) {
-  // lanes along the dimension whose elements are neighbours
+FEATKD_INLINE Scale<Real> find_scale(Team team, const MatrixView<In>& x, uint64_t* maxima) {
+  // Lanes run along the dimension with the smaller stride.
   const bool along = x.column_stride <= x.row_stride;
   const int64_t length = along ? x.columns : x.rows, lines = along ? x.rows : x.columns;
   const int64_t stride = along ? x.column_stride : x.row_stride;
@@ -66,15 +67,15 @@ FEATKD_INLINE Scale<Real> find_scale(Team team, const Source<In>& x, uint64_t* s
         largest = bits > largest ? bits : largest;
       }
   }
-  uint64_t most = team.most(largest);
-  team.barrier(
-      At<11>());  // the slots, and what is behind them, may be in use for the matrix before
-  if (team.is_leader()) slots[team.rank()] = most;
+  uint64_t maximum = team.maximum(largest);
+  // Other groups may still read the scratch memory for the previous matrix.
+  team.barrier(At<11>());
+  if (team.is_leader()) maxima[team.rank()] = maximum;
   team.barrier(At<1>());
-  for (int g = 0; g < team.size(); g++) most = slots[g] > most ? slots[g] : most;
-  Scale<Real> scale{1, 1, 0, most < Format<In>::INFINITE, most == 0};
+  for (int g = 0; g < team.size(); g++) maximum = maxima[g] > maximum ? maxima[g] : maximum;
+  Scale<Real> scale{1, 1, 0, maximum < Format<In>::INFINITE, maximum == 0};
   if (scale.finite && !scale.zero) {
-    scale.exponent = exponent_of(widened_bits(most, In()));
+    scale.exponent = exponent_of(value_of_bits(maximum, In()));
     const int half = scale.exponent / 2;
     scale.first = power_of_two(-half, Real());
     scale.second = power_of_two(half - scale.exponent, Real());
@@ -82,29 +83,30 @@ FEATKD_INLINE Scale<Real> find_scale(Team team, const Source<In>& x, uint64_t* s
   return scale;
 }
 
+// Layout of DEPTH columns of the matrix, transposed and split into panels of COLUMNS rows.
 template <class Team, class Real>
-struct Slab {
-  static constexpr int DEPTH = Team::SLAB_DEPTH;
-  static constexpr int COLUMNS = 2 * width<Team, Real>;  // of G, a panel: two vectors
+struct PackedColumns {
+  static constexpr int DEPTH = Team::PACK_DEPTH;
+  static constexpr int COLUMNS = 2 * width<Team, Real>;  // two vectors of columns of G
   static constexpr int STRIDE = COLUMNS + Team::PAD;
 
-  FEATKD_SIZE static int panels(int n) { return (n + COLUMNS - 1) / COLUMNS; }
-  FEATKD_SIZE static size_t elements(int n) { return size_t(panels(n)) * DEPTH * STRIDE; }
+  FEATKD_HOST_DEVICE static int panels(int n) { return (n + COLUMNS - 1) / COLUMNS; }
+  FEATKD_HOST_DEVICE static size_t elements(int n) { return size_t(panels(n)) * DEPTH * STRIDE; }
 };
 
-// Columns [k0, k0 + depth) of the scaled matrix, turned: panels of COLUMNS rows of x, in which
-// the rows are neighbours. Rows behind the last are zero, from the first slab on.
+// Packs columns [k0, k0 + depth) of the scaled matrix. Within a panel, the elements of one column
+// are contiguous. The first call also zeroes the padding rows.
 template <class Real, class In, class Team>
-FEATKD_INLINE void fill_slab(Team team, const Source<In>& x, int64_t k0, int depth,
-                             Scale<Real> scale, Real* slab) {
-  using S = Slab<Team, Real>;
+FEATKD_INLINE void pack_columns(Team team, const MatrixView<In>& x, int64_t k0, int depth,
+                                Scale<Real> scale, Real* packed) {
+  using S = PackedColumns<Team, Real>;
   const int padded = S::panels(x.rows) * S::COLUMNS;
   const bool along = x.column_stride <= x.row_stride;
   if (along) {
     for (int i = team.rank(); i < (k0 == 0 ? padded : x.rows); i += team.size()) {
-      Real* to = slab + i / S::COLUMNS * (S::DEPTH * S::STRIDE) + i % S::COLUMNS;
-      if constexpr (!Team::PACKED)  // a CPU's vectors convert and scale, where elements lie
-                                    // together
+      Real* to = packed + i / S::COLUMNS * (S::DEPTH * S::STRIDE) + i % S::COLUMNS;
+      // On a CPU, separate loops let the compiler convert and scale contiguous elements in vectors.
+      if constexpr (!Team::PACKED)
         if (x.column_stride == 1 && i < x.rows) {
           const In* line = x.data + i * x.row_stride + k0;
           Real scaled[S::DEPTH];
@@ -118,7 +120,7 @@ FEATKD_INLINE void fill_slab(Team team, const Source<In>& x, int64_t k0, int dep
   } else {
     for (int k = team.rank(); k < depth; k += team.size())
       for (int p = 0; p < S::panels(x.rows); p++) {
-        Real* to = slab + (p * S::DEPTH + k) * S::STRIDE;
+        Real* to = packed + (p * S::DEPTH + k) * S::STRIDE;
         for (int i = team.lane(); i < S::COLUMNS; i += team.lanes()) {
           const int row = p * S::COLUMNS + i;
           to[i] = row < x.rows ? x.at(row, k0 + k) * scale.first * scale.second : Real(0);
@@ -127,17 +129,18 @@ FEATKD_INLINE void fill_slab(Team team, const Source<In>& x, int64_t k0, int dep
   }
 }
 
-// Adds a slab's part of GRAM_ROWS rows of G, from row i0 on, in the columns of a panel.
+// Adds the packed columns' contribution to rows [i0, i0 + GRAM_ROWS) of G, in one panel's columns.
+// Partial sums over CHUNK terms limit the rounding error.
 template <class Real, class Sum, class Team>
-FEATKD_INLINE void gram_tile(Team team, const Real* slab, int depth, int i0, int panel, bool add,
-                             Lower<Team, Sum> g) {
-  using S = Slab<Team, Real>;
-  constexpr int R = Team::GRAM_ROWS, L = width<Team, Real>, CHUNK = 16;  // of the sums' depth
+FEATKD_INLINE void gram_tile(Team team, const Real* packed, int depth, int i0, int panel, bool add,
+                             LowerTriangle<Team, Sum> g) {
+  using S = PackedColumns<Team, Real>;
+  constexpr int R = Team::GRAM_ROWS, L = width<Team, Real>, CHUNK = 16;
   Lane<Team, Real> totals[R][2];
   FEATKD_UNROLLED
   for (int r = 0; r < R; r++) totals[r][0] = totals[r][1] = team.splat(Real(0));
-  const Real* column = slab + panel * (S::DEPTH * S::STRIDE);
-  const Real* row = slab + i0 / S::COLUMNS * (S::DEPTH * S::STRIDE) + i0 % S::COLUMNS;
+  const Real* column = packed + panel * (S::DEPTH * S::STRIDE);
+  const Real* row = packed + i0 / S::COLUMNS * (S::DEPTH * S::STRIDE) + i0 % S::COLUMNS;
   for (int k0 = 0; k0 < depth; k0 += CHUNK) {
     const int end = depth - k0 < CHUNK ? depth - k0 : CHUNK;
     Lane<Team, Real> sums[R][2];
@@ -166,24 +169,24 @@ FEATKD_INLINE void gram_tile(Team team, const Real* slab, int depth, int i0, int
   }
 }
 
-// G = (s X)(s X)^T for the scale s, of which no slab's part is yet rounded away. Ends with a
-// barrier.
+// G = (s X)(s X)^T for the scale s, added up in the type Sum, which on a CPU is float64. Ends
+// with a barrier.
 template <class Real, class Sum, class In, class Team>
-FEATKD_INLINE void gram(Team team, const Source<In>& x, Scale<Real> scale, Real* slab,
-                        Lower<Team, Sum> g) {
-  using S = Slab<Team, Real>;
+FEATKD_INLINE void gram(Team team, const MatrixView<In>& x, Scale<Real> scale, Real* packed,
+                        LowerTriangle<Team, Sum> g) {
+  using S = PackedColumns<Team, Real>;
   constexpr int R = Team::GRAM_ROWS;
-  static_assert(S::COLUMNS % R == 0, "a tile's rows lie in one panel");
+  static_assert(S::COLUMNS % R == 0, "a tile must not cross panels");
   const int tiles = (x.rows + R - 1) / R;
   for (int64_t k0 = 0; k0 < x.columns; k0 += S::DEPTH) {
     const int depth = x.columns - k0 < S::DEPTH ? int(x.columns - k0) : S::DEPTH;
-    fill_slab(team, x, k0, depth, scale, slab);
+    pack_columns(team, x, k0, depth, scale, packed);
     team.barrier(At<2>());
     int number = 0;
     for (int panel = 0; panel < S::panels(x.rows); panel++)
       for (int tile = panel * (S::COLUMNS / R); tile < tiles; tile++, number++)
         if (number % team.size() == team.rank())
-          gram_tile(team, slab, depth, tile * R, panel, k0 > 0, g);
+          gram_tile(team, packed, depth, tile * R, panel, k0 > 0, g);
     team.barrier(At<3>());
   }
 }

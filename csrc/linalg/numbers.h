@@ -1,4 +1,4 @@
-// Element types of inputs, and the few functions on numbers that all targets share.
+// Element types of inputs, and functions on numbers for all targets.
 #pragma once
 
 #include "problem.h"
@@ -27,7 +27,7 @@ FEATKD_INLINE float widen(float x) { return x; }
 FEATKD_INLINE double widen(double x) { return x; }
 FEATKD_INLINE float widen(BFloat16 x) { return from_bits(uint32_t(x.bits) << 16); }
 
-// The exponent is moved by a product, which is right for subnormal halves too.
+// A product rebiases the exponent, which is exact for subnormal numbers too.
 FEATKD_INLINE float widen(Half x) {
   const uint32_t rest = x.bits & 0x7fff;
   const float size = rest < 0x7c00 ? from_bits(rest << 13) * 0x1p112f
@@ -35,7 +35,8 @@ FEATKD_INLINE float widen(Half x) {
   return x.bits & 0x8000 ? -size : size;
 }
 
-// The bits of |x| as an integer: ordered as |x| is, infinities and NaN above all numbers.
+// Returns the bits of |x|. Their integer order is that of |x|; infinity and NaN are above all
+// numbers.
 FEATKD_INLINE uint32_t bits_of_magnitude(float x) {
 #if defined(__CUDA_ARCH__)
   return __float_as_uint(x) & 0x7fffffffu;
@@ -79,7 +80,7 @@ struct Format<Half> {
   using Bits = uint16_t;
   static constexpr Bits INFINITE = 0x7c00;
 };
-FEATKD_INLINE double widened_bits(uint64_t bits, double) {
+FEATKD_INLINE double value_of_bits(uint64_t bits, double) {
 #if defined(__CUDA_ARCH__)
   return __longlong_as_double(bits);
 #else
@@ -88,43 +89,44 @@ FEATKD_INLINE double widened_bits(uint64_t bits, double) {
   return x;
 #endif
 }
-FEATKD_INLINE double widened_bits(uint64_t bits, float) { return from_bits(uint32_t(bits)); }
-FEATKD_INLINE double widened_bits(uint64_t bits, BFloat16) {
+FEATKD_INLINE double value_of_bits(uint64_t bits, float) { return from_bits(uint32_t(bits)); }
+FEATKD_INLINE double value_of_bits(uint64_t bits, BFloat16) {
   return widen(BFloat16{uint16_t(bits)});
 }
-FEATKD_INLINE double widened_bits(uint64_t bits, Half) { return widen(Half{uint16_t(bits)}); }
+FEATKD_INLINE double value_of_bits(uint64_t bits, Half) { return widen(Half{uint16_t(bits)}); }
 
 FEATKD_INLINE float power_of_two(int exponent, float) {
   return from_bits(uint32_t(exponent + 127) << 23);
 }
 FEATKD_INLINE double power_of_two(int exponent, double) {
-  return widened_bits(uint64_t(exponent + 1023) << 52, double());
+  return value_of_bits(uint64_t(exponent + 1023) << 52, double());
 }
 
-// e with x in [2^(e-1), 2^e), for a number x > 0
+// Returns e with 2^(e-1) <= x < 2^e, for x > 0.
 FEATKD_INLINE int exponent_of(double x) {
   const bool subnormal = x < 0x1p-1022;
   return int(bits_of_magnitude(subnormal ? x * 0x1p64 : x) >> 52) - 1022 - 64 * subnormal;
 }
 
-// TINY is far above what underflows and far below any pivot that matters. Sturm counts take squared
-// off-diagonal entries from LEAST on: its root is far below the rounding of any eigenvalue's.
+// A column with a squared norm up to TINY needs no reflection; TINY is far above underflow. Squared
+// off-diagonal entries below E2_FLOOR are raised to it, because Sturm counts need them positive;
+// its root is far below the rounding error of an eigenvalue.
 template <class Real>
 struct Limits;
 template <>
 struct Limits<float> {
-  static constexpr float TINY = 0x1p-100f, LEAST = 0x1p-100f;
+  static constexpr float TINY = 0x1p-100f, E2_FLOOR = 0x1p-100f;
   static constexpr int BITS = 24;
 };
 template <>
 struct Limits<double> {
-  static constexpr double TINY = 0x1p-900, LEAST = 0x1p-160;
+  static constexpr double TINY = 0x1p-900, E2_FLOOR = 0x1p-160;
   static constexpr int BITS = 53;
 };
 
 FEATKD_INLINE float magnitude(float x) { return __builtin_fabsf(x); }
 FEATKD_INLINE double magnitude(double x) { return __builtin_fabs(x); }
-FEATKD_INLINE float root(float x) { return __builtin_sqrtf(x); }
-FEATKD_INLINE double root(double x) { return __builtin_sqrt(x); }
+FEATKD_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+FEATKD_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 
 }  // namespace featkd::FEATKD_ISA

@@ -1,30 +1,32 @@
-// Who works on one matrix, written once for a CUDA block, one CPU thread and several CPU threads.
+// Teams: the parallel workers on one matrix. The algorithms are templates over the team, and are
+// written once for a CUDA block, a single CPU thread and, in tests, several CPU threads.
 //
-// A team has size() groups that run in parallel, and a group has lanes that run in step: the 32
-// threads of a CUDA warp, or the lanes of one CPU thread's vector registers. A Lane<Real> is a
-// value that each lane has its own of: a scalar in CUDA code, a vector on a CPU. The concept:
+// A team has size() groups that run in parallel. A group has lanes that run in lockstep: the 32
+// threads of a CUDA warp, or the lanes of a CPU thread's vector registers. A Lane<Real> has one
+// value per lane: it is a scalar in CUDA code and a vector on a CPU. A team provides:
 //
-//   width<Team, Real>                     lanes of a group
-//   rank(), size()                        this group among the team's
-//   barrier(At<number>())                 all groups meet; every number names one place
+//   width<Team, Real>                     lanes per group
+//   rank(), size()                        index of this group, number of groups
+//   barrier(At<number>())                 barrier for all groups; each call has its own number
 //   is_leader()                           true in one lane of a group
-//   lane(), lanes()                       for plain loops: the compiler makes vectors of a CPU's
-//   load(p), store(p, x)                  lane l touches p[l]
-//   load_upto(p, count), store_upto(...)  lanes below count alone; the others load 0
+//   lane(), lanes()                       for scalar loops: 0 and 1 on a CPU
+//   load(p), store(p, x)                  lane l accesses p[l]
+//   load_upto(p, count), store_upto(...)  only the lanes below count; the others load 0
 //   accumulate(p, x, count, add)          p[l] (+)= x, in p's type
-//   splat(x), iota(Real())                the same in every lane; 0, 1, 2, ...
-//   first(x)                              the first lane's value; each lane's own in CUDA code
-//   widen(x), narrow(x, Real())           to float64 lanes and back
-//   sum(x), most(x)                       over a group's lanes, the same in every lane
-//   signs(x), as_real(count, Real())      1 where the sign bit is set, to be counted
-//   unlike(x, y)                          1 where the sign bits of float64 lanes differ
-//   scale(x, y)                           both by the power of two that brings the larger to [1, 2)
-//   ROWS, GRAM_ROWS, UNROLL, SLAB_DEPTH   how much fits the registers and the nearest memory
-//   PACKED, PAD                           how matrices lie in the scratch memory
-//   STAGED                                whether rows far off are copied there to be worked on
-//   GramSum                               the type in which a slab's sums are added up
+//   splat(x), iota(Real())                x in every lane; 0, 1, 2, ...
+//   first_lane(x)                         value of the first lane; in CUDA code, of each lane
+//   widen(x), narrow(x, Real())           conversion to float64 lanes and back
+//   sum(x), maximum(x)                    over the lanes of a group, returned in every lane
+//   sign_bits(x), as_real(n, Real())      1 if the sign bit is set; integer lanes to Real
+//   signs_differ(x, y)                    1 if the sign bits of float64 lanes differ
+//   normalize(x, y)                       scales both so that the larger is in [1, 2)
+//   ROWS, GRAM_ROWS, UNROLL, PACK_DEPTH   tile sizes that fit the registers and the cache
+//   PACKED, PAD                           layout of matrices in scratch memory
+//   STAGED                                whether rows are copied from global to scratch memory
+//   GramSum                               type in which the Gram matrix is added up
 //
-// Groups talk through memory only, and only across a barrier. No lane returns before one.
+// Groups exchange data through memory only, with a barrier in between. All lanes of all groups must
+// reach every barrier.
 #pragma once
 
 #include <cstddef>
@@ -58,7 +60,7 @@ constexpr int width = Team::LANE_BYTES / int(sizeof(Real));
 template <class Team, class Real>
 using Lane = typename Team::template LaneOf<Real>;
 
-// The part of a team whose groups are CPU threads.
+// Lane operations for groups that are CPU threads.
 template <int BYTES>
 struct VectorLanes {
   static constexpr int LANE_BYTES = BYTES;
@@ -67,7 +69,7 @@ struct VectorLanes {
   template <class Real>
   using GramSum = double;
 
-  // may_alias and aligned: the scratch memory holds plain arrays, aligned to whole vectors
+  // may_alias: scratch memory holds plain arrays, which are aligned to whole vectors.
   template <class Real>
   struct Vector {
     typedef Real Type __attribute__((vector_size(BYTES), may_alias));
@@ -96,7 +98,7 @@ struct VectorLanes {
   FEATKD_INLINE static void store(Real* p, LaneOf<Real> x) {
     *reinterpret_cast<LaneOf<Real>*>(p) = x;
   }
-  // rows end in whole vectors here: what lies behind them is there, and nobody else's
+  // Rows are padded to whole vectors here, so accesses beyond `count` touch only padding.
   template <class Real>
   FEATKD_INLINE static LaneOf<Real> load_upto(const Real* p, int count) {
     const LaneOf<Real> zero = {};
@@ -127,7 +129,7 @@ struct VectorLanes {
     }
   }
   template <class V, class Real>
-  FEATKD_INLINE static Real first(V x, Real) {
+  FEATKD_INLINE static Real first_lane(V x, Real) {
     return x[0];
   }
   FEATKD_INLINE static WideOf<float> widen(LaneOf<float> x) {
@@ -147,7 +149,7 @@ struct VectorLanes {
       for (int i = 0; i < half; i++) parts[i] += parts[i + half];
     return parts[0];
   }
-  FEATKD_INLINE static uint64_t most(uint64_t x) { return x; }
+  FEATKD_INLINE static uint64_t maximum(uint64_t x) { return x; }
 
   FEATKD_INLINE static LaneOf<float> as_real(CountOf<float> x, float) {
     return __builtin_convertvector(x, LaneOf<float>);
@@ -155,29 +157,31 @@ struct VectorLanes {
   FEATKD_INLINE static LaneOf<double> as_real(CountOf<double> x, double) {
     return __builtin_convertvector(x, LaneOf<double>);
   }
-  // 1 in lanes with the sign bit set
-  FEATKD_INLINE static CountOf<float> signs(LaneOf<float> x) { return -(CountOf<float>(x) >> 31); }
-  FEATKD_INLINE static CountOf<double> signs(LaneOf<double> x) {
+  // 1 in lanes with the sign bit set.
+  FEATKD_INLINE static CountOf<float> sign_bits(LaneOf<float> x) {
+    return -(CountOf<float>(x) >> 31);
+  }
+  FEATKD_INLINE static CountOf<double> sign_bits(LaneOf<double> x) {
     return -(CountOf<double>(x) >> 63);
   }
-  FEATKD_INLINE static CountOf<double> unlike(LaneOf<double> x, LaneOf<double> y) {
+  FEATKD_INLINE static CountOf<double> signs_differ(LaneOf<double> x, LaneOf<double> y) {
     return CountOf<double>((WordOf<double>(x) ^ WordOf<double>(y)) >> 63);
   }
   template <class V>
-  FEATKD_INLINE static void scale(V& x, V& y) {
+  FEATKD_INLINE static void normalize(V& x, V& y) {
     using W = WordOf<double>;
     const W one = W(x) & EXPONENT, other = W(y) & EXPONENT;
-    const W most = CountOf<double>(one) > CountOf<double>(other) ? one : other;
-    const V factor = V(EXPONENT_OF_ONE - most + EXPONENT_OF_ONE);
+    const W maximum = CountOf<double>(one) > CountOf<double>(other) ? one : other;
+    const V factor = V(EXPONENT_OF_ONE - maximum + EXPONENT_OF_ONE);
     x *= factor;
     y *= factor;
   }
 };
 
-// One CPU thread with its vector registers: what production runs.
+// A single CPU thread; the team that the CPU kernels use.
 template <int BYTES, int ROWS_, int UNROLL_>
 struct TeamOfOne : VectorLanes<BYTES> {
-  static constexpr int ROWS = ROWS_, GRAM_ROWS = 4, UNROLL = UNROLL_, SLAB_DEPTH = 64;
+  static constexpr int ROWS = ROWS_, GRAM_ROWS = 4, UNROLL = UNROLL_, PACK_DEPTH = 64;
   static constexpr bool STAGED = false;
   FEATKD_INLINE static int rank() { return 0; }
   FEATKD_INLINE static int size() { return 1; }
@@ -186,9 +190,9 @@ struct TeamOfOne : VectorLanes<BYTES> {
 };
 
 #if defined(__CUDACC__)
-// A block of whole warps.
+// A CUDA block; its groups are warps.
 struct Block {
-  static constexpr int ROWS = 4, GRAM_ROWS = 4, UNROLL = 1, SLAB_DEPTH = 16, PAD = 1;
+  static constexpr int ROWS = 4, GRAM_ROWS = 4, UNROLL = 1, PACK_DEPTH = 16, PAD = 1;
   static constexpr bool PACKED = true, STAGED = true;
   template <class Real>
   using GramSum = Real;
@@ -205,7 +209,7 @@ struct Block {
   FEATKD_INLINE static int size() { return blockDim.x >> 5; }
   template <int NUMBER>
   FEATKD_INLINE static void barrier(At<NUMBER>) {
-    asm volatile("// featkd barrier %0" ::"n"(NUMBER));  // tests find it in the PTX, and drop it
+    asm volatile("// featkd barrier %0" ::"n"(NUMBER));  // a marker for the tests
     __syncthreads();
   }
   FEATKD_INLINE static bool is_leader() { return lane() == 0; }
@@ -238,7 +242,7 @@ struct Block {
     if (lane() < count) p[lane()] = add ? p[lane()] + x : x;
   }
   template <class Real>
-  FEATKD_INLINE static Real first(Real x, Real) {
+  FEATKD_INLINE static Real first_lane(Real x, Real) {
     return x;
   }
   FEATKD_INLINE static double widen(double x) { return x; }
@@ -246,14 +250,14 @@ struct Block {
   FEATKD_INLINE static Real narrow(double x, Real) {
     return Real(x);
   }
-  // both lanes of a pair add the same two numbers: every lane ends with the same bits
+  // Both lanes of a pair add the same two numbers, so the result is bitwise the same in all lanes.
   template <class Real>
   FEATKD_INLINE static Real sum(Real x) {
     FEATKD_UNROLLED
     for (int step = 16; step; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
     return x;
   }
-  FEATKD_INLINE static uint64_t most(uint64_t x) {
+  FEATKD_INLINE static uint64_t maximum(uint64_t x) {
     FEATKD_UNROLLED
     for (int step = 16; step; step /= 2) {
       const uint64_t other = __shfl_xor_sync(0xffffffffu, (unsigned long long)x, step);
@@ -261,10 +265,10 @@ struct Block {
     }
     return x;
   }
-  FEATKD_INLINE static int signs(float x) { return int(__float_as_uint(x) >> 31); }
-  FEATKD_INLINE static int signs(double x) { return int(unsigned(__double2hiint(x)) >> 31); }
-  FEATKD_INLINE static int unlike(double x, double y) { return signs(x) ^ signs(y); }
-  FEATKD_INLINE static void scale(double& x, double& y) {
+  FEATKD_INLINE static int sign_bits(float x) { return int(__float_as_uint(x) >> 31); }
+  FEATKD_INLINE static int sign_bits(double x) { return int(unsigned(__double2hiint(x)) >> 31); }
+  FEATKD_INLINE static int signs_differ(double x, double y) { return sign_bits(x) ^ sign_bits(y); }
+  FEATKD_INLINE static void normalize(double& x, double& y) {
     constexpr int ALL = int(EXPONENT >> 32), ONE = int(EXPONENT_OF_ONE >> 32);
     const int one = __double2hiint(x) & ALL, other = __double2hiint(y) & ALL;
     const double factor = __hiloint2double(ONE - (one > other ? one : other) + ONE, 0);

@@ -1,6 +1,5 @@
-// A team of CPU threads that really run in parallel: slow, and there to be watched by
-// ThreadSanitizer. std::barrier is told apart for every phase; a reused pthread barrier hides
-// most of the barriers that are missing.
+// A team of CPU threads, for tests with ThreadSanitizer. ThreadSanitizer distinguishes the phases
+// of a std::barrier. A reused pthread barrier would hide most missing barriers.
 #pragma once
 
 #include <barrier>
@@ -12,7 +11,7 @@
 namespace featkd::FEATKD_ISA {
 
 struct ThreadTeam : VectorLanes<16> {
-  static constexpr int ROWS = 2, GRAM_ROWS = 4, UNROLL = 1, SLAB_DEPTH = 8;
+  static constexpr int ROWS = 2, GRAM_ROWS = 4, UNROLL = 1, PACK_DEPTH = 8;
   static constexpr bool STAGED = true;
 
   int rank_, size_, dropped;
@@ -26,7 +25,7 @@ struct ThreadTeam : VectorLanes<16> {
   }
 };
 
-// Runs body(team) in every thread of a team of `size`, in which barrier `dropped` is left out.
+// Runs body(team) in `size` threads. Barrier number `dropped` does nothing.
 template <class Body>
 void run_team(int size, int dropped, const Body& body) {
   std::barrier<> meeting(size);

@@ -1,19 +1,19 @@
-// Householder tridiagonalisation of a symmetric matrix, from its last row up.
+// Householder tridiagonalisation of a symmetric matrix, from the last row to the first.
 #pragma once
 
 #include "gram.h"
 
 namespace featkd::FEATKD_ISA {
 
-// Scratch vectors, each of `length` numbers, all zero at first.
+// Scratch vectors of `length` numbers each, initially zero.
 template <class Real>
 struct Vectors {
   Real *u, *old_u, *w, *y, *row, *row_sums, *partial, *total;
-  double *dots, *norms;  // one a group
+  double *dots, *norms;  // one per group
   int length;
 
-  // the six vectors; two vectors of sums and two numbers a group
-  FEATKD_SIZE static size_t elements(int length, int groups) {
+  // Six vectors; per group, two vectors of sums and two numbers.
+  FEATKD_HOST_DEVICE static size_t elements(int length, int groups) {
     const size_t numbers = 2 * (size_t(groups + 7) / 8 * 8);
     return size_t(length) * (6 + 2 * groups) + numbers * (sizeof(double) / sizeof(Real));
   }
@@ -31,11 +31,11 @@ struct Vectors {
         length(length) {}
 };
 
-// Rows [i0, i0 + R): A -= v w^T + w v^T, and their share of y = A u: sums along the rows, and
-// down the columns for the half of A that is not kept.
+// Updates rows [i0, i0 + R), A -= v w^T + w v^T, and adds their contribution to y = A u: sums along
+// the rows, and sums down the columns for the half of A that is not stored.
 template <int R, class Real, class Team>
-FEATKD_INLINE void update_rows(Team team, int i0, Lower<Team, Real> a, const Vectors<Real>& s,
-                               Real* partial) {
+FEATKD_INLINE void update_rows(Team team, int i0, LowerTriangle<Team, Real> a,
+                               const Vectors<Real>& s, Real* partial) {
   constexpr int L = width<Team, Real>;
   using V = Lane<Team, Real>;
   const Real* v = s.old_u;
@@ -62,7 +62,7 @@ FEATKD_INLINE void update_rows(Team team, int i0, Lower<Team, Real> a, const Vec
     }
     team.store(partial + j, yj);
   }
-  for (; j < i0 + R; j += L) {  // the diagonal passes through these vectors
+  for (; j < i0 + R; j += L) {  // vectors that contain diagonal entries
     const V vj = team.load(v + j), wj = team.load(s.w + j), uj = team.load(s.u + j);
     const V lane = team.iota(Real()), zero = team.splat(Real(0));
     V yj = team.load(partial + j);
@@ -85,10 +85,11 @@ FEATKD_INLINE void update_rows(Team team, int i0, Lower<Team, Real> a, const Vec
   }
 }
 
-// One pass over the k leading rows. A group keeps the same blocks of rows to the end. Its sums
-// down the columns start anew every 32 rows: a long chain of equal terms rounds to one side.
+// Updates the k leading rows and multiplies them by u in one pass. A group has the same blocks of
+// rows in every pass. Column sums are restarted every 32 rows, because the rounding errors of a
+// long sum of equal terms have the same sign.
 template <class Real, class Team>
-FEATKD_INLINE void update_and_multiply(Team team, int k, Lower<Team, Real> a,
+FEATKD_INLINE void update_and_multiply(Team team, int k, LowerTriangle<Team, Real> a,
                                        const Vectors<Real>& s) {
   constexpr int R = Team::ROWS, L = width<Team, Real>, MOST = 32 / R;
   Real *partial = s.partial + team.rank() * s.length, *total = s.total + team.rank() * s.length;
@@ -113,22 +114,23 @@ FEATKD_INLINE void update_and_multiply(Team team, int k, Lower<Team, Real> a,
   }
 }
 
-// Reduces `a`, which is overwritten, to the tridiagonal matrix of diagonal d and squared
-// off-diagonals e2, none of them below LEAST. Needs a barrier before, and ends with one.
+// Reduces `a` to a tridiagonal matrix with the diagonal d and the squared off-diagonals e2, which
+// are at least E2_FLOOR; overwrites `a`. Needs a barrier before, and ends with one.
 //
-// With H = I - tau u u^T a step is A <- H A H = A - u w^T - w u^T for w = tau (y - tau/2 (y.u) u),
-// y = A u. The update waits for the next step's pass, which forms that step's product from each
-// entry as it is written: one read and one write of A a step. What is of order n in a step is done
-// in float64: a rounded tau is an H that is not orthogonal, and moves the whole spectrum.
+// With H = I - tau u u^T, a step is A <- H A H = A - u w^T - w u^T, where y = A u and
+// w = tau (y - tau/2 (y.u) u). The update is delayed to the pass of the next step, which multiplies
+// each entry by the next u as it is written; so a step reads and writes A once. The work of order n
+// in a step is done in float64: with a rounded tau, H is not orthogonal and shifts the whole
+// spectrum.
 template <class Real, class Team>
-FEATKD_INLINE void tridiagonalise(Team team, Lower<Team, Real> a, Vectors<Real> s, Real* d,
+FEATKD_INLINE void tridiagonalise(Team team, LowerTriangle<Team, Real> a, Vectors<Real> s, Real* d,
                                   Real* e2) {
   constexpr int L = width<Team, Real>;
   using V = Lane<Team, Real>;
   using W = typename Team::template WideOf<Real>;
   const V lane = team.iota(Real()), zero = team.splat(Real(0));
   double tau = 0;
-  for (int k = a.n; k >= 1; k--) {  // rows [0, k) are left; row k - 1 goes now
+  for (int k = a.n; k >= 1; k--) {  // rows [0, k) remain; this step reduces row k - 1
     W dots = team.widen(zero);
     for (int j = team.rank() * L; j < k; j += team.size() * L) {
       V y = team.load(s.row_sums + j);
@@ -166,7 +168,7 @@ FEATKD_INLINE void tridiagonalise(Team team, Lower<Team, Real> a, Vectors<Real> 
     const double alpha = k > 1 ? s.row[k - 2] : 0;
     const double length2 = alpha * alpha + rest;
     const bool reflect = rest > double(Limits<Real>::TINY);
-    const double beta = alpha > 0 ? -root(length2) : root(length2);
+    const double beta = alpha > 0 ? -square_root(length2) : square_root(length2);
     const Real factor = reflect ? Real(1 / (alpha - beta)) : Real(0);
     tau = reflect ? (beta - alpha) / beta : 0;
     for (int j = team.rank() * L; j < s.length; j += team.size() * L) {
@@ -177,7 +179,7 @@ FEATKD_INLINE void tridiagonalise(Team team, Lower<Team, Real> a, Vectors<Real> 
     if (team.rank() == 0 && team.is_leader()) {
       d[k - 1] = s.row[k - 1];
       const Real e = Real(reflect ? length2 : alpha * alpha);
-      if (k > 1) e2[k - 2] = e > Limits<Real>::LEAST ? e : Limits<Real>::LEAST;
+      if (k > 1) e2[k - 2] = e > Limits<Real>::E2_FLOOR ? e : Limits<Real>::E2_FLOOR;
     }
     Real* swapped = s.u;
     s.u = s.old_u;

@@ -1,9 +1,9 @@
-"""A teacher's outputs on disk: computed once (`featkd cache`), read by `featkd distill --cache`."""
+"""Teacher outputs on disk: written by `featkd cache`, read by `featkd distill --cache`."""
 
 from featkd.cache.config import CacheConfig
 from featkd.cache.manifest import CacheError, Manifest
-from featkd.cache.reader import TeacherCache, damages
-from featkd.cache.rows import LayerShape, Layout, Taught
+from featkd.cache.reader import TeacherCache, verify_cache
+from featkd.cache.rows import LayerShape, Layout, TeacherOutputs
 from featkd.cache.writer import CacheWriter
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "LayerShape",
     "Layout",
     "Manifest",
-    "Taught",
     "TeacherCache",
-    "damages",
+    "TeacherOutputs",
+    "verify_cache",
 ]

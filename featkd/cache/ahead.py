@@ -1,4 +1,4 @@
-"""Rows read while the run computes: `ReadAhead`."""
+"""Reads rows of a cache in the background while the run computes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class _Ahead(NamedTuple, Generic[Found]):
 
 
 class ReadAhead(Generic[Found]):
-    """What a cache says of a run's batches; that of the next ones is read in a thread.
+    """Reads the rows of the next two batches ahead, in a thread.
 
-    Every batch gets the rows of its own keys, whatever was expected.
+    A batch always gets the rows of its keys, even if another batch was expected.
 
     Args:
-        read: the rows of some keys; only one thread calls it.
+        read: returns the rows of some keys; called by one thread only.
     """
 
     def __init__(self, read: Callable[[Tensor], Found]) -> None:
@@ -36,31 +36,31 @@ class ReadAhead(Generic[Found]):
         self._upcoming: Iterator[Tensor] = iter(())
         self._ahead: deque[_Ahead[Found]] = deque()
 
-    def follow(self, upcoming: Iterator[Tensor]) -> None:
-        """Expect batches of these keys from now on, and of no other; begin to read them."""
+    def prefetch(self, upcoming: Iterator[Tensor]) -> None:
+        """Starts reading the batches with these keys, in place of those expected before."""
         for batch in self._ahead:
             batch.rows.cancel()
         self._ahead.clear()
         self._upcoming = upcoming
-        self._go_on()
+        self._fill()
 
-    def rows(self, keys: Tensor) -> Found:
-        """The rows of a batch.
+    def read(self, keys: Tensor) -> Found:
+        """Returns the rows of a batch.
 
         Args:
             keys: (B, 3) int64, as `featkd.data.Batch.keys`.
 
         Raises:
-            CacheError: of this batch's rows, however early they were read.
+            CacheError: a row of this batch is damaged; raised here, not when it was read ahead.
         """
         if self._ahead and torch.equal(self._ahead[0].keys, keys):
             found = self._ahead.popleft().rows
-            self._go_on()
+            self._fill()
         else:
-            self.follow(iter(()))
+            self.prefetch(iter(()))
             found = self._thread.submit(self._read, keys)
         return found.result()
 
-    def _go_on(self) -> None:
+    def _fill(self) -> None:
         for keys in islice(self._upcoming, _BATCHES - len(self._ahead)):
             self._ahead.append(_Ahead(keys, self._thread.submit(self._read, keys)))

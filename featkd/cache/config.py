@@ -1,4 +1,4 @@
-"""What is kept of a teacher's outputs: the options of `featkd cache`."""
+"""Options of `featkd cache`: which teacher outputs are stored, and in which form."""
 
 from __future__ import annotations
 
@@ -8,35 +8,34 @@ from typing import Any, Literal, get_args
 from featkd.cache.rows import LayerShape, Layout
 from featkd.runtime.checks import check_shares
 
-TOP = 10  # classes whose log-probabilities are kept where nothing else is, unless said otherwise
-ENERGY = 0.99
+DEFAULT_TOP = 10  # classes whose log-probabilities are stored if no maps are
+DEFAULT_ENERGY = 0.99
 
 Features = Literal["none", "full", "lowrank"]
 Store = Literal["fp32", "bf16", "fp16", "int8"]
 _STORES = {"none": (), "full": ("fp32", "bf16", "fp16", "int8"), "lowrank": ("fp16", "int8")}
-_STORE: Store = "int8"  # docs/cache-sizes.md: the most exact for its bytes
+_DEFAULT_STORE: Store = "int8"  # the most exact for its size (docs/cache-sizes.md)
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """What is kept of a teacher's outputs.
+    """Selects the teacher outputs that are stored.
 
     Args:
-        views: epochs of the recipe whose samples are kept.
-        logits_top: so many classes' log-probabilities, the largest ones, and the sum of the rest,
-            in fp16; "all" keeps the logits as the teacher gives them, as does the number of its
-            classes. None: all beside maps, which take 20 times their bytes; 10 without maps, or
-            all where there are no more.
-        features: of the teacher's layers in loss.pairs: "full" keeps the maps, "lowrank" each
-            image's leading singular directions (`featkd.cache.lowrank.compress`), "none" nothing.
-            None: full where the loss compares maps.
-        energy: lowrank: the share of each map's energy that is kept. None: 0.99, or what `rank`
-            leaves.
-        rank: lowrank: a number of directions in place of an energy.
-        store: what values are stored in: "fp16" or "int8" with a scale for each channel, or
-            direction (`featkd.cache.lowrank.quantise`); full: also "fp32" and "bf16" as they are.
-            None: int8.
-        shard_rows: rows of a file; rounded up to whole batches.
+        views: number of epochs of the recipe whose samples are stored.
+        logits_top: number of classes whose log-probabilities are stored in fp16, the largest ones,
+            with the sum of the rest; "all" stores all logits in the teacher's dtype. None: "all"
+            with maps, else 10 (or "all" if there are no more classes).
+        features: maps of the teacher's layers in loss.pairs: "full" stores them whole, "lowrank"
+            the leading singular directions of each image (`featkd.cache.lowrank.compress`), "none"
+            no maps. None: "full" if the loss compares maps, else "none".
+        energy: for lowrank: share of each map's energy that is kept. None: 0.99 unless `rank` is
+            given.
+        rank: for lowrank: number of directions, in place of `energy`.
+        store: "fp16" or "int8" with one scale per channel or direction
+            (`featkd.cache.lowrank.quantise`); for full also "fp32" and "bf16", without scales.
+            None: "int8".
+        shard_rows: rows per file; rounded up to whole batches.
 
     Raises:
         ValueError: a field is out of its range.
@@ -62,23 +61,23 @@ class CacheConfig:
             check_shares("energy", (self.energy,))
             if self.rank is not None:
                 raise ValueError(
-                    f"energy, rank: expected one of them, got {self.energy} and {self.rank}"
+                    f"energy, rank: expected only one of them, got {self.energy} and {self.rank}"
                 )
 
     def resolved(self, compares_maps: bool) -> CacheConfig:
-        """With all defaults of the features' form filled in.
+        """Replaces None by the defaults.
 
         Args:
-            compares_maps: whether the loss does.
+            compares_maps: the loss compares feature maps.
 
         Raises:
-            ValueError: an option of another form.
+            ValueError: an option does not apply to `features`.
         """
         features = self.features or ("full" if compares_maps else "none")
         for name in ("energy", "rank"):
             value = getattr(self, name)
             if value is not None and features != "lowrank":
-                raise ValueError(f"{name}: {value} is for features: lowrank, which are {features}")
+                raise ValueError(f"{name}: {value} needs features: lowrank, got {features}")
         allowed = _STORES[features]
         if self.store is not None and self.store not in allowed:
             raise ValueError(
@@ -87,23 +86,24 @@ class CacheConfig:
             )
         energy = self.energy
         if features == "lowrank" and self.rank is None and energy is None:
-            energy = ENERGY
-        store = self.store if self.store or not allowed else _STORE
+            energy = DEFAULT_ENERGY
+        store = self.store if self.store or not allowed else _DEFAULT_STORE
         return replace(self, features=features, energy=energy, store=store)
 
     def layout(self, classes: int, logits_dtype: str, layers: tuple[LayerShape, ...]) -> Layout:
-        """The rows of a resolved configuration.
+        """Returns the layout of the rows; the options must be resolved.
 
         Args:
-            classes, logits_dtype: of the teacher's logits.
-            layers: its maps.
+            classes: number of the teacher's logits.
+            logits_dtype: dtype of the teacher's logits, for example "float32".
+            layers: shapes of the teacher's maps.
 
         Raises:
-            ValueError: logits_top or rank is more than there is.
+            ValueError: logits_top or rank is out of range for this teacher.
         """
         top = self.logits_top
         if top is None:
-            top = min(TOP, classes) if self.features == "none" else "all"
+            top = min(DEFAULT_TOP, classes) if self.features == "none" else "all"
         if top != "all" and not 1 <= top <= classes:
             raise ValueError(
                 f'logits_top: expected 1 to {classes}, the teacher\'s classes, or "all"; got {top}'
@@ -115,12 +115,12 @@ class CacheConfig:
                     f"rank: expected 1 to {most}, the lesser of the {shape.tokens} tokens and "
                     f"{shape.channels} channels of layer {shape.layer}; got {self.rank}"
                 )
-        kept: Any = {"features": self.features, "energy": self.energy, "rank": self.rank}
+        options: Any = {"features": self.features, "energy": self.energy, "rank": self.rank}
         return Layout(
             classes=classes,
             logits_dtype=logits_dtype,
             logits_top=None if top in ("all", classes) else int(top),
             store=self.store,
             layers=layers,
-            **kept,
+            **options,
         )

@@ -1,8 +1,7 @@
 """Low-rank compression of a teacher's feature maps, and its inverse.
 
-One image's map needs few singular directions ([EM26], "per-image low rank"; docs/method.md,
-section 5): U_k S_k and V_k at an energy threshold are smaller than the map wherever
-k < N C / (N + C).
+The map of one image needs few singular directions ([EM26], "per-image low rank"; docs/method.md,
+section 5). U_k S_k and V_k are smaller than the map if k < N C / (N + C).
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ __all__ = ["FORMS", "LowRank", "compress", "dequantise", "quantise", "restore"]
 Form = Literal["fp16", "int8"]
 FORMS: tuple[Form, ...] = ("fp16", "int8")
 
-_MOST = 1e38  # what is near float32's largest could be rounded to Inf
-_RESOLVED = 2.0**-23  # of the largest: a smaller singular value is float32's rounding
+_LARGEST = 1e38  # larger values could be rounded to Inf
+_RESOLUTION = 2.0**-23  # relative; smaller singular values are float32 rounding errors
 
 
 class LowRank(NamedTuple):
-    """Feature maps (B, N, C) as `left @ right.mT`, image by image.
+    """Factors of feature maps: `left @ right.mT` is (B, N, C).
 
     Attributes:
-        left: (B, N, k) float32, U_k S_k of each image's own rank, and zeros beyond it.
-        right: (B, C, k) float32, V_k, orthonormal columns, and zeros beyond the image's rank.
+        left: (B, N, k) float32, U_k S_k, with zeros beyond each image's rank.
+        right: (B, C, k) float32, V_k with orthonormal columns, and zeros beyond each image's rank.
     """
 
     left: Tensor
@@ -39,7 +38,7 @@ class LowRank(NamedTuple):
 def compress(
     features: Tensor, *, energy: float | None = None, rank: int | None = None
 ) -> tuple[LowRank, Tensor]:
-    """The leading singular directions of each image's map, as many as an energy or a rank asks for.
+    """Computes the leading singular directions of each image's map, for an energy or a rank.
 
     X ~ (U_k S_k) V_k^T with, for an energy t, the smallest k with
     sum_{i<=k} s_i^2 >= t sum_i s_i^2: the rank of `featkd.linalg.energy_ranks`, so that
@@ -47,22 +46,22 @@ def compress(
 
     Args:
         features: (B, N, C), floating.
-        energy: the share to keep, above 0 and at most 1; each image has a rank of its own.
-        rank: or a number of directions, from 0 to min(N, C), the same for all images.
+        energy: share of the energy to keep, above 0 and at most 1; ranks differ between images.
+        rank: number of directions instead, from 0 to min(N, C), the same for all images.
 
     Returns:
-        (factors in float32, ranks (B,) int64). k is the largest of the ranks; an image's columns
-        beyond its own rank are zeros. With `rank` k is that rank, and an image whose further
-        singular values are below float32's rounding of the largest has a lower one in `ranks`.
+        (factors in float32, ranks (B,) int64). k is the largest rank, or `rank` if given; columns
+        beyond an image's rank are zeros. With `rank`, an image has a lower rank if its further
+        singular values are below the float32 rounding error of the largest.
 
     Raises:
-        TypeError: not a real floating-point tensor, or an energy or rank that is no number.
+        TypeError: not a real floating-point tensor, or energy or rank is not a number.
         ValueError: another shape, neither or both of energy and rank, one out of range, or a map
-            that holds NaN or Inf.
+            with NaN or Inf.
 
     Notes:
-        Computed in float64. Waits for the device once or twice, to learn k. No gradient. Repeats
-        bitwise. The signs of the columns are arbitrary.
+        Computed in float64, without gradient, and bitwise deterministic. Waits for the device once
+        or twice, to read k. The signs of the columns are arbitrary.
 
     Example:
         >>> import torch
@@ -73,7 +72,7 @@ def compress(
     """
     checks.check_floating("features", features, ("B", "N", "C"))
     if (energy is None) == (rank is None):
-        raise ValueError(f"energy, rank: expected one of them, got {energy!r} and {rank!r}")
+        raise ValueError(f"energy, rank: expected exactly one of them, got {energy!r} and {rank!r}")
     batch, tokens, channels = features.shape
     if energy is not None:
         checks.check_shares("energy", (energy,))
@@ -92,7 +91,7 @@ def compress(
         return LowRank(left, right), ranks
     u, s, vh = linalg.svd(x, k=count)
     if rank is not None:
-        ranks = ((s > _RESOLVED * s[:, :1]).sum(1)).to(torch.int64)
+        ranks = ((s > _RESOLUTION * s[:, :1]).sum(1)).to(torch.int64)
     kept = torch.arange(count, device=x.device) < ranks[:, None]
     left.copy_(u * (s * kept).unsqueeze(1))
     right.copy_(vh.mT * kept.unsqueeze(1))
@@ -100,10 +99,10 @@ def compress(
 
 
 def restore(factors: LowRank, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Multiplies the factors to maps (B, N, C): one batched product in float32, then in `dtype`.
+    """Multiplies the factors to maps (B, N, C) in float32, then casts to `dtype`.
 
-    A column of U_k S_k can exceed float16's range where no value of the map does, and a product
-    of rounded factors would err more than the map's own rounding. Autocast is ignored.
+    Autocast is ignored: columns of U_k S_k can exceed float16's range even if the map does not,
+    and rounded factors would add an error larger than the rounding of the map.
 
     Example:
         >>> restore(LowRank(torch.ones(1, 2, 1), torch.ones(1, 3, 1)))
@@ -123,21 +122,22 @@ def _check_rank(rank: object, most: int) -> None:
 
 
 def quantise(x: Tensor, form: Form) -> tuple[Tensor, Tensor]:
-    """A factor, or a map, in half precision or 8 bits, with one scale a column.
+    """Quantises a factor or a map to half precision or 8 bits, with one scale per column.
 
-    "fp16" divides each column by the power of two that puts its largest magnitude between 2^14 and
-    2^15: the division is exact, nothing overflows, however large a teacher's massive activations,
-    and what is lost to underflow is below 2^-39 of the largest. "int8" is symmetric,
-    round(127 x / max|x|). A column's scale takes up its length, so that S may stay in U_k S_k:
-    neither factor's range depends on the singular values.
+    - "fp16" divides each column by a power of two that brings its largest magnitude between 2^14
+      and 2^15. The division is exact, massive activations do not overflow, and underflow loses
+      less than 2^-39 of the largest magnitude.
+    - "int8" is symmetric: round(127 x / max|x|).
+
+    Since each column has its own scale, the singular values in U_k S_k do not affect the precision.
 
     Args:
         x: (..., R, k), floating: k columns of R values.
         form: "fp16" or "int8".
 
     Returns:
-        (stored (..., R, k) float16 or int8, scales (..., 1, k) float32); `dequantise` multiplies
-        them. A column of zeros, or of less than 1e-33, has the scale 0 and comes back as zeros.
+        (stored (..., R, k) float16 or int8, scales (..., 1, k) float32), as `dequantise` takes
+        them. A column with no magnitude above 1e-33 has the scale 0 and is restored as zeros.
 
     Raises:
         TypeError: not a real floating-point tensor.
@@ -155,8 +155,10 @@ def quantise(x: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     if form not in FORMS:
         raise ValueError(f"form: expected one of {', '.join(FORMS)}; got {form!r}")
     exact = x.detach().float()
-    if not (exact.abs() <= _MOST).all():
-        raise ValueError(f"x: holds NaN, Inf or more than {_MOST:g}, the most that can be stored")
+    if not (exact.abs() <= _LARGEST).all():
+        raise ValueError(
+            f"x: expected finite values up to {_LARGEST:g} in magnitude, got NaN, Inf or larger"
+        )
     if not exact.shape[-2]:
         scale = exact.new_zeros(*exact.shape[:-2], 1, exact.shape[-1])
     else:
@@ -165,7 +167,7 @@ def quantise(x: Tensor, form: Form) -> tuple[Tensor, Tensor]:
             scale = torch.ldexp((largest > 0).float(), torch.frexp(largest).exponent - 15)
         else:
             scale = largest / 127
-    # a scale that is no normal number has lost its digits
+    # A subnormal scale has too few digits.
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0, scale)
     quotient = exact / torch.where(scale == 0, torch.inf, scale)
     if form == "fp16":
@@ -174,7 +176,7 @@ def quantise(x: Tensor, form: Form) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(stored: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What `quantise` stored, (..., R, k) times the (..., 1, k) scales, in `dtype`.
+    """Restores what `quantise` returned: (..., R, k) times the (..., 1, k) scales, in `dtype`.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""What a cache's rows depend on and how they are stored: `manifest.json`, written first."""
+"""`manifest.json` of a cache: what the rows depend on, and how they are stored."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from featkd.cache.rows import LayerShape, Layout
-from featkd.data import EpochSampler, Key
-from featkd.data.sampler import StretchSampler
+from featkd.data import EpochSampler, SampleKey
+from featkd.data.sampler import RangeSampler
 from featkd.runtime.files import atomic_write
 
 SCHEMA = 2
@@ -20,26 +20,26 @@ NAME = "manifest.json"
 
 
 class CacheError(RuntimeError):
-    """A cache that can't be written, read or used; names the file or field, and the cause."""
+    """A cache can't be written, read or used; names the file or field, and the cause."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The head of a cache.
+    """Content of `manifest.json`.
 
     Args:
-        subject: what the rows depend on: field -> plain value, "data.images" (how many), "seed"
-            and "data.augment.repeats" among them. Where one differs it is another cache. View v is
-            epoch v of the `EpochSampler` that these three make.
-        weights: SHA-256 of the teacher's, as it held them.
-        depth: its layers.
-        layout: what a row holds.
-        rows: in a view.
-        shard_rows: in each of its shards but the last.
-        batch_size: images that the teacher saw at once.
-        views: in the cache; more can be added.
-        checkpoint: name of the teacher's file, which tells it from others where it is not at hand;
-            no row depends on it.
+        subject: everything that the rows depend on, as field -> plain value. It includes
+            "data.images" (their number), "seed" and "data.augment.repeats"; view v is epoch v of
+            the `EpochSampler` with these three.
+        weights: SHA-256 of the teacher's weights, in their dtypes.
+        depth: number of layers of the teacher.
+        layout: columns of a row.
+        rows: rows per view.
+        shard_rows: rows per shard; the last shard of a view can have fewer.
+        batch_size: images per forward pass of the teacher.
+        views: views in the cache; more can be added.
+        checkpoint: file name of the teacher's checkpoint, compared if the file is missing; no row
+            depends on it.
     """
 
     subject: Mapping[str, Any]
@@ -54,61 +54,62 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """SHA-256 of all that a shard's bytes follow from; every shard carries it."""
+        """SHA-256 of everything that determines a shard's bytes; stored in every shard."""
         return hashlib.sha256(_dump(self._content(whole=False))).hexdigest()
 
     @property
     def images(self) -> int:
-        """In the split."""
+        """Images in the split."""
         return int(self.subject["data.images"])
 
     @property
     def repeats(self) -> int:
-        """Copies of an image in a view."""
+        """Copies per image in a view."""
         return int(self.subject["data.augment.repeats"])
 
     def sampler(self) -> EpochSampler:
-        """That gives the keys of the views, as its epochs, in the order of their rows."""
+        """Sampler whose epoch v yields the keys of view v, in the order of the rows."""
         seed = int(self.subject["seed"])
         return EpochSampler(self.images, training=True, repeats=self.repeats, seed=seed)
 
     @property
     def shards(self) -> int:
-        """Of a view."""
+        """Shards per view."""
         return -(-self.rows // self.shard_rows)
 
     def positions(self, shard: int) -> range:
-        """Where in its view a shard's rows are."""
+        """Positions of a shard's rows within the view."""
         start = shard * self.shard_rows
         return range(start, min(start + self.shard_rows, self.rows))
 
-    def keys(self, view: int, shards: Sequence[int]) -> Iterator[list[Key]]:
-        """Those of the rows of some shards of a view, shard by shard."""
+    def keys(self, view: int, shards: Sequence[int]) -> Iterator[list[SampleKey]]:
+        """Yields the keys of the rows of some shards of a view, shard by shard."""
         seed = int(self.subject["seed"])
-        sampler = StretchSampler(self.images, repeats=self.repeats, seed=seed)
+        sampler = RangeSampler(self.images, repeats=self.repeats, seed=seed)
         stretches = [self.positions(shard) for shard in shards]
-        sampler.choose(view, stretches)
-        keys = iter(sampler)  # the view is shuffled once for all of them
+        sampler.set_ranges(view, stretches)
+        keys = iter(sampler)  # shuffles the view once for all shards
         return (list(islice(keys, len(stretch))) for stretch in stretches)
 
     def shard_name(self, view: int, shard: int) -> str:
-        """Below the cache's folder."""
+        """Path of a shard below the cache's folder."""
         return f"view-{view:05d}/shard-{shard:05d}.safetensors"
 
     def write(self, folder: Path) -> None:
-        """Write it whole, with a checksum."""
+        """Writes the manifest atomically, with a checksum."""
         content = self._content(whole=True)
         with atomic_write(folder / NAME) as file:
             file.write(_dump({**content, "checksum": _checksum(content)}))
 
     def differences(self, other: Manifest) -> list[str]:
-        """What another one says otherwise, as "field: this one's, not the other's"."""
+        """Fields that differ in another manifest, as "field: this value, not the other"."""
         own, its = self._content(whole=False), other._content(whole=False)
         return differing(_flat(own), _flat(its))
 
     def _content(self, *, whole: bool) -> dict[str, Any]:
+        """All fields as plain values; without `whole`, only those that rows depend on."""
         content = {"schema": SCHEMA, **asdict(self), "subject": dict(self.subject)}
-        if not whole:  # but for what the rows don't depend on
+        if not whole:
             del content["views"], content["checkpoint"]
         plain: dict[str, Any] = json.loads(json.dumps(content))
         return plain
@@ -125,26 +126,26 @@ def differing(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the cache in `folder`.
+    """Reads the manifest of the cache in `folder`.
 
     Raises:
-        CacheError: there is none, it is damaged, or of another version of the format.
+        CacheError: it is missing, damaged, or of another version of the format.
     """
     path = folder / NAME
     try:
         written = path.read_bytes()
     except OSError as error:
-        raise CacheError(f"{folder}: not a cache of featkd: {error}") from error
+        raise CacheError(f"{folder}: not a featkd cache: {error}") from error
     try:
         content = json.loads(written)
         checksum = content.pop("checksum")
         schema = content.pop("schema")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CacheError(f"{path}: damaged: {type(error).__name__}: {error}") from error
-    # Byte by byte: a changed blank would leave the content as it is.
+    # Compares bytes as well: changed white space leaves the content unchanged.
     whole = {"schema": schema, **content}
     if checksum != _checksum(whole) or written != _dump({**whole, "checksum": checksum}):
-        raise CacheError(f"{path}: damaged: its content does not have the checksum it names")
+        raise CacheError(f"{path}: damaged: the content does not match its checksum")
     if schema != SCHEMA:
         raise CacheError(f"{path}: format {schema}, this featkd reads {SCHEMA}")
     layout = content.pop("layout")
@@ -153,7 +154,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The subject's and the layout's fields beside the others."""
+    """Merges the fields of subject and layout with the other fields."""
     others = {k: v for k, v in content.items() if k not in ("subject", "layout")}
     return {**content["subject"], **content["layout"], **others}
 

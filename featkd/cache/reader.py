@@ -1,4 +1,4 @@
-"""Rows of a cache by key: `TeacherCache`; a check of all of them: `damages`."""
+"""Reads rows of a cache by key, and verifies whole caches."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ import torch
 from torch import Tensor
 
 from featkd.cache.manifest import CacheError, read_manifest
-from featkd.cache.rows import Row, Taught
-from featkd.cache.shard import Shard, check_length, damages_of
-from featkd.data import Key
+from featkd.cache.rows import Row, TeacherOutputs
+from featkd.cache.shard import Shard, check_length, find_damage
+from featkd.data import SampleKey
 
-_OPEN_SHARDS = 4096  # mappings; Linux allows a process 65,530
+_OPEN_SHARDS = 4096  # memory maps; Linux allows 65,530 per process
 _MOST_READERS = 8
-_HELD_VIEWS = 2  # orders: the epoch's, and the next one's
+_CACHED_ORDERS = 2  # of the present epoch and the next
 
 _Positions = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class TeacherCache:
-    """A teacher's outputs, for the keys of a run's batches.
+    """Reads a teacher's outputs for the keys of a run's batches.
 
-    The length of every file that is needed is checked at once. Files are opened when the first of
-    their rows is asked for, and every row is checked each time.
+    The length of every needed file is checked when the cache is opened. A file is opened when its
+    first row is read, and every row is checked each time it is read.
 
     Args:
-        folder: that `featkd cache` wrote.
-        views: so many are needed, the first ones, or all where there are fewer; default: all.
+        folder: folder that `featkd cache` wrote.
+        views: number of views needed, from the first; default, or if there are fewer: all.
 
     Raises:
-        CacheError: there is no cache, its manifest is damaged, or shards of those views are
-            missing or cut off.
+        CacheError: there is no cache, its manifest is damaged, or shards of the needed views are
+            missing or truncated.
     """
 
     def __init__(self, folder: Path, views: int | None = None) -> None:
@@ -48,14 +48,14 @@ class TeacherCache:
         if missing:
             raise CacheError(
                 f"{folder}: {len(missing)} of the {needed * self.manifest.shards} shards of views "
-                f"0 to {needed - 1} are missing, such as {missing[0]}; featkd cache, called as "
-                "before, goes on with it"
+                f"0 to {needed - 1} are missing, such as {missing[0]}; run the same featkd cache "
+                "command again to complete the cache"
             )
         self._identity = self.manifest.identity
         self._shards: OrderedDict[tuple[int, int], Shard] = OrderedDict()
         self._positions: OrderedDict[int, _Positions] = OrderedDict()
         self._sampler = self.manifest.sampler()
-        # Checksums and page faults need no interpreter: threads do them side by side.
+        # Checksums and page faults release the interpreter lock.
         self._readers = min(_MOST_READERS, len(os.sched_getaffinity(0)))
         self._threads = ThreadPoolExecutor(self._readers, "featkd-cache")
         needed_files = (
@@ -68,47 +68,47 @@ class TeacherCache:
 
     def read(
         self, keys: Tensor, layers: Sequence[int], device: torch.device | str = "cpu"
-    ) -> tuple[Taught, Tensor]:
-        """What the teacher said of some samples, and of which images.
+    ) -> tuple[TeacherOutputs, Tensor]:
+        """Reads the teacher's outputs for some samples.
 
         Args:
             keys: (B, 3) int64, as `featkd.data.Batch.keys`.
-            layers: of the teacher, whose maps are wanted.
-            device: where they go.
+            layers: teacher layers whose maps are returned.
+            device: device of the outputs.
 
         Returns:
-            Logits (B, K) and a map a layer, as `Layout.decode` says; and (B,) int64 on the CPU, the
-            images that they are of: another than a key's own where that could not be read when the
-            cache was made.
+            Logits (B, K) and one map per layer (see `Layout.decode`); and (B,) int64 on the CPU,
+            the number of the image that each row was computed from. It differs from the key's
+            image if that one could not be read when the cache was made.
 
         Raises:
-            CacheError: a key is of no view of this cache, or what is stored of it is damaged.
+            CacheError: a key belongs to no view of this cache, or its row is damaged.
         """
-        places = [self._place(Key(*key)) for key in keys.tolist()]
+        places = [self._place(SampleKey(*key)) for key in keys.tolist()]
         parts = [places[first :: self._readers] for first in range(self._readers)]
         found = list(self._threads.map(_read, parts)) if self._readers > 1 else [_read(places)]
         rows = [found[i % self._readers][i // self._readers] for i in range(len(places))]
-        shown = torch.tensor([shard.shown(offset) for shard, offset in places])
-        return self.manifest.layout.decode(rows, layers, device), shown
+        source_index = torch.tensor([shard.source_index(offset) for shard, offset in places])
+        return self.manifest.layout.decode(rows, layers, device), source_index
 
     def _missing(self, views: int) -> Iterator[str]:
-        """Names of the shards that are not there; a folder is read once, not asked for each."""
+        """Yields the names of missing shards; lists each folder once."""
         for view in range(views):
             names = [self.manifest.shard_name(view, n) for n in range(self.manifest.shards)]
             folder = (self.folder / names[0]).parent
-            there = set(os.listdir(folder)) if folder.is_dir() else set()
-            yield from (name for name in names if name.rpartition("/")[2] not in there)
+            existing = set(os.listdir(folder)) if folder.is_dir() else set()
+            yield from (name for name in names if name.rpartition("/")[2] not in existing)
 
-    def _place(self, key: Key) -> tuple[Shard, int]:
-        """The open shard that holds a key's row, and which of its rows it is."""
+    def _place(self, key: SampleKey) -> tuple[Shard, int]:
+        """Returns the shard that holds a key's row, and the row's number in it."""
         number, offset = divmod(self._position(key), self.manifest.shard_rows)
         shard = self._shard(key.epoch, number)
         if shard.key(offset) != key:
             raise CacheError(f"{shard.path}: row {offset} is {shard.key(offset)}, not {key}")
         return shard, offset
 
-    def _position(self, key: Key) -> int:
-        """Where in its view a key's row is."""
+    def _position(self, key: SampleKey) -> int:
+        """Position of a key's row within its view."""
         manifest = self.manifest
         if 0 <= key.epoch < manifest.views and 0 <= key.image < manifest.images:
             if key.epoch not in self._positions:
@@ -116,7 +116,7 @@ class TeacherCache:
                 inverse = np.empty_like(order)
                 inverse[order] = np.arange(len(order))
                 self._positions[key.epoch] = inverse
-                if len(self._positions) > _HELD_VIEWS:
+                if len(self._positions) > _CACHED_ORDERS:
                     self._positions.popitem(last=False)
             position = int(self._positions[key.epoch][key.image]) * manifest.repeats + key.copy
             if 0 <= key.copy < manifest.repeats and position < manifest.rows:
@@ -141,8 +141,8 @@ class TeacherCache:
         return shard
 
 
-def damages(folder: Path) -> Iterator[str | None]:
-    """Read every row of a cache; of each shard, in turn, what is wrong with it, or None.
+def verify_cache(folder: Path) -> Iterator[str | None]:
+    """Checks every row of a cache; yields an error message or None for each shard.
 
     Raises:
         CacheError: there is no cache, or its manifest is damaged.
@@ -155,7 +155,7 @@ def damages(folder: Path) -> Iterator[str | None]:
             if not path.exists():
                 yield f"{path}: missing"
                 continue
-            yield "\n".join(damages_of(path, manifest.identity, keys)) or None
+            yield "\n".join(find_damage(path, manifest.identity, keys)) or None
 
 
 def _read(places: Sequence[tuple[Shard, int]]) -> list[Row]:

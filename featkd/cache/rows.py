@@ -1,4 +1,4 @@
-"""What a row of a cache holds, and how a teacher's outputs become rows and come back."""
+"""Layout of a cache's rows; encodes teacher outputs as rows and decodes them."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from torch import Tensor
 from featkd.cache.lowrank import Form, LowRank, compress, dequantise, quantise, restore
 
 Row = Mapping[str, Tensor]
-"""What is stored of one image, by column, on the CPU."""
+"""Stored columns of one image, on the CPU."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the others have scales
-_PARTS = ("left", "left_scales", "right", "right_scales")
+_FACTORS = ("left", "left_scales", "right", "right_scales")
 
 
-class Taught(NamedTuple):
-    """What the teacher says of a batch: logits (B, K) or None, a (B, N, C) map a layer pair."""
+class TeacherOutputs(NamedTuple):
+    """Teacher outputs for a batch: logits (B, K) or None, and a (B, N, C) map per layer."""
 
     logits: Tensor | None
     maps: list[Tensor]
 
 
 class NotStorable(ValueError):
-    """An image's outputs can't be held in the form asked for.
+    """The outputs for an image can't be stored.
 
     Attributes:
-        number: of the image in its batch.
-        cause: in words.
+        index: index of the image in its batch.
+        cause: the reason, in words.
     """
 
-    def __init__(self, number: int, cause: str) -> None:
-        super().__init__(number, cause)
-        self.number = number
+    def __init__(self, index: int, cause: str) -> None:
+        super().__init__(index, cause)
+        self.index = index
         self.cause = cause
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A layer's map: (tokens, channels) an image, in the teacher's dtype, e.g. "float32"."""
+    """Shape (tokens, channels) per image and dtype, for example "float32", of a layer's map."""
 
     layer: int
     tokens: int
@@ -52,17 +52,17 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Layout:
-    """What each row holds.
+    """Columns of each row.
 
     Args:
-        classes: K, of the teacher's logits.
-        logits_dtype: the teacher's, e.g. "float32".
-        logits_top: classes whose log-probabilities are kept, the largest; None keeps all logits as
-            they are.
+        classes: K, number of the teacher's logits.
+        logits_dtype: dtype of the teacher's logits, for example "float32".
+        logits_top: number of classes whose log-probabilities are stored, the largest ones; None
+            stores all logits.
         features: "none", "full" or "lowrank".
-        energy, rank: lowrank: which of a map's singular directions are kept.
-        store: what values are stored in, "fp32", "bf16", "fp16" or "int8"; None without maps.
-        layers: the maps, in ascending order of their layers.
+        energy, rank: for lowrank: selection of a map's singular directions.
+        store: dtype of stored maps, "fp32", "bf16", "fp16" or "int8"; None without maps.
+        layers: shapes of the maps, in ascending order of the layers.
     """
 
     classes: int
@@ -76,23 +76,23 @@ class Layout:
 
     @property
     def varying(self) -> frozenset[str]:
-        """The columns whose rows differ in length, by image: they are stored flat."""
+        """Columns whose length differs between images; they are stored flat."""
         if self.features != "lowrank":
             return frozenset()
-        return frozenset(f"features.{x.layer}.{part}" for x in self.layers for part in _PARTS)
+        return frozenset(f"features.{x.layer}.{part}" for x in self.layers for part in _FACTORS)
 
-    def encode(self, taught: Taught) -> list[Row]:
-        """A batch's outputs as rows.
+    def encode(self, outputs: TeacherOutputs) -> list[Row]:
+        """Encodes the outputs for a batch as rows.
 
         Args:
-            taught: logits (B, K), and a (B, N, C) map for each of `layers`.
+            outputs: logits (B, K), and a (B, N, C) map for each of `layers`.
 
         Raises:
             NotStorable: a value is not finite.
         """
-        assert taught.logits is not None
-        columns: dict[str, Tensor | list[Tensor]] = dict(self._encode_logits(taught.logits))
-        for shape, x in zip(self.layers, taught.maps, strict=True):
+        assert outputs.logits is not None
+        columns: dict[str, Tensor | list[Tensor]] = dict(self._encode_logits(outputs.logits))
+        for shape, x in zip(self.layers, outputs.maps, strict=True):
             name = f"features.{shape.layer}"
             _check_finite(x, f"the map of layer {shape.layer}")
             if self.features == "lowrank":
@@ -103,21 +103,20 @@ class Layout:
                 continue
             values, scales = quantise(x, cast(Form, self.store))
             columns[name], columns[f"{name}.scales"] = values.cpu(), scales[:, 0].cpu()
-        return [{name: x[i] for name, x in columns.items()} for i in range(len(taught.logits))]
+        return [{name: x[i] for name, x in columns.items()} for i in range(len(outputs.logits))]
 
     def decode(
         self, rows: Sequence[Row], layers: Sequence[int], device: torch.device | str = "cpu"
-    ) -> Taught:
-        """The outputs of some images, in the dtypes in which the teacher gave them.
+    ) -> TeacherOutputs:
+        """Decodes rows to outputs in the teacher's dtypes, without waiting for the device.
 
-        Logits of which `logits_top` were kept come as float32 log-probabilities, which are logits
-        up to an image's own constant: those classes have theirs, and the rest of the probability
-        is spread evenly over the others. Low-rank maps are restored. Nothing waits for the device.
+        With `logits_top`, the logits are float32 log-probabilities. The remaining probability is
+        spread evenly over the other classes. Low-rank maps are restored.
 
         Args:
-            rows: of the images.
-            layers: those whose maps are wanted, in any order.
-            device: where they go.
+            rows: one row per image.
+            layers: layers whose maps are returned, in any order.
+            device: device of the outputs.
         """
         shapes = {shape.layer: shape for shape in self.layers}
         device = torch.device(device)
@@ -134,7 +133,7 @@ class Layout:
             else:
                 scales = _batched(rows, f"{name}.scales", device)
                 maps.append(dequantise(held, scales[:, None], dtype))
-        return Taught(self._decode_logits(rows, device), maps)
+        return TeacherOutputs(self._decode_logits(rows, device), maps)
 
     def _encode_factors(self, x: Tensor) -> dict[str, list[Tensor]]:
         factors, ranks = compress(x, energy=self.energy, rank=self.rank)
@@ -150,8 +149,8 @@ class Layout:
         _check_finite(logits, "logits")
         if self.logits_top is None:
             return {"logits": logits.cpu()}
-        # The rest is stored, too: 1 - (the sum of the rounded others) would have no digits left
-        # where they are nearly all, and could be negative.
+        # The rest is stored as well: 1 minus the rounded others could be negative, and has few
+        # digits if they are nearly 1.
         log_probs = logits.double().log_softmax(1)
         top, classes = log_probs.topk(self.logits_top, dim=1)
         rest = log_probs.scatter(1, classes, -math.inf).logsumexp(1, keepdim=True)
@@ -174,7 +173,7 @@ class Layout:
 def _decode_factors(
     rows: Sequence[Row], name: str, shape: LayerShape, device: torch.device
 ) -> LowRank:
-    """The factors in float32, with zeros beyond each image's rank."""
+    """Decodes the factors to float32, with zeros beyond each image's rank."""
     ranks = [len(row[f"{name}.left_scales"]) for row in rows]
     found = []
     for part, length in (("left", shape.tokens), ("right", shape.channels)):
@@ -184,7 +183,7 @@ def _decode_factors(
         for i, (row, rank) in enumerate(zip(rows, ranks, strict=True)):
             values[i, :, :rank] = row[f"{name}.{part}"].view(length, rank)
             scales[i, 0, :rank] = row[f"{name}.{part}_scales"]
-        found.append(dequantise(_moved(values, device), _moved(scales, device)))
+        found.append(dequantise(_to_device(values, device), _to_device(scales, device)))
     return LowRank(*found)
 
 
@@ -197,13 +196,13 @@ def _check_finite(x: Tensor, what: str) -> None:
 def _batched(rows: Sequence[Row], name: str, device: torch.device) -> Tensor:
     parts = [row[name] for row in rows]
     held = _host_memory((len(parts), *parts[0].shape), parts[0].dtype, device)
-    return _moved(torch.stack(parts, out=held), device)
+    return _to_device(torch.stack(parts, out=held), device)
 
 
 def _host_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor, pinned for a GPU: a copy from other memory waits for the device."""
+    """Uninitialised CPU tensor; pinned for a GPU, as other copies wait for the device."""
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 
-def _moved(x: Tensor, device: torch.device) -> Tensor:
+def _to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device, non_blocking=device.type == "cuda")

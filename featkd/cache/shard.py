@@ -1,15 +1,15 @@
-"""A shard: some rows of a view in one safetensors file, in which no changed bit goes unseen.
+"""Shards: rows of a view in one safetensors file, with checksums over every bit.
 
-    keys   (n, 3) int64    the epoch, image and copy of each row          \\
-    shown  (n,)   int64    the image that it is of: another than its       | the index
-                           key's where that one could not be read          |
-    crc    (n,)   int64    CRC-32 of each row's columns                   /
-    check  (32,)  uint8    SHA-256 of the file's header and its index
-    ...                    the columns; one whose rows differ in length is flat, and the index has
-                           `<column>.ends`, (n,) int64
+    keys   (n, 3) int64    epoch, image and copy of each row                \\
+    shown  (n,)   int64    image that the row was computed from; differs     | the index
+                           from the key's if that one was unreadable         |
+    crc    (n,)   int64    CRC-32 of each row's columns                     /
+    check  (32,)  uint8    SHA-256 of the file's header and index
+    ...                    the columns; if the rows of a column differ in length, it is stored flat
+                           and the index has `<column>.ends`, (n,) int64
 
-A file is checked in three steps: its length when the cache is opened, its header and index when its
-first row is asked for, each row when it is read.
+The length of a file is checked when the cache is opened, header and index when its first row is
+read, and each row whenever it is read.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from torch import Tensor
 
 from featkd.cache.manifest import CacheError
 from featkd.cache.rows import Row
-from featkd.data import Key
+from featkd.data import SampleKey
 from featkd.runtime.files import atomic_write
 
-_HEAD = 8  # bytes that say how long the header is
+_LENGTH_BYTES = 8  # length of the header, at the start of the file
 _DIGEST = 32
 _META = "featkd"
 _ENDS = ".ends"
@@ -44,24 +44,24 @@ def write_shard(
     path: Path,
     identity: str,
     keys: Tensor,
-    shown: Tensor,
+    source_index: Tensor,
     rows: Sequence[Row],
     varying: Iterable[str] = (),
 ) -> None:
-    """Write a shard whole.
+    """Writes a shard atomically.
 
     Args:
         path: the file.
-        identity: of the cache.
-        keys: (n, 3) int64.
-        shown: (n,) int64, the image that each row is of.
-        rows: as many, with the same columns.
+        identity: identity of the cache.
+        keys: (n, 3) int64, in the order of their positions in the view.
+        source_index: (n,) int64, the image that each row was computed from.
+        rows: n rows with the same columns.
         varying: columns whose rows differ in shape; they are read back flat.
     """
     names = sorted(rows[0])
     tensors: dict[str, Tensor] = {
         "keys": keys,
-        "shown": shown.clone(),  # which may be a view of the keys, of which safetensors wants none
+        "shown": source_index.clone(),  # may be a view of the keys, which safetensors refuses
         "crc": torch.tensor([_crc(row, names) for row in rows]),
         "check": torch.zeros(_DIGEST, dtype=torch.uint8),
     }
@@ -72,7 +72,7 @@ def write_shard(
             tensors[name] = torch.cat([x.flatten() for x in parts])
         else:
             tensors[name] = torch.stack(parts)
-    # One word: safetensors writes several in any order.
+    # A single metadata entry: safetensors writes several in any order.
     content = memoryview(save(tensors, {_META: identity}))
     header, start = _header(path, content)
     place = start + _offsets(header["check"])[0]
@@ -84,19 +84,19 @@ def write_shard(
 
 
 class Shard:
-    """A shard that is open for reading: memory-mapped, without a file descriptor.
+    """Opens a shard for reading; memory-mapped, without an open file descriptor.
 
     Args:
         path: the file.
-        identity: of the cache it has to belong to.
+        identity: identity of the cache that the shard must belong to.
 
     Raises:
-        CacheError: it is missing, damaged, or of another cache.
+        CacheError: it is missing, damaged, or belongs to another cache.
     """
 
     def __init__(self, path: Path, identity: str) -> None:
         self.path = path
-        with _refusing(path):
+        with _as_cache_error(path):
             self._check(path)
             with safe_open(path, "pt") as file:
                 found, names = file.metadata()[_META], list(file.keys())
@@ -105,9 +105,8 @@ class Shard:
             raise CacheError(
                 f"{path}: belongs to another cache ({found[:12]}, not {identity[:12]})"
             )
-        # Arrays: an element of a tensor takes microseconds, and lists of numbers half a megabyte a
-        # shard. These are the mapped file itself.
-        self._crc, self._shown, self._keys = (
+        # NumPy views of the mapped file: faster to index than tensors, smaller than lists.
+        self._crc, self._source_index, self._keys = (
             self._tensors[name].numpy() for name in ("crc", "shown", "keys")
         )
         self._ends = {
@@ -122,45 +121,40 @@ class Shard:
     def __len__(self) -> int:
         return len(self._crc)
 
-    @property
-    def nbytes(self) -> int:
-        """Of the columns."""
-        return sum(self._tensors[name].nbytes for name in self._columns)
+    def key(self, number: int) -> SampleKey:
+        """Key of row `number`."""
+        return SampleKey(*self._keys[number].tolist())
 
-    def key(self, number: int) -> Key:
-        """Of row `number`."""
-        return Key(*self._keys[number].tolist())
-
-    def shown(self, number: int) -> int:
-        """The image that row `number` is of."""
-        return int(self._shown[number])
+    def source_index(self, number: int) -> int:
+        """Image that row `number` was computed from."""
+        return int(self._source_index[number])
 
     def row(self, number: int) -> Row:
-        """Row `number`, checked, as views of the mapped file.
+        """Returns row `number` as views of the mapped file, after checking it.
 
         Raises:
-            CacheError: it does not have its checksum.
+            CacheError: it does not match its checksum.
         """
-        row = {name: self._part(name, number) for name in self._columns}
+        row = {name: self._column(name, number) for name in self._columns}
         if _crc(row, self._columns) != self._crc[number]:
             key = self.key(number)
             raise CacheError(
                 f"{self.path}: damaged: row {number} (image {key.image}, copy {key.copy} of view "
-                f"{key.epoch}) does not have its checksum"
+                f"{key.epoch}) does not match its checksum"
             )
         return row
 
-    def damages(self, keys: Sequence[Key]) -> Iterator[str]:
-        """Check every row; a message for each that is not as it was written.
+    def damages(self, keys: Sequence[SampleKey]) -> Iterator[str]:
+        """Checks every row; yields an error message for each damaged one.
 
         Args:
-            keys: those that its rows have to have.
+            keys: the keys that the rows must have.
         """
         if len(self) != len(keys):
             yield f"{self.path}: damaged: has {len(self)} rows, not {len(keys)}"
             return
         for number, key in enumerate(keys):
-            if self.key(number) != key:  # and so, no doubt, are the others
+            if self.key(number) != key:  # the other rows are misplaced as well
                 yield f"{self.path}: damaged: row {number} is {self.key(number)}, not {key}"
                 return
             try:
@@ -170,9 +164,9 @@ class Shard:
 
     @staticmethod
     def _check(path: Path) -> None:
-        """Raise CacheError unless length, header and index are as they were written."""
+        """Raises CacheError if length, header or index are damaged."""
         with path.open("rb") as file:
-            head, header, start, size = _whole_header(path, file)
+            head, header, start, size = _checked_header(path, file)
 
             def read(first: int, last: int) -> bytes:
                 file.seek(start + first)
@@ -180,9 +174,9 @@ class Shard:
 
             index = b"".join(read(first, last) for first, last in _index(header))
             if read(*_offsets(header["check"])) != _digest(head, index):
-                raise CacheError(f"{path}: damaged: header or index do not have their checksum")
+                raise CacheError(f"{path}: damaged: header or index do not match their checksum")
 
-    def _part(self, name: str, number: int) -> Tensor:
+    def _column(self, name: str, number: int) -> Tensor:
         values = self._tensors[name]
         ends = self._ends.get(name)
         if ends is None:
@@ -190,8 +184,8 @@ class Shard:
         return values[int(ends[number - 1]) if number else 0 : int(ends[number])]
 
 
-def damages_of(path: Path, identity: str, keys: Sequence[Key]) -> list[str]:
-    """What is wrong with a shard's file, every row of which is read; nothing where it is whole."""
+def find_damage(path: Path, identity: str, keys: Sequence[SampleKey]) -> list[str]:
+    """Checks a shard's file and every row; returns error messages, none for an intact file."""
     try:
         return list(Shard(path, identity).damages(keys))
     except CacheError as error:
@@ -199,8 +193,8 @@ def damages_of(path: Path, identity: str, keys: Sequence[Key]) -> list[str]:
 
 
 @contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    """Whatever a damaged or absent file makes of its reading is a CacheError."""
+def _as_cache_error(path: Path) -> Iterator[None]:
+    """Turns errors of reading a damaged or missing file into CacheError."""
     try:
         yield
     except (LookupError, TypeError, ValueError, SafetensorError) as error:
@@ -210,48 +204,48 @@ def _refusing(path: Path) -> Iterator[None]:
 
 
 def check_length(path: Path) -> None:
-    """Read a shard's header alone.
+    """Checks a file's length against its header.
 
     Raises:
-        CacheError: it can't be read, or the file's length is another than it says.
+        CacheError: the header can't be read, or the length differs.
     """
-    with _refusing(path), path.open("rb") as file:
-        _whole_header(path, file)
+    with _as_cache_error(path), path.open("rb") as file:
+        _checked_header(path, file)
 
 
-def _whole_header(path: Path, file: BinaryIO) -> tuple[bytes, dict[str, Any], int, int]:
-    """The first bytes, what they say, where the data begin, and the file's length, which fits."""
+def _checked_header(path: Path, file: BinaryIO) -> tuple[bytes, dict[str, Any], int, int]:
+    """Reads and checks the header; returns its bytes, its content, the data's start, the size."""
     size = os.fstat(file.fileno()).st_size
-    head = file.read(_HEAD)
+    head = file.read(_LENGTH_BYTES)
     head += file.read(min(int.from_bytes(head, "little"), size))
     header, start = _header(path, memoryview(head))
     entries = [entry for name, entry in header.items() if name != "__metadata__"]
     end = start + max(_offsets(entry)[1] for entry in entries)
     if size != end:
-        raise CacheError(f"{path}: damaged: has {size} bytes, its header says {end}")
+        raise CacheError(f"{path}: damaged: has {size} bytes, expected {end} by its header")
     return head, header, start, size
 
 
 def _header(path: Path, content: memoryview) -> tuple[dict[str, Any], int]:
-    """A safetensors file's header, and where its data begin."""
-    start = _HEAD + int.from_bytes(content[:_HEAD], "little")
+    """Parses a safetensors header; returns its content and the offset of the data."""
+    start = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
     try:
-        header = json.loads(bytes(content[_HEAD:start]))
+        header = json.loads(bytes(content[_LENGTH_BYTES:start]))
     except ValueError as error:
-        raise CacheError(f"{path}: damaged: its header can't be read: {error}") from error
+        raise CacheError(f"{path}: damaged: the header can't be read: {error}") from error
     if len(content) < start or not isinstance(header, dict):
-        raise CacheError(f"{path}: damaged: cut off within its header")
+        raise CacheError(f"{path}: damaged: truncated within the header")
     return header, start
 
 
 def _index(header: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Where the index's tensors are in the data."""
+    """Offsets of the index's tensors within the data."""
     names = [name for name in header if name in _FIXED or name.endswith(_ENDS)]
     return [_offsets(header[name]) for name in names]
 
 
 def _offsets(entry: Mapping[str, Any]) -> tuple[int, int]:
-    """Where a tensor's data begin and end; a flipped bit can make one number of the two."""
+    """Start and end of a tensor's data; a flipped bit can merge the two numbers."""
     offsets = entry["data_offsets"]
     if not (isinstance(offsets, list) and [type(x) for x in offsets] == [int, int]):
         raise ValueError(f"data_offsets: expected two whole numbers, got {offsets!r}")
@@ -271,6 +265,6 @@ def _crc(row: Row, names: Iterable[str]) -> int:
 
 
 def _bytes(x: Tensor) -> memoryview:
-    """The content of a tensor on the CPU."""
+    """Bytes of a CPU tensor."""
     content: memoryview = x.contiguous().flatten().view(torch.uint8).numpy().data
     return content

@@ -1,4 +1,4 @@
-"""Writing a cache: one writer a folder, whole shards kept, the others computed."""
+"""Writes a cache: locks the folder, keeps intact shards and writes the others."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 from featkd.cache import manifest as manifests
 from featkd.cache.manifest import CacheError, Manifest, read_manifest
 from featkd.cache.rows import Row
-from featkd.cache.shard import damages_of, write_shard
-from featkd.data import Key
+from featkd.cache.shard import find_damage, write_shard
+from featkd.data import SampleKey
 from featkd.runtime.files import remove_leftovers
 
 _LOCK = ".lock"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`, made if missing, for this process alone; a killed one's hold is gone.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Locks `folder` for this process, and creates it if missing; a kill releases the lock.
 
     Raises:
-        CacheError: another process holds it, it holds something else than a cache, or there is a
-            file in its place. Nothing is changed then.
+        CacheError: another process has locked it, it holds something other than a cache, or the
+            path is a file. Nothing is changed then.
     """
     _refuse_foreign(folder)
     try:
@@ -34,22 +34,22 @@ def locked(folder: Path) -> Iterator[None]:
         raise CacheError(f"out: {folder} is a file, expected a folder") from error
     with (folder / _LOCK).open("wb") as file:
         try:
-            # A record lock, unlike flock's, is not inherited by the loader's forked workers,
-            # which outlive a killed process for a moment.
+            # lockf, not flock: the lock is not inherited by the loader's forked workers, which
+            # outlive a killed process for a moment.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise CacheError(f"out: another process is writing the cache in {folder}") from error
         yield
 
 
-def prepare(folder: Path, manifest: Manifest) -> Manifest:
-    """Begin the cache in `folder`, or go on with the one there; call it in `locked`.
+def prepare_folder(folder: Path, manifest: Manifest) -> Manifest:
+    """Starts a cache in the locked `folder`, or continues the one there.
 
     Returns:
-        The manifest as it is in the folder.
+        The manifest in the folder.
 
     Raises:
-        CacheError: there is another cache, or something else.
+        CacheError: the folder holds another cache, or the same one with more views.
     """
     held = read_manifest(folder) if (folder / manifests.NAME).exists() else None
     if held is not None:
@@ -58,8 +58,8 @@ def prepare(folder: Path, manifest: Manifest) -> Manifest:
             raise CacheError(f"out: {folder} holds another cache: {'; '.join(different)}")
         if manifest.views < held.views:
             raise CacheError(
-                f"views: {folder} holds or is to hold {held.views}, asked for {manifest.views}; "
-                "expected at least as many"
+                f"views: expected at least {held.views}, which {folder} is made for, got "
+                f"{manifest.views}"
             )
     for place in (folder, *folder.glob("view-*")):
         remove_leftovers(place)
@@ -73,15 +73,17 @@ def _refuse_foreign(folder: Path) -> None:
     if folder.is_dir() and not (folder / manifests.NAME).exists():
         others = sorted(p.name for p in folder.iterdir() if p.name[0] != ".")
         if others:
-            raise CacheError(f"out: {folder} holds no cache, but {', '.join(others[:5])}")
+            raise CacheError(
+                f"out: {folder} holds {', '.join(others[:5])}; expected a cache or an empty folder"
+            )
 
 
 class CacheWriter:
-    """Finds what is missing of a cache, and writes shards of it.
+    """Finds missing shards of a cache and writes them.
 
     Args:
-        folder: prepared.
-        manifest: of the cache there.
+        folder: folder of the cache, after `prepare_folder`.
+        manifest: its manifest.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -89,17 +91,17 @@ class CacheWriter:
         self.manifest = manifest
         self._identity = manifest.identity
         self.damaged: list[str] = []
-        """Why shards that were there are written anew."""
+        """Error messages of damaged shards."""
 
-    def whole(self, view: int, shards: Sequence[int]) -> Iterator[bool]:
-        """Whether each of some shards of a view is there and whole, of which every row is read."""
+    def intact(self, view: int, shards: Sequence[int]) -> Iterator[bool]:
+        """Checks some shards of a view; yields True for each that exists without damage."""
         for shard, keys in zip(shards, self.manifest.keys(view, shards), strict=True):
-            yield self._is_whole(view, shard, keys)
+            yield self._is_intact(view, shard, keys)
 
     def write(
-        self, view: int, shard: int, keys: Tensor, shown: Tensor, rows: Sequence[Row]
+        self, view: int, shard: int, keys: Tensor, source_index: Tensor, rows: Sequence[Row]
     ) -> None:
-        """Write a shard whole, rows in the order of their positions; arguments as `write_shard`.
+        """Writes a shard atomically; see `write_shard` for the arguments.
 
         Raises:
             CacheError: the disk is full or the folder not writable.
@@ -108,20 +110,22 @@ class CacheWriter:
         path = self._path(view, shard)
         try:
             path.parent.mkdir(exist_ok=True)
-            write_shard(path, self._identity, keys, shown, rows, self.manifest.layout.varying)
+            write_shard(
+                path, self._identity, keys, source_index, rows, self.manifest.layout.varying
+            )
         except OSError as error:
             raise CacheError(
-                f"could not write {path}: {error}; what was written before is whole"
+                f"could not write {path}: {error}; the shards written before are intact"
             ) from error
 
     def _path(self, view: int, shard: int) -> Path:
         return self.folder / self.manifest.shard_name(view, shard)
 
-    def _is_whole(self, view: int, shard: int, keys: Sequence[Key]) -> bool:
+    def _is_intact(self, view: int, shard: int, keys: Sequence[SampleKey]) -> bool:
         path = self._path(view, shard)
         if not path.exists():
             return False
-        found = damages_of(path, self._identity, keys)
+        found = find_damage(path, self._identity, keys)
         if found:
             self.damaged.append("\n".join(found))
         return not found

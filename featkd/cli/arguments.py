@@ -1,54 +1,183 @@
-"""What the command lines have in common."""
+"""Parser and options that the commands share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import dataclasses
+import difflib
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+
+class UsageError(ValueError):
+    """Bad words on the command line."""
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """Adds type and default to an option's help, except to a flag or where the help has them."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        own = action.help or ""
+        if action.nargs == 0 or "(default: " in own:
+            return own
+        text: str = super()._get_help_string(action)
+        return text
 
 
 class Parser(ArgumentParser):
-    """Raises what is wrong for the caller to report, in place of printing a usage and exiting."""
+    """Command line parser with one spelling of options in help and two in use.
+
+    Help, errors and completion show dashes. Dashes and underscores are both accepted, in nested
+    fields too: `--optim.warmup-epochs` and `--optim.warmup_epochs`. Internally, options have
+    underscores, as the fields that they set.
+
+    Args:
+        examples: command lines that help ends with.
+        **kwargs: arguments of `jsonargparse.ArgumentParser`.
+    """
+
+    def __init__(self, *, examples: Sequence[str] = (), **kwargs: Any) -> None:
+        defaults = {"print_config": None, "allow_abbrev": False, "formatter_class": _HelpFormatter}
+        super().__init__(**{**defaults, **kwargs})
+        self.examples = tuple(examples)
+
+    def add_argument(self, *names: str, **kwargs: Any) -> Any:
+        """Add an argument; see `argparse.ArgumentParser.add_argument`."""
+        return super().add_argument(*map(_with_underscores, names), **kwargs)
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, **kwargs: Any
+    ) -> Namespace:
+        """Parse the words of a command line (default: this process's arguments).
+
+        Raises:
+            UsageError: an unknown option or a bad value; one line that names it.
+        """
+        words = [_with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
+        self.check_options(words)
+        return super().parse_args(words, **kwargs)
+
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
+        """Return the help text: options with dashes, the examples last."""
+        text = with_dashes(super().format_help(formatter))
+        if self.examples:
+            text += "\nexamples:\n" + "".join(f"  {example}\n" for example in self.examples)
+        return text
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ValueError(f"{message}\nsee {self.prog} --help")
+        """Raise UsageError with one line, instead of printing the usage and exiting."""
+        text = " ".join(message.split())
+        hints = self._hints()
+        key = re.findall(r'Parser key "([^"]*)"', text)
+        inner = re.search(r"- --(\S+: expected .*?) \(see ", text)  # of a nested parser
+        value = re.search(r"(?:Got|Given) value: (.*)$", message, flags=re.MULTILINE)
+        if key and inner:
+            text = f"--{key[-1]}.{inner[1]}"
+        elif key and value:
+            text = f"--{key[-1]}: expected {_expected(hints.get(f'--{key[-1]}'))}; got {value[1]!r}"
+        start, _, names = text.partition(" are required: ")
+        if names:
+            options = (f"--{name}" for name in names.split(", "))
+            text = f"{start} are required: {', '.join(o for o in options if o in hints) or names}"
+        raise UsageError(f"{with_dashes(text)} (see {self.prog} --help)")
+
+    def check_options(self, words: Iterable[str]) -> None:
+        """Raise UsageError for an unknown option; the error names the nearest known one."""
+        hints = self._hints()
+        free = tuple(f"{option}." for option, hint in hints.items() if _takes_any_key(hint))
+        for word in map(_with_underscores, words):
+            name = word.partition("=")[0]
+            if word.startswith("--") and name not in hints and not name.startswith(free):
+                name, near = with_dashes(name), nearest(with_dashes(name), map(with_dashes, hints))
+                raise UsageError(f"no option {name!r}{near} (see {self.prog} --help)")
+
+    def _hints(self) -> dict[str, Any]:
+        """Return the type of every option, options of nested fields included."""
+        hints = dict[str, Any]()
+        for action in self._actions:
+            for option in action.option_strings:
+                hints[option] = getattr(action, "_typehint", None)
+                hints.update(_nested(option, hints[option]))
+        return hints
 
 
-def several(
+def _nested(option: str, hint: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the options of a dataclass's fields and their types."""
+    for kind in get_args(hint) or (hint,):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            for name, inner in typing.get_type_hints(kind).items():
+                yield f"{option}.{name}", inner
+                yield from _nested(f"{option}.{name}", inner)
+
+
+def _takes_any_key(hint: Any) -> bool:
+    return any(get_origin(kind) is dict for kind in (hint, *get_args(hint)))
+
+
+def _expected(hint: Any) -> str:
+    """Return a type in words, for an error."""
+    words = list(dict.fromkeys(_kinds(hint)))
+    return " or ".join(x for x in (", ".join(words[:-1]), words[-1]) if x)
+
+
+def _kinds(hint: Any) -> list[str]:
+    plain = {int: "a whole number", float: "a number", bool: "true, false", type(None): "null"}
+    arguments = get_args(hint)
+    if hint in plain:
+        return [plain[hint]]
+    if get_origin(hint) is Literal:
+        return list(map(str, arguments))
+    if get_origin(hint) in (typing.Union, types.UnionType):
+        return [kind for argument in arguments for kind in _kinds(argument)]
+    if get_origin(hint) is list:
+        return [f"a list [{_expected(arguments[0])}, ...]"]
+    if get_origin(hint) is tuple:
+        return [f"a list [{', '.join(map(_expected, arguments))}]"]
+    return ["a mapping of names to values" if _takes_any_key(hint) else "another value"]
+
+
+def _with_underscores(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.removeprefix("--").partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def with_dashes(text: str) -> str:
+    """Return a text with its options spelled with dashes."""
+    return re.sub(r"(?<![\w-])--[A-Za-z][\w.-]*", lambda x: x[0].replace("_", "-"), text)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'X'?" for the nearest known word, or "" if none is near."""
+    near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def add_words(
     parser: ArgumentParser, name: str, allowed: Sequence[str], default: Sequence[str]
 ) -> None:
-    """Add an option that takes some words among `allowed`."""
-    text = f"among {', '.join(allowed)} (default: {' '.join(default)})"
+    """Add an option that takes one or more of the allowed words."""
+    text = f"one or more of {', '.join(allowed)} (default: {' '.join(default)})"
     parser.add_argument(f"--{name}", nargs="+", type=str, default=list(default), help=text)
 
 
 def add_json(parser: ArgumentParser) -> None:
-    """Add the option of every command that has figures to write; see `check_folders`."""
-    parser.add_argument("--json", type=str, default=None, metavar="FILE", help="figures as JSON")
-
-
-def check_known(words: Sequence[str], known: Sequence[str], free: Sequence[str] = ()) -> None:
-    """Refuse an unknown option and name the nearest; a parser would only refuse it.
-
-    Args:
-        words: a command line.
-        known: the options, without their dashes.
-        free: beginnings of names that may go on in any way.
-    """
-    from featkd.runtime.checks import (
-        suggestion,  # brings torch along, which OpenMP's settings go before
+    """Add `--json FILE`, an option of every command that reports figures."""
+    parser.add_argument(
+        "--json", type=str, default=None, metavar="FILE", help="write the figures as JSON"
     )
-
-    for word in words:
-        name = word[2:].split("=")[0]
-        if word.startswith("--") and name not in known and not name.startswith(tuple(free)):
-            raise ValueError(f"no option --{name}{suggestion(name, known)}")
 
 
 def check_folders(options: Namespace, names: Sequence[str]) -> None:
-    """Raise FileNotFoundError, before the work, where a result could not be written after it."""
+    """Raise FileNotFoundError if the folder of an output file does not exist."""
     for name in names:
         value = options.get(name)
         if value is not None and not Path(value).absolute().parent.is_dir():

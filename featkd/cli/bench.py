@@ -1,4 +1,4 @@
-"""`featkd bench`: run, plot, table, compare; bench_pipeline.py has loader, step, train."""
+"""`featkd bench`: finds the subcommand; `run`, `plot`, `table` and `compare`."""
 
 from __future__ import annotations
 
@@ -11,81 +11,130 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from featkd.cli import bench_pipeline
-from featkd.cli.arguments import Parser, add_json, check_folders, several
-from featkd.runtime.checks import check_positive, suggestion
+from featkd.cli.arguments import Parser, UsageError, add_json, add_words, check_folders, nearest
 
 if TYPE_CHECKING:
     import torch
 
     from featkd.benchmarks.results import Measured, Row
 
-_COMMANDS = {
-    "run": "time featkd beside eager torch, torch.compile of that and of featkd's reference",
+COMMANDS = {
+    "run": "time featkd's ops, eager torch, torch.compile of eager and of featkd's reference",
     "plot": "draw a results file",
-    "table": "print a results file as a Markdown table, or put it into a document",
-    "compare": "fail where featkd became slower, larger, or fell back to the reference",
-    "loader": "images/s of the loaders beside torchvision's, and of their stages",
-    "step": "images/s of an update and its parts: teacher, student, loss, optimizer",
-    "train": "the same with a loader beside it: what bounds a run",
+    "table": "print a results file as a Markdown table, or write it into a document",
+    "compare": "compare two results files; fail if featkd became slower, larger, or fell back",
+    "loader": "time featkd's loaders, torchvision's, and the stages of loading",
+    "step": "time a training update and its parts: teacher, student, loss, optimizer",
+    "train": "time updates and loading together; name the bottleneck of a run",
+}
+_EXAMPLES = {
+    "run": (
+        "featkd bench run --ops soft_kd --out mine.csv",
+        "featkd bench run --shapes published --dtypes fp32 bf16 --batch-sizes 32",
+    ),
+    "plot": (
+        "featkd bench plot mine.csv --out mine.svg",
+        "featkd bench plot mine.csv --out mine.png --json mine.json",
+    ),
+    "table": (
+        "featkd bench table mine.csv",
+        "featkd bench table mine.csv --out page.md",
+    ),
+    "compare": (
+        "featkd bench compare stored.csv mine.csv",
+        "featkd bench compare stored.csv mine.csv --tolerance 0.1 --json changes.json",
+    ),
+    "loader": (
+        "featkd bench loader --data PHOTOGRAPHS",
+        "featkd bench loader --variants timm/plain dali/plain --workers 4",
+    ),
+    "step": (
+        "featkd bench step --batch-size 8 --device cpu",
+        "featkd bench step cifar10_widelast --variants eager_fp32 featkd --json step.json",
+    ),
+    "train": (
+        "featkd bench train --data PHOTOGRAPHS",
+        "featkd bench train cifar10_widelast --data CIFAR --loader dali --workers 4",
+    ),
 }
 
 
 def bench(words: Sequence[str]) -> int:
-    """Run `featkd bench ...` and return the exit code.
+    """Run `featkd bench SUBCOMMAND ...` and return the exit code.
 
     Raises:
         ValueError: bad arguments, or results that cannot be used as asked.
-        FileNotFoundError: a file that isn't there.
+        FileNotFoundError: no such file, or no folder to write one in.
     """
-    # kineto's log of each recording would drown ours; read as torch loads
+    # set before torch loads: kineto's log of each recording would bury the results
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    command, rest = (words[0], list(words[1:])) if words else ("--help", [])
-    if command in ("-h", "--help"):
-        print("usage: featkd bench COMMAND [arguments]      featkd bench COMMAND --help\n")
-        print("\n".join(f"  {name:8} {text}" for name, text in _COMMANDS.items()))
+    if not words or words[0] in ("-h", "--help"):
+        print(_help(), end="")
         return 0 if words else 2
-    if command not in _COMMANDS:
-        known = ", ".join(_COMMANDS)
-        near = suggestion(command, _COMMANDS)
-        raise ValueError(f"bench: expected one of {known}; got {command!r}{near}")
-    parser = Parser(prog=f"featkd bench {command}", description=_COMMANDS[command])
-    add, work = _PARTS[command]
-    add(parser)
-    add_json(parser)
-    options = parser.parse_args(rest)
+    name = words[0]
+    if name not in COMMANDS:
+        near = nearest(name, COMMANDS)
+        raise UsageError(f"bench: expected one of {', '.join(COMMANDS)}; got {name!r}{near}")
+    options = _parser_of(name).parse_args(words[1:])
     check_folders(options, ("json", "out"))
-    return work(options)
+    return _PARTS[name][1](options)
+
+
+def parsers() -> dict[str, Parser]:
+    """Return the parser of every subcommand."""
+    return {name: _parser_of(name) for name in COMMANDS}
+
+
+def _parser_of(name: str) -> Parser:
+    add_arguments, _ = _PARTS[name]
+    text = f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}."
+    parser = Parser(prog=f"featkd bench {name}", description=text, examples=_EXAMPLES[name])
+    add_arguments(parser)
+    add_json(parser)
+    return parser
+
+
+def _help() -> str:
+    commands = "".join(f"  {name:8} {text}\n" for name, text in COMMANDS.items())
+    examples = "".join(f"  {_EXAMPLES[name][0]}\n" for name in ("run", "train"))
+    return (
+        "usage: featkd bench SUBCOMMAND [arguments]\n\n"
+        f"subcommands:\n{commands}\n"
+        "featkd bench SUBCOMMAND --help lists the arguments of a subcommand.\n\n"
+        f"examples:\n{examples}"
+    )
 
 
 def _add_run(parser: ArgumentParser) -> None:
     from featkd.benchmarks import cases, sizes
     from featkd.benchmarks.problem import DIRECTIONS, DTYPES
 
-    several(parser, "ops", tuple(cases.OPS), tuple(cases.OPS))
+    add_words(parser, "ops", tuple(cases.OPS), tuple(cases.OPS))
     parser.add_argument(
-        "--shapes", type=str, default="small", help=f"{', '.join(sizes.SETS)} or all"
+        "--shapes", type=str, default="small", help=f"set of shapes: {', '.join(sizes.SETS)} or all"
     )
     parser.add_argument(
-        "--batches", nargs="+", type=int, default=[], help="only shapes of so many images"
+        "--batch-sizes", nargs="+", type=int, default=[], help="only shapes with these batch sizes"
     )
-    several(parser, "dtypes", tuple(DTYPES), ("fp32",))
-    several(parser, "directions", DIRECTIONS, ("forward", "both"))
+    add_words(parser, "dtypes", tuple(DTYPES), ("fp32",))
+    add_words(parser, "directions", DIRECTIONS, ("forward", "both"))
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
     parser.add_argument(
-        "--min-seconds", type=float, default=1.0, help="to spend on each variant of each case"
+        "--min-seconds", type=float, default=1.0, help="time spent on each variant of each case"
     )
     parser.add_argument(
-        "--out", type=str, default=None, metavar="FILE.csv", help="results file to add rows to"
+        "--out", type=str, default=None, metavar="FILE.csv", help="results file to append to"
     )
 
 
 def _run(options: Namespace) -> int:
-    check_positive("--min-seconds", options.min_seconds)
     from featkd.benchmarks import cases, results, run
     from featkd.benchmarks.variants import Disagreement
+    from featkd.runtime.checks import check_positive
 
+    check_positive("--min-seconds", options.min_seconds)
     chosen = cases.select(
-        *(options.ops, options.shapes, options.dtypes, options.directions, options.batches)
+        *(options.ops, options.shapes, options.dtypes, options.directions, options.batch_sizes)
     )
     device = _device(options.device)
     out = None if options.out is None else Path(options.out)
@@ -93,13 +142,13 @@ def _run(options: Namespace) -> int:
         if out.suffix != ".csv":
             raise ValueError(f"--out: expected a name that ends in .csv, got {out}")
         results.check_same_machine(out, results.this_machine(device.type))
-    print(f"{len(chosen)} cases; medians in ms, in brackets eager's time / it; extra peak in MiB")
+    print(f"{len(chosen)} cases: median ms (speedup over eager) extra peak MiB")
     rows: list[Row] = []
     try:
         for number, measured in enumerate(run.measure(chosen, device, options.min_seconds), 1):
             print(f"{number:3} {_summary(measured)}", flush=True)
             rows += measured
-            if out is not None:  # after every case: an interrupted run keeps what it has
+            if out is not None:  # after each case, so that an interrupted run keeps its results
                 results.append(out, measured)
     except Disagreement as error:
         print(f"featkd: {error}", file=sys.stderr)
@@ -119,7 +168,7 @@ def _device(name: str) -> torch.device:
     if name not in ("cpu", "cuda"):
         raise ValueError(f"--device: expected auto, cpu or cuda; got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: cuda asked for, but torch sees no CUDA device here")
+        raise ValueError("--device: got cuda, but torch finds no CUDA device; use cpu or auto")
     return torch.device(name)
 
 
@@ -137,7 +186,9 @@ def _add_results(parser: ArgumentParser) -> None:
 
 def _add_plot(parser: ArgumentParser) -> None:
     _add_results(parser)
-    parser.add_argument("--out", type=str, required=True, help="picture to write: .svg or .png")
+    parser.add_argument(
+        "--out", type=str, required=True, metavar="FILE", help="picture to write: .svg or .png"
+    )
 
 
 def _plot(options: Namespace) -> int:
@@ -157,8 +208,8 @@ def _add_table(parser: ArgumentParser) -> None:
         type=str,
         default=None,
         metavar="FILE.md",
-        help="document with the marks '<!-- bench NAME -->' and '<!-- end bench NAME -->', NAME "
-        "as in NAME.csv; default: print it",
+        help="document with the marks '<!-- bench NAME -->' and '<!-- end bench NAME -->' for "
+        "NAME.csv (default: print the table)",
     )
 
 
@@ -177,17 +228,21 @@ def _table(options: Namespace) -> int:
 
 
 def _add_compare(parser: ArgumentParser) -> None:
-    parser.add_argument("old", type=str, metavar="OLD.csv", help="stored results")
-    parser.add_argument("new", type=str, metavar="NEW.csv", help="new results, same machine")
+    parser.add_argument("old", type=str, metavar="OLD.csv", help="stored results file")
     parser.add_argument(
-        "--tolerance", type=float, default=0.15, help="growth that passes, as a fraction"
+        "new", type=str, metavar="NEW.csv", help="new results file of the same machine"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=0.15, help="relative growth that is no failure"
     )
 
 
 def _compare(options: Namespace) -> int:
-    check_positive("--tolerance", options.tolerance)
     from featkd.benchmarks import results
     from featkd.benchmarks.compare import compare
+    from featkd.runtime.checks import check_positive
+
+    check_positive("--tolerance", options.tolerance)
 
     found = compare(Path(options.old), Path(options.new), options.tolerance)
     for case in found.missing:

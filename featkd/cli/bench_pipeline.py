@@ -1,4 +1,4 @@
-"""`featkd bench loader|step|train`: arguments, what is printed, and the JSON."""
+"""`featkd bench loader`, `step` and `train`: arguments, printed tables, JSON."""
 
 from __future__ import annotations
 
@@ -9,30 +9,34 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from featkd.runtime.checks import check_positive, suggestion
+from featkd.cli.arguments import nearest
 
 if TYPE_CHECKING:
     from featkd.benchmarks.throughput import Rate
 
 IMAGES = 1024
-"""Of an epoch of the loaders."""
+"""Images per epoch of the loaders."""
 
 
 def add_loader(parser: ArgumentParser) -> None:
-    """Arguments of `featkd bench loader`."""
+    """Add the arguments of `featkd bench loader`."""
     _add_loading(parser)
-    parser.add_argument("--batch", type=int, default=64, help="images in a batch")
-    parser.add_argument("--images", type=int, default=IMAGES, help="of an epoch, at least")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per batch")
+    parser.add_argument("--images", type=int, default=IMAGES, help="images per epoch, at least")
     parser.add_argument(
-        "--variants", nargs="+", type=str, default=[], help="only these, such as dali/plain"
+        "--variants",
+        nargs="+",
+        type=str,
+        default=[],
+        help="time only these, for example dali/plain",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after a warm-up round")
 
 
 def _add_loading(parser: ArgumentParser) -> None:
-    _add_data(parser, "made images")
+    _add_data(parser, "generated images")
     parser.add_argument(
-        "--workers", type=int, default=2, help="processes (0: none), or DALI's threads"
+        "--workers", type=int, default=2, help="worker processes (0: none), or threads of DALI"
     )
 
 
@@ -42,23 +46,24 @@ def _add_data(parser: ArgumentParser, otherwise: str) -> None:
         type=str,
         default=None,
         metavar="DIR",
-        help=f"class folders of photographs, or a folder 'train' of them; default: {otherwise}",
+        help="folder with class folders of photographs, or with such a folder 'train' "
+        f"(default: {otherwise})",
     )
 
 
 def loader(options: Namespace) -> int:
-    """Run `featkd bench loader`."""
+    """Run `featkd bench loader` and return the exit code."""
     from featkd.benchmarks import loader, table, throughput
     from featkd.benchmarks.photographs import photographs
     from featkd.data import DataConfig
 
-    _check_counts(options, "batch", "images", "rounds")
+    _check_counts(options, "batch_size", "images", "rounds")
     variants = _chosen("variants", options.variants, loader.VARIANTS)
     data = DataConfig(workers=options.workers)
-    with photographs(options.data, data, max(options.images, options.batch)) as photos:
-        print(f"{photos.about}; {options.workers} workers or threads, batch {options.batch}")
+    with photographs(options.data, data, max(options.images, options.batch_size)) as photos:
+        print(f"{photos.about}; {options.workers} workers or threads, batch {options.batch_size}")
         rates, refused = loader.measure(
-            photos, variants, batch_size=options.batch, rounds=options.rounds
+            photos, variants, batch_size=options.batch_size, rounds=options.rounds
         )
         stages = loader.measure_stages(
             photos, images=min(options.images, 128), rounds=options.rounds
@@ -72,14 +77,14 @@ def loader(options: Namespace) -> int:
         beside = known.get(f"timm/{rate.variant.split('/')[-1]}") if rate in rates else None
         ratio = "" if beside is None else f"{_ratio(beside, rate):.2f}"
         lines.append((f"{rate.name} {rate.variant}", f"{rate.images_per_s:.1f}", ratio))
-    print(table.aligned(("", "images/s", "timm takes (x)"), lines, numbers=True))
+    print(table.aligned(("", "images/s", "speedup over timm"), lines, numbers=True))
     bottlenecks = {}
     for form in loader.FORMS:
         if f"timm/{form}" in known:
             name, shares = loader.busiest([*rates, *stages], form, options.workers)
             bottlenecks[f"timm/{form}"] = name
             listed = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
-            print(f"timm/{form}: a worker's time is {listed}; the bottleneck is: {name}")
+            print(f"timm/{form}: a worker spends {listed}; the bottleneck is {name}")
     _write_json(
         options,
         "cpu",
@@ -90,7 +95,7 @@ def loader(options: Namespace) -> int:
 
 
 def _ratio(baseline: Rate, rate: Rate) -> float:
-    """Median over the rounds of the baseline's time an image / this one's."""
+    """Return the median over the rounds of the baseline's time per image / this rate's."""
     from featkd.benchmarks.timing import speedup
 
     factor = rate.images / baseline.images
@@ -103,14 +108,16 @@ def _chosen(option: str, words: Sequence[str], known: Sequence[str]) -> Sequence
         if word not in known:
             raise ValueError(
                 f"--{option}: expected some of {', '.join(known)}; got {word!r}"
-                f"{suggestion(word, known)}"
+                f"{nearest(word, known)}"
             )
     return words or known
 
 
 def _check_counts(options: Namespace, *names: str) -> None:
+    from featkd.runtime.checks import check_positive
+
     for name in names:
-        check_positive(f"--{name}", options[name])
+        check_positive(f"--{name.replace('_', '-')}", options[name])
 
 
 def _write_json(
@@ -129,7 +136,7 @@ def _write_json(
 
 
 def add_step(parser: ArgumentParser) -> None:
-    """Arguments of `featkd bench step`."""
+    """Add the arguments of `featkd bench step`."""
     _add_updates(parser)
     _add_data(parser, "normal noise")
 
@@ -140,45 +147,46 @@ def _add_updates(parser: ArgumentParser) -> None:
         type=str,
         nargs="?",
         default="widelast_imagenet_softkd_mse",
-        help="a recipe's file or name; its teacher gets random weights",
+        metavar="RECIPE",
+        help="recipe file or name; its teacher gets random weights",
     )
-    parser.add_argument("--batch", type=int, default=8, help="images in a batch")
+    parser.add_argument("--batch-size", type=int, default=8, help="images per batch")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--variants",
         nargs="+",
         type=str,
         default=[],
-        help="only these; featkd takes bf16 where the device multiplies in it, else float32, "
-        "and featkd_fp32 or featkd_bf16 is the other; cached reads the teacher's outputs "
-        "(default: all but featkd_bf16, in train also but cached)",
+        help="time only these. featkd uses bf16 if the device multiplies in bf16, otherwise "
+        "float32; featkd_fp32 or featkd_bf16 is the other one; cached reads the teacher's outputs "
+        "from a cache (default: all except featkd_bf16; train also leaves out cached)",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after a warm-up round")
 
 
 def add_train(parser: ArgumentParser) -> None:
-    """Arguments of `featkd bench train`."""
+    """Add the arguments of `featkd bench train`."""
     _add_updates(parser)
     _add_loading(parser)
-    parser.add_argument("--loader", type=str, default="timm", help="timm, dali or auto")
-    parser.add_argument("--images", type=int, default=IMAGES, help="of an epoch, at least")
-    parser.add_argument("--updates", type=int, default=4, help="of a round")
+    parser.add_argument("--loader", type=str, default="timm", help="loader: timm, dali or auto")
+    parser.add_argument("--images", type=int, default=IMAGES, help="images per epoch, at least")
+    parser.add_argument("--updates", type=int, default=4, help="updates per round")
 
 
 def step(options: Namespace) -> int:
-    """Run `featkd bench step`."""
-    _check_counts(options, "batch", "rounds")
+    """Run `featkd bench step` and return the exit code."""
+    _check_counts(options, "batch_size", "rounds")
     return _updates(options, None)
 
 
 def train(options: Namespace) -> int:
-    """Run `featkd bench train`."""
-    _check_counts(options, "batch", "rounds", "images", "updates")
+    """Run `featkd bench train` and return the exit code."""
+    _check_counts(options, "batch_size", "rounds", "images", "updates")
     return _updates(options, options.loader)
 
 
 def _updates(options: Namespace, backend: Any) -> int:
-    """The update and its parts; with a loader's name, loading and both together as well."""
+    """Time the update and its parts; with a loader's name, also loading and both together."""
     from featkd.benchmarks import step, table, throughput, train_step
     from featkd.benchmarks.photographs import photographs
     from featkd.runtime import distributed
@@ -188,22 +196,22 @@ def _updates(options: Namespace, backend: Any) -> int:
     context = distributed.start(options.device)
     known = step.ways(context.device)
     names = options.variants and _chosen("variants", options.variants, tuple(known))
-    if not names:  # bf16 where it is slow, and a cache of an epoch, take many minutes
-        asked_for = {"featkd_bf16"}
+    if not names:  # slow bf16 and filling a cache take many minutes
+        optional = {"featkd_bf16"}
         if backend is not None or recipe.teacher is None:
-            asked_for.add(step.CACHED)
-        names = [name for name in known if name not in asked_for]
+            optional.add(step.CACHED)
+        names = [name for name in known if name not in optional]
     variants = {name: known[name] for name in names}
     together = None
-    wanted = options.batch if backend is None else options.images
-    with photographs(options.data, recipe.data, max(wanted, options.batch)) as photos:
+    wanted = options.batch_size if backend is None else options.images
+    with photographs(options.data, recipe.data, max(wanted, options.batch_size)) as photos:
         data = replace(photos.data, workers=0)
         if backend is not None:
             data = replace(data, workers=options.workers, backend=backend)
-        recipe = replace(recipe, data=data, batch_size=options.batch)
+        recipe = replace(recipe, data=data, batch_size=options.batch_size)
         noise = options.data is None
         images = "normal noise" if noise and backend is None else photos.about
-        print(f"{options.recipe}, batch {options.batch} on {context.device}, images: {images}")
+        print(f"{options.recipe}, batch {options.batch_size} on {context.device}, images: {images}")
         print("\n".join(f"  {name}: {way.about}" for name, way in variants.items()), flush=True)
         batch_of = step.random_batch if noise else step.first_batch
         rates = step.measure(recipe, context, variants, options.rounds, batch_of)
@@ -215,7 +223,6 @@ def _updates(options: Namespace, backend: Any) -> int:
             "images": images,
             "ways": {name: way.about for name, way in variants.items()},
         }
-        bound = step.bound(recipe, context) if context.device.type == "cpu" else None
     found = list(rates)
     shares = {name: step.shares(rates, name) for name in names}
     waiting = dict.fromkeys(names, 0.0)
@@ -240,15 +247,12 @@ def _updates(options: Namespace, backend: Any) -> int:
     ]
     if together is not None:
         figures += [("train", n, "waiting_share", "ratio", x) for n, x in waiting.items()]
-    if bound is not None:
-        print(bound.text)
-        figures += bound.figures()
     _write_json(options, context.device.type, {**meta, "bottleneck": bottlenecks}, figures)
     return 0
 
 
 def _speedup(rate: Rate, rates: Sequence[Rate]) -> float | None:
-    """Median over the rounds of eager's time for the same part / this one's."""
+    """Return the median over the rounds of eager's time for this part / this rate's time."""
     for other in rates:
         if other.name == rate.name and other.variant == "eager_fp32":
             return _ratio(other, rate)
@@ -258,7 +262,7 @@ def _speedup(rate: Rate, rates: Sequence[Rate]) -> float | None:
 def _beside(
     rates: Sequence[Rate], shares: Mapping[str, Mapping[str, float]]
 ) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-    """Header and lines: a part's images/s, ms an image and share of the update, and the ratio."""
+    """Return header and lines of the table: images/s, ms per image, share, speedup per part."""
     lines = []
     for rate in rates:
         share = shares.get(rate.variant, {}).get(rate.name)
@@ -272,4 +276,4 @@ def _beside(
                 "" if ratio is None else f"{ratio:.2f}",
             )
         )
-    return ("", "images/s", "ms/image", "of the step", "eager takes (x)"), lines
+    return ("", "images/s", "ms/image", "share of the update", "speedup over eager"), lines

@@ -1,4 +1,4 @@
-"""Image loading: class folders or shards -> batches of tensors, the same on any machine.
+"""Image loading from class folders or tar shards, reproducible on any machine.
 
 >>> from featkd.data import DataConfig, build_loader
 >>> config = DataConfig(path="/data/imagenet", workers=8)
@@ -12,7 +12,7 @@ from featkd.data.images import BadImageError, read_image
 from featkd.data.imageset import ImageSet
 from featkd.data.loader import Batch, Loader
 from featkd.data.mixing import Mixer
-from featkd.data.sampler import EpochSampler, Key
+from featkd.data.sampler import EpochSampler, SampleKey
 
 __all__ = [
     "AugmentConfig",
@@ -21,9 +21,9 @@ __all__ = [
     "DataConfig",
     "EpochSampler",
     "ImageSet",
-    "Key",
     "Loader",
     "Mixer",
+    "SampleKey",
     "build_loader",
     "build_transform",
     "read_image",

@@ -1,4 +1,4 @@
-"""From a PIL image to a normalised tensor, with random decisions that only the key fixes."""
+"""Transforms from PIL images to normalized tensors, and the seeding of their randomness."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from featkd.runtime.seeding import derive_seed
 Transform = Callable[[Image.Image], Tensor]
 
 AUGMENTATION_VERSION = 1
-"""Raised whenever featkd gives other pixels for the same key and configuration."""
+"""Incremented whenever featkd returns other pixels for the same key and configuration."""
 
 
 def build_transform(config: DataConfig, *, training: bool) -> Transform:
-    """timm's transform: an RGB PIL image of any size -> (3, img_size, img_size) float32.
+    """Builds timm's transform from an RGB PIL image to (3, img_size, img_size) float32.
 
-    Training: random resized crop, flip, RandAugment or colour jitter, normalise, random erasing.
-    Evaluation: the shorter side resized to img_size / crop_pct, central crop, normalise.
+    Training: random resized crop, flip, RandAugment or color jitter, normalize, random erasing.
+    Evaluation: resize the shorter side to img_size / crop_pct, central crop, normalize.
 
     Args:
         config: sizes, filter, statistics and augmentation.
-        training: which of the two.
+        training: selects the training transform.
 
     Returns:
         A picklable callable. In training it draws from the global generators of `random`,
-        `numpy.random` and `torch`: call it inside `seeded`.
+        `numpy.random` and `torch`, so call it inside `seeded`.
     """
     shared: dict[str, Any] = {
         "input_size": config.img_size,
@@ -69,13 +69,12 @@ def build_transform(config: DataConfig, *, training: bool) -> Transform:
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
-    """timm's posterize that still takes 0 bits.
+    """timm's posterize, which also accepts 0 bits and then returns a black image.
 
-    timm's increasing posterize keeps 4 - int(0.4 * level) bits. The level is drawn from N(9, 0.5)
-    and clipped at 10, so it is exactly 10, and 0 bits are kept, in 2.3 % of its uses: one image in
-    660 under "rand-m9-n2-mstd0.5-inc1". Pillow once masked every bit away and gave an all-black
-    image, and the published runs trained on those; Pillow 13 raises ValueError. Black it stays,
-    so that the distribution is the published one.
+    timm's increasing posterize keeps 4 - int(0.4 * level) bits. With "rand-m9-n2-mstd0.5-inc1" the
+    level is clipped at 10, which leaves 0 bits, in 2.3 % of its uses (one image in 660). Old
+    versions of Pillow returned a black image, and the published runs trained on those. Pillow 13
+    raises ValueError.
     """
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)
@@ -84,32 +83,32 @@ def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Im
 
 @contextlib.contextmanager
 def seeded(seed: int, key: tuple[int, ...], *, restore: bool | None = None) -> Iterator[None]:
-    """Seed `random`, `numpy.random` and `torch` (CPU) from (seed, key) alone.
+    """Seeds `random`, `numpy.random` and `torch` (CPU) from (seed, key).
 
-    timm draws from all three: crops, RandAugment's levels and erasing's box from `random`,
-    RandAugment's choice of ops from `numpy.random`, flips, jitter and erasing's noise from torch.
+    timm draws from all three: crops, RandAugment levels and erased boxes from `random`, the choice
+    of RandAugment operations from `numpy.random`, flips, jitter and erasing noise from torch.
 
     Args:
         seed: seed of the run.
-        key: the `Key` of a sample, or whole numbers of another length for something else.
-        restore: put the three states back afterwards. Default: only in the training process
-            (workers=0); a worker process has no other user of them, and saving numpy's state
-            costs ten times the seeding.
+        key: the `SampleKey` of a sample, or integers of another number for other draws.
+        restore: restore the three generators afterwards. By default only in the training process
+            (workers=0), because nothing else draws in a worker and saving numpy's state costs ten
+            times the seeding.
     """
     derived = derive_seed(seed, *key)
     if restore is None:
         restore = get_worker_info() is None
-    with kept_generators() if restore else contextlib.nullcontext():
+    with preserve_rng_state() if restore else contextlib.nullcontext():
         random.seed(derived)
         np.random.seed(derived & 0xFFFFFFFF)
-        # Not torch.manual_seed: it also reaches for every accelerator, 90 us a call.
+        # Not torch.manual_seed, which also seeds every accelerator and takes 90 us.
         torch.default_generator.manual_seed(derived >> 31)
         yield
 
 
 @contextlib.contextmanager
-def kept_generators() -> Iterator[None]:
-    """Put the states of `random`, `numpy.random` and `torch` (CPU) back at the end."""
+def preserve_rng_state() -> Iterator[None]:
+    """Restores the states of `random`, `numpy.random` and `torch` (CPU) on exit."""
     python_state, torch_state = random.getstate(), torch.default_generator.get_state()
     numpy_state = np.random.get_state()
     try:

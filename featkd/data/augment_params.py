@@ -1,4 +1,4 @@
-"""Everything random about a training sample, drawn as timm's transform draws it, without pixels."""
+"""Random augmentation parameters of a sample, drawn as timm draws them, without pixels."""
 
 from __future__ import annotations
 
@@ -15,48 +15,50 @@ from torchvision.transforms import Compose
 
 from featkd.data.augment import build_transform, seeded
 from featkd.data.config import DataConfig
-from featkd.data.sampler import Key
+from featkd.data.sampler import SampleKey
 
 
-class Operation(NamedTuple):
-    """An operation of RandAugment, by timm's name and arguments: Operation("Rotate", (27.0,))."""
+class RandAugmentOp(NamedTuple):
+    """A RandAugment operation with timm's name and arguments: RandAugmentOp("Rotate", (27.0,))."""
 
     name: str
     arguments: tuple[float, ...]
 
 
 @dataclass
-class Decisions:
-    """How one sample is made from its image.
+class AugmentParams:
+    """Parameters that turn an image into one sample; the steps are in the order of the fields.
 
     Attributes:
-        window: top, left, height, width in the image as stored.
-        size: height, width that the window is resized to.
-        crop: top, left of the final image in it.
-        flip: whether it is mirrored, before RandAugment.
-        operations: RandAugment's, in order; those that its probability left out are not there.
-        erased: (index, values) to write into the normalised (3, H, W) image.
+        source_box: top, left, height, width of the region that is read from the stored image.
+        resize_to: height, width to which the region is resized.
+        crop_offset: top, left of the final crop in the resized region.
+        flip: whether the crop is flipped horizontally.
+        operations: RandAugment operations in order, without those skipped by their probability.
+        erasures: (index, values) pairs to write into the normalized (3, H, W) image.
     """
 
-    window: tuple[int, int, int, int]
-    size: tuple[int, int]
-    crop: tuple[int, int]
+    source_box: tuple[int, int, int, int]
+    resize_to: tuple[int, int]
+    crop_offset: tuple[int, int]
     flip: bool = False
-    operations: list[Operation] = field(default_factory=list)
-    erased: list[tuple[Any, Tensor]] = field(default_factory=list)
+    operations: list[RandAugmentOp] = field(default_factory=list)
+    erasures: list[tuple[Any, Tensor]] = field(default_factory=list)
 
 
-class TrainingDecisions:
-    """Draws what `build_transform(config, training=True)` would, by the same calls of timm.
+class AugmentParamSampler:
+    """Draws the parameters that `build_transform(config, training=True)` would use.
+
+    It makes the same calls to timm in the same order, so both draw equal values.
 
     Args:
-        config: sizes and augmentation; without colour jitter.
+        config: sizes and augmentation, without color jitter.
         seed: seed of the run.
 
     Attributes:
-        operations: timm's names of the operations that RandAugment picks from.
-        layers: how many it applies to an image.
-        fill: red, green and blue (0..255) of what an operation moves in from outside the image.
+        op_names: timm's names of the operations that RandAugment chooses from.
+        num_ops: number of operations that RandAugment applies per image.
+        fill_color: red, green and blue (0..255) that geometric operations fill with.
     """
 
     def __init__(self, config: DataConfig, seed: int) -> None:
@@ -70,59 +72,62 @@ class TrainingDecisions:
         ops: list[AugmentOp] = [] if self._rand_augment is None else self._rand_augment.ops
         for op in ops:
             op.aug_fn = partial(_record, op.name)
-        self.operations = [op.name for op in ops]
-        self.layers = 0 if self._rand_augment is None else self._rand_augment.num_layers
-        self.fill: tuple[int, int, int] = ops[0].kwargs["fillcolor"] if ops else (0, 0, 0)
+        self.op_names = [op.name for op in ops]
+        self.num_ops = 0 if self._rand_augment is None else self._rand_augment.num_layers
+        self.fill_color: tuple[int, int, int] = ops[0].kwargs["fillcolor"] if ops else (0, 0, 0)
 
-    def draw(self, size: tuple[int, int], key: Key) -> Decisions:
-        """The decisions for an image of this (width, height).
+    def sample(self, size: tuple[int, int], key: SampleKey) -> AugmentParams:
+        """Draws the parameters for an image of `size` (width, height).
 
-        It leaves the global generators seeded: call it inside `kept_generators`, once a batch.
+        The global generators are left seeded. Wrap the calls for a batch in one
+        `preserve_rng_state`.
         """
         config = self._config
         side = config.img_size
         augment = config.augment
-        # timm asks an image for its size; this one takes no memory
-        sized = torch.empty(1).expand(1, size[1], size[0])
+        # timm reads only the image's shape, so an expanded tensor without memory will do.
+        image = torch.empty(1).expand(1, size[1], size[0])
         with seeded(self._seed, key, restore=False):
             top, left, height, width = RandomResizedCropAndInterpolation.get_params(
-                sized, augment.scale, augment.ratio
+                image, augment.scale, augment.ratio
             )
-            decisions = Decisions((top, left, height, width), (side, side), (0, 0))
-            decisions.flip = augment.hflip > 0 and bool(torch.rand(1) < augment.hflip)
+            params = AugmentParams((top, left, height, width), (side, side), (0, 0))
+            params.flip = augment.hflip > 0 and bool(torch.rand(1) < augment.hflip)
             if self._rand_augment is not None:
-                self._rand_augment(decisions.operations)
+                self._rand_augment(params.operations)
             if self._erase is not None:
-                recorder = _Recorder()
+                recorder = _WriteRecorder()
                 self._erase._erase(recorder, 3, side, side, torch.float32)
-                decisions.erased = recorder.writes
-        return decisions
+                params.erasures = recorder.writes
+        return params
 
 
-def evaluation_decisions(size: tuple[int, int], side: int, crop_pct: float) -> Decisions:
-    """The shorter side to side / crop_pct, then the centre, rounded as torchvision does.
+def evaluation_params(size: tuple[int, int], side: int, crop_pct: float) -> AugmentParams:
+    """Returns the parameters of the central crop, rounded as torchvision rounds.
 
     Args:
         size: width and height of the image.
         side: height and width of the result.
-        crop_pct: share of the shorter side that is kept.
+        crop_pct: fraction of the shorter side that is kept.
     """
     width, height = size
     shorter = int(side / crop_pct)
     longer = int(shorter * max(size) / min(size))
     resized = (shorter, longer) if height <= width else (longer, shorter)
-    crop = tuple(round((length - side) / 2.0) for length in resized)
-    return Decisions((0, 0, height, width), resized, (crop[0], crop[1]))
+    top, left = (round((length - side) / 2.0) for length in resized)
+    return AugmentParams((0, 0, height, width), resized, (top, left))
 
 
-def _record(name: str, operations: list[Operation], *arguments: float, **_: Any) -> list[Operation]:
-    """Stands where timm has the function that changes an image."""
-    operations.append(Operation(name, arguments))
+def _record(
+    name: str, operations: list[RandAugmentOp], *arguments: float, **_: Any
+) -> list[RandAugmentOp]:
+    """Records an operation; replaces timm's function, with the list in place of the image."""
+    operations.append(RandAugmentOp(name, arguments))
     return operations
 
 
-class _Recorder:
-    """Takes what would be written into an image."""
+class _WriteRecorder:
+    """Records the writes of timm's random erasing; passed to it in place of the image."""
 
     def __init__(self) -> None:
         self.writes: list[tuple[Any, Tensor]] = []

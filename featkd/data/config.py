@@ -1,4 +1,4 @@
-"""What to load and how to augment it; the defaults are the published ImageNet recipe [EM26]."""
+"""Configuration of loading and augmentation; the defaults are the ImageNet recipe of [EM26]."""
 
 from __future__ import annotations
 
@@ -14,44 +14,45 @@ _RAND_AUGMENT = re.compile(
 
 
 def _check_range(name: str, value: tuple[float, float], upper: float) -> None:
-    """Raise ValueError unless `value` is an increasing pair of numbers in (0, upper]."""
+    """Raises ValueError unless `value` is an increasing pair of numbers in (0, upper]."""
     if len(value) != 2 or not 0 < value[0] <= value[1] <= upper:
         limit = "" if upper == float("inf") else f" <= {upper:g}"
         raise ValueError(f"{name}: expected (low, high) with 0 < low <= high{limit}, got {value!r}")
 
 
 def _check_count(name: str, value: int, least: int) -> None:
-    """Raise ValueError unless `value` is a whole number >= least."""
+    """Raises ValueError unless `value` is a whole number >= least."""
     if not isinstance(value, int) or value < least:
         raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Training augmentation, in the order in which it is applied.
+    """Training augmentation; the fields are in the order in which they are applied.
 
-    Digits and other tiny images need little of it: `rand_augment=None, scale=(1, 1), ratio=(1, 1),
-    hflip=0, random_erasing=0, repeats=1` turns all of it off.
+    `rand_augment=None, scale=(1, 1), ratio=(1, 1), hflip=0, random_erasing=0, repeats=1` turns off
+    all augmentation, which suits digits and other tiny images.
 
     Args:
-        scale: smallest and largest share of the image's area that the random crop keeps.
+        scale: smallest and largest fraction of the image's area that the random crop keeps.
         ratio: smallest and largest aspect ratio of the random crop.
         hflip: probability of a horizontal flip.
         rand_augment: timm's RandAugment string, e.g. "rand-m9-n2-mstd0.5-inc1"; null turns it off.
         color_jitter: strength of brightness, contrast and saturation jitter; null turns it off.
-            Only without rand_augment: timm drops it beside RandAugment without a word.
-        random_erasing: probability of filling a rectangle with normal noise, pixel by pixel.
-        repeats: copies of each image drawn in an epoch, each augmented differently (repeated
-            augmentation); the epoch keeps its length. 1 turns it off.
-        mixup: a of the Beta(a, a) that whole images of a batch are blended by, in pairs; 0 turns it
-            off. It and cutmix need an even batch_size, and take place after the loader, on the
-            device that trains (`featkd.data.Mixer`).
-        cutmix: the same for a rectangle of the one image put over the other; 0 turns it off.
-        mixup_prob: probability that a batch is mixed, by either.
-        mixup_switch_prob: probability that it is by cutmix, where both are on.
+            Needs `rand_augment=None`, because timm ignores it next to RandAugment.
+        random_erasing: probability of filling a rectangle with normal noise, drawn per pixel.
+        repeats: copies of each image per epoch, each augmented differently (repeated
+            augmentation). The epoch keeps its length. 1 turns it off.
+        mixup: parameter a of the Beta(a, a) distribution for blending pairs of images; 0 turns it
+            off. `mixup` and `cutmix` need an even batch_size. They run after the loader, on the
+            training device (`featkd.data.Mixer`).
+        cutmix: the same parameter for pasting a rectangle of one image onto the other; 0 turns it
+            off.
+        mixup_prob: probability that a batch is mixed.
+        mixup_switch_prob: probability that a mixed batch uses cutmix, if both are on.
 
     Raises:
-        ValueError: a field is out of its range.
+        ValueError: a field is out of range.
 
     Example:
         >>> AugmentConfig(hflip=2.0)
@@ -92,13 +93,13 @@ class AugmentConfig:
             check_positive("augment.color_jitter", self.color_jitter)
             if self.rand_augment is not None and "-t3a" not in self.rand_augment:
                 raise ValueError(
-                    f"augment.color_jitter: got {self.color_jitter!r} beside rand_augment="
-                    f"{self.rand_augment!r}, where timm ignores it; set one of the two to null"
+                    f"augment.color_jitter: got {self.color_jitter!r} together with rand_augment="
+                    f"{self.rand_augment!r}; timm ignores it then, so set one of the two to null"
                 )
 
     @property
     def mixes(self) -> bool:
-        """Whether batches are mixed after the loader."""
+        """True if batches are mixed after the loader."""
         return self.mixup_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
 
@@ -106,32 +107,30 @@ class AugmentConfig:
 class DataConfig:
     """An image set on disk, `<path>/<split>/<class>/*.jpg`, and its preprocessing.
 
-    The class folders of the *training* split, in alphabetical order, are the classes. A split's
-    folder can hold WebDataset's tar files or TFRecord files instead; then `<path>/classes.txt`
-    has the class names, one a line.
+    The class folders of the *training* split, sorted by name, define the classes. A split folder
+    can hold WebDataset tar files instead; then `<path>/classes.txt` has one class name per line.
 
     Args:
         path: folder that holds the split folders.
         train_split: folder of the training images under path; "." is path itself.
         val_split: folder of the validation images under path; "." is path itself.
-        first_label: the number that stands for the first class in shards; 1 in TensorFlow's
-            ImageNet records.
-        img_size: height and width of the images given to the model, in pixels.
-        mean: mean of the red, green and blue channel, subtracted from values in 0..1.
-        std: standard deviation of the channels, by which the difference is divided.
-        crop_pct: share of the shorter side that the evaluation's central crop keeps.
+        first_label: label of the first class in tar shards, usually 0 or 1.
+        img_size: height and width of the model's input, in pixels.
+        mean: mean of the red, green and blue channels, for values in 0..1.
+        std: standard deviation of the channels.
+        crop_pct: fraction of the shorter side that the central crop of the evaluation keeps.
         interpolation: filter for resizing.
-        workers: loader processes on each rank; 0 loads in the training process. With DALI its
-            threads.
-        backend: what decodes and transforms: "timm" (Pillow, in processes), "dali" (NVIDIA DALI),
-            or "auto": DALI where batches go to a CUDA device and it can do what is asked.
-        channels_last: give images in torch's channels_last memory format (the shape is the same).
-        on_bad_image: "error" stops at an unreadable image; "skip" replaces it by the next
-            readable one in training and leaves it out in evaluation.
+        workers: loader processes per rank; 0 loads in the training process. With DALI, the number
+            of threads.
+        backend: "timm" (Pillow in worker processes), "dali" (NVIDIA DALI), or "auto", which uses
+            DALI if batches go to a CUDA device and DALI supports the configuration.
+        channels_last: return images in torch's channels_last memory format.
+        on_bad_image: "error" raises at an unreadable image. "skip" replaces it with the next
+            readable one in training, and omits it in evaluation.
         augment: augmentation of the training images.
 
     Raises:
-        ValueError: a field is out of its range.
+        ValueError: a field is out of range.
     """
 
     path: str = ""

@@ -1,4 +1,4 @@
-"""The one place that picks a loader."""
+"""Construction of the loader of a split."""
 
 from __future__ import annotations
 
@@ -24,36 +24,35 @@ def build_loader(
     device: torch.device | str = "cpu",
     views: int | None = None,
 ) -> Loader:
-    """The loader of a split.
+    """Builds the loader of a split.
 
-    Training: shuffled, augmented, the last partial batch dropped; see `EpochSampler` for repeated
-    augmentation and ranks. Evaluation: in order, each image on exactly one rank, so that the
-    number of batches can differ between ranks, and can be 0 on some.
+    Training: shuffled and augmented, without the last partial batch; see `EpochSampler` for
+    repeated augmentation and ranks. Evaluation: in file order, each image on exactly one rank. The
+    number of batches can then differ between ranks, and can be 0.
 
     Args:
         config: the image set and its preprocessing.
         split: "train" or "val".
-        batch_size: images in a batch on this rank.
-        seed: seed of the run, the same on all ranks; with (epoch, image, copy) it fixes every
+        batch_size: images per batch on this rank.
+        seed: seed of the run, the same on all ranks. With the `SampleKey` it determines every
             pixel, whatever the number of workers or ranks.
         rank: this process.
         world_size: number of processes.
-        device: where the batches are going. DALI puts them there; timm's loader leaves them in
-            memory, page-locked where they go to a GPU.
-        views: in training, go through the pixels of so many epochs again and again; see
-            `EpochSampler`.
+        device: device that uses the batches. DALI returns them there. The timm loader returns
+            them in host memory, pinned if the device is a GPU.
+        views: number of epochs whose pixels training repeats; see `EpochSampler`.
 
     Returns:
         A Loader. Call `set_epoch` before each epoch and `close` at the end.
 
     Raises:
         FileNotFoundError: a folder is missing or holds no images.
-        ValueError: an argument is out of its range, a training epoch is under one batch, or
-            data.backend is "dali" and can't do what is asked; it says why.
+        ValueError: an argument is out of range, a training epoch has no full batch, or
+            data.backend is "dali" and DALI cannot be used.
 
     Notes:
-        A worker of timm's loader holds two batches ahead in shared memory (batch 512 at 224
-        pixels: 308 MB each).
+        A worker of the timm loader holds two prefetched batches in shared memory (308 MB each for
+        512 images of 224 pixels).
     """
     if split not in ("train", "val"):
         raise ValueError(f"split: expected train or val, got {split!r}")
@@ -73,13 +72,15 @@ def build_loader(
     if training and len(sampler) < batch_size:
         raise ValueError(
             f"batch_size: {batch_size} is more than the {len(sampler)} samples of an epoch on "
-            f"this rank ({len(dataset)} images in {dataset.folder}, world_size {world_size}), "
-            "so that an epoch would have no batch"
+            f"this rank ({len(dataset)} images in {dataset.folder}, world_size {world_size}); "
+            f"expected at most {len(sampler)}"
         )
-    return build_over(dataset, config, sampler, batch_size=batch_size, device=torch.device(device))
+    return build_loader_for(
+        dataset, config, sampler, batch_size=batch_size, device=torch.device(device)
+    )
 
 
-def build_over(
+def build_loader_for(
     dataset: ImageSet,
     config: DataConfig,
     sampler: EpochSampler,
@@ -87,10 +88,10 @@ def build_over(
     batch_size: int,
     device: torch.device,
 ) -> Loader:
-    """The loader of the images that a sampler names; the arguments as of `build_loader`."""
-    why_not = _why_not_dali(config, dataset.training, device)
-    if why_not is None:
-        from featkd.data.dali.loader import DaliLoader
+    """Builds the loader for the keys of `sampler`; see `build_loader` for the arguments."""
+    reason = _reason_against_dali(config, dataset.training, device)
+    if reason is None:
+        from featkd.data.dali import DaliLoader
 
         return DaliLoader(dataset, config, sampler, batch_size=batch_size, device=device)
     return TorchLoader(
@@ -100,21 +101,21 @@ def build_over(
         workers=config.workers,
         pin_memory=device.type == "cuda",
         channels_last=config.channels_last,
-        note=why_not,
+        note=reason,
     )
 
 
-def _why_not_dali(config: DataConfig, training: bool, device: torch.device) -> str | None:
-    """None for DALI; else what its user should know, which is nothing where nobody asked for it."""
+def _reason_against_dali(config: DataConfig, training: bool, device: torch.device) -> str | None:
+    """Returns None if DALI is to be used, otherwise the reason ("" if it was not requested)."""
     if config.backend == "timm" or (config.backend == "auto" and device.type != "cuda"):
         return ""
-    from featkd.data.dali.loader import why_not
+    from featkd.data.dali import unsupported_reason
 
-    why = why_not(config, training)
-    if not why:
+    reason = unsupported_reason(config, training)
+    if not reason:
         return None
     if config.backend == "dali":
-        raise ValueError(f'data.backend: "dali" can\'t be used: {why}; allowed: "timm", "auto"')
-    note = f"images are loaded by timm, not by DALI: {why}"
+        raise ValueError(f'data.backend: "dali" can\'t be used: {reason}; allowed: "timm", "auto"')
+    note = f"using the timm loader instead of DALI: {reason}"
     warnings.warn(note, stacklevel=4)
     return note

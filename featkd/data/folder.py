@@ -17,10 +17,10 @@ _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
 
 
 def split_folder(config: DataConfig, split: Literal["train", "val"]) -> str:
-    """The folder of a split.
+    """Returns the folder of a split.
 
     Raises:
-        FileNotFoundError: it isn't there; the message says what is.
+        FileNotFoundError: the folder is missing; the message lists the folders that exist.
     """
     expected = "expected <path>/<split>/<class>/*.jpg"
     if not config.path:
@@ -40,7 +40,7 @@ def split_folder(config: DataConfig, split: Literal["train", "val"]) -> str:
     if holds_images:
         hint = (
             f"{config.path} seems to hold the class folders itself ({_listed(there)}); "
-            'for such a flat set give data.train_split="." and data.val_split="."'
+            'for such a flat set use data.train_split="." and data.val_split="."'
         )
     else:
         hint = f"folders there: {_listed(there) or 'none'}; set data.{split}_split to one of them"
@@ -50,31 +50,32 @@ def split_folder(config: DataConfig, split: Literal["train", "val"]) -> str:
 
 
 def _class_folders(folder: str) -> list[str]:
-    """Names of the folders in `folder`, sorted, without hidden ones such as .ipynb_checkpoints."""
+    """Returns the sorted names of the folders in `folder`, without hidden ones."""
     with os.scandir(folder) as entries:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
 def _listed(names: Sequence[str], most: int = 10) -> str:
-    """The names, cut after `most` of them."""
+    """Joins the names; lists at most `most` of them."""
     more = f", ... ({len(names)} in all)" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def find_classes(config: DataConfig) -> list[str]:
-    """The class folders of the training split, sorted as text: class i is the i-th.
+    """Returns the names of the training split's class folders, sorted; class i is the i-th.
 
-    This is torchvision's order, with which the published models were trained.
+    torchvision sorts in the same way, and the published models were trained in this order.
 
     Raises:
         FileNotFoundError: the split or its class folders are missing.
-        ValueError: with train_split ".", path holds split folders, not class folders.
+        ValueError: train_split is "." and path holds split folders instead of class folders.
     """
     folder = split_folder(config, "train")
     classes = _class_folders(folder)
     if not classes:
         raise FileNotFoundError(
-            f"no class folders in {folder}; expected one folder of images per class"
+            f"no class folders in {folder}; expected one folder of images per class, or WebDataset "
+            "tar files"
         )
     if os.path.normpath(config.train_split) == "." and set(classes) <= _SPLIT_NAMES:
         raise ValueError(
@@ -85,15 +86,15 @@ def find_classes(config: DataConfig) -> list[str]:
 
 
 class FolderSource:
-    """`ImageSource` of the files in class folders.
+    """`ImageSource` for class folders.
 
     Args:
-        config: where they are.
+        config: the image set.
         split: "train" or "val".
 
     Raises:
         FileNotFoundError: a folder is missing or holds no images.
-        ValueError: validation has classes that training has not.
+        ValueError: the validation split has classes that the training split lacks.
     """
 
     def __init__(self, config: DataConfig, split: Literal["train", "val"]) -> None:
@@ -110,7 +111,7 @@ class FolderSource:
         """See `ImageSource`."""
         return os.path.join(self.folder, self._names[index])
 
-    def size(self, index: int) -> int:
+    def file_size(self, index: int) -> int:
         """See `ImageSource`."""
         try:
             return os.path.getsize(self.name(index))
@@ -122,12 +123,12 @@ class FolderSource:
         return read_file(self.name(index)), int(self._targets[index])
 
     def _find_images(self, *, training: bool) -> tuple[list[str], list[int]]:
-        """Paths relative to the split's folder, by class and name, and their class indices."""
-        odd = sorted(set(_class_folders(self.folder)) - set(self.classes))
-        if odd:
+        """Returns the files, relative to the split folder and sorted, and their class indices."""
+        unknown = sorted(set(_class_folders(self.folder)) - set(self.classes))
+        if unknown:
             raise ValueError(
-                f"{self.folder} has {len(odd)} classes that the training split has not: "
-                f"{_listed(odd)}; every class needs a folder in the training split"
+                f"{self.folder} has {len(unknown)} classes that the training split lacks: "
+                f"{_listed(unknown)}; every class needs a folder in the training split"
             )
         index = {name: number for number, name in enumerate(self.classes)}
         found = make_dataset(self.folder, index, IMG_EXTENSIONS, allow_empty=True)

@@ -1,4 +1,4 @@
-"""Reading an image file, whatever its format, and saying what is wrong with one."""
+"""Reading and decoding of image files, with errors that name the file and the reason."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class BadImageError(RuntimeError):
 
     Attributes:
         path: the file.
-        cause: what is wrong with it, in words.
+        cause: the reason, in words.
     """
 
     def __init__(self, path: str, cause: str) -> None:
-        # Both go into `args`, from which pickle rebuilds the exception in another process.
+        # pickle rebuilds the exception in another process from `args`, so they hold both.
         super().__init__(path, cause)
         self.path = path
         self.cause = cause
@@ -27,10 +27,10 @@ class BadImageError(RuntimeError):
 
 
 def read_file(path: str) -> bytes:
-    """Read a file whole.
+    """Reads a whole file.
 
     Raises:
-        BadImageError: it cannot be opened or read.
+        BadImageError: the file cannot be opened or read.
     """
     try:
         with open(path, "rb") as file:
@@ -40,24 +40,24 @@ def read_file(path: str) -> bytes:
 
 
 def read_image(path: str) -> Image.Image:
-    """`decode_image` of a file."""
+    """Reads and decodes an image file; see `decode_image`."""
     return decode_image(read_file(path), path)
 
 
 def decode_image(content: bytes, name: str) -> Image.Image:
-    """Decode a file's content to an RGB image (EXIF orientation ignored, as timm does).
+    """Decodes an image to RGB; ignores the EXIF orientation, as timm does.
 
     Args:
-        content: of the file.
-        name: of the file, for the message.
+        content: content of the image file.
+        name: name of the file, for the error.
 
     Raises:
-        BadImageError: it is no image, or is cut off.
+        BadImageError: the content is not an image, or is truncated.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
             if image.mode.startswith("I"):
-                # 16-bit grey. Pillow's convert would clip everything above 255 to white.
+                # For 16-bit grey Pillow's convert would clip all values above 255 to white.
                 grey = np.clip(np.asarray(image), 0, 65535) // 256
                 return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
             rgb: Image.Image = image.convert("RGB")
@@ -66,6 +66,6 @@ def decode_image(content: bytes, name: str) -> Image.Image:
         size = len(content)
         cause = "the file is empty" if size == 0 else f"not a known image format ({size} bytes)"
         raise BadImageError(name, cause) from error
-    # Pillow's decoders raise SyntaxError, struct.error, zlib.error, IndexError and more.
+    # Pillow's decoders raise SyntaxError, struct.error, zlib.error, IndexError and others.
     except Exception as error:
         raise BadImageError(name, f"{type(error).__name__}: {error}") from error

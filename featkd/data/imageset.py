@@ -1,4 +1,4 @@
-"""The images of a split, addressed by key, and what happens to unreadable ones."""
+"""Images of a split, addressed by key, with the handling of unreadable files."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from featkd.data.augment import build_transform, seeded
 from featkd.data.config import DataConfig
 from featkd.data.folder import FolderSource, split_folder
 from featkd.data.images import BadImageError, decode_image
-from featkd.data.sampler import Key
-from featkd.data.shards import RecordSource, ShardError, TarSource, record_files, tar_files
+from featkd.data.sampler import SampleKey
+from featkd.data.shards import ShardError, TarSource, tar_files
 
-# Images tried for one training sample before giving up: a run of this many unreadable
-# neighbours is a broken disk or mount, not a few broken files.
+# Number of images tried for one training sample. More unreadable neighbors than this point to a
+# broken disk or mount, not to a few broken files.
 MAX_TRIES = 16
 
-# Images, evenly over the list, whose contents a fingerprint is of
+# Number of images, evenly spaced in the list, whose content the fingerprint covers.
 FINGERPRINT_CONTENTS = 64
 
-# What is wrong with the data themselves, and its user should read without a traceback.
+# Errors in the data itself, which the command line prints without a traceback.
 DataError = BadImageError | ShardError
 DATA_ERRORS = (BadImageError, ShardError)
 
-Read = TypeVar("Read")
+Decoded = TypeVar("Decoded")
 
 
 class ImageSource(Protocol):
-    """Numbered files with classes, wherever they are stored; a picklable object.
+    """Interface of a storage of numbered images with classes; must be picklable.
 
     Attributes:
         classes: class names; targets index them.
-        folder: where the files are.
+        folder: folder of the files.
     """
 
     classes: list[str]
@@ -46,75 +46,73 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """The file of an image, 0 <= index < len(self), as messages call it."""
+        """Returns the name of image `index`, 0 <= index < len(self), as errors print it."""
         ...
 
-    def size(self, index: int) -> int:
-        """Bytes of the image's file, -1 where there is none."""
+    def file_size(self, index: int) -> int:
+        """Returns the size of the image's file in bytes, -1 if the file is missing."""
         ...
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """The content of an image's file, and its class index.
+        """Returns the content of the image's file, and its class index.
 
         Raises:
-            BadImageError: it cannot be read.
+            BadImageError: the file cannot be read.
         """
         ...
 
 
 def open_source(config: DataConfig, split: Literal["train", "val"]) -> ImageSource:
-    """Find the images of a split: tar or TFRecord files in its folder, else class folders.
+    """Opens the images of a split: tar shards if its folder holds any, otherwise class folders.
 
     Raises:
         FileNotFoundError: a folder is missing or holds no images.
-        ValueError: what is there can't be used; says why.
+        ValueError: the images cannot be used; the message gives the reason.
     """
     if config.path:
         folder = split_folder(config, split)
-        tars, records = tar_files(folder), record_files(folder)
-        if tars and records:
-            raise ValueError(
-                f"{folder}: holds both tar and TFRecord files ({tars[0]}, {records[0]}); "
-                "expected one kind"
-            )
-        if tars:
+        if tars := tar_files(folder):
             return TarSource(config, folder, tars)
-        if records:
-            return RecordSource(config, folder, records)
     return FolderSource(config, split)
 
 
 class Sample(NamedTuple):
-    """One image (3, H, W) float32, or None where it was dropped; the bad files met on the way.
+    """One sample of a data set.
 
-    `shown` is the image's number: not its key's where another takes its place.
+    Attributes:
+        image: (3, H, W) float32, or None if the image was unreadable and is left out.
+        target: class index.
+        bad: errors of the unreadable files that were tried.
+        key: key of the sample.
+        source_index: index of the image that was loaded; see `Batch.source_index`.
     """
 
     image: Tensor | None
     target: int
     bad: list[BadImageError]
-    key: Key
-    shown: int
+    key: SampleKey
+    source_index: int
 
 
 class ImageSet(Dataset[Sample]):
-    """The images of one split, addressed by `Key`.
+    """Images of one split, addressed by `SampleKey`.
 
-    Everything random in a sample derives from (seed, key): not from rank, worker, batch or
-    restart.
+    All randomness of a sample derives from (seed, key). It does not depend on the rank, the worker,
+    the batch or a restart.
 
     Args:
-        config: where the images are and how they are transformed.
+        config: the image set and its preprocessing.
         split: "train" or "val".
         seed: seed of the run.
 
     Attributes:
         classes: class names; targets index them.
-        folder: of the split.
+        folder: folder of the split.
 
     Raises:
         FileNotFoundError: a folder is missing or holds no images.
-        ValueError: validation has classes that training has not, or shards can't be used.
+        ValueError: the validation split has classes that the training split lacks, or shards
+            cannot be used.
     """
 
     def __init__(self, config: DataConfig, split: Literal["train", "val"], seed: int = 0) -> None:
@@ -130,20 +128,22 @@ class ImageSet(Dataset[Sample]):
         return len(self._source)
 
     def name(self, index: int) -> str:
-        """The file of image `index`, 0 <= index < len(self)."""
+        """Returns the name of the file of image `index`, 0 <= index < len(self)."""
         return self._source.name(index)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the classes, of the names below `folder` and sizes of all files, and of the
-        contents of FINGERPRINT_CONTENTS files, evenly over the list.
+        """Returns a SHA-256 digest that identifies the images.
+
+        It covers the class names, the names (relative to `folder`) and sizes of all files, and the
+        contents of FINGERPRINT_CONTENTS files, evenly spaced in the list.
 
         Raises:
-            ShardError: a shard can't be used.
+            ShardError: a shard cannot be used.
         """
         digest = hashlib.sha256("\n".join(self.classes).encode())
         for index in range(len(self)):
             name = self.name(index).removeprefix(self.folder + os.sep)
-            digest.update(b"\0" + os.fsencode(name) + b"\0%d" % self._source.size(index))
+            digest.update(b"\0" + os.fsencode(name) + b"\0%d" % self._source.file_size(index))
         contents = min(FINGERPRINT_CONTENTS, len(self))
         for i in range(contents):
             try:
@@ -153,37 +153,38 @@ class ImageSet(Dataset[Sample]):
             digest.update(hashlib.sha256(content).digest())
         return digest.hexdigest()
 
-    def __getitem__(self, key: Key) -> Sample:
-        """Read and transform the image of a key.
+    def __getitem__(self, key: SampleKey) -> Sample:
+        """Reads and transforms the image of a key.
 
-        An unreadable image under "skip": training takes the next readable one of the list in
-        its place, at most MAX_TRIES images in all, with the augmentation of the key asked for;
-        evaluation gives a Sample without an image.
+        With on_bad_image="skip", an unreadable image is replaced in training by the next readable
+        one, within MAX_TRIES images, which gets the augmentation of `key`. In evaluation the
+        sample has no image.
 
         Raises:
-            BadImageError: unreadable under "error", or MAX_TRIES unreadable images in a row.
+            BadImageError: an image is unreadable with on_bad_image="error", or MAX_TRIES images in
+                a row are unreadable.
         """
-        found, bad = self.readable(key, decode_image)
-        if found is None:
+        decoded, bad = self.decode(key, decode_image)
+        if decoded is None:
             return Sample(None, 0, bad, key, key.image)
-        image, target, index = found
+        image, target, index = decoded
         return Sample(self._transformed(image, index, key), target, bad, key, index)
 
-    def readable(
-        self, key: Key, decode: Callable[[bytes, str], Read]
-    ) -> tuple[tuple[Read, int, int] | None, list[BadImageError]]:
-        """What `decode` makes of a key's file, or of the next readable one; see `__getitem__`.
+    def decode(
+        self, key: SampleKey, decoder: Callable[[bytes, str], Decoded]
+    ) -> tuple[tuple[Decoded, int, int] | None, list[BadImageError]]:
+        """Decodes the image of a key, or the next readable one; see `__getitem__`.
 
         Args:
-            key: of the sample.
-            decode: called with a file's content and name; raises BadImageError.
+            key: key of the sample.
+            decoder: called with a file's content and name; raises BadImageError.
 
         Returns:
-            The result, the class and the number of the image it is of, or None where the image is
-            left out; and the errors of those before it.
+            The result of `decoder`, the class and the index of the image, or None if the sample is
+            left out; and the errors of the unreadable images before it.
 
         Raises:
-            BadImageError: unreadable under "error", or MAX_TRIES unreadable images in a row.
+            BadImageError: see `__getitem__`.
         """
         bad: list[BadImageError] = []
         tries = min(MAX_TRIES, len(self)) if self.training and self.skip else 1
@@ -191,7 +192,7 @@ class ImageSet(Dataset[Sample]):
             index = (key.image + offset) % len(self)
             try:
                 content, target = self._source.read(index)
-                return (decode(content, self.name(index)), target, index), bad
+                return (decoder(content, self.name(index)), target, index), bad
             except BadImageError as error:
                 if not self.skip:
                     raise
@@ -202,25 +203,25 @@ class ImageSet(Dataset[Sample]):
             )
         return None, bad
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[Sample] | DataError:
-        """The samples of a batch; torch's DataLoader calls this where it exists.
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list[Sample] | DataError:
+        """Returns the samples of a batch; torch's DataLoader calls this method if it exists.
 
-        What the data are to blame for is returned, not raised: DataLoader would hand on only the
-        text of what a worker raises, with its traceback, and rebuild the exception from that.
+        Errors in the data are returned, not raised: DataLoader would pass on only the text of a
+        worker's exception, with the worker's traceback.
         """
         try:
             return [self[key] for key in keys]
         except DATA_ERRORS as error:
             return error
 
-    def _transformed(self, image: Image.Image, index: int, key: Key) -> Tensor:
+    def _transformed(self, image: Image.Image, index: int, key: SampleKey) -> Tensor:
         try:
             if not self.training:
                 return self.transform(image)
             with seeded(self.seed, key):
                 return self.transform(image)
         except Exception as error:
-            # Not a BadImageError: the file is fine, and "skip" must not hide a broken transform.
+            # Not a BadImageError, because "skip" must not hide a broken transform.
             raise RuntimeError(
                 f"transform failed on {self.name(index)} (seed {self.seed}, {key}): {error}"
             ) from error

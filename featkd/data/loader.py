@@ -1,4 +1,4 @@
-"""What a loader is, and the one on torch, timm and Pillow."""
+"""The `Loader` protocol, and its implementation with torch's DataLoader, timm and Pillow."""
 
 from __future__ import annotations
 
@@ -13,39 +13,43 @@ from torch.utils.data.dataloader import default_collate
 
 from featkd.data.images import BadImageError
 from featkd.data.imageset import DATA_ERRORS, DataError, ImageSet, Sample
-from featkd.data.sampler import EpochSampler, Key
-from featkd.data.workers import end_workers, worker_options
+from featkd.data.sampler import EpochSampler, SampleKey
+from featkd.data.workers import shut_down_workers, worker_options
 
 
 class Batch(NamedTuple):
-    """images (B, 3, H, W) float32, targets (B,) int64, and the unreadable files met for them.
+    """A batch of images with their labels and keys.
 
-    `keys`, (B, 3) int64 on the CPU, are the images' `Key`s. An unreadable one's stays with the
-    image that takes its place, whose number is in `shown`, (B,) int64 on the CPU. From a `Mixer`
-    targets are (B, K) float32.
-
-    `bad` also holds the files of evaluation batches passed over since the batch before; those of
-    empty batches at the very end are in `Loader.bad_images` alone.
+    Attributes:
+        images: (B, 3, H, W) float32.
+        targets: (B,) int64 class indices; (B, K) float32 labels after a `Mixer`.
+        bad: paths of unreadable files met since the previous batch, including those of evaluation
+            batches that were skipped because they had no readable image. Files met after the last
+            batch are listed only in `Loader.bad_images`.
+        keys: (B, 3) int64 on the CPU, the `SampleKey` of each image.
+        source_index: (B,) int64 on the CPU, the index of the image that was loaded. It differs
+            from the key's image if that one was unreadable and another took its place.
     """
 
     images: Tensor
     targets: Tensor
     bad: list[str]
     keys: Tensor
-    shown: Tensor
+    source_index: Tensor
 
 
 class Loader(Protocol):
-    """What every loader offers, whatever decodes the images.
+    """Interface of the image loaders.
 
     Attributes:
         classes: class names; targets index them.
-        num_samples: images in the split, over all ranks.
-        bad_images: every unreadable image met so far: path -> what is wrong with it.
-        dataset: the files.
-        sampler: which image comes when.
-        pixels: what decodes and transforms: loaders of which this differs differ by rounding.
-        note: why it is not the loader that was wanted, if so.
+        num_samples: number of images in the split, over all ranks.
+        bad_images: all unreadable images met so far, path -> reason.
+        dataset: the images.
+        sampler: the order of the samples.
+        decoder: name of the library that decodes and transforms, with its device. Loaders with
+            different decoders return pixels that differ by rounding.
+        note: reason why another loader than the preferred one is used; "" if there is none.
     """
 
     classes: list[str]
@@ -53,45 +57,45 @@ class Loader(Protocol):
     bad_images: dict[str, str]
     dataset: ImageSet
     sampler: EpochSampler
-    pixels: str
+    decoder: str
     note: str
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches of the epoch chosen by `set_epoch`; starting anew ends an older iterator."""
+        """Iterates over the epoch chosen by `set_epoch`; invalidates earlier iterators."""
         ...
 
     def __len__(self) -> int:
-        """Batches of the whole epoch on this rank, wherever it starts."""
+        """Returns the number of batches of a whole epoch on this rank."""
         ...
 
     def upcoming(self) -> Iterator[Tensor]:
-        """The `Batch.keys` that the next `iter` will give, if no file is unreadable."""
+        """Iterates over the `Batch.keys` of the next iteration, assuming all files are readable."""
         ...
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose what the next `iter` gives: `epoch` from its batch number `start_batch` on."""
+        """Makes the next iteration yield `epoch`, beginning with batch `start_batch`."""
         ...
 
     def state_dict(self) -> dict[str, int]:
-        """Where the loader is: the epoch, its next batch, and what the order depends on."""
+        """Returns the position: the epoch, its next batch, and what its order depends on."""
         ...
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Choose as the next `iter` what follows on the batches that `state` had given."""
+        """Makes the next iteration continue after the batches that `state` counts."""
         ...
 
     def close(self) -> None:
-        """End the loader's processes; a later `iter` would start new ones."""
+        """Ends the loader's processes; the next iteration starts new ones."""
         ...
 
 
 class SampledLoader:
-    """What loaders over an `EpochSampler` have in common.
+    """Base class of the loaders: groups an `EpochSampler`'s keys and tracks the position.
 
     Args:
-        dataset: the files.
-        sampler: which image comes when.
-        batch_size: images in a batch; a training epoch's last, partial batch is dropped.
+        dataset: the images.
+        sampler: the order of the samples.
+        batch_size: images per batch; the last, partial batch of a training epoch is dropped.
     """
 
     def __init__(self, dataset: ImageSet, sampler: EpochSampler, batch_size: int) -> None:
@@ -101,115 +105,112 @@ class SampledLoader:
         self.note = ""
         self.dataset = dataset
         self.sampler = sampler
-        # torch types the keys as int, yet hands on whatever the sampler gives.
+        # torch annotates the keys as int but passes on any type.
         self._batches = BatchSampler(
             sampler,  # type: ignore[arg-type]
             batch_size,
             drop_last=sampler.drop_last,
         )
-        self._iteration = 0
-        self._start = 0  # batch that the next iteration starts at
-        self._next = 0  # batch that comes next, of iteration number:
-        self._followed = 1
+        self._iteration = 0  # number of the newest iteration
+        self._start_batch = 0  # first batch of the next iteration
+        self._next_batch = 0  # next batch of the iteration whose position is tracked
+        self._tracked_iteration = 1
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def upcoming(self) -> Iterator[Tensor]:
         """See `Loader`."""
-        return (as_tensor(cast("list[Key]", keys)) for keys in self._batches)
+        return (as_tensor(cast("list[SampleKey]", keys)) for keys in self._batches)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """See `Loader`.
 
         Raises:
-            ValueError: the epoch is negative or `start_batch` lies outside 0..len(self).
+            ValueError: `epoch` is negative or `start_batch` is outside 0..len(self).
         """
         if not 0 <= start_batch <= len(self):
             raise ValueError(f"start_batch: expected 0..{len(self)}, got {start_batch}")
-        # The last evaluation batch can be partial: its end is the end of the keys.
+        # The last evaluation batch can be partial, so it ends at the last key.
         start = min(start_batch * self._batches.batch_size, len(self.sampler))
         self.sampler.set_epoch(epoch, start)
-        self._start = self._next = start_batch
-        self._followed = self._iteration + 1
+        self._start_batch = self._next_batch = start_batch
+        self._tracked_iteration = self._iteration + 1
 
     def state_dict(self) -> dict[str, int]:
-        """Where the loader is, as whole numbers; in training the same on all ranks.
+        """Returns the position; in training it is the same on all ranks.
 
-        "batch" is the next one: those that workers have loaded ahead don't count as given.
+        "batch" is the next batch to be returned. Batches that workers have prefetched do not count.
         """
         sampler = self.sampler
         return {
             "epoch": sampler.epoch,
-            "batch": min(self._next, len(self)),
+            "batch": min(self._next_batch, len(self)),
             "batch_size": self._batches.batch_size,
             "world_size": sampler.world_size,
             "seed": sampler.seed,
             "repeats": sampler.repeats,
-            "ordered_as": sampler.ordered_as(sampler.epoch),
+            "shuffle_epoch": sampler.shuffle_epoch(sampler.epoch),
             "num_images": sampler.num_images,
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on where a loader of the same images was, maybe with other batches or ranks.
+        """Continues at the position of a loader of the same images.
 
-        k batches of b images on each of w ranks are the first k b w positions of the epoch,
-        whatever b and w (see `EpochSampler`): what follows on them is the same where they make
-        up whole batches here. At the start of an epoch anything may have changed.
+        The batch size and the number of ranks may differ. k batches of b images on w ranks are
+        the first k b w positions of the epoch (see `EpochSampler`). This loader continues after
+        them if they form whole batches here. At the start of an epoch everything may differ.
 
         Args:
-            state: of `state_dict`, of any rank.
+            state: result of `state_dict` on any rank.
 
         Raises:
-            ValueError: within an epoch, its order has changed, or the position is none of this
-                loader's.
+            ValueError: the position is within an epoch, and either the epoch's order has changed
+                or the position is not between two batches of this loader.
         """
         own = self.state_dict()
         if state["batch"] == 0:
             self.set_epoch(state["epoch"])
             return
-        own["ordered_as"] = self.sampler.ordered_as(state["epoch"])
-        state = {"ordered_as": state["epoch"], **state}  # of checkpoints that do not have it yet
-        for name in ("num_images", "seed", "repeats", "ordered_as"):
+        own["shuffle_epoch"] = self.sampler.shuffle_epoch(state["epoch"])
+        # Older checkpoints call it "ordered_as"; the oldest ones lack it.
+        shuffle_epoch = state.get("ordered_as", state["epoch"])
+        state = {"shuffle_epoch": shuffle_epoch, **state}
+        for name in ("num_images", "seed", "repeats", "shuffle_epoch"):
             if state[name] != own[name]:
                 raise ValueError(
                     f"{name}: {state[name]} when the loader stopped within epoch {state['epoch']}, "
-                    f"now {own[name]}, which changes the order of its images; expected "
-                    f"{state[name]} to the epoch's end"
+                    f"now {own[name]}, which changes the order of the images; expected "
+                    f"{state[name]} until the epoch ends"
                 )
-        given = state["batch"] * state["batch_size"] * state["world_size"]
-        together = own["batch_size"] * own["world_size"]
-        batch, rest = divmod(given, together)
+        done = state["batch"] * state["batch_size"] * state["world_size"]
+        batch, rest = divmod(done, own["batch_size"] * own["world_size"])
         if rest or batch > len(self):
             raise ValueError(
-                f"batch_size: the loader stopped after {given} images of epoch {state['epoch']} "
-                f"(batch_size {state['batch_size']} on {state['world_size']} ranks), which is no "
-                f"whole number of batches of {own['batch_size']} on {own['world_size']} ranks; "
-                f"expected batch_size x ranks to divide {given}"
+                f"batch_size: the loader stopped after {done} images of epoch {state['epoch']} "
+                f"(batch_size {state['batch_size']} on {state['world_size']} ranks), which is not "
+                f"a whole number of batches of {own['batch_size']} on {own['world_size']} ranks; "
+                f"expected batch_size x ranks to divide {done}"
             )
         self.set_epoch(state["epoch"], batch)
 
-    def _check_newest(self, own: int) -> None:
-        """The `own`-th iteration is about to be asked for a batch.
-
-        Raises:
-            RuntimeError: another iteration has begun since.
-        """
-        if own != self._iteration:
+    def _check_newest(self, iteration: int) -> None:
+        """Raises RuntimeError if a newer iteration than `iteration` has begun."""
+        if iteration != self._iteration:
             raise RuntimeError("a newer iteration of this loader has begun; this one is over")
 
-    def _count(self, own: int, batches: int) -> None:
-        """The `own`-th iteration has come further by so many batches."""
-        if own > self._followed:  # begun anew without set_epoch
-            self._followed, self._next = own, self._start
-        if own == self._followed:  # else set_epoch has chosen what the next one gives
-            self._next += batches
+    def _advance(self, iteration: int, batches: int) -> None:
+        """Moves the position by `batches`, if it is that of `iteration`."""
+        if iteration > self._tracked_iteration:  # begun without set_epoch
+            self._tracked_iteration, self._next_batch = iteration, self._start_batch
+        if iteration == self._tracked_iteration:  # otherwise set_epoch has set the next position
+            self._next_batch += batches
 
 
 class TorchLoader(SampledLoader):
-    """`Loader` on torch's DataLoader; see `build_loader`, which makes it."""
+    """`Loader` with torch's DataLoader and timm's transforms; made by `build_loader`."""
 
-    pixels = "timm"
+    decoder = "timm"
 
     def __init__(
         self,
@@ -232,70 +233,70 @@ class TorchLoader(SampledLoader):
             collate_fn=partial(_collate, channels_last=channels_last),
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
-            # DataLoader draws the workers' base seed. Without a generator of its own it would
-            # take it from the training's.
+            # DataLoader draws a base seed for its workers. Without this it would advance the
+            # global generator, which training uses.
             generator=torch.Generator(),
         )
         self._loader: DataLoader[Sample] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         self._iteration += 1
-        if self._loader is None:  # only now is it known what the workers will run beside
+        if self._loader is None:  # the options depend on whether DALI has been imported by now
             self._loader = self._make(**worker_options(self._workers))
         return self._checked(iter(self._loader), self._iteration)
 
     def _checked(
         self,
         batches: Iterator[tuple[Tensor, Tensor, list[BadImageError], Tensor, Tensor] | DataError],
-        own: int,
+        iteration: int,
     ) -> Iterator[Batch]:
-        """Raise what came as data, record bad files, pass over empty batches."""
+        """Raises errors that workers returned, records bad files, skips empty batches."""
         bad: list[str] = []
         while True:
-            # Persistent workers have one queue: two iterators would take each other's batches.
-            self._check_newest(own)
-            self._count(own, 1)
+            # Persistent workers share one queue, so two iterators would mix their batches.
+            self._check_newest(iteration)
+            self._advance(iteration, 1)
             try:
                 batch = next(batches, None)
             except (ConnectionError, EOFError, FileNotFoundError) as lost:
-                # Seen where the worker that made a batch dies before its memory is handed over.
+                # A worker died before the main process had opened the shared memory of its batch.
                 raise RuntimeError("a DataLoader worker died.") from lost
             if batch is None:
                 return
             if isinstance(batch, DATA_ERRORS):
                 raise batch
-            images, targets, errors, keys, shown = batch
+            images, targets, errors, keys, source_index = batch
             for error in errors:
                 self.bad_images[error.path] = error.cause
                 bad.append(error.path)
             if len(targets):
-                yield Batch(images, targets, bad, keys, shown)
+                yield Batch(images, targets, bad, keys, source_index)
                 bad = []
 
     def close(self) -> None:
         """See `Loader`."""
         self._iteration += 1
         if self._loader is not None:
-            end_workers(self._loader)
+            shut_down_workers(self._loader)
             self._loader = None
 
 
 def _collate(
     samples: list[Sample] | DataError, *, channels_last: bool
 ) -> tuple[Tensor, Tensor, list[BadImageError], Tensor, Tensor] | DataError:
-    """Stack the images that are there; in a worker straight into shared memory."""
+    """Stacks the samples that have an image; in a worker directly into shared memory."""
     if isinstance(samples, DATA_ERRORS):
         return samples
-    there = [sample for sample in samples if sample.image is not None]
-    targets = torch.tensor([sample.target for sample in there], dtype=torch.int64)
-    shown = torch.tensor([sample.shown for sample in there], dtype=torch.int64)
+    present = [sample for sample in samples if sample.image is not None]
+    targets = torch.tensor([sample.target for sample in present], dtype=torch.int64)
+    source_index = torch.tensor([sample.source_index for sample in present], dtype=torch.int64)
     errors = [error for sample in samples for error in sample.bad]
-    stacked = default_collate([x.image for x in there]) if there else torch.empty(0)
-    if there and channels_last:
+    stacked = default_collate([x.image for x in present]) if present else torch.empty(0)
+    if present and channels_last:
         stacked = stacked.contiguous(memory_format=torch.channels_last)
-    return stacked, targets, errors, as_tensor([sample.key for sample in there]), shown
+    return stacked, targets, errors, as_tensor([sample.key for sample in present]), source_index
 
 
-def as_tensor(keys: Sequence[Key]) -> Tensor:
-    """(B, 3) int64: epochs, images and copies."""
+def as_tensor(keys: Sequence[SampleKey]) -> Tensor:
+    """Returns the keys as a (B, 3) int64 tensor of epoch, image and copy."""
     return torch.tensor(keys, dtype=torch.int64).reshape(-1, 3)

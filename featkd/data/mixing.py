@@ -1,4 +1,4 @@
-"""mixup and CutMix of a training batch, on the device that trains."""
+"""mixup and CutMix of a training batch, on the training device."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from featkd.data.augment import seeded
 from featkd.data.config import AugmentConfig
 from featkd.data.loader import Batch
 
-_DRAW = 1  # a fifth part of the seed: a sample's has four, and must not be the same
+_SEED_PART = 1  # fifth part of the seed; a sample's seed has four parts, so the two differ
 
 
 class Mixer:
-    """timm's `Mixup`, with draws that repeat, and a batch of its own.
+    """timm's `Mixup` with reproducible draws; returns a copy of the batch.
 
-    Images are paired from both ends: i of B with B - 1 - i, and one draw holds for the whole batch.
-    mixup gives lam x_i + (1 - lam) x_j, CutMix puts a rectangle of x_j over x_i; labels become
-    lam y_i + (1 - lam) y_j, where what the border cuts off a rectangle does not count.
+    Image i of B is paired with image j = B - 1 - i. One draw of lam serves the whole batch. mixup
+    computes lam x_i + (1 - lam) x_j. CutMix pastes a rectangle of x_j onto x_i. The labels become
+    lam y_i + (1 - lam) y_j, where lam of CutMix accounts for the visible part of the rectangle.
 
     Args:
-        config: which of the two, and how often.
-        classes: K, the model's outputs.
-        label_smoothing: spread over the labels before they are mixed; `DistillationLoss` adds none
-            to soft labels.
+        config: parameters and probabilities of both.
+        classes: K, number of the model's outputs.
+        label_smoothing: applied to the labels before mixing, because `DistillationLoss` does not
+            smooth soft labels.
         seed: seed of the run.
-        device: where mixing happens and the result lies.
+        device: device on which batches are mixed and returned.
 
     Example:
         >>> mixer = Mixer(AugmentConfig(mixup=0.8), 3, 0.1, seed=0, device=torch.device("cpu"))
@@ -57,28 +57,29 @@ class Mixer:
         )
 
     def __call__(self, batch: Batch, *, epoch: int, number: int, rank: int) -> Batch:
-        """A mixed copy of a batch; nothing random but by the seed and the three numbers.
+        """Returns a mixed copy of a batch; the draws depend on (seed, epoch, number, rank).
 
         Args:
-            batch: images (B, 3, H, W) floating, B even, and targets (B,) int64, on any device.
-            epoch: of the batch.
-            number: of the batch in its epoch.
-            rank: of the process, whose batch of that number it is.
+            batch: floating-point images (B, 3, H, W), B even, and targets (B,) int64, on any
+                device.
+            epoch: epoch of the batch.
+            number: number of the batch in its epoch on this rank.
+            rank: this process.
 
         Returns:
-            The batch with images as before and targets (B, K) float32, on the mixer's device.
+            The batch with mixed images, and targets (B, K) float32, on the mixer's device.
 
         Raises:
-            ValueError: an odd number of images.
+            ValueError: the number of images is odd.
         """
         if len(batch.targets) % 2:
             raise ValueError(
-                f"batch: {len(batch.targets)} images, of which one has no partner; expected an "
-                "even number"
+                f"batch: got {len(batch.targets)} images, expected an even number, because images "
+                "are mixed in pairs"
             )
-        # timm writes into the images, which may be the loader's own memory or be used again
+        # A copy, because timm mixes in place and the loader may reuse the memory of its images.
         images = batch.images.to(self._device, non_blocking=True, copy=True)
         targets = batch.targets.to(self._device, non_blocking=True)
-        with seeded(self._seed, (epoch, number, rank, _DRAW), restore=True):
+        with seeded(self._seed, (epoch, number, rank, _SEED_PART), restore=True):
             images, targets = self._mixup(images, targets)
         return batch._replace(images=images, targets=targets)

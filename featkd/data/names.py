@@ -1,4 +1,4 @@
-"""Many file names in little memory."""
+"""Compact storage of many file names."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 
 
 class PackedNames:
-    """A list of file names in one bytes object.
+    """Sequence of file names, stored in one bytes object.
 
-    A list of a million strings would be copied page by page into every loader process as its
-    reference counts are touched.
+    Forked workers share it. A list of a million strings would be copied into each worker, page by
+    page, as its reference counts change.
     """
 
     def __init__(self, names: Sequence[str]) -> None:

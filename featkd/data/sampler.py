@@ -1,4 +1,4 @@
-"""Which image comes when: shuffling, repeated augmentation, sharding over ranks, resume."""
+"""Order of the samples: shuffling, repeated augmentation, sharding over ranks, resume."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from featkd.runtime.seeding import derive_seed
 _ROUND = 256
 
 
-class Key(NamedTuple):
-    """Names one sample of a run: the epoch, the image's index in the split, and which copy of it.
+class SampleKey(NamedTuple):
+    """Identifies one sample of a run: the epoch, the image's index in the split, and the copy.
 
-    With the run's seed it fixes every pixel.
+    The key and the run's seed together determine every pixel of the sample.
     """
 
     epoch: int
@@ -25,42 +25,45 @@ class Key(NamedTuple):
     copy: int
 
 
-class EpochSampler(Sampler[Key]):
-    """The keys of one rank in one epoch, in order.
+class EpochSampler(Sampler[SampleKey]):
+    """Yields the keys of one rank in one epoch, in order.
 
-    All ranks see one sequence of positions, and rank r of w takes r, r + w, r + 2w, ...
+    All ranks share one sequence of positions. Rank r of w takes positions r, r + w, r + 2w, ...
 
-    - Training: the images are shuffled by (seed, epoch). With repeats R > 1 each image stands R
-      times in a row, so that its copies fall on different ranks, and each rank takes only
-      floor(n // 256 * 256 / w) of the positions (DeiT's repeated augmentation: an epoch has its
-      usual length and sees about n / R images). With R = 1, or under 256 images, each rank takes
-      ceil(n / w). Positions past the end wrap, and the `copy` of a wrapped one goes on
-      counting: no two keys of an epoch are equal on any rank.
-    - Evaluation: in the order of the files, each image on exactly one rank, nothing padded, so
-      that ranks can differ by one image.
+    - Training: the images are shuffled by (seed, epoch).
 
-    Keys carry the epoch because persistent workers hold a copy of the data set that no
-    `set_epoch` would reach.
+      - With R = 1 each rank takes ceil(n / w) positions.
+      - With repeats R > 1 each image occurs R times in a row, so its copies fall on different
+        ranks. Each rank takes floor(n // 256 * 256 / w) positions, which is DeiT's repeated
+        augmentation: the epoch keeps its length and covers about n / R images. A set of fewer
+        than 256 images takes ceil(n / w) positions instead.
+      - Positions past the end wrap around, and `copy` keeps counting. All keys of an epoch are
+        distinct, across ranks too.
+    - Evaluation: file order, each image on exactly one rank, no padding. The ranks can differ by
+      one image.
 
-    With `views` V, as a cache of a teacher's outputs holds them, epoch e has the pixels of epoch
-    e % V: its keys say so. Without repeats they come in the order of epoch e all the same, shuffled
-    anew; with repeats in that of epoch e % V, as another order is of other images.
+    Each key carries the epoch, because persistent workers hold a copy of the data set that
+    `set_epoch` cannot reach.
+
+    With `views` V, used with a cache of teacher outputs, epoch e has the pixels of epoch e % V, and
+    its keys carry that number. With R = 1 the shuffle order is still that of epoch e. With R > 1
+    it is that of epoch e % V, because another order would contain other images.
 
     Args:
         num_images: images in the split, n.
         training: shuffle, repeat and pad; otherwise evaluation order.
-        repeats: R; in evaluation it must be 1.
+        repeats: R; must be 1 in evaluation.
         seed: seed of the run, the same on all ranks.
         rank: this process, 0 <= rank < world_size.
         world_size: number of processes, w.
-        views: V; None gives every epoch pixels of its own.
+        views: V; None gives every epoch different pixels.
 
     Raises:
         ValueError: an argument is out of its range.
 
     Example:
         >>> [list(EpochSampler(5, training=False, rank=r, world_size=2)) for r in (0, 1)][1]
-        [Key(epoch=0, image=1, copy=0), Key(epoch=0, image=3, copy=0)]
+        [SampleKey(epoch=0, image=1, copy=0), SampleKey(epoch=0, image=3, copy=0)]
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class EpochSampler(Sampler[Key]):
         self.start = 0
 
     def __len__(self) -> int:
-        """Keys of the whole epoch on this rank, wherever `start` lies."""
+        """Returns the number of keys of a whole epoch on this rank, whatever `start` is."""
         if not self.training:
             return len(range(self.rank, self.num_images, self.world_size))
         if self.repeats > 1 and self.num_images >= _ROUND:
@@ -105,10 +108,10 @@ class EpochSampler(Sampler[Key]):
         return -(-self.num_images // self.world_size)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose what the next `iter` gives: `epoch` from its key number `start` on.
+        """Makes the next iteration yield `epoch`, beginning with its key number `start`.
 
         Raises:
-            ValueError: the epoch is negative or `start` lies outside 0..len(self).
+            ValueError: `epoch` is negative or `start` is outside 0..len(self).
         """
         if epoch < 0:
             raise ValueError(f"epoch: expected >= 0, got {epoch}")
@@ -118,30 +121,30 @@ class EpochSampler(Sampler[Key]):
         self.start = start
 
     def view(self, epoch: int) -> int:
-        """The epoch that the keys of `epoch` say."""
+        """Returns the epoch number in the keys of `epoch`, which determines their pixels."""
         return epoch if self.views is None else epoch % self.views
 
-    def ordered_as(self, epoch: int) -> int:
-        """The epoch of the run without `views` whose order of the images `epoch` has."""
+    def shuffle_epoch(self, epoch: int) -> int:
+        """Returns the epoch whose shuffle order `epoch` uses."""
         return epoch if self.repeats == 1 else self.view(epoch)
 
     def order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """(n,): the images in the order in which `epoch` has them, each once."""
+        """Returns the image indices, (n,), in the order of `epoch`, each once."""
         order = np.arange(self.num_images)
         if self.training:
-            np.random.default_rng(derive_seed(self.seed, self.ordered_as(epoch))).shuffle(order)
+            np.random.default_rng(derive_seed(self.seed, self.shuffle_epoch(epoch))).shuffle(order)
         return order
 
-    def __iter__(self) -> Iterator[Key]:
+    def __iter__(self) -> Iterator[SampleKey]:
         steps = range(self.start, len(self))
         return self._keys(self.rank + step * self.world_size for step in steps)
 
-    def _keys(self, positions: Iterable[int]) -> Iterator[Key]:
+    def _keys(self, positions: Iterable[int]) -> Iterator[SampleKey]:
         view, n, repeats = self.view(self.epoch), self.num_images, self.repeats
         order = self.order(self.epoch)
-        # An array and a generator: a million-image epoch as a list of tuples takes 150 MB.
+        # A generator, because a million tuples in a list take 150 MB.
         return (
-            Key(
+            SampleKey(
                 view,
                 int(order[position // repeats % n]),
                 position % repeats + position // (n * repeats) * repeats,
@@ -150,11 +153,13 @@ class EpochSampler(Sampler[Key]):
         )
 
 
-class StretchSampler(EpochSampler):
-    """Stretches of one process's training epochs: what a part of a cache is made of.
+class RangeSampler(EpochSampler):
+    """Yields chosen ranges of positions of a training epoch, in one process.
+
+    A cache is built from these: each of its shards holds one range of positions.
 
     Args:
-        num_images, repeats, seed: as of the `EpochSampler` whose keys these are.
+        num_images, repeats, seed: as in the `EpochSampler` whose keys these are.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -163,12 +168,12 @@ class StretchSampler(EpochSampler):
     def __init__(self, num_images: int, *, repeats: int, seed: int) -> None:
         super().__init__(num_images, training=True, repeats=repeats, seed=seed)
         self.drop_last = False
-        self._stretches: Sequence[range] = ()
+        self._ranges: Sequence[range] = ()
 
-    def choose(self, epoch: int, stretches: Sequence[range]) -> None:
-        """Choose what the next `iter` gives: the keys at these positions of `epoch`."""
+    def set_ranges(self, epoch: int, ranges: Sequence[range]) -> None:
+        """Makes the next iteration yield the keys at these positions of `epoch`."""
         self.set_epoch(epoch)
-        self._stretches = stretches
+        self._ranges = ranges
 
-    def __iter__(self) -> Iterator[Key]:
-        return self._keys(position for stretch in self._stretches for position in stretch)
+    def __iter__(self) -> Iterator[SampleKey]:
+        return self._keys(position for positions in self._ranges for position in positions)

@@ -1,11 +1,11 @@
-"""What the server process imports that forks workers beside DALI; no other process may.
+"""Preloaded module of the server process that forks workers when DALI is imported.
 
-It lives as long as the process that started it. SIGTERM is for that one, but reaches this one too
-where it goes to a whole control group.
+Only that process may import this module. The server ends with the process that started it. It
+ignores SIGTERM, which is meant for that process but may be sent to the whole control group.
 """
 
 import signal
 
-import featkd.data.loader  # noqa: F401  each worker would take seconds to import it
+import featkd.data.loader  # noqa: F401  imported here once, because it takes seconds
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""A DataLoader's worker processes: how they start, what they do not hear, and how they end."""
+"""Worker processes of a DataLoader: their start, signals and end."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that follows on the end of the thread that forked
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h: signal to send when the forking thread ends
 
 
 def worker_options(workers: int) -> dict[str, Any]:
-    """Options of a DataLoader that the calling thread is about to iterate over.
+    """Returns the DataLoader arguments for `workers`; call it in the thread that iterates.
 
-    DALI has threads of its own, and a process forked beside them can wait for ever for a lock
-    that one of them held (seen here); workers then come from a clean server process.
+    A process forked while DALI's threads run can deadlock on a lock that one of them held. If DALI
+    is imported, the workers are therefore forked from a clean server process.
     """
     if workers == 0:
         return {"num_workers": 0}
@@ -38,31 +38,31 @@ def worker_options(workers: int) -> dict[str, Any]:
 
 
 def _start_worker(worker: int, *, end_with_thread: bool) -> None:
-    """Begin in a worker process: deaf to what stops a run, and in one thread, as workers are many.
+    """Initializes a worker process: ignores stop signals, and uses one thread.
 
-    Ctrl-C and SIGTERM reach every process of a terminal, a session or a control group. The main
-    process needs its workers until it has stopped; it ends them itself, and they end when it is
-    gone.
+    Ctrl-C and SIGTERM can reach all processes of a terminal, session or control group. The main
+    process needs its workers until it has stopped, and then ends them itself. Workers also end if
+    the main process is gone.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
     assert parent.pid is not None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of the threads to come as well
-    threading.Thread(target=_end_if_told, args=(parent.pid,), daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited by new threads
+    threading.Thread(target=_end_on_sigterm_of, args=(parent.pid,), daemon=True).start()
     if end_with_thread and parent.pid == os.getppid():
-        # At once, where torch looks every 5 s: a forked worker holds its rank's sockets open too,
-        # so that the other ranks would wait for a killed one as long as its workers live.
+        # A forked worker holds its rank's sockets open, so other ranks would wait for a killed rank
+        # until its workers end. The signal ends them immediately; torch polls every 5 s.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     else:
-        # The thread that forked it can end before the process does. A server process, which torch
-        # takes for the parent, lives as long as its workers.
+        # The forking thread can end before its process. A server process, which torch takes for
+        # the parent, lives as long as its workers.
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
 
 
-def _end_if_told(parent: int) -> None:
-    """End on a SIGTERM of the parent's own, which is how Python and torch end what goes on."""
+def _end_on_sigterm_of(parent: int) -> None:
+    """Ends the worker on a SIGTERM sent by the parent, with which Python and torch end workers."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
@@ -73,18 +73,20 @@ def _end_with(parent: BaseProcess) -> None:
     os._exit(1)
 
 
-def end_workers(loader: DataLoader[Any]) -> None:
-    """End a DataLoader's persistent workers.
+def shut_down_workers(loader: DataLoader[Any]) -> None:
+    """Ends a DataLoader's persistent workers.
 
-    It has no public call for it, and leaves it to the garbage collector, which comes late where an
-    exception's traceback still holds the iterator.
+    DataLoader has no public call for this. It relies on garbage collection, which is late if an
+    exception's traceback still refers to the iterator.
     """
     iterator, loader._iterator = loader._iterator, None
     if iterator is not None:
         iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
-def is_of_worker(error: RuntimeError) -> bool:
-    """Whether it says that a loader's worker has died; torch raises it out of a signal handler,
-    that is wherever the main process just is."""
+def is_worker_error(error: RuntimeError) -> bool:
+    """Checks whether the error reports a dead DataLoader worker.
+
+    torch raises it in a signal handler, so it can surface at any line of the main process.
+    """
     return "DataLoader worker" in str(error)

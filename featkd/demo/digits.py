@@ -11,11 +11,11 @@ VALIDATION = 360
 
 
 def write_digits(folder: Path) -> None:
-    """Write the digits as `folder/{train,val}/<digit>/<number>.png`, unless they are there.
+    """Writes the digits as `folder/{train,val}/<digit>/<number>.png`, unless they exist.
 
-    The split is fixed: 1,437 images to train on and 360 to validate, equal shares of each digit.
-    The set is [Alpaydin and Kaynak, UCI ML repository, 1998], its test part, as scikit-learn ships
-    it; values 0..16 are scaled to 0..255.
+    The split is fixed and stratified: 1,437 training and 360 validation images. The images are the
+    test part of [Alpaydin and Kaynak, UCI ML repository, 1998], with values 0..16 scaled to
+    0..255.
 
     Raises:
         ImportError: scikit-learn is not installed.

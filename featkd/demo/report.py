@@ -1,4 +1,4 @@
-"""The demo's table and its report page."""
+"""Table and report page of the demo."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from featkd.runtime.files import atomic_write
 from featkd.runtime.plots import GREY, as_svg, axes_for, legend
 from featkd.train.recipe import Recipe, to_yaml
 
-DIAGNOSTICS = "diagnostics"  # folder beside the report
+DIAGNOSTICS = "diagnostics"  # subfolder of the demo's output
 _COLOURS = ("#8c8c8c", "#d1495b", "#3a86c8", "#2a9d6f")
 
 
 def rows(teacher: RunResult, results: list[RunResult]) -> list[dict[str, str]]:
-    """The table's rows: the teacher, then the students over their seeds."""
+    """Rows of the table: the teacher, then each student over its seeds."""
     found = [_row("teacher", [teacher])]
     return found + [_row(name, [r for r in results if r.name == name]) for name in STUDENTS]
 
@@ -37,7 +37,7 @@ def _row(name: str, runs: list[RunResult]) -> dict[str, str]:
 
 
 def as_table(teacher: RunResult, results: list[RunResult]) -> str:
-    """The table as text: names to the left, figures to the right."""
+    """Formats the table as text, with names left-aligned and numbers right-aligned."""
     table = rows(teacher, results)
     names = list(table[0])
     widths = {n: max(len(n), *(len(row[n]) for row in table)) for n in names}
@@ -53,7 +53,7 @@ def as_table(teacher: RunResult, results: list[RunResult]) -> str:
 def write_report(
     out: Path, recipe: Recipe, teacher: RunResult, results: list[RunResult], seconds: float
 ) -> Path:
-    """Write `out/report.html`: table, curves, recipe, versions, in one self-contained page."""
+    """Writes `out/report.html`, a self-contained page of table, curves, recipe and versions."""
     page = (
         Environment(loader=PackageLoader("featkd.demo"), autoescape=True)
         .get_template("report.html")
@@ -87,7 +87,7 @@ def _accuracy_plot(teacher: RunResult, results: list[RunResult]) -> str:
         axes.plot(epochs, middle, color=colour, label=name)
         low, high = ([f(c) for c in zip(*values, strict=True)] for f in (min, max))
         axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.axhline(teacher.top1, color=GREY, linestyle=":", label="teacher, at its end")
+    axes.axhline(teacher.top1, color=GREY, linestyle=":", label="teacher, last epoch")
     best = max(run.top1 for run in [teacher, *results])
     axes.set_ylim(max(0.0, best - 30), min(100.0, best + 2))
     legend(axes)
@@ -95,7 +95,7 @@ def _accuracy_plot(teacher: RunResult, results: list[RunResult]) -> str:
 
 
 def _feature_plot(results: list[RunResult]) -> str:
-    figure, (axes,) = axes_for([("update", "feature loss (not weighted)")])
+    figure, (axes,) = axes_for([("update", "feature loss (unweighted)")])
     for colour, (name, (_, distilled)) in zip(_COLOURS, STUDENTS.items(), strict=True):
         if not distilled:
             continue

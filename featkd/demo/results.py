@@ -1,4 +1,4 @@
-"""What the demo compares, and the results of its runs."""
+"""Students of the demo, and results of its runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from statistics import mean, median, stdev
 from featkd.train.logs import read_csv
 from featkd.train.recipe import Arch
 
-# What the four students differ in; everything else is recipes/demo.yaml.
+# (arch, distilled) of each student; everything else is set by recipes/demo.yaml.
 STUDENTS: dict[str, tuple[Arch, bool]] = {
     "plain, cross-entropy": ("plain", False),
     "plain, feature KD": ("plain", True),
@@ -20,7 +20,16 @@ STUDENTS: dict[str, tuple[Arch, bool]] = {
 
 @dataclass(frozen=True)
 class RunResult:
-    """One finished run: its name, seed, size, accuracy in per cent, speed, and its folder."""
+    """Results of one finished run.
+
+    Attributes:
+        name: "teacher", or a key of `STUDENTS`.
+        seed: random seed of the run.
+        parameters: number of parameters.
+        top1: validation accuracy of the last weights, in per cent.
+        images_per_s: median training throughput.
+        folder: folder of the run.
+    """
 
     name: str
     seed: int
@@ -30,21 +39,21 @@ class RunResult:
     folder: Path
 
     def curve(self) -> list[tuple[int, float]]:
-        """(epoch, top-1 in per cent) of every evaluation."""
+        """Points (epoch, top-1 in per cent) of all evaluations."""
         rows = read_csv(self.folder / "eval.csv")
         return [(int(r["epoch"]), float(r["top1"])) for r in rows if r["weights"] == "model"]
 
     def feature_losses(self) -> list[tuple[int, float]]:
-        """(update, feature loss) of every logged row."""
+        """Points (update, feature loss) of all logged rows."""
         rows = read_csv(self.folder / "metrics.csv")
         return [(int(r["update"]), float(r["feature_loss"])) for r in rows]
 
 
 def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (0 for one value)."""
+    """Mean and sample standard deviation; 0 for one value."""
     return mean(values), stdev(values) if len(values) > 1 else 0.0
 
 
 def throughput(folder: Path) -> float:
-    """Median of a run's logged images/s (from its files: a finished run is not run again)."""
+    """Median of the images/s in a run's log, which finished runs have too."""
     return median(float(row["images_per_s"]) for row in read_csv(folder / "metrics.csv"))

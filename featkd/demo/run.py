@@ -1,10 +1,11 @@
-"""Train the demo's teacher and students, each by the same engine as any other run."""
+"""Trains the demo's teacher and students with the trainer of `featkd distill`."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import shutil
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -13,10 +14,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from featkd.cli.diagnose import diagnose
 from featkd.demo.digits import write_digits
 from featkd.demo.report import DIAGNOSTICS, as_table, write_report
 from featkd.demo.results import STUDENTS, RunResult, throughput
+from featkd.diagnostics import DiagnoseConfig, diagnose
+from featkd.diagnostics.process_run import Interrupted
 from featkd.runtime import distributed, environment
 from featkd.train import checkpoint
 from featkd.train.recipe import (
@@ -31,18 +33,21 @@ from featkd.train.trainer import Trainer
 
 
 def run_demo(out: Path, seeds: int = 3, epochs: int | None = None) -> int:
-    """Train a teacher, then plain, Lift and WideLast students of several seeds, on real digits.
+    """Trains a teacher, then plain, Lift and WideLast students of several seeds, on real digits.
 
-    Runs found in `out` are taken up only where recipe and versions are the same. Prints a table,
-    writes `out/report.html`, and diagnoses the maps of the teacher and the first student.
+    Prints a table, writes `out/report.html`, and diagnoses the feature maps of the teacher and the
+    first student. Runs in `out` are continued if their recipe and versions are the same.
 
     Args:
         out: folder for the images, the runs and the report.
-        seeds: seeds a student.
-        epochs: epochs a run; None takes the recipe's.
+        seeds: seeds per student.
+        epochs: epochs per run; None uses the recipe's.
 
     Returns:
         The exit code.
+
+    Raises:
+        ValueError: `seeds` is below 1.
     """
     if seeds < 1:
         raise ValueError(f"seeds: expected a whole number >= 1, got {seeds}")
@@ -61,37 +66,51 @@ def run_demo(out: Path, seeds: int = 3, epochs: int | None = None) -> int:
         for seed in range(seeds)
         for name in STUDENTS
     }
-    found = [keep_or_clear(job, wanted=same_teacher) for job in jobs.values()]
+    kept = [keep_or_clear(job, wanted=same_teacher) for job in jobs.values()]
     results = train_all(jobs, "training the students")
-    if any(found):
-        print(f"{sum(found)} of {len(found)} students were found in {out}, begun or finished\n")
+    if any(kept):
+        print(f"{sum(kept)} of {len(kept)} students in {out} were continued or finished before\n")
     table = as_table(teacher, results)
     seconds = time.perf_counter() - started
     page = write_report(out, recipe, teacher, results, seconds)
-    print(f"{table}\n\n{seconds:.0f} s in all; report: {page}\n")
+    print(f"{table}\n\n{seconds:.0f} s in total; report: {page}\n")
     return compare_maps(out, teacher, results[0])
 
 
 def compare_maps(out: Path, teacher: RunResult, student: RunResult) -> int:
-    """Diagnose the teacher's maps beside a student's on the validation images."""
-    models = ("--teacher", teacher.folder / "last.pt", "--student", student.folder / "last.pt")
-    where = ("--data", out / "digits" / "val", "--out", out / DIAGNOSTICS)
-    how = ("--device", "cpu", "--workers", "0", "--batch-size", "36", "--resume", "never")
-    return diagnose([str(word) for word in (*models, *where, *how)])
+    """Diagnoses the teacher and a student on the validation images; returns the exit code."""
+    config = DiagnoseConfig(
+        teacher=str(teacher.folder / "last.pt"),
+        student=str(student.folder / "last.pt"),
+        data=str(out / "digits" / "val"),
+        out=str(out / DIAGNOSTICS),
+        device="cpu",
+        workers=0,
+        batch_size=36,
+        resume="never",
+    )
+    try:
+        findings = diagnose(config)
+    except Interrupted as stop:
+        print(f"featkd: {stop}", file=sys.stderr)
+        return 128 + stop.signal
+    print(*findings.conclusions(), sep="\n")
+    print(f"{findings.images} images: {out / DIAGNOSTICS / 'report.html'}")
+    return 0
 
 
 def keep_or_clear(recipe: Recipe, wanted: bool = True) -> bool:
-    """Whether a run's folder can be gone on from; clears it where not.
+    """Checks whether a run can be continued, and deletes its folder otherwise.
 
     Args:
         recipe: the run.
-        wanted: False clears it in any case.
+        wanted: if False, the folder is deleted in any case.
     """
     last = Path(recipe.out) / "last.pt"
     if wanted and last.exists():
         try:
             state = checkpoint.load(last)
-        except checkpoint.CheckpointError:  # of an older featkd
+        except checkpoint.CheckpointError:  # written by an older featkd
             state = {"recipe": None}
         same_recipe = state["recipe"] == to_dict(recipe)
         if same_recipe and state["versions"] == environment.versions():
@@ -101,7 +120,7 @@ def keep_or_clear(recipe: Recipe, wanted: bool = True) -> bool:
 
 
 def teacher_recipe(recipe: Recipe, folder: Path) -> Recipe:
-    """The demo's teacher: the recipe's teacher model, trained alone as a plain student."""
+    """Recipe of the demo's teacher: the teacher model, trained as a plain student."""
     assert recipe.teacher is not None
     options = dict(recipe.teacher.options)
     student = replace(recipe.student, base=recipe.teacher.name, arch="plain", options=options)
@@ -110,7 +129,7 @@ def teacher_recipe(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def student_recipe(recipe: Recipe, name: str, seed: int, out: Path, teacher: RunResult) -> Recipe:
-    """One of `STUDENTS`: the recipe with that student and seed, and the trained teacher."""
+    """Recipe of one of `STUDENTS`, with a seed and the trained teacher."""
     arch, distilled = STUDENTS[name]
     folder = out / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
     student = replace(recipe.student, arch=arch)
@@ -125,7 +144,7 @@ def student_recipe(recipe: Recipe, name: str, seed: int, out: Path, teacher: Run
 
 
 def train(name: str, recipe: Recipe) -> RunResult:
-    """Run one recipe in this process (going on from its checkpoint, if any)."""
+    """Runs one recipe in this process, from its checkpoint if there is one."""
     trainer = Trainer(recipe, distributed.start("cpu"))
     outcome = trainer.run(quiet=True)
     if outcome.interrupted_by is not None:
@@ -133,36 +152,42 @@ def train(name: str, recipe: Recipe) -> RunResult:
     return RunResult(
         name=name,
         seed=recipe.seed,
-        parameters=sum(p.numel() for p in trainer.parts.student.parameters()),
+        parameters=sum(p.numel() for p in trainer.components.student.parameters()),
         top1=outcome.scores["model"]["top1"],
         images_per_s=throughput(Path(recipe.out)),
         folder=Path(recipe.out),
     )
 
 
-def train_all(jobs: dict[tuple[str, int], Recipe], what: str) -> list[RunResult]:
-    """Run recipes side by side, one single-threaded process a core; results in the jobs' order.
+def train_all(jobs: dict[tuple[str, int], Recipe], description: str) -> list[RunResult]:
+    """Runs recipes in parallel, one single-threaded process per core.
 
-    The models are so small that one run gains nothing from a second core.
+    The models are too small for a run to gain from a second core.
 
     Args:
-        jobs: (name, seed) -> recipe.
-        what: what the progress bar says.
+        jobs: recipes by (name, seed).
+        description: label of the progress bar.
+
+    Returns:
+        The results in the order of the jobs.
     """
     cores = len(os.sched_getaffinity(0))
-    server = multiprocessing.get_context("forkserver")  # it imports once for all of them
+    server = multiprocessing.get_context("forkserver")  # imports the trainer only once
     server.set_forkserver_preload(["featkd.train.trainer"])
-    found: dict[tuple[str, int], RunResult] = {}
+    results: dict[tuple[str, int], RunResult] = {}
     with ProcessPoolExecutor(
         min(cores, len(jobs)), server, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
         running = {pool.submit(train, key[0], recipe): key for key, recipe in jobs.items()}
         try:
-            for future in tqdm(as_completed(running), total=len(running), unit="run", desc=what):
-                found[running[future]] = future.result()
+            done = as_completed(running)
+            # disable=None: no bar if stderr is no terminal
+            bar = tqdm(done, total=len(running), unit="run", desc=description, disable=None)
+            for future in bar:
+                results[running[future]] = future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():
-                child.terminate()  # it saves what it has; Ctrl-C reached it by itself
+                child.terminate()  # it saves its checkpoint; Ctrl-C has reached it already
             raise
-    return [found[key] for key in jobs]
+    return [results[key] for key in jobs]

@@ -1,23 +1,45 @@
 """Mismatch diagnostics: spectra, dataset PCA, subspace rotation and SEP, beside null models.
 
+`diagnose` runs everything on a data set and writes the report; the accumulators below measure
+feature maps that your own code computes.
+
 >>> import torch
 >>> from featkd.diagnostics import LayerDiagnostics
 >>> stats = LayerDiagnostics()
 >>> stats.update(torch.randn(8, 49, 32))  # the patch tokens of 8 images
->>> found = stats.result()
+>>> result = stats.result()
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from featkd.diagnostics.config import DiagnoseConfig, Settings
+from featkd.diagnostics.layer_diagnostics import LayerDiagnostics, LayerResult
 from featkd.diagnostics.pca import CapturedEnergy, DatasetPCA
-from featkd.diagnostics.sep import SEP
-from featkd.diagnostics.spectrum import SpectrumStats
-from featkd.diagnostics.stream import LayerDiagnostics, LayerResult, Settings
+from featkd.diagnostics.singular_spectrum import SpectrumStats
+from featkd.diagnostics.spectral_energy_pattern import SEP
+
+if TYPE_CHECKING:
+    from featkd.diagnostics.run import Findings, diagnose
 
 __all__ = [
     "SEP",
     "CapturedEnergy",
     "DatasetPCA",
+    "DiagnoseConfig",
+    "Findings",
     "LayerDiagnostics",
     "LayerResult",
     "Settings",
     "SpectrumStats",
+    "diagnose",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Findings", "diagnose"):  # on first use: they load timm and the data pipeline
+        from featkd.diagnostics import run
+
+        return getattr(run, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Sums that come out the same bit for bit in any order: whole multiples of fixed units."""
+"""Sums that are bitwise equal in any order: integer multiples of fixed units."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BITS = 40  # between one unit and the next; a word holds 2^21 additions beside them
+_BITS = 40  # between two units; an int64 word then has room for 2^21 additions
 _MOST = 2**62
 _LOWEST = -960  # exponent of the smallest unit
 
 
 class ExactSum:
-    """A sum of tensors in words of int64, whose units are 2^(40 k).
+    """Sum of tensors in int64 words, whose units are 2^(40 k).
 
-    Each addend is split into multiples of the unit below its largest entry and of the next one,
-    which leaves less than 2^-40 of that entry; the split depends on the addend alone, and integer
-    addition is exact and has no order. So one process, four of them and a run that was killed and
-    resumed have the same sum; a floating-point sum depends on how it is split.
+    Each addend is split into multiples of the unit below its largest entry and of the next one;
+    the rest is below 2^-40 of that entry. The split depends on the addend alone, and integer
+    addition is exact. The sum is therefore the same on one process, on four, and in a run that was
+    killed and resumed, unlike a floating-point sum.
 
     Args:
-        shape: of what is added.
+        shape: shape of the addends.
 
     Example:
         >>> total = ExactSum(())
@@ -35,38 +35,38 @@ class ExactSum:
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
         self._words: dict[int, Tensor] = {}  # by the exponent of the unit
-        self._bounds: dict[int, int] = {}  # no entry of the word is larger
+        self._bounds: dict[int, int] = {}  # upper bounds on the words' entries
 
     def add(self, value: Tensor) -> None:
-        """Add a float64 tensor of this sum's shape.
+        """Adds a float64 tensor of this sum's shape.
 
         Raises:
             ValueError: it holds NaN or Inf.
-            OverflowError: after 2^21 additions, at the least.
+            OverflowError: more additions than the sum has room for, which is at least 2^21.
         """
         rest = value.detach()
         largest = rest.abs().max().item() if rest.numel() else 0.0
         if not math.isfinite(largest):
-            raise ValueError("value: holds NaN or Inf, which no sum can take")
+            raise ValueError("value: holds NaN or Inf, which an exact sum cannot represent")
         if largest == 0:
             return
         top = max(_LOWEST + _BITS, math.frexp(largest)[1] // _BITS * _BITS)
         for exponent in (top, top - _BITS):
             steps = (rest * 2.0**-exponent).round()
             rest = rest - steps * 2.0**exponent
-            self._put(exponent, steps.to(torch.int64), 2 ** (_BITS + 1))
+            self._add_word(exponent, steps.to(torch.int64), 2 ** (_BITS + 1))
 
     def merge(self, other: ExactSum) -> None:
-        """Add another sum of the same shape."""
+        """Adds another sum of the same shape."""
         if other.shape != self.shape:
             raise ValueError(f"other: expected shape {self.shape}, got {other.shape}")
         for exponent, word in other._words.items():
-            self._put(exponent, word, other._bounds[exponent])
+            self._add_word(exponent, word, other._bounds[exponent])
 
     def value(self) -> Tensor:
         """The sum in float64, on the CPU."""
         total = torch.zeros(self.shape, dtype=torch.float64)
-        for exponent in sorted(self._words):  # the small ones first
+        for exponent in sorted(self._words):  # smallest units first
             total += self._words[exponent].cpu().double() * 2.0**exponent
         return total
 
@@ -80,10 +80,10 @@ class ExactSum:
         made._words, made._bounds = dict(state["words"]), dict(state["bounds"])
         return made
 
-    def _put(self, exponent: int, steps: Tensor, bound: int) -> None:
+    def _add_word(self, exponent: int, steps: Tensor, bound: int) -> None:
         before = self._bounds.get(exponent, 0)
         if before + bound > _MOST:
-            raise OverflowError("sum: more additions than the 2^21 that an exact sum has room for")
+            raise OverflowError("sum: an exact sum has room for 2^21 additions, got more")
         self._bounds[exponent] = before + bound
         word = self._words.get(exponent)
         self._words[exponent] = steps if word is None else word.to(steps.device) + steps

@@ -1,4 +1,4 @@
-"""Feature maps from files, one file an image: .npy as published, .npz or .safetensors."""
+"""Feature maps from files, one per image: .npy as published, .npz or .safetensors."""
 
 from __future__ import annotations
 
@@ -14,38 +14,39 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from featkd.diagnostics.source import Chunk, Layer, UnreadableError, evenly, fingerprint
+from featkd.diagnostics.source import Chunk, Layer, UnreadableError, fingerprint, spread_evenly
 
 _SUFFIXES = (".npy", ".npz", ".safetensors")
-_MAGIC = {".npy": b"\x93NUMPY", ".npz": b"PK"}  # numpy takes what begins otherwise for a pickle
+_MAGIC = {".npy": b"\x93NUMPY", ".npz": b"PK"}  # numpy reads any other file as a pickle
 _PREFIXES = (0, 1, 2, 5)  # none; class; class and distillation; class and four registers
 
 
 class FeatureFiles:
-    """A folder of feature files; each is opened once, in the order of the names.
+    """Feature maps of a folder of files, each opened once, sorted by name.
 
-    - `.npy`: (layers, tokens, channels) as published, or (tokens, channels); Swin's published
-      files are object arrays with one (tokens, channels) or (H, W, channels) array a stage.
-    - `.npz`, `.safetensors`: one named array a layer, (tokens, channels), sorted by name with
+    - `.npy`: (layers, tokens, channels) as published, or (tokens, channels). Swin's published
+      files are object arrays with one (tokens, channels) or (H, W, channels) array per stage.
+    - `.npz`, `.safetensors`: one named array (tokens, channels) per layer, sorted by name with
       numbers by value; or one array as in .npy.
 
     Args:
-        folder: where they are.
-        layers: which layers, as in Python; None for all.
-        allow_pickle: read object arrays. That runs code that the file brings along.
-        prefix_tokens: class and other tokens to drop at the front of each map; "auto" drops as
-            few of 0, 1, 2 or 5 as leave a square number, as published.
-        limit: only so many files, spread evenly over the folder; None for all.
+        folder: folder of the files.
+        layers: layer indices, negative ones from the end; None for all.
+        allow_pickle: read object arrays. This executes code from the files.
+        prefix_tokens: class and other extra tokens to remove from the front of each map; "auto"
+            removes as few of 0, 1, 2 or 5 as leave a square number, as published.
+        limit: maximum number of files, spread evenly over the folder; None for all.
         chunk_size: files read at once.
-        on_bad: "error" stops at an unusable file; "skip" leaves it out.
+        on_bad: "error" raises at an unusable file; "skip" leaves it out.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: there is no such folder, or no feature file in it.
-        UnreadableError: the first file is no feature file (with "skip": none is).
+        FileNotFoundError: the folder does not exist, or holds no feature files or several kinds.
+        NotADirectoryError: `folder` is a file.
+        UnreadableError: the first file cannot be used (with "skip": no file can).
         ValueError: a layer is out of range.
     """
 
-    repeatable = False  # reading a file again costs what it cost the first time
+    repeatable = False  # no file is read twice
 
     def __init__(
         self,
@@ -62,63 +63,64 @@ class FeatureFiles:
             kind = NotADirectoryError if folder.exists() else FileNotFoundError
             raise kind(f"features: expected a folder of feature files, got {folder}")
         kinds = {s: sorted(folder.glob(f"*{s}")) for s in _SUFFIXES}
-        there = [suffix for suffix, found in kinds.items() if found]
-        if len(there) != 1:
-            what = f"files of {', '.join(there)}" if there else "none"
+        suffixes = [suffix for suffix, found in kinds.items() if found]
+        if len(suffixes) != 1:
             raise FileNotFoundError(
-                f"features: expected files of one of {', '.join(_SUFFIXES)} in {folder}, got {what}"
+                f"features: expected files of one of {', '.join(_SUFFIXES)} in {folder}, got "
+                f"{', '.join(suffixes) or 'none'}"
             )
+        paths = kinds[suffixes[0]]
         self.folder = folder
-        self._paths = [kinds[there[0]][n] for n in evenly(len(kinds[there[0]]), limit)]
+        self._paths = [paths[position] for position in spread_evenly(len(paths), limit)]
         self.num_images = len(self._paths)
         self.chunk_size = chunk_size
         self._allow_pickle = allow_pickle
         self._on_bad = on_bad
         self._first_image, first = self._first_readable()
-        self._opened: list[Tensor] | None = first
+        self._first_maps: list[Tensor] | None = first
         depth = len(first)
-        chosen = range(depth) if layers is None else _resolved(layers, depth)
+        chosen = range(depth) if layers is None else _resolve_layers(layers, depth)
         self.layers = tuple(Layer("", index) for index in chosen)
         self._prefix = [
-            _prefix(m.shape[0]) if prefix_tokens == "auto" else prefix_tokens for m in first
+            _count_prefix(m.shape[0]) if prefix_tokens == "auto" else prefix_tokens for m in first
         ]
         for index in chosen:
             if not 0 <= self._prefix[index] < first[index].shape[0]:
                 raise ValueError(
-                    f"prefix_tokens: expected less than the {first[index].shape[0]} tokens "
+                    f"prefix_tokens: expected fewer than the {first[index].shape[0]} tokens "
                     f"of layer {index}, got {self._prefix[index]}"
                 )
         self._shapes = [tuple(m.shape) for m in first]
-        self.notes = self._about_prefixes() if prefix_tokens == "auto" else []
+        self.notes = self._prefix_notes() if prefix_tokens == "auto" else []
 
-    def _about_prefixes(self) -> list[str]:
-        """Which tokens were taken for class tokens, and where none could be told."""
+    def _prefix_notes(self) -> list[str]:
+        """Notes on the extra tokens removed, and on token counts that form no square."""
         notes = []
         tokens = {layer.index: self._shapes[layer.index][0] for layer in self.layers}
         dropped = sorted({(tokens[n], self._prefix[n]) for n in tokens if self._prefix[n]})
         for count, prefix in dropped:
             notes.append(
-                f"of {count} tokens a map the first {prefix} are taken for class or other extra "
-                "tokens and dropped (prefix_tokens says otherwise)"
+                f"of {count} tokens per map the first {prefix} are removed as class or other extra "
+                "tokens (prefix_tokens sets another number)"
             )
         left = {n: tokens[n] - self._prefix[n] for n in tokens}
         odd = sorted({n for n in left.values() if math.isqrt(n) ** 2 != n})
         for count in odd:
             notes.append(
-                f"{count} tokens a map form no square, so class tokens could not be told from "
-                "others and none were dropped (prefix_tokens says how many to drop)"
+                f"{count} tokens per map form no square, so extra tokens could not be recognised "
+                "and none were removed (prefix_tokens sets their number)"
             )
         return notes
 
     def _first_readable(self) -> tuple[int, list[Tensor]]:
-        """The file that says how many layers there are, and its maps."""
+        """Index and maps of the first readable file, which sets the shapes."""
         for image in range(self.num_images):
             try:
                 return image, _read(self._paths[image], self._allow_pickle)
             except UnreadableError:
                 if self._on_bad == "error" or image == self.num_images - 1:
                     raise
-        raise AssertionError("a folder without files was refused before")
+        raise AssertionError("the folder has files, and the last one returned or raised")
 
     def name(self, image: int) -> str:
         return str(self._paths[image])
@@ -137,7 +139,7 @@ class FeatureFiles:
         for number in numbers:
             low = number * self.chunk_size
             images = range(low, min(low + self.chunk_size, self.num_images))
-            kept, rows, bad = [], [], {}
+            kept, rows, left_out = [], [], {}
             for image in images:
                 try:
                     rows.append(self._maps(image))
@@ -145,31 +147,31 @@ class FeatureFiles:
                 except UnreadableError as error:
                     if self._on_bad == "error":
                         raise
-                    bad[self.name(image)] = str(error)
+                    left_out[self.name(image)] = str(error)
             maps = {
                 layer: torch.stack([row[position] for row in rows])
                 for position, layer in enumerate(self.layers)
                 if rows
             }
-            yield Chunk(number, torch.tensor(kept, dtype=torch.int64), maps, bad)
+            yield Chunk(number, torch.tensor(kept, dtype=torch.int64), maps, left_out)
 
     def _maps(self, image: int) -> list[Tensor]:
-        """The chosen layers' patch tokens of one image."""
-        if image == self._first_image and self._opened is not None:
-            found, self._opened = self._opened, None
+        """Patch tokens (N, D) of one image, for each chosen layer."""
+        if image == self._first_image and self._first_maps is not None:
+            found, self._first_maps = self._first_maps, None
         else:
             found = _read(self._paths[image], self._allow_pickle)
         if [tuple(m.shape) for m in found] != self._shapes:
             raise UnreadableError(
-                f"features: {self._paths[image]} holds maps of {_listed(found)}, but "
+                f"features: {self._paths[image]} has maps of {_format_shapes(found)}, but "
                 f"{self._paths[self._first_image]} has {', '.join(map(str, self._shapes))}"
             )
         return [found[layer.index][self._prefix[layer.index] :] for layer in self.layers]
 
 
 def _read(path: Path, allow_pickle: bool) -> list[Tensor]:
-    """The maps of a file, each (tokens, channels), in the layers' order."""
-    stages = False  # Swin's: (H, W, channels) is one map, not H layers
+    """Maps (tokens, channels) of a file, in the order of the layers."""
+    stages = False  # Swin's object arrays: (H, W, channels) is one map, not H layers
     try:
         if path.suffix == ".safetensors":
             named = safetensors.torch.load_file(path)
@@ -188,31 +190,33 @@ def _read(path: Path, allow_pickle: bool) -> list[Tensor]:
             arrays = [torch.from_numpy(np.ascontiguousarray(part)) for part in parts]
     except safetensors.SafetensorError as error:
         raise UnreadableError(
-            f"features: {path} is damaged or no safetensors file: {error}"
+            f"features: {path} is damaged or not a safetensors file: {error}"
         ) from error
     except UnreadableError:
         raise
     except ValueError as error:
         if "allow_pickle" in str(error):
             raise UnreadableError(
-                f"features: {path} holds an object array, which can't be read without running "
-                "code from the file; allow_pickle allows it"
+                f"features: {path} holds an object array, and reading it executes code from "
+                "the file; set allow_pickle if you trust it"
             ) from error
-        raise UnreadableError(f"features: {path} is damaged or no array file: {error}") from error
+        raise UnreadableError(
+            f"features: {path} is damaged or not an array file: {error}"
+        ) from error
     except (OSError, EOFError, TypeError) as error:
         raise UnreadableError(f"features: could not read {path}: {error}") from error
-    except Exception as error:  # zipfile, pickle and zlib have errors of their own
+    except Exception as error:  # zipfile, pickle and zlib raise errors of their own
         kind = type(error).__name__
         raise UnreadableError(f"features: {path} is damaged: {kind}: {error}") from error
     maps = _as_layers(arrays, stages)
     if not maps or any(m.dim() != 2 or not m.numel() for m in maps):
         raise UnreadableError(
             f"features: expected (layers, tokens, channels) or (tokens, channels) in {path}, got "
-            f"{_listed(arrays)}"
+            f"{_format_shapes(arrays)}"
         )
     if not all(m.is_floating_point() for m in maps):
         raise UnreadableError(
-            f"features: expected floating-point numbers in {path}, got {maps[0].dtype}"
+            f"features: expected floating-point values in {path}, got {maps[0].dtype}"
         )
     return maps
 
@@ -221,8 +225,8 @@ def _check_magic(path: Path, start: bytes) -> None:
     magic = _MAGIC[path.suffix]
     if not start.startswith(magic):
         raise UnreadableError(
-            f"features: {path} is damaged or no {path.suffix} file: expected {magic!r} at its "
-            f"beginning, got {start!r}"
+            f"features: {path} is damaged or not a {path.suffix} file: expected it to begin "
+            f"with {magic!r}, got {start!r}"
         )
 
 
@@ -232,7 +236,7 @@ def _as_layers(arrays: list[Tensor], stages: bool) -> list[Tensor]:
     return [a.flatten(0, 1) if a.dim() == 3 else a for a in arrays]  # Swin's (H, W, channels)
 
 
-def _resolved(layers: Sequence[int], depth: int) -> list[int]:
+def _resolve_layers(layers: Sequence[int], depth: int) -> list[int]:
     for layer in layers:
         if not -depth <= layer < depth:
             raise ValueError(
@@ -242,16 +246,16 @@ def _resolved(layers: Sequence[int], depth: int) -> list[int]:
     return [layer % depth for layer in layers]
 
 
-def _prefix(tokens: int) -> int:
+def _count_prefix(tokens: int) -> int:
     squares = (p for p in _PREFIXES if p < tokens and math.isqrt(tokens - p) ** 2 == tokens - p)
     return next(squares, 0)
 
 
 def _natural(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Sorts layer_2 before layer_10."""
+    """Sort key that puts layer_2 before layer_10."""
     parts = re.split(r"(\d+)", name)
     return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts)
 
 
-def _listed(maps: Sequence[Tensor]) -> str:
+def _format_shapes(maps: Sequence[Tensor]) -> str:
     return ", ".join(str(tuple(m.shape)) for m in maps) or "nothing"

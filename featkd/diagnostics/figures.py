@@ -1,31 +1,29 @@
-"""The report's figures, readable on a light and on a dark page."""
+"""Figures of the report, readable on a light and on a dark page."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from featkd.diagnostics.findings import Findings
-from featkd.diagnostics.reach import Reach, of_focus
-from featkd.diagnostics.shares import percent
-from featkd.diagnostics.source import Layer
-from featkd.diagnostics.stream import LayerResult
+from featkd.diagnostics.findings import Findings, format_percent
+from featkd.diagnostics.layer_diagnostics import LayerResult
+from featkd.diagnostics.student_reach import StudentReach
 from featkd.runtime.files import atomic_write
 from featkd.runtime.plots import GREY, as_svg, axes_for, legend
 
-_TICKS = 16  # images of the sample that are named, at most
+_TICKS = 16  # maximum tick labels of the rotation figure
 _COLOURS = ("#3a86c8", "#d1495b", "#2a9d6f", "#c98a1b")
 
 
-def draw(findings: Findings, focus: Sequence[Layer], reaches: Sequence[Reach]) -> dict[str, Figure]:
-    """The figures by file name; those of single layers for the layers in `focus`."""
+def draw(findings: Findings) -> dict[str, Figure]:
+    """Draws the figures, by file name; figures of a single layer for the last layers only."""
     figures: dict[str, Figure] = {}
-    for layer in focus:
+    last = findings.last_layers()
+    for layer in last:
         result = findings.layers[layer]
         name = f"{layer.model or 'model'}-{layer.index}"
         figures[f"ranks-{name}"] = _ranks(result)
@@ -33,16 +31,16 @@ def draw(findings: Findings, focus: Sequence[Layer], reaches: Sequence[Reach]) -
         figures[f"sep-{name}"] = _sep(result)
         if result.rotation is not None:
             figures[f"rotation-{name}"] = _rotation(result)
-    if len(findings.layers) > len(focus):
+    if len(findings.layers) > len(last):
         figures["layers"] = _layers(findings)
-    matched = of_focus(reaches, focus)
+    matched = findings.matched_reach()
     if matched is not None:
         figures["reach"] = _reach(findings, matched)
     return figures
 
 
 def save(figures: dict[str, Figure], folder: Path) -> dict[str, str]:
-    """Write each figure as PNG and SVG, and return the SVGs for a page."""
+    """Saves each figure as PNG and SVG; returns the SVGs by file name."""
     folder.mkdir(parents=True, exist_ok=True)
     inline = {}
     for name, figure in figures.items():
@@ -55,38 +53,38 @@ def save(figures: dict[str, Figure], folder: Path) -> dict[str, str]:
 
 
 def _ranks(r: LayerResult) -> Figure:
-    labels = [("energy rank of an image", "images")]
+    labels = [("energy rank of the image", "images")]
     if r.captured is not None:
-        labels.append(("dataset axes an image needs", ""))
+        labels.append(("dataset axes that the image needs", ""))
     figure, found = axes_for(labels)
     tables = [r.spectrum.ranks, *([] if r.captured is None else [r.captured.dims])]
     for axes, table in zip(found, tables, strict=True):
-        some = table[table[:, 0] != 0].numpy()  # an image that is all zero has no rank
-        edges = _edges(int(some.max()))
+        nonzero = table[table[:, 0] != 0].numpy()  # an image that is all zero has no rank
+        edges = _bin_edges(int(nonzero.max()))
         highest = 0.0
         colours = itertools.cycle(_COLOURS)
-        for colour, threshold, column in zip(colours, r.spectrum.thresholds, some.T, strict=False):
-            label = f"{percent(threshold)} %"
+        labels_of_columns = [f"{format_percent(t)} %" for t in r.spectrum.thresholds]
+        for colour, label, column in zip(colours, labels_of_columns, nonzero.T, strict=False):
             style: dict[str, Any] = {"histtype": "step", "color": colour, "linewidth": 1.5}
             counts, _, _ = axes.hist(column, bins=edges, label=label, **style)
             highest = max(highest, counts.max())
-        axes.set_ylim(0, highest * (1.25 + 0.1 * len(r.spectrum.thresholds)))  # the legend's place
+        axes.set_ylim(0, highest * (1.25 + 0.1 * len(r.spectrum.thresholds)))  # room for the legend
         axes.xaxis.get_major_locator().set_params(integer=True)
         legend(axes, "of the energy", "upper right")
     return figure
 
 
-def _edges(largest: int) -> Any:
-    """Of at most 40 bins for integers from 1, each as many integers wide."""
+def _bin_edges(largest: int) -> Any:
+    """Edges of at most 40 equally wide bins for the integers 1 to `largest`."""
     width = -(-largest // 40)
     return np.arange(0, largest + width, width) + 0.5
 
 
 def _energy(r: LayerResult) -> Figure:
     figure, (axes,) = axes_for([("leading channels", "share of the energy")])
-    curves = [("one image's own subspace", r.spectrum.curve_mean, r.spectrum.curve_std)]
+    curves = [("own subspace of each image", r.spectrum.curve_mean, r.spectrum.curve_std)]
     if r.captured is not None:
-        curves.append(("one image in the data set's", r.captured.curve_mean, r.captured.curve_std))
+        curves.append(("each image, data set's axes", r.captured.curve_mean, r.captured.curve_std))
     for colour, (label, mean, std) in zip(_COLOURS, curves, strict=False):
         index = range(1, len(mean) + 1)
         axes.plot(index, mean, color=colour, label=label)
@@ -124,17 +122,16 @@ def _sep(r: LayerResult) -> Figure:
 
 def _rotation(r: LayerResult) -> Figure:
     assert r.rotation is not None
-    figure, (axes,) = axes_for(
-        [("image of the sample (images.csv)", "image of the sample")], height=4.6
-    )
-    shown = axes.imshow(r.rotation.overlap.numpy(), vmin=0, vmax=1, cmap="viridis")
+    labels = [("sampled image (index in images.csv)", "sampled image")]
+    figure, (axes,) = axes_for(labels, height=4.6)
+    image = axes.imshow(r.rotation.overlap.numpy(), vmin=0, vmax=1, cmap="viridis")
     axes.grid(visible=False)
     indices = r.rotation.images.tolist()
     places = range(0, len(indices), -(-len(indices) // _TICKS))
-    labels = [str(indices[place]) for place in places]
-    axes.set_xticks(places, labels, rotation=90)
-    axes.set_yticks(places, labels)
-    bar = figure.colorbar(shown, ax=axes)
+    ticks = [str(indices[place]) for place in places]
+    axes.set_xticks(places, ticks, rotation=90)
+    axes.set_yticks(places, ticks)
+    bar = figure.colorbar(image, ax=axes)
     bar.set_label(f"overlap of {r.rotation.k} leading dimensions", color=GREY)
     bar.ax.tick_params(colors=GREY)
     bar.ax.axhline(r.rotation.random, color="#ffffff", linewidth=1.5)
@@ -148,16 +145,14 @@ def _layers(findings: Findings) -> Figure:
         rows = {la.index: r for la, r in findings.layers.items() if la.model == model}
         index = sorted(rows)
         level = next(iter(rows.values())).spectrum.typical
-        share = next(iter(rows.values())).spectrum.thresholds[level]
+        percent = format_percent(next(iter(rows.values())).spectrum.thresholds[level])
         ranks = [rows[i].spectrum.summaries[level].percentile99 for i in index]
         mark: dict[str, Any] = {"marker": "o", "markersize": 3, "color": _COLOURS[number]}
         name = f"{model} " if model else ""
-        axes.plot(index, ranks, label=f"{name}image, {percent(share)} %", **mark)
+        axes.plot(index, ranks, label=f"{name}image, {percent} %", **mark)
         dims = [r.captured.summaries[level].percentile99 for r in rows.values() if r.captured]
         if len(dims) == len(index):
-            axes.plot(
-                index, dims, linestyle="--", label=f"{name}data set, {percent(share)} %", **mark
-            )
+            axes.plot(index, dims, linestyle="--", label=f"{name}data set, {percent} %", **mark)
         axes.plot(
             index,
             [rows[i].channels for i in index],
@@ -172,21 +167,21 @@ def _layers(findings: Findings) -> Figure:
     return figure
 
 
-def _reach(findings: Findings, found: Reach) -> Figure:
+def _reach(findings: Findings, found: StudentReach) -> Figure:
     r = findings.layers[found.teacher]
     figure, (axes,) = axes_for([("channels of the student", "share of the teacher's energy")])
     d = range(1, r.channels + 1)
     axes.plot(d, r.pca.spread, color=_COLOURS[0], label="one projector for all images")
     for curve, style, label in (
-        (r.spectrum.curve_weighted, "-", "one for each image"),
-        (r.gaussian_spectrum.curve_mean, ":", "one for each Gaussian map"),
+        (r.spectrum.curve_weighted, "-", "one projector per image"),
+        (r.gaussian_spectrum.curve_mean, ":", "one per Gaussian map"),
     ):
         axes.plot(range(1, len(curve) + 1), curve, style, color=_COLOURS[2], label=label)
     axes.plot(
         [found.channels], [found.shared_with_bias], "o", color=_COLOURS[0], label="with a bias"
     )
     axes.plot(
-        [found.channels], [found.pooled], "s", color=_COLOURS[1], label="no projector, pooled"
+        [found.channels], [found.pooled], "s", color=_COLOURS[1], label="pooled, no projector"
     )
     axes.axvline(found.channels, color=GREY, linestyle=":", label=f"student: {found.channels}")
     axes.set_ylim(0, 1.02)

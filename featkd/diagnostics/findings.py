@@ -1,66 +1,88 @@
-"""What a run is asked for beside its figures, and what it found."""
+"""Results of a diagnostics run: figures per layer, conclusions in words, and the files."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+from featkd.diagnostics.layer_diagnostics import LayerResult
 from featkd.diagnostics.source import Layer
-from featkd.diagnostics.stream import LayerResult
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a run goes about it; `Settings` says what it measures.
-
-    Args:
-        keep: precision of the features kept for the second pass, or "never".
-        budget_gib: most disk that kept features may take, over all processes.
-        on_bad: "error" stops at features that can't be used; "skip" leaves the image out.
-        compiled: run elementwise and FFT parts through torch.compile.
-        resume: go on from the state in `out`, if any.
-        save_seconds: least time between two states.
-
-    Raises:
-        ValueError: a field is out of its range.
-    """
-
-    keep: Literal["fp32", "bf16", "never"] = "fp32"
-    budget_gib: float = 8.0
-    on_bad: Literal["error", "skip"] = "error"
-    compiled: bool = False
-    resume: bool = True
-    save_seconds: float = 30.0
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("keep", ("fp32", "bf16", "never")), ("on_bad", ("error", "skip"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(allowed)}; got {getattr(self, name)!r}"
-                )
-        for name in ("budget_gib", "save_seconds"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}")
+from featkd.diagnostics.student_reach import StudentReach
 
 
 @dataclass
 class Findings:
-    """What a finished run found.
+    """Results of `featkd.diagnostics.diagnose`.
+
+    Under torchrun process 0 has the results; on the other processes everything is empty.
 
     Attributes:
-        layers: for each layer its figures.
-        names: of all images, by index.
-        bad: what is wrong with the images that were left out, by name.
-        images: images that were counted.
-        images_per_s: of process 0's first pass, since it was last started; None where that had
-            ended before.
-        notes: what a reader must know about the figures.
+        layers: figures of each layer.
+        names: image names by image index.
+        left_out: reason for each image that was left out, by name.
+        images: number of images counted.
+        images_per_s: images per second in the first pass of process 0; None if that pass had
+            ended before this start.
+        notes: facts that affect how the figures are to be read.
+        reach: limits of the student on each teacher layer; empty without a student.
+        about: "command", "run" (models and data in words), "source", "settings", "facts"
+            (versions and machine).
     """
 
-    layers: dict[Layer, LayerResult]
-    names: Sequence[str]
-    bad: dict[str, str]
-    images: int
-    images_per_s: float | None
-    notes: list[str]
+    layers: dict[Layer, LayerResult] = field(default_factory=dict)
+    names: Sequence[str] = ()
+    left_out: dict[str, str] = field(default_factory=dict)
+    images: int = 0
+    images_per_s: float | None = None
+    notes: list[str] = field(default_factory=list)
+    reach: list[StudentReach] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def last_layers(self) -> list[Layer]:
+        """The last layer of each model, which `featkd distill` matches by default."""
+        last = {layer.model: layer for layer in sorted(self.layers, key=lambda la: la.index)}
+        return list(last.values())
+
+    def matched_reach(self) -> StudentReach | None:
+        """The student's limits on the last teacher layer, or None."""
+        return next((r for r in self.reach if r.teacher in self.last_layers()), None)
+
+    def conclusions(self) -> list[str]:
+        """Sentences about the last layers, each figure beside its null model; then the notes."""
+        from featkd.diagnostics.verdicts import layer_verdicts, reach_verdict, warnings
+
+        texts = [text for found in layer_verdicts(self).values() for text in found]
+        matched = self.matched_reach()
+        if matched is not None:
+            texts.append(reach_verdict(matched))
+        return [*texts, *(f"note: {text}" for text in warnings(self))]
+
+    def write(self, folder: str | Path) -> Path | None:
+        """Writes report.html, figures/, summary.json, the CSV tables and per_image.safetensors.
+
+        Args:
+            folder: created if it does not exist.
+
+        Returns:
+            The path of report.html; None, with nothing written, if there are no results.
+        """
+        from featkd.diagnostics import report, tables  # they load matplotlib
+
+        if not self.layers:
+            return None
+        out = Path(folder)
+        out.mkdir(parents=True, exist_ok=True)
+        tables.write_tables(out, self)
+        return report.write_report(out, self)
+
+
+def format_share(share: float) -> str:
+    """Formats 0.9 as "0.9", 1.0 as "1", with all digits, so that no two shares look alike."""
+    return repr(float(share)).removesuffix(".0")
+
+
+def format_percent(share: float) -> str:
+    """Formats 0.9 as "90", 0.9999999 as "99.99999"."""
+    return f"{100 * share:.14g}"

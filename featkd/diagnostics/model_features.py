@@ -1,4 +1,4 @@
-"""Feature maps from models that look at a folder of images."""
+"""Feature maps of models applied to a folder of images."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from featkd.data import BadImageError, DataConfig, build_transform, read_image
 from featkd.data.workers import worker_options
-from featkd.diagnostics.source import Chunk, Layer, evenly, fingerprint
+from featkd.diagnostics.source import Chunk, Layer, fingerprint, spread_evenly
 from featkd.models import FeatureModel, num_layers, resolve_layers
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model to look at.
+class MeasuredModel:
+    """A model whose feature maps are measured.
 
     Attributes:
-        name: what its layers are called by: "", or "student" and "teacher".
-        model: in evaluation mode, on its device.
-        layers: which, as in Python; None for all.
-        about: what identifies its weights, for the report and for resuming; plain values.
+        name: prefix of its layers' names: "", "student" or "teacher".
+        model: the model in evaluation mode, on its device.
+        layers: layer indices, negative ones from the end; None for all.
+        identity: plain values that identify its weights, for the report and for resuming.
     """
 
     name: str
     model: FeatureModel
     layers: tuple[int, ...] | None
-    about: dict[str, Any]
+    identity: dict[str, Any]
 
 
 class ModelFeatures:
-    """The maps of one or more models on the same images.
+    """Feature maps of one or more models on the same images.
 
     Args:
-        subjects: the models.
-        folder: images anywhere below it, taken in the order of their paths.
-        config: image size, crop, filter, mean and std; its folders are ignored.
-        device: where the models are.
-        bf16: whether to run them in bfloat16 by autocast.
-        limit: only so many images, spread evenly over the folder; None for all.
-        chunk_size: images in a batch.
-        on_bad: "error" stops at an unreadable image; "skip" leaves it out.
+        models: the models.
+        folder: folder with images at any depth, sorted by path.
+        config: image size, crop, interpolation, mean and std; its folders are ignored.
+        device: device of the models.
+        bf16: run the models in bfloat16 by autocast.
+        limit: maximum number of images, spread evenly over the folder; None for all.
+        chunk_size: images per forward pass.
+        on_bad: "error" raises at an unreadable image; "skip" leaves it out.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no image in it.
+        FileNotFoundError: the folder does not exist or holds no image.
         ValueError: a layer is out of range.
     """
 
@@ -58,7 +58,7 @@ class ModelFeatures:
 
     def __init__(
         self,
-        subjects: Sequence[Subject],
+        models: Sequence[MeasuredModel],
         folder: Path,
         config: DataConfig,
         *,
@@ -78,20 +78,20 @@ class ModelFeatures:
         self._bf16 = bf16
         self._models = [
             (
-                subject,
-                tuple(range(num_layers(subject.model)))
-                if subject.layers is None
-                else resolve_layers(subject.layers, num_layers(subject.model)),
+                each,
+                tuple(range(num_layers(each.model)))
+                if each.layers is None
+                else resolve_layers(each.layers, num_layers(each.model)),
             )
-            for subject in subjects
+            for each in models
         ]
         self.layers = tuple(
-            Layer(subject.name, index) for subject, layers in self._models for index in layers
+            Layer(each.name, index) for each, layers in self._models for index in layers
         )
 
     def model(self, name: str) -> FeatureModel:
-        """The model of a subject's name."""
-        return next(subject.model for subject, _ in self._models if subject.name == name)
+        """Model of this name."""
+        return next(each.model for each, _ in self._models if each.name == name)
 
     def name(self, image: int) -> str:
         return self._files.paths[image]
@@ -100,8 +100,8 @@ class ModelFeatures:
         config = self._config
         return {
             **{
-                subject.name or "model": {**subject.about, "layers": list(layers)}
-                for subject, layers in self._models
+                each.name or "model": {**each.identity, "layers": list(layers)}
+                for each, layers in self._models
             },
             "data": str(self.folder.resolve()),
             "images": f"{self.num_images} ({fingerprint(self._files.paths)})",
@@ -130,22 +130,22 @@ class ModelFeatures:
         for number, (kept, images, errors) in zip(numbers, loader, strict=True):
             if errors and not self._files.skip:
                 raise errors[0]
-            bad = {error.path: error.cause for error in errors}
-            yield Chunk(number, kept, self._maps(images) if len(kept) else {}, bad)
+            left_out = {error.path: error.cause for error in errors}
+            yield Chunk(number, kept, self._maps(images) if len(kept) else {}, left_out)
 
     @torch.no_grad()
     def _maps(self, images: Tensor) -> dict[Layer, Tensor]:
         images = images.to(self._device, non_blocking=True)
         found: dict[Layer, Tensor] = {}
-        for subject, layers in self._models:
+        for each, layers in self._models:
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-                maps = subject.model.forward_maps(images, layers)
-            found.update(zip([Layer(subject.name, index) for index in layers], maps, strict=True))
+                maps = each.model.forward_maps(images, layers)
+            found.update(zip([Layer(each.name, index) for index in layers], maps, strict=True))
         return found
 
 
 class _Images(Dataset[tuple[Tensor, Tensor, list[BadImageError]]]):
-    """Item c is chunk c: indices of the readable images, (B, 3, H, W), and the other images."""
+    """Chunks as items: indices of the readable images, (B, 3, H, W), errors of the others."""
 
     def __init__(self, paths: list[str], config: DataConfig, size: int, skip: bool) -> None:
         self.paths = paths
@@ -159,7 +159,7 @@ class _Images(Dataset[tuple[Tensor, Tensor, list[BadImageError]]]):
         for image in range(low, min(low + self._size, len(self.paths))):
             try:
                 pixels = read_image(self.paths[image])
-            except BadImageError as error:  # as data: a worker would hand on its text alone
+            except BadImageError as error:  # returned: raised in a worker it would lose its fields
                 bad.append(error)
                 continue
             images.append(self._transform(pixels))
@@ -179,6 +179,6 @@ def _find_images(folder: Path, limit: int | None) -> list[str]:
     )
     if not found:
         raise FileNotFoundError(
-            f"data: no image below {folder}; expected files ending in {', '.join(IMG_EXTENSIONS)}"
+            f"data: expected files ending in {', '.join(IMG_EXTENSIONS)} below {folder}, got none"
         )
-    return [found[position] for position in evenly(len(found), limit)]
+    return [found[position] for position in spread_evenly(len(found), limit)]

@@ -1,4 +1,4 @@
-"""Dataset PCA: the axes of all tokens, and the energy each image has in the leading ones."""
+"""Dataset PCA: axes of all tokens, and each image's energy in the leading axes."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch import Tensor
 from featkd import linalg
 from featkd.diagnostics.exact_sum import ExactSum
 from featkd.diagnostics.per_image import CurveStats, Summary
-from featkd.diagnostics.sep import safe_scale, safe_scales
+from featkd.diagnostics.scaling import safe_scale, safe_scales
 from featkd.ops import reference
 from featkd.runtime import checks
 from featkd.runtime.dtypes import accumulation_dtype
 
-_CPU_TOKENS = 784
-_SLAB = 1568  # tokens that are summed in the features' precision before float64 takes over
-_NEAR = 2e-6  # float32 decides no dimension whose share is this near to a threshold
+_CPU_TOKENS = 784  # per block on a CPU, so that products stay in the cache
+_SLAB = 1568  # tokens summed in the features' precision; slabs are summed in float64
+_NEAR = 2e-6  # shares this close to a threshold are computed again in float64
 
 
 @dataclass(frozen=True)
 class PCAResult:
-    """The axes of the data set.
+    """Axes of the data set.
 
     Attributes:
         eigenvalues: (D,) float64, descending, of the second moment over all tokens.
-        vectors: (D, D) float64, the axes as columns, largest first.
+        vectors: (D, D) float64, the axes as columns, by descending eigenvalue.
         mean: (D,) float64, the mean token.
-        tokens: how many tokens.
-        centred: whether the mean was subtracted.
-        spread: (D,) float64, share of the energy in the r leading axes.
+        tokens: number of tokens.
+        centred: True if the mean token was subtracted.
+        spread: (D,) float64, cumulative share of the energy in the leading axes.
     """
 
     eigenvalues: Tensor
@@ -46,27 +46,27 @@ class PCAResult:
 class DatasetPCA:
     """Accumulates C = sum_i X_i^T X_i / tokens ([EM26], Figure 2).
 
-    Tokens are taken relative to a pilot mean, so that a large common part costs no accuracy;
-    `result` puts it back in float64. Products, and sums within 1568 tokens, are in the features'
-    own precision (float32 at least), sums beyond that exact (`ExactSum`).
+    Tokens are summed relative to a pilot mean, so a large common component costs no accuracy;
+    `result` adds it back in float64. Products, and sums of up to 1568 tokens, are in the features'
+    own precision (at least float32); further sums are exact (`ExactSum`).
     """
 
     def __init__(self) -> None:
-        # the pilot mean, and about it the sums of products and of tokens
+        # pilot mean, and the sums of products and of tokens relative to it
         self._sums: tuple[Tensor, ExactSum, ExactSum] | None = None
         self._tokens = 0
 
     def calibrate(self, features: Tensor) -> None:
-        """Take the pilot mean from some features; nothing is counted.
+        """Sets the pilot mean from some features, without counting them.
 
-        Accumulators that are to be merged need the same pilot. `update` calibrates by its first
-        features where this wasn't called.
+        Accumulators that will be merged need the same pilot mean. Without a call, the first
+        `update` sets it.
         """
         d = features.shape[-1]
         self._sums = mean_token(features), ExactSum((d, d)), ExactSum((d,))
 
     def update(self, features: Tensor) -> None:
-        """Add maps (B, N, D), floating and finite."""
+        """Adds maps (B, N, D), floating and finite."""
         checks.check_floating("features", features)
         if self._sums is None:
             self.calibrate(features)
@@ -83,14 +83,16 @@ class DatasetPCA:
         self._tokens += len(tokens)
 
     def merge(self, other: DatasetPCA) -> None:
-        """Take over what `other`, which has the same pilot, has seen."""
+        """Adds the tokens of another accumulator with the same pilot mean."""
         if other._sums is None:
             return
         if self._sums is None:
             self.load_state_dict(other.state_dict())
             return
         if not torch.equal(self._sums[0], other._sums[0]):
-            raise ValueError("other: was calibrated by other features; call calibrate on both")
+            raise ValueError(
+                "other: expected the same pilot mean; call calibrate with the same features on both"
+            )
         for mine, theirs in zip(self._sums[1:], other._sums[1:], strict=True):
             mine.merge(theirs)
         self._tokens += other._tokens
@@ -117,15 +119,15 @@ class DatasetPCA:
         """Eigenvectors and eigenvalues of the second moment, by torch.linalg.eigh in float64.
 
         Args:
-            centred: subtract the mean token, which the published definition does not.
+            centred: subtract the mean token; the published definition does not.
 
         Raises:
-            ValueError: no token came.
+            ValueError: no token was added.
         """
         if not self._tokens or self._sums is None:
-            raise ValueError("features: no token came, so there is no PCA")
+            raise ValueError("features: no token was added, so there is no PCA")
         pilot = self._sums[0].double()
-        # the second moment, and how far the mean is from the pilot
+        # second moment about the pilot, and the mean's offset from it
         moment, offset = (part.value() / self._tokens for part in self._sums[1:])
         if centred:
             moment = moment - torch.outer(offset, offset)
@@ -146,16 +148,15 @@ class DatasetPCA:
 
 
 def mean_token(features: Tensor) -> Tensor:
-    """The mean (D,) of the tokens of (B, N, D), float32 on the CPU."""
+    """Mean (D,) of the tokens of (B, N, D), float32 on the CPU."""
     return _tokens(features).double().mean(0).float().cpu()
 
 
 def moments(tokens: Tensor, pilot: Tensor) -> tuple[Tensor, Tensor]:
-    """Y^T Y and the column sums of Y = tokens (M, D) - pilot (D,), in float64.
+    """Second moment Y^T Y and column sums of Y = tokens (M, D) - pilot (D,), in float64.
 
-    Sums of at most 1568 products are in the tokens' precision, in which entries whose squares
-    are out of its range are scaled. The upper triangle alone is multiplied, in two block rows:
-    3/4 of the work of the square.
+    Sums of at most 1568 products are in the tokens' precision; entries whose squares are out of
+    its range are scaled first. Two block rows cover the upper triangle, 3/4 of the full product.
     """
     d = tokens.shape[1]
     scale = safe_scale(tokens, pilot)
@@ -175,13 +176,14 @@ def moments(tokens: Tensor, pilot: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class CapturedResult:
-    """Over M images.
+    """Captured energy of M images; summaries and curves are over nonzero images.
 
     Attributes:
         thresholds: the T shares of energy.
         images: (M,) int64 indices, ascending.
-        dims: (M, T) int32: the least d whose axes hold the share; 0 where all features are zero.
-        summaries: one for each threshold, over the images that are not zero, as are the curves.
+        dims: (M, T) int32, smallest d whose d leading axes hold the share; 0 if all features are
+            zero.
+        summaries: one per threshold.
         curve_mean, curve_std: (D,) float64, share of an image's energy in the d leading axes.
     """
 
@@ -194,15 +196,14 @@ class CapturedResult:
 
 
 class CapturedEnergy:
-    """Accumulates captured_i(d) = ||X_i V_d||^2 / ||X_i||^2 of every image ([EM26], Figure 2).
+    """Accumulates captured_i(d) = ||X_i V_d||^2 / ||X_i||^2 of each image ([EM26], Figure 2).
+
+    Features below float64 are projected in float32. An image with a share within 2e-6 of a
+    threshold is projected again in float64.
 
     Args:
-        pca: the axes; features are centred by its mean where it was.
+        pca: axes of the data set; features are centred if the PCA is.
         thresholds: shares of energy in (0, 1] at which dimensions are taken.
-
-    Notes:
-        Narrower features than float64 are projected in float32; where a share comes within 2e-6
-        of a threshold the image is projected once more in float64.
     """
 
     def __init__(self, pca: PCAResult, thresholds: Sequence[float] = linalg.THRESHOLDS) -> None:
@@ -212,7 +213,7 @@ class CapturedEnergy:
         self._curves = CurveStats(len(pca.vectors), len(self.thresholds))
 
     def update(self, features: Tensor, images: Tensor) -> None:
-        """Add the maps (B, N, D) of the images (B,)."""
+        """Adds the maps (B, N, D) of the images (B,)."""
         curve = self._captured(features, accumulation_dtype(features.dtype))
         levels = torch.tensor(self.thresholds, dtype=torch.float64, device=curve.device)
         near = ((curve.unsqueeze(-1) - levels).abs() < _NEAR).flatten(1).any(1)
@@ -226,7 +227,6 @@ class CapturedEnergy:
         """Cumulative shares (B, D) in float64."""
         vectors = self._vectors.to(features.device, dtype)
         mean = None if self._mean is None else self._mean.to(features.device, dtype)
-        # on a CPU a few images at a time, whose product stays in the cache
         on_cpu = features.device.type == "cpu"
         size = max(1, _CPU_TOKENS // features.shape[1]) if on_cpu else len(features)
         parts = []
@@ -238,7 +238,7 @@ class CapturedEnergy:
         return energy.cumsum(1) / torch.where(total == 0, 1, total)
 
     def merge(self, other: CapturedEnergy) -> None:
-        """Take over what `other`, which has the same axes, has seen."""
+        """Adds the images of another accumulator with the same axes."""
         self._curves.merge(other._curves)
 
     def state_dict(self) -> dict[str, Any]:
@@ -248,10 +248,10 @@ class CapturedEnergy:
         self._curves.load_state_dict(state)
 
     def result(self) -> CapturedResult:
-        """The figures over all images so far.
+        """Results over all images so far.
 
         Raises:
-            ValueError: no image came, or all features are zero.
+            ValueError: no image was added, or all features are zero.
         """
         found = self._curves.result()
         return CapturedResult(
@@ -265,22 +265,22 @@ class CapturedEnergy:
 
 
 def _tokens(features: Tensor) -> Tensor:
-    """(B, N, D) -> (B*N, D), half precision widened."""
+    """Flattens (B, N, D) to (B*N, D), in at least float32."""
     checks.check_shape("features", features, ("B", "N", "D"))
     wide = accumulation_dtype(features.dtype)
     return features.detach().flatten(0, 1).to(wide)
 
 
 def _in_range(maps: Tensor) -> Tensor:
-    """Maps (B, N, D), each scaled by a power of two where its squares are out of range.
+    """Scales each of the maps (B, N, D) whose squares are out of range by a power of two.
 
-    Shares of a map's energy don't depend on its scale.
+    Shares of a map's energy do not depend on its scale.
     """
     scales = safe_scales(maps)
     return maps if scales is None else maps * scales.view(-1, 1, 1)
 
 
 def _fixed_signs(vectors: Tensor) -> Tensor:
-    """The same axes with the largest entry of each positive: LAPACK leaves the sign open."""
+    """Makes the largest entry of each axis positive: eigenvectors have no unique sign."""
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return vectors * torch.where(largest < 0, -1.0, 1.0)

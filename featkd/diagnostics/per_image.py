@@ -1,4 +1,4 @@
-"""What is kept of every image, and the mean of its curve, whatever order the images came in."""
+"""Integers per image and the mean of the images' curves, independent of the images' order."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from featkd.diagnostics.exact_sum import ExactSum
 
 
 class ImageTable:
-    """Rows of small integers by image index; merged tables are sorted, and no image is twice.
+    """Rows of small integers by image index.
 
     Args:
-        columns: how many integers a row has.
+        columns: integers per row.
     """
 
     def __init__(self, columns: int) -> None:
@@ -25,7 +25,7 @@ class ImageTable:
         self._rows: list[Tensor] = []
 
     def add(self, images: Tensor, rows: Tensor) -> None:
-        """Add rows (B, columns) of the images (B,)."""
+        """Adds rows (B, columns) of the images (B,)."""
         self._images.append(images.to("cpu", torch.int64))
         self._rows.append(rows.to("cpu", torch.int32))
 
@@ -34,7 +34,7 @@ class ImageTable:
         self._rows += other._rows
 
     def sorted(self) -> tuple[Tensor, Tensor]:
-        """Images (M,) int64, ascending, and their rows (M, columns) int32.
+        """Images (M,) int64 in ascending order, and their rows (M, columns) int32.
 
         Raises:
             ValueError: an image was added twice.
@@ -44,7 +44,10 @@ class ImageTable:
         images, order = images.sort(stable=True)
         twice = images[1:][images[1:] == images[:-1]]
         if len(twice):
-            raise ValueError(f"images: {len(twice)} came twice, the first is {int(twice[0])}")
+            raise ValueError(
+                f"images: expected each index once, got {len(twice)} twice, the first is "
+                f"{int(twice[0])}"
+            )
         return images, rows[order]
 
     def state_dict(self) -> dict[str, Any]:
@@ -58,12 +61,12 @@ class ImageTable:
 
 @dataclass(frozen=True)
 class Summary:
-    """One number an image, over the images, as the paper's tables have it.
+    """Summary of one integer per image over the images, as in the paper's tables.
 
     Attributes:
         percentile99: numpy's linear 99th percentile, rounded: the published summary.
-        mean, std, median: std is that of the images at hand (ddof 0).
-        smallest, largest: over the images.
+        mean, std, median: std is the population standard deviation (ddof 0).
+        smallest, largest: minimum and maximum.
     """
 
     percentile99: int
@@ -75,7 +78,7 @@ class Summary:
 
 
 def summarise(values: Tensor) -> Summary:
-    """The summary of integers (M,), M >= 1."""
+    """Summarises integers (M,), M >= 1."""
     v = values.numpy().astype(np.float64)
     return Summary(
         percentile99=round(float(np.percentile(v, 99))),
@@ -89,15 +92,15 @@ def summarise(values: Tensor) -> Summary:
 
 @dataclass(frozen=True)
 class CurveResult:
-    """Over M images; summaries and curves over those that are not zero.
+    """Curves of M images; summaries and curves are over the images with nonzero features.
 
     Attributes:
         images: (M,) int64 indices, ascending.
-        reached: (M, T) int32, where each image's curve reaches the thresholds; 0 for one that
-            is all zero.
-        summaries: one for each threshold.
-        mean, std: (n,) float64, of the curves.
-        zero_images: images that are all zero.
+        reached: (M, T) int32, position at which each image's curve reaches the thresholds; 0 if
+            its features are all zero.
+        summaries: one per threshold.
+        mean, std: (n,) float64, over the curves.
+        zero_images: number of images whose features are all zero.
     """
 
     images: Tensor
@@ -109,11 +112,11 @@ class CurveResult:
 
 
 class CurveStats:
-    """Accumulates rising curves of energy shares, one an image, and where they reach thresholds.
+    """Accumulates one cumulative energy curve per image, and where it reaches the thresholds.
 
     Args:
-        length: n, of the curves.
-        thresholds: T, how many.
+        length: n, points per curve.
+        thresholds: T, number of thresholds.
     """
 
     def __init__(self, length: int, thresholds: int) -> None:
@@ -121,7 +124,7 @@ class CurveStats:
         self._sum, self._square = ExactSum((length,)), ExactSum((length,))
 
     def add(self, images: Tensor, reached: Tensor, curves: Tensor) -> None:
-        """Add curves (B, n) float64 of the images (B,), which reach the thresholds at (B, T)."""
+        """Adds curves (B, n) float64 of the images (B,) and their positions (B, T)."""
         self._table.add(images, reached)
         self._sum.add(curves.sum(0))
         self._square.add(curves.square().sum(0))
@@ -144,23 +147,23 @@ class CurveStats:
         self._square = ExactSum.from_state_dict(state["square"])
 
     def result(self) -> CurveResult:
-        """The figures over all images so far.
+        """Results over all images so far.
 
         Raises:
-            ValueError: no image came, or all features are zero.
+            ValueError: no image was added, or all features are zero.
         """
         images, reached = self._table.sorted()
-        some = reached[reached[:, 0] != 0]
-        if not len(some):
-            why = "all of them are zero" if len(reached) else "no image came"
-            raise ValueError(f"features: {why}, so there is no curve")
-        mean = self._sum.value() / len(some)
-        variance = self._square.value() / len(some) - mean.square()
+        nonzero = reached[reached[:, 0] != 0]
+        if not len(nonzero):
+            reason = "all of them are zero" if len(reached) else "no image was added"
+            raise ValueError(f"features: {reason}, so there is no curve")
+        mean = self._sum.value() / len(nonzero)
+        variance = self._square.value() / len(nonzero) - mean.square()
         return CurveResult(
             images=images,
             reached=reached,
-            summaries=tuple(summarise(column) for column in some.T),
+            summaries=tuple(summarise(column) for column in nonzero.T),
             mean=mean,
             std=variance.clamp(min=0).sqrt(),
-            zero_images=len(reached) - len(some),
+            zero_images=len(reached) - len(nonzero),
         )

@@ -1,57 +1,39 @@
-"""report.html: one self-contained page of a run's findings."""
+"""The report page, report.html: one self-contained page of findings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from featkd.diagnostics import figures
-from featkd.diagnostics.findings import Findings
-from featkd.diagnostics.reach import Reach, of_focus
-from featkd.diagnostics.shares import percent
+from featkd.diagnostics.findings import Findings, format_percent
+from featkd.diagnostics.layer_diagnostics import LayerResult
 from featkd.diagnostics.source import Layer
-from featkd.diagnostics.stream import LayerResult
-from featkd.diagnostics.verdicts import reach_verdict, verdicts, warnings
+from featkd.diagnostics.student_reach import StudentReach
+from featkd.diagnostics.verdicts import layer_verdicts, reach_verdict, warnings
 from featkd.runtime.files import atomic_write
 
 
-def focus_layers(layers: Sequence[Layer]) -> list[Layer]:
-    """The last layer of each model: the one that is matched by default."""
-    last = {layer.model: layer for layer in sorted(layers, key=lambda layer: layer.index)}
-    return list(last.values())
-
-
-def write_report(
-    out: Path, findings: Findings, reaches: Sequence[Reach], about: dict[str, Any]
-) -> Path:
-    """Write `out/report.html` and `out/figures/`.
-
-    Args:
-        out: the folder.
-        findings: of a finished run.
-        reaches: the student's limits, if there is a student.
-        about: "command", "facts" (versions and machine), "run" (what was run on what).
-    """
-    focus = focus_layers(list(findings.layers))
-    drawn = figures.save(figures.draw(findings, focus, reaches), out / "figures")
+def write_report(out: Path, findings: Findings) -> Path:
+    """Writes `out/report.html` and `out/figures/`; returns the path of the page."""
+    drawn = figures.save(figures.draw(findings), out / "figures")
     pictures = {name: Markup(svg) for name, svg in drawn.items()}
-    texts = verdicts(findings, focus)
-    matched = of_focus(reaches, focus)
+    texts = layer_verdicts(findings)
+    matched = findings.matched_reach()
+    any_layer = next(iter(findings.layers.values()))
     sections = [
         {
             "title": str(layer).capitalize(),
-            "verdicts": found[1:],
+            "verdicts": verdicts[1:],
             "figures": [
                 (pictures[key], caption)
                 for kind, caption in _CAPTIONS.items()
                 if (key := f"{kind}-{layer.model or 'model'}-{layer.index}") in pictures
             ],
         }
-        for layer, found in texts.items()
+        for layer, verdicts in texts.items()
     ]
     page = (
         Environment(loader=PackageLoader("featkd.diagnostics"), autoescape=True)
@@ -60,19 +42,17 @@ def write_report(
             findings=findings,
             warnings=warnings(findings),
             reaches=[] if matched is None else [reach_verdict(matched)],
-            headlines=[found[0] for found in texts.values()],
-            reach_rows=[_reach_row(r) for r in reaches],
+            headlines=[verdicts[0] for verdicts in texts.values()],
+            reach_rows=[_reach_row(r) for r in findings.reach],
             sections=sections,
             layers_figure=pictures.get("layers"),
             reach_figure=pictures.get("reach"),
-            thresholds=[
-                f"{percent(t)} %" for t in next(iter(findings.layers.values())).spectrum.thresholds
-            ],
+            thresholds=[f"{format_percent(t)} %" for t in any_layer.spectrum.thresholds],
             rows=[_row(layer, r) for layer, r in findings.layers.items()],
             sep_rows=[_sep_row(layer, r) for layer, r in findings.layers.items()],
-            shares=[f"{percent(s)} %" for s in next(iter(findings.layers.values())).sep.shares],
-            about=about,
-            centred=next(iter(findings.layers.values())).pca.centred,
+            shares=[f"{format_percent(s)} %" for s in any_layer.sep.shares],
+            about=findings.about,
+            centred=any_layer.pca.centred,
         )
     )
     path = out / "report.html"
@@ -82,16 +62,16 @@ def write_report(
 
 
 _CAPTIONS = {
-    "ranks": "How many dimensions an image needs for a share of its energy: of its own subspace "
-    "(left), and of the axes that all images share (right).",
+    "ranks": "Number of dimensions that an image needs for a share of its energy: of its own "
+    "subspace (left), and of the axes that all images share (right).",
     "energy": "Share of the energy in the leading dimensions, mean over images, shaded by one "
-    "standard deviation; dotted, Gaussian maps of the same size.",
+    "standard deviation; dotted: Gaussian maps of the same size.",
     "sep": "Spectral energy pattern: cumulative energy over the frequencies of a token's channels, "
-    "as published (left) and one-sided (right), beside its null models. Where the curves lie on "
-    "one another the pattern says nothing.",
-    "rotation": "Overlap of leading subspaces of the images of a sample, by their numbers in "
-    "images.csv: 1 is the same subspace. "
-    "The line in the colour bar is the expectation for random subspaces.",
+    "as published (left) and one-sided (right), beside its null models. If the curves coincide, "
+    "the pattern carries no information.",
+    "rotation": "Overlap of the leading subspaces of sampled images, by their indices in "
+    "images.csv; 1 means the same subspace. The line in the colour bar is the expectation for "
+    "random subspaces.",
 }
 
 
@@ -102,18 +82,18 @@ def _row(layer: Layer, r: LayerResult) -> list[str]:
     overlap = "-" if r.rotation is None else f"{r.rotation.pair_mean:.2f}"
     random = "-" if r.rotation is None else f"{r.rotation.random:.2f}"
     pairs = zip(r.spectrum.summaries, r.gaussian_spectrum.summaries, strict=True)
-    ranks = [f"{own.percentile99} / {null.percentile99}" for own, null in pairs]
+    ranks = [f"{rank.percentile99} / {null.percentile99}" for rank, null in pairs]
     return [str(layer), str(r.channels), *ranks, *dims, overlap, random]
 
 
 def _sep_row(layer: Layer, r: LayerResult) -> list[str]:
-    mine = [f"{d:.3f}" for d in r.sep.relative()]
+    found = [f"{d:.3f}" for d in r.sep.relative()]
     null = [f"{d:.3f}" for d in r.gaussian.relative()]
     both = f"{r.bandwidth.channels90_mean:.2f} / {r.gaussian_bandwidth.channels90_mean:.2f}"
-    return [str(layer), *mine, *null, f"{min(r.permutation.p_value):.3f}", both]
+    return [str(layer), *found, *null, f"{min(r.permutation.p_value):.3f}", both]
 
 
-def _reach_row(r: Reach) -> list[str]:
+def _reach_row(r: StudentReach) -> list[str]:
     shares = (r.pooled, r.shared, r.shared_with_bias, r.per_image, r.per_image_gaussian)
     widths = f"{r.channels} / {r.teacher_channels}"
     return [str(r.teacher), widths, *(f"{100 * share:.1f}" for share in shares)]

@@ -1,4 +1,4 @@
-"""Where feature maps come from: files of them, or models that look at images."""
+"""Interface of the feature sources: files of feature maps, or models applied to images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layer:
-    """A stream of maps: whose, and which layer (from 0)."""
+    """A layer of a model.
+
+    Attributes:
+        model: "student", "teacher", or "" for a single model or feature files.
+        index: index of the layer, from 0.
+    """
 
     model: str
     index: int
@@ -25,30 +30,30 @@ class Layer:
 
 @dataclass
 class Chunk:
-    """Some images' maps; a chunk is what is computed at once, whichever process does it.
+    """Feature maps of a fixed group of images, which one process computes at once.
 
     Attributes:
-        number: which chunk.
-        images: (B,) int64 indices of those that could be read.
-        maps: for each layer (B, N, D), floating.
-        bad: what is wrong with the others, by name.
+        number: index of the chunk.
+        images: (B,) int64 indices of the images that could be read.
+        maps: (B, N, D) floating-point maps of each layer.
+        left_out: reason for each unreadable image, by name.
     """
 
     number: int
     images: Tensor
     maps: dict[Layer, Tensor]
-    bad: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 class Source(Protocol):
     """Feature maps of numbered images, in chunks of a fixed size.
 
     Attributes:
-        layers: what each chunk has maps of.
-        num_images: images in all, over all processes.
-        chunk_size: images in a chunk; the last one can have fewer.
-        repeatable: whether chunks can be made again rather than be kept.
-        notes: what a reader of the figures must know.
+        layers: layers of which each chunk has maps.
+        num_images: number of images over all processes.
+        chunk_size: images per chunk; the last chunk may have fewer.
+        repeatable: the second pass may compute chunks again instead of reading kept features.
+        notes: facts that affect how the figures are to be read.
     """
 
     layers: tuple[Layer, ...]
@@ -58,15 +63,15 @@ class Source(Protocol):
     notes: list[str]
 
     def chunks(self, numbers: Sequence[int]) -> Iterator[Chunk]:
-        """The chunks of these numbers, in this order."""
+        """Yields the chunks of these indices, in this order."""
         ...
 
     def name(self, image: int) -> str:
-        """What to call an image in a message."""
+        """Name of an image in messages and tables."""
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What a state that goes on with this source must agree with; plain values."""
+        """Plain values that a state must share with this source to be resumed."""
         ...
 
 
@@ -75,11 +80,11 @@ def num_chunks(source: Source) -> int:
 
 
 class UnreadableError(RuntimeError):
-    """An image or a feature file can't be used; names it and says why."""
+    """An image or a feature file cannot be used; the message names it and the reason."""
 
 
 def fingerprint(paths: Sequence[str | Path]) -> str:
-    """A digest of files' names, sizes and times of change."""
+    """Hashes names, sizes and modification times of files."""
     digest = hashlib.blake2b(digest_size=8)
     for path in paths:
         facts = os.stat(path)
@@ -87,8 +92,8 @@ def fingerprint(paths: Sequence[str | Path]) -> str:
     return digest.hexdigest()
 
 
-def evenly(count: int, limit: int | None) -> list[int]:
-    """At most `limit` of the numbers below `count`, evenly: files are sorted by class."""
+def spread_evenly(count: int, limit: int | None) -> list[int]:
+    """Selects at most `limit` of `count` positions, evenly, because files are sorted by class."""
     if limit is None or limit >= count:
         return list(range(count))
     return [position * count // limit for position in range(limit)]

@@ -1,4 +1,4 @@
-"""State files of a run: written whole, and refused where they are another run's."""
+"""State files of a run, written atomically and refused by a run of other arguments."""
 
 from __future__ import annotations
 
@@ -15,72 +15,72 @@ STATE_FILES = "process-*-of-*.pt"
 
 
 class StateError(RuntimeError):
-    """A state file can't be read, or is another run's; names file and fields."""
+    """A state file cannot be read, or belongs to another run; names the file and the fields."""
 
 
 def state_path(folder: Path, process: int, processes: int) -> Path:
-    """Where a process's state lies."""
+    """Path of a process's state file."""
     return folder / f"process-{process}-of-{processes}.pt"
 
 
 def save_state(path: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
-    """Write a state of tensors and plain values.
+    """Saves a state of tensors and plain values.
 
     Raises:
-        OSError: the disk is full; what was there before is untouched.
+        OSError: the file cannot be written; the previous state is unchanged.
     """
     try:
         with atomic_write(path) as file:
             torch.save({"format": FORMAT, "identity": identity, "state": state}, file)
-    except RuntimeError as error:  # torch.save's word for a short write
+    except RuntimeError as error:  # torch.save raises it for a short write
         raise OSError(f"could not save {path}: {error}") from error
 
 
 def load_state(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The state that a run of this identity left, or None.
+    """Loads the state of a run with this identity; None if there is none.
 
     Raises:
-        StateError: it can't be read, or its identity differs; says which fields.
+        StateError: the file cannot be read, or its identity differs; names the fields.
     """
     if not path.exists():
-        _check_others(path)
+        _check_number_of_processes(path)
         return None
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        there = {"format": found["format"], **found["identity"]}
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        there = {"format": loaded["format"], **loaded["identity"]}
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StateError(f"resume: {path} is no state of featkd diagnose: {why}") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StateError(f"resume: {path} is no state of featkd diagnose: {reason}") from error
     here = {"format": FORMAT, **identity}
     different = [
-        f"{name}: {_plain(there.get(name))} there, {_plain(here.get(name))} here"
+        f"{name}: {_as_lists(there.get(name))} there, {_as_lists(here.get(name))} here"
         for name in sorted({*there, *here})
-        if _plain(there.get(name)) != _plain(here.get(name))
+        if _as_lists(there.get(name)) != _as_lists(here.get(name))
     ]
     if different:
-        raise _another(path, "; ".join(different))
-    state: dict[str, Any] = found["state"]
+        raise _other_run(path, "; ".join(different))
+    state: dict[str, Any] = loaded["state"]
     return state
 
 
-def _check_others(path: Path) -> None:
-    """A state of another number of processes must not lie there unseen."""
+def _check_number_of_processes(path: Path) -> None:
+    """Raises StateError if the folder holds states of another number of processes."""
     processes = path.stem.rpartition("-")[2]
     for other in sorted(path.parent.glob(STATE_FILES)):
         count = other.stem.rpartition("-")[2]
         if count != processes:
-            raise _another(other, f"processes: {count} there, {processes} here")
+            raise _other_run(other, f"processes: {count} there, {processes} here")
 
 
-def _another(path: Path, what: str) -> StateError:
+def _other_run(path: Path, differences: str) -> StateError:
     return StateError(
-        f"resume: {path} is the state of another run ({what}); give another folder, or start "
-        "afresh with resume never"
+        f"resume: {path} is the state of another run ({differences}); set another out folder, or "
+        "resume never to start again"
     )
 
 
-def _plain(value: Any) -> Any:
-    """Tuples as lists: the command line gives the one where the defaults are the other."""
+def _as_lists(value: Any) -> Any:
+    """Converts tuples to lists: a command line gives lists where the defaults are tuples."""
     if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
-    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+        return {name: _as_lists(part) for name, part in value.items()}
+    return [_as_lists(part) for part in value] if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""A run's findings as files for machines: summary.json, CSV tables, per-image numbers."""
+"""Machine-readable findings: summary.json, CSV tables, per_image.safetensors."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from featkd.diagnostics.findings import Findings
+from featkd.diagnostics.findings import Findings, format_share
+from featkd.diagnostics.layer_diagnostics import LayerResult
 from featkd.diagnostics.per_image import Summary
-from featkd.diagnostics.reach import Reach
-from featkd.diagnostics.shares import plain
 from featkd.diagnostics.source import Layer
-from featkd.diagnostics.stream import LayerResult
 from featkd.ops import reference
 from featkd.runtime.files import atomic_write, write_csv
 
@@ -25,39 +23,30 @@ SUMMARY = "summary.json"
 _SUMMARY = ("percentile99", "mean", "std", "median", "smallest", "largest")
 
 
-def write_tables(
-    out: Path, findings: Findings, reaches: Sequence[Reach], about: dict[str, Any]
-) -> None:
-    """Write summary.json, five tables as CSV, and per_image.safetensors.
-
-    Args:
-        out: the folder.
-        findings: of a finished run.
-        reaches: the student's limits, if there is a student.
-        about: command, versions, settings and the like, for summary.json's "about".
-    """
+def write_tables(out: Path, findings: Findings) -> None:
+    """Writes summary.json, five CSV tables and per_image.safetensors into a folder."""
     summary = {
         "schema": SCHEMA,
-        "about": about,
+        "about": findings.about,
         "images": findings.images,
         "images_per_s": findings.images_per_s,
-        "left_out": findings.bad,
+        "left_out": findings.left_out,
         "notes": findings.notes,
         "layers": [_layer_summary(layer, r) for layer, r in findings.layers.items()],
-        "reach": [{**asdict(r), "teacher": str(r.teacher)} for r in reaches],
+        "reach": [{**asdict(r), "teacher": str(r.teacher)} for r in findings.reach],
     }
     _write(out / SUMMARY, json.dumps(summary, indent=1, allow_nan=False).encode())
     layers = findings.layers.items()
     names = ("model", "layer")
-    _table(out / "ranks.csv", (*names, "measure", "threshold", *_SUMMARY), _rank_rows(layers))
+    _write_table(out / "ranks.csv", (*names, "measure", "threshold", *_SUMMARY), _rank_rows(layers))
     columns = (*names, "share", "d", "d_over_D", "folded_d", "folded_d_over_D")
     nulls = ("gaussian_d_over_D", "sample_d_over_D", "sample_low", "sample_high")
     permuted = ("permuted_mean", "permuted_low", "permuted_high", "p_value")
-    _table(out / "sep.csv", (*columns, *nulls, *permuted), _sep_rows(layers))
+    _write_table(out / "sep.csv", (*columns, *nulls, *permuted), _sep_rows(layers))
     rotation = ("k", "pair_mean", "pair_std", "dataset_mean", "dataset_std", "random")
-    _table(out / "rotation.csv", (*names, *rotation), _rotation_rows(layers, rotation))
-    _table(out / "curves.csv", (*names, "curve", "index", "mean", "std"), _curve_rows(layers))
-    _table(out / "images.csv", ("index", "name"), enumerate(findings.names))
+    _write_table(out / "rotation.csv", (*names, *rotation), _rotation_rows(layers, rotation))
+    _write_table(out / "curves.csv", (*names, "curve", "index", "mean", "std"), _curve_rows(layers))
+    _write_table(out / "images.csv", ("index", "name"), enumerate(findings.names))
     tensors = {}
     for layer, result in layers:
         name = f"{layer.model or 'model'}.{layer.index}"
@@ -72,13 +61,13 @@ def write_tables(
 
 
 def _layer_summary(layer: Layer, r: LayerResult) -> dict[str, Any]:
-    levels = [plain(t) for t in r.spectrum.thresholds]
+    levels = [format_share(t) for t in r.spectrum.thresholds]
     thresholds = torch.tensor(r.spectrum.thresholds, dtype=torch.float64)
     dims = reference.first_reaching(r.pca.spread, thresholds)
     rotation = None
     if r.rotation is not None:
-        found = asdict(r.rotation)
-        rotation = {name: found[name] for name in found if not torch.is_tensor(found[name])}
+        fields = asdict(r.rotation).items()
+        rotation = {name: value for name, value in fields if not torch.is_tensor(value)}
         rotation["angles_deg"] = r.rotation.angles_deg.tolist()
         rotation["random_angles_deg"] = r.rotation.random_angles_deg.tolist()
     permutation = asdict(r.permutation)
@@ -126,7 +115,7 @@ def _rank_rows(layers: _Layers) -> Iterable[Sequence[Any]]:
         for kind, summaries in kinds:
             for threshold, s in zip(r.spectrum.thresholds, summaries, strict=True):
                 numbers = [getattr(s, n) for n in _SUMMARY]
-                yield layer.model, layer.index, kind, plain(threshold), *numbers
+                yield layer.model, layer.index, kind, format_share(threshold), *numbers
 
 
 def _sep_rows(layers: _Layers) -> Iterable[Sequence[Any]]:
@@ -135,7 +124,7 @@ def _sep_rows(layers: _Layers) -> Iterable[Sequence[Any]]:
         yield from zip(
             [layer.model] * len(r.sep.shares),
             [layer.index] * len(r.sep.shares),
-            map(plain, r.sep.shares),
+            map(format_share, r.sep.shares),
             r.sep.bandwidth,
             r.sep.relative(),
             r.sep.folded_bandwidth,
@@ -175,7 +164,7 @@ def _curve_rows(layers: _Layers) -> Iterable[Sequence[Any]]:
                 yield layer.model, layer.index, name, index, m, s
 
 
-def _table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def _write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     write_csv(path, columns, rows, digits=9)
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import LayerNorm
-from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
+from torch import nn
 
-_KINDS = ("forward", "forward_pre", "backward", "backward_pre")
+from featkd.ops.plain_modules import are_plain
 
 
 def is_fusible(projection: Any, *norms: Any) -> bool:
@@ -31,28 +29,10 @@ def is_fusible(projection: Any, *norms: Any) -> bool:
             return False
         if norm.normalized_shape != (projection.out_features,):
             return False
-    modules = (projection, *norms)
-    return _are_plain(modules)
+    return are_plain(projection, *norms)
 
 
 def can_bypass(*linears: Any) -> bool:
     """Checks whether these are Linears with bias whose weights may be used without a call."""
     known = all(type(linear) is nn.Linear and linear.bias is not None for linear in linears)
-    return known and _are_plain(linears)
-
-
-def _are_plain(modules: Sequence[Any]) -> bool:
-    """Checks for plain weights (not quantised, not sharded) and the absence of hooks."""
-    weights = [p for module in modules for p in module.parameters()]
-    plain = all(type(p) in (Tensor, nn.Parameter) for p in weights)
-    return plain and not any(_is_watched(module) for module in modules)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Checks for hooks, on the module or global, and for a replaced `forward`."""
-    if "forward" in vars(module):
-        return True
-    return any(
-        getattr(module, f"_{kind}_hooks") or getattr(torch_module, f"_global_{kind}_hooks")
-        for kind in _KINDS
-    )
+    return known and are_plain(*linears)

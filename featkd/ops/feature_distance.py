@@ -26,7 +26,7 @@ def feature_distance(
 
     Args:
         name: public function that calls, for `featkd.last_backend`.
-        feature: (B, N, C), not empty.
+        feature: (B, N, C); without a teacher B may be 0.
         teacher: (B, N, C), or None for no loss.
         norm_weight, norm_bias: (C,), or None; no LayerNorm without `norm_weight`.
         eps: LayerNorm's epsilon.
@@ -45,7 +45,7 @@ def feature_distance(
         return support.too_many_rows(feature)
 
     tensors = (feature, teacher, norm_weight, norm_bias)
-    if support.choose(name, tensors, why_not) == "reference":
+    if not len(feature) or support.choose(name, tensors, why_not) == "reference":
         return reference.feature_distance(*tensors, eps=eps, grid=grid, pooled_dtype=pooled_dtype)
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     loss, pooled, _ = _forward(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from featkd.ops import backends, extension, reference, support
-from featkd.runtime.environment import multiplies_bf16
+from featkd.runtime.environment import has_fast_bf16
 
 NAME = "talking_heads_attention"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,7 +77,7 @@ def _forward(
     mixes = (pre_weight, post_weight, post_bias)
     pre, post, bias = (x.to(torch.float32).contiguous() for x in mixes)
     pre = pre * scale
-    is_bf16 = query.dtype == torch.bfloat16 and multiplies_bf16(query.device)
+    is_bf16 = query.dtype == torch.bfloat16 and has_fast_bf16(query.device)
     stored = torch.bfloat16 if is_bf16 else torch.float32
     out = query.new_empty(batch, tokens, heads, dim)
     images, queries = _block(batch, tokens, heads * tokens * stored.itemsize)

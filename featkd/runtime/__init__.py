@@ -1,1 +1,1 @@
-"""Services of the process: ranks, signals, seeds, files, remote paths, environment."""
+"""Process-level services: ranks, signals, seeds, files, remote paths, environment."""

@@ -1,10 +1,11 @@
-"""Argument checks: every error names the argument, what came and what is allowed."""
+"""Argument checks. Each error names the argument, the value and what is allowed."""
 
 from __future__ import annotations
 
 import difflib
 import math
 import numbers
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -14,19 +15,28 @@ METRICS = ("mse", "spectral")
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" for the nearest known name, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """Returns "; did you mean 'x'?" for the nearest known name, or "".
+
+    Known names are also compared by as many of their first words as `name` has, so that
+    "deit_tinny" finds "deit_tiny_patch16_224".
+    """
+    words = name.count("_") + 1
+    nearest: dict[str, str] = {}  # of the names that begin alike, the shortest
+    for full in sorted(known, key=lambda full: (-len(full), full)):
+        nearest["_".join(full.split("_")[:words])] = full
+        nearest[full] = full
+    found = difflib.get_close_matches(name, nearest, n=1, cutoff=0.5)
+    return f"; did you mean {nearest[found[0]]!r}?" if found else ""
 
 
 def check_tensor(name: str, x: Tensor) -> None:
-    """Raise TypeError unless `x` is a tensor."""
+    """Raises TypeError unless `x` is a tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
 
 
 def check_floating(name: str, x: Tensor, shape: Sequence[int | str] | None = None) -> None:
-    """Raise TypeError unless `x` is a real floating-point tensor, ValueError as `check_shape`."""
+    """Raises TypeError unless `x` is a real floating-point tensor; also calls `check_shape`."""
     check_tensor(name, x)
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
@@ -35,7 +45,7 @@ def check_floating(name: str, x: Tensor, shape: Sequence[int | str] | None = Non
 
 
 def check_shape(name: str, x: Tensor, expected: Sequence[int | str]) -> None:
-    """Raise ValueError unless `x` has the expected shape; a str stands for any size."""
+    """Raises ValueError unless `x` has the expected shape; a str in it matches any size."""
     fits = x.dim() == len(expected) and all(
         isinstance(want, str) or want == got for want, got in zip(expected, x.shape, strict=True)
     )
@@ -45,7 +55,7 @@ def check_shape(name: str, x: Tensor, expected: Sequence[int | str]) -> None:
 
 
 def check_target(name: str, x: Tensor, batch: int, classes: int) -> None:
-    """Check (batch,) class indices or (batch, classes) soft labels, but not their values."""
+    """Checks the shape and dtype of (batch,) class indices or (batch, classes) soft labels."""
     check_tensor(name, x)
     if x.dim() not in (1, 2):
         raise ValueError(
@@ -60,21 +70,21 @@ def check_target(name: str, x: Tensor, batch: int, classes: int) -> None:
 
 
 def check_not_empty(name: str, x: Tensor) -> None:
-    """Raise ValueError where a mean over `x` would be 0/0."""
+    """Raises ValueError if `x` has no elements, so that its mean is undefined."""
     if x.numel() == 0:
         raise ValueError(f"{name}: has no elements (shape {tuple(x.shape)}); the mean is undefined")
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
-    """Raise ValueError where the given tensors lie on more than one device."""
-    places = {name: x.device for name, x in tensors.items() if x is not None}
-    if len(set(places.values())) > 1:
-        listed = ", ".join(f"{name} on {device}" for name, device in places.items())
+    """Raises ValueError if the given tensors are on more than one device."""
+    devices = {name: x.device for name, x in tensors.items() if x is not None}
+    if len(set(devices.values())) > 1:
+        listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"all tensors must be on one device, got {listed}")
 
 
 def check_constant(name: str, x: Tensor) -> None:
-    """Raise ValueError where a gradient with respect to `x` would silently be dropped."""
+    """Raises ValueError if `x` requires a gradient, which the losses do not compute."""
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{name}: requires grad, but the loss gives the teacher no gradient; "
@@ -83,21 +93,57 @@ def check_constant(name: str, x: Tensor) -> None:
 
 
 def check_teacher_map(teacher: Tensor, shape: tuple[int, int, int]) -> None:
-    """Check a teacher's map (B, N, Ct): floating, not empty, and without a gradient."""
+    """Checks a teacher's feature map (B, N, Ct): floating, not empty, without a gradient."""
     check_floating("teacher", teacher, shape)
     check_constant("teacher", teacher)
     check_not_empty("teacher", teacher)
 
 
+def check_not_swapped(student: Tensor, teacher: Tensor, weight: Tensor) -> None:
+    """Raises ValueError if the maps fit the projection only in the other order."""
+    maps = [x for x in (student, teacher) if isinstance(x, Tensor) and x.dim() == 3]
+    if len(maps) < 2 or not isinstance(weight, Tensor) or weight.dim() != 2:
+        return
+    widths = student.shape[2], teacher.shape[2]
+    if widths == tuple(weight.shape) and widths[0] != widths[1]:
+        raise ValueError(
+            f"student, teacher: weight {tuple(weight.shape)} projects a student of {widths[1]} "
+            f"channels to a teacher of {widths[0]}, got a student of {widths[0]} and a teacher of "
+            f"{widths[1]}; the two maps are swapped"
+        )
+
+
+def warn_of_class_token(metric: str, grid: object, tokens: int) -> None:
+    """Warns once if the maps seem to contain the class token: N - 1 is a square and N is not.
+
+    Compiled graphs don't warn: their number of tokens may be symbolic.
+    """
+    if metric != "mse" or grid is not None or tokens < 5 or torch.compiler.is_compiling():
+        return
+    side = math.isqrt(tokens - 1)
+    if side * side == tokens - 1 and tokens not in _warned_of:
+        _warned_of.add(tokens)
+        warnings.warn(
+            f"the feature maps have {tokens} = {side}*{side} + 1 tokens: pass patch tokens only, "
+            "without the class token, or grid=(H, W) if this is the patch grid",
+            stacklevel=3,
+        )
+
+
+_warned_of: set[int] = set()  # numbers of tokens
+
+
 def check_positive(name: str, value: float) -> None:
-    """Raise ValueError unless `value` is a finite number above zero."""
+    """Raises ValueError unless `value` is a finite number above zero."""
     _check_number(name, value, "a finite number > 0")
-    if not 0 < value < math.inf:  # as torch.compile can trace it of a value that varies
+    if not 0 < value < math.inf:  # not math.isfinite: torch.compile traces this for dynamic values
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
 
 
 def check_shares(name: str, values: Iterable[float]) -> None:
-    """Raise ValueError unless each of `values` lies in (0, 1]."""
+    """Raises TypeError or ValueError unless `values` is a sequence of numbers in (0, 1]."""
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected a sequence of numbers, such as (0.9,), got {values!r}")
     for value in values:
         check_fraction(name, value)
         if value == 0:
@@ -105,7 +151,7 @@ def check_shares(name: str, values: Iterable[float]) -> None:
 
 
 def check_fraction(name: str, value: float) -> None:
-    """Raise ValueError unless `value` lies in [0, 1]."""
+    """Raises ValueError unless `value` lies in [0, 1]."""
     _check_number(name, value, "a number from 0 to 1")
     if not 0 <= value <= 1:
         raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
@@ -117,18 +163,18 @@ def _check_number(name: str, value: object, allowed: str) -> None:
 
 
 def check_metric(metric: str) -> None:
-    """Raise ValueError unless `metric` names a feature distance."""
+    """Raises ValueError unless `metric` names a feature distance."""
     if metric not in METRICS:
         raise ValueError(f"metric: expected one of {', '.join(METRICS)}; got {metric!r}")
 
 
 def resolve_grid(metric: str, grid: tuple[int, int] | None, tokens: int) -> tuple[int, int] | None:
-    """The patch grid that a metric needs: None for "mse", a square one where none is given.
+    """Returns the patch grid for a metric: None for "mse", a square grid by default otherwise.
 
     Raises:
-        TypeError: the grid is no pair of ints.
-        ValueError: the grid's product is not the number of tokens (whatever the metric), or
-            "spectral" gets none and the tokens form no square.
+        TypeError: `grid` is not a pair of ints.
+        ValueError: the product of `grid` is not the number of tokens (for any metric), or
+            `metric` is "spectral", `grid` is None and the number of tokens is not a square.
     """
     if grid is not None:
         pair = isinstance(grid, (tuple, list)) and len(grid) == 2
@@ -146,7 +192,7 @@ def resolve_grid(metric: str, grid: tuple[int, int] | None, tokens: int) -> tupl
     side = math.isqrt(tokens)
     if side * side != tokens:
         raise ValueError(
-            f"grid: {tokens} tokens form no square; pass grid=(H, W) with H*W == {tokens}"
+            f"grid: {tokens} tokens do not form a square; pass grid=(H, W) with H*W == {tokens}"
         )
     return side, side
 
@@ -159,16 +205,16 @@ def check_norm(
     *,
     optional: bool = False,
 ) -> None:
-    """Check a LayerNorm's parameters of shape (channels,).
+    """Checks the parameters of a LayerNorm, of shape (channels,).
 
-    Both are needed, or, where they are optional: none, the weight alone, or both.
+    Both are required, unless `optional` is set. Then both, only the weight, or neither are allowed.
     """
     if not optional:
         for name, x in zip(names, (norm_weight, norm_bias), strict=True):
             check_floating(name, x)  # type: ignore[arg-type]
     if norm_weight is None:
         if norm_bias is not None:
-            raise ValueError(f"{names[1]}: given without {names[0]}")
+            raise ValueError(f"{names[1]}: given without {names[0]}; pass both or neither")
         return
     check_floating(names[0], norm_weight, (channels,))
     if norm_bias is not None:

@@ -1,4 +1,4 @@
-"""Process group of a run: started by torchrun, or a single process."""
+"""Process group of a run, started by torchrun or as a single process."""
 
 from __future__ import annotations
 
@@ -18,52 +18,51 @@ from torch.distributed.rendezvous import rendezvous
 
 @dataclass(frozen=True)
 class ProcessContext:
-    """This process's place among those of the run (`rank` is a process, never a matrix's)."""
+    """Rank, world size and device of this process."""
 
     rank: int
     world_size: int
     device: torch.device
     control: Any = None
-    """Group of CPU messages, which wait for no device, and a day for each other; None is the
-    default group."""
+    """gloo group for messages on the CPU, with a timeout of one day; None: the default group."""
     job: str | None = None
-    """torchrun's id of the job, the same after a restart; None where it has none of its own."""
+    """torchrun's id of the job, kept across restarts; None if torchrun was given none."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files and prints."""
+        """True on rank 0, which writes the files and prints."""
         return self.rank == 0
 
     def any_true(self, flag: bool) -> bool:
-        """Whether `flag` is set in any process; all processes must call it at the same point."""
+        """Returns True if `flag` is set on any rank; a collective."""
         if self.world_size == 1:
             return flag
         value = torch.tensor(int(flag))
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
         return bool(value.item())
 
-    def merged(self, facts: dict[str, str]) -> dict[str, str]:
-        """The facts of all processes; all must call it at the same point."""
-        return {key: value for part in self.all_gather(facts) for key, value in part.items()}
+    def merge_dicts(self, own: dict[str, str]) -> dict[str, str]:
+        """Merges the dictionaries of all ranks; a collective."""
+        return {key: value for part in self.all_gather(own) for key, value in part.items()}
 
     def all_gather(self, value: object) -> list[Any]:
-        """The values of all processes, by rank, on all of them."""
+        """Returns the values of all ranks, in order of rank; a collective."""
         if self.world_size == 1:
             return [value]
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, value, group=self.control)
-        return found
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def gather(self, value: object) -> list[Any]:
-        """The values of all processes, by rank, on process 0, and nothing on the others."""
+        """Returns the values of all ranks on rank 0, and an empty list elsewhere; a collective."""
         if self.world_size == 1:
             return [value]
-        found: list[Any] | None = [None] * self.world_size if self.is_main else None
-        dist.gather_object(value, found, group=self.control)
-        return found or []
+        values: list[Any] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values, group=self.control)
+        return values or []
 
     def broadcast(self, value: object) -> Any:
-        """Process 0's value, on all of them."""
+        """Returns the value of rank 0 on all ranks; a collective."""
         if self.world_size == 1:
             return value
         held = [value]
@@ -71,28 +70,28 @@ class ProcessContext:
         return held[0]
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum of `x` over all processes, as a new tensor; all must call it at the same point."""
+        """Returns the sum of `x` over all ranks, as a new tensor; a collective."""
         total = x.clone()
         if self.world_size > 1:
             dist.all_reduce(total)
         return total
 
     def barrier(self) -> None:
-        """Wait for all processes."""
+        """Waits for all ranks."""
         if self.world_size > 1:
             dist.barrier()
 
 
 class ProcessLost(RuntimeError):
-    """Another process of the run has ended, so that this one can't go on."""
+    """Another process of the run has ended, so this one cannot continue."""
 
 
 @contextmanager
-def naming_lost_processes(remedy: str) -> Iterator[None]:
-    """Say in one line what the network says at length when another process ends.
+def explain_lost_processes(remedy: str) -> Iterator[None]:
+    """Replaces the errors of a failed collective by a ProcessLost with a short message.
 
     Args:
-        remedy: what the user can do, for the message.
+        remedy: advice for the user, part of the message.
 
     Raises:
         ProcessLost: a collective failed.
@@ -100,7 +99,7 @@ def naming_lost_processes(remedy: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # From a backward pass comes gloo's error as it is, without a class of its own.
+        # In a backward pass, gloo's error is a plain RuntimeError.
         if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
             raise ProcessLost(
                 "another process of the run has ended, or its node can't be reached; "
@@ -110,52 +109,52 @@ def naming_lost_processes(remedy: str) -> Iterator[None]:
 
 
 def start(device: str = "auto") -> ProcessContext:
-    """Join the process group that torchrun describes in the environment, if any.
+    """Joins the process group that torchrun describes in the environment, if any.
 
     Args:
-        device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N"; under torchrun "cuda"
-            is this process's own, by LOCAL_RANK.
+        device: "auto" (CUDA if available), "cpu", "cuda" or "cuda:N". Under torchrun, a CUDA device
+            is chosen by LOCAL_RANK.
 
     Raises:
-        ValueError: an unknown device, CUDA asked for where there is none, or restarts on several
-            nodes without what they need.
+        ValueError: the device is unknown, CUDA is not available, or torchrun restarts processes on
+            several nodes without the required environment variable.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    place = _resolve_device(device, int(os.environ.get("LOCAL_RANK", "0")), world_size)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+    chosen = _resolve_device(device, int(os.environ.get("LOCAL_RANK", "0")), world_size)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     control = None
     if world_size > 1 and not dist.is_initialized():
         store, rank, world_size = _rendezvous()
-        backend = "nccl" if place.type == "cuda" else "gloo"
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     if world_size > 1:
-        # Process 0 hashes a checkpoint or a million files' sizes while the others wait. One that
-        # has ended is noticed at once, however long this is.
+        # Rank 0 can take long to hash a checkpoint or a million file sizes while the others wait.
+        # A process that has ended is noticed immediately, whatever the timeout.
         control = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's word where none was given
-    return ProcessContext(rank, world_size, place, control, None if job == "none" else job)
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" is torchrun's default
+    return ProcessContext(rank, world_size, chosen, control, None if job == "none" else job)
 
 
 def _rendezvous() -> tuple[Store, int, int]:
-    """The store where the processes find each other, this one's rank, and their number.
+    """Returns the store for the rendezvous, the rank and the world size.
 
-    torchrun keeps one store for all of a job's restarts, although torch takes it for a new one
-    each time (2.14's `_create_c10d_store` says so): processes that are started again read the
-    addresses of those that are gone, and wait, or fail. On one node its count of restarts tells
-    them apart. Nodes count for themselves, so that there torchrun has to be told.
+    torchrun keeps one store for all restarts of a job. A restarted process would read the addresses
+    of the processes that have ended, and hang or fail. On one node, a prefix with torchrun's
+    restart count separates the restarts. Each node counts its own restarts, so with several nodes
+    torchrun must be told to make a new store.
 
     Raises:
-        ValueError: several nodes are to be started again with one store.
+        ValueError: torchrun restarts processes on several nodes with one store.
     """
     several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if several and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise ValueError(
             f"torchrun --max-restarts: {restarts} on several nodes needs "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment on each of them; "
-            "without it processes that are started again wait for those that are gone"
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment on each node; "
+            "without it restarted processes wait for processes that have ended"
         )
     store, rank, world_size = next(rendezvous("env://"))
     attempt = "0" if several else os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -163,7 +162,7 @@ def _rendezvous() -> tuple[Store, int, int]:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -172,14 +171,14 @@ def _resolve_device(device: str, local_rank: int, world_size: int) -> torch.devi
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        place = torch.device(device)
+        resolved = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N; got {device!r}") from error
-    if place.type not in ("cpu", "cuda"):
+    if resolved.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N; got {device!r}")
-    if place.type == "cuda":
+    if resolved.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"device: {device!r} asked for, but torch sees no CUDA device")
-        if place.index is None or world_size > 1:
-            place = torch.device("cuda", local_rank)
-    return place
+            raise ValueError(f"device: got {device!r}, but torch finds no CUDA device")
+        if resolved.index is None or world_size > 1:
+            resolved = torch.device("cuda", local_rank)
+    return resolved

@@ -1,4 +1,4 @@
-"""The versions and the machine behind a result, and what the machine is good at."""
+"""Versions and hardware behind a result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "pillow")
 
 
 def versions() -> dict[str, str]:
-    """Versions of featkd, Python and the packages that results depend on."""
+    """Returns the versions of featkd, Python and the packages that results depend on."""
     found = {"featkd": featkd.__version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Git commit of the source tree featkd runs from; "unknown" outside a checkout."""
+    """Returns the Git commit of featkd's source tree, "unknown" outside a checkout."""
     source = Path(featkd.__file__).resolve().parent
     try:
         result = subprocess.run(
@@ -46,7 +46,7 @@ def commit() -> str:
 
 
 def has_changes() -> bool:
-    """Whether tracked source files differ from `commit()`; False outside a checkout."""
+    """Checks whether tracked source files differ from `commit()`; False outside a checkout."""
     source = Path(featkd.__file__).resolve().parent.parent
     words = ["git", "-C", str(source), "diff", "--quiet", "HEAD", "--", "*.py", "*.cu", "*.cpp"]
     try:
@@ -56,7 +56,7 @@ def has_changes() -> bool:
 
 
 def machine() -> dict[str, str]:
-    """Processor, cores and accelerator; asks torch for the latter."""
+    """Returns a description of the processor, its cores and the accelerator."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -80,11 +80,10 @@ def _processor_name() -> str:
 
 
 @functools.cache
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether products of bf16 matrices are at least as fast on `device` as those of float32.
+def has_fast_bf16(device: torch.device) -> bool:
+    """Checks whether matrix products in bf16 are at least as fast on `device` as in float32.
 
-    A CPU without vector instructions for them (AVX2) takes torch's plain loops: 1,568 rows of 384
-    to 1,536 took 8 times as long there as in float32, and a CaiT-S24's forward pass 5.6 times.
+    On a CPU without bf16 vector instructions torch uses plain loops, several times slower.
     """
     import torch
 

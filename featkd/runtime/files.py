@@ -1,6 +1,7 @@
-"""Files that are either whole or not there: write aside, flush to disk, rename.
+"""Atomic writes: a file is either complete or absent.
 
-Behind a URL (`featkd.runtime.remote`) it is: collect in memory, upload aside, move.
+A local file is written under a temporary name, flushed to disk and renamed. A file behind a URL
+(`featkd.runtime.remote`) is collected in memory, uploaded under a temporary name and moved.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from featkd.runtime.remote import Location, RemotePath
 
 
 def user_cache() -> Path:
-    """$XDG_CACHE_HOME/featkd, by default below ~/.cache; it may not be there yet."""
+    """Returns $XDG_CACHE_HOME/featkd, by default ~/.cache/featkd; it may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featkd"
 
 
 @contextmanager
 def atomic_write(path: Location, also: Sequence[Location] = ()) -> Iterator[IO[bytes]]:
-    """Open a file for writing that takes `path`'s place only when the block ends without error.
+    """Opens a file for writing that replaces `path` when the block ends without an error.
 
-    On any error, a full disk included, the temporary file is removed and what was at `path`
-    before is untouched. (Behind a URL see `RemotePath.replace_with`.)
+    On any error, including a full disk, the temporary file is removed and `path` keeps its old
+    content. For a URL see `RemotePath.replace_with`.
 
     Args:
         path: the file.
-        also: further names of it, in the same folder. They are given one after the other and
-            before `path` itself: whoever finds the new file at `path` finds it at all of them.
+        also: further names of the file, in the same folder. They are replaced before `path`, so if
+            `path` has the new content, they have it too.
     """
     if isinstance(path, RemotePath):
         content = io.BytesIO()
@@ -57,13 +58,13 @@ def atomic_write(path: Location, also: Sequence[Location] = ()) -> Iterator[IO[b
 def write_csv(
     path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]], digits: int | None = None
 ) -> None:
-    """Write a CSV file whole.
+    """Writes a CSV file atomically.
 
     Args:
         path: the file.
         columns: the header.
-        rows: values in the columns' order.
-        digits: significant digits of floats; None for all.
+        rows: values in the order of the columns.
+        digits: significant digits of floats; None writes all.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -76,9 +77,10 @@ def write_csv(
 
 
 def atomic_link(source: Location, path: Location) -> None:
-    """Give the whole file `source` a second name `path`, replacing what was there.
+    """Makes `path` a second name of the file `source`; replaces an existing file.
 
-    A hard link where the file system has them, else a copy; within a store a copy on its side.
+    Uses a hard link if the file system supports it, otherwise a copy. Within one remote store the
+    store makes the copy.
     """
     if isinstance(source, RemotePath) and isinstance(path, RemotePath) and source.fs == path.fs:
         source.copy_to(path)
@@ -90,7 +92,7 @@ def atomic_link(source: Location, path: Location) -> None:
 
 
 def _hard_link(source: Path, path: Path) -> bool:
-    """Whether the file system could do that."""
+    """Makes a hard link; returns False if the file system does not support it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -103,19 +105,19 @@ def _hard_link(source: Path, path: Path) -> bool:
 
 
 def remove_leftovers(folder: Location) -> None:
-    """Remove the temporary files that processes which no longer run left in a local `folder`.
+    """Removes temporary files of processes that have ended from a local folder.
 
-    Behind a URL there is at most one for each file, whose place the next write takes.
+    A remote folder has at most one temporary file per file, and the next write replaces it.
     """
     if isinstance(folder, RemotePath):
         return
     for leftover in folder.glob(".*.tmp"):
-        name = re.fullmatch(r"\..+\.(\d+)\.tmp", leftover.name)
-        if name and not _runs(int(name[1])):
+        match = re.fullmatch(r"\..+\.(\d+)\.tmp", leftover.name)
+        if match and not _is_running(int(match[1])):
             leftover.unlink(missing_ok=True)
 
 
-def _runs(process: int) -> bool:
+def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -126,7 +128,7 @@ def _runs(process: int) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, so that a rename in it survives a power cut."""
+    """Flushes a folder's entries to disk, so that a rename in it survives a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop after the current update."""
+"""Ctrl-C and SIGTERM as a request to stop after the current update."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 
 class Interrupt:
-    """Context in which the first SIGINT or SIGTERM only sets `signal`; a second one acts as usual.
+    """Context in which the first SIGINT or SIGTERM only sets `signal`; the second acts as usual.
 
-    Outside the main thread Python delivers no signals, and this does nothing.
+    It has no effect outside the main thread, where Python delivers no signals.
     """
 
     _CAUGHT = (signal.SIGINT, signal.SIGTERM)
@@ -29,8 +29,12 @@ class Interrupt:
     def __exit__(self, *_: object) -> None:
         self._restore()
 
-    def agreed(self, any_true: Callable[[bool], bool]) -> int | None:
-        """The signal to stop by where any process was told to; any_true: `ProcessContext`'s."""
+    def stop_signal(self, any_true: Callable[[bool], bool]) -> int | None:
+        """Returns the signal if any rank received one, otherwise None; a collective.
+
+        Args:
+            any_true: `ProcessContext.any_true`.
+        """
         if not any_true(self.signal is not None):
             return None
         return self.signal or signal.SIGTERM

@@ -1,4 +1,4 @@
-"""matplotlib figures for report pages: readable on a light and on a dark page."""
+"""matplotlib figures for report pages, readable on light and on dark backgrounds."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ GREY = "#888888"
 
 
 def axes_for(labels: Sequence[tuple[str, str]], height: float = 3.8) -> tuple[Figure, list[Any]]:
-    """A figure with one pair of axes beside the other for each (x label, y label)."""
+    """Creates a figure with axes side by side, one per (x label, y label)."""
     figure = Figure(figsize=(6.4, height), layout="constrained")
     figure.patch.set_alpha(0)
-    found = [figure.add_subplot(1, len(labels), n + 1) for n in range(len(labels))]
-    for axes, (x, y) in zip(found, labels, strict=True):
+    subplots = [figure.add_subplot(1, len(labels), n + 1) for n in range(len(labels))]
+    for axes, (x, y) in zip(subplots, labels, strict=True):
         axes.patch.set_alpha(0)
         axes.set_xlabel(x, color=GREY)
         axes.set_ylabel(y, color=GREY)
@@ -25,17 +25,17 @@ def axes_for(labels: Sequence[tuple[str, str]], height: float = 3.8) -> tuple[Fi
         for spine in axes.spines.values():
             spine.set_color(GREY)
         axes.grid(alpha=0.25)
-    return figure, found
+    return figure, subplots
 
 
 def legend(axes: Any, title: str | None = None, loc: str = "best") -> None:
-    """A frameless legend in grey, where matplotlib thinks best or a corner has been kept free."""
-    made = axes.legend(frameon=False, labelcolor=GREY, fontsize=9, title=title, loc=loc)
-    made.get_title().set_color(GREY)
+    """Adds a frameless grey legend at matplotlib's location `loc`."""
+    drawn = axes.legend(frameon=False, labelcolor=GREY, fontsize=9, title=title, loc=loc)
+    drawn.get_title().set_color(GREY)
 
 
 def as_svg(figure: Figure) -> str:
-    """The figure as an <svg> element; equal figures give equal text."""
+    """Returns the figure as an <svg> element; equal figures give equal text."""
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "featkd"}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})

@@ -1,4 +1,4 @@
-"""Places that a URL names: object stores and other file systems, by way of fsspec."""
+"""Paths behind URLs: object stores and other file systems, accessed through fsspec."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A folder or file behind a URL, with the part of `pathlib.Path`'s surface that runs need.
+    """A file or folder behind a URL, with the methods of `pathlib.Path` that runs need.
 
-    Everything a file system raises comes out as an OSError that names the URL.
+    Every error of a file system is raised as an OSError that names the URL.
     """
 
     url: str
     fs: Any
-    """fsspec's file system (untyped)."""
+    """The fsspec file system (untyped)."""
     path: str
-    """What the file system calls it."""
+    """Path within the file system."""
 
     def __truediv__(self, name: str) -> RemotePath:
         return RemotePath(f"{self.url.rstrip('/')}/{name}", self.fs, f"{self.path}/{name}")
@@ -32,103 +32,106 @@ class RemotePath:
 
     @property
     def name(self) -> str:
-        """What stands behind the last slash."""
+        """The part after the last slash."""
         return self.url.rstrip("/").rpartition("/")[2]
 
     def with_name(self, name: str) -> RemotePath:
-        """The file of that name in the same folder."""
-        folder, at = self.url.rstrip("/").rpartition("/")[0], self.path.rpartition("/")[0]
-        return RemotePath(f"{folder}/{name}", self.fs, f"{at}/{name}")
+        """Returns the file with that name in the same folder."""
+        url, path = self.url.rstrip("/").rpartition("/")[0], self.path.rpartition("/")[0]
+        return RemotePath(f"{url}/{name}", self.fs, f"{path}/{name}")
 
     def exists(self) -> bool:
-        """Whether there is a file or folder."""
-        with self._naming():
-            return bool(self.fs.exists(self.path))
+        """Checks whether the file or folder exists."""
+        return self._type() is not None
 
     def is_file(self) -> bool:
-        """Whether there is a file."""
-        with self._naming():
-            return bool(self.fs.isfile(self.path))
+        """Checks whether the file exists and is not a folder."""
+        return self._type() == "file"
+
+    def _type(self) -> str | None:
+        # Not fs.exists or fs.isfile, which return False on a lost connection.
+        with self._translated_errors():
+            try:
+                return str(self.fs.info(self.path)["type"])
+            except FileNotFoundError:
+                return None
 
     def read_bytes(self) -> bytes:
-        """The whole content."""
-        with self._naming():
+        """Reads the whole content."""
+        with self._translated_errors():
             return bytes(self.fs.cat_file(self.path))
 
     def mkdir(self, *, parents: bool = True, exist_ok: bool = True) -> None:
-        """Make the folder where the file system has such things; object stores have none.
+        """Creates the folder; a no-op on object stores, which have none.
 
         Raises:
-            FileExistsError: there is a file in its place.
+            FileExistsError: the path is a file.
         """
         if self.is_file():
-            raise FileExistsError(f"{self} is a file")
-        with self._naming():
+            raise FileExistsError(f"{self} is a file, expected a folder")
+        with self._translated_errors():
             self.fs.makedirs(self.path, exist_ok=exist_ok)
 
     def replace_with(self, content: bytes, also: Iterable[RemotePath] = ()) -> None:
-        """Make `content` what is here.
+        """Replaces the content atomically; first that of each of `also`, in the same store.
 
-        It becomes what is at each of `also` first, in the same store.
-
-        Object stores show an object when its upload is complete, other file systems while it is
-        written. Written aside and then put in place, it appears whole on either: a store copies on
-        its own side, where the copy appears whole too, and others rename. So after an error there
-        is here what was before or, where only the answer got lost, the new content; not a part of
-        it.
+        The content is uploaded under a temporary name, because some file systems show a file while
+        it is written. An object store then copies it on its side, which is atomic; other file
+        systems rename it. After an error the path has its old content or, if only the reply was
+        lost, the new content, and never a part of it.
         """
-        with self._naming():
+        with self._translated_errors():
             try:
-                self.fs.pipe_file(self._aside, content)
+                self.fs.pipe_file(self._temporary, content)
                 for other in also:
-                    other._take(self._aside)
-                self._take_aside()
+                    other._copy_from(self._temporary)
+                self._move_temporary()
             except BaseException:
-                self._forget_aside()
+                self._remove_temporary()
                 raise
 
     def copy_to(self, other: RemotePath) -> None:
-        """A copy at `other`, made by the store, which appears whole; see `replace_with`."""
-        other._take(self.path)
+        """Lets the store copy the file to `other`, atomically as in `replace_with`."""
+        other._copy_from(self.path)
 
-    def _take(self, path: str) -> None:
-        """Become a copy of what the file system has at `path`."""
-        with self._naming():
+    def _copy_from(self, path: str) -> None:
+        """Replaces the content with that of `path` in the same file system."""
+        with self._translated_errors():
             try:
-                self.fs.copy(path, self._aside)
-                self._take_aside()
+                self.fs.copy(path, self._temporary)
+                self._move_temporary()
             except BaseException:
-                self._forget_aside()
+                self._remove_temporary()
                 raise
 
-    def _take_aside(self) -> None:
-        """Put what waits in place."""
+    def _move_temporary(self) -> None:
+        """Replaces the content with that of the temporary file."""
         from fsspec.spec import AbstractFileSystem
 
-        if type(self.fs).mv is AbstractFileSystem.mv:  # no renaming: it would copy and delete
-            self.fs.copy(self._aside, self.path)
-            self._forget_aside()  # it is done, even where that is refused
+        if type(self.fs).mv is AbstractFileSystem.mv:  # cannot rename, only copy and delete
+            self.fs.copy(self._temporary, self.path)
+            self._remove_temporary()  # the replacement is complete even if this fails
         else:
-            self.fs.mv(self._aside, self.path)
+            self.fs.mv(self._temporary, self.path)
 
     @property
-    def _aside(self) -> str:
-        """Where a new content waits; one name, so that the next one takes a killed one's place."""
+    def _temporary(self) -> str:
+        """Name of the temporary file; always the same, so a write replaces an interrupted one's."""
         return self.with_name(f".{self.name}.tmp").path
 
-    def _forget_aside(self) -> None:
-        """Remove what waits, if the file system is there to do it and lets us."""
+    def _remove_temporary(self) -> None:
+        """Removes the temporary file, if the file system allows it."""
         try:
-            if self.fs.exists(self._aside):
-                self.fs.rm(self._aside)
-        except Exception:  # the next write takes its place
+            if self.fs.exists(self._temporary):
+                self.fs.rm(self._temporary)
+        except Exception:  # the next write replaces it
             return
 
     @contextmanager
-    def _naming(self) -> Iterator[None]:
+    def _translated_errors(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # stores have errors of their own, of any type
+        except Exception as error:  # stores raise errors of any type
             raise OSError(f"{self}: {type(error).__name__}: {error}") from error
 
 
@@ -136,19 +139,19 @@ Location = Path | RemotePath
 
 
 def seekable(where: Location) -> Path | io.BytesIO:
-    """What `torch.load` takes: a local path, or the content of what is elsewhere."""
+    """Returns a file for `torch.load`: a local path, or the content of a remote file."""
     return where if isinstance(where, Path) else io.BytesIO(where.read_bytes())
 
 
 def locate(where: str | PathLike[str] | RemotePath, name: str = "out") -> Location:
-    """A local path, or what a URL names; "file://..." is a local path.
+    """Converts a path or URL to a Location; "file://..." gives a local path.
 
     Args:
-        where: e.g. "runs/one", "s3://bucket/runs/one", "memory://one".
-        name: the argument or field that it is of, for the error.
+        where: e.g. "runs/one", "s3://bucket/runs/one" or "memory://one".
+        name: the argument or field that holds it, for the error.
 
     Raises:
-        ValueError: no such kind of URL, or its package is not installed.
+        ValueError: fsspec does not know the protocol, or its package is not installed.
     """
     if isinstance(where, RemotePath):
         return where
@@ -164,6 +167,6 @@ def locate(where: str | PathLike[str] | RemotePath, name: str = "out") -> Locati
         known = ", ".join(f"{p}://" for p in ("file", "s3", "gs", "abfs", "memory"))
         raise ValueError(
             f"{name}: {text!r} can't be used: {error}; expected a path or a URL that fsspec "
-            f"{fsspec.__version__} knows, such as {known}"
+            f"{fsspec.__version__} supports, such as {known}"
         ) from error
     return Path(path) if isinstance(fs, LocalFileSystem) else RemotePath(text, fs, path.rstrip("/"))

@@ -1,4 +1,4 @@
-"""Seeds that depend on what is being drawn for, not on when or where it is drawn."""
+"""Seeds derived from the purpose of a draw, independent of its time and process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import struct
 
 
 def derive_seed(*parts: int) -> int:
-    """A 63-bit seed from whole numbers (seed, epoch, sample, ...): equal for equal parts only.
+    """Derives a 63-bit seed from integers (seed, epoch, sample, ...); other parts, other seed.
 
     Example:
         >>> derive_seed(0, 1) == derive_seed(0, 1), derive_seed(0, 1) == derive_seed(1, 0)

@@ -1,4 +1,4 @@
-"""Training by feature distillation: recipes, the loop, checkpoints, the dry run."""
+"""Training by feature distillation: recipes, trainer, checkpoints, dry run."""
 
 from featkd.train.recipe import Recipe, find_recipe, load_recipe
 from featkd.train.trained import load_trained

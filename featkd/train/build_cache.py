@@ -1,4 +1,4 @@
-"""`featkd cache`: the teacher over every sample of some epochs, into a cache."""
+"""`featkd cache`: stores the teacher's outputs for the samples of some epochs."""
 
 from __future__ import annotations
 
@@ -16,24 +16,32 @@ from tqdm import tqdm
 
 from featkd.cache import CacheConfig, CacheError, CacheWriter, Manifest
 from featkd.cache.rows import NotStorable, Row
-from featkd.cache.writer import locked, prepare
+from featkd.cache.writer import lock_folder, prepare_folder
 from featkd.data import Batch, EpochSampler, ImageSet, Loader
-from featkd.data.factory import build_over
-from featkd.data.sampler import StretchSampler
+from featkd.data.factory import build_loader_for
+from featkd.data.sampler import RangeSampler
 from featkd.models.features import num_layers
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.interrupt import Interrupt
-from featkd.train.cached_teacher import check_unmixed, checkpoint_name, subject_of
-from featkd.train.components import build_student, check_fit, count_classes
+from featkd.train.cached_teacher import cache_subject, check_no_mixing, checkpoint_name
+from featkd.train.components import build_student, count_classes
+from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.teacher import Teacher, pair_layers, resolve_pairs, shapes_of
+from featkd.train.teacher import Teacher, create_teacher_model, output_shapes
 
 Found = TypeVar("Found")
 
 
-class Filled(NamedTuple):
-    """What came of it: shards that were written, by all processes, those that were there damaged,
-    and the unreadable images met: path -> cause."""
+class CacheBuild(NamedTuple):
+    """Result of `build_cache`.
+
+    Attributes:
+        manifest: the manifest in the folder.
+        written: shards written, by all processes.
+        damaged: shards that were there but damaged, and are written again.
+        bad_files: unreadable images: path -> cause.
+        interrupted_by: the signal that ended the command early, if any.
+    """
 
     manifest: Manifest
     written: int
@@ -42,7 +50,7 @@ class Filled(NamedTuple):
     interrupted_by: int | None
 
 
-def fill(
+def build_cache(
     recipe: Recipe,
     config: CacheConfig,
     context: ProcessContext,
@@ -50,17 +58,17 @@ def fill(
     *,
     quiet: bool = False,
     strict_classes: bool = True,
-) -> Filled:
-    """Write what is missing of a cache; all processes must call it.
+) -> CacheBuild:
+    """Writes the missing shards of a cache; all processes must call it.
 
-    A row's teacher pass is of the batch that the run's one process would see, so that neither the
-    number of processes nor an interruption changes a byte.
+    The teacher runs on the batches of a run with one process. Neither the number of processes nor
+    an interruption therefore changes a byte of the cache.
 
     Args:
-        recipe: the run that is to be taught.
-        config: what is kept.
+        recipe: the run that will read the cache.
+        config: what to store.
         context: this process.
-        folder: of the cache; made if missing.
+        folder: folder of the cache; created if missing.
         quiet: print nothing.
         strict_classes: refuse a student with more outputs than there are class folders.
 
@@ -71,28 +79,35 @@ def fill(
         featkd.data.BadImageError: an unreadable image under on_bad_image="error".
     """
     if recipe.teacher is None:
-        raise RecipeError("teacher: null; expected the teacher whose outputs are to be kept")
-    check_unmixed(recipe)
+        raise RecipeError("teacher: null; expected the teacher whose outputs are to be stored")
+    check_no_mixing(recipe)
     config = config.resolved(recipe.loss.feature is not None)
     dataset = ImageSet(recipe.data, "train", recipe.seed)
     repeats = recipe.data.augment.repeats
-    sampler = StretchSampler(len(dataset), repeats=repeats, seed=recipe.seed)
-    loader = build_over(
+    sampler = RangeSampler(len(dataset), repeats=repeats, seed=recipe.seed)
+    loader = build_loader_for(
         dataset, recipe.data, sampler, batch_size=recipe.batch_size, device=context.device
     )
     notes: list[str] = []
     try:
         classes = count_classes(recipe, dataset.classes, notes, strict=strict_classes)
         student = build_student(recipe, classes).to(context.device)
-        teacher = _teacher(recipe, config, classes, context, notes)
-        compared = pair_layers(recipe, teacher.model, "teacher")  # kept or not
-        shapes = shapes_of(teacher.model, compared, recipe, context)
-        check_fit(recipe, student, shapes, context, notes)
+        model = create_teacher_model(recipe, classes, context, notes)
+        compares_maps, stores_maps = recipe.loss.feature is not None, config.features != "none"
+        pairs = LayerPairs()
+        if compares_maps or stores_maps:
+            pairs = resolve_layer_pairs(recipe, num_layers(student), num_layers(model))
+        # A recipe that can't be trained is refused before the teacher runs, whatever is stored.
+        compared = pairs if compares_maps else LayerPairs()
+        shapes = output_shapes(model, compared.teacher, recipe, context)
+        check_fit(recipe, student, compared, shapes, context, notes)
         del student
+        layers = tuple(sorted(set(pairs.teacher))) if stores_maps else ()
+        teacher = Teacher(model, layers, recipe, context, logits=True)
         manifest = Manifest(
-            subject=subject_of(recipe, loader, context),
-            weights=_weights(cast(nn.Module, teacher.model)),
-            depth=num_layers(teacher.model),
+            subject=cache_subject(recipe, loader, context),
+            weights=_weights_sha256(cast(nn.Module, model)),
+            depth=num_layers(model),
             layout=config.layout(*teacher.shapes),
             rows=len(EpochSampler(len(dataset), training=True, repeats=repeats)),
             shard_rows=-(-config.shard_rows // recipe.batch_size) * recipe.batch_size,
@@ -100,10 +115,10 @@ def fill(
             views=config.views,
             checkpoint=checkpoint_name(recipe),
         )
-        with ExitStack() as held, Interrupt() as interrupt:
-            manifest = _begin(folder, manifest, context, held)
+        with ExitStack() as lock, Interrupt() as interrupt:
+            manifest = _prepare(folder, manifest, context, lock)
             writer = CacheWriter(folder, manifest)
-            with _progress(manifest, context.is_main and not quiet) as bar:
+            with _progress_bar(manifest, context.is_main and not quiet) as bar:
 
                 def say(message: str) -> None:
                     if not quiet:
@@ -111,25 +126,25 @@ def fill(
 
                 for note in notes if context.is_main else ():
                     say(note)
-                work = _Work(writer, teacher, loader, sampler, context, interrupt, bar, say)
-                ends = (work.fill(view) for view in range(manifest.views))
-                by = next((signal for signal in ends if signal is not None), None)
-            written = sum(_pooled([work.written], context))
-            bad_files = context.merged(work.bad_files)
+                build = _Build(writer, teacher, loader, sampler, context, interrupt, bar, say)
+                signals = (build.write_view(view) for view in range(manifest.views))
+                stopped_by = next((signal for signal in signals if signal is not None), None)
+            written = sum(_gather([build.written], context))
+            bad_files = context.merge_dicts(build.bad_files)
     finally:
         loader.close()
-    return Filled(manifest, written, work.damaged, bad_files, by)
+    return CacheBuild(manifest, written, build.damaged, bad_files, stopped_by)
 
 
-class _Work:
-    """Batches through the teacher, and into shards."""
+class _Build:
+    """Runs batches through the teacher and writes shards."""
 
     def __init__(
         self,
         writer: CacheWriter,
         teacher: Teacher,
         loader: Loader,
-        sampler: StretchSampler,
+        sampler: RangeSampler,
         context: ProcessContext,
         interrupt: Interrupt,
         bar: Any,
@@ -141,125 +156,119 @@ class _Work:
         self._sampler = sampler
         self._context = context
         self._interrupt = interrupt
-        self._bar = bar  # tqdm's
+        self._bar = bar
         self._say = say
-        self.written = 0
-        self.damaged = 0  # of all processes
+        self.written = 0  # by this process
+        self.damaged = 0  # found by all processes
         self.bad_files: dict[str, str] = {}
 
-    def fill(self, view: int) -> int | None:
-        """Write what is missing of a view; returns the signal that ended that, if any.
+    def write_view(self, view: int) -> int | None:
+        """Writes the missing shards of a view; returns the signal that stopped it, if any.
 
-        The processes take the missing shards in turns and meet before each: none waits for long,
-        and a signal to one of them stops all.
+        The processes take the missing shards in turns and synchronise before each. None waits for
+        long, and a signal to one of them stops all.
         """
-        number, together = self._context.rank, self._context.world_size
+        rank, world_size = self._context.rank, self._context.world_size
         missing = self._missing(view)
-        stretches = [self._writer.manifest.positions(shard) for shard in missing]
-        self._bar.update(self._writer.manifest.rows - sum(map(len, stretches)))
-        self._sampler.choose(view, own := stretches[number::together])
+        ranges = [self._writer.manifest.positions(shard) for shard in missing]
+        self._bar.update(self._writer.manifest.rows - sum(map(len, ranges)))
+        self._sampler.set_ranges(view, own := ranges[rank::world_size])
         batches = iter(self._loader) if own else iter(())
-        for first in range(0, len(missing), together):
-            if (stopped_by := self._interrupt.agreed(self._context.any_true)) is not None:
+        for first in range(0, len(missing), world_size):
+            if (stopped_by := self._interrupt.stop_signal(self._context.any_true)) is not None:
                 return stopped_by
-            turn = range(first, min(first + together, len(missing)))
-            if first + number in turn:
-                self._compute(view, missing[first + number], batches)
-            self._bar.update(sum(len(stretches[i]) for i in turn if i != first + number))
-        return self._interrupt.agreed(self._context.any_true)
+            turn = range(first, min(first + world_size, len(missing)))
+            if first + rank in turn:
+                self._write_shard(view, missing[first + rank], batches)
+            self._bar.update(sum(len(ranges[i]) for i in turn if i != first + rank))
+        return self._interrupt.stop_signal(self._context.any_true)
 
     def _missing(self, view: int) -> list[int]:
-        """Shards of a view that are not there or damaged; each process looks at a part of it."""
+        """Missing or damaged shards of a view; each process checks a part of the view."""
         context = self._context
         part = range(context.rank, self._writer.manifest.shards, context.world_size)
         missing = []
         known = len(self._writer.damaged)
-        for shard, whole in zip(part, self._writer.whole(view, part), strict=True):
+        for shard, intact in zip(part, self._writer.intact(view, part), strict=True):
             if self._interrupt.signal is not None:
                 break
-            if not whole:
+            if not intact:
                 missing.append(shard)
-        for damage in (damages := _pooled(self._writer.damaged[known:], context)):
+        damaged = _gather(self._writer.damaged[known:], context)
+        for message in damaged:
             if context.is_main:
-                self._say(damage)
-        self.damaged += len(damages)
-        return sorted(_pooled(missing, context))
+                self._say(message)
+        self.damaged += len(damaged)
+        return sorted(_gather(missing, context))
 
-    def _compute(self, view: int, shard: int, batches: Iterator[Batch]) -> None:
-        """Write a shard from the next batches; a signal ends it before one of them."""
+    def _write_shard(self, view: int, shard: int, batches: Iterator[Batch]) -> None:
+        """Writes a shard from the next batches; a signal ends it before the next batch."""
         manifest = self._writer.manifest
         rows: list[Row] = []
         keys: list[Tensor] = []
-        shown: list[Tensor] = []
+        source_index: list[Tensor] = []
         for batch in islice(batches, -(-len(manifest.positions(shard)) // manifest.batch_size)):
             if self._interrupt.signal is not None:
                 return
             rows += self._rows(batch)
             keys.append(batch.keys)
-            shown.append(batch.shown)
+            source_index.append(batch.source_index)
             self._bar.update(len(batch.keys))
-            self._name_bad()
-        self._writer.write(view, shard, torch.cat(keys), torch.cat(shown), rows)
+            self._report_bad_images()
+        self._writer.write(view, shard, torch.cat(keys), torch.cat(source_index), rows)
         self.written += 1
 
-    def _name_bad(self) -> None:
-        """Name each unreadable image once (under on_bad_image="skip")."""
+    def _report_bad_images(self) -> None:
+        """Reports each unreadable image once (under on_bad_image="skip")."""
         for path, cause in self._loader.bad_images.items():
             if path not in self.bad_files:
                 self.bad_files[path] = cause
-                self._say(f"unreadable image, its rows are of the one after it: {path}: {cause}")
+                self._say(
+                    f"unreadable image, its rows are computed from the next one: {path}: {cause}"
+                )
 
     def _rows(self, batch: Batch) -> list[Row]:
         images = batch.images.to(self._context.device, non_blocking=True)
-        taught = self._teacher.teach(batch._replace(images=images))
+        outputs = self._teacher.outputs(batch._replace(images=images))
         try:
-            return self._writer.manifest.layout.encode(taught)
+            return self._writer.manifest.layout.encode(outputs)
         except NotStorable as error:
-            epoch, image, copy = batch.keys[error.number].tolist()
+            epoch, image, copy = batch.keys[error.index].tolist()
             raise CacheError(
-                f"image {image}, copy {copy} of view {epoch}: {error.cause}; another amp may do"
+                f"image {image}, copy {copy} of view {epoch}: {error.cause}; try another amp"
             ) from error
 
 
-def _begin(folder: Path, manifest: Manifest, context: ProcessContext, held: ExitStack) -> Manifest:
-    """Lock and prepare the folder on process 0, for all of them."""
-    answer: Manifest | CacheError = manifest
+def _prepare(
+    folder: Path, manifest: Manifest, context: ProcessContext, lock: ExitStack
+) -> Manifest:
+    """Locks and prepares the folder on process 0; all processes return the folder's manifest."""
+    result: Manifest | CacheError = manifest
     if context.is_main:
         try:
-            held.enter_context(locked(folder))
-            answer = prepare(folder, manifest)
+            lock.enter_context(lock_folder(folder))
+            result = prepare_folder(folder, manifest)
         except CacheError as error:
-            answer = error
-    answer = context.broadcast(answer)
-    if isinstance(answer, CacheError):
-        raise answer
-    return answer
+            result = error
+    result = context.broadcast(result)
+    if isinstance(result, CacheError):
+        raise result
+    return result
 
 
-def _pooled(found: Sequence[Found], context: ProcessContext) -> list[Found]:
-    """What all processes have found, on all of them."""
+def _gather(found: Sequence[Found], context: ProcessContext) -> list[Found]:
+    """Concatenates the lists of all processes, on all of them."""
     return [x for part in context.all_gather(found) for x in part]
 
 
-def _progress(manifest: Manifest, shown: bool) -> Any:
-    """A bar over the rows of the cache."""
+def _progress_bar(manifest: Manifest, shown: bool) -> Any:
+    """Progress bar over the rows of the cache."""
     total = manifest.views * manifest.rows
     return tqdm(total=total, unit="image", disable=None if shown else True)
 
 
-def _teacher(
-    recipe: Recipe, config: CacheConfig, classes: int, context: ProcessContext, notes: list[str]
-) -> Teacher:
-    """The teacher, which gives the maps to be kept."""
-
-    def layers(depth: int) -> tuple[int, ...]:
-        return () if config.features == "none" else resolve_pairs(recipe, depth, "teacher")
-
-    return Teacher(recipe, classes, context, notes, layers)
-
-
-def _weights(model: nn.Module) -> str:
-    """SHA-256 of a model's parameters and buffers, as it holds them."""
+def _weights_sha256(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers, in their dtypes."""
     digest = hashlib.sha256()
     for name, x in sorted(model.state_dict().items()):
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())

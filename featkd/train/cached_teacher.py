@@ -1,4 +1,4 @@
-"""A run on a cache: does it fit the recipe, and what does it say of each batch?"""
+"""Training on a cache: compares the cache with the recipe and reads the teacher's outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featkd.cache import CacheError, Manifest, Taught, TeacherCache
+from featkd.cache import CacheError, Manifest, TeacherCache, TeacherOutputs
 from featkd.cache.ahead import ReadAhead
 from featkd.cache.manifest import differing, read_manifest
 from featkd.data import Batch, Loader
@@ -21,130 +21,136 @@ from featkd.data.augment import AUGMENTATION_VERSION
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.remote import Location, locate
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.teacher import Shapes, resolve_pairs
+from featkd.train.teacher import OutputShapes
 
 _CHUNK = 1 << 22
 
 
-class OpenCache:
-    """What says of each batch what the student is to learn: the rows of a cache.
+class CachedTeacher:
+    """Reads the teacher's logits and feature maps from a cache.
 
     Args:
-        cache: that fits the recipe.
-        recipe: the run.
-        device: where the rows go.
-        name: the file of an image, by its number.
+        cache: a cache that fits the recipe.
+        layers: layers whose feature maps are returned, in this order.
+        device: device of the returned tensors.
+        image_name: image number -> file name, for error messages.
 
     Raises:
-        RecipeError: it lacks a layer that the loss compares.
+        RecipeError: the cache does not hold one of the layers.
     """
 
     def __init__(
         self,
         cache: TeacherCache,
-        recipe: Recipe,
+        layers: tuple[int, ...],
         device: torch.device,
-        name: Callable[[int], str],
+        image_name: Callable[[int], str],
     ) -> None:
         layout = cache.manifest.layout
-        held = {shape.layer: shape for shape in layout.layers}
-        self.layers: tuple[int, ...] = ()
-        if recipe.loss.feature is not None:
-            self.layers = resolve_pairs(recipe, cache.manifest.depth, "teacher")
-        lacking = sorted(set(self.layers) - set(held))
-        if lacking:
+        stored = {shape.layer: shape for shape in layout.layers}
+        self.layers = layers
+        missing = sorted(set(layers) - set(stored))
+        if missing:
             raise RecipeError(
-                f"cache: {cache.folder} holds the maps of layers {sorted(held) or 'none'} of the "
-                f"teacher's {cache.manifest.depth}, loss.pairs needs {lacking} too"
+                f"cache: {cache.folder} holds the maps of layers {sorted(stored) or 'none'} of the "
+                f"teacher's {cache.manifest.depth}, loss.pairs needs {missing} too"
             )
-        maps = tuple(held[layer] for layer in self.layers)
-        self.shapes = Shapes(layout.classes, layout.logits_dtype, maps)
-        self._folder, self._name = cache.folder, name
-        self._ahead = ReadAhead(lambda keys: cache.read(keys, self.layers, device))
+        maps = tuple(stored[layer] for layer in layers)
+        self.shapes = OutputShapes(layout.classes, layout.logits_dtype, maps)
+        self._folder, self._image_name = cache.folder, image_name
+        self._ahead = ReadAhead(lambda keys: cache.read(keys, layers, device))
 
-    def expect(self, upcoming: Iterator[Tensor]) -> None:
-        """Read the rows of the coming batches, of these keys, before they are asked for."""
-        self._ahead.follow(upcoming)
+    def prefetch(self, upcoming: Iterator[Tensor]) -> None:
+        """Reads rows ahead for the next batches, given their keys."""
+        self._ahead.prefetch(upcoming)
 
-    def teach(self, batch: Batch) -> Taught:
-        """Logits and maps of a batch, on the device.
+    def outputs(self, batch: Batch) -> TeacherOutputs:
+        """Reads logits and feature maps of a batch onto the device.
 
         Raises:
-            CacheError: what is stored of an image is damaged, or of another one than the batch
-                shows.
+            CacheError: a row is damaged, or belongs to another image than the batch shows.
         """
-        taught, held = self._ahead.rows(batch.keys)
-        for number in (held != batch.shown).nonzero().flatten().tolist():
+        outputs, held = self._ahead.read(batch.keys)
+        for number in (held != batch.source_index).nonzero().flatten().tolist():
             image = int(batch.keys[number, 1])
             raise CacheError(
-                f"{self._folder}: its row of image {image} ({self._name(image)}) is of image "
-                f"{held[number]}, this run shows {batch.shown[number]}: the file could be read in "
-                "one of the two only; expected it readable in both, or in neither"
+                f"{self._folder}: the row of image {image} ({self._image_name(image)}) was "
+                f"computed from image {held[number]}, but this run shows image "
+                f"{batch.source_index[number]}: the file was readable in only one of the two; "
+                "expected it to be readable in both, or in neither"
             )
-        return taught
+        return outputs
 
 
-def views_of(recipe: Recipe) -> int | None:
-    """Views of the recipe's cache, None without one."""
+def cache_views(recipe: Recipe) -> int | None:
+    """Number of views of the recipe's cache; None without a cache."""
     return None if recipe.cache is None else read_manifest(Path(recipe.cache)).views
 
 
 def open_cache(
     recipe: Recipe, loader: Loader, context: ProcessContext, notes: list[str]
-) -> OpenCache:
-    """The recipe's cache; all processes must call it.
+) -> TeacherCache:
+    """Opens the recipe's cache and compares it with the recipe; all processes must call it.
+
+    Args:
+        recipe: the run; its cache is not null.
+        loader: the training loader.
+        context: this process.
+        notes: notes for the user are appended here.
 
     Raises:
-        RecipeError: it is of other images, another teacher, resolution, augmentation or seed, or
-            has too few views; names all that differs.
-        CacheError: it is damaged or unfinished.
+        RecipeError: the cache was made with other images, another teacher, resolution,
+            augmentation or seed, or has too few views; lists all differences.
+        CacheError: the cache is damaged or unfinished.
     """
     assert recipe.cache is not None
-    check_unmixed(recipe)
-    cache = TeacherCache(Path(recipe.cache), views=recipe.optim.epochs)  # more are for others
+    check_no_mixing(recipe)
+    # Views beyond this run's epochs may still be missing.
+    cache = TeacherCache(Path(recipe.cache), views=recipe.optim.epochs)
     manifest = cache.manifest
-    held, asked = dict(manifest.subject), subject_of(recipe, loader, context)
+    held, asked = dict(manifest.subject), cache_subject(recipe, loader, context)
     name = checkpoint_name(recipe)
     if name is not None and asked["teacher.checkpoint"] is None:
         assert recipe.teacher is not None
-        if name != manifest.checkpoint:  # as likely mistyped as elsewhere
+        if name != manifest.checkpoint:  # the name may be mistyped
             raise RecipeError(
-                f"teacher.checkpoint: there is no {recipe.teacher.checkpoint} here, and "
-                f"{recipe.cache} was made of {manifest.checkpoint or 'no checkpoint'}; expected "
-                "that file's name, or a file that is here"
+                f"teacher.checkpoint: no file {recipe.teacher.checkpoint!r}, and {recipe.cache} "
+                f"was made from {manifest.checkpoint or 'no checkpoint'}; expected an existing "
+                "file, or that file's name"
             )
         notes.append(
-            f"cache: there is no {recipe.teacher.checkpoint} here, so that it is not compared "
-            f"with the checkpoint that {recipe.cache} was made of"
+            f"cache: no file {recipe.teacher.checkpoint!r}: the teacher of {recipe.cache} was "
+            "compared by file name only"
         )
         del held["teacher.checkpoint"], asked["teacher.checkpoint"]
     different = differing(held, asked)
     if different:
         raise RecipeError(
-            f"cache: {recipe.cache} was made otherwise than this run would be: "
+            f"cache: {recipe.cache} does not fit this run (cache's value, not the run's): "
             f"{'; '.join(different)}"
         )
     _check_epochs(recipe, manifest, loader, context)
     top, loss = manifest.layout.logits_top, recipe.loss
     if top is not None and loss.alpha > 0 and loss.tau != 1:
         notes.append(
-            f"cache: {recipe.cache} keeps {top} of {manifest.layout.classes} classes, of which "
-            f"loss.tau {loss.tau:g} makes another soft loss than of all (docs/cache-sizes.md)"
+            f"cache: {recipe.cache} keeps {top} of {manifest.layout.classes} classes; with "
+            f"loss.tau {loss.tau:g} the soft loss differs from that of all classes "
+            "(docs/cache-sizes.md)"
         )
-    return OpenCache(cache, recipe, context.device, loader.dataset.name)
+    return cache
 
 
-def check_unmixed(recipe: Recipe) -> None:
-    """Rows are of single images.
+def check_no_mixing(recipe: Recipe) -> None:
+    """Checks that training mixes no images, as a cache's row belongs to a single image.
 
     Raises:
-        RecipeError: training would mix them.
+        RecipeError: mixup or CutMix is on.
     """
     augment = recipe.data.augment
     if augment.mixes:
         raise RecipeError(
             f"data.augment.mixup, data.augment.cutmix: {augment.mixup:g} and {augment.cutmix:g}, "
-            "but a cache holds what the teacher says of images by themselves; expected 0 and 0"
+            "but a cache holds the teacher's outputs for single images; expected 0 and 0"
         )
 
 
@@ -158,25 +164,25 @@ def _check_epochs(
             f"{manifest.views} views; expected at most as many epochs, cache_epochs: cycle, or a "
             "cache with more views"
         )
-    # Processes share an epoch's positions out, and the last ones can lie past its end.
+    # The epoch is padded to whole batches on all processes, with its first samples.
     last = len(loader) * recipe.batch_size * context.world_size
     if last > manifest.rows:
         raise RecipeError(
             f"batch_size: {recipe.batch_size} on {context.world_size} processes takes {last} "
-            f"samples an epoch, {last - manifest.rows} of them a second time; the cache has "
-            f"{manifest.rows} a view; expected a batch size that leaves those out"
+            f"samples per epoch, {last - manifest.rows} of them twice, but the cache has "
+            f"{manifest.rows} per view; expected a batch size that repeats none"
         )
 
 
 def checkpoint_name(recipe: Recipe) -> str | None:
-    """Of the teacher's file, without its folder, which differs between machines."""
+    """File name of the teacher's checkpoint, without its folder, which differs between machines."""
     if recipe.teacher is None or recipe.teacher.checkpoint is None:
         return None
     return locate(recipe.teacher.checkpoint, "teacher.checkpoint").name
 
 
-def subject_of(recipe: Recipe, loader: Loader, context: ProcessContext) -> dict[str, Any]:
-    """All that a cache's rows depend on, as plain values; all processes must call it."""
+def cache_subject(recipe: Recipe, loader: Loader, context: ProcessContext) -> dict[str, Any]:
+    """Everything that a cache's rows depend on, as plain values; all processes must call it."""
     teacher, data = recipe.teacher, recipe.data
     assert teacher is not None
     checkpoint = teacher.checkpoint
@@ -190,15 +196,15 @@ def subject_of(recipe: Recipe, loader: Loader, context: ProcessContext) -> dict[
         "data.mean": data.mean,
         "data.std": data.std,
         "data.interpolation": data.interpolation,
-        "data.pixels": loader.pixels,
+        "data.pixels": loader.decoder,
         "amp": recipe.amp,
         "seed": recipe.seed,
         "augmentation_version": AUGMENTATION_VERSION,
     }
     found |= {f"data.augment.{k}": v for k, v in dataclasses.asdict(data.augment).items()}
-    found |= {f"versions.{k}": v for k, v in _versions(loader.pixels).items()}
+    found |= {f"versions.{k}": v for k, v in _versions(loader.decoder).items()}
     digests: dict[str, str | None] = {}
-    if context.is_main:  # a million files' sizes: once a run
+    if context.is_main:  # reads the size of every image file
         digests["data.images_sha256"] = loader.dataset.fingerprint()
         digests["teacher.checkpoint"] = None
         if checkpoint is not None and (file := locate(checkpoint, "teacher.checkpoint")).is_file():
@@ -208,15 +214,15 @@ def subject_of(recipe: Recipe, loader: Loader, context: ProcessContext) -> dict[
     return plain
 
 
-def _versions(pixels: str) -> Mapping[str, str]:
-    """Of what draws and computes the pixels, builds aside ("+cu130"), which machines differ in.
+def _versions(decoder: str) -> Mapping[str, str]:
+    """Versions of the packages that determine the pixels, without build suffixes ("+cu130").
 
-    Under DALI too Pillow and torchvision draw, and torch and numpy the flips and the order.
+    With DALI, timm still draws the augmentation with torch, torchvision, Pillow and numpy.
     """
     names = ("torch", "numpy", "timm", "torchvision", "pillow")
     found = {name: metadata.version(name).partition("+")[0] for name in names}
-    if pixels != "timm":
-        from nvidia import dali  # the wheel's name has CUDA's version in it
+    if decoder != "timm":
+        from nvidia import dali  # not by metadata: the wheel's name contains the CUDA version
 
         found["dali"] = dali.__version__
     return found

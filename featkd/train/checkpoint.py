@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved, when it is kept, and how a run finds its way back."""
+"""Checkpoints of a run: saving, keeping, loading and comparing with a recipe."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from typing import Any
 
 import torch
 
-from featkd.data.workers import is_of_worker
+from featkd.data.workers import is_worker_error
 from featkd.runtime.files import atomic_link, atomic_write, remove_leftovers
 from featkd.runtime.remote import Location, RemotePath, locate, seekable
+from featkd.train.recipe import NO_FASTEST
 
 FORMAT = 2
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that can't be written, read, or used with this recipe; names file and cause."""
+    """A checkpoint can't be written, read, or used with this recipe; names file and cause."""
 
 
 class CheckpointStore:
-    """The checkpoints of one run in one folder: `last.pt`, `best.pt`, `epoch-<n>.pt`.
+    """Stores the checkpoints of a run in a folder: `last.pt`, `best.pt`, `epoch-<n>.pt`.
 
-    Every file appears whole or not at all. `best.pt` and `epoch-<n>.pt` are further names of the
-    same file where they are equal to the last, so that keeping them costs no second write.
+    Every file appears whole or not at all. A `best.pt` or `epoch-<n>.pt` equal to the last
+    checkpoint is a hard link to the same file, without a second write.
 
     Args:
-        folder: where they lie, on disk or behind a URL; made if missing.
-        keep_every: keep every k-th epoch's state for good, or None.
+        folder: folder on disk or behind a URL; created if missing.
+        keep_every: keep the checkpoint of every k-th epoch; None for none.
     """
 
     def __init__(self, folder: Location, keep_every: int | None = None) -> None:
@@ -37,10 +38,10 @@ class CheckpointStore:
         self.best = folder / "best.pt"
 
     def prepare(self) -> None:
-        """Make the folder and clear what a killed run left half-written.
+        """Creates the folder and removes temporary files of a killed run.
 
         Raises:
-            CheckpointError: there is a file in its place.
+            CheckpointError: the path is a file.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -51,18 +52,18 @@ class CheckpointStore:
     def save(
         self, state: dict[str, Any], *, is_best: bool = False, ended_epoch: int | None = None
     ) -> None:
-        """Save `state` as the last checkpoint.
+        """Saves `state` as the last checkpoint.
+
+        `best.pt` and `epoch-<n>.pt` are written before `last.pt`. After a kill at any moment, the
+        ones that belong to `last.pt` therefore exist.
 
         Args:
             state: tensors and plain values only, so that it loads with weights_only.
-            is_best: whether it is the best so far.
-            ended_epoch: number of epochs done, where one has just ended.
-
-        A kill at any moment leaves a `last.pt` of which all further names are there as well: they
-        come first, so that at worst a run that goes on from the state before makes them again.
+            is_best: also save as `best.pt`.
+            ended_epoch: number of epochs done if an epoch has just ended, else None.
 
         Raises:
-            CheckpointError: the disk is full or the folder not writable; `last.pt` is untouched.
+            CheckpointError: the disk is full or the folder not writable; `last.pt` is unchanged.
         """
         names = []
         if ended_epoch is not None and self.keep_every and ended_epoch % self.keep_every == 0:
@@ -72,27 +73,27 @@ class CheckpointStore:
         try:
             with atomic_write(self.last, names) as file:
                 torch.save({"format": FORMAT, **state}, file)
-        except (OSError, RuntimeError) as error:  # torch.save turns a short write into the latter
-            if isinstance(error, RuntimeError) and is_of_worker(error):
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+            if isinstance(error, RuntimeError) and is_worker_error(error):
                 raise
             raise CheckpointError(
-                f"could not save {self.last}: {error}; what was there before is untouched"
+                f"could not save {self.last}: {error}; the earlier checkpoint is unchanged"
             ) from error
 
-    def bring_best(self, path: Location, state: dict[str, Any]) -> dict[str, Any]:
-        """Have the state of the best score in `best.pt` when a run goes on from a checkpoint.
+    def restore_best(self, path: Location, state: dict[str, Any]) -> dict[str, Any]:
+        """Restores `best.pt` when a run resumes in another folder, or if the file was lost.
 
-        The score comes with every checkpoint, the state only with one: where the run goes on in
-        another folder, and where a `best.pt` was lost, `best.pt` is brought from `path` or from
-        beside it.
+        Every checkpoint holds the best score, but only one holds the state that reached it. That
+        one is copied from `path`, or from the `best.pt` in the same folder as `path`. A better
+        `best.pt` in this folder is kept.
 
         Args:
-            path: the checkpoint that the run goes on from, of this folder or another.
+            path: the checkpoint that the run resumes from, in this folder or another.
             state: its content.
 
         Returns:
-            The score that `best.pt` has now, and that is to be beaten: a better one of its own
-            than `state` knows of stays; nothing where there is no such state any more.
+            The score of `best.pt`, which later scores have to exceed; empty if there is no
+            `best.pt`.
 
         Raises:
             CheckpointError: `best.pt` can't be read or written.
@@ -112,14 +113,14 @@ class CheckpointStore:
 
 
 def load(path: str | PathLike[str] | RemotePath) -> dict[str, Any]:
-    """Read a checkpoint of featkd onto the CPU, without unpickling any code.
+    """Reads a featkd checkpoint onto the CPU, without unpickling any code.
 
     Raises:
-        CheckpointError: it is missing, damaged, of another kind or of another format.
+        CheckpointError: it is missing, damaged, not a featkd checkpoint or of another format.
     """
-    where = locate(path, "checkpoint")
+    location = locate(path, "checkpoint")
     try:
-        state = torch.load(seekable(where), map_location="cpu", weights_only=True)
+        state = torch.load(seekable(location), map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"could not read the checkpoint {path}: {error}") from error
     if not isinstance(state, dict) or "format" not in state:
@@ -128,23 +129,26 @@ def load(path: str | PathLike[str] | RemotePath) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: checkpoint format {state['format']}, this featkd reads {FORMAT}"
         )
+    if "due" in state:  # the key's name in earlier versions
+        state["evaluation_pending"] = state.pop("due")
     return state
 
 
 def check_same_model(path: Location, saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Compare the recipe in a checkpoint with the one that is to go on from it.
+    """Compares the recipe in a checkpoint with the recipe that resumes from it.
 
     Args:
         path: the checkpoint, for the message.
         saved, current: the recipes as plain dicts.
 
     Returns:
-        The fields that differ, as "field: saved -> current" (not those that only say where and
-        how often something is written).
+        The fields that differ, as "field: saved -> current", without those that only set where
+        and how often something is written.
 
     Raises:
         CheckpointError: the students differ.
     """
+    inference = (saved["teacher"] or {}).pop("inference", None)  # a field of earlier versions
     harmless = ("out", "log_every", "checkpoint", "device", "data.workers", "data.path")
     changed = {
         name: f"{name}: {old!r} -> {new!r}"
@@ -156,13 +160,13 @@ def check_same_model(path: Location, saved: dict[str, Any], current: dict[str, A
         raise CheckpointError(
             f"{path}: holds another student than the recipe asks for ({'; '.join(student)})"
         )
-    return list(changed.values())
+    return [*changed.values(), *([NO_FASTEST] if inference == "fastest" else [])]
 
 
-def named(classes: list[str]) -> str:
-    """The first few of some class names, and how many there are."""
-    few = ", ".join(classes[:5])
-    return few if len(classes) <= 5 else f"{few}, ... {len(classes)} in all"
+def abbreviate(names: list[str]) -> str:
+    """Joins the first five names, and adds the total number if there are more."""
+    few = ", ".join(names[:5])
+    return few if len(names) <= 5 else f"{few}, ... {len(names)} in all"
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:

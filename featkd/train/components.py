@@ -1,9 +1,9 @@
-"""From a recipe to the parts of a run: loaders, models, loss, optimizer, schedule."""
+"""Builds the components of a run from its recipe: loaders, models, loss, optimizer, schedule."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -20,14 +20,23 @@ from featkd.models import Lift, create_student
 from featkd.models.features import FeatureModel, feature_grid, num_layers
 from featkd.runtime.checks import suggestion
 from featkd.runtime.distributed import ProcessContext
-from featkd.runtime.environment import multiplies_bf16
-from featkd.train.cached_teacher import OpenCache, open_cache, views_of
+from featkd.runtime.environment import has_fast_bf16
+from featkd.train.cached_teacher import CachedTeacher, cache_views, open_cache
+from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.teacher import Shapes, Teacher, naming, pair_layers, shapes_of
+from featkd.train.teacher import Teacher, create_teacher_model, naming
+
+
+class StudentOutputs(NamedTuple):
+    """Student outputs; `maps` is empty if `feature_loss`, a scalar, is set."""
+
+    logits: Tensor
+    maps: list[Tensor]
+    feature_loss: Tensor | None
 
 
 class FeatureForward(nn.Module):
-    """A student's `forward_with_features` as a module's forward, for DDP and torch.compile."""
+    """`forward_with_features` of a student as a module's forward, for DDP and torch.compile."""
 
     def __init__(self, model: FeatureModel, layers: tuple[int, ...]) -> None:
         super().__init__()
@@ -39,7 +48,7 @@ class FeatureForward(nn.Module):
 
 
 class LossForward(nn.Module):
-    """A Lift student's `forward_with_loss` as a module's forward, for DDP and torch.compile."""
+    """`forward_with_loss` of a Lift student as a module's forward, for DDP and torch.compile."""
 
     def __init__(self, model: Lift, metric: Metric) -> None:
         super().__init__()
@@ -52,12 +61,12 @@ class LossForward(nn.Module):
 
 
 @dataclass
-class Parts:
-    """What a run works with; `student_forward` is what the loop calls.
+class RunComponents:
+    """Everything that a run works with.
 
-    `source` says what the student is to learn: the model `teacher`, or a cache. With
-    `student_forms_loss`, `student_forward` takes the teacher's map and returns the logits and the
-    feature loss; else it returns the logits and the maps.
+    `student_forward` is the module that the training loop calls. It returns logits and feature
+    maps; if `student_forms_loss`, it also takes the teacher's map and returns logits and the
+    feature loss.
     """
 
     train_loader: Loader
@@ -65,8 +74,7 @@ class Parts:
     student: FeatureModel
     student_forward: nn.Module
     student_forms_loss: bool
-    source: Teacher | OpenCache | None
-    teacher: FeatureModel | None
+    teacher: Teacher | CachedTeacher | None
     loss: DistillationLoss
     mixer: Mixer | None
     optimizer: torch.optim.Optimizer
@@ -78,14 +86,32 @@ class Parts:
     updates_per_epoch: int
     notes: list[str]
 
+    @property
+    def teacher_model(self) -> FeatureModel | None:
+        """The frozen model; None without a teacher, or if its outputs come from a cache."""
+        return self.teacher.model if isinstance(self.teacher, Teacher) else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the components' part of a checkpoint."""
+        return {
+            "model": self.student.state_dict(),
+            "model_ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "loader": self.train_loader.state_dict(),
+            "pixels": self.train_loader.decoder,
+            "classes": self.train_loader.classes,
+            "num_classes": self.num_classes,
+        }
+
     def close(self) -> None:
-        """Shut the loaders' workers down."""
+        """Stops the workers of the loaders."""
         self.train_loader.close()
         self.val_loader.close()
 
 
-def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = True) -> Parts:
-    """Build everything a run needs.
+def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = True) -> RunComponents:
+    """Builds all components of a run.
 
     Args:
         recipe: the run.
@@ -93,11 +119,11 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         strict_classes: refuse a model with more outputs than there are class folders.
 
     Raises:
-        RecipeError: parts that don't fit each other; names the fields.
-        ValueError: from the parts themselves (data folders, layers, model names, checkpoints).
+        RecipeError: components do not fit each other; names the fields.
+        ValueError: an error of a component (data folders, layers, model names, checkpoints).
     """
     notes: list[str] = []
-    train_loader = _loader(recipe, context, "train", views_of(recipe))
+    train_loader = _loader(recipe, context, "train", cache_views(recipe))
     val_loader = _loader(recipe, context, "val")
     notes += {loader.note: None for loader in (train_loader, val_loader) if loader.note}
     try:
@@ -106,25 +132,15 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         student.to(context.device)
         if recipe.compile and recipe.amp == "bf16" and context.device.type == "cpu":
             unfuse_attention(cast(nn.Module, student), context)
-        source: Teacher | OpenCache | None = None
-        if recipe.cache is not None:
-            source = open_cache(recipe, train_loader, context, notes)
-        elif recipe.teacher is not None:
-            source = Teacher(recipe, num_classes, context, notes)
-        if source is not None:
-            check_fit(recipe, student, source.shapes, context, notes)
-        if recipe.amp == "bf16" and not multiplies_bf16(context.device):
-            notes.append(
-                "amp: bf16 is many times slower than off here: this device has no "
-                "instructions for products in it; try --amp off"
-            )
-        if recipe.amp == "fp16" and context.device.type == "cpu":
-            notes.append("amp: fp16 is many times slower than bf16 on most CPUs; try --amp bf16")
+        teacher, pairs = _teacher(recipe, student, num_classes, train_loader, context, notes)
+        if teacher is not None:
+            check_fit(recipe, student, pairs, teacher.shapes, context, notes)
+        notes += _precision_notes(recipe, context.device)
 
         updates_per_epoch = len(train_loader) // recipe.optim.accumulate
         if updates_per_epoch == 0:
             raise RecipeError(
-                f"optim.accumulate: {recipe.optim.accumulate} micro-batches an update, but an "
+                f"optim.accumulate: {recipe.optim.accumulate} micro-batches per update, but an "
                 f"epoch has {len(train_loader)}"
             )
         global_batch = recipe.batch_size * context.world_size * recipe.optim.accumulate
@@ -136,7 +152,7 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
             )
         scheduler = _scheduler(recipe, optimizer, updates_per_epoch)
         ema = None if recipe.ema_decay is None else ModelEmaV3(student, decay=recipe.ema_decay)
-        student_forward = _student_forward(recipe, student)
+        student_forward = _student_forward(recipe, student, pairs)
         student_forms_loss = isinstance(student_forward, LossForward)
         if recipe.compile:
             student_forward.compile(mode=recipe.compile_mode)
@@ -150,15 +166,14 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         train_loader.close()
         val_loader.close()
         raise
-    return Parts(
+    return RunComponents(
         train_loader=train_loader,
         val_loader=val_loader,
         student=student,
         student_forward=student_forward,
         student_forms_loss=student_forms_loss,
-        source=source,
-        teacher=source.model if isinstance(source, Teacher) else None,
-        loss=_loss(recipe, student),
+        teacher=teacher,
+        loss=_loss(recipe, student, pairs),
         mixer=_mixer(recipe, num_classes, context),
         optimizer=optimizer,
         scheduler=scheduler,
@@ -189,16 +204,22 @@ def _loader(
 def count_classes(
     recipe: Recipe, classes: list[str], notes: list[str], *, strict: bool = True
 ) -> int:
-    """Outputs of the student.
+    """Returns the number of outputs of the student.
+
+    Args:
+        recipe: the run.
+        classes: class names of the training set.
+        notes: notes for the user are appended here.
+        strict: refuse a student with more outputs than classes instead of noting it.
 
     Raises:
-        RecipeError: the training set has other classes; under `strict` more outputs count too.
+        RecipeError: `student.num_classes` does not fit the training set.
     """
     asked, found = recipe.student.num_classes, len(classes)
     if asked is None and found < 2:
         raise RecipeError(
-            f"data.path: the training set in {recipe.data.path} has one class ({classes[0]}), and "
-            "nothing to tell it from; expected two or more class folders"
+            f"data.path: the training set in {recipe.data.path} has one class ({classes[0]}); "
+            "expected two or more class folders"
         )
     if asked is not None and asked < 2:
         raise RecipeError(f"student.num_classes: expected >= 2, got {asked}")
@@ -206,7 +227,7 @@ def count_classes(
         return found
     message = (
         f"student.num_classes: {asked}, but the training set has {found} class folders; "
-        f"their numbers would not be the model's"
+        f"expected {found}, or null"
     )
     if strict or asked < found:
         raise RecipeError(message)
@@ -215,7 +236,7 @@ def count_classes(
 
 
 def build_student(recipe: Recipe, num_classes: int) -> FeatureModel:
-    """The recipe's student, with the weights that its seed gives."""
+    """Creates the recipe's student, with weights initialised from its seed."""
     torch.manual_seed(recipe.seed)
     config = recipe.student
     options = {"img_size": recipe.data.img_size, **config.options}
@@ -223,62 +244,68 @@ def build_student(recipe: Recipe, num_classes: int) -> FeatureModel:
         return create_student(config.base, config.arch, config.teacher_dim, num_classes, **options)
 
 
-def unfuse_attention(student: nn.Module, context: ProcessContext) -> None:
-    """Have a compiled bf16 student on a CPU multiply and take the softmax apart.
+def _teacher(
+    recipe: Recipe,
+    student: FeatureModel,
+    num_classes: int,
+    train_loader: Loader,
+    context: ProcessContext,
+    notes: list[str],
+) -> tuple[Teacher | CachedTeacher | None, LayerPairs]:
+    """Builds the teacher or opens its cache; resolves the layer pairs of the feature loss."""
+    if recipe.teacher is None:
+        return None, LayerPairs()
 
-    Where the processor has instructions for products in bf16, the backward pass of torch's fused
-    attention uses none: DeiT-Tiny's update, 8 images, took 1.4 to 1.6 times as long with it. It
-    saves memory: the (heads, N, N) maps of all blocks are kept without it.
+    def pairs_for(teacher_depth: int) -> LayerPairs:
+        if recipe.loss.feature is None:
+            return LayerPairs()
+        return resolve_layer_pairs(recipe, num_layers(student), teacher_depth)
+
+    if recipe.cache is not None:
+        cache = open_cache(recipe, train_loader, context, notes)
+        pairs = pairs_for(cache.manifest.depth)
+        image_name = train_loader.dataset.name
+        return CachedTeacher(cache, pairs.teacher, context.device, image_name), pairs
+    model = create_teacher_model(recipe, num_classes, context, notes)
+    pairs = pairs_for(num_layers(model))
+    return Teacher(model, pairs.teacher, recipe, context, logits=recipe.loss.alpha > 0), pairs
+
+
+def _precision_notes(recipe: Recipe, device: torch.device) -> list[str]:
+    """Notes on a precision that is slow on this device."""
+    if recipe.amp == "bf16" and not has_fast_bf16(device):
+        return [
+            "amp: bf16 is many times slower than off on this device, which has no instructions for "
+            "bf16 products; try --amp off"
+        ]
+    if recipe.amp == "fp16" and device.type == "cpu":
+        return ["amp: fp16 is many times slower than bf16 on most CPUs; try --amp bf16"]
+    return []
+
+
+def unfuse_attention(student: nn.Module, context: ProcessContext) -> None:
+    """Replaces fused attention by products and a softmax in a compiled bf16 student on a CPU.
+
+    The backward pass of torch's fused attention does not use the CPU's bf16 instructions and is
+    slower if there are any. Unfused attention takes more memory: it keeps the (heads, N, N) maps
+    of all blocks.
     """
-    if multiplies_bf16(context.device):
+    if has_fast_bf16(context.device):
         for module in student.modules():
             if isinstance(getattr(module, "fused_attn", None), bool):
                 module.fused_attn = False  # type: ignore[assignment]
 
 
-def _student_forward(recipe: Recipe, student: FeatureModel) -> nn.Module:
-    """What the loop calls; a Lift student compares its last map itself, and never writes it."""
-    layers = pair_layers(recipe, student, "student")
-    metric = recipe.loss.feature
-    if metric is not None and isinstance(student, Lift) and layers == (num_layers(student) - 1,):
-        return LossForward(student, metric)
-    return FeatureForward(student, layers)
+def _student_forward(recipe: Recipe, student: FeatureModel, pairs: LayerPairs) -> nn.Module:
+    """Module that the training loop calls.
 
-
-def check_fit(
-    recipe: Recipe,
-    student: FeatureModel,
-    taught: Shapes,
-    context: ProcessContext,
-    notes: list[str],
-) -> None:
-    """One image through the student: do logits, tokens and widths fit the teacher's?
-
-    Raises:
-        RecipeError: they don't; names the field.
+    A Lift student whose last map alone is compared computes the feature loss itself, without
+    storing the map.
     """
-    layers = pair_layers(recipe, student, "student")
-    classes, _, maps = shapes_of(student, layers, recipe, context)
-    if recipe.loss.alpha > 0 and classes != taught.classes:
-        raise RecipeError(
-            f"loss.alpha: needs logits of the same classes, but the student has {classes} and "
-            f"the teacher {taught.classes}"
-        )
-    for s, t in zip(maps, taught.maps, strict=True):
-        pair = f"layer pair [{s.layer}, {t.layer}]"
-        if s.tokens != t.tokens:
-            raise RecipeError(
-                f"loss.pairs: {pair}: the student's map has {s.tokens} tokens, the teacher's "
-                f"{t.tokens}; image and patch sizes must give the same grid"
-            )
-        if s.channels == t.channels:
-            continue
-        if recipe.student.arch != "plain" and s.layer == num_layers(student) - 1:
-            raise RecipeError(
-                f"student.teacher_dim: {recipe.student.teacher_dim}, but the teacher's layer "
-                f"{t.layer} has {t.channels} channels and the student's matched map {s.channels}"
-            )
-        notes.append(f"{pair}: {s.channels} against {t.channels} channels: the wider map is pooled")
+    metric, last = recipe.loss.feature, num_layers(student) - 1
+    if metric is not None and isinstance(student, Lift) and pairs.student == (last,):
+        return LossForward(student, metric)
+    return FeatureForward(student, pairs.student)
 
 
 def _optimizer(
@@ -289,9 +316,9 @@ def _optimizer(
     if config.optimizer not in names:
         near = suggestion(config.optimizer, names)
         raise RecipeError(f"optim.optimizer: timm has no {config.optimizer!r}{near}")
-    # One pass over each tensor: 21 ms in place of 66 for DeiT-Tiny WideLast on two CPU cores.
-    is_fusible = context.device.type in ("cpu", "cuda") and config.optimizer in ("adam", "adamw")
-    fused = {"fused": True} if is_fusible else {}
+    # A fused optimizer reads and writes each tensor once.
+    can_fuse = context.device.type in ("cpu", "cuda") and config.optimizer in ("adam", "adamw")
+    fused = {"fused": True} if can_fuse else {}
     optimizer = create_optimizer_v2(
         student,
         opt=config.optimizer,
@@ -305,7 +332,7 @@ def _optimizer(
 
 
 def peak_lr(recipe: Recipe, global_batch: int) -> float:
-    """The learning rate after the warm-up: linear in the global batch."""
+    """Learning rate after the warm-up; proportional to the global batch."""
     return recipe.optim.lr * global_batch / recipe.optim.lr_batch
 
 
@@ -326,7 +353,7 @@ def _scheduler(
     return scheduler
 
 
-def _loss(recipe: Recipe, student: FeatureModel) -> DistillationLoss:
+def _loss(recipe: Recipe, student: FeatureModel, pairs: LayerPairs) -> DistillationLoss:
     config = recipe.loss
     return DistillationLoss(
         alpha=config.alpha,
@@ -335,8 +362,7 @@ def _loss(recipe: Recipe, student: FeatureModel) -> DistillationLoss:
         tau=config.tau,
         feature=config.feature,
         label_smoothing=config.label_smoothing,
-        grids=[feature_grid(student, layer) for layer in pair_layers(recipe, student, "student")]
-        or None,
+        grids=[feature_grid(student, layer) for layer in pairs.student] or None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Dry run: build everything, take two updates, and say what the real run would do."""
+"""Dry run: builds all components, runs two updates and reports sizes, speed and memory."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from featkd.data import Batch
 from featkd.models.features import FeatureModel
 from featkd.ops.backends import use_backend
 from featkd.runtime.distributed import ProcessContext
-from featkd.train.components import Parts, peak_lr
+from featkd.train.components import RunComponents, peak_lr
 from featkd.train.recipe import Recipe
 from featkd.train.trainer import Trainer
 
 
 def dry_run(recipe: Recipe, context: ProcessContext) -> str:
-    """A report of what `recipe` would do here; writes no file and saves no weights.
+    """Reports what a run of `recipe` would do on this machine; writes no file.
 
-    The first of two updates warms up (and compiles); the second is timed. Loading is timed by
-    itself, over enough batches that those loaded ahead don't count for much. The estimated time is
-    that of the slower of the two for all updates: it leaves out evaluation and saving.
+    The first of two updates warms up and compiles; the second is timed. Loading is timed
+    separately, over enough batches that prefetched ones hardly count. The estimated time is the
+    slower of the two for all updates, without evaluation and saving.
 
     Raises:
-        The same errors as the run itself.
+        The errors of `Trainer` and of an update.
     """
     trainer = Trainer(recipe, context, strict_classes=False)
-    parts = trainer.parts
+    components = trainer.components
     try:
-        parts.student.train()
-        parts.train_loader.set_epoch(0)
+        components.student.train()
+        components.train_loader.set_epoch(0)
         batches, loading = _load(trainer, 2 * recipe.optim.accumulate)
         trainer.step(batches[: recipe.optim.accumulate])
         _wait(context.device)
@@ -47,25 +47,25 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
         _wait(context.device)
         seconds = time.perf_counter() - started
     finally:
-        parts.close()
+        components.close()
 
     total = trainer.total_updates
-    slower = max(seconds, parts.global_batch / loading)
+    slower = max(seconds, components.global_batch / loading)
     config = recipe.optim
     lines = [
-        ("student", _describe(parts.student, recipe)),
-        ("teacher", _describe_teacher(parts, recipe)),
+        ("student", _describe(components.student, recipe)),
+        ("teacher", _describe_teacher(components, recipe)),
         ("data", _describe_data(trainer)),
         ("objective", _describe_loss(recipe)),
         (
             "batch",
-            f"{parts.global_batch} images an update ({recipe.batch_size} x {context.world_size} "
-            f"processes x {config.accumulate} accumulated)",
+            f"{components.global_batch} images per update ({recipe.batch_size} x "
+            f"{context.world_size} processes x {config.accumulate} accumulated)",
         ),
         (
             "schedule",
-            f"{config.epochs} epochs of {parts.updates_per_epoch} updates = {total} updates; "
-            f"{config.optimizer}, peak lr {peak_lr(recipe, parts.global_batch):.3g}, "
+            f"{config.epochs} epochs of {components.updates_per_epoch} updates = {total} updates; "
+            f"{config.optimizer}, peak lr {peak_lr(recipe, components.global_batch):.3g}, "
             f"warm-up {config.warmup_epochs} epochs, cosine to {config.min_lr:g}",
         ),
         (
@@ -81,41 +81,44 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
         ),
         (
             "throughput",
-            f"{parts.global_batch / seconds:.1f} images/s computing ({seconds:.2f} s an update), "
-            f"{loading:.1f} images/s loading ({recipe.data.workers} workers a process)",
+            f"{components.global_batch / seconds:.1f} images/s computing ({seconds:.2f} s per "
+            f"update), {loading:.1f} images/s loading ({recipe.data.workers} workers per process)",
         ),
         ("peak memory", _peak_memory(context.device)),
-        ("estimated time", f"{timedelta(seconds=round(slower * total))} for training here"),
+        (
+            "estimated time",
+            f"{timedelta(seconds=round(slower * total))} for training on this machine",
+        ),
         (
             "would write",
             f"{trainer.folder}/ (last.pt, best.pt, metrics.csv, eval.csv, tensorboard/)",
         ),
     ]
-    lines += [("note", note) for note in parts.notes]
+    lines += [("note", note) for note in components.notes]
     return "\n".join(f"{name:15s} {text}" for name, text in lines)
 
 
 def _load(trainer: Trainer, need: int) -> tuple[list[Batch], float]:
-    """`need` batches, and the images/s at which all processes' loaders bring more of them."""
-    loader, workers = trainer.parts.train_loader, trainer.recipe.data.workers
+    """Loads `need` batches; returns them and the images/s of the loaders of all processes."""
+    loader, workers = trainer.components.train_loader, trainer.recipe.data.workers
     batches = iter(loader)
     kept = [next(batches)]
     started = time.perf_counter()
     count = 0
-    # Twice what the workers have loaded ahead (2 batches each) by the time the first one came.
+    # Each worker prefetches 2 batches: twice as many are timed.
     for batch in islice(batches, max(need - 1, 4 * workers)):
         count += len(batch.targets)
         if len(kept) < need:
             kept.append(batch)
     seconds = time.perf_counter() - started
-    if count == 0:  # the whole set is one batch
+    if count == 0:  # a data set of one batch
         return kept * need, math.inf
     return (kept * need)[:need], count * trainer.context.world_size / seconds
 
 
-def _describe_teacher(parts: Parts, recipe: Recipe) -> str:
-    if parts.teacher is not None:
-        return _describe(parts.teacher, recipe)
+def _describe_teacher(components: RunComponents, recipe: Recipe) -> str:
+    if components.teacher_model is not None:
+        return _describe(components.teacher_model, recipe)
     return "none" if recipe.cache is None else f"rows of {recipe.cache}"
 
 
@@ -129,21 +132,20 @@ def _describe(model: FeatureModel, recipe: Recipe) -> str:
         name = f"{config.name} ({config.checkpoint or 'random weights'})"
     parameters = sum(p.numel() for p in model.parameters())
     macs = forward_macs(model, recipe.data.img_size)
-    return f"{name}, {parameters:,} parameters, {macs / 1e9:.3f} GMACs an image"
+    return f"{name}, {parameters:,} parameters, {macs / 1e9:.3f} GMACs per image"
 
 
 def forward_macs(model: FeatureModel, size: int) -> int:
-    """Multiply-adds of the matrix products of one image's forward pass."""
+    """Multiply-adds of the matrix products in the forward pass of one image."""
     return count_flops(model, size) // 2
 
 
 def count_flops(model: FeatureModel, size: int, *, backward: bool = False) -> int:
-    """Of the matrix products of one image's forward pass, and maybe its backward pass."""
-    # A copy without values: it multiplies nothing, and weights held in bf16 count alike.
+    """Floating-point operations of the matrix products in one image's forward (and backward)."""
+    # On the meta device nothing is computed. float32, as a teacher can hold weights in bf16.
     shape = copy.deepcopy(cast(nn.Module, model)).to("meta", torch.float32).eval()
     counter = FlopCounterMode(display=False)
-    # The counter does not know fused operations, the CPU's attention and featkd's own; the plain
-    # ones are made of products.
+    # The counter does not know fused operations (the CPU's attention, featkd's ops).
     with counter, use_backend("reference"), sdpa_kernel(SDPBackend.MATH):
         with torch.set_grad_enabled(backward):
             logits = shape(torch.empty(1, 3, size, size, device="meta"))
@@ -154,13 +156,13 @@ def count_flops(model: FeatureModel, size: int, *, backward: bool = False) -> in
 
 def _describe_data(trainer: Trainer) -> str:
     data = trainer.recipe.data
-    train, val = trainer.parts.train_loader, trainer.parts.val_loader
+    train, val = trainer.components.train_loader, trainer.components.val_loader
     augment = data.augment
     mixing = f", mixup {augment.mixup:g}, cutmix {augment.cutmix:g}" if augment.mixes else ""
     return (
         f"{data.path}: {train.num_samples} training and {val.num_samples} validation images, "
         f"{len(train.classes)} classes, at {data.img_size} x {data.img_size}, "
-        f"{augment.repeats} augmented copies an image{mixing}"
+        f"{augment.repeats} augmented copies per image{mixing}"
     )
 
 

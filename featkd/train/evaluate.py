@@ -1,4 +1,4 @@
-"""Accuracy of models on a loader's images."""
+"""Accuracy and loss of models on the images of a loader."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from featkd.models.features import FeatureModel
 
 
 class EvaluationError(RuntimeError):
-    """There is nothing to score models on."""
+    """No image to evaluate on could be read."""
 
 
 @dataclass
 class Evaluation:
-    """Scores in per cent, mean cross-entropy, and the number of images they are over."""
+    """Accuracies in per cent, mean cross-entropy, and the number of images."""
 
     top1: float
     top5: float
@@ -31,7 +31,7 @@ class Evaluation:
 
 
 def _accuracy(num_classes: int, device: torch.device) -> MetricCollection:
-    # Validating is a torch.unique of each batch, which reads the device (not in 1.9, for floats).
+    # Validation of the arguments would wait for the device in each batch.
     options: dict[str, Any] = {"average": "micro", "validate_args": False}
     return MetricCollection(
         {
@@ -48,23 +48,23 @@ def evaluate(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> dict[str, Evaluation]:
-    """Score models on every image of `loader`, read once, over all processes of the run.
+    """Evaluates models on every image of `loader` in one pass, over all processes of the run.
 
     Args:
-        models: by name, (B, 3, H, W) -> (B, K) logits; their modes are restored afterwards.
-        loader: evaluation loader; under torchrun each process has its own share.
+        models: models by name, (B, 3, H, W) -> (B, K) logits; their modes are restored.
+        loader: evaluation loader; each process reads its own share.
         num_classes: K, at least 2.
-        device: where the models are.
-        autocast: makes the precision context.
+        device: device of the models.
+        autocast: returns the precision context.
 
     Returns:
-        The scores, by name.
+        The evaluations by name.
 
     Raises:
         EvaluationError: no image could be read.
     """
     accuracies = {name: _accuracy(num_classes, device) for name in models}
-    # Not torchmetrics' mean, which reads every batch's losses and leaves out what is no number.
+    # torchmetrics' mean would wait for the device in each batch and skip NaN.
     losses = {name: torch.zeros((), dtype=torch.float64, device=device) for name in models}
     count = torch.zeros((), dtype=torch.float64, device=device)
     modes = {name: model.training for name, model in models.items()}

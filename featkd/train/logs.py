@@ -1,7 +1,7 @@
-"""Where a run's figures go: CSV files, TensorBoard, and a progress bar.
+"""Logs of a run: CSV files, TensorBoard and a progress bar.
 
-Object stores can't append. Behind a URL, rows and events are collected here and go up whole with
-every checkpoint: those after it would be dropped by a resumed run anyway.
+Object stores can't append. Behind a URL, rows and events are therefore buffered and uploaded with
+each checkpoint. A resumed run drops later rows in any case.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from featkd.runtime.remote import Location, RemotePath
 
 
 class CsvLog:
-    """A CSV file with one row an event, cut back to the resumed update when a run goes on.
+    """CSV file with one row per event.
 
     Args:
         path: the file.
-        columns: its columns; the first is the update after which the row was written.
-        start: rows of later updates than this are dropped (they will be written again).
+        columns: columns; the first is the update after which the row was written.
+        start: existing rows of later updates are dropped; the resumed run writes them again.
     """
 
     def __init__(self, path: Location, columns: tuple[str, ...], start: int) -> None:
@@ -43,13 +43,13 @@ class CsvLog:
         self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
 
     def write(self, row: Mapping[str, float | int | str]) -> None:
-        """Append a row; on disk when this returns, or behind a URL after `publish`."""
+        """Appends a row; it is on disk when this returns, or behind a URL after `publish`."""
         with _naming(self.path):
             self._writer.writerow(row)
             self._file.flush()
 
     def publish(self) -> None:
-        """Bring all rows to where they belong, if they are not there yet."""
+        """Uploads all rows if the file is behind a URL."""
         if isinstance(self._file, io.StringIO):
             with atomic_write(self.path) as file:
                 file.write(self._file.getvalue().encode())
@@ -60,7 +60,7 @@ class CsvLog:
 
 
 def read_csv(path: Location) -> list[dict[str, str]]:
-    """The rows of a CSV file, none where it is missing; a torn last line is left out."""
+    """Reads the rows of a CSV file; none if it is missing, and without a truncated last line."""
     if not path.is_file():
         return []
     text = io.StringIO(path.read_bytes().decode(), newline="")
@@ -68,31 +68,31 @@ def read_csv(path: Location) -> list[dict[str, str]]:
 
 
 class EventLog:
-    """TensorBoard's files of a run.
+    """TensorBoard events of a run.
 
-    Its writer takes fsspec's URLs too, yet appends to the file at every single event, which an
-    object store answers by copying the whole object.
+    TensorBoard's writer accepts fsspec URLs, but appends after every event, and object stores copy
+    the whole object each time. Behind a URL, events are therefore written to a local folder first.
 
     Args:
-        folder: where they belong.
-        start: update that the run goes on from; later events of an older writer don't count.
+        folder: folder of the event files.
+        start: update that the run resumes from; later events in the folder are purged.
     """
 
     def __init__(self, folder: Location, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder
-        self._aside = None if isinstance(folder, Path) else tempfile.TemporaryDirectory()
-        self._local = Path(self._aside.name if self._aside else str(folder))
+        self._temporary = None if isinstance(folder, Path) else tempfile.TemporaryDirectory()
+        self._local = Path(self._temporary.name if self._temporary else str(folder))
         self._board = SummaryWriter(str(self._local), purge_step=start + 1)
 
     def add(self, name: str, value: float | int | str, update: int) -> None:
-        """A point of the curve `name`."""
+        """Adds a point to the curve `name`."""
         with _naming(self._folder):
             self._board.add_scalar(name, value, update)
 
     def publish(self) -> None:
-        """Bring all events to where they belong, if they are not there yet."""
+        """Uploads all events if the folder is behind a URL."""
         if isinstance(self._folder, RemotePath):
             with _naming(self._folder):
                 self._board.flush()
@@ -102,13 +102,13 @@ class EventLog:
     def close(self) -> None:
         with _naming(self._folder):
             self._board.close()
-        if self._aside is not None:
-            self._aside.cleanup()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
 
 @contextmanager
 def _naming(place: Location) -> Iterator[None]:
-    """Say where, which a write to an open file does not."""
+    """Adds the path to an OSError; a failed write to an open file does not name it."""
     try:
         yield
     except OSError as error:
@@ -120,16 +120,16 @@ EVAL_COLUMNS = ("update", "epoch", "weights", "top1", "top5", "loss", "images")
 
 
 class RunLog:
-    """All of a run's outputs; a silent one for the processes that don't write.
+    """Writes all logs of a run; does nothing on processes other than the main one.
 
     Args:
-        folder: `metrics.csv`, `eval.csv` and TensorBoard's files go there, on disk or behind a
-            URL; None is silent.
-        start: update that the run goes on from.
+        folder: folder or URL of `metrics.csv`, `eval.csv` and TensorBoard's files; None writes
+            nothing.
+        start: update that the run resumes from.
         total: updates of the whole run.
-        quiet: write the files, print nothing.
-        due: the evaluation at `start` is still to come: rows of one that was cut short are dropped.
-            (Its TensorBoard points, if any, come twice: a purge would take the training's as well.)
+        quiet: write the files, but print nothing.
+        evaluation_pending: drop rows of an interrupted evaluation at `start`, which is repeated.
+            Its TensorBoard points are not dropped: that would drop training points as well.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class RunLog:
         total: int,
         quiet: bool = False,
         *,
-        due: bool = False,
+        evaluation_pending: bool = False,
     ) -> None:
         self.active = folder is not None
         self.quiet = quiet
@@ -147,61 +147,61 @@ class RunLog:
         if folder is None:
             return
         self._train = CsvLog(folder / "metrics.csv", TRAIN_COLUMNS, start)
-        self._eval = CsvLog(folder / "eval.csv", EVAL_COLUMNS, start - due)
+        self._eval = CsvLog(folder / "eval.csv", EVAL_COLUMNS, start - evaluation_pending)
         self._board = EventLog(folder / "tensorboard", start)
         self._bar = tqdm(
             total=total,
             initial=start,
             unit="update",
             dynamic_ncols=True,
-            disable=True if quiet else None,  # None: no bar where stderr is no terminal
+            disable=True if quiet else None,  # None: no bar unless stderr is a terminal
             file=sys.stderr,
         )
 
     def advance(self) -> None:
-        """Count one update on the bar; touches no tensor."""
+        """Advances the bar by one update."""
         if self.active:
             self._bar.update()
 
     def train(self, row: Mapping[str, float | int | str]) -> None:
-        """A row of TRAIN_COLUMNS."""
+        """Writes a row of TRAIN_COLUMNS."""
         if not self.active:
             return
         self._train.write(row)
         for name in TRAIN_COLUMNS[2:]:
             self._board.add(f"train/{name}", row[name], int(row["update"]))
-        news = f"{row['images_per_s']} images/s, loss {float(row['loss']):.4f}"
-        if self._bar.disable:  # no terminal: a line in the log instead
-            self.say(f"update {row['update']} of {self.total}: {news}")
+        summary = f"{row['images_per_s']} images/s, loss {float(row['loss']):.4f}"
+        if self._bar.disable:
+            self.message(f"update {row['update']} of {self.total}: {summary}")
         else:
-            self._bar.set_postfix_str(news)
+            self._bar.set_postfix_str(summary)
 
     def evaluation(self, row: Mapping[str, float | int | str]) -> None:
-        """A row of EVAL_COLUMNS."""
+        """Writes a row of EVAL_COLUMNS."""
         if not self.active:
             return
         self._eval.write(row)
         for name in ("top1", "top5", "loss"):
             self._board.add(f"eval/{row['weights']}/{name}", row[name], int(row["update"]))
-        self.say(
+        self.message(
             f"epoch {row['epoch']} {row['weights']}: top-1 {float(row['top1']):.2f} %, "
             f"top-5 {float(row['top5']):.2f} %, loss {float(row['loss']):.4f} "
             f"({row['images']} images)"
         )
 
-    def say(self, message: str) -> None:
-        """A line for the user, above the bar."""
+    def message(self, text: str) -> None:
+        """Prints a line above the bar."""
         if self.active and not self.quiet:
-            tqdm.write(message, file=sys.stderr)
+            tqdm.write(text, file=sys.stderr)
 
     def publish(self) -> None:
-        """Bring everything to where it belongs; to be called before a checkpoint is saved."""
+        """Uploads everything if behind a URL; called before a checkpoint is saved."""
         if self.active:
             for log in (self._train, self._eval, self._board):
                 log.publish()
 
     def close(self) -> None:
-        """Close the files; what can't be written any more is said, as an error may be under way."""
+        """Closes the files; errors are printed, so as not to hide one that ended the run."""
         if not self.active:
             return
         self._bar.close()
@@ -209,4 +209,4 @@ class RunLog:
             try:
                 step()
             except OSError as error:
-                self.say(f"the end of the logs is missing: {error}")
+                self.message(f"the end of the logs is missing: {error}")

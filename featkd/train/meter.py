@@ -1,4 +1,4 @@
-"""The losses of a logged interval, summed on the device; and what is not finite any more."""
+"""Mean losses of a logged interval, summed on the device, and checks that values are finite."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from featkd.runtime.distributed import ProcessContext
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss, or a weight, is no longer finite."""
+    """A loss or a weight is not finite."""
 
 
 class Means(NamedTuple):
-    """Over the micro-batches of all processes: the objective, its logits part, its features."""
+    """Mean losses over the micro-batches of all processes."""
 
     loss: float
     logits: float
@@ -26,10 +26,10 @@ class Means(NamedTuple):
 
 
 class Meter:
-    """Sums of the losses since the last `clear`; `add` waits for no device.
+    """Sums losses since the last `clear`; `add` does not wait for the device.
 
     Args:
-        context: this process; all must call `means` and `state_dict` at the same point.
+        context: this process; all processes must call `means` and `state_dict` together.
     """
 
     def __init__(self, context: ProcessContext) -> None:
@@ -38,37 +38,43 @@ class Meter:
         self._count = 0
 
     def add(self, terms: DistillationTerms) -> None:
-        """One micro-batch."""
+        """Adds the losses of one micro-batch."""
         self._sums += torch.stack((terms.total.detach(), terms.logits, terms.features))
         self._count += 1
 
     def means(self, when: str) -> Means:
-        """What was added; waits for the device.
+        """Mean losses since the last `clear`; waits for the device.
+
+        Args:
+            when: end of the error message.
 
         Raises:
-            TrainingDiverged: the loss is not finite; `when` ends the message.
+            TrainingDiverged: the loss is not finite.
         """
         return self._means(self._context.sum(self._sums), when)
 
     def state_dict(self, when: str) -> dict[str, Any]:
-        """The sums over all processes, for a checkpoint; waits for the device.
+        """Sums over all processes, for a checkpoint; waits for the device.
+
+        Args:
+            when: end of the error message.
 
         Raises:
-            TrainingDiverged: as of `means`.
+            TrainingDiverged: the loss is not finite.
         """
         sums = self._context.sum(self._sums)
         self._means(sums, when)
         return {"meter": sums, "metered": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the sums of a checkpoint, saved by however many processes."""
+        """Restores the sums of a checkpoint, saved by any number of processes."""
         if self._context.is_main:  # the sum over all processes; the others start from zero
-            # scaled: the interval's mean divides it by the micro-batches of as many as there are
+            # Scaled because the mean divides by the present number of processes.
             self._sums.copy_(state["meter"] * (self._context.world_size / state["world_size"]))
         self._count = state["metered"]
 
     def clear(self) -> None:
-        """Begin a new interval."""
+        """Starts a new interval."""
         self._sums.zero_()
         self._count = 0
 
@@ -84,12 +90,16 @@ class Meter:
 
 
 def check_weights(parameters: Iterable[nn.Parameter], when: str) -> None:
-    """Look at all weights at once; waits for the device.
+    """Checks that all weights are finite; waits for the device.
 
-    A gradient that overflows under a finite loss shows here first, an update before the loss.
+    A gradient that overflows under a finite loss is noticed here one update before the loss.
+
+    Args:
+        parameters: the weights.
+        when: end of the error message.
 
     Raises:
-        TrainingDiverged: one is not finite; `when` ends the message.
+        TrainingDiverged: a weight is not finite.
     """
     norm = nn.utils.get_total_norm(p.detach() for p in parameters)
     if not norm.isfinite():

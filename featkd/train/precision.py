@@ -1,4 +1,4 @@
-"""Mixed precision: a run's autocast, and a frozen model whose weights are held in bf16."""
+"""Mixed precision: autocast, and frozen models with weights in bf16."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(amp: str, device: torch.device) -> AbstractContextManager[object]:
-    """The context of a recipe's `amp`."""
+    """Autocast context for a recipe's `amp`."""
     dtype = AMP_DTYPES.get(amp)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
-def hold_products(model: nn.Module, dtype: torch.dtype) -> None:
-    """Hold the weights that autocast would cast to `dtype` at every use in `dtype`, in place.
+def cast_matmul_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts the weights of linear layers and convolutions of a frozen model, in place.
 
-    The weights of linear layers and convolutions: under autocast the model computes the same
-    numbers, bit by bit, without casting them for every batch and in half the memory for them.
-    Norms, position embeddings and scales stay as they are, and so do the mixes of talking heads,
-    which `featkd.functional.talking_heads_attention` takes in full. For frozen models.
+    Autocast would cast these weights in every forward pass. Under autocast the outputs are bitwise
+    the same, without these casts and with half the memory for the weights.
+
+    Norms, position embeddings and scales keep their dtype. So do the head mixes of talking-heads
+    attention, which `featkd.functional.talking_heads_attention` takes in float32.
     """
     mixes = {
         mix

@@ -1,11 +1,13 @@
-"""Recipes: everything a training run depends on, as typed dataclasses read from YAML."""
+"""Recipes: typed dataclasses, read from YAML, with everything that a training run depends on."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 import typing
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -21,7 +23,7 @@ Arch = Literal["plain", "lift", "widelast", "heads_linear", "fixed_linear", "fix
 
 
 class RecipeError(ValueError):
-    """A recipe that can't be run: names the field, what came and what is allowed."""
+    """A recipe that can't be run; names the field, its value and what is allowed."""
 
 
 @dataclass
@@ -29,11 +31,11 @@ class StudentConfig:
     """The model that is trained.
 
     Args:
-        base: timm name of the model that the student is made from.
-        arch: what is changed for distillation: "plain" (nothing), "lift", "widelast", or one of
-            the other published width schedules.
-        teacher_dim: channels of the teacher's feature map, for every arch but "plain".
-        num_classes: classes; null takes the number of class folders.
+        base: timm name of the model that the student is built on.
+        arch: changes for distillation: "plain" (none), "lift", "widelast", or another published
+            width schedule.
+        teacher_dim: channels of the teacher's feature map; not used by "plain".
+        num_classes: classes; null for the number of class folders.
         options: further arguments of the timm model (img_size, patch_size, drop_path_rate, ...).
     """
 
@@ -50,13 +52,11 @@ class TeacherConfig:
 
     Args:
         name: timm name.
-        pretrained: whether timm downloads its weights.
-        checkpoint: a weights file instead (.safetensors, .pth, or a checkpoint of featkd).
-        weights: which weights of a checkpoint of featkd: the averaged ones ("model_ema"), the
-            last ones ("model"), or those of the two that scored better ("auto").
+        pretrained: use timm's pretrained weights.
+        checkpoint: weights file to use instead (.safetensors, .pth, or a featkd checkpoint).
+        weights: weights of a featkd checkpoint: the average ("model_ema"), the last update
+            ("model"), or the one of the two with the better score ("auto").
         options: further arguments of the timm model.
-        inference: how its forward pass runs: as the recipe's `compile` says ("recipe"), or in the
-            mode of torch that a short trial finds fastest here, and remembers ("fastest").
     """
 
     name: str = "cait_s24_224"
@@ -64,7 +64,6 @@ class TeacherConfig:
     checkpoint: str | None = None
     weights: Literal["auto", "model", "model_ema"] = "auto"
     options: dict[str, Any] = field(default_factory=dict)
-    inference: Literal["recipe", "fastest"] = "recipe"
 
 
 @dataclass
@@ -72,13 +71,13 @@ class LossConfig:
     """The objective: (1 - alpha) CE + beta w_feat L_feat + alpha L_soft.
 
     Args:
-        alpha: weight of the teacher's logits, 0 to 1.
+        alpha: weight of the soft loss on the teacher's logits, 0 to 1.
         beta: weight of the feature loss; multiplied by w_feat, as published.
         w_feat: weight of the feature loss.
         tau: temperature of the soft loss.
         feature: feature loss, "mse", "spectral" or null (none).
         pairs: [student layer, teacher layer] pairs; negative layers count from the end.
-        label_smoothing: label smoothing of the cross-entropy; done before labels are mixed.
+        label_smoothing: label smoothing of the cross-entropy; applied before labels are mixed.
     """
 
     alpha: float = 0.0
@@ -106,17 +105,17 @@ class OptimConfig:
 
     Args:
         optimizer: timm's name of the optimizer.
-        lr: learning rate at a global batch of lr_batch images; scaled linearly with the batch.
-        lr_batch: see lr.
-        weight_decay: not applied to biases, norms, pos_embed and tokens.
-        eps: the optimizer's epsilon.
-        clip_grad: largest gradient norm, or null.
-        accumulate: micro-batches an update.
+        lr: learning rate for a global batch of lr_batch images; scales linearly with the batch.
+        lr_batch: global batch that lr refers to.
+        weight_decay: weight decay; not applied to biases, norms, pos_embed and tokens.
+        eps: epsilon of the optimizer.
+        clip_grad: maximum gradient norm; null for no clipping.
+        accumulate: micro-batches per update.
         epochs: passes over the training set.
-        warmup_epochs: linear warm-up from warmup_lr, part of epochs.
-        warmup_lr: learning rate at the start.
+        warmup_epochs: epochs of linear warm-up from warmup_lr, included in epochs.
+        warmup_lr: learning rate at the start of the warm-up.
         min_lr: learning rate at the end of the cosine.
-        step_on: whether the learning rate changes with each "epoch" or each "update".
+        step_on: change the learning rate with each "epoch" or each "update".
     """
 
     optimizer: str = "adamw"
@@ -141,19 +140,19 @@ class OptimConfig:
             _require("optim.clip_grad", self.clip_grad, "> 0")
         if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
             raise RecipeError(
-                f"optim.warmup_epochs: {self.warmup_epochs} leaves nothing of the "
-                f"{self.epochs} epochs (optim.epochs)"
+                f"optim.warmup_epochs: expected fewer than optim.epochs ({self.epochs}), got "
+                f"{self.warmup_epochs}"
             )
 
 
 @dataclass
 class CheckpointConfig:
-    """What is kept of a run. The last and the best state are always kept.
+    """Checkpoints that are saved and kept. The last and the best are always kept.
 
     Args:
-        every_epochs: epochs between two saves (and evaluations); the last epoch always counts.
-        every_updates: also save after this many updates within an epoch, or null.
-        keep_every: keep every k-th epoch's checkpoint for good, or null; k is a multiple of
+        every_epochs: epochs between two evaluations with a save; the last epoch is always saved.
+        every_updates: also save every so many updates within an epoch; null for never.
+        keep_every: keep the checkpoint of every k-th epoch; null for none. A multiple of
             every_epochs.
     """
 
@@ -177,25 +176,24 @@ class Recipe:
     """A training run. Every field can be overridden on the command line.
 
     Args:
-        out: folder for checkpoints, logs and metrics.
+        out: folder or URL for checkpoints, logs and metrics.
         seed: seed of everything random.
-        batch_size: images a process and micro-batch.
+        batch_size: images per process and micro-batch.
         student: the model that is trained.
         teacher: the model that is distilled; null trains the student alone.
         loss: the objective.
         data: images and augmentation.
         optim: optimizer and schedule.
-        checkpoint: what is kept.
-        ema_decay: decay of the weight average, evaluated beside the weights; null for none.
+        checkpoint: checkpoints that are saved and kept.
+        ema_decay: decay of the weight average, which is also evaluated; null for no average.
         amp: automatic mixed precision: "off", "bf16" or "fp16" (with loss scaling).
-        compile: whether torch.compile is used.
-        compile_mode: torch.compile's mode; "reduce-overhead" and "max-autotune" record CUDA graphs,
-            whose shapes are static here, as a training epoch's partial last batch is dropped.
-        device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
+        compile: use torch.compile for student and teacher.
+        compile_mode: torch.compile's mode; "reduce-overhead" and "max-autotune" use CUDA graphs.
+        device: "auto" (CUDA if available), "cpu", "cuda" or "cuda:N".
         log_every: updates between two rows of metrics.
-        cache: folder of `featkd cache`, whose rows take the place of the teacher's forward pass.
-        cache_epochs: what follows where optim.epochs is more than the cache's views: "error", or
-            "cycle", which begins with its first view anew.
+        cache: folder of `featkd cache`, read instead of running the teacher; null for none.
+        cache_epochs: with more epochs than the cache has views: "error", or "cycle" to start again
+            with the first view.
     """
 
     out: str = "runs/featkd"
@@ -230,22 +228,22 @@ class Recipe:
                 raise RecipeError(f"loss.feature: {self.loss.feature!r} needs a teacher")
         elif self.loss.alpha == 0 and self.loss.feature is None:
             raise RecipeError(
-                "teacher: given, but the loss does not use it "
-                "(loss.alpha is 0 and loss.feature is null)"
-            )
-        if self.cache is not None and self.teacher is None:
-            raise RecipeError(
-                f"cache: {self.cache!r} holds a teacher's outputs, but teacher is null; expected "
-                "the teacher that the cache was made of"
+                "teacher: not used by the loss (loss.alpha is 0 and loss.feature is null); "
+                "expected null, or a loss that uses it"
             )
         if self.cache is not None:
             check_local("cache", self.cache)
+            if self.teacher is None:
+                raise RecipeError(
+                    f"cache: {self.cache!r} holds a teacher's outputs, but teacher is null; "
+                    "expected the teacher that the cache was made with"
+                )
         if self.compile_mode != "default" and not self.compile:
             raise RecipeError(f"compile_mode: {self.compile_mode!r} needs compile: true")
         if self.compile_mode != "default" and self.optim.accumulate > 1:
-            # Gradients would be a graph's own memory, which its next run overwrites.
+            # Gradients would lie in a graph's memory, which the next replay overwrites.
             raise RecipeError(
-                f"compile_mode: {self.compile_mode!r} records CUDA graphs, which can't accumulate "
+                f"compile_mode: {self.compile_mode!r} uses CUDA graphs, which can't accumulate "
                 f"gradients (optim.accumulate is {self.optim.accumulate}); expected 'default'"
             )
         if self.batch_size % 2 and self.data.augment.mixes:
@@ -254,17 +252,20 @@ class Recipe:
                 "images in pairs; expected an even number"
             )
         if self.loss.feature is not None and not self.loss.pairs:
-            raise RecipeError("loss.pairs: empty, but loss.feature asks for a feature loss")
+            raise RecipeError(
+                f"loss.pairs: empty, but loss.feature is {self.loss.feature!r}; expected "
+                "[student layer, teacher layer] pairs"
+            )
 
 
 def check_local(name: str, folder: str) -> None:
-    """Where runs can have a URL, a cache can't: as a path it would be a folder called "s3:".
+    """Checks that a folder is not a URL; as a path, it would become a folder named "s3:".
 
     Raises:
         RecipeError: it is a URL.
     """
     if "://" in folder:
-        raise RecipeError(f"{name}: expected a folder of this machine, got {folder!r}")
+        raise RecipeError(f"{name}: expected a folder on this machine, got {folder!r}")
 
 
 def _require(name: str, value: float, bound: Literal["> 0", ">= 0"]) -> None:
@@ -273,31 +274,24 @@ def _require(name: str, value: float, bound: Literal["> 0", ">= 0"]) -> None:
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as plain lists, dicts, strings and numbers, as YAML and checkpoints hold it."""
-    return {name: _untuple(value) for name, value in dataclasses.asdict(recipe).items()}
+    """Converts a recipe to plain lists, dicts, strings and numbers, as stored in checkpoints."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    return plain
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The recipe as a YAML text that reads back to an equal recipe."""
+    """Converts a recipe to YAML text that `load_recipe` reads back to an equal recipe."""
     return yaml.safe_dump(to_dict(recipe), sort_keys=False)
 
 
-def _untuple(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _untuple(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_untuple(inner) for inner in value]
-    return value
-
-
 def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with featkd."""
+    """Names of the recipes that ship with featkd."""
     folder = resources.files("featkd.recipes")
     return sorted(p.name[: -len(".yaml")] for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe file by path, or by the name of one that ships with featkd.
+    """Finds a recipe file by path, or by the name of a shipped recipe.
 
     Raises:
         RecipeError: there is neither; suggests the nearest shipped name.
@@ -314,7 +308,7 @@ def find_recipe(name: str) -> Path:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe file.
+    """Reads a recipe file.
 
     Raises:
         RecipeError: it can't be read, has an unknown field, or values of a wrong type.
@@ -322,29 +316,57 @@ def load_recipe(path: Path) -> Recipe:
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    check_fields(path)
+    config = read_recipe_config(path)
     parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
     parser.add_class_arguments(Recipe)
     try:
-        parsed = parser.parse_path(str(path))
+        parsed = parser.parse_args(["--config", config])
     except ArgumentError as error:
         raise RecipeError(f"recipe {path}: {error}") from error
     built = parser.instantiate(parsed)
     return Recipe(**{entry.name: built[entry.name] for entry in dataclasses.fields(Recipe)})
 
 
-def check_fields(path: Path) -> None:
-    """Raise RecipeError where a recipe file has a field that recipes don't have.
+def read_recipe_config(path: Path) -> str:
+    """Checks the fields of a recipe file; returns a value for jsonargparse's config option.
 
-    jsonargparse would refuse it as well; this names the nearest field.
+    That is the path, or the YAML text without a field that only earlier versions had.
+
+    Raises:
+        RecipeError: it can't be read, or has an unknown field; suggests the nearest field.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        root = yaml.compose(path.read_text(), yaml.SafeLoader)
+        inference = _remove_field(root, "teacher", "inference")
+        text: str = "" if root is None else yaml.serialize(root)
+        content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"recipe {path}: can't be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"recipe {path}: expected a mapping of fields, got {content!r}")
     _check_mapping(content, Recipe, path, "")
+    if inference == "fastest":
+        warnings.warn(f"recipe {path}: {NO_FASTEST}", stacklevel=2)
+    return str(path) if inference is None else text
+
+
+NO_FASTEST = (
+    "teacher.inference: 'fastest' was removed; the teacher runs as compile and compile_mode set"
+)
+
+
+def _remove_field(root: yaml.Node | None, section: str, field: str) -> str | None:
+    """Removes a field from a section of a YAML tree; returns the field's value, if any.
+
+    The tree keeps the spelling of all numbers: YAML parsers differ on "1e-5".
+    """
+    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+        if key.value == section and isinstance(value, yaml.MappingNode):
+            found = [node.value for name, node in value.value if name.value == field]
+            value.value = [pair for pair in value.value if pair[0].value != field]
+            return str(found[0]) if found else None
+    return None
 
 
 def _check_mapping(content: Mapping[str, Any], cls: type, path: Path, prefix: str) -> None:
@@ -366,7 +388,7 @@ def _check_mapping(content: Mapping[str, Any], cls: type, path: Path, prefix: st
 
 
 def field_types(cls: type) -> dict[str, type | None]:
-    """Field name -> the dataclass it holds, or None for a plain value."""
+    """Maps field names to the dataclass they hold, or to None for a plain value."""
     hints = typing.get_type_hints(cls)
     found: dict[str, type | None] = {}
     for entry in dataclasses.fields(cls):
@@ -376,13 +398,3 @@ def field_types(cls: type) -> dict[str, type | None]:
         inner = [o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)]
         found[entry.name] = inner[0] if inner else None
     return found
-
-
-def field_names(cls: type = Recipe, prefix: str = "") -> list[str]:
-    """Dotted names of all fields, e.g. "optim.lr"."""
-    names = []
-    for name, inner in field_types(cls).items():
-        names.append(prefix + name)
-        if inner is not None:
-            names += field_names(inner, f"{prefix}{name}.")
-    return names

@@ -1,4 +1,4 @@
-"""How long updates take."""
+"""Wall time of updates."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 
 class Stopwatch:
-    """Wall time of updates, without the pauses for saving."""
+    """Measures the wall time of updates, without pauses for saving."""
 
     def __init__(self) -> None:
         self.updates = 0
         self._since = time.perf_counter()
 
     def lap(self) -> tuple[float, int]:
-        """Seconds and updates since the last lap."""
+        """Returns seconds and updates since the last lap."""
         now = time.perf_counter()
         lap = now - self._since, self.updates
         self._since, self.updates = now, 0
@@ -23,7 +23,7 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside does not count."""
+        """Excludes the time spent inside the context."""
         stopped = time.perf_counter()
         yield
         self._since += time.perf_counter() - stopped

@@ -1,109 +1,97 @@
-"""The frozen teacher of a run: built as the recipe says, and asked batch by batch."""
+"""The frozen teacher of a run, and the output shapes of teachers and students."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from featkd.cache import LayerShape, Taught
+from featkd.cache import LayerShape, TeacherOutputs
 from featkd.data import Batch
 from featkd.models import create_teacher
-from featkd.models.features import FeatureModel, num_layers, resolve_layers
+from featkd.models.features import FeatureModel
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.remote import locate
 from featkd.runtime.seeding import derive_seed
-from featkd.train.precision import autocast, hold_products
-from featkd.train.recipe import Recipe, RecipeError, TeacherConfig
-from featkd.train.teacher_mode import Mode, TeacherForward, fastest
+from featkd.train.precision import autocast, cast_matmul_weights
+from featkd.train.recipe import Recipe, RecipeError
 
 
-class Shapes(NamedTuple):
-    """What a model puts out of one image: the number of logits, and maps."""
+class TeacherForward(nn.Module):
+    """Logits and feature maps of a frozen model as a module's forward, for torch.compile.
 
-    classes: int
-    logits_dtype: str
-    maps: tuple[LayerShape, ...]
+    Args:
+        model: the teacher.
+        layers: layers whose feature maps are returned.
+        logits: whether to compute logits; without them, nothing runs after the deepest layer.
+    """
+
+    def __init__(self, model: FeatureModel, layers: tuple[int, ...], logits: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.layers = layers
+        self.logits = logits
+
+    def forward(self, images: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+        if self.logits:
+            return self.model.forward_with_features(images, self.layers)
+        return None, self.model.forward_maps(images, self.layers)
 
 
 class Teacher:
-    """What says of each batch what the student is to learn: a model's forward pass.
+    """Runs the frozen teacher; returns its logits and feature maps.
 
     Args:
-        recipe: with a teacher.
-        num_classes: of the images; those of a teacher without weights of its own.
+        model: from `create_teacher_model`.
+        layers: layers whose feature maps are returned, in this order.
+        recipe: the run, for its precision and torch.compile settings.
         context: this process.
-        notes: receives what the user should know.
-        layers: depth of the model -> those whose maps are wanted, each of which comes once, in
-            ascending order, and logits beside them; default: the recipe's pairs, one by one, and
-            logits where the recipe's loss uses them.
-
-    Raises:
-        RecipeError: the model can't be made; names the field.
+        logits: whether to return logits.
     """
 
     def __init__(
         self,
+        model: FeatureModel,
+        layers: tuple[int, ...],
         recipe: Recipe,
-        num_classes: int,
         context: ProcessContext,
-        notes: list[str],
-        layers: Callable[[int], Sequence[int]] | None = None,
+        *,
+        logits: bool,
     ) -> None:
-        assert recipe.teacher is not None
-        self.model = _create(recipe.teacher, recipe, num_classes, notes)
-        self.model.to(context.device)
-        if recipe.amp == "bf16":
-            hold_products(cast(nn.Module, self.model), torch.bfloat16)
-        if layers is None:
-            self.layers = pair_layers(recipe, self.model, "teacher")
-        else:
-            self.layers = tuple(sorted(set(layers(num_layers(self.model)))))
+        self.model = model
+        self.layers = layers
+        self.shapes = output_shapes(model, layers, recipe, context)
         self._amp = recipe.amp
         self._device = context.device
-        self.shapes = shapes_of(self.model, self.layers, recipe, context)
-        logits = layers is not None or recipe.loss.alpha > 0
-        plain = TeacherForward(self.model, self.layers, logits)
-        mode = Mode(recipe.compile, recipe.compile_mode)
-        if recipe.teacher.inference == "fastest":
-            mode = self._fastest(plain, recipe, context, notes)
-        self._forward = plain.in_mode(mode)
+        self._forward = TeacherForward(model, layers, logits)
+        if recipe.compile:
+            self._forward.compile(mode=recipe.compile_mode)
 
-    def teach(self, batch: Batch) -> Taught:
-        """Logits and maps of a batch whose images are on the device."""
+    def outputs(self, batch: Batch) -> TeacherOutputs:
+        """Computes the outputs for a batch whose images are on the device."""
         with torch.no_grad(), autocast(self._amp, self._device):
-            return Taught(*self._forward(batch.images))
-
-    def _fastest(
-        self, plain: TeacherForward, recipe: Recipe, context: ProcessContext, notes: list[str]
-    ) -> Mode:
-        """Process 0's trial, on a batch of the recipe's size."""
-        size = recipe.data.img_size
-        images = torch.zeros(recipe.batch_size, 3, size, size, device=context.device)
-
-        def run(forward: TeacherForward) -> None:
-            with torch.no_grad(), autocast(self._amp, self._device):
-                logits, maps = forward(images)
-            (maps[-1] if logits is None else logits).sum().item()  # waits for the device
-
-        found = None
-        if context.is_main:
-            config = recipe.teacher
-            assert config is not None
-            wanted = (plain.layers, plain.logits, recipe.amp)
-            found = fastest(plain, run, (config.name, config.options, images.shape, *wanted))
-        mode, how = context.broadcast(found)
-        notes.append(f"teacher.inference: {how}")
-        assert isinstance(mode, Mode)
-        return mode
+            return TeacherOutputs(*self._forward(batch.images))
 
 
-def _create(
-    config: TeacherConfig, recipe: Recipe, num_classes: int, notes: list[str]
+def create_teacher_model(
+    recipe: Recipe, num_classes: int, context: ProcessContext, notes: list[str]
 ) -> FeatureModel:
+    """Creates the recipe's teacher on the device; under bf16, its matmul weights are bf16.
+
+    Args:
+        recipe: the run; its teacher is not null.
+        num_classes: classes of the data set, used if the teacher has no pretrained weights.
+        context: this process.
+        notes: notes for the user are appended here.
+
+    Raises:
+        RecipeError: the model can't be created.
+    """
+    config = recipe.teacher
+    assert config is not None
     options = {"img_size": recipe.data.img_size, **config.options}
     checkpoint = config.checkpoint
     if checkpoint is not None and not locate(checkpoint, "teacher.checkpoint").is_file():
@@ -115,53 +103,44 @@ def _create(
                 f"teacher: {config.name} has random weights "
                 f"(teacher.pretrained is false and teacher.checkpoint is null)"
             )
-    # Random weights are the seed's alone, whatever student was made before: caches rely on it.
+    # Random weights must depend on the seed alone, not on the student created before: a cache is
+    # written and read by different commands.
     torch.manual_seed(derive_seed(recipe.seed))
     with naming("teacher"):
-        return create_teacher(
+        model = create_teacher(
             config.name,
             pretrained=config.pretrained,
             checkpoint=checkpoint,
             weights=config.weights,
             **options,
         )
+    model.to(context.device)
+    if recipe.amp == "bf16":
+        cast_matmul_weights(cast(nn.Module, model), torch.bfloat16)
+    return model
 
 
 @contextmanager
 def naming(field: str) -> Iterator[None]:
-    """Say which part of the recipe a model's error is about."""
+    """Turns errors of a model into a RecipeError that begins with the recipe's field."""
     try:
         yield
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{field}: {error}") from error
 
 
-def pair_layers(
-    recipe: Recipe, model: FeatureModel, whose: Literal["student", "teacher"]
-) -> tuple[int, ...]:
-    """One side of the recipe's layer pairs, counted from 0; none without a feature loss.
+class OutputShapes(NamedTuple):
+    """Output shapes of a model for one image: number of classes, and a shape per feature map."""
 
-    Raises:
-        RecipeError: a layer is out of the model's range.
-    """
-    return resolve_pairs(recipe, num_layers(model), whose) if recipe.loss.feature else ()
+    classes: int
+    logits_dtype: str
+    maps: tuple[LayerShape, ...]
 
 
-def resolve_pairs(
-    recipe: Recipe, depth: int, whose: Literal["student", "teacher"]
-) -> tuple[int, ...]:
-    """The same for a model of `depth` layers, with or without a feature loss."""
-    side = 0 if whose == "student" else 1
-    try:
-        return resolve_layers([pair[side] for pair in recipe.loss.pairs], depth)
-    except ValueError as error:
-        raise RecipeError(f"loss.pairs ({whose}): {error}") from error
-
-
-def shapes_of(
+def output_shapes(
     model: FeatureModel, layers: Sequence[int], recipe: Recipe, context: ProcessContext
-) -> Shapes:
-    """One image through a model, in evaluation mode and the recipe's precision."""
+) -> OutputShapes:
+    """Runs one image through a model, in evaluation mode and the recipe's precision."""
     size = recipe.data.img_size
     image = torch.zeros(1, 3, size, size, device=context.device)
     training = model.training
@@ -169,16 +148,15 @@ def shapes_of(
     with torch.no_grad(), autocast(recipe.amp, context.device):
         logits, maps = model.forward_with_features(image, layers)
     model.train(training)
-    return Shapes(
+    return OutputShapes(
         logits.shape[1],
-        name_of(logits.dtype),
+        _dtype_name(logits.dtype),
         tuple(
-            LayerShape(layer, x.shape[1], x.shape[2], name_of(x.dtype))
+            LayerShape(layer, x.shape[1], x.shape[2], _dtype_name(x.dtype))
             for layer, x in zip(layers, maps, strict=True)
         ),
     )
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """ "float32" and the like."""
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""A trained student back from a checkpoint, without its recipe file."""
+"""Loads trained students from checkpoints."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from featkd.train import checkpoint
 
 
 def load_trained(path: str | PathLike[str], weights: Weights = "auto") -> FeatureModel:
-    """Rebuild the student of a training run and load its weights.
+    """Rebuilds the student of a training run and loads its weights.
 
     Args:
-        path: a checkpoint of `featkd distill` (last.pt, best.pt, epoch-<n>.pt), or its URL.
+        path: checkpoint of `featkd distill` (last.pt, best.pt, epoch-<n>.pt), or its URL.
         weights: "model" for the weights of the last update, "model_ema" for their average,
-            "auto" for those of the two that scored better when the file was written.
+            "auto" for the one of the two with the better score in this checkpoint.
 
     Returns:
         The student, on the CPU, in evaluation mode.
 
     Raises:
-        CheckpointError: no checkpoint of featkd.
-        ValueError: it has no such weights.
+        CheckpointError: not a readable featkd checkpoint.
+        ValueError: the checkpoint has no such weights.
     """
     state = checkpoint.load(path)
     config, data = state["recipe"]["student"], state["recipe"]["data"]

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from featkd.cache import Taught
+from featkd.cache import TeacherOutputs
 from featkd.data import Batch
 from featkd.losses import DistillationTerms
 from featkd.models.features import FeatureModel
@@ -20,32 +20,29 @@ from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.interrupt import Interrupt
 from featkd.runtime.remote import locate
 from featkd.runtime.seeding import derive_seed
-from featkd.train.cached_teacher import OpenCache
+from featkd.train.cached_teacher import CachedTeacher
 from featkd.train.checkpoint import CheckpointStore
-from featkd.train.components import Parts, build
+from featkd.train.components import StudentOutputs, build
 from featkd.train.evaluate import evaluate
 from featkd.train.logs import RunLog
 from featkd.train.meter import Meter, check_weights
 from featkd.train.precision import autocast
 from featkd.train.recipe import Recipe, to_dict
-from featkd.train.resume import check_alike, find_checkpoint, restore
+from featkd.train.resume import check_same_position, find_checkpoint, restore
 from featkd.train.stopwatch import Stopwatch
-
-
-class Learnt(NamedTuple):
-    """What the student says of it; with `feature_loss`, a scalar, there are no maps."""
-
-    logits: Tensor
-    maps: list[Tensor]
-    feature_loss: Tensor | None
 
 
 @dataclass
 class Outcome:
-    """How a run ended.
+    """Result of a run.
 
-    `scores` holds the last evaluation: weights ("model", "ema") -> {"top1", "top5", "loss"};
-    `bad_files` the images that were left out: path -> cause.
+    Attributes:
+        updates: optimizer updates done.
+        scores: last evaluation: weights ("model", "ema") -> {"top1", "top5", "loss"}.
+        best: best evaluation, with its update, epoch and weights.
+        images_per_s: training throughput of this process's session; NaN if nothing was trained.
+        bad_files: unreadable images that were left out: path -> cause.
+        interrupted_by: the signal that ended the run early, if any.
     """
 
     updates: int
@@ -57,14 +54,14 @@ class Outcome:
 
 
 class Trainer:
-    """One training run in this process.
+    """Runs one training run in this process.
 
-    Nothing in an update waits for the device: losses are summed there and read only every
-    `log_every` updates.
+    An update never waits for the device: losses are summed there, and read every `log_every`
+    updates.
 
     Args:
         recipe: the run.
-        context: this process's place.
+        context: this process.
         strict_classes: refuse a model with more outputs than there are class folders.
     """
 
@@ -74,12 +71,12 @@ class Trainer:
         self.recipe = recipe
         self.context = context
         self.folder = locate(recipe.out)
-        self.parts: Parts = build(recipe, context, strict_classes=strict_classes)
+        self.components = build(recipe, context, strict_classes=strict_classes)
         self.store = CheckpointStore(self.folder, recipe.checkpoint.keep_every)
         self.update = 0  # optimizer updates done
         self.epoch = 0  # epochs done
         self.batch = 0  # micro-batches done in the epoch
-        self.due = False  # the epoch that has just ended is still to be evaluated
+        self.evaluation_pending = False  # the epoch that has just ended is not evaluated yet
         self.best: dict[str, Any] = {}
         self.scores: dict[str, dict[str, float]] = {}
         self.bad_files: dict[str, str] = {}  # path -> cause
@@ -89,56 +86,62 @@ class Trainer:
 
     @property
     def total_updates(self) -> int:
-        """Updates of the whole run: those done, with however many processes, and those to come."""
-        left = self.parts.updates_per_epoch * self.recipe.optim.epochs - self._scheduled
-        return self.update + left
+        """Updates of the whole run: those done, and those left at the current batch size."""
+        per_epoch = self.components.updates_per_epoch
+        return self.update + per_epoch * self.recipe.optim.epochs - self._schedule_update
 
     @property
-    def _so_far(self) -> str:
+    def _position(self) -> str:
+        """End of error messages."""
         return f"by update {self.update}; the last checkpoint is {self.store.last}"
 
     @property
-    def _scheduled(self) -> int:
-        """Updates that lead here at the present size of an update: `update`, if none was other."""
+    def _schedule_update(self) -> int:
+        """Position in the schedule; differs from `update` after a change of the global batch."""
         done = self.batch // self.recipe.optim.accumulate
-        return self.epoch * self.parts.updates_per_epoch + done
+        return self.epoch * self.components.updates_per_epoch + done
 
     def run(self, resume: str = "auto", *, quiet: bool = False) -> Outcome:
-        """Train to the end, or until SIGINT or SIGTERM, which leave a checkpoint.
+        """Trains to the end, or until SIGINT or SIGTERM, which also save a checkpoint.
 
         Args:
-            resume: "auto" goes on from the output folder's last checkpoint where there is one,
-                "never" starts anew (refused where there is one), else a checkpoint file.
+            resume: "auto" resumes from the last checkpoint in the output folder, if any; "never"
+                refuses a folder with a checkpoint; anything else is a checkpoint file.
             quiet: print nothing.
 
         Raises:
             CheckpointError: a checkpoint can't be written, read or used.
-            TrainingDiverged: the loss or a weight is not finite; nothing is saved then.
+            TrainingDiverged: the loss or a weight is not finite; this state is not saved.
             featkd.data.BadImageError: an unreadable image under on_bad_image="error".
         """
         if self.context.is_main:
             self.store.prepare()
         self.context.barrier()
-        loads = f"images are loaded by {self.parts.train_loader.pixels}"
-        messages = [loads, *self.parts.notes, *self._resume(resume)]
+        loader = f"image loader: {self.components.train_loader.decoder}"
+        messages = [loader, *self.components.notes, *self._resume(resume)]
         folder = self.folder if self.context.is_main else None
-        log = RunLog(folder, self.update, self.total_updates, quiet, due=self.due)
+        log = RunLog(
+            *(folder, self.update, self.total_updates, quiet),
+            evaluation_pending=self.evaluation_pending,
+        )
         for message in messages:
-            log.say(message)
+            log.message(message)
         stopped_by = None
         try:
             with Interrupt() as interrupt:
-                if self.due:
-                    self._score(log)
+                if self.evaluation_pending:
+                    self._evaluate_and_save(log)
                 while self.epoch < self.recipe.optim.epochs and stopped_by is None:
                     stopped_by = self._train_epoch(log, interrupt)
                 if stopped_by is not None:
                     self._save(log)
-                    log.say(f"stopped by signal {stopped_by}; --resume auto goes on from here")
+                    log.message(
+                        f"stopped by signal {stopped_by}; --resume auto continues from here"
+                    )
         finally:
             log.close()
-            self.parts.close()
-        images = self._timed_updates * self.parts.global_batch
+            self.components.close()
+        images = self._timed_updates * self.components.global_batch
         return Outcome(
             updates=self.update,
             scores=self.scores,
@@ -149,25 +152,26 @@ class Trainer:
         )
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """An epoch's micro-batches from number `start` on; a cache reads their rows ahead."""
-        loader, source = self.parts.train_loader, self.parts.source
+        """Micro-batches of an epoch from number `start` on; a cached teacher prefetches rows."""
+        loader, teacher = self.components.train_loader, self.components.teacher
         loader.set_epoch(epoch, start)
-        batches = iter(loader)  # first: a process that is forked beside busy threads can hang
-        if isinstance(source, OpenCache):
-            source.expect(loader.upcoming())
+        # Before the prefetch: workers forked while another thread holds a lock can hang.
+        batches = iter(loader)
+        if isinstance(teacher, CachedTeacher):
+            teacher.prefetch(loader.upcoming())
         return batches
 
     def step(self, batches: list[Batch]) -> DistillationTerms:
-        """One optimizer update from `accumulate` micro-batches; returns the last one's terms."""
-        parts, recipe = self.parts, self.recipe
-        # Drop-path and the like depend on the update alone: a resumed run repeats them exactly.
+        """Runs one update on `accumulate` micro-batches; returns the loss terms of the last."""
+        components, recipe = self.components, self.recipe
+        # Seeded by the update, so that a resumed run repeats drop-path exactly.
         torch.manual_seed(derive_seed(recipe.seed, self.update, self.context.rank))
         self._set_lr()
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with self._no_sync(not last):
                 terms = self.losses(batch, number)
-                scaled: Tensor = parts.scaler.scale(terms.total / len(batches))
+                scaled: Tensor = components.scaler.scale(terms.total / len(batches))
                 torch.autograd.backward(scaled)
             self._meter.add(terms)
         self.apply_gradients()
@@ -176,66 +180,71 @@ class Trainer:
         return terms
 
     def losses(self, batch: Batch, number: int = 0) -> DistillationTerms:
-        """The objective of an update's micro-batch of that number, mixed where the recipe says."""
-        if self.parts.mixer is not None:
-            number += self.batch  # in the epoch
-            batch = self.parts.mixer(batch, epoch=self.epoch, number=number, rank=self.context.rank)
+        """Loss terms of a micro-batch, `number` within its update; mixes images if configured."""
+        mixer = self.components.mixer
+        if mixer is not None:
+            number += self.batch  # within the epoch
+            batch = mixer(batch, epoch=self.epoch, number=number, rank=self.context.rank)
         batch = batch._replace(
             images=batch.images.to(self.context.device, non_blocking=True),
             targets=batch.targets.to(self.context.device, non_blocking=True),
         )
-        if self.context.device.type == "cuda":  # what CUDA graphs gave before is used up
+        if self.context.device.type == "cuda":
+            # outputs of the previous replay may be overwritten from here on
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        taught = self.teach(batch)
-        return self.compare(self.learn(batch.images, taught), batch.targets, taught)
+        teacher = self.teacher_forward(batch)
+        student = self.student_forward(batch.images, teacher)
+        return self.compute_loss(student, batch.targets, teacher)
 
-    def teach(self, batch: Batch) -> Taught:
-        """The teacher's logits and maps of a batch on the device; nothing without a teacher."""
-        source = self.parts.source
-        return Taught(None, []) if source is None else source.teach(batch)
+    def teacher_forward(self, batch: Batch) -> TeacherOutputs:
+        """Teacher outputs for a batch on the device; empty without a teacher."""
+        teacher = self.components.teacher
+        return TeacherOutputs(None, []) if teacher is None else teacher.outputs(batch)
 
-    def learn(self, images: Tensor, taught: Taught) -> Learnt:
-        """The student's logits and maps, or its feature loss where it forms that itself."""
+    def student_forward(self, images: Tensor, teacher: TeacherOutputs) -> StudentOutputs:
+        """Runs the student; the teacher's map is used only if the student forms the loss."""
+        components = self.components
         with self._autocast():
-            if self.parts.student_forms_loss:
-                (teacher_map,) = taught.maps
-                logits, distance = self.parts.student_forward(images, teacher_map)
-                return Learnt(logits, [], distance)
-            logits, maps = self.parts.student_forward(images)
-            return Learnt(logits, maps, None)
+            if components.student_forms_loss:
+                (teacher_map,) = teacher.maps
+                logits, distance = components.student_forward(images, teacher_map)
+                return StudentOutputs(logits, [], distance)
+            logits, maps = components.student_forward(images)
+            return StudentOutputs(logits, maps, None)
 
-    def compare(self, learnt: Learnt, targets: Tensor, taught: Taught) -> DistillationTerms:
-        """The objective of a student's outputs."""
-        loss = self.parts.loss
+    def compute_loss(
+        self, student: StudentOutputs, targets: Tensor, teacher: TeacherOutputs
+    ) -> DistillationTerms:
+        """Computes the loss terms from the outputs of student and teacher."""
         with self._autocast():
-            terms = loss(
-                *(learnt.logits, targets, taught.logits, learnt.maps, taught.maps),
-                feature_loss=learnt.feature_loss,
+            terms = self.components.loss(
+                *(student.logits, targets, teacher.logits, student.maps, teacher.maps),
+                feature_loss=student.feature_loss,
             )
         assert isinstance(terms, DistillationTerms)
         return terms
 
     def apply_gradients(self) -> None:
-        """Clip, update the weights, drop the gradients, and let the weight average follow."""
-        parts, clip = self.parts, self.recipe.optim.clip_grad
+        """Clips gradients, updates weights and their average, and clears the gradients."""
+        components, clip = self.components, self.recipe.optim.clip_grad
         if clip is not None:
-            parts.scaler.unscale_(parts.optimizer)
-            nn.utils.clip_grad_norm_(parts.student.parameters(), clip)
-        parts.scaler.step(parts.optimizer)
-        parts.scaler.update()
-        parts.optimizer.zero_grad(set_to_none=True)
-        if parts.ema is not None:
-            parts.ema.update(parts.student)
+            components.scaler.unscale_(components.optimizer)
+            nn.utils.clip_grad_norm_(components.student.parameters(), clip)
+        components.scaler.step(components.optimizer)
+        components.scaler.update()
+        components.optimizer.zero_grad(set_to_none=True)
+        if components.ema is not None:
+            components.ema.update(components.student)
 
     def _train_epoch(self, log: RunLog, interrupt: Interrupt) -> int | None:
-        """Train the rest of the current epoch; returns the signal that stopped it, if any."""
-        parts, recipe = self.parts, self.recipe
-        parts.student.train()
-        last_batch = parts.updates_per_epoch * recipe.optim.accumulate
+        """Trains the rest of the current epoch; returns the signal that stopped it, if any."""
+        components, recipe = self.components, self.recipe
+        components.student.train()
+        last_batch = components.updates_per_epoch * recipe.optim.accumulate
         pending: list[Batch] = []
         watch = Stopwatch()
         for batch in self.batches(self.epoch, self.batch):
-            self._name_bad(parts.train_loader.bad_images, log)
+            self._report_bad_images(components.train_loader.bad_images, log)
             pending.append(batch)
             if len(pending) < recipe.optim.accumulate:
                 continue
@@ -246,8 +255,8 @@ class Trainer:
             if self.update % recipe.log_every == 0 or self.batch == last_batch:
                 self._log(log, watch)
             if self.batch == last_batch:
-                continue  # to the loader's end: a DALI pipeline goes on from there, not from before
-            stopped_by = interrupt.agreed(self.context.any_true)
+                continue  # exhausts the loader: a DALI pipeline starts its next epoch only then
+            stopped_by = interrupt.stop_signal(self.context.any_true)
             if stopped_by is not None:
                 return stopped_by
             every = recipe.checkpoint.every_updates
@@ -256,34 +265,34 @@ class Trainer:
                     self._save(log)
         self.epoch += 1
         self.batch = 0
-        parts.train_loader.set_epoch(self.epoch)
+        components.train_loader.set_epoch(self.epoch)
         ended = self.epoch == recipe.optim.epochs
         if ended or self.epoch % recipe.checkpoint.every_epochs == 0:
-            # First the state alone: an evaluation that fails must not cost the epoch.
-            self.due = True
+            # Saved before the evaluation too, so that a failing evaluation loses no training.
+            self.evaluation_pending = True
             self._save(log)
-            self._score(log)
-        return None if ended else interrupt.agreed(self.context.any_true)
+            self._evaluate_and_save(log)
+        return None if ended else interrupt.stop_signal(self.context.any_true)
 
     def _set_lr(self) -> None:
         if self.recipe.optim.step_on == "epoch":
-            self.parts.scheduler.step(self.epoch)
+            self.components.scheduler.step(self.epoch)
         else:
-            self.parts.scheduler.step_update(self._scheduled)
+            self.components.scheduler.step_update(self._schedule_update)
 
     def _autocast(self) -> AbstractContextManager[object]:
         return autocast(self.recipe.amp, self.context.device)
 
     def _no_sync(self, active: bool) -> AbstractContextManager[object]:
-        """Without DDP's gradient all-reduce, for all micro-batches but an update's last."""
-        forward = self.parts.student_forward
+        """Skips DDP's gradient all-reduce if `active`: before the last micro-batch of an update."""
+        forward = self.components.student_forward
         if active and isinstance(forward, nn.parallel.DistributedDataParallel):
             return forward.no_sync()
         return nullcontext()
 
     def _log(self, log: RunLog, watch: Stopwatch) -> None:
-        """The one place where training waits for the device: read the summed losses."""
-        means = self._meter.means(self._so_far)
+        """Reads and logs the mean losses; the only place where training waits for the device."""
+        means = self._meter.means(self._position)
         self._meter.clear()
         seconds, updates = watch.lap()
         self._seconds += seconds
@@ -292,29 +301,30 @@ class Trainer:
             {
                 "update": self.update,
                 "epoch": self.epoch,
-                "lr": max(group["lr"] for group in self.parts.optimizer.param_groups),
+                "lr": max(group["lr"] for group in self.components.optimizer.param_groups),
                 "loss": means.loss,
                 "logits_loss": means.logits,
                 "feature_loss": means.features,
-                "images_per_s": round(updates * self.parts.global_batch / seconds, 1),
+                "images_per_s": round(updates * self.components.global_batch / seconds, 1),
             }
         )
 
-    def _score(self, log: RunLog) -> None:
-        """Evaluate the epoch that has ended, and save it under all its names."""
+    def _evaluate_and_save(self, log: RunLog) -> None:
+        """Evaluates the epoch that has ended, and saves it with its scores."""
         improved = self._evaluate(log)
-        self.due = False
+        self.evaluation_pending = False
         self._save(log, is_best=improved, ended_epoch=self.epoch)
 
     def _evaluate(self, log: RunLog) -> bool:
-        """Score the weights and their average; returns whether either is the best so far."""
-        parts = self.parts
-        models: dict[str, FeatureModel] = {"model": parts.student}
-        if parts.ema is not None:
-            models["ema"] = parts.ema.module
+        """Evaluates the weights and their average; returns True for a new best score."""
+        components = self.components
+        models: dict[str, FeatureModel] = {"model": components.student}
+        if components.ema is not None:
+            models["ema"] = components.ema.module
         improved = False
         evaluations = evaluate(
-            models, parts.val_loader, parts.num_classes, self.context.device, self._autocast
+            *(models, components.val_loader, components.num_classes),
+            *(self.context.device, self._autocast),
         )
         for weights, found in evaluations.items():
             scores = {"top1": found.top1, "top5": found.top5, "loss": found.loss}
@@ -324,41 +334,34 @@ class Trainer:
             if not self.best or found.top1 > self.best["top1"]:
                 self.best = {**row, **scores}
                 improved = True
-        self._name_bad(parts.val_loader.bad_images, log)
-        self._name_bad(self.context.merged(self.bad_files), log)
+        self._report_bad_images(components.val_loader.bad_images, log)
+        self._report_bad_images(self.context.merge_dicts(self.bad_files), log)
         return improved
 
-    def _name_bad(self, files: Mapping[str, str], log: RunLog) -> None:
-        """Name each unreadable image once (under on_bad_image="skip")."""
+    def _report_bad_images(self, files: Mapping[str, str], log: RunLog) -> None:
+        """Reports each unreadable image once (under on_bad_image="skip")."""
         for path, cause in files.items():
             if path not in self.bad_files:
                 self.bad_files[path] = cause
-                log.say(f"unreadable image no. {len(self.bad_files)}, left out: {path}: {cause}")
+                count = len(self.bad_files)
+                log.message(f"unreadable image no. {count}, left out: {path}: {cause}")
 
     def _save(self, log: RunLog, *, is_best: bool = False, ended_epoch: int | None = None) -> None:
-        parts = self.parts
-        meter = self._meter.state_dict(self._so_far)  # all processes take part
-        check_weights(parts.student.parameters(), self._so_far)
+        meter = self._meter.state_dict(self._position)  # a collective: all processes call it
+        check_weights(self.components.student.parameters(), self._position)
         log.publish()
-        bad_files = self.context.merged(self.bad_files)
+        bad_files = self.context.merge_dicts(self.bad_files)
         if self.context.is_main:
             state = {
-                "model": parts.student.state_dict(),
-                "model_ema": None if parts.ema is None else parts.ema.module.state_dict(),
-                "optimizer": parts.optimizer.state_dict(),
-                "scaler": parts.scaler.state_dict(),
+                **self.components.state_dict(),
+                **meter,
                 "update": self.update,
                 "epoch": self.epoch,
-                "loader": parts.train_loader.state_dict(),
-                "pixels": parts.train_loader.pixels,
-                **meter,
                 "best": self.best,
                 "scores": self.scores,
-                "due": self.due,
+                "evaluation_pending": self.evaluation_pending,
                 "bad_files": bad_files,
                 "recipe": to_dict(self.recipe),
-                "classes": parts.train_loader.classes,
-                "num_classes": parts.num_classes,
                 "versions": environment.versions(),
                 "world_size": self.context.world_size,
                 "job": self.context.job,
@@ -367,26 +370,27 @@ class Trainer:
         self.context.barrier()
 
     def _resume(self, resume: str) -> list[str]:
-        """Take up a checkpoint where `resume` asks for one; returns what the user should know."""
+        """Restores the checkpoint that `resume` selects, if any; returns messages for the user."""
         path = find_checkpoint(resume, self.store, self.context)
         if path is None:
-            check_alike(self.context, "the start")
+            check_same_position(self.context, "the start")
             return []
-        state, changed = restore(path, self.parts, self.recipe, self.context.world_size)
-        position = self.parts.train_loader.state_dict()
+        state, changed = restore(path, self.components, self.recipe, self.context.world_size)
+        position = self.components.train_loader.state_dict()
         self.update, self.epoch, self.batch = state["update"], position["epoch"], position["batch"]
-        self.due = state.get("due", False)  # earlier checkpoints were all evaluated
+        self.evaluation_pending = state.get("evaluation_pending", False)
         place = f"{path} after update {self.update} (epoch {self.epoch}, batch {self.batch})"
-        check_alike(self.context, f"{place}, to be evaluated" if self.due else place)
-        brought = self.store.bring_best(path, state) if self.context.is_main else None
-        self.best, self.scores = self.context.broadcast(brought), state["scores"]
+        pending = ", to be evaluated" if self.evaluation_pending else ""
+        check_same_position(self.context, f"{place}{pending}")
+        best = self.store.restore_best(path, state) if self.context.is_main else None
+        self.best, self.scores = self.context.broadcast(best), state["scores"]
         self.bad_files = state["bad_files"]
         self._meter.load_state_dict(state)
         messages = [f"resumed from {path} after update {self.update} (epoch {self.epoch})"]
         if self.best != state["best"]:
             messages.append(
-                f"{self.store.best}: the score to be beaten is {self.best.get('top1', 'none')}, "
-                f"not {state['best'].get('top1', 'none')} as in that checkpoint"
+                f"{self.store.best}: the best score is {self.best.get('top1', 'none')}, not "
+                f"{state['best'].get('top1', 'none')} as in that checkpoint"
             )
         if changed:
             messages.append(f"changed since that checkpoint: {'; '.join(changed)}")

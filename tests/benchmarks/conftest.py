@@ -1,4 +1,4 @@
-"""Cases of a few elements, and made-up rows of results."""
+"""Cases of a few elements, and synthetic rows of results."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import pytest
 import torch
 
 from featkd.benchmarks import sizes
-from featkd.benchmarks.problem import Maps
 from featkd.benchmarks.results import Row
+from featkd.benchmarks.sizes import Maps, Sizes
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The set "small" becomes (2, 2 x 4, 6) to 10, (2, 12), and 2 heads of 4."""
-    monkeypatch.setitem(sizes.MAPS, "small", (Maps(2, (2, 4), 6, 10),))
-    monkeypatch.setitem(sizes.LOGITS, "small", ((2, 12),))
-    monkeypatch.setitem(sizes.HEADS, "small", ((2, 2, 5, 4),))
+    """Replaces the set "small"."""
+    tiny = Sizes((Maps(2, (2, 4), 6, 10),), ((2, 12),), ((2, 2, 5, 4),))
+    monkeypatch.setitem(sizes.SETS, "small", tiny)
 
 
 @pytest.fixture
@@ -69,7 +68,7 @@ def make_row() -> Callable[..., Row]:
 
 @pytest.fixture
 def all_variants(make_row) -> Callable[..., list[Row]]:
-    """Rows of eager, both compiled forms and featkd of one case."""
+    """Returns rows of all variants of one case."""
 
     def make(**changes: Any) -> list[Row]:
         eager = dict(variant="eager", median_ms=3.0, q20_ms=2.9, q80_ms=3.1, speedup=1.0)

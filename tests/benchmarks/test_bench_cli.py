@@ -88,7 +88,7 @@ MISTAKES = {
         "dtypes: expected fp32, bf16, fp16, autocast-bf16, autocast-fp16; got",
     ),
     "no direction": (["run", "--directions", "back"], "directions: expected forward, backward, bo"),
-    "batches": (["run", "--batches", "many"], "batches"),
+    "batch sizes": (["run", "--batch-sizes", "many"], "--batch-sizes: expected a whole number"),
     "seconds": (["run", "--min-seconds=-1"], "--min-seconds: expected a finite number > 0, got -1"),
     "device": (["run", "--device", "tpu"], "--device: expected auto, cpu or cuda; got 'tpu'"),
     "ending": (["run", "--out", "x.txt"], "--out: expected a name that ends in .csv, got x.txt"),

@@ -1,4 +1,4 @@
-"""What is timed: every op in every direction and variant, and that the variants agree."""
+"""Cases: every op in every direction and variant, and the agreement of the variants."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_featkd_agrees_with_eager_in_every_case(op, direction, dtype):
     for case in select([op], "small", [dtype], [direction]):
         prepared = variants.prepare(case, ["eager", "featkd"], CPU)
         assert list(prepared.steps) == ["eager", "featkd"]
-        own = op == "talking_heads_attention"  # csrc has it for a CPU
+        own = op == "talking_heads_attention"  # csrc has a CPU kernel
         assert prepared.backend == ("cpu" if own else "reference")
         assert prepared.errors["featkd"] <= 2 * prepared.errors["eager"] + 1e-6
         inputs = prepared.inputs
@@ -107,7 +107,7 @@ def test_nan_is_a_disagreement():
 
 
 def test_floor_is_that_of_the_design():
-    """bf16, 192 to 384: S and T read and dS written are 2 (2 Cs + Ct) = 1,536 bytes a row."""
+    """S and T read and dS written are 2 (2 Cs + Ct) = 1,536 bytes per row of bf16, 192 to 384."""
     (case,) = (
         c
         for c in select(["projected_feature_kd"], "small", ["bf16"], ["both"])
@@ -116,7 +116,7 @@ def test_floor_is_that_of_the_design():
     prepared = variants.prepare(case, ["featkd"], CPU)
     parameters = 2 * (384 * 192 + 2 * 384)
     scalars = 2 * 2  # the loss and its upstream gradient
-    floor = {d: roofline.floor_bytes(prepared, case.problem, d) for d in DIRECTIONS}
+    floor = {d: roofline.floor_bytes(prepared, d) for d in DIRECTIONS}
     assert floor["both"] == 4 * 196 * 1536 + 2 * parameters + scalars
     assert floor["forward"] == 4 * 196 * 1152 + parameters + 2
     assert floor["backward"] == floor["both"] - 2

@@ -1,4 +1,4 @@
-"""Regression mode: a slow-down, a fall-back and more memory fail; noise does not."""
+"""The regression check: a slow-down, a fall-back and more memory fail; noise does not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def files(tmp_path) -> tuple[Path, Path]:
 
 
 def slower(factor: float, eager: float = 1.0) -> dict[str, float]:
-    """Changes of a row whose time grew by `factor` while eager's grew by `eager`."""
+    """Returns the changes of a row whose time grew by `factor` while eager's grew by `eager`."""
     return {
         "median_ms": 2.0 * factor,
         "q20_ms": 1.9 * factor,

@@ -1,4 +1,4 @@
-"""What `featkd kernels report` says of csrc's kernels, from ptxas's own words."""
+"""csrc's kernels in the report, from ptxas's output."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from featkd.benchmarks import csrc_counts, csrc_kernels
-from featkd.benchmarks.chips import CHIPS, chip_of
-from featkd.benchmarks.csrc_counts import Counted
-from featkd.benchmarks.csrc_kernels import Kernel
-from featkd.ptx import Counters
+from benchmarks.report import csrc_kernels
+from benchmarks.report.chips import CHIPS, chip_of
+from benchmarks.report.csrc_counts import Counted
+from benchmarks.report.csrc_kernels import Kernel
+from ptx_emulator import Counters
 
-SAID = """
+PTXAS = """
 ptxas info    : Compiling entry function 'featkd_spectrum_float64' for 'sm_90'
 ptxas info    : Function properties for featkd_spectrum_float64
     16 bytes stack frame, 28 bytes spill stores, 48 bytes spill loads
@@ -30,27 +30,25 @@ ptxas info    : Used 126 registers, used 1 barriers
 
 
 def test_usage_is_read_and_a_spill_is_a_broken_rule(monkeypatch: pytest.MonkeyPatch):
-    done = SimpleNamespace(returncode=0, stderr=SAID)
+    done = SimpleNamespace(returncode=0, stderr=PTXAS)
     monkeypatch.setattr(csrc_kernels.shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
     wide, narrow, jacobi = csrc_kernels.compile_for(90)
-    assert (wide.name, wide.registers, wide.stack, wide.spills) == ("float64", 192, 16, 76)
+    assert (wide.dtype, wide.registers, wide.stack, wide.spills) == ("float64", 192, 16, 76)
     assert wide.broken == ["spills: 16 bytes of stack"]
-    assert (narrow.name, narrow.registers, narrow.broken) == ("float32", 128, [])
-    assert (jacobi.op, jacobi.name, jacobi.registers) == ("jacobi", "float64", 126)
-    assert [row[0] for row in csrc_kernels.rows([narrow, jacobi])] == [
-        "spectrum float32",
-        "jacobi float64",
-    ]
+    assert (narrow.dtype, narrow.registers, narrow.broken) == ("float32", 128, [])
+    assert (jacobi.op, jacobi.dtype, jacobi.registers) == ("jacobi", "float64", 126)
+    figures = {(name, metric): value for name, _, metric, _, value in wide.figures()}
+    assert figures["csrc spectrum/float64", "broken_rules"] == 1
     done.returncode = 1
     with pytest.raises(RuntimeError, match="nvcc failed"):
         csrc_kernels.compile_for(90)
     monkeypatch.setattr(csrc_kernels.shutil, "which", lambda name: None)
-    with pytest.raises(RuntimeError, match="needs nvcc"):
+    with pytest.raises(RuntimeError, match="it needs nvcc"):
         csrc_kernels.compile_for(90)
 
 
-def test_blocks_a_multiprocessor():
+def test_blocks_of_a_multiprocessor():
     narrow, wide = (
         Kernel("spectrum", "float32", 90, 128, 0, 0),
         Kernel("spectrum", "float64", 90, 192, 0, 0),
@@ -101,15 +99,14 @@ def test_modelled_times_by_hand():
     assert COUNTED.waiting_ms(chip, 0) == two  # the scratch is in global memory
 
 
-def test_what_is_modelled_says_so():
+def test_figures_name_what_is_modelled():
     kernels = [
         Kernel("spectrum", "float32", 80, 152, 0, 0),
         Kernel("spectrum", "float64", 80, 193, 0, 0),
     ]
-    counted, modelled = csrc_counts.tables([COUNTED], kernels).split("\n\n")
-    assert "1.00" in counted
-    assert "1674" in counted
-    assert modelled.startswith("modelled, not measured")
-    assert len(modelled.splitlines()) == 2  # of the chip that was compiled for
-    variants = {row[1] for row in csrc_counts.figures([COUNTED], kernels) if row[2][:4] == "time"}
-    assert variants == {"A100 modelled, not measured"}
+    counted = {metric: value for _, _, metric, _, value in COUNTED.counted()}
+    assert (counted["over_floor"], counted["barriers"]) == (1, 1674)
+    modelled = COUNTED.modelled(kernels)
+    assert {variant for _, variant, *_ in modelled} == {"A100 modelled, not measured"}
+    times = {metric: value for _, _, metric, _, value in modelled}
+    assert times["all wait"] == COUNTED.waiting_ms(chip_of(80), kernels[0].blocks(196))

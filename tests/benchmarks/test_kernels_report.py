@@ -1,22 +1,26 @@
-"""featkd kernels report: planted faults of compiled kernels are seen, figures are as by hand."""
+"""The report of the compiled kernels: planted faults are found, figures are as by hand."""
 
 from __future__ import annotations
 
-import csv
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from featkd.benchmarks import aot, cases, host, measured, modelled, report, traffic
-from featkd.benchmarks.chips import CHIPS, chip_of
-from featkd.benchmarks.problem import DTYPES
-from featkd.cli.main import main
-from featkd.ptx import run_triton
+from benchmarks import cases
+from benchmarks.problem import DTYPES
+from benchmarks.report import aot, compiled, host, modelled, traffic
+from benchmarks.report.__main__ import main
+from benchmarks.report.chips import CHIPS, chip_of
+from ptx_emulator import run_triton
 
+ROOT = Path(__file__).parent.parent.parent
 ARCHS = [chip.arch for chip in CHIPS]
 ROWS = 4 * 196
 MAP = ROWS * 384 * 2  # bytes in bf16
@@ -24,7 +28,7 @@ MAP = ROWS * 384 * 2  # bytes in bf16
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(compiled_kernels):
-    """All share the test run's own cache folder."""
+    """Compiled kernels are kept in the test run's own folder."""
 
 
 @triton.jit
@@ -54,18 +58,18 @@ def mixed_tile(source, target, N: tl.constexpr):
     tl.store(target + at, x)
 
 
-def compiled(kernel, size: int, arch: int = 80, **options: int) -> report.Compiled:
+def build(kernel, size: int, arch: int = 80, **options: int) -> compiled.Compiled:
     arguments = {"source": torch.zeros(size * size), "target": torch.zeros(size * size), "N": size}
     options = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False, **options}
     launch = aot.Recorded(kernel, (1,), arguments, options)
-    return report.Compiled("case", launch.name, arch, aot.compile_for(launch, arch))
+    return compiled.Compiled("case", launch.name, arch, aot.compile_for(launch, arch))
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_good_kernel_breaks_no_rule(arch):
-    good = compiled(copy, 128, arch)
+    good = build(copy, 128, arch)
     assert good.broken == []
-    assert good.blocks == 32  # a warp each, of few registers
+    assert good.blocks == 32  # one warp per block, and few registers
 
 
 @pytest.mark.parametrize(
@@ -79,8 +83,8 @@ def test_a_good_kernel_breaks_no_rule(arch):
     ],
     ids=["scalar loads", "double", "stack", "registers"],
 )
-def test_planted_faults_are_seen(kernel, size, options, rule):
-    broken = compiled(kernel, size, **options).broken
+def test_planted_faults_are_found(kernel, size, options, rule):
+    broken = build(kernel, size, **options).broken
     assert any(rule in text for text in broken), broken
 
 
@@ -117,12 +121,12 @@ CODE = aot.Code(
     ],
 )
 def test_rules(kernel, changes, arch, broken):
-    found = report.Compiled("case", kernel, arch, replace(CODE, **changes)).broken
+    found = compiled.Compiled("case", kernel, arch, replace(CODE, **changes)).broken
     assert found == ([broken] if broken else [])
 
 
 def test_blocks_of_a_processor():
-    """By registers (65,536, dealt to a warp in eights a thread), shared memory, warps, blocks."""
+    """The limits are registers, shared memory, warps and blocks."""
     a100, h100 = chip_of(80), chip_of(90)
     assert a100.blocks(128, 4, 0) == 4
     assert a100.blocks(129, 4, 0) == 3
@@ -130,16 +134,16 @@ def test_blocks_of_a_processor():
     assert a100.blocks(16, 1, 0) == 32
     assert (a100.blocks(16, 4, 81 * 1024), h100.blocks(16, 4, 81 * 1024)) == (2, 2)
     assert (a100.blocks(16, 4, 54 * 1024), h100.blocks(16, 4, 54 * 1024)) == (2, 4)
-    with pytest.raises(ValueError, match="archs: expected some of 80, 90, 100; got 75"):
+    with pytest.raises(ValueError, match="archs: expected some of 80, 90, 100, got 75"):
         chip_of(75)
 
 
 def test_every_row_kernel_pair_and_chip_is_compiled_once():
-    jobs = report.default_jobs(cases.ROW_OPS, tuple(DTYPES), ARCHS)
+    jobs = compiled.default_jobs(cases.ROW_OPS, tuple(DTYPES), ARCHS)
     assert 100 <= len(jobs) <= 160
     found = {}
     for question, number, arch in jobs:
-        launch = report._recorded(question)[number]
+        launch = compiled._recorded(question)[number]
         assert found.setdefault((launch.signature, arch), question) == question
         found.setdefault((launch.name, question.dtype, arch), question)
     rows = ("distance_forward", "distance_backward", "two_norms_forward", "two_norms_backward")
@@ -150,14 +154,9 @@ def test_every_row_kernel_pair_and_chip_is_compiled_once():
     assert {"1x196x768to1024", "1x256x1024to1280", "1x1369x384to1024"} <= shapes
 
 
-def test_an_op_without_kernels_asks_nothing():
-    assert report.questions(["talking_heads_attention"], "small", ["bf16"]) == []
-    assert list(report.compile_all([], [90], workers=1)) == []
-
-
 @pytest.mark.parametrize(("form", "forward", "backward"), [("mse", 2, 3), ("two-norms", 3, 4)])
 def test_traffic_is_that_of_the_rows(form, forward, backward):
-    """And, counted on what runs, little else; added up from the tensors it is the same."""
+    """Counted and added up, an op moves its rows and little else."""
     rows = traffic.Rows(form, "bf16", 4, processors=3)
     found = traffic.count(rows)
     assert [x.direction for x in found] == ["forward", "backward"]
@@ -170,12 +169,12 @@ def test_traffic_is_that_of_the_rows(form, forward, backward):
 
 
 def test_partial_sums_follow_the_processors():
-    """(programs, 2, C) float32 sums of the parameters' gradients, written and read."""
+    """Sums of the parameters' gradients, (programs, 2, C) in float32, are written and read."""
     moved = [
         traffic.add_up(traffic.Rows("mse", "bf16", 4, processors=n))[1].moved for n in (2, 4, 8)
     ]
     each = 2 * 2 * 384 * 4  # written and read, two parameters
-    assert moved[1] - moved[0] == 4 * (4 - 2) * each  # four programs fit a processor
+    assert moved[1] - moved[0] == 4 * (4 - 2) * each  # four programs per multiprocessor
     assert moved[2] - moved[1] == 4 * (8 - 4) * each
 
 
@@ -189,7 +188,7 @@ def test_broken_traffic_rules_are_named():
 
 
 def test_launches_of_an_op():
-    """One row kernel each way, one reduction, the products, and nothing else."""
+    """One row kernel per direction, one reduction, the products, and nothing else."""
     (case,) = (
         c
         for c in cases.select(["lift_head"], "small", ["bf16"], ["both"])
@@ -201,20 +200,21 @@ def test_launches_of_an_op():
     assert (forward.products, backward.products) == (1, 2)
     assert (forward.others, backward.others) == ({}, {})
     mixed = host.count(replace(case, dtype="autocast-bf16"))
-    # autocast's: student and weight, and their gradients
+    # autocast casts student and weight, and their gradients
     assert [x.others for x in mixed] == [{"copy_": 2}, {"copy_": 2}]
 
 
 def test_host_times_come_in_pairs():
     found = host.measure(rounds=3)
-    assert {x.op.partition(",")[0].partition(";")[0] for x in found} == set(cases.ROW_OPS)
+    assert {x.op.partition("/")[0] for x in found} == set(cases.ROW_OPS)
     assert all(x.us > 0 and x.plain_us > 0 for x in found)
-    assert host.HostTime("op", 201, 100).broken == ["2.01 times plain torch's host time"]
+    (text,) = host.HostTime("op", 201, 100).broken
+    assert text == "2.01 times plain torch's host time, more than 2"
     assert host.HostTime("op", 199, 100).broken == []
 
 
 def test_modelled_time_of_the_plain_mse():
-    """Bytes at 4 TB/s: eager reads S and T, writes and reads the squares, and so on; see below."""
+    """Every pass takes its bytes at 4 TB/s."""
     found = {x.case: x for x in modelled.model()}
     mse = found["projected_feature_kd/mse-widelast/256x196x384to384/bf16"]
     map_us = 256 * 196 * 384 * 2 / 4e6
@@ -232,44 +232,51 @@ def test_every_launch_is_timed():
         return 2.5
 
     (case,) = cases.select(["soft_kd"], "small", ["fp32"], ["both"])[:1]
-    name, timed = measured.measure([case], "cpu", timer)
+    timed = aot.measure([case], "cpu", timer)
     assert [row.kernel for row in timed] == ["soft_kd_rows", "sum_partials", "soft_kd_rows"]
-    assert "2.50" in report.measured_table(name, timed)
-    rows = report.figures([], device=name, timed=timed)
-    assert rows[0] == (
-        "soft_kd/indices/4x1000/fp32/soft_kd_rows",
-        "cpu measured",
-        "time",
-        "us",
-        2.5,
-    )
+    assert {(row.case, row.us) for row in timed} == {("soft_kd/indices/4x1000/fp32", 2.5)}
 
 
-def test_command_writes_csv_and_json(tmp_path, capsys):
-    files = [tmp_path / name for name in ("report.json", "report.csv")]
-    words = ["kernels", "report", "--ops", "soft_kd", "--dtypes", "fp32", "--archs", "90"]
-    words += ["--parts", "compiled", "--json", str(files[0]), "--csv", str(files[1])]
-    assert main(words) == 0
-    assert "3 kernels compiled, 0 broken rules" in capsys.readouterr().out
-    content = json.loads(files[0].read_text())
+def test_command_prints_and_writes_the_figures(tmp_path, capsys):
+    file = tmp_path / "report.json"
+    words = ["--ops", "soft_kd", "--dtypes", "fp32", "--archs", "90", "--json", str(file)]
+    assert main([*words, "--parts", "compiled", "modelled"]) == 0
+    printed = capsys.readouterr().out
+    assert "3 kernels compiled" in printed
+    assert "0 broken rules" in printed
+    assert "modelled for an H200, not measured" in printed
+    content = json.loads(file.read_text())
     assert {"commit", "versions", "machine", "chips"} <= set(content["meta"])
     assert {"name", "variant", "metric", "unit", "value"} == set(content["rows"][0])
-    rows = list(csv.DictReader(files[1].open()))
-    assert len(rows) == len(content["rows"]) == 3 * 9
-    assert {row["variant"] for row in rows} == {"sm_90"}
+    assert sum(row["variant"] == "sm_90" for row in content["rows"]) == 3 * 9
+
+
+def test_a_broken_rule_fails_the_command(monkeypatch, capsys):
+    slow = traffic.Traffic(traffic.Rows("mse", "bf16", 4), "forward", 106, 100, counted=True)
+    monkeypatch.setattr(traffic, "moved", lambda ops: [slow])
+    assert main(["--ops", "soft_kd", "--parts", "traffic"]) == 1
+    assert f"{slow.name}: moves 1.060 x the floor" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["repor"], "kernels: expected report; got 'repor'"),
-        (["report", "--ops", "softkd"], "--ops: expected projected_feature_kd"),
-        (["report", "--archs", "75"], "--archs: expected 80, 90, 100; got '75'"),
-        (["report", "--parts", "all"], "--parts: expected compiled, traffic, host, modelled; got"),
-        (["report", "--json", "/nowhere/x.json"], "--json: no folder /nowhere"),
-        (["report", "--size", "3"], "see featkd kernels report --help"),
+        (["--ops", "softkd"], "argument --ops: invalid choice: 'softkd'"),
+        (["--archs", "75"], "argument --archs: invalid choice: 75"),
+        (["--json", "/nowhere/x.json"], "--json: no folder /nowhere"),
     ],
 )
 def test_bad_arguments(capsys, words, message):
-    assert main(["kernels", *words]) == 2
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_the_emulator_the_command_ends_in_one_line():
+    code = "import sys, runpy; sys.modules['ptx_emulator'] = None; "
+    code += "runpy.run_module('benchmarks.report', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "run pip install --editable tools/ptx_emulator" in done.stderr

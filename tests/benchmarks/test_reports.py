@@ -1,4 +1,4 @@
-"""The plot and the table, from a results file alone."""
+"""The plot and the tables."""
 
 from __future__ import annotations
 
@@ -70,3 +70,20 @@ def test_table_in_a_document(tmp_path, rows):
         table.write_into(page, "other", text)
     with pytest.raises(FileNotFoundError, match="no document"):
         table.write_into(tmp_path / "none.md", "mine", text)
+
+
+def test_pivot():
+    """A metric that comes again begins a line, as the launches of one kernel do."""
+    figures = [
+        ("a", "x", "time", "us", 2.0),
+        ("a", "x", "loads", "count", 3),
+        ("a", "x", "time", "us", 4.0),
+        ("b", "y", "loads", "count", 5),
+    ]
+    header, *lines = table.pivot("kernel", figures).splitlines()
+    assert header.split() == ["kernel", "time,", "us", "loads"]
+    assert [line.split() for line in lines] == [
+        ["a", "x", "2", "3"],
+        ["a", "x", "4"],
+        ["b", "y", "5"],
+    ]

@@ -1,4 +1,4 @@
-"""The results file: rows come back, other machines and damaged files are refused."""
+"""The results file: rows come back; other machines and damaged files are refused."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def test_damaged_files(tmp_path, make_row):
     results.append(path, [make_row()])
     whole = path.read_text()
     path.write_text(whole.replace(",20,", ",twenty,"))
-    with pytest.raises(ResultsError, match="line 2: rounds should be a int, got 'twenty'"):
+    with pytest.raises(ResultsError, match="line 2: rounds: expected int, got 'twenty'"):
         results.read(path)
     path.write_text(whole[: whole.rindex(",")])
-    with pytest.raises(ResultsError, match="line 2: roofline_share should be a float, got None"):
+    with pytest.raises(ResultsError, match="line 2: roofline_share: expected float, got None"):
         results.read(path)
     path.write_text(whole.splitlines()[0] + "\n")
-    with pytest.raises(ResultsError, match="has no rows"):
+    with pytest.raises(ResultsError, match="expected at least one row"):
         results.read(path)
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ResultsError, match="expected the columns time, commit"):

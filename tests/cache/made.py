@@ -1,4 +1,4 @@
-"""A small cache of made outputs, without a teacher."""
+"""A small cache of random outputs, without a teacher."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from featkd.cache import CacheWriter, LayerShape, Layout, Manifest, Taught
-from featkd.cache.writer import locked, prepare
+from featkd.cache import CacheWriter, LayerShape, Layout, Manifest, TeacherOutputs
+from featkd.cache.writer import lock_folder, prepare_folder
 from featkd.data.loader import as_tensor
 
 TOKENS, CHANNELS, CLASSES = 6, 5, 4
@@ -17,12 +17,12 @@ FULL = Layout(CLASSES, "float32", None, "full", None, None, "fp32", (SHAPE,))
 LOWRANK = Layout(CLASSES, "float32", 2, "lowrank", 0.9, None, "int8", (SHAPE,))
 
 
-def outputs(count: int, seed: int = 0) -> Taught:
-    """Logits, and maps of several ranks."""
+def outputs(count: int, seed: int = 0) -> TeacherOutputs:
+    """Random logits, and maps of several ranks."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, TOKENS, CHANNELS, generator=generator)
     x *= 8.0 ** -(torch.arange(CHANNELS) * torch.arange(count)[:, None, None] % 7)
-    return Taught(torch.randn(count, CLASSES, generator=generator), [x])
+    return TeacherOutputs(torch.randn(count, CLASSES, generator=generator), [x])
 
 
 def manifest(layout: Layout, views: int = 2, images: int = 20, repeats: int = 1) -> Manifest:
@@ -30,12 +30,12 @@ def manifest(layout: Layout, views: int = 2, images: int = 20, repeats: int = 1)
     return Manifest(subject, "weights", 2, layout, images, 8, 4, views)
 
 
-def write(folder: Path, head: Manifest, seed: int = 0) -> Taught:
-    """Write the whole cache; returns its outputs, view by view in the order of the rows."""
-    taught = outputs(head.views * head.rows, seed)
-    rows = head.layout.encode(taught)
-    with locked(folder):
-        prepare(folder, head)
+def write(folder: Path, head: Manifest, seed: int = 0) -> TeacherOutputs:
+    """Writes a whole cache; returns its outputs, view by view in the order of the rows."""
+    stored = outputs(head.views * head.rows, seed)
+    rows = head.layout.encode(stored)
+    with lock_folder(folder):
+        prepare_folder(folder, head)
         writer = CacheWriter(folder, head)
         for view in range(head.views):
             keys = keys_of(head, view)
@@ -45,7 +45,7 @@ def write(folder: Path, head: Manifest, seed: int = 0) -> Taught:
                 part = rows[first + at.start : first + at.stop]
                 own = keys[at.start : at.stop]
                 writer.write(view, shard, own, own[:, 1], part)
-    return taught
+    return stored
 
 
 def keys_of(head: Manifest, view: int) -> torch.Tensor:
@@ -55,7 +55,7 @@ def keys_of(head: Manifest, view: int) -> torch.Tensor:
 
 
 def column_of(shard: bytes | bytearray, name: str) -> int:
-    """Where a column begins in a shard's file."""
+    """Offset of a column in a shard's file."""
     start = 8 + int.from_bytes(shard[:8], "little")
-    place: int = json.loads(shard[8:start])[name]["data_offsets"][0]
-    return start + place
+    offset: int = json.loads(shard[8:start])[name]["data_offsets"][0]
+    return start + offset

@@ -1,4 +1,4 @@
-"""Reading rows ahead: right whatever was expected, early, and errors at the batch that has them."""
+"""Reading rows ahead: order, timing and errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from featkd.cache import CacheError, Taught, TeacherCache
+from featkd.cache import CacheError, TeacherCache, TeacherOutputs
 from featkd.cache.ahead import ReadAhead
 from featkd.data import build_loader
 from featkd.train.trainer import Trainer
@@ -21,80 +21,80 @@ KEYS = [torch.tensor([[0, image, 0]]) for image in range(6)]
 
 
 class Reader:
-    """Says an image's number as its logits, and remembers which were asked for."""
+    """Returns an image's number as its logits; records the numbers."""
 
     def __init__(self, broken: int | None = None) -> None:
-        self.asked: list[int] = []
+        self.numbers: list[int] = []
         self.broken = broken
 
-    def __call__(self, keys: torch.Tensor) -> Taught:
+    def __call__(self, keys: torch.Tensor) -> TeacherOutputs:
         image = int(keys[0, 1])
-        self.asked.append(image)
+        self.numbers.append(image)
         if image == self.broken:
             raise CacheError(f"image {image}")
-        return Taught(keys[:, 1:2], [])
+        return TeacherOutputs(keys[:, 1:2], [])
 
 
-def said(ahead: ReadAhead, number: int) -> int:
-    logits = ahead.rows(KEYS[number]).logits
+def image_of(ahead: ReadAhead, number: int) -> int:
+    logits = ahead.read(KEYS[number]).logits
     assert logits is not None
     return int(logits)
 
 
-def test_the_next_two_batches_are_read_before_they_are_asked_for():
+def test_the_next_two_batches_are_read_ahead():
     begun = [threading.Event() for _ in KEYS]
 
-    def read(keys: torch.Tensor) -> Taught:
+    def read(keys: torch.Tensor) -> TeacherOutputs:
         begun[int(keys[0, 1])].set()
-        return Taught(keys, [])
+        return TeacherOutputs(keys, [])
 
     ahead = ReadAhead(read)
-    ahead.follow(iter(KEYS))
+    ahead.prefetch(iter(KEYS))
     assert begun[1].wait(10)
     assert not begun[2].is_set()
-    ahead.rows(KEYS[0])
+    ahead.read(KEYS[0])
     assert begun[2].wait(10)
     assert not begun[3].is_set()
 
 
-def test_batches_that_were_not_expected_get_their_own_rows():
+def test_unexpected_batches_get_their_own_rows():
     reader = Reader()
     ahead = ReadAhead(reader)
-    assert said(ahead, 4) == 4  # nothing is expected
-    ahead.follow(iter(KEYS[:4]))
-    assert [said(ahead, number) for number in (0, 2, 3, 1)] == [0, 2, 3, 1]
-    assert 5 not in reader.asked
-    ahead.follow(iter(KEYS))
-    ahead.follow(iter(KEYS[3:]))
-    assert [said(ahead, number) for number in (3, 4, 5)] == [3, 4, 5]
+    assert image_of(ahead, 4) == 4  # nothing is expected
+    ahead.prefetch(iter(KEYS[:4]))
+    assert [image_of(ahead, number) for number in (0, 2, 3, 1)] == [0, 2, 3, 1]
+    assert 5 not in reader.numbers
+    ahead.prefetch(iter(KEYS))
+    ahead.prefetch(iter(KEYS[3:]))
+    assert [image_of(ahead, number) for number in (3, 4, 5)] == [3, 4, 5]
 
 
 def test_an_error_is_raised_at_its_own_batch():
     ahead = ReadAhead(Reader(broken=1))
-    ahead.follow(iter(KEYS))
-    assert said(ahead, 0) == 0
+    ahead.prefetch(iter(KEYS))
+    assert image_of(ahead, 0) == 0
     with pytest.raises(CacheError, match="image 1"):
-        ahead.rows(KEYS[1])
-    assert said(ahead, 2) == 2
+        ahead.read(KEYS[1])
+    assert image_of(ahead, 2) == 2
 
 
-def test_a_cache_read_ahead_gives_the_rows_it_gives_at_once(tmp_path):
+def test_a_cache_read_ahead_gives_the_same_rows(tmp_path):
     head = manifest(FULL)
     write(tmp_path, head)
     cache = TeacherCache(tmp_path)
     ahead = ReadAhead(lambda keys: cache.read(keys, [1])[0])
     for view in range(2):
         batches = keys_of(head, view).split(3)
-        ahead.follow(iter(batches))
+        ahead.prefetch(iter(batches))
         for keys in batches:
-            found, want = ahead.rows(keys), TeacherCache(tmp_path).read(keys, [1])[0]
+            found, want = ahead.read(keys), TeacherCache(tmp_path).read(keys, [1])[0]
             assert torch.equal(found.logits, want.logits)
             assert torch.equal(found.maps[0], want.maps[0])
 
 
 @pytest.mark.parametrize("backend", ["dali", "timm"])
-def test_loaders_say_which_batches_come(recipe, backend):
-    """Those of the epoch, from the batch that it is gone on with."""
+def test_loaders_list_upcoming_batches(recipe, backend):
+    """The keys of the epoch's batches, from the first one after a resume."""
     data = replace(recipe.data, backend=backend)
     loader = build_loader(data, split="train", batch_size=8)
     try:
@@ -108,34 +108,36 @@ def test_loaders_say_which_batches_come(recipe, backend):
         loader.close()
 
 
-def test_a_run_expects_the_batches_it_takes(recipe, tmp_path, monkeypatch):
-    """From the epoch's start and from within it, none of them is read a second time."""
+def test_a_run_prefetches_its_batches(recipe, tmp_path, monkeypatch):
+    """From the start of an epoch and from within it, each batch is read once."""
     trainer = Trainer(with_cache(recipe, tmp_path / "cache"), CPU)
     read = []
     rows = TeacherCache.read
     monkeypatch.setattr(TeacherCache, "read", lambda *args: (read.append(args[1]), rows(*args))[1])
     for epoch, start in ((0, 0), (1, 1)):
         read.clear()
-        batches = [(batch, trainer.teach(batch))[0] for batch in trainer.batches(epoch, start)]
-        assert len(batches) == len(trainer.parts.train_loader) - start
+        batches = [
+            (batch, trainer.teacher_forward(batch))[0] for batch in trainer.batches(epoch, start)
+        ]
+        assert len(batches) == len(trainer.components.train_loader) - start
         assert all(map(torch.equal, read, (batch.keys for batch in batches)))
         assert len(read) == len(batches)
 
 
 def test_workers_are_forked_before_threads_read(recipe, tmp_path, monkeypatch):
-    """A process that is forked beside a thread that holds a lock waits for it for ever."""
+    """A process forked while another thread holds a lock can hang."""
     data = replace(recipe.data, backend="timm", workers=1)
     trainer = Trainer(with_cache(replace(recipe, data=data), tmp_path / "cache"), CPU)
-    before, beside = set(threading.enumerate()), []
+    before, threads = set(threading.enumerate()), []
     fork = DataLoader.__iter__
 
     def iterate(loader):
-        beside.extend(set(threading.enumerate()) - before)
+        threads.extend(set(threading.enumerate()) - before)
         return fork(loader)
 
     monkeypatch.setattr(DataLoader, "__iter__", iterate)
     try:
         next(trainer.batches(0))
-        assert beside == []
+        assert threads == []
     finally:
-        trainer.parts.close()
+        trainer.components.close()

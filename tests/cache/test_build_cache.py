@@ -1,4 +1,4 @@
-"""Writing a cache: the same bytes whatever happened meanwhile, and what is refused."""
+"""Building a cache: the same bytes after any interruption, and what is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from featkd.cache.shard import Shard, write_shard
 from featkd.cli.main import main
 from featkd.data import imageset
 from featkd.runtime.distributed import ProcessContext
-from featkd.train.build_cache import Filled, fill
+from featkd.train.build_cache import CacheBuild, build_cache
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import Teacher
 from featkd.train.trainer import Trainer
@@ -34,7 +34,7 @@ KILLS = int(os.environ.get("FEATKD_KILLS", "1"))
 
 
 def digest(folder: Path) -> str:
-    """Of the names and contents of all files."""
+    """SHA-256 of the names and contents of all files."""
     found = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -42,9 +42,9 @@ def digest(folder: Path) -> str:
     return found.hexdigest()
 
 
-def filled(recipe: Recipe, folder: Path, **options) -> Filled:
+def filled(recipe: Recipe, folder: Path, **options) -> CacheBuild:
     config = CacheConfig(**{"views": 2, "shard_rows": 16, **options})
-    return fill(recipe, config, CPU, folder, quiet=True)
+    return build_cache(recipe, config, CPU, folder, quiet=True)
 
 
 def words(recipe_file: Path, folder: Path, views: int = 2) -> list[str]:
@@ -53,17 +53,15 @@ def words(recipe_file: Path, folder: Path, views: int = 2) -> list[str]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_two_processes_and_an_image_set_of_no_whole_shards_change_no_byte(
-    recipe, recipe_file, server, tmp_path
-):
-    """48 rows in batches of 10, and so in shards of 20, 20 and 8."""
+def test_two_processes_and_partial_shards_change_no_byte(recipe, recipe_file, server, tmp_path):
+    """48 rows in batches of 10 give shards of 20, 20 and 8."""
     one, two = tmp_path / "one", tmp_path / "two"
     found = filled(replace(recipe, batch_size=10), one)
     assert (found.written, found.damaged, found.interrupted_by) == (6, 0, None)
     ranks = server.ranks(2, *words(recipe_file, two), "--batch_size", 10, "--data.workers", 0)
     for rank in ranks:
         assert rank.wait() == 0, rank.stderr
-    assert "2 views of 48 rows in 6 shards, 6 now written" in ranks[0].stdout
+    assert "2 views of 48 rows in 6 shards, 6 written" in ranks[0].stdout
     assert ranks[1].stdout == ""
     assert digest(one) == digest(two)
     damaged, gone = (two / "view-00000" / f"shard-0000{number}.safetensors" for number in (1, 2))
@@ -72,7 +70,7 @@ def test_two_processes_and_an_image_set_of_no_whole_shards_change_no_byte(
     ranks = server.ranks(2, *words(recipe_file, two), "--batch_size", 10, "--data.workers", 0)
     for rank in ranks:
         assert rank.wait() == 0, rank.stderr
-    assert "6 shards, 2 now written, 1 of them damaged before" in ranks[0].stdout
+    assert "6 shards, 2 written, 1 of them to replace damaged ones" in ranks[0].stdout
     assert f"{damaged}: damaged: " in ranks[0].stderr
     assert digest(one) == digest(two)
     sizes = [len(TeacherCache(one)._shard(0, number)) for number in range(3)]
@@ -81,7 +79,7 @@ def test_two_processes_and_an_image_set_of_no_whole_shards_change_no_byte(
 
 @pytest.mark.usefixtures("one_thread")
 def test_kills_change_no_byte(recipe, recipe_file, server, tmp_path):
-    """kill -9 again and again, each time a few files later; FEATKD_KILLS=10 does so 10 times."""
+    """SIGKILL, each time a few files later; FEATKD_KILLS sets how often."""
     views = 2 + KILLS
     filled(recipe, tmp_path / "unbroken", views=views)
     out = tmp_path / "killed"
@@ -110,21 +108,21 @@ def wait_for_shards(out: Path, count: int, process) -> None:
         time.sleep(0.002)
 
 
-def test_a_signal_stops_it_and_the_same_command_goes_on(
+def test_a_signal_stops_it_and_the_same_command_continues(
     recipe, recipe_file, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "cache"
-    teach, left = Teacher.teach, iter(range(3))
+    outputs, left = Teacher.outputs, iter(range(3))
 
     def stop_at_the_fourth(self, batch):
         if next(left, None) is None:
             signal.raise_signal(signal.SIGTERM)
-        return teach(self, batch)
+        return outputs(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Teacher, "teach", stop_at_the_fourth)
+        patch.setattr(Teacher, "outputs", stop_at_the_fourth)
         assert main(words(recipe_file, out)) == 128 + signal.SIGTERM
-    assert "featkd: stopped by signal 15; the same command goes on" in capsys.readouterr().err
+    assert "featkd: stopped by signal 15; the same command continues" in capsys.readouterr().err
     assert main(["cache", "--verify", str(out)]) == 1
     assert "4 of 6 shards are damaged or missing" in capsys.readouterr().err
     assert filled(recipe, out).written == 4
@@ -133,7 +131,7 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(
 
 
 def test_processes_agree_on_every_shard(recipe, tmp_path, monkeypatch):
-    """Another one's signal ends this one's part after the shard at hand, not after the view."""
+    """A signal to another process stops this one after the present shard."""
     met = iter(range(2))
     monkeypatch.setattr(ProcessContext, "any_true", lambda *_: next(met, None) is None)
     found = filled(recipe, tmp_path / "cache")
@@ -144,7 +142,7 @@ def test_processes_agree_on_every_shard(recipe, tmp_path, monkeypatch):
     assert digest(tmp_path / "cache") == digest(tmp_path / "unbroken")
 
 
-def test_whole_shards_stay_and_damaged_ones_are_written_anew(recipe, recipe_file, tmp_path, capsys):
+def test_intact_shards_are_kept_and_damaged_ones_rewritten(recipe, recipe_file, tmp_path, capsys):
     out = tmp_path / "cache"
     filled(recipe, out)
     before = digest(out)
@@ -160,7 +158,7 @@ def test_whole_shards_stay_and_damaged_ones_are_written_anew(recipe, recipe_file
     assert "2 of 6 shards are damaged or missing" in said
     assert main(words(recipe_file, out)) == 0
     done = capsys.readouterr()
-    assert "2 now written, 1 of them damaged before" in done.out
+    assert "2 written, 1 of them to replace damaged ones" in done.out
     assert f"{damaged}: damaged: has " in done.err
     assert whole.stat().st_mtime_ns == stamp
     assert digest(out) == before
@@ -169,8 +167,8 @@ def test_whole_shards_stay_and_damaged_ones_are_written_anew(recipe, recipe_file
 
 
 @pytest.mark.parametrize("what", ["row", "keys", "rows"])
-def test_a_shard_with_a_damaged_row_or_of_another_place_is_written_anew(recipe, tmp_path, what):
-    """Each has a header and an index that are whole."""
+def test_damaged_and_misplaced_shards_are_rewritten(recipe, tmp_path, what):
+    """Header and index of each are intact."""
     out = tmp_path / "cache"
     filled(recipe, out)
     before = digest(out)
@@ -192,17 +190,17 @@ def test_a_shard_with_a_damaged_row_or_of_another_place_is_written_anew(recipe, 
     assert digest(out) == before
 
 
-def test_views_can_be_added_and_change_none_before(recipe, tmp_path):
+def test_views_can_be_added(recipe, tmp_path):
     filled(recipe, tmp_path / "more", views=1)
     found = filled(recipe, tmp_path / "more", views=2)
     assert found.written == 3
     filled(recipe, tmp_path / "once")
     assert digest(tmp_path / "more") == digest(tmp_path / "once")
-    with pytest.raises(CacheError, match=r"views: .* to hold 2, asked for 1; expected at least"):
+    with pytest.raises(CacheError, match=r"views: expected at least 2, .*, got 1"):
         filled(recipe, tmp_path / "more", views=1)
 
 
-def test_another_cache_and_other_things_are_refused(recipe, tmp_path):
+def test_foreign_folders_and_other_caches_are_refused(recipe, tmp_path):
     out = tmp_path / "cache"
     filled(recipe, out, features="full")
     (out / "view-00000" / f".shard.{2**22}.tmp").touch()
@@ -220,10 +218,10 @@ def test_another_cache_and_other_things_are_refused(recipe, tmp_path):
         filled(replace(recipe, seed=1), out, features="full")
     assert digest(out) == before
     (tmp_path / "full").mkdir()
-    foreign = {"thesis.tex", f".thesis.tex.{2**22}.tmp"}  # of a process that is gone
+    foreign = {"thesis.tex", f".thesis.tex.{2**22}.tmp"}  # of an ended process
     for name in foreign:
         (tmp_path / "full" / name).touch()
-    with pytest.raises(CacheError, match=r"holds no cache, but thesis\.tex"):
+    with pytest.raises(CacheError, match=r"holds thesis\.tex; expected a cache or"):
         filled(recipe, tmp_path / "full")
     assert {path.name for path in (tmp_path / "full").iterdir()} == foreign
     (tmp_path / "file").touch()
@@ -233,7 +231,7 @@ def test_another_cache_and_other_things_are_refused(recipe, tmp_path):
         filled(replace(recipe, teacher=None, loss=replace(recipe.loss, alpha=0, feature=None)), out)
 
 
-def test_a_recipe_that_cannot_be_trained_is_refused_before_its_teacher_works(recipe, tmp_path):
+def test_an_untrainable_recipe_is_refused_before_the_teacher_runs(recipe, tmp_path):
     student, out = recipe.student, tmp_path / "cache"
     for other, message in (
         ({"student": replace(student, num_classes=5)}, "student.num_classes: 5, but the training"),
@@ -259,7 +257,7 @@ with open(sys.argv[1], "wb") as file:
 """
 
 
-def test_one_run_writes_at_a_time(recipe, tmp_path):
+def test_one_process_writes_at_a_time(recipe, tmp_path):
     out = tmp_path / "cache"
     filled(recipe, out, views=1)
     hold = [sys.executable, "-c", HOLD, str(out / ".lock")]
@@ -271,8 +269,8 @@ def test_one_run_writes_at_a_time(recipe, tmp_path):
     assert filled(recipe, out).written == 3
 
 
-def test_a_full_disk_leaves_what_was_written(recipe, tmp_path, monkeypatch):
-    """The third shard's write fails half-way, as on a full disk."""
+def test_a_full_disk_leaves_the_shards_written_before(recipe, tmp_path, monkeypatch):
+    """The write of the third shard fails half-way."""
     out = tmp_path / "cache"
     fsync, left = os.fsync, iter(range(5))  # of the manifest and its folder, of shards and theirs
 
@@ -283,7 +281,9 @@ def test_a_full_disk_leaves_what_was_written(recipe, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("featkd.runtime.files.os.fsync", full)
-        with pytest.raises(CacheError, match=r"could not write .*No space left.* before is whole"):
+        with pytest.raises(
+            CacheError, match=r"could not write .*No space left.* before are intact"
+        ):
             filled(recipe, out)
     written = [path.name for path in out.rglob("*.safetensors")]
     assert written
@@ -294,21 +294,21 @@ def test_a_full_disk_leaves_what_was_written(recipe, tmp_path, monkeypatch):
 
 
 def test_outputs_that_are_not_finite_are_named(recipe, tmp_path, monkeypatch):
-    teach = Teacher.teach
+    outputs = Teacher.outputs
 
     def broken(self, batch):
-        taught = teach(self, batch)
-        taught.maps[0][3, 0, 0] = torch.nan
-        return taught
+        computed = outputs(self, batch)
+        computed.maps[0][3, 0, 0] = torch.nan
+        return computed
 
-    monkeypatch.setattr(Teacher, "teach", broken)
+    monkeypatch.setattr(Teacher, "outputs", broken)
     with pytest.raises(CacheError, match=r"image \d+, copy 0 of view 0: the map of layer 1 is not"):
         filled(recipe, tmp_path / "cache")
 
 
 @pytest.fixture
 def one_broken(recipe, images, tmp_path) -> tuple[Recipe, Path]:
-    """A recipe that passes over its one unreadable image, and the image."""
+    """A recipe that skips its one unreadable image, and the path of the image."""
     broken = tmp_path / "images"
     shutil.copytree(images, broken)
     path = broken / "train" / "green" / "3.png"
@@ -318,35 +318,41 @@ def one_broken(recipe, images, tmp_path) -> tuple[Recipe, Path]:
 
 
 def test_a_replaced_image_keeps_its_key(one_broken, tmp_path):
-    """What was kept of an unreadable image is of the one that takes its place, in training too."""
+    """The row of an unreadable image is computed from its replacement, in training too."""
     skip, _ = one_broken
     filled(skip, tmp_path / "cache", features="full", store="fp32")
     without = Trainer(skip, CPU)
     cached = Trainer(replace(skip, cache=str(tmp_path / "cache")), CPU)
-    for one, other in zip(without.parts.train_loader, cached.parts.train_loader, strict=True):
+    for one, other in zip(
+        without.components.train_loader, cached.components.train_loader, strict=True
+    ):
         assert torch.equal(one.keys, other.keys)
-        assert torch.equal(without.teach(one).maps[0], cached.teach(other).maps[0])
-    assert without.parts.train_loader.bad_images
+        assert torch.equal(
+            without.teacher_forward(one).maps[0], cached.teacher_forward(other).maps[0]
+        )
+    assert without.components.train_loader.bad_images
 
 
 @pytest.mark.parametrize("backend", ["timm", "dali"])
-@pytest.mark.parametrize("then", ["mended", "broken"])
-def test_rows_of_another_image_than_the_batchs_are_refused(
+@pytest.mark.parametrize("then", ["repaired", "broken"])
+def test_rows_of_other_images_than_the_batch_shows_are_refused(
     recipe, images, one_broken, tmp_path, then, backend, monkeypatch
 ):
-    """The file is mended, or breaks, between the two; its size is the same, and its content is
-    none of those compared."""
+    """The file is repaired or broken after the cache was made, with the same size; its content is
+    not among those compared."""
     monkeypatch.setattr(imageset, "FINGERPRINT_CONTENTS", 2)
     skip, path = one_broken
     skip = replace(skip, data=replace(skip.data, backend=backend))
     good, bad = (images / "train" / "green" / "3.png").read_bytes(), path.read_bytes()
-    first, second = (bad, good) if then == "mended" else (good, bad)
+    first, second = (bad, good) if then == "repaired" else (good, bad)
     path.write_bytes(first)
     filled(skip, tmp_path / "cache")
     path.write_bytes(second)
     trainer = Trainer(replace(skip, cache=str(tmp_path / "cache")), CPU)
-    held, shown = (26, 25) if then == "mended" else (25, 26)
-    message = rf"image 25 \({path}\) is of image {held}, this run shows {shown}: "
+    held, shown = (26, 25) if then == "repaired" else (25, 26)
+    message = (
+        rf"image 25 \({path}\) was computed from image {held}, but this run shows image {shown}: "
+    )
     with pytest.raises(CacheError, match=message):
         trainer.run(quiet=True)
 
@@ -356,23 +362,23 @@ def test_unreadable_images_are_named_once(recipe_file, one_broken, tmp_path, cap
     others = ["--data.path", skip.data.path, "--data.on_bad_image", "skip"]
     assert main([*words(recipe_file, tmp_path / "cache"), *others]) == 0
     said = capsys.readouterr().err
-    assert said.count(f"unreadable image, its rows are of the one after it: {path}: ") == 1
-    assert "rows of 1 unreadable images are of the images after them" in said
+    assert said.count(f"unreadable image, its rows are computed from the next one: {path}: ") == 1
+    assert "1 images are unreadable; each of their rows" in said
 
 
 @pytest.mark.parametrize(
     ("others", "message"),
     [
         ([], "--out: expected the folder of the cache, got nothing"),
-        (["--out", "s3://bucket/x"], "out: expected a folder of this machine, got 's3://bucket/x'"),
-        (["--out", "x", "--data.path", "gs://x"], "data.path: expected a folder of this machine"),
-        (["--out", "x", "--viws", "2"], "no option --viws; did you mean 'views'?"),
+        (["--out", "s3://bucket/x"], "out: expected a folder on this machine, got 's3://bucket/x'"),
+        (["--out", "x", "--data.path", "gs://x"], "data.path: expected a folder on this machine"),
+        (["--out", "x", "--viws", "2"], "no option '--viws'; did you mean '--views'?"),
         (
             ["--out", "x", *LOWRANK, "--rank", "17"],
             "rank: expected 1 to 16, the lesser of the 16 tokens and",
         ),
         (["--out", "x", "--logits-top", "4"], "logits_top: expected 1 to 3, the teacher's classes"),
-        (["--out", "x", "--store", "int4"], 'Parser key "store"'),
+        (["--out", "x", "--store", "int4"], "--store: expected fp32, bf16, fp16, int8 or null"),
     ],
 )
 def test_mistakes_get_one_clear_message(
@@ -384,4 +390,4 @@ def test_mistakes_get_one_clear_message(
     assert [path.name for path in tmp_path.iterdir()] == [recipe_file.name]
     assert main(["cache", "--verify"]) == 2
     assert main(["cache", "--verify", "s3://bucket/x"]) == 2
-    assert "--verify: expected a folder of this machine" in capsys.readouterr().err
+    assert "--verify: expected a folder on this machine" in capsys.readouterr().err

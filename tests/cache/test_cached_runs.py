@@ -1,4 +1,4 @@
-"""Runs on a cache: the losses of runs with the teacher, and what is refused."""
+"""Runs on a cache: their losses against runs with the teacher, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 from featkd.cache import CacheConfig, CacheError, TeacherCache
 from featkd.cli.main import main
-from featkd.data import Key, build_loader
+from featkd.data import SampleKey, build_loader
 from featkd.runtime.distributed import ProcessContext
 from featkd.train import cached_teacher
-from featkd.train.build_cache import fill
+from featkd.train.build_cache import build_cache
 from featkd.train.components import build
 from featkd.train.dryrun import dry_run
 from featkd.train.logs import read_csv
@@ -27,8 +27,8 @@ EXACT = {"views": 2, "shard_rows": 16, "logits_top": "all", "features": "full", 
 
 
 def with_cache(recipe: Recipe, folder: Path, **options) -> Recipe:
-    """The recipe, on a cache of it that is made first."""
-    fill(recipe, CacheConfig(**{**EXACT, **options}), CPU, folder, quiet=True)
+    """Builds a cache of the recipe; returns the recipe on it."""
+    build_cache(recipe, CacheConfig(**{**EXACT, **options}), CPU, folder, quiet=True)
     return replace(recipe, cache=str(folder), out=f"{recipe.out}-cached")
 
 
@@ -54,7 +54,7 @@ def test_an_exact_cache_gives_the_losses_and_weights_bit_for_bit(
     cached = with_cache(recipe, tmp_path / "cache")
     run(recipe)
     trainer = Trainer(cached, CPU)
-    assert trainer.parts.teacher is None
+    assert trainer.components.teacher_model is None
     trainer.run(quiet=True)
     assert len(losses(recipe)) == 12
     for name in ("loss", "logits_loss", "feature_loss"):
@@ -68,20 +68,22 @@ def test_an_exact_cache_gives_the_losses_and_weights_bit_for_bit(
         ({"store": "int8"}, 0, 5e-3),
         ({"store": "fp16"}, 0, 2**-11),
         ({"store": "bf16"}, 0, 2**-8),
-        ({"logits_top": 2}, 2**-11, 0),  # of 3: the third has what is left
+        ({"logits_top": 2}, 2**-11, 0),  # of 3: the third has the rest
         ({"logits_top": 1}, 5e-3, 0),
         ({"features": "lowrank", "store": "fp16", "energy": 0.999}, 0, 2e-3),
         ({"features": "lowrank", "store": "int8", "rank": 16}, 0, 2e-2),
     ],
 )
 def test_compressed_forms_are_within_their_error(recipe, tmp_path, options, logits, features):
-    """The objective at the same weights; at trained ones small differences would grow."""
+    """Losses at the initial weights; differences would grow with training."""
     cached = Trainer(with_cache(recipe, tmp_path / "cache", **options), CPU)
     plain = Trainer(recipe, CPU)
     for trainer in (plain, cached):
-        trainer.parts.student.eval()
+        trainer.components.student.eval()
     errors = []
-    for batch, same in zip(plain.parts.train_loader, cached.parts.train_loader, strict=True):
+    for batch, same in zip(
+        plain.components.train_loader, cached.components.train_loader, strict=True
+    ):
         want, found = plain.losses(batch), cached.losses(same)
         pairs = ((found.logits, want.logits), (found.features, want.features))
         errors.append([abs(x.item() / y.item() - 1) for x, y in pairs])
@@ -91,32 +93,34 @@ def test_compressed_forms_are_within_their_error(recipe, tmp_path, options, logi
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_the_loss_takes_the_product_of_the_stored_factors(recipe, tmp_path, amp):
-    """As a plain map in the dtype of the teacher's own, which is float32 in a ViT under amp too."""
+    """Maps have the dtype of the teacher's maps, which is float32 in a ViT under amp too."""
     recipe = replace(recipe, amp=amp)
     cached = Trainer(with_cache(recipe, tmp_path / "cache", features="lowrank", store="int8"), CPU)
     cache = TeacherCache(tmp_path / "cache")
     batch = next(cached.batches(0))
-    taught = cached.teach(batch)
+    read = cached.teacher_forward(batch)
     maps = []
     for key in batch.keys:
-        shard, offset = cache._place(Key(*key.tolist()))
+        shard, offset = cache._place(SampleKey(*key.tolist()))
         row = shard.row(offset)
         left, right = (
             row[f"features.1.{part}"].reshape(size, -1).double() * row[f"features.1.{part}_scales"]
             for part, size in (("left", 16), ("right", 24))
         )
         maps.append(left @ right.mT)
-    assert taught.maps[0].dtype == Trainer(recipe, CPU).teach(batch).maps[0].dtype
-    want = taught._replace(maps=[torch.stack(maps).float()])
-    learnt = cached.learn(batch.images, taught)
-    found, expected = (cached.compare(learnt, batch.targets, x).features for x in (taught, want))
+    assert read.maps[0].dtype == Trainer(recipe, CPU).teacher_forward(batch).maps[0].dtype
+    want = read._replace(maps=[torch.stack(maps).float()])
+    student = cached.student_forward(batch.images, read)
+    found, expected = (
+        cached.compute_loss(student, batch.targets, x).features for x in (read, want)
+    )
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_a_cached_run_on_two_processes_has_the_losses_of_the_teachers(
     recipe_file, server, tmp_path
 ):
-    """gloo: those of one process with the same global batch, of which the cache was made."""
+    """On gloo, against one process with the same global batch, with which the cache was made."""
     folder, same = tmp_path / "cache", ("--student.options.drop_path_rate", 0)
     words = ["cache", recipe_file, "--out", folder, "--batch_size", 16, "--views", 2]
     words += ["--logits-top", "all", "--store", "fp32", *same]
@@ -135,7 +139,7 @@ def test_a_cached_run_on_two_processes_has_the_losses_of_the_teachers(
 
 
 def test_a_cached_run_resumes_within_an_epoch(recipe, tmp_path):
-    """It goes on under --cache_epochs cycle, in the second round of its one view."""
+    """Under cache_epochs: cycle, in the second epoch on the only view."""
     recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, every_updates=4))
     cached = with_cache(recipe, tmp_path / "cache", views=1)
     whole = replace(cached, cache_epochs="cycle", out=str(tmp_path / "whole"))
@@ -157,8 +161,8 @@ def test_a_cached_run_resumes_within_an_epoch(recipe, tmp_path):
     assert same_weights(Path(broken.out) / "last.pt", Path(whole.out) / "last.pt")
 
 
-def test_cycling_epochs_have_a_views_pixels_in_an_order_of_their_own(recipe):
-    """With repeats in the view's: another order would be of other images."""
+def test_cycled_epochs_have_the_pixels_of_a_view_in_another_order(recipe):
+    """With repeats, in the order of the view: another order would have other images."""
 
     def keys(repeats: int, views: int | None, epoch: int) -> list[tuple[int, ...]]:
         augment = replace(recipe.data.augment, repeats=repeats)
@@ -181,8 +185,8 @@ def test_more_epochs_than_views_need_a_policy(recipe, tmp_path):
         Trainer(cached, CPU)
 
 
-def test_views_that_are_being_added_keep_no_run_from_those_before(recipe, tmp_path):
-    """The first epochs need the first views; where they cycle, all."""
+def test_a_run_needs_only_its_own_views(recipe, tmp_path):
+    """The first epochs need the first views; cycled epochs need all."""
     cached = with_cache(recipe, tmp_path / "cache", views=3)
     (tmp_path / "cache" / "view-00002" / "shard-00001.safetensors").unlink()
     assert Trainer(cached, CPU).run(quiet=True).updates == 12
@@ -195,17 +199,17 @@ def test_views_that_are_being_added_keep_no_run_from_those_before(recipe, tmp_pa
 
 
 def test_an_epoch_in_another_order_is_refused(recipe, tmp_path):
-    """Within an epoch, from a run without views to one that repeats view 0's order."""
+    """Within an epoch, from a run without views to one that repeats the order of view 0."""
     augment = replace(recipe.data.augment, repeats=3)
     recipe = replace(recipe, data=replace(recipe.data, augment=augment))
     cached = replace(with_cache(recipe, tmp_path / "cache", views=1), cache_epochs="cycle")
-    plain, other = (Trainer(x, CPU).parts.train_loader for x in (recipe, cached))
+    plain, other = (Trainer(x, CPU).components.train_loader for x in (recipe, cached))
     for epoch in (0, 1):
         plain.set_epoch(epoch, 1)
         if epoch == 0:
             other.load_state_dict(plain.state_dict())
             continue
-        with pytest.raises(ValueError, match="ordered_as: 1 when"):
+        with pytest.raises(ValueError, match="shuffle_epoch: 1 when"):
             other.load_state_dict(plain.state_dict())
 
 
@@ -225,7 +229,7 @@ def test_a_cache_of_something_else_is_refused_by_every_field(recipe, images, tmp
     cached = with_cache(recipe, tmp_path / "cache")
 
     def refused(other: Recipe, message: str) -> None:
-        with pytest.raises(RecipeError, match=f"made otherwise than this run would be: {message}"):
+        with pytest.raises(RecipeError, match=f"does not fit this run .*: {message}"):
             Trainer(other, CPU)
 
     teacher, data, augment = cached.teacher, cached.data, cached.data.augment
@@ -257,7 +261,7 @@ def test_a_cache_of_something_else_is_refused_by_every_field(recipe, images, tmp
         refused(replace(cached, data=other), f"data.augment.{field}: .*, not ")
     refused(
         replace(cached, seed=5, amp="bf16"), "amp: 'off', not 'bf16'; seed: 0, not 5$"
-    )  # all of them at once
+    )  # all at once
 
     moved = tmp_path / "images"
     shutil.copytree(images, moved)
@@ -265,7 +269,7 @@ def test_a_cache_of_something_else_is_refused_by_every_field(recipe, images, tmp
     Trainer(elsewhere, CPU)
     one = moved / "train" / "red" / "1.png"
     content = one.read_bytes()
-    one.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # its name and its size are the same
+    one.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # same name and size
     refused(elsewhere, "data.images_sha256: ")
     one.write_bytes(content)
     Trainer(elsewhere, CPU)
@@ -283,40 +287,42 @@ def test_a_cache_of_something_else_is_refused_by_every_field(recipe, images, tmp
             refused(cached, rf".*versions.{name}: '.*', not '0.{len(name)}'")
 
     named = replace(teacher, checkpoint=str(checkpoint.rename(tmp_path / "renamed.pt")))
-    Trainer(replace(cached, teacher=named), CPU)  # the file itself is compared
-    fill(replace(recipe, teacher=named), CacheConfig(**EXACT), CPU, tmp_path / "cache", quiet=True)
+    Trainer(replace(cached, teacher=named), CPU)  # the content is compared
+    build_cache(
+        replace(recipe, teacher=named), CacheConfig(**EXACT), CPU, tmp_path / "cache", quiet=True
+    )
     (tmp_path / "renamed.pt").rename(checkpoint)
     checkpoint.write_bytes(checkpoint.read_bytes() + b"\0")
     refused(cached, "teacher.checkpoint: '[0-9a-f]{64}', not ")
     checkpoint.unlink()
-    notes = Trainer(cached, CPU).parts.notes
-    assert any("cache: there is no " in note and "not compared" in note for note in notes)
+    notes = Trainer(cached, CPU).components.notes
+    assert any(note.startswith("cache: no file ") and "by file name only" in note for note in notes)
     mistyped = replace(cached, teacher=replace(teacher, checkpoint=f"{checkpoint.parent}/lst.pt"))
-    with pytest.raises(RecipeError, match=r"there is no .*lst\.pt here, and .* made of last\.pt"):
+    with pytest.raises(RecipeError, match=r"no file .*lst\.pt', and .* was made from last\.pt"):
         Trainer(mistyped, CPU)
 
 
-def test_a_cache_of_no_checkpoint_is_not_of_one_that_is_missing(recipe, tmp_path):
+def test_a_missing_checkpoint_does_not_fit_a_cache_without_one(recipe, tmp_path):
     cached = with_cache(recipe, tmp_path / "cache")
     missing = replace(cached.teacher, checkpoint=str(tmp_path / "last.pt"))
-    with pytest.raises(RecipeError, match=r"there is no .*last\.pt here, .* of no checkpoint"):
+    with pytest.raises(RecipeError, match=r"no file .*last\.pt', .* made from no checkpoint"):
         Trainer(replace(cached, teacher=missing), CPU)
 
 
-def test_the_versions_are_of_all_that_makes_the_pixels(monkeypatch):
-    """DALI's own, as its wheels are called nvidia-dali-cuda120, -cuda130 and so on."""
+def test_versions_of_everything_that_determines_the_pixels(monkeypatch):
+    """DALI's version is not read from the metadata: its wheels have several names."""
     asked = []
     monkeypatch.setattr(
         "featkd.train.cached_teacher.metadata.version",
         lambda name: (asked.append(name), "1.2+cu1")[1],
     )
-    drawing = dict.fromkeys(("torch", "numpy", "timm", "torchvision", "pillow"), "1.2")
-    assert cached_teacher._versions("timm") == drawing
-    assert cached_teacher._versions("dali, CPU") == {**drawing, "dali": nvidia.dali.__version__}
+    always = dict.fromkeys(("torch", "numpy", "timm", "torchvision", "pillow"), "1.2")
+    assert cached_teacher._versions("timm") == always
+    assert cached_teacher._versions("dali, CPU") == {**always, "dali": nvidia.dali.__version__}
     assert not [name for name in asked if "dali" in name]
 
 
-def test_what_a_cache_lacks_is_named(recipe, tmp_path):
+def test_a_cache_without_the_needed_layers_is_refused(recipe, tmp_path):
     cached = with_cache(recipe, tmp_path / "cache")
     other = replace(cached, loss=replace(cached.loss, pairs=[(-1, 0)]))
     with pytest.raises(
@@ -329,12 +335,12 @@ def test_what_a_cache_lacks_is_named(recipe, tmp_path):
     ):
         Trainer(wrong, CPU)
     alone = replace(cached, loss=replace(cached.loss, feature=None), teacher=cached.teacher)
-    assert Trainer(alone, CPU).parts.source.shapes.maps == ()
+    assert Trainer(alone, CPU).components.teacher.shapes.maps == ()
     with pytest.raises(RecipeError, match=r"cache: .* teacher is null"):
         replace(cached, loss=replace(cached.loss, alpha=0, feature=None), teacher=None)
-    with pytest.raises(RecipeError, match="cache: expected a folder of this machine"):
+    with pytest.raises(RecipeError, match="cache: expected a folder on this machine"):
         replace(cached, cache="s3://bucket/cache")
-    with pytest.raises(CacheError, match="nowhere: not a cache"):
+    with pytest.raises(CacheError, match="nowhere: not a featkd cache"):
         Trainer(replace(cached, cache=str(tmp_path / "nowhere")), CPU)
 
 
@@ -356,21 +362,23 @@ def test_the_command_line_and_the_dry_run(recipe_file, tmp_path, capsys):
 
 
 def test_a_batch_past_the_end_of_a_view_is_refused(recipe, tmp_path, monkeypatch):
-    """49 images on two processes: each takes 25, the last of which is a second copy of one."""
+    """49 images on two processes: each takes 25, one image twice."""
     images = tmp_path / "images"
     shutil.copytree(recipe.data.path, images)
     shutil.copy(images / "train" / "red" / "0.png", images / "train" / "red" / "more.png")
     odd = replace(recipe, data=replace(recipe.data, path=str(images)), batch_size=5)
     cached = with_cache(odd, tmp_path / "cache")
     monkeypatch.setattr(ProcessContext, "broadcast", lambda _, value: value)
-    with pytest.raises(RecipeError, match=r"batch_size: 5 on 2 processes takes 50 .* 1 of them a"):
+    with pytest.raises(
+        RecipeError, match=r"batch_size: 5 on 2 processes takes 50 .* 1 of them twice"
+    ):
         build(cached, ProcessContext(0, 2, CPU.device))
 
 
 @pytest.mark.parametrize(
     ("top", "tau", "noted"), [(1, 2.0, True), (1, 1.0, False), ("all", 2.0, False)]
 )
-def test_a_temperature_beside_cut_logits_is_noted(recipe, tmp_path, top, tau, noted):
+def test_a_temperature_with_few_stored_logits_is_noted(recipe, tmp_path, top, tau, noted):
     recipe = replace(recipe, loss=replace(recipe.loss, tau=tau))
     cached = with_cache(recipe, tmp_path / "cache", logits_top=top)
     notes = build(cached, CPU).notes

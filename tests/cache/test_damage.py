@@ -1,4 +1,4 @@
-"""No changed bit, no cut and no foreign file goes unseen, and each is named."""
+"""Damaged caches: changed bits, truncated and foreign files are found and named."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from featkd.cache import CacheError, TeacherCache, damages
+from featkd.cache import CacheError, TeacherCache, verify_cache
 from featkd.cache.shard import Shard, write_shard
-from featkd.data import Key
+from featkd.data import SampleKey
 from tests.cache.made import FULL, LOWRANK, column_of, keys_of, manifest, outputs, write
 
 
@@ -25,41 +25,41 @@ def folder(request, tmp_path: Path) -> Path:
 
 
 def found_in(folder: Path) -> str:
-    """What a check of everything says."""
+    """Messages of a full check."""
     try:
-        return "\n".join(filter(None, damages(folder)))
+        return "\n".join(filter(None, verify_cache(folder)))
     except CacheError as error:
         return str(error)
 
 
-def test_rows_come_back_in_any_order(tmp_path):
+def test_rows_are_read_in_any_order(tmp_path):
     head = manifest(FULL, repeats=1)
-    taught = write(tmp_path, head)
+    stored = write(tmp_path, head)
     cache = TeacherCache(tmp_path)
     keys = torch.cat([keys_of(head, view) for view in range(2)])
     for order in (torch.arange(40), torch.randperm(40, generator=torch.Generator().manual_seed(0))):
         logits, (maps,) = cache.read(keys[order], [1])[0]
-        assert torch.equal(logits, taught.logits[order])
-        assert torch.equal(maps, taught.maps[0][order])
+        assert torch.equal(logits, stored.logits[order])
+        assert torch.equal(maps, stored.maps[0][order])
     for key in ((2, 0, 0), (0, 20, 0), (0, 1, 1), (-1, 0, 0)):
-        with pytest.raises(CacheError, match=r"holds no row of Key.*views 0 to 1 of 20 rows"):
+        with pytest.raises(CacheError, match=r"holds no row of SampleKey.*views 0 to 1 of 20 rows"):
             cache.read(torch.tensor([key]), [1])
 
 
-def test_repeated_images_have_a_row_a_copy(tmp_path):
+def test_repeated_images_have_a_row_per_copy(tmp_path):
     head = replace(manifest(FULL, images=30, repeats=3), rows=24)
-    taught = write(tmp_path, head)
+    stored = write(tmp_path, head)
     keys = keys_of(head, 1)[:24]
     assert len(set(keys[:, 1].tolist())) == 8
     logits, _ = TeacherCache(tmp_path).read(keys.flip(0), [1])[0]
-    assert torch.equal(logits, taught.logits[24:].flip(0))
+    assert torch.equal(logits, stored.logits[24:].flip(0))
     unseen = next(i for i in range(30) if i not in keys[:, 1])
     with pytest.raises(CacheError, match=f"image={unseen}"):
         TeacherCache(tmp_path).read(torch.tensor([[1, unseen, 0]]), [1])
 
 
 def test_any_flipped_bit_is_found_and_its_file_named(folder):
-    """200 of them in the two forms; the cache is whole in between."""
+    """100 per form; the file is restored after each."""
     draw = random.Random(0)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
     assert len(files) == 7
@@ -71,16 +71,16 @@ def test_any_flipped_bit_is_found_and_its_file_named(folder):
         place = draw.randrange(len(content))
         content[place] ^= 1 << draw.randrange(8)
         path.write_bytes(content)
-        said = found_in(folder)
-        assert str(path) in said, (path, place)
-        causes |= {cause for cause in ("header or index", "row ", "content") if cause in said}
+        messages = found_in(folder)
+        assert str(path) in messages, (path, place)
+        causes |= {cause for cause in ("header or index", "row ", "content") if cause in messages}
         path.write_bytes(before)
     assert causes == {"header or index", "row ", "content"}
     assert found_in(folder) == ""
 
 
 def test_an_open_shard_takes_little_memory(tmp_path):
-    """Thousands are open at once; the index of 1024 rows is part of the mapped file."""
+    """Thousands are open at once; the index of 1024 rows stays in the mapped file."""
     path, keys = tmp_path / "shard", torch.arange(3 * 1024).reshape(-1, 3)
     rows = LOWRANK.encode(outputs(1024))
     write_shard(path, "identity", keys, keys[:, 1], rows, LOWRANK.varying)
@@ -90,13 +90,13 @@ def test_an_open_shard_takes_little_memory(tmp_path):
     taken = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert taken < 20_000
-    assert (shard.key(1023), shard.shown(1023)) == (Key(3069, 3070, 3071), 3070)
+    assert (shard.key(1023), shard.source_index(1023)) == (SampleKey(3069, 3070, 3071), 3070)
     assert shard.row(1023).keys() == rows[1023].keys()
 
 
 @pytest.mark.parametrize("layout", [FULL, LOWRANK], ids=["full", "lowrank"])
 def test_every_bit_of_a_shards_header_counts(tmp_path, layout):
-    """A comma's can make one number of two, a brace's another nesting."""
+    """A changed comma can merge two numbers, a changed brace the nesting."""
     path, keys = tmp_path / "shard", torch.tensor([[0, 1, 0], [0, 0, 0]])
     write_shard(path, "identity", keys, keys[:, 1], layout.encode(outputs(2)), layout.varying)
     content = bytearray(path.read_bytes())
@@ -122,7 +122,7 @@ def test_a_damaged_row_is_named_by_its_image_and_leaves_the_others(folder):
     path.write_bytes(content)
     image = keys[16, 1]
     assert found_in(folder) == (
-        f"{path}: damaged: row 0 (image {image}, copy 0 of view 1) does not have its checksum"
+        f"{path}: damaged: row 0 (image {image}, copy 0 of view 1) does not match its checksum"
     )
     cache = TeacherCache(folder)
     cache.read(torch.cat((keys[:16], keys[17:])), [1])
@@ -131,8 +131,8 @@ def test_a_damaged_row_is_named_by_its_image_and_leaves_the_others(folder):
 
 
 @pytest.mark.parametrize("left", [0, 5, 40, 0.5, -1])
-def test_a_cut_off_shard_is_named_before_a_run_begins(folder, left):
-    """By those that need its view."""
+def test_a_truncated_shard_is_named_before_a_run_starts(folder, left):
+    """Only if its view is needed."""
     path = folder / "view-00001" / "shard-00001.safetensors"
     content = path.read_bytes()
     length = int(left * len(content)) if isinstance(left, float) else left
@@ -147,11 +147,11 @@ def test_a_cut_off_shard_is_named_before_a_run_begins(folder, left):
 def test_a_longer_shard_is_named(folder):
     path = folder / "view-00001" / "shard-00001.safetensors"
     path.write_bytes(path.read_bytes() + b"\0")
-    assert "its header says" in found_in(folder)
+    assert "by its header" in found_in(folder)
 
 
-def test_shards_of_elsewhere_are_named(folder, tmp_path):
-    """From another cache; from another place in this one, which only the keys tell."""
+def test_misplaced_shards_are_named(folder, tmp_path):
+    """From another cache, and from another position in this one."""
     head = TeacherCache(folder).manifest
     write(tmp_path / "other", replace(head, weights="others"))
     path, other = (folder / head.shard_name(0, n) for n in (0, 1))
@@ -159,8 +159,8 @@ def test_shards_of_elsewhere_are_named(folder, tmp_path):
     shutil.copy(tmp_path / "other" / head.shard_name(0, 0), path)
     assert f"{path}: belongs to another cache" in found_in(folder)
     path.write_bytes(other.read_bytes())
-    assert f"{path}: damaged: row 0 is Key" in found_in(folder)
-    with pytest.raises(CacheError, match=r"shard-00000.*: row 0 is Key"):
+    assert f"{path}: damaged: row 0 is SampleKey" in found_in(folder)
+    with pytest.raises(CacheError, match=r"shard-00000.*: row 0 is SampleKey"):
         TeacherCache(folder).read(keys_of(head, 0)[:1], [1])
     path.write_bytes(kept)
     assert found_in(folder) == ""
@@ -181,7 +181,7 @@ def test_an_unfinished_cache_is_refused(folder):
 
 
 def test_no_cache_and_another_format(tmp_path, folder):
-    with pytest.raises(CacheError, match=r"nowhere: not a cache of featkd: .*No such file"):
+    with pytest.raises(CacheError, match=r"nowhere: not a featkd cache: .*No such file"):
         TeacherCache(tmp_path / "nowhere")
     head = TeacherCache(folder).manifest
     with pytest.MonkeyPatch.context() as patch:

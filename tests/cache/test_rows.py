@@ -1,4 +1,4 @@
-"""Outputs become rows and come back: exactly, or within what the form promises."""
+"""Encoding and decoding of rows: exact, or within the documented error."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from dataclasses import replace
 import pytest
 import torch
 
-from featkd.cache import CacheConfig, Taught
+from featkd.cache import CacheConfig, TeacherOutputs
 from featkd.cache.rows import NotStorable
 from tests.cache.made import CHANNELS, CLASSES, FULL, LOWRANK, SHAPE, TOKENS, outputs
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_full_maps_and_all_logits_come_back_bit_for_bit(dtype):
+def test_full_maps_and_all_logits_are_restored_bit_for_bit(dtype):
     kind = getattr(torch, dtype)
-    taught = outputs(7)
-    taught = Taught(taught.logits.to(kind), [taught.maps[0].to(kind)])
+    given = outputs(7)
+    given = TeacherOutputs(given.logits.to(kind), [given.maps[0].to(kind)])
     store = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
     layout = replace(FULL, logits_dtype=dtype, store=store, layers=(replace(SHAPE, dtype=dtype),))
-    logits, (x,) = layout.decode(layout.encode(taught), [1])
+    logits, (x,) = layout.decode(layout.encode(given), [1])
     assert (logits.dtype, x.dtype) == (kind, kind)
-    assert torch.equal(logits, taught.logits)
-    assert torch.equal(x, taught.maps[0])
+    assert torch.equal(logits, given.logits)
+    assert torch.equal(x, given.maps[0])
 
 
 @pytest.mark.parametrize(("store", "digits"), [("fp16", 11), ("bf16", 8), ("int8", None)])
 def test_whole_maps_are_rounded_once(store, digits):
-    """However large they are: fp16 and int8 have a scale for each channel."""
-    taught = outputs(7)
-    x = taught.maps[0] * 1e6
+    """Large values too: fp16 and int8 have a scale per channel."""
+    given = outputs(7)
+    x = given.maps[0] * 1e6
     layout = replace(FULL, store=store)
-    _, (found,) = layout.decode(layout.encode(taught._replace(maps=[x])), [1])
+    _, (found,) = layout.decode(layout.encode(given._replace(maps=[x])), [1])
     assert found.dtype == torch.float32
     largest = x.abs().amax(1, keepdim=True)
     error = largest / 254 if digits is None else 2.0**-digits * x.abs() + 2.0**-38 * largest
@@ -40,11 +40,13 @@ def test_whole_maps_are_rounded_once(store, digits):
 
 
 @pytest.mark.parametrize("top", range(1, CLASSES))
-def test_what_the_top_classes_leave_is_spread_evenly(top):
+def test_the_remaining_probability_is_spread_evenly(top):
     layout = replace(FULL, logits_top=top)
     logits = torch.cat((outputs(7).logits, torch.tensor([[90.0, 0.0, -3.0, -90.0]])))
-    taught = Taught(logits, [torch.cat((outputs(7).maps[0], torch.zeros(1, TOKENS, CHANNELS)))])
-    found = layout.decode(layout.encode(taught), []).logits
+    given = TeacherOutputs(
+        logits, [torch.cat((outputs(7).maps[0], torch.zeros(1, TOKENS, CHANNELS)))]
+    )
+    found = layout.decode(layout.encode(given), []).logits
     want = logits.double().softmax(1)
     log_probs, classes = logits.double().log_softmax(1).topk(top)
     rest = (1 - want.gather(1, classes).sum(1)) / (CLASSES - top)
@@ -57,11 +59,11 @@ def test_what_the_top_classes_leave_is_spread_evenly(top):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("store", "error"), [("fp16", 1e-3), ("int8", 0.02)])
-def test_factors_keep_the_energy_and_are_as_many_as_it_needs(store, error, dtype):
+def test_factors_keep_the_energy_with_the_smallest_rank(store, error, dtype):
     layout = replace(LOWRANK, store=store, layers=(replace(SHAPE, dtype=dtype),))
     (x,) = outputs(9).maps
     x[4] = 0
-    rows = layout.encode(Taught(outputs(9).logits, [x]))
+    rows = layout.encode(TeacherOutputs(outputs(9).logits, [x]))
     ranks = {len(row["features.1.left_scales"]) for row in rows}
     assert len(ranks) > 2
     assert len(rows[4]["features.1.left_scales"]) == 0
@@ -81,12 +83,12 @@ def test_factors_keep_the_energy_and_are_as_many_as_it_needs(store, error, dtype
         (lambda t: t.maps[0][2, 0, 0].fill_(torch.inf), "the map of layer 1 is not finite"),
     ],
 )
-def test_what_a_form_cannot_hold_is_named(change, cause):
-    taught = outputs(4)
-    change(taught)
+def test_values_that_are_not_finite_are_named(change, cause):
+    given = outputs(4)
+    change(given)
     with pytest.raises(NotStorable, match=cause) as caught:
-        replace(FULL, store="fp16").encode(taught)
-    assert caught.value.number == 2
+        replace(FULL, store="fp16").encode(given)
+    assert caught.value.index == 2
 
 
 @pytest.mark.parametrize(
@@ -96,8 +98,8 @@ def test_what_a_form_cannot_hold_is_named(change, cause):
         ({"shard_rows": 0}, "shard_rows: expected >= 1"),
         ({"features": "half"}, "features: expected one of none, full, lowrank; got 'half'"),
         ({"energy": 1.5}, r"energy: .*1\.5"),
-        ({"energy": 0.9, "rank": 2}, "energy, rank: expected one of them"),
-        ({"features": "full", "rank": 2}, "rank: 2 is for features: lowrank, which are full"),
+        ({"energy": 0.9, "rank": 2}, "energy, rank: expected only one of them"),
+        ({"features": "full", "rank": 2}, "rank: 2 needs features: lowrank, got full"),
         ({"features": "full", "store": "int4"}, "store: expected fp32 or bf16 or fp16 or int8 for"),
         ({"features": "lowrank", "store": "fp32"}, "store: expected fp16 or int8 for features: "),
         ({"features": "none", "store": "fp16"}, "store: expected nothing for features: none"),

@@ -1,6 +1,6 @@
-// Solves small matrices with teams of threads and with a team of one, and compares.
-//   check_teams [number of a barrier to leave out]
-// Exits with 1 where they differ; under ThreadSanitizer with its own code where threads race.
+// Compares results of teams of several threads with those of a single thread, on small matrices.
+//   check_teams [number of a barrier to skip]
+// Exits with 1 if they differ. ThreadSanitizer exits with its own code if threads race.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -16,16 +16,16 @@ using namespace featkd::portable;
 namespace {
 
 using One = TeamOfOne<16, 2, 2>;
-constexpr int MOST = 40;
+constexpr int MAX_ROWS_TESTED = 40;
 
 struct Results {
-  double values[MOST], curve[MOST], residual;
+  double values[MAX_ROWS_TESTED], curve[MAX_ROWS_TESTED], residual;
   int64_t ranks[2];
   int32_t info, resolved;
 };
 
 template <class Scratch>
-std::vector<uint64_t> poisoned(int n, int groups) {  // every number of it is a NaN
+std::vector<uint64_t> poisoned(int n, int groups) {  // filled with NaN
   return std::vector<uint64_t>(Scratch::bytes(n, groups) / 8 + 8, 0x7fffffff7fffffffull);
 }
 
@@ -34,14 +34,14 @@ void* aligned(std::vector<uint64_t>& memory) {
 }
 
 template <class Real>
-Results with_threads(Problem p, int size, int dropped) {
+Results solve_with_team(Problem p, int size, int skipped) {
   using S = Scratch<ThreadTeam, Real>;
   Results out{};
   auto memory = poisoned<S>(p.rows, size);
   p.values = out.values, p.curve = out.curve, p.ranks = out.ranks, p.info = &out.info;
   p.residual = &out.residual, p.resolved = &out.resolved;
-  run_team(size, dropped, [&](const ThreadTeam& team) {
-    for (int repeat = 0; repeat < 2; repeat++) {  // one matrix after the other in the same memory
+  run_team(size, skipped, [&](const ThreadTeam& team) {
+    for (int repeat = 0; repeat < 2; repeat++) {  // two matrices in the same scratch memory
       const auto found = solve(team, p, 0, S(aligned(memory), p.rows, size));
       if (team.rank() == 0) out.resolved = write_results(p, 0, found);
     }
@@ -50,7 +50,7 @@ Results with_threads(Problem p, int size, int dropped) {
 }
 
 template <class Real>
-Results alone(Problem p) {
+Results solve_with_one_thread(Problem p) {
   using S = Scratch<One, Real>;
   Results out{};
   auto memory = poisoned<S>(p.rows, 1);
@@ -61,11 +61,11 @@ Results alone(Problem p) {
 }
 
 template <class Real>
-int compare(const Problem& p, const char* name, int dropped) {
+int compare(const Problem& p, const char* name, int skipped) {
   int wrong = 0;
-  const Results expected = alone<Real>(p);
+  const Results expected = solve_with_one_thread<Real>(p);
   for (int size : {2, 3}) {
-    const Results found = with_threads<Real>(p, size, dropped);
+    const Results found = solve_with_team<Real>(p, size, skipped);
     const double bound = sizeof(Real) == 4 ? 4e-6 : 1e-13;
     bool same = found.info == expected.info;
     for (int i = 0; i < p.rows && found.info == SOLVED; i++)
@@ -79,17 +79,18 @@ int compare(const Problem& p, const char* name, int dropped) {
   return wrong;
 }
 
-// One-sided Jacobi of a matrix's rows: the same sums in the same order, so the very same results.
+// One-sided Jacobi. Teams add up the same terms in the same order, so results are bitwise equal.
 template <class Real>
-int compare_turns(const std::vector<double>& x, int n, int columns, const char* name, int dropped) {
+int compare_jacobi(const std::vector<double>& x, int n, int columns, const char* name,
+                   int skipped) {
   const int length = (columns + 15) / 16 * 16;
   const size_t size = size_t(n) * length;
-  const auto turn = [&](auto team, Real* rows, Real* turns, void* memory) {
+  const auto run_jacobi = [&](auto team, Real* rows, Real* rotations, void* memory) {
     using Team = decltype(team);
     const JacobiScratch<Team, Real> scratch(memory, team.size());
     int sweeps = 0;
-    for (int repeat = 0; repeat < 2; repeat++)  // what is orthogonal stays so
-      sweeps = 100 * sweeps + jacobi(team, Band<Real>{rows, turns, n, length}, scratch);
+    for (int repeat = 0; repeat < 2; repeat++)  // the second run finds orthogonal rows
+      sweeps = 100 * sweeps + jacobi(team, Band<Real>{rows, rotations, n, length}, scratch);
     return sweeps;
   };
   const auto filled = [&](std::vector<uint64_t>& memory) {
@@ -103,15 +104,15 @@ int compare_turns(const std::vector<double>& x, int n, int columns, const char* 
   auto expected = poison;
   Real* rows = filled(expected);
   auto memory = poisoned<JacobiScratch<One, Real>>(length, 1);
-  const int sweeps = turn(One(), rows, rows + size, aligned(memory));
+  const int sweeps = run_jacobi(One(), rows, rows + size, aligned(memory));
   int wrong = 0;
   for (int groups : {2, 3}) {
     auto found = poison;
     Real* own = filled(found);
     auto shared = poisoned<JacobiScratch<ThreadTeam, Real>>(length, groups);
     std::vector<int> each(groups);
-    run_team(groups, dropped, [&](const ThreadTeam& team) {
-      each[team.rank()] = turn(team, own, own + size, aligned(shared));
+    run_team(groups, skipped, [&](const ThreadTeam& team) {
+      each[team.rank()] = run_jacobi(team, own, own + size, aligned(shared));
     });
     bool same = !std::memcmp(own, rows, 2 * size * sizeof(Real));
     for (int count : each) same &= count == sweeps;
@@ -124,7 +125,7 @@ int compare_turns(const std::vector<double>& x, int n, int columns, const char* 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int dropped = argc > 1 ? std::atoi(argv[1]) : -1;
+  const int skipped = argc > 1 ? std::atoi(argv[1]) : -1;
   const double thresholds[2] = {0.8, 0.99};
   int wrong = 0;
   uint32_t state = 1;
@@ -150,13 +151,15 @@ int main(int argc, char** argv) {
       p.data = x.data(), p.type = Type::f64, p.batch = 1, p.rows = rows, p.columns = columns;
       p.row_stride = columns, p.column_stride = 1;
       p.thresholds = thresholds, p.threshold_count = 2;
-      wrong += compare<float>(p, name, dropped) + compare<double>(p, name, dropped);
-      std::vector<double> turned(x.size());
+      wrong += compare<float>(p, name, skipped) + compare<double>(p, name, skipped);
+      std::vector<double> transposed(x.size());
       for (int i = 0; i < rows; i++)
-        for (int k = 0; k < columns; k++) turned[size_t(k) * rows + i] = x[size_t(i) * columns + k];
-      p.data = turned.data(), p.row_stride = 1, p.column_stride = rows;
-      wrong += compare<double>(p, name, dropped);
-      if (std::strcmp(name, "bad")) wrong += compare_turns<double>(x, rows, columns, name, dropped);
+        for (int k = 0; k < columns; k++)
+          transposed[size_t(k) * rows + i] = x[size_t(i) * columns + k];
+      p.data = transposed.data(), p.row_stride = 1, p.column_stride = rows;
+      wrong += compare<double>(p, name, skipped);
+      if (std::strcmp(name, "bad"))
+        wrong += compare_jacobi<double>(x, rows, columns, name, skipped);
     }
   std::printf("%d differences\n", wrong);
   return wrong != 0;

@@ -1,10 +1,10 @@
-"""nvcc's PTX of csrc, once a process."""
+"""PTX of csrc by nvcc, compiled once per process."""
 
 from __future__ import annotations
 
 import pytest
 
-from featkd.benchmarks import csrc_counts
+from benchmarks.report import csrc_counts
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""nvcc's PTX of csrc's kernels, launched on the CPU with checks on."""
+"""Launches the CUDA kernels of csrc on the CPU: PTX by nvcc, with all checks."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from featkd.benchmarks import csrc_counts
-from featkd.benchmarks.csrc_counts import Results
-from featkd.benchmarks.csrc_kernels import WARPS, jacobi_bytes
-from featkd.ptx import Emulator, Launch
+from benchmarks.report import csrc_counts
+from benchmarks.report.csrc_counts import Results
+from benchmarks.report.csrc_kernels import WARPS, jacobi_bytes
+from ptx_emulator import Emulator, Launch
 from tests.spectra import THRESHOLDS
 
 _MARK = r"// featkd barrier (\d+)\n"
-ONLY_RESOLVED = 17  # of the spectrum kernels' arguments: in tests a number of a barrier
+# index of the spectrum kernels' argument `only_resolved`; tests pass a barrier to skip in it
+ONLY_RESOLVED = 17
 JACOBI = {np.float64: "featkd_jacobi_float64"}
 
 
 def with_argument(ptx: str, kernel: str, number: int) -> str:
-    """The same PTX, whose kernel has one more argument, a u32, as its last."""
+    """Appends a u32 argument to a kernel in PTX."""
     last = rf"(\.param \.u64 {kernel}_param_{number - 1})\n\)"
     changed, count = re.subn(last, rf"\1,\n\t.param .u32 {kernel}_param_{number}\n)", ptx)
     assert count == 1
@@ -28,7 +29,7 @@ def with_argument(ptx: str, kernel: str, number: int) -> str:
 
 
 def with_switches(ptx: str, kernel: str, argument: int = ONLY_RESOLVED) -> str:
-    """The same PTX, whose barriers of the number in an argument do nothing."""
+    """Changes PTX so that barriers whose number is in an argument do nothing."""
     scope = (
         "{{ .reg .pred %kept; .reg .b32 %dropped;\n"
         f"ld.param.u32 %dropped, [{kernel}_param_{argument}];\n"
@@ -56,7 +57,11 @@ def solve(
     dropped: int = 0,
     **options: Any,
 ) -> Results:
-    """As `csrc_counts.launch`, with outputs poisoned before; `dropped` is for `with_switches`."""
+    """Calls `csrc_counts.launch` with poisoned outputs.
+
+    Args:
+        dropped: number of the barrier to skip, for PTX by `with_switches`; 0 skips none.
+    """
     outputs = [9, 10, 13, 14, 15, *([16] if dropped == 0 else [])]
     options |= {"outputs": outputs, "seed": seed, "blocks": blocks, "only_resolved": dropped}
     return csrc_counts.launch(emulator, x, real, THRESHOLDS, **options)
@@ -64,7 +69,7 @@ def solve(
 
 @dataclass
 class Turned:
-    """Arrays that a launch of the Jacobi kernel fills, rows and turns without their padding."""
+    """Results of the Jacobi kernel; rows and rotations without padding."""
 
     rows: np.ndarray
     turns: np.ndarray
@@ -81,7 +86,7 @@ def jacobi(
     dropped: int = 0,
     in_shared: bool = True,
 ) -> Turned:
-    """Turn the rows of matrices (B, n, n) by the kernel with a switch as its last argument."""
+    """Runs the Jacobi kernel, by `with_switches`, on matrices (B, n, n)."""
     batch, n, _ = r.shape
     length = -(-n // 32) * 32
     rows = np.zeros((batch, n, length), r.dtype)

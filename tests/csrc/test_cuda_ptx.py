@@ -1,4 +1,4 @@
-"""The spectrum kernels as nvcc compiles them, executed on the CPU with race checks."""
+"""The spectrum kernels: PTX by nvcc, executed on the CPU with race checks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.report import csrc_counts
+from benchmarks.report.csrc_counts import KERNELS
 from featkd import linalg
-from featkd.benchmarks import csrc_counts
-from featkd.benchmarks.csrc_counts import KERNELS
-from featkd.ptx import Emulator
+from ptx_emulator import Emulator
 from tests.csrc import cuda_ptx
 from tests.csrc.cuda_ptx import solve
 from tests.csrc.test_teams import SPECTRUM_BARRIERS
@@ -23,7 +23,7 @@ SAME = [name for name in FAMILIES if name not in ("tiny", "huge")]
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(compiled_kernels):
-    """The test run's own cache folder."""
+    """Uses the cache folder of the test run."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def family(names: list[str], rows: int, columns: int, dtype: type = np.float32) 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
 @pytest.mark.parametrize("shape", [(1, 3), (2, 2), (5, 9), (33, 20)], ids=str)
-def test_families_without_a_report(emulators, shape, seed):
+def test_spectra_of_all_families(emulators, shape, seed):
     x = family(list(FAMILIES), *shape)
     expected, twin = lapack(x), linalg.spectrum(torch.from_numpy(x), THRESHOLDS)
     for real, emulator in emulators.items():
@@ -63,20 +63,20 @@ def test_families_without_a_report(emulators, shape, seed):
             assert sure.all()
 
 
-def test_the_largest_that_the_suite_runs(emulators):
+def test_64x64_matrices_and_instruction_counts(emulators):
     x = family(["features", "dominated 0.99"], 64, 64)
     found = solve(emulators[np.float32], x, np.float32, seed=3)
     assert found.launch.reports == ()
     assert np.abs(found.curve - lapack(x).curve).max() <= 5e-7
     counted = csrc_counts.Counted(64, 64, found.launch.counters)
-    # each matrix: two for the scale, two a slab of 16 columns, four a row, three between the steps
+    # per matrix: 2 for the scale, 2 per 16 packed columns, 4 per row, 3 between the steps
     assert counted.counters.barriers == 2 * (2 + 2 * 4 + 4 * 64 + 3)
     assert counted.bytes >= 2 * 4 * 64 * 64
     # an fma is two flops
     assert counted.operations("f32") >= 2 * counted.gram_flops / 2
 
 
-def test_other_types_strides_and_places(emulators):
+def test_element_types_strides_and_scratch_in_global_memory(emulators):
     x = family(["features", "repeated"], 24, 11)
     bits = (np.ascontiguousarray(x).view(np.uint32) >> 16).astype(np.uint16)
     rounded = (bits.astype(np.uint32) << 16).view(np.float32)
@@ -89,7 +89,7 @@ def test_other_types_strides_and_places(emulators):
                 assert np.abs(found.curve - lapack(same).curve).max() <= 5e-7
 
 
-def test_bad_matrices_among_good_ones(emulators):
+def test_nonfinite_matrix_does_not_affect_others(emulators):
     x = family(SAME[:6], 12, 15)
     clean = solve(emulators[np.float32], x, np.float32, blocks=1)
     x[1, 0, 0], x[4, 11, 14] = np.nan, -np.inf
@@ -102,7 +102,7 @@ def test_bad_matrices_among_good_ones(emulators):
     assert (found.curve[kept] == clean.curve[kept]).all()
 
 
-def test_every_barrier_is_in_the_ptx(ptx: str, switchable):
+def test_ptx_contains_every_barrier(ptx: str, switchable):
     for kernel in KERNELS.values():
         assert cuda_ptx.barriers(csrc_counts.entry(ptx, kernel)) == set(SPECTRUM_BARRIERS)
     x = family(["features", "zero"], 20, 9)
@@ -110,7 +110,7 @@ def test_every_barrier_is_in_the_ptx(ptx: str, switchable):
 
 
 @pytest.mark.parametrize("number", SPECTRUM_BARRIERS)
-def test_a_dropped_barrier_is_reported(switchable, number: int):
+def test_skipped_barrier_is_reported(switchable, number: int):
     x = family(["features", "zero", "zero", "diagonal"], 36, 40)
     reports = solve(switchable, x, np.float32, blocks=1, dropped=number).launch.reports
     assert {r.kind for r in reports} & {"shared-race", "uninitialised-read", "divergent-barrier"}

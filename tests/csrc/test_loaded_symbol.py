@@ -1,4 +1,4 @@
-"""csrc's look-up of functions in libraries that torch loads RTLD_LOCAL, such as its CUDA half."""
+"""Lookup of functions in libraries that torch loads with RTLD_LOCAL, such as its CUDA library."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ extern "C" int stand_in_stream(int device, void** stream) {
 
 
 def find(library: str, symbol: str) -> int | None:
-    """Address by csrc's own look-up."""
+    """Address that csrc finds, or None."""
     assert extension.missing() == ""
     lookup = ctypes.CDLL(str(extension.LIBRARY)).featkd_loaded_symbol
     lookup.restype, lookup.argtypes = ctypes.c_void_p, [ctypes.c_char_p] * 2
@@ -31,13 +31,13 @@ def find(library: str, symbol: str) -> int | None:
 
 
 def is_global(symbol: str) -> bool:
-    """What a look-up in RTLD_DEFAULT finds."""
+    """Checks whether RTLD_DEFAULT finds the symbol."""
     return hasattr(ctypes.CDLL(None), symbol)
 
 
-def test_a_function_of_a_library_loaded_local_is_found(tmp_path: Path):
+def test_finds_function_in_library_loaded_with_rtld_local(tmp_path: Path):
     (tmp_path / "stand_in.cpp").write_text(SOURCE)
-    target = tmp_path / "under_another_name.so"  # torch's libraries too are found by their soname
+    target = tmp_path / "under_another_name.so"  # the lookup uses the soname, not the file name
     name = "libfeatkd_stand_in.so"
     command = [compiler(), "-shared", "-fPIC", f"-Wl,-soname,{name}", "stand_in.cpp"]
     subprocess.run([*command, "-o", str(target)], cwd=tmp_path, check=True)
@@ -54,8 +54,8 @@ def test_a_function_of_a_library_loaded_local_is_found(tmp_path: Path):
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="a torch without CUDA")
-def test_torchs_stream_is_found():
-    """In libtorch_cuda, which `import torch` loads also where there is no GPU."""
+def test_finds_current_stream_function_of_torch():
+    """`import torch` loads libtorch_cuda also without a GPU."""
     symbol = "aoti_torch_get_current_cuda_stream"
     assert not is_global(symbol)
     assert find("libtorch_cuda.so", symbol) is not None

@@ -1,4 +1,4 @@
-"""How the CUDA kernels would be launched, by the host code alone."""
+"""Launch configuration of the CUDA kernels, which is plain host code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from featkd.benchmarks.csrc_kernels import WARPS, jacobi_bytes
+from benchmarks.report.csrc_kernels import WARPS, jacobi_bytes
 from tests.csrc.test_teams import CSRC, compiler
 
 SOURCE = """
@@ -18,7 +18,7 @@ SOURCE = """
 #include "thread_team.h"
 using namespace featkd::portable;
 int main(int count, char** a) {
-  if (count == 2) {  // what a team that works on copies needs of rows of this length
+  if (count == 2) {  // scratch bytes of a team that works on copies, for rows of this length
     const int length = std::atoi(a[1]);
     std::printf("%zu", JacobiScratch<ThreadTeam, double>::bytes(length, featkd::WARPS));
     return 0;
@@ -46,20 +46,20 @@ def planner(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("scratch", "batch", "device", "blocks", "in_shared"),
     [
-        (100 * KIB, 5000, H100, 2 * 132, True),  # two fit with what CUDA keeps of each
+        (100 * KIB, 5000, H100, 2 * 132, True),  # two blocks fit, with CUDA's reserved bytes
         (100 * KIB, 5000, A100, 108, True),
         (113 * KIB, 5000, H100, 2 * 132, True),
         (114 * KIB, 5000, H100, 132, True),
         (227 * KIB, 5000, H100, 132, True),
         (227 * KIB + 1, 5000, H100, 2 * 132, False),
-        (8 * KIB, 5000, H100, 8 * 132, True),  # 2,048 threads
+        (8 * KIB, 5000, H100, 8 * 132, True),  # limited by 2,048 threads
         (100 * KIB, 7, H100, 7, True),
         (300 * KIB, 7, H100, 7, False),
         (100 * KIB, 0, H100, 0, True),
         (100 * KIB, 2**40, H100, 2 * 132, True),
     ],
 )
-def test_plans(planner: Path, scratch, batch, device, blocks, in_shared):
+def test_launch_plans(planner: Path, scratch, batch, device, blocks, in_shared):
     found = [int(x) for x in run(planner, scratch, batch, *device).split()]
     assert found[:2] == [blocks, scratch if in_shared else 0]
     each = -(-scratch // 256) * 256
@@ -70,14 +70,14 @@ def test_plans(planner: Path, scratch, batch, device, blocks, in_shared):
     ("length", "device", "blocks", "in_shared"),
     [
         (64, A100, 6 * 108, True),
-        (224, A100, 108, True),  # of 196 rows
+        (224, A100, 108, True),  # for 196 rows
         (224, H100, 2 * 132, True),
         (416, A100, 108, True),
         (448, A100, 2 * 108, False),
         (512, H100, 132, True),
     ],
 )
-def test_plans_of_jacobi(planner: Path, length, device, blocks, in_shared):
+def test_jacobi_launch_plans(planner: Path, length, device, blocks, in_shared):
     scratch = int(run(planner, length))
     assert scratch == jacobi_bytes(length, 8, WARPS)
     found = [int(x) for x in run(planner, scratch, 5000, *device).split()]

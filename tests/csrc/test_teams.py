@@ -1,4 +1,4 @@
-"""The solver run by teams of real threads: agreement with one thread, races, bad addresses."""
+"""Solvers with teams of threads: agreement with one thread, races, bad addresses."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ CHECK = Path(__file__).with_name("check_teams.cpp")
 
 
 def barriers(*headers: Path) -> list[int]:
-    """The numbers in headers of csrc."""
+    """Barrier numbers in headers of csrc."""
     texts = "".join(path.read_text() for path in headers)
-    return sorted(int(n) for n in re.findall(r"team\.barrier\(At<(\d+)>\(\)\)", texts))
+    return sorted(int(n) for n in re.findall(r"team\.barrier\(\s*At<(\d+)>\(\)\)", texts))
 
 
 BARRIERS = barriers(*CSRC.glob("*.h"))
@@ -43,29 +43,29 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    # address space randomisation beyond what ThreadSanitizer's shadow memory can follow
+    # ThreadSanitizer's shadow memory does not cover all randomized addresses
     command = [*(["setarch", "-R"] if shutil.which("setarch") else []), str(program), *arguments]
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
-def test_barriers_are_numbered_apart():
+def test_barrier_numbers_are_unique_and_consecutive():
     assert list(range(1, len(BARRIERS) + 1)) == BARRIERS
 
 
-def test_teams_agree_with_one_thread_and_do_not_race(watched: Path):
+def test_thread_teams_match_single_thread_without_races(watched: Path):
     done = run(watched)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip() == "0 differences"
 
 
 @pytest.mark.parametrize("number", BARRIERS)
-def test_a_dropped_barrier_is_found(watched: Path, number: int):
+def test_skipped_barrier_is_reported(watched: Path, number: int):
     done = run(watched, str(number))
     assert done.returncode == RACES, done.stdout
     assert "data race" in done.stderr
 
 
-def test_no_bad_address(tmp_path: Path):
+def test_address_sanitizer_reports_nothing(tmp_path: Path):
     done = run(build("address", tmp_path))
     assert done.returncode == 0, done.stderr

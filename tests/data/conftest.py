@@ -1,4 +1,4 @@
-"""Small image sets on disk, and the loaders over them."""
+"""Fixtures: small image sets on disk, and the loaders to test."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def save_noise(path: Path, size: tuple[int, int] = (24, 20), seed: int = 0) -> N
 
 @pytest.fixture
 def make_set(tmp_path: Path) -> MakeSet:
-    """make_set(train=12, val=5, classes=3): the root of a set with that many images a split."""
+    """make_set(train=12, val=5, classes=3) writes a set of that size and returns its root."""
 
     def make(train: int = 12, val: int = 5, classes: int = 3) -> Path:
         for number in range(train + val):
@@ -39,14 +39,14 @@ def make_set(tmp_path: Path) -> MakeSet:
 
 @pytest.fixture
 def no_augment() -> AugmentConfig:
-    """Nothing random is left."""
+    """Augmentation without randomness."""
     return AugmentConfig(
         rand_augment=None, scale=(1, 1), ratio=(1, 1), hflip=0, random_erasing=0, repeats=1
     )
 
 
 def break_file(path: Path, how: str) -> None:
-    """Make an image unreadable. The last four of these ways keep a JPEG's head and end."""
+    """Makes an image unreadable; the last four kinds keep the start and end of a JPEG."""
     content = path.read_bytes()
     if how == "truncated":
         path.write_bytes(content[:-40])
@@ -56,7 +56,7 @@ def break_file(path: Path, how: str) -> None:
         path.write_text("<html>404 not found</html>")
     elif how == "no tables":
         path.write_bytes(without_segment(content, 0xDB))
-    elif how == "other tables":  # they are there, but not those that the frame names
+    elif how == "other tables":  # present, but not those that the frame refers to
         number = content.index(b"\xff\xdb") + 4
         path.write_bytes(content[:number] + b"\3" + content[number + 1 :])
     elif how == "no scan":
@@ -71,7 +71,7 @@ def break_file(path: Path, how: str) -> None:
 
 
 def without_segment(jpeg: bytes, code: int) -> bytes:
-    """Without the segments of a marker's code; with a scan's go its data."""
+    """Removes the segments with the marker `code`, with the data of a scan."""
     marker = bytes([0xFF, code])
     while (at := jpeg.find(marker)) >= 0:
         end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
@@ -81,13 +81,13 @@ def without_segment(jpeg: bytes, code: int) -> bytes:
 
 @pytest.fixture
 def spoil() -> Callable[[Path, str], None]:
-    """`break_file`."""
+    """Returns `break_file`."""
     return break_file
 
 
 @pytest.fixture(params=["timm", "dali"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The loader that a test is about, one after the other."""
+    """Runs the test with each loader."""
     chosen: str = request.param
     if chosen == "dali":
         pytest.importorskip("nvidia.dali")

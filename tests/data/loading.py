@@ -1,4 +1,4 @@
-"""What the tests of the loaders share: a loader of small images, and comparing its batches."""
+"""Helpers of the loader tests: a loader of small images, and a comparison of batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from featkd.data import AugmentConfig, Batch, DataConfig, Loader, build_loader
 
 Spoil = Callable[[Path, str], None]
 Split = Literal["train", "val"]
-# Every kind of draw is likely; under 256 images the repeats need no multiple of 256.
+# Every augmentation is likely to be drawn.
 STRONG = AugmentConfig(random_erasing=0.5, repeats=1)
 DEFAULTS: dict[str, Any] = {"augment": STRONG}
 
@@ -23,7 +23,7 @@ DEFAULTS: dict[str, Any] = {"augment": STRONG}
 def loading(
     root: Path, split: Split = "train", batch_size: int = 4, **options: Any
 ) -> Iterator[Loader]:
-    names = ("seed", "rank", "world_size", "device")
+    names = ("seed", "rank", "world_size", "device", "views")
     call = {name: options.pop(name) for name in names if name in options}
     config = DataConfig(str(root), **{"img_size": 16, "workers": 0, **DEFAULTS, **options})
     loader = build_loader(config, split=split, batch_size=batch_size, **call)

@@ -1,4 +1,4 @@
-"""The transforms: timm's pixels, also where timm fails; draws that only the key fixes."""
+"""Transforms: pixels equal to timm's, and draws that depend only on seed and key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp, RandAugment, posterize
 
-from featkd.data import AugmentConfig, DataConfig, Key, build_transform
+from featkd.data import AugmentConfig, DataConfig, SampleKey, build_transform
 from featkd.data.augment import seeded
 
 
@@ -25,9 +25,9 @@ def draws() -> tuple[float, float, float]:
     return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
-def test_timms_pixels_and_no_crash_on_posterize_with_no_bits() -> None:
-    """At magnitude 10 every second posterize keeps 0 bits: timm alone fails, everything else is
-    timm's to the bit."""
+def test_pixels_equal_timms_and_posterize_accepts_no_bits() -> None:
+    """At magnitude 10 half of the posterize operations keep 0 bits, on which timm can fail. All
+    other images equal timm's bitwise."""
     config = DataConfig(img_size=16, augment=AugmentConfig(rand_augment="rand-m10-n2-mstd0.5-inc1"))
     ours = build_transform(config, training=True)
     timms = create_transform(
@@ -36,7 +36,7 @@ def test_timms_pixels_and_no_crash_on_posterize_with_no_bits() -> None:
     )  # fmt: skip
     failures = 0
     for index in range(400):
-        key, image = Key(0, index, 0), picture(seed=index)
+        key, image = SampleKey(0, index, 0), picture(seed=index)
         with seeded(0, key):
             got = ours(image)
         assert got.shape == (3, 16, 16)
@@ -48,7 +48,7 @@ def test_timms_pixels_and_no_crash_on_posterize_with_no_bits() -> None:
             failures += 1
             continue
         assert torch.equal(got, expected)
-    # 2 ops of 15, half of them applied, half of those at level 10: 1 image in 30.
+    # 2 of 15 operations, half of them applied, half of those at level 10: 1 image in 30
     assert failures == 0 or 4 <= failures <= 26
 
 
@@ -67,7 +67,7 @@ def test_posterize_with_no_bits_is_black_and_nothing_else_changes() -> None:
                 assert op.aug_fn(picture(), bits) == posterize(picture(), bits)
 
 
-def test_evaluation_is_resize_crop_normalise() -> None:
+def test_evaluation_is_resize_crop_normalize() -> None:
     config = DataConfig(img_size=28)  # 28 / 0.875 = 32
     image = picture(60, 45)
     resized = image.resize((42, 32), Image.Resampling.BICUBIC)
@@ -93,8 +93,8 @@ def test_erasing_writes_normal_noise(no_augment: AugmentConfig) -> None:
     config = DataConfig(
         img_size=64, augment=AugmentConfig(**{**vars(no_augment), "random_erasing": 1.0})
     )
-    grey = Image.new("RGB", (64, 64), (124, 116, 104))  # ImageNet's mean: about 0 after it
-    with seeded(0, Key(0, 0, 0)):
+    grey = Image.new("RGB", (64, 64), (124, 116, 104))  # ImageNet's mean, about 0 when normalized
+    with seeded(0, SampleKey(0, 0, 0)):
         erased = build_transform(config, training=True)(grey)
     noise = erased[:, erased[0].abs() > 0.05]
     assert noise.shape[1] > 0.01 * 64 * 64
@@ -106,7 +106,7 @@ def test_erasing_writes_normal_noise(no_augment: AugmentConfig) -> None:
 def test_small_images(size: tuple[int, int]) -> None:
     transform = build_transform(DataConfig(img_size=24), training=True)
     for copy in range(60):
-        with seeded(0, Key(0, 0, copy)):
+        with seeded(0, SampleKey(0, 0, copy)):
             got = transform(picture(*size))
         assert got.shape == (3, 24, 24)
         assert got.isfinite().all()
@@ -117,16 +117,22 @@ def test_small_images(size: tuple[int, int]) -> None:
     )
 
 
-def test_draws_depend_on_each_part_of_the_key_and_on_nothing_else() -> None:
-    def seen(seed: int, key: Key) -> tuple[float, float, float]:
+def test_draws_depend_only_on_seed_and_key() -> None:
+    def seen(seed: int, key: SampleKey) -> tuple[float, float, float]:
         random.random(), np.random.rand(), torch.rand(3)
         with seeded(seed, key):
             return draws()
 
-    base = seen(5, Key(1, 2, 3))
-    assert seen(5, Key(1, 2, 3)) == base
-    for other in (seen(6, Key(1, 2, 3)), seen(5, Key(2, 2, 3)), seen(5, Key(1, 3, 3)),
-                  seen(5, Key(1, 2, 4)), seen(5, Key(2, 1, 3))):  # fmt: skip
+    base = seen(5, SampleKey(1, 2, 3))
+    assert seen(5, SampleKey(1, 2, 3)) == base
+    for seed, key in (
+        (6, (1, 2, 3)),
+        (5, (2, 2, 3)),
+        (5, (1, 3, 3)),
+        (5, (1, 2, 4)),
+        (5, (2, 1, 3)),
+    ):
+        other = seen(seed, SampleKey(*key))
         assert all(a != b for a, b in zip(base, other, strict=True))
 
 
@@ -136,7 +142,7 @@ def test_the_callers_generators_are_left_alone(fail: bool) -> None:
         random.seed(1)
         np.random.seed(2)
         torch.manual_seed(3)
-        random.gauss(0, 1)  # each keeps a second value for the next call
+        random.gauss(0, 1)  # each caches a second value for the next call
         np.random.standard_normal()
         torch.randn(1)
 
@@ -148,7 +154,7 @@ def test_the_callers_generators_are_left_alone(fail: bool) -> None:
     prepare()
     transform = build_transform(DataConfig(img_size=16), training=True)
     try:
-        with seeded(0, Key(0, 0, 0)):
+        with seeded(0, SampleKey(0, 0, 0)):
             transform(picture())
             if fail:
                 raise KeyError
@@ -159,10 +165,10 @@ def test_the_callers_generators_are_left_alone(fail: bool) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_transforms_survive_pickling(training: bool) -> None:
-    """Workers started by spawn or forkserver get them so."""
+    """Workers started by spawn or forkserver receive them pickled."""
     transform = build_transform(DataConfig(img_size=16), training=training)
     again = pickle.loads(pickle.dumps(transform))
-    with seeded(0, Key(0, 0, 0)):
+    with seeded(0, SampleKey(0, 0, 0)):
         expected = transform(picture())
-    with seeded(0, Key(0, 0, 0)):
+    with seeded(0, SampleKey(0, 0, 0)):
         assert torch.equal(again(picture()), expected)

@@ -1,4 +1,4 @@
-"""The DALI loader beside timm's: the same decisions, nearly the same pixels, odd files."""
+"""DALI loader against timm's loader: equal parameters, nearly equal pixels, unusual files."""
 
 from __future__ import annotations
 
@@ -10,22 +10,27 @@ import pytest
 import torch
 from PIL import Image
 
-from featkd.benchmarks.pixels import OPERATIONS, through_dali
 from featkd.data import AugmentConfig, DataConfig, build_loader
-from featkd.data.augment import build_transform, kept_generators, seeded
-from featkd.data.augment_params import Decisions, Operation, TrainingDecisions
-from featkd.data.dali import loader as dali
-from featkd.data.dali.files import as_png, is_whole_jpeg
-from featkd.data.dali.loader import why_not
-from featkd.data.dali.pipeline import build_pipeline
-from featkd.data.sampler import Key
+from featkd.data.augment import build_transform, preserve_rng_state, seeded
+from featkd.data.augment_params import AugmentParams, AugmentParamSampler, RandAugmentOp
+from featkd.data.dali import (
+    as_png,
+    build_pipeline,
+    files,
+    is_whole_jpeg,
+    read_ahead,
+    support,
+    unsupported_reason,
+)
+from featkd.data.sampler import SampleKey
 from featkd.train.checkpoint import load
 from featkd.train.recipe import LossConfig
 from tests.data.conftest import MakeSet, break_file, save_noise, without_segment
+from tests.data.dali_pixels import OPERATIONS, through_dali
 from tests.train.runs import run
 
 pytest.importorskip("nvidia.dali")
-# erased boxes are likely, and so are small windows
+# erased boxes and small crops are likely
 PLAIN = AugmentConfig(rand_augment=None, random_erasing=0.5, repeats=1)
 
 
@@ -40,7 +45,7 @@ def batches(root, split, backend, **options):
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_close_to_timm(make_set: MakeSet, split, interpolation):
-    """A wrong window, flip, box or filter would differ by tens of levels."""
+    """A wrong crop, flip, erased box or filter would differ by tens of levels."""
     root = make_set(train=12, val=8)
     for number, path in enumerate(sorted(root.rglob("*.jpg"))):
         save_noise(path, (90 + 7 * number, 150 - 5 * number), number)
@@ -53,7 +58,7 @@ def test_close_to_timm(make_set: MakeSet, split, interpolation):
     assert levels.max() < 0.6
 
 
-def test_odd_files_are_read_as_timm_reads_them(make_set: MakeSet):
+def test_unusual_files_are_read_as_timm_reads_them(make_set: MakeSet):
     root = make_set(train=3, val=6)
     paths = sorted((root / "val").rglob("*.jpg"))
     smooth = Image.open(paths[0]).resize((60, 50), Image.Resampling.BICUBIC)
@@ -64,7 +69,7 @@ def test_odd_files_are_read_as_timm_reads_them(make_set: MakeSet):
     grey = np.asarray(smooth.convert("L")).astype(np.uint16) * 256
     Image.fromarray(grey).save(paths[4], "PNG")
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees, which timm ignores
+    exif[0x0112] = 6  # rotated by 90 degrees, which timm ignores
     smooth.save(paths[5], "JPEG", exif=exif, quality=95)
     ours, _ = batches(root, "val", "dali")
     theirs, _ = batches(root, "val", "timm")
@@ -72,24 +77,24 @@ def test_odd_files_are_read_as_timm_reads_them(make_set: MakeSet):
     assert ((ours - theirs).abs().mean((1, 2, 3)) * 255 * 0.225).max() < 0.7
 
 
-def test_decisions_are_those_of_timms_own_transform(make_set: MakeSet):
-    """Operations and arguments recorded inside timm's transform; windows are compared above."""
+def test_parameters_equal_those_of_timms_transform(make_set: MakeSet):
+    """Compares operations and arguments inside timm's transform; `test_close_to_timm` the boxes."""
     config = DataConfig(str(make_set()), img_size=32)
-    draw = TrainingDecisions(config, seed=3)
+    sampler = AugmentParamSampler(config, seed=3)
     transform = build_transform(config, training=True)
-    done: list[Operation] = []
+    done: list[RandAugmentOp] = []
     for op in transform.transforms[2].ops:
         op.aug_fn = _spy(op.name, op.aug_fn, done)
     image = Image.new("RGB", (90, 70))
     state = torch.get_rng_state()
     applied = 0
     for number in range(40):
-        key = Key(1, number, 0)
+        key = SampleKey(1, number, 0)
         done.clear()
         with seeded(3, key):
             transform(image)
-        with kept_generators():
-            assert draw.draw(image.size, key).operations == done
+        with preserve_rng_state():
+            assert sampler.sample(image.size, key).operations == done
         applied += len(done)
     assert 20 < applied < 60  # two layers, each with probability 1/2
     assert torch.equal(torch.get_rng_state(), state)
@@ -97,19 +102,19 @@ def test_decisions_are_those_of_timms_own_transform(make_set: MakeSet):
 
 def _spy(name, function, done):
     def spy(image, *arguments, **options):
-        done.append(Operation(name, arguments))
+        done.append(RandAugmentOp(name, arguments))
         return function(image, *arguments, **options)
 
     return spy
 
 
-# largest difference in levels of 255; turned images are bilinear here, bicubic there
+# largest difference in levels of 255; DALI's affine operations are bilinear, Pillow's bicubic
 _LARGEST = {"AutoContrast": 1, "Color": 1, "Contrast": 1, "Equalize": 3}
 _MEAN = {"Rotate": 2.0, "Shear": 2.0, "Translate": 2.0, "Sharpness": 0.6}
 
 
 def test_each_operation_is_close_to_timms():
-    """All in one batch, each image with its own."""
+    """One batch holds all operations, one per image."""
     config = DataConfig(img_size=64)
     steps = build_transform(config, training=True).transforms
     ops = {op.name: op for op in steps[2].ops}
@@ -117,13 +122,13 @@ def test_each_operation_is_close_to_timms():
     rng = np.random.default_rng(1)
     coarse = Image.fromarray(rng.integers(30, 220, (9, 9, 3), dtype=np.uint8))
     image = coarse.resize((64, 64), Image.Resampling.BICUBIC)
-    whole = Decisions((0, 0, 64, 64), (64, 64), (0, 0))
+    whole = AugmentParams((0, 0, 64, 64), (64, 64), (0, 0))
     ours = through_dali(
         config,
         [as_png(image)] * len(OPERATIONS),
         [replace(whole, operations=[operation]) for operation in OPERATIONS],
-        layers=1,
-        fill=(124, 116, 104),
+        num_ops=1,
+        fill_color=(124, 116, 104),
     )
     for operation, found in zip(OPERATIONS, ours, strict=True):
         op = ops[operation.name]
@@ -132,7 +137,7 @@ def test_each_operation_is_close_to_timms():
         mean = next((m for name, m in _MEAN.items() if operation.name.startswith(name)), None)
         if mean is not None:
             assert apart.mean() < mean, operation
-            assert apart.mean() > 0, operation  # else it was not done at all
+            assert apart.mean() > 0, operation  # otherwise the operation was not applied
         else:
             name = operation.name.removesuffix("Increasing")
             assert apart.max() <= _LARGEST.get(name, 0), operation
@@ -140,7 +145,7 @@ def test_each_operation_is_close_to_timms():
 
 
 def test_operations_follow_the_flip_and_each_other(make_set: MakeSet):
-    """Through the whole loader: a second layer left out, or a flip after, would be far off."""
+    """Tests the whole loader: a missing second operation or a later flip would be far off."""
     root = make_set(train=48)
     for number, path in enumerate(sorted(root.rglob("*.jpg"))):
         save_noise(path, (80, 70), number)
@@ -148,12 +153,12 @@ def test_operations_follow_the_flip_and_each_other(make_set: MakeSet):
     ours, _ = batches(root, "train", "dali", augment=augment)
     theirs, _ = batches(root, "train", "timm", augment=augment)
     levels = (ours - theirs).abs().mean((1, 2, 3)) * 255 * 0.225
-    # a level before solarize or posterize can be a hundred after: not the worst image's
+    # no bound on the worst image: solarize or posterize can turn one level into a hundred
     assert levels.median() < 1
     assert levels.quantile(0.8) < 3
 
 
-def test_channels_last_changes_the_memory_alone(make_set: MakeSet):
+def test_channels_last_changes_only_the_memory_format(make_set: MakeSet):
     root = make_set(train=8)
     for backend in ("dali", "timm"):
         plain, _ = batches(root, "train", backend)
@@ -167,66 +172,65 @@ def test_channels_last_changes_the_memory_alone(make_set: MakeSet):
         loader.close()
 
 
-def test_batches_stay_as_they_are_while_others_come(make_set: MakeSet):
-    """They are the pipeline's own memory, not copies."""
+def test_batches_are_not_overwritten_by_later_ones(make_set: MakeSet):
+    """The batches are the pipeline's memory, not copies."""
     config = DataConfig(str(make_set(train=40)), img_size=32, augment=PLAIN, workers=0)
     loader = build_loader(replace(config, backend="dali"), split="train", batch_size=4)
     kept, copies = [], []
-    for _ in range(2):  # the second epoch goes through the first one's pipeline
+    for _ in range(2):  # the second epoch reuses the pipeline of the first
         for batch in loader:
             kept.append(batch.images)
             copies.append(batch.images.clone())
     assert len(kept) == 20
     assert all(torch.equal(*pair) for pair in zip(kept, copies, strict=True))
-    assert torch.equal(torch.stack(kept[:10]), torch.stack(kept[10:]))  # the same epoch again
+    assert torch.equal(torch.stack(kept[:10]), torch.stack(kept[10:]))  # the same epoch twice
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_the_pipeline_of_a_gpu_can_be_defined(make_set: MakeSet, monkeypatch, device):
-    """Not run here: DALI checks an operator's inputs as the graph is made, and needs a driver to
-    go further."""
+    """DALI checks the operators' inputs while it defines the graph; running it needs a driver."""
     from nvidia.dali import fn
 
-    decode, said = fn.decoders.image_slice, []
+    decode, calls = fn.decoders.image_slice, []
     monkeypatch.setattr(
-        fn.decoders, "image_slice", lambda *inputs, **k: said.append(k) or decode(*inputs, **k)
+        fn.decoders, "image_slice", lambda *inputs, **k: calls.append(k) or decode(*inputs, **k)
     )
     build_pipeline(
         DataConfig(str(make_set()), img_size=32),
         lambda: ([],),
         batch_size=4,
-        layers=2,
-        fill=(1, 2, 3),
+        num_ops=2,
+        fill_color=(1, 2, 3),
         device=torch.device(device),
     )
-    (options,) = said
+    (options,) = calls
     assert options["device"] == ("cpu" if device == "cpu" else "mixed")
-    # by default nvJPEG repeats chroma where libjpeg, and so Pillow, interpolates it
+    # By default nvJPEG repeats the chroma samples, which libjpeg and Pillow interpolate.
     assert options["jpeg_fancy_upsampling"] == (device != "cpu")
 
 
-def test_what_it_does_not_do_is_refused_or_left_to_timm(make_set: MakeSet):
+def test_unsupported_configurations_are_refused_or_use_timm(make_set: MakeSet):
     root = make_set()
     blur = AugmentConfig(rand_augment="rand-m9-t3a")
     config = DataConfig(str(root), img_size=16, workers=0, backend="dali", augment=blur)
     with pytest.raises(ValueError, match=r'data.backend: "dali" can\'t be used: .*GaussianBlur'):
         build_loader(config, split="train", batch_size=4)
     jitter = AugmentConfig(rand_augment=None, color_jitter=0.3)
-    assert "color_jitter" in why_not(replace(config, augment=jitter), training=True)
-    assert not why_not(replace(config, augment=jitter), training=False)
-    assert not why_not(replace(config, augment=AugmentConfig()), training=True)
-    with pytest.warns(UserWarning, match="loaded by timm, not by DALI: .*GaussianBlur"):
+    assert "color_jitter" in unsupported_reason(replace(config, augment=jitter), training=True)
+    assert not unsupported_reason(replace(config, augment=jitter), training=False)
+    assert not unsupported_reason(replace(config, augment=AugmentConfig()), training=True)
+    with pytest.warns(UserWarning, match="timm loader instead of DALI: .*GaussianBlur"):
         loader = build_loader(
             replace(config, backend="auto"), split="train", batch_size=4, device="cuda"
         )
-    assert loader.pixels == "timm"
+    assert loader.decoder == "timm"
     assert "GaussianBlur" in loader.note
     with pytest.raises(ValueError, match=r"data.backend: expected one of auto, timm, dali"):
         replace(config, backend="DALI")  # type: ignore[arg-type]
 
 
 def test_a_run_builds_a_pipeline_once_for_each_split(recipe, monkeypatch):
-    """Also where the epochs end in an incomplete update, of whose images none is trained on."""
+    """Also if the epochs end within an update, whose images are not trained on."""
     built = []
 
     def note(*args, **options):
@@ -247,16 +251,16 @@ def test_a_run_builds_a_pipeline_once_for_each_split(recipe, monkeypatch):
     assert load(f"{recipe.out}/last.pt")["loader"]["batch"] == 0
 
 
-def test_an_installation_that_can_not_be_imported_is_no_dali(make_set: MakeSet, monkeypatch):
+def test_a_broken_installation_of_dali_is_reported(make_set: MakeSet, monkeypatch):
     config = DataConfig(str(make_set()), img_size=16, workers=0, backend="dali", augment=PLAIN)
 
     def fails(name: str) -> None:
         raise OSError("libdali.so: cannot open shared object file")
 
-    monkeypatch.setattr(dali, "import_module", fails)
+    monkeypatch.setattr(support, "import_module", fails)
     with pytest.raises(ValueError, match=r"used: nvidia-dali can't be imported: OSError: libdali"):
         build_loader(config, split="val", batch_size=4)
-    monkeypatch.setattr(dali, "find_spec", lambda name: None)
+    monkeypatch.setattr(support, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="can't be used: nvidia-dali is not installed"):
         build_loader(config, split="val", batch_size=4)
 
@@ -272,7 +276,7 @@ JPEGS = [{}, {"progressive": True}, {"restart_marker_blocks": 1}, {"comment": "\
 
 
 @pytest.mark.parametrize("options", JPEGS, ids=str)
-def test_whole_jpegs_are_known_from_damaged_ones(options):
+def test_is_whole_jpeg_detects_damage(options):
     content = save_jpeg(**options)
     assert is_whole_jpeg(content)
     assert is_whole_jpeg(content + b"more")
@@ -286,18 +290,20 @@ def test_whole_jpegs_are_known_from_damaged_ones(options):
         assert not is_whole_jpeg(without_segment(content, code))
 
 
-def test_a_pipeline_that_fails_on_good_files_says_so(make_set: MakeSet, monkeypatch):
-    """Once each has been looked at: it is not fed the same for ever."""
+def test_a_pipeline_that_fails_on_good_files_raises(make_set: MakeSet, monkeypatch):
+    """The files are checked and fed again once, not endlessly."""
     root = make_set(val=4, classes=1)
     path = sorted((root / "val").rglob("*.jpg"))[2]
     break_file(path, "other tables")
-    monkeypatch.setattr(dali, "load_decodable", dali.load)  # as if Pillow decoded it
-    with pytest.raises(RuntimeError, match=r"DALI failed on a batch of 4 .*/000.jpg; data.backend"):
+    monkeypatch.setattr(read_ahead, "load_decodable", files.load)  # as if Pillow decoded it
+    with pytest.raises(
+        RuntimeError, match=r"DALI failed on a batch of 4 .*/000.jpg; set data.backend"
+    ):
         batches(root, "val", "dali")
 
 
-def test_a_new_pipeline_goes_on_as_if_nothing_had_been(make_set: MakeSet, spoil):
-    """Batches, states and bad files are those of timm's loader, whatever was in flight."""
+def test_a_new_pipeline_continues_without_a_difference(make_set: MakeSet, spoil):
+    """Batches, states and bad files equal those of timm's loader, whatever was in flight."""
     root = make_set(val=28, train=40, classes=1)
     for split, numbers in (("train", (5, 6, 30)), ("val", (0, 4, 5, 9, 20, 26, 27))):
         for number in numbers:

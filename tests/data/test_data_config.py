@@ -1,4 +1,4 @@
-"""The configuration: the published defaults, and an error for every field out of range."""
+"""Data configuration: the published defaults, and an error for each field out of range."""
 
 from __future__ import annotations
 
@@ -85,13 +85,13 @@ def test_rand_augment_strings_of_timm(text: str) -> None:
     AugmentConfig(rand_augment=text)
 
 
-def test_color_jitter_where_timm_applies_it() -> None:
+def test_color_jitter_is_accepted_if_timm_applies_it() -> None:
     AugmentConfig(color_jitter=0.3, rand_augment=None)
     AugmentConfig(color_jitter=0.3, rand_augment="rand-m9-t3a")
 
 
 def test_every_field_has_its_help_text() -> None:
-    """jsonargparse takes the command line's help from the docstrings."""
+    """jsonargparse takes the help texts from the docstrings."""
     parser = jsonargparse.ArgumentParser()
     parser.add_class_arguments(DataConfig, "data")
     text = " ".join(parser.format_help().split())

@@ -1,4 +1,4 @@
-"""Batches bring their keys; stretches of an epoch; what tells one image set from another."""
+"""Keys of batches, ranges of an epoch, and fingerprints of image sets."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from featkd.data import AugmentConfig, DataConfig, EpochSampler, ImageSet, build_loader
-from featkd.data.factory import build_over
+from featkd.data.factory import build_loader_for
 from featkd.data.loader import as_tensor
-from featkd.data.sampler import StretchSampler
+from featkd.data.sampler import RangeSampler
 from tests.data.conftest import MakeSet
 
 Spoil = Callable[[Path, str], None]
@@ -21,7 +21,7 @@ Spoil = Callable[[Path, str], None]
 
 @pytest.fixture(params=["timm", "dali"])
 def config(request: pytest.FixtureRequest) -> Callable[..., DataConfig]:
-    """config(root, **fields), of either loader."""
+    """config(root, **fields) for each loader."""
     if request.param == "dali":
         pytest.importorskip("nvidia.dali")
     augment = AugmentConfig(rand_augment=None, repeats=1)
@@ -33,8 +33,8 @@ def config(request: pytest.FixtureRequest) -> Callable[..., DataConfig]:
     return make
 
 
-def test_batches_bring_their_keys(make_set: MakeSet, spoil: Spoil, config) -> None:
-    """An unreadable image's stays in training, where another takes its place."""
+def test_batches_have_their_keys(make_set: MakeSet, spoil: Spoil, config) -> None:
+    """In training an unreadable image keeps its key, and another image takes its place."""
     root = make_set(train=22, val=7)
     for number in (1, 2, 4):
         spoil(root / "train" / "class0" / f"00{number}.jpg", "text")
@@ -57,7 +57,7 @@ def test_batches_bring_their_keys(make_set: MakeSet, spoil: Spoil, config) -> No
     loader.close()
 
 
-def test_stretches_are_pieces_of_an_epoch_with_its_pixels(make_set: MakeSet, config) -> None:
+def test_ranges_equal_those_of_the_whole_epoch(make_set: MakeSet, config) -> None:
     root = make_set(train=22)
     options = config(root)
     whole = build_loader(options, split="train", batch_size=2, seed=3)
@@ -65,11 +65,11 @@ def test_stretches_are_pieces_of_an_epoch_with_its_pixels(make_set: MakeSet, con
     images = torch.cat([batch.images for batch in whole])
     keys = torch.cat([batch.keys for batch in whole])
     whole.close()
-    sampler = StretchSampler(22, repeats=1, seed=3)
-    loader = build_over(
+    sampler = RangeSampler(22, repeats=1, seed=3)
+    loader = build_loader_for(
         ImageSet(options, "train", 3), options, sampler, batch_size=4, device=torch.device("cpu")
     )
-    sampler.choose(4, [range(4, 12), range(16, 22)])
+    sampler.set_ranges(4, [range(4, 12), range(16, 22)])
     batches = list(loader)
     loader.close()
     taken = [*range(4, 12), *range(16, 22)]
@@ -78,7 +78,7 @@ def test_stretches_are_pieces_of_an_epoch_with_its_pixels(make_set: MakeSet, con
     torch.testing.assert_close(torch.cat([batch.images for batch in batches]), images[taken])
 
 
-def test_a_fingerprint_is_of_names_sizes_classes_and_some_contents(
+def test_a_fingerprint_covers_names_sizes_classes_and_some_contents(
     make_set: MakeSet, tmp_path: Path
 ) -> None:
     root = make_set(train=6)
@@ -100,7 +100,7 @@ def test_a_fingerprint_is_of_names_sizes_classes_and_some_contents(
     found.add(fingerprint(moved))
     image.rename(image.with_name("2.jpg"))
     found.add(fingerprint(moved))
-    os.symlink("nowhere.jpg", image)  # there is no such file, which a run would say
+    os.symlink("nowhere.jpg", image)  # dangling, which the fingerprint must not fail on
     found.add(fingerprint(moved))
     (moved / "train" / "class2").rename(moved / "train" / "class3")
     found.add(fingerprint(moved))

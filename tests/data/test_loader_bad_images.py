@@ -1,4 +1,4 @@
-"""Unreadable images: named, and the end of the run or left out."""
+"""Unreadable images are named, and raise an error or are skipped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPOILT += [(how, 0) for how in ("no tables", "other tables", "no scan", "hole")]
 def test_batches_without_a_readable_image_count(
     backend: str, make_set: MakeSet, spoil: Spoil
 ) -> None:
-    """In evaluation: passed over between two others, and at the end."""
+    """Evaluation skips them between other batches and at the end."""
     root = make_set(val=14)
     images = sorted((root / "val").rglob("*.jpg"))
     for number in (2, 3, 4, 5, 10, 11, 12, 13):
@@ -52,7 +52,7 @@ def test_a_bad_image_under_error(make_set: MakeSet, spoil: Spoil, workers: int, 
             next(batches)
         assert raised.value.path == str(bad)
         bad.write_bytes(content)
-        assert len(list(loader)) == 4  # the workers live on
+        assert len(list(loader)) == 4  # the workers are still running
 
 
 @pytest.mark.usefixtures("backend")
@@ -74,7 +74,7 @@ def test_bad_images_under_skip(make_set: MakeSet, spoil: Spoil, workers: int, ho
         assert all(loader.bad_images.values())
     with loading(root, "val", 2, **skip) as loader:
         batches = list(loader)
-        # The first batch has no image left: it is passed over, its files come with the next.
+        # The first batch has no readable image, so the next one lists its files.
         assert [len(batch.targets) for batch in batches] == [1, 2, 2, 1]
         names = [[Path(path).stem for path in batch.bad] for batch in batches]
         assert names == [["000", "001", "003"], [], [], []]

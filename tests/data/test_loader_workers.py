@@ -1,4 +1,4 @@
-"""Worker processes: one that dies is an error, and none is left behind."""
+"""Worker processes: a dead one raises an error, and none outlives its run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_close_ends_the_workers_also_after_an_exception(make_set: MakeSet) -> No
         loader.close()
         assert alive() == []
         loader.close()
-        running = iter(loader)  # it starts new workers
+        running = iter(loader)  # starts new workers
         next(running)
         assert len(alive()) == 2
         loader.close()
@@ -37,7 +37,7 @@ def test_close_ends_the_workers_also_after_an_exception(make_set: MakeSet) -> No
             next(running)
 
 
-def test_a_killed_worker_is_an_error_not_a_hang(make_set: MakeSet) -> None:
+def test_a_killed_worker_raises_an_error(make_set: MakeSet) -> None:
     with loading(make_set(train=400), workers=2) as loader:
         batches = iter(loader)
         next(batches)
@@ -73,7 +73,7 @@ time.sleep(60)
 
 
 def line(process: Forked, number: int) -> str:
-    """Of what it has said, as soon as it has."""
+    """Waits for line `number` of the output and returns it."""
     deadline = time.monotonic() + 60
     while process.stdout.count("\n") <= number:
         assert time.monotonic() < deadline, process.stderr
@@ -81,11 +81,13 @@ def line(process: Forked, number: int) -> str:
     return process.stdout.splitlines(keepends=True)[number]
 
 
-def test_workers_go_on_till_their_rank_ends(
+def test_workers_run_until_their_rank_ends(
     make_set: MakeSet, server: Server, tmp_path: Path
 ) -> None:
-    """Signals are for it, and don't stop them; where it is killed, they end at once. Be they forked
-    from it or, once DALI is there, from a server process."""
+    """Signals do not stop the workers; if their rank is killed, they end immediately.
+
+    Covers workers forked from the rank, and from a server process once DALI is imported.
+    """
     more = tmp_path / "more"
     process = server.start(make_set(train=40), more, script=BESIDE)
     (first,) = line(process, 0).split()
@@ -112,12 +114,12 @@ def parent(process: str) -> int:
 
 
 @pytest.mark.parametrize("how", ["terminate", "close"])
-def test_workers_end_when_their_own_process_says_so(make_set: MakeSet, how: str) -> None:
+def test_workers_end_when_their_process_ends_them(make_set: MakeSet, how: str) -> None:
     with loading(make_set(train=40), workers=1) as loader:
         next(iter(loader))
         (worker,) = multiprocessing.active_children()
         began = time.monotonic()
-        if how == "terminate":  # as Python does at its end, and torch where one does not obey
+        if how == "terminate":  # as Python does at exit, and torch for a worker that hangs
             worker.terminate()
             worker.join(5)
         else:
@@ -137,12 +139,12 @@ def test_workers_outlive_the_thread_that_started_them(make_set: MakeSet) -> None
         thread = threading.Thread(target=start)
         thread.start()
         thread.join()
-        time.sleep(0.1)  # a signal that follows on the thread's end would have come
+        time.sleep(0.1)  # long enough for a signal sent when the thread ends
         assert len(list(started[0])) == 9
 
 
 def lives(process: str) -> bool:
-    """Whether it runs: one that nobody has waited for yet does not."""
+    """Checks whether a process runs; a zombie does not."""
     try:
         return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
     except FileNotFoundError:
@@ -170,9 +172,14 @@ print(len(list(batches)), "more batches")
 
 
 @pytest.mark.parametrize("how", ["ctrl-c", "handled", "raise"])
-def test_an_end_in_mid_epoch_leaves_no_process(make_set: MakeSet, server: Server, how: str) -> None:
-    """Without close(). A terminal's Ctrl-C reaches the whole process group; where the main process
-    handles it (to save its state), the workers go on."""
+def test_an_end_within_an_epoch_leaves_no_process(
+    make_set: MakeSet, server: Server, how: str
+) -> None:
+    """Ends without close().
+
+    A terminal's Ctrl-C reaches the whole process group. If the main process handles it (to save
+    its state), the workers continue.
+    """
     process = server.start(make_set(train=256), how, script=ENDING)
     first = line(process, 0)
     workers = [int(pid) for pid in first.split()]

@@ -1,4 +1,4 @@
-"""mixup and CutMix: timm's numbers, draws that repeat, labels smoothed once."""
+"""mixup and CutMix: equal to timm's, reproducible, labels smoothed once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KINDS = {
 
 
 def noise(size: int = 4) -> Batch:
-    """Pairs from both ends have different classes."""
+    """Random images; the two of each pair have different classes."""
     generator = torch.Generator().manual_seed(1)
     images = torch.rand((size, 3, 10, 14), generator=generator)
     keys = torch.arange(3 * size).view(size, 3)
@@ -37,13 +37,13 @@ def mixer(config: AugmentConfig, smoothing: float = SMOOTHING, seed: int = 3) ->
 
 
 def share(targets: Tensor) -> float:
-    """lam, from unsmoothed labels of `noise`."""
+    """Returns lam, from unsmoothed labels of `noise`."""
     return targets[0, 0].item()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_numbers_are_timms(kind):
-    """timm's own class, called with its generator seeded by (seed, epoch, number, rank)."""
+def test_results_equal_timms(kind):
+    """Compares with timm's class, its generator seeded from (seed, epoch, number, rank)."""
     config, batch = KINDS[kind], noise()
     theirs = Mixup(
         mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, prob=config.mixup_prob,
@@ -60,7 +60,7 @@ def test_the_numbers_are_timms(kind):
 
 
 def test_images_and_labels_are_mixed_in_the_same_proportion():
-    """The equations, whatever timm does: blended, or every pixel one's or the other's."""
+    """Checks the equations: blended images, or each pixel from one of the two."""
     batch = noise()
     x, partner = batch.images, batch.images.flip(0)
     y = F.one_hot(batch.targets, CLASSES).float()
@@ -84,8 +84,8 @@ def test_images_and_labels_are_mixed_in_the_same_proportion():
     assert kinds == {"neither", "cutmix", "mixup"}
 
 
-def test_a_batch_is_left_as_it_came():
-    """It can be the loader's own memory; so are the generators, which drop-path draws from."""
+def test_the_batch_and_the_generators_are_unchanged():
+    """The batch can be the loader's memory, and drop-path draws from the generators."""
     batch = noise()
     images, targets = batch.images.clone(), batch.targets.clone()
     states = random.getstate(), torch.get_rng_state()
@@ -99,7 +99,7 @@ def test_a_batch_is_left_as_it_came():
     assert np.random.rand() == np.random.RandomState(5).rand()
 
 
-def test_draws_follow_from_seed_and_place_alone():
+def test_draws_depend_only_on_seed_epoch_number_and_rank():
     batch, config = noise(), KINDS["mixup"]
     shares = {}
     for seed, epoch, number, rank in np.ndindex(2, 2, 2, 2):
@@ -113,7 +113,7 @@ def test_draws_follow_from_seed_and_place_alone():
 
 
 def test_labels_are_smoothed_once():
-    """Through the loss: lam of the smoothed cross-entropy with the one label, and the rest."""
+    """The loss is the mixture of the smoothed cross-entropies with both labels."""
     batch = noise()
     unsmoothed = mixer(KINDS["mixup"], smoothing=0)(batch, epoch=0, number=0, rank=0)
     lam = share(unsmoothed.targets)
@@ -130,5 +130,5 @@ def test_labels_are_smoothed_once():
 
 
 def test_an_image_without_a_partner():
-    with pytest.raises(ValueError, match="batch: 5 images, of which one has no partner"):
+    with pytest.raises(ValueError, match="batch: got 5 images, expected an even number"):
         mixer(KINDS["mixup"])(noise(5), epoch=0, number=0, rank=0)

@@ -1,4 +1,4 @@
-"""The order of keys: nothing lost, nothing doubled, resumable, repeats spread over ranks."""
+"""Order of keys: each image once, resumable, repeats spread over ranks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.data.distributed_sampler import RepeatAugSampler
 
-from featkd.data import EpochSampler, Key
+from featkd.data import EpochSampler, SampleKey
 
 sizes = st.one_of(st.integers(1, 60), st.integers(250, 530))
 
 
-def all_ranks(n: int, world: int, epoch: int = 0, **options: Any) -> list[list[Key]]:
+def all_ranks(n: int, world: int, epoch: int = 0, **options: Any) -> list[list[SampleKey]]:
     ranks = []
     for rank in range(world):
         sampler = EpochSampler(n, rank=rank, world_size=world, **options)
@@ -25,8 +25,8 @@ def all_ranks(n: int, world: int, epoch: int = 0, **options: Any) -> list[list[K
     return ranks
 
 
-def interleaved(ranks: list[list[Key]]) -> list[Key]:
-    """The common sequence of positions, from ranks of equal length."""
+def interleaved(ranks: list[list[SampleKey]]) -> list[SampleKey]:
+    """Returns the common sequence of positions, from ranks of equal length."""
     return [key for step in zip(*ranks, strict=True) for key in step]
 
 
@@ -35,7 +35,7 @@ def interleaved(ranks: list[list[Key]]) -> list[Key]:
 def test_training_sees_every_image_once(n: int, world: int, seed: int, epoch: int) -> None:
     keys = interleaved(all_ranks(n, world, epoch, training=True, seed=seed))
     assert sorted(key.image for key in keys if key.copy == 0) == list(range(n))
-    assert len(set(keys)) == len(keys)  # what pads is a new copy, so its augmentation differs
+    assert len(set(keys)) == len(keys)  # padding adds new copies, augmented differently
     assert len(keys) - n < world
     assert {key.epoch for key in keys} == {epoch}
 
@@ -51,7 +51,7 @@ def test_evaluation_counts_every_image_once(n: int, world: int) -> None:
 
 @given(n=sizes, world=st.integers(1, 9), repeats=st.integers(2, 4), epoch=st.integers(0, 9))
 @settings(max_examples=60, deadline=None)
-def test_repeated_augmentation_is_deits(n: int, world: int, repeats: int, epoch: int) -> None:
+def test_repeated_augmentation_equals_deits(n: int, world: int, repeats: int, epoch: int) -> None:
     ranks = all_ranks(n, world, epoch, training=True, repeats=repeats, seed=3)
     keys = interleaved(ranks)
     assert len(set(keys)) == len(keys)
@@ -59,7 +59,7 @@ def test_repeated_augmentation_is_deits(n: int, world: int, repeats: int, epoch:
     assert len(ranks[0]) == len(published)
     if n >= 256:
         assert len(ranks[0]) == n // 256 * 256 // world
-    # Each image `repeats` times in a row, in one shuffled order.
+    # each image `repeats` times in a row, in a shuffled order
     order = [key.image for key in keys[::repeats]]
     expected = np.repeat(order, repeats)[: len(keys)]
     assert [key.image for key in keys] == expected.tolist()
@@ -89,7 +89,7 @@ def test_world_sizes_share_one_sequence(options: dict[str, Any]) -> None:
     training=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_late_start_gives_the_rest(
+def test_a_late_start_yields_the_rest(
     n: int, world: int, repeats: int, data: st.DataObject, training: bool
 ) -> None:
     options: dict[str, Any] = {"training": training, "repeats": repeats if training else 1}
@@ -101,7 +101,7 @@ def test_a_late_start_gives_the_rest(
     assert len(sampler) == len(whole)
 
 
-def test_order_depends_on_seed_and_epoch_alone() -> None:
+def test_order_depends_only_on_seed_and_epoch() -> None:
     def order(seed: int, epoch: int) -> list[int]:
         return [key.image for key in all_ranks(40, 1, epoch, training=True, seed=seed)[0]]
 

@@ -1,4 +1,4 @@
-"""Shards: the same images and classes as the folders that they were made from."""
+"""Tar shards return the same images and classes as the folders that they were made from."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from featkd.data import AugmentConfig, BadImageError, DataConfig, ImageSet, Key, build_loader
+from featkd.data import AugmentConfig, BadImageError, DataConfig, ImageSet, SampleKey, build_loader
 from featkd.data.shards import ShardError
-from featkd.data.tf_example import Example
 from tests.data.conftest import MakeSet
 
 PLAIN = AugmentConfig(rand_augment=None, repeats=1)
@@ -31,27 +29,9 @@ def write_tar(path: Path, files: list[tuple[Path, int]]) -> None:
             archive.add(label, f"{path.stem}/{number:04d}.cls")
 
 
-def write_records(path: Path, files: list[tuple[Path, int]], first: int = 0) -> None:
-    examples = []
-    for file, target in files:
-        examples.append(Example())
-        feature = examples[-1].features.feature
-        feature["image/encoded"].bytes_list.value.append(file.read_bytes())
-        feature["image/class/label"].int64_list.value.append(target + first)
-        feature["image/format"].bytes_list.value.append(b"JPEG")
-    write_examples(path, examples)
-
-
-def write_examples(path: Path, examples: list[Any]) -> None:
-    with path.open("wb") as out:
-        for example in examples:
-            record = example.SerializeToString()
-            out.write(len(record).to_bytes(8, "little") + b"\0" * 4 + record + b"\0" * 4)
-
-
 @pytest.fixture
 def both(make_set: MakeSet, tmp_path: Path) -> tuple[Path, Path]:
-    """The root of a set in folders, and an empty one with its classes."""
+    """Root of a set in class folders, and of an empty set with the same classes."""
     root = make_set(train=12, val=5)
     other = tmp_path / "shards"
     for split in ("train", "val"):
@@ -67,29 +47,24 @@ def files_of(root: Path, split: str) -> list[tuple[Path, int]]:
     return [(name, classes.index(name.parent.name)) for name in names]
 
 
-def fill(root: Path, other: Path, kind: str) -> None:
+def fill(root: Path, other: Path) -> None:
     for split in ("train", "val"):
         files = files_of(root, split)
         for number, part in enumerate((files[:3], files[3:])):
-            if kind == "tar":
-                write_tar(other / split / f"{split}-{number:03d}.tar", part)
-            else:
-                write_records(other / split / f"{split}-{number:05d}-of-00002", part, first=1)
+            write_tar(other / split / f"{split}-{number:03d}.tar", part)
 
 
 @pytest.mark.parametrize("backend", ["timm", "dali"])
-@pytest.mark.parametrize("kind", ["tar", "tfrecord"])
-def test_batches_are_those_of_the_folders(both, kind, backend):
+def test_batches_equal_those_of_the_folders(both, backend):
     if backend == "dali":
         pytest.importorskip("nvidia.dali")
     root, other = both
-    fill(root, other, kind)
+    fill(root, other)
     config = DataConfig(str(root), img_size=16, workers=0, augment=PLAIN, backend=backend)
-    first = 1 if kind == "tfrecord" else 0
     for split in ("train", "val"):
         loaders = [
             build_loader(c, split=split, batch_size=3)
-            for c in (config, replace(config, path=str(other), first_label=first))
+            for c in (config, replace(config, path=str(other)))
         ]
         assert loaders[0].classes == loaders[1].classes
         for ours, theirs in zip(*loaders, strict=True):
@@ -99,32 +74,30 @@ def test_batches_are_those_of_the_folders(both, kind, backend):
             loader.close()
 
 
-@pytest.mark.parametrize("kind", ["tar", "tfrecord"])
-def test_dalis_index_files_are_used(both, kind):
-    """By the index alone: the shard's own headers are spoilt."""
+def test_dalis_index_files_are_used(both):
+    """The tar headers are damaged, so only the index can locate the samples."""
     pytest.importorskip("nvidia.dali")
     root, other = both
-    fill(root, other, kind)
-    config = DataConfig(str(other), img_size=8, first_label=1 if kind == "tfrecord" else 0)
-    expected = [ImageSet(config, "val")[Key(0, i, 0)] for i in range(5)]
-    tool = Path(sys.executable).parent / ("wds2idx" if kind == "tar" else "tfrecord2idx")
-    for shard in sorted((other / "val").iterdir()):
-        if shard.is_file():
-            index = f"{shard.with_suffix('') if kind == 'tar' else shard}.idx"
-            subprocess.run([sys.executable, tool, shard, index], check=True, capture_output=True)
-            content = bytearray(shard.read_bytes())
-            content[:8] = b"\xff" * 8
-            shard.write_bytes(content)
+    fill(root, other)
+    config = DataConfig(str(other), img_size=8)
+    expected = [ImageSet(config, "val")[SampleKey(0, i, 0)] for i in range(5)]
+    tool = Path(sys.executable).parent / "wds2idx"
+    for shard in sorted((other / "val").glob("*.tar")):
+        index = shard.with_suffix(".idx")
+        subprocess.run([sys.executable, tool, shard, index], check=True, capture_output=True)
+        content = bytearray(shard.read_bytes())
+        content[:8] = b"\xff" * 8
+        shard.write_bytes(content)
     dataset = ImageSet(config, "val")
     for number, sample in enumerate(expected):
-        found = dataset[Key(0, number, 0)]
+        found = dataset[SampleKey(0, number, 0)]
         assert torch.equal(found.image, sample.image)
         assert found.target == sample.target
 
 
 def test_bad_images_in_shards_are_named(both):
     root, other = both
-    fill(root, other, "tar")
+    fill(root, other)
     config = DataConfig(str(other), img_size=8)
     shard = other / "val" / "val-001.tar"
     content = shard.read_bytes()
@@ -132,84 +105,66 @@ def test_bad_images_in_shards_are_named(both):
         place = archive.getmember("val-001/0001.jpg").offset_data
     shard.write_bytes(content[:place] + b"no image" + content[place + 8 :])
     with pytest.raises(BadImageError, match=r"val-001.tar/val-001/0001.jpg: not a known image"):
-        ImageSet(config, "val")[Key(0, 4, 0)]
+        ImageSet(config, "val")[SampleKey(0, 4, 0)]
     dataset = ImageSet(config, "val")
     shard.write_bytes(content[: place + 10])
     with pytest.raises(BadImageError, match=r"0001.jpg: the shard ends \d+ bytes before it does"):
-        dataset[Key(0, 4, 0)]
+        dataset[SampleKey(0, 4, 0)]
     skipped = ImageSet(replace(config, on_bad_image="skip"), "train")
     assert len(skipped) == 12
     with pytest.raises(ShardError, match=r"val-001.tar: not a readable tar file"):
         ImageSet(config, "val")
 
 
-def test_what_can_not_be_used_is_refused_by_name(both):
+def test_labels_count_from_first_label(both):
     root, other = both
-    fill(root, other, "tfrecord")
-    config = DataConfig(str(other), img_size=8, first_label=1)
-    first = other / "val" / "val-00000-of-00002"
+    files = files_of(root, "val")
+    write_tar(other / "val" / "a.tar", [(file, target + 1) for file, target in files])
+    dataset = ImageSet(DataConfig(str(other), img_size=8, first_label=1), "val")
+    assert [dataset[SampleKey(0, i, 0)].target for i in range(5)] == [target for _, target in files]
 
-    with pytest.raises(ShardError, match=r"has class 1; classes.txt has 3 lines.*first_label is 5"):
-        ImageSet(replace(config, first_label=5), "val")[Key(0, 0, 0)]
+
+def test_unusable_shards_are_refused_by_name(both):
+    root, other = both
+    fill(root, other)
+    config = DataConfig(str(other), img_size=8)
+
+    with pytest.raises(ShardError, match=r"has class 0; classes.txt has 3 lines.*first_label is 5"):
+        ImageSet(replace(config, first_label=5), "val")[SampleKey(0, 0, 0)]
     (other / "classes.txt").write_text("a\na\n")
-    with pytest.raises(ShardError, match=r"classes.txt: expected one class name a line, each once"):
+    with pytest.raises(
+        ShardError, match=r"classes.txt: expected one class name per line, each once"
+    ):
         ImageSet(config, "val")
     (other / "classes.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"no file .*classes.txt; shards need one"):
         ImageSet(config, "val")
     (other / "classes.txt").write_text("a\nb\nc\n")
 
-    content = first.read_bytes()
-    first.write_bytes(content[:-3])
-    with pytest.raises(ShardError, match=r"-of-00002: no TFRecord file, or cut off after byte"):
-        ImageSet(config, "val")
-    first.write_bytes(content)
-    Path(f"{first}.idx").write_text("0 x\n")
-    with pytest.raises(ShardError, match=r"00002.idx, line 1: expected 'offset size', got '0 x'"):
-        ImageSet(config, "val")
-    Path(f"{first}.idx").unlink()
-    write_tar(other / "val" / "a.tar", files_of(root, "val"))
-    with pytest.raises(ValueError, match=r"holds both tar and TFRecord files"):
-        ImageSet(config, "val")
     with tarfile.open(other / "train" / "b.tar", "w") as archive:
         archive.add(files_of(root, "val")[0][0], "b/0.jpg")
-    for name in sorted((other / "train").iterdir()):
-        if name.suffix != ".tar":
-            name.unlink()
-    with pytest.raises(ShardError, match=r"b.tar: expected one image and one .cls a sample, found"):
+    with pytest.raises(
+        ShardError, match=r"train/b.tar: expected one image and one .cls per sample"
+    ):
         ImageSet(config, "train")
     (other / "train" / "b.idx").write_text("v1.1 1\njpg 512 3\n")
-    with pytest.raises(ShardError, match=r"b.idx: expected an index of wds2idx, version v1.2"):
+    with pytest.raises(ShardError, match=r"b.idx: expected a wds2idx index of version v1.2"):
         ImageSet(config, "train")
+    (other / "train" / "b.idx").unlink()
+    write_tar(other / "train" / "b.tar", [])
+    label = other / "train" / "labels" / "x.cls"
+    label.write_text("one")
+    with tarfile.open(other / "train" / "b.tar", "w") as archive:
+        archive.add(files_of(root, "val")[0][0], "b/0.jpg")
+        archive.add(label, "b/0.cls")
+    dataset = ImageSet(config, "train")
+    with pytest.raises(
+        ShardError, match=r"b.tar/b/0.jpg: expected a number as its .cls, got b'one'"
+    ):
+        dataset[SampleKey(0, 0, 0)]
 
 
-def test_an_index_that_is_not_of_its_records_is_refused(both):
-    """Else images would be missing without a word."""
-    root, other = both
-    shard = other / "val" / "a.tfrecord"
-    write_records(shard, files_of(root, "val"))
-    config = DataConfig(str(other), img_size=8)
-    (other / "train" / "a.tfrecord").write_bytes(shard.read_bytes())
-    places = ImageSet(config, "val")._source._places[:, 1:].tolist()
-    lines = [f"{offset} {size}\n" for offset, size in places]
-    index = Path(f"{shard}.idx")
-    index.write_text("".join(lines))
-    assert len(ImageSet(config, "val")) == 5
-    for wrong, message in {
-        "".join(lines[:-1]): r"idx: its records end at byte \d+, but .*a.tfrecord has \d+ bytes",
-        "": "idx: its records end at byte 0, but",
-        "".join(lines)[:-2]: "idx: its records end at byte",
-        "".join(lines[1:]): "idx, line 1: expected a record at byte 0, got",
-        "".join(lines[:2] + lines[3:]): rf"idx, line 3: expected a record at byte {places[2][0]}",
-        "0 0\n" + "".join(lines): "idx, line 1: expected a record at byte 0, got 0 bytes",
-        lines[0] + "12\n": r"idx, line 2: expected 'offset size', got '12'",
-    }.items():
-        index.write_text(wrong)
-        with pytest.raises(ShardError, match=message):
-            ImageSet(config, "val")
-
-
-def test_an_index_that_is_not_of_its_tar_file_is_refused(both):
+def test_an_index_of_another_archive_is_refused(both):
     root, other = both
     shard = other / "val" / "a.tar"
     write_tar(shard, files_of(root, "val"))
@@ -225,11 +180,11 @@ def test_an_index_that_is_not_of_its_tar_file_is_refused(both):
     assert len(ImageSet(config, "val")) == 5
     longer = lines[4].replace(str(members[-1].offset_data), str(shard.stat().st_size))
     for wrong, message in {
-        "v1.2 0\n": "a.idx: its samples end at byte 0, but .*a.tar, of .* goes on; make the index",
+        "v1.2 0\n": "a.idx: its samples end at byte 0, but .*a.tar, of .* goes on; rebuild",
         "".join(["v1.2 4\n", *lines[:4]]): r"a.idx: its samples end .* goes on",
         "".join(["v1.2 5\n", *lines[:4], longer]): r"a.idx: its samples end .* is shorter",
-        "".join(["v1.2 5\n", *lines[:4]]): "a.idx: has 4 lines, its head says 5",
-        "v1.2 five\n": "a.idx: expected an index of wds2idx",
+        "".join(["v1.2 5\n", *lines[:4]]): "a.idx: has 4 lines, its header says 5",
+        "v1.2 five\n": "a.idx: expected a wds2idx index",
         "v1.2 1\njpg x 3 0.jpg\n": "a.idx, line 2: expected extension, offset, size, name; got",
     }.items():
         index.write_text(wrong)
@@ -237,8 +192,8 @@ def test_an_index_that_is_not_of_its_tar_file_is_refused(both):
             ImageSet(config, "val")
 
 
-def test_a_name_that_is_there_twice_is_refused(both):
-    """Which image would it be? `tar --append` leaves both in the file."""
+def test_a_duplicate_name_is_refused(both):
+    """`tar --append` leaves both files in the archive, and either could be meant."""
     root, other = both
     files = files_of(root, "val")
     shard = other / "val" / "a.tar"
@@ -253,45 +208,21 @@ def test_a_name_that_is_there_twice_is_refused(both):
     with tarfile.open(shard, "w") as archive:
         for name in ("b.jpg", "b.cls", "b.jpg"):
             archive.add(label if name == "b.cls" else files[0][0], name)
-    with pytest.raises(ShardError, match=r"one .cls a sample, found b.jpg, b.cls, b.jpg"):
+    with pytest.raises(ShardError, match=r"one .cls per sample, found b.jpg, b.cls, b.jpg"):
         ImageSet(config, "val")
 
 
 def test_shards_without_an_image_are_refused(both):
     _, other = both
-    (other / "val" / "a.tfrecord").write_bytes(b"")
-    with pytest.raises(ShardError, match=r"val: no image in its 1 shards"):
-        ImageSet(DataConfig(str(other), img_size=8), "val")
     with tarfile.open(other / "train" / "a.tar", "w"):
         pass
     with pytest.raises(ShardError, match=r"train: no image in its 1 shards"):
         ImageSet(DataConfig(str(other), img_size=8), "train")
 
 
-@pytest.mark.parametrize(
-    ("features", "found"),
-    [
-        ({"image/format": b"JPEG", "image/encoded": b"x"}, "image/encoded, image/format"),
-        ({}, "none"),
-    ],
-)
-def test_a_record_without_its_features_says_which_it_has(both, features, found):
-    _, other = both
-    example = Example()
-    for name, value in features.items():
-        example.features.feature[name].bytes_list.value.append(value)
-    write_examples(other / "val" / "a.tfrecord", [example])
-    with pytest.raises(ShardError) as raised:
-        ImageSet(DataConfig(str(other), img_size=8), "val")[Key(0, 0, 0)]
-    assert str(raised.value) == (
-        f"{other}/val/a.tfrecord at byte 0: expected the features image/encoded and "
-        f"image/class/label, found {found}"
-    )
-
-
 @pytest.mark.parametrize(("backend", "workers"), [("timm", 0), ("timm", 1), ("dali", 1)])
 def test_an_error_in_a_shard_reads_the_same_from_any_loader(both, backend, workers):
-    """Out of a worker too: without the worker's traceback, after the batches before it."""
+    """From a worker too: without the worker's traceback, and after the preceding batches."""
     if backend == "dali":
         pytest.importorskip("nvidia.dali")
     root, other = both

@@ -1,4 +1,4 @@
-"""`featkd diagnose` with quick settings, features to run it on, and what a run found."""
+"""Arguments of quick `featkd diagnose` runs, bad feature files, and the figures of a run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def arguments(features, out, *more):
 
 
 def figures(out):
-    """What must not depend on how a run went."""
+    """Output that must be the same for any number of processes, restarts and callers."""
     summary = json.loads((out / "summary.json").read_text())
     for name in ("about", "images_per_s"):
         del summary[name]
     return summary, (out / "per_image.safetensors").read_bytes(), (out / "curves.csv").read_text()
 
 
-def spoiled(features, folder, name, count=None, at=(0, 7, 3), value=np.nan):
-    """The first `count` files in another folder, `name` with a number that is none."""
+def copy_with_bad_value(features, folder, name, count=None, at=(0, 7, 3), value=np.nan):
+    """Copies the first `count` files to another folder and sets one value of file `name`."""
     folder.mkdir()
     for path in sorted(features.glob("*.npy"))[:count]:
         shutil.copy(path, folder)

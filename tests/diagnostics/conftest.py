@@ -1,4 +1,4 @@
-"""Features of a few images, and a run over them."""
+"""Feature files of a few images, and a run over them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def features(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def unbroken(features, tmp_path_factory):
-    """The folder of a run over them in one go."""
-    out = tmp_path_factory.mktemp("unbroken")
+def uninterrupted(features, tmp_path_factory):
+    """Output folder of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("uninterrupted")
     assert main(arguments(features, out)) == 0
     return out
 
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """Drawing them takes three quarters of a run this small."""
-    monkeypatch.setattr(figures, "draw", lambda *_: {})
+    """Skips the drawing, three quarters of the time of a run this small."""
+    monkeypatch.setattr(figures, "draw", lambda _: {})

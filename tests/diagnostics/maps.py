@@ -1,4 +1,4 @@
-"""Feature maps with the structure of real ones: low rank an image, a subspace that rotates."""
+"""Made-up feature maps with real structure: low rank per image, rotating subspaces."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ QUICK = Settings(sample=6, permuted=3, permutations=10, k=3)
 
 
 def feature_maps(images: int, tokens: int, channels: int, seed: int = 0) -> Tensor:
-    """(images, tokens, channels) float32: a decaying spectrum, a common part, loud channels."""
+    """Maps (images, tokens, channels) with a decaying spectrum, a mean, and unequal channels."""
     generator = torch.Generator().manual_seed(seed)
     n = min(tokens, channels)
     left = torch.randn(images, tokens, n, generator=generator) / torch.arange(1, n + 1)

@@ -1,4 +1,4 @@
-"""The published definitions in plain float64 numpy, image by image: shares no code with featkd."""
+"""The published definitions in float64 numpy, image by image, without code of featkd."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sep(features):
 
 
 def overlap(x, y, k):
-    """(1/k) sum of cos^2 of the principal angles between leading right singular subspaces."""
+    """Mean cos^2 of the k principal angles between the leading right singular subspaces."""
     v = [np.linalg.svd(a.astype(np.float64))[2][:k] for a in (x, y)]
     cosines = np.linalg.svd(v[0] @ v[1].T, compute_uv=False)
     return float((cosines**2).sum() / k)

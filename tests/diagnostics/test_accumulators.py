@@ -1,4 +1,4 @@
-"""The accumulators against the published definitions, and that no order changes a bit."""
+"""Accumulators: published definitions, bitwise independence of order, scales, errors."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from featkd.diagnostics import CapturedEnergy, DatasetPCA, LayerDiagnostics, Settings
+from featkd.diagnostics import (
+    SEP,
+    CapturedEnergy,
+    DatasetPCA,
+    LayerDiagnostics,
+    Settings,
+    SpectrumStats,
+)
 from featkd.diagnostics.exact_sum import ExactSum
-from featkd.diagnostics.reach import reach
-from featkd.diagnostics.sample import FeatureSample
-from featkd.diagnostics.sep import SEP
+from featkd.diagnostics.feature_sample import FeatureSample
 from featkd.diagnostics.source import Layer
-from featkd.diagnostics.spectrum import SpectrumStats
+from featkd.diagnostics.student_reach import student_reach
 from tests.diagnostics import published
+from tests.diagnostics.compare import THRESHOLDS, assert_published
 from tests.diagnostics.maps import QUICK, feature_maps
-
-THRESHOLDS = (0.8, 0.9, 0.95, 0.99)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def assert_same(a, b, where=""):
-    """Bit for bit, through dataclasses."""
+    """Asserts bitwise equality of dataclasses, tuples and tensors."""
     if is_dataclass(a):
         for field in fields(a):
             assert_same(getattr(a, field.name), getattr(b, field.name), f"{where}.{field.name}")
@@ -50,37 +54,8 @@ def assert_same(a, b, where=""):
         (7, 1, torch.float32),
     ],
 )
-def test_equal_to_the_published_definitions(tokens, channels, dtype):
-    maps = feature_maps(40, tokens, channels).to(dtype)
-    plain = maps.double().numpy()
-    stats = LayerDiagnostics(QUICK)
-    for part in maps.split(7):
-        stats.update(part)
-    found = stats.result()
-
-    ranks, curves = published.spectrum(plain, THRESHOLDS)
-    assert np.array_equal(found.spectrum.ranks, ranks)
-    assert np.abs(found.spectrum.curve_mean.numpy() - curves.mean(0)).max() < 1e-6
-    assert np.abs(found.spectrum.curve_std.numpy() - curves.std(0)).max() < 1e-5
-    for column, summary in zip(ranks.T, found.spectrum.summaries, strict=True):
-        assert summary.percentile99 == round(np.percentile(column, 99))
-        assert (summary.mean, summary.median) == (column.mean(), np.median(column))
-
-    values, vectors = published.dataset_pca(plain)
-    assert np.abs(found.pca.eigenvalues.numpy() - values).max() < 1e-6 * values[0]
-    second = CapturedEnergy(found.pca, THRESHOLDS)
-    for number, part in enumerate(maps.split(7)):
-        second.update(part, torch.arange(7 * number, 7 * number + len(part)))
-    dims, curves = published.captured(plain, vectors, THRESHOLDS)
-    assert np.array_equal(second.result().dims, dims)
-    assert np.abs(second.result().curve_mean.numpy() - curves.mean(0)).max() < 1e-6
-    assert np.abs(second.result().curve_std.numpy() - curves.std(0)).max() < 1e-5
-
-    mean, std = published.sep(plain)
-    assert np.abs(found.sep.mean.numpy() - mean).max() < 1e-6
-    assert np.abs(found.sep.std.numpy() - std).max() < 1e-4
-    expected = tuple(published.reaching(mean, share) for share in found.sep.shares)
-    assert found.sep.bandwidth == expected
+def test_published_definitions(tokens, channels, dtype):
+    assert_published(feature_maps(40, tokens, channels).to(dtype), QUICK, chunk=7)
 
 
 def test_folded_curve_is_the_one_sided_spectrum():
@@ -96,8 +71,8 @@ def test_folded_curve_is_the_one_sided_spectrum():
         assert np.abs(found.folded_std.numpy() - curves.std(0)).max() < 1e-5
 
 
-def test_a_common_part_costs_no_accuracy():
-    """Tokens a thousand times further from the origin than from each other."""
+def test_large_mean_token_keeps_accuracy():
+    """The tokens' mean is a thousand times their spread."""
     maps = feature_maps(30, 25, 24) + 3e3
     stats = DatasetPCA()
     for part in maps.split(8):
@@ -116,7 +91,7 @@ def test_a_common_part_costs_no_accuracy():
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_merged_in_any_order_bit_for_bit(processes):
+def test_merge_is_bitwise_equal_in_any_order(processes):
     maps = feature_maps(33, 16, 20)
     chunks = list(zip(maps.split(4), torch.arange(33).split(4), strict=True))
 
@@ -143,7 +118,7 @@ def test_merged_in_any_order_bit_for_bit(processes):
     assert_same(whole.result(), second[1].result())
 
 
-def test_a_state_goes_on_where_it_was(tmp_path):
+def test_state_dict_round_trip(tmp_path):
     maps = feature_maps(20, 9, 16)
     whole, first = LayerDiagnostics(QUICK), LayerDiagnostics(QUICK)
     whole.update(maps[:10])
@@ -173,7 +148,7 @@ def test_zero_tokens_and_images():
     assert np.abs(found.sep.mean.numpy() - mean).max() < 1e-6
 
 
-def test_sep_takes_any_scale():
+def test_sep_of_extreme_scales():
     maps = feature_maps(4, 9, 16).double()
     found = []
     for scale in (1e-200, 1.0, 1e200):
@@ -186,8 +161,8 @@ def test_sep_takes_any_scale():
 
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**55])
 @pytest.mark.parametrize("centred", [False, True])
-def test_pca_takes_any_scale(scale, centred):
-    """1e-30 squared is zero in float32, and the squares of 1e17 come near its largest number."""
+def test_pca_of_extreme_scales(scale, centred):
+    """In float32 the square of 1e-30 is zero, and the square of 1e17 approaches the maximum."""
     maps = feature_maps(12, 9, 16)
     found = []
     for factor in (1.0, scale):
@@ -204,8 +179,8 @@ def test_pca_takes_any_scale(scale, centred):
     assert (captured.curve_mean - same.curve_mean).abs().max() < 1e-6
 
 
-def test_the_smallest_numbers_of_float32_have_figures():
-    """Their own scale would be infinite."""
+def test_smallest_numbers_of_float32():
+    """A scale that brings them to 1 would be infinite."""
     maps = feature_maps(6, 9, 16) * 2.0**-140
     stats = LayerDiagnostics(QUICK)
     stats.update(maps)
@@ -219,7 +194,7 @@ def test_the_smallest_numbers_of_float32_have_figures():
     assert np.array_equal(second.result().dims, dims)
 
 
-def test_a_faint_image_beside_a_loud_one_is_captured():
+def test_captured_energy_of_images_of_very_different_scale():
     maps = feature_maps(6, 9, 16)
     stats = DatasetPCA()
     stats.update(maps)
@@ -233,7 +208,7 @@ def test_a_faint_image_beside_a_loud_one_is_captured():
     assert torch.equal(*dims)
 
 
-def test_sample_is_uniform_and_the_same_in_any_order():
+def test_sample_is_uniform_and_independent_of_order():
     images = torch.arange(400)
     features = images.view(-1, 1, 1).float()
     counts = torch.zeros(400)
@@ -251,7 +226,7 @@ def test_sample_is_uniform_and_the_same_in_any_order():
     assert counts.max() <= 12  # 3 are expected
 
 
-def test_exact_sums_have_no_order_and_no_scale():
+def test_exact_sum_is_independent_of_order_and_scale():
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(60, 3, dtype=torch.float64, generator=generator)
     values *= 10.0 ** torch.randint(-200, 200, (60, 1), generator=generator).double()
@@ -275,13 +250,13 @@ def test_exact_sums_have_no_order_and_no_scale():
         forward.merge(ExactSum((2,)))
     full = ExactSum(())
     full.add(torch.tensor(0.3, dtype=torch.float64))
-    assert 2**62 // full._bounds[-40] == 2**21  # as the class and the message say
+    assert 2**62 // full._bounds[-40] == 2**21  # as documented
     full._bounds[-40] = 2**62
     with pytest.raises(OverflowError, match="additions"):
         full.add(torch.tensor(0.3, dtype=torch.float64))
 
 
-def test_the_first_chunk_sets_no_scale():
+def test_pca_of_chunks_of_very_different_scale():
     maps = feature_maps(12, 16, 20)
     maps[:4] *= 1e-9
     maps[4:8] *= 1e9
@@ -292,12 +267,12 @@ def test_the_first_chunk_sets_no_scale():
     assert np.abs(stats.result().eigenvalues.numpy() - values).max() < 1e-6 * values[0]
 
 
-def test_reach_by_the_definitions():
+def test_student_reach_definitions():
     maps = feature_maps(40, 25, 24)
-    maps[3] *= 20  # a loud image weighs as much as it is loud
+    maps[3] *= 20  # images are weighted by their energy
     stats = LayerDiagnostics(QUICK)
     stats.update(maps)
-    found = reach(Layer("teacher", 0), stats.result(), 6)
+    found = student_reach(Layer("teacher", 0), stats.result(), 6)
     tokens = maps.double().reshape(-1, 24).numpy()
     total = (tokens**2).sum()
     s = np.linalg.svd(tokens, compute_uv=False)
@@ -310,7 +285,7 @@ def test_reach_by_the_definitions():
     assert found.per_image == pytest.approx(own / total, abs=1e-6)
 
 
-def test_bad_input_is_named():
+def test_bad_input_raises():
     stats = LayerDiagnostics(QUICK)
     stats.update(feature_maps(3, 9, 16))
     with pytest.raises(ValueError, match=r"features: expected shape \(B, 9, 16\), got \(3, 9, 17"):
@@ -320,19 +295,21 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="features: hold NaN or Inf"):
         stats.update(torch.full((1, 9, 16), torch.inf))
     stats.update(feature_maps(3, 9, 16), torch.arange(2, 5))
-    with pytest.raises(ValueError, match="images: 1 came twice, the first is 2"):
+    with pytest.raises(
+        ValueError, match="images: expected each index once, got 1 twice, the first is 2"
+    ):
         stats.result()
-    with pytest.raises(ValueError, match="no image came"):
+    with pytest.raises(ValueError, match="no image was added"):
         LayerDiagnostics(QUICK).result()
     for wrong in ({"k": 0}, {"thresholds": (0.0,)}, {"sample": 1}, {"shares": ()}, {"seed": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Settings(**wrong)
     one = SpectrumStats()
-    with pytest.raises(ValueError, match="no image came"):
+    with pytest.raises(ValueError, match="no image was added"):
         one.result()
 
 
-def test_compiled_sep_is_the_same():
+def test_compiled_sep():
     maps = feature_maps(3, 9, 16)
     plain, compiled = SEP(), SEP(compiled=True)
     for stats in (plain, compiled):

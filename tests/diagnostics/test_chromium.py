@@ -1,4 +1,4 @@
-"""The report in headless Chromium: nothing is wider than the window, and dark is dark."""
+"""The report in headless Chromium: width, light and dark mode."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featkd.cli.diagnose import diagnose
+from featkd.diagnostics import DiagnoseConfig, Settings, diagnose
 from tests.diagnostics.maps import feature_maps
 
 _CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(_CHROMIUM is None, reason="no chromium here")
-# a window can't be made as narrow as a phone: a frame can
+pytestmark = pytest.mark.skipif(_CHROMIUM is None, reason="chromium is not installed")
+# Chromium's windows have a minimum width, frames have none
 _FRAME = """<!doctype html><body style="margin:0"><iframe id=f src="report.html"
 style="width:{width}px;height:900px;border:0"></iframe><script>
 f.onload = () => {{
@@ -43,8 +43,12 @@ def report(tmp_path_factory) -> Path:
     (folder / "features").mkdir()
     for number, maps in enumerate(feature_maps(12, 20, 16).numpy()):
         np.save(folder / "features" / f"image_{number}_with_a_name_that_is_long.npy", maps)
-    words = ("--features", str(folder / "features"), "--out", str(folder / "out"))
-    assert diagnose([*words, "--sample", "5", "--permutations", "2", "--k", "3"]) == 0
+    settings = Settings(sample=5, permutations=2, k=3)
+    diagnose(
+        DiagnoseConfig(
+            features=str(folder / "features"), out=str(folder / "out"), settings=settings
+        )
+    )
     return folder / "out" / "report.html"
 
 
@@ -70,4 +74,4 @@ def test_light_and_dark(report, dark):
     background = pixels[-5:, :5].mean()
     assert background < 60 if dark else background > 200
     text = np.abs(pixels.astype(int).mean(2) - background) > 100
-    assert 0.005 < text.mean() < 0.5  # something is drawn, and readable on it
+    assert 0.005 < text.mean() < 0.5  # text is drawn and readable

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from featkd.cli import diagnose
 from featkd.cli.main import main
+from featkd.diagnostics import build_source
 from featkd.models import create_teacher
 from featkd.runtime.distributed import ProcessContext
 from featkd.train.recipe import LossConfig
@@ -41,11 +41,11 @@ def test_student_and_teacher(images, tmp_path, capsys, layers):
     assert (last["channels"], last["teacher_channels"]) == (12, 24)
     assert 0 < last["pooled"] < last["shared"] <= last["shared_with_bias"] < 1
     assert last["shared"] < last["per_image"] <= 1
-    said = capsys.readouterr()
-    assert "random weights" in said.err
+    printed = capsys.readouterr()
+    assert "random weights" in printed.err
     page = html.unescape((tmp_path / "report.html").read_text())
     assert "What the student can reach" in page
-    for text in (said.out, page):  # of the layers in focus, the last ones
+    for text in (printed.out, page):  # only the last layers
         assert "Teacher layer 1, 12 against 24 channels." in text
         assert "Teacher layer 0, 12 against" not in text
 
@@ -55,7 +55,7 @@ STUDENT, TEACHER = ({"embed_dim": width, "depth": 2, "num_heads": 3} for width i
 
 @pytest.fixture
 def trained(recipe):
-    """The checkpoint of a plain student of 16 x 16 pixels."""
+    """Checkpoint of a plain student for 16 x 16 pixels."""
     student = replace(recipe.student, arch="plain", options=STUDENT | {"patch_size": 4})
     optim = replace(recipe.optim, epochs=1, warmup_epochs=0)
     run = replace(recipe, student=student, teacher=None, loss=LossConfig(), optim=optim)
@@ -63,17 +63,17 @@ def trained(recipe):
     return Path(run.out) / "last.pt"
 
 
-def test_pretrained_and_img_size_are_for_the_side_that_can_use_them(
+def test_pretrained_and_img_size_beside_a_checkpoint(
     trained, images, tmp_path, capsys, monkeypatch
 ):
-    """A checkpoint of featkd has both; timm's teacher beside it has not."""
+    """They apply to the timm model of a pair; the checkpoint sets its own."""
     asked = []
 
     def without_network(name, pretrained=False, **options):
         asked.append((pretrained, options["img_size"]))
         return create_teacher(name, **options)
 
-    monkeypatch.setattr(diagnose, "create_teacher", without_network)
+    monkeypatch.setattr(build_source, "create_teacher", without_network)
     words = ("diagnose", "--student", trained, "--data", images, "--out", tmp_path / "out")
     words += ("--pretrained", "--workers", "0", "--images", "8", *QUICK)
     timm = ("--teacher", "vit_tiny_patch16_224")
@@ -83,7 +83,7 @@ def test_pretrained_and_img_size_are_for_the_side_that_can_use_them(
     err = capsys.readouterr().err
     assert "random weights" not in err
     assert main([str(w) for w in (*words, *timm, "--img-size", "32")]) == 2
-    assert f"img_size: got 32 beside {trained}, which is for 16" in capsys.readouterr().err
+    assert f"img_size: got 32 together with {trained}, which expects 16" in capsys.readouterr().err
     assert main([str(w) for w in (*words, "--teacher", trained)]) == 2
-    message = f"without a file of weights, got {trained} and {trained}"
+    message = f"without a weights file, got {trained} and {trained}"
     assert message in capsys.readouterr().err

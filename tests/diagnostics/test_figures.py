@@ -1,4 +1,4 @@
-"""What the figures show, and that nothing in them lies on something else."""
+"""Figures of the report: bins and legend."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import itertools
 import pytest
 import torch
 
-from featkd.diagnostics import figures
-from featkd.diagnostics.spectrum import SpectrumResult
-from featkd.diagnostics.stream import LayerDiagnostics, Settings
+from featkd.diagnostics import LayerDiagnostics, Settings, figures
 from tests.diagnostics.maps import feature_maps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -17,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("largest", [1, 2, 39, 40, 41, 55, 80, 81, 384])
 def test_bins_hold_equally_many_integers(largest):
-    edges = figures._edges(largest)
+    edges = figures._bin_edges(largest)
     assert edges[0] == 0.5
     assert edges[-1] >= largest + 0.5
     assert len(edges) <= 41
@@ -27,13 +25,12 @@ def test_bins_hold_equally_many_integers(largest):
 
 
 @pytest.mark.parametrize("thresholds", [(0.8, 0.9, 0.95, 0.99), (0.9,)])
-def test_the_ranks_legend_lies_on_no_outline(thresholds):
+def test_legend_of_ranks_covers_no_outline(thresholds):
     maps = feature_maps(120, 25, 24)
     maps[5] = 0
     stats = LayerDiagnostics(Settings(thresholds, sample=3, permuted=1, permutations=1))
     stats.update(maps)
     result = stats.result()
-    assert isinstance(result.spectrum, SpectrumResult)
     figure = figures._ranks(result)
     figure.canvas.draw()
     (axes,) = figure.axes

@@ -1,4 +1,4 @@
-"""The angles between images' subspaces."""
+"""Overlap of the images' leading subspaces."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from featkd.diagnostics import DatasetPCA, LayerDiagnostics, Settings
-from featkd.diagnostics.subspace import rotation
+from featkd.diagnostics.subspace_rotation import measure_rotation
 from tests.diagnostics import published
 from tests.diagnostics.maps import QUICK, feature_maps
 
@@ -35,35 +35,35 @@ def test_rotation():
     assert float(same.result().rotation.angles_deg.max()) < 1e-3
 
 
-class Largest(TorchDispatchMode):
-    """Notes the numbers of the largest tensor that any operation makes."""
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that an operation returns."""
 
     def __init__(self):
         super().__init__()
-        self.numbers = 0
+        self.elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         made = [t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)]
-        self.numbers = max(self.numbers, *made, 0)
+        self.elements = max(self.elements, *made, 0)
         return out
 
 
-def test_rotation_forms_no_matrix_of_all_directions():
+def test_rotation_memory():
     images, tokens, channels, k = 60, 25, 32, 20
     maps = feature_maps(images, tokens, channels)
     stats = DatasetPCA()
     stats.update(maps)
-    with Largest() as largest:
-        found = rotation(maps, torch.arange(images), stats.result(), k)
+    with LargestTensor() as largest:
+        found = measure_rotation(maps, torch.arange(images), stats.result(), k)
     assert (found.k, found.left_out) == (k, 0)
-    assert largest.numbers <= 128 * k * channels  # the pairs whose angles are taken
-    assert largest.numbers < (images * k) ** 2 / 10
+    assert largest.elements <= 128 * k * channels  # the pairs whose angles are taken
+    assert largest.elements < (images * k) ** 2 / 10
     assert torch.equal(found.overlap, found.overlap.T)
 
 
-def test_rotation_leaves_out_what_has_no_subspace():
-    """Images along one direction share it, whatever k was asked for; deficient ones have none."""
+def test_rotation_leaves_out_images_of_low_rank():
+    """k is limited by the median rank; images of lower rank are left out."""
     line = torch.randn(6, 16, 1) @ torch.randn(1, 20)
     stats = LayerDiagnostics(Settings(sample=6, permuted=2, permutations=5, k=4))
     stats.update(line)

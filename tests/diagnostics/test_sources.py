@@ -1,4 +1,4 @@
-"""Feature files and models as sources: layouts, prefix tokens, and everything unusable."""
+"""Feature files and models as sources: layouts, prefix tokens, unusable files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from featkd.data import DataConfig
 from featkd.diagnostics.feature_files import FeatureFiles
-from featkd.diagnostics.model_features import ModelFeatures, Subject
+from featkd.diagnostics.model_features import MeasuredModel, ModelFeatures
 from featkd.diagnostics.source import Layer, UnreadableError, num_chunks
 from featkd.models import create_teacher
 from tests.diagnostics.maps import feature_maps
@@ -72,19 +72,19 @@ def test_named_layers_of_several_widths(tmp_path, suffix):
         assert torch.equal(found, torch.stack([image[position] for image in stored]))
 
 
-def test_what_was_taken_for_a_class_token_is_said(tmp_path, maps):
+def test_notes_on_prefix_tokens(tmp_path, maps):
     write_npy(tmp_path, maps)
     (note,) = FeatureFiles(tmp_path).notes
-    assert note.startswith("of 17 tokens a map the first 1 are taken for class")
+    assert note.startswith("of 17 tokens per map the first 1 are removed as class")
     assert FeatureFiles(tmp_path, prefix_tokens=1).notes == []
     for path in tmp_path.iterdir():
         np.save(path, np.ones((3, 15, 8), np.float32))
     (note,) = FeatureFiles(tmp_path).notes
-    assert note.startswith("15 tokens a map form no square")
+    assert note.startswith("15 tokens per map form no square")
     assert FeatureFiles(tmp_path, limit=2).num_images == 2
 
 
-def test_object_arrays_need_the_opt_in(tmp_path):
+def test_object_arrays_need_allow_pickle(tmp_path):
     stages = np.empty(2, dtype=object)
     stages[0] = np.ones((4, 4, 3), np.float32)
     stages[1] = np.ones((2, 2, 6), np.float32)
@@ -97,7 +97,7 @@ def test_object_arrays_need_the_opt_in(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["truncated", "width", "tokens", "garbage", "integers"])
-def test_one_bad_file_is_named(tmp_path, maps, kind):
+def test_bad_file_is_named_or_skipped(tmp_path, maps, kind):
     write_npy(tmp_path, maps)
     path = tmp_path / "003.npy"
     if kind == "truncated":
@@ -113,7 +113,7 @@ def test_one_bad_file_is_named(tmp_path, maps, kind):
     source = FeatureFiles(tmp_path, on_bad="skip", chunk_size=2)
     chunks = list(source.chunks(range(3)))
     assert torch.cat([c.images for c in chunks]).tolist() == [0, 1, 2, 4]
-    assert [*chunks[1].bad] == [str(path)]
+    assert [*chunks[1].left_out] == [str(path)]
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
@@ -121,14 +121,12 @@ def test_one_bad_file_is_named(tmp_path, maps, kind):
     "content", [b"<!DOCTYPE html>", b"", pickle.dumps([1.0])], ids=["page", "empty", "pickle"]
 )
 @pytest.mark.parametrize("allow_pickle", [False, True])
-def test_what_is_no_array_file_is_not_called_an_object_array(
-    tmp_path, suffix, content, allow_pickle
-):
-    """A page in place of a download must not lead anyone to run code from it."""
+def test_other_file_types_are_not_called_object_arrays(tmp_path, suffix, content, allow_pickle):
+    """The error for a failed download must not suggest allow_pickle."""
     (tmp_path / f"0{suffix}").write_bytes(content)
     with pytest.raises(UnreadableError) as caught:
         FeatureFiles(tmp_path, allow_pickle=allow_pickle)
-    assert f"0{suffix} is damaged or no {suffix} file: expected" in str(caught.value)
+    assert f"0{suffix} is damaged or not a {suffix} file: expected" in str(caught.value)
     assert str(caught.value).endswith(f"got {content[:6]!r}")
     assert "pickle" not in str(caught.value).split("got")[0]
 
@@ -141,7 +139,7 @@ def test_bad_folders_and_layers(tmp_path, maps):
     write_npy(tmp_path, maps)
     with pytest.raises(ValueError, match=r"layers: 3 is out of range .*valid: -3\.\.2"):
         FeatureFiles(tmp_path, [3])
-    with pytest.raises(ValueError, match="prefix_tokens: expected less than the 17 tokens"):
+    with pytest.raises(ValueError, match="prefix_tokens: expected fewer than the 17 tokens"):
         FeatureFiles(tmp_path, prefix_tokens=17)
 
 
@@ -152,7 +150,7 @@ def test_models_on_images(images):
     model = create_teacher("vit_tiny_patch16_224", **TINY)
     config = DataConfig(img_size=16, workers=0)
     source = ModelFeatures(
-        [Subject("", model, (-1, 0), {})],
+        [MeasuredModel("", model, (-1, 0), {})],
         images,
         config,
         device=torch.device("cpu"),
@@ -165,17 +163,17 @@ def test_models_on_images(images):
     assert chunk.images.tolist() == list(range(25, 50))
     assert chunk.maps[Layer("", 2)].shape == (25, 16, 12)
     classes = {source.name(image).split("/")[-2] for image in range(50)}
-    assert classes == {"blue", "green", "red"}  # spread over the folder, not its beginning
+    assert classes == {"blue", "green", "red"}  # spread over the folder
     again = next(source.chunks([1]))
     assert torch.equal(chunk.maps[Layer("", 0)], again.maps[Layer("", 0)])
 
 
-def test_nothing_after_the_deepest_layer_is_computed(images):
+def test_blocks_after_the_deepest_layer_are_not_run(images):
     model = create_teacher("vit_tiny_patch16_224", **TINY)
     for unused in (model.blocks[2], model.norm, model.head):
-        unused.register_forward_hook(lambda *_: pytest.fail("computed for nothing"))
+        unused.register_forward_hook(lambda *_: pytest.fail("this module is not needed"))
     source = ModelFeatures(
-        [Subject("", model, (1, 0), {})],
+        [MeasuredModel("", model, (1, 0), {})],
         images,
         DataConfig(img_size=16, workers=0),
         device=torch.device("cpu"),
@@ -193,7 +191,7 @@ def test_unreadable_images(tmp_path):
     model = create_teacher("vit_tiny_patch16_224", **TINY)
 
     def source(**options):
-        subjects = [Subject("", model, None, {})]
+        subjects = [MeasuredModel("", model, None, {})]
         config = DataConfig(img_size=16, workers=0)
         return ModelFeatures(subjects, tmp_path, config, device=torch.device("cpu"), **options)
 
@@ -201,6 +199,6 @@ def test_unreadable_images(tmp_path):
         next(source().chunks([0]))
     chunk = next(source(on_bad="skip").chunks([0]))
     assert chunk.images.tolist() == [0, 2]
-    assert [*chunk.bad.values()] == ["the file is empty"]
+    assert [*chunk.left_out.values()] == ["the file is empty"]
     with pytest.raises(FileNotFoundError, match="data: expected a folder"):
         ModelFeatures([], tmp_path / "none", DataConfig(), device=torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""What the report says in words."""
+"""Conclusions in words."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def result(maps):
 @pytest.mark.parametrize("channels", [24, 64])
 @pytest.mark.parametrize("seed", range(4))
 def test_noise_of_few_channels_equals_the_null(channels, seed):
-    """One step of d/D is 1/64, so that a fixed tolerance of 0.015 allows none."""
+    """One step of d/D is 1/64 here, which is above the fixed tolerance of 0.015."""
     generator = torch.Generator().manual_seed(seed)
     text = sep_verdict(result(torch.randn(12, 25, channels, generator=generator)))
     assert "This equals the null" in text
@@ -41,7 +41,7 @@ def test_smooth_channels_do_not_equal_the_null():
     ("images", "message"),
     [(9, "225 tokens for 24 channels"), (12, "12 images for 24 channels"), (24, None)],
 )
-def test_too_few_images_are_said(images, message):
+def test_warning_of_too_few_images(images, message):
     found = pca_warning(Layer("", 0), result(feature_maps(images, 25, 24)))
     if message is None:
         assert found is None

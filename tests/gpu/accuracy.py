@@ -1,4 +1,4 @@
-"""Outputs and gradients against float64: at most twice the error of plain torch in that dtype."""
+"""Accuracy: outputs and gradients have at most twice the error of plain torch in that dtype."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 @dataclass(frozen=True)
 class Precision:
-    """Dtypes of the student (and the parameters) and of the teacher, and autocast's or none."""
+    """Dtypes of the student and the parameters, of the teacher, and of autocast (None: off)."""
 
     student: torch.dtype
     teacher: torch.dtype
@@ -43,7 +43,7 @@ PRECISIONS = {
     "autocast-fp16": Precision(FP32, FP16, FP16),
 }
 _GRID = (7, 7)
-# published and other usual widths, the narrowest and the widest that are promised, and odd ones
+# published and other usual widths, the narrowest and widest supported ones, and odd ones
 _WIDTHS = ((384, 1024), (768, 1024), (1024, 1280), (24, 16), (192, 1664), (33, 65), (50, 100))
 _GRIDS = (7, 14, 16, 37)
 MAPS = (
@@ -58,10 +58,10 @@ LOGITS = tuple(
 )
 SMALL = {False: (Sizes(2, (3, 4), 24, 40), Sizes(3, (2, 5), 7, 9)), True: LOGITS[1:3]}
 
-# errors below these are rounding's chance: of sums, and of scalars, whose rounding errors cancel
+# smaller errors of sums, and of scalars, whose rounding errors cancel, are chance
 _FLOOR = {False: 2e-6, True: 1e-4}
 _SCALAR_FLOOR = {False: 2e-6, True: 5e-4}
-UPSTREAM = 1404.0  # a GradScaler's size, and not 1: gradients of means underflow in fp16 without
+UPSTREAM = 1404.0  # as a GradScaler's: without it, gradients of large means underflow in fp16
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ class Error:
 
 
 def sizes_of(form: Form, *, small: bool = False) -> tuple[Sizes, ...]:
-    """The sizes that a form is checked at."""
+    """Returns the sizes at which a form is checked."""
     logits = form.op == "soft_kd"
     return SMALL[logits] if small else LOGITS if logits else MAPS
 
 
 def cases(*, small: bool = False) -> Iterator[Case]:
-    """Every form at every size in every precision; `small` for a CPU."""
+    """Yields every form at every size in every precision; `small` for a CPU."""
     for form in FORMS.values():
         for precision in ("fp32", "bf16", "autocast-bf16") if small else PRECISIONS:
             for sizes in sizes_of(form, small=small):
@@ -103,14 +103,14 @@ def cases(*, small: bool = False) -> Iterator[Case]:
 
 
 def inputs_of(form: Form, sizes: Sizes, precision: Precision, device: torch.device) -> Tensors:
-    """The same tensors at every call; leaves where the form differentiates them."""
+    """Draws the inputs, equal in every call; the differentiated ones are leaves."""
     generator = torch.Generator().manual_seed(0)
     tensors = form.inputs(sizes, Draw(generator, device, precision.student, precision.teacher))
     return leaves_of(form, tensors)
 
 
 def leaves_of(form: Form, tensors: Tensors, dtype: torch.dtype | None = None) -> Tensors:
-    """Detached, in another dtype if asked for, with gradients where the form has them."""
+    """Returns detached tensors, in another dtype if given; the differentiated ones are leaves."""
     found = {}
     for name, x in tensors.items():
         x = x.detach()
@@ -121,7 +121,7 @@ def leaves_of(form: Form, tensors: Tensors, dtype: torch.dtype | None = None) ->
 
 
 def upstream_of(outputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Gradients of the outputs that every dtype holds without rounding."""
+    """Returns gradients of the outputs that every dtype represents exactly."""
     generator = torch.Generator().manual_seed(1)
     found = []
     for y in outputs:
@@ -136,7 +136,7 @@ def results(
     outputs: tuple[Tensor, ...],
     upstream: list[Tensor] | None = None,
 ) -> Tensors:
-    """Outputs and gradients by name."""
+    """Returns outputs and gradients by name."""
     names = [name for name in tensors if name not in form.constant]
     gradients = torch.autograd.grad(
         outputs, [tensors[name] for name in names], upstream or upstream_of(outputs)
@@ -146,14 +146,14 @@ def results(
 
 
 def backend_on(device: torch.device) -> str:
-    """The backend that must have run there."""
+    """Returns the backend that has to run on the device."""
     return "triton" if device.type == "cuda" else "reference"
 
 
 def run_ours(
     form: Form, tensors: Tensors, sizes: Sizes, precision: Precision | None = None
 ) -> Tensors:
-    """Outputs and gradients of the public function; raises where it ran on another backend."""
+    """Runs the public function; raises if it ran on another backend."""
     device = next(iter(tensors.values())).device
     wanted = "auto" if device.type == "cuda" else "reference"
     context = nullcontext() if precision is None else precision.context(device)
@@ -165,19 +165,19 @@ def run_ours(
 
 
 def exact(form: Form, tensors: Tensors, sizes: Sizes) -> Tensors:
-    """Outputs and gradients of the plain form in float64."""
+    """Runs the plain form in float64."""
     wide = leaves_of(form, tensors, torch.float64)
     return results(form, wide, form.plain(wide, sizes))
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    """Relative L2 error."""
+    """Returns the relative L2 error."""
     got, want = got.detach().double(), want.detach().double()
     return float((got - want).norm() / want.norm().clamp_min(1e-300))
 
 
 def measure(case: Case, device: torch.device) -> list[Error]:
-    """Errors of a case; raises where two runs differ in a bit, or an input was written to."""
+    """Returns the errors of a case; raises if two runs differ, or if an input was modified."""
     form, sizes, precision = case.form, case.sizes, PRECISIONS[case.precision]
     tensors = inputs_of(form, sizes, precision, device)
     want = exact(form, tensors, sizes)
@@ -187,7 +187,7 @@ def measure(case: Case, device: torch.device) -> list[Error]:
     got = run_ours(form, tensors, sizes, precision)
     again = run_ours(form, tensors, sizes, precision)
     for name, x in inputs_of(form, sizes, precision, device).items():
-        assert torch.equal(x, tensors[name]), f"{name} was written to"
+        assert torch.equal(x, tensors[name]), f"{name} was modified"
     found = []
     for name, x in want.items():
         assert torch.equal(got[name], again[name]), f"{name} does not repeat bitwise"
@@ -196,7 +196,7 @@ def measure(case: Case, device: torch.device) -> list[Error]:
             assert (got[name].dtype, got[name].shape) == (source.dtype, source.shape), name
         floor = (_FLOOR if x.dim() else _SCALAR_FLOOR)[precision.is_half]
         theirs = relative(eager[name], x)
-        # where eager overflows there is no measure: nothing larger than a rounding of outputs
+        # if eager overflows, its error allows nothing: a fixed bound takes its place
         allowed = 2 * theirs + floor if math.isfinite(theirs) else 0.05
         scale = x.square().mean().sqrt().clamp_min(1e-300)
         bias = float((got[name].double() - x).mean() / scale)
@@ -205,10 +205,10 @@ def measure(case: Case, device: torch.device) -> list[Error]:
 
 
 def check(case: Case, device: torch.device) -> list[Error]:
-    """The errors of `measure`.
+    """Returns the errors of `measure`.
 
     Raises:
-        AssertionError: one is larger than allowed, or is NaN.
+        AssertionError: an error is larger than allowed, or NaN.
     """
     errors = measure(case, device)
     wrong = [e for e in errors if not (e.error <= e.allowed and abs(e.bias) <= e.allowed)]

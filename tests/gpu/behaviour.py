@@ -1,4 +1,4 @@
-"""What must hold beside accuracy: views, streams, devices, CUDA graphs, compilation, size."""
+"""Behaviour of the ops: views, streams, devices, CUDA graphs, compilation, size."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from .accuracy import (
 from .forms import Form, Sizes, Tensors
 
 FP32 = PRECISIONS["fp32"]
-# precisions of the checks of torch.compile and CUDA graphs beside float32; the kernels support all
+# precisions of the checks of torch.compile and CUDA graphs, besides float32
 OTHERS = {
     "fp64": Precision(torch.float64, torch.float64),
     "autocast_bf16": PRECISIONS["autocast-bf16"],
     "autocast_fp16": PRECISIONS["autocast-fp16"],
 }
-_CLOSE = 2e-5  # relative difference of float32 results whose sums have another order
-_CLOSE_HALF = 0.02  # on a GPU, of half-precision products by another algorithm
+_CLOSE = 2e-5  # between two float32 computations with sums in another order
+_CLOSE_HALF = 0.02  # on a GPU, between two half-precision products by different algorithms
 _CLOSE_FP64 = 1e-12
 
 
 def sizes_for(form: Form, device: torch.device) -> Sizes:
-    """One usual size on a GPU, a tiny one on a CPU."""
+    """Returns a usual size for a GPU, a tiny one for a CPU."""
     logits = form.op == "soft_kd"
     if device.type == "cpu":
         return Sizes(3, (1, 1), 12, 12) if logits else Sizes(2, (3, 4), 12, 20)
@@ -50,14 +50,14 @@ def sizes_for(form: Form, device: torch.device) -> Sizes:
 
 
 def close(precision: Precision, device: torch.device, fp32: float = _CLOSE) -> float:
-    """Allowed relative difference of two computations of the same in a precision."""
+    """Allowed relative difference between two computations of the same in a precision."""
     if precision.student == torch.float64:
         return _CLOSE_FP64
     return _CLOSE_HALF if precision.is_half and device.type == "cuda" else fp32
 
 
 def assert_close(got: Tensors, want: Tensors, tolerance: float = _CLOSE) -> None:
-    """Checks dtypes and relative L2 errors of all outputs and gradients."""
+    """Compares all outputs and gradients by their dtypes and relative L2 errors."""
     assert set(got) == set(want)
     for name, x in want.items():
         assert got[name].dtype == x.dtype, f"{name}: {got[name].dtype}, not {x.dtype}"
@@ -66,18 +66,18 @@ def assert_close(got: Tensors, want: Tensors, tolerance: float = _CLOSE) -> None
 
 
 def _views(x: Tensor) -> dict[str, Tensor]:
-    """Tensors equal to x in every element that lie in memory in other ways."""
+    """Returns tensors with the values of x and other memory layouts."""
     wider = x.new_zeros([size + 3 for size in x.shape])
     inner = wider[tuple(slice(1, 1 + size) for size in x.shape)]
     inner.copy_(x)
     turned = x.transpose(0, -1).contiguous().transpose(0, -1)
-    shifted = x.new_zeros(x.numel() + 1)[1:].view(x.shape)  # 16 divides no address of a row
+    shifted = x.new_zeros(x.numel() + 1)[1:].view(x.shape)  # no row is aligned to 16 bytes
     shifted.copy_(x)
     return {"strided": inner, "transposed": turned, "misaligned": shifted}
 
 
 def views(form: Form, device: torch.device) -> None:
-    """Strided, transposed and misaligned inputs give what contiguous ones give."""
+    """Strided, transposed and misaligned inputs give the results of contiguous ones."""
     sizes = sizes_for(form, device)
     tensors = inputs_of(form, sizes, FP32, device)
     want = run_ours(form, tensors, sizes)
@@ -89,7 +89,7 @@ def views(form: Form, device: torch.device) -> None:
 
 
 def expanded(form: Form, device: torch.device) -> None:
-    """Inputs and upstream gradients with strides of 0 give what their copies give."""
+    """Inputs and upstream gradients with strides of 0 give the results of their copies."""
     sizes = sizes_for(form, device)
     tensors = inputs_of(form, sizes, FP32, device)
     rows = ("student", "teacher", "features", "x", "target")
@@ -114,16 +114,16 @@ def expanded(form: Form, device: torch.device) -> None:
 
 
 def not_a_number(form: Form, device: torch.device) -> None:
-    """NaN in one element reaches the outputs, and a wrong class index does on a GPU."""
+    """NaN in one element reaches the outputs, and so does a wrong class index on a GPU."""
     sizes = sizes_for(form, device)
     for name in [k for k in ("student", "teacher", "features", "x") if k in _names(form, sizes)]:
         tensors = {k: x.detach() for k, x in inputs_of(form, sizes, FP32, device).items()}
         tensors[name][-1, -1] = float("nan")
         with _backend(device):
             outputs = form.ours(tensors, sizes)
-        # the teacher of a head is no input of what it pools
+        # the pooled features of a head do not depend on the teacher
         checked = outputs[-1:] if name == "teacher" else outputs
-        assert all(y.isnan().any() for y in checked), f"NaN in {name} is lost"
+        assert all(y.isnan().any() for y in checked), f"NaN in {name} does not reach the outputs"
     if form.name == "indices" and device.type == "cuda":
         tensors = {k: x.detach() for k, x in inputs_of(form, sizes, FP32, device).items()}
         tensors["target"][1] = sizes.teacher
@@ -146,7 +146,7 @@ def _cuda(device: torch.device) -> None:
 
 
 def no_wait(form: Form, device: torch.device) -> None:
-    """Neither half waits for the GPU."""
+    """Neither forward nor backward waits for the GPU."""
     _cuda(device)
     sizes = sizes_for(form, device)
     tensors = inputs_of(form, sizes, FP32, device)
@@ -162,7 +162,7 @@ def no_wait(form: Form, device: torch.device) -> None:
 
 
 def side_stream(form: Form, device: torch.device) -> None:
-    """Kernels run on the current stream: inputs that come late there are seen."""
+    """Kernels run on the current stream, after inputs that arrive late on it."""
     _cuda(device)
     sizes = sizes_for(form, device)
     tensors = inputs_of(form, sizes, FP32, device)
@@ -172,7 +172,9 @@ def side_stream(form: Form, device: torch.device) -> None:
         for k, x in tensors.items()
     }
     leaves = leaves_of(form, late)
-    upstream = upstream_of(form.ours(tensors, sizes))  # a copy from the CPU waits for the stream
+    upstream = upstream_of(
+        form.ours(tensors, sizes)
+    )  # before the stream is busy: a copy from the CPU waits for it
     torch.cuda.synchronize(device)
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
@@ -185,7 +187,7 @@ def side_stream(form: Form, device: torch.device) -> None:
 
 
 def second_device(form: Form, device: torch.device) -> None:
-    """On a GPU that is not the current one."""
+    """The op runs on a GPU that is not the current one."""
     _cuda(device)
     if torch.cuda.device_count() < 2:
         raise NotHere("needs a second GPU")
@@ -197,7 +199,7 @@ def second_device(form: Form, device: torch.device) -> None:
 
 
 def cuda_graph(form: Form, device: torch.device, precision: Precision = FP32) -> None:
-    """Forward and backward pass can be captured; a replay reads the current inputs."""
+    """A CUDA graph captures forward and backward, and its replays read the inputs anew."""
     _cuda(device)
     sizes = sizes_for(form, device)
     tensors = inputs_of(form, sizes, precision, device)
@@ -232,19 +234,19 @@ def cuda_graph(form: Form, device: torch.device, precision: Precision = FP32) ->
         want = [*fresh, *torch.autograd.grad(fresh, [tensors[k] for k in names], upstream)]
         for number, (x, y) in enumerate(zip(once, recorded, strict=True)):
             assert torch.equal(x, y), f"result {number} of a replay does not repeat bitwise"
-            # in a graph, with its own workspace, a product may use another algorithm
+            # in a graph, with another workspace, a product may use another algorithm
             error = relative(x, want[number])
-            assert error <= close(precision, device), (
-                f"result {number} of a replay differs by {error:.1e}"
-            )
+            allowed = close(precision, device)
+            assert error <= allowed, f"result {number} of a replay differs by {error:.1e}"
 
 
 def compiled(
     form: Form, device: torch.device, mode: str = "default", precision: Precision = FP32
 ) -> None:
-    """`torch.compile(fullgraph=True)` in a mode, forward and backward, keeps the kernels."""
+    """`torch.compile(fullgraph=True)` keeps the kernels, forward and backward."""
     sizes = sizes_for(form, device)
     want = run_ours(form, inputs_of(form, sizes, precision, device), sizes, precision)
+    allowed = close(precision, device, 1e-4)
     torch.compiler.reset()
     backends._last.pop(form.op, None)
     options: dict[str, Any] = {"mode": mode} if device.type == "cuda" else {"backend": "aot_eager"}
@@ -262,30 +264,29 @@ def compiled(
             with _backend(device), precision.context(device):
                 outputs = run(tensors)
             got = results(form, tensors, outputs)
-            assert_close(
-                {k: x.clone() for k, x in got.items()}, want, close(precision, device, 1e-4)
-            )
+            assert_close({k: x.clone() for k, x in got.items()}, want, allowed)
     ran = featkd.last_backend(form.op)
-    untold = device.type == "cpu" and ran is None  # what is compiled for a CPU need not tell
-    assert untold or ran == backend_on(device), f"ran on {ran}"
+    # code compiled for a CPU may not record its backend
+    unknown = device.type == "cpu" and ran is None
+    assert unknown or ran == backend_on(device), f"ran on {ran}"
 
 
 def reduce_overhead(form: Form, device: torch.device) -> None:
-    """`compiled` with CUDA graphs."""
+    """Checks `compiled` with CUDA graphs."""
     _cuda(device)
     compiled(form, device, "reduce-overhead")
 
 
 def max_autotune(form: Form, device: torch.device) -> None:
-    """`compiled` with autotuned products and CUDA graphs."""
+    """Checks `compiled` with autotuned products and CUDA graphs."""
     _cuda(device)
     compiled(form, device, "max-autotune")
 
 
 def beyond_32_bits(form: Form, device: torch.device, elements: int = 2**31) -> None:
-    """Maps of more than 2^31 elements: first and last images by the plain form in float64.
+    """Maps of more than 2^31 elements give, for some images, the results of the plain form.
 
-    Rows are independent of each other but for the mean, whose factor is put right.
+    Rows depend on each other only by the factor of the mean, which the upstream gradient corrects.
     """
     precision = PRECISIONS["bf16"]
     if device.type == "cpu":
@@ -344,7 +345,7 @@ _PARAMETERS = ("weight", "bias", "norm_weight", "norm_bias", "proj_norm_weight",
 def _repeated(
     form: Form, one: Sizes, batch: int, precision: Precision, device: torch.device
 ) -> Tensors:
-    """Inputs of `batch` images, the same four again and again: few numbers are drawn."""
+    """Returns inputs of `batch` images that repeat four images, so that few numbers are drawn."""
     few = Sizes(_PERIOD, one.grid, one.student, one.teacher)
     drawn = inputs_of(form, few, precision, device)
     found = {}
@@ -358,7 +359,7 @@ Check = Callable[[Form, torch.device], None]
 
 
 def _in_others(check: Callable[..., None]) -> tuple[Check, ...]:
-    """A check in the other precisions, named after them."""
+    """A check in each of the other precisions, named after them."""
     found = []
     for name, precision in OTHERS.items():
         named = update_wrapper(partial(check, precision=precision), check)
@@ -371,6 +372,6 @@ QUICK: tuple[Check, ...] = (
     views, expanded, not_a_number, no_wait, side_stream, second_device, cuda_graph,
     *_in_others(cuda_graph),
 )  # fmt: skip
-# the slowest come last: a time limit cuts those
+# the slowest come last: they are the first that a time limit cuts
 COMPILED: tuple[Check, ...] = (compiled, *_in_others(compiled), reduce_overhead, max_autotune)
 LARGE: tuple[Check, ...] = (beyond_32_bits,)

@@ -1,4 +1,4 @@
-"""featkd.linalg on a GPU: every operator of csrc, against LAPACK in float64 on the CPU."""
+"""featkd.linalg: every operator of csrc, against LAPACK in float64 on the CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALL = ((33, 20), (1, 7))
 
 
 def matrices(family: str, rows: int, columns: int, count: int = 2) -> Tensor:
-    """float64 (count, rows, columns), the same at every call."""
+    """Draws float64 (count, rows, columns), equal in every call."""
     rng = np.random.default_rng([rows, columns, *family.encode()])
     return torch.from_numpy(np.stack([FAMILIES[family](rows, columns, rng) for _ in range(count)]))
 
@@ -29,7 +29,7 @@ def _shapes(device: torch.device) -> tuple[tuple[int, int], ...]:
 
 
 def _repeats(work: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """The results, having run twice."""
+    """Runs twice, compares bitwise, and returns the results."""
     once, twice = work(), work()
     for x, y in zip(once, twice, strict=True):
         assert torch.equal(x, y), "does not repeat bitwise"
@@ -37,7 +37,7 @@ def _repeats(work: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 
 def spectra(family: str, device: torch.device) -> None:
-    """`spectrum`, `energy_ranks` and `svdvals` of a family of matrices, at all shapes."""
+    """`spectrum`, `energy_ranks` and `svdvals` agree with LAPACK for a family of matrices."""
     for shape in _shapes(device):
         for dtype in (torch.float32, torch.float64):
             x = matrices(family, *shape).to(dtype)
@@ -48,7 +48,7 @@ def spectra(family: str, device: torch.device) -> None:
             _repeats(partial(linalg.spectrum, moved, THRESHOLDS))
             for ranks in (found.ranks, linalg.energy_ranks(moved, THRESHOLDS)):
                 assert (ranks.cpu().numpy() == expected.ranks).all(), f"{shape} {dtype}: ranks"
-            # sums over the depth of the Gram matrix are not in float64 there, as on a CPU
+            # on a GPU the Gram matrix is not summed in float64, as it is on a CPU
             bound = 9e-7 if dtype == torch.float32 else 1e-12
             error = np.abs(found.curve.cpu().double().numpy() - expected.curve).max()
             assert error <= bound, f"{shape} {dtype}: curve off by {error:.1e}"
@@ -60,7 +60,7 @@ def spectra(family: str, device: torch.device) -> None:
 
 
 def jacobi(family: str, device: torch.device) -> None:
-    """`svd(method="jacobi")` of a family of matrices."""
+    """`svd(method="jacobi")` agrees with LAPACK for a family of matrices."""
     shapes = SMALL if device.type == "cpu" else ((196, 384), (300, 200), (17, 17), (1, 4))
     for shape in shapes:
         x = matrices(family, *shape)
@@ -79,7 +79,7 @@ def jacobi(family: str, device: torch.device) -> None:
 
 
 def leading_vectors(device: torch.device) -> None:
-    """`svd(k=8)` and `svd()`: subspaces and products, by projectors on the leading vectors."""
+    """`svd(k=8)` and `svd()` give the leading singular values and products."""
     for shape in _shapes(device)[:1] if device.type == "cpu" else ((196, 384), (300, 200)):
         x = matrices("features", *shape).float()
         u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
@@ -96,7 +96,7 @@ def leading_vectors(device: torch.device) -> None:
 
 
 def many_matrices(device: torch.device) -> None:
-    """More matrices than blocks; half precision; strided; scratch in global memory."""
+    """More matrices than blocks, half precision, strides, and scratch in global memory work."""
     count, shape = (40, (9, 12)) if device.type == "cpu" else (4000, (49, 64))
     x = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
     moved = x.to(device)
@@ -118,7 +118,7 @@ def many_matrices(device: torch.device) -> None:
 
 
 def bad_matrix(device: torch.device) -> None:
-    """One matrix with NaN leaves the others as they are."""
+    """A matrix with NaN does not change the results of the others."""
     x = matrices("features", 20, 30, count=3).float()
     clean = linalg.spectrum(x.to(device))
     x[1, 3, 3] = float("nan")
@@ -131,7 +131,7 @@ def bad_matrix(device: torch.device) -> None:
 
 
 def side_stream(device: torch.device) -> None:
-    """A matrix that comes late on the current stream is seen."""
+    """Kernels run on the current stream, after a matrix that arrives late on it."""
     if device.type != "cuda":
         raise NotHere("needs a GPU")
     x = torch.randn(3, 49, 64, device=device)
@@ -148,7 +148,7 @@ def side_stream(device: torch.device) -> None:
 
 
 def captured(name: str, device: torch.device) -> None:
-    """An operator inside a CUDA graph's capture; replays take what the input holds then."""
+    """A CUDA graph captures an operator, and its replays read the input anew."""
     if device.type != "cuda":
         raise NotHere("needs a GPU")
     work: dict[str, Callable[[Tensor], Tensor]] = {
@@ -183,7 +183,7 @@ Check = Callable[[torch.device], None]
 
 
 def cases(*, small: bool = False) -> dict[str, Check]:
-    """Name -> check; `small` for a CPU."""
+    """Returns the checks by name; `small` for a CPU."""
     families = ("features", "zero") if small else tuple(FAMILIES)
     found: dict[str, Check] = {}
     for family in families:

@@ -1,7 +1,7 @@
-"""The ops' uses: their inputs, their equations in plain torch, and the public functions.
+"""Forms of the ops: inputs, the equation in plain torch, and the public function.
 
-The plain form is what a user would write: in float64 it is the exact result (the spectral metric
-by `torch.fft.rfft2`), in a case's own dtype the error that is allowed.
+The plain form is as a user writes it, with `torch.fft.rfft2` for the spectral metric. In float64 it
+is the exact result; in a case's own dtype its error determines the allowed error.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Draw:
-    """Draws normal numbers: `student` those of the student and the parameters, `teacher` its."""
+    """Draws normal numbers in the dtype of the student and the parameters, or of the teacher."""
 
     generator: torch.Generator
     device: torch.device
@@ -55,23 +55,23 @@ class Draw:
 
 @dataclass(frozen=True)
 class Form:
-    """One use of an op."""
+    """A use of an op."""
 
     op: str
-    """Its name in featkd.functional."""
+    """Name in featkd.functional."""
     name: str
     inputs: Callable[[Sizes, Draw], Tensors]
     plain: Callable[[Tensors, Sizes], tuple[Tensor, ...]]
     ours: Callable[[Tensors, Sizes], tuple[Tensor, ...]]
     constant: tuple[str, ...] = ("teacher", "target")
-    """Names of the inputs that get no gradient."""
+    """Names of the inputs without a gradient."""
 
     def __str__(self) -> str:
         return f"{self.op}/{self.name}"
 
 
 def distance(y: Tensor, teacher: Tensor, metric: Metric, grid: tuple[int, int]) -> Tensor:
-    """Mean square of the difference, or of the parts of its half spectrum on the grid."""
+    """Returns the mean square of the difference, or of its half spectrum on the grid."""
     if metric == "mse":
         return F.mse_loss(y, teacher.to(y.dtype))
     difference = y - teacher
@@ -202,7 +202,7 @@ FORMS = {
         _soft_kd("labels-tau", alpha=0.5, tau=4.0, soft=True),
     )
 }
-# one of each op, for checks that are not about its equation
+# forms for checks that do not depend on the equation
 MAIN = (
     "projected_feature_kd/mse-projector-norm",
     "projected_feature_kd/spectral-as-wide",

@@ -1,4 +1,4 @@
-"""The checks on a GPU, and a few of each on the CPU so that they can't rot."""
+"""The checks on a GPU, and a few of each on the CPU, so that they stay correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The accuracy suite on a CUDA device, where there is one."""
+"""The accuracy suite of featkd.linalg on a CUDA device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_ranks_and_curves_are_those_of_float64_lapack(family: str, shape: tuple[
         found, expected = linalg.spectrum(x.cuda(), THRESHOLDS), lapack(x.numpy())
         assert featkd.last_backend("spectrum") == "cuda"
         assert (found.ranks.cpu().numpy() == expected.ranks).all()
-        # sums over the depth of G are not in float64 there, as they are on a CPU
+        # on a GPU the Gram matrix is not summed in float64, as it is on a CPU
         bound = 9e-7 if dtype == torch.float32 else 1e-12
         assert np.abs(found.curve.cpu().double().numpy() - expected.curve).max() <= bound
         twice = linalg.spectrum(x.cuda(), THRESHOLDS)

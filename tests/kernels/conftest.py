@@ -1,4 +1,4 @@
-"""Kernels on CPU tensors: every launch is compiled, and its PTX executed with all checks."""
+"""Fixtures that compile each kernel launch and execute its PTX on the CPU, with all checks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from featkd.kernels.launch import redirect
-from featkd.ptx import run_triton
+from ptx_emulator import run_triton
 
-# tensor arguments that a kernel writes: poisoned before the launch, and to be filled by it
+# tensor arguments that a kernel writes; they are poisoned before the launch
 WRITTEN = {
     "distance_forward": ("loss_partial", "pooled_partial", "statistics"),
     "distance_backward": ("d_feature", "norm_partial"),
@@ -22,27 +22,27 @@ WRITTEN = {
     "two_norms_backward": ("d_h", "norm_partial"),
     "soft_kd_rows": ("losses", "gradient"),
 }
-_NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which the mmap module names from Python 3.13 on
+_NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE; the mmap module has it from Python 3.13 on
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(compiled_kernels):
-    """All share the test run's own cache folder."""
+    """Uses the cache folder of the test run."""
 
 
 @contextmanager
 def executing(arch: int = 80, check: bool = True) -> Iterator[list[str]]:
-    """Launches run on the emulator, compiled for `arch`; the names of the kernels that ran.
+    """Runs launches on the emulator, compiled for `arch`; yields the names of the kernels.
 
-    Each launch shuffles its threads in another order, so that a second run may not repeat a first.
-    Checks keep 24 bytes of their own for each of a tensor, and of what lies between its elements.
+    Each launch has another order of threads, which shows results that depend on the order.
+    Checks need 24 bytes per byte of a tensor, including the gaps between its elements.
     """
     ran: list[str] = []
 
     def run(kernel, grid, arguments, options):
         name = kernel.fn.__name__
         if name == "distance_forward" and arguments["teacher"] is None:
-            kept = arguments["statistics"]  # the other half is of the loss
+            kept = arguments["statistics"]  # the second half is used only by the loss
             arguments = arguments | {"statistics": None if kept is None else kept[:2]}
         outputs = [x for x in WRITTEN[name] if arguments[x] is not None]
         seed = len(ran)
@@ -57,10 +57,10 @@ def executing(arch: int = 80, check: bool = True) -> Iterator[list[str]]:
 
 
 def tokens_far_apart(x: Tensor) -> Tensor:
-    """A map of one image (1, N, C), as a view whose tokens are 2^30 elements apart.
+    """Copies a map of one image (1, N, C) into a view whose tokens are 2^30 elements apart.
 
-    Of the memory between them none is touched, and the system gives none. It goes as far before
-    the first token: an offset that 32 bits have wrapped finds zeros, and no fault.
+    The memory between them is never accessed, so the system allocates none. As much address space
+    lies before the first token: an offset that overflows 32 bits reads zeros instead of crashing.
     """
     stride, (_, tokens, channels) = 2**30, x.shape
     first = (tokens - 1) * stride
@@ -72,13 +72,13 @@ def tokens_far_apart(x: Tensor) -> Tensor:
 
 @pytest.fixture
 def executed():
-    """The names of the kernels that the test has run, as compiled for sm_80."""
+    """Names of the kernels that the test has run, compiled for sm_80."""
     with executing() as ran:
         yield ran
 
 
 @pytest.fixture
 def few_programs(monkeypatch):
-    """A GPU of one processor, so that each program has several images and tiles to go through."""
+    """Pretends a GPU with one multiprocessor, so that a program has several images and tiles."""
     for module in ("feature_distance", "two_layer_norms"):
         monkeypatch.setattr(f"featkd.kernels.{module}.processors", lambda device: 1)

@@ -1,4 +1,4 @@
-"""Run in a process of its own under TRITON_INTERPRET=1: the kernels themselves, in float64.
+"""Tests the kernels in float64, in a separate process with TRITON_INTERPRET=1.
 
 python -m tests.kernels.interpreted OP
 """
@@ -40,7 +40,7 @@ LOGITS = [
 
 
 def check_feature_distance() -> None:
-    feature_distance.processors = lambda device: 1  # a program has several images and tiles
+    feature_distance.processors = lambda device: 1  # so that a program has several images and tiles
     for problem in FEATURES:
         inputs = problem.inputs(torch.float64)
         problem.assert_exact(problem.run(inputs), inputs)
@@ -74,7 +74,7 @@ def check_soft_kd() -> None:
 def gradcheck(
     function: Callable[..., Tensors], inputs: Tensors, constant: tuple[str, ...] = ()
 ) -> None:
-    """torch's numerical gradients through the public function."""
+    """Runs gradcheck on a public function."""
     names = [n for n, x in inputs.items() if n not in constant and x.is_floating_point()]
 
     def outputs(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -85,8 +85,11 @@ def gradcheck(
 
 
 def scan_once_a_kernel() -> None:
-    """Triton's interpreter looks through triton.language at each call of a device function, for a
-    third of the time here, and finds only what it has replaced for the kernel that calls it."""
+    """Makes Triton's interpreter scan triton.language once per kernel.
+
+    It scans at each call of a device function, which takes a third of the time here and finds only
+    what it replaced before.
+    """
     scan = interpreter._patch_builtin
     first: dict[int, str | None] = {}
 
@@ -101,7 +104,7 @@ def scan_once_a_kernel() -> None:
 
 
 def count_by_arrays_of_one() -> None:
-    """Triton 3.6 takes an int of a one-element array, which NumPy no longer gives."""
+    """Allows one-element arrays as ints: Triton 3.6 needs it, and NumPy no longer does it."""
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch(tensor: Any, *rest: Any) -> None:

@@ -1,4 +1,4 @@
-"""The kernels of projected_feature_kd and lift_head: PTX executed with all checks on."""
+"""Kernels of projected_feature_kd and lift_head: PTX, executed with all checks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tests.ops.comparing import assert_same_bits, spread, views
 from tests.ops.feature_cases import Problem
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-# between them: spectral with an odd, an even and one column, mse; several channel blocks and one;
-# rows and channels that do not fill their tiles; programs with several images and tiles, and one;
-# every part there and missing; rows' dtype, and that of the norm's parameters
+# (problem, dtype of the rows, dtype of the norm's parameters). Together they cover: mse, and
+# spectral with an odd, an even and a single column; one and several channel blocks; partly filled
+# tiles; one and several images and tiles per program; each optional part present and absent
 CASES = [
     (Problem(9, 35, 200, 5, student=24, bias=True), BF16, F32),
     (Problem(9, 20, 40, 4, norm="weight"), F16, F16),
@@ -29,7 +29,7 @@ SMALL = Problem(3, 12, 20, 4, student=12, pooled=True)
 
 
 def launches(problem: Problem) -> list[str]:
-    """One row kernel each way, and one that adds up what its programs summed."""
+    """Expected launches: one row kernel for each pass, and one that adds up partial sums."""
     back = ["distance_backward", *["sum_partials"] * (problem.norm != "none")]
     return ["distance_forward", "sum_partials", *back]
 
@@ -42,7 +42,7 @@ def triton():
 
 @pytest.mark.parametrize(("problem", "rows", "parameters"), CASES, ids=str)
 @pytest.mark.usefixtures("few_programs")
-def test_as_exact_as_torch(executed, problem, rows, parameters):
+def test_error_is_at_most_twice_torchs(executed, problem, rows, parameters):
     inputs = problem.inputs(rows, parameters)
     got = problem.run(inputs)
     assert executed == launches(problem)
@@ -50,7 +50,7 @@ def test_as_exact_as_torch(executed, problem, rows, parameters):
 
 
 @pytest.mark.parametrize(("arch", "rows", "parameters"), [(80, BF16, F32), (90, F16, F32)], ids=str)
-def test_as_exact_as_torch_at_the_published_widths(arch, rows, parameters):
+def test_error_at_published_widths(arch, rows, parameters):
     problem = Problem(2, 49, 384, 7, student=192)
     inputs = problem.inputs(rows, parameters)
     with executing(arch) as executed:
@@ -59,7 +59,7 @@ def test_as_exact_as_torch_at_the_published_widths(arch, rows, parameters):
     problem.assert_exact(got, inputs)
 
 
-def test_views_and_other_gradients_give_the_same_bits(executed):
+def test_views_are_bitwise_equal(executed):
     inputs = SMALL.inputs(BF16, F32)
     plain = SMALL.run(inputs)
     for name in ("sliced", "transposed"):
@@ -71,8 +71,8 @@ def test_views_and_other_gradients_give_the_same_bits(executed):
     assert_same_bits(SMALL.run(expanded), SMALL.run(whole))
 
 
-def test_a_second_run_and_an_upstream_gradient_keep_the_bits(executed):
-    """Threads run in another order, and a power of two is exact."""
+def test_repeats_and_scaled_gradients_are_bitwise_equal(executed):
+    """The order of threads differs between runs; scaling by a power of two is exact."""
     inputs = SMALL.inputs(F32)
     before = {n: x.clone() for n, x in inputs.items()}
     loss = Problem(3, 12, 20, 4, student=12)
@@ -84,19 +84,19 @@ def test_a_second_run_and_an_upstream_gradient_keep_the_bits(executed):
 
 
 @pytest.mark.parametrize("layout", ["tokens", "images"])
-def test_rows_more_than_two_to_the_31_elements_apart(layout):
+def test_row_offsets_beyond_int32(layout):
     problem = Problem(1, 3, 20, norm="none")
     inputs = problem.inputs(BF16)
     far = {n: tokens_far_apart(x) for n, x in inputs.items()}
     if layout == "images":
         problem = Problem(3, 1, 20, norm="none")
         far, inputs = ({n: x.transpose(0, 1) for n, x in d.items()} for d in (far, inputs))
-    with executing(check=False):  # for gigabytes between the elements
+    with executing(check=False):  # checks would need memory for the gaps
         assert_same_bits(problem.run(far), problem.run(inputs))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_and_inf_reach_what_depends_on_them(executed, bad):
+def test_nan_and_inf_propagate_to_dependent_outputs(executed, bad):
     for name in ("student", "teacher"):
         inputs = SMALL.inputs(BF16, F32)
         inputs[name][1, 3, 2] = bad
@@ -105,7 +105,7 @@ def test_nan_and_inf_reach_what_depends_on_them(executed, bad):
         for reached in ("d_weight", "d_norm_weight", "d_norm_bias"):
             assert not got[reached].isfinite().all(), reached
         hit = (~got["d_student"].isfinite()).nonzero()
-        assert set(hit[:, 0].tolist()) == {1}  # its own image alone
-        assert set((hit[:, 1] // 4).tolist()) == {0}  # whose row of tokens is summed
+        assert set(hit[:, 0].tolist()) == {1}  # only this image
+        assert set((hit[:, 1] // 4).tolist()) == {0}  # only its row of the patch grid
         pooled = got["pooled"].isfinite().all(1)
         assert pooled.tolist() == [True, name == "teacher", True]

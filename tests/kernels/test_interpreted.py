@@ -1,4 +1,4 @@
-"""The kernels in float64 under Triton's interpreter: exactness, and torch's gradcheck."""
+"""Kernels in float64 under Triton's interpreter: accuracy and gradcheck."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 
 @pytest.mark.parametrize("op", ["feature_distance", "two_layer_norms", "soft_kd"])
-def test_the_kernels_in_float64(op):
-    """The interpreter is chosen when triton is imported: a process of its own."""
+def test_kernels_in_float64(op):
+    """Runs in a separate process, because triton selects the interpreter at import."""
     result = subprocess.run(
         [sys.executable, "-m", "tests.kernels.interpreted", op],
         env=os.environ | {"TRITON_INTERPRET": "1"},

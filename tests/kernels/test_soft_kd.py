@@ -1,4 +1,4 @@
-"""The kernel of soft_kd: PTX executed with all checks on."""
+"""Kernel of soft_kd: PTX, executed with all checks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from tests.ops.soft_kd_cases import Problem, assert_special_rows
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 BOTH = ["soft_kd_rows", "sum_partials", "soft_kd_rows"]
 BLOCKS = kernels.Config(2, 16, num_warps=1)
-# between them: a row in several blocks, in one, several rows a program; several warps a row; rows
-# and classes that do not fill their blocks; each term there and missing; labels of either kind
+# (problem, dtype of the student, dtype of the others, configuration). Together they cover: one and
+# several blocks per row; several rows per program; several warps per row; partly filled blocks;
+# each term present and absent; both kinds of labels
 CASES = [
     (Problem(5, 33), BF16, BF16, BLOCKS),
     (Problem(15, 33, alpha=0.3, tau=2.0, soft=True), F16, F32, BLOCKS),
@@ -34,7 +35,7 @@ def triton():
 
 
 @pytest.mark.parametrize(("problem", "dtype", "others", "config"), CASES, ids=str)
-def test_as_exact_as_torch(executed, monkeypatch, problem, dtype, others, config):
+def test_error_is_at_most_twice_torchs(executed, monkeypatch, problem, dtype, others, config):
     if config is not None:
         monkeypatch.setattr(kernels, "config", lambda *_: config)
     inputs = problem.inputs(dtype, others)
@@ -43,7 +44,7 @@ def test_as_exact_as_torch(executed, monkeypatch, problem, dtype, others, config
     problem.assert_exact(got, inputs)
 
 
-def test_as_exact_as_torch_for_imagenet_on_hopper():
+def test_error_with_1000_classes_on_sm_90():
     problem = Problem(3, 1000)
     inputs = problem.inputs(BF16)
     with executing(90) as executed:
@@ -53,12 +54,12 @@ def test_as_exact_as_torch_for_imagenet_on_hopper():
 
 
 @pytest.mark.parametrize(("alpha", "tau", "soft"), [(0.5, 1.0, False), (0.5, 2.0, True)])
-def test_nan_and_inf_as_the_equation(executed, alpha, tau, soft):
+def test_nan_and_inf_propagate_as_in_equation(executed, alpha, tau, soft):
     assert_special_rows(alpha, tau, soft)
     assert set(executed) == set(BOTH)
 
 
-def test_a_class_index_out_of_range_reads_nothing_and_gives_nan(executed):
+def test_class_index_out_of_range_gives_nan(executed):
     student = torch.randn(7, 4, requires_grad=True)
     target = torch.tensor([0, 4, 3, -1, -100, 2**40, 1])
     loss = soft_kd(student, student.detach(), target, alpha=0.5)
@@ -68,7 +69,7 @@ def test_a_class_index_out_of_range_reads_nothing_and_gives_nan(executed):
     assert torch.equal(gradient.isnan(), lost[:, None].expand(-1, 4))
 
 
-def test_views_give_the_same_bits(executed):
+def test_views_are_bitwise_equal(executed):
     inputs = SMALL.inputs(F32)
     plain = SMALL.run(inputs)
     for name in ("sliced", "transposed"):
@@ -78,8 +79,8 @@ def test_views_give_the_same_bits(executed):
     assert_same_bits(SMALL.run(expanded), SMALL.run(whole))
 
 
-def test_a_second_run_and_an_upstream_gradient_keep_the_bits(executed):
-    """Threads run in another order, and a power of two is exact."""
+def test_repeats_and_scaled_gradients_are_bitwise_equal(executed):
+    """The order of threads differs between runs; scaling by a power of two is exact."""
     inputs = SMALL.inputs(F32)
     before = {n: x.clone() for n, x in inputs.items()}
     once = SMALL.run(inputs, 1.0)
@@ -88,8 +89,8 @@ def test_a_second_run_and_an_upstream_gradient_keep_the_bits(executed):
     assert_same_bits(inputs, before)
 
 
-def test_a_mean_over_many_rows_keeps_the_bits_of_a_half_gradient(executed):
-    """Scaled after its rounding, a gradient divided by 4,096 would mostly be subnormal."""
+def test_fp16_gradient_of_large_batch_does_not_underflow(executed):
+    """A gradient that is rounded before it is scaled would mostly be subnormal."""
     problem = Problem(4096, 4, alpha=1.0)
     inputs = problem.inputs(F16)
     problem.assert_exact(problem.run(inputs, 2.0**16), inputs, 2.0**16)
@@ -101,5 +102,5 @@ def test_launch_sizes(classes, kind):
     config = kernels.config(classes, kind)
     assert config.block.bit_count() == config.num_warps.bit_count() == 1
     assert config.block >= classes or config.block == 2048
-    logits = config.rows * config.block / (32 * config.num_warps)  # a thread's
+    logits = config.rows * config.block / (32 * config.num_warps)  # per thread
     assert 8 <= logits <= 16

@@ -1,4 +1,4 @@
-"""The kernels of widelast_projection: PTX executed with all checks on."""
+"""Kernels of widelast_projection: PTX, executed with all checks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests.ops.comparing import assert_same_bits, spread, views
 from tests.ops.norms_cases import Problem
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-# between them: rows and channels that do not fill their tiles; programs with several tiles, and
-# one; both outputs used, and either; rows' dtype, and that of the norms' parameters
+# (problem, dtype of the rows, dtype of the norms' parameters). Together they cover: partly filled
+# tiles; one and several tiles per program; both outputs used, and each alone
 CASES = [
     (Problem(3, 49, 24, 200), BF16, F32),
     (Problem(2, 9, 20, 33, ("normed",)), F16, F16),
@@ -32,7 +32,7 @@ def triton():
 
 @pytest.mark.parametrize(("problem", "rows", "parameters"), CASES, ids=str)
 @pytest.mark.usefixtures("few_programs")
-def test_as_exact_as_torch(executed, problem, rows, parameters):
+def test_error_is_at_most_twice_torchs(executed, problem, rows, parameters):
     inputs = problem.inputs(rows, parameters)
     got = problem.run(inputs)
     assert executed == LAUNCHES
@@ -40,7 +40,7 @@ def test_as_exact_as_torch(executed, problem, rows, parameters):
 
 
 @pytest.mark.parametrize(("arch", "rows", "parameters"), [(80, BF16, F32), (90, F16, F32)], ids=str)
-def test_as_exact_as_torch_at_the_published_widths(arch, rows, parameters):
+def test_error_at_published_widths(arch, rows, parameters):
     problem = Problem(1, 98, 192, 384)
     inputs = problem.inputs(rows, parameters)
     with executing(arch) as executed:
@@ -49,7 +49,7 @@ def test_as_exact_as_torch_at_the_published_widths(arch, rows, parameters):
     problem.assert_exact(got, inputs)
 
 
-def test_views_and_expanded_gradients_give_the_same_bits(executed):
+def test_views_and_expanded_gradients_are_bitwise_equal(executed):
     inputs, upstream = SMALL.inputs(BF16, F32), SMALL.upstream(BF16)
     upstream["normed"] = upstream["normed"][:1, :, :1].expand(3, 6, 20)
     plain = SMALL.run(inputs, {n: x.contiguous() for n, x in upstream.items()})
@@ -59,8 +59,8 @@ def test_views_and_expanded_gradients_give_the_same_bits(executed):
         assert_same_bits(SMALL.run(viewed, of_residual), plain)
 
 
-def test_a_second_run_and_an_upstream_gradient_keep_the_bits(executed):
-    """Threads run in another order, and a power of two is exact."""
+def test_repeats_and_scaled_gradients_are_bitwise_equal(executed):
+    """The order of threads differs between runs; scaling by a power of two is exact."""
     inputs, upstream = SMALL.inputs(F32), SMALL.upstream(F32)
     once = SMALL.run(inputs, upstream)
     assert_same_bits(SMALL.run(inputs, upstream), once)
@@ -69,16 +69,16 @@ def test_a_second_run_and_an_upstream_gradient_keep_the_bits(executed):
     assert_same_bits(eighth, scaled)
 
 
-def test_gradients_more_than_two_to_the_31_elements_apart():
+def test_gradient_offsets_beyond_int32():
     problem = Problem(1, 3, 5, 20)
     inputs, upstream = problem.inputs(BF16, F32), problem.upstream(BF16)
-    with executing(check=False):  # for gigabytes between the elements
+    with executing(check=False):  # checks would need memory for the gaps
         far = problem.run(inputs, {n: tokens_far_apart(x) for n, x in upstream.items()})
         assert_same_bits(far, problem.run(inputs, upstream))
 
 
 @pytest.mark.parametrize("name", ["x", "normed", "residual"])
-def test_nan_stays_in_its_row(executed, name):
+def test_nan_affects_only_its_row(executed, name):
     inputs, upstream = SMALL.inputs(BF16, F32), SMALL.upstream(BF16)
     (inputs | upstream)[name][1, 3, 2] = float("nan")
     got = SMALL.run(inputs, upstream)
@@ -89,7 +89,7 @@ def test_nan_stays_in_its_row(executed, name):
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
-def test_no_rows_launch_nothing(executed, shape):
+def test_empty_maps_launch_nothing(executed, shape):
     problem = Problem(*shape, 6, 10)
     got = problem.run(problem.inputs(BF16, F32))
     assert executed == []

@@ -1,4 +1,4 @@
-"""Small models, and a ViT written out by hand that knows nothing but tensors and equations."""
+"""Small models, and a ViT written as equations on tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread: None) -> None:
-    """Of all tests here."""
+    """Applies to all tests of this folder."""
 
 
 @pytest.fixture
@@ -34,16 +34,16 @@ def tiny() -> dict[str, object]:
 
 @pytest.fixture
 def fresh_compiler() -> None:
-    """Forget what torch.compile compiled before, so that a test sees its own graph breaks."""
+    """Resets torch.compile, so that graph breaks of earlier tests do not count."""
     reset: Any = torch.compiler.reset  # untyped in torch
     reset()
 
 
 @pytest.fixture
-def shaken() -> Callable[[nn.Module], nn.Module]:
-    """Move every parameter off its initial value, so that no norm, bias or scale is trivial."""
+def perturb() -> Callable[[nn.Module], nn.Module]:
+    """Function that adds noise to all parameters, so that no norm, bias or scale is trivial."""
 
-    def shake(model: nn.Module) -> nn.Module:
+    def apply(model: nn.Module) -> nn.Module:
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -51,12 +51,12 @@ def shaken() -> Callable[[nn.Module], nn.Module]:
                 parameter.add_(0.2 * noise.to(parameter))
         return model
 
-    return shake
+    return apply
 
 
 @pytest.fixture
 def plain_vit() -> Callable[..., list[Tensor]]:
-    """Every block's output (B, 1 + N, C), computed from a state dict in timm's layout."""
+    """Function that computes each block's output (B, 1 + N, C) from a state dict of timm."""
 
     def run(
         state: Mapping[str, Tensor], images: Tensor, heads: Sequence[int], eps: float = 1e-6
@@ -103,5 +103,5 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 @pytest.fixture(name="layer_norm")
 def _layer_norm() -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
-    """LayerNorm over the last dimension, from its definition."""
+    """LayerNorm over the last dimension, by its definition."""
     return layer_norm

@@ -1,4 +1,4 @@
-"""The fused ops stand only for modules that compute the same, and that nobody watches."""
+"""Fused ops replace only unchanged modules without hooks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CASES = [(arch, name) for arch, names in MODULES.items() for name in names]
 
 
 class Entry:
-    """A student, and the part of it that owns the modules which one op stands for."""
+    """A student, and the submodule whose layers a fused op replaces."""
 
     def __init__(self, arch: str, tiny: dict[str, Any]) -> None:
         torch.manual_seed(0)
@@ -36,7 +36,7 @@ class Entry:
         self.images = torch.randn(2, 3, 32, 32)
 
     def fused(self, call: Callable[[Tensor], object] | None = None) -> bool:
-        """Whether the model's forward pass runs the op."""
+        """Checks whether a forward pass runs the op."""
         backends._last.clear()
         with torch.no_grad():
             (self.model if call is None else call)(self.images)
@@ -49,7 +49,7 @@ def entry(arch: str, tiny: dict[str, Any]) -> Entry:
 
 
 class Adapter(nn.Module):
-    """As LoRA's: a layer with the attributes of the one inside, and something added."""
+    """Wraps a layer like LoRA: the same attributes, another output."""
 
     def __init__(self, inner: Any) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def adapted(entry: Entry) -> None:
 
 
 def quantised(entry: Entry) -> None:
-    """`weight` is a method of such a layer."""
+    """Dynamic quantisation, which makes `weight` a method."""
     whole = nn.Sequential(getattr(entry.owner, entry.linear))
     changed = torch.ao.quantization.quantize_dynamic(whole, {nn.Linear}, dtype=torch.qint8)
     setattr(entry.owner, entry.linear, changed[0])
@@ -94,7 +94,7 @@ def over_tokens_too(entry: Entry) -> None:
 
 
 def another_forward(entry: Entry) -> None:
-    """As accelerate's hooks do."""
+    """Replaces `forward` of an instance, as accelerate does."""
     norm = getattr(entry.owner, entry.norms[0])
     norm.forward = MethodType(lambda self, x: 2 * type(self).forward(self, x), norm)
 
@@ -114,7 +114,7 @@ def test_plain_modules_are_fused(entry):
 @pytest.mark.filterwarnings("ignore:.*quanti")
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("arch", OPS)
-def test_what_stands_in_a_modules_place_is_called(entry, change):
+def test_changed_modules_are_called(entry, change):
     change(entry)
     given: dict[str, Tensor] = {}
     for name in (entry.linear, *entry.norms):
@@ -122,7 +122,7 @@ def test_what_stands_in_a_modules_place_is_called(entry, change):
         module.register_forward_hook(lambda _m, _i, y, name=name: given.update({name: y}))
     logits, (last,) = entry.model.forward_with_features(entry.images, [-1])
     expected = given.copy()
-    for name in (entry.linear, *entry.norms):  # without them, the change alone must do
+    for name in (entry.linear, *entry.norms):  # without hooks, the change alone must prevent fusion
         getattr(entry.owner, name)._forward_hooks.clear()
     assert not entry.fused()
     torch.testing.assert_close(entry.model(entry.images), logits)
@@ -134,9 +134,15 @@ def test_what_stands_in_a_modules_place_is_called(entry, change):
         torch.testing.assert_close(entry.model.forward_head(last), logits)
 
 
+@pytest.mark.parametrize("arch", ["widelast"])
+def test_norms_with_different_eps_are_not_fused(entry):
+    entry.owner.norm1.eps = 1e-2
+    assert not entry.fused()
+
+
 @pytest.mark.parametrize(("arch", "name"), CASES)
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
-def test_hooks_of_a_module_run(entry, name, kind):
+def test_module_hooks_run(entry, name, kind):
     seen: list[object] = []
     module = getattr(entry.owner, name)
     handle = getattr(module, f"register_{kind}_hook")(lambda m, *_: seen.append(m))
@@ -152,7 +158,7 @@ def test_hooks_of_a_module_run(entry, name, kind):
 @pytest.mark.parametrize(
     "register", [register_module_forward_hook, register_module_forward_pre_hook]
 )
-def test_hooks_on_all_modules_run(entry, register):
+def test_global_hooks_run(entry, register):
     seen: list[object] = []
     handle = register(lambda m, *_: seen.append(m))
     try:

@@ -1,4 +1,4 @@
-"""The code of docs/export.md, on both students."""
+"""The code of docs/export.md, for both kinds of students."""
 
 from __future__ import annotations
 
@@ -18,29 +18,27 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), flags=re.MULTIL
 
 @pytest.fixture
 def page() -> dict[str, Any]:
-    """The names that the page's first block of code defines."""
+    """Names that the first code block of the page defines."""
     names: dict[str, Any] = {}
     exec(compile(BLOCKS[0], str(PAGE), "exec"), names)
     return names
 
 
 @pytest.fixture(params=["lift", "widelast"])
-def student(request: pytest.FixtureRequest, tiny: dict[str, Any], shaken: Any) -> Any:
+def student(request: pytest.FixtureRequest, tiny: dict[str, Any], perturb: Any) -> Any:
     torch.manual_seed(0)
     options = {**tiny, "depth": 2}
-    return shaken(create_student("deit_tiny_patch16_224", request.param, 96, **options)).eval()
+    return perturb(create_student("deit_tiny_patch16_224", request.param, 96, **options)).eval()
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_exported_program_gives_the_same_logits(
-    page: dict[str, Any], student: Any, batch: int
-) -> None:
+def test_exported_program_matches_model(page: dict[str, Any], student: Any, batch: int) -> None:
     program = page["export_program"](student, torch.randn(2, 3, 32, 32))
     images = torch.randn(batch, 3, 32, 32)
     torch.testing.assert_close(program.module()(images), student(images), rtol=1e-5, atol=1e-5)
 
 
-def test_onnx_gives_the_same_logits(page: dict[str, Any], student: Any, tmp_path: Path) -> None:
+def test_onnx_matches_model(page: dict[str, Any], student: Any, tmp_path: Path) -> None:
     path = tmp_path / "student.onnx"
     page["export_onnx"](student, torch.randn(2, 3, 32, 32), path)
     session = onnxruntime.InferenceSession(path)
@@ -52,7 +50,7 @@ def test_onnx_gives_the_same_logits(page: dict[str, Any], student: Any, tmp_path
         )
 
 
-def test_the_whole_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_docs_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert len(BLOCKS) == 2
     exec(compile("\n".join(BLOCKS), str(PAGE), "exec"), {})

@@ -1,4 +1,4 @@
-"""forward_with_features against forward hooks on an untouched timm model."""
+"""forward_with_features, compared with forward hooks on an unchanged timm model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SWIN = {
     "num_heads": (1, 2, 3),
     "num_classes": 10,
 }
-# name of the family: timm name, arguments, prefix tokens
+# family: timm name, arguments, number of prefix tokens
 FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "deit": ("deit_tiny_patch16_224", VIT, 1),
     "deit_distilled": ("deit_tiny_distilled_patch16_224", VIT, 2),
@@ -44,11 +44,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 @pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest, shaken: Any) -> tuple[nn.Module, int]:
-    """An untouched timm model in evaluation mode, and its number of prefix tokens."""
+def family(request: pytest.FixtureRequest, perturb: Any) -> tuple[nn.Module, int]:
+    """An unchanged timm model in evaluation mode, and its number of prefix tokens."""
     name, options, prefix = FAMILIES[request.param]
     torch.manual_seed(0)
-    return shaken(timm.create_model(name, **options)).eval(), prefix
+    return perturb(timm.create_model(name, **options)).eval(), prefix
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def images() -> Tensor:
 
 
 def hooked(model: nn.Module, images: Tensor, prefix: int) -> tuple[Tensor, list[Tensor]]:
-    """Logits and every layer's patch tokens, by hooks on timm's modules."""
+    """Logits and the patch tokens of each layer, by hooks on timm's modules."""
     maps: list[Tensor] = []
 
     def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
@@ -72,10 +72,10 @@ def hooked(model: nn.Module, images: Tensor, prefix: int) -> tuple[Tensor, list[
     return logits, maps
 
 
-def test_maps_and_logits_are_timms(family: tuple[nn.Module, int], images: Tensor) -> None:
+def test_maps_and_logits_match_timm(family: tuple[nn.Module, int], images: Tensor) -> None:
     untouched, prefix = family
     logits, maps = hooked(untouched, images, prefix)
-    model: Any = with_features(untouched)  # the same tensors: equal to the last bit
+    model: Any = with_features(untouched)  # shares the tensors, so results are bitwise equal
     depth = len(maps)
     layers = [-1, 0, 1, depth - 1, 0, -depth]
     got_logits, got = model.forward_with_features(images, layers)
@@ -90,7 +90,7 @@ def test_maps_and_logits_are_timms(family: tuple[nn.Module, int], images: Tensor
     assert nothing == []
 
 
-def test_maps_alone_end_with_the_deepest(family: tuple[nn.Module, int], images: Tensor) -> None:
+def test_forward_maps_stops_at_deepest_layer(family: tuple[nn.Module, int], images: Tensor) -> None:
     untouched, _ = family
     model: Any = with_features(copy.deepcopy(untouched))
     stages = model.layers if hasattr(model, "layers") else model.blocks
@@ -106,7 +106,7 @@ def test_maps_alone_end_with_the_deepest(family: tuple[nn.Module, int], images: 
         assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
-def test_adoption_is_in_place_and_keeps_the_state(family: tuple[nn.Module, int]) -> None:
+def test_with_features_is_in_place_and_keeps_state(family: tuple[nn.Module, int]) -> None:
     untouched, _ = family
     before = {name: value.clone() for name, value in untouched.state_dict().items()}
     model: Any = with_features(untouched)
@@ -134,7 +134,7 @@ def test_gradients_flow_through_maps_and_logits(
         torch.testing.assert_close(parameter.grad, wanted[name].grad)
 
 
-def test_one_forward_pass(family: tuple[nn.Module, int], images: Tensor) -> None:
+def test_runs_each_block_once(family: tuple[nn.Module, int], images: Tensor) -> None:
     model: Any = with_features(family[0])
     calls: list[int] = []
     stages = model.layers if hasattr(model, "layers") else model.blocks
@@ -156,7 +156,7 @@ def test_compiles_without_a_graph_break(family: tuple[nn.Module, int], images: T
         assert all(torch.equal(a, b) for a, b in zip(got, maps, strict=True))
 
 
-def test_checkpointed_blocks_give_the_same_gradients(
+def test_gradient_checkpointing_keeps_gradients(
     family: tuple[nn.Module, int], images: Tensor
 ) -> None:
     def gradients(model: Any) -> dict[str, Tensor]:
@@ -172,7 +172,7 @@ def test_checkpointed_blocks_give_the_same_gradients(
         torch.testing.assert_close(gradient, wanted[name])
 
 
-def test_autocast_and_training_mode_match_a_plain_call(
+def test_autocast_and_training_mode_match_forward(
     family: tuple[nn.Module, int], images: Tensor
 ) -> None:
     model: Any = with_features(family[0])
@@ -186,10 +186,10 @@ def test_autocast_and_training_mode_match_a_plain_call(
     logits = model(images)
     torch.manual_seed(3)
     assert torch.equal(model.forward_with_features(images, [0, -1])[0], logits)
-    assert not torch.equal(model(images), logits)  # there was something random to match
+    assert not torch.equal(model(images), logits)  # the forward pass is random
 
 
-def test_models_can_be_pickled_and_copied(family: tuple[nn.Module, int], images: Tensor) -> None:
+def test_pickle_and_deepcopy(family: tuple[nn.Module, int], images: Tensor) -> None:
     model: Any = with_features(family[0])
     logits, (features,) = model.forward_with_features(images, [-1])
     for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
@@ -198,7 +198,7 @@ def test_models_can_be_pickled_and_copied(family: tuple[nn.Module, int], images:
         torch.testing.assert_close(got, features)
 
 
-def test_distilled_training_returns_timms_pair(images: Tensor) -> None:
+def test_distilled_training_returns_two_logits(images: Tensor) -> None:
     model: Any = with_features(timm.create_model(FAMILIES["deit_distilled"][0], **VIT))
     model.set_distilled_training(True)
     logits, (features,) = model.forward_with_features(images, [-1])
@@ -206,18 +206,18 @@ def test_distilled_training_returns_timms_pair(images: Tensor) -> None:
     assert features.shape == (2, 16, 48)
 
 
-def test_other_models_are_refused() -> None:
+def test_unsupported_model_raises() -> None:
     with pytest.raises(ValueError, match=r"model: expected one of timm's .*Cait.*; got ResNet"):
         with_features(timm.create_model("resnet10t"))
 
 
-def test_resolve_layers_counts_as_python_does() -> None:
+def test_resolve_layers() -> None:
     assert resolve_layers([0, 11, -1, -12, 3, 3], 12) == (0, 11, 11, 0, 3, 3)
     assert resolve_layers((), 12) == ()
 
 
 @pytest.mark.parametrize("layer", [12, -13])
-def test_layers_out_of_range(layer: int, images: Tensor) -> None:
+def test_layer_out_of_range_raises(layer: int, images: Tensor) -> None:
     message = rf"^layers: {layer} is out of range for a model with 12 layers \(valid: -12\.\.11\)$"
     with pytest.raises(ValueError, match=message):
         resolve_layers([0, layer], 12)
@@ -227,7 +227,7 @@ def test_layers_out_of_range(layer: int, images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("layers", [[1.0], ["1"], [True], [None], 3, "12"])
-def test_layers_of_another_type(layers: Any) -> None:
+def test_layers_of_wrong_type_raise(layers: Any) -> None:
     with pytest.raises(TypeError, match=r"^layers: expected"):
         resolve_layers(layers, 12)
 
@@ -242,7 +242,7 @@ def test_layers_of_another_type(layers: Any) -> None:
         ("swin_tiny_patch4_window7_224", {**SWIN, "img_size": (32, 48)}, -1, (4, 6)),
     ],
 )
-def test_feature_grid_is_the_maps_grid(
+def test_feature_grid(
     name: str, options: dict[str, Any], layer: int, grid: tuple[int, int]
 ) -> None:
     model: Any = with_features(timm.create_model(name, **options))
@@ -259,18 +259,18 @@ def test_feature_grid_is_the_maps_grid(
         ("swin_tiny_patch4_window7_224", {**SWIN, "dynamic_img_size": True}),
     ],
 )
-def test_feature_grid_is_unknown(name: str, options: dict[str, Any]) -> None:
+def test_feature_grid_is_none_for_dynamic_sizes(name: str, options: dict[str, Any]) -> None:
     model = with_features(timm.create_model(name, **options))
     assert feature_grid(model) is None
 
 
-def test_feature_grid_checks_its_layer() -> None:
+def test_feature_grid_layer_out_of_range_raises() -> None:
     model = with_features(timm.create_model("swin_tiny_patch4_window7_224", **SWIN))
     with pytest.raises(ValueError, match=r"layers: 3 is out of range for a model with 3 layers"):
         feature_grid(model, 3)
 
 
-def test_dynamic_image_sizes_give_their_own_number_of_tokens() -> None:
+def test_dynamic_image_size() -> None:
     options = {**VIT, "dynamic_img_size": True}
     model: Any = with_features(timm.create_model("deit_tiny_patch16_224", **options))
     _, (features,) = model.forward_with_features(torch.zeros(1, 3, 16, 48), [-1])

@@ -1,4 +1,4 @@
-"""load_published on synthetic files, written from the published names and shapes alone."""
+"""load_published on synthetic files with the published names and shapes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLASSES, PATCH, GRID, CHANNELS = 10, 8, 3, 3
 
 
 def vit_tensors(widths: Sequence[int]) -> dict[str, Tensor]:
-    """Random tensors of a ViT's published names [EM26], for blocks of the given widths."""
+    """Random tensors with the published names of a ViT [EM26], for blocks of the given widths."""
     generator = torch.Generator().manual_seed(len(widths))
 
     def draw(*shape: int) -> Tensor:
@@ -57,7 +57,7 @@ def vit_tensors(widths: Sequence[int]) -> dict[str, Tensor]:
 
 
 def lift_tensors(width: int = 24, depth: int = 3, teacher: int = 40) -> dict[str, Tensor]:
-    """The published Lift's tensors, with the dead norm and head of its base model."""
+    """Tensors of the published Lift, including the unused norm and head of its base model."""
     state = {f"base_model.{name}": v for name, v in vit_tensors([width] * depth).items()}
     generator = torch.Generator().manual_seed(9)
     last = depth - 1
@@ -69,7 +69,7 @@ def lift_tensors(width: int = 24, depth: int = 3, teacher: int = 40) -> dict[str
     return state
 
 
-WIDE = {  # widths and heads of blocks, for a first block of 24 channels and 3 heads
+WIDE = {  # widths and heads of the blocks; the first block has 24 channels and 3 heads
     "widelast": ([24, 24, 24, 48], [3, 3, 3, 6]),
     "fixed_step": ([24, 24, 24, 48], [3, 3, 3, 3]),
     "heads_linear": ([24] * 6 + [56, 96], [3] * 6 + [7, 12]),
@@ -90,7 +90,7 @@ def saved(tmp_path: Path, state: dict[str, Tensor]) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_lift(
+def test_published_lift_matches_equations(
     tmp_path: Path, suffix: str, images: Tensor, plain_vit: PlainVit, layer_norm: Any
 ) -> None:
     state = lift_tensors()
@@ -112,10 +112,12 @@ def test_lift(
 
 
 @pytest.mark.parametrize("arch", WIDE)
-def test_wide_students(arch: str, tmp_path: Path, images: Tensor, plain_vit: PlainVit) -> None:
+def test_published_wide_students_match_equations(
+    arch: str, tmp_path: Path, images: Tensor, plain_vit: PlainVit
+) -> None:
     widths, heads = WIDE[arch]
     state = vit_tensors(widths)
-    chosen = "fixed_step" if arch == "fixed_step" else None  # the others are found out
+    chosen = "fixed_step" if arch == "fixed_step" else None  # the others are detected
     model: Any = load_published(saved(tmp_path, state), arch=chosen)
     assert isinstance(model, WideLast)
     assert [size.heads for size in model.sizes] == heads
@@ -125,21 +127,21 @@ def test_wide_students(arch: str, tmp_path: Path, images: Tensor, plain_vit: Pla
     torch.testing.assert_close(features, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("dead", [True, False])
-def test_round_trip_of_lift(tmp_path: Path, dead: bool) -> None:
+@pytest.mark.parametrize("unused", [True, False])
+def test_lift_round_trip(tmp_path: Path, unused: bool) -> None:
     state = lift_tensors()
-    live = {
+    used = {
         name: value
         for name, value in state.items()
         if not name.startswith(("base_model.norm.", "base_model.head."))
     }
-    back = to_published(load_published(saved(tmp_path, state if dead else live)))
-    assert set(back) == set(live)
-    assert all(torch.equal(back[name], live[name]) for name in live)
+    back = to_published(load_published(saved(tmp_path, state if unused else used)))
+    assert set(back) == set(used)
+    assert all(torch.equal(back[name], used[name]) for name in used)
 
 
 @pytest.mark.parametrize("arch", WIDE)
-def test_round_trip_of_wide_students(arch: str, tmp_path: Path) -> None:
+def test_wide_students_round_trip(arch: str, tmp_path: Path) -> None:
     state = vit_tensors(WIDE[arch][0])
     back = to_published(load_published(saved(tmp_path, state), arch=arch))
     assert set(back) == set(state)
@@ -147,10 +149,10 @@ def test_round_trip_of_wide_students(arch: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arch", ["lift", "widelast"])
-def test_students_of_featkd_go_there_and_back(
-    arch: str, tmp_path: Path, tiny: dict[str, Any], shaken: Any
+def test_to_published_round_trip(
+    arch: str, tmp_path: Path, tiny: dict[str, Any], perturb: Any
 ) -> None:
-    student: Any = shaken(create_student("deit_tiny_patch16_224", arch, 96, **tiny)).eval()
+    student: Any = perturb(create_student("deit_tiny_patch16_224", arch, 96, **tiny)).eval()
     again: Any = load_published(saved(tmp_path, to_published(student)))
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(again(images), student(images))
@@ -167,7 +169,7 @@ def test_published_sizes_of_deit_tiny(tmp_path: Path) -> None:
     assert sum(p.numel() for p in model.parameters()) == 7_313_896
 
 
-def test_the_last_weights_are_the_published_ones(tmp_path: Path) -> None:
+def test_default_is_last_weights(tmp_path: Path) -> None:
     last = vit_tensors([24, 48])
     averaged = {name: value + 1 for name, value in last.items()}
     path = tmp_path / "both.pth"
@@ -177,7 +179,7 @@ def test_the_last_weights_are_the_published_ones(tmp_path: Path) -> None:
     assert torch.equal(chosen["head.bias"], averaged["head.bias"])
 
 
-def test_other_numbers_of_heads(tmp_path: Path) -> None:
+def test_num_heads_argument(tmp_path: Path) -> None:
     path = saved(tmp_path, vit_tensors([24, 24, 24, 48]))
     model: Any = load_published(path, num_heads=2)
     assert [size.heads for size in model.sizes] == [2, 2, 2, 4]
@@ -188,7 +190,7 @@ def test_other_numbers_of_heads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", list(lift_tensors()))
-def test_lift_misses_no_tensor_silently(name: str, tmp_path: Path) -> None:
+def test_lift_missing_tensor_raises(name: str, tmp_path: Path) -> None:
     state = lift_tensors()
     del state[name]
     path = saved(tmp_path, state)
@@ -201,7 +203,7 @@ def test_lift_misses_no_tensor_silently(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", list(vit_tensors([24, 48])))
-def test_widelast_misses_no_tensor_silently(name: str, tmp_path: Path) -> None:
+def test_widelast_missing_tensor_raises(name: str, tmp_path: Path) -> None:
     state = vit_tensors([24, 48])
     del state[name]
     with pytest.raises(CheckpointMismatch, match=rf"1 missing: {name}$"):
@@ -212,7 +214,7 @@ def test_widelast_misses_no_tensor_silently(name: str, tmp_path: Path) -> None:
     "odd",
     ["extra", "base_model.extra", "projections.0.weight", "layer_norms.2.extra", "norm.weight"],
 )
-def test_odd_names_in_lift(odd: str, tmp_path: Path) -> None:
+def test_lift_unexpected_name_raises(odd: str, tmp_path: Path) -> None:
     state = {**lift_tensors(), odd: torch.zeros(1)}
     with pytest.raises(
         CheckpointMismatch, match=f"1 unexpected: {odd.removeprefix('base_model.')}"
@@ -220,7 +222,7 @@ def test_odd_names_in_lift(odd: str, tmp_path: Path) -> None:
         load_published(saved(tmp_path, state))
 
 
-def test_odd_names_and_shapes_in_widelast(tmp_path: Path) -> None:
+def test_widelast_unexpected_names_and_shapes_raise(tmp_path: Path) -> None:
     state = vit_tensors([24, 48])
     with pytest.raises(CheckpointMismatch, match=r"1 unexpected: blocks\.0\.proj_in\.weight"):
         load_published(saved(tmp_path, {**state, "blocks.0.proj_in.weight": torch.zeros(24, 24)}))
@@ -232,7 +234,7 @@ def test_odd_names_and_shapes_in_widelast(tmp_path: Path) -> None:
         load_published(saved(tmp_path, {**state, "pos_embed": torch.zeros(1, 7, 24)}))
 
 
-def test_other_models_and_widths(tmp_path: Path) -> None:
+def test_unsupported_models_and_widths_raise(tmp_path: Path) -> None:
     with pytest.raises(CheckpointMismatch, match=r"1 missing: blocks\.0\.\*"):
         load_published(saved(tmp_path, {"conv.weight": torch.zeros(1)}))
     with pytest.raises(CheckpointMismatch, match=r"widths 24/24/24, which are no schedule's"):

@@ -1,4 +1,4 @@
-"""create_student, the names registered with timm, and what optimizers read off the models."""
+"""create_student, names registered with timm, and parameter groups of optimizers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch
 from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from timm.optim._param_groups import param_groups_layer_decay
-from torch import Tensor, nn
+from torch import Tensor
 
+from featkd.losses import DistillationLoss
 from featkd.models import ARCHS, create_student, num_layers
 
-# [EM26], with 1000 classes
+# [EM26], for 1000 classes
 PARAMETERS = {
     "deit_tiny_patch16_224": 5_717_416,
     "deit_tiny_lift384_patch16_224": 5_983_528,
@@ -38,7 +39,7 @@ def test_published_parameter_counts(name: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_create_student_makes_the_registered_shapes(arch: str) -> None:
+def test_create_student_matches_registered_models(arch: str) -> None:
     student: Any = create_student(arch=arch, device="meta")
     name = "deit_tiny_patch16_224" if arch == "plain" else f"deit_tiny_{arch}384_patch16_224"
     registered = timm.create_model(name, device="meta")
@@ -47,7 +48,7 @@ def test_create_student_makes_the_registered_shapes(arch: str) -> None:
 
 
 @pytest.mark.parametrize("name", REGISTERED)
-def test_timm_makes_the_registered_students(name: str) -> None:
+def test_registered_students(name: str) -> None:
     model = timm.create_model(name, num_classes=10, drop_path_rate=0.1, img_size=32, depth=4)
     logits, (features,) = model.forward_with_features(torch.zeros(2, 3, 32, 32), [-1])
     assert logits.shape == (2, 10)
@@ -65,7 +66,7 @@ def test_timm_makes_the_registered_students(name: str) -> None:
         timm.create_model(name, pretrained=True)
 
 
-def test_a_changed_base_does_not_offer_the_bases_weights(tiny: dict[str, Any]) -> None:
+def test_changed_architecture_has_no_pretrained_weights(tiny: dict[str, Any]) -> None:
     for arch in ("lift", "widelast"):
         student: Any = create_student("deit_tiny_patch16_224", arch, 96, **tiny)
         assert not {"url", "hf_hub_id", "architecture"} & set(student.pretrained_cfg)
@@ -85,7 +86,7 @@ def test_a_changed_base_does_not_offer_the_bases_weights(tiny: dict[str, Any]) -
         ("vit_tiny_patch16_224", {"depth": 1, "img_size": 32}, 1),
     ],
 )
-def test_plain_takes_every_family(base: str, options: dict[str, Any], layers: int) -> None:
+def test_plain_student_of_each_family(base: str, options: dict[str, Any], layers: int) -> None:
     student = create_student(base, num_classes=10, **options)
     assert student.training
     assert num_layers(student) == layers
@@ -97,6 +98,7 @@ def test_plain_takes_every_family(base: str, options: dict[str, Any], layers: in
     [
         ({"arch": "wide_last"}, r"arch: unknown 'wide_last'; did you mean 'widelast'\?; allowed"),
         ({"arch": "?"}, r"arch: unknown '\?'; allowed: plain, lift, widelast, fixed_step"),
+        ({"base": "deit_tinny"}, r"base: .* did you mean 'deit_tiny_patch16_224'\?"),
         ({"base": "diet_tiny_patch16_224"}, r"base: .* did you mean 'deit_tiny_patch16_224'\?"),
         ({"base": "vit_tiny_patch16_224.augreg_in1"}, r"mean 'vit_tiny_patch16_224.augreg_in21k"),
         ({"base": "resnet10t"}, r"model: expected one of timm's .* got ResNet"),
@@ -123,9 +125,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_weight_decay_leaves_embeddings_norms_and_biases_alone(
-    kind: str, tiny: dict[str, Any]
-) -> None:
+def test_no_weight_decay_for_embeddings_norms_and_biases(kind: str, tiny: dict[str, Any]) -> None:
     base, arch = MODELS[kind]
     student: Any = create_student(base, arch, 96, **tiny)
     optimizer = create_optimizer_v2(student, opt="adamw", lr=1e-3, weight_decay=0.05)
@@ -141,7 +141,7 @@ def test_weight_decay_leaves_embeddings_norms_and_biases_alone(
     assert "cls_token" in names
 
 
-def test_weight_decay_leaves_swins_position_bias_alone() -> None:
+def test_no_weight_decay_for_swin_position_bias() -> None:
     options: dict[str, Any] = {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16}
     student: Any = create_student("swin_tiny_patch4_window7_224", img_size=32, **options)
     optimizer = create_optimizer_v2(student, opt="adamw", lr=1e-3, weight_decay=0.05)
@@ -151,13 +151,13 @@ def test_weight_decay_leaves_swins_position_bias_alone() -> None:
     assert all(id(table) in spared for table in tables)
 
 
-def test_lift_and_plain_start_from_the_bases_weights(
-    tmp_path: Path, tiny: dict[str, Any], shaken: Any
+def test_pretrained_weights_of_plain_and_lift(
+    tmp_path: Path, tiny: dict[str, Any], perturb: Any
 ) -> None:
-    base: Any = shaken(timm.create_model("deit_tiny_patch16_224", **tiny))
+    base: Any = perturb(timm.create_model("deit_tiny_patch16_224", **tiny))
     path = tmp_path / "base.pth"
     torch.save(base.state_dict(), path)
-    # timm reads the file in place of a download, which is all that differs from pretrained=True
+    # timm reads this file instead of downloading the weights
     source = {"file": str(path), "num_classes": 10}
     for arch in ("plain", "lift"):
         student: Any = create_student(
@@ -193,7 +193,7 @@ def test_layer_decay_covers_every_parameter(arch: str, tiny: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("arch", ["lift", "widelast"])
-def test_checkpointed_blocks_give_the_same_gradients(arch: str, tiny: dict[str, Any]) -> None:
+def test_gradient_checkpointing_keeps_gradients(arch: str, tiny: dict[str, Any]) -> None:
     student: Any = create_student("deit_tiny_patch16_224", arch, 96, **tiny).to(torch.float64)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
 
@@ -209,27 +209,10 @@ def test_checkpointed_blocks_give_the_same_gradients(arch: str, tiny: dict[str, 
     student.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     for name, gradient in gradients().items():
         torch.testing.assert_close(gradient, wanted[name])
-    assert len(calls) == 2  # forward, and once more on the way back
+    assert len(calls) == 2  # in forward, and recomputed in backward
 
 
-def test_optimising_trains_both_losses(tiny: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    student: Any = create_student("deit_tiny_patch16_224", "lift", 96, **tiny)
-    images, target = torch.randn(8, 3, 32, 32), torch.randn(8, 16, 96)
-    labels = torch.arange(8)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(12):
-        logits, (z,) = student.forward_with_features(images, [-1])
-        loss = nn.functional.cross_entropy(logits, labels) + nn.functional.mse_loss(z, target)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < 0.7 * losses[0]
-
-
-def test_importing_loads_nothing_heavier_than_timm() -> None:
+def test_import_loads_no_other_packages() -> None:
     program = (
         "import sys, timm, safetensors.torch\n"
         "before = {name.partition('.')[0] for name in sys.modules}\n"
@@ -242,3 +225,23 @@ def test_importing_loads_nothing_heavier_than_timm() -> None:
         "assert 'onnx' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("arch", ["plain", "lift", "widelast"])
+def test_torch_func_gradients_per_sample(arch, tiny):
+    """Compares grad and vmap of torch.func with autograd, through the model and the loss."""
+    student = create_student(arch=arch, teacher_dim=96, **tiny)
+    parameters = dict(student.named_parameters())
+    images, target = torch.randn(2, 3, 32, 32), torch.tensor([0, 3])
+    loss = DistillationLoss(alpha=0.5)
+    teacher_logits = torch.randn(2, 10)
+
+    def total(parameters, image, target, teacher_logits):
+        logits = torch.func.functional_call(student, parameters, (image[None],))
+        return loss(logits, target[None], teacher_logits[None]).total
+
+    per_sample = torch.func.vmap(torch.func.grad(total), (None, 0, 0, 0))
+    found = per_sample(parameters, images, target, teacher_logits)
+    loss(student(images), target, teacher_logits).total.backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(found[name].mean(0), parameter.grad, msg=name)

@@ -1,4 +1,4 @@
-"""CaiT's attention by the fused op: timm's numbers and weights, and timm's code where asked."""
+"""CaiT's attention by the fused op, compared with timm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from featkd.models.talking_heads import FusedTalkingHeads, fuse_talking_heads
 
 @pytest.fixture
 def pair() -> tuple[TalkingHeadAttn, nn.Module]:
-    """timm's attention with biases that matter, and its fused twin, in evaluation mode."""
+    """timm's attention with random biases, and its fused version, in evaluation mode."""
     torch.manual_seed(0)
     ours = TalkingHeadAttn(24, 4, qkv_bias=True, attn_drop=0.5).eval()
     for parameter in ours.parameters():
@@ -27,18 +27,18 @@ def pair() -> tuple[TalkingHeadAttn, nn.Module]:
     return timms, ours
 
 
-def test_it_computes_what_timm_does(pair):
+def test_matches_timm(pair):
     timms, ours = pair
     x = torch.randn(3, 7, 24)
     with torch.no_grad():
         want, got = (module(x) for module in pair)
     assert featkd.last_backend("talking_heads_attention") == "cpu"
     assert (got - want).norm() < 1e-6 * want.norm()
-    assert not torch.equal(got, want)  # it did go another way
+    assert not torch.equal(got, want)  # not timm's code
     assert ours.state_dict().keys() == timms.state_dict().keys()
 
 
-def test_autocast_is_as_close_as_timms(pair):
+def test_autocast_error_is_close_to_timms(pair):
     x = torch.randn(3, 7, 24)
     want = copy.deepcopy(pair[0]).double()(x.double())
     errors = []
@@ -48,10 +48,10 @@ def test_autocast_is_as_close_as_timms(pair):
     assert errors[1] <= 1.5 * errors[0]
 
 
-def test_it_is_timms_where_asked_watched_trained_or_differentiated(pair):
+def test_uses_timms_code_for_gradients_hooks_training_and_other_backends(pair):
     timms, ours = pair
     x = torch.randn(3, 7, 24)
-    assert torch.equal(ours(x), timms(x))  # its weights require grad
+    assert torch.equal(ours(x), timms(x))  # weights require grad
     ours.requires_grad_(False)
     timms.requires_grad_(False)
     assert not torch.equal(ours(x), timms(x))
@@ -73,7 +73,7 @@ def test_it_is_timms_where_asked_watched_trained_or_differentiated(pair):
     assert not torch.equal(timms(x), dropped)
 
 
-def test_it_is_timms_on_other_devices(pair, monkeypatch):
+def test_uses_timms_code_on_other_devices(pair, monkeypatch):
     called = []
     monkeypatch.setattr(talking_heads, "talking_heads_attention", lambda *_, **__: called.append(1))
     ours = pair[1].requires_grad_(False).to("meta")
@@ -81,7 +81,7 @@ def test_it_is_timms_on_other_devices(pair, monkeypatch):
     assert not called
 
 
-def test_teachers_have_it():
+def test_cait_teacher_uses_fused_attention():
     size = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4}
     teacher = create_teacher("cait_xxs24_224", **size)
     assert [type(block.attn) for block in teacher.blocks] == [FusedTalkingHeads] * 2

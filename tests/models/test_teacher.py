@@ -1,4 +1,4 @@
-"""create_teacher: frozen, in evaluation mode, and with exactly the weights of the file."""
+"""create_teacher: frozen, in evaluation mode, and with the weights of the file."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SIZE: dict[str, Any] = {
 
 
 @pytest.fixture(name="source")
-def _source(shaken: Any) -> Any:
-    return shaken(timm.create_model(NAME, **SIZE)).eval()
+def _source(perturb: Any) -> Any:
+    return perturb(timm.create_model(NAME, **SIZE)).eval()
 
 
 def test_frozen_and_in_evaluation_mode() -> None:
@@ -39,7 +39,7 @@ def test_frozen_and_in_evaluation_mode() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-def test_weights_of_a_file(source: Any, tmp_path: Path, suffix: str) -> None:
+def test_loads_weight_file(source: Any, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"teacher.{suffix}"
     if suffix == "safetensors":
         safetensors.torch.save_file(source.state_dict(), path)
@@ -53,7 +53,7 @@ def test_weights_of_a_file(source: Any, tmp_path: Path, suffix: str) -> None:
     torch.testing.assert_close(teacher(images), source(images).detach())
 
 
-def test_weights_of_a_training_run(source: Any, tmp_path: Path) -> None:
+def test_loads_last_or_averaged_weights(source: Any, tmp_path: Path) -> None:
     path = tmp_path / "run.pth"
     averaged = {name: value + 1 for name, value in source.state_dict().items()}
     torch.save({"model": source.state_dict(), "model_ema": averaged}, path)
@@ -63,17 +63,17 @@ def test_weights_of_a_training_run(source: Any, tmp_path: Path) -> None:
         assert all(torch.equal(state[name], wanted[name]) for name in wanted)
 
 
-def test_timms_own_weights(source: Any, tmp_path: Path) -> None:
+def test_loads_pretrained_timm_weights(source: Any, tmp_path: Path) -> None:
     path = tmp_path / "timm.pth"
     torch.save(source.state_dict(), path)
-    # timm reads the file in place of a download, which is all that differs from pretrained=True
+    # timm reads this file instead of downloading the weights
     overlay = {"file": str(path), "num_classes": 10}
     teacher = create_teacher(NAME, pretrained=True, pretrained_cfg_overlay=overlay, **SIZE)
     state = teacher.state_dict()
     assert all(torch.equal(state[name], value) for name, value in source.state_dict().items())
 
 
-def test_files_that_do_not_fit(source: Any, tmp_path: Path) -> None:
+def test_mismatched_checkpoint_raises(source: Any, tmp_path: Path) -> None:
     path = tmp_path / "teacher.pth"
     torch.save(source.state_dict(), path)
     message = r"teacher\.pth does not fit cait_xxs24_224; 2 of another shape: head\.weight \(10, 32"
@@ -85,8 +85,8 @@ def test_files_that_do_not_fit(source: Any, tmp_path: Path) -> None:
         create_teacher(NAME, checkpoint=path, **{**SIZE, "depth": 3})
 
 
-def test_a_student_can_teach(tmp_path: Path, tiny: dict[str, Any], shaken: Any) -> None:
-    student: Any = shaken(create_student("deit_tiny_patch16_224", "lift", 384, **tiny)).eval()
+def test_student_as_teacher(tmp_path: Path, tiny: dict[str, Any], perturb: Any) -> None:
+    student: Any = perturb(create_student("deit_tiny_patch16_224", "lift", 384, **tiny)).eval()
     path = tmp_path / "student.pth"
     torch.save({"model": student.state_dict()}, path)
     teacher = create_teacher("deit_tiny_lift384_patch16_224", checkpoint=path, **tiny)

@@ -1,4 +1,4 @@
-"""Reading weight files: every layout, and nothing that runs code."""
+"""Weight files: all layouts, and no execution of pickled code."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_checkpoints(tmp_path: Path, last: str, averaged: str) -> None:
         read_state_dict(only, "model_ema")
 
 
-def test_averages_are_not_taken_for_the_last_weights(tmp_path: Path) -> None:
+def test_missing_kind_of_weights_raises(tmp_path: Path) -> None:
     path = saved(tmp_path, {"model_ema": AVERAGED})
     with pytest.raises(ValueError, match=r"weights: 'model' is not in .* holds model_ema"):
         read_state_dict(path, "model")
@@ -64,17 +64,17 @@ def test_averages_are_not_taken_for_the_last_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "module.module."])
-def test_prefixes_of_wrappers_are_cut_off(tmp_path: Path, prefix: str) -> None:
+def test_wrapper_prefixes_are_removed(tmp_path: Path, prefix: str) -> None:
     wrapped = {f"{prefix}{name}": value for name, value in LAST.items()}
     assert same(read_state_dict(saved(tmp_path, {"model": wrapped})), LAST)
 
 
-def test_a_prefix_on_some_names_belongs_to_the_names(tmp_path: Path) -> None:
+def test_prefix_on_some_names_is_kept(tmp_path: Path) -> None:
     mixed = {"module.a": torch.zeros(1), "b": torch.zeros(1)}
     assert same(read_state_dict(saved(tmp_path, mixed)), mixed)
 
 
-def test_arguments_of_deits_scripts_are_admitted(tmp_path: Path) -> None:
+def test_argparse_namespace_is_allowed(tmp_path: Path) -> None:
     arguments = argparse.Namespace(lr=5e-4, model="deit_tiny_patch16_224")
     assert same(read_state_dict(saved(tmp_path, {"model": LAST, "args": arguments})), LAST)
 
@@ -88,7 +88,7 @@ class _Harmful:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_no_code_is_run(tmp_path: Path, zipped: bool) -> None:
+def test_pickled_code_is_not_run(tmp_path: Path, zipped: bool) -> None:
     victim = tmp_path / "made by the file"
     path = tmp_path / "harmful.pth"
     content = {"model": LAST, "args": _Harmful(victim)}
@@ -102,7 +102,7 @@ def test_no_code_is_run(tmp_path: Path, zipped: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["damaged.pth", "damaged.safetensors"])
-def test_damaged_files(tmp_path: Path, name: str) -> None:
+def test_damaged_file_raises(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     for content in (b"", b"nothing like a weight file" * 9):
         path.write_bytes(content)
@@ -123,24 +123,24 @@ def test_damaged_files(tmp_path: Path, name: str) -> None:
         ({"a": torch.zeros(1), "epoch": 3}, "holds more than tensors: epoch"),
     ],
 )
-def test_files_of_something_else(tmp_path: Path, content: Any, message: str) -> None:
+def test_file_without_state_dict_raises(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_state_dict(saved(tmp_path, content))
 
 
-def test_missing_file(tmp_path: Path) -> None:
+def test_missing_file_raises(tmp_path: Path) -> None:
     for name in ("none.pth", "none.safetensors"):
         with pytest.raises(FileNotFoundError):
             read_state_dict(tmp_path / name)
 
 
-def test_numpy_objects_are_refused(tmp_path: Path) -> None:
+def test_numpy_object_raises(tmp_path: Path) -> None:
     path = saved(tmp_path, {"model": LAST, "best": np.array([1.0])})
     with pytest.raises(ValueError, match="save its state dict alone"):
         read_state_dict(path)
 
 
-def test_loading_is_strict_and_all_or_nothing() -> None:
+def test_mismatch_raises_and_leaves_model_unchanged() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = {name: value + 1 for name, value in before.items()}
@@ -156,7 +156,7 @@ def test_loading_is_strict_and_all_or_nothing() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_long_lists_say_how_many() -> None:
+def test_long_name_lists_are_shortened() -> None:
     state = {f"odd.{index}": torch.zeros(1) for index in range(25)}
     with pytest.raises(CheckpointMismatch, match=r"25 unexpected: odd\.0, .*odd\.19, and 5 more"):
         load_strictly(nn.Linear(1, 1), state, "x.pth", "net")

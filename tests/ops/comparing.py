@@ -1,4 +1,4 @@
-"""Outputs and gradients by name, how close they must come to float64, and layouts of a tensor."""
+"""Helpers that compare outputs and gradients with float64, and tensors in other layouts."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def differentiate(
     upstream: Tensors,
     constant: tuple[str, ...] = (),
 ) -> Tensors:
-    """Outputs, and gradients as "d_NAME".
+    """Computes outputs by name, and gradients as "d_NAME".
 
     Args:
         function: takes the inputs by name and returns outputs by name.
-        upstream: the gradients of those outputs that are used.
-        constant: inputs that need no gradient; nor do integers.
+        upstream: gradients of the used outputs.
+        constant: inputs that need no gradient, in addition to integers.
     """
     needed = [n for n, x in inputs.items() if n not in constant and x.is_floating_point()]
     leaves = {n: x.detach().requires_grad_(n in needed) for n, x in inputs.items()}
@@ -53,7 +53,7 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def assert_as_exact(got: Tensors, plain: Tensors, exact: Tensors) -> None:
-    """Errors against float64 of at most twice those of plain torch, and a few of float32's."""
+    """Checks that errors are at most twice those of plain torch, plus a few roundings."""
     assert set(got) == set(plain) == set(exact)
     for name, want in exact.items():
         assert got[name].dtype == plain[name].dtype, name
@@ -70,12 +70,12 @@ def assert_same_bits(got: Tensors, want: Tensors) -> None:
 
 
 def views(x: Tensor) -> Tensors:
-    """Tensors equal to x in every element, laid out in other ways."""
+    """Views that are equal to x, with other strides."""
     wider = x.new_zeros(x.shape[0] * 2, *x.shape[1:-1], x.shape[-1] + 3)
     wider[::2, ..., 2:-1] = x
     return {"sliced": wider[::2, ..., 2:-1], "transposed": x.mT.contiguous().mT}
 
 
 def spread(x: Tensor) -> Tensor:
-    """A vector with other numbers between its own."""
+    """A vector with stride 2."""
     return torch.stack((x, x.new_full(x.shape, 7)), 1)[:, 0]

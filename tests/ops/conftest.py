@@ -1,4 +1,4 @@
-"""Launches that no kernel runs for: shapes, dtypes, strides and their number, not results."""
+"""Fixtures that record kernel launches without running them, and check the arguments."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import featkd
 from featkd.kernels.launch import redirect
 from tests.kernels.conftest import WRITTEN, cache, executed  # noqa: F401
 
-# tensor arguments that kernels read by strides, their channels apart
+# tensor arguments with strides; only their last dimension must be contiguous
 STRIDED = ("feature", "teacher", "d_pooled", "d_residual", "d_normed", "student", "target")
 
 
 @pytest.fixture
 def launched() -> Iterator[list[str]]:
-    """The names of the kernels that a test would have launched, with tensors that they can read."""
+    """Names of launched kernels; checks the strides of their arguments and zeroes their outputs."""
     names: list[str] = []
 
     def write_zeros(kernel: Any, grid: Any, arguments: dict[str, Any], options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Problems for projected_feature_kd and lift_head, and the same by torch's own functions."""
+"""Test problems for projected_feature_kd and lift_head, with references in plain torch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from torch import Tensor
 from featkd.functional import lift_head, projected_feature_kd
 from tests.ops.comparing import Tensors, assert_as_exact, differentiate, double, normal
 
-EPS = 1e-2  # so large that a slip in it is seen
+EPS = 1e-2  # large, so that an error in its use shows
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes, and what there is; `width` 0 is the mse, and `student` 0 no projector.
+    """Sizes and optional arguments.
 
-    `pooled` calls lift_head, which returns the mean over the tokens too.
+    Attributes:
+        width: of the patch grid for the spectral metric; 0 selects mse.
+        student: channels of the student; 0 for no projector.
+        pooled: call lift_head, which also returns the mean over the tokens.
     """
 
     batch: int
@@ -38,7 +41,7 @@ class Problem:
         return "-".join(parts)
 
     def inputs(self, rows: torch.dtype, parameters: torch.dtype | None = None) -> Tensors:
-        """The maps in one dtype, the norm's parameters in another if so asked for."""
+        """Arguments: maps in `rows`, parameters of the norm in `parameters` (default: `rows`)."""
         g = torch.Generator().manual_seed(0)
         of_norm, ct, cs = parameters or rows, self.channels, self.student
         tensors = {
@@ -59,7 +62,7 @@ class Problem:
         return {name: x for name, x in tensors.items() if not absent.get(name)}
 
     def upstream(self, outputs: Tensors, loss: float = 3.0) -> Tensors:
-        """Gradients of the outputs; the pooled map's as large as the loss's at each token."""
+        """Gradients of the outputs, scaled so that both matter in the student's gradient."""
         g, size = torch.Generator().manual_seed(1), 1 / (self.batch * self.channels)
         given = {"pooled": normal(g, self.batch, self.channels, scale=size)}
         given["loss"] = torch.tensor(loss)
@@ -69,7 +72,7 @@ class Problem:
         return (self.tokens // self.width, self.width) if self.width else None
 
     def fused(self, student: Tensor, **others: Tensor) -> Tensors:
-        """featkd's own."""
+        """Outputs by featkd."""
         options = {"eps": EPS, "metric": "spectral" if self.width else "mse", "grid": self.grid()}
         if not self.pooled:
             return {"loss": projected_feature_kd(student, **others, **options)}
@@ -77,7 +80,7 @@ class Problem:
         return {"pooled": pooled} if loss is None else {"pooled": pooled, "loss": loss}
 
     def plain(self, student: Tensor, **others: Tensor) -> Tensors:
-        """torch's linear layer in the student's dtype, the rest in float32 or float64; an FFT."""
+        """Outputs by plain torch: linear layer in the student's dtype, the rest in a wider one."""
         rows = student
         if "weight" in others:
             rows = F.linear(student, others["weight"], others.get("bias"))

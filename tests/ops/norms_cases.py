@@ -1,4 +1,4 @@
-"""Problems for widelast_projection, and the same by torch's own functions."""
+"""Test problems for widelast_projection, with references in plain torch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from featkd.functional import widelast_projection
 from tests.ops.comparing import Tensors, assert_as_exact, differentiate, double, normal
 
-EPS = 1e-2  # so large that a slip in it is seen
+EPS = 1e-2  # large, so that an error in its use shows
 NORMS = ("proj_norm_weight", "proj_norm_bias", "norm1_weight", "norm1_bias")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes, and which of the outputs are used."""
+    """Sizes, and the outputs that are used."""
 
     batch: int
     tokens: int
@@ -30,7 +30,7 @@ class Problem:
         return "-".join((sizes, *self.used))
 
     def inputs(self, rows: torch.dtype, parameters: torch.dtype | None = None) -> Tensors:
-        """x and the weight in one dtype, the norms' parameters in another if so asked for."""
+        """Arguments: x and the weight in `rows`, the norms in `parameters` (default: `rows`)."""
         g, ct = torch.Generator().manual_seed(0), self.channels
         norms = [normal(g, ct, scale=0.3, mean=m).to(parameters or rows) for m in (1, 0, 1, 0)]
         return {
@@ -46,12 +46,12 @@ class Problem:
         return {n: both[n] for n in self.used}
 
     def fused(self, **inputs: Tensor) -> Tensors:
-        """featkd's own."""
+        """Outputs by featkd."""
         residual, normed = widelast_projection(**inputs, eps=EPS)
         return {"residual": residual, "normed": normed}
 
     def plain(self, x: Tensor, weight: Tensor, **norms: Tensor) -> Tensors:
-        """torch's linear layer in x's dtype, the norms in float32 or float64."""
+        """Outputs by plain torch: linear layer in x's dtype, norms in float32 or float64."""
         rows = F.linear(x, weight)
         rows = rows if rows.dtype == torch.float64 else rows.float()
         p = [norms[n].to(rows.dtype) for n in NORMS]

@@ -1,4 +1,4 @@
-"""Problems for soft_kd, and the same by torch's own losses."""
+"""Test problems for soft_kd, with references in plain torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONSTANT = ("teacher", "target")
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes, weights, and whether the labels are soft (they then do not sum to one)."""
+    """Sizes and weights. Soft labels do not sum to one."""
 
     batch: int
     classes: int
@@ -30,7 +30,7 @@ class Problem:
         return f"{self.batch}x{self.classes}-alpha{self.alpha}-tau{self.tau}-{kind}"
 
     def inputs(self, dtype: torch.dtype, others: torch.dtype | None = None) -> Tensors:
-        """Student, teacher (no matter what alpha is) and target; logits up to about 10."""
+        """Student, teacher (for every alpha) and target; logits are up to about 10."""
         g, shape = torch.Generator().manual_seed(0), (self.batch, self.classes)
         target = torch.randint(self.classes, (self.batch,), generator=g)
         if self.soft:
@@ -41,11 +41,11 @@ class Problem:
         }  # fmt: skip
 
     def fused(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensors:
-        """featkd's own."""
+        """The loss by featkd."""
         return {"loss": soft_kd(student, teacher, target, alpha=self.alpha, tau=self.tau)}
 
     def plain(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensors:
-        """torch's cross-entropy and divergence, in float32 or float64."""
+        """The loss by torch's cross-entropy and divergence, in float32 or float64."""
         dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
         x, loss = student.to(dtype), torch.zeros((), dtype=dtype)
         if self.alpha < 1:
@@ -70,12 +70,12 @@ class Problem:
 
 
 INF, NAN = math.inf, math.nan
-# (student, teacher, label) of a row each, where the loss or the gradient is not finite, or nearly
+# rows (student, teacher, label) for which the loss or its gradient is infinite, NaN or very large
 SPECIAL_ROWS = [
-    ([0.5, -INF, 1.0, 2.0], [1.0, 0.0, 0.5, 0.0], 2),  # a class that the student rules out
-    ([0.5, 1.0, 1.0, 2.0], [1.0, -INF, 0.5, 0.0], 2),  # one that the teacher rules out
-    ([0.5, -INF, 1.0, 2.0], [1.0, -INF, 0.5, 0.0], 2),  # both
-    ([0.5, -INF, 1.0, 2.0], [1.0, 0.0, 0.5, 0.0], 1),  # the label
+    ([0.5, -INF, 1.0, 2.0], [1.0, 0.0, 0.5, 0.0], 2),  # student's probability of a class is 0
+    ([0.5, 1.0, 1.0, 2.0], [1.0, -INF, 0.5, 0.0], 2),  # teacher's probability is 0
+    ([0.5, -INF, 1.0, 2.0], [1.0, -INF, 0.5, 0.0], 2),  # both are 0
+    ([0.5, -INF, 1.0, 2.0], [1.0, 0.0, 0.5, 0.0], 1),  # student's probability of the label is 0
     ([-INF, -INF, -INF, -INF], [1.0, 0.0, 0.5, 0.0], 0),
     ([INF, 0.0, 0.5, 0.0], [1.0, 0.0, 0.5, 0.0], 0),
     ([1.0, 0.0, 0.5, 0.0], [1.0, INF, 0.5, 0.0], 0),
@@ -87,7 +87,7 @@ SPECIAL_ROWS = [
 
 
 def assert_special_rows(alpha: float, tau: float, soft: bool) -> None:
-    """Each row alone gives what the equation gives in IEEE arithmetic, as torch works it out."""
+    """Checks that each row gives the result of the equation in IEEE arithmetic, as in torch."""
     for student, teacher, label in SPECIAL_ROWS:
         target = torch.tensor([label])
         inputs = {

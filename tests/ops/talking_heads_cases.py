@@ -1,4 +1,4 @@
-"""Problems for talking_heads_attention, and evaluations to compare with."""
+"""Test problems for talking_heads_attention, with references."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMES = ("q", "k", "v", "pre_weight", "pre_bias", "post_weight", "post_bias")
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes; queries, keys and values are views of one tensor, as timm's qkv gives them."""
+    """Sizes. Queries, keys and values are views of one tensor, as in timm."""
 
     batch: int
     heads: int
@@ -28,7 +28,7 @@ class Problem:
         return self.dim**-0.5
 
     def tensors(self, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
-        """By argument name."""
+        """Arguments by name."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -44,7 +44,7 @@ class Problem:
 
 
 def as_timm(x: dict[str, Tensor], scale: float) -> Tensor:
-    """timm's TalkingHeadAttn between its qkv and its proj, in the tensors' dtype."""
+    """The operations of timm's TalkingHeadAttn between qkv and proj, in the tensors' dtype."""
     scores = (x["q"] * scale) @ x["k"].transpose(-2, -1)
     mixed = linear(scores.permute(0, 2, 3, 1), x["pre_weight"], x["pre_bias"])
     shares = mixed.permute(0, 3, 1, 2).softmax(-1)
@@ -62,7 +62,7 @@ def exact(x: dict[str, Tensor], scale: float) -> Tensor:
 
 
 def assert_as_exact_as_eager(got: Tensor, x: dict[str, Tensor], scale: float) -> None:
-    """An error against float64 of at most twice that of timm's own operations."""
+    """Checks that the error against float64 is at most twice that of timm's operations."""
     want, eager = exact(x, scale), as_timm(x, scale)
     assert got.dtype == x["q"].dtype
     tiny = 1e-14 if got.dtype == torch.float64 else 4 * torch.finfo(torch.float32).eps

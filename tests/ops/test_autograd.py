@@ -1,4 +1,4 @@
-"""Autograd's other uses of the kernels: checkpoints, transforms, second derivatives, scaling."""
+"""Checkpoints, torch.func transforms, second derivatives and gradient scaling with the kernels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 WEIGHT, TEACHER = randn(20, 12, seed=1), randn(3, 12, 20, seed=2)
 ONE, ZERO = torch.linspace(0.5, 1.5, 20), torch.linspace(-1, 1, 20)
-# an output of each function of a map (3, 12, 12)
+# one output of each function, for a map (3, 12, 12)
 CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "projected_feature_kd": lambda x: projected_feature_kd(
         x, TEACHER.to(x.dtype), WEIGHT, None, ONE, ZERO, metric="spectral", grid=(3, 4)
@@ -39,7 +39,7 @@ def no_warning_yet(monkeypatch):
 
 
 @pytest.mark.parametrize("op", CALLS)
-def test_used_twice_under_a_checkpoint_and_retained(op, executed):
+def test_two_calls_under_checkpoint_with_retained_graph(op, executed):
     x = randn(3, 12, 12).requires_grad_()
 
     def total(x: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def test_used_twice_under_a_checkpoint_and_retained(op, executed):
     loss = checkpoint(on_triton, x, use_reentrant=False)
     forward = executed.count(executed[0])
     (one,) = torch.autograd.grad(loss, x, retain_graph=True)
-    assert executed.count(executed[0]) >= 2 * forward  # it ran once more
+    assert executed.count(executed[0]) >= 2 * forward  # recomputed by the checkpoint
     (two,) = torch.autograd.grad(loss, x)
     assert torch.equal(one, two)
     assert relative(one, want) < 2e-6
@@ -64,7 +64,7 @@ def test_used_twice_under_a_checkpoint_and_retained(op, executed):
 
 @pytest.mark.parametrize("op", CALLS)
 @pytest.mark.usefixtures("triton")
-def test_a_second_derivative_is_refused(op, launched):
+def test_second_derivative_raises(op, launched):
     x = randn(3, 12, 12).requires_grad_()
     (gradient,) = torch.autograd.grad(CALLS[op](x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"use featkd.use_backend.* for second"):
@@ -78,7 +78,7 @@ def test_a_second_derivative_is_refused(op, launched):
 
 @pytest.mark.parametrize("op", CALLS)
 @pytest.mark.usefixtures("triton")
-def test_functional_transforms_take_the_reference(op, launched):
+def test_functional_transforms_use_reference(op, launched):
     x = randn(3, 12, 12)
     message = f"{op} runs on the reference backend: torch.func transforms"
     with pytest.warns(UserWarning, match=message):
@@ -95,8 +95,8 @@ def test_functional_transforms_take_the_reference(op, launched):
 
 @pytest.mark.parametrize("op", CALLS)
 @pytest.mark.usefixtures("triton")
-def test_forward_mode_derivatives_are_the_references(op, launched):
-    """An op would drop the tangent without a word where nothing requires grad."""
+def test_forward_mode_uses_reference(op, launched):
+    """A custom op would silently drop the tangent if no input requires grad."""
     x, direction = randn(2, 3, 12, 12, seed=3, dtype=torch.float64)
     with pytest.warns(UserWarning, match=f"{op} runs on the reference.*forward-mode"):
         out, tangent = torch.func.jvp(CALLS[op], (x,), (direction,))
@@ -111,8 +111,8 @@ def test_forward_mode_derivatives_are_the_references(op, launched):
     torch.testing.assert_close(again, tangent)
 
 
-def test_a_grad_scaler_trains_in_fp16_where_gradients_alone_would_vanish(executed):
-    """Unscaled gradients of this loss are below fp16's smallest number."""
+def test_grad_scaler_prevents_fp16_underflow(executed):
+    """Unscaled gradients of this loss are below the smallest fp16 number."""
     projector = torch.nn.Linear(12, 20, bias=False)
     torch.nn.init.normal_(projector.weight, std=0.3)
     x, teacher = randn(3, 12, 12), randn(3, 12, 20, seed=2)
@@ -134,17 +134,17 @@ def test_a_grad_scaler_trains_in_fp16_where_gradients_alone_would_vanish(execute
     assert relative(before - projector.weight.detach(), want) < 3e-3
 
 
-def test_batched_gradients_see_the_custom_op(launched):
+def test_batched_gradients_call_backward_per_gradient(launched):
     x = randn(3, 12, 12).requires_grad_()
     with featkd.use_backend("triton"):
         loss = CALLS["projected_feature_kd"](x)
-    # vmap over the backward op, for which no rule exists, calls it once per gradient
+    # vmap has no rule for the backward op, so it calls the op once per gradient
     (found,) = torch.autograd.grad(loss, x, torch.ones(2), is_grads_batched=True)
     assert found.shape == (2, 3, 12, 12)
     assert launched.count("distance_backward") == 2
 
 
-def test_norm_parameters_of_two_dtypes_keep_their_gradients(executed):
+def test_norm_parameters_with_different_dtypes(executed):
     rows, teacher = randn(2, 6, 20), randn(2, 6, 20, seed=1)
     norm = [ONE.bfloat16().requires_grad_(), ZERO.clone().requires_grad_()]
 

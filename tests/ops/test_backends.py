@@ -1,4 +1,4 @@
-"""Which backend is chosen: by thread, in compiled code, in autograd's threads."""
+"""Backend selection across threads, in compiled code and in autograd's threads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from featkd.ops import backends
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No default asked for yet, no warning given, nothing compiled."""
+    """Resets the default backend, the warnings and the compiler."""
     monkeypatch.delenv("FEATKD_BACKEND", raising=False)
     monkeypatch.setattr(backends, "_default", None)
     monkeypatch.setattr(backends, "_warned", set())
@@ -31,7 +31,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def launched() -> Iterator[list[str]]:
-    """The kernels that would have been launched, as if there were a GPU; they write nothing."""
+    """Names of launched kernels, which do not run."""
     names: list[str] = []
     with redirect(lambda kernel, *_: names.append(kernel.fn.__name__)):
         yield names
@@ -44,13 +44,13 @@ def maps() -> tuple[Tensor, Tensor]:
 
 
 def ran(call: Callable[[], object]) -> str | None:
-    """The backend that a call of projected_feature_kd ran on."""
+    """Backend of projected_feature_kd in a call."""
     call()
     return featkd.last_backend("projected_feature_kd")
 
 
-def test_overlapping_blocks_of_two_threads_do_not_meet():
-    """One's block ends inside of the other's; afterwards either's choice is gone."""
+def test_use_backend_is_local_to_thread():
+    """The first thread leaves its context while the second is inside its own."""
     entered, left = threading.Event(), threading.Event()
     seen: dict[str, str] = {}
 
@@ -83,7 +83,7 @@ def test_overlapping_blocks_of_two_threads_do_not_meet():
     assert backends.wanted_backend() == "auto"
 
 
-def test_blocks_nest_and_end_with_an_error(monkeypatch):
+def test_use_backend_nests_and_is_restored_after_error(monkeypatch):
     monkeypatch.setenv("FEATKD_BACKEND", "triton")
     with featkd.use_backend("reference"):
         with pytest.raises(KeyError), featkd.use_backend("auto"):
@@ -92,8 +92,8 @@ def test_blocks_nest_and_end_with_an_error(monkeypatch):
     assert backends.wanted_backend() == "triton"
 
 
-def test_a_backward_pass_in_another_thread_keeps_the_backend(launched):
-    """As autograd's threads for GPUs do: they have no choice of their own."""
+def test_backward_in_another_thread_uses_backend_of_forward(launched):
+    """Autograd runs backward passes for GPUs in other threads."""
     student, teacher = maps()
     for inside, outside in (("triton", "reference"), ("reference", "triton")):
         with featkd.use_backend(inside):
@@ -111,7 +111,7 @@ def test_a_backward_pass_in_another_thread_keeps_the_backend(launched):
         assert featkd.last_backend("projected_feature_kd") == inside
 
 
-def test_compiled_code_follows_the_block_around_a_call(launched):
+def test_use_backend_around_compiled_function(launched):
     student, teacher = maps()
     counter = CompileCounter()
 
@@ -127,10 +127,10 @@ def test_compiled_code_follows_the_block_around_a_call(launched):
             thread.start()
             thread.join()
             assert featkd.last_backend("projected_feature_kd") == "reference"
-    assert counter.frame_count <= 3, "compiled again for a choice that it had been compiled for"
+    assert counter.frame_count <= 3, "recompiled for a backend that was compiled before"
 
 
-def test_compiled_code_may_hold_the_block(launched):
+def test_use_backend_inside_compiled_function(launched):
     student, teacher = maps()
 
     @torch.compile(backend="eager", fullgraph=True)
@@ -147,8 +147,8 @@ def test_compiled_code_may_hold_the_block(launched):
     assert not counters["graph_break"]
 
 
-def test_compiled_code_warns_once_as_it_is_traced():
-    """Whether compiled or not, and not once more for another graph or a run of it."""
+def test_compiled_function_warns_once():
+    """A warning appears once per process, also for other graphs and eager calls."""
     student, teacher = maps()
     counter = CompileCounter()
 
@@ -165,7 +165,7 @@ def test_compiled_code_warns_once_as_it_is_traced():
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="featkd")
             assert torch.equal(loss(student, 2.0), got)
-            assert counter.frame_count == compiled, "what was warned of is guarded on"
+            assert counter.frame_count == compiled, "recompiled because of the warning"
             loss(student.detach().double(), 2.0)
             assert counter.frame_count > compiled
             projected_feature_kd(student, teacher)
@@ -181,10 +181,8 @@ def outputs(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("op", "call"), [("talking_heads_attention", outputs), ("spectrum", featkd.linalg.svdvals)]
 )
-def test_forward_mode_derivatives_are_the_references(
-    op: str, call: Callable[[Tensor], Tensor]
-) -> None:
-    """csrc's ops; tests/ops/test_autograd.py has the kernels'."""
+def test_forward_mode_uses_reference(op: str, call: Callable[[Tensor], Tensor]) -> None:
+    """Ops of csrc; tests/ops/test_autograd.py tests the Triton kernels."""
     generator = torch.Generator().manual_seed(0)
     x, direction = torch.randn(2, 3, 9, 6, dtype=torch.float64, generator=generator)
     with pytest.warns(UserWarning, match=f"{op} runs on the reference"):

@@ -1,4 +1,4 @@
-"""Whole graphs by torch.compile: plain operators on a CPU, custom ops where the kernels run."""
+"""torch.compile and export: plain operators on a CPU, custom ops with the Triton backend."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def nothing_compiled():
 
 
 def compiled(op: str) -> tuple[Callable[[Tensor], Tensor], list[str]]:
-    """A whole graph that calls an op, and where its code comes when it is traced."""
+    """Compiles a function that calls an op; returns it and the list of its traced graphs."""
     graphs: list[str] = []
 
     def look(graph: Any, inputs: Any) -> Any:
@@ -31,14 +31,14 @@ def compiled(op: str) -> tuple[Callable[[Tensor], Tensor], list[str]]:
 
 
 def grad(function: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
-    """The output, and the gradient of the sum of its squares."""
+    """Output, and gradient of the sum of its squares."""
     x = x.detach().requires_grad_()
     output = function(x)
     return [output.detach(), *torch.autograd.grad(output.square().sum(), x)]
 
 
 @pytest.mark.parametrize("op", CALLS)
-def test_plain_operators_on_a_cpu(op):
+def test_cpu_graph_has_no_custom_ops(op):
     function, graphs = compiled(op)
     x = randn(3, 12, 12)
     want = grad(lambda x: 2 * CALLS[op](x.sin()), x)
@@ -50,7 +50,7 @@ def test_plain_operators_on_a_cpu(op):
 
 @pytest.mark.parametrize("op", CALLS)
 @pytest.mark.usefixtures("triton")
-def test_custom_ops_in_the_graph_where_kernels_run(op, executed):
+def test_triton_graph_has_custom_ops(op, executed):
     function, graphs = compiled(op)
     x = randn(3, 12, 12)
     got = grad(function, x)
@@ -64,7 +64,7 @@ def test_custom_ops_in_the_graph_where_kernels_run(op, executed):
 
 @pytest.mark.parametrize("op", ["projected_feature_kd", "widelast_projection"])
 @pytest.mark.usefixtures("triton")
-def test_export_gets_plain_operators(op, launched):
+def test_export_has_no_custom_ops(op, launched):
     class Module(torch.nn.Module):
         def forward(self, x):
             return CALLS[op](x)

@@ -1,4 +1,4 @@
-"""Compiled code is taken from torch's cache only where the ops are the same."""
+"""torch's compile cache is used only if the sources of the ops are unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import featkd
 from featkd.ops.compile_cache import tag_compile_cache
 
 
-def test_the_tag_is_that_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_tag_depends_on_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = config.cache_key_tag  # set on import
     assert own.count("featkd.ops-") == 1
     tag_compile_cache()

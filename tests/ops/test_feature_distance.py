@@ -1,4 +1,4 @@
-"""projected_feature_kd and lift_head on a CPU, by plain torch."""
+"""projected_feature_kd and lift_head on the reference backend."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROBLEMS = [
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_as_exact_as_torch(problem):
+def test_error_is_at_most_twice_torchs(problem):
     for rows in DTYPES:
         for parameters in {rows, torch.float32} if rows != torch.float64 else {rows}:
             inputs = problem.inputs(rows, parameters)
@@ -34,7 +34,7 @@ def test_as_exact_as_torch(problem):
 
 
 @pytest.mark.parametrize("problem", [PROBLEMS[1], PROBLEMS[4], PROBLEMS[5]], ids=str)
-def test_views_repeats_and_inputs_left_alone(problem):
+def test_views_repeatability_and_unchanged_inputs(problem):
     inputs = problem.inputs(torch.float32)
     before = {n: x.clone() for n, x in inputs.items()}
     plain = problem.run(inputs)
@@ -50,7 +50,7 @@ def test_views_repeats_and_inputs_left_alone(problem):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("problem", [PROBLEMS[1], PROBLEMS[3], PROBLEMS[5]], ids=str)
-def test_nan_and_inf_reach_what_depends_on_them(problem, bad):
+def test_nan_and_inf_propagate_to_dependent_outputs(problem, bad):
     for name in ("student", "teacher"):
         inputs = problem.inputs(torch.float32)
         inputs[name][1, 3, 2] = bad
@@ -63,7 +63,7 @@ def test_nan_and_inf_reach_what_depends_on_them(problem, bad):
 
 
 @pytest.mark.parametrize("output", [0, 1])
-def test_either_of_two_outputs_may_stay_unused(output, executed, triton):
+def test_gradient_of_one_output_only(output, executed, triton):
     problem = Problem(3, 12, 20, 4, student=12, pooled=True)
     inputs = {n: x.requires_grad_(n != "teacher") for n, x in problem.inputs(torch.float32).items()}
     leaves = [x for x in inputs.values() if x.requires_grad]
@@ -84,7 +84,7 @@ def _positional(inputs):
 
 
 @pytest.mark.parametrize("name", ["student", "weight", "norm_weight", "norm_bias"])
-def test_only_what_is_needed_is_differentiated(name, launched, triton):
+def test_backward_computes_only_required_gradients(name, launched, triton):
     inputs = Problem(2, 12, 10, 4, student=6).inputs(torch.float32)
     inputs[name].requires_grad_()
     loss = projected_feature_kd(**inputs)
@@ -98,7 +98,7 @@ def test_only_what_is_needed_is_differentiated(name, launched, triton):
 
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_autocast_rounds_the_product_and_nothing_else(backend, cast, launched):
+def test_autocast_rounds_only_matmul(backend, cast, launched):
     problem = Problem(2, 12, 10, 4, student=6, pooled=True)
     inputs = problem.inputs(torch.float32)
     with torch.autocast("cpu", dtype=cast), featkd.use_backend(backend):
@@ -108,5 +108,5 @@ def test_autocast_rounds_the_product_and_nothing_else(backend, cast, launched):
         rounded = inputs | {n: inputs[n].to(cast) for n in ("student", "weight")}
         want = problem.run(rounded, by_torch=True)
         for n, x in got.items():
-            # a gradient of the product's is rounded too, where either may lie beside a tie
+            # gradients of the matmul are rounded too, possibly to the other side of a tie
             assert relative(x, want[n]) < (1e-6 if n == "loss" else torch.finfo(cast).eps), n

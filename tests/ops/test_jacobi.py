@@ -1,4 +1,4 @@
-"""One-sided Jacobi, the oracle that shares nothing with the Gram matrix's way."""
+"""One-sided Jacobi, which is independent of the solver by Gram matrix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ODD = [name for name in FAMILIES if name not in ("tiny", "huge")]
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("shape", [(40, 33), (20, 45), (17, 17), (1, 4), (4, 1)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_decomposes_every_family(family: str, shape: tuple[int, int], gpu: bool, monkeypatch):
+def test_decomposition_of_all_families(family: str, shape: tuple[int, int], gpu: bool, monkeypatch):
     monkeypatch.setattr(orthonormal, "is_batched_only", lambda x: gpu)
     x = matrices(family, *shape)
     found = linalg.svd(x, method="jacobi")
@@ -35,7 +35,7 @@ def test_decomposes_every_family(family: str, shape: tuple[int, int], gpu: bool,
 
 
 def graded() -> tuple[torch.Tensor, torch.Tensor]:
-    """X = Q diag(s) of exact powers of two and an exactly orthogonal Q, and s."""
+    """X = Q diag(s) and s, for an exactly orthogonal Q and powers of two s."""
     hadamard = torch.ones(1, 1, dtype=torch.float64)
     for _ in range(4):
         hadamard = torch.cat(
@@ -45,7 +45,7 @@ def graded() -> tuple[torch.Tensor, torch.Tensor]:
     return (hadamard / 4) * values, values
 
 
-def test_tiny_values_have_small_relative_error():
+def test_small_singular_values_have_small_relative_error():
     x, values = graded()
     found = linalg.svd(x, method="jacobi").S
     torch.testing.assert_close(found, values, rtol=1e-13, atol=0)
@@ -53,7 +53,7 @@ def test_tiny_values_have_small_relative_error():
 
 
 @pytest.mark.parametrize("family", ODD)
-def test_energy_ranks_by_jacobi_are_those_by_sturm(family: str):
+def test_energy_ranks_match_sturm(family: str):
     x = matrices(family, 40, 50, count=3).float()
     energy = linalg.svd(x.double(), method="jacobi").S.square()
     total = energy.sum(-1, keepdim=True)
@@ -63,7 +63,7 @@ def test_energy_ranks_by_jacobi_are_those_by_sturm(family: str):
     assert torch.equal(linalg.energy_ranks(x, THRESHOLDS), ranks)
 
 
-def test_dtypes_batches_k_and_bitwise_repeats():
+def test_dtypes_batches_k_and_repeatability():
     x = torch.randn(2, 3, 9, 7, generator=torch.Generator().manual_seed(0))
     for dtype in (torch.float32, torch.bfloat16):
         found = linalg.svd(x.to(dtype), k=4, method="jacobi")
@@ -74,13 +74,13 @@ def test_dtypes_batches_k_and_bitwise_repeats():
     assert linalg.svd(x[:0], method="jacobi").S.shape == (0, 3, 7)
 
 
-def test_no_convergence_is_an_error(monkeypatch):
+def test_no_convergence_raises(monkeypatch):
     monkeypatch.setattr(jacobi, "_MOST_SWEEPS", 1)
     with pytest.raises(RuntimeError, match="a matrix does not converge in 1 sweeps"):
         linalg.svd(matrices("features", 20, 30), method="jacobi")
 
 
-def test_a_capture_gives_nan_where_it_can_not_raise(monkeypatch):
+def test_cuda_graph_capture_returns_nan_instead_of_raising(monkeypatch):
     x = matrices("features", 20, 30, count=3)
     clean = linalg.svd(x, method="jacobi")
     x[1, 3, 3] = float("nan")
@@ -92,7 +92,7 @@ def test_a_capture_gives_nan_where_it_can_not_raise(monkeypatch):
     assert all(part.isnan().all() for part in linalg.svd(x, method="jacobi"))
 
 
-def test_what_is_refused_or_left_to_torch():
+def test_bad_arguments_and_reference_backend():
     x = torch.eye(3)
     with pytest.raises(ValueError, match="method: expected 'auto' or 'jacobi', got 'qr'"):
         linalg.svd(x, method="qr")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""torch's checks of the six custom ops."""
+"""torch.library.opcheck for the custom ops of the kernels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ops = torch.ops.featkd
 
 
 def check(op: Any, *arguments: Any) -> None:
-    """All of opcheck's tests."""
+    """Runs all tests of opcheck."""
     assert set(torch.library.opcheck(op.default, arguments).values()) == {"SUCCESS"}
 
 

@@ -1,4 +1,4 @@
-"""What runs around the kernels: torch's linear layer, allocations, views, and nothing else."""
+"""Around the kernels, only torch's linear layer, allocations and views run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.ops.soft_kd_cases import CONSTANT
 from tests.ops.soft_kd_cases import Problem as LogitsProblem
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-# those that launch nothing on a GPU
+# operators that launch nothing on a GPU
 FREE = {
     *("aten.empty.memory_format", "aten.new_empty.default", "aten.empty_like.default"),
     *("aten.view.default", "aten.select.int", "aten.detach.default", "aten.alias.default"),
@@ -29,7 +29,7 @@ FREE = {
 
 
 class Called(TorchDispatchMode):
-    """Counts operators, also those that featkd's ops call."""
+    """Counts operators, including those called inside featkd's ops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Called(TorchDispatchMode):
 def operators(
     function: Callable[..., Tensors], inputs: Tensors, upstream: Tensors, constant: Any = ()
 ) -> Counter[str]:
-    """All that a pass forward and back calls and that launches something."""
+    """Counts the operators of a forward and backward pass that launch a kernel."""
     with Called() as called:
         differentiate(function, inputs, upstream, constant)
     return Counter({n: count for n, count in called.names.items() if n not in FREE})
@@ -57,7 +57,7 @@ def operators(
 
 @pytest.fixture
 def launched() -> Iterator[list[str]]:
-    """The names of the kernels that a test would have launched."""
+    """Names of launched kernels, which do not run."""
     names: list[str] = []
     with redirect(lambda kernel, *_: names.append(kernel.fn.__name__)):
         yield names
@@ -72,7 +72,7 @@ def autocast(dtype: torch.dtype | None) -> Any:
     return nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
 
 
-# dtype of the maps, of the parameters, autocast's
+# dtypes of the maps, of the parameters and of autocast
 PAIRS = [
     (F32, F32, BF16), (F32, F32, F16), (BF16, F32, BF16),
     (F32, F32, None), (BF16, BF16, None), (F16, F16, None),

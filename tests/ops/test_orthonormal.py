@@ -1,4 +1,4 @@
-"""Orthonormal columns by Cholesky factors, as a GPU makes them, beside LAPACK's QR."""
+"""Orthonormal columns by Cholesky factors, the method on a GPU, compared with LAPACK's QR."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def normal(*shape: int) -> Tensor:
 
 
 def conditioned(rows: int, columns: int, power: float) -> Tensor:
-    """A matrix of the condition number 10^power, whose columns are all alike."""
+    """A matrix with condition number 10^power and similar columns."""
     left, right = (
         torch.linalg.qr(normal(rows, columns)).Q,
         torch.linalg.qr(normal(columns, columns)).Q,
@@ -25,7 +25,7 @@ def conditioned(rows: int, columns: int, power: float) -> Tensor:
 
 
 def errors(q: Tensor, x: Tensor) -> tuple[float, float, float]:
-    """Of orthonormality, of the columns' span, and of R below its diagonal."""
+    """Errors of orthonormality, of the span of the columns, and of R below its diagonal."""
     eye = torch.eye(q.shape[-1], dtype=q.dtype)
     r = q.mT @ x
     lengths = torch.linalg.vector_norm(x, dim=-2)
@@ -38,7 +38,7 @@ def errors(q: Tensor, x: Tensor) -> tuple[float, float, float]:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("power", [0, 4, 8, 11, 13, 14.5])
-def test_as_exact_as_qr(shape: tuple[int, int], power: float):
+def test_error_is_at_most_twice_qrs(shape: tuple[int, int], power: float):
     x = conditioned(*shape, power)
     ours, theirs = errors(by_cholesky(x), x), errors(orthonormal_columns(x), x)
     for one, other in zip(ours, theirs, strict=True):
@@ -46,15 +46,15 @@ def test_as_exact_as_qr(shape: tuple[int, int], power: float):
     assert (by_cholesky(x).mT @ x).diagonal().min() > 0
 
 
-def test_lengths_do_not_matter():
-    """From the least to the largest numbers that float64 has, side by side."""
+def test_column_scale_does_not_change_result():
+    """Columns over the whole range of float64."""
     x = normal(60, 20)
     graded = x * torch.logspace(-307, 307, 20, dtype=torch.float64)
     torch.testing.assert_close(by_cholesky(graded), by_cholesky(x), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
-def test_missing_columns_are_completed(shape: tuple[int, int]):
+def test_missing_columns_are_filled(shape: tuple[int, int]):
     x = normal(3, *shape)
     missing = torch.zeros(3, shape[1], dtype=torch.bool)
     missing[0, 3:] = missing[1, ::2] = missing[2] = True
@@ -63,11 +63,11 @@ def test_missing_columns_are_completed(shape: tuple[int, int]):
     assert (q.mT @ q - torch.eye(shape[1])).abs().max() < 4e-15
     kept = ~missing.unsqueeze(1)
     assert ((q @ (q.mT @ x) - x) * kept).abs().max() < 1e-13
-    # the same columns as without those that are missing
+    # missing columns do not change the others
     torch.testing.assert_close(q[0, :, :3], by_cholesky(x[0, :, :3]), rtol=0, atol=1e-14)
 
 
-def test_a_zero_column_is_not_taken_for_a_direction():
+def test_unmarked_zero_column_gives_nan():
     x = normal(2, 9, 4)
     x[1, :, 2] = 0
     q = by_cholesky(x)
@@ -75,7 +75,7 @@ def test_a_zero_column_is_not_taken_for_a_direction():
     assert torch.equal(q[0], by_cholesky(x[:1])[0])
 
 
-def test_gradients_are_those_of_qr():
+def test_gradients_match_qr():
     x, weights = normal(2, 9, 5).requires_grad_(), normal(2, 9, 5).sin()
     found = [
         torch.autograd.grad((weights * function(x)).sum(), x)[0]

@@ -1,4 +1,4 @@
-"""The kernels under FSDP2 and DDP: two processes find the gradients of one."""
+"""The kernels under FSDP2 and DDP: gradients of two processes match those of one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    """Run by each rank."""
+    """Entry point of each rank."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -65,8 +65,8 @@ def main() -> None:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed")
-def test_two_processes_find_the_gradients_of_one(server):
+def test_ddp_and_fsdp_match_single_process_gradients(server):
     ranks = server.ranks(2, script="from tests.ops.test_sharded import main; main()")
     for rank in ranks:
         assert rank.wait(180) == 0, rank.stderr[-3000:]
-        assert rank.stdout.splitlines()[-1] == "equal"  # gloo prints, too
+        assert rank.stdout.splitlines()[-1] == "equal"  # gloo prints as well

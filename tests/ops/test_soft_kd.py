@@ -1,4 +1,4 @@
-"""soft_kd on a CPU, by plain torch."""
+"""soft_kd on the reference backend."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROBLEMS = [
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_as_exact_as_torch(problem):
+def test_error_is_at_most_twice_torchs(problem):
     for dtype in DTYPES:
         for others in {dtype, torch.float32} if dtype != torch.float64 else {dtype}:
             inputs = problem.inputs(dtype, others)
@@ -36,11 +36,11 @@ def test_as_exact_as_torch(problem):
 @pytest.mark.parametrize("tau", [1.0, 2.0])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("soft", [False, True])
-def test_nan_and_inf_as_the_equation(soft, alpha, tau):
+def test_nan_and_inf_propagate_as_in_equation(soft, alpha, tau):
     assert_special_rows(alpha, tau, soft)
 
 
-def test_views_repeats_and_inputs_left_alone():
+def test_views_repeatability_and_unchanged_inputs():
     problem = PROBLEMS[1]
     inputs = problem.inputs(torch.float32)
     before = {n: x.clone() for n, x in inputs.items()}
@@ -52,7 +52,7 @@ def test_views_repeats_and_inputs_left_alone():
         problem.assert_exact(problem.run(viewed), inputs)
 
 
-def test_a_target_that_requires_grad_gets_it_from_the_reference(launched, triton):
+def test_target_requiring_grad_uses_reference(launched, triton):
     inputs = Problem(4, 10, soft=True).inputs(torch.float64)
     student, teacher, target = inputs.values()
     target.requires_grad_()
@@ -67,8 +67,7 @@ def test_a_target_that_requires_grad_gets_it_from_the_reference(launched, triton
     assert featkd.last_backend("soft_kd") == "triton"
 
 
-def test_the_unused_tensor_is_not_looked_at():
-    """A term of weight zero is left out."""
+def test_term_with_zero_weight_ignores_its_tensor():
     student, teacher, target = Problem(4, 10).inputs(torch.float32).values()
     out_of_range, nan = target + 100, torch.full_like(teacher, torch.nan)
     assert soft_kd(student, teacher, out_of_range, alpha=1.0).isfinite()
@@ -76,7 +75,7 @@ def test_the_unused_tensor_is_not_looked_at():
 
 
 @pytest.mark.parametrize("label", [10, -1, -100])
-def test_a_class_index_out_of_range_is_an_error(label):
+def test_class_index_out_of_range_raises(label):
     student, teacher, target = Problem(4, 10).inputs(torch.float32).values()
     target[2] = label
     with pytest.raises(RuntimeError, match=f"index {label} is out of bounds .* with size 10"):

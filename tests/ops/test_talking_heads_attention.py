@@ -1,4 +1,4 @@
-"""talking_heads_attention on CPU tensors: exactness, views, blocks, gradients, compilation."""
+"""talking_heads_attention on CPU tensors: accuracy, views, blocks, gradients, compilation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(tensors: dict[str, Tensor], scale: float) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_exact_as_timm(problem, dtype):
+def test_error_is_at_most_twice_timms(problem, dtype):
     tensors = problem.tensors(dtype)
     got = run(tensors, problem.scale)
     assert featkd.last_backend(op.NAME) == "cpu"
@@ -53,7 +53,7 @@ def test_exact_as_timm(problem, dtype):
         (torch.float32, "triton", "it has no Triton kernel"),
     ],
 )
-def test_the_reference_takes_what_csrc_does_not(dtype, backend, why, monkeypatch):
+def test_unsupported_dtype_or_backend_uses_reference(dtype, backend, why, monkeypatch):
     monkeypatch.setattr("featkd.ops.backends._warned", set())
     problem = Problem(2, 3, 7, 4)
     tensors = problem.tensors(dtype)
@@ -63,7 +63,7 @@ def test_the_reference_takes_what_csrc_does_not(dtype, backend, why, monkeypatch
     assert_as_exact_as_eager(got, tensors, problem.scale)
 
 
-def test_without_the_library_the_reference_runs_and_says_so(monkeypatch):
+def test_missing_extension_uses_reference_with_warning(monkeypatch):
     monkeypatch.setitem(extension._known, extension.LIBRARY, "csrc is not built: a test")
     problem = Problem(1, 2, 5, 4)
     tensors = problem.tensors(torch.float32)
@@ -72,7 +72,7 @@ def test_without_the_library_the_reference_runs_and_says_so(monkeypatch):
     assert featkd.last_backend(op.NAME) == "reference"
 
 
-def test_other_devices_run_plain_torch_without_a_warning(recwarn):
+def test_other_devices_use_reference_without_warning(recwarn):
     problem = Problem(2, 3, 7, 4)
     tensors = {name: x.to("meta") for name, x in problem.tensors(torch.float32).items()}
     assert run(tensors, problem.scale).shape == (2, 3, 7, 4)
@@ -81,8 +81,8 @@ def test_other_devices_run_plain_torch_without_a_warning(recwarn):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_keys_of_every_length():
-    """Whole and cut vectors of 16 to 64 bytes, four at once and alone; odd heads."""
+def test_sequence_lengths_around_vector_sizes():
+    """Complete and incomplete vectors and tiles, with an odd number of heads."""
     for tokens in (2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 79, 128, 131):
         problem = Problem(1, 3, tokens, 4)
         tensors = problem.tensors(torch.float32)
@@ -90,16 +90,16 @@ def test_keys_of_every_length():
 
 
 @pytest.mark.parametrize("products", [False, True], ids=["float32_scores", "bf16_scores"])
-def test_bf16_whatever_the_processor_multiplies_in(products, monkeypatch):
-    monkeypatch.setattr(op, "multiplies_bf16", lambda device: products)
+def test_bf16_with_and_without_bf16_matmul(products, monkeypatch):
+    monkeypatch.setattr(op, "has_fast_bf16", lambda device: products)
     for tokens in (1, 3, 8, 15, 16, 17, 37, 64, 67, 131):
         problem = Problem(2, 5, tokens, 8)
         tensors = problem.tensors(torch.bfloat16)
         assert_as_exact_as_eager(run(tensors, problem.scale), tensors, problem.scale)
 
 
-def test_bf16_scores_are_rounded_to_nearest_even_and_keep_nan():
-    """The sweep's own rounding, against torch's, where both mixes do nothing."""
+def test_bf16_scores_round_to_nearest_even_and_keep_nan():
+    """Compares the rounding with torch's, with identity mixes."""
     scores = torch.randn(1, 1, 64, 37, generator=torch.Generator().manual_seed(0)).bfloat16()
     scores[0, 0, 5, 7] = torch.nan
     assert extension.missing() == ""
@@ -114,7 +114,7 @@ def test_bf16_scores_are_rounded_to_nearest_even_and_keep_nan():
     assert not got[0, 0, 6].isnan().any()
 
 
-def test_blocks_of_images_and_of_queries_change_nothing(monkeypatch):
+def test_block_size_does_not_change_result(monkeypatch):
     problem = Problem(3, 4, 20, 8)
     tensors = problem.tensors(torch.float32)
     want = run(tensors, problem.scale)
@@ -123,7 +123,7 @@ def test_blocks_of_images_and_of_queries_change_nothing(monkeypatch):
         torch.testing.assert_close(run(tensors, problem.scale), want, rtol=1e-5, atol=1e-6)
 
 
-def test_any_number_of_threads_and_layout_gives_the_same():
+def test_threads_and_layout_do_not_change_result():
     problem = Problem(2, 8, 50, 16)
     tensors = problem.tensors(torch.float32)
     before = torch.get_num_threads()
@@ -147,7 +147,7 @@ def test_any_number_of_threads_and_layout_gives_the_same():
     assert torch.equal(found[0], found[2])
 
 
-def test_extreme_scores_and_nan():
+def test_large_scores_and_nan():
     problem = Problem(1, 2, 6, 4)
     tensors = problem.tensors(torch.float32)
     tensors["q"] = tensors["q"] * 1e4
@@ -157,12 +157,12 @@ def test_extreme_scores_and_nan():
     tensors = problem.tensors(torch.float32)
     tensors["k"] = tensors["k"].clone()
     tensors["k"][0, 1, 3, 0] = torch.nan
-    assert run(tensors, problem.scale).isnan().all()  # every head sees every head
+    assert run(tensors, problem.scale).isnan().all()  # each head depends on all heads
     want = as_timm(tensors, problem.scale)
     assert want.isnan().all()
 
 
-def test_inputs_that_require_grad_run_on_the_reference():
+def test_inputs_requiring_grad_use_reference():
     problem = Problem(1, 2, 5, 4)
     tensors = problem.tensors(torch.float32)
     tensors["v"] = tensors["v"].clone().requires_grad_()
@@ -177,7 +177,7 @@ def test_inputs_that_require_grad_run_on_the_reference():
     assert featkd.last_backend(op.NAME) == "cpu"
 
 
-def test_autocast_changes_nothing():
+def test_autocast_does_not_change_result():
     problem = Problem(2, 4, 9, 8)
     tensors = problem.tensors(torch.float32)
     want = run(tensors, problem.scale)
@@ -193,7 +193,7 @@ def test_opcheck():
     assert relative(op._forward(*given), exact(x, 0.3)) < 1e-6
 
 
-def test_what_the_sweep_refuses():
+def test_mix_heads_rejects_bad_tensors():
     assert extension.missing() == ""
     scores, mix, bias = torch.zeros(1, 2, 3, 3), torch.eye(2), torch.zeros(2)
     for bad in (scores.double(), scores.mT, scores[0]):

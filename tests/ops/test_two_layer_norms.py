@@ -1,4 +1,4 @@
-"""widelast_projection on a CPU, by plain torch."""
+"""widelast_projection on the reference backend."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROBLEMS = [
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_as_exact_as_torch(problem):
+def test_error_is_at_most_twice_torchs(problem):
     for rows in DTYPES:
         for parameters in {rows, torch.float32} if rows != torch.float64 else {rows}:
             inputs = problem.inputs(rows, parameters)
@@ -26,7 +26,7 @@ def test_as_exact_as_torch(problem):
     assert featkd.last_backend("widelast_projection") == "reference"
 
 
-def test_views_repeats_and_inputs_left_alone():
+def test_views_repeatability_and_unchanged_inputs():
     problem = PROBLEMS[0]
     inputs = problem.inputs(torch.float32)
     before = {n: x.clone() for n, x in inputs.items()}
@@ -38,7 +38,7 @@ def test_views_repeats_and_inputs_left_alone():
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
-def test_no_rows(shape):
+def test_empty_maps(shape):
     problem = Problem(*shape, 6, 10)
     got = problem.run(problem.inputs(torch.float32))
     assert got["residual"].shape == got["normed"].shape == (*shape, 10)
@@ -46,8 +46,8 @@ def test_no_rows(shape):
     assert not any(x.any() for x in got.values())
 
 
-def test_gradients_of_a_sum(executed, triton):
-    """`sum` sends back one number, expanded to the output's shape."""
+def test_expanded_upstream_gradient(executed, triton):
+    """The gradient of `sum` is one number, expanded to the output's shape."""
     problem = Problem(3, 6, 12, 20)
     inputs = {n: x.requires_grad_() for n, x in problem.inputs(torch.float32).items()}
     r, u = problem.fused(**inputs).values()
@@ -61,7 +61,7 @@ def test_gradients_of_a_sum(executed, triton):
 
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_autocast_rounds_the_product_and_the_normed_map(backend, cast, launched):
+def test_autocast_rounds_only_matmul_and_normed_map(backend, cast, launched):
     problem = Problem(2, 12, 6, 10)
     inputs = problem.inputs(torch.float32)
     upstream = problem.upstream(torch.float32)

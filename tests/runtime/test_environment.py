@@ -1,4 +1,4 @@
-"""What a result says about the source it came from."""
+"""Source commit recorded with results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def git(folder: Path, *words: str) -> str:
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with featkd/__init__.py, from which featkd seems to run."""
+    """A checkout with featkd/__init__.py, used as the source of featkd."""
     package = tmp_path / "checkout" / "featkd"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")

@@ -1,4 +1,4 @@
-"""Files are whole or not there: errors, kills and a full disk leave what was there before."""
+"""Atomic writes: errors and kills leave the old content."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path):
     result = subprocess.run([sys.executable, "-c", code, str(target)])
     assert result.returncode == -9
     assert target.read_bytes() == b"old"
-    assert len(list(tmp_path.iterdir())) == 2  # the half-written one is still there
+    assert len(list(tmp_path.iterdir())) == 2  # the temporary file remains
     (tmp_path / ".mine.tmp").touch()
-    (tmp_path / f".other.{os.getpid()}.tmp").touch()  # of a process that still runs
+    (tmp_path / f".other.{os.getpid()}.tmp").touch()  # of a running process
     remove_leftovers(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {
         "file",
@@ -69,7 +69,7 @@ def test_link_survives_a_new_original(tmp_path: Path):
     assert best.read_bytes() == b"one"
 
 
-def test_link_copies_where_the_file_system_has_no_links(tmp_path: Path, monkeypatch):
+def test_link_copies_if_the_file_system_has_no_links(tmp_path: Path, monkeypatch):
     def refuse(*_):
         raise OSError("no links here")
 

@@ -1,4 +1,4 @@
-"""Places behind URLs: whole or not there, and every error names the URL."""
+"""Remote paths: files are complete or absent, and every error names the URL."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from featkd.runtime.remote import RemotePath, locate
 
 
 class FailingStore(MemoryFileSystem):
-    """Takes half of an upload, which is there for all to see, and fails; as over SFTP, say."""
+    """Fails within an upload and leaves a visible part of it, as SFTP can."""
 
     protocol = "failing"
     left = 1 << 30  # bytes that still fit
@@ -33,7 +33,7 @@ class FailingStore(MemoryFileSystem):
 
 
 class Unsteady(MemoryFileSystem):
-    """Refuses what it is told to refuse: "rm", or "cp_file" to a path."""
+    """Fails on chosen calls: "rm", "info", or "cp_file" to a path."""
 
     protocol = "unsteady"
     refused: ClassVar[dict[str, str]] = {}
@@ -41,6 +41,11 @@ class Unsteady(MemoryFileSystem):
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
         return str(super()._strip_protocol(path.replace("unsteady://", "memory://")))
+
+    def info(self, path: str, **options: Any) -> Any:
+        if "info" in Unsteady.refused:
+            raise RuntimeError("the connection is lost")
+        return super().info(path, **options)
 
     def rm(self, path: Any, **options: Any) -> None:
         if "rm" in Unsteady.refused:
@@ -54,7 +59,7 @@ class Unsteady(MemoryFileSystem):
 
 
 class Renaming(Unsteady):
-    """Has a renaming of its own, and would show a copy while it is made."""
+    """Implements renaming."""
 
     def mv(self, path1: str, path2: str, **options: Any) -> None:
         self.store[path2] = self.store.pop(path1)
@@ -78,7 +83,7 @@ def files(folder: RemotePath) -> set[str]:
     return {path.rpartition("/")[2] for path in folder.fs.find(str(folder))}
 
 
-def test_what_is_local_and_what_is_not(tmp_path: Path) -> None:
+def test_locate_returns_local_and_remote_paths(tmp_path: Path) -> None:
     assert locate("runs/one") == Path("runs/one")
     assert locate(tmp_path) == tmp_path
     assert locate(f"file://{tmp_path}/a") == tmp_path / "a"
@@ -114,7 +119,7 @@ def test_write_replaces_and_leaves_nothing_else(folder: RemotePath) -> None:
 
 
 def test_an_error_while_writing_leaves_the_old_file(folder: RemotePath) -> None:
-    """fsspec's own files upload what they have got when the block that writes them fails."""
+    """fsspec's own files upload the part written so far when the block fails."""
     last = folder / "last.pt"
     last.replace_with(b"old")
 
@@ -129,7 +134,7 @@ def test_an_error_while_writing_leaves_the_old_file(folder: RemotePath) -> None:
     assert files(folder) == {"last.pt"}
 
 
-def test_a_half_done_upload_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_upload_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch) -> None:
     last = locate("failing://runs/half/last.pt")
     assert isinstance(last, RemotePath)
     last.replace_with(b"old content")
@@ -142,7 +147,7 @@ def test_a_half_done_upload_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def unsteady(monkeypatch: pytest.MonkeyPatch) -> Iterator[RemotePath]:
-    """A folder with last.pt in it, on a file system that refuses nothing yet."""
+    """A folder with last.pt, on a file system that does not fail yet."""
     monkeypatch.setattr(Unsteady, "refused", {})
     place = locate("unsteady://runs/two")
     assert isinstance(place, RemotePath)
@@ -152,7 +157,7 @@ def unsteady(monkeypatch: pytest.MonkeyPatch) -> Iterator[RemotePath]:
 
 
 def test_a_refused_deletion_is_no_failure(unsteady: RemotePath) -> None:
-    """The content is there; an error would say that it is not."""
+    """The new content is in place, so no error is raised."""
     Unsteady.refused["rm"] = ""
     last = unsteady / "last.pt"
     last.replace_with(b"new")
@@ -160,12 +165,12 @@ def test_a_refused_deletion_is_no_failure(unsteady: RemotePath) -> None:
     assert last.read_bytes() == (unsteady / "best.pt").read_bytes() == b"new"
     Unsteady.refused.clear()
     for path in (last, unsteady / "best.pt"):
-        path.replace_with(b"newer")  # takes the place of what was left, and removes it
+        path.replace_with(b"newer")  # replaces and removes the temporary file
     assert files(unsteady) == {"last.pt", "best.pt"}
 
 
 @pytest.mark.parametrize("step", [".best.pt.tmp", "/best.pt"])
-def test_a_copy_that_fails_leaves_nothing_aside(unsteady: RemotePath, step: str) -> None:
+def test_a_failed_copy_leaves_no_temporary_file(unsteady: RemotePath, step: str) -> None:
     last, best = unsteady / "last.pt", unsteady / "best.pt"
     best.replace_with(b"before")
     Unsteady.refused["cp_file"] = step
@@ -175,7 +180,7 @@ def test_a_copy_that_fails_leaves_nothing_aside(unsteady: RemotePath, step: str)
     assert files(unsteady) == {"last.pt", "best.pt"}
 
 
-def test_a_file_system_that_can_rename_does(unsteady: RemotePath) -> None:
+def test_renaming_is_used_if_implemented(unsteady: RemotePath) -> None:
     last = RemotePath(f"{unsteady}/last.pt", Renaming(), "/runs/two/last.pt")
     Unsteady.refused["cp_file"] = "/last.pt"
     last.replace_with(b"new")
@@ -183,7 +188,7 @@ def test_a_file_system_that_can_rename_does(unsteady: RemotePath) -> None:
     assert files(unsteady) == {"last.pt"}
 
 
-def test_a_killed_upload_is_replaced_by_the_next(folder: RemotePath) -> None:
+def test_the_next_upload_replaces_a_killed_one(folder: RemotePath) -> None:
     folder.fs.pipe_file("/runs/one/.last.pt.tmp", b"half of wh")
     remove_leftovers(folder)
     (folder / "last.pt").replace_with(b"whole")
@@ -194,5 +199,18 @@ def test_errors_name_the_url(folder: RemotePath) -> None:
     with pytest.raises(OSError, match=f"{folder}/none: FileNotFoundError"):
         (folder / "none").read_bytes()
     (folder / "file").replace_with(b"")
-    with pytest.raises(FileExistsError, match="file is a file"):
+    with pytest.raises(FileExistsError, match="file is a file, expected a folder"):
         (folder / "file").mkdir()
+
+
+def test_a_lost_connection_is_not_an_absent_file(unsteady: RemotePath) -> None:
+    """Otherwise a run would start anew and replace its checkpoint."""
+    last = unsteady / "last.pt"
+    Unsteady.refused["info"] = ""
+    for check in (last.exists, last.is_file):
+        with pytest.raises(OSError, match=r"last.pt: RuntimeError: the connection is lost"):
+            check()
+    Unsteady.refused.clear()
+    assert last.exists()
+    assert not (unsteady / "none").exists()
+    assert not (unsteady / "none").is_file()

@@ -1,4 +1,4 @@
-"""What the tests of the training loop share: a run in this process, and what it left."""
+"""Helpers for tests of the training loop: run in this process, read its metrics."""
 
 from __future__ import annotations
 

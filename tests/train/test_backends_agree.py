@@ -1,4 +1,4 @@
-"""A trainer that runs on the kernels finds the losses of one that runs on the reference."""
+"""Runs on the kernels have the losses of runs on the reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UPDATES = 12
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
-    """(op, backend) of everything that ran."""
+    """(op, backend) pairs that ran."""
     found: set[tuple[str, str]] = set()
     monkeypatch.setattr(backends, "record", lambda op, backend: found.add((op, backend)))
     return found
@@ -40,7 +40,7 @@ def test_the_kernels_train_as_the_reference_does(recipe, arch, metric, ran):
     )
     with executing(check=False) as executed, featkd.use_backend("triton"):
         fused = losses(recipe)
-    # of a Lift student, the loss comes with the pooled map
+    # a Lift student computes the loss with its pooled map
     compared = "lift_head" if arch == "lift" else "projected_feature_kd"
     ops = {"soft_kd", compared, *(["widelast_projection"] if arch == "widelast" else [])}
     assert ran == {(op, "triton") for op in ops}

@@ -1,4 +1,4 @@
-"""The dry run's figures; that it writes nothing is tested with the command line."""
+"""Figures of the dry run; the command line's tests check that it writes nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from featkd.train.dryrun import dry_run, forward_macs
     ("arch", "published"), [("plain", 1.254), ("lift", 1.268), ("widelast", 1.545)]
 )
 def test_forward_macs_are_the_published_ones(arch, published):
-    """[EM26]'s table of students, GMACs at 224 x 224."""
+    """GMACs at 224 x 224, from the table of students in [EM26]."""
     student = create_student("deit_tiny_patch16_224", arch=arch, teacher_dim=384)
     assert round(forward_macs(student, 224) / 1e9, 3) == published
 

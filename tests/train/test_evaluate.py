@@ -1,4 +1,4 @@
-"""Scores by hand, one pass over the files, and no waiting for the device within it."""
+"""Scores against plain formulas; one pass over the images without waiting for the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ K = 7
 
 
 class Batches:
-    """A loader of batches of 5 and one of 3 images, that counts how often it is read."""
+    """Loader of batches of 5 and one of 3 images; counts the batches read."""
 
     def __init__(self, full: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -32,7 +32,7 @@ class Batches:
 
 
 class Reads(TorchDispatchMode):
-    """Counts what a device would have to answer: values that Python reads, shapes from values."""
+    """Counts operations that would wait for a device: values read by Python, shapes from values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def test_scores_of_two_models_from_one_pass():
 
 
 def test_no_batch_waits_for_the_device(monkeypatch):
-    def one_hot(x, classes):  # torch's own checks its values on CPUs, and there alone
+    def one_hot(x, classes):  # torch's checks its values, on CPUs only
         return (x[..., None] == torch.arange(classes)).long()
 
     monkeypatch.setattr(F, "one_hot", one_hot)
@@ -80,14 +80,14 @@ def test_no_batch_waits_for_the_device(monkeypatch):
     assert counts[0] == counts[1] > 0
 
 
-def test_a_loss_that_is_not_finite_stays_so():
+def test_a_nan_loss_is_reported():
     loader = Batches(2)
     loader.images[3, 1] = float("nan")
     (found,) = score(loader, torch.nn.Identity()).values()
     assert found.loss != found.loss
 
 
-def test_modes_are_restored_and_nothing_is_no_score():
+def test_modes_are_restored_and_no_images_are_an_error():
     models = torch.nn.Identity().train(), torch.nn.Identity().eval()
     score(Batches(1), *models)
     assert [model.training for model in models] == [True, False]

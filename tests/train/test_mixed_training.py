@@ -1,4 +1,4 @@
-"""Mixed batches in the training loop: who sees them, when, and who does not."""
+"""mixup and CutMix in the training loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.train.runs import CPU, column, run
 
 
 def mixing(recipe: Recipe, **fields: float | str) -> Recipe:
-    """The recipe with these fields of `data.augment`, or `backend`."""
+    """Sets fields of `data.augment`, or `data.backend`."""
     data = recipe.data
     if "backend" in fields:
         data = replace(data, backend=fields.pop("backend"))
@@ -22,13 +22,13 @@ def mixing(recipe: Recipe, **fields: float | str) -> Recipe:
 
 @pytest.mark.parametrize("backend", ["timm", "dali"])
 def test_teacher_and_student_see_the_mixed_batch(recipe, backend):
-    """Each micro-batch is mixed once by its place in the epoch; evaluation is not."""
+    """Each micro-batch is mixed once, seeded by its number in the epoch; evaluation is not."""
     if backend == "dali":
         pytest.importorskip("nvidia.dali")
     recipe = replace(recipe, optim=replace(recipe.optim, accumulate=2))
     trainer = Trainer(mixing(recipe, mixup=0.8, cutmix=1.0, backend=backend), CPU)
-    parts, mixer = trainer.parts, trainer.parts.mixer
-    places, mixed, taught, learnt, judged = [], [], [], [], []
+    components, mixer = trainer.components, trainer.components.mixer
+    places, mixed, teacher_images, student_images, targets = [], [], [], [], []
 
     def note_place(batch, **place):
         assert batch.targets.dtype == torch.int64
@@ -36,14 +36,19 @@ def test_teacher_and_student_see_the_mixed_batch(recipe, backend):
         mixed.append(mixer(batch, **place))
         return mixed[-1]
 
-    parts.mixer = note_place
-    teach = parts.source.teach
-    parts.source.teach = lambda batch: (taught.append(batch.images), teach(batch))[1]
-    parts.student_forward.register_forward_pre_hook(lambda _, given: learnt.append(given[0]))
-    parts.loss.register_forward_pre_hook(lambda _, given: judged.append(given[1]))
+    components.mixer = note_place
+    outputs = components.teacher.outputs
+    components.teacher.outputs = lambda batch: (
+        teacher_images.append(batch.images),
+        outputs(batch),
+    )[1]
+    components.student_forward.register_forward_pre_hook(
+        lambda _, given: student_images.append(given[0])
+    )
+    components.loss.register_forward_pre_hook(lambda _, given: targets.append(given[1]))
     trainer.run(quiet=True)
     assert places == [(epoch, number, 0) for epoch in range(2) for number in range(6)]
-    for batch, *seen in zip(mixed, taught, learnt, judged, strict=True):
+    for batch, *seen in zip(mixed, teacher_images, student_images, targets, strict=True):
         assert torch.equal(seen[0], batch.images)
         assert torch.equal(seen[1], batch.images)
         assert torch.equal(seen[2], batch.targets)
@@ -51,8 +56,8 @@ def test_teacher_and_student_see_the_mixed_batch(recipe, backend):
         assert batch.targets.amin().item() == pytest.approx(0.1 / 3)  # smoothed
 
 
-def test_off_by_default_and_without_a_trace(recipe):
-    """Probabilities of what is off change no bit of a run."""
+def test_off_by_default_and_without_effect(recipe):
+    """Probabilities of mixing change nothing while mixing is off."""
     run(recipe)
     off = mixing(replace(recipe, out=recipe.out + "-off"), mixup_prob=0.3, mixup_switch_prob=0.9)
     run(off)
@@ -61,11 +66,11 @@ def test_off_by_default_and_without_a_trace(recipe):
     losses = [column(r, "loss") for r in (recipe, off, on)]
     assert losses[0] == losses[1]
     assert losses[0][0] != losses[2][0]
-    assert Trainer(recipe, CPU).parts.mixer is None
-    assert Trainer(mixing(recipe, mixup=0.2, mixup_prob=0.0), CPU).parts.mixer is None
+    assert Trainer(recipe, CPU).components.mixer is None
+    assert Trainer(mixing(recipe, mixup=0.2, mixup_prob=0.0), CPU).components.mixer is None
 
 
 def test_an_odd_batch_is_refused(recipe):
     with pytest.raises(RecipeError, match=r"batch_size: 7 is odd, and data\.augment\.mixup"):
         mixing(replace(recipe, batch_size=7), cutmix=1.0)
-    replace(recipe, batch_size=7)  # as it is, it may be
+    replace(recipe, batch_size=7)  # allowed without mixing

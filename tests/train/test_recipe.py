@@ -1,8 +1,9 @@
-"""Recipes: the published values, round trips, and the errors of a wrong one."""
+"""Recipes: published values, round trips, errors, and files of earlier versions."""
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ from featkd.train.recipe import (
     Recipe,
     RecipeError,
     TeacherConfig,
-    field_names,
     find_recipe,
     load_recipe,
     shipped_recipes,
@@ -96,7 +96,7 @@ def test_shipped_recipes_survive_a_round_trip(name, tmp_path: Path):
             "{batch_size: 9, data: {augment: {mixup: 0.2}}}",
             "batch_size: 9 is odd, and data.augment.mixup and cutmix mix .*expected an even number",
         ),
-        ("teacher: {name: x}", "teacher: given, but the loss does not use it"),
+        ("teacher: {name: x}", "teacher: not used by the loss"),
     ],
 )
 def test_wrong_recipes(text, message, tmp_path: Path):
@@ -107,7 +107,9 @@ def test_wrong_recipes(text, message, tmp_path: Path):
 
 
 def test_out_of_range_values():
-    with pytest.raises(RecipeError, match=r"optim.warmup_epochs: 5 leaves nothing of the 5"):
+    with pytest.raises(
+        RecipeError, match=r"optim.warmup_epochs: expected fewer than optim.epochs \(5\), got 5"
+    ):
         OptimConfig(epochs=5, warmup_epochs=5)
     with pytest.raises(RecipeError, match=r"checkpoint.keep_every: expected .* > 0, got 0"):
         CheckpointConfig(keep_every=0)
@@ -122,11 +124,29 @@ def test_out_of_range_values():
         Recipe(teacher=TeacherConfig(), loss=LossConfig(feature="mse", pairs=[]))
 
 
+@pytest.mark.parametrize("inference", ["recipe", "fastest"])
+@pytest.mark.parametrize(
+    "style",
+    [
+        "{{name: x, options: {{a: 1e-1}}, inference: {}}}",
+        "\n  inference: {}  # a comment\n  name: x\n  options: {{a: 1e-1}}",
+    ],
+)
+def test_recipes_with_teacher_inference_are_read(tmp_path, inference, style):
+    """A removed field of earlier versions."""
+    path = tmp_path / "recipe.yaml"
+    text = "loss: {alpha: 0.9}\noptim: {lr: 1e-5}\nteacher: "
+    path.write_text(text + style.format(inference))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        recipe = load_recipe(path)
+    notes = [str(warning.message) for warning in caught]
+    expected = f"recipe {path}: teacher.inference: 'fastest' was removed"
+    assert [note.startswith(expected) for note in notes] == [True] * (inference == "fastest")
+    assert recipe.teacher == TeacherConfig(name="x", options={"a": 0.1})
+    assert (recipe.optim.lr, recipe.loss.alpha) == (1e-5, 0.9)
+
+
 def test_unknown_recipe_name():
     with pytest.raises(RecipeError, match="did you mean 'lift_imagenet_mse'"):
         find_recipe("lift_imagenet_mes")
-
-
-def test_field_names():
-    names = field_names()
-    assert {"optim.lr", "teacher.name", "data.augment.repeats", "out"} <= set(names)

@@ -1,4 +1,4 @@
-"""An evaluation that is cut short costs no epoch: a run goes on with it and ends as if unbroken."""
+"""Interrupted evaluations are repeated on resume; the run ends as an unbroken one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _kept() -> dict[str, Path]:
 
 @pytest.fixture
 def unbroken(four_epochs: Recipe, tmp_path: Path, _kept: dict[str, Path]) -> Path:
-    """The folder of that run in one go (made once)."""
+    """Folder of that run without interruption (made once)."""
     if "out" not in _kept:
         run(replace(four_epochs, out=str(tmp_path / "unbroken")))
         _kept["out"] = tmp_path / "unbroken"
@@ -73,11 +73,11 @@ def assert_ended_alike(folder: Location, unbroken: Path) -> None:
         for state in states:
             del state["recipe"]["out"], state["recipe"]["data"]["path"]
         assert same(*states), name
-        assert not states[0]["due"]
+        assert not states[0]["evaluation_pending"]
 
 
 def die_at(monkeypatch: pytest.MonkeyPatch, moment: str, epoch: int) -> None:
-    """Kill the next run at a moment of the evaluation after `epoch`."""
+    """Kills the next run at a moment of the evaluation after `epoch`."""
     evaluate, evaluation, save = trainer.evaluate, RunLog.evaluation, CheckpointStore.save
     done = 0
 
@@ -94,12 +94,12 @@ def die_at(monkeypatch: pytest.MonkeyPatch, moment: str, epoch: int) -> None:
         evaluation(self, row)
 
     def keep(self: CheckpointStore, state: dict[str, Any], **options: Any) -> None:
-        scored = state["epoch"] == epoch and not state["due"]
+        scored = state["epoch"] == epoch and not state["evaluation_pending"]
         if scored and moment == "second save":
             raise Killed
         before = self.last.read_bytes() if scored else b""
         save(self, state, **options)
-        if scored and moment == "last name":  # which best.pt and epoch-n.pt come before
+        if scored and moment == "last name":  # best.pt and epoch-n.pt are written before
             with atomic_write(self.last) as file:
                 file.write(before)
             raise Killed
@@ -133,7 +133,11 @@ def test_a_kill_in_an_evaluation_costs_no_update(
             run(broken)
     out = locate(broken.out)
     state = load(out / "last.pt")
-    assert (state["update"], state["epoch"], state["due"]) == (2 * epoch, epoch, True)
+    assert (state["update"], state["epoch"], state["evaluation_pending"]) == (
+        2 * epoch,
+        epoch,
+        True,
+    )
     run(broken)
     assert_ended_alike(out, unbroken)
     MemoryFileSystem.store.clear()
@@ -142,7 +146,7 @@ def test_a_kill_in_an_evaluation_costs_no_update(
 def test_a_broken_validation_image_costs_no_update(
     four_epochs, unbroken, images, tmp_path, monkeypatch
 ):
-    """Every restart fails at once, without training, until it is mended."""
+    """Every restart fails at once, without training, until the image is repaired."""
     folder = tmp_path / "images"
     shutil.copytree(images, folder)
     recipe = replace(four_epochs, data=replace(four_epochs.data, path=str(folder)))
@@ -162,14 +166,17 @@ def test_a_broken_validation_image_costs_no_update(
     assert_ended_alike(Path(recipe.out), unbroken)
 
 
-def test_processes_of_which_one_would_evaluate_are_stopped(alone, monkeypatch):
-    """One reads the state of before the evaluation, the other that of after it."""
+def test_processes_that_disagree_on_a_pending_evaluation_are_stopped(alone, monkeypatch):
+    """One process reads the state before the evaluation, the other the state after it."""
     trainer = Trainer(alone, CPU)
     trainer.store.prepare()
-    trainer.due = True
+    trainer.evaluation_pending = True
     trainer._save(RunLog(None, 0, 0))
     last = trainer.store.last
+    state = torch.load(last)
+    state["due"] = state.pop("evaluation_pending")  # as earlier versions named it
+    torch.save(state, last)
     theirs = {"1": f"{last} after update 0 (epoch 0, batch 0)"}
-    monkeypatch.setattr(ProcessContext, "merged", lambda _, facts: facts | theirs)
+    monkeypatch.setattr(ProcessContext, "merge_dicts", lambda _, facts: facts | theirs)
     with pytest.raises(CheckpointError, match=r"batch 0\), to be evaluated \(process 0\); .*"):
         Trainer(alone, CPU)._resume("auto")

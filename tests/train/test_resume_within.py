@@ -1,4 +1,4 @@
-"""Going on within an epoch: in other batches, on other processes, with another loader."""
+"""Resuming within an epoch: with other batches, other processes, another loader."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from tests.train.runs import CPU, column, run
 
 
 def stop_within_an_epoch(recipe: Recipe, updates: int) -> Path:
-    """Train some updates of the first epoch and save; returns the checkpoint."""
+    """Trains some updates of the first epoch and saves; returns the checkpoint."""
     trainer = Trainer(recipe, CPU)
-    trainer.parts.student.train()
-    for batch in islice(trainer.parts.train_loader, updates):
+    trainer.components.student.train()
+    for batch in islice(trainer.components.train_loader, updates):
         trainer.step([batch])
     trainer.store.prepare()
     trainer._save(RunLog(None, 0, 0))
     return trainer.store.last
 
 
-def test_an_epoch_goes_on_in_other_batches(recipe, monkeypatch):
-    """Two updates of 8 images, then the epoch's other 32 in batches of 4: none twice, none left."""
+def test_an_epoch_continues_in_other_batches(recipe, monkeypatch):
+    """Two updates of 8 images, then the other 32 in batches of 4: each image once."""
     seen: list[torch.Tensor] = []
     losses = Trainer.losses
 
@@ -44,9 +44,9 @@ def test_an_epoch_goes_on_in_other_batches(recipe, monkeypatch):
     run(replace(recipe, batch_size=4))
     first_epoch = [image.numpy().tobytes() for image in seen[:48]]
     whole = Trainer(replace(recipe, batch_size=48), CPU)
-    (batch,) = whole.parts.train_loader
+    (batch,) = whole.components.train_loader
     assert first_epoch == [image.numpy().tobytes() for image in batch.images]
-    # 2 updates of 8 images, 8 and 12 of 4: the schedule ends where it would have
+    # 2 updates of 8 images, then 8 and 12 of 4: the schedule ends at the same rate
     assert column(recipe, "update")[-1] == "22"
     rates = [float(x) for x in column(recipe, "lr")]
     assert rates[0] == pytest.approx(1e-6 + 4 / 12 * (1e-3 - 1e-6))  # 4 of 12 warm-up updates
@@ -74,8 +74,8 @@ def test_an_epoch_in_another_order_is_refused(recipe, changes, message):
         run(other)
 
 
-def test_another_number_of_processes_is_said(recipe):
-    """One process goes on where two of half the batch stopped, and one of a whole one."""
+def test_another_number_of_processes_is_noted(recipe):
+    """One process resumes a run of two, with the same global batch and with a larger one."""
     last = stop_within_an_epoch(recipe, 2)
     state = load(last)
     state["world_size"] = state["loader"]["world_size"] = 2
@@ -84,13 +84,13 @@ def test_another_number_of_processes_is_said(recipe):
     trainer = Trainer(recipe, CPU)
     _, changed = trainer._resume("auto")
     assert trainer.batch == 2
-    assert "processes: 2 -> 1 (8 images an update as before; drop-path draws" in changed
+    assert "processes: 2 -> 1 (8 images per update as before; drop-path draws" in changed
     _, changed = Trainer(replace(recipe, batch_size=16), CPU)._resume("auto")
-    assert "8 -> 16 images an update: peak learning rate 0.002 -> 0.004, 3 updates an" in changed
+    assert "8 -> 16 images per update: peak learning rate 0.002 -> 0.004, 3 updates per" in changed
 
 
-def test_a_restart_by_torchrun_goes_on_whatever_was_asked(recipe):
-    """The job's own last checkpoint, not the one named or forbidden when it began."""
+def test_a_restart_by_torchrun_resumes_the_same_job(recipe):
+    """It resumes from the job's last checkpoint, whatever --resume was given."""
     first = stop_within_an_epoch(replace(recipe, out=recipe.out + "-first"), 1)
     job = replace(CPU, job="17")
     trainer = Trainer(recipe, job)
@@ -105,22 +105,26 @@ def test_a_restart_by_torchrun_goes_on_whatever_was_asked(recipe):
             Trainer(recipe, other)._resume("never")
 
 
-def test_another_loader_is_said(recipe, monkeypatch, capsys):
-    """As on a node where DALI is broken: the recipe's "auto" takes other pixels there."""
-    monkeypatch.setattr("featkd.data.dali.loader.why_not", lambda *_: "a library of it is missing")
-    real = factory.build_over
-    monkeypatch.setattr(  # to a GPU as far as the choice goes: it needs none
-        factory, "build_over", lambda *a, **k: real(*a, **{**k, "device": torch.device("cuda")})
+def test_another_loader_is_noted(recipe, monkeypatch, capsys):
+    """On a node where DALI is broken, `data.backend: auto` takes another loader."""
+    monkeypatch.setattr(
+        "featkd.data.dali.unsupported_reason", lambda *_: "a library of it is missing"
     )
-    with pytest.warns(UserWarning, match="loaded by timm, not by DALI: a library"):
+    real = factory.build_loader_for
+    monkeypatch.setattr(  # chooses as for a GPU, without needing one
+        factory,
+        "build_loader_for",
+        lambda *a, **k: real(*a, **{**k, "device": torch.device("cuda")}),
+    )
+    with pytest.warns(UserWarning, match="timm loader instead of DALI: a library"):
         trainer = Trainer(replace(recipe, data=replace(recipe.data, backend="auto")), CPU)
-    trainer.parts.close()
-    said = "images are loaded by timm, not by DALI: a library of it is missing"
-    assert trainer.parts.notes.count(said) == 1
+    trainer.components.close()
+    note = "using the timm loader instead of DALI: a library of it is missing"
+    assert trainer.components.notes.count(note) == 1
     monkeypatch.undo()
     last = stop_within_an_epoch(recipe, 2)
     torch.save({**load(last), "pixels": "dali on cuda"}, last)
     Trainer(recipe, CPU).run()
     output = capsys.readouterr().err
-    assert "images are loaded by timm\n" in output
-    assert "images: loaded by dali on cuda -> timm (their pixels differ by rounding)" in output
+    assert "image loader: timm\n" in output
+    assert "image loader: dali on cuda -> timm (pixels differ by rounding)" in output

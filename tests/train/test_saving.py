@@ -1,4 +1,4 @@
-"""What a save leaves when something goes wrong: weights, the order of files, the disk."""
+"""Saves that fail: diverged weights, kills between files, full disks."""
 
 from __future__ import annotations
 
@@ -28,31 +28,33 @@ from tests.train.runs import CPU
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_diverged_state_is_not_saved(alone, monkeypatch, stopped):
-    """nan in update 4, which nothing reads before the epoch's end but the save, or the stop."""
+    """NaN in update 4, first read by the save at the epoch's end or by the stop."""
     policy = replace(alone.checkpoint, every_updates=2)
     trainer = Trainer(replace(alone, log_every=100, checkpoint=policy), CPU)
-    compare = trainer.compare
+    compute_loss = trainer.compute_loss
 
     def diverge(*args):
         factor = math.nan if trainer.update == 3 else 1.0
-        return DistillationTerms(*(x * factor for x in compare(*args)))
+        return DistillationTerms(*(x * factor for x in compute_loss(*args)))
 
-    monkeypatch.setattr(trainer, "compare", diverge)
+    monkeypatch.setattr(trainer, "compute_loss", diverge)
     monkeypatch.setattr(trainer, "apply_gradients", lambda: None)  # the weights stay finite
     if stopped:
-        monkeypatch.setattr(Interrupt, "agreed", lambda *_: 15 if trainer.update == 4 else None)
+        monkeypatch.setattr(
+            Interrupt, "stop_signal", lambda *_: 15 if trainer.update == 4 else None
+        )
     with pytest.raises(TrainingDiverged, match=r"loss is nan by update 4; the last .*last.pt"):
         trainer.run(quiet=True)
     assert load(Path(alone.out) / "last.pt")["update"] == 2
 
 
 def test_weights_that_overflowed_are_not_saved(alone):
-    """The loss of the update that broke them was finite; the next one's is not seen yet."""
+    """The loss of that update was finite, and the next loss is not read yet."""
     trainer = Trainer(alone, CPU)
     trainer.store.prepare()
     trainer._save(RunLog(None, 0, 0))
     with torch.no_grad():
-        next(trainer.parts.student.parameters()).view(-1)[0] = math.inf
+        next(trainer.components.student.parameters()).view(-1)[0] = math.inf
     trainer.update = 1
     with pytest.raises(TrainingDiverged, match=r"norm of the weights is inf by update 1; the"):
         trainer._save(RunLog(None, 0, 0))
@@ -77,7 +79,7 @@ def folder(request, tmp_path, monkeypatch) -> Iterator[Location]:
 
 
 def test_a_kill_between_two_names_leaves_none_missing(folder, monkeypatch):
-    """Killed before each of the moves in turn: what last.pt says is best is in best.pt."""
+    """After a kill before each of the moves, best.pt has the best state of last.pt."""
     store = CheckpointStore(folder, keep_every=1)
     store.prepare()
     store.save(scored(1, 10.0), is_best=True, ended_epoch=1)
@@ -112,7 +114,7 @@ def test_a_kill_between_two_names_leaves_none_missing(folder, monkeypatch):
     assert load(folder / "epoch-0001.pt")["update"] == 1
 
 
-def test_a_name_that_can_not_be_given_leaves_last(folder, monkeypatch):
+def test_a_link_that_fails_leaves_last(folder, monkeypatch):
     store = CheckpointStore(folder)
     store.prepare()
     store.save(scored(1, 10.0), is_best=True)
@@ -122,13 +124,13 @@ def test_a_name_that_can_not_be_given_leaves_last(folder, monkeypatch):
 
     monkeypatch.setattr("featkd.runtime.files.atomic_link", full)
     monkeypatch.setattr(MemoryFileSystem, "copy", full)
-    with pytest.raises(CheckpointError, match=r"could not save .*last.pt: .*space.*untouched"):
+    with pytest.raises(CheckpointError, match=r"could not save .*last.pt: .*space.*unchanged"):
         store.save(scored(2, 20.0), is_best=True)
     assert [load(path)["update"] for path in (store.last, store.best)] == [1, 1]
 
 
-def test_the_best_state_comes_along(folder, tmp_path):
-    """To another folder, from the checkpoint or from beside it; and back where it was lost."""
+def test_the_best_state_is_restored(folder, tmp_path):
+    """In another folder, from the checkpoint or the best.pt beside it; and after a loss."""
     old = CheckpointStore(folder)
     old.prepare()
     old.save(scored(1, 10.0), is_best=True)
@@ -137,7 +139,7 @@ def test_the_best_state_comes_along(folder, tmp_path):
         for place in (tmp_path / name, locate(f"memory://other/{name}")):
             new = CheckpointStore(place)
             new.prepare()
-            assert new.bring_best(old.last, last) == last["best"]
+            assert new.restore_best(old.last, last) == last["best"]
             assert load(new.best)["update"] == 1
     for there, at_best in itertools.product((None, 7.0, 30.0), (True, False)):
         (tmp_path / "lost").mkdir(exist_ok=True)
@@ -148,14 +150,14 @@ def test_the_best_state_comes_along(folder, tmp_path):
         last = scored(5, 20.0) if at_best else scored(6, 3.0, scored(5, 20.0)["best"])
         lost.save(last)
         kept = {} if there is None else scored(4, there)["best"]
-        brought = last["best"] if at_best and there != 30.0 else kept
-        assert lost.bring_best(lost.last, last) == brought
-        assert lost.best.exists() == bool(brought)
-        if brought:
-            assert load(lost.best)["best"] == brought
+        expected = last["best"] if at_best and there != 30.0 else kept
+        assert lost.restore_best(lost.last, last) == expected
+        assert lost.best.exists() == bool(expected)
+        if expected:
+            assert load(lost.best)["best"] == expected
 
 
-def test_a_run_that_goes_on_elsewhere_has_its_best(alone, tmp_path):
+def test_a_run_resumed_elsewhere_has_its_best(alone, tmp_path):
     first = Trainer(alone, CPU)
     first.best = {"update": 0, "top1": 50.0}
     first.store.prepare()
@@ -165,20 +167,20 @@ def test_a_run_that_goes_on_elsewhere_has_its_best(alone, tmp_path):
     last = first.store.last
     assert trainer._resume(str(last)) == [f"resumed from {last} after update 0 (epoch 0)"]
     assert trainer.best == first.best == load(trainer.store.best)["best"]
-    first.update = 1  # and the state of the best is lost
+    first.update = 1  # the state of the best is lost below
     first._save(RunLog(None, 0, 0))
     first.store.best.unlink()
     trainer = Trainer(replace(alone, out=str(tmp_path / "without")), CPU)
-    said = trainer._resume(str(last))
+    messages = trainer._resume(str(last))
     assert trainer.best == {}
-    assert "without/best.pt: the score to be beaten is none, not 50.0 as in" in said[1]
+    assert "without/best.pt: the best score is none, not 50.0 as in" in messages[1]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's always full device")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("kind", ["csv", "events"])
-def test_a_disk_filled_by_the_logs_names_them_and_no_close_hides_it(tmp_path, capsys, kind):
-    """/dev/full answers every write as a full disk does."""
+def test_a_disk_filled_by_the_logs_is_an_error_that_names_them(tmp_path, capsys, kind):
+    """/dev/full fails every write as a full disk does."""
     log = RunLog(tmp_path, 0, 1)
     row = dict.fromkeys(TRAIN_COLUMNS, 1)
     writer = log._board._board.file_writer.event_writer._async_writer
@@ -192,16 +194,16 @@ def test_a_disk_filled_by_the_logs_names_them_and_no_close_hides_it(tmp_path, ca
 
     def fill() -> None:
         try:
-            deadline = time.monotonic() + 10  # TensorBoard's thread tells it with a later event
+            deadline = time.monotonic() + 10  # TensorBoard's thread raises it with a later event
             while time.monotonic() < deadline:
                 log.train(row)
         finally:
             log.close()
 
-    with pytest.raises(OSError, match=f"No space left on device: '{path}'") as told:
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'") as raised:
         fill()
-    writer._worker.join(10)  # its error is told to pytest last of all, which is to ignore it here
+    writer._worker.join(10)  # its error reaches pytest last, which ignores it
     assert not writer._worker.is_alive()
-    assert told.value.errno == 28
-    assert f"the end of the logs is missing: {told.value}" in capsys.readouterr().err
+    assert raised.value.errno == 28
+    assert f"the end of the logs is missing: {raised.value}" in capsys.readouterr().err
     assert log._eval._file.closed

@@ -1,1 +1,29 @@
-"""Image loading by NVIDIA DALI."""
+"""Image loading with NVIDIA DALI, on a GPU or on the CPU.
+
+`DaliLoader` returns the same samples as the timm loader. For each batch:
+
+1. `read_ahead` reads the files in threads. `files` checks each one, and replaces it with a PNG of
+   Pillow's pixels if DALI would decode it differently.
+2. `featkd.data.augment_params` draws the random parameters as timm's transform would.
+3. `pipeline` decodes, resizes, flips, augments (`randaugment`) and normalizes, all in DALI.
+4. `loader` applies random erasing, and tracks the position and the unreadable files.
+
+Both loaders use the same crops, flips, operations and erased boxes for a key. Their pixels differ
+only by the rounding of decoders and filters.
+
+Importing this package does not import nvidia.dali.
+"""
+
+from featkd.data.dali.files import as_png, is_whole_jpeg
+from featkd.data.dali.loader import DaliLoader
+from featkd.data.dali.pipeline import build_pipeline, pipeline_inputs
+from featkd.data.dali.support import unsupported_reason
+
+__all__ = [
+    "DaliLoader",
+    "as_png",
+    "build_pipeline",
+    "is_whole_jpeg",
+    "pipeline_inputs",
+    "unsupported_reason",
+]

@@ -1,4 +1,4 @@
-"""What DALI is given of an image file: its content, if DALI decodes that as Pillow would."""
+"""Image files in a form that DALI decodes to the same pixels as Pillow."""
 
 from __future__ import annotations
 
@@ -12,56 +12,55 @@ from PIL import Image
 from featkd.data.images import decode_image
 
 File = tuple[np.ndarray[Any, Any], tuple[int, int]]
-"""Content, (width, height)."""
+"""Content and (width, height)."""
 
 _START, _END = b"\xff\xd8", 0xD9
 _SCAN, _TABLES, _RESTARTS = 0xDA, 0xDB, 0xDD
 _FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive, with Huffman codes
-# Within a scan a 0xff of the data is followed by 0; restart markers come where they are declared.
+# In the data of a scan, 0xff is followed by 0, or by a restart marker if the file declares them.
 _AFTER_SCAN = re.compile(rb"\xff[^\x00]")
 _AFTER_SCAN_WITH_RESTARTS = re.compile(rb"\xff[^\x00\xd0-\xd7]")
 
 
 def load(content: bytes, name: str) -> File:
-    """A file as DALI decodes it to Pillow's pixels: as it is, or the pixels as a PNG.
+    """Returns the file unchanged if it is an intact RGB or grey JPEG, otherwise as a PNG.
 
     Args:
-        content: of the file.
-        name: of the file, for the message.
+        content: content of the image file.
+        name: name of the file, for the error.
 
     Raises:
-        BadImageError: it is no image, or is cut off.
+        BadImageError: the content is not an image, or is truncated.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
             plain = image.format == "JPEG" and image.mode in ("RGB", "L")
             size = image.size
     except Exception:
-        decode_image(content, name)  # says what is wrong with it
+        decode_image(content, name)  # raises the BadImageError
         raise
     if plain and is_whole_jpeg(content):
         return np.frombuffer(content, dtype=np.uint8), size
-    # CMYK, 16 bits, palettes, damage: the rules are decode_image's
+    # decode_image defines the pixels of CMYK, 16-bit, palette and damaged images
     rgb = decode_image(content, name)
     return as_png(rgb), rgb.size
 
 
 def load_decodable(content: bytes, name: str) -> File:
-    """`load` of a file that Pillow decodes to its end, which takes as long as DALI's decoding.
+    """Calls `load` after Pillow has decoded the whole file, which is slow.
 
     Raises:
-        BadImageError: Pillow does not.
+        BadImageError: Pillow cannot decode it.
     """
     decode_image(content, name)
     return load(content, name)
 
 
 def is_whole_jpeg(content: bytes) -> bool:
-    """Whether a JPEG's segments lead from its first byte to its end marker, none missing.
+    """Checks whether a JPEG's segments are complete, from the first byte to the end marker.
 
-    Decoders fill with grey what a damaged scan has lost, and only some of them say so. This reads
-    headers alone, and looks in a scan for markers that belong to none: a few per cent of the time
-    that decoding takes.
+    Decoders fill lost parts of a scan with grey, and only some report it. This check reads only
+    the headers and searches the scans for stray markers, so it is much faster than decoding.
     """
     if not content.startswith(_START):
         return False
@@ -72,7 +71,7 @@ def is_whole_jpeg(content: bytes) -> bool:
         if code == _END:
             return _SCAN in seen and _TABLES in seen and not seen.isdisjoint(_FRAMES)
         length = int.from_bytes(content[at + 2 : at + 4], "big")
-        if length < 2:  # its own two bytes
+        if length < 2:  # the length includes its own two bytes
             return False
         seen.add(code)
         at += 2 + length
@@ -86,7 +85,7 @@ def is_whole_jpeg(content: bytes) -> bool:
 
 
 def as_png(image: Image.Image) -> np.ndarray[Any, Any]:
-    """The content of a file that every decoder reads to the image's own pixels."""
+    """Encodes an image as an uncompressed PNG, which every decoder decodes to the same pixels."""
     written = io.BytesIO()
     image.save(written, "PNG", compress_level=0, icc_profile=None)
     return np.frombuffer(written.getvalue(), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""The DALI pipeline: one definition for a GPU and for the CPU's threads."""
+"""Definition of the DALI pipeline, for a GPU and for the CPU."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from featkd.data.augment_params import Decisions
+from featkd.data.augment_params import AugmentParams
 from featkd.data.config import DataConfig
-from featkd.data.dali import augment
+from featkd.data.dali.randaugment import apply_op, encode_op
 
 
 def build_pipeline(
@@ -20,78 +20,75 @@ def build_pipeline(
     feed: Callable[[], tuple[list[Any], ...]],
     *,
     batch_size: int,
-    layers: int,
-    fill: tuple[int, int, int],
+    num_ops: int,
+    fill_color: tuple[int, int, int],
     device: torch.device,
-    resize: str = "auto",
 ) -> Any:
-    """Decode a window of each file, resize, crop, flip, RandAugment, normalise.
+    """Builds the pipeline: decode a box of each file, resize, crop, flip, RandAugment, normalize.
 
     Args:
-        config: sizes, filter, statistics, threads, memory format.
-        feed: called for every batch; returns `as_arrays` of its files and decisions, or raises
-            StopIteration.
-        batch_size: most images in a batch.
-        layers: operations of RandAugment to an image.
-        fill: see `augment.augment`.
-        device: "cpu", or a CUDA device, on which JPEGs are decoded and images augmented.
-        resize: "dali" resizes with DALI's operator; "auto" does so on a GPU alone. On the CPU
-            torch's vectorised filter takes an eighth of the time, and is closer to Pillow's.
+        config: sizes, filter, statistics, threads and memory format.
+        feed: called for each batch; returns `pipeline_inputs`, or raises StopIteration at the end.
+        batch_size: largest number of images per batch.
+        num_ops: RandAugment operations per image.
+        fill_color: red, green and blue that geometric operations fill with.
+        device: "cpu", or a CUDA device on which JPEGs are decoded and images augmented.
 
     Returns:
-        A nvidia.dali.Pipeline with one output: (B, H, W, 3) float32 with config.channels_last,
-        else (B, 3, H, W).
+        A nvidia.dali.Pipeline with one float32 output: (B, H, W, 3) with config.channels_last,
+        otherwise (B, 3, H, W).
     """
     from nvidia.dali import fn, pipeline_def, types
 
     on_gpu = device.type == "cuda"
     filters = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
-    by_torch = _RESIZE[config.interpolation] if resize == "auto" and not on_gpu else None
     kinds = [types.UINT8, types.INT32, types.INT32, types.INT32, types.INT32, types.INT32]
-    kinds += [types.INT32, types.FLOAT] * layers
+    kinds += [types.INT32, types.FLOAT] * num_ops
 
     @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
     def define() -> Any:
-        files, start, shape, size, crop, flip, *operations = fn.external_source(
+        files, box_start, box_shape, resize_to, crop_offset, flip, *operations = fn.external_source(
             source=feed,
             num_outputs=len(kinds),
             batch=True,
             dtype=kinds,
-            ndim=[1, 1, 1, 1, 1, 0] + [0, 1] * layers,
+            ndim=[1, 1, 1, 1, 1, 0] + [0, 1] * num_ops,
         )
         images = fn.decoders.image_slice(
             files,
-            start,
-            shape,
+            box_start,
+            box_shape,
             axis_names="HW",
             normalized_anchor=False,
             normalized_shape=False,
             device="mixed" if on_gpu else "cpu",
             output_type=types.RGB,
-            jpeg_fancy_upsampling=on_gpu,  # of the chroma, as libjpeg does it anyway
-            adjust_orientation=False,  # as read_image
+            jpeg_fancy_upsampling=on_gpu,  # interpolated chroma, libjpeg's default on the CPU
+            adjust_orientation=False,  # as in decode_image
         )
-        if by_torch is not None:
-            images = fn.python_function(images, size, function=by_torch, output_layouts="HWC")
-        else:
+        if on_gpu:
             images = fn.resize(
                 images,
-                size=fn.cast(size, dtype=types.FLOAT),
+                size=fn.cast(resize_to, dtype=types.FLOAT),
                 interp_type=filters[config.interpolation],
                 antialias=True,
             )
+        else:  # torch's vectorized filter is faster than DALI's, and closer to Pillow's
+            images = fn.python_function(
+                images, resize_to, function=_RESIZE[config.interpolation], output_layouts="HWC"
+            )
         images = fn.slice(
-            images, crop, (config.img_size, config.img_size), axis_names="HW",
+            images, crop_offset, (config.img_size, config.img_size), axis_names="HW",
             normalized_anchor=False, normalized_shape=False,
         )  # fmt: skip
-        if layers:  # flipped first, as in timm: some operations know left from right
+        if num_ops:  # before RandAugment, as in timm
             images = fn.flip(images, horizontal=flip)
-        for layer in range(layers):
-            kind, values = operations[2 * layer : 2 * layer + 2]
-            images = augment.augment(images, kind, values, fill, on_gpu)
+        for n in range(num_ops):
+            kind, values = operations[2 * n : 2 * n + 2]
+            images = apply_op(images, kind, values, fill_color, on_gpu)
         return fn.crop_mirror_normalize(
             images,
-            mirror=0 if layers else flip,
+            mirror=0 if num_ops else flip,
             mean=[255 * m for m in config.mean],
             std=[255 * s for s in config.std],
             dtype=types.FLOAT,
@@ -106,21 +103,27 @@ def build_pipeline(
     )
 
 
-def as_arrays(
-    files: list[Any], decisions: Sequence[Decisions], layers: int, side: int
+def pipeline_inputs(
+    files: list[Any], params: Sequence[AugmentParams], num_ops: int, side: int
 ) -> tuple[list[Any], ...]:
-    """A batch as the pipeline takes it: for each input a list with an array for each sample."""
+    """Returns a batch in the form that the pipeline takes: for each input, one array per image.
+
+    Args:
+        files: contents of the image files, (bytes,) uint8 each.
+        params: parameters per file.
+        num_ops: RandAugment operations per image, as in `build_pipeline`.
+        side: height and width of the images when they are augmented.
+    """
     columns: list[tuple[list[Any], Any]] = [
-        ([d.window[:2] for d in decisions], np.int32),
-        ([d.window[2:] for d in decisions], np.int32),
-        ([d.size for d in decisions], np.int32),
-        ([d.crop for d in decisions], np.int32),
-        ([d.flip for d in decisions], np.int32),
+        ([p.source_box[:2] for p in params], np.int32),
+        ([p.source_box[2:] for p in params], np.int32),
+        ([p.resize_to for p in params], np.int32),
+        ([p.crop_offset for p in params], np.int32),
+        ([p.flip for p in params], np.int32),
     ]
-    for layer in range(layers):
+    for n in range(num_ops):
         codes = [
-            augment.encode(d.operations[layer] if layer < len(d.operations) else None, side)
-            for d in decisions
+            encode_op(p.operations[n] if n < len(p.operations) else None, side) for p in params
         ]
         columns += [
             ([kind for kind, _ in codes], np.int32),
@@ -132,7 +135,7 @@ def as_arrays(
 def _resize(
     image: np.ndarray[Any, Any], size: np.ndarray[Any, Any], mode: str
 ) -> np.ndarray[Any, Any]:
-    """(H, W, 3) uint8 to (size[0], size[1], 3)."""
+    """Resizes (H, W, 3) uint8 to (size[0], size[1], 3)."""
     planes = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
     height, width = size.tolist()
     resized = F.interpolate(planes, (height, width), mode=mode, antialias=True)
@@ -148,5 +151,5 @@ def _bilinear(image: np.ndarray[Any, Any], size: np.ndarray[Any, Any]) -> np.nda
     return _resize(image, size, "bilinear")
 
 
-# functions of the module: DALI rewrites functions that are made while a pipeline is defined
+# Functions of the module, because DALI rewrites functions defined while a pipeline is defined.
 _RESIZE = {"bicubic": _bicubic, "bilinear": _bilinear}

@@ -1,0 +1,148 @@
+"""`featkd cache`: store a teacher's outputs, or verify a stored cache."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Literal
+
+from featkd.cache.config import DEFAULT_ENERGY, DEFAULT_TOP, CacheConfig, Features, Store
+from featkd.cli.arguments import Parser, UsageError
+from featkd.cli.recipe_arguments import parse_recipe, recipe_parser
+
+
+def cache(words: Sequence[str]) -> int:
+    """Run `featkd cache RECIPE --out DIR` or `featkd cache --verify DIR`; return the exit code."""
+    recipe, options = parse_recipe(parser(), words)
+    from featkd.runtime import distributed
+    from featkd.train.build_cache import build_cache
+    from featkd.train.recipe import check_local
+
+    options_given = {word.partition("=")[0] for word in words if word.startswith("-")}
+    if options.verify is not None:
+        if options_given != {"--verify"} or not words[0].startswith("--verify"):
+            raise UsageError(f"--verify: expected no other arguments, got {' '.join(words)}")
+        check_local("--verify", options.verify)
+        return _verify(Path(options.verify))
+    if "--out" not in options_given:
+        raise UsageError("--out: expected the folder of the cache, got nothing")
+    check_local("out", recipe.out)
+    check_local("data.path", recipe.data.path)
+    config = CacheConfig(**{field.name: options[field.name] for field in fields(CacheConfig)})
+    try:
+        context = distributed.start(recipe.device)
+        with distributed.explain_lost_processes(f"the same command continues {recipe.out}"):
+            built = build_cache(recipe, config, context, Path(recipe.out))
+        if built.interrupted_by is not None:
+            if context.is_main:
+                print(
+                    f"featkd: stopped by signal {built.interrupted_by}; the same command "
+                    "continues from here",
+                    file=sys.stderr,
+                )
+            return 128 + built.interrupted_by
+        if context.is_main:
+            if built.bad_files:
+                print(
+                    f"featkd: {len(built.bad_files)} images are unreadable; each of their rows "
+                    "holds the outputs of the next readable image, and a run that can read one "
+                    "of them refuses its row",
+                    file=sys.stderr,
+                )
+            manifest = built.manifest
+            repaired = f", {built.damaged} of them to replace damaged ones" if built.damaged else ""
+            print(
+                f"{recipe.out}: {manifest.views} views of {manifest.rows} rows in "
+                f"{manifest.views * manifest.shards} shards, {built.written} written{repaired}"
+            )
+        return 0
+    finally:
+        distributed.stop()
+
+
+def _verify(folder: Path) -> int:
+    """Check every byte of a cache and print each damaged or missing shard."""
+    from featkd.cache import verify_cache
+    from featkd.cache.manifest import read_manifest
+
+    manifest = read_manifest(folder)
+    shards, damaged = 0, 0
+    for damage in verify_cache(folder):
+        shards += 1
+        if damage is not None:
+            damaged += 1
+            print(f"featkd: {damage}", file=sys.stderr)
+    if damaged:
+        print(
+            f"featkd: {folder}: {damaged} of {shards} shards are damaged or missing",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"{folder}: {manifest.views} views of {manifest.rows} rows in {shards} shards, all whole")
+    return 0
+
+
+def parser() -> Parser:
+    """Return the parser of `featkd cache`."""
+    parser = recipe_parser(
+        "cache",
+        "Store the outputs of a recipe's teacher, for featkd distill --cache.",
+        (
+            "featkd cache widelast_imagenet_softkd_mse --data /data/imagenet --out CACHE --views 4",
+            "featkd cache --verify CACHE",
+        ),
+    )
+    parser.add_argument(
+        "--verify",
+        type=str,
+        default=None,
+        metavar="DIR",
+        help="check every byte of the cache in DIR instead; takes no other argument",
+    )
+    parser.add_argument(
+        "--views", type=int, default=CacheConfig.views, help="epochs to store the samples of"
+    )
+    parser.add_argument(
+        "--logits-top",
+        type=int | Literal["all"] | None,
+        default=None,
+        help="store the largest log-probabilities in fp16, this many per image; all: the whole "
+        f"logits (default: all if feature maps are stored, otherwise {DEFAULT_TOP}, or all if "
+        "there are fewer classes)",
+    )
+    parser.add_argument(
+        "--features",
+        type=Features | None,
+        default=None,
+        help="feature maps of the teacher's layers in loss.pairs: full maps, the leading singular "
+        "directions of each image's map, or none (default: full if the loss compares maps, "
+        "otherwise none)",
+    )
+    parser.add_argument(
+        "--energy",
+        type=float | None,
+        default=None,
+        help=f"lowrank: share of each map's energy to store (default: {DEFAULT_ENERGY})",
+    )
+    parser.add_argument(
+        "--rank",
+        type=int | None,
+        default=None,
+        help="lowrank: number of directions to store, instead of --energy",
+    )
+    parser.add_argument(
+        "--store",
+        type=Store | None,
+        default=None,
+        help="storage type of maps: fp16 or int8, both scaled; for full maps also fp32 and bf16 "
+        "(default: int8)",
+    )
+    parser.add_argument(
+        "--shard-rows",
+        type=int,
+        default=CacheConfig.shard_rows,
+        help="rows per file, rounded up to whole batches",
+    )
+    return parser

@@ -1,0 +1,92 @@
+"""`featkd distill`: train a student as a recipe describes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from featkd.cli.arguments import Parser
+from featkd.cli.recipe_arguments import parse_recipe, recipe_parser
+
+if TYPE_CHECKING:
+    from featkd.train.trainer import Outcome
+
+
+def distill(words: Sequence[str]) -> int:
+    """Run `featkd distill` and return the exit code."""
+    recipe, options = parse_recipe(parser(), words)
+    from featkd.runtime import distributed
+    from featkd.train.dryrun import dry_run
+    from featkd.train.recipe import to_yaml
+    from featkd.train.trainer import Trainer
+
+    if options.print_config:
+        print(to_yaml(recipe), end="")
+        return 0
+    try:
+        context = distributed.start(recipe.device)
+        if options.dry_run:
+            report = dry_run(recipe, context)
+            if context.is_main:
+                print(report)
+            return 0
+        remedy = (
+            f"--resume auto continues from the last checkpoint in {recipe.out}; torchrun "
+            "--max-restarts does so by itself"
+        )
+        with distributed.explain_lost_processes(remedy):
+            outcome = Trainer(recipe, context).run(options.resume)
+        if outcome.interrupted_by is not None:
+            return 128 + outcome.interrupted_by
+        if context.is_main:
+            print(f"{recipe.out}: {_summary(outcome)}")
+        return 0
+    finally:
+        distributed.stop()
+
+
+def _summary(outcome: Outcome) -> str:
+    """Return the last line of a run: updates, best accuracy, speed, unreadable images."""
+    best = outcome.best
+    facts = [f"{outcome.updates} updates"]
+    if best:  # empty if the run was never evaluated
+        facts.append(
+            f"best top-1 {best['top1']:.2f} % ({best['weights']} weights, epoch {best['epoch']})"
+        )
+    if math.isnan(outcome.images_per_s):
+        facts.append("nothing was left to train")
+    else:
+        facts.append(f"{outcome.images_per_s:.1f} images/s")
+    if outcome.bad_files:
+        facts.append(f"{len(outcome.bad_files)} unreadable images left out")
+    return ", ".join(facts)
+
+
+def parser() -> Parser:
+    """Return the parser of `featkd distill`."""
+    parser = recipe_parser(
+        "distill",
+        "Train a student, with or without a teacher.",
+        (
+            "featkd distill cifar10_teacher --data CIFAR --out runs/teacher",
+            "featkd distill widelast_imagenet_softkd_mse --data /data/imagenet --dry-run",
+        ),
+    )
+    parser.add_argument(
+        "--resume",
+        type=str,
+        default="auto",
+        metavar="auto|never|FILE",
+        help="continue from the last checkpoint in --out if there is one (auto), start anew "
+        "(never), or continue from a checkpoint file",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, take two updates, report model sizes, schedule, memory and speed",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the whole recipe as YAML and stop"
+    )
+    return parser

@@ -1,0 +1,104 @@
+"""Files of an epoch, read ahead in threads, and the batches that the DALI pipeline holds."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+from featkd.data.augment_params import AugmentParams
+from featkd.data.dali.files import File, load, load_decodable
+from featkd.data.images import BadImageError
+from featkd.data.imageset import DATA_ERRORS, DataError, ImageSet
+from featkd.data.sampler import SampleKey
+
+_BATCHES_AHEAD = 2
+
+# result of ImageSet.decode
+DecodedFile = tuple[tuple[File, int, int] | None, list[BadImageError]]
+
+
+class FedBatch(NamedTuple):
+    """A batch that the pipeline holds.
+
+    Attributes:
+        keys, targets, source_index, params: per image of the batch.
+        errors: unreadable files met for this batch and for the empty batches before it.
+        requested: the keys requested for the empty batches before it, and for this batch.
+        decodable: whether Pillow has decoded all its files.
+    """
+
+    keys: list[SampleKey]
+    targets: list[int]
+    source_index: list[int]
+    params: list[AugmentParams]
+    errors: list[BadImageError]
+    requested: list[list[SampleKey]]
+    decodable: bool
+
+
+class _PendingBatch(NamedTuple):
+    files: list[tuple[SampleKey, Future[DecodedFile]]]
+    decodable: bool
+
+
+class EpochReader:
+    """Iterates over the batches of an epoch: (key, decoded file) pairs, and their `decodable` flag.
+
+    Args:
+        dataset: the images.
+        batches: the keys of each batch.
+        threads: number of reading threads.
+
+    Attributes:
+        fed: batches that the pipeline holds, oldest first; filled by the caller.
+        requested: keys of the empty batches since the last fed batch; filled by the caller.
+        errors: unreadable files met in them; filled by the caller.
+        failure: the error that ended the epoch early, to be raised after the preceding batches.
+    """
+
+    def __init__(self, dataset: ImageSet, batches: Iterator[Any], threads: int) -> None:
+        self.fed: deque[FedBatch] = deque()
+        self.requested: list[list[SampleKey]] = []
+        self.errors: list[BadImageError] = []
+        self.failure: DataError | None = None
+        self._dataset = dataset
+        self._batches = batches
+        self._threads = ThreadPoolExecutor(max(threads, 1), "featkd-read")
+        self._pending: deque[_PendingBatch] = deque()
+
+    def __iter__(self) -> Iterator[tuple[list[tuple[SampleKey, DecodedFile]], bool]]:
+        return self
+
+    def __next__(self) -> tuple[list[tuple[SampleKey, DecodedFile]], bool]:
+        while self.failure is None and len(self._pending) <= _BATCHES_AHEAD:
+            if (keys := next(self._batches, None)) is None:
+                break
+            self._pending.append(self._submit(keys))
+        if not self._pending:
+            raise StopIteration
+        files, decodable = self._pending.popleft()
+        try:
+            return [(key, file.result()) for key, file in files], decodable
+        except DATA_ERRORS as error:
+            self.failure = error
+            self._pending.clear()
+            raise StopIteration from error
+
+    def retry_fed(self) -> None:
+        """Puts the batches that the pipeline held back in front, each file checked with Pillow."""
+        held = [keys for fed in self.fed for keys in fed.requested] + self.requested
+        retries = [self._submit(keys, check=True) for keys in held]
+        self._pending.extendleft(reversed(retries))
+        self.fed.clear()
+        self.requested, self.errors = [], []
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._threads.shutdown(cancel_futures=True)
+
+    def _submit(self, keys: list[SampleKey], *, check: bool = False) -> _PendingBatch:
+        read = partial(self._dataset.decode, decoder=load_decodable if check else load)
+        return _PendingBatch([(key, self._threads.submit(read, key)) for key in keys], check)

@@ -1,0 +1,141 @@
+"""Builds the source of feature maps that a `DiagnoseConfig` names: files, or models on images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featkd.data import DataConfig
+from featkd.diagnostics.config import DiagnoseConfig
+from featkd.diagnostics.feature_files import FeatureFiles
+from featkd.diagnostics.model_features import MeasuredModel, ModelFeatures
+from featkd.diagnostics.source import Source, fingerprint
+from featkd.models import FeatureModel, create_teacher
+from featkd.train import checkpoint
+from featkd.train.trained import load_trained
+
+_OVERRIDES = ("img_size", "mean", "std", "crop_pct")
+
+
+@dataclass(frozen=True)
+class _LoadedModel:
+    """A model with its own preprocessing and the values that identify its weights."""
+
+    model: FeatureModel
+    preprocessing: dict[str, Any]
+    identity: dict[str, Any]
+
+
+def build_source(config: DiagnoseConfig, device: torch.device) -> Source:
+    """Builds the source of feature maps.
+
+    Args:
+        config: configuration of the run.
+        device: device of the models.
+
+    Raises:
+        FileNotFoundError: a folder, a checkpoint or every image is missing.
+        UnreadableError: the first feature file cannot be used.
+        ValueError: a field does not fit the models or files.
+    """
+    if config.features is not None:
+        return FeatureFiles(
+            Path(config.features),
+            config.layers,
+            limit=config.images,
+            allow_pickle=config.allow_pickle,
+            prefix_tokens=config.prefix_tokens,
+            chunk_size=config.batch_size,
+            on_bad=config.on_bad,
+        )
+    assert config.data is not None  # checked by DiagnoseConfig
+    loaded = {name: _load(config, name) for name in config.models}
+    measured = []
+    for name, each in loaded.items():
+        layers = getattr(config, f"{name}_layers", None) or config.layers
+        label = "" if name == "model" else name
+        each.model.to(device)
+        chosen = None if layers is None else tuple(layers)
+        measured.append(MeasuredModel(label, each.model, chosen, each.identity))
+    first, last = (loaded[name].preprocessing for name in (config.models[0], config.models[-1]))
+    overrides = {k: getattr(config, k) for k in _OVERRIDES if getattr(config, k) is not None}
+    if "img_size" not in overrides and first["img_size"] != last["img_size"]:
+        raise ValueError(
+            f"img_size: the student expects {first['img_size']} pixels, the teacher "
+            f"{last['img_size']}; set img_size"
+        )
+    source = ModelFeatures(
+        measured,
+        Path(config.data),
+        DataConfig(workers=config.workers, **{**last, **overrides}),
+        device=device,
+        bf16=config.amp == "bf16",
+        limit=config.images,
+        chunk_size=config.batch_size,
+        on_bad=config.on_bad,
+    )
+    if config.random_models:
+        source.notes.append(f"random weights: {' and '.join(config.random_models)}")
+    for k in first:
+        if k not in overrides and first[k] != last[k]:
+            source.notes.append(
+                f"images are preprocessed for the teacher ({k} {last[k]}), not for the student "
+                f"({first[k]})"
+            )
+    return source
+
+
+def _load(config: DiagnoseConfig, name: str) -> _LoadedModel:
+    """Loads a trained student's checkpoint, or creates a timm model."""
+    word = getattr(config, name)
+    if word.endswith(".pt"):
+        return _load_trained(config, name, word)
+    file = config.weights_file(name)
+    options = dict(getattr(config, f"{name}_options") or {})
+    if config.img_size is not None:
+        options["img_size"] = config.img_size
+    pretrained = config.pretrained and not file  # of a pair, one may have a file
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.settings.seed)
+        model: Any = create_teacher(word, pretrained=pretrained, checkpoint=file, **options)
+    made = model.pretrained_cfg
+    preprocessing = {
+        "img_size": options.get("img_size", made["input_size"][-1]),
+        "mean": tuple(made["mean"]),
+        "std": tuple(made["std"]),
+        "crop_pct": made["crop_pct"],
+        "interpolation": made["interpolation"],
+    }
+    weights = "pretrained" if pretrained else f"random, seed {config.settings.seed}"
+    identity = {
+        "name": word,
+        "weights": fingerprint([file]) if file else weights,
+        "options": {k: str(v) for k, v in options.items()},
+    }
+    return _LoadedModel(model, preprocessing, identity)
+
+
+def _load_trained(config: DiagnoseConfig, name: str, word: str) -> _LoadedModel:
+    path = Path(word)
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: no checkpoint {word}")
+    options, file = f"{name}_options", config.weights_file(name)
+    if getattr(config, options):
+        raise ValueError(
+            f"{options}: got {getattr(config, options)!r} together with {word}, which sets them"
+        )
+    if file:
+        raise ValueError(f"checkpoint: got {file} together with {word}, which holds the weights")
+    data = checkpoint.load(path)["recipe"]["data"]
+    if config.img_size not in (None, data["img_size"]):
+        raise ValueError(
+            f"img_size: got {config.img_size} together with {word}, which expects "
+            f"{data['img_size']}"
+        )
+    keys = (*_OVERRIDES, "interpolation")
+    preprocessing = {k: tuple(data[k]) if isinstance(data[k], list) else data[k] for k in keys}
+    identity = {"name": word, "weights": fingerprint([path])}
+    return _LoadedModel(load_trained(path), preprocessing, identity)

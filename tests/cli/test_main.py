@@ -1,0 +1,240 @@
+"""Commands, help, spelling of options, completion and plain output."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from featkd.cli import bench, cache, demo, diagnose, distill
+from featkd.cli.arguments import Parser
+from featkd.cli.main import COMMANDS, main
+from featkd.cli.recipe_arguments import parse_recipe
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def parsers() -> dict[str, Parser]:
+    modules = {"distill": distill, "cache": cache, "diagnose": diagnose, "demo": demo}
+    found = {name: module.parser() for name, module in modules.items()}
+    return found | {f"bench {name}": parser for name, parser in bench.parsers().items()}
+
+
+def split(line: str) -> tuple[str, list[str]]:
+    """The command of a line that begins with featkd or torchrun, and its arguments."""
+    words = shlex.split(line[line.index("featkd ") :])[1:]
+    count = 2 if words[0] == "bench" else 1
+    return " ".join(words[:count]), words[count:]
+
+
+def test_help_lists_every_command_and_loads_no_torch():
+    code = "import sys; from featkd.cli.main import main; main(['--help']); "
+    code += "print([m for m in ('torch', 'jsonargparse') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    *lines, loaded = done.stdout.splitlines()
+    assert loaded == "[]", done.stderr
+    for name, text in COMMANDS.items():
+        assert f"  {name:8}  {text}" in lines
+
+
+def test_version_and_no_command(capsys):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", capsys.readouterr().out)
+    assert main([]) == 2
+    assert "distill" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("destill", "no command 'destill'; did you mean 'distill'?"),
+        ("kernels", "no command 'kernels'"),
+        ("--verison", "no option '--verison'; did you mean '--version'?"),
+    ],
+)
+def test_unknown_words_get_one_line(word, message, capsys):
+    assert main([word]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"featkd: {message}")
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"bench {name}" for name in bench.COMMANDS)])
+def test_help_ends_with_two_examples(command, capsys):
+    if command == "bench":
+        assert main(["bench", "--help"]) == 0
+    else:
+        with pytest.raises(SystemExit) as stop:
+            main([*command.split(), "--help"])
+        assert stop.value.code == 0
+    printed, examples = capsys.readouterr().out.split("\nexamples:\n")
+    lines = examples.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith(f"  featkd {command}") for line in lines)
+    options = re.findall(r"(?<![\w-])--[\w.-]+", printed)
+    assert options
+    assert not [option for option in options if "_" in option]
+
+
+def test_examples_of_help_parse(parsers):
+    for command, parser in parsers.items():
+        for example in parser.examples:
+            name, words = split(example)
+            assert name == command
+            if command in ("distill", "cache"):
+                parse_recipe(parser, words)
+            else:
+                parser.parse_args(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_command_lines_in_documents_have_known_options(parsers, page):
+    text = page.read_text().replace("\\\n", " ")
+    commands = "|".join(parsers)
+    for line in re.findall(rf"(?:^    .*|`)\b(featkd (?:{commands})\b[^`\n#|>]*)", text, re.M):
+        command, words = split(line)
+        parsers[command].check_options(words)
+
+
+def test_every_option_has_one_name(parsers):
+    """What several commands take: output, images, batch size, device, figures."""
+    options = {name: set(parser._option_string_actions) for name, parser in parsers.items()}
+    for common, commands in {
+        "--out": {*options} - {"bench compare", "bench loader", "bench step", "bench train"},
+        "--data": {"distill", "cache", "diagnose", "bench loader", "bench step", "bench train"},
+        "--batch_size": {
+            *("distill", "cache", "diagnose"),
+            *("bench loader", "bench step", "bench train"),
+        },
+        "--device": {*options}
+        - {"demo", *(f"bench {x}" for x in ("plot", "table", "compare"))}
+        - {"bench loader"},
+        "--json": {*options} - {"distill", "cache", "demo"},
+    }.items():
+        assert {name for name, found in options.items() if common in found} == commands, common
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--data.augment.rand-augment", "null", "--batch-size", "6", "--data", "DIR"),
+        ("--data.augment.rand_augment=null", "--batch_size=6", "--data.path=DIR"),
+    ],
+)
+def test_dashes_and_underscores_set_the_same_fields(words, recipe_file, parsers):
+    nested = ("--student.options.drop-path-rate", "0.5", "--teacher.options.drop_path_rate", "0.5")
+    recipe, options = parse_recipe(
+        parsers["distill"], [str(recipe_file), *words, *nested, "--dry-run"]
+    )
+    assert recipe.batch_size == 6
+    assert recipe.data.augment.rand_augment is None
+    assert recipe.data.path == "DIR"
+    assert recipe.student.options["drop_path_rate"] == 0.5
+    assert recipe.teacher.options["drop_path_rate"] == 0.5
+    assert options.dry_run
+
+
+def test_options_of_a_mapping_take_any_key(parsers):
+    words = ["--model-options.drop-rate", "0.5", "--model_options.depth=3", "--out", "x"]
+    options = parsers["diagnose"].parse_args(words)
+    assert options.model_options == {"drop_rate": 0.5, "depth": 3}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["demo", "--seeds", "x"], "--seeds: expected a whole number; got 'x'"),
+        (["demo", "--seed", "1"], "no option '--seed'; did you mean '--seeds'?"),
+        (["demo", "--seeds"], "argument --seeds: expected one argument"),
+        (["diagnose"], "the following arguments are required: --out"),
+        (["diagnose", "--layers", "a", "--out", "x"], "--layers: expected a list [a whole number"),
+        (["distill", "demo", "--optim.step-on", "x"], "--optim.step-on: expected epoch or update;"),
+        (["distill", "demo", "--teacher.weights", "x"], "--teacher.weights: expected auto, model"),
+        (["cache", "demo", "--logits-top", "x"], "--logits-top: expected a whole number, all or"),
+        (["cache", "--verify", "x", "--views", "2"], "--verify: expected no other arguments, got"),
+        (["bench", "rum"], "bench: expected one of run, plot, table, compare, loader, step, train"),
+        (["bench", "step", "--batch-size", "0"], "--batch-size: expected a finite number > 0"),
+        (["--print-completion", "fish"], "--print-completion: expected bash or zsh, got 'fish'"),
+    ],
+)
+def test_bad_arguments_get_one_line(words, message, capsys):
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"featkd: {message}")
+    assert said.err.count("\n") == 1
+
+
+def test_a_missing_optional_dependency_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert main(["demo", "--out", str(tmp_path / "demo")]) == 1
+    assert "pip install 'featkd[demo]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_scripts_hold_commands_and_dashed_options(shell, capsys):
+    assert main(["--print-completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in (*COMMANDS, *bench.COMMANDS, "--optim.warmup-epochs", "--batch-sizes"):
+        assert word in script
+    assert "--optim.warmup_epochs" not in script
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        (["featkd", "dis"], ["distill"]),
+        (["featkd", "bench", "comp"], ["compare"]),
+        (["featkd", "distill", "--optim.warmup-e"], ["--optim.warmup-epochs"]),
+    ],
+)
+def test_bash_completes(words, completed, tmp_path, capsys):
+    assert main(["--print-completion", "bash"]) == 0
+    script = tmp_path / "featkd"
+    script.write_text(capsys.readouterr().out)
+    code = f"""source {script}
+COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}
+$(complete -p featkd | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+echo "${{COMPREPLY[@]}}" """
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == completed, done.stderr
+
+
+def test_no_bars_and_no_colours_where_output_is_no_terminal(recipe_file, tmp_path, capfd):
+    cached = ["cache", str(recipe_file), "--out", str(tmp_path / "cache")]
+    assert main([*cached, "--data.augment.rand-augment", "null"]) == 0
+    assert (
+        main(["distill", str(recipe_file), "--optim.epochs", "1", "--optim.warmup-epochs=0"]) == 0
+    )
+    said = capfd.readouterr()
+    for text in said:
+        assert text
+        assert "\r" not in text
+        assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("words", [["--help"], ["demo", "--help"], ["demo", "--seed", "1"]])
+def test_no_color_is_respected_on_a_terminal(words):
+    master, terminal = pty.openpty()
+    environment = {**os.environ, "NO_COLOR": "1", "TERM": "xterm-256color"}
+    command = [sys.executable, "-m", "featkd", *words]
+    subprocess.run(command, stdout=terminal, stderr=terminal, env=environment, timeout=120)
+    os.close(terminal)
+    said = b""
+    try:
+        while chunk := os.read(master, 65536):
+            said += chunk
+    except OSError:  # the end of the terminal's output
+        pass
+    os.close(master)
+    assert said
+    assert b"\x1b" not in said

@@ -1,0 +1,47 @@
+"""Comparison of the accumulators with the published definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from featkd.diagnostics import CapturedEnergy, LayerDiagnostics
+from tests.diagnostics import published
+
+THRESHOLDS = (0.8, 0.9, 0.95, 0.99)
+
+
+def assert_published(maps, settings, chunk):
+    """Runs both passes over maps (M, N, D) in chunks; returns the result of the first."""
+    plain = maps.double().numpy()
+    chunks = list(zip(maps.split(chunk), torch.arange(len(maps)).split(chunk), strict=True))
+    stats = LayerDiagnostics(settings)
+    for part in chunks:
+        stats.update(*part)
+    result = stats.result()
+
+    ranks, curves = published.spectrum(plain, THRESHOLDS)
+    assert np.array_equal(result.spectrum.ranks, ranks)
+    assert np.abs(result.spectrum.curve_mean.numpy() - curves.mean(0)).max() < 1e-6
+    assert np.abs(result.spectrum.curve_std.numpy() - curves.std(0)).max() < 1e-5
+    for column, summary in zip(ranks.T, result.spectrum.summaries, strict=True):
+        assert summary.percentile99 == round(np.percentile(column, 99))
+        assert (summary.mean, summary.median) == (column.mean(), np.median(column))
+
+    values, vectors = published.dataset_pca(plain)
+    assert np.abs(result.pca.eigenvalues.numpy() - values).max() < 1e-6 * values[0]
+    second = CapturedEnergy(result.pca, THRESHOLDS)
+    for part in chunks:
+        second.update(*part)
+    captured = second.result()
+    dims, curves = published.captured(plain, vectors, THRESHOLDS)
+    assert np.array_equal(captured.dims, dims)
+    assert np.abs(captured.curve_mean.numpy() - curves.mean(0)).max() < 1e-6
+    assert np.abs(captured.curve_std.numpy() - curves.std(0)).max() < 1e-5
+
+    mean, std = published.sep(plain)
+    assert np.abs(result.sep.mean.numpy() - mean).max() < 1e-6
+    assert np.abs(result.sep.std.numpy() - std).max() < 1e-4
+    expected = tuple(published.reaching(mean, share) for share in result.sep.shares)
+    assert result.sep.bandwidth == expected
+    return result

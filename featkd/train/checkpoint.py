@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import Any
 
 import torch
 
 from featkd.data.workers import is_worker_error
+from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.files import atomic_link, atomic_write, remove_leftovers
+from featkd.runtime.lock import FolderInUse, locked
 from featkd.runtime.remote import Location, RemotePath, locate, seekable
 from featkd.train.recipe import NO_FASTEST
 
@@ -43,11 +47,38 @@ class CheckpointStore:
         Raises:
             CheckpointError: the path is a file.
         """
+        self._create_folder()
+        remove_leftovers(self.folder)
+
+    def _create_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise CheckpointError(f"out: {self.folder} is a file, expected a folder") from error
-        remove_leftovers(self.folder)
+
+    @contextmanager
+    def opened(self, context: ProcessContext) -> Iterator[None]:
+        """Prepares the folder and locks it for this run; all processes must call it.
+
+        Raises:
+            CheckpointError: the path is a file, or another run writes to the folder; raised on all
+                processes.
+        """
+        with ExitStack() as lock:
+            failed: Exception | None = None
+            if context.is_main:
+                try:
+                    self._create_folder()
+                    lock.enter_context(locked(self.folder))
+                    self.prepare()
+                except FolderInUse as error:
+                    failed = CheckpointError(f"out: {error}")
+                except (CheckpointError, OSError) as error:
+                    failed = error
+            failed = context.broadcast(failed)
+            if failed is not None:
+                raise failed
+            yield
 
     def save(
         self, state: dict[str, Any], *, is_best: bool = False, ended_epoch: int | None = None

@@ -6,6 +6,8 @@ import csv
 import itertools
 import math
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,7 +25,7 @@ from featkd.train.checkpoint import CheckpointError, CheckpointStore, load
 from featkd.train.logs import TRAIN_COLUMNS, RunLog
 from featkd.train.meter import TrainingDiverged
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU
+from tests.train.runs import CPU, run
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -174,6 +176,30 @@ def test_a_run_resumed_elsewhere_has_its_best(alone, tmp_path):
     messages = trainer._resume(str(last))
     assert trainer.best == {}
     assert "without/best.pt: the best score is none, not 50.0 as in" in messages[1]
+
+
+HOLD = """\
+import sys
+from pathlib import Path
+from featkd.runtime.lock import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_in_the_same_folder_is_refused(alone):
+    out = Path(alone.out)
+    out.mkdir()
+    hold = [sys.executable, "-c", HOLD, str(out)]
+    with subprocess.Popen(hold, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        message = f"out: {out} is in use by process {other.pid} on host .*choose another folder"
+        with pytest.raises(CheckpointError, match=message):
+            run(alone)
+        assert [path.name for path in out.iterdir()] == [".lock"]
+        other.kill()
+    assert run(alone).updates == 12
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's always full device")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from os import PathLike
@@ -15,6 +14,7 @@ from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.files import atomic_link, atomic_write, remove_leftovers
 from featkd.runtime.lock import FolderInUse, locked
 from featkd.runtime.remote import Location, RemotePath, locate, seekable
+from featkd.train.checkpoint_layout import find_fault
 from featkd.train.recipe import NO_FASTEST
 
 FORMAT = 2
@@ -147,21 +147,28 @@ def load(path: str | PathLike[str] | RemotePath) -> dict[str, Any]:
     """Reads a featkd checkpoint onto the CPU, without unpickling any code.
 
     Raises:
-        CheckpointError: it is missing, damaged, not a featkd checkpoint or of another format.
+        CheckpointError: it is missing, damaged, not a featkd checkpoint or of another format; names
+            the entry that is missing or of a wrong type.
     """
     location = locate(path, "checkpoint")
+    if location.exists() and not location.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"could not read the checkpoint {path}: not a regular file")
     try:
         state = torch.load(seekable(location), map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"could not read the checkpoint {path}: {error}") from error
+    except Exception as error:  # a damaged file can raise any
+        text = str(error) or type(error).__name__
+        raise CheckpointError(f"could not read the checkpoint {path}: {text}") from error
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(f"{path}: not a checkpoint of a featkd run")
-    if state["format"] != FORMAT:
+    if type(state["format"]) is not int or state["format"] != FORMAT:
         raise CheckpointError(
             f"{path}: checkpoint format {state['format']}, this featkd reads {FORMAT}"
         )
     if "due" in state:  # the key's name in earlier versions
         state["evaluation_pending"] = state.pop("due")
+    fault = find_fault(state)
+    if fault is not None:
+        raise CheckpointError(f"{path}: damaged: {fault}")
     return state
 
 

@@ -134,7 +134,7 @@ def test_of_two_simultaneous_starts_behind_a_url_one_ends(monkeypatch):
     place = locate("memory://run")
     other = lock._Owner("node7", 17, "elsewhere", "1", "token").encode()
     monkeypatch.setattr(time, "sleep", lambda _: (place / lock.NAME).replace_with(other))
-    with pytest.raises(FolderInUse, match="memory://run is in use by process 17 on host node7"):
-        with locked(place):
-            pass
+    message = "memory://run is in use by process 17 on host node7"
+    with pytest.raises(FolderInUse, match=message), locked(place):
+        pass
     MemoryFileSystem.store.clear()

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from featkd.cli import bench_pipeline
 from featkd.cli.arguments import Parser, UsageError, add_json, add_words, check_folders, nearest
+from featkd.runtime import interrupt
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +78,7 @@ def bench(words: Sequence[str]) -> int:
         raise UsageError(f"bench: expected one of {', '.join(COMMANDS)}; got {name!r}{near}")
     options = _parser_of(name).parse_args(words[1:])
     check_folders(options, ("json", "out"))
+    interrupt.loading_done()
     return _PARTS[name][1](options)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import featkd
-from featkd.runtime import openmp
+from featkd.runtime import interrupt, openmp
 
 COMMANDS = {
     "distill": "train a student, with or without a teacher",
@@ -30,9 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's arguments) and return the exit code."""
     openmp.set_defaults()  # before a command loads torch
     words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # a caller in this process keeps its handlers
+        interrupt.exit_while_loading()
     try:
         return _run(words)
     except KeyboardInterrupt:
+        # Clears CPython's note of an interrupt within exec, which would become the exit status.
+        exec("")
         return _fail("interrupted", 130)
     except Exception as error:
         from featkd.cli.errors import described
@@ -41,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if found is None:
             raise
         return _fail(*found)
+    finally:
+        interrupt.loading_done()
 
 
 def _run(words: list[str]) -> int:

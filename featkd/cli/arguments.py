@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import re
 import sys
 import types
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+from featkd.runtime.suggest import suggestion
 
 
 class UsageError(ValueError):
@@ -95,7 +96,7 @@ class Parser(ArgumentParser):
         for word in map(_with_underscores, words):
             name = word.partition("=")[0]
             if word.startswith("--") and name not in hints and not name.startswith(free):
-                name, near = with_dashes(name), nearest(with_dashes(name), map(with_dashes, hints))
+                name, near = with_dashes(name), suggestion(with_dashes(name), map(with_dashes, hints))
                 raise UsageError(f"no option {name!r}{near} (see {self.prog} --help)")
 
     def _hints(self) -> dict[str, Any]:
@@ -153,12 +154,6 @@ def _with_underscores(word: str) -> str:
 def with_dashes(text: str) -> str:
     """Return a text with its options spelled with dashes."""
     return re.sub(r"(?<![\w-])--[A-Za-z][\w.-]*", lambda x: x[0].replace("_", "-"), text)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'X'?" for the nearest known word, or "" if none is near."""
-    near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def add_words(

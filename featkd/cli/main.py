@@ -67,12 +67,12 @@ def _run(words: list[str]) -> int:
         # a module is loaded with its command: most load torch, which takes seconds
         code: int = getattr(import_module(f"featkd.cli.{word}"), word)(words[1:])
         return code
-    from featkd.cli.arguments import nearest
+    from featkd.runtime.suggest import suggestion
 
     kind, known = "command", list(COMMANDS)
     if word.startswith("-"):
         kind, known = "option", [name.split()[0] for name in _OPTIONS]
-    return _fail(f"no {kind} {words[0]!r}{nearest(word, known)} (see featkd --help)", 2)
+    return _fail(f"no {kind} {words[0]!r}{suggestion(word, known)} (see featkd --help)", 2)
 
 
 def _help() -> str:

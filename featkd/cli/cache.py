@@ -94,6 +94,7 @@ def parser() -> Parser:
             "featkd cache widelast_imagenet_softkd_mse --data /data/imagenet --out CACHE --views 4",
             "featkd cache --verify CACHE",
         ),
+        other_usages=("featkd cache --verify DIR",),
     )
     parser.add_argument(
         "--verify",

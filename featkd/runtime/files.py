@@ -18,11 +18,6 @@ from typing import IO
 from featkd.runtime.remote import Location, RemotePath
 
 
-def user_cache() -> Path:
-    """Returns $XDG_CACHE_HOME/featkd, by default ~/.cache/featkd; it may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featkd"
-
-
 @contextmanager
 def atomic_write(path: Location, also: Sequence[Location] = ()) -> Iterator[IO[bytes]]:
     """Opens a file for writing that replaces `path` when the block ends without an error.

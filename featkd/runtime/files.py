@@ -20,11 +20,6 @@ from typing import IO
 from featkd.runtime.remote import Location, RemotePath
 
 
-def user_cache() -> Path:
-    """Returns $XDG_CACHE_HOME/featkd, by default ~/.cache/featkd; it may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featkd"
-
-
 def open_regular(path: str | Path) -> IO[bytes]:
     """Opens a regular file for reading.
 

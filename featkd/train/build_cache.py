@@ -93,7 +93,7 @@ def build_cache(
     try:
         classes = count_classes(recipe, dataset.classes, notes, strict=strict_classes)
         student = build_student(recipe, classes).to(context.device)
-        model = create_teacher_model(recipe, classes, context, notes)
+        model = create_teacher_model(recipe, classes, dataset.classes, context, notes)
         compares_maps, stores_maps = recipe.loss.feature is not None, config.features != "none"
         pairs = LayerPairs()
         if compares_maps or stores_maps:

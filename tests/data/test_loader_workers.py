@@ -203,3 +203,26 @@ def test_an_end_within_an_epoch_leaves_nothing(
         assert time.monotonic() < deadline, f"workers {workers} live on"
         time.sleep(0.05)
     assert not list(temporary.glob("pymp-*"))
+
+
+POOL = """
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from featkd.data.workers import end_with_parent
+server = multiprocessing.get_context("forkserver")
+pools = [ProcessPoolExecutor(1, server, initializer=end_with_parent) for _ in range(2)]
+print(*(pool.submit(os.getpid).result() for pool in pools), flush=True)
+time.sleep(60)
+"""
+
+
+def test_processes_of_a_pool_end_with_their_parent(server: Server) -> None:
+    """Otherwise they would wait for the pool's queue, whose write end they hold themselves."""
+    process = server.start(script=POOL)
+    pids = line(process, 0).split()
+    process.kill()
+    killed = time.monotonic()
+    while any(lives(pid) for pid in pids):
+        assert time.monotonic() < killed + 2, f"processes {pids} live on"
+        time.sleep(0.02)
+    process.wait()

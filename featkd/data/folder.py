@@ -67,7 +67,7 @@ def _describe_files(folder: str) -> str:
     if images := images_in(folder):
         return (
             f"; found {len(images)} image file(s) directly in it ({listed(images, 3)}), which "
-            "belong into one folder per class"
+            "belong in one folder per class"
         )
     with os.scandir(folder) as entries:
         archives = sorted(e.name for e in entries if e.name.lower().endswith(_ARCHIVES))

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 def distill(words: Sequence[str]) -> int:
     """Run `featkd distill` and return the exit code."""
     recipe, options = parse_recipe(parser(), words)
-    from featkd.runtime import distributed
+    from featkd.runtime import distributed, interrupt
     from featkd.train.dryrun import dry_run
     from featkd.train.recipe import to_yaml
     from featkd.train.trainer import Trainer
 
+    interrupt.loading_done()
     if options.print_config:
         print(to_yaml(recipe), end="")
         return 0

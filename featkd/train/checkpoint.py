@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import pickle
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import Any
 
 import torch
 
 from featkd.data.workers import is_worker_error
+from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.files import atomic_link, atomic_write, remove_leftovers
+from featkd.runtime.lock import FolderInUse, locked
 from featkd.runtime.remote import Location, RemotePath, locate, seekable
+from featkd.train.checkpoint_layout import find_fault
 
 FORMAT = 2
 
@@ -42,11 +46,38 @@ class CheckpointStore:
         Raises:
             CheckpointError: the path is a file.
         """
+        self._create_folder()
+        remove_leftovers(self.folder)
+
+    def _create_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise CheckpointError(f"out: {self.folder} is a file, expected a folder") from error
-        remove_leftovers(self.folder)
+
+    @contextmanager
+    def opened(self, context: ProcessContext) -> Iterator[None]:
+        """Prepares the folder and locks it for this run; all processes must call it.
+
+        Raises:
+            CheckpointError: the path is a file, or another run writes to the folder; raised on all
+                processes.
+        """
+        with ExitStack() as lock:
+            failed: Exception | None = None
+            if context.is_main:
+                try:
+                    self._create_folder()
+                    lock.enter_context(locked(self.folder))
+                    self.prepare()
+                except FolderInUse as error:
+                    failed = CheckpointError(f"out: {error}")
+                except (CheckpointError, OSError) as error:
+                    failed = error
+            failed = context.broadcast(failed)
+            if failed is not None:
+                raise failed
+            yield
 
     def save(
         self, state: dict[str, Any], *, is_best: bool = False, ended_epoch: int | None = None
@@ -121,21 +152,28 @@ def load(path: str | PathLike[str] | RemotePath) -> dict[str, Any]:
     """Reads a featkd checkpoint onto the CPU, without unpickling any code.
 
     Raises:
-        CheckpointError: it is missing, damaged, not a featkd checkpoint or of another format.
+        CheckpointError: it is missing, damaged, not a featkd checkpoint or of another format; names
+            the entry that is missing or of a wrong type.
     """
     location = locate(path, "checkpoint")
+    if location.exists() and not location.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"could not read the checkpoint {path}: not a regular file")
     try:
         state = torch.load(seekable(location), map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"could not read the checkpoint {path}: {error}") from error
+    except Exception as error:  # a damaged file can raise any
+        text = str(error) or type(error).__name__
+        raise CheckpointError(f"could not read the checkpoint {path}: {text}") from error
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(f"{path}: not a checkpoint of a featkd run")
-    if state["format"] != FORMAT:
+    if type(state["format"]) is not int or state["format"] != FORMAT:
         raise CheckpointError(
             f"{path}: checkpoint format {state['format']}, this featkd reads {FORMAT}"
         )
     if "due" in state:  # the key's name in earlier versions
         state["evaluation_pending"] = state.pop("due")
+    fault = find_fault(state)
+    if fault is not None:
+        raise CheckpointError(f"{path}: damaged: {fault}")
     return state
 
 

@@ -18,9 +18,9 @@ from featkd.functional import Metric
 from featkd.losses import DistillationLoss
 from featkd.models import Lift, create_student
 from featkd.models.features import FeatureModel, feature_grid, num_layers
-from featkd.runtime.checks import suggestion
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.environment import has_fast_bf16
+from featkd.runtime.suggest import suggestion
 from featkd.train.cached_teacher import CachedTeacher, cache_views, open_cache
 from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
 from featkd.train.recipe import Recipe, RecipeError

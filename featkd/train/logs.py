@@ -18,6 +18,7 @@ from typing import IO
 from tqdm import tqdm
 
 from featkd.runtime.files import atomic_link, atomic_write
+from featkd.runtime.names import printable_lines
 from featkd.runtime.remote import Location, RemotePath
 
 
@@ -244,7 +245,7 @@ class RunLog:
     def message(self, text: str) -> None:
         """Prints a line above the bar."""
         if self.active and not self.quiet:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(printable_lines(text), file=sys.stderr)
 
     def publish(self) -> None:
         """Uploads everything if behind a URL; called before a checkpoint is saved."""

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from featkd.data.config import DataConfig
-from featkd.runtime.checks import suggestion
+from featkd.runtime.suggest import suggestion
 
 Arch = Literal["plain", "lift", "widelast", "heads_linear", "fixed_linear", "fixed_step"]
 

@@ -12,6 +12,7 @@ from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.remote import Location, locate
 from featkd.train import checkpoint
 from featkd.train.checkpoint import CheckpointError, CheckpointStore
+from featkd.train.checkpoint_layout import find_optimizer_fault
 from featkd.train.components import RunComponents, peak_lr
 from featkd.train.recipe import Recipe
 from featkd.train.recipe_changes import another_experiment, check_same_recipe
@@ -162,7 +163,16 @@ def _restore_optimizer(
         {name: group[name] for name in _RECIPE_OPTIONS if name in group}
         for group in optimizer.param_groups
     ]
+    fault = find_optimizer_fault(optimizer, state["optimizer"])
+    if fault is not None:
+        raise CheckpointError(f"{path}: damaged: {fault}")
+    expected = [set(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
+    for number, (names, group) in enumerate(zip(expected, optimizer.param_groups, strict=True)):
+        if missing := sorted(names - set(group)):
+            raise CheckpointError(
+                f"{path}: damaged: has no entry optimizer.param_groups.{number}.{missing[0]}"
+            )
     for group, options in zip(optimizer.param_groups, recipe_options, strict=True):
         group.update(options)
 

@@ -115,14 +115,16 @@ class Trainer:
             quiet: print nothing.
 
         Raises:
-            CheckpointError: a checkpoint can't be written, read or used.
+            CheckpointError: a checkpoint can't be written, read or used, or another run writes to
+                the output folder.
             RecipeError: the checkpoint belongs to another experiment.
             TrainingDiverged: the loss or a weight is not finite; this state is not saved.
             featkd.data.BadImageError: an unreadable image under on_bad_image="error".
         """
-        if self.context.is_main:
-            self.store.prepare()
-        self.context.barrier()
+        with self.store.opened(self.context):
+            return self._run(resume, quiet=quiet)
+
+    def _run(self, resume: str, *, quiet: bool) -> Outcome:
         loader = f"image loader: {self.components.train_loader.decoder}"
         messages = [loader, *self.components.notes, *self._resume(resume)]
         folder = self.folder if self.context.is_main else None

@@ -31,7 +31,7 @@ def test_a_run_learns_and_writes_its_files(recipe):
     out = Path(recipe.out)
     assert outcome.updates == 48
     assert outcome.scores["model"]["top1"] > 60  # chance is 33; the colours are easy
-    assert {"last.pt", "best.pt", "metrics.csv", "eval.csv", "tensorboard"} == {
+    assert {"last.pt", "best.pt", "metrics.csv", "eval.csv", "tensorboard", ".lock"} == {
         p.name for p in out.iterdir()
     }
     assert list(out.glob("tensorboard/events*"))

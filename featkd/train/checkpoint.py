@@ -155,7 +155,8 @@ class CheckpointStore:
                 state = found
             self._save_best(state)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-            if isinstance(error, CheckpointError) or is_worker_error(error):
+            own = isinstance(error, CheckpointError)
+            if own or (isinstance(error, RuntimeError) and is_worker_error(error)):
                 raise
             raise CheckpointError(f"could not save {self.best}: {error}") from error
         return score

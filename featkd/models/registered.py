@@ -8,10 +8,16 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import (
+    generate_default_cfgs,
+    load_pretrained,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from torch import nn
 
 from featkd.models.features import FeatureModel
 from featkd.models.students import create_student
@@ -92,16 +98,20 @@ def deit_tiny_w219_patch16_224(pretrained: bool = False, **kwargs: Any) -> Featu
 
 
 def _deit_tiny(name: str, arch: str, pretrained: bool, kwargs: dict[str, Any]) -> FeatureModel:
-    if pretrained:
-        raise ValueError(
-            f"pretrained: got True, but {name!r} has no weights to download; allowed: False "
-            f"(featkd.models.load_published reads published files)"
-        )
     kwargs.pop("cache_dir", None)  # where timm would put a download
     cfg = resolve_pretrained_cfg(
         name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
     ).to_dict()
+    if pretrained and not any(cfg.get(source) for source in ("file", "hf_hub_id", "url")):
+        raise ValueError(
+            f"pretrained: got True, but {name!r} has no weights to download; allowed: False "
+            f"(featkd.models.load_published reads published files)"
+        )
     num_classes = kwargs.pop("num_classes", cfg["num_classes"])
-    return create_student(
+    student = create_student(
         "deit_tiny_patch16_224", arch, 384, num_classes, pretrained_cfg=cfg, **kwargs
     )
+    if pretrained:  # a user's weights, written by timm's hub functions
+        in_chans = kwargs.get("in_chans", 3)
+        load_pretrained(cast(nn.Module, student), cfg, num_classes, in_chans, strict=True)
+    return student

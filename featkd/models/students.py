@@ -70,8 +70,12 @@ def create_student(
         model = WideLast.build(base, arch, teacher_dim, **timm_kwargs)
     # The record must not offer the base's weights for download: they don't fit this model.
     model.pretrained_cfg = filter_pretrained_cfg(model.pretrained_cfg, remove_source=True)
-    if model.pretrained_cfg.get("architecture") == base.partition(".")[0]:
-        del model.pretrained_cfg["architecture"]
+    name = base.partition(".")[0]
+    if model.pretrained_cfg.get("architecture") == name:
+        # timm's hub functions write this name. Only those of `featkd.models.registered` can be
+        # created from it; the base's own name would create the base.
+        family, patch, sizes = name.partition("_patch")
+        model.pretrained_cfg["architecture"] = f"{family}_{arch}{teacher_dim}{patch}{sizes}"
     model.default_cfg = model.pretrained_cfg
     student: FeatureModel = model
     return student

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import Any
@@ -11,12 +11,14 @@ import torch
 
 from featkd.data.workers import is_worker_error
 from featkd.runtime.distributed import ProcessContext
-from featkd.runtime.files import atomic_link, atomic_write, remove_leftovers
+from featkd.runtime.files import atomic_write, remove_leftovers
 from featkd.runtime.lock import FolderInUse, locked
 from featkd.runtime.remote import Location, RemotePath, locate, seekable
 from featkd.train.checkpoint_layout import find_fault
 
 FORMAT = 2
+# Entries of a checkpoint that `best.pt` does not need, without their content.
+_EMPTY: Mapping[str, Any] = {"optimizer": {"state": {}, "param_groups": []}, "scaler": {}}
 
 
 class CheckpointError(RuntimeError):
@@ -26,8 +28,9 @@ class CheckpointError(RuntimeError):
 class CheckpointStore:
     """Stores the checkpoints of a run in a folder: `last.pt`, `best.pt`, `epoch-<n>.pt`.
 
-    Every file appears whole or not at all. A `best.pt` or `epoch-<n>.pt` equal to the last
-    checkpoint is a hard link to the same file, without a second write.
+    Every file appears whole or not at all. An `epoch-<n>.pt` equal to the last checkpoint is a hard
+    link to the same file, without a second write. `best.pt` holds no state of the optimizer, which
+    is half of a checkpoint: it is for evaluation and for use as a teacher, not for resuming.
 
     Args:
         folder: folder on disk or behind a URL; created if missing.
@@ -98,15 +101,20 @@ class CheckpointStore:
         names = []
         if ended_epoch is not None and self.keep_every and ended_epoch % self.keep_every == 0:
             names.append(self.folder / f"epoch-{ended_epoch:04d}.pt")
-        if is_best:
-            names.append(self.best)
         try:
+            if is_best:
+                self._save_best(state)
             with atomic_write(self.last, names) as file:
                 torch.save({"format": FORMAT, **state}, file)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             if isinstance(error, RuntimeError) and is_worker_error(error):
                 raise
             raise CheckpointError(f"could not save {self.last}: {error}; {self._kept()}") from error
+
+    def _save_best(self, state: Mapping[str, Any]) -> None:
+        light = {name: _EMPTY.get(name, value) for name, value in state.items()}
+        with atomic_write(self.best) as file:
+            torch.save({"format": FORMAT, **light}, file)
 
     def _kept(self) -> str:
         """Describes the state of `last.pt` after a failed save."""
@@ -140,10 +148,16 @@ class CheckpointStore:
             return kept
         source: Location = path if score["update"] == state["update"] else path.with_name("best.pt")
         try:
-            if source != path and (not source.is_file() or load(source)["best"] != score):
-                return kept
-            atomic_link(source, self.best)
-        except OSError as error:
+            if source != path:
+                found = load(source) if source.is_file() else {"best": {}}
+                if found["best"] != score:
+                    return kept
+                state = found
+            self._save_best(state)
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+            own = isinstance(error, CheckpointError)
+            if own or (isinstance(error, RuntimeError) and is_worker_error(error)):
+                raise
             raise CheckpointError(f"could not save {self.best}: {error}") from error
         return score
 

@@ -34,7 +34,7 @@ class _Change(NamedTuple):
     def may_happen(self) -> bool:
         """True if a resumed run is still the same experiment."""
         if self.field == "optim.epochs":
-            return bool(self.new > self.old)
+            return isinstance(self.old, int) and bool(self.new > self.old)
         return self.is_below(_NOTED)
 
 

@@ -146,6 +146,11 @@ def _restore_optimizer(
     path: Location, state: dict[str, Any], optimizer: torch.optim.Optimizer, recipe: Recipe
 ) -> None:
     """Restores the optimizer's state, but keeps weight decay and eps of the recipe."""
+    if not state["optimizer"]["param_groups"]:
+        raise CheckpointError(
+            f"{path}: holds no state of the optimizer, as every best.pt; expected last.pt or "
+            "epoch-<n>.pt to resume from, or teacher.checkpoint to use it as a teacher"
+        )
     before, now = state["recipe"]["optim"], recipe.optim
     if before["optimizer"] != now.optimizer:
         raise CheckpointError(

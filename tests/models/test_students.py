@@ -69,7 +69,10 @@ def test_registered_students(name: str) -> None:
 def test_changed_architecture_has_no_pretrained_weights(tiny: dict[str, Any]) -> None:
     for arch in ("lift", "widelast"):
         student: Any = create_student("deit_tiny_patch16_224", arch, 96, **tiny)
-        assert not {"url", "hf_hub_id", "architecture"} & set(student.pretrained_cfg)
+        assert not {"url", "hf_hub_id"} & set(student.pretrained_cfg)
+        name = f"deit_tiny_{arch}96_patch16_224"
+        assert student.pretrained_cfg["architecture"] == name
+        assert not timm.is_model(name)
     plain: Any = create_student("deit_tiny_patch16_224", **tiny)
     assert plain.pretrained_cfg["architecture"] == "deit_tiny_patch16_224"
 

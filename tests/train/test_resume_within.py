@@ -71,7 +71,7 @@ def test_an_epoch_in_another_order_is_refused(recipe, changes, message):
     augment = replace(recipe.data.augment, repeats=repeats)
     other = replace(recipe, optim=optim, data=replace(recipe.data, augment=augment), **changes)
     with pytest.raises(CheckpointError, match=message):
-        run(other)
+        run(other, "force")
 
 
 def test_another_number_of_processes_is_noted(recipe):

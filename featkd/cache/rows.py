@@ -81,6 +81,18 @@ class Layout:
             return frozenset()
         return frozenset(f"features.{x.layer}.{part}" for x in self.layers for part in _FACTORS)
 
+    @property
+    def most_row_bytes(self) -> int:
+        """Upper bound of the bytes of a row's columns."""
+        total = 8 * self.classes + 2
+        for shape in self.layers:
+            tokens, channels = shape.tokens, shape.channels
+            values = tokens * channels
+            if self.features == "lowrank":
+                values = min(tokens, channels) * (tokens + channels + 2)
+            total += 8 * (values + channels)  # 8 bytes per value is more than any dtype has
+        return total
+
     def encode(self, outputs: TeacherOutputs) -> list[Row]:
         """Encodes the outputs for a batch as rows.
 

@@ -7,13 +7,15 @@ A local file is written under a temporary name, flushed to disk and renamed. A f
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 from featkd.runtime.remote import Location, RemotePath
 
@@ -21,6 +23,32 @@ from featkd.runtime.remote import Location, RemotePath
 def user_cache() -> Path:
     """Returns $XDG_CACHE_HOME/featkd, by default ~/.cache/featkd; it may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featkd"
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file for reading, without waiting for the writer of a named pipe.
+
+    Raises:
+        OSError: it is missing, or a folder, pipe or device.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """Reads a regular file of at most `most` bytes.
+
+    Raises:
+        OSError: it can't be opened (see `open_regular`), or is larger.
+    """
+    with open_regular(path) as file:
+        content = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"larger than {most} bytes", str(path))
+    return content
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from featkd.runtime.checks import suggestion
+from featkd.runtime.suggest import suggestion
 
 from . import (
     lift_head,

@@ -147,7 +147,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         written = read_regular(path, _MOST_BYTES)
     except OSError as error:
-        raise CacheError(f"{folder}: not a featkd cache: {error}") from error
+        raise CacheError(f"{folder}: not a featkd cache: {NAME}: {error}") from error
     try:
         content = json.loads(written)
         checksum = content.pop("checksum")

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -216,7 +216,7 @@ def check_length(path: Path, most: int) -> None:
 
 
 def _checked_header(
-    path: Path, file: BinaryIO, most: int
+    path: Path, file: IO[bytes], most: int
 ) -> tuple[bytes, dict[str, Any], int, int]:
     """Reads and checks the header; returns its bytes, its content, the data's start, the size."""
     size = os.fstat(file.fileno()).st_size

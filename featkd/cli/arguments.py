@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import re
 import sys
 import types
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+from featkd.runtime.suggest import suggestion
 
 
 class UsageError(ValueError):
@@ -88,14 +89,36 @@ class Parser(ArgumentParser):
             text = f"{start} are required: {', '.join(o for o in options if o in hints) or names}"
         raise UsageError(f"{with_dashes(text)} (see {self.prog} --help)")
 
-    def check_options(self, words: Iterable[str]) -> None:
-        """Raise UsageError for an unknown option; the error names the nearest known one."""
-        hints = self._hints()
+    def remove_option(self, option: str) -> None:
+        """Remove an option that a library has added."""
+        action = self._option_string_actions.pop(option)
+        for actions in (self._actions, *(group._group_actions for group in self._action_groups)):
+            if action in actions:
+                actions.remove(action)
+
+    def describe_options_of(self, other: Parser, title: str) -> None:
+        """List the options of another parser in the help, which this parser accepts as well."""
+        group = self.add_argument_group(title)
+        for action in other._actions:
+            if action.option_strings and action.nargs != 0 and not is_group_of_fields(action):
+                group._group_actions.append(action)
+
+    def check_options(self, words: Iterable[str], hidden: Sequence[str] = ()) -> None:
+        """Raise UsageError for an unknown option; the error names the nearest known one.
+
+        Args:
+            words: words of a command line.
+            hidden: options to treat as unknown.
+        """
+        hints = {option: hint for option, hint in self._hints().items() if option not in hidden}
         free = tuple(f"{option}." for option, hint in hints.items() if _takes_any_key(hint))
         for word in map(_with_underscores, words):
             name = word.partition("=")[0]
             if word.startswith("--") and name not in hints and not name.startswith(free):
-                name, near = with_dashes(name), nearest(with_dashes(name), map(with_dashes, hints))
+                name, near = (
+                    with_dashes(name),
+                    suggestion(with_dashes(name), map(with_dashes, hints)),
+                )
                 raise UsageError(f"no option {name!r}{near} (see {self.prog} --help)")
 
     def _hints(self) -> dict[str, Any]:
@@ -115,6 +138,11 @@ def _nested(option: str, hint: Any) -> Iterator[tuple[str, Any]]:
             for name, inner in typing.get_type_hints(kind).items():
                 yield f"{option}.{name}", inner
                 yield from _nested(f"{option}.{name}", inner)
+
+
+def is_group_of_fields(action: argparse.Action) -> bool:
+    """Check if an option stands for a dataclass, whose fields have options of their own."""
+    return action.help == "Path to a configuration file."
 
 
 def _takes_any_key(hint: Any) -> bool:
@@ -153,12 +181,6 @@ def _with_underscores(word: str) -> str:
 def with_dashes(text: str) -> str:
     """Return a text with its options spelled with dashes."""
     return re.sub(r"(?<![\w-])--[A-Za-z][\w.-]*", lambda x: x[0].replace("_", "-"), text)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'X'?" for the nearest known word, or "" if none is near."""
-    near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def add_words(

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from featkd.cli import bench_pipeline
-from featkd.cli.arguments import Parser, UsageError, add_json, add_words, check_folders, nearest
+from featkd.cli.arguments import Parser, UsageError, add_json, add_words, check_folders
+from featkd.runtime import interrupt
+from featkd.runtime.suggest import suggestion
 
 if TYPE_CHECKING:
     import torch
@@ -73,10 +75,11 @@ def bench(words: Sequence[str]) -> int:
         return 0 if words else 2
     name = words[0]
     if name not in COMMANDS:
-        near = nearest(name, COMMANDS)
+        near = suggestion(name, COMMANDS)
         raise UsageError(f"bench: expected one of {', '.join(COMMANDS)}; got {name!r}{near}")
     options = _parser_of(name).parse_args(words[1:])
     check_folders(options, ("json", "out"))
+    interrupt.loading_done()
     return _PARTS[name][1](options)
 
 

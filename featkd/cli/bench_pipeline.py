@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from featkd.cli.arguments import nearest
+from featkd.runtime.suggest import suggestion
 
 if TYPE_CHECKING:
     from featkd.benchmarks.throughput import Rate
@@ -108,7 +108,7 @@ def _chosen(option: str, words: Sequence[str], known: Sequence[str]) -> Sequence
         if word not in known:
             raise ValueError(
                 f"--{option}: expected some of {', '.join(known)}; got {word!r}"
-                f"{nearest(word, known)}"
+                f"{suggestion(word, known)}"
             )
     return words or known
 

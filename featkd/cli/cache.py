@@ -16,10 +16,11 @@ from featkd.cli.recipe_arguments import parse_recipe, recipe_parser
 def cache(words: Sequence[str]) -> int:
     """Run `featkd cache RECIPE --out DIR` or `featkd cache --verify DIR`; return the exit code."""
     recipe, options = parse_recipe(parser(), words)
-    from featkd.runtime import distributed
+    from featkd.runtime import distributed, interrupt
     from featkd.train.build_cache import build_cache
     from featkd.train.recipe import check_local
 
+    interrupt.loading_done()
     options_given = {word.partition("=")[0] for word in words if word.startswith("-")}
     if options.verify is not None:
         if options_given != {"--verify"} or not words[0].startswith("--verify"):
@@ -93,6 +94,7 @@ def parser() -> Parser:
             "featkd cache widelast_imagenet_softkd_mse --data /data/imagenet --out CACHE --views 4",
             "featkd cache --verify CACHE",
         ),
+        other_usages=("featkd cache --verify DIR",),
     )
     parser.add_argument(
         "--verify",

@@ -15,7 +15,9 @@ def demo(words: Sequence[str]) -> int:
     """Run `featkd demo` and return the exit code."""
     options = parser().parse_args(words)
     from featkd.demo import run_demo
+    from featkd.runtime import interrupt
 
+    interrupt.loading_done()
     signal.signal(signal.SIGTERM, _stop)
     return run_demo(Path(options.out), seeds=options.seeds, epochs=options.epochs)
 

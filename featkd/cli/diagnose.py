@@ -16,6 +16,7 @@ from featkd.cli.arguments import Parser, add_json, check_folders
 from featkd.diagnostics import DiagnoseConfig, Settings
 from featkd.diagnostics import diagnose as run_diagnose
 from featkd.diagnostics.process_run import Interrupted
+from featkd.runtime import interrupt
 from featkd.runtime.files import atomic_write
 
 _DESCRIPTION = """\
@@ -27,6 +28,7 @@ Under torchrun the processes share the images; the figures do not depend on thei
 def diagnose(words: Sequence[str]) -> int:
     """Runs `featkd diagnose` with the arguments of a command line; returns the exit code."""
     args = parser().parse_args(words)
+    interrupt.loading_done()
     check_folders(args, ("json",))
     settings = Settings(**{f.name: _as_tuple(args[f.name]) for f in fields(Settings)})
     values = {field.name: args[field.name] for field in _option_fields()}

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import featkd
-from featkd.runtime import openmp
+from featkd.runtime import interrupt, openmp
+from featkd.runtime.names import printable_lines
 
 COMMANDS = {
     "distill": "train a student, with or without a teacher",
@@ -30,9 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's arguments) and return the exit code."""
     openmp.set_defaults()  # before a command loads torch
     words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # a caller in this process keeps its handlers
+        interrupt.exit_while_loading()
     try:
         return _run(words)
     except KeyboardInterrupt:
+        # Clears CPython's note of an interrupt within exec, which would become the exit status.
+        exec("")
         return _fail("interrupted", 130)
     except Exception as error:
         from featkd.cli.errors import described
@@ -41,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if found is None:
             raise
         return _fail(*found)
+    finally:
+        interrupt.loading_done()
 
 
 def _run(words: list[str]) -> int:
@@ -61,12 +68,12 @@ def _run(words: list[str]) -> int:
         # a module is loaded with its command: most load torch, which takes seconds
         code: int = getattr(import_module(f"featkd.cli.{word}"), word)(words[1:])
         return code
-    from featkd.cli.arguments import nearest
+    from featkd.runtime.suggest import suggestion
 
     kind, known = "command", list(COMMANDS)
     if word.startswith("-"):
         kind, known = "option", [name.split()[0] for name in _OPTIONS]
-    return _fail(f"no {kind} {words[0]!r}{nearest(word, known)} (see featkd --help)", 2)
+    return _fail(f"no {kind} {words[0]!r}{suggestion(word, known)} (see featkd --help)", 2)
 
 
 def _help() -> str:
@@ -85,5 +92,5 @@ def _table(lines: dict[str, str]) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"featkd: {message}", file=sys.stderr)
+    print(f"featkd: {printable_lines(message)}", file=sys.stderr)
     return code

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 from jsonargparse import Namespace
 
-from featkd.cli.arguments import Parser
+from featkd.cli.arguments import Parser, UsageError, is_group_of_fields
 from featkd.train.recipe import (
     Recipe,
     TeacherConfig,
@@ -17,32 +17,41 @@ from featkd.train.recipe import (
     shipped_recipes,
 )
 
+_CONFIG = "--recipe_file"  # internal; a user names the recipe as the first argument
 
-def recipe_parser(command: str, purpose: str, examples: Sequence[str]) -> Parser:
+
+def recipe_parser(
+    command: str, purpose: str, examples: Sequence[str], other_usages: Sequence[str] = ()
+) -> Parser:
     """Return the parser of a command with an option for every field of a recipe.
 
     Args:
         command: name of the command.
         purpose: sentence that the description begins with.
         examples: see `Parser`.
+        other_usages: further lines of the usage.
     """
     parser = Parser(
         prog=f"featkd {command}",
-        usage=f"featkd {command} RECIPE [--option value ...]",
+        usage="\n       ".join((f"featkd {command} RECIPE [--option value ...]", *other_usages)),
         description=f"{purpose} RECIPE is a YAML file or the name of a recipe that ships with "
         f"featkd: {', '.join(shipped_recipes())}. An option overrides a field of the recipe.",
         examples=examples,
     )
-    parser.add_argument("--config", action="config", help=argparse.SUPPRESS)
+    parser.add_argument(_CONFIG, action="config", help=argparse.SUPPRESS)
     parser.add_class_arguments(Recipe)
+    parser.remove_option("--teacher.help")  # a nested help, which the description below replaces
     for action in parser._actions:
         if action.dest == "data":
             action.metavar, action.help = "DIR", "short for --data.path"
         elif action.dest == "teacher":
-            names = (f"--teacher.{field.name}" for field in fields(TeacherConfig))
-            action.help = f"null: train the student alone; fields: {', '.join(names)}"
-        elif action.help == "Path to a configuration file.":  # the other groups of fields
+            action.metavar, action.help = "null", "train the student alone"
+        elif is_group_of_fields(action):
             action.help = argparse.SUPPRESS
+    # jsonargparse describes no fields of a dataclass that may be null.
+    teacher = Parser(prog=parser.prog)
+    teacher.add_class_arguments(TeacherConfig, "teacher")
+    parser.describe_options_of(teacher, "the model that is distilled")
     return parser
 
 
@@ -55,11 +64,17 @@ def parse_recipe(parser: Parser, words: Sequence[str]) -> tuple[Recipe, Namespac
 
     Raises:
         RecipeError: no such recipe, or an unknown field in it.
-        UsageError: an unknown option or a bad value.
+        UsageError: no arguments, an unknown option or a bad value.
     """
+    if not words:
+        raise UsageError(
+            f"name a recipe: a YAML file, or one of {', '.join(shipped_recipes())} "
+            f"(see {parser.prog} --help)"
+        )
     words = [_long_option(word) for word in words]
-    if words and not words[0].startswith("-"):
-        words = ["--config", read_recipe_config(find_recipe(words[0])), *words[1:]]
+    parser.check_options(words, hidden=(_CONFIG,))
+    if not words[0].startswith("-"):
+        words = [_CONFIG, read_recipe_config(find_recipe(words[0])), *words[1:]]
     options = parser.parse_args(words)
     built = parser.instantiate(options)
     return Recipe(**{field.name: built[field.name] for field in fields(Recipe)}), options

@@ -5,10 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
@@ -20,6 +23,7 @@ from featkd.demo.results import STUDENTS, RunResult, throughput
 from featkd.diagnostics import DiagnoseConfig, diagnose
 from featkd.diagnostics.process_run import Interrupted
 from featkd.runtime import distributed, environment
+from featkd.runtime.interrupt import Interrupt
 from featkd.train import checkpoint
 from featkd.train.recipe import (
     LossConfig,
@@ -174,12 +178,17 @@ def train_all(jobs: dict[tuple[str, int], Recipe], description: str) -> list[Run
     cores = len(os.sched_getaffinity(0))
     server = multiprocessing.get_context("forkserver")  # imports the trainer only once
     server.set_forkserver_preload(["featkd.train.trainer"])
+    _start_fork_server()
     results: dict[tuple[str, int], RunResult] = {}
     with ProcessPoolExecutor(
         min(cores, len(jobs)), server, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        running = {pool.submit(train, key[0], recipe): key for key, recipe in jobs.items()}
         try:
+            # A process whose start is interrupted would run on without the pool, and fail.
+            with Interrupt() as interrupt:
+                running = {pool.submit(train, key[0], recipe): key for key, recipe in jobs.items()}
+            if interrupt.signal is not None:
+                signal.raise_signal(interrupt.signal)
             done = as_completed(running)
             # disable=None: no bar if stderr is no terminal
             bar = tqdm(done, total=len(running), unit="run", desc=description, disable=None)
@@ -188,6 +197,21 @@ def train_all(jobs: dict[tuple[str, int], Recipe], description: str) -> list[Run
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():
-                child.terminate()  # it saves its checkpoint; Ctrl-C has reached it already
+                child.terminate()  # it saves its checkpoint, unless Ctrl-C has made it do so
             raise
     return [results[key] for key in jobs]
+
+
+def _start_fork_server() -> None:
+    """Starts the fork server with SIGINT ignored, as are then its children outside of training.
+
+    Ctrl-C reaches every process of the terminal. While one of them imports, waits or builds a model
+    it would print a traceback; `train_all` ends them all.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return  # only the main thread can set a handler
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, handler)

@@ -12,7 +12,7 @@ from featkd.models.base import build_timm
 from featkd.models.features import FeatureModel, with_features
 from featkd.models.lift import Lift
 from featkd.models.widelast import SCHEDULES, WideLast
-from featkd.runtime.checks import suggestion
+from featkd.runtime.suggest import suggestion
 
 ARCHS = ("plain", "lift", *SCHEDULES)
 

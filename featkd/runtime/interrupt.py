@@ -1,12 +1,40 @@
-"""Ctrl-C and SIGTERM as a request to stop after the current update."""
+"""Ctrl-C while a command loads, and as a request to stop after the current update."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
+
+_before_loading: Any = None  # SIGINT's handler, while `exit_while_loading` replaces it
+
+
+def exit_while_loading() -> None:
+    """Makes SIGINT end the process with one line and exit code 130, until `loading_done`.
+
+    An exception would not do: imports of libraries swallow it or turn it into another one.
+    """
+    global _before_loading
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
+        _before_loading = signal.signal(signal.SIGINT, _exit)
+
+
+def loading_done() -> None:
+    """Restores SIGINT's handler; a command calls it once it has imported what it needs."""
+    global _before_loading
+    if _before_loading is not None:
+        signal.signal(signal.SIGINT, _before_loading)
+        _before_loading = None
+
+
+def _exit(number: int, _: FrameType | None) -> None:
+    os.write(2, b"featkd: interrupted\n")
+    os._exit(128 + number)
 
 
 class Interrupt:

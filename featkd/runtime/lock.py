@@ -79,14 +79,16 @@ def locked(folder: Location) -> Iterator[None]:
     own = _Owner(
         *(socket.gethostname(), os.getpid(), _machine(), _started(os.getpid())), uuid.uuid4().hex
     )
+    write: Callable[[bytes], None]
     if isinstance(path, Path):
         descriptor = _take_file(path)
 
-        def write(record: bytes) -> None:
+        def write_file(record: bytes) -> None:
             os.pwrite(descriptor, record, 0)
             os.ftruncate(descriptor, len(record))
             os.fdatasync(descriptor)
 
+        write = write_file
     else:
         descriptor = -1
         write = path.replace_with

@@ -15,7 +15,6 @@ from featkd.runtime.files import atomic_link, atomic_write, remove_leftovers
 from featkd.runtime.lock import FolderInUse, locked
 from featkd.runtime.remote import Location, RemotePath, locate, seekable
 from featkd.train.checkpoint_layout import find_fault
-from featkd.train.recipe import NO_FASTEST
 
 FORMAT = 2
 
@@ -107,9 +106,15 @@ class CheckpointStore:
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             if isinstance(error, RuntimeError) and is_worker_error(error):
                 raise
-            raise CheckpointError(
-                f"could not save {self.last}: {error}; the earlier checkpoint is unchanged"
-            ) from error
+            raise CheckpointError(f"could not save {self.last}: {error}; {self._kept()}") from error
+
+    def _kept(self) -> str:
+        """Describes the state of `last.pt` after a failed save."""
+        try:
+            found = self.last.is_file()
+        except OSError:  # a lost connection
+            return "an earlier checkpoint is unchanged"
+        return "the earlier checkpoint is unchanged" if found else "there is no earlier checkpoint"
 
     def restore_best(self, path: Location, state: dict[str, Any]) -> dict[str, Any]:
         """Restores `best.pt` when a run resumes in another folder, or if the file was lost.
@@ -172,46 +177,7 @@ def load(path: str | PathLike[str] | RemotePath) -> dict[str, Any]:
     return state
 
 
-def check_same_model(path: Location, saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Compares the recipe in a checkpoint with the recipe that resumes from it.
-
-    Args:
-        path: the checkpoint, for the message.
-        saved, current: the recipes as plain dicts.
-
-    Returns:
-        The fields that differ, as "field: saved -> current", without those that only set where
-        and how often something is written.
-
-    Raises:
-        CheckpointError: the students differ.
-    """
-    inference = (saved["teacher"] or {}).pop("inference", None)  # a field of earlier versions
-    harmless = ("out", "log_every", "checkpoint", "device", "data.workers", "data.path")
-    changed = {
-        name: f"{name}: {old!r} -> {new!r}"
-        for name, old, new in _differences(saved, current)
-        if not any(name == h or name.startswith(f"{h}.") for h in harmless)
-    }
-    student = [text for name, text in changed.items() if name.startswith("student")]
-    if student:
-        raise CheckpointError(
-            f"{path}: holds another student than the recipe asks for ({'; '.join(student)})"
-        )
-    return [*changed.values(), *([NO_FASTEST] if inference == "fastest" else [])]
-
-
-def abbreviate(names: list[str]) -> str:
+def abbreviate(names: list[str], separator: str = ", ") -> str:
     """Joins the first five names, and adds the total number if there are more."""
-    few = ", ".join(names[:5])
-    return few if len(names) <= 5 else f"{few}, ... {len(names)} in all"
-
-
-def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in [*old, *(k for k in new if k not in old)]:
-            inner = f"{name}.{key}" if name else str(key)
-            found += _differences(old.get(key), new.get(key), inner)
-        return found
-    return [] if old == new else [(name, old, new)]
+    few = separator.join(names[:5])
+    return few if len(names) <= 5 else f"{few}{separator}... {len(names)} in all"

@@ -14,6 +14,7 @@ from featkd.train.recipe import (
     OptimConfig,
     Recipe,
     RecipeError,
+    StudentConfig,
     TeacherConfig,
     find_recipe,
     load_recipe,
@@ -182,3 +183,13 @@ def test_aliases_of_a_bounded_size_are_read(tmp_path):
     )
     recipe = load_recipe(path)
     assert recipe.student.options == recipe.teacher.options == {"drop_path_rate": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [("student", "num_classes"), ("student", "base"), ("teacher", "name"), ("teacher", "weights")],
+)
+def test_options_that_repeat_a_field_are_refused(section, name):
+    cls = {"student": StudentConfig, "teacher": TeacherConfig}[section]
+    with pytest.raises(RecipeError, match=rf"^{section}.options.{name}: 5: .* {section}.{name}$"):
+        cls(options={name: 5})

@@ -22,7 +22,7 @@ from featkd.losses import DistillationTerms
 from featkd.runtime.interrupt import Interrupt
 from featkd.runtime.remote import Location, locate
 from featkd.train.checkpoint import CheckpointError, CheckpointStore, load
-from featkd.train.logs import TRAIN_COLUMNS, RunLog
+from featkd.train.logs import TRAIN_COLUMNS, RunLog, read_csv
 from featkd.train.meter import TrainingDiverged
 from featkd.train.trainer import Trainer
 from tests.train.runs import CPU, empty_state, run
@@ -310,3 +310,75 @@ def test_a_disk_filled_by_the_logs_is_an_error_that_names_them(tmp_path, capsys,
     assert raised.value.errno == 28
     assert f"the end of the logs is missing: {raised.value}" in capsys.readouterr().err
     assert log._eval._file.closed
+
+
+def test_no_checkpoint_is_named_that_does_not_exist(alone, monkeypatch):
+    trainer = Trainer(alone, CPU)
+    compute_loss = trainer.compute_loss
+    monkeypatch.setattr(
+        trainer,
+        "compute_loss",
+        lambda *args: DistillationTerms(*(x * math.nan for x in compute_loss(*args))),
+    )
+    with pytest.raises(TrainingDiverged, match=r"by update 1; no checkpoint was saved \("):
+        trainer.run(quiet=True)
+    assert not trainer.store.last.exists()
+
+
+def test_a_first_save_that_fails_names_no_earlier_checkpoint(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("featkd.runtime.files.os.fsync", full)
+    with pytest.raises(CheckpointError, match=r"No space .*; there is no earlier checkpoint$"):
+        CheckpointStore(tmp_path).save({})
+
+
+STRAY = {
+    "a row": (b"total,1,2\n", "line 3 is 'total,1,2', expected 7 values, update a whole number"),
+    "text": (b"see below\n", "line 3 is 'see below'"),
+    "bytes": (b"\xff\0,,,,,,\n", "line 3 is "),
+    "a field of 1 MB": (b"x" * 1_000_000 + b"\n", "line 3 is "),
+}
+
+
+@pytest.mark.parametrize("folder", ["disk", "store"], indirect=True)
+@pytest.mark.parametrize("kind", STRAY)
+def test_a_stray_row_in_a_log_is_set_aside(folder, kind):
+    content, message = STRAY[kind]
+    CheckpointStore(folder).prepare()
+    log = RunLog(folder, 0, 9, quiet=True)
+    for update in (1, 2, 3):
+        log.train({**dict.fromkeys(TRAIN_COLUMNS, 1), "update": update})
+    log.close()
+    path = folder / "metrics.csv"
+    lines = path.read_bytes().splitlines(keepends=True)
+    edited = b"".join([*lines[:2], content, *lines[2:]])
+    if isinstance(path, Path):
+        path.write_bytes(edited)
+    else:
+        path.replace_with(edited)
+    for number in (1, 2):
+        log = RunLog(folder, 2, 9, quiet=True)
+        log.close()
+        assert [row["update"] for row in read_csv(path)] == ["1", "2"]
+        if number == 1:
+            (note,) = log.notes
+            assert note.startswith(f"{path}: {message}")
+            assert f"kept as {path}.1.bak" in note
+        else:
+            assert log.notes == []  # the log has been cleaned
+    assert (folder / "metrics.csv.1.bak").read_bytes() == edited
+
+
+def test_a_run_goes_on_beside_a_stray_row(alone, capsys):
+    run(alone)
+    metrics = Path(alone.out) / "metrics.csv"
+    rows = read_csv(metrics)
+    with metrics.open("a") as file:
+        file.write("mean,,0.5,,,,\n")
+    longer = replace(alone, optim=replace(alone.optim, epochs=3))
+    Trainer(longer, CPU).run()
+    assert f"{metrics}: line 14 is 'mean,,0.5,,,,'" in capsys.readouterr().err
+    assert read_csv(metrics)[: len(rows)] == rows
+    assert len(read_csv(metrics)) == 18

@@ -311,6 +311,9 @@ def test_widths_grids_and_classes_that_do_not_fit(recipe):
         Trainer(replace(recipe, teacher=many), CPU)
     with pytest.raises(RecipeError, match=r"student.num_classes: 5, but .* 3 class folders"):
         Trainer(replace(recipe, student=replace(student, num_classes=5)), CPU)
+    small = replace(recipe.optim, lr=2e-3, lr_batch=1024, min_lr=1e-4)
+    with pytest.raises(RecipeError, match=r"min_lr: 0.0001 is above .* 1.56e-05 .*lr_batch: 8 if"):
+        Trainer(replace(recipe, optim=small), CPU)
     with pytest.raises(RecipeError, match=r"optim.accumulate: 7 .* an epoch has 6"):
         Trainer(replace(recipe, optim=replace(recipe.optim, accumulate=7)), CPU)
 

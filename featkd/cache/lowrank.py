@@ -19,7 +19,7 @@ __all__ = ["FORMS", "LowRank", "compress", "dequantise", "quantise", "restore"]
 Form = Literal["fp16", "int8"]
 FORMS: tuple[Form, ...] = ("fp16", "int8")
 
-_LARGEST = 1e38  # larger values could be rounded to Inf
+LARGEST = 1e38  # larger values could be rounded to Inf
 _RESOLUTION = 2.0**-23  # relative; smaller singular values are float32 rounding errors
 
 
@@ -155,9 +155,9 @@ def quantise(x: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     if form not in FORMS:
         raise ValueError(f"form: expected one of {', '.join(FORMS)}; got {form!r}")
     exact = x.detach().float()
-    if not (exact.abs() <= _LARGEST).all():
+    if not (exact.abs() <= LARGEST).all():
         raise ValueError(
-            f"x: expected finite values up to {_LARGEST:g} in magnitude, got NaN, Inf or larger"
+            f"x: expected finite values up to {LARGEST:g} in magnitude, got NaN, Inf or larger"
         )
     if not exact.shape[-2]:
         scale = exact.new_zeros(*exact.shape[:-2], 1, exact.shape[-1])

@@ -13,10 +13,17 @@ from typing import Any
 from featkd.cache.rows import LayerShape, Layout
 from featkd.data import EpochSampler, SampleKey
 from featkd.data.sampler import RangeSampler
-from featkd.runtime.files import atomic_write
+from featkd.runtime.files import atomic_write, read_regular
 
 SCHEMA = 2
 NAME = "manifest.json"
+
+_MOST_BYTES = 1 << 24
+_MOST_ROWS = 2**31  # of a view; their order is held in memory
+_MOST_SHARDS = 10**7  # of all views
+_MOST_ROW_BYTES = 1 << 32
+MOST_HEADER_BYTES = 1 << 20  # of a shard
+_INDEX_BYTES = 256  # per row; more than its keys, source index, checksum and ends
 
 
 class CacheError(RuntimeError):
@@ -91,6 +98,11 @@ class Manifest:
         keys = iter(sampler)  # shuffles the view once for all shards
         return (list(islice(keys, len(stretch))) for stretch in stretches)
 
+    def most_shard_bytes(self, shard: int) -> int:
+        """Upper bound of the size of a shard's file."""
+        columns = len(self.layout.varying) * 8 + _INDEX_BYTES + self.layout.most_row_bytes
+        return MOST_HEADER_BYTES + len(self.positions(shard)) * columns
+
     def shard_name(self, view: int, shard: int) -> str:
         """Path of a shard below the cache's folder."""
         return f"view-{view:05d}/shard-{shard:05d}.safetensors"
@@ -133,14 +145,14 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / NAME
     try:
-        written = path.read_bytes()
+        written = read_regular(path, _MOST_BYTES)
     except OSError as error:
-        raise CacheError(f"{folder}: not a featkd cache: {error}") from error
+        raise CacheError(f"{folder}: not a featkd cache: {NAME}: {error}") from error
     try:
         content = json.loads(written)
         checksum = content.pop("checksum")
         schema = content.pop("schema")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CacheError(f"{path}: damaged: {type(error).__name__}: {error}") from error
     # Compares bytes as well: changed white space leaves the content unchanged.
     whole = {"schema": schema, **content}
@@ -148,9 +160,59 @@ def read_manifest(folder: Path) -> Manifest:
         raise CacheError(f"{path}: damaged: the content does not match its checksum")
     if schema != SCHEMA:
         raise CacheError(f"{path}: format {schema}, this featkd reads {SCHEMA}")
-    layout = content.pop("layout")
-    layers = tuple(LayerShape(**layer) for layer in layout.pop("layers"))
-    return Manifest(layout=Layout(layers=layers, **layout), **content)
+    # A checksum shows accidents; a manifest that was made up can have the right one.
+    try:
+        layout = content.pop("layout")
+        layers = tuple(LayerShape(**layer) for layer in layout.pop("layers"))
+        manifest = Manifest(layout=Layout(layers=layers, **layout), **content)
+        wrong = _out_of_bounds(manifest)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CacheError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+    if wrong:
+        raise CacheError(f"{path}: damaged: {wrong}")
+    return manifest
+
+
+def _out_of_bounds(manifest: Manifest) -> str:
+    """Returns which number of a manifest is out of bounds, or ""."""
+    layout = manifest.layout
+    whole = {
+        "data.images": (manifest.subject["data.images"], 1, _MOST_ROWS),
+        "data.augment.repeats": (manifest.subject["data.augment.repeats"], 1, _MOST_ROWS),
+        "seed": (manifest.subject["seed"], -(2**63), None),
+        "depth": (manifest.depth, 1, None),
+        "rows": (manifest.rows, 1, _MOST_ROWS),
+        "shard_rows": (manifest.shard_rows, 1, _MOST_ROWS),
+        "batch_size": (manifest.batch_size, 1, None),
+        "views": (manifest.views, 1, _MOST_SHARDS),
+        "layout.classes": (layout.classes, 1, _MOST_ROW_BYTES),
+    }
+    if layout.logits_top is not None:
+        whole["layout.logits_top"] = (layout.logits_top, 1, layout.classes)
+    for shape in layout.layers:
+        whole[f"layer {shape.layer!r}"] = (shape.layer, 0, manifest.depth - 1)
+        for name in ("tokens", "channels"):
+            size = getattr(shape, name)
+            whole[f"layer {shape.layer!r}: {name}"] = (size, 1, _MOST_ROW_BYTES)
+    for name, (value, least, most) in whole.items():
+        if type(value) is not int or value < least or (most is not None and value > most):
+            allowed = f">= {least}" if most is None else f"from {least} to {most}"
+            return f"{name}: expected a whole number {allowed}, got {value!r}"
+    if manifest.views * manifest.shards > _MOST_SHARDS:
+        return (
+            f"views, rows, shard_rows: expected at most {_MOST_SHARDS} shards, got "
+            f"{manifest.views * manifest.shards}"
+        )
+    if layout.most_row_bytes > _MOST_ROW_BYTES:
+        return (
+            f"layout: expected at most {_MOST_ROW_BYTES} bytes per row, got {layout.most_row_bytes}"
+        )
+    if manifest.rows > manifest.images * manifest.repeats:
+        return (
+            f"rows: expected at most {manifest.images * manifest.repeats}, the images and their "
+            f"copies, got {manifest.rows}"
+        )
+    return ""
 
 
 def _flat(content: Mapping[str, Any]) -> dict[str, Any]:

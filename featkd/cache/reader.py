@@ -58,12 +58,15 @@ class TeacherCache:
         # Checksums and page faults release the interpreter lock.
         self._readers = min(_MOST_READERS, len(os.sched_getaffinity(0)))
         self._threads = ThreadPoolExecutor(self._readers, "featkd-cache")
-        needed_files = (
-            folder / self.manifest.shard_name(view, number)
+        needed_files = [
+            (
+                folder / self.manifest.shard_name(view, number),
+                self.manifest.most_shard_bytes(number),
+            )
             for view in range(needed)
             for number in range(self.manifest.shards)
-        )
-        for _ in self._threads.map(check_length, needed_files):
+        ]
+        for _ in self._threads.map(lambda file: check_length(*file), needed_files):
             pass
 
     def read(
@@ -90,6 +93,11 @@ class TeacherCache:
         rows = [found[i % self._readers][i // self._readers] for i in range(len(places))]
         source_index = torch.tensor([shard.source_index(offset) for shard, offset in places])
         return self.manifest.layout.decode(rows, layers, device), source_index
+
+    def _check_length(self, needed: tuple[int, int]) -> None:
+        view, number = needed
+        path = self.folder / self.manifest.shard_name(view, number)
+        check_length(path, self.manifest.most_shard_bytes(number))
 
     def _missing(self, views: int) -> Iterator[str]:
         """Yields the names of missing shards; lists each folder once."""
@@ -132,7 +140,7 @@ class TeacherCache:
             self._shards.move_to_end(name)
             return self._shards[name]
         path = self.folder / self.manifest.shard_name(view, number)
-        shard = Shard(path, self._identity)
+        shard = Shard(path, self._identity, self.manifest.most_shard_bytes(number))
         if len(shard) != (rows := len(self.manifest.positions(number))):
             raise CacheError(f"{path}: damaged: has {len(shard)} rows, not {rows}")
         self._shards[name] = shard
@@ -155,7 +163,8 @@ def verify_cache(folder: Path) -> Iterator[str | None]:
             if not path.exists():
                 yield f"{path}: missing"
                 continue
-            yield "\n".join(find_damage(path, manifest.identity, keys)) or None
+            most = manifest.most_shard_bytes(number)
+            yield "\n".join(find_damage(path, manifest.identity, keys, most)) or None
 
 
 def _read(places: Sequence[tuple[Shard, int]]) -> list[Row]:

@@ -10,12 +10,13 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from featkd.cache.lowrank import Form, LowRank, compress, dequantise, quantise, restore
+from featkd.cache.lowrank import LARGEST, Form, LowRank, compress, dequantise, quantise, restore
 
 Row = Mapping[str, Tensor]
 """Stored columns of one image, on the CPU."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the others have scales
+_LEAST_FP16 = torch.finfo(torch.float16).min
 _FACTORS = ("left", "left_scales", "right", "right_scales")
 
 
@@ -81,6 +82,18 @@ class Layout:
             return frozenset()
         return frozenset(f"features.{x.layer}.{part}" for x in self.layers for part in _FACTORS)
 
+    @property
+    def most_row_bytes(self) -> int:
+        """Upper bound of the bytes of a row's columns."""
+        total = 8 * self.classes + 2
+        for shape in self.layers:
+            tokens, channels = shape.tokens, shape.channels
+            values = tokens * channels
+            if self.features == "lowrank":
+                values = min(tokens, channels) * (tokens + channels + 2)
+            total += 8 * (values + channels)  # 8 bytes per value is more than any dtype has
+        return total
+
     def encode(self, outputs: TeacherOutputs) -> list[Row]:
         """Encodes the outputs for a batch as rows.
 
@@ -96,11 +109,15 @@ class Layout:
             name = f"features.{shape.layer}"
             _check_finite(x, f"the map of layer {shape.layer}")
             if self.features == "lowrank":
+                # A singular value is at most sqrt(N C) times the largest value.
+                most = LARGEST / math.sqrt(shape.tokens * shape.channels)
+                _check_quantisable(x, most, shape.layer)
                 columns |= {f"{name}.{part}": y for part, y in self._encode_factors(x).items()}
                 continue
             if self.store in _DTYPES:
-                columns[name] = x.to(_DTYPES[self.store]).cpu()
+                columns[name] = _narrow(x, _DTYPES[self.store]).cpu()
                 continue
+            _check_quantisable(x, LARGEST, shape.layer)
             values, scales = quantise(x, cast(Form, self.store))
             columns[name], columns[f"{name}.scales"] = values.cpu(), scales[:, 0].cpu()
         return [{name: x[i] for name, x in columns.items()} for i in range(len(outputs.logits))]
@@ -157,7 +174,8 @@ class Layout:
         kind = torch.int16 if self.classes <= torch.iinfo(torch.int16).max else torch.int32
         return {
             "logits.classes": classes.to(kind).cpu(),
-            "logits.log_probs": torch.cat((top, rest), 1).to(torch.float16).cpu(),
+            # A probability below exp(-65504) is zero in any dtype; -inf would make NaN of it.
+            "logits.log_probs": torch.cat((top, rest), 1).clamp(min=_LEAST_FP16).half().cpu(),
         }
 
     def _decode_logits(self, rows: Sequence[Row], device: torch.device) -> Tensor:
@@ -185,6 +203,21 @@ def _decode_factors(
             scales[i, 0, :rank] = row[f"{name}.{part}_scales"]
         found.append(dequantise(_to_device(values, device), _to_device(scales, device)))
     return LowRank(*found)
+
+
+def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Casts finite values; those beyond the dtype's range become its largest, not Inf."""
+    most = torch.finfo(dtype).max
+    return x.clamp(-most, most).to(dtype)
+
+
+def _check_quantisable(x: Tensor, most: float, layer: int) -> None:
+    """Refuses values whose scale or factors could exceed float32's range."""
+    bad = (x.abs() > most).flatten(1).any(1)
+    if bad.any():
+        raise NotStorable(
+            int(bad.nonzero()[0]), f"the map of layer {layer} has values above {most:g}"
+        )
 
 
 def _check_finite(x: Tensor, what: str) -> None:

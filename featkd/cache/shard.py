@@ -21,23 +21,24 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from featkd.cache.manifest import CacheError
+from featkd.cache.manifest import MOST_HEADER_BYTES, CacheError
 from featkd.cache.rows import Row
 from featkd.data import SampleKey
-from featkd.runtime.files import atomic_write
+from featkd.runtime.files import atomic_write, open_regular
 
 _LENGTH_BYTES = 8  # length of the header, at the start of the file
 _DIGEST = 32
 _META = "featkd"
 _ENDS = ".ends"
 _FIXED = ("keys", "shown", "crc")
+_MOST_BYTES = 1 << 40
 
 
 def write_shard(
@@ -89,15 +90,16 @@ class Shard:
     Args:
         path: the file.
         identity: identity of the cache that the shard must belong to.
+        most: largest size of the file in bytes, see `Manifest.most_shard_bytes`.
 
     Raises:
-        CacheError: it is missing, damaged, or belongs to another cache.
+        CacheError: it is missing, damaged, too large, no regular file, or belongs to another cache.
     """
 
-    def __init__(self, path: Path, identity: str) -> None:
+    def __init__(self, path: Path, identity: str, most: int = _MOST_BYTES) -> None:
         self.path = path
         with _as_cache_error(path):
-            self._check(path)
+            self._check(path, most)
             with safe_open(path, "pt") as file:
                 found, names = file.metadata()[_META], list(file.keys())
                 self._tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
@@ -163,10 +165,10 @@ class Shard:
                 yield str(error)
 
     @staticmethod
-    def _check(path: Path) -> None:
+    def _check(path: Path, most: int) -> None:
         """Raises CacheError if length, header or index are damaged."""
-        with path.open("rb") as file:
-            head, header, start, size = _checked_header(path, file)
+        with open_regular(path) as file:
+            head, header, start, size = _checked_header(path, file, most)
 
             def read(first: int, last: int) -> bytes:
                 file.seek(start + first)
@@ -184,10 +186,10 @@ class Shard:
         return values[int(ends[number - 1]) if number else 0 : int(ends[number])]
 
 
-def find_damage(path: Path, identity: str, keys: Sequence[SampleKey]) -> list[str]:
+def find_damage(path: Path, identity: str, keys: Sequence[SampleKey], most: int) -> list[str]:
     """Checks a shard's file and every row; returns error messages, none for an intact file."""
     try:
-        return list(Shard(path, identity).damages(keys))
+        return list(Shard(path, identity, most).damages(keys))
     except CacheError as error:
         return [str(error)]
 
@@ -203,21 +205,30 @@ def _as_cache_error(path: Path) -> Iterator[None]:
         raise CacheError(f"{path}: can't be read: {error}") from error
 
 
-def check_length(path: Path) -> None:
+def check_length(path: Path, most: int) -> None:
     """Checks a file's length against its header.
 
     Raises:
-        CacheError: the header can't be read, or the length differs.
+        CacheError: the header can't be read, the length differs or is more than `most`.
     """
-    with _as_cache_error(path), path.open("rb") as file:
-        _checked_header(path, file)
+    with _as_cache_error(path), open_regular(path) as file:
+        _checked_header(path, file, most)
 
 
-def _checked_header(path: Path, file: BinaryIO) -> tuple[bytes, dict[str, Any], int, int]:
+def _checked_header(
+    path: Path, file: IO[bytes], most: int
+) -> tuple[bytes, dict[str, Any], int, int]:
     """Reads and checks the header; returns its bytes, its content, the data's start, the size."""
     size = os.fstat(file.fileno()).st_size
+    if size > most:
+        raise CacheError(f"{path}: damaged: has {size} bytes, expected at most {most}")
     head = file.read(_LENGTH_BYTES)
-    head += file.read(min(int.from_bytes(head, "little"), size))
+    length = int.from_bytes(head, "little")
+    if length > MOST_HEADER_BYTES:
+        raise CacheError(
+            f"{path}: damaged: a header of {length} bytes, expected at most {MOST_HEADER_BYTES}"
+        )
+    head += file.read(length)
     header, start = _header(path, memoryview(head))
     entries = [entry for name, entry in header.items() if name != "__metadata__"]
     end = start + max(_offsets(entry)[1] for entry in entries)
@@ -231,7 +242,7 @@ def _header(path: Path, content: memoryview) -> tuple[dict[str, Any], int]:
     start = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
     try:
         header = json.loads(bytes(content[_LENGTH_BYTES:start]))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CacheError(f"{path}: damaged: the header can't be read: {error}") from error
     if len(content) < start or not isinstance(header, dict):
         raise CacheError(f"{path}: damaged: truncated within the header")

@@ -121,7 +121,8 @@ class CacheWriter:
         path = self._path(view, shard)
         if not path.exists():
             return False
-        found = find_damage(path, self._identity, keys)
+        most = self.manifest.most_shard_bytes(shard)
+        found = find_damage(path, self._identity, keys, most)
         if found:
             self.damaged.append("\n".join(found))
         return not found

@@ -7,6 +7,7 @@ A local file is written under a temporary name, flushed to disk and renamed. A f
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
 import re
@@ -39,6 +40,19 @@ def open_regular(path: str | Path) -> IO[bytes]:
 
 def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """Reads a regular file of at most `most` bytes.
+
+    Raises:
+        OSError: it can't be opened (see `open_regular`), or is larger.
+    """
+    with open_regular(path) as file:
+        content = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"larger than {most} bytes", str(path))
+    return content
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def build_cache(
             pairs = resolve_layer_pairs(recipe, num_layers(student), num_layers(model))
         # A recipe that can't be trained is refused before the teacher runs, whatever is stored.
         compared = pairs if compares_maps else LayerPairs()
-        shapes = output_shapes(model, compared.teacher, recipe, context)
+        shapes = output_shapes("teacher", model, compared.teacher, recipe, context)
         check_fit(recipe, student, compared, shapes, context, notes)
         del student
         layers = tuple(sorted(set(pairs.teacher))) if stores_maps else ()

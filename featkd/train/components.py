@@ -24,7 +24,7 @@ from featkd.runtime.suggest import suggestion
 from featkd.train.cached_teacher import CachedTeacher, cache_views, open_cache
 from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.teacher import Teacher, create_teacher_model, naming
+from featkd.train.teacher import Teacher, create_teacher_model, naming, output_shapes
 from featkd.train.teacher_checks import check_teacher
 
 
@@ -136,6 +136,8 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         teacher, pairs = _teacher(recipe, student, num_classes, train_loader, context, notes)
         if teacher is not None:
             check_fit(recipe, student, pairs, teacher.shapes, context, notes)
+        else:
+            output_shapes("student", student, (), recipe, context)
         notes += _precision_notes(recipe, context.device)
 
         updates_per_epoch = len(train_loader) // recipe.optim.accumulate
@@ -317,16 +319,25 @@ def _optimizer(
     # A fused optimizer reads and writes each tensor once.
     can_fuse = context.device.type in ("cpu", "cuda") and config.optimizer in ("adam", "adamw")
     fused = {"fused": True} if can_fuse else {}
-    optimizer = create_optimizer_v2(
-        student,
-        opt=config.optimizer,
-        lr=peak_lr(recipe, global_batch),
-        weight_decay=config.weight_decay,
-        eps=config.eps,
-        **fused,
-    )
-    assert isinstance(optimizer, torch.optim.Optimizer)
-    return optimizer
+
+    def create(model: Any) -> torch.optim.Optimizer:
+        optimizer = create_optimizer_v2(
+            model,
+            opt=config.optimizer,
+            lr=peak_lr(recipe, global_batch),
+            weight_decay=config.weight_decay,
+            eps=config.eps,
+            **fused,
+        )
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        return optimizer
+
+    with naming(f"optim.optimizer: {config.optimizer!r} can't be used"):
+        # Some need arguments that training does not pass, which only an update shows.
+        tiny = nn.Linear(2, 2, device=context.device)
+        tiny(torch.ones(1, 2, device=context.device)).sum().backward()
+        create(tiny).step()
+        return create(student)
 
 
 def peak_lr(recipe: Recipe, global_batch: int) -> float:

@@ -58,7 +58,7 @@ def check_fit(
     Raises:
         RecipeError: they do not fit; names the field.
     """
-    classes, _, maps = output_shapes(student, pairs.student, recipe, context)
+    classes, _, maps = output_shapes("student", student, pairs.student, recipe, context)
     if recipe.loss.alpha > 0 and classes != teacher.classes:
         raise RecipeError(
             f"loss.alpha: needs logits of the same classes, but the student has {classes} and "

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from featkd.data.config import DataConfig
+from featkd.runtime import bounded_yaml
 from featkd.runtime.suggest import suggestion
 
 Arch = Literal["plain", "lift", "widelast", "heads_linear", "fixed_linear", "fixed_step"]
@@ -361,7 +362,7 @@ def read_recipe_config(path: Path) -> str:
         RecipeError: it can't be read, or has an unknown field; suggests the nearest field.
     """
     try:
-        root = yaml.compose(path.read_text(), yaml.SafeLoader)
+        root = bounded_yaml.compose(path)
         inference = _remove_field(root, "teacher", "inference")
         text: str = "" if root is None else yaml.serialize(root)
         content = yaml.safe_load(text)

@@ -69,7 +69,7 @@ class Teacher:
     ) -> None:
         self.model = model
         self.layers = layers
-        self.shapes = output_shapes(model, layers, recipe, context)
+        self.shapes = output_shapes("teacher", model, layers, recipe, context)
         self._amp = recipe.amp
         self._device = context.device
         self._forward = TeacherForward(model, layers, logits)
@@ -135,13 +135,24 @@ def create_teacher_model(
     return model
 
 
+# Not mistakes in a recipe: files, memory, and other processes.
+_OTHER_CAUSES = (OSError, MemoryError, torch.OutOfMemoryError, torch.distributed.DistError)
+
+
 @contextmanager
 def naming(field: str) -> Iterator[None]:
-    """Turns errors of a model into a RecipeError that begins with the recipe's field."""
+    """Turns errors of a model or optimizer into a RecipeError that begins with the recipe's field.
+
+    Models and optimizers report a wrong option by errors of any type, assertions among them.
+    """
     try:
         yield
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"{field}: {error}") from error
+    except _OTHER_CAUSES:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or ["no message"]
+        kind = "" if isinstance(error, (ValueError, TypeError)) else f"{type(error).__name__}: "
+        raise RecipeError(f"{field}: {kind}{lines[0]}") from error
 
 
 class OutputShapes(NamedTuple):
@@ -153,14 +164,31 @@ class OutputShapes(NamedTuple):
 
 
 def output_shapes(
-    model: FeatureModel, layers: Sequence[int], recipe: Recipe, context: ProcessContext
+    field: str,
+    model: FeatureModel,
+    layers: Sequence[int],
+    recipe: Recipe,
+    context: ProcessContext,
 ) -> OutputShapes:
-    """Runs one image through a model, in evaluation mode and the recipe's precision."""
+    """Runs one image through a model, in evaluation mode and the recipe's precision.
+
+    Args:
+        field: "student" or "teacher".
+        model: the model, on the device.
+        layers: layers whose maps are computed.
+        recipe: the run.
+        context: this process.
+
+    Raises:
+        RecipeError: the model fails on an image of the recipe's size.
+    """
     size = recipe.data.img_size
     image = torch.zeros(1, 3, size, size, device=context.device)
     training = model.training
     model.eval()
-    with torch.no_grad(), autocast(recipe.amp, context.device):
+    options = (recipe.student if field == "student" else recipe.teacher or recipe.student).options
+    described = f"{field}.options: {options}: the {field} fails on an image of data.img_size {size}"
+    with naming(described), torch.no_grad(), autocast(recipe.amp, context.device):
         logits, maps = model.forward_with_features(image, layers)
     model.train(training)
     return OutputShapes(

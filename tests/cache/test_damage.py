@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from featkd.cache import CacheError, TeacherCache, verify_cache
+from featkd.cache import manifest as manifests
 from featkd.cache.shard import Shard, write_shard
 from featkd.data import SampleKey
 from tests.cache.made import FULL, LOWRANK, column_of, keys_of, manifest, outputs, write
@@ -181,7 +185,9 @@ def test_an_unfinished_cache_is_refused(folder):
 
 
 def test_no_cache_and_another_format(tmp_path, folder):
-    with pytest.raises(CacheError, match=r"nowhere: not a featkd cache: .*No such file"):
+    with pytest.raises(
+        CacheError, match=r"nowhere: not a featkd cache: manifest.json: .*No such file"
+    ):
         TeacherCache(tmp_path / "nowhere")
     head = TeacherCache(folder).manifest
     with pytest.MonkeyPatch.context() as patch:
@@ -189,3 +195,100 @@ def test_no_cache_and_another_format(tmp_path, folder):
         head.write(folder)
     with pytest.raises(CacheError, match=r"manifest.json: format 9, this featkd reads 2"):
         TeacherCache(folder)
+
+
+def replace_by(path: Path, kind: str) -> None:
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_files_that_are_not_regular_are_refused(folder, kind):
+    """A pipe would be waited for, /dev/zero read until the memory is full."""
+    shard = folder / "view-00000" / "shard-00001.safetensors"
+    kept = shard.read_bytes()
+    replace_by(shard, kind)
+    why = "Is a directory" if kind == "folder" else "not a regular file"
+    assert f"{shard}: can't be read: " in found_in(folder)
+    with pytest.raises(CacheError, match=rf"shard-00001.*: can't be read: .*{why}"):
+        TeacherCache(folder)
+    shard.rmdir() if kind == "folder" else shard.unlink()
+    shard.write_bytes(kept)
+    TeacherCache(folder)
+    replace_by(folder / "manifest.json", kind)
+    with pytest.raises(CacheError, match=rf"not a featkd cache: manifest.json: .*{why}"):
+        TeacherCache(folder)
+
+
+def sparse(path: Path, header: dict[str, Any], size: int, length: int | None = None) -> None:
+    """Writes a file of `size` bytes without data behind the header."""
+    text = json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text)
+    os.truncate(path, size)
+
+
+def test_a_sparse_shard_that_claims_terabytes_is_refused(folder):
+    path = folder / "view-00000" / "shard-00001.safetensors"
+    size = 5 * 10**12
+    entries = {"check": [0, 32], "keys": [32, size]}
+    header = {
+        name: {"dtype": "U8", "shape": [last - first], "data_offsets": [first, last]}
+        for name, (first, last) in entries.items()
+    }
+    start = 8 + len(json.dumps(header))
+    sparse(path, header, start + size)
+    tracemalloc.start()
+    with pytest.raises(CacheError, match=r"shard-00001.*has 50.* bytes, expected at most"):
+        TeacherCache(folder)
+    assert "bytes, expected at most" in found_in(folder)
+    sparse(path, header, 100_000, length=5 * 10**12)
+    with pytest.raises(CacheError, match=r"shard-00001.*a header of 50.* bytes, expected at most"):
+        TeacherCache(folder)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+def made_up(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the manifest and gives it the right checksum."""
+    path = folder / "manifest.json"
+    content = json.loads(path.read_bytes())
+    del content["checksum"]
+    change(content)
+    path.write_bytes(manifests._dump({**content, "checksum": manifests._checksum(content)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.update(rows=10**15), "rows: expected a whole number from 1 to"),
+        (lambda x: x.update(rows=20.0), "rows: expected a whole number"),
+        (lambda x: x.update(rows=21), "rows: expected at most 20, the images and their copies"),
+        (lambda x: x.update(views=10**7, shard_rows=1), "expected at most 10000000 shards"),
+        (lambda x: x.update(layout=None), "damaged: AttributeError"),
+        (lambda x: x.pop("views"), r"damaged: TypeError: .*views"),
+        (lambda x: x.update(more=1), r"damaged: TypeError: .*more"),
+        (lambda x: x["subject"].pop("seed"), "damaged: KeyError: 'seed'"),
+        (lambda x: x["layout"].update(classes="4"), "layout.classes: expected a whole"),
+        (lambda x: x["layout"]["layers"][0].update(tokens=10**9), "expected at most .* per row"),
+        (lambda x: x["layout"]["layers"][0].update(layer=7), "layer 7: expected .* from 0 to 1"),
+    ],
+)
+def test_a_made_up_manifest_is_refused(tmp_path, change, message):
+    write(tmp_path, manifest(FULL))
+    made_up(tmp_path, change)
+    with pytest.raises(CacheError, match=rf"manifest.json: .*{message}"):
+        TeacherCache(tmp_path)
+
+
+def test_a_manifest_that_is_too_large_or_too_deep_is_refused(tmp_path):
+    (tmp_path / "manifest.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(CacheError, match=r"manifest.json: damaged: RecursionError"):
+        TeacherCache(tmp_path)
+    os.truncate(tmp_path / "manifest.json", 10**12)
+    with pytest.raises(CacheError, match=r"larger than 16777216 bytes.*manifest.json"):
+        TeacherCache(tmp_path)

@@ -127,3 +127,45 @@ def test_defaults_follow_the_loss():
     for compares_maps, top in ((True, None), (False, 10)):
         found = config.resolved(compares_maps).layout(1000, "float32", ())
         assert found.logits_top == top
+
+
+def test_log_probabilities_below_fp16s_range_stay_finite():
+    """Also the rest's, and those that overflow in float64."""
+    layout = replace(FULL, logits_top=3, features="none", layers=())
+    logits = torch.tensor(
+        [[0.0, -7e4, -1e5, -2e5], [0.0, -65510.0, -65530.0, -7e4], [3e38, 0.0, -1.0, -3e38]]
+    )
+    rows = layout.encode(TeacherOutputs(logits, []))
+    stored = torch.stack([row["logits.log_probs"] for row in rows])
+    assert stored.dtype == torch.float16
+    assert stored.isfinite().all()
+    found = layout.decode(rows, []).logits
+    assert found.isfinite().all()
+    assert torch.equal(found.argmax(1), logits.argmax(1))
+    probabilities = found.softmax(1)
+    assert torch.equal(probabilities, logits.softmax(1))
+    assert not (probabilities * found.log_softmax(1)).isnan().any()
+
+
+def test_maps_beyond_a_narrower_dtypes_range_stay_finite():
+    """bf16's largest value is below float32's; "fp32" may hold a float64 map."""
+    most = torch.finfo(torch.float32).max
+    for store, kind, x in (("bf16", torch.float32, most), ("fp32", torch.float64, 1e300)):
+        layout = replace(FULL, store=store, layers=(replace(SHAPE, dtype="float32"),))
+        given = torch.full((2, TOKENS, CHANNELS), x, dtype=kind)
+        given[:, 0] *= -1
+        _, (found,) = layout.decode(layout.encode(TeacherOutputs(outputs(2).logits, [given])), [1])
+        assert found.isfinite().all()
+        assert torch.equal(found.sign(), given.sign().float())
+        assert found.abs().min() >= 0.99 * most
+
+
+@pytest.mark.parametrize(
+    "layout", [replace(FULL, store="int8"), replace(FULL, store="fp16"), LOWRANK]
+)
+def test_maps_that_no_scale_can_hold_name_the_image(layout):
+    maps = outputs(3).maps[0]
+    maps[2, 1] = 3e38
+    with pytest.raises(NotStorable, match="the map of layer 1 has values above") as raised:
+        layout.encode(TeacherOutputs(outputs(3).logits, [maps]))
+    assert raised.value.index == 2

@@ -153,6 +153,38 @@ def test_unknown_recipe_name():
         find_recipe("lift_imagenet_mes")
 
 
+BOMB = "".join(
+    f"    a{n}: &a{n} [{', '.join(['x' if n == 0 else f'*a{n - 1}'] * 10)}]\n" for n in range(11)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"student:\n  options:\n{BOMB}", "aliases expand to more than 20000 values"),
+        ("student:\n  options: &a\n    again: *a\n", "nested more than 100 levels deep"),
+        ("student: " + "[" * 5000, "nested more than 100 levels deep"),
+        ("seed: 1 #" + "x" * (1 << 20), "larger than 1048576 bytes"),
+    ],
+    ids=["billion laughs", "cycle", "depth", "size"],
+)
+def test_a_recipe_that_expands_without_bound_is_refused(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=rf"recipe .*recipe.yaml: can't be read .*{message}"):
+        load_recipe(path)
+
+
+def test_aliases_of_a_bounded_size_are_read(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "student:\n  options: &o {drop_path_rate: 0.2}\nteacher:\n  options: *o\n"
+        "loss: {alpha: 0.5}\n"
+    )
+    recipe = load_recipe(path)
+    assert recipe.student.options == recipe.teacher.options == {"drop_path_rate": 0.2}
+
+
 @pytest.mark.parametrize(
     ("section", "name"),
     [("student", "num_classes"), ("student", "base"), ("teacher", "name"), ("teacher", "weights")],

@@ -18,9 +18,9 @@ from featkd.functional import Metric
 from featkd.losses import DistillationLoss
 from featkd.models import Lift, create_student
 from featkd.models.features import FeatureModel, feature_grid, num_layers
-from featkd.runtime.suggest import suggestion
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.environment import has_fast_bf16
+from featkd.runtime.suggest import suggestion
 from featkd.train.cached_teacher import CachedTeacher, cache_views, open_cache
 from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
 from featkd.train.recipe import Recipe, RecipeError
@@ -226,8 +226,9 @@ def count_classes(
     if asked is None or asked == found:
         return found
     message = (
-        f"student.num_classes: {asked}, but the training set has {found} class folders; "
-        f"expected {found}, or null"
+        f"student.num_classes: {asked}, but the training set has {found} class "
+        f"{'folder' if found == 1 else 'folders'}; expected {found}, or null for their number "
+        "(--student.num-classes null)"
     )
     if strict or asked < found:
         raise RecipeError(message)

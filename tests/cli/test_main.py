@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -12,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from featkd.cli import bench, cache, demo, diagnose, distill
+from featkd.cli import bench, cache, demo, diagnose, distill, env
 from featkd.cli.arguments import Parser
 from featkd.cli.main import COMMANDS, main
 from featkd.cli.recipe_arguments import parse_recipe
+from featkd.ops import extension
 from featkd.train.recipe import Recipe, field_types
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +28,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.fixture(scope="module")
 def parsers() -> dict[str, Parser]:
-    modules = {"distill": distill, "cache": cache, "diagnose": diagnose, "demo": demo}
+    modules = {"distill": distill, "cache": cache, "diagnose": diagnose, "env": env, "demo": demo}
     found = {name: module.parser() for name, module in modules.items()}
     return found | {f"bench {name}": parser for name, parser in bench.parsers().items()}
 
@@ -112,14 +115,14 @@ def test_every_option_has_one_name(parsers):
     """What several commands take: output, images, batch size, device, figures."""
     options = {name: set(parser._option_string_actions) for name, parser in parsers.items()}
     for common, commands in {
-        "--out": {*options} - {"bench compare", "bench loader", "bench step", "bench train"},
+        "--out": {*options} - {"env", "bench compare", "bench loader", "bench step", "bench train"},
         "--data": {"distill", "cache", "diagnose", "bench loader", "bench step", "bench train"},
         "--batch_size": {
             *("distill", "cache", "diagnose"),
             *("bench loader", "bench step", "bench train"),
         },
         "--device": {*options}
-        - {"demo", *(f"bench {x}" for x in ("plot", "table", "compare"))}
+        - {"demo", "env", *(f"bench {x}" for x in ("plot", "table", "compare"))}
         - {"bench loader"},
         "--json": {*options} - {"distill", "cache", "demo"},
         "--quiet": {"distill", "cache", "diagnose"},
@@ -222,6 +225,19 @@ def test_a_missing_optional_dependency_is_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 1
     assert "pip install 'featkd[demo]'" in capsys.readouterr().err
+
+
+def test_env_says_why_the_extension_is_missing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(extension, "LIBRARY", tmp_path / "_csrc.so")
+    assert main(["env", "--json", str(tmp_path / "env.json")]) == 0
+    facts = json.loads((tmp_path / "env.json").read_text())
+    printed = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert facts["torch"] == printed["torch"]
+    assert torch.__version__.startswith(facts["torch"])
+    assert facts["csrc"].startswith(
+        "csrc is not built, because torch or a C++ compiler was missing"
+    )
+    assert extension.REBUILD in facts["csrc"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

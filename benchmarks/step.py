@@ -80,8 +80,10 @@ def as_way(recipe: Recipe, way: Way) -> Recipe:
     """Returns the recipe with other settings and random teacher weights."""
     teacher = recipe.teacher
     if teacher is not None:
-        teacher = replace(teacher, pretrained=False, checkpoint=None)
-    return replace(recipe, teacher=teacher, amp=way.amp, compile=way.compile)
+        teacher = replace(teacher, pretrained=False, checkpoint=None, random=True)
+    # A batch that fits the machine can scale the peak learning rate below min_lr.
+    optim = replace(recipe.optim, min_lr=0.0)
+    return replace(recipe, teacher=teacher, optim=optim, amp=way.amp, compile=way.compile)
 
 
 def random_batch(trainer: Trainer) -> Batch:

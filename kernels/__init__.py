@@ -1,4 +1,4 @@
-"""Triton row kernels: everything between two matrix products, which cuBLAS makes.
+"""Triton row kernels: the ops between two matrix products, which cuBLAS computes.
 
-One file per op. Nothing here is imported before a CUDA tensor needs it.
+Nothing here is imported before a CUDA tensor needs it.
 """

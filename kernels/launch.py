@@ -1,4 +1,4 @@
-"""How kernels are launched: on the tensors' GPU, or where a test or a report redirects them."""
+"""Kernel launches: on the tensors' GPU, or redirected by a test or a report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-# (kernel, grid, arguments by name, compiler's options) -> None
+# (kernel, grid, arguments by name, compiler options) -> None
 Launcher = Callable[[Any, tuple[int, ...], dict[str, Any], dict[str, Any]], None]
 
 _TYPES = {
@@ -21,7 +21,7 @@ _TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
-_H100_PROCESSORS = 132  # for launches that no GPU runs
+_H100_PROCESSORS = 132  # for tensors that are not on a GPU
 
 _redirected: Launcher | None = None
 
@@ -37,11 +37,12 @@ def launch(
     """Runs a `triton.jit` function on the device of its first tensor argument.
 
     Args:
-        threads: that a processor shall hold at once, at least: it bounds a thread's registers.
-            Left alone, ptxas spills a few of them to reach the next number of blocks.
+        threads: least number of threads that a multiprocessor must hold at once. It bounds the
+            registers per thread. Without a bound, ptxas spills a few registers to fit one more
+            block.
     """
-    # a product fused into the first step of a sum across lanes rounds each lane's copy of the sum
-    # differently, and which copy is kept is the hardware's choice
+    # a multiply-add fused into the first step of a sum across lanes would round each lane's copy
+    # of the sum differently, and the hardware chooses the copy that is stored
     options = {
         "num_warps": num_warps,
         "num_stages": 1,
@@ -52,16 +53,17 @@ def launch(
         _redirected(kernel, grid, arguments, options)
         return
     device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
+    values = [arguments[name] for name in kernel.arg_names]  # Triton binds keywords more slowly
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        kernel[grid](**arguments, **options)
+        kernel[grid](*values, **options)
         return
     with torch.cuda.device(device):
-        kernel[grid](**arguments, **options)
+        kernel[grid](*values, **options)
 
 
 @contextmanager
 def redirect(launcher: Launcher) -> Iterator[None]:
-    """Hands every launch to `launcher` while the block runs: emulators, recorders, counters."""
+    """Passes every launch to `launcher` while the block runs: emulators, recorders, counters."""
     global _redirected
     before, _redirected = _redirected, launcher
     try:
@@ -71,7 +73,7 @@ def redirect(launcher: Launcher) -> Iterator[None]:
 
 
 def can_run_on(device: torch.device) -> bool:
-    """Checks whether kernels can run on tensors of this device."""
+    """Checks whether kernels can run on tensors on this device."""
     if device.type == "cuda" or _redirected is not None:
         return True
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -79,17 +81,17 @@ def can_run_on(device: torch.device) -> bool:
 
 @lru_cache(maxsize=16)
 def processors(device: torch.device) -> int:
-    """Number of streaming multiprocessors of a GPU; an H100's for other devices."""
+    """Returns the number of streaming multiprocessors of a GPU; an H100's for other devices."""
     if device.type != "cuda":
         return _H100_PROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def triton_type(dtype: torch.dtype) -> Any:
-    """The Triton name of a floating dtype."""
+    """Returns the Triton type of a floating dtype."""
     return _TYPES[dtype]
 
 
 def channels_adjacent(x: Tensor) -> Tensor:
-    """`x`, or a copy of it if its last dimension is not contiguous: kernels load rows."""
+    """Returns `x`, or a copy if its last dimension is not contiguous: kernels load rows."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

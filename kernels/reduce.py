@@ -1,4 +1,4 @@
-"""The second launch of an op: what its programs have summed, added up in a fixed order."""
+"""Sum of the partial sums that the programs of a row kernel wrote, in a fixed order."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from featkd.kernels.launch import launch, triton_type
 
-_PARTS, _BLOCK = 64, 32  # partial sums and elements of a tile: some 24 programs for 2 x 384
-_LOSS_PARTS = 1024  # all in flight at once
+_PARTS, _BLOCK = 64, 32  # partial sums and elements per tile: 24 programs for 2 x 384
+_LOSS_PARTS = 1024  # losses in flight at once
 
 
 @triton.jit(do_not_specialize=["parts", "loss_parts"])
@@ -64,14 +64,15 @@ def add_up(
     bias: Tensor | None = None,
     divisor: int = 1,
 ) -> None:
-    """Sums partial results in one launch, always in the same order.
+    """Adds up partial sums in one launch, always in the same order.
 
     Args:
-        partial: (groups, parts, elements) float32 or float64, contiguous. Its sums over the parts,
-            divided by `divisor`, times `weight` (elements,), plus `bias` (elements,) are `out`.
-        out: (groups, elements), contiguous, any floating dtype.
-        loss_partial: (parts,) float32 or float64, contiguous.
-        loss: (), its sum.
+        partial: (groups, parts, elements), float32 or float64, contiguous; None for no `out`.
+        out: receives weight / divisor * sum(partial over its parts) + bias; (groups, elements),
+            contiguous, any floating dtype.
+        loss_partial: (parts,), float32 or float64, contiguous; None for no `loss`.
+        loss: receives the sum of `loss_partial`; ().
+        weight, bias: (elements,), any floating dtype; None for 1 and 0.
     """
     groups, parts, elements = (1, 0, 0) if partial is None else partial.shape
     source = loss_partial if partial is None else partial
@@ -96,10 +97,11 @@ def add_up(
 
 
 def norm_gradients(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradients of LayerNorm parameters, (parameters, channels) in `dtype`, from one launch.
+    """Returns gradients of LayerNorm parameters, (parameters, channels), from one launch.
 
     Args:
-        partial: (programs, parameters, channels) float32 or float64, contiguous.
+        partial: (programs, parameters, channels), float32 or float64, contiguous.
+        dtype: dtype of the gradients.
     """
     programs, count, channels = partial.shape
     out = partial.new_empty(count, channels, dtype=dtype)

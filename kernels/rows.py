@@ -1,8 +1,8 @@
 """Device functions on tiles of rows: addressing, masked loads and stores, LayerNorm's moments.
 
-A tile holds HB image rows of WB places each, WB being the patch grid's width rounded up to a power
-of two, so that one program sees whole image rows. Where image rows don't matter, WB is 1 and each
-token is a row of its own. Channels come in blocks of a power of two.
+A tile holds HB image rows of WB tokens each. WB is the width of the patch grid, rounded up to a
+power of two, so that one program sees whole image rows. If image rows don't matter, WB is 1 and
+each token is a row of its own. A block of channels is a power of two.
 """
 
 import triton
@@ -11,13 +11,13 @@ import triton.language as tl
 
 @triton.jit
 def tile_rows(tile, height, width, HB: tl.constexpr, WB: tl.constexpr):
-    """Token index in its image of each place of a tile, and whether there is such a token."""
-    place = tl.arange(0, HB * WB)
-    row = tile * HB + place // WB
-    column = place % WB
+    """Index in the image of each token of a tile, and a mask of the tokens that exist."""
+    index = tl.arange(0, HB * WB)
+    row = tile * HB + index // WB
+    column = index % WB
     valid = (row < height) & (column < width)
     token = tl.where(valid, row * width + column, 0)
-    return token.to(tl.int64), valid  # 64 bits: offsets in elements may pass 2^31
+    return token.to(tl.int64), valid  # 64 bits: offsets in elements may exceed 2^31
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def bounds(valid, block, C: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def mask_out_of_bounds(values, valid, block, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Zero for the elements that don't exist."""
+    """Sets the elements that don't exist to zero."""
     return tl.where(bounds(valid, block, C, BLOCK), values, 0.0)
 
 
@@ -40,14 +40,14 @@ def load_rows(
     base, offsets, valid, block,
     C: tl.constexpr, BLOCK: tl.constexpr, OUTSIDE: tl.constexpr = 0.0,
 ):  # fmt: skip
-    """Channel block of each row: (rows, BLOCK), `OUTSIDE` past the edges."""
+    """Loads a channel block of each row, (rows, BLOCK); `OUTSIDE` past the edges."""
     at = base + offsets[:, None] + (block * BLOCK + tl.arange(0, BLOCK))[None, :]
     return tl.load(at, mask=bounds(valid, block, C, BLOCK), other=OUTSIDE)
 
 
 @triton.jit
 def store_rows(base, offsets, valid, values, block, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Stores a channel block of each row in the type that `base` points to."""
+    """Stores a channel block of each row in the dtype that `base` points to."""
     at = base + offsets[:, None] + (block * BLOCK + tl.arange(0, BLOCK))[None, :]
     tl.store(at, values.to(base.dtype.element_ty), mask=bounds(valid, block, C, BLOCK))
 
@@ -56,7 +56,7 @@ def store_rows(base, offsets, valid, values, block, C: tl.constexpr, BLOCK: tl.c
 def load_channels(
     base, block, OTHERWISE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
 ):
-    """(1, BLOCK) of a vector over channels, zero past its end; `OTHERWISE` if `base` is None."""
+    """Loads a block (1, BLOCK) of a vector over channels; `OTHERWISE` if `base` is None."""
     if base is None:
         values = tl.full((BLOCK,), OTHERWISE, ACC)
     else:
@@ -67,7 +67,7 @@ def load_channels(
 
 @triton.jit
 def moments(values, valid, EPS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Mean and 1 / standard deviation of each row, (rows, 1); one block holds the whole row."""
+    """Mean and 1 / standard deviation of each row, (rows, 1), if one block holds the row."""
     mean = tl.sum(values, 1)[:, None] / C
     centred = mask_out_of_bounds(values - mean, valid, 0, C, BLOCK)
     return mean, 1.0 / tl.sqrt(tl.sum(centred * centred, 1)[:, None] / C + EPS)
@@ -77,9 +77,9 @@ def moments(values, valid, EPS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constex
 def swept_moments(
     base, offsets, valid, EPS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
 ):
-    """`moments` of rows that take several blocks, merged by Chan, Golub and LeVeque's rule.
+    """`moments` of rows of several blocks, merged by the rule of Chan, Golub and LeVeque.
 
-    Sums of squares alone would cancel where the mean is large.
+    A sum of squares would cancel where the mean is large.
     """
     mean = tl.zeros((offsets.shape[0], 1), ACC)
     squares = tl.zeros((offsets.shape[0], 1), ACC)

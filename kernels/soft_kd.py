@@ -1,14 +1,14 @@
-"""soft_kd in Triton: one row kernel that gives the losses forward, and the gradient backward.
+"""soft_kd in Triton: one row kernel for the losses (forward) and the gradient (backward).
 
-With p and s the student's softmaxes at temperatures 1 and tau, t the teacher's at tau, and labels y
-(one-hot for class indices), for each row ([EM26], SoftKD):
+For each row, with p and s the student's softmax at temperatures 1 and tau, t the teacher's at tau,
+and y the labels (one-hot for class indices) ([EM26], SoftKD):
 
     loss = (1 - alpha) (-sum_k y_k log p_k) + alpha tau^2 sum_k t_k (log t_k - log s_k)
     d loss / d x = (1 - alpha) (p sum_k y_k - y) + alpha tau (s - t)
 
-Both are divided by the batch size. Bytes per class: the student's and the teacher's logits once
-each way, and the gradient once. Backward forms the softmaxes again, so nothing is kept.
-Rows of more than 8,192 classes are read three times, the last two from the cache.
+Both are divided by the batch size. Memory traffic: both logits once each way, and the gradient
+once. The backward pass computes the softmaxes again, so nothing is kept. Rows of more than 8,192
+classes (4,096 in float64) are read three times, the last two from the cache.
 """
 
 from __future__ import annotations
@@ -39,29 +39,30 @@ def soft_kd_rows(
     gradient,  # (B, K) student's dtype, or None
     student_row, teacher_row, target_row, batch,
     ce_weight, kl_weight, per_tau,  # 1 - alpha, alpha tau^2, 1 / tau
-    ce_rest, kl_rest, per_tau_rest,  # what float32 leaves of them, or None
+    ce_rest, kl_rest, per_tau_rest,  # their rounding errors in float32, or None
     CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     SOFT: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
     STUDENT_ALIGNED: tl.constexpr, TEACHER_ALIGNED: tl.constexpr, TARGET_ALIGNED: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """A program takes a few rows: their maxima, their sums, then the losses or the gradient.
+    """Maxima of a few rows, then their sums, then their losses or gradients.
 
-    Each is a sweep over blocks of classes. If one block holds the row, the compiler finds the
-    loads and exponentials of the sweeps to be the same, and keeps them in registers.
+    Each step is a sweep over blocks of classes. If one block holds the row, the compiler merges the
+    equal loads and exponentials of the sweeps and keeps them in registers.
     """
     BLOCKS: tl.constexpr = (CLASSES + BLOCK - 1) // BLOCK
     LOWEST: tl.constexpr = float("-inf")
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = row < batch
-    row = row.to(tl.int64)  # an offset in elements may pass 2^31
-    # the compiler knows strides that 16 divides; a row of 1,000 halves starts at 16 bytes as well
+    row = row.to(tl.int64)  # an offset in elements may exceed 2^31
+    # Triton knows the alignment of strides that 16 divides; rows of 1,000 half-precision numbers
+    # begin at multiples of 16 bytes, too
     from_student = tl.multiple_of(row * student_row, STUDENT_ALIGNED)
     from_teacher = tl.multiple_of(row * teacher_row, TEACHER_ALIGNED)
     from_target = tl.multiple_of(row * target_row, TARGET_ALIGNED)
-    ce_weight = _number(ce_weight, ce_rest, ACC) / batch.to(ACC)
-    kl_weight = _number(kl_weight, kl_rest, ACC) / batch.to(ACC)
-    per_tau = _number(per_tau, per_tau_rest, ACC)
+    ce_weight = _full_precision(ce_weight, ce_rest, ACC) / batch.to(ACC)
+    kl_weight = _full_precision(kl_weight, kl_rest, ACC) / batch.to(ACC)
+    per_tau = _full_precision(per_tau, per_tau_rest, ACC)
 
     x_top = tl.full((ROWS, BLOCK), LOWEST, ACC)
     z_top = tl.full((ROWS, BLOCK), LOWEST, ACC)
@@ -88,8 +89,8 @@ def soft_kd_rows(
         if teacher is not None:
             z = rows.load_rows(teacher, from_teacher, valid, k, CLASSES, BLOCK, LOWEST)
             z = z.to(ACC) - z_top
-            t = _exp(z, per_tau, HAS_TEMPERATURE)
-            sum_s += _exp(x, per_tau, HAS_TEMPERATURE)
+            t = _softened_exp(z, per_tau, HAS_TEMPERATURE)
+            sum_s += _softened_exp(x, per_tau, HAS_TEMPERATURE)
             sum_t += t
             apart += rows.mask_out_of_bounds(t * (z - x), valid, k, CLASSES, BLOCK)
         if SOFT:
@@ -135,8 +136,8 @@ def soft_kd_rows(
             if teacher is not None:
                 z = rows.load_rows(teacher, from_teacher, valid, k, CLASSES, BLOCK, LOWEST)
                 z = z.to(ACC) - z_top
-                grad += _exp(x, per_tau, HAS_TEMPERATURE) * of_s
-                grad -= _exp(z, per_tau, HAS_TEMPERATURE) * of_t
+                grad += _softened_exp(x, per_tau, HAS_TEMPERATURE) * of_s
+                grad -= _softened_exp(z, per_tau, HAS_TEMPERATURE) * of_t
             if target is not None:
                 if SOFT:
                     y = rows.load_rows(target, from_target, valid, k, CLASSES, BLOCK, 0.0)
@@ -148,8 +149,8 @@ def soft_kd_rows(
 
 
 @triton.jit
-def _number(value, rest, ACC: tl.constexpr):
-    """(1,) ACC: a launch passes numbers as float32, and of a float64 the rest besides."""
+def _full_precision(value, rest, ACC: tl.constexpr):
+    """Sum of a float32 argument and its rounding error, (1,) ACC: launches pass float32 alone."""
     value = tl.zeros((1,), ACC) + value
     if rest is not None:
         value += rest
@@ -157,8 +158,8 @@ def _number(value, rest, ACC: tl.constexpr):
 
 
 @triton.jit
-def _exp(x, per_tau, HAS_TEMPERATURE: tl.constexpr):
-    """exp(x / tau); with tau 1 the very exp(x) of the other softmax."""
+def _softened_exp(x, per_tau, HAS_TEMPERATURE: tl.constexpr):
+    """exp(x / tau); if tau is 1, the exp(x) of the other softmax, which the compiler reuses."""
     if HAS_TEMPERATURE:
         x = x * per_tau
     return tl.exp(x)
@@ -166,7 +167,7 @@ def _exp(x, per_tau, HAS_TEMPERATURE: tl.constexpr):
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a launch: rows per program, classes per block (a power of two), warps."""
+    """Launch sizes: rows per program, classes per block (a power of two), warps."""
 
     rows: int
     block: int
@@ -174,22 +175,25 @@ class Config:
 
 
 @lru_cache(maxsize=64)
-def config(classes: int, kind: torch.dtype) -> Config:
-    """One block per row as long as its registers suffice; several rows per program if short.
+def config(classes: int, acc: torch.dtype) -> Config:
+    """Returns one block per row while the registers suffice, several rows per program if short.
 
-    A thread holds 8 to 16 logits of each tensor: compiled ahead of time nothing spills, while whole
-    rows of 16,384 with soft labels do. `kind` is the accumulators' dtype.
+    A thread holds 8 to 16 logits of each tensor. Compiled ahead of time, nothing spills; whole rows
+    of 16,384 classes with soft labels would.
+
+    Args:
+        acc: dtype of the accumulators.
     """
     whole = triton.next_power_of_2(classes)
-    block = whole if whole * kind.itemsize <= 4 * 8192 else 2048
+    block = whole if whole * acc.itemsize <= 4 * 8192 else 2048
     rows_each = max(1, 256 // block)
     return Config(rows_each, block, num_warps=max(1, min(16, rows_each * block // 256)))
 
 
-def _parts(value: float, kind: torch.dtype) -> tuple[float, float | None]:
-    """`value` as a float32 and, where `kind` is float64, what that leaves of it."""
+def _float32_parts(value: float, acc: torch.dtype) -> tuple[float, float | None]:
+    """Rounds `value` to float32; returns its rounding error, too, if `acc` is float64."""
     high = ctypes.c_float(value).value
-    return high, value - high if kind == torch.float64 else None
+    return high, value - high if acc == torch.float64 else None
 
 
 def forward(
@@ -200,13 +204,13 @@ def forward(
     alpha: float,
     tau: float,
 ) -> Tensor:
-    """The loss, a scalar.
+    """Returns the loss, a scalar. Tensors whose classes are not adjacent are copied.
 
     Args:
-        student: (B, K); like the others copied if its classes are not adjacent.
+        student: (B, K).
         teacher: (B, K), or None if alpha is 0.
-        target: (B,) int64 or (B, K) floating, or None if alpha is 1. A row whose index is outside
-            of [0, K) makes the loss NaN.
+        target: (B,) int64 or (B, K) floating, or None if alpha is 1. An index outside [0, K) makes
+            the loss NaN.
         alpha, tau: as in `featkd.functional.soft_kd`.
     """
     losses = student.new_empty(len(student), dtype=accumulation_dtype(student.dtype))
@@ -225,7 +229,7 @@ def backward(
     alpha: float,
     tau: float,
 ) -> Tensor:
-    """Gradient of the student's logits, in their dtype; `upstream` is the loss's, a scalar."""
+    """Returns the gradient of the student's logits; `upstream` is the loss's gradient, a scalar."""
     gradient = student.new_empty(student.shape)
     _launch(student, teacher, target, alpha, tau, upstream=upstream, gradient=gradient)
     return gradient
@@ -247,10 +251,10 @@ def _launch(
     soft = target is not None and target.dim() == 2
     target = channels_adjacent(target) if target is not None and soft else target
     batch, classes = student.shape
-    kind = accumulation_dtype(student.dtype)
-    chosen = config(classes, kind)
+    acc = accumulation_dtype(student.dtype)
+    chosen = config(classes, acc)
     strides = [0 if x is None else x.stride(0) for x in (student, teacher, target)]
-    ce, kl, per_tau = (_parts(x, kind) for x in (1 - alpha, alpha * tau**2, 1 / tau))
+    ce, kl, per_tau = (_float32_parts(x, acc) for x in (1 - alpha, alpha * tau**2, 1 / tau))
     launch(
         soft_kd_rows,
         (-(-batch // chosen.rows),),
@@ -279,7 +283,7 @@ def _launch(
             "STUDENT_ALIGNED": math.gcd(strides[0], 16),
             "TEACHER_ALIGNED": math.gcd(strides[1], 16),
             "TARGET_ALIGNED": math.gcd(strides[2], 16),
-            "ACC": triton_type(kind),
+            "ACC": triton_type(acc),
         },
         num_warps=chosen.num_warps,
     )

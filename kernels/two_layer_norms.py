@@ -1,17 +1,18 @@
 """WideLast's two LayerNorms in Triton: one row kernel forward, one backward.
 
-With h the rows that a linear layer has made ([EM26], WideLast):
+With h the output rows of a linear layer ([EM26], WideLast):
 
     h_hat = (h - mean) rstd           r = gamma_p h_hat + beta_p
     r_hat = (r - mean_r) rstd_r       u = gamma_1 r_hat + beta_1
 
-and backward, with dr and du the gradients of both outputs, g = gamma_1 du,
-r' = dr + rstd_r (g - mean(g) - r_hat mean(g r_hat)), k = gamma_p r',
-dh = rstd (k - mean(k) - h_hat mean(k h_hat)); each gamma's gradient is the sum of its output's
-gradient times the normalised rows, each beta's the sum of the output's gradient.
+The backward pass, with dr and du the gradients of the outputs, computes g = gamma_1 du,
+r' = dr + rstd_r (g - mean(g) - r_hat mean(g r_hat)), k = gamma_p r' and
+dh = rstd (k - mean(k) - h_hat mean(k h_hat)). The gradient of each gamma is the sum of its output's
+gradient times the normalised rows; the gradient of each beta is the sum of its output's gradient.
 
-Bytes per element: forward reads h and writes r and u; backward reads h, dr and du and writes dh. A
-program holds whole rows, so both moments are formed again in backward and nothing else is kept.
+Memory traffic: the forward pass reads h and writes r and u; the backward pass reads h, dr and du
+and writes dh. A program holds whole rows, so the backward pass computes both moments again, and
+nothing but h is kept.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from featkd.kernels.launch import channels_adjacent, launch, processors, triton_
 from featkd.kernels.reduce import norm_gradients
 from featkd.runtime.dtypes import accumulation_dtype, widest_dtype
 
-_THREADS = 512  # of backward on a processor at once
+_THREADS = 512  # of the backward kernel on a multiprocessor at once
 
 
 @triton.jit(do_not_specialize=["row_count"])
@@ -59,7 +60,7 @@ def two_norms_backward(
     d_residual,  # (B, N, C) any floating dtype, or None
     d_normed,  # (B, N, C) any floating dtype, or None
     d_h,  # (M, C) h's dtype
-    norm_partial,  # (programs, 4, C) ACC: of gamma_p, beta_p, gamma_1, beta_1; or None
+    norm_partial,  # (programs, 4, C) ACC: sums for gamma_p, beta_p, gamma_1, beta_1; or None
     residual_image, residual_token, normed_image, normed_token,  # strides
     row_count, tokens,
     C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -115,7 +116,7 @@ def _normalised(
     h, offsets, valid, gamma_p, beta_p,
     C: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """h_hat, its rstd, r, its rstd, r_hat of whole rows; the normalised ones zero out of bounds."""
+    """h_hat, rstd, r, rstd_r, r_hat of whole rows; h_hat and r_hat are zero out of bounds."""
     values = rows.load_rows(h, offsets, valid, 0, C, BLOCK).to(ACC)
     mean, rstd = rows.moments(values, valid, EPS, C, BLOCK)
     h_hat = rows.mask_out_of_bounds((values - mean) * rstd, valid, 0, C, BLOCK)
@@ -128,7 +129,7 @@ def _normalised(
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a launch: rows of a tile, padded channels, warps."""
+    """Launch sizes: rows per tile, padded channels, warps."""
 
     rows: int
     block: int
@@ -137,12 +138,12 @@ class Config:
 
 @lru_cache(maxsize=64)
 def config(channels: int, itemsize: int) -> Config:
-    """Tiles of about 1,024 elements, 8 per thread: one 16-byte load of each bf16 map in flight.
+    """Returns tiles of about 1,024 elements, 8 per thread: one 16-byte load of each bf16 map.
 
-    The sums of backward for four parameters take as many registers as four tiles.
+    The sums for four parameters in the backward pass take as many registers as four tiles.
 
     Args:
-        itemsize: bytes of the accumulators; float64 halves the tiles.
+        itemsize: bytes of an accumulator; float64 halves the tiles.
     """
     block = triton.next_power_of_2(channels)
     count = max(1, min(16, 4096 // itemsize // block))
@@ -161,11 +162,13 @@ def forward(
     eps: float,
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The residual stream r in `residual_dtype` and its norm u in h's dtype.
+    """Returns the residual stream r in `residual_dtype` and its norm u in h's dtype.
+
+    Tensors that are not contiguous are copied.
 
     Args:
-        h: (B, N, C), copied if it is not contiguous.
-        parameters: gamma_p, beta_p, gamma_1, beta_1, (C,) each, copied likewise.
+        h: (B, N, C).
+        parameters: gamma_p, beta_p, gamma_1, beta_1, (C,) each.
         eps: epsilon of both norms.
     """
     h = h.contiguous()
@@ -204,11 +207,11 @@ def backward(
     eps: float,
     need_norms: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of h, in its dtype, and of the four parameters, (4, C), if `need_norms`.
+    """Returns gradients of h and, if `need_norms`, of the four parameters, (4, C).
 
     Args:
         d_residual, d_normed: (B, N, C), any floating dtype and strides; None for no gradient.
-        others: as in `forward`; not empty.
+        others: as for `forward`; not empty.
     """
     h = h.contiguous()
     images, tokens, channels = h.shape
@@ -217,7 +220,7 @@ def backward(
     acc = accumulation_dtype(h.dtype)
     chosen = config(channels, acc.itemsize)
     count = images * tokens
-    # as many as fit at once, but eight tiles or more for each: partial sums are traffic, too
+    # as many as fit at once, with eight tiles or more each: partial sums are traffic, too
     tiles = -(-count // chosen.rows)
     most = max(1, _THREADS // (32 * chosen.num_warps)) * processors(h.device)
     programs = min(tiles, max(processors(h.device), min(most, tiles // 8)))

@@ -75,7 +75,7 @@ def recipe(images: Path, tmp_path: Path) -> Recipe:
             teacher_dim=24,
             options=TINY | {"drop_path_rate": 0.2},
         ),
-        teacher=TeacherConfig(name="vit_tiny_patch16_224", options=dict(TEACHER)),
+        teacher=TeacherConfig(name="vit_tiny_patch16_224", random=True, options=dict(TEACHER)),
         loss=LossConfig(alpha=0.5, feature="spectral"),
         data=DataConfig(
             path=str(images),

@@ -21,6 +21,7 @@ from featkd.runtime.environment import versions
 from featkd.train.checkpoint import FORMAT, load
 from featkd.train.recipe import find_recipe, load_recipe, to_dict
 from tests.page import Page
+from tests.train.runs import empty_state
 
 
 def test_digits_equal_scikit_learns(tmp_path: Path):
@@ -119,7 +120,8 @@ def test_runs_of_another_recipe_are_deleted(tmp_path: Path):
     last.parent.mkdir()
 
     def save(**changes: object) -> None:
-        state = {"format": FORMAT, "recipe": to_dict(recipe), "versions": versions(), **changes}
+        state = empty_state(recipe=to_dict(recipe), versions=versions())
+        state |= {"format": FORMAT, **changes}
         last.parent.mkdir(exist_ok=True)
         torch.save(state, last)
 

@@ -36,6 +36,7 @@ def content(found: Mapping[str, Any], outcomes: Sequence[Outcome]) -> dict[str, 
             "problem": outcome.problem,
             "passed": outcome.count("passed"),
             "failed": [_entry(x) for x in outcome.items if x.status in ("failed", "begun")],
+            "cut": [_entry(item) for item in outcome.items if item.status == "cut"],
             "skipped": [_entry(item) for item in outcome.items if item.status == "skipped"],
             "log": outcome.log if not outcome.is_good else "",
         }
@@ -78,16 +79,17 @@ def page(results: Mapping[str, Any]) -> str:
             "yes" if part["good"] else "**no**",
             str(part["passed"]),
             str(len(part["failed"])),
+            str(len(part["cut"])),
             str(len(part["skipped"])),
             f"{part['seconds']:.0f}",
         )
         for part in results["parts"]
     ]
-    text.append("\n" + _table(("part", "good", "passed", "failed", "skipped", "s"), lines))
+    text.append("\n" + _table(("part", "good", "passed", "failed", "cut", "skipped", "s"), lines))
     for part in results["parts"]:
         if part["problem"]:
             text.append(f"\n**{part['name']}**: {_short(part['problem'])}\n")
-        for kind in ("failed", "skipped"):
+        for kind in ("failed", "cut", "skipped"):
             reasons: dict[str, list[str]] = {}
             for item in part[kind]:
                 reasons.setdefault(_short(item["message"]) or "did not end", []).append(

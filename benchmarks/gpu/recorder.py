@@ -20,6 +20,10 @@ class NotHere(Exception):
     """Raised if this machine cannot run the item."""
 
 
+class Cut(Exception):
+    """Raised if a time limit ended an item, which has neither passed nor failed."""
+
+
 class Failed(Exception):
     """Raised if an item failed; `figures` are those that it measured anyway."""
 
@@ -34,7 +38,7 @@ class Item:
 
     name: str
     status: str
-    """One of passed, failed, skipped, and begun (which did not end)."""
+    """One of passed, failed, skipped, cut (by its time limit), and begun (which did not end)."""
     seconds: float
     message: str
     figures: tuple[Figure, ...]
@@ -58,10 +62,10 @@ class Recorder:
         try:
             figures = work() or ()
         except Exception as error:
-            skipped = isinstance(error, NotHere)
-            status = "skipped" if skipped else "failed"
+            without_result = {NotHere: "skipped", Cut: "cut"}
+            status = without_result.get(type(error), "failed")
             message, figures = str(error), getattr(error, "figures", ())
-            if not skipped:
+            if status == "failed":
                 frame = traceback.extract_tb(error.__traceback__)[-1]
                 place = f"{Path(frame.filename).name}:{frame.lineno}"
                 message = f"{type(error).__name__}: {message or frame.line} ({place})"[:2000]

@@ -71,7 +71,7 @@ class Outcome:
 
     @property
     def is_good(self) -> bool:
-        """True if the part finished without a failure."""
+        """True if the part finished, without a failure and without an item that was cut."""
         return not self.problem and all(x.status in ("passed", "skipped") for x in self.items)
 
 
@@ -164,6 +164,7 @@ def run(
             print(
                 f"{part.name:10} {outcome.seconds:5.0f} s  {outcome.count('passed')} passed, "
                 f"{outcome.count('failed') + outcome.count('begun')} failed, "
+                f"{outcome.count('cut')} cut by their time limit, "
                 f"{outcome.count('skipped')} skipped  {state}  {outcome.problem[-300:]}",
                 flush=True,
             )

@@ -129,7 +129,7 @@ def recipe_for(folder: Path, arch: Any, device: torch.device) -> Recipe:
         out=str(folder / f"run-{arch}"),
         batch_size=size.batch,
         student=StudentConfig(model, arch, size.teacher["embed_dim"], options=dict(size.student)),
-        teacher=TeacherConfig(model, options=dict(size.teacher)),
+        teacher=TeacherConfig(model, random=True, options=dict(size.teacher)),
         loss=LossConfig(alpha=0.5, feature=metric),
         data=DataConfig(
             path=str(folder / "images"),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -15,13 +14,12 @@ from featkd.cache.rows import Row
 from featkd.cache.shard import find_damage, write_shard
 from featkd.data import SampleKey
 from featkd.runtime.files import remove_leftovers
-
-_LOCK = ".lock"
+from featkd.runtime.lock import FolderInUse, locked
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Locks `folder` for this process, and creates it if missing; a kill releases the lock.
+    """Locks `folder` for this process, and creates it if missing; see `featkd.runtime.lock`.
 
     Raises:
         CacheError: another process has locked it, it holds something other than a cache, or the
@@ -32,13 +30,11 @@ def lock_folder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise CacheError(f"out: {folder} is a file, expected a folder") from error
-    with (folder / _LOCK).open("wb") as file:
+    with ExitStack() as lock:
         try:
-            # lockf, not flock: the lock is not inherited by the loader's forked workers, which
-            # outlive a killed process for a moment.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CacheError(f"out: another process is writing the cache in {folder}") from error
+            lock.enter_context(locked(folder))
+        except FolderInUse as error:
+            raise CacheError(f"out: {error}") from error
         yield
 
 

@@ -34,8 +34,8 @@ def distill(words: Sequence[str]) -> int:
                 print(report)
             return 0
         remedy = (
-            f"--resume auto continues from the last checkpoint in {recipe.out}; torchrun "
-            "--max-restarts does so by itself"
+            f"--resume auto continues from the last checkpoint in {recipe.out}, if one was saved; "
+            "torchrun --max-restarts does so by itself"
         )
         with distributed.explain_lost_processes(remedy):
             outcome = Trainer(recipe, context).run(options.resume, quiet=options.quiet)
@@ -84,9 +84,10 @@ def parser() -> Parser:
         "--resume",
         type=str,
         default="auto",
-        metavar="auto|never|FILE",
-        help="continue from the last checkpoint in --out if there is one (auto), start anew "
-        "(never), or continue from a checkpoint file",
+        metavar="auto|force|never|FILE",
+        help="continue from the last checkpoint in --out if there is one, unless the recipe is of "
+        "another experiment (auto) or in any case (force); refuse a folder with a checkpoint "
+        "(never); or continue from a checkpoint file",
     )
     parser.add_argument(
         "--dry-run",

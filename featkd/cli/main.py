@@ -11,6 +11,7 @@ from importlib import import_module
 
 import featkd
 from featkd.runtime import interrupt, openmp
+from featkd.runtime.names import printable_lines
 
 COMMANDS = {
     "distill": "train a student, with or without a teacher",
@@ -92,5 +93,5 @@ def _table(lines: dict[str, str]) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"featkd: {message}", file=sys.stderr)
+    print(f"featkd: {printable_lines(message)}", file=sys.stderr)
     return code

@@ -13,8 +13,10 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import RandAugment
 from timm.data.auto_augment import posterize as timm_posterize
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import get_worker_info
+from torchvision.transforms.functional import get_image_size
 
 from featkd.data.config import DataConfig
 from featkd.runtime.seeding import derive_seed
@@ -61,11 +63,30 @@ def build_transform(config: DataConfig, *, training: bool) -> Transform:
         re_count=1,
     )
     for step in transform.transforms:
+        if isinstance(step, RandomResizedCropAndInterpolation):
+            step.get_params = draw_crop
         if isinstance(step, RandAugment):
             for op in step.ops:
                 if op.aug_fn is timm_posterize:
                     op.aug_fn = _posterize
     return cast(Transform, transform)
+
+
+def draw_crop(
+    image: Image.Image | Tensor, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Draws timm's random crop with at least one pixel; returns top, left, height and width.
+
+    In images of a few pixels timm rounds some heights and widths to 0. torchvision then returns a
+    black image, and DALI fails.
+    """
+    draw = RandomResizedCropAndInterpolation.get_params
+    top, left, height, width = draw(image, scale, ratio)
+    if height < 1 or width < 1:
+        image_width, image_height = get_image_size(image)
+        height, width = max(height, 1), max(width, 1)
+        top, left = min(top, image_height - height), min(left, image_width - width)
+    return top, left, height, width
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from timm.data.auto_augment import AugmentOp, RandAugment
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision.transforms import Compose
 
-from featkd.data.augment import build_transform, seeded
+from featkd.data.augment import build_transform, draw_crop, seeded
 from featkd.data.config import DataConfig
 from featkd.data.sampler import SampleKey
 
@@ -88,10 +87,8 @@ class AugmentParamSampler:
         # timm reads only the image's shape, so an expanded tensor without memory will do.
         image = torch.empty(1).expand(1, size[1], size[0])
         with seeded(self._seed, key, restore=False):
-            top, left, height, width = RandomResizedCropAndInterpolation.get_params(
-                image, augment.scale, augment.ratio
-            )
-            params = AugmentParams((top, left, height, width), (side, side), (0, 0))
+            window = draw_crop(image, augment.scale, augment.ratio)
+            params = AugmentParams(window, (side, side), (0, 0))
             params.flip = augment.hflip > 0 and bool(torch.rand(1) < augment.hflip)
             if self._rand_augment is not None:
                 self._rand_augment(params.operations)

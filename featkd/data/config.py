@@ -113,7 +113,11 @@ class DataConfig:
     Args:
         path: folder that holds the split folders.
         train_split: folder of the training images under path; "." is path itself.
-        val_split: folder of the validation images under path; "." is path itself.
+        val_split: folder of the validation images under path; "." is path itself. null holds out
+            `val_fraction` of the training images instead.
+        val_fraction: with `val_split=null`, share of the training images that validates and is
+            not trained on, 0 < val_fraction < 1. A hash of each file's name (relative to the split
+            folder) decides, so an image keeps its side when others are added.
         first_label: label of the first class in tar shards, usually 0 or 1.
         img_size: height and width of the model's input, in pixels.
         mean: mean of the red, green and blue channels, for values in 0..1.
@@ -135,7 +139,8 @@ class DataConfig:
 
     path: str = ""
     train_split: str = "train"
-    val_split: str = "val"
+    val_split: str | None = "val"
+    val_fraction: float | None = None
     first_label: int = 0
     img_size: int = 224
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -150,8 +155,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name in ("train_split", "val_split"):
-            if not getattr(self, name):
+            if getattr(self, name) == "":
                 raise ValueError(f'data.{name}: expected a folder under path (or "."), got ""')
+        self._check_val_fraction()
         _check_count("data.img_size", self.img_size, 1)
         _check_count("data.workers", self.workers, 0)
         for name in ("mean", "std"):
@@ -171,3 +177,20 @@ class DataConfig:
                     f"data.{name}: expected one of {', '.join(allowed)}; "
                     f"got {getattr(self, name)!r}"
                 )
+
+    def _check_val_fraction(self) -> None:
+        """Raises ValueError unless exactly one of val_split and val_fraction is set."""
+        fraction = self.val_fraction
+        if self.val_split is not None:
+            if fraction is not None:
+                raise ValueError(
+                    f"data.val_fraction: got {fraction!r} together with "
+                    f"data.val_split={self.val_split!r}; set data.val_split to null to hold out a "
+                    "fraction of the training images"
+                )
+            return
+        if not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
+            raise ValueError(
+                "data.val_fraction: expected 0 < val_fraction < 1 with data.val_split=null, got "
+                f"{fraction!r}"
+            )

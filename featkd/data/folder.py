@@ -3,62 +3,77 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from featkd.data.config import DataConfig
 from featkd.data.images import read_file
-from featkd.data.names import PackedNames
+from featkd.data.names import PackedNames, is_held_out
+from featkd.data.walk import find_files, is_hidden, subfolders, warn_of_repeated_links
+from featkd.runtime.names import listed, printable
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
+_ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+_LAYOUT = "<path>/<split>/<class>/*.jpg"
+_HOLD_OUT = "data.val_split=null and data.val_fraction=0.1 (a tenth of the images validates)"
 
 
 def split_folder(config: DataConfig, split: Literal["train", "val"]) -> str:
-    """Returns the folder of a split.
+    """Returns the folder of a split; with val_split=None both splits share that of training.
 
     Raises:
         FileNotFoundError: the folder is missing; the message lists the folders that exist.
     """
-    expected = "expected <path>/<split>/<class>/*.jpg"
+    expected = f"expected {_LAYOUT}"
     if not config.path:
         raise FileNotFoundError(f"data.path: not set; {expected}")
     if not os.path.isdir(config.path):
-        raise FileNotFoundError(f"data.path: no folder {config.path}; {expected}")
+        raise FileNotFoundError(f"data.path: no folder {printable(config.path)}; {expected}")
+    if split == "val" and config.val_split is None:
+        split = "train"
     name = config.train_split if split == "train" else config.val_split
+    assert name is not None
     folder = os.path.normpath(os.path.join(config.path, name))
     if os.path.isdir(folder):
         return folder
-    there = _class_folders(config.path)
-    holds_images = any(
-        entry.name.lower().endswith(IMG_EXTENSIONS)
-        for first in there[:1]
-        for entry in os.scandir(os.path.join(config.path, first))
-    )
-    if holds_images:
+    there = subfolders(config.path)
+    if any(images_in(os.path.join(config.path, first)) for first in there[:1]):
         hint = (
-            f"{config.path} seems to hold the class folders itself ({_listed(there)}); "
-            'for such a flat set use data.train_split="." and data.val_split="."'
+            f"{printable(config.path)} seems to hold the class folders itself ({listed(there)}); "
+            f'for such a flat set use data.train_split="." with {_HOLD_OUT}'
         )
     else:
-        hint = f"folders there: {_listed(there) or 'none'}; set data.{split}_split to one of them"
+        hint = f"folders there: {listed(there) or 'none'}; set data.{split}_split to one of them"
         if split == "train":
             hint += " (it also defines the classes, so evaluation alone needs it too)"
-    raise FileNotFoundError(f"data.{split}_split: no folder {folder}; {expected}; {hint}")
+        else:
+            hint += f", or use {_HOLD_OUT}"
+    raise FileNotFoundError(
+        f"data.{split}_split: no folder {printable(folder)}; {expected}; {hint}"
+    )
 
 
-def _class_folders(folder: str) -> list[str]:
-    """Returns the sorted names of the folders in `folder`, without hidden ones."""
+def images_in(folder: str) -> list[str]:
+    """Returns the sorted names of the images directly in a folder."""
     with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        names = [e.name for e in entries if not is_hidden(e.name)]
+    return sorted(name for name in names if name.lower().endswith(IMG_EXTENSIONS))
 
 
-def _listed(names: Sequence[str], most: int = 10) -> str:
-    """Joins the names; lists at most `most` of them."""
-    more = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _describe_files(folder: str) -> str:
+    """Describes images and archives that lie in a split folder without class folders."""
+    if images := images_in(folder):
+        return (
+            f"; found {len(images)} image file(s) directly in it ({listed(images, 3)}), which "
+            "belong into one folder per class"
+        )
+    with os.scandir(folder) as entries:
+        archives = sorted(e.name for e in entries if e.name.lower().endswith(_ARCHIVES))
+    if archives:
+        return f"; found {listed(archives, 3)}, but shards must be uncompressed tar files, *.tar"
+    return ""
 
 
 def find_classes(config: DataConfig) -> list[str]:
@@ -71,15 +86,15 @@ def find_classes(config: DataConfig) -> list[str]:
         ValueError: train_split is "." and path holds split folders instead of class folders.
     """
     folder = split_folder(config, "train")
-    classes = _class_folders(folder)
+    classes = subfolders(folder)
     if not classes:
         raise FileNotFoundError(
-            f"no class folders in {folder}; expected one folder of images per class, or WebDataset "
-            "tar files"
+            f"no class folders in {printable(folder)}{_describe_files(folder)}; expected "
+            f"{_LAYOUT}, or WebDataset tar files"
         )
     if os.path.normpath(config.train_split) == "." and set(classes) <= _SPLIT_NAMES:
         raise ValueError(
-            f'data.train_split: got "." but {folder} holds splits ({_listed(classes)}), '
+            f'data.train_split: got "." but {printable(folder)} holds splits ({listed(classes)}), '
             "not classes; set data.train_split and data.val_split to their names"
         )
     return classes
@@ -94,13 +109,14 @@ class FolderSource:
 
     Raises:
         FileNotFoundError: a folder is missing or holds no images.
-        ValueError: the validation split has classes that the training split lacks.
+        ValueError: the validation split has classes that the training split lacks, or
+            data.val_fraction leaves a split or a class without images.
     """
 
     def __init__(self, config: DataConfig, split: Literal["train", "val"]) -> None:
         self.classes = find_classes(config)
         self.folder = split_folder(config, split)
-        names, targets = self._find_images(training=split == "train")
+        names, targets = self._find_images(config, training=split == "train")
         self._names = PackedNames(names)
         self._targets = np.array(targets, dtype=np.int64)
 
@@ -122,25 +138,53 @@ class FolderSource:
         """See `ImageSource`."""
         return read_file(self.name(index)), int(self._targets[index])
 
-    def _find_images(self, *, training: bool) -> tuple[list[str], list[int]]:
+    def _find_images(self, config: DataConfig, *, training: bool) -> tuple[list[str], list[int]]:
         """Returns the files, relative to the split folder and sorted, and their class indices."""
-        unknown = sorted(set(_class_folders(self.folder)) - set(self.classes))
+        unknown = sorted(set(subfolders(self.folder)) - set(self.classes))
         if unknown:
             raise ValueError(
-                f"{self.folder} has {len(unknown)} classes that the training split lacks: "
-                f"{_listed(unknown)}; every class needs a folder in the training split"
+                f"{printable(self.folder)} has {len(unknown)} classes that the training split "
+                f"lacks: {listed(unknown)}; every class needs a folder in the training split"
             )
-        index = {name: number for number, name in enumerate(self.classes)}
-        found = make_dataset(self.folder, index, IMG_EXTENSIONS, allow_empty=True)
-        counts = np.bincount([target for _, target in found], minlength=len(index))
-        empty = [name for name, count in zip(self.classes, counts, strict=True) if count == 0]
-        if not found or (training and empty):
-            where = f"the class folders {_listed(empty)} of " if found else ""
+        found: list[tuple[str, int]] = []
+        links: list[str] = []
+        for target, name in enumerate(self.classes):
+            folder = os.path.join(self.folder, name)
+            if os.path.isdir(folder):
+                paths, repeated = find_files(folder, IMG_EXTENSIONS, self.folder)
+                found += [(os.path.relpath(path, self.folder), target) for path in paths]
+                links += repeated
+        warn_of_repeated_links(links)
+        self._check_classes(found, training)
+        if config.val_split is None:
+            fraction = config.val_fraction or 0.0
+            found = [x for x in found if is_held_out(x[0], fraction) != training]
+            self._check_held_out(found, fraction, training)
+        return [name for name, _ in found], [target for _, target in found]
+
+    def _check_classes(self, found: list[tuple[str, int]], training: bool) -> None:
+        """Raises FileNotFoundError if there are no images, or a class has none in training."""
+        empty = self._without_images(found) if found and training else []
+        if empty or not found:
+            where = f"the class folders {listed(empty)} of " if found else ""
             raise FileNotFoundError(
-                f"no images in {where}{self.folder}; expected files ending in "
-                f"{', '.join(IMG_EXTENSIONS)}"
+                f"no images in {where}{printable(self.folder)}"
+                f"{'' if found else _describe_files(self.folder)}; expected {_LAYOUT}, with files "
+                f"ending in {', '.join(IMG_EXTENSIONS)}"
             )
-        return (
-            [os.path.relpath(path, self.folder) for path, _ in found],
-            [target for _, target in found],
-        )
+
+    def _check_held_out(
+        self, found: list[tuple[str, int]], fraction: float, training: bool
+    ) -> None:
+        """Raises ValueError if data.val_fraction leaves a split or a training class empty."""
+        empty = self._without_images(found) if training else []
+        if empty or not found:
+            where = f"training images of the classes {listed(empty)}" if training else "image"
+            raise ValueError(
+                f"data.val_fraction: {fraction:g} leaves no {where} of {printable(self.folder)}; "
+                f"use a {'smaller' if training else 'larger'} fraction, or folders for both splits"
+            )
+
+    def _without_images(self, found: list[tuple[str, int]]) -> list[str]:
+        counts = np.bincount([target for _, target in found], minlength=len(self.classes))
+        return [name for name, count in zip(self.classes, counts, strict=True) if count == 0]

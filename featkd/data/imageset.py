@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
@@ -13,10 +14,13 @@ from torch.utils.data import Dataset
 
 from featkd.data.augment import build_transform, seeded
 from featkd.data.config import DataConfig
-from featkd.data.folder import FolderSource, split_folder
+from featkd.data.folder import FolderSource, images_in, split_folder
 from featkd.data.images import BadImageError, decode_image
 from featkd.data.sampler import SampleKey
 from featkd.data.shards import ShardError, TarSource, tar_files
+from featkd.data.splits import shared_images_note
+from featkd.data.walk import subfolders
+from featkd.runtime.names import listed, printable
 
 # Number of images tried for one training sample. More unreadable neighbors than this point to a
 # broken disk or mount, not to a few broken files.
@@ -62,7 +66,7 @@ class ImageSource(Protocol):
         ...
 
 
-def open_source(config: DataConfig, split: Literal["train", "val"]) -> ImageSource:
+def open_source(config: DataConfig, split: Literal["train", "val"]) -> FolderSource | TarSource:
     """Opens the images of a split: tar shards if its folder holds any, otherwise class folders.
 
     Raises:
@@ -72,8 +76,22 @@ def open_source(config: DataConfig, split: Literal["train", "val"]) -> ImageSour
     if config.path:
         folder = split_folder(config, split)
         if tars := tar_files(folder):
-            return TarSource(config, folder, tars)
+            _check_unambiguous(config, folder, tars)
+            return TarSource(config, split, folder, tars)
     return FolderSource(config, split)
+
+
+def _check_unambiguous(config: DataConfig, folder: str, tars: Sequence[str]) -> None:
+    """Raises ValueError if a folder may hold shards or class folders; classes.txt means shards."""
+    if os.path.isfile(os.path.join(config.path, "classes.txt")):
+        return
+    folders = subfolders(folder)
+    if any(images_in(os.path.join(folder, name)) for name in folders):
+        raise ValueError(
+            f"{printable(folder)}: found tar files ({listed(tars, 3)}) beside folders "
+            f"({listed(folders, 3)}); expected either class folders (then move the tar files away) "
+            "or shards (then write the class names to <data.path>/classes.txt, one per line)"
+        )
 
 
 class Sample(NamedTuple):
@@ -116,7 +134,10 @@ class ImageSet(Dataset[Sample]):
     """
 
     def __init__(self, config: DataConfig, split: Literal["train", "val"], seed: int = 0) -> None:
-        self._source = open_source(config, split)
+        source = open_source(config, split)
+        if split == "val" and (note := shared_images_note(config, source)):
+            warnings.warn(note, stacklevel=2)
+        self._source: ImageSource = source
         self.classes = self._source.classes
         self.folder = self._source.folder
         self.training = split == "train"
@@ -140,7 +161,7 @@ class ImageSet(Dataset[Sample]):
         Raises:
             ShardError: a shard cannot be used.
         """
-        digest = hashlib.sha256("\n".join(self.classes).encode())
+        digest = hashlib.sha256(os.fsencode("\n".join(self.classes)))
         for index in range(len(self)):
             name = self.name(index).removeprefix(self.folder + os.sep)
             digest.update(b"\0" + os.fsencode(name) + b"\0%d" % self._source.file_size(index))
@@ -223,5 +244,6 @@ class ImageSet(Dataset[Sample]):
         except Exception as error:
             # Not a BadImageError, because "skip" must not hide a broken transform.
             raise RuntimeError(
-                f"transform failed on {self.name(index)} (seed {self.seed}, {key}): {error}"
+                f"transform failed on {printable(self.name(index))} (seed {self.seed}, {key}): "
+                f"{error}"
             ) from error

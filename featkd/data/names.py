@@ -1,7 +1,8 @@
-"""Compact storage of many file names."""
+"""Names of the images of a set: their compact storage, and the split that they decide."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 
@@ -26,3 +27,16 @@ class PackedNames:
     def __getitem__(self, index: int) -> str:
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(self._joined[start : self._ends[index]])
+
+
+def is_held_out(name: str, fraction: float) -> bool:
+    """Checks if an image belongs to the validation images that are split off a training split.
+
+    Only the image's own name counts, so an image stays on its side when others are added.
+
+    Args:
+        name: name of the image, relative to the split folder.
+        fraction: expected share of the validation images.
+    """
+    digest = hashlib.sha256(os.fsencode(name)).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64

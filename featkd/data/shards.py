@@ -9,13 +9,17 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from featkd.data.config import DataConfig
 from featkd.data.images import BadImageError
-from featkd.data.names import PackedNames
+from featkd.data.names import PackedNames, is_held_out
+from featkd.data.walk import is_hidden
+from featkd.runtime.files import open_regular
+from featkd.runtime.names import printable
 
 
 class ShardError(ValueError):
@@ -23,15 +27,16 @@ class ShardError(ValueError):
 
 
 def tar_files(folder: str) -> list[str]:
-    """Returns the names of the tar files in a folder, sorted."""
-    return sorted(name for name in os.listdir(folder) if name.endswith(".tar"))
+    """Returns the names of the tar files in a folder, sorted, without hidden ones."""
+    return sorted(n for n in os.listdir(folder) if n.endswith(".tar") and not is_hidden(n))
 
 
 class TarSource:
     """`ImageSource` for WebDataset tar files; a sample is `x.jpg` and `x.cls`, its class number.
 
     Args:
-        config: the image set, for the list of classes.
+        config: the image set, for the list of classes and data.val_fraction.
+        split: "train" or "val".
         folder: folder of the shards.
         shards: names of the shards.
 
@@ -42,9 +47,12 @@ class TarSource:
         FileNotFoundError: the list of classes is missing.
         ShardError: a tar file or its index cannot be used, a sample is incomplete, a name occurs
             twice, or the shards contain no sample.
+        ValueError: data.val_fraction leaves the split without images.
     """
 
-    def __init__(self, config: DataConfig, folder: str, shards: Sequence[str]) -> None:
+    def __init__(
+        self, config: DataConfig, split: Literal["train", "val"], folder: str, shards: Sequence[str]
+    ) -> None:
         self.folder = folder
         self.classes = _read_classes(config)
         self._first_label = config.first_label
@@ -53,7 +61,7 @@ class TarSource:
         positions: list[tuple[int, ...]] = []
         for number, shard in enumerate(shards):
             offsets: dict[str, int] = {}
-            for sample in _tar_samples(os.path.join(folder, shard)):
+            for sample in _visible_samples(os.path.join(folder, shard)):
                 image, label = _image_and_label(sample, os.path.join(folder, shard))
                 # `tar --append` leaves both files in the archive, and either could be meant.
                 first = offsets.setdefault(image[0], image[1])
@@ -65,7 +73,16 @@ class TarSource:
                 names.append(f"{shard}/{image[0]}")
                 positions.append((number, *image[1:], *label[1:]))
         if not positions:
-            raise ShardError(f"{folder}: no image in its {len(shards)} shards")
+            raise ShardError(f"{printable(folder)}: no image in its {len(shards)} shards")
+        if config.val_split is None:
+            fraction, training = config.val_fraction or 0.0, split == "train"
+            kept = [i for i, name in enumerate(names) if is_held_out(name, fraction) != training]
+            if not kept:
+                raise ValueError(
+                    f"data.val_fraction: {fraction:g} leaves no image of the {len(names)} in "
+                    f"{printable(folder)}; use a {'smaller' if training else 'larger'} fraction"
+                )
+            names, positions = [names[i] for i in kept], [positions[i] for i in kept]
         self._names = PackedNames(names)
         # columns: shard, offset and size of the image, offset and size of the label
         self._positions = np.array(positions, dtype=np.int64)
@@ -100,7 +117,7 @@ class TarSource:
 
     def _read_bytes(self, shard: int, offset: int, size: int, name: str) -> bytes:
         try:
-            with open(os.path.join(self.folder, self._shards[shard]), "rb") as file:
+            with open_regular(os.path.join(self.folder, self._shards[shard])) as file:
                 file.seek(offset)
                 content = file.read(size)
         except OSError as error:
@@ -138,6 +155,17 @@ def _image_and_label(sample: Sequence[_Member], shard: str) -> tuple[_Member, _M
     return images[0], labels[0]
 
 
+def _visible_samples(path: str) -> Iterator[list[_Member]]:
+    """Yields the samples of a shard without hidden files, such as those that macOS adds."""
+    for sample in _tar_samples(path):
+        if visible := [part for part in sample if not _is_hidden_member(part[0])]:
+            yield visible
+
+
+def _is_hidden_member(name: str) -> bool:
+    return any(is_hidden(part) for part in name.split("/") if part not in (".", ".."))
+
+
 def _tar_samples(path: str) -> Iterator[list[_Member]]:
     """Yields the files of each sample: neighbors whose names agree up to the first dot."""
     index = f"{path.removesuffix('.tar')}.idx"
@@ -146,9 +174,9 @@ def _tar_samples(path: str) -> Iterator[list[_Member]]:
         return
     sample: list[_Member] = []
     try:
-        with tarfile.open(path, "r:") as archive:
+        with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
-                if not member.isfile():
+                if not member.isfile() or _is_hidden_member(member.name):
                     continue
                 if sample and _stem(sample[0][0]) != _stem(member.name):
                     yield sample

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from featkd.data.walk import is_hidden
 from featkd.diagnostics.source import Chunk, Layer, UnreadableError, fingerprint, spread_evenly
+from featkd.runtime.files import open_regular
 
 _SUFFIXES = (".npy", ".npz", ".safetensors")
 _MAGIC = {".npy": b"\x93NUMPY", ".npz": b"PK"}  # numpy reads any other file as a pickle
@@ -62,7 +65,8 @@ class FeatureFiles:
         if not folder.is_dir():
             kind = NotADirectoryError if folder.exists() else FileNotFoundError
             raise kind(f"features: expected a folder of feature files, got {folder}")
-        kinds = {s: sorted(folder.glob(f"*{s}")) for s in _SUFFIXES}
+        names = sorted(n for n in os.listdir(folder) if not is_hidden(n))
+        kinds = {s: [folder / n for n in names if n.endswith(s)] for s in _SUFFIXES}
         suffixes = [suffix for suffix, found in kinds.items() if found]
         if len(suffixes) != 1:
             raise FileNotFoundError(
@@ -174,10 +178,11 @@ def _read(path: Path, allow_pickle: bool) -> list[Tensor]:
     stages = False  # Swin's object arrays: (H, W, channels) is one map, not H layers
     try:
         if path.suffix == ".safetensors":
+            open_regular(path).close()
             named = safetensors.torch.load_file(path)
             arrays = [named[name] for name in sorted(named, key=_natural)]
         else:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 _check_magic(path, file.read(6))
                 file.seek(0)
                 loaded = np.load(file, allow_pickle=allow_pickle)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from featkd.data import BadImageError, DataConfig, build_transform, read_image
+from featkd.data.walk import find_files, warn_of_repeated_links
 from featkd.data.workers import worker_options
 from featkd.diagnostics.source import Chunk, Layer, fingerprint, spread_evenly
 from featkd.models import FeatureModel, num_layers, resolve_layers
+from featkd.runtime.names import printable
 
 
 @dataclass(frozen=True)
@@ -170,15 +171,13 @@ class _Images(Dataset[tuple[Tensor, Tensor, list[BadImageError]]]):
 
 def _find_images(folder: Path, limit: int | None) -> list[str]:
     if not folder.is_dir():
-        raise FileNotFoundError(f"data: expected a folder of images, got {folder}")
-    found = sorted(
-        os.path.join(place, name)
-        for place, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-    )
+        raise FileNotFoundError(f"data: expected a folder of images, got {printable(folder)}")
+    found, repeated = find_files(str(folder), IMG_EXTENSIONS)
+    warn_of_repeated_links(repeated)
+    found.sort()
     if not found:
         raise FileNotFoundError(
-            f"data: expected files ending in {', '.join(IMG_EXTENSIONS)} below {folder}, got none"
+            f"data: expected files ending in {', '.join(IMG_EXTENSIONS)} below "
+            f"{printable(folder)}, got none"
         )
     return [found[position] for position in spread_evenly(len(found), limit)]

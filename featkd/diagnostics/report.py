@@ -57,7 +57,7 @@ def write_report(out: Path, findings: Findings) -> Path:
     )
     path = out / "report.html"
     with atomic_write(path) as file:
-        file.write(page.encode())
+        file.write(page.encode(errors="backslashreplace"))  # for names that are not UTF-8
     return path
 
 

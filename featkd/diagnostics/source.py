@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from featkd.runtime.names import printable_lines
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -82,13 +84,16 @@ def num_chunks(source: Source) -> int:
 class UnreadableError(RuntimeError):
     """An image or a feature file cannot be used; the message names it and the reason."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(printable_lines(message))
+
 
 def fingerprint(paths: Sequence[str | Path]) -> str:
     """Hashes names, sizes and modification times of files."""
     digest = hashlib.blake2b(digest_size=8)
     for path in paths:
         facts = os.stat(path)
-        digest.update(f"{path}\n{facts.st_size}\n{facts.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(f"{path}\n{facts.st_size}\n{facts.st_mtime_ns}\n"))
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The ops: one file each, with schema, autograd, and the choice of backend."""
+"""The ops: one file each, with schema, autograd and choice of backend."""
 
 from featkd.ops.compile_cache import tag_compile_cache
 

@@ -1,8 +1,8 @@
-"""The choice of an op's implementation, and a record of which one ran last.
+"""Choice of the implementation of each op, and a record of the last one that ran.
 
-"auto" takes the Triton kernels for CUDA tensors, and plain torch (`featkd.ops.reference`) for all
-others and for what the kernels do not support. Forward-mode derivatives and torch.func transforms
-take the reference too.
+"auto" uses the Triton kernels for CUDA tensors. All other tensors, and calls that the kernels do
+not support, use plain torch (`featkd.ops.reference`). So do forward-mode derivatives and torch.func
+transforms.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ BACKENDS = ("auto", "triton", "reference")
 
 
 class _Chosen(threading.local):
-    """What `use_backend` asks for in this thread.
+    """Backend requested by `use_backend` in this thread; None outside its blocks.
 
-    Not a ContextVar: torch.compile traces reading one only in its newest versions, and setting one
-    in none. Set in `__init__`, which every thread calls: a class's attribute that an instance may
-    hide is guarded wrongly.
+    Not a ContextVar: only the newest versions of torch.compile trace reads of one, and none trace
+    writes. `__init__`, which runs in each thread, sets the attribute: torch.compile places a wrong
+    guard on a class attribute that an instance attribute may hide.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class _Chosen(threading.local):
 
 
 _chosen = _Chosen()
-_default: str | None = None  # None until first asked for: FEATKD_BACKEND, then "auto"
+_default: str | None = None  # read from FEATKD_BACKEND at the first call; "auto" if that is unset
 _last: dict[str, str] = {}
 _warned: set[tuple[str, str]] = set()
 
@@ -45,7 +45,7 @@ def _check(name: str, source: str) -> str:
 
 
 def wanted_backend() -> str:
-    """The backend asked for: by this thread's `use_backend`, by FEATKD_BACKEND, or "auto"."""
+    """Returns the backend requested by `use_backend` in this thread or by FEATKD_BACKEND."""
     global _default
     if _chosen.name is not None:
         return _chosen.name
@@ -56,19 +56,19 @@ def wanted_backend() -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Choose the backend of all ops that this thread calls while the block runs.
+    """Sets the backend of all ops that this thread calls while the block runs.
 
-    A backward pass runs on its forward pass's backend. Other threads, also those started inside of
-    the block, choose for themselves; FEATKD_BACKEND sets the default of all.
-    `torch.utils.checkpoint` recomputes in one of autograd's threads: put the block inside of the
+    A backward pass runs on the backend of its forward pass. The block does not affect other
+    threads, not even threads started inside it; FEATKD_BACKEND sets the default for all threads.
+    `torch.utils.checkpoint` recomputes in a thread of autograd: put the block inside the
     checkpointed function.
 
     Args:
-        name: "auto", "triton" or "reference". A call that the kernels do not support still runs on
-            the reference, with one warning that gives the reason.
+        name: "auto", "triton" or "reference". A call that the kernels do not support runs on the
+            reference, and one warning gives the reason.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: unknown name.
 
     Example:
         >>> import featkd, torch
@@ -88,16 +88,16 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def last_backend(op: str) -> str | None:
-    """The backend that last ran an op's forward pass in this process; None before the first.
+    """Returns the backend of the last forward pass of an op in this process; None before it.
 
     Args:
-        op: an op's name as in `featkd.functional`, for instance "projected_feature_kd".
+        op: name of the op in `featkd.functional`, for example "projected_feature_kd".
     """
     return _last.get(op)
 
 
 def record(op: str, backend: str) -> None:
-    """Called by an op's implementation as it runs."""
+    """Records the backend that runs an op; called by the ops."""
     _last[op] = backend
 
 
@@ -109,20 +109,20 @@ def choose(
     own: str = "triton",
     devices: Sequence[str] = ("cuda",),
 ) -> str:
-    """Returns the backend of one call: the op's own one, or "reference".
+    """Returns the backend of a call: `own` or "reference".
 
     Args:
-        op: the op's name.
-        device: the tensors' device.
-        unsupported: returns why the op's own backend cannot take this call, or "".
+        op: name of the op.
+        device: device of the tensors.
+        unsupported: returns the reason if `own` does not support the call, otherwise "".
         own: name of the op's own backend.
-        devices: kinds of device on which "auto" takes it.
+        devices: device types on which "auto" uses `own`.
     """
     wanted = wanted_backend()
     if wanted == "reference" or (wanted == "auto" and device.type not in devices):
         return "reference"
-    # a custom op's outputs have no tangents, and torch says nothing if no input requires grad
-    tangents = forward_ad._current_level >= 0  # of torch.func.jvp too
+    # the outputs of a custom op have no tangents; torch does not complain if no input requires grad
+    tangents = forward_ad._current_level >= 0  # also in torch.func.jvp
     why = "forward-mode derivatives" if tangents else unsupported()
     if not why:
         return own
@@ -135,12 +135,12 @@ def _warn_once(op: str, why: str) -> bool:
         _warned.add((op, why))
         level, frame = 1, sys._getframe()
         while frame.f_back and frame.f_globals["__name__"].startswith("featkd."):
-            level, frame = level + 1, frame.f_back  # to the line of the user's code
+            level, frame = level + 1, frame.f_back  # up to the user's code
         warnings.warn(f"featkd.{op} runs on the reference backend: {why}", stacklevel=level)
     return True
 
 
-# torch.compile runs it as it traces the call, and puts True in its place: no graph break, and no
-# guard on what was warned of. `torch.compiler.assume_constant_result` sets the same, but imports
-# all of the compiler.
+# torch.compile runs the function while it traces and inserts the result, True: there is no graph
+# break and no guard on `_warned`. `torch.compiler.assume_constant_result` sets the same attribute
+# but imports the whole compiler.
 _warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]

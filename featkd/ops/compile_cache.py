@@ -1,4 +1,4 @@
-"""torch.compile's cache on disk, which knows a custom op by its name alone."""
+"""Tag for torch.compile's cache on disk, which identifies a custom op by its name alone."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import torch.compiler.config as config
 
 
 def tag_compile_cache() -> None:
-    """Keeps graphs compiled with other versions of featkd's ops out of this process.
+    """Keeps this process from loading graphs compiled with other versions of featkd's ops.
 
-    torch keys a compiled graph by the names of the ops in it, and keeps what it traced of their
-    backward passes: code compiled before an op changed came back after it, and called the op with
-    arguments that it no longer had, or gave the old gradient (torch 2.14). So the key's tag, which
-    the user may have set too, gets a digest of the ops' sources. A second call changes nothing.
+    The key of a compiled graph holds the names of its ops, and the graph holds their traced
+    backward passes. After a change of an op, torch 2.14 would load the old graph, which calls the
+    op with its old arguments or computes the old gradient. This function appends a digest of the
+    ops' sources to the tag in the key, which the user may also have set. A second call changes
+    nothing.
 
-    torch's settings belong to a thread: this holds for the thread that imports the ops first.
-    TORCH_COMPILE_CACHE_KEY_TAG holds for all.
+    torch's settings are per thread: the tag is set in the thread that imports the ops first.
+    TORCH_COMPILE_CACHE_KEY_TAG applies to all threads.
     """
     digest = hashlib.blake2b(digest_size=8)
     for source in sorted((resources.files("featkd") / "ops").iterdir(), key=lambda file: file.name):

@@ -1,4 +1,4 @@
-"""The compiled library of csrc/: loaded when first needed, and why not where it cannot be."""
+"""The compiled library of csrc/, loaded at the first call that needs it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ _known: dict[Path, str] = {}
 
 
 def choose(op: str, kernel: str, device: torch.device, unsupported: Callable[[], str]) -> str:
-    """Backend of a call of an op that csrc implements: "cpu", "cuda" or "reference".
+    """Returns the backend of a call of an op in csrc: "cpu", "cuda" or "reference".
 
     Args:
-        op: name of the op, for `backends.last_backend` and the one warning that says why a call
-            runs on the reference.
-        kernel: csrc's operator, like "featkd::spectrum".
-        device: where the tensors are; on others than CPU and CUDA the reference runs.
-        unsupported: returns why csrc cannot take this call, or "".
+        op: name of the op, for `backends.last_backend` and the warning about the reference.
+        kernel: operator of csrc, for example "featkd::spectrum".
+        device: device of the tensors; devices other than CPU and CUDA use the reference.
+        unsupported: returns the reason if csrc does not support the call, otherwise "".
     """
 
     def why_not() -> str:
@@ -42,7 +41,7 @@ def choose(op: str, kernel: str, device: torch.device, unsupported: Callable[[],
 
 
 def missing() -> str:
-    """Load the library; returns why it cannot be used, or ""."""
+    """Loads the library; returns the reason if it cannot be used, otherwise ""."""
     if LIBRARY not in _known:
         _known[LIBRARY] = _load()
     return _known[LIBRARY]
@@ -63,10 +62,10 @@ def _load() -> str:
 
 
 def has_kernel(op: str, device: str) -> bool:
-    """Whether an operator like "featkd::spectrum" is implemented for "cpu" or "cuda" tensors."""
+    """Checks whether an operator, such as "featkd::spectrum", is built for "cpu" or "cuda"."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(op, device.upper())
 
 
-# What `torch.compiler.assume_constant_result` sets, which imports all of the compiler.
+# `torch.compiler.assume_constant_result` sets the same attribute but imports the whole compiler.
 for _function in (missing, has_kernel):
     _function._dynamo_marked_constant = True  # type: ignore[union-attr]

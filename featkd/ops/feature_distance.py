@@ -1,4 +1,4 @@
-"""The row op of `projected_feature_kd` and `lift_head`: distance from a teacher's map, pooling."""
+"""Row op of `projected_feature_kd` and `lift_head`: distance from a teacher's map, pooling."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def feature_distance(
     """Distance of Y = LN(feature) from the teacher's map, and the mean of Y over the tokens.
 
     Args:
-        name: the public function that calls, for `featkd.last_backend`.
+        name: public function that calls, for `featkd.last_backend`.
         feature: (B, N, C); without a teacher B may be 0.
         teacher: (B, N, C), or None for no loss.
-        norm_weight, norm_bias: (C,), or None; no LayerNorm without a weight.
+        norm_weight, norm_bias: (C,), or None; no LayerNorm without `norm_weight`.
         eps: LayerNorm's epsilon.
         grid: (H, W) for the spectral metric, None for the mse.
         pooled_dtype: dtype of the pooled map; None for no pooled map.
@@ -64,7 +64,7 @@ def _run(
     pooled_dtype: torch.dtype | None,
     needed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, pooled map and statistics for `_backward`; empty if not asked for."""
+    """Returns loss, pooled map and statistics for `_backward`; empty if not requested."""
     from featkd.kernels import feature_distance as kernels
 
     results = kernels.forward(
@@ -111,7 +111,7 @@ def _run_backward(
     width: int,
     need_norm: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the feature map, and of the norm's weight and bias, (1 or 2, C), or empty."""
+    """Returns gradients of the feature map and of the norm's parameters, (1 or 2, C) or empty."""
     from featkd.kernels import feature_distance as kernels
 
     d_feature, d_norm = kernels.backward(

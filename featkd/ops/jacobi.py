@@ -1,4 +1,4 @@
-"""csrc's one-sided Jacobi: the op, and `linalg.svd(method="jacobi")` by it."""
+"""One-sided Jacobi of csrc: the op, and `linalg.svd(method="jacobi")`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from featkd.ops.spectrum import MOST_ROWS
 
 NAME = "svd"
 _MOST_SWEEPS = 60  # of csrc/linalg/jacobi.h
-_VECTOR = {"cpu": 8, "cuda": 32}  # numbers of the widest
-_NOTHING = 1e-135  # of the largest element: csrc takes shorter rows for zeros
+_VECTOR = {"cpu": 8, "cuda": 32}  # numbers per vector register or warp
+_NOTHING = 1e-135  # times the largest element: csrc treats shorter rows as zeros
 
 
 def choose(x: Tensor) -> str:
-    """Backend for Jacobi on matrices (..., N, D): "cpu" or "cuda", both csrc's, or "reference"."""
+    """Returns the backend for matrices (..., N, D): "cpu" or "cuda" (csrc), or "reference"."""
 
     def unsupported() -> str:
         if 1 <= min(x.shape[-2:]) <= MOST_ROWS:
@@ -28,14 +28,14 @@ def choose(x: Tensor) -> str:
 
 
 def turn(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotate the rows of each matrix until they are orthogonal.
+    """Rotates the rows of each matrix until they are orthogonal.
 
     Args:
         rows: (..., n, length), float64, finite, n <= length.
 
     Returns:
-        (turns @ rows, longest row first; turns (..., n, n), orthogonal; factors (...), which are
-        NaN where 60 sweeps did not suffice and else 1).
+        turns @ rows with the longest row first; turns (..., n, n), orthogonal; factors (...): NaN
+        if 60 sweeps did not suffice, otherwise 1.
     """
     *batch, n, length = rows.shape
     padded = F.pad(rows, (0, -length % _VECTOR[rows.device.type]))
@@ -48,11 +48,11 @@ def turn(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin U, S, Vh of matrices (..., N, D), in float64, by the chosen backend.
+    """Computes thin U, S, Vh of matrices (..., N, D) in float64 on the chosen backend.
 
     Raises:
-        RuntimeError: a matrix holds NaN or Inf, or does not converge. Not while a CUDA graph is
-            captured, where asking would wait for the GPU: its results are NaN instead.
+        RuntimeError: a matrix holds NaN or Inf, or does not converge. While a CUDA graph is
+            captured, which allows no synchronisation, the results are NaN instead.
     """
     backend = choose(x)
     backends.record(NAME, backend)
@@ -73,10 +73,10 @@ def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def svdvals(x: Tensor) -> Tensor:
-    """Singular values (..., n), descending, of float64 matrices with elements of about 1.
+    """Computes singular values (..., n), descending, of float64 matrices with elements near 1.
 
-    Each has a small error relative to itself. NaN where csrc's Jacobi, which must support x, does
-    not converge.
+    Each has a small relative error. They are NaN if csrc's Jacobi, which must support x, does not
+    converge.
     """
     rows, _, converged = turn(x if x.shape[-2] <= x.shape[-1] else x.mT)
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1)
@@ -84,7 +84,7 @@ def svdvals(x: Tensor) -> Tensor:
 
 
 def _by_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of (..., n, D), n <= D, with a largest element of 1: U, S, V and the factors of `turn`.
+    """Computes U, S, V and the factors of `turn` for (..., n, D), n <= D, with largest element 1.
 
     X = T^T (T X), and the rows of T X are s_i v_i^T.
     """
@@ -99,7 +99,7 @@ def _check(factor: Tensor, message: str) -> None:
 
 
 def _is_captured(x: Tensor) -> bool:
-    """Whether x's operations go to a CUDA graph, where asking for a number would wait."""
+    """Checks whether a CUDA graph is captured, which allows no synchronisation."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

@@ -1,8 +1,8 @@
-"""The ops in plain torch: what runs on a CPU, in exported graphs, and where a kernel can't.
+"""The ops in plain torch: for CPU tensors, exported graphs, and calls that no kernel supports.
 
-Works in any floating dtype and is differentiable by autograd. The rows that a linear layer has
-made are taken to float32 (float64 stays float64), so that nothing else is rounded before the
-result. Arguments are taken as valid: `featkd.functional` checks them.
+The functions accept any floating dtype and are differentiable by autograd. They convert the output
+of a linear layer to float32 (float64 stays float64), so that only the result is rounded.
+`featkd.functional` checks the arguments.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from featkd.runtime.dtypes import accumulation_dtype
 
 TIE = 1e-10
-"""A share this little below a threshold still reaches it: float64's rounding is less."""
+"""Tolerance below a threshold: a share this close reaches it. Rounding in float64 is smaller."""
 
 
 def feature_distance(
@@ -30,10 +30,10 @@ def feature_distance(
     grid: tuple[int, int] | None,
     pooled_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Distance of Y = LN(feature) from the teacher's map, and Y's mean over the tokens.
+    """Distance of Y = LN(feature) from the teacher's map, and the mean of Y over the tokens.
 
-    The distance is mean (Y - T)^2 or, with a grid, its spectral form ([EM26], feature losses).
-    Arguments and results as in `featkd.ops.feature_distance`.
+    The distance is the mean of (Y - T)^2 or, with a grid, its spectral form ([EM26], feature
+    losses). Arguments and results are those of `featkd.ops.feature_distance`.
     """
     dtype = accumulation_dtype(feature.dtype)
     output = feature.to(dtype)
@@ -53,23 +53,23 @@ def feature_distance(
 def spectral_mean_square(difference: Tensor, grid: tuple[int, int]) -> Tensor:
     """Mean of Re^2 and Im^2 of rfft2(d, norm="ortho") over the patch grid, without an FFT.
 
-    For real rows of W values the half spectrum's energy is, by Parseval, half of the full
-    spectrum's plus half of what the columns w = 0 (and, W even, w = W/2) hold, since those two
-    are their own mirror images. Their sums over h are the energies of the row sums and of the
-    alternating row sums:
+    By Parseval, the energy of the half spectrum of real rows of W values is half the energy of the
+    full spectrum, plus half the energy of the columns w = 0 and, if W is even, w = W/2, which are
+    their own mirror images. The energies of these columns, summed over h, are the energies of the
+    row sums and of the alternating row sums:
 
         sum |rfft2(d)|^2 = 1/2 (sum d^2 + 1/W sum_h (sum_w d)^2
                                 + [W even] 1/W sum_h (sum_w (-1)^w d)^2)
 
-    For even W the last two terms are 2/W times the energy of the sums over even and over odd w,
-    which take one pass.
+    If W is even, the last two terms are 2/W times the energies of the sums over even w and over odd
+    w, which take one pass.
 
     Args:
         difference: (B, H*W, C), any floating dtype.
         grid: (H, W), the patch grid in row-major order.
 
     Returns:
-        A scalar in `difference`'s dtype.
+        Scalar in the dtype of `difference`.
     """
     height, width = grid
     batch, _, channels = difference.shape
@@ -86,7 +86,7 @@ def two_layer_norms(
     eps: float,
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """r = LN_p(h), u = LN_1(r); arguments and results as in `featkd.ops.two_layer_norms`."""
+    """r = LN_p(h), u = LN_1(r); arguments and results of `featkd.ops.two_layer_norms`."""
     gamma_p, beta_p, gamma_1, beta_1 = parameters
     residual = _layer_norm(h.to(accumulation_dtype(h.dtype)), gamma_p, beta_p, eps)
     normed = _layer_norm(residual, gamma_1, beta_1, eps)
@@ -106,7 +106,7 @@ def soft_kd(
     student = student_logits.to(dtype)
     log_p = student.log_softmax(1) if alpha != 1 or tau == 1 else None
     terms = []
-    # A term of weight zero is left out, not multiplied by zero: 0 * inf would be NaN.
+    # terms of weight zero are omitted, not multiplied by zero: 0 * inf would be NaN
     if alpha != 1:
         assert log_p is not None
         if target.dim() == 1:  # F.nll_loss would ignore an index of -100
@@ -145,51 +145,51 @@ def talking_heads_attention(
 
 
 def _mix_heads(maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """sum_h weight_gh maps_h + bias_g of (B, heads, ...) maps."""
+    """Computes sum_h weight_gh maps_h + bias_g for maps (B, heads, ...)."""
     mixed = (weight.to(maps.dtype) @ maps.flatten(2)).view(maps.shape)
     return mixed + bias.to(maps.dtype)[:, None, None]
 
 
 def first_reaching(curve: Tensor, levels: Tensor, tie: float = TIE) -> Tensor:
-    """The first index, from 1, at which a rising curve reaches each level.
+    """Returns the first index, from 1, at which a rising curve reaches each level.
 
     Args:
         curve: (..., n), ascending.
-        levels: (T,), of the curve's dtype.
-        tie: a value this close below a level reaches it.
+        levels: (T,), in the dtype of the curve.
+        tie: values this close below a level reach it.
 
     Returns:
-        (..., T) int64; n where a level is not reached.
+        (..., T) int64; n for a level that is not reached.
     """
     below = (curve[..., None] < levels - tie).sum(-2)
     return (below + 1).clamp(max=curve.shape[-1])
 
 
 def set_bad_aside(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Matrices without their NaN and Inf, for one of which LAPACK refuses the whole batch.
+    """Replaces NaN and Inf by zeros: LAPACK refuses a batch that contains any.
 
     Args:
         x: (..., N, D), floating.
 
     Returns:
-        x with zeros for NaN and Inf, and (...) factors of the results: NaN for the matrices that
-        held any and 1, which changes no bit, for the others. With factors the gradients of the
-        former are NaN too, where a choice by torch.where would make zeros of them.
+        The matrices, and factors (...) for their results: NaN for a matrix that held NaN or Inf,
+        otherwise 1, which changes no bit. The factors make the gradients of bad matrices NaN, too;
+        torch.where would make them zero.
     """
     finite = x.detach().isfinite().all(-1).all(-1)
     return x.nan_to_num(0, 0, 0), torch.where(finite, 1.0, float("nan")).to(x.dtype)
 
 
 def spectrum(x: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, ...]:
-    """Singular values, energies and ranks by torch.linalg.svdvals in float64.
+    """Computes singular values, energies and ranks with torch.linalg.svdvals in float64.
 
     Args:
         x: (..., N, D).
         thresholds: T shares of the energy.
 
     Returns:
-        The fields of `featkd.linalg.Spectrum`, n = min(N, D): values (..., n), curve (..., n),
-        ranks (..., T), info, residual and resolved (...). The values alone have a gradient.
+        The fields of `featkd.linalg.Spectrum` with n = min(N, D): values (..., n), curve (..., n),
+        ranks (..., T), and info, residual and resolved (...). Only the values have a gradient.
     """
     dtype = accumulation_dtype(x.dtype)
     wide, factor = set_bad_aside(x.double())

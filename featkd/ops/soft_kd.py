@@ -1,4 +1,4 @@
-"""The row op of `soft_kd`: cross-entropy and softened KL divergence of logits."""
+"""Row op of `soft_kd`: cross-entropy and softened KL divergence of logits."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ NAME = "soft_kd"
 def soft_kd(
     student: Tensor, teacher: Tensor | None, target: Tensor, *, alpha: float, tau: float
 ) -> Tensor:
-    """The loss by the chosen backend; arguments as in `featkd.functional`, taken as valid."""
-    # a term of weight zero is left out, whatever its tensor holds
+    """Computes the loss on the chosen backend; `featkd.functional` checks the arguments."""
+    # a term of weight zero is omitted, whatever its tensor holds
     softened = teacher if alpha > 0 else None
     labels = target if alpha < 1 else None
 

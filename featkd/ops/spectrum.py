@@ -1,4 +1,4 @@
-"""The op behind `linalg`'s values and ranks: schema, fake, gradient, choice of backend."""
+"""Op for the singular values and ranks of `linalg`: schema, gradient, choice of backend."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 from featkd.ops import backends, extension, reference
 
 NAME = "spectrum"
-MOST_ROWS = 512  # of csrc/linalg/problem.h: the smaller side
+MOST_ROWS = 512  # smaller side, as in csrc/linalg/problem.h
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Spectrum(NamedTuple):
-    """Singular values of a batch of matrices, and how they were found.
+    """Singular values of a batch of matrices, with diagnostics.
 
     Attributes:
-        values: (..., n) singular values, descending; n is the smaller side.
-        curve: (..., n) share of the squared Frobenius norm in the leading values; zeros for a
+        values: (..., n), singular values, descending; n is the smaller side.
+        curve: (..., n), share of the squared Frobenius norm in the leading values; zeros for a
             zero matrix.
-        ranks: (..., T) int64, the least number of values whose share reaches each threshold; 0
-            for a zero matrix, -1 where there is no answer.
-        info: (...) int32: 0 solved; 1 the matrix holds NaN or Inf, and its results are NaN; 2 the
-            eigenvalues' sum misses the trace by more than 2e-6.
+        ranks: (..., T) int64, least number of values whose share reaches each threshold; 0 for a
+            zero matrix, -1 for a matrix with NaN or Inf.
+        info: (...) int32: 0 if solved; 1 if the matrix holds NaN or Inf, and its results are NaN;
+            2 if the sum of the eigenvalues differs from the trace by more than 2e-6 of it.
         residual: (...) float64, |sum of eigenvalues / trace - 1|.
-        resolved: (...) int32: 1 where a float32 solve lay within 1e-6 of a threshold, and float64
-            decided.
+        resolved: (...) int32: 1 if a float32 solve was within 1e-6 of a threshold, so that the
+            matrix was solved again in float64.
     """
 
     values: Tensor
@@ -40,10 +40,10 @@ class Spectrum(NamedTuple):
 
 
 def spectrum(x: Tensor, thresholds: Sequence[float], *, wide: bool) -> Spectrum:
-    """By the chosen backend; x (..., N, D) and thresholds taken as valid.
+    """Computes the spectrum of x (..., N, D) on the chosen backend; `linalg` checks arguments.
 
     Args:
-        wide: whether to compute in float64 whatever the dtype; the results' dtype stays.
+        wide: compute in float64 even if x is narrower; the dtype of the results stays.
     """
     backend = extension.choose(NAME, "featkd::spectrum", x.device, lambda: _unsupported(x))
     backends.record(NAME, backend)
@@ -56,7 +56,7 @@ def spectrum(x: Tensor, thresholds: Sequence[float], *, wide: bool) -> Spectrum:
 
 
 def _unsupported(x: Tensor) -> str:
-    """Why csrc cannot take matrices (..., N, D), or ""."""
+    """Returns the reason if csrc does not support matrices (..., N, D), otherwise ""."""
     if x.dtype not in _DTYPES:
         return f"a tensor in {x.dtype}"
     if not 1 <= min(x.shape[-2:]) <= MOST_ROWS:
@@ -67,7 +67,7 @@ def _unsupported(x: Tensor) -> str:
 
 
 def device_vector(x: Tensor, values: Sequence[float]) -> Tensor:
-    """Numbers (T,) in float64, made on the device of x: CUDA graphs capture no host copies."""
+    """Creates (T,) float64 on the device of x: CUDA graphs capture no copies from the host."""
     empty = x.new_empty(0, dtype=torch.float64)
     return torch.cat([empty, *(empty.new_full((1,), value) for value in values)])
 
@@ -103,7 +103,7 @@ def _differentiate(ctx, grad, *_):  # type: ignore[no-untyped-def]
     if grad is None:
         return None, None, None
     (x,) = ctx.saved_tensors
-    # torch's own svd, so that the gradient can be differentiated again
+    # torch's svd, so that the gradient can be differentiated again
     clean, factor = reference.set_bad_aside(x.to(grad.dtype))
     u, _, vh = torch.linalg.svd(clean, full_matrices=False)
     found = (u * grad.unsqueeze(-2)) @ vh * factor[..., None, None]

@@ -1,4 +1,4 @@
-"""What the ops share: the choice of a backend, products, and the library that holds the ops."""
+"""Shared parts of the ops: choice of the backend, matrix products, registration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from featkd.ops import backends
 
-MOST_ROWS = 2**31 - 2**16  # the end of a loop over tiles must fit 32 bits too
+MOST_ROWS = 2**31 - 2**16  # the end of a loop over tiles must fit 32 bits
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _library: Any = torch.library.Library("featkd", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -20,12 +20,12 @@ _library: Any = torch.library.Library("featkd", "FRAGMENT")  # type: ignore[no-u
 def choose(
     name: str, tensors: Iterable[Tensor | None], why_not: Callable[[], str] = lambda: ""
 ) -> str:
-    """Chooses and records the backend of one call; a graph to be exported takes plain torch.
+    """Chooses and records the backend of a call; a graph for export uses the reference.
 
     Args:
-        name: the op's name in `featkd.functional`.
-        tensors: those that a kernel would read, the first of them not None.
-        why_not: returns why the kernels can't take this call, or "".
+        name: name of the op in `featkd.functional`.
+        tensors: tensors that a kernel would read; the first one is not None.
+        why_not: returns the reason if the kernels do not support the call, otherwise "".
     """
     first, *others = tensors
     assert first is not None
@@ -50,26 +50,26 @@ def choose(
 
 
 def too_many_rows(x: Tensor) -> str:
-    """Returns why the kernels, which count rows in 32 bits, can't take a map (B, N, C), or ""."""
+    """Returns the reason if a map (B, N, C) has too many rows for 32 bits, otherwise ""."""
     count = x.shape[0] * x.shape[1]
     return f"{count} tokens, not below {MOST_ROWS}" if count >= MOST_ROWS else ""
 
 
 def is_being_exported() -> bool:
-    """Checks whether a graph is made for elsewhere: it must hold torch's own operators alone."""
+    """Checks whether a graph is traced for export: it may hold torch's own operators only."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return bool(torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or tracing)
 
 
-# Dynamo calls it while it traces, and takes the answer: torch 2.11 would fold is_exporting to True
+# Dynamo calls the function while it traces: torch 2.11 would replace is_exporting by True
 is_being_exported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b by torch. The parameters take x's dtype, or autocast's if it is on."""
+    """Computes x W^T + b with parameters in x's dtype, or in autocast's if it is on."""
     cast = x.dtype == torch.float64 or not is_autocast_on(x)
 
-    def fitting(p: Tensor) -> Tensor:  # autocast leaves float64 as it is
+    def fitting(p: Tensor) -> Tensor:  # autocast does not cast float64
         return p.to(x.dtype) if cast or p.dtype == torch.float64 else p
 
     return F.linear(x, fitting(weight), None if bias is None else fitting(bias))
@@ -87,16 +87,16 @@ def define(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
 ) -> Any:
-    """Registers an op of namespace featkd; returns a function that calls it.
+    """Registers a custom op in the namespace featkd; returns a function that calls it.
 
-    Where nothing traces, the function runs the implementation in a plain autograd function: the
-    dispatcher's way through a custom op and its gradients takes the host twice as long.
+    If nothing traces the call, the function runs the implementation in a plain autograd function:
+    a custom op and its gradients take the host twice as long.
 
     Args:
-        schema: as of `torch.library.define`, with the op's name.
-        run: its implementation, on all devices.
-        fake: the same for shapes and dtypes alone.
-        backward, setup_context: as of `torch.library.register_autograd`; without them,
+        schema: name and schema, as for `torch.library.define`.
+        run: implementation for all devices.
+        fake: implementation for fake tensors: shapes and dtypes only.
+        backward, setup_context: as for `torch.library.register_autograd`; without them,
             differentiating the op is an error.
     """
     name = schema.partition("(")[0]
@@ -112,7 +112,7 @@ def define(
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
-            # not as setup_context: torch would look up run's signature at each call
+            # no setup_context method: torch would inspect the signature of run at each call
             output = run(*arguments)
             setup(ctx, arguments, output)
             return output
@@ -131,12 +131,12 @@ def define(
 
 
 def _are_plain(arguments: Iterable[Any]) -> bool:
-    """Checks that no mode, transform or tensor subclass has to see the op."""
+    """Checks that no dispatch mode, transform or tensor subclass must see the op."""
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
     kinds = (torch.Tensor, torch.nn.Parameter)
     return all(
-        # is_grads_batched has a vmap of its own
+        # is_grads_batched uses a vmap of its own
         type(x) in kinds and not torch._C._functorch.is_legacy_batchedtensor(x)
         for x in arguments
         if isinstance(x, torch.Tensor)

@@ -1,6 +1,6 @@
-"""The op behind `functional.talking_heads_attention`: csrc's sweep on a CPU, else plain torch.
+"""Op of `functional.talking_heads_attention`: csrc's kernel on a CPU, otherwise plain torch.
 
-The custom op has no backward pass: it is for teachers. With gradients the reference runs.
+The custom op is for teachers and has no backward pass. With gradients, the reference runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from featkd.runtime.environment import has_fast_bf16
 
 NAME = "talking_heads_attention"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_BLOCK_BYTES = 2**22  # of scores: what the processor's cache holds
+_BLOCK_BYTES = 2**22  # scores per block: they fit the processor's cache
 
 
 def talking_heads_attention(
@@ -27,13 +27,13 @@ def talking_heads_attention(
     *,
     scale: float,
 ) -> Tensor:
-    """Output by the chosen backend; arguments as in `featkd.ops.reference`, taken as valid."""
+    """Computes the output on the chosen backend; `featkd.functional` checks the arguments."""
     parameters = (pre_weight, pre_bias, post_weight, post_bias)
     tensors = (query, key, value, *parameters)
     if support.is_being_exported() or _choose(tensors) == "reference":
         backends.record(NAME, "reference")
         return reference.talking_heads_attention(query, key, value, *parameters, scale=scale)
-    # the softmax is the same for any pre_bias
+    # pre_bias does not change the softmax
     out: Tensor = _forward(query, key, value, pre_weight, post_weight, post_bias, scale)
     return out
 
@@ -65,12 +65,12 @@ def _forward(
     post_bias: Tensor,
     scale: float,
 ) -> Tensor:
-    """O (B, heads, N, d) in the query's dtype, a view of (B, N, heads, d).
+    """Computes O (B, heads, N, d) in the query's dtype, a view of (B, N, heads, d).
 
-    The products are BLAS's, on blocks of scores that stay in the cache. What lies between them is
-    one sweep in C++: both mixes and the softmax of a query's scores for all heads, in place. Where
-    the processor multiplies bf16, scores of bf16 inputs are bf16 too, as they are with torch's
-    operations; the sweep computes in float32.
+    BLAS computes the products, on blocks of scores that stay in the cache. Between them, one pass
+    in C++ applies both mixes and the softmax to the scores of a query for all heads, in place. If
+    the processor multiplies bf16, scores of bf16 inputs are bf16, as with torch's operators. The
+    pass computes in float32.
     """
     backends.record(NAME, "cpu")
     batch, heads, tokens, dim = query.shape
@@ -100,11 +100,11 @@ def _forward(
 
 
 def _block(batch: int, tokens: int, row_bytes: int) -> tuple[int, int]:
-    """Images and queries per block: whole images, as even as may be, or some queries of one.
+    """Returns images and queries per block: several whole images, or some queries of one image.
 
     Args:
-        batch, tokens: of the maps.
-        row_bytes: bytes of one query's scores for all heads.
+        batch, tokens: sizes of the maps.
+        row_bytes: bytes of the scores of one query for all heads.
     """
     images = _BLOCK_BYTES // (row_bytes * tokens)
     if images > 1:
@@ -126,9 +126,9 @@ def _(
     return query.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
 
-# softmax over the keys of `pre` times the scores, then `post` times that, plus `bias`; in place.
-# Scores are contiguous (B, heads, queries, keys), float32 or bfloat16; the (heads, heads) mixes and
-# the (heads,) bias contiguous float32. It knows neither gradients nor fake tensors.
+# In place: scores = post softmax_keys(pre scores) + bias. Scores are (B, heads, queries, keys),
+# float32 or bfloat16; pre and post are (heads, heads) and bias is (heads,), float32. All are
+# contiguous. The operator has no gradient and no implementation for fake tensors.
 torch.library.define(
     "featkd::mix_heads", "(Tensor(a!) scores, Tensor pre, Tensor post, Tensor bias) -> ()"
 )

@@ -1,4 +1,4 @@
-"""The row op of `widelast_projection`: two LayerNorms, one after the other."""
+"""Row op of `widelast_projection`: two LayerNorms, one after the other."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ def two_layer_norms(
     eps: float,
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """r = LN_p(h) and u = LN_1(r), with r not rounded in between.
+    """r = LN_p(h) and u = LN_1(r); r is not rounded in between.
 
     Args:
-        name: the public function that calls, for `featkd.last_backend`.
+        name: public function that calls, for `featkd.last_backend`.
         h: (B, N, C).
         parameters: weight and bias of LN_p, weight and bias of LN_1, (C,) each.
-        eps: epsilon of both.
-        residual_dtype: dtype of r; u has h's.
+        eps: epsilon of both norms.
+        residual_dtype: dtype of r; u has the dtype of h.
+
+    Returns:
+        (r, u), (B, N, C) each.
     """
     if support.choose(name, (h, *parameters), lambda: support.too_many_rows(h)) == "reference":
         return reference.two_layer_norms(h, parameters, eps=eps, residual_dtype=residual_dtype)
@@ -73,7 +76,7 @@ def _run_backward(
     eps: float,
     need_norms: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of h, and of the four parameters, (4, C), or empty."""
+    """Returns gradients of h and of the four parameters, (4, C) or empty."""
     from featkd.kernels import two_layer_norms as kernels
 
     parameters = (gamma_p, beta_p, gamma_1, beta_1)
@@ -116,7 +119,7 @@ def _differentiate(ctx: Any, d_residual: Tensor | None, d_normed: Tensor | None)
     if d_residual is None and d_normed is None:
         return (None,) * 7
     _, *needed = ctx.needs_input_grad[:5]
-    h, *parameters = ctx.saved_tensors  # once: a checkpoint allows no second time
+    h, *parameters = ctx.saved_tensors  # read once: a checkpoint allows no second read
     d_h, d_norms = _backward(d_residual, d_normed, h, *parameters, ctx.eps, any(needed))
     of_norms = (d_norms[i].to(p.dtype) if needed[i] else None for i, p in enumerate(parameters))
     return d_h, *of_norms, None, None

@@ -10,17 +10,35 @@ import csv
 import io
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import SpecialFileError
 from typing import IO
 
 from featkd.runtime.remote import Location, RemotePath
 
 
-def user_cache() -> Path:
-    """Returns $XDG_CACHE_HOME/featkd, by default ~/.cache/featkd; it may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featkd"
+def open_regular(path: str | Path) -> IO[bytes]:
+    """Opens a regular file for reading.
+
+    Opening a FIFO would wait for a writer, and reading a device may never end.
+
+    Raises:
+        SpecialFileError: the path is a FIFO, a device or another special file.
+        OSError: the file cannot be opened.
+    """
+    file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115  the caller closes it
+    if not stat.S_ISREG(mode := os.fstat(file.fileno()).st_mode):
+        file.close()
+        kind = "a FIFO" if stat.S_ISFIFO(mode) else "a device or another special file"
+        raise SpecialFileError(f"{kind}, not a regular file")
+    return file
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 @contextmanager
@@ -63,7 +81,8 @@ def write_csv(
     Args:
         path: the file.
         columns: the header.
-        rows: values in the order of the columns.
+        rows: values in the order of the columns; file names as os.fsdecode returns them keep
+            their bytes.
         digits: significant digits of floats; None writes all.
     """
     text = io.StringIO()
@@ -73,7 +92,7 @@ def write_csv(
         short = digits is not None
         writer.writerow([f"{v:.{digits}g}" if short and isinstance(v, float) else v for v in row])
     with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(text.getvalue().encode(errors="surrogateescape"))
 
 
 def atomic_link(source: Location, path: Location) -> None:

@@ -24,6 +24,7 @@ from featkd.data.sampler import RangeSampler
 from featkd.models.features import num_layers
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.interrupt import Interrupt
+from featkd.runtime.names import printable_lines
 from featkd.train.cached_teacher import cache_subject, check_no_mixing, checkpoint_name
 from featkd.train.components import build_student, count_classes
 from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
@@ -97,7 +98,7 @@ def build_cache(
     try:
         classes = count_classes(recipe, dataset.classes, notes, strict=strict_classes)
         student = build_student(recipe, classes).to(context.device)
-        model = create_teacher_model(recipe, classes, context, notes)
+        model = create_teacher_model(recipe, classes, dataset.classes, context, notes)
         compares_maps, stores_maps = recipe.loss.feature is not None, config.features != "none"
         pairs = LayerPairs()
         if compares_maps or stores_maps:
@@ -135,7 +136,7 @@ def build_cache(
 
                 def say(message: str) -> None:
                     if not quiet:
-                        bar.write(message, file=sys.stderr)
+                        bar.write(printable_lines(message), file=sys.stderr)
 
                 for note in notes if context.is_main else ():
                     say(note)

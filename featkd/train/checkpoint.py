@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import pickle
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import Any
 
 import torch
 
 from featkd.data.workers import is_worker_error
+from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.files import atomic_link, atomic_write, remove_leftovers
+from featkd.runtime.lock import FolderInUse, locked
 from featkd.runtime.remote import Location, RemotePath, locate, seekable
-from featkd.train.recipe import NO_FASTEST
+from featkd.train.checkpoint_layout import find_fault
 
 FORMAT = 2
 
@@ -43,11 +46,38 @@ class CheckpointStore:
         Raises:
             CheckpointError: the path is a file.
         """
+        self._create_folder()
+        remove_leftovers(self.folder)
+
+    def _create_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise CheckpointError(f"out: {self.folder} is a file, expected a folder") from error
-        remove_leftovers(self.folder)
+
+    @contextmanager
+    def opened(self, context: ProcessContext) -> Iterator[None]:
+        """Prepares the folder and locks it for this run; all processes must call it.
+
+        Raises:
+            CheckpointError: the path is a file, or another run writes to the folder; raised on all
+                processes.
+        """
+        with ExitStack() as lock:
+            failed: Exception | None = None
+            if context.is_main:
+                try:
+                    self._create_folder()
+                    lock.enter_context(locked(self.folder))
+                    self.prepare()
+                except FolderInUse as error:
+                    failed = CheckpointError(f"out: {error}")
+                except (CheckpointError, OSError) as error:
+                    failed = error
+            failed = context.broadcast(failed)
+            if failed is not None:
+                raise failed
+            yield
 
     def save(
         self, state: dict[str, Any], *, is_best: bool = False, ended_epoch: int | None = None
@@ -76,9 +106,15 @@ class CheckpointStore:
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             if isinstance(error, RuntimeError) and is_worker_error(error):
                 raise
-            raise CheckpointError(
-                f"could not save {self.last}: {error}; the earlier checkpoint is unchanged"
-            ) from error
+            raise CheckpointError(f"could not save {self.last}: {error}; {self._kept()}") from error
+
+    def _kept(self) -> str:
+        """Describes the state of `last.pt` after a failed save."""
+        try:
+            found = self.last.is_file()
+        except OSError:  # a lost connection
+            return "an earlier checkpoint is unchanged"
+        return "the earlier checkpoint is unchanged" if found else "there is no earlier checkpoint"
 
     def restore_best(self, path: Location, state: dict[str, Any]) -> dict[str, Any]:
         """Restores `best.pt` when a run resumes in another folder, or if the file was lost.
@@ -116,64 +152,32 @@ def load(path: str | PathLike[str] | RemotePath) -> dict[str, Any]:
     """Reads a featkd checkpoint onto the CPU, without unpickling any code.
 
     Raises:
-        CheckpointError: it is missing, damaged, not a featkd checkpoint or of another format.
+        CheckpointError: it is missing, damaged, not a featkd checkpoint or of another format; names
+            the entry that is missing or of a wrong type.
     """
     location = locate(path, "checkpoint")
+    if location.exists() and not location.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"could not read the checkpoint {path}: not a regular file")
     try:
         state = torch.load(seekable(location), map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"could not read the checkpoint {path}: {error}") from error
+    except Exception as error:  # a damaged file can raise any
+        text = str(error) or type(error).__name__
+        raise CheckpointError(f"could not read the checkpoint {path}: {text}") from error
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(f"{path}: not a checkpoint of a featkd run")
-    if state["format"] != FORMAT:
+    if type(state["format"]) is not int or state["format"] != FORMAT:
         raise CheckpointError(
             f"{path}: checkpoint format {state['format']}, this featkd reads {FORMAT}"
         )
     if "due" in state:  # the key's name in earlier versions
         state["evaluation_pending"] = state.pop("due")
+    fault = find_fault(state)
+    if fault is not None:
+        raise CheckpointError(f"{path}: damaged: {fault}")
     return state
 
 
-def check_same_model(path: Location, saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Compares the recipe in a checkpoint with the recipe that resumes from it.
-
-    Args:
-        path: the checkpoint, for the message.
-        saved, current: the recipes as plain dicts.
-
-    Returns:
-        The fields that differ, as "field: saved -> current", without those that only set where
-        and how often something is written.
-
-    Raises:
-        CheckpointError: the students differ.
-    """
-    inference = (saved["teacher"] or {}).pop("inference", None)  # a field of earlier versions
-    harmless = ("out", "log_every", "checkpoint", "device", "data.workers", "data.path")
-    changed = {
-        name: f"{name}: {old!r} -> {new!r}"
-        for name, old, new in _differences(saved, current)
-        if not any(name == h or name.startswith(f"{h}.") for h in harmless)
-    }
-    student = [text for name, text in changed.items() if name.startswith("student")]
-    if student:
-        raise CheckpointError(
-            f"{path}: holds another student than the recipe asks for ({'; '.join(student)})"
-        )
-    return [*changed.values(), *([NO_FASTEST] if inference == "fastest" else [])]
-
-
-def abbreviate(names: list[str]) -> str:
+def abbreviate(names: list[str], separator: str = ", ") -> str:
     """Joins the first five names, and adds the total number if there are more."""
-    few = ", ".join(names[:5])
-    return few if len(names) <= 5 else f"{few}, ... {len(names)} in all"
-
-
-def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in [*old, *(k for k in new if k not in old)]:
-            inner = f"{name}.{key}" if name else str(key)
-            found += _differences(old.get(key), new.get(key), inner)
-        return found
-    return [] if old == new else [(name, old, new)]
+    few = separator.join(names[:5])
+    return few if len(names) <= 5 else f"{few}{separator}... {len(names)} in all"

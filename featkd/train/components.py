@@ -25,6 +25,7 @@ from featkd.train.cached_teacher import CachedTeacher, cache_views, open_cache
 from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import Teacher, create_teacher_model, naming
+from featkd.train.teacher_checks import check_teacher
 
 
 class StudentOutputs(NamedTuple):
@@ -144,12 +145,8 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
                 f"epoch has {len(train_loader)}"
             )
         global_batch = recipe.batch_size * context.world_size * recipe.optim.accumulate
+        _check_min_lr(recipe, global_batch)
         optimizer = _optimizer(recipe, student, global_batch, context)
-        if recipe.optim.min_lr > (peak := peak_lr(recipe, global_batch)):
-            notes.append(
-                f"optim.min_lr: {recipe.optim.min_lr:g} is above the peak learning rate {peak:.3g} "
-                f"(optim.lr, scaled by {global_batch} / optim.lr_batch)"
-            )
         scheduler = _scheduler(recipe, optimizer, updates_per_epoch)
         ema = None if recipe.ema_decay is None else ModelEmaV3(student, decay=recipe.ema_decay)
         student_forward = _student_forward(recipe, student, pairs)
@@ -264,10 +261,11 @@ def _teacher(
 
     if recipe.cache is not None:
         cache = open_cache(recipe, train_loader, context, notes)
+        check_teacher(recipe, train_loader.classes)
         pairs = pairs_for(cache.manifest.depth)
         image_name = train_loader.dataset.name
         return CachedTeacher(cache, pairs.teacher, context.device, image_name), pairs
-    model = create_teacher_model(recipe, num_classes, context, notes)
+    model = create_teacher_model(recipe, num_classes, train_loader.classes, context, notes)
     pairs = pairs_for(num_layers(model))
     return Teacher(model, pairs.teacher, recipe, context, logits=recipe.loss.alpha > 0), pairs
 
@@ -335,6 +333,17 @@ def _optimizer(
 def peak_lr(recipe: Recipe, global_batch: int) -> float:
     """Learning rate after the warm-up; proportional to the global batch."""
     return recipe.optim.lr * global_batch / recipe.optim.lr_batch
+
+
+def _check_min_lr(recipe: Recipe, global_batch: int) -> None:
+    config, peak = recipe.optim, peak_lr(recipe, global_batch)
+    if config.min_lr > peak:
+        raise RecipeError(
+            f"optim.min_lr: {config.min_lr:g} is above the peak learning rate {peak:.3g} (optim.lr "
+            f"{config.lr:g} for {config.lr_batch} images, {global_batch} per update); expected "
+            f"optim.min_lr <= {peak:.3g}, or optim.lr_batch: {global_batch} if optim.lr is meant "
+            "for this batch"
+        )
 
 
 def _scheduler(

@@ -6,6 +6,7 @@ import copy
 import math
 import resource
 import time
+from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
 from typing import cast
@@ -34,8 +35,16 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
     Raises:
         The errors of `Trainer` and of an update.
     """
+    teacher = recipe.teacher
+    missing = teacher is not None and not (teacher.has_weights or teacher.random)
+    if teacher is not None and missing:  # sizes and speed do not depend on the weights
+        recipe = replace(recipe, teacher=replace(teacher, random=True))
     trainer = Trainer(recipe, context, strict_classes=False)
     components = trainer.components
+    if missing:
+        components.notes.append(
+            "teacher: a run needs teacher.checkpoint, teacher.pretrained or teacher.random"
+        )
     try:
         components.student.train()
         components.train_loader.set_epoch(0)

@@ -17,7 +17,8 @@ from typing import IO
 
 from tqdm import tqdm
 
-from featkd.runtime.files import atomic_write
+from featkd.runtime.files import atomic_link, atomic_write
+from featkd.runtime.names import printable_lines
 from featkd.runtime.remote import Location, RemotePath
 
 
@@ -28,11 +29,20 @@ class CsvLog:
         path: the file.
         columns: columns; the first is the update after which the row was written.
         start: existing rows of later updates are dropped; the resumed run writes them again.
+
+    Attributes:
+        note: message for the user if the file holds other content than rows of this log; it is
+            then kept under another name.
     """
 
     def __init__(self, path: Location, columns: tuple[str, ...], start: int) -> None:
         self.path = path
-        rows = [row for row in read_csv(path) if int(row[columns[0]]) <= start]
+        self.note = ""
+        found, stray = _read_rows(path, columns)
+        if stray:
+            aside = _set_aside(path)
+            self.note = f"{path}: {stray}; the file is kept as {aside}, its other rows are used"
+        rows = [row for row in found if int(row[columns[0]]) <= start]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
@@ -65,6 +75,47 @@ def read_csv(path: Location) -> list[dict[str, str]]:
         return []
     text = io.StringIO(path.read_bytes().decode(), newline="")
     return [row for row in csv.DictReader(text) if None not in row.values()]
+
+
+def _read_rows(path: Location, columns: tuple[str, ...]) -> tuple[list[dict[str, str]], str]:
+    """Reads the rows of a log that a user or another program may have edited.
+
+    Returns:
+        The rows whose first column is a number, and a description of the first other line; ""
+        without one. A truncated last line, which a killed run leaves, is dropped.
+    """
+    if not path.is_file():
+        return [], ""
+    text = path.read_bytes().decode(errors="replace").replace("\0", "\ufffd")
+    lines = [line.rstrip("\r") for line in text.split("\n")[:-1]]
+    if not lines:
+        return [], ""
+    header = next(csv.reader(lines[:1]), [])
+    if columns[0] not in header:
+        return [], f"line 1 is {lines[0][:60]!r}, expected {','.join(columns)!r}"
+    rows, stray = [], ""
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            values = next(csv.reader([line]), [])
+        except csv.Error:  # a field of more than 128 KB
+            values = []
+        row = dict(zip(header, values, strict=False))
+        update = row.get(columns[0], "")
+        if len(values) == len(header) and update.isascii() and update.isdigit():
+            rows.append(row)
+        else:
+            expected = f"{len(header)} values, {columns[0]} a whole number"
+            stray = stray or f"line {number} is {line[:60]!r}, expected {expected}"
+    return rows, stray
+
+
+def _set_aside(path: Location) -> Location:
+    """Copies a file to the first free name "<name>.<n>.bak"; returns the new name."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}.bak")).exists():
+        number += 1
+    atomic_link(path, aside)
+    return aside
 
 
 class EventLog:
@@ -144,11 +195,13 @@ class RunLog:
         self.active = folder is not None
         self.quiet = quiet
         self.total = total
+        self.notes: list[str] = []  # for the user
         if folder is None:
             return
         self._train = CsvLog(folder / "metrics.csv", TRAIN_COLUMNS, start)
         self._eval = CsvLog(folder / "eval.csv", EVAL_COLUMNS, start - evaluation_pending)
         self._board = EventLog(folder / "tensorboard", start)
+        self.notes = [log.note for log in (self._train, self._eval) if log.note]
         self._bar = tqdm(
             total=total,
             initial=start,
@@ -192,7 +245,7 @@ class RunLog:
     def message(self, text: str) -> None:
         """Prints a line above the bar."""
         if self.active and not self.quiet:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(printable_lines(text), file=sys.stderr)
 
     def publish(self) -> None:
         """Uploads everything if behind a URL; called before a checkpoint is saved."""

@@ -8,7 +8,7 @@ import math
 import types
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -45,6 +45,9 @@ class StudentConfig:
     num_classes: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _check_options("student", self.options, ("base", "arch", "teacher_dim", "num_classes"))
+
 
 @dataclass
 class TeacherConfig:
@@ -54,6 +57,8 @@ class TeacherConfig:
         name: timm name.
         pretrained: use timm's pretrained weights.
         checkpoint: weights file to use instead (.safetensors, .pth, or a featkd checkpoint).
+        random: use random weights if neither of the two is given, instead of refusing to train
+            against them; for tests and timings.
         weights: weights of a featkd checkpoint: the average ("model_ema"), the last update
             ("model"), or the one of the two with the better score ("auto").
         options: further arguments of the timm model.
@@ -62,8 +67,17 @@ class TeacherConfig:
     name: str = "cait_s24_224"
     pretrained: bool = False
     checkpoint: str | None = None
+    random: bool = False
     weights: Literal["auto", "model", "model_ema"] = "auto"
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_options("teacher", self.options, ("name", "pretrained", "checkpoint", "weights"))
+
+    @property
+    def has_weights(self) -> bool:
+        """True if the weights are pretrained or come from a file."""
+        return self.pretrained or self.checkpoint is not None
 
 
 @dataclass
@@ -271,6 +285,16 @@ def check_local(name: str, folder: str) -> None:
 def _require(name: str, value: float, bound: Literal["> 0", ">= 0"]) -> None:
     if not (math.isfinite(value) and (value > 0 or (value == 0 and bound == ">= 0"))):
         raise RecipeError(f"{name}: expected a finite number {bound}, got {value!r}")
+
+
+def _check_options(section: str, options: Mapping[str, Any], fields: Sequence[str]) -> None:
+    """Checks that the options of a timm model don't repeat fields of the recipe."""
+    for name in fields:
+        if name in options:
+            raise RecipeError(
+                f"{section}.options.{name}: {options[name]!r}: this is a field of {section}; "
+                f"expected {section}.{name}"
+            )
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

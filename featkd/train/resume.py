@@ -12,8 +12,10 @@ from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.remote import Location, locate
 from featkd.train import checkpoint
 from featkd.train.checkpoint import CheckpointError, CheckpointStore
+from featkd.train.checkpoint_layout import find_optimizer_fault
 from featkd.train.components import RunComponents, peak_lr
-from featkd.train.recipe import Recipe, to_dict
+from featkd.train.recipe import Recipe
+from featkd.train.recipe_changes import another_experiment, check_same_recipe
 
 # Options that the recipe sets, not the checkpoint. The learning rate is set in each update.
 _RECIPE_OPTIONS = ("weight_decay", "eps")
@@ -28,7 +30,7 @@ def find_checkpoint(
     was given on the command line.
 
     Args:
-        resume: "auto", "never" or a file; see `Trainer.run`.
+        resume: "auto", "force", "never" or a file; see `Trainer.run`.
         store: the run's checkpoints.
         context: this process.
 
@@ -37,7 +39,7 @@ def find_checkpoint(
     """
     # A collective: a node that sees a shared folder late must not start anew alone.
     found = context.any_true(store.last.exists())
-    if resume == "auto":
+    if resume in ("auto", "force"):
         return store.last if found else None
     if found and context.job is not None and checkpoint.load(store.last)["job"] == context.job:
         return store.last
@@ -80,7 +82,12 @@ def check_same_position(context: ProcessContext, place: str) -> None:
 
 
 def restore(
-    path: Location, components: RunComponents, recipe: Recipe, world_size: int
+    path: Location,
+    components: RunComponents,
+    recipe: Recipe,
+    world_size: int,
+    *,
+    force: bool,
 ) -> tuple[dict[str, Any], list[str]]:
     """Restores the components of a run from a checkpoint.
 
@@ -93,16 +100,18 @@ def restore(
         components: receives weights, their average, the optimizer's state and the position.
         recipe: the recipe of the resumed run.
         world_size: number of processes of the resumed run.
+        force: allow changes of the recipe or the images that make it another experiment.
 
     Returns:
         The checkpoint's content, and notes for the user on what has changed.
 
     Raises:
-        CheckpointError: it can't be read, or has another student, other classes or, within an
-            epoch, another order of images.
+        CheckpointError: it can't be read, or has other classes or, within an epoch, another order
+            of images.
+        RecipeError: it has another student, or belongs to another experiment and `force` is false.
     """
     state = checkpoint.load(path)
-    changed = checkpoint.check_same_model(path, state["recipe"], to_dict(recipe))
+    changed = check_same_recipe(path, state["recipe"], recipe, force=force)
     if (state["model_ema"] is None) != (components.ema is None):
         raise CheckpointError(
             f"{path}: was saved {'without' if components.ema else 'with'} a weight average, but "
@@ -113,7 +122,10 @@ def restore(
             f"{path}: was trained on other classes ({checkpoint.abbreviate(state['classes'])}) "
             f"than the class folders ({checkpoint.abbreviate(components.train_loader.classes)})"
         )
+    images = _image_changes(state, components)
     _restore_position(path, state, components, recipe)
+    if images and not force:
+        raise another_experiment(path, images)
     student = cast(nn.Module, components.student)
     load_strictly(student, state["model"], str(path), "the recipe's student")
     if components.ema is not None:
@@ -123,7 +135,7 @@ def restore(
         components.scaler.load_state_dict(state["scaler"])
     changed = [
         *changed,
-        *_image_changes(state, components),
+        *images,
         *_loader_changes(state, components),
         *_process_changes(state, components, recipe, world_size),
     ]
@@ -151,7 +163,16 @@ def _restore_optimizer(
         {name: group[name] for name in _RECIPE_OPTIONS if name in group}
         for group in optimizer.param_groups
     ]
+    fault = find_optimizer_fault(optimizer, state["optimizer"])
+    if fault is not None:
+        raise CheckpointError(f"{path}: damaged: {fault}")
+    expected = [set(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
+    for number, (names, group) in enumerate(zip(expected, optimizer.param_groups, strict=True)):
+        if missing := sorted(names - set(group)):
+            raise CheckpointError(
+                f"{path}: damaged: has no entry optimizer.param_groups.{number}.{missing[0]}"
+            )
     for group, options in zip(optimizer.param_groups, recipe_options, strict=True):
         group.update(options)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,12 @@ from featkd.runtime.remote import locate
 from featkd.runtime.seeding import derive_seed
 from featkd.train.precision import autocast, cast_matmul_weights
 from featkd.train.recipe import Recipe, RecipeError
+from featkd.train.teacher_checks import (
+    check_classifier,
+    check_finite,
+    check_statistics,
+    check_teacher,
+)
 
 
 class TeacherForward(nn.Module):
@@ -77,18 +83,24 @@ class Teacher:
 
 
 def create_teacher_model(
-    recipe: Recipe, num_classes: int, context: ProcessContext, notes: list[str]
+    recipe: Recipe,
+    num_classes: int,
+    classes: Sequence[str],
+    context: ProcessContext,
+    notes: list[str],
 ) -> FeatureModel:
     """Creates the recipe's teacher on the device; under bf16, its matmul weights are bf16.
 
     Args:
         recipe: the run; its teacher is not null.
-        num_classes: classes of the data set, used if the teacher has no pretrained weights.
+        num_classes: outputs of a teacher whose weights don't set them.
+        classes: class names of the training set.
         context: this process.
         notes: notes for the user are appended here.
 
     Raises:
-        RecipeError: the model can't be created.
+        RecipeError: the model can't be created, or its weights don't fit the run (see
+            `featkd.train.teacher_checks`).
     """
     config = recipe.teacher
     assert config is not None
@@ -96,13 +108,11 @@ def create_teacher_model(
     checkpoint = config.checkpoint
     if checkpoint is not None and not locate(checkpoint, "teacher.checkpoint").is_file():
         raise RecipeError(f"teacher.checkpoint: no file {checkpoint!r}")
+    trained_classes = check_teacher(recipe, classes)
     if not config.pretrained:
-        options.setdefault("num_classes", num_classes)
-        if checkpoint is None:
-            notes.append(
-                f"teacher: {config.name} has random weights "
-                f"(teacher.pretrained is false and teacher.checkpoint is null)"
-            )
+        options.setdefault("num_classes", trained_classes or num_classes)
+    if not config.has_weights:
+        notes.append(f"teacher: {config.name} has random weights (teacher.random)")
     # Random weights must depend on the seed alone, not on the student created before: a cache is
     # written and read by different commands.
     torch.manual_seed(derive_seed(recipe.seed))
@@ -114,6 +124,11 @@ def create_teacher_model(
             weights=config.weights,
             **options,
         )
+    check_classifier(recipe, model)
+    if config.pretrained:
+        pretrained_cfg = cast(Any, model).pretrained_cfg
+        check_statistics(recipe, pretrained_cfg, f"teacher.pretrained: {config.name}")
+    check_finite(recipe, model)
     model.to(context.device)
     if recipe.amp == "bf16":
         cast_matmul_weights(cast(nn.Module, model), torch.bfloat16)

@@ -18,7 +18,7 @@ from featkd.models.features import FeatureModel
 from featkd.runtime import environment
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.interrupt import Interrupt
-from featkd.runtime.remote import locate
+from featkd.runtime.remote import Location, locate
 from featkd.runtime.seeding import derive_seed
 from featkd.train.cached_teacher import CachedTeacher
 from featkd.train.checkpoint import CheckpointStore
@@ -80,6 +80,7 @@ class Trainer:
         self.best: dict[str, Any] = {}
         self.scores: dict[str, dict[str, float]] = {}
         self.bad_files: dict[str, str] = {}  # path -> cause
+        self._last_checkpoint: Location | None = None  # saved by this run, or resumed from
         self._meter = Meter(context)
         self._seconds = 0.0
         self._timed_updates = 0
@@ -93,7 +94,9 @@ class Trainer:
     @property
     def _position(self) -> str:
         """End of error messages."""
-        return f"by update {self.update}; the last checkpoint is {self.store.last}"
+        last = self._last_checkpoint
+        kept = "no checkpoint was saved" if last is None else f"the last checkpoint is {last}"
+        return f"by update {self.update}; {kept}"
 
     @property
     def _schedule_update(self) -> int:
@@ -105,18 +108,23 @@ class Trainer:
         """Trains to the end, or until SIGINT or SIGTERM, which also save a checkpoint.
 
         Args:
-            resume: "auto" resumes from the last checkpoint in the output folder, if any; "never"
-                refuses a folder with a checkpoint; anything else is a checkpoint file.
+            resume: "auto" resumes from the last checkpoint in the output folder, if any, and
+                refuses one of another experiment; "force" resumes with the changed recipe; "never"
+                refuses a folder with a checkpoint; anything else is a checkpoint file, which the
+                recipe may change.
             quiet: print nothing.
 
         Raises:
-            CheckpointError: a checkpoint can't be written, read or used.
+            CheckpointError: a checkpoint can't be written, read or used, or another run writes to
+                the output folder.
+            RecipeError: the checkpoint belongs to another experiment.
             TrainingDiverged: the loss or a weight is not finite; this state is not saved.
             featkd.data.BadImageError: an unreadable image under on_bad_image="error".
         """
-        if self.context.is_main:
-            self.store.prepare()
-        self.context.barrier()
+        with self.store.opened(self.context):
+            return self._run(resume, quiet=quiet)
+
+    def _run(self, resume: str, *, quiet: bool) -> Outcome:
         loader = f"image loader: {self.components.train_loader.decoder}"
         messages = [loader, *self.components.notes, *self._resume(resume)]
         folder = self.folder if self.context.is_main else None
@@ -124,7 +132,7 @@ class Trainer:
             *(folder, self.update, self.total_updates, quiet),
             evaluation_pending=self.evaluation_pending,
         )
-        for message in messages:
+        for message in (*messages, *log.notes):
             log.message(message)
         stopped_by = None
         try:
@@ -368,6 +376,7 @@ class Trainer:
             }
             self.store.save(state, is_best=is_best, ended_epoch=ended_epoch)
         self.context.barrier()
+        self._last_checkpoint = self.store.last
 
     def _resume(self, resume: str) -> list[str]:
         """Restores the checkpoint that `resume` selects, if any; returns messages for the user."""
@@ -375,9 +384,13 @@ class Trainer:
         if path is None:
             check_same_position(self.context, "the start")
             return []
-        state, changed = restore(path, self.components, self.recipe, self.context.world_size)
+        state, changed = restore(
+            *(path, self.components, self.recipe, self.context.world_size),
+            force=resume not in ("auto", "never"),
+        )
         position = self.components.train_loader.state_dict()
         self.update, self.epoch, self.batch = state["update"], position["epoch"], position["batch"]
+        self._last_checkpoint = path
         self.evaluation_pending = state.get("evaluation_pending", False)
         place = f"{path} after update {self.update} (epoch {self.epoch}, batch {self.batch})"
         pending = ", to be evaluated" if self.evaluation_pending else ""

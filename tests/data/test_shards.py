@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import subprocess
 import sys
 import tarfile
@@ -104,7 +106,7 @@ def test_bad_images_in_shards_are_named(both):
     with tarfile.open(shard) as archive:
         place = archive.getmember("val-001/0001.jpg").offset_data
     shard.write_bytes(content[:place] + b"no image" + content[place + 8 :])
-    with pytest.raises(BadImageError, match=r"val-001.tar/val-001/0001.jpg: not a known image"):
+    with pytest.raises(BadImageError, match=r"val-001/0001.jpg: no image of a supported format"):
         ImageSet(config, "val")[SampleKey(0, 4, 0)]
     dataset = ImageSet(config, "val")
     shard.write_bytes(content[: place + 10])
@@ -240,3 +242,41 @@ def test_an_error_in_a_shard_reads_the_same_from_any_loader(both, backend, worke
         f"{other}/val/a.tar/a/0002.jpg: has class 7; classes.txt has 3 lines and "
         "data.first_label is 0"
     )
+
+
+def test_hidden_files_and_fifos_beside_samples(both: tuple[Path, Path]) -> None:
+    """macOS adds `._x.jpg` next to `x.jpg` to an archive."""
+    root, other = both
+    fill(root, other)
+    config = DataConfig(str(other), img_size=8)
+    expected = ImageSet(config, "val")
+    names = [expected.name(index) for index in range(len(expected))]
+    shard = other / "val/val-001.tar"
+    with tarfile.open(shard) as archive:
+        members = [(m, archive.extractfile(m).read()) for m in archive]  # type: ignore[union-attr]
+    with tarfile.open(shard, "w") as archive:
+        for member, content in members:
+            folder, _, name = member.name.rpartition("/")
+            for stored in (f"{folder}/._{name}", f"./{folder}/{name}"):
+                member.name = stored
+                archive.addfile(member, io.BytesIO(content))
+    (other / "val/.hidden.tar").write_bytes(b"no archive")
+    again = ImageSet(config, "val")
+    assert [again.name(index).replace("/./", "/") for index in range(len(again))] == names
+    os.mkfifo(other / "val/z.tar")
+    with pytest.raises(ShardError, match=r"z\.tar: not a readable tar file: a FIFO, not a regular"):
+        ImageSet(config, "val")
+
+
+def test_held_out_samples(both: tuple[Path, Path]) -> None:
+    root, other = both
+    fill(root, other)
+    held = DataConfig(str(other), img_size=8, val_split=None, val_fraction=0.4)
+    both_splits = []
+    for split in ("train", "val"):
+        dataset = ImageSet(held, split)  # type: ignore[arg-type]
+        both_splits.append({dataset.name(index) for index in range(len(dataset))})
+    assert all(both_splits)
+    assert len(both_splits[0]) + len(both_splits[1]) == len(both_splits[0] | both_splits[1]) == 12
+    with pytest.raises(ValueError, match=r"data\.val_fraction: 1e-09 .* use a larger fraction"):
+        ImageSet(replace(held, val_fraction=1e-9), "val")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +15,8 @@ from PIL import Image
 
 from featkd.data import DataConfig
 from featkd.diagnostics.feature_files import FeatureFiles
-from featkd.diagnostics.model_features import MeasuredModel, ModelFeatures
-from featkd.diagnostics.source import Layer, UnreadableError, num_chunks
+from featkd.diagnostics.model_features import MeasuredModel, ModelFeatures, _find_images
+from featkd.diagnostics.source import Layer, UnreadableError, fingerprint, num_chunks
 from featkd.models import create_teacher
 from tests.diagnostics.maps import feature_maps
 
@@ -202,3 +205,31 @@ def test_unreadable_images(tmp_path):
     assert [*chunk.left_out.values()] == ["the file is empty"]
     with pytest.raises(FileNotFoundError, match="data: expected a folder"):
         ModelFeatures([], tmp_path / "none", DataConfig(), device=torch.device("cpu"))
+
+
+def test_links_hidden_files_and_other_names(images, tmp_path):
+    """The same files are skipped as in training; names need not be UTF-8."""
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    expected = sorted(str(path) for path in folder.rglob("*.png"))
+    (folder / "loop").symlink_to(".")
+    first = Path(expected[0])
+    for hidden in (".x.png", ".hidden/x.png"):
+        (folder / hidden).parent.mkdir(exist_ok=True)
+        shutil.copy(first, folder / hidden)
+    with pytest.warns(UserWarning, match="1 links to folders .*images/loop"):
+        assert _find_images(folder, None) == expected
+    other = os.path.join(os.fsencode(first.parent), b"caf\xe9.png")
+    os.rename(first, other)
+    assert fingerprint([os.fsdecode(other)]) != fingerprint(expected[1:2])
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz", "safetensors"])
+def test_hidden_and_special_feature_files(tmp_path, maps, suffix):
+    name = "\x1b[2J"
+    os.mkfifo(tmp_path / f"{name}.{suffix}")
+    (tmp_path / ".0.npy").write_bytes(b"")  # hidden, so not of another kind
+    (tmp_path / "._0.npz").write_bytes(b"")
+    with pytest.raises(UnreadableError, match="a FIFO, not a regular file") as raised:
+        FeatureFiles(tmp_path)
+    assert str(raised.value).isprintable()

@@ -32,7 +32,7 @@ class Precision:
 
     @property
     def is_half(self) -> bool:
-        return self.student != FP32 or self.autocast is not None
+        return self.student in (BF16, FP16) or self.autocast is not None
 
 
 PRECISIONS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
@@ -29,7 +30,15 @@ from .accuracy import (
 from .forms import Form, Sizes, Tensors
 
 FP32 = PRECISIONS["fp32"]
+# precisions of the checks of torch.compile and CUDA graphs, besides float32
+OTHERS = {
+    "fp64": Precision(torch.float64, torch.float64),
+    "autocast_bf16": PRECISIONS["autocast-bf16"],
+    "autocast_fp16": PRECISIONS["autocast-fp16"],
+}
 _CLOSE = 2e-5  # between two float32 computations with sums in another order
+_CLOSE_HALF = 0.02  # on a GPU, between two half-precision products by different algorithms
+_CLOSE_FP64 = 1e-12
 
 
 def sizes_for(form: Form, device: torch.device) -> Sizes:
@@ -40,10 +49,18 @@ def sizes_for(form: Form, device: torch.device) -> Sizes:
     return Sizes(8, (1, 1), 1000, 1000) if logits else Sizes(4, (14, 14), 192, 384)
 
 
+def close(precision: Precision, device: torch.device, fp32: float = _CLOSE) -> float:
+    """Allowed relative difference between two computations of the same in a precision."""
+    if precision.student == torch.float64:
+        return _CLOSE_FP64
+    return _CLOSE_HALF if precision.is_half and device.type == "cuda" else fp32
+
+
 def assert_close(got: Tensors, want: Tensors, tolerance: float = _CLOSE) -> None:
-    """Compares all outputs and gradients by their relative L2 errors."""
+    """Compares all outputs and gradients by their dtypes and relative L2 errors."""
     assert set(got) == set(want)
     for name, x in want.items():
+        assert got[name].dtype == x.dtype, f"{name}: {got[name].dtype}, not {x.dtype}"
         error = relative(got[name], x)
         assert error <= tolerance, f"{name}: differs by {error:.1e}, allowed {tolerance:.1e}"
 
@@ -181,24 +198,29 @@ def second_device(form: Form, device: torch.device) -> None:
     assert_close({k: x.to("cuda:0") for k, x in got.items()}, want)
 
 
-def cuda_graph(form: Form, device: torch.device) -> None:
+def cuda_graph(form: Form, device: torch.device, precision: Precision = FP32) -> None:
     """A CUDA graph captures forward and backward, and its replays read the inputs anew."""
     _cuda(device)
     sizes = sizes_for(form, device)
-    tensors = inputs_of(form, sizes, FP32, device)
+    tensors = inputs_of(form, sizes, precision, device)
     names = [name for name in tensors if name not in form.constant]
+
+    def forward() -> tuple[Tensor, ...]:
+        with precision.context(device):
+            return form.ours(tensors, sizes)
+
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(3):
-            outputs = form.ours(tensors, sizes)
+            outputs = forward()
             upstream = [torch.full_like(y, 0.5) for y in outputs]
             torch.autograd.grad(outputs, [tensors[k] for k in names], upstream)
         del outputs
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = form.ours(tensors, sizes)
+        outputs = forward()
         gradients = torch.autograd.grad(outputs, [tensors[k] for k in names], upstream)
     recorded = [*(y.detach() for y in outputs), *gradients]
     for factor in (1.0, -0.5, 2.0):
@@ -207,19 +229,24 @@ def cuda_graph(form: Form, device: torch.device) -> None:
         graph.replay()
         once = [x.clone() for x in recorded]
         graph.replay()
-        fresh = form.ours(tensors, sizes)
+        fresh = forward()
+        assert featkd.last_backend(form.op) == backend_on(device)
         want = [*fresh, *torch.autograd.grad(fresh, [tensors[k] for k in names], upstream)]
         for number, (x, y) in enumerate(zip(once, recorded, strict=True)):
             assert torch.equal(x, y), f"result {number} of a replay does not repeat bitwise"
             # in a graph, with another workspace, a product may use another algorithm
             error = relative(x, want[number])
-            assert error <= _CLOSE, f"result {number} of a replay differs by {error:.1e}"
+            allowed = close(precision, device)
+            assert error <= allowed, f"result {number} of a replay differs by {error:.1e}"
 
 
-def compiled(form: Form, device: torch.device, mode: str = "default") -> None:
+def compiled(
+    form: Form, device: torch.device, mode: str = "default", precision: Precision = FP32
+) -> None:
     """`torch.compile(fullgraph=True)` keeps the kernels, forward and backward."""
     sizes = sizes_for(form, device)
-    want = run_ours(form, inputs_of(form, sizes, FP32, device), sizes)
+    want = run_ours(form, inputs_of(form, sizes, precision, device), sizes, precision)
+    allowed = close(precision, device, 1e-4)
     torch.compiler.reset()
     backends._last.pop(form.op, None)
     options: dict[str, Any] = {"mode": mode} if device.type == "cuda" else {"backend": "aot_eager"}
@@ -231,17 +258,16 @@ def compiled(form: Form, device: torch.device, mode: str = "default") -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(4):  # a CUDA graph is recorded in the second call, replayed from the third
-            tensors = inputs_of(form, sizes, FP32, device)
+            tensors = inputs_of(form, sizes, precision, device)
             if device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()
-            with _backend(device):
+            with _backend(device), precision.context(device):
                 outputs = run(tensors)
             got = results(form, tensors, outputs)
-            assert_close({k: x.clone() for k, x in got.items()}, want, 1e-4)
+            assert_close({k: x.clone() for k, x in got.items()}, want, allowed)
     ran = featkd.last_backend(form.op)
-    unknown = (
-        device.type == "cpu" and ran is None
-    )  # code compiled for a CPU may not record its backend
+    # code compiled for a CPU may not record its backend
+    unknown = device.type == "cpu" and ran is None
     assert unknown or ran == backend_on(device), f"ran on {ran}"
 
 
@@ -330,8 +356,22 @@ def _repeated(
 
 
 Check = Callable[[Form, torch.device], None]
+
+
+def _in_others(check: Callable[..., None]) -> tuple[Check, ...]:
+    """A check in each of the other precisions, named after them."""
+    found = []
+    for name, precision in OTHERS.items():
+        named = update_wrapper(partial(check, precision=precision), check)
+        named.__name__ = f"{check.__name__}_{name}"  # type: ignore[attr-defined]
+        found.append(named)
+    return tuple(found)
+
+
 QUICK: tuple[Check, ...] = (
     views, expanded, not_a_number, no_wait, side_stream, second_device, cuda_graph,
+    *_in_others(cuda_graph),
 )  # fmt: skip
-COMPILED: tuple[Check, ...] = (compiled, reduce_overhead, max_autotune)
+# the slowest come last: they are the first that a time limit cuts
+COMPILED: tuple[Check, ...] = (compiled, *_in_others(compiled), reduce_overhead, max_autotune)
 LARGE: tuple[Check, ...] = (beyond_32_bits,)

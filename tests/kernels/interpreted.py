@@ -33,6 +33,8 @@ NORMS = [
 LOGITS = [
     soft_kd_cases.Problem(7, 33),
     soft_kd_cases.Problem(5, 33, 0.3, 1.7, soft=True),
+    soft_kd_cases.Problem(3, 4096, 0.5, 1.7),  # the longest row of one block
+    soft_kd_cases.Problem(2, 4096, 0.3, 1.0, soft=True),
     soft_kd_cases.Problem(3, 5000, 0.5, 1.7),
 ]
 
@@ -57,6 +59,7 @@ def check_two_layer_norms() -> None:
 
 
 def check_soft_kd() -> None:
+    assert soft_kd.config(4096, torch.float64).block == 4096
     for problem in LOGITS:
         inputs = problem.inputs(torch.float64)
         problem.assert_exact(problem.run(inputs), inputs)

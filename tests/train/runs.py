@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from featkd.runtime.distributed import ProcessContext
 from featkd.train.checkpoint import load
 from featkd.train.logs import read_csv
-from featkd.train.recipe import Recipe
+from featkd.train.recipe import Recipe, to_dict
 from featkd.train.trainer import Outcome, Trainer
 
 CPU = ProcessContext(0, 1, torch.device("cpu"))
@@ -26,3 +27,29 @@ def column(recipe: Recipe, name: str) -> list[str]:
 def same_weights(one: Path, other: Path) -> bool:
     a, b = load(one)["model"], load(other)["model"]
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def empty_state(**changes: Any) -> dict[str, Any]:
+    """Content of a checkpoint with an empty model, in the order in which a run saves it."""
+    names = ("epoch", "batch", "batch_size", "world_size", "seed", "repeats", "num_images")
+    state: dict[str, Any] = {
+        "model": {},
+        "model_ema": None,
+        "optimizer": {"state": {}, "param_groups": []},
+        "scaler": {},
+        "loader": dict.fromkeys(names, 1),
+        "classes": ["a", "b"],
+        "num_classes": 2,
+        "meter": torch.zeros(3),
+        "metered": 0,
+        "update": 0,
+        "epoch": 0,
+        "best": {},
+        "scores": {},
+        "bad_files": {},
+        "recipe": to_dict(Recipe()),
+        "versions": {},
+        "world_size": 1,
+        "job": None,
+    }
+    return state | changes

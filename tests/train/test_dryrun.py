@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 
 from featkd.models import create_student
-from featkd.runtime.distributed import ProcessContext
 from featkd.train.dryrun import dry_run, forward_macs
+from tests.train.runs import CPU
 
 
 @pytest.mark.parametrize(
@@ -21,7 +20,7 @@ def test_forward_macs_are_the_published_ones(arch, published):
     assert round(forward_macs(student, 224) / 1e9, 3) == published
 
 
-def test_a_minimum_above_the_peak_is_noted(recipe):
-    recipe = replace(recipe, optim=replace(recipe.optim, lr_batch=1024, min_lr=1e-4))
-    report = dry_run(recipe, ProcessContext(0, 1, torch.device("cpu")))
-    assert "optim.min_lr: 0.0001 is above the peak learning rate 1.56e-05" in report
+def test_a_dry_run_needs_no_weights_of_the_teacher(recipe):
+    recipe = replace(recipe, teacher=replace(recipe.teacher, random=False))
+    report = dry_run(recipe, CPU)
+    assert "a run needs teacher.checkpoint, teacher.pretrained or teacher.random" in report

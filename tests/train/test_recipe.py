@@ -14,6 +14,7 @@ from featkd.train.recipe import (
     OptimConfig,
     Recipe,
     RecipeError,
+    StudentConfig,
     TeacherConfig,
     find_recipe,
     load_recipe,
@@ -167,3 +168,13 @@ def test_words_that_yaml_takes_for_booleans(tmp_path, text, fields):
 def test_unknown_recipe_name():
     with pytest.raises(RecipeError, match="did you mean 'lift_imagenet_mse'"):
         find_recipe("lift_imagenet_mes")
+
+
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [("student", "num_classes"), ("student", "base"), ("teacher", "name"), ("teacher", "weights")],
+)
+def test_options_that_repeat_a_field_are_refused(section, name):
+    cls = {"student": StudentConfig, "teacher": TeacherConfig}[section]
+    with pytest.raises(RecipeError, match=rf"^{section}.options.{name}: 5: .* {section}.{name}$"):
+        cls(options={name: 5})

@@ -11,7 +11,7 @@ import torch
 from featkd.runtime.distributed import ProcessContext
 from featkd.train.checkpoint import CheckpointError
 from featkd.train.logs import RunLog
-from featkd.train.recipe import Recipe
+from featkd.train.recipe import LossConfig, Recipe, RecipeError
 from featkd.train.trainer import Trainer
 from tests.train.runs import CPU, run
 
@@ -33,7 +33,7 @@ def test_another_weight_decay_and_eps_are_used(alone, optimizer):
     assert [group["weight_decay"] for group in before] == [0.0, 0.05]
     other = replace(alone, optim=replace(optim, weight_decay=0.2, eps=1e-6))
     trainer = Trainer(other, CPU)
-    trainer._resume("auto")
+    trainer._resume("force")
     groups = trainer.components.optimizer.param_groups
     assert [group["weight_decay"] for group in groups] == [0.0, 0.2]
     assert {group.get("eps") for group in groups} == {1e-6 if optimizer == "adamw" else None}
@@ -65,24 +65,25 @@ def test_another_precision(alone, before, after):
 def test_an_optimizer_that_the_state_does_not_fit_is_refused(alone, change, message):
     saved(alone)
     with pytest.raises(CheckpointError, match=message):
-        Trainer(replace(alone, optim=replace(alone.optim, **change)), CPU)._resume("auto")
+        Trainer(replace(alone, optim=replace(alone.optim, **change)), CPU)._resume("force")
 
 
-def test_another_number_of_images_is_noted_between_epochs_and_refused_within(
-    alone, images, tmp_path
-):
+def test_another_number_of_images_is_refused_or_forced_between_epochs(alone, images, tmp_path):
     fewer = tmp_path / "fewer"
     shutil.copytree(images, fewer)
     for number in range(8):
         (fewer / "train" / "red" / f"{number}.png").unlink()
-    run(replace(alone, optim=replace(alone.optim, epochs=1, warmup_epochs=0)))
+    alone = changed(alone, "optim.warmup_epochs", 0)
+    run(changed(alone, "optim.epochs", 1))
     there = replace(alone, data=replace(alone.data, path=str(fewer)))
     note = "training images: 48 -> 40 (5 updates per epoch)"
-    assert note in Trainer(there, CPU)._resume("auto")[1]
+    with pytest.raises(RecipeError, match=r"another experiment: training images: 48 -> 40"):
+        Trainer(there, CPU)._resume("auto")
+    assert note in Trainer(there, CPU)._resume("force")[1]
     assert "training images" not in Trainer(alone, CPU)._resume("auto")[1]
     saved(alone)
     with pytest.raises(CheckpointError, match=r"last.pt: num_images: 48 when .*, now 40"):
-        Trainer(there, CPU)._resume("auto")
+        Trainer(there, CPU)._resume("force")
 
 
 def test_processes_that_read_different_files_are_stopped(alone, monkeypatch):
@@ -113,3 +114,74 @@ def test_a_checkpoint_of_an_earlier_recipe_is_resumed(recipe, inference):
     notes = [message for message in messages if "teacher.inference: 'fastest' was" in message]
     assert len(notes) == (inference == "fastest")
     assert len(messages) == 1 + len(notes)
+
+
+def changed(recipe: Recipe, field: str, value: object) -> Recipe:
+    """The recipe with one field, "section.name" or "name", set to another value."""
+    section, _, name = field.rpartition(".")
+    if not section:
+        return replace(recipe, **{name: value})
+    return replace(recipe, **{section: replace(getattr(recipe, section), **{name: value})})
+
+
+EXPERIMENT = {
+    "seed": (5, "seed: 0 -> 5"),
+    "loss.alpha": (0.25, "loss.alpha: 0.5 -> 0.25"),
+    "loss.feature": ("mse", "loss.feature: 'spectral' -> 'mse'"),
+    "teacher.weights": ("model", "teacher.weights: 'auto' -> 'model'"),
+    "student.arch": ("fixed_step", "student.arch: 'widelast' -> 'fixed_step'"),
+    "optim.lr": (1e-3, "optim.lr: 0.002 -> 0.001"),
+    "optim.optimizer": ("sgd", "optim.optimizer: 'adamw' -> 'sgd'"),
+    "optim.epochs": (3, "optim.epochs: 4 -> 3"),
+    "data.crop_pct": (1.0, "data.crop_pct: 0.875 -> 1.0"),
+    "data.mean": ((0.5, 0.5, 0.5), r"data.mean: \[0.485, 0.456, 0.406\] -> \[0.5, 0.5, 0.5\]"),
+    "ema_decay": (0.5, "ema_decay: 0.9 -> 0.5"),
+}
+
+
+def test_another_experiment_is_refused(recipe):
+    """Every field that changes the experiment; the folder is left as it was."""
+    recipe = changed(recipe, "optim.epochs", 4)
+    last = saved(recipe).store.last
+    before = last.read_bytes(), sorted(last.parent.iterdir())
+    alone = replace(recipe, teacher=None, loss=LossConfig(alpha=0.0))
+    cases = [(changed(recipe, f, value), text) for f, (value, text) in EXPERIMENT.items()]
+    for other, text in [*cases, (alone, "teacher: 'vit_tiny_patch16_224' -> null")]:
+        with pytest.raises(RecipeError, match=rf"last\.pt: .*{text}.*; expected another --out"):
+            Trainer(other, CPU).run(quiet=True)
+    assert (last.read_bytes(), sorted(last.parent.iterdir())) == before
+    for field in ("loss.alpha", "data.crop_pct"):
+        value, text = EXPERIMENT[field]
+        assert text in Trainer(changed(recipe, field, value), CPU)._resume("force")[-1]
+
+
+ALLOWED = {
+    "log_every": (7, ""),
+    "data.workers": (1, ""),
+    "device": ("auto", ""),
+    "optim.epochs": (5, "optim.epochs: 4 -> 5"),
+    "batch_size": (4, "batch_size: 8 -> 4"),
+    "data.on_bad_image": ("skip", "data.on_bad_image: 'error' -> 'skip'"),
+}
+
+
+@pytest.mark.parametrize("field", ALLOWED)
+def test_a_change_within_the_experiment_goes_on(alone, field):
+    alone = changed(alone, "optim.epochs", 4)
+    saved(alone)
+    value, note = ALLOWED[field]
+    messages = Trainer(changed(alone, field, value), CPU)._resume("auto")
+    assert messages[0].startswith("resumed from")
+    assert messages[1:] == ([f"changed since that checkpoint: {note}"] if note else [])
+
+
+def test_fields_that_an_earlier_version_lacked_have_their_defaults(recipe):
+    last = saved(recipe).store.last
+    state = torch.load(last)
+    for section, field in (("data", "on_bad_image"), ("teacher", "random"), ("loss", "tau")):
+        del state["recipe"][section][field]
+    del state["recipe"]["cache_epochs"]
+    torch.save(state, last)
+    assert len(Trainer(recipe, CPU)._resume("auto")) == 1
+    with pytest.raises(RecipeError, match=r"loss.tau: 1.0 -> 2.0"):
+        Trainer(changed(recipe, "loss.tau", 2.0), CPU)._resume("auto")

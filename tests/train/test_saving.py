@@ -6,8 +6,10 @@ import csv
 import itertools
 import math
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,10 @@ from featkd.losses import DistillationTerms
 from featkd.runtime.interrupt import Interrupt
 from featkd.runtime.remote import Location, locate
 from featkd.train.checkpoint import CheckpointError, CheckpointStore, load
-from featkd.train.logs import TRAIN_COLUMNS, RunLog
+from featkd.train.logs import TRAIN_COLUMNS, RunLog, read_csv
 from featkd.train.meter import TrainingDiverged
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU
+from tests.train.runs import CPU, empty_state, run
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -62,8 +64,8 @@ def test_weights_that_overflowed_are_not_saved(alone):
 
 
 def scored(update: int, top1: float, best: dict[str, float] | None = None) -> dict[str, Any]:
-    row = {"update": update, "top1": top1}
-    return {"update": update, "best": row if best is None else best}
+    row = {"update": update, "epoch": 1, "weights": "model", "top1": top1}
+    return empty_state(update=update, best=row if best is None else best)
 
 
 @pytest.fixture(params=["disk", "disk without links", "store"])
@@ -105,7 +107,7 @@ def test_a_kill_between_two_names_leaves_none_missing(folder, monkeypatch):
         left = done
         with pytest.raises(Killed):
             store.save(scored(2, 20.0), is_best=True, ended_epoch=2)
-        assert load(store.last) == {"format": 2, **scored(1, 10.0)}
+        assert load(store.last)["best"] == scored(1, 10.0)["best"]
         assert load(store.best)["update"] == (2 if done == 2 else 1)
     left = 3
     store.save(scored(2, 20.0), is_best=True, ended_epoch=2)
@@ -159,7 +161,7 @@ def test_the_best_state_is_restored(folder, tmp_path):
 
 def test_a_run_resumed_elsewhere_has_its_best(alone, tmp_path):
     first = Trainer(alone, CPU)
-    first.best = {"update": 0, "top1": 50.0}
+    first.best = {"update": 0, "epoch": 0, "weights": "model", "top1": 50.0}
     first.store.prepare()
     first._save(RunLog(None, 0, 0), is_best=True)
     trainer = Trainer(replace(alone, out=str(tmp_path / "elsewhere")), CPU)
@@ -174,6 +176,107 @@ def test_a_run_resumed_elsewhere_has_its_best(alone, tmp_path):
     messages = trainer._resume(str(last))
     assert trainer.best == {}
     assert "without/best.pt: the best score is none, not 50.0 as in" in messages[1]
+
+
+NOT_NEEDED = {"pixels", "evaluation_pending"}  # absent from checkpoints of earlier versions
+
+
+def test_a_checkpoint_with_any_wrong_entry_is_named_and_changes_nothing(alone, tmp_path):
+    """Each entry of a run's checkpoint is removed, and replaced by values of other types."""
+    run(alone)
+    out = Path(alone.out)
+    last = out / "last.pt"
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    state = torch.load(last)
+    broken = tmp_path / "broken.pt"
+    for name, value in state.items():
+        if name == "format":
+            continue
+        replacements = [{1: {}}, torch.zeros(2, 2), "text", -1, None, [{}]]
+        for wrong in replacements:
+            if wrong is None and name in ("model_ema", "job"):
+                continue
+            if isinstance(wrong, str) and name in ("pixels", "job"):
+                continue
+            if isinstance(wrong, dict) and name == "versions":
+                continue
+            torch.save({**state, name: wrong}, broken)
+            with pytest.raises(CheckpointError, match=rf"broken.pt: damaged: .*entry {name}"):
+                load(broken)
+        torch.save({k: v for k, v in state.items() if k != name}, broken)
+        if name in NOT_NEEDED:
+            load(broken)
+            continue
+        message = rf"broken.pt: damaged: has no entry {name}; expected"
+        with pytest.raises(CheckpointError, match=message):
+            load(broken)
+        assert value is state[name]
+    torch.save({k: v for k, v in state.items() if k != "optimizer"}, last)
+    before[last] = last.read_bytes()
+    with pytest.raises(CheckpointError, match=r"last.pt: damaged: has no entry optimizer"):
+        run(replace(alone, optim=replace(alone.optim, epochs=3)))
+    assert before == {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+
+def optimizer_of(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A parameter group and the state of the first parameter."""
+    return state["optimizer"]["param_groups"][0], state["optimizer"]["state"][0]
+
+
+BROKEN_OPTIMIZERS: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {
+    "optimizer.param_groups.0.betas: expected 2 values": lambda group, _: group.update(betas=0.9),
+    "optimizer.param_groups.0: expected .* parameters": lambda group, _: group["params"].pop(),
+    "optimizer has no entry state.0.exp_avg": lambda _, first: first.pop("exp_avg"),
+    "optimizer.state.0.exp_avg: expected a tensor of shape": lambda _, first: first.update(
+        exp_avg=torch.zeros(1)
+    ),
+    # last, because torch finds it in the restored optimizer
+    "has no entry optimizer.param_groups.0.betas": lambda group, _: group.pop("betas"),
+}
+
+
+def test_an_optimizer_state_that_does_not_fit_is_named(alone, tmp_path):
+    run(alone)
+    broken = tmp_path / "broken.pt"
+    elsewhere = Trainer(replace(alone, out=str(tmp_path / "elsewhere")), CPU)
+    for message, breaks in BROKEN_OPTIMIZERS.items():
+        state = torch.load(Path(alone.out) / "last.pt")
+        breaks(*optimizer_of(state))
+        torch.save(state, broken)
+        with pytest.raises(CheckpointError, match=f"broken.pt: damaged: {message}"):
+            elsewhere._resume(str(broken))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_a_checkpoint_that_is_no_regular_file_is_refused(tmp_path, kind):
+    path = tmp_path / "last.pt"
+    os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with pytest.raises(CheckpointError, match=r"last.pt: not a regular file"):
+        load(path)
+
+
+HOLD = """\
+import sys
+from pathlib import Path
+from featkd.runtime.lock import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_in_the_same_folder_is_refused(alone):
+    out = Path(alone.out)
+    out.mkdir()
+    hold = [sys.executable, "-c", HOLD, str(out)]
+    with subprocess.Popen(hold, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        message = f"out: {out} is in use by process {other.pid} on host .*choose another folder"
+        with pytest.raises(CheckpointError, match=message):
+            run(alone)
+        assert [path.name for path in out.iterdir()] == [".lock"]
+        other.kill()
+    assert run(alone).updates == 12
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's always full device")
@@ -207,3 +310,75 @@ def test_a_disk_filled_by_the_logs_is_an_error_that_names_them(tmp_path, capsys,
     assert raised.value.errno == 28
     assert f"the end of the logs is missing: {raised.value}" in capsys.readouterr().err
     assert log._eval._file.closed
+
+
+def test_no_checkpoint_is_named_that_does_not_exist(alone, monkeypatch):
+    trainer = Trainer(alone, CPU)
+    compute_loss = trainer.compute_loss
+    monkeypatch.setattr(
+        trainer,
+        "compute_loss",
+        lambda *args: DistillationTerms(*(x * math.nan for x in compute_loss(*args))),
+    )
+    with pytest.raises(TrainingDiverged, match=r"by update 1; no checkpoint was saved \("):
+        trainer.run(quiet=True)
+    assert not trainer.store.last.exists()
+
+
+def test_a_first_save_that_fails_names_no_earlier_checkpoint(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("featkd.runtime.files.os.fsync", full)
+    with pytest.raises(CheckpointError, match=r"No space .*; there is no earlier checkpoint$"):
+        CheckpointStore(tmp_path).save({})
+
+
+STRAY = {
+    "a row": (b"total,1,2\n", "line 3 is 'total,1,2', expected 7 values, update a whole number"),
+    "text": (b"see below\n", "line 3 is 'see below'"),
+    "bytes": (b"\xff\0,,,,,,\n", "line 3 is "),
+    "a field of 1 MB": (b"x" * 1_000_000 + b"\n", "line 3 is "),
+}
+
+
+@pytest.mark.parametrize("folder", ["disk", "store"], indirect=True)
+@pytest.mark.parametrize("kind", STRAY)
+def test_a_stray_row_in_a_log_is_set_aside(folder, kind):
+    content, message = STRAY[kind]
+    CheckpointStore(folder).prepare()
+    log = RunLog(folder, 0, 9, quiet=True)
+    for update in (1, 2, 3):
+        log.train({**dict.fromkeys(TRAIN_COLUMNS, 1), "update": update})
+    log.close()
+    path = folder / "metrics.csv"
+    lines = path.read_bytes().splitlines(keepends=True)
+    edited = b"".join([*lines[:2], content, *lines[2:]])
+    if isinstance(path, Path):
+        path.write_bytes(edited)
+    else:
+        path.replace_with(edited)
+    for number in (1, 2):
+        log = RunLog(folder, 2, 9, quiet=True)
+        log.close()
+        assert [row["update"] for row in read_csv(path)] == ["1", "2"]
+        if number == 1:
+            (note,) = log.notes
+            assert note.startswith(f"{path}: {message}")
+            assert f"kept as {path}.1.bak" in note
+        else:
+            assert log.notes == []  # the log has been cleaned
+    assert (folder / "metrics.csv.1.bak").read_bytes() == edited
+
+
+def test_a_run_goes_on_beside_a_stray_row(alone, capsys):
+    run(alone)
+    metrics = Path(alone.out) / "metrics.csv"
+    rows = read_csv(metrics)
+    with metrics.open("a") as file:
+        file.write("mean,,0.5,,,,\n")
+    longer = replace(alone, optim=replace(alone.optim, epochs=3))
+    Trainer(longer, CPU).run()
+    assert f"{metrics}: line 14 is 'mean,,0.5,,,,'" in capsys.readouterr().err
+    assert read_csv(metrics)[: len(rows)] == rows
+    assert len(read_csv(metrics)) == 18

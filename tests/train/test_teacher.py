@@ -1,14 +1,23 @@
-"""The frozen teacher: computation that its outputs do not need."""
+"""The frozen teacher: unneeded computation, and weights that don't fit the run."""
 
 from __future__ import annotations
 
+import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 
+from featkd.cache import CacheConfig
+from featkd.cli.main import main
+from featkd.models import create_teacher
+from featkd.train.build_cache import build_cache
+from featkd.train.recipe import LossConfig, Recipe, RecipeError, StudentConfig, to_yaml
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU
+from tests.train.runs import CPU, run
 
 
 def test_unused_logits_are_not_computed(recipe):
@@ -32,3 +41,104 @@ def test_unused_logits_are_not_computed(recipe):
             assert torch.equal(outputs.maps[0], model.forward_maps(batch.images, layers)[0])
             assert trainer.losses(batch).total.isfinite()
         trainer.components.close()
+
+
+def refuse(recipe: Recipe, message: str) -> None:
+    """Checks that training and `featkd cache` raise the error and write nothing."""
+    with pytest.raises(RecipeError, match=message):
+        Trainer(recipe, CPU)
+    with pytest.raises(RecipeError, match=message):
+        build_cache(recipe, CacheConfig(), CPU, Path(recipe.out) / "cache", quiet=True)
+    assert not Path(recipe.out).exists()
+
+
+@pytest.fixture
+def trained(alone: Recipe, recipe: Recipe) -> Recipe:
+    """`recipe` with a checkpoint of featkd as teacher."""
+    teacher = replace(
+        alone,
+        out=alone.out + "-teacher",
+        student=StudentConfig(base=recipe.teacher.name, options=dict(recipe.teacher.options)),
+        optim=replace(alone.optim, epochs=1, warmup_epochs=0),
+    )
+    run(teacher)
+    checkpoint = f"{teacher.out}/last.pt"
+    return replace(recipe, teacher=replace(recipe.teacher, checkpoint=checkpoint, random=False))
+
+
+def test_a_teacher_of_other_classes_is_refused(trained, images, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(images, other)
+    for split in ("train", "val"):
+        (other / split / "green").rename(other / split / "zebra")
+    there = replace(trained, data=replace(trained.data, path=str(other)))
+    refuse(there, r"last\.pt: was trained on other classes .* class 1 is 'green' there and 'red'")
+    for split in ("train", "val"):
+        shutil.rmtree(other / split / "zebra")
+    refuse(there, r"class 1 is 'green' there and 'red' here; loss.alpha is 0.5")
+    maps_only = replace(there, loss=replace(there.loss, alpha=0.0))
+    trainer = Trainer(maps_only, CPU)  # the logits are not used
+    assert trainer.components.teacher_model.num_classes == 3
+    Trainer(trained, CPU)
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_a_teacher_of_other_statistics_is_refused(trained, name):
+    other = replace(trained, data=replace(trained.data, **{name: (0.5, 0.4, 0.3)}))
+    own = ", ".join(str(x) for x in getattr(trained.data, name))
+    message = rf"data.{name} \[{own}\], but this run has \[0.5, 0.4, 0.3\]; expected data.{name}"
+    refuse(other, message)
+    refuse(replace(other, loss=replace(other.loss, alpha=0.0)), message)
+
+
+def test_a_new_classifier_beside_pretrained_weights_is_refused(recipe, tmp_path):
+    """timm reads a file in place of the download."""
+    base = timm.create_model("vit_tiny_patch16_224", img_size=16, **recipe.teacher.options)
+    file = tmp_path / "pretrained.pth"
+    torch.save(base.state_dict(), file)
+    mean, std = recipe.data.mean, recipe.data.std
+    overlay = {"file": str(file), "num_classes": 1000, "mean": mean, "std": std}
+
+    def pretrained(num_classes: int | None = None, **cfg: object) -> Recipe:
+        options = {**recipe.teacher.options, "pretrained_cfg_overlay": {**overlay, **cfg}}
+        if num_classes is not None:
+            options["num_classes"] = num_classes
+        teacher = replace(recipe.teacher, pretrained=True, random=False, options=options)
+        return replace(recipe, teacher=teacher)
+
+    refuse(pretrained(3), r"num_classes: 3, but the pretrained .* 1000 classes: .* random")
+    refuse(pretrained(0), r"has no classifier, but loss.alpha is 0.5")
+    refuse(pretrained(), r"the student has 3 and the teacher 1000")
+    maps_only = replace(pretrained(3), loss=replace(recipe.loss, alpha=0.0))
+    assert Trainer(maps_only, CPU).components.teacher_model.num_classes == 3
+    refuse(pretrained(mean=[0.5] * 3), r"teacher.pretrained: .* data.mean \[0.5, 0.5, 0.5\], but")
+
+
+def test_a_teacher_without_classifier_has_no_classes(recipe):
+    options = {**recipe.teacher.options, "num_classes": 0}
+    teacher = replace(recipe.teacher, options=options)
+    refuse(replace(recipe, teacher=teacher), r"^teacher: vit_tiny_patch16_224 has no classifier")
+    Trainer(replace(recipe, teacher=teacher, loss=LossConfig(feature="mse")), CPU)
+
+
+def test_a_teacher_without_weights_is_refused(recipe, capsys, tmp_path):
+    recipe = replace(recipe, teacher=replace(recipe.teacher, random=False))
+    refuse(recipe, r"vit_tiny_patch16_224 has no weights; expected teacher.checkpoint \(a file\)")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(recipe))
+    assert main(["distill", str(file)]) == 2
+    assert main(["distill", str(file), "--teacher.random", "true", "--optim.epochs", "2"]) == 0
+    assert "vit_tiny_patch16_224 has random weights (teacher.random)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_teacher_that_is_not_finite_is_blamed(trained, value, tmp_path):
+    model = create_teacher(
+        "vit_tiny_patch16_224", img_size=16, num_classes=3, **trained.teacher.options
+    )
+    state = model.state_dict()
+    state["blocks.1.norm1.weight"][3] = value
+    for file in (tmp_path / "t.pth", tmp_path / "t.pt"):
+        torch.save(state if file.suffix == ".pth" else {"model": state}, file)
+        teacher = replace(trained.teacher, checkpoint=str(file))
+        refuse(replace(trained, teacher=teacher), rf"{file}: 1 tensors .* blocks.1.norm1.weight")

@@ -31,7 +31,7 @@ def test_a_run_learns_and_writes_its_files(recipe):
     out = Path(recipe.out)
     assert outcome.updates == 48
     assert outcome.scores["model"]["top1"] > 60  # chance is 33; the colours are easy
-    assert {"last.pt", "best.pt", "metrics.csv", "eval.csv", "tensorboard"} == {
+    assert {"last.pt", "best.pt", "metrics.csv", "eval.csv", "tensorboard", ".lock"} == {
         p.name for p in out.iterdir()
     }
     assert list(out.glob("tensorboard/events*"))
@@ -311,6 +311,9 @@ def test_widths_grids_and_classes_that_do_not_fit(recipe):
         Trainer(replace(recipe, teacher=many), CPU)
     with pytest.raises(RecipeError, match=r"student.num_classes: 5, but .* 3 class folders"):
         Trainer(replace(recipe, student=replace(student, num_classes=5)), CPU)
+    small = replace(recipe.optim, lr=2e-3, lr_batch=1024, min_lr=1e-4)
+    with pytest.raises(RecipeError, match=r"min_lr: 0.0001 is above .* 1.56e-05 .*lr_batch: 8 if"):
+        Trainer(replace(recipe, optim=small), CPU)
     with pytest.raises(RecipeError, match=r"optim.accumulate: 7 .* an epoch has 6"):
         Trainer(replace(recipe, optim=replace(recipe.optim, accumulate=7)), CPU)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from featkd.data.images import decode_image
+from featkd.data.images import decode_image, open_image
 
 File = tuple[np.ndarray[Any, Any], tuple[int, int]]
 """Content and (width, height)."""
@@ -33,7 +33,7 @@ def load(content: bytes, name: str) -> File:
         BadImageError: the content is not an image, or is truncated.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(content) as image:
             plain = image.format == "JPEG" and image.mode in ("RGB", "L")
             size = image.size
     except Exception:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor
 from featkd.data.augment import preserve_rng_state
 from featkd.data.augment_params import AugmentParams, AugmentParamSampler, evaluation_params
 from featkd.data.config import DataConfig
+from featkd.data.dali.files import load
 from featkd.data.dali.pipeline import build_pipeline, pipeline_inputs
 from featkd.data.dali.read_ahead import EpochReader, FedBatch
 from featkd.data.imageset import ImageSet
 from featkd.data.loader import Batch, SampledLoader, as_tensor
 from featkd.data.sampler import EpochSampler, SampleKey
+from featkd.runtime.names import printable
 
 
 class DaliLoader(SampledLoader):
@@ -116,29 +118,56 @@ class DaliLoader(SampledLoader):
                 if not reader.fed:
                     raise
                 if all(fed.decodable for fed in reader.fed):
-                    keys = reader.fed[0].keys
                     raise RuntimeError(
-                        f"DALI failed on a batch of {len(keys)} images, all of which Pillow "
-                        f"decodes, the first for {self.dataset.name(keys[0].image)}; set "
+                        f"DALI failed on {self._find_failing(reader.fed)}: {_reason(error)}; set "
                         'data.backend to "timm"'
                     ) from error
             reader.retry_fed()
             self._prepare_pipeline()
 
+    def _find_failing(self, fed: Iterable[FedBatch]) -> str:
+        """Describes the image that a pipeline fails on, found by halving the batches."""
+        samples = []
+        for batch in fed:
+            for key, params in zip(batch.keys, batch.params, strict=True):
+                decoded, _ = self.dataset.decode(key, load)
+                if decoded is not None:
+                    samples.append((decoded[0][0], params, decoded[2]))
+        count = len(samples)
+        while len(samples) > 1:
+            half = samples[: len(samples) // 2]
+            samples = half if self._fails(half) else samples[len(half) :]
+        if samples and self._fails(samples):
+            return f"{printable(self.dataset.name(samples[0][2]))}, which Pillow decodes"
+        return f"a batch, but on none of its {count} images alone, all of which Pillow decodes"
+
+    def _fails(self, samples: Sequence[tuple[Any, AugmentParams, int]]) -> bool:
+        """Checks if a new pipeline fails on these samples."""
+        files, params = [file for file, _, _ in samples], [params for _, params, _ in samples]
+        inputs = iter([pipeline_inputs(files, params, self._num_ops, self._config.img_size)])
+        try:
+            self._build_pipeline(lambda: next(inputs), len(samples)).run(_stream(self._device))
+        except RuntimeError:
+            return True
+        return False
+
     def _prepare_pipeline(self) -> None:
         """Reuses the pipeline of the last epoch if it ran to its end, otherwise builds one."""
         if self._pipeline is None:
-            sampler = self._param_sampler
-            self._pipeline = build_pipeline(
-                self._config,
-                self._feed,
-                batch_size=self._batches.batch_size,
-                num_ops=self._num_ops,
-                fill_color=(0, 0, 0) if sampler is None else sampler.fill_color,
-                device=self._device,
-            )
+            self._pipeline = self._build_pipeline(self._feed, self._batches.batch_size)
         else:
             self._pipeline.reset()
+
+    def _build_pipeline(self, feed: Callable[[], tuple[list[Any], ...]], batch_size: int) -> Any:
+        sampler = self._param_sampler
+        return build_pipeline(
+            self._config,
+            feed,
+            batch_size=batch_size,
+            num_ops=self._num_ops,
+            fill_color=(0, 0, 0) if sampler is None else sampler.fill_color,
+            device=self._device,
+        )
 
     def _feed(self) -> tuple[list[Any], ...]:
         """Returns the pipeline's inputs for a batch; DALI calls it ahead of the output.
@@ -180,6 +209,12 @@ class DaliLoader(SampledLoader):
             return [evaluation_params(size, config.img_size, config.crop_pct) for size in sizes]
         with preserve_rng_state():
             return [sampler.sample(size, key) for size, key in zip(sizes, keys, strict=True)]
+
+
+def _reason(error: RuntimeError) -> str:
+    """Returns the first line of DALI's message that is not only a heading."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return printable(next((line for line in lines if line and line[-1] != ":"), "no reason given"))
 
 
 def _stream(device: torch.device) -> Any:

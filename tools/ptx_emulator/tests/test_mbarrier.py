@@ -45,16 +45,18 @@ mbarrier.arrive.release.cta.shared::cta.b64 %rd5, [%r10];
 @!%p3 st.global.u32 [%rd1], %r7;
 """
 )
-COPY = (
+COPY_START = (
     INIT.replace("COUNT", "64")
     + """shl.b32 %r5, %r0, 2;
 add.u32 %r5, %r5, %r4;
 cp.async.ca.shared.global [%r5], [%rd1], 4;
-@@
 """
 )
-COPY += WAIT.replace("PARITY", "0") + READ.replace("%r3", "%r5")
+COPY = COPY_START + "@@\n" + WAIT.replace("PARITY", "0") + READ.replace("%r3", "%r5")
 TRACKED = "cp.async.mbarrier.arrive.noinc.shared.b64 [%r10];"
+# a copy of thread 0 that begins after the mbarrier tracks its copies
+LATER = COPY_START + TRACKED + "\n@%p1 cp.async.ca.shared.global [%r10+8], [%rd1], 4;\n"
+LATER += WAIT.replace("PARITY", "0") + "@@\n@%p1 ld.shared.u32 %r7, [%r10+8];"
 
 TABLE = [
     faults(
@@ -145,6 +147,7 @@ TABLE = [
     ),
     faults("writes again before it was read", "shared-race", RING, "", TWO),
     faults("copies are not tracked", "missing-async-wait", COPY, ARRIVE, TRACKED),
+    faults("a later copy is not tracked", "missing-async-wait", LATER, "", "cp.async.wait_all;"),
     faults(
         "copies tracked beyond the count",
         "deadlock",

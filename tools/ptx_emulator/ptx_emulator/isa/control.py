@@ -29,14 +29,15 @@ def branch_indexed(op: Operation) -> str:
 
 
 def call(op: Operation) -> str:
-    """Translates `call`; a call of a failed device assertion is a trap."""
+    """Translates `call`; a call of `__assertfail` is a trap."""
     op.allow("uni")
-    operands = list(op.operands)
+    first, *operands = op.operands
     results: tuple[Operand, ...] = ()
-    if isinstance(operands[0], Group):
-        results = operands.pop(0).items  # type: ignore[union-attr]
-    name = operands[0]
-    arguments = operands[1].items if len(operands) > 1 and isinstance(operands[1], Group) else ()
+    if isinstance(first, Group):
+        results, name, operands = first.items, operands[0], operands[1:]
+    else:
+        name = first
+    arguments = operands[0].items if operands and isinstance(operands[0], Group) else ()
     if not isinstance(name, Register):
         raise op.unsupported("operand form")
     if name.name == "__assertfail":

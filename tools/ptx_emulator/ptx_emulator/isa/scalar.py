@@ -54,19 +54,8 @@ def setp(op: Operation) -> str:
     if is_float:
         wide = "f64" if own == "f64" else "f32"
         x, y = (f"({wide})flush<{cpp_bool(op.has('ftz'))}>({v})" for v in (x, y))
-    symbols = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-    ordered = "(x_ == x_ && y_ == y_)"
-    if comparison == "ne" and is_float:
-        test = "x_ < y_ || x_ > y_"  # false if an operand is NaN
-    elif comparison in symbols:
-        test = f"x_ {symbols[comparison]} y_"
-    elif comparison in ("num", "nan"):
-        test = ordered if comparison == "num" else f"!{ordered}"
-    elif comparison[-1] == "u" and comparison[:-1] in symbols:
-        test = f"!{ordered} || x_ {symbols[comparison[:-1]]} y_"
-    else:
-        raise op.unsupported(f"comparison .{comparison}")
-    code = f"auto x_ = {x}; auto y_ = {y}; bool test = {test};"
+    code = f"auto x_ = {x}; auto y_ = {y};"
+    code += f"bool test = {_comparison(op, comparison, is_float)};"
     last, other = "test", "!test"
     if combine:
         joined = {"and": "&&", "or": "||", "xor": "!="}[combine]
@@ -81,6 +70,21 @@ def setp(op: Operation) -> str:
     values = (last, other)
     code += "".join(f"bool p{i} = {values[i]};" for i in range(len(targets)))
     return code + "".join(op.assign(x, f"p{i}") for i, x in enumerate(targets))
+
+
+def _comparison(op: Operation, name: str, is_float: bool) -> str:
+    """Returns a comparison of x_ and y_ in C++."""
+    symbols = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+    ordered = "(x_ == x_ && y_ == y_)"
+    if name == "ne" and is_float:
+        return "x_ < y_ || x_ > y_"  # false if an operand is NaN
+    if name in symbols:
+        return f"x_ {symbols[name]} y_"
+    if name in ("num", "nan"):
+        return ordered if name == "num" else f"!{ordered}"
+    if name[-1] == "u" and name[:-1] in symbols:
+        return f"!{ordered} || x_ {symbols[name[:-1]]} y_"
+    raise op.unsupported(f"comparison .{name}")
 
 
 def testp(op: Operation) -> str:

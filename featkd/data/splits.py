@@ -1,0 +1,62 @@
+"""Check for validation images that are training images too."""
+
+from __future__ import annotations
+
+import os
+
+from featkd.data.config import DataConfig
+from featkd.data.folder import FolderSource, split_folder
+from featkd.data.shards import TarSource, tar_files
+from featkd.runtime.files import open_regular
+from featkd.runtime.names import listed, printable
+
+_MAX_COMPARED = 1000  # files, evenly spaced in the list
+_COMPARED_BYTES = 2**20
+
+
+def shared_images_note(config: DataConfig, validation: FolderSource | TarSource) -> str:
+    """Describes validation images that are also trained on; "" if none are found.
+
+    Compares up to 1000 validation files (or shards) with the training files of the same names.
+    """
+    if config.val_split is None:
+        return ""
+    train, val = split_folder(config, "train"), validation.folder
+    advice = (
+        "the scores do not measure unseen images; use other images, or data.val_split=null and "
+        "data.val_fraction=0.1"
+    )
+    if os.path.samefile(train, val):
+        return f"data.val_split: {printable(val)} is the folder of the training images; {advice}"
+    if isinstance(validation, TarSource):
+        names = tar_files(val)
+    else:
+        within = os.path.relpath(os.path.realpath(val), os.path.realpath(train))
+        if within.split(os.sep)[0] in validation.classes:
+            return (
+                f"data.val_split: {printable(val)} lies below the training images, as a class; "
+                f"{advice}"
+            )
+        count, step = len(validation), -(-len(validation) // _MAX_COMPARED)
+        names = [os.path.relpath(validation.name(i), val) for i in range(0, count, step)]
+    shared = [n for n in names if _same_content(os.path.join(train, n), os.path.join(val, n))]
+    if not shared:
+        return ""
+    return (
+        f"data.val_split: {len(shared)} of {len(names)} compared files of {printable(val)} are "
+        f"also in {printable(train)} ({listed(shared, 3)}); {advice}"
+    )
+
+
+def _same_content(first: str, second: str) -> bool:
+    """Checks if two names are those of one file, or of files that are equal in their first MiB."""
+    try:
+        one, two = os.stat(first), os.stat(second)
+        if (one.st_dev, one.st_ino) == (two.st_dev, two.st_ino):
+            return True
+        if one.st_size != two.st_size or one.st_size == 0:
+            return False
+        with open_regular(first) as a, open_regular(second) as b:
+            return a.read(_COMPARED_BYTES) == b.read(_COMPARED_BYTES)
+    except OSError:
+        return False

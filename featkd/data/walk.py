@@ -1,0 +1,115 @@
+"""Search of a folder for files, with one rule for hidden names and links in all commands."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+
+from featkd.runtime.names import listed
+
+_FolderId = tuple[int, int]  # device and inode
+
+
+def is_hidden(name: str) -> bool:
+    """Checks if a name is that of a hidden file or folder, which all commands skip."""
+    return name.startswith(".")
+
+
+def subfolders(folder: str) -> list[str]:
+    """Returns the sorted names of the folders in `folder`, without hidden ones."""
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if not is_hidden(e.name) and _is_folder(e))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def find_files(
+    folder: str, endings: tuple[str, ...], within: str | None = None
+) -> tuple[list[str], list[str]]:
+    """Searches a folder and the folders below it.
+
+    Links to folders are followed. Each folder is read once, under its own name if it has one
+    below `folder`. Links to folders above `folder` are not followed.
+
+    Args:
+        folder: the folder.
+        endings: endings of the files, in lower case.
+        within: folder that holds `folder`, if `folder` can be a link; links to it and to folders
+            above it are not followed.
+
+    Returns:
+        The files, sorted by folder, then by name; and the links that were not followed.
+    """
+    seen = _folders_above(folder)
+    if within is not None:
+        seen |= {_folder_id(within)} | _folders_above(within)
+    found: dict[str, list[str]] = {}
+    links: list[str] = [folder]
+    repeated: list[str] = []
+    while links:
+        # All real folders come before the next links, so that they are found under their own names.
+        pending, links = links, []
+        for start in sorted(pending):
+            if (number := _folder_id(start)) in seen:
+                repeated.append(start)
+                continue
+            seen.add(number)
+            _read_folders(start, endings, seen, found, links)
+    return [os.path.join(place, name) for place in sorted(found) for name in found[place]], repeated
+
+
+def _read_folders(
+    start: str,
+    endings: tuple[str, ...],
+    seen: set[_FolderId],
+    found: dict[str, list[str]],
+    links: list[str],
+) -> None:
+    """Reads a folder and the real folders below it; extends `seen`, `found` and `links`."""
+    pending = [start]
+    while pending:
+        place = pending.pop()
+        names = []
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if is_hidden(entry.name):
+                    continue
+                if not _is_folder(entry):
+                    if entry.name.lower().endswith(endings):
+                        names.append(entry.name)
+                elif entry.is_symlink():
+                    links.append(entry.path)
+                elif (number := _folder_id(entry.path)) not in seen:
+                    seen.add(number)
+                    pending.append(entry.path)
+        if names:
+            found[place] = sorted(names)
+
+
+def _folders_above(folder: str) -> set[_FolderId]:
+    found = set()
+    above = os.path.realpath(folder)
+    while above != (above := os.path.dirname(above)):
+        found.add(_folder_id(above))
+    return found
+
+
+def _folder_id(folder: str) -> _FolderId:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def warn_of_repeated_links(links: Iterable[str]) -> None:
+    """Warns if links lead to folders that were already searched."""
+    if links := sorted(links):
+        warnings.warn(
+            f"{len(links)} links to folders that contain them or were already searched are not "
+            f"followed: {listed(links, 3)}",
+            stacklevel=3,
+        )

@@ -1,0 +1,40 @@
+"""Names of files and folders in messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def printable(name: object) -> str:
+    r"""Returns a name with escapes in place of the characters that a terminal would act on.
+
+    Line breaks and the bytes of names that are not UTF-8 are escaped too.
+
+    Example:
+        >>> print(printable("a\x1b[2Jb\n"))
+        a\x1b[2Jb\x0a
+    """
+    text = str(name)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that os.fsdecode could not decode
+        return f"\\x{code - 0xDC00:02x}"
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def printable_lines(text: str) -> str:
+    """Applies `printable` to each line of a message."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def listed(names: Sequence[object], most: int = 10) -> str:
+    """Joins the printable forms of names; lists at most `most` of them."""
+    more = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(map(printable, names[:most])) + more

@@ -1,0 +1,157 @@
+"""Checks that a teacher's weights belong to the images and classes of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from featkd.models.features import FeatureModel
+from featkd.runtime.remote import locate, seekable
+from featkd.train.recipe import Recipe, RecipeError
+
+
+def check_teacher(recipe: Recipe, classes: Sequence[str]) -> int | None:
+    """Checks the teacher's source of weights against the run, before the teacher is built.
+
+    Args:
+        recipe: the run; its teacher is not null.
+        classes: class names of the training set.
+
+    Returns:
+        Number of classes of a featkd checkpoint; None for other weights.
+
+    Raises:
+        RecipeError: the teacher has no weights and `teacher.random` is false; or it is a
+            checkpoint of featkd that was trained with other mean or std, or, if the loss uses its
+            logits, on other classes.
+    """
+    teacher = recipe.teacher
+    assert teacher is not None
+    if not (teacher.random or teacher.has_weights):
+        raise RecipeError(
+            f"teacher: {teacher.name} has no weights; expected teacher.checkpoint (a file), "
+            "teacher.pretrained: true, or teacher.random: true for a test with random weights"
+        )
+    state = _read_run(teacher.checkpoint)
+    if state is None:
+        return None
+    where = f"teacher.checkpoint: {teacher.checkpoint}"
+    data = state["recipe"].get("data") or {}
+    check_statistics(recipe, data, where)
+    own = state.get("classes")
+    if recipe.loss.alpha > 0 and own is not None and list(own) != list(classes):
+        raise RecipeError(
+            f"{where}: was trained on other classes than the class folders of this run: "
+            f"{_first_difference(own, classes)}; loss.alpha is {recipe.loss.alpha:g}, which "
+            "compares logits class by class; expected the same classes in the same order, or "
+            "loss.alpha: 0"
+        )
+    found = state.get("num_classes")
+    return found if isinstance(found, int) else None
+
+
+def check_statistics(recipe: Recipe, expected: Mapping[str, Any], teacher: str) -> None:
+    """Checks that the images are normalised as the teacher expects.
+
+    Args:
+        recipe: the run.
+        expected: "mean" and "std" that the teacher was trained with; a missing one is not checked.
+        teacher: beginning of the error.
+
+    Raises:
+        RecipeError: they differ from `data.mean` or `data.std`.
+    """
+    for name in ("mean", "std"):
+        own, theirs = getattr(recipe.data, name), expected.get(name)
+        if theirs is None:
+            continue
+        if not all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(own, theirs, strict=True)):
+            raise RecipeError(
+                f"{teacher}: was trained with data.{name} {list(theirs)}, but this run has "
+                f"{list(own)}; expected data.{name}: {list(theirs)}"
+            )
+
+
+def check_classifier(recipe: Recipe, model: FeatureModel) -> None:
+    """Checks that a teacher whose logits are used has a trained classifier.
+
+    Raises:
+        RecipeError: the model has no classifier, or a new one beside pretrained weights.
+    """
+    teacher, alpha = recipe.teacher, recipe.loss.alpha
+    assert teacher is not None
+    if alpha == 0:
+        return
+    classes = getattr(model, "num_classes", None)
+    if classes == 0:
+        raise RecipeError(
+            f"teacher: {teacher.name} has no classifier, but loss.alpha is {alpha:g}; expected a "
+            "teacher with a classifier, or loss.alpha: 0"
+        )
+    trained = getattr(model, "pretrained_cfg", {}).get("num_classes")
+    if teacher.pretrained and trained is not None and classes != trained:
+        has = f"{trained} classes" if trained else "no classifier"
+        raise RecipeError(
+            f"teacher.options.num_classes: {classes}, but the pretrained weights of {teacher.name} "
+            f"have {has}: the classifier would be random, and loss.alpha is {alpha:g}; expected "
+            "a teacher trained on these classes, or loss.alpha: 0"
+        )
+
+
+def check_finite(recipe: Recipe, model: FeatureModel) -> None:
+    """Checks that a teacher's weights are finite.
+
+    Raises:
+        RecipeError: a value is NaN or infinite; names the file and the tensor.
+    """
+    teacher = recipe.teacher
+    assert teacher is not None
+    if not teacher.has_weights:
+        return
+    module: Any = model
+    assert isinstance(module, nn.Module)
+    bad = [name for name, x in module.named_parameters() if not torch.isfinite(x).all()]
+    if bad:
+        source = (
+            f"teacher.checkpoint: {teacher.checkpoint}"
+            if teacher.checkpoint is not None
+            else f"teacher: the pretrained weights of {teacher.name}"
+        )
+        raise RecipeError(
+            f"{source}: {len(bad)} tensors hold values that are not finite, first {bad[0]}; "
+            "expected a checkpoint of a run that has not diverged"
+        )
+
+
+def _read_run(checkpoint: str | None) -> dict[str, Any] | None:
+    """Content of a teacher's file if it is a checkpoint of featkd, else None.
+
+    A missing or damaged file is left to `create_teacher`, which describes it.
+    """
+    if checkpoint is None or checkpoint.endswith(".safetensors"):
+        return None
+    where = locate(checkpoint, "teacher.checkpoint")
+    if not where.is_file():
+        return None
+    # With mmap no tensor is read, but some files and file systems don't support it.
+    for mapped in (True, False) if isinstance(where, Path) else (False,):
+        try:
+            state = torch.load(seekable(where), map_location="cpu", weights_only=True, mmap=mapped)
+        except Exception:  # any error of torch.load: unpickling, zip, missing classes
+            continue
+        is_run = isinstance(state, dict) and isinstance(state.get("recipe"), dict)
+        return state if is_run else None
+    return None
+
+
+def _first_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
+    """Describes the first class that differs."""
+    for number, (one, other) in enumerate(zip(theirs, ours, strict=False)):
+        if one != other:
+            return f"class {number} is {one!r} there and {other!r} here"
+    return f"{len(theirs)} classes there and {len(ours)} here"

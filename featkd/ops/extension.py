@@ -13,7 +13,7 @@ LIBRARY = Path(__file__).parent.with_name("_csrc.so")
 PROBE = "featkd::spectrum"  # an operator with a kernel for each device that csrc is built for
 
 # pip keeps the wheel that it has built without csrc, unless told not to.
-REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir featkd"
+REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir /path/to/featkd"
 
 _DEVICES = ("cpu", "cuda")
 _known: dict[Path, str] = {}

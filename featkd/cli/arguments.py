@@ -16,6 +16,8 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from featkd.runtime.suggest import suggestion
 
+_NUMBERS = re.compile(r"-?[\d.]+(,-?[\d.]+)*")
+
 
 class UsageError(ValueError):
     """Bad words on the command line."""
@@ -63,7 +65,21 @@ class Parser(ArgumentParser):
         """
         words = [_with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
         self.check_options(words)
-        return super().parse_args(words, **kwargs)
+        return super().parse_args(list(self._with_brackets(words)), **kwargs)
+
+    def _with_brackets(self, words: Iterable[str]) -> Iterator[str]:
+        """Write numbers as a list where an option takes one: `--layers -1`, `--layers 0,-1`."""
+        hints = self._hints()
+        takes_list = {option for option, hint in hints.items() if _takes_list(hint)}
+        option = ""
+        for word in words:
+            name, equals, value = word.partition("=")
+            if option in takes_list and _NUMBERS.fullmatch(word):
+                word = f"[{word}]"
+            elif equals and name in takes_list and _NUMBERS.fullmatch(value):
+                word = f"{name}=[{value}]"
+            option = word
+            yield word
 
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         """Return the help text: options with dashes, the examples last."""
@@ -145,6 +161,10 @@ def is_group_of_fields(action: argparse.Action) -> bool:
     return action.help == "Path to a configuration file."
 
 
+def _takes_list(hint: Any) -> bool:
+    return any(get_origin(kind) in (list, tuple) for kind in (hint, *get_args(hint)))
+
+
 def _takes_any_key(hint: Any) -> bool:
     return any(get_origin(kind) is dict for kind in (hint, *get_args(hint)))
 
@@ -196,6 +216,17 @@ def add_json(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--json", type=str, default=None, metavar="FILE", help="write the figures as JSON"
     )
+
+
+def add_quiet(parser: ArgumentParser) -> None:
+    """Add `--quiet`, an option of the commands that report their progress."""
+    parser.add_argument("--quiet", action="store_true", help="print errors and results only")
+
+
+def plural(count: int, word: str) -> str:
+    """Return a number and a noun, for example "1 class" or "2 classes"."""
+    ending = "" if count == 1 else "es" if word.endswith("s") else "s"
+    return f"{count} {word}{ending}"
 
 
 def check_folders(options: Namespace, names: Sequence[str]) -> None:

@@ -6,11 +6,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from featkd.cache.config import DEFAULT_ENERGY, DEFAULT_TOP, CacheConfig, Features, Store
-from featkd.cli.arguments import Parser, UsageError
+from featkd.cli.arguments import Parser, UsageError, add_quiet, plural
 from featkd.cli.recipe_arguments import parse_recipe, recipe_parser
+
+if TYPE_CHECKING:
+    from featkd.cache.manifest import Manifest
 
 
 def cache(words: Sequence[str]) -> int:
@@ -27,7 +30,7 @@ def cache(words: Sequence[str]) -> int:
             raise UsageError(f"--verify: expected no other arguments, got {' '.join(words)}")
         check_local("--verify", options.verify)
         return _verify(Path(options.verify))
-    if "--out" not in options_given:
+    if "--out" not in options_given and not options.dry_run:
         raise UsageError("--out: expected the folder of the cache, got nothing")
     check_local("out", recipe.out)
     check_local("data.path", recipe.data.path)
@@ -35,7 +38,18 @@ def cache(words: Sequence[str]) -> int:
     try:
         context = distributed.start(recipe.device)
         with distributed.explain_lost_processes(f"the same command continues {recipe.out}"):
-            built = build_cache(recipe, config, context, Path(recipe.out))
+            built = build_cache(
+                recipe,
+                config,
+                context,
+                Path(recipe.out),
+                quiet=options.quiet,
+                dry_run=options.dry_run,
+            )
+        if options.dry_run:
+            if context.is_main:
+                print(f"{_described(built.manifest)}: {built.size.describe(Path(recipe.out))}")
+            return 0
         if built.interrupted_by is not None:
             if context.is_main:
                 print(
@@ -47,20 +61,24 @@ def cache(words: Sequence[str]) -> int:
         if context.is_main:
             if built.bad_files:
                 print(
-                    f"featkd: {len(built.bad_files)} images are unreadable; each of their rows "
-                    "holds the outputs of the next readable image, and a run that can read one "
-                    "of them refuses its row",
+                    f"featkd: unreadable images: {len(built.bad_files)}; each of their rows holds "
+                    "the outputs of the next readable image, and a run that can read one of them "
+                    "refuses its row",
                     file=sys.stderr,
                 )
-            manifest = built.manifest
             repaired = f", {built.damaged} of them to replace damaged ones" if built.damaged else ""
-            print(
-                f"{recipe.out}: {manifest.views} views of {manifest.rows} rows in "
-                f"{manifest.views * manifest.shards} shards, {built.written} written{repaired}"
-            )
+            described = _described(built.manifest)
+            print(f"{recipe.out}: {described}, {built.written} written{repaired}")
         return 0
     finally:
         distributed.stop()
+
+
+def _described(manifest: Manifest) -> str:
+    return (
+        f"{plural(manifest.views, 'view')} of {plural(manifest.rows, 'row')} in "
+        f"{plural(manifest.views * manifest.shards, 'shard')}"
+    )
 
 
 def _verify(folder: Path) -> int:
@@ -81,7 +99,7 @@ def _verify(folder: Path) -> int:
             file=sys.stderr,
         )
         return 1
-    print(f"{folder}: {manifest.views} views of {manifest.rows} rows in {shards} shards, all whole")
+    print(f"{folder}: {_described(manifest)}, all whole")
     return 0
 
 
@@ -147,4 +165,10 @@ def parser() -> Parser:
         default=CacheConfig.shard_rows,
         help="rows per file, rounded up to whole batches",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run the teacher on one batch, report the size of the cache, and write nothing",
+    )
+    add_quiet(parser)
     return parser

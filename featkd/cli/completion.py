@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 
-from featkd.cli import bench, cache, demo, diagnose, distill
+from featkd.cli import bench, cache, demo, diagnose, distill, env
 from featkd.cli.arguments import Parser, UsageError, with_dashes
 
 SHELLS = ("bash", "zsh")
@@ -30,6 +30,7 @@ def completion_script(shell: str, commands: Mapping[str, str]) -> str:
         "cache": cache.parser(),
         "diagnose": diagnose.parser(),
         "bench": Parser(prog="featkd bench"),
+        "env": env.parser(),
         "demo": demo.parser(),
     }
     parser = Parser(prog="featkd")

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from docstring_parser import parse
 
-from featkd.cli.arguments import Parser, add_json, check_folders
+from featkd.cli.arguments import Parser, add_json, add_quiet, check_folders, plural
 from featkd.diagnostics import DiagnoseConfig, Settings
 from featkd.diagnostics import diagnose as run_diagnose
 from featkd.diagnostics.process_run import Interrupted
@@ -34,10 +34,10 @@ def diagnose(words: Sequence[str]) -> int:
     values = {field.name: args[field.name] for field in _option_fields()}
     config = DiagnoseConfig(**values, settings=settings, command=_command(words))
     is_main = os.environ.get("RANK", "0") == "0"
-    for name in config.random_models if is_main else ():
+    for name in config.random_models if is_main and not args.quiet else ():
         print(f"featkd: {name} {args[name]} has random weights", file=sys.stderr)
     try:
-        findings = run_diagnose(config)
+        findings = run_diagnose(config, quiet=args.quiet)
     except Interrupted as stop:
         hint = f"the same command continues from {args.out}/state"
         print(f"featkd: {stop}; {hint}", file=sys.stderr)
@@ -50,7 +50,7 @@ def diagnose(words: Sequence[str]) -> int:
         speed = findings.images_per_s
         pace = "" if speed is None else f", {speed:.1f} images/s in the first pass of process 0"
         print(*findings.conclusions(), sep="\n")
-        print(f"{findings.images} images{pace}: {out / 'report.html'}")
+        print(f"{plural(findings.images, 'image')}{pace}: {out / 'report.html'}")
     return 0
 
 
@@ -95,5 +95,6 @@ def parser() -> Parser:
             how = {"type": str, "required": True}
         parser.add_argument(f"--{field.name}", help=texts[field.name], **how)
     add_json(parser)
+    add_quiet(parser)
     parser.add_class_arguments(Settings)
     return parser

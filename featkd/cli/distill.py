@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from featkd.cli.arguments import Parser
+from featkd.cli.arguments import Parser, add_quiet, plural
 from featkd.cli.recipe_arguments import parse_recipe, recipe_parser
 
 if TYPE_CHECKING:
@@ -37,8 +38,13 @@ def distill(words: Sequence[str]) -> int:
             "torchrun --max-restarts does so by itself"
         )
         with distributed.explain_lost_processes(remedy):
-            outcome = Trainer(recipe, context).run(options.resume)
+            outcome = Trainer(recipe, context).run(options.resume, quiet=options.quiet)
         if outcome.interrupted_by is not None:
+            if options.quiet and context.is_main:
+                hint = f"--resume auto continues from the last checkpoint in {recipe.out}"
+                print(
+                    f"featkd: stopped by signal {outcome.interrupted_by}; {hint}", file=sys.stderr
+                )
             return 128 + outcome.interrupted_by
         if context.is_main:
             print(f"{recipe.out}: {_summary(outcome)}")
@@ -50,7 +56,7 @@ def distill(words: Sequence[str]) -> int:
 def _summary(outcome: Outcome) -> str:
     """Return the last line of a run: updates, best accuracy, speed, unreadable images."""
     best = outcome.best
-    facts = [f"{outcome.updates} updates"]
+    facts = [plural(outcome.updates, "update")]
     if best:  # empty if the run was never evaluated
         facts.append(
             f"best top-1 {best['top1']:.2f} % ({best['weights']} weights, epoch {best['epoch']})"
@@ -60,7 +66,7 @@ def _summary(outcome: Outcome) -> str:
     else:
         facts.append(f"{outcome.images_per_s:.1f} images/s")
     if outcome.bad_files:
-        facts.append(f"{len(outcome.bad_files)} unreadable images left out")
+        facts.append(f"{plural(len(outcome.bad_files), 'unreadable image')} left out")
     return ", ".join(facts)
 
 
@@ -91,4 +97,5 @@ def parser() -> Parser:
     parser.add_argument(
         "--print-config", action="store_true", help="print the whole recipe as YAML and stop"
     )
+    add_quiet(parser)
     return parser

@@ -18,6 +18,7 @@ COMMANDS = {
     "cache": "store a teacher's outputs for several runs, or verify stored ones",
     "diagnose": "measure the mismatch between feature maps of a student and a teacher",
     "bench": "time the ops, the loaders and training updates",
+    "env": "print versions, devices and backends, for bug reports",
     "demo": "train a teacher and four students on scikit-learn's digits",
 }
 _OPTIONS = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -74,7 +76,11 @@ def parse_recipe(parser: Parser, words: Sequence[str]) -> tuple[Recipe, Namespac
     words = [_long_option(word) for word in words]
     parser.check_options(words, hidden=(_CONFIG,))
     if not words[0].startswith("-"):
-        words = [_CONFIG, read_recipe_config(find_recipe(words[0])), *words[1:]]
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            words = [_CONFIG, read_recipe_config(find_recipe(words[0])), *words[1:]]
+        for note in notes:  # without the line of source that warnings are shown with
+            print(f"featkd: {note.message}", file=sys.stderr)
     options = parser.parse_args(words)
     built = parser.instantiate(options)
     return Recipe(**{field.name: built[field.name] for field in fields(Recipe)}), options

@@ -39,15 +39,15 @@ class AugmentConfig:
         hflip: probability of a horizontal flip.
         rand_augment: timm's RandAugment string, e.g. "rand-m9-n2-mstd0.5-inc1"; null turns it off.
         color_jitter: strength of brightness, contrast and saturation jitter; null turns it off.
-            Needs `rand_augment=None`, because timm ignores it next to RandAugment.
+            Needs `rand_augment: null`, because timm ignores it next to RandAugment.
         random_erasing: probability of filling a rectangle with normal noise, drawn per pixel.
         repeats: copies of each image per epoch, each augmented differently (repeated
             augmentation). The epoch keeps its length. 1 turns it off.
         mixup: parameter a of the Beta(a, a) distribution for blending pairs of images; 0 turns it
             off. `mixup` and `cutmix` need an even batch_size. They run after the loader, on the
             training device (`featkd.data.Mixer`).
-        cutmix: the same parameter for pasting a rectangle of one image onto the other; 0 turns it
-            off.
+        cutmix: parameter a of the Beta(a, a) distribution for the area of a rectangle that is
+            pasted from one image onto the other; 0 turns it off.
         mixup_prob: probability that a batch is mixed.
         mixup_switch_prob: probability that a mixed batch uses cutmix, if both are on.
 

@@ -27,7 +27,7 @@ from featkd.runtime.distributed import ProcessContext
 __all__ = ["Findings", "diagnose"]
 
 
-def diagnose(config: DiagnoseConfig) -> Findings:
+def diagnose(config: DiagnoseConfig, *, quiet: bool = False) -> Findings:
     """Measures the mismatch of feature maps in two passes over the images.
 
     Under torchrun each process calls this with the same configuration and computes a share of the
@@ -36,6 +36,7 @@ def diagnose(config: DiagnoseConfig) -> Findings:
 
     Args:
         config: source of the feature maps, output folder and settings.
+        quiet: show no progress bar.
 
     Returns:
         The findings, already written if `config.out` is set. Under torchrun process 0 has them;
@@ -72,15 +73,15 @@ def diagnose(config: DiagnoseConfig) -> Findings:
             folder = config.out
             if folder is None:  # the features for the second pass still need a place on disk
                 folder = stack.enter_context(TemporaryDirectory(prefix="featkd-diagnose-"))
-            return _run(config, context, Path(folder) / "state")
+            return _run(config, context, Path(folder) / "state", quiet)
     finally:
         if not joined:
             distributed.stop()
 
 
-def _run(config: DiagnoseConfig, context: ProcessContext, folder: Path) -> Findings:
+def _run(config: DiagnoseConfig, context: ProcessContext, folder: Path, quiet: bool) -> Findings:
     source = build_source(config, context.device)
-    with _progress_bar(context) as progress:
+    with _progress_bar(context, quiet) as progress:
         run = ProcessRun(source, config, folder, context, progress)
         findings = run.run()
     if findings is not None:
@@ -120,7 +121,9 @@ def _about(config: DiagnoseConfig, source: Source) -> dict[str, Any]:
 
 
 @contextmanager
-def _progress_bar(context: ProcessContext) -> Iterator[Callable[[int, int, int], None]]:
+def _progress_bar(
+    context: ProcessContext, quiet: bool
+) -> Iterator[Callable[[int, int, int], None]]:
     """Shows the progress of process 0: one bar per pass, counting this process's images."""
     bars: dict[int, Any] = {}  # by pass
 
@@ -135,7 +138,7 @@ def _progress_bar(context: ProcessContext) -> Iterator[Callable[[int, int, int],
                 initial=done,  # images of a resumed run do not count into the rate
                 desc=("", "features", "captured energy")[number],
                 unit=" images",
-                disable=None,  # no bar if stderr is no terminal
+                disable=quiet or None,  # None: no bar if stderr is no terminal
             )
         bars[number].update(done - bars[number].n)
 

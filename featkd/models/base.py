@@ -10,6 +10,7 @@ from timm.layers import get_device_dtype
 from timm.models.vision_transformer import VisionTransformer, get_init_weights_vit
 from torch import nn
 
+from featkd.models.download import check_download, unreachable
 from featkd.models.features import BlockFeatures
 
 
@@ -43,12 +44,26 @@ class StudentVisionTransformer(BlockFeatures, VisionTransformer):  # type: ignor
 
 
 def build_timm(name: str, **timm_kwargs: Any) -> nn.Module:
-    """Builds a timm model; turns timm's assertions on sizes into ValueErrors."""
+    """Builds a timm model; turns timm's assertions on sizes into ValueErrors.
+
+    Raises:
+        ValueError: timm can't build the model with these arguments, or has no weights for it.
+        ConnectionError: its pretrained weights can't be downloaded.
+    """
+    # With a configuration of the caller's the weights may come from elsewhere.
+    given = {"pretrained_cfg", "pretrained_cfg_overlay"} & {*timm_kwargs}
+    downloads = timm_kwargs.get("pretrained") and not given
+    if downloads:
+        check_download(name)
     try:
         model: nn.Module = timm.create_model(name, **timm_kwargs)
     except AssertionError as error:
         options = ", ".join(f"{key}={value!r}" for key, value in timm_kwargs.items())
         raise ValueError(f"{options}: timm can't build {name!r} with these: {error}") from error
+    except OSError as error:
+        if not downloads:
+            raise
+        raise unreachable(name, error) from error
     return model
 
 

@@ -9,7 +9,13 @@ from featkd.models.base import build_timm
 from featkd.models.features import FeatureModel, with_features
 from featkd.models.students import check_timm_name
 from featkd.models.talking_heads import fuse_talking_heads
-from featkd.models.weights import Weights, load_strictly, read_state_dict
+from featkd.models.weights import (
+    CheckpointMismatch,
+    Weights,
+    load_strictly,
+    read_state_dict,
+    read_stored_recipe,
+)
 
 
 def create_teacher(
@@ -50,9 +56,26 @@ def create_teacher(
         )
     model = build_timm(name, pretrained=pretrained, **timm_kwargs)
     if checkpoint is not None:
-        load_strictly(model, read_state_dict(checkpoint, weights), checkpoint, name)
+        try:
+            load_strictly(model, read_state_dict(checkpoint, weights), checkpoint, name)
+        except CheckpointMismatch as error:
+            raise CheckpointMismatch(f"{error}{_stored_model(checkpoint)}") from None
     teacher = with_features(model)
     fuse_talking_heads(model)
     teacher.eval()
     teacher.requires_grad_(False)
     return teacher
+
+
+def _stored_model(checkpoint: str | PathLike[str]) -> str:
+    """Returns which model a checkpoint of featkd is of, for an error; "" for other files."""
+    student = read_stored_recipe(checkpoint).get("student")
+    if not isinstance(student, dict):
+        return ""
+    words = f"teacher.name: {student.get('base')}, teacher.options: {student.get('options')}"
+    if student.get("arch") == "plain":
+        return f". It is a checkpoint of featkd; its stored recipe can build it: {words}"
+    return (
+        f". It is a checkpoint of featkd, of a student with arch {student.get('arch')!r}, "
+        "which its stored recipe can build: featkd.train.load_trained(path)"
+    )

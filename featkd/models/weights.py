@@ -20,7 +20,7 @@ Weights = Literal["auto", "model", "model_ema"]
 _EMA_KEYS = ("model_ema", "state_dict_ema")
 _MODEL_KEYS = ("model", "state_dict")
 _WRAPPERS = ("module.", "_orig_mod.")  # of DDP and timm's ModelEma, and of torch.compile
-_MAX_LISTED = 20
+_MAX_LISTED = 3
 
 
 class CheckpointMismatch(ValueError):
@@ -70,6 +70,14 @@ def read_state_dict(path: str | PathLike[str], weights: Weights = "auto") -> dic
         what = f"holds more than tensors: {_listed(odd)}" if odd else "holds no tensor"
         raise ValueError(f"checkpoint: {path} {what}")
     return _unwrapped(state)
+
+
+def read_stored_recipe(path: str | PathLike[str]) -> dict[str, Any]:
+    """Reads the recipe in a checkpoint of featkd; returns {} for other files."""
+    where = locate(path, "checkpoint")
+    content = {} if where.name.endswith(".safetensors") else _torch_load(where)
+    recipe = content.get("recipe") if isinstance(content, dict) else None
+    return recipe if isinstance(recipe, dict) else {}
 
 
 def load_strictly(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from featkd.cache import CacheConfig, CacheError, CacheWriter, Manifest
+from featkd.cache.estimate import CacheSize, estimate_size
 from featkd.cache.rows import NotStorable, Row
 from featkd.cache.writer import lock_folder, prepare_folder
 from featkd.data import Batch, EpochSampler, ImageSet, Loader
@@ -42,6 +43,7 @@ class CacheBuild(NamedTuple):
         damaged: shards that were there but damaged, and are written again.
         bad_files: unreadable images: path -> cause.
         interrupted_by: the signal that ended the command early, if any.
+        size: estimated size of the cache.
     """
 
     manifest: Manifest
@@ -49,6 +51,7 @@ class CacheBuild(NamedTuple):
     damaged: int
     bad_files: dict[str, str]
     interrupted_by: int | None
+    size: CacheSize
 
 
 def build_cache(
@@ -59,6 +62,7 @@ def build_cache(
     *,
     quiet: bool = False,
     strict_classes: bool = True,
+    dry_run: bool = False,
 ) -> CacheBuild:
     """Writes the missing shards of a cache; all processes must call it.
 
@@ -72,6 +76,7 @@ def build_cache(
         folder: folder of the cache; created if missing.
         quiet: print nothing.
         strict_classes: refuse a student with more outputs than there are class folders.
+        dry_run: run the teacher on the first batch only, to estimate the size; write nothing.
 
     Raises:
         RecipeError, ValueError: a field or argument can't be used.
@@ -116,6 +121,14 @@ def build_cache(
             views=config.views,
             checkpoint=checkpoint_name(recipe),
         )
+        if dry_run:
+            sampler.set_ranges(0, [range(min(recipe.batch_size, manifest.rows))])
+            batch = next(iter(loader))
+            images = batch.images.to(context.device, non_blocking=True)
+            size = estimate_size(manifest, teacher.outputs(batch._replace(images=images)))
+            return CacheBuild(manifest, 0, 0, dict(loader.bad_images), None, size)
+        size = estimate_size(manifest)
+        notes.append(f"size of the cache: {size.describe(folder)}")
         with ExitStack() as lock, Interrupt() as interrupt:
             manifest = _prepare(folder, manifest, context, lock)
             writer = CacheWriter(folder, manifest)
@@ -134,7 +147,7 @@ def build_cache(
             bad_files = context.merge_dicts(build.bad_files)
     finally:
         loader.close()
-    return CacheBuild(manifest, written, build.damaged, bad_files, stopped_by)
+    return CacheBuild(manifest, written, build.damaged, bad_files, stopped_by, size)
 
 
 class _Build:

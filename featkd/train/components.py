@@ -225,8 +225,9 @@ def count_classes(
     if asked is None or asked == found:
         return found
     message = (
-        f"student.num_classes: {asked}, but the training set has {found} class folders; "
-        f"expected {found}, or null"
+        f"student.num_classes: {asked}, but the training set has {found} class "
+        f"{'folder' if found == 1 else 'folders'}; expected {found}, or null for their number "
+        "(--student.num-classes null)"
     )
     if strict or asked < found:
         raise RecipeError(message)

@@ -356,7 +356,8 @@ def load_recipe(path: Path) -> Recipe:
 def read_recipe_config(path: Path) -> str:
     """Checks the fields of a recipe file; returns a value for jsonargparse's config option.
 
-    That is the path, or the YAML text without a field that only earlier versions had.
+    That is the path, or the YAML text if it must differ from the file: a field that only earlier
+    versions had is removed, and words such as off, which YAML takes for false, are quoted.
 
     Raises:
         RecipeError: it can't be read, or has an unknown field; suggests the nearest field.
@@ -364,6 +365,7 @@ def read_recipe_config(path: Path) -> str:
     try:
         root = bounded_yaml.compose(path)
         inference = _remove_field(root, "teacher", "inference")
+        quoted = _quote_words(root, Recipe)
         text: str = "" if root is None else yaml.serialize(root)
         content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -373,7 +375,7 @@ def read_recipe_config(path: Path) -> str:
     _check_mapping(content, Recipe, path, "")
     if inference == "fastest":
         warnings.warn(f"recipe {path}: {NO_FASTEST}", stacklevel=2)
-    return str(path) if inference is None else text
+    return text if quoted or inference is not None else str(path)
 
 
 NO_FASTEST = (
@@ -392,6 +394,32 @@ def _remove_field(root: yaml.Node | None, section: str, field: str) -> str | Non
             value.value = [pair for pair in value.value if pair[0].value != field]
             return str(found[0]) if found else None
     return None
+
+
+def _quote_words(root: yaml.Node | None, cls: type) -> bool:
+    """Makes strings of the booleans in fields that take words; returns True if there are any.
+
+    YAML 1.1 reads an unquoted off, on, yes or no as a boolean.
+    """
+    hints, inner = typing.get_type_hints(cls), field_types(cls)
+    found = False
+    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+        name = key.value
+        if inner.get(name) is not None:
+            found |= _quote_words(value, typing.cast(type, inner[name]))
+        elif name in hints and value.tag == _YAML_BOOL and bool not in _kinds(hints[name]):
+            value.tag, value.style, found = _YAML_STR, "'", True
+    return found
+
+
+_YAML_BOOL, _YAML_STR = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:str"
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    """Returns the types of values that a type hint without containers allows."""
+    if typing.get_origin(hint) is Literal:
+        return tuple(map(type, typing.get_args(hint)))
+    return typing.get_args(hint) or (hint,)
 
 
 def _check_mapping(content: Mapping[str, Any], cls: type, path: Path, prefix: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -363,7 +364,7 @@ def test_unreadable_images_are_named_once(recipe_file, one_broken, tmp_path, cap
     assert main([*words(recipe_file, tmp_path / "cache"), *others]) == 0
     said = capsys.readouterr().err
     assert said.count(f"unreadable image, its rows are computed from the next one: {path}: ") == 1
-    assert "1 images are unreadable; each of their rows" in said
+    assert "unreadable images: 1; each of their rows" in said
 
 
 @pytest.mark.parametrize(
@@ -391,3 +392,31 @@ def test_mistakes_get_one_clear_message(
     assert main(["cache", "--verify"]) == 2
     assert main(["cache", "--verify", "s3://bucket/x"]) == 2
     assert "--verify: expected a folder on this machine" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("features", ["full", "lowrank", "none"])
+def test_the_estimated_size_is_that_of_the_files(recipe, tmp_path, features):
+    folder = tmp_path / "cache"
+    config = CacheConfig(views=2, shard_rows=16, features=features)
+    planned = build_cache(recipe, config, CPU, folder, quiet=True, dry_run=True)
+    assert not folder.exists()
+    built = build_cache(recipe, config, CPU, folder, quiet=True)
+    written = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    assert planned.size.total == pytest.approx(written, rel=0.25)
+    assert built.size.total >= 0.75 * written
+    assert built.size.at_most == (features == "lowrank")
+    assert not planned.size.at_most
+
+
+def test_a_dry_run_prints_the_size_and_writes_nothing(recipe_file, tmp_path, capsys):
+    assert main([*words(recipe_file, tmp_path / "cache"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert re.match(r"2 views of 48 rows in 6 shards: about [\d.]+ kB, \d+ bytes per row; ", said)
+    assert said.count("\n") == 1
+    assert not (tmp_path / "cache").exists()
+    assert main(words(recipe_file, tmp_path / "cache", views=1)) == 0
+    noted = capsys.readouterr()
+    assert "size of the cache: about " in noted.err
+    assert main([*words(recipe_file, tmp_path / "cache", views=1), "--quiet"]) == 0
+    assert capsys.readouterr().err == ""

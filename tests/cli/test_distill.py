@@ -157,7 +157,7 @@ def test_the_last_line_summarizes_the_run(recipe_file, images, tmp_path, capsys)
     words += ["--data.on_bad_image", "skip", "--out", str(tmp_path / "skipping")]
     assert main(words) == 0
     first = capsys.readouterr()
-    assert re.search(r"6 updates, best top-1 .* images/s, 1 unreadable images left out", first.out)
+    assert re.search(r"6 updates, best top-1 .* images/s, 1 unreadable image left out", first.out)
     assert re.search(r"unreadable image no. 1, left out: \S*red/1.png", first.err)
     assert main(words) == 0
     assert "nothing was left to train" in capsys.readouterr().out

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from featkd.cli import bench, cache, demo, diagnose, distill
+from featkd.cli import bench, cache, demo, diagnose, distill, env
 from featkd.cli.arguments import Parser
 from featkd.cli.main import COMMANDS, main
 from featkd.cli.recipe_arguments import parse_recipe
+from featkd.ops import extension
+from featkd.train.recipe import Recipe, field_types
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -23,7 +28,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.fixture(scope="module")
 def parsers() -> dict[str, Parser]:
-    modules = {"distill": distill, "cache": cache, "diagnose": diagnose, "demo": demo}
+    modules = {"distill": distill, "cache": cache, "diagnose": diagnose, "env": env, "demo": demo}
     found = {name: module.parser() for name, module in modules.items()}
     return found | {f"bench {name}": parser for name, parser in bench.parsers().items()}
 
@@ -83,6 +88,7 @@ def test_help_ends_with_two_examples(command, capsys):
     options = re.findall(r"(?<![\w-])--[\w.-]+", printed)
     assert options
     assert not [option for option in options if "_" in option]
+    assert not re.search(r"^ *(Args|Returns|Raises|Example)s?:", printed, re.MULTILINE)
 
 
 def test_examples_of_help_parse(parsers):
@@ -109,16 +115,17 @@ def test_every_option_has_one_name(parsers):
     """What several commands take: output, images, batch size, device, figures."""
     options = {name: set(parser._option_string_actions) for name, parser in parsers.items()}
     for common, commands in {
-        "--out": {*options} - {"bench compare", "bench loader", "bench step", "bench train"},
+        "--out": {*options} - {"env", "bench compare", "bench loader", "bench step", "bench train"},
         "--data": {"distill", "cache", "diagnose", "bench loader", "bench step", "bench train"},
         "--batch_size": {
             *("distill", "cache", "diagnose"),
             *("bench loader", "bench step", "bench train"),
         },
         "--device": {*options}
-        - {"demo", *(f"bench {x}" for x in ("plot", "table", "compare"))}
+        - {"demo", "env", *(f"bench {x}" for x in ("plot", "table", "compare"))}
         - {"bench loader"},
         "--json": {*options} - {"distill", "cache", "demo"},
+        "--quiet": {"distill", "cache", "diagnose"},
     }.items():
         assert {name for name, found in options.items() if common in found} == commands, common
 
@@ -161,6 +168,10 @@ def test_options_of_a_mapping_take_any_key(parsers):
         (["distill", "demo", "--teacher.weights", "x"], "--teacher.weights: expected auto, model"),
         (["cache", "demo", "--logits-top", "x"], "--logits-top: expected a whole number, all or"),
         (["cache", "--verify", "x", "--views", "2"], "--verify: expected no other arguments, got"),
+        (["distill"], "name a recipe: a YAML file, or one of cifar10_teacher, "),
+        (["cache"], "name a recipe: "),
+        (["distill", "demo", "--teacher.help"], "no option '--teacher.help'"),
+        (["distill", "--config", "x.yaml"], "no option '--config'"),
         (["bench", "rum"], "bench: expected one of run, plot, table, compare, loader, step, train"),
         (["bench", "step", "--batch-size", "0"], "--batch-size: expected a finite number > 0"),
         (["--print-completion", "fish"], "--print-completion: expected bash or zsh, got 'fish'"),
@@ -174,10 +185,59 @@ def test_bad_arguments_get_one_line(words, message, capsys):
     assert said.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["distill", "cache"])
+def test_help_lists_every_field_of_a_recipe(parsers, command):
+    def fields_of(kind: type, prefix: str) -> Iterator[str]:
+        for name, inner in field_types(kind).items():
+            if inner is None:
+                yield f"--{prefix}{name}".replace("_", "-")
+            else:
+                yield from fields_of(inner, f"{prefix}{name}.")
+
+    printed = parsers[command].format_help()
+    listed = set(re.findall(r"^  (--[\w.-]+)", printed, re.MULTILINE))
+    assert set(fields_of(Recipe, "")) - listed == set()
+    assert "--teacher.name" in listed
+    assert "--teacher.help" not in printed
+    assert printed.startswith(f"usage: featkd {command} RECIPE ")
+
+
+@pytest.mark.parametrize("value", ["-1", "[-1]", "0,-1"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_numbers_are_taken_as_a_list(parsers, value, joined):
+    words = [f"--layers={value}"] if joined else ["--layers", value]
+    layers = parsers["diagnose"].parse_args([*words, "--out", "x"]).layers
+    assert layers == [int(number) for number in value.strip("[]").split(",")]
+
+
+def test_the_note_of_a_removed_field_is_one_line(recipe_file, parsers, capsys):
+    text = recipe_file.read_text()
+    recipe_file.write_text(text.replace("teacher:\n", "teacher:\n  inference: fastest\n"))
+    parse_recipe(parsers["distill"], [str(recipe_file)])
+    errors = capsys.readouterr().err
+    assert errors.startswith(
+        f"featkd: recipe {recipe_file}: teacher.inference: 'fastest' was removed"
+    )
+    assert errors.count("\n") == 1
+
+
 def test_a_missing_optional_dependency_is_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 1
     assert "pip install 'featkd[demo]'" in capsys.readouterr().err
+
+
+def test_env_says_why_the_extension_is_missing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(extension, "LIBRARY", tmp_path / "_csrc.so")
+    assert main(["env", "--json", str(tmp_path / "env.json")]) == 0
+    facts = json.loads((tmp_path / "env.json").read_text())
+    printed = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert facts["torch"] == printed["torch"]
+    assert torch.__version__.startswith(facts["torch"])
+    assert facts["csrc"].startswith(
+        "csrc is not built, because torch or a C++ compiler was missing"
+    )
+    assert extension.REBUILD in facts["csrc"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import safetensors.torch
 import timm
 import torch
 
-from featkd.models import CheckpointMismatch, create_student, create_teacher
+from featkd.models import CheckpointMismatch, create_student, create_teacher, download
 
 NAME = "cait_xxs24_224"
 SIZE: dict[str, Any] = {
@@ -103,3 +104,34 @@ def test_bad_arguments(tmp_path: Path) -> None:
         create_teacher(NAME, pretrained=True, checkpoint=tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"model: expected one of timm's .* got ResNet"):
         create_teacher("resnet10t")
+
+
+def test_a_checkpoint_of_another_size_names_three_tensors_and_its_model(tmp_path):
+    path = tmp_path / "last.pt"
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=24, num_heads=3)
+    student = {"base": "vit_tiny_patch16_224", "arch": "plain", "options": {"embed_dim": 24}}
+    torch.save({"model": model.state_dict(), "recipe": {"student": student}}, path)
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        create_teacher("vit_tiny_patch16_224", checkpoint=path)
+    message = str(caught.value)
+    assert re.search(r"120 missing: [\w.]+, [\w.]+, [\w.]+, and 117 more", message), message
+    expected = "teacher.name: vit_tiny_patch16_224, teacher.options: {'embed_dim': 24}"
+    assert message.endswith(f"its stored recipe can build it: {expected}")
+    assert len(message) < 900
+
+
+def test_unreachable_weights_are_refused_at_once(monkeypatch, tmp_path):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(download, "getproxies", dict)
+    monkeypatch.setattr(download.huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(download.socket, "create_connection", refuse)
+    monkeypatch.setattr(timm, "create_model", None)  # it would retry
+    with pytest.raises(ConnectionError, match=r"'cait_s24_224' .*no network.*teacher\.checkpoint"):
+        create_teacher("cait_s24_224", pretrained=True)
+
+
+def test_models_without_pretrained_weights_are_named():
+    with pytest.raises(ValueError, match="timm has no weights for 'vit_giant_patch14_224'"):
+        create_teacher("vit_giant_patch14_224", pretrained=True)

@@ -158,5 +158,5 @@ def test_mismatch_raises_and_leaves_model_unchanged() -> None:
 
 def test_long_name_lists_are_shortened() -> None:
     state = {f"odd.{index}": torch.zeros(1) for index in range(25)}
-    with pytest.raises(CheckpointMismatch, match=r"25 unexpected: odd\.0, .*odd\.19, and 5 more"):
+    with pytest.raises(CheckpointMismatch, match=r"25 unexpected: odd\.0, .*odd\.2, and 22"):
         load_strictly(nn.Linear(1, 1), state, "x.pth", "net")

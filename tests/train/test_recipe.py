@@ -148,6 +148,23 @@ def test_recipes_with_teacher_inference_are_read(tmp_path, inference, style):
     assert (recipe.optim.lr, recipe.loss.alpha) == (1e-5, 0.9)
 
 
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("amp: off\nteacher: null\noptim: {lr: 1e-5}", {"amp": "off"}),
+        ("device: cpu\namp: 'off'\nteacher: null\noptim: {lr: 1e-5}", {"amp": "off"}),
+        ("data: {path: no}\ncompile: off\noptim: {lr: 1e-5}", {"compile": False}),
+    ],
+)
+def test_words_that_yaml_takes_for_booleans(tmp_path, text, fields):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    recipe = load_recipe(path)
+    assert {name: getattr(recipe, name) for name in fields} == fields
+    assert recipe.data.path == ("no" if "path" in text else "")
+    assert recipe.optim.lr == 1e-5
+
+
 def test_unknown_recipe_name():
     with pytest.raises(RecipeError, match="did you mean 'lift_imagenet_mse'"):
         find_recipe("lift_imagenet_mes")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -173,16 +175,13 @@ print(len(list(batches)), "more batches")
 
 
 @pytest.mark.parametrize("how", ["ctrl-c", "handled", "raise"])
-def test_an_end_within_an_epoch_leaves_nothing(
-    make_set: MakeSet, server: Server, tmp_path: Path, how: str
-) -> None:
+def test_an_end_within_an_epoch_leaves_nothing(make_set: MakeSet, server: Server, how: str) -> None:
     """Ends without close(), and leaves no folder of the workers behind.
 
     A terminal's Ctrl-C reaches the whole process group. If the main process handles it (to save
     its state), the workers continue.
     """
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # a socket's path has at most 107 characters
     process = server.start(make_set(train=256), how, str(temporary), script=ENDING)
     first = line(process, 0)
     assert list(temporary.glob("pymp-*"))
@@ -203,6 +202,7 @@ def test_an_end_within_an_epoch_leaves_nothing(
         assert time.monotonic() < deadline, f"workers {workers} live on"
         time.sleep(0.05)
     assert not list(temporary.glob("pymp-*"))
+    shutil.rmtree(temporary)
 
 
 POOL = """

@@ -129,7 +129,7 @@ def test_progress_bar_of_a_resumed_run(monkeypatch):
     bars = []
     tqdm = run.tqdm
     monkeypatch.setattr(run, "tqdm", lambda **k: bars.append(k) or tqdm(**k))
-    with run._progress_bar(ProcessContext(0, 1, torch.device("cpu"))) as progress:
+    with run._progress_bar(ProcessContext(0, 1, torch.device("cpu")), quiet=False) as progress:
         for number, done in ((1, 40), (1, 44), (2, 0), (2, 4)):
             progress(number, done, 60)
     assert [bar["initial"] for bar in bars] == [40, 0]

@@ -229,7 +229,9 @@ def test_weight_decay_spares_biases_norms_and_embeddings(alone):
 
 def test_drop_path_differs_from_update_to_update(alone):
     alone.student.options["drop_path_rate"] = 0.5
-    trainer = Trainer(replace(alone, ema_decay=None, optim=replace(alone.optim, lr=1e-30)), CPU)
+    trainer = Trainer(
+        replace(alone, ema_decay=None, optim=replace(alone.optim, lr=1e-30, min_lr=0)), CPU
+    )
     trainer.components.student.train()
     batch = next(iter(trainer.components.train_loader))
     assert len({trainer.step([batch]).total.item() for _ in range(6)}) > 1
@@ -252,7 +254,7 @@ def test_spectral_pairs_of_a_swin_student_have_a_grid_each(recipe):
     recipe = replace(
         recipe,
         student=StudentConfig(base="swin_tiny_patch4_window7_224", options=dict(swin)),
-        teacher=TeacherConfig(name="swin_tiny_patch4_window7_224", options=dict(swin)),
+        teacher=TeacherConfig("swin_tiny_patch4_window7_224", random=True, options=dict(swin)),
         loss=replace(recipe.loss, pairs=[(0, 0), (1, 1)]),
     )
     trainer = Trainer(recipe, CPU)
@@ -303,10 +305,10 @@ def test_widths_grids_and_classes_that_do_not_fit(recipe):
     student, teacher = recipe.student, recipe.teacher
     with pytest.raises(RecipeError, match=r"student.teacher_dim: 36, but .* has 24 channels"):
         Trainer(replace(recipe, student=replace(student, teacher_dim=36)), CPU)
-    coarse = TeacherConfig(name=teacher.name, options=teacher.options | {"patch_size": 8})
+    coarse = replace(teacher, options=teacher.options | {"patch_size": 8})
     with pytest.raises(RecipeError, match=r"16 tokens, the teacher's 4; image and patch sizes"):
         Trainer(replace(recipe, teacher=coarse), CPU)
-    many = TeacherConfig(name=teacher.name, options=teacher.options | {"num_classes": 7})
+    many = replace(teacher, options=teacher.options | {"num_classes": 7})
     with pytest.raises(RecipeError, match=r"student has 3 and the teacher 7"):
         Trainer(replace(recipe, teacher=many), CPU)
     with pytest.raises(RecipeError, match=r"student.num_classes: 5, but .* 3 class folders"):

@@ -94,11 +94,6 @@ class TeacherCache:
         source_index = torch.tensor([shard.source_index(offset) for shard, offset in places])
         return self.manifest.layout.decode(rows, layers, device), source_index
 
-    def _check_length(self, needed: tuple[int, int]) -> None:
-        view, number = needed
-        path = self.folder / self.manifest.shard_name(view, number)
-        check_length(path, self.manifest.most_shard_bytes(number))
-
     def _missing(self, views: int) -> Iterator[str]:
         """Yields the names of missing shards; lists each folder once."""
         for view in range(views):

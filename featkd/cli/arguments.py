@@ -131,10 +131,8 @@ class Parser(ArgumentParser):
         for word in map(_with_underscores, words):
             name = word.partition("=")[0]
             if word.startswith("--") and name not in hints and not name.startswith(free):
-                name, near = (
-                    with_dashes(name),
-                    suggestion(with_dashes(name), map(with_dashes, hints)),
-                )
+                name = with_dashes(name)
+                near = suggestion(name, map(with_dashes, hints))
                 raise UsageError(f"no option {name!r}{near} (see {self.prog} --help)")
 
     def _hints(self) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def first_batch(trainer: Trainer) -> Batch:
 
 
 def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
-    """Returns each part of the update as a step of its own, and the whole update.
+    """Returns each part of the update as a separate step, and the whole update.
 
     - teacher: forward
     - student: forward, and backward from the gradients of its outputs

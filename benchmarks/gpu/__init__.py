@@ -4,7 +4,7 @@
     python -m benchmarks.gpu --cpu-parts
     python -m benchmarks.gpu --into docs/results.md gpu-results/NAME.json
 
-Each part runs in processes of its own: if one fails or hangs, the others go on. The process that
+Each part runs in separate processes: if one fails or hangs, the others continue. The process that
 starts them imports only the standard library. Nothing is installed or downloaded. The folder is
 not part of the wheel.
 """

@@ -22,7 +22,7 @@ _RESTARTS = 6
 
 @dataclass(frozen=True)
 class Part:
-    """Checks or measurements that run in processes of their own, for at most `limit` seconds."""
+    """Checks or measurements that run in separate processes, for at most `limit` seconds."""
 
     name: str
     about: str

@@ -155,7 +155,7 @@ def _nested(option: str, hint: Any) -> Iterator[tuple[str, Any]]:
 
 
 def is_group_of_fields(action: argparse.Action) -> bool:
-    """Check if an option stands for a dataclass, whose fields have options of their own."""
+    """Check if an option stands for a dataclass, whose fields have separate options."""
     return action.help == "Path to a configuration file."
 
 

@@ -1,4 +1,4 @@
-"""Times of a training update and its parts, in eager float32 and in featkd, in turns."""
+"""Times of a training update and its parts, in plain torch and in featkd, in turns."""
 
 from __future__ import annotations
 
@@ -42,37 +42,61 @@ class Way:
     backend: str
     cached: bool = False
     """Reads the teacher's outputs from a cache."""
+    graphs: bool = False
+    """Replays CUDA graphs (torch.compile's mode "reduce-overhead")."""
+    tf32: bool = False
+    """Lets float32 products of a GPU use TF32."""
 
     @property
     def about(self) -> str:
         """Description of the settings."""
         precision = "float32" if self.amp == "off" else f"{self.amp} autocast and teacher weights"
+        precision += " with TF32" if self.tf32 else ""
         compiled = "torch.compile" if self.compile else "eager"
+        compiled += " with CUDA graphs" if self.graphs else ""
         ops = "plain torch" if self.backend == "reference" else "featkd's fused ops"
         cached = ", the teacher's outputs from a cache" if self.cached else ""
         return f"{compiled}, {precision}, {ops}{cached}"
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Selects the backend of featkd's ops while the block runs."""
-        with featkd.use_backend(self.backend):
-            yield
+        """Selects the backend of featkd's ops, and TF32, while the block runs."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        try:
+            with featkd.use_backend(self.backend):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def ways(device: torch.device) -> dict[str, Way]:
     """Returns the variants by name.
 
-    They are plain torch, featkd in bf16 if the device multiplies in it, featkd in the other
-    precision, and featkd with the teacher's outputs from a cache.
+    Plain torch runs eagerly in float32 and in featkd's precision, and compiled in featkd's. That is
+    bf16 if the device multiplies faster in it (see `product_speedup`), otherwise float32. featkd
+    runs in this precision, in the other one, and with the teacher's outputs from a cache. On a GPU
+    there are also eager TF32, and compiled variants with and without CUDA graphs.
     """
-    own = "bf16" if has_fast_bf16(device) else "fp32"
-    other = "fp32" if own == "bf16" else "bf16"
+    own, other = ("bf16", "fp32") if has_fast_bf16(device) else ("fp32", "bf16")
     amp = {"bf16": "bf16", "fp32": "off"}
+    gpu = device.type == "cuda"
+    eager = {EAGER: Way("off", False, "reference")}
+    if gpu:
+        eager["eager_tf32"] = Way("off", False, "reference", tf32=True)
+    if own == "bf16":
+        eager["eager_bf16"] = Way("bf16", False, "reference")
+    compiled = {"compiled": Way(amp[own], True, "reference")}
+    featkd_ways = {"featkd": Way(amp[own], True, "auto", graphs=gpu)}
+    if gpu:
+        compiled["compiled_graphs"] = Way(amp[own], True, "reference", graphs=True)
+        featkd_ways["featkd_no_graphs"] = Way(amp[own], True, "auto")
     return {
-        EAGER: Way("off", False, "reference"),
-        "featkd": Way(amp[own], True, "auto"),
-        f"featkd_{other}": Way(amp[other], True, "auto"),
-        CACHED: Way(amp[own], True, "auto", cached=True),
+        **eager,
+        **compiled,
+        **featkd_ways,
+        f"featkd_{other}": Way(amp[other], True, "auto", graphs=gpu),
+        CACHED: Way(amp[own], True, "auto", cached=True, graphs=gpu),
     }
 
 
@@ -83,7 +107,14 @@ def as_way(recipe: Recipe, way: Way) -> Recipe:
         teacher = replace(teacher, pretrained=False, checkpoint=None, random=True)
     # A batch that fits the machine can scale the peak learning rate below min_lr.
     optim = replace(recipe.optim, min_lr=0.0)
-    return replace(recipe, teacher=teacher, optim=optim, amp=way.amp, compile=way.compile)
+    return replace(
+        recipe,
+        teacher=teacher,
+        optim=optim,
+        amp=way.amp,
+        compile=way.compile,
+        compile_mode="reduce-overhead" if way.graphs else "default",
+    )
 
 
 def random_batch(trainer: Trainer) -> Batch:

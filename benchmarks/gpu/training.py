@@ -70,6 +70,7 @@ def updates(recorder: Recorder, device: torch.device, shard: int, shards: int) -
     """Runs 30 updates of a Lift and a WideLast student in each precision and mode."""
     small = device.type == "cpu"
     amps: tuple[Literal["off", "bf16", "fp16"], ...] = ("off",) if small else ("bf16", "fp16")
+    modes: tuple[Literal["off", "default", "reduce-overhead"], ...]
     modes = ("off",) if small else ("off", "default", "reduce-overhead")
     with images(_size(device)) as folder:
         for number, (arch, amp, mode) in enumerate(product(_OPS, amps, modes)):
@@ -77,8 +78,7 @@ def updates(recorder: Recorder, device: torch.device, shard: int, shards: int) -
                 recipe = recipe_for(folder, arch, device)
                 recipe.amp = amp
                 recipe.compile = mode != "off"
-                if mode == "reduce-overhead":
-                    recipe.compile_mode = "reduce-overhead"
+                recipe.compile_mode = "default" if mode == "off" else mode
                 recorder.run(f"{arch}/{amp}/compile-{mode}", partial(_updates, recipe, device))
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import featkd
-from featkd.cache import CacheConfig
+from featkd.cache import CacheConfig, TeacherCache
+from featkd.cache.shard import write_shard
 from featkd.data import Batch
 from featkd.data.loader import as_tensor
 from featkd.runtime.distributed import ProcessContext
@@ -25,11 +26,12 @@ from featkd.train.trainer import Trainer
 
 from .throughput import Rate
 from .timing import take_turns, wall_clock
-from .variants import Step
+from .variants import Step, step_of
 
 PARTS = ("teacher", "student", "loss", "optimizer", "step")
 EAGER = "eager_fp32"
 CACHED = "cached"
+STORE = "store"  # what `featkd cache` does with a batch of outputs, in a thread beside the teacher
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,22 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
     return {name: Step(prepare, _run(way, run)) for name, (prepare, run) in work.items()}
 
 
+def _storing(trainer: Trainer, batch: Batch) -> Step:
+    """Encodes the outputs for a batch and writes them as a shard, checksums included."""
+    assert trainer.recipe.cache is not None
+    cache = TeacherCache(Path(trainer.recipe.cache))
+    layout = cache.manifest.layout
+    layers = [shape.layer for shape in layout.layers]
+    outputs, source_index = cache.read(batch.keys, layers, trainer.context.device)
+    path = cache.folder / "benchmark.safetensors"
+
+    def store() -> None:
+        rows = layout.encode(outputs)
+        write_shard(path, "benchmark", batch.keys, source_index, rows, layout.varying)
+
+    return step_of(store)
+
+
 def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
@@ -236,13 +254,15 @@ def measure(
         for name, trainer in trainers.items():
             for part, step in steps(trainer, batch_of(trainer), variants[name]).items():
                 work[f"{part} {name}"] = step
+            if variants[name].cached:
+                work[f"{STORE} {name}"] = _storing(trainer, batch_of(trainer))
         seconds = take_turns(work, wall_clock(context.device), min_rounds=rounds)
         for name, trainer in trainers.items():
             if not trainer.losses(batch_of(trainer)).total.isfinite():
                 raise RuntimeError(f"{name}: the loss is not finite after the timed updates")
     return [
         Rate(part, name, recipe.batch_size, seconds[key])
-        for part in PARTS
+        for part in (*PARTS, STORE)
         for name in variants
         if (key := f"{part} {name}") in seconds
     ]
@@ -269,7 +289,7 @@ def built(
 
 def shares(rates: Sequence[Rate], variant: str) -> dict[str, float]:
     """Returns the share of each part in the update's time; "other" is the rest."""
-    medians = {rate.name: rate.median for rate in rates if rate.variant == variant}
+    medians = {x.name: x.median for x in rates if x.variant == variant and x.name != STORE}
     whole = medians.pop("step")
     found = {name: seconds / whole for name, seconds in medians.items()}
     return {**found, "other": 1 - sum(found.values())}

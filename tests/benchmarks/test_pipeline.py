@@ -160,6 +160,8 @@ def test_step_gives_every_part_in_every_variant(recipe_file, tmp_path, monkeypat
             v for (_, of, kind), v in figures.items() if (of, kind) == (variant, "share_of_step")
         ]
         assert sum(shares) == pytest.approx(1)
+    for variant in ("cached", "cached_bf16"):
+        assert figures[step.STORE, variant, "images_per_s"] > 0
     assert figures["step", "eager_fp32", "speedup"] == 1
     said = capsys.readouterr().out
     assert "featkd_bf16: eager, bf16 autocast and teacher weights, featkd's fused ops" in said

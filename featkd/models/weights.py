@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from featkd.runtime.names import listed
 from featkd.runtime.remote import Location, locate, seekable
 
 Weights = Literal["auto", "model", "model_ema"]
@@ -20,7 +21,6 @@ Weights = Literal["auto", "model", "model_ema"]
 _EMA_KEYS = ("model_ema", "state_dict_ema")
 _MODEL_KEYS = ("model", "state_dict")
 _WRAPPERS = ("module.", "_orig_mod.")  # of DDP and timm's ModelEma, and of torch.compile
-_MAX_LISTED = 3
 
 
 class CheckpointMismatch(ValueError):
@@ -67,7 +67,7 @@ def read_state_dict(path: str | PathLike[str], weights: Weights = "auto") -> dic
     state = choose_weights(content, weights, path)
     odd = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if odd or not state:
-        what = f"holds more than tensors: {_listed(odd)}" if odd else "holds no tensor"
+        what = f"holds more than tensors: {listed(odd, 3)}" if odd else "holds no tensor"
         raise ValueError(f"checkpoint: {path} {what}")
     return _unwrapped(state)
 
@@ -114,7 +114,7 @@ def mismatch(
     path: str | PathLike[str], model_name: str, problems: Mapping[str, Sequence[str]]
 ) -> CheckpointMismatch:
     """Creates the error that lists, per kind of problem, the names that don't match."""
-    parts = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names]
+    parts = [f"{len(x)} {kind}: {listed(x, 3)}" for kind, x in problems.items() if x]
     return CheckpointMismatch(f"checkpoint: {path} does not fit {model_name}; {'; '.join(parts)}")
 
 
@@ -169,8 +169,3 @@ def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f", and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(names[:_MAX_LISTED]) + more

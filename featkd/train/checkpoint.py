@@ -189,9 +189,3 @@ def load(path: str | PathLike[str] | RemotePath) -> dict[str, Any]:
     if fault is not None:
         raise CheckpointError(f"{path}: damaged: {fault}")
     return state
-
-
-def abbreviate(names: list[str], separator: str = ", ") -> str:
-    """Joins the first five names, and adds the total number if there are more."""
-    few = separator.join(names[:5])
-    return few if len(names) <= 5 else f"{few}{separator}... {len(names)} in all"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import pickle
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from featkd.runtime.names import listed
-from featkd.runtime.remote import Location, locate, seekable
+from featkd.runtime.remote import AnyPath, Location, locate, seekable
 
 Weights = Literal["auto", "model", "model_ema"]
 
@@ -27,7 +26,7 @@ class CheckpointMismatch(ValueError):
     """The tensors of a file don't match those of a model."""
 
 
-def read_state_dict(path: str | PathLike[str], weights: Weights = "auto") -> dict[str, Tensor]:
+def read_state_dict(path: AnyPath, weights: Weights = "auto") -> dict[str, Tensor]:
     """Reads a state dict from a file, on the CPU.
 
     No code from the file is run: .safetensors contains none, and other files are read by
@@ -72,7 +71,7 @@ def read_state_dict(path: str | PathLike[str], weights: Weights = "auto") -> dic
     return _unwrapped(state)
 
 
-def read_stored_recipe(path: str | PathLike[str]) -> dict[str, Any]:
+def read_stored_recipe(path: AnyPath) -> dict[str, Any]:
     """Reads the recipe in a checkpoint of featkd; returns {} for other files."""
     where = locate(path, "checkpoint")
     content = {} if where.name.endswith(".safetensors") else _torch_load(where)
@@ -81,7 +80,7 @@ def read_stored_recipe(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def load_strictly(
-    model: nn.Module, state: Mapping[str, Tensor], path: str | PathLike[str], model_name: str
+    model: nn.Module, state: Mapping[str, Tensor], path: AnyPath, model_name: str
 ) -> None:
     """Loads every tensor of `state` into `model`, or raises and loads none.
 
@@ -111,7 +110,7 @@ def load_strictly(
 
 
 def mismatch(
-    path: str | PathLike[str], model_name: str, problems: Mapping[str, Sequence[str]]
+    path: AnyPath, model_name: str, problems: Mapping[str, Sequence[str]]
 ) -> CheckpointMismatch:
     """Creates the error that lists, per kind of problem, the names that don't match."""
     parts = [f"{len(x)} {kind}: {listed(x, 3)}" for kind, x in problems.items() if x]
@@ -132,7 +131,7 @@ def _torch_load(path: Location) -> Any:
         raise ValueError(f"checkpoint: {path} is damaged or not a weight file: {error}") from error
 
 
-def choose_weights(content: Any, weights: Weights, path: str | PathLike[str]) -> dict[str, Any]:
+def choose_weights(content: Any, weights: Weights, path: AnyPath) -> dict[str, Any]:
     """Selects a state dict from a file's content; see `read_state_dict`."""
     if not isinstance(content, dict):
         raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from os import PathLike
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from featkd.data.workers import is_worker_error
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.files import atomic_write, remove_leftovers
 from featkd.runtime.lock import FolderInUse, locked
-from featkd.runtime.remote import Location, RemotePath, locate, seekable
+from featkd.runtime.remote import AnyPath, Location, locate, seekable
 from featkd.train.checkpoint_layout import find_fault
 
 FORMAT = 2
@@ -162,7 +161,7 @@ class CheckpointStore:
         return score
 
 
-def load(path: str | PathLike[str] | RemotePath) -> dict[str, Any]:
+def load(path: AnyPath) -> dict[str, Any]:
     """Reads a featkd checkpoint onto the CPU, without unpickling any code.
 
     Raises:

@@ -241,8 +241,8 @@ def add_json(parser: ArgumentParser) -> None:
 
 
 def add_quiet(parser: ArgumentParser) -> None:
-    """Add `--quiet`, an option of the commands that report their progress."""
-    parser.add_argument("--quiet", action="store_true", help="print errors and results only")
+    """Add `--quiet`, an option of every command but `env`, which only prints."""
+    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
 
 
 def check_folders(options: Namespace, names: Sequence[str]) -> None:

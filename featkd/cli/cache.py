@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from featkd.cache.config import DEFAULT_ENERGY, DEFAULT_TOP, CacheConfig, Features, Store
 from featkd.cli.arguments import Parser, UsageError, add_quiet
+from featkd.cli.output import results_unless
 from featkd.cli.recipe_arguments import parse_recipe, recipe_parser
 from featkd.runtime.names import plural
 
 if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
     from featkd.cache.manifest import Manifest
+    from featkd.train.recipe import Recipe
 
 
 def cache(words: Sequence[str]) -> int:
     """Run `featkd cache RECIPE --out DIR` or `featkd cache --verify DIR`; return the exit code."""
     recipe, options = parse_recipe(parser(), words)
-    from featkd.runtime import distributed, interrupt
-    from featkd.train.build_cache import build_cache
     from featkd.train.recipe import check_local
 
-    interrupt.loading_done()
     options_given = {word.partition("=")[0] for word in words if word.startswith("-")}
     if options.verify is not None:
         if options_given != {"--verify"} or not words[0].startswith("--verify"):
@@ -35,6 +36,15 @@ def cache(words: Sequence[str]) -> int:
         raise UsageError("--out: expected the folder of the cache, as in --out CACHE; got nothing")
     check_local("out", recipe.out)
     check_local("data.path", recipe.data.path)
+    with results_unless(options.quiet):
+        return _build(recipe, options)
+
+
+def _build(recipe: Recipe, options: Namespace) -> int:
+    from featkd.runtime import distributed, interrupt
+    from featkd.train.build_cache import build_cache
+
+    interrupt.loading_done()
     config = CacheConfig(**{field.name: options[field.name] for field in fields(CacheConfig)})
     try:
         context = distributed.start(recipe.device)

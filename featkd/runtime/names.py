@@ -40,7 +40,14 @@ def plural(count: int, word: str) -> str:
     return f"{count} {word}{ending}"
 
 
-def listed(names: Sequence[object], most: int = 10) -> str:
-    """Joins the printable forms of names; lists at most `most` of them."""
-    more = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(map(printable, names[:most])) + more
+def listed(names: Sequence[object], most: int = 10, separator: str = ", ") -> str:
+    """Joins the printable forms of names; of more than `most`, the others are only counted.
+
+    Example:
+        >>> listed(["a", "b", "c"], 1), listed(["a", "b", "c"])
+        ('a, and 2 more', 'a, b, c')
+    """
+    parts = [printable(name) for name in names[:most]]
+    if len(names) > most:
+        parts.append(f"and {len(names) - most} more")
+    return separator.join(parts)

@@ -25,6 +25,7 @@ from featkd.diagnostics import DiagnoseConfig, diagnose
 from featkd.diagnostics.process_run import Interrupted
 from featkd.runtime import distributed, environment
 from featkd.runtime.interrupt import Interrupt
+from featkd.runtime.names import plural
 from featkd.train import checkpoint
 from featkd.train.recipe import (
     LossConfig,
@@ -101,7 +102,7 @@ def compare_maps(out: Path, teacher: RunResult, student: RunResult, quiet: bool)
         print(f"featkd: {stop}", file=sys.stderr)
         return 128 + stop.signal
     print(*findings.conclusions(), sep="\n")
-    print(f"{findings.images} images: {out / DIAGNOSTICS / 'report.html'}")
+    print(f"{plural(findings.images, 'image')}: {out / DIAGNOSTICS / 'report.html'}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Names of files and folders in messages."""
+"""Names and numbers in messages."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ def _escape(character: str) -> str:
 def printable_lines(text: str) -> str:
     """Applies `printable` to each line of a message."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def plural(count: int, word: str) -> str:
+    """Returns a number and a noun, for example "1 class" or "2 classes"."""
+    ending = "" if count == 1 else "es" if word.endswith("s") else "s"
+    return f"{count} {word}{ending}"
 
 
 def listed(names: Sequence[object], most: int = 10, separator: str = ", ") -> str:

@@ -19,7 +19,7 @@ from typing import IO
 from tqdm import tqdm
 
 from featkd.runtime.files import atomic_link, atomic_write
-from featkd.runtime.names import printable_lines
+from featkd.runtime.names import plural, printable_lines
 from featkd.runtime.remote import Location
 
 
@@ -247,7 +247,7 @@ class RunLog:
         self.message(
             f"epoch {row['epoch']} {row['weights']}: top-1 {float(row['top1']):.2f} %, "
             f"top-5 {float(row['top5']):.2f} %, loss {float(row['loss']):.4f} "
-            f"({row['images']} images)"
+            f"({plural(int(row['images']), 'image')})"
         )
 
     def message(self, text: str, *, warning: bool = False) -> None:

@@ -48,7 +48,7 @@ def find_checkpoint(
         return locate(resume, "resume")
     if found:
         raise CheckpointError(
-            f"resume: never, but {store.last} exists; expected another out, or --resume auto"
+            f"resume: never, but {store.last} exists; expected another --out, or --resume auto"
         )
     return None
 

@@ -216,7 +216,7 @@ MISTAKES = {
     "layer": (("distill", "RECIPE", "--loss.pairs", "[[5, 0]]"), 2, "5 is out of range"),
     "no file": (("distill", "RECIPE", "--teacher.checkpoint", "/no/such.pt"), 2, "/no/such.pt"),
     "teacher's field": (("distill", "RECIPE", "--teacher.nmae", "x"), 2, "mean '--teacher.name'?"),
-    "two words": (("distill", "RECIPE", "more"), 2, "unrecognized arguments: more"),
+    "two words": (("distill", "RECIPE", "more"), 2, "expected one recipe, got"),
 }
 
 

@@ -35,8 +35,7 @@ def cache(words: Sequence[str]) -> int:
     check_local("out", recipe.out)
     check_local("data.path", recipe.data.path)
     config = CacheConfig(**{field.name: options[field.name] for field in fields(CacheConfig)})
-    try:
-        context = distributed.start(recipe.device)
+    with distributed.joined(recipe.device) as context:
         with distributed.explain_lost_processes(f"the same command continues {recipe.out}"):
             built = build_cache(
                 recipe,
@@ -70,8 +69,6 @@ def cache(words: Sequence[str]) -> int:
             described = _described(built.manifest)
             print(f"{recipe.out}: {described}, {built.written} written{repaired}")
         return 0
-    finally:
-        distributed.stop()
 
 
 def _described(manifest: Manifest) -> str:

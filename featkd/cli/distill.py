@@ -26,8 +26,7 @@ def distill(words: Sequence[str]) -> int:
     if options.print_config:
         print(to_yaml(recipe), end="")
         return 0
-    try:
-        context = distributed.start(recipe.device)
+    with distributed.joined(recipe.device) as context:
         if options.dry_run:
             report = dry_run(recipe, context)
             if context.is_main:
@@ -49,8 +48,6 @@ def distill(words: Sequence[str]) -> int:
         if context.is_main:
             print(f"{recipe.out}: {_summary(outcome)}")
         return 0
-    finally:
-        distributed.stop()
 
 
 def _summary(outcome: Outcome) -> str:
@@ -86,8 +83,8 @@ def parser() -> Parser:
         default="auto",
         metavar="auto|force|never|FILE",
         help="continue from the last checkpoint in --out if there is one, unless the recipe is of "
-        "another experiment (auto) or in any case (force); refuse a folder with a checkpoint "
-        "(never); or continue from a checkpoint file",
+        "another experiment (auto) or in any case (force); start a new run, in an --out without "
+        "checkpoints (never); or continue from a checkpoint file",
     )
     parser.add_argument(
         "--dry-run",

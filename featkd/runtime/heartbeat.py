@@ -148,11 +148,11 @@ class Heartbeat:
             with suppress(RuntimeError):  # the store has ended with rank 0
                 self._store.set(self._names[self._rank], _ENDED)
 
-    def describe_lost(self, wait: float = 2.0) -> str:
+    def describe_lost(self, wait: float = 5.0) -> str:
         """Names the processes on this machine that have ended; "" if there are none.
 
         Args:
-            wait: seconds to wait for one; a killed process closes its connections first.
+            wait: seconds to wait for one; a process closes its connections before it has ended.
         """
         deadline = time.monotonic() + wait
         while not (gone := self._gone()) and time.monotonic() < deadline:

@@ -24,7 +24,7 @@ def stop_within_an_epoch(recipe: Recipe, updates: int) -> Path:
     trainer.components.student.train()
     for batch in islice(trainer.components.train_loader, updates):
         trainer.step([batch])
-    trainer.store.prepare()
+    trainer.store.create_folder()
     trainer._save(RunLog(None, 0, 0))
     return trainer.store.last
 

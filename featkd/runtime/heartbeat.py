@@ -146,7 +146,7 @@ class Heartbeat:
         self._threads[0].join(2)  # it would write another beat; it can wait for a lost store
         if left:
             with suppress(RuntimeError):  # the store has ended with rank 0
-                self._store.set(self._names[self._rank], _ENDED)
+                self._store.set(self._names[self._rank], _ENDED.decode())
 
     def describe_lost(self, wait: float = 5.0) -> str:
         """Names the processes on this machine that have ended; "" if there are none.

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from featkd.runtime.names import printable
 from featkd.runtime.processes import machine, start_time
 
 _JOIN_SECONDS = 300.0
@@ -241,8 +242,9 @@ class Heartbeat:
             cause: the reason, in words.
             wait: rounds to wait, so that the others find the same cause before they miss this rank.
         """
+        message = f"{self._named(ranks, cause)}; {self.remedy}"
         if not self._ended.is_set():
-            os.write(2, f"featkd: {self._named(ranks, cause)}; {self.remedy}\n".encode())
+            os.write(2, f"featkd: {printable(message)}\n".encode())
             if not self._ended.wait(wait * self._limit / _BEATS):
                 os._exit(1)
 

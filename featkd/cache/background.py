@@ -31,7 +31,9 @@ class BackgroundWriter:
         self._writer = writer
         self._thread = ThreadPoolExecutor(1, "featkd-cache-writer")
         self._pending: deque[Future[None]] = deque()
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         # of the shard being filled; used by the thread alone
         self._rows: list[Row] = []
         self._keys: list[Tensor] = []
@@ -52,7 +54,7 @@ class BackgroundWriter:
         """
         ready = None
         if self._stream is not None:
-            ready = torch.cuda.Event()
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
         self._submit(lambda: self._encode(keys, source_index, outputs, ready))
 

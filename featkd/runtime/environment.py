@@ -99,14 +99,13 @@ def product_speedup(dtype: torch.dtype, device: torch.device) -> float:
         return time.perf_counter() - start
 
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        wide = [torch.ones(size, 384, device=device) for size in (512, 1536)]
-        narrow = [x.to(dtype) for x in wide]
+        factors = [torch.ones(size, 384, device=device) for size in (512, 1536)]
+        cast = [x.to(dtype) for x in factors]
         # in turns, so that a busy moment slows both; the first turn warms up
-        turns = [(seconds(*wide), seconds(*narrow))]
+        turns = [(seconds(*factors), seconds(*cast))]
         while len(turns) < 3 or (len(turns) < 8 and sum(map(sum, turns)) < 0.1):
-            turns.append((seconds(*wide), seconds(*narrow)))
-    best_wide, best_narrow = map(min, zip(*turns[1:], strict=True))
-    return best_wide / best_narrow
+            turns.append((seconds(*factors), seconds(*cast)))
+    return min(wide for wide, _ in turns[1:]) / min(narrow for _, narrow in turns[1:])
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from featkd.cache import CacheConfig, CacheError, CacheWriter, Manifest
+from featkd.cache import CacheConfig, CacheWriter, Manifest
 from featkd.cache.background import BackgroundWriter
 from featkd.cache.estimate import CacheSize, estimate_size
 from featkd.cache.rows import TeacherOutputs

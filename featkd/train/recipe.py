@@ -204,6 +204,8 @@ class Recipe:
         amp: automatic mixed precision: "off", "bf16" or "fp16" (with loss scaling).
         compile: use torch.compile for student and teacher.
         compile_mode: torch.compile's mode; "reduce-overhead" and "max-autotune" use CUDA graphs.
+        distributed: several processes each hold the whole student and its optimizer ("ddp"), or a
+            share of them ("fsdp"), which needs less memory and sends more.
         device: "auto" (CUDA if available), "cpu", "cuda" or "cuda:N".
         log_every: updates between two rows of metrics.
         cache: folder of `featkd cache`, read instead of running the teacher; null for none.
@@ -224,6 +226,7 @@ class Recipe:
     amp: Literal["off", "bf16", "fp16"] = "bf16"
     compile: bool = False
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    distributed: Literal["ddp", "fsdp"] = "ddp"
     device: str = "auto"
     log_every: int = 50
     cache: str | None = None
@@ -260,6 +263,11 @@ class Recipe:
             raise RecipeError(
                 f"compile_mode: {self.compile_mode!r} uses CUDA graphs, which can't accumulate "
                 f"gradients (optim.accumulate is {self.optim.accumulate}); expected 'default'"
+            )
+        if self.distributed == "fsdp" and self.compile_mode in ("reduce-overhead", "max-autotune"):
+            raise RecipeError(
+                f"compile_mode: {self.compile_mode!r} uses CUDA graphs, which need weights that "
+                "stay in place, but distributed is 'fsdp'; expected compile_mode: default, or ddp"
             )
         if self.batch_size % 2 and self.data.augment.mixes:
             raise RecipeError(

@@ -88,6 +88,10 @@ def test_shipped_recipes_survive_a_round_trip(name, tmp_path: Path):
         ("loss: {label_smoothing: 2}", "loss.label_smoothing: expected a number from 0 to 1"),
         ("loss: {alpha: 0.5}", "loss.alpha: 0.5 needs a teacher"),
         ("loss: {feature: mse}", "loss.feature: 'mse' needs a teacher"),
+        (
+            "{compile: true, compile_mode: reduce-overhead, distributed: fsdp}",
+            "compile_mode: 'reduce-overhead' uses CUDA graphs, which need weights that stay",
+        ),
         ("compile_mode: reduce-overhead", "compile_mode: 'reduce-overhead' needs compile: true"),
         (
             "{compile: true, compile_mode: max-autotune, optim: {accumulate: 2}}",

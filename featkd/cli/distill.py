@@ -7,27 +7,37 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from featkd.cli.arguments import Parser, add_quiet, plural
+from featkd.cli.arguments import Parser, add_quiet
+from featkd.cli.output import results_unless
 from featkd.cli.recipe_arguments import parse_recipe, recipe_parser
+from featkd.runtime.names import plural
 
 if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+    from featkd.train.recipe import Recipe
     from featkd.train.trainer import Outcome
 
 
 def distill(words: Sequence[str]) -> int:
     """Run `featkd distill` and return the exit code."""
     recipe, options = parse_recipe(parser(), words)
+    if options.print_config:
+        from featkd.train.recipe import to_yaml
+
+        print(to_yaml(recipe), end="")
+        return 0
+    with results_unless(options.quiet):
+        return _train(recipe, options)
+
+
+def _train(recipe: Recipe, options: Namespace) -> int:
     from featkd.runtime import distributed, interrupt
     from featkd.train.dryrun import dry_run
-    from featkd.train.recipe import to_yaml
     from featkd.train.trainer import Trainer
 
     interrupt.loading_done()
-    if options.print_config:
-        print(to_yaml(recipe), end="")
-        return 0
-    try:
-        context = distributed.start(recipe.device)
+    with distributed.joined(recipe.device) as context:
         if options.dry_run:
             report = dry_run(recipe, context)
             if context.is_main:
@@ -49,8 +59,6 @@ def distill(words: Sequence[str]) -> int:
         if context.is_main:
             print(f"{recipe.out}: {_summary(outcome)}")
         return 0
-    finally:
-        distributed.stop()
 
 
 def _summary(outcome: Outcome) -> str:
@@ -59,7 +67,8 @@ def _summary(outcome: Outcome) -> str:
     facts = [plural(outcome.updates, "update")]
     if best:  # empty if the run was never evaluated
         facts.append(
-            f"best top-1 {best['top1']:.2f} % ({best['weights']} weights, epoch {best['epoch']})"
+            f"best top-1 {best['top1']:.2f} % (best.pt: {best['weights']} weights, epoch "
+            f"{best['epoch']})"
         )
     if math.isnan(outcome.images_per_s):
         facts.append("nothing was left to train")
@@ -86,8 +95,8 @@ def parser() -> Parser:
         default="auto",
         metavar="auto|force|never|FILE",
         help="continue from the last checkpoint in --out if there is one, unless the recipe is of "
-        "another experiment (auto) or in any case (force); refuse a folder with a checkpoint "
-        "(never); or continue from a checkpoint file",
+        "another experiment (auto) or in any case (force); start a new run, in an --out without "
+        "checkpoints (never); or continue from a checkpoint file",
     )
     parser.add_argument(
         "--dry-run",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Literal
 
@@ -11,6 +12,7 @@ from featkd.data.config import DataConfig
 from featkd.data.imageset import ImageSet
 from featkd.data.loader import Loader, TorchLoader
 from featkd.data.sampler import EpochSampler
+from featkd.runtime.names import plural
 
 
 def build_loader(
@@ -101,7 +103,18 @@ def build_loader_for(
         workers=config.workers,
         pin_memory=device.type == "cuda",
         channels_last=config.channels_last,
-        note=reason,
+        note="; ".join(filter(None, (reason, _excess_of_workers(config.workers)))),
+    )
+
+
+def _excess_of_workers(workers: int) -> str:
+    """Returns a note if there are more worker processes than CPU cores, else ""."""
+    cores = len(os.sched_getaffinity(0))
+    if workers <= cores:
+        return ""
+    return (
+        f"data.workers: {workers} processes share {plural(cores, 'CPU core')}; "
+        f"try --data.workers {cores}"
     )
 
 

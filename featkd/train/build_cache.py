@@ -105,11 +105,12 @@ def build_cache(
             pairs = resolve_layer_pairs(recipe, num_layers(student), num_layers(model))
         # A recipe that can't be trained is refused before the teacher runs, whatever is stored.
         compared = pairs if compares_maps else LayerPairs()
-        shapes = output_shapes("teacher", model, compared.teacher, recipe, context)
-        check_fit(recipe, student, compared, shapes, context, notes)
+        every = tuple(sorted(set(pairs.teacher)))
+        shapes = output_shapes("teacher", model, every, recipe, context)
+        check_fit(recipe, student, compared, shapes.of(compared.teacher), context, notes)
         del student
-        layers = tuple(sorted(set(pairs.teacher))) if stores_maps else ()
-        teacher = Teacher(model, layers, recipe, context, logits=True)
+        layers = every if stores_maps else ()
+        teacher = Teacher(model, layers, recipe, context, logits=True, shapes=shapes.of(layers))
         manifest = Manifest(
             subject=cache_subject(recipe, loader, context),
             weights=_weights_sha256(cast(nn.Module, model)),
@@ -130,7 +131,12 @@ def build_cache(
         size = estimate_size(manifest)
         notes.append(f"size of the cache: {size.describe(folder)}")
         with ExitStack() as lock, Interrupt() as interrupt:
-            manifest = _prepare(folder, manifest, context, lock)
+
+            def prepare() -> Manifest:
+                lock.enter_context(lock_folder(folder))
+                return prepare_folder(folder, manifest)
+
+            manifest = context.on_main(prepare)
             writer = CacheWriter(folder, manifest)
             with _progress_bar(manifest, context.is_main and not quiet) as bar:
 
@@ -251,23 +257,6 @@ class _Build:
             raise CacheError(
                 f"image {image}, copy {copy} of view {epoch}: {error.cause}; try another amp"
             ) from error
-
-
-def _prepare(
-    folder: Path, manifest: Manifest, context: ProcessContext, lock: ExitStack
-) -> Manifest:
-    """Locks and prepares the folder on process 0; all processes return the folder's manifest."""
-    result: Manifest | CacheError = manifest
-    if context.is_main:
-        try:
-            lock.enter_context(lock_folder(folder))
-            result = prepare_folder(folder, manifest)
-        except CacheError as error:
-            result = error
-    result = context.broadcast(result)
-    if isinstance(result, CacheError):
-        raise result
-    return result
 
 
 def _gather(found: Sequence[Found], context: ProcessContext) -> list[Found]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from os import PathLike
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from featkd.data.workers import is_worker_error
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.files import atomic_write, remove_leftovers
 from featkd.runtime.lock import FolderInUse, locked
-from featkd.runtime.remote import Location, RemotePath, locate, seekable
+from featkd.runtime.remote import AnyPath, Location, locate, seekable
 from featkd.train.checkpoint_layout import find_fault
 
 FORMAT = 2
@@ -43,16 +42,12 @@ class CheckpointStore:
         self.last = folder / "last.pt"
         self.best = folder / "best.pt"
 
-    def prepare(self) -> None:
-        """Creates the folder and removes temporary files of a killed run.
+    def create_folder(self) -> None:
+        """Creates the folder if it is missing.
 
         Raises:
             CheckpointError: the path is a file.
         """
-        self._create_folder()
-        remove_leftovers(self.folder)
-
-    def _create_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -60,26 +55,23 @@ class CheckpointStore:
 
     @contextmanager
     def opened(self, context: ProcessContext) -> Iterator[None]:
-        """Prepares the folder and locks it for this run; all processes must call it.
+        """Locks the folder for this run and removes temporary files; all processes must call it.
 
         Raises:
             CheckpointError: the path is a file, or another run writes to the folder; raised on all
                 processes.
         """
         with ExitStack() as lock:
-            failed: Exception | None = None
-            if context.is_main:
+
+            def open_folder() -> None:
+                self.create_folder()
                 try:
-                    self._create_folder()
                     lock.enter_context(locked(self.folder))
-                    self.prepare()
                 except FolderInUse as error:
-                    failed = CheckpointError(f"out: {error}")
-                except (CheckpointError, OSError) as error:
-                    failed = error
-            failed = context.broadcast(failed)
-            if failed is not None:
-                raise failed
+                    raise CheckpointError(f"out: {error}") from error
+                remove_leftovers(self.folder)
+
+            context.on_main(open_folder)
             yield
 
     def save(
@@ -160,7 +152,7 @@ class CheckpointStore:
         return score
 
 
-def load(path: str | PathLike[str] | RemotePath) -> dict[str, Any]:
+def load(path: AnyPath) -> dict[str, Any]:
     """Reads a featkd checkpoint onto the CPU, without unpickling any code.
 
     Raises:
@@ -187,9 +179,3 @@ def load(path: str | PathLike[str] | RemotePath) -> dict[str, Any]:
     if fault is not None:
         raise CheckpointError(f"{path}: damaged: {fault}")
     return state
-
-
-def abbreviate(names: list[str], separator: str = ", ") -> str:
-    """Joins the first five names, and adds the total number if there are more."""
-    few = separator.join(names[:5])
-    return few if len(names) <= 5 else f"{few}{separator}... {len(names)} in all"

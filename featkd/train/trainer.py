@@ -113,9 +113,9 @@ class Trainer:
         Args:
             resume: "auto" resumes from the last checkpoint in the output folder, if any, and
                 refuses one of another experiment; "force" resumes with the changed recipe; "never"
-                refuses a folder with a checkpoint; anything else is a checkpoint file, which the
-                recipe may change.
-            quiet: print nothing.
+                starts a new run and refuses a folder with a checkpoint; anything else is a
+                checkpoint file, which the recipe may change.
+            quiet: print warnings only.
 
         Raises:
             CheckpointError: a checkpoint can't be written, read or used, or another run writes to
@@ -135,8 +135,10 @@ class Trainer:
             *(folder, self.update, self.total_updates, quiet),
             evaluation_pending=self.evaluation_pending,
         )
-        for message in (*messages, *log.notes):
+        for message in messages:
             log.message(message)
+        for note in log.notes:
+            log.message(note, warning=True)
         stopped_by = None
         try:
             with Interrupt() as interrupt:
@@ -155,7 +157,7 @@ class Trainer:
             try:  # the checkpoint is from before the error
                 self._saver.wait()
             except Exception as error:
-                log.message(str(error))
+                log.message(str(error), warning=True)
             raise
         finally:
             log.close()
@@ -359,7 +361,8 @@ class Trainer:
             if path not in self.bad_files:
                 self.bad_files[path] = cause
                 count = len(self.bad_files)
-                log.message(f"unreadable image no. {count}, left out: {path}: {cause}")
+                text = f"unreadable image no. {count}, left out: {path}: {cause}"
+                log.message(text, warning=True)
 
     def _save(self, log: RunLog, *, is_best: bool = False, ended_epoch: int | None = None) -> None:
         """Starts to save a checkpoint; training goes on while it is written."""
@@ -397,11 +400,9 @@ class Trainer:
         """Waits until the last checkpoint is written; all processes must call it.
 
         Raises:
-            CheckpointError: it can't be written; raised on the main process.
+            CheckpointError: it can't be written; raised on all processes.
         """
-        self._saver.wait()
-        # The control group's timeout is a day.
-        self.context.any_true(False)
+        self.context.on_main(self._saver.wait)  # without NCCL, which ends processes that wait
 
     def _resume(self, resume: str) -> list[str]:
         """Restores the checkpoint that `resume` selects, if any; returns messages for the user."""

@@ -10,6 +10,7 @@ import signal
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,16 @@ from featkd.data import Batch
 from tests.data.conftest import MakeSet
 from tests.data.loading import alive, loading
 from tests.forking import Forked, Server
+
+
+def test_more_workers_than_cores_are_noted_in_one_line(make_set: MakeSet) -> None:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr(os, "sched_getaffinity", lambda _: {0})
+        with loading(make_set(train=8), workers=2) as loader:
+            next(iter(loader))
+            note = "data.workers: 2 processes share 1 CPU core; try --data.workers 1"
+            assert loader.note == note
 
 
 def test_close_ends_the_workers_also_after_an_exception(make_set: MakeSet) -> None:
@@ -174,7 +185,7 @@ print(len(list(batches)), "more batches")
 """
 
 
-@pytest.mark.parametrize("how", ["ctrl-c", "handled", "raise"])
+@pytest.mark.parametrize("how", ["ctrl-c", "handled", "raise", "killed"])
 def test_an_end_within_an_epoch_leaves_nothing(make_set: MakeSet, server: Server, how: str) -> None:
     """Ends without close(), and leaves no folder of the workers behind.
 
@@ -187,13 +198,15 @@ def test_an_end_within_an_epoch_leaves_nothing(make_set: MakeSet, server: Server
     assert list(temporary.glob("pymp-*"))
     workers = [int(pid) for pid in first.split()]
     assert len(workers) == 2
-    if how != "raise":
+    if how == "killed":
+        process.kill()
+    elif how != "raise":
         os.killpg(process.pid, signal.SIGINT)
     process.wait(30)
     errors = process.stderr
     if how == "handled":
         assert (process.returncode, process.stdout) == (0, f"{first}63 more batches\n"), errors
-    else:
+    elif how != "killed":
         assert process.returncode != 0
         assert errors.count("Traceback") == 1
         assert ("KeyboardInterrupt" if how == "ctrl-c" else "out of the loop") in errors

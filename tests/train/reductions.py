@@ -33,7 +33,11 @@ def main() -> None:
             compile_module(module, backend="aot_eager")
 
     torch.nn.Module.compile = compile_fast
-    context = distributed.start("cpu")
+    with distributed.joined("cpu") as context:
+        train(context)
+
+
+def train(context: distributed.ProcessContext) -> None:
     trainer = Trainer(load_recipe(Path(sys.argv[1])), context)
     trainer.components.student.train()
     forward = trainer.components.student_forward
@@ -63,4 +67,3 @@ def main() -> None:
         f"{sys.argv[2]}.{context.rank}",
     )
     trainer.components.close()
-    dist.destroy_process_group()

@@ -20,11 +20,7 @@ PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm"}
 
 
 def main() -> None:
-    """Trains `UPDATES` updates of the recipe argv[1]; saves what happened in argv[2].RANK.
-
-    The profile of the last update tells which buckets DDP began to reduce before the last matrix
-    product of the backward pass.
-    """
+    """Trains the recipe argv[1] on this rank; `train` saves its result."""
     compile_module = torch.nn.Module.compile
 
     def compile_fast(module: torch.nn.Module, **_: object) -> None:
@@ -38,6 +34,11 @@ def main() -> None:
 
 
 def train(context: distributed.ProcessContext) -> None:
+    """Trains `UPDATES` updates of the recipe argv[1]; saves what happened in argv[2].RANK.
+
+    The profile of the last update tells which buckets DDP began to reduce before the last matrix
+    product of the backward pass.
+    """
     trainer = Trainer(load_recipe(Path(sys.argv[1])), context)
     trainer.components.student.train()
     forward = trainer.components.student_forward

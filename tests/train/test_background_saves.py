@@ -15,10 +15,11 @@ from featkd.data import Batch
 from featkd.losses import DistillationTerms
 from featkd.runtime.interrupt import Interrupt
 from featkd.train.checkpoint import CheckpointError, load
+from featkd.train.logs import read_csv
 from featkd.train.recipe import Recipe
 from featkd.train.trainer import Trainer
 from tests.forking import Server
-from tests.test_ranks import succeed
+from tests.test_ranks import succeed, wait_for
 from tests.train.runs import CPU, save
 
 SECONDS = 60  # a test that waits so long fails
@@ -150,3 +151,39 @@ def test_a_slow_store_is_no_timeout_for_other_ranks(recipe_file, server: Server,
     words = ("distill", recipe_file, "--out", tmp_path / "run", "--optim.epochs", 1)
     succeed(server.ranks(2, *words, "--optim.warmup_epochs", 0, 4, 5, script=SLOW))
     assert load(tmp_path / "run" / "last.pt")["update"] == 3
+
+
+HALF = """
+import io, sys, time
+import torch
+from featkd.cli.main import main
+
+save, calls = torch.save, []
+def half(state, file):
+    content = io.BytesIO()
+    save(state, content)
+    calls.append(content.getvalue())
+    if len(calls) == 1:
+        file.write(calls[0])
+        return
+    file.write(calls[1][: len(calls[1]) // 2])
+    file.flush()
+    time.sleep(600)
+torch.save = half
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(recipe_file, server, tmp_path):
+    """Half of the second checkpoint is written, and two more updates are done, before the kill."""
+    out = tmp_path / "run"
+    words = ("distill", recipe_file, "--out", out, "--checkpoint.every_updates", 2)
+    process = server.start(*words, script=HALF)
+    wait_for(lambda: len(read_csv(out / "metrics.csv")) >= 6, [process])
+    process.kill()
+    process.wait()
+    assert load(out / "last.pt")["update"] == 2
+    assert len(list(out.glob(".last.pt.*.tmp"))) == 1
+    assert server.call(*words).returncode == 0
+    assert load(out / "last.pt")["update"] == 12
+    assert not list(out.glob(".*.tmp"))

@@ -9,7 +9,7 @@ import torch
 
 from featkd.runtime.distributed import ProcessContext
 from featkd.train.checkpoint import load
-from featkd.train.logs import read_csv
+from featkd.train.logs import RunLog, read_csv
 from featkd.train.recipe import Recipe, to_dict
 from featkd.train.trainer import Outcome, Trainer
 
@@ -18,6 +18,12 @@ CPU = ProcessContext(0, 1, torch.device("cpu"))
 
 def run(recipe: Recipe, resume: str = "auto") -> Outcome:
     return Trainer(recipe, CPU).run(resume, quiet=True)
+
+
+def save(trainer: Trainer, **options: Any) -> None:
+    """Saves the trainer's state, and waits until it is written."""
+    trainer._save(RunLog(None, 0, 0), **options)
+    trainer.finish_saving()
 
 
 def column(recipe: Recipe, name: str) -> list[str]:

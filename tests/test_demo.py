@@ -19,7 +19,8 @@ from featkd.demo.results import STUDENTS, RunResult, spread
 from featkd.demo.run import keep_or_clear, train_all
 from featkd.runtime.environment import versions
 from featkd.train.checkpoint import FORMAT, load
-from featkd.train.recipe import find_recipe, load_recipe, to_dict
+from featkd.train.recipe import to_dict
+from featkd.train.recipe_file import find_recipe, load_recipe
 from tests.page import Page
 from tests.train.runs import empty_state
 

@@ -77,7 +77,7 @@ def test_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path):
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
         "import featkd, featkd.kernels.launch, featkd.cli.bench\n"
-        "from featkd.train.recipe import shipped_recipes\n"
+        "from featkd.train.recipe_file import shipped_recipes\n"
         "import torch; from featkd import linalg\n"
         "assert linalg.energy_ranks(torch.eye(10)).tolist() == [8, 9, 10, 10]\n"
         "assert featkd.last_backend('spectrum') == 'cpu'\n"

@@ -20,7 +20,7 @@ from featkd.data import build_loader
 from featkd.runtime.lock import locked
 from featkd.train.checkpoint import load
 from featkd.train.logs import read_csv
-from featkd.train.recipe import load_recipe
+from featkd.train.recipe_file import load_recipe
 from featkd.train.trainer import Trainer
 from tests.forking import Forked, Server
 from tests.train.runs import CPU, same_weights

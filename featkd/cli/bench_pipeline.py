@@ -197,7 +197,7 @@ def _updates_on(context: ProcessContext, options: Namespace, backend: Any) -> in
     """Time the update and its parts in this process of a run."""
     from featkd.benchmarks import step, table, throughput, train_step
     from featkd.benchmarks.photographs import photographs
-    from featkd.train.recipe import find_recipe, load_recipe
+    from featkd.train.recipe_file import find_recipe, load_recipe
 
     recipe = load_recipe(find_recipe(options.recipe))
     known = step.ways(context.device)

@@ -11,13 +11,8 @@ from dataclasses import fields
 from jsonargparse import Namespace
 
 from featkd.cli.arguments import Parser, UsageError, is_group_of_fields
-from featkd.train.recipe import (
-    Recipe,
-    TeacherConfig,
-    find_recipe,
-    read_recipe_config,
-    shipped_recipes,
-)
+from featkd.train.recipe import Recipe, TeacherConfig
+from featkd.train.recipe_file import find_recipe, read_recipe_config, shipped_recipes
 
 _CONFIG = "--recipe_file"  # internal; a user names the recipe as the first argument
 

@@ -27,14 +27,8 @@ from featkd.runtime import distributed, environment
 from featkd.runtime.interrupt import Interrupt
 from featkd.runtime.names import plural
 from featkd.train import checkpoint
-from featkd.train.recipe import (
-    LossConfig,
-    Recipe,
-    TeacherConfig,
-    find_recipe,
-    load_recipe,
-    to_dict,
-)
+from featkd.train.recipe import LossConfig, Recipe, TeacherConfig, to_dict
+from featkd.train.recipe_file import find_recipe, load_recipe
 from featkd.train.trainer import Trainer
 
 

@@ -1,6 +1,7 @@
 """Training by feature distillation: recipes, trainer, checkpoints, dry run."""
 
-from featkd.train.recipe import Recipe, find_recipe, load_recipe
+from featkd.train.recipe import Recipe
+from featkd.train.recipe_file import find_recipe, load_recipe
 from featkd.train.trained import load_trained
 from featkd.train.trainer import Outcome, Trainer
 

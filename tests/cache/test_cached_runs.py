@@ -19,7 +19,8 @@ from featkd.train.build_cache import build_cache
 from featkd.train.components import build
 from featkd.train.dryrun import dry_run
 from featkd.train.logs import read_csv
-from featkd.train.recipe import Recipe, RecipeError, load_recipe
+from featkd.train.recipe import Recipe, RecipeError
+from featkd.train.recipe_file import load_recipe
 from featkd.train.trainer import Trainer
 from tests.train.runs import CPU, column, run, same_weights
 

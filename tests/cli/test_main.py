@@ -20,7 +20,8 @@ from featkd.cli.arguments import Parser
 from featkd.cli.main import COMMANDS, main
 from featkd.cli.recipe_arguments import parse_recipe
 from featkd.ops import extension
-from featkd.train.recipe import Recipe, field_types
+from featkd.train.recipe import Recipe
+from featkd.train.recipe_file import field_types
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

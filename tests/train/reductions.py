@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from featkd.runtime import distributed
-from featkd.train.recipe import load_recipe
+from featkd.train.recipe_file import load_recipe
 from featkd.train.teacher import TeacherForward
 from featkd.train.trainer import Trainer
 

@@ -16,12 +16,10 @@ from featkd.train.recipe import (
     RecipeError,
     StudentConfig,
     TeacherConfig,
-    find_recipe,
-    load_recipe,
-    shipped_recipes,
     to_dict,
     to_yaml,
 )
+from featkd.train.recipe_file import find_recipe, load_recipe, shipped_recipes
 
 # [EM26] by way of design/method.md section 4: arch, alpha, feature loss
 PUBLISHED = {

@@ -172,7 +172,7 @@ def measure_stages(photos: Photographs, *, images: int, rounds: int) -> list[Rat
     for form in FORMS:
         config = with_form(photos.data, form)
         for library, transform in (
-            ("timm", build_transform(config, training=True)),
+            ("timm", build_transform(config, training=True, normalize=False)),
             ("torchvision", torchvision_transform(config)),
         ):
             work[f"augment {library}/{form}"] = _over(transform, pictures)

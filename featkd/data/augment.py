@@ -23,8 +23,11 @@ from featkd.runtime.seeding import derive_seed
 
 Transform = Callable[[Image.Image], Tensor]
 
-AUGMENTATION_VERSION = 1
-"""Incremented whenever featkd returns other pixels for the same key and configuration."""
+AUGMENTATION_VERSION = 2
+"""Incremented whenever featkd draws another augmentation for the same key and configuration.
+
+Version 1 drew each sample with timm's generators. Version 2 hashes the key (`featkd.data.draws`).
+"""
 
 
 def build_transform(config: DataConfig, *, training: bool, normalize: bool = True) -> Transform:

@@ -40,7 +40,8 @@ def uniforms(seed: int, keys: ArrayLike, count: int, *, purpose: str) -> NDArray
     for column in columns.T:
         state = _mix(state + _STEP * (column + np.uint64(1)))
     positions = np.arange(1, count + 1, dtype=np.uint64) * _STEP
-    return (_mix(state[:, None] + positions) >> np.uint64(11)) * 2.0**-53
+    numbers: NDArray[np.float64] = (_mix(state[:, None] + positions) >> np.uint64(11)) * 2.0**-53
+    return numbers
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,17 +49,18 @@ def through_dali(
     num_ops: int = 0,
     fill_color: tuple[int, int, int] = (0, 0, 0),
 ) -> Pixels:
-    """Runs files through the loader's pipeline on the CPU.
+    """Runs files through the loader's pipeline on the CPU, without its normalization.
 
     Args:
-        config: sizes and filter.
+        config: sizes and filter; its statistics are not used.
         files: contents of each file, (bytes,) uint8.
         params: parameters of each file.
         num_ops, fill_color: as in `build_pipeline`.
 
     Returns:
-        (B, H, W, 3) uint8.
+        (B, H, W, 3) float32 levels, 0 to 255.
     """
+    levels = replace(config, mean=(0, 0, 0), std=(1 / 255,) * 3, channels_last=True)
     starts = iter(range(0, len(files), _BATCH))
 
     def feed() -> tuple[list[Any], ...]:
@@ -67,7 +69,7 @@ def through_dali(
         return pipeline_inputs(list(files[batch]), params[batch], num_ops, config.img_size)
 
     pipeline = build_pipeline(
-        config,
+        levels,
         feed,
         batch_size=_BATCH,
         num_ops=num_ops,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -330,9 +331,12 @@ class TorchLoader(SampledLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         self._iteration += 1
-        if self._loader is None:  # the options depend on whether DALI has been imported by now
-            self._loader = self._make(**worker_options(self._workers))
-        return self._ready(_raised(iter(self._loader)), self._iteration)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # see self.note
+            if self._loader is None:  # the options depend on whether DALI has been imported by now
+                self._loader = self._make(**worker_options(self._workers))
+            batches = iter(self._loader)
+        return self._ready(_raised(batches), self._iteration)
 
     def close(self) -> None:
         """See `Loader`."""

@@ -45,7 +45,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
     """Function that creates fake CUDA tensors, as if during a capture with csrc built for CUDA."""
     monkeypatch.setattr(extension, "has_kernel", lambda op, device: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(backends, "_last", {})
+    monkeypatch.setattr(backends, "_last", backends._Last())
     with FakeTensorMode():
         yield lambda *shape, **options: torch.empty(shape, device="cuda", **options)
 

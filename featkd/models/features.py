@@ -221,7 +221,7 @@ def with_features(model: nn.Module) -> FeatureModel:
 
 def num_layers(model: FeatureModel) -> int:
     """Number of layers that `model.forward_with_features` can return."""
-    return len(_layers(model))
+    return len(layers_of(model))
 
 
 def feature_grid(model: FeatureModel, layer: int = -1) -> tuple[int, int] | None:
@@ -251,7 +251,8 @@ def feature_grid(model: FeatureModel, layer: int = -1) -> tuple[int, int] | None
     return height, width
 
 
-def _layers(model: FeatureModel) -> nn.Sequential:
+def layers_of(model: FeatureModel) -> nn.Sequential:
+    """Layers of a model with features, in order."""
     if isinstance(model, StageFeatures):
         return cast(nn.Sequential, cast(Any, model).layers)
     return cast(nn.Sequential, cast(Any, model).blocks)

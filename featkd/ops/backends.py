@@ -32,9 +32,18 @@ class _Chosen(threading.local):
         self.name: str | None = None
 
 
+class _Last:
+    """Backend of the last call of each op, as attributes.
+
+    torch.compile guards the keys of a dict that is written to, and would compile the second call
+    again.
+    """
+
+
 _chosen = _Chosen()
-_default: str | None = None  # read from FEATKD_BACKEND at the first call; "auto" if that is unset
-_last: dict[str, str] = {}
+# Not read at the first call, which torch.compile would guard and compile the second call again.
+_default = os.environ.get("FEATKD_BACKEND", "auto")
+_last = _Last()
 _warned: set[tuple[str, str]] = set()
 
 
@@ -46,12 +55,7 @@ def _check(name: str, source: str) -> str:
 
 def wanted_backend() -> str:
     """Returns the backend requested by `use_backend` in this thread or by FEATKD_BACKEND."""
-    global _default
-    if _chosen.name is not None:
-        return _chosen.name
-    if _default is None:
-        _default = _check(os.environ.get("FEATKD_BACKEND", "auto"), "FEATKD_BACKEND")
-    return _default
+    return _check(_default, "FEATKD_BACKEND") if _chosen.name is None else _chosen.name
 
 
 @contextmanager
@@ -93,12 +97,13 @@ def last_backend(op: str) -> str | None:
     Args:
         op: name of the op in `featkd.functional`, for example "projected_feature_kd".
     """
-    return _last.get(op)
+    last: str | None = vars(_last).get(op)
+    return last
 
 
 def record(op: str, backend: str) -> None:
     """Records the backend that runs an op; called by the ops."""
-    _last[op] = backend
+    setattr(_last, op, backend)
 
 
 def choose(

@@ -99,8 +99,6 @@ class CheckpointStore:
             with atomic_write(self.last, names) as file:
                 torch.save({"format": FORMAT, **state}, file)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-            if isinstance(error, RuntimeError) and is_worker_error(error):
-                raise
             raise CheckpointError(f"could not save {self.last}: {error}; {self._kept()}") from error
 
     def _save_best(self, state: Mapping[str, Any]) -> None:

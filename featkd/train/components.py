@@ -11,18 +11,18 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from featkd.data import Loader, Mixer, build_loader
 from featkd.functional import Metric
 from featkd.losses import DistillationLoss
 from featkd.models import Lift, create_student
-from featkd.models.features import FeatureModel, feature_grid, num_layers
+from featkd.models.features import FeatureModel, feature_grid, layers_of, num_layers
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.environment import has_fast_bf16, product_speedup
 from featkd.runtime.suggest import suggestion
 from featkd.train.cached_teacher import CachedTeacher, cache_views, open_cache
 from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
+from featkd.train.parallel import replicate, shard
 from featkd.train.precision import AMP_DTYPES
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import Teacher, create_teacher_model, naming, output_shapes
@@ -150,23 +150,25 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
             )
         global_batch = recipe.batch_size * context.world_size * recipe.optim.accumulate
         _check_min_lr(recipe, global_batch)
-        optimizer = _optimizer(recipe, student, global_batch, context)
-        scheduler = _scheduler(recipe, optimizer, updates_per_epoch)
-        ema = None if recipe.ema_decay is None else ModelEmaV3(student, decay=recipe.ema_decay)
+        sharded = recipe.distributed == "fsdp" and context.world_size > 1
+        if recipe.distributed == "fsdp" and not sharded:
+            notes.append("distributed: fsdp has no effect on a run of one process")
+        ema = _average(recipe, student, sharded)
         student_forward = _student_forward(recipe, student, pairs)
         student_forms_loss = isinstance(student_forward, LossForward)
         if compiled:
-            student_forward.compile(
-                mode=recipe.compile_mode_on(
-                    context.device.type, context.world_size, recipe.optim.accumulate
-                )
+            mode = recipe.compile_mode_on(
+                context.device.type, context.world_size, recipe.optim.accumulate
             )
-        if context.world_size > 1:
-            student_forward = DistributedDataParallel(
-                student_forward,
-                device_ids=[context.device] if context.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-            )
+            # Gathering the weights of a shard interrupts a compiled graph.
+            for module in layers_of(student) if sharded else (student_forward,):
+                module.compile(mode=mode)
+        if sharded:
+            shard([student] if ema is None else [student, ema.module], context)
+        elif context.world_size > 1:
+            student_forward = replicate(student_forward, context)
+        optimizer = _optimizer(recipe, student, global_batch, context)
+        scheduler = _scheduler(recipe, optimizer, updates_per_epoch)
     except BaseException:
         train_loader.close()
         val_loader.close()
@@ -312,6 +314,13 @@ def _student_forward(recipe: Recipe, student: FeatureModel, pairs: LayerPairs) -
     if metric is not None and isinstance(student, Lift) and pairs.student == (last,):
         return LossForward(student, metric)
     return FeatureForward(student, pairs.student)
+
+
+def _average(recipe: Recipe, student: FeatureModel, sharded: bool) -> Any:
+    if recipe.ema_decay is None:
+        return None
+    # timm averages buffers and parameters together, which are of two kinds in a sharded model.
+    return ModelEmaV3(student, decay=recipe.ema_decay, exclude_buffers=sharded)
 
 
 def _optimizer(

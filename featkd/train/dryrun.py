@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +22,7 @@ from featkd.models.features import FeatureModel
 from featkd.ops.backends import use_backend
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.names import plural
-from featkd.train.components import RunComponents, peak_lr
+from featkd.train.components import RunComponents, build_student, peak_lr
 from featkd.train.recipe import Recipe
 from featkd.train.trainer import Trainer
 
@@ -60,11 +61,14 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
     finally:
         components.close()
 
+    student = components.student
+    if isinstance(student, FSDPModule):  # can't be copied to count its operations
+        student = build_student(recipe, components.num_classes)
     total = trainer.total_updates
     slower = max(seconds, components.global_batch / loading)
     config = recipe.optim
     lines = [
-        ("student", _describe(components.student, recipe)),
+        ("student", _describe(student, recipe)),
         ("teacher", _describe_teacher(components, recipe)),
         ("data", _describe_data(trainer)),
         ("objective", _describe_loss(recipe)),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from featkd.losses import DistillationTerms
 from featkd.runtime.distributed import ProcessContext
+from featkd.train.parallel import full
 
 
 class TrainingDiverged(RuntimeError):
@@ -90,7 +91,7 @@ class Meter:
 
 
 def check_weights(parameters: Iterable[nn.Parameter], when: str) -> None:
-    """Checks that all weights are finite; waits for the device.
+    """Checks that all weights are finite; waits for the device. A collective for sharded ones.
 
     A gradient that overflows under a finite loss is noticed here one update before the loss.
 
@@ -101,6 +102,6 @@ def check_weights(parameters: Iterable[nn.Parameter], when: str) -> None:
     Raises:
         TrainingDiverged: a weight is not finite.
     """
-    norm = nn.utils.get_total_norm(p.detach() for p in parameters)
+    norm = full(nn.utils.get_total_norm(p.detach() for p in parameters))
     if not norm.isfinite():
         raise TrainingDiverged(f"the norm of the weights is {norm.item()} {when}")

@@ -206,6 +206,8 @@ class Recipe:
         compile_mode: torch.compile's mode; "reduce-overhead" and "max-autotune" use CUDA graphs.
             "auto": "reduce-overhead" on a GPU, for the teacher, and for the student of a run of one
             process without accumulation; otherwise "default".
+        distributed: several processes each hold the whole student and its optimizer ("ddp"), or a
+            share of them ("fsdp"), which needs less memory and sends more.
         device: "auto" (CUDA if available), "cpu", "cuda" or "cuda:N".
         log_every: updates between two rows of metrics.
         cache: folder of `featkd cache`, read instead of running the teacher; null for none.
@@ -226,6 +228,7 @@ class Recipe:
     amp: Literal["off", "bf16", "fp16"] = "bf16"
     compile: bool | Literal["auto"] = "auto"
     compile_mode: Literal["auto", "default", "reduce-overhead", "max-autotune"] = "auto"
+    distributed: Literal["ddp", "fsdp"] = "ddp"
     device: str = "auto"
     log_every: int = 50
     cache: str | None = None
@@ -263,6 +266,11 @@ class Recipe:
             raise RecipeError(
                 f"compile_mode: {self.compile_mode!r} uses CUDA graphs, which can't accumulate "
                 f"gradients (optim.accumulate is {self.optim.accumulate}); expected auto or default"
+            )
+        if asks_graphs and self.distributed == "fsdp":
+            raise RecipeError(
+                f"compile_mode: {self.compile_mode!r} uses CUDA graphs, which need weights that "
+                "stay in place, but distributed is 'fsdp'; expected auto or default, or ddp"
             )
         if self.batch_size % 2 and self.data.augment.mixes:
             raise RecipeError(

@@ -15,7 +15,7 @@ _SILENT = ("out", "log_every", "checkpoint", "device", "data.workers", "teacher.
 # Fields that may change, with a note: position and speed, images that are found elsewhere.
 _NOTED = (
     *("batch_size", "optim.accumulate", "amp", "compile", "compile_mode", "cache", "cache_epochs"),
-    *("data.path", "data.backend", "data.channels_last", "data.on_bad_image"),
+    *("distributed", "data.path", "data.backend", "data.channels_last", "data.on_bad_image"),
 )
 
 

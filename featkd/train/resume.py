@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from featkd.data.augment import AUGMENTATION_VERSION
 from featkd.models.weights import load_strictly
@@ -16,6 +16,7 @@ from featkd.train import checkpoint
 from featkd.train.checkpoint import CheckpointError, CheckpointStore
 from featkd.train.checkpoint_layout import find_optimizer_fault
 from featkd.train.components import RunComponents, peak_lr
+from featkd.train.parallel import shard_optimizer_state, shard_state
 from featkd.train.recipe import Recipe
 from featkd.train.recipe_changes import another_experiment, check_same_recipe
 
@@ -134,10 +135,9 @@ def restore(
     _restore_position(path, state, components, recipe)
     if images and not force:
         raise another_experiment(path, images)
-    student = cast(nn.Module, components.student)
-    load_strictly(student, state["model"], str(path), "the recipe's student")
+    _load_weights(path, cast(nn.Module, components.student), state["model"])
     if components.ema is not None:
-        load_strictly(components.ema.module, state["model_ema"], str(path), "the recipe's student")
+        _load_weights(path, components.ema.module, state["model_ema"])
     _restore_optimizer(path, state, components.optimizer, recipe)
     if state["scaler"]:  # empty without loss scaling
         components.scaler.load_state_dict(state["scaler"])
@@ -148,6 +148,10 @@ def restore(
         *_process_changes(state, components, recipe, world_size),
     ]
     return state, changed
+
+
+def _load_weights(path: Location, model: nn.Module, state: dict[str, Tensor]) -> None:
+    load_strictly(model, shard_state(model, state), str(path), "the recipe's student")
 
 
 def _restore_optimizer(
@@ -180,6 +184,7 @@ def _restore_optimizer(
     if fault is not None:
         raise CheckpointError(f"{path}: damaged: {fault}")
     expected = [set(group) for group in optimizer.param_groups]
+    shard_optimizer_state(optimizer, state["optimizer"])
     optimizer.load_state_dict(state["optimizer"])
     for number, (names, group) in enumerate(zip(expected, optimizer.param_groups, strict=True)):
         if missing := sorted(names - set(group)):

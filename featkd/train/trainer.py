@@ -26,9 +26,11 @@ from featkd.train.components import StudentOutputs, build
 from featkd.train.evaluate import evaluate
 from featkd.train.logs import RunLog
 from featkd.train.meter import Meter, check_weights
+from featkd.train.parallel import gathered, without_reduction
 from featkd.train.precision import autocast
 from featkd.train.recipe import Recipe, to_dict
 from featkd.train.resume import check_same_position, find_checkpoint, restore
+from featkd.train.saving import BackgroundSaver, snapshot
 from featkd.train.stopwatch import Stopwatch
 
 
@@ -81,6 +83,7 @@ class Trainer:
         self.scores: dict[str, dict[str, float]] = {}
         self.bad_files: dict[str, str] = {}  # path -> cause
         self._last_checkpoint: Location | None = None  # saved by this run, or resumed from
+        self._saver = BackgroundSaver()
         self._meter = Meter(context)
         self._seconds = 0.0
         self._timed_updates = 0
@@ -145,9 +148,17 @@ class Trainer:
                     stopped_by = self._train_epoch(log, interrupt)
                 if stopped_by is not None:
                     self._save(log)
+                self.finish_saving()
+                if stopped_by is not None:
                     log.message(
                         f"stopped by signal {stopped_by}; --resume auto continues from here"
                     )
+        except Exception:
+            try:  # the checkpoint is from before the error
+                self._saver.wait()
+            except Exception as error:
+                log.message(str(error), warning=True)
+            raise
         finally:
             log.close()
             self.components.close()
@@ -177,9 +188,10 @@ class Trainer:
         # Seeded by the update, so that a resumed run repeats drop-path exactly.
         torch.manual_seed(derive_seed(recipe.seed, self.update, self.context.rank))
         self._set_lr()
+        networks = components.student, components.student_forward
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
-            with self._no_sync(not last):
+            with nullcontext() if last else without_reduction(*networks):
                 terms = self.losses(batch, number)
                 scaled: Tensor = components.scaler.scale(terms.total / len(batches))
                 torch.autograd.backward(scaled)
@@ -260,6 +272,7 @@ class Trainer:
             log.advance()
             if self.update % recipe.log_every == 0 or self.batch == last_batch:
                 self._log(log, watch)
+                self._saver.check()
             if self.batch == last_batch:
                 continue  # exhausts the loader: a DALI pipeline starts its next epoch only then
             stopped_by = interrupt.stop_signal(self.context.any_true)
@@ -288,13 +301,6 @@ class Trainer:
 
     def _autocast(self) -> AbstractContextManager[object]:
         return autocast(self.recipe.amp, self.context.device)
-
-    def _no_sync(self, active: bool) -> AbstractContextManager[object]:
-        """Skips DDP's gradient all-reduce if `active`: before the last micro-batch of an update."""
-        forward = self.components.student_forward
-        if active and isinstance(forward, nn.parallel.DistributedDataParallel):
-            return forward.no_sync()
-        return nullcontext()
 
     def _log(self, log: RunLog, watch: Stopwatch) -> None:
         """Reads and logs the mean losses; the only place where training waits for the device."""
@@ -328,10 +334,11 @@ class Trainer:
         if components.ema is not None:
             models["ema"] = components.ema.module
         improved = False
-        evaluations = evaluate(
-            *(models, components.val_loader, components.num_classes),
-            *(self.context.device, self._autocast),
-        )
+        with gathered(models.values()):
+            evaluations = evaluate(
+                *(models, components.val_loader, components.num_classes),
+                *(self.context.device, self._autocast),
+            )
         for weights, found in evaluations.items():
             scores = {"top1": found.top1, "top5": found.top5, "loss": found.loss}
             self.scores[weights] = scores
@@ -354,12 +361,13 @@ class Trainer:
                 log.message(text, warning=True)
 
     def _save(self, log: RunLog, *, is_best: bool = False, ended_epoch: int | None = None) -> None:
+        """Starts to save a checkpoint; training goes on while it is written."""
+        self.finish_saving()
         meter = self._meter.state_dict(self._position)  # a collective: all processes call it
         check_weights(self.components.student.parameters(), self._position)
-        log.publish()
         bad_files = self.context.merge_dicts(self.bad_files)
-        if self.context.is_main:
-            state = {
+        state = snapshot(
+            {
                 **self.components.state_dict(),
                 **meter,
                 "update": self.update,
@@ -372,10 +380,25 @@ class Trainer:
                 "versions": environment.versions(),
                 "world_size": self.context.world_size,
                 "job": self.context.job,
-            }
-            self.store.save(state, is_best=is_best, ended_epoch=ended_epoch)
-        self.context.barrier()
+            },
+            keep=self.context.is_main,
+        )
+        if self.context.is_main:
+
+            def save() -> None:
+                log.publish()
+                self.store.save(state, is_best=is_best, ended_epoch=ended_epoch)
+
+            self._saver.start(save)
         self._last_checkpoint = self.store.last
+
+    def finish_saving(self) -> None:
+        """Waits until the last checkpoint is written; all processes must call it.
+
+        Raises:
+            CheckpointError: it can't be written; raised on all processes.
+        """
+        self.context.on_main(self._saver.wait)  # without NCCL, which ends processes that wait
 
     def _resume(self, resume: str) -> list[str]:
         """Restores the checkpoint that `resume` selects, if any; returns messages for the user."""

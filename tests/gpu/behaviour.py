@@ -248,7 +248,7 @@ def compiled(
     want = run_ours(form, inputs_of(form, sizes, precision, device), sizes, precision)
     allowed = close(precision, device, 1e-4)
     torch.compiler.reset()
-    backends._last.pop(form.op, None)
+    vars(backends._last).pop(form.op, None)
     options: dict[str, Any] = {"mode": mode} if device.type == "cuda" else {"backend": "aot_eager"}
 
     @torch.compile(fullgraph=True, dynamic=False, **options)

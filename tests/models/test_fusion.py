@@ -37,7 +37,7 @@ class Entry:
 
     def fused(self, call: Callable[[Tensor], object] | None = None) -> bool:
         """Checks whether a forward pass runs the op."""
-        backends._last.clear()
+        vars(backends._last).clear()
         with torch.no_grad():
             (self.model if call is None else call)(self.images)
         return featkd.last_backend(self.op) is not None

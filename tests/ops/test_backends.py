@@ -22,8 +22,8 @@ from featkd.ops import backends
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Resets the default backend, the warnings and the compiler."""
-    monkeypatch.delenv("FEATKD_BACKEND", raising=False)
-    monkeypatch.setattr(backends, "_default", None)
+    monkeypatch.setattr(backends, "_default", "auto")
+    monkeypatch.setattr(backends, "_last", backends._Last())
     monkeypatch.setattr(backends, "_warned", set())
     reset: Any = torch.compiler.reset  # untyped in torch
     reset()
@@ -84,7 +84,7 @@ def test_use_backend_is_local_to_thread():
 
 
 def test_use_backend_nests_and_is_restored_after_error(monkeypatch):
-    monkeypatch.setenv("FEATKD_BACKEND", "triton")
+    monkeypatch.setattr(backends, "_default", "triton")
     with featkd.use_backend("reference"):
         with pytest.raises(KeyError), featkd.use_backend("auto"):
             raise KeyError(backends.wanted_backend())
@@ -127,7 +127,7 @@ def test_use_backend_around_compiled_function(launched):
             thread.start()
             thread.join()
             assert featkd.last_backend("projected_feature_kd") == "reference"
-    assert counter.frame_count <= 3, "recompiled for a backend that was compiled before"
+    assert counter.frame_count == 2, "recompiled for a backend that was compiled before"
 
 
 def test_use_backend_inside_compiled_function(launched):

@@ -10,7 +10,7 @@ import torch
 from featkd.data import AugmentConfig
 from featkd.runtime.distributed import ProcessContext
 from featkd.train.checkpoint import load
-from featkd.train.logs import read_csv
+from featkd.train.logs import RunLog, read_csv
 from featkd.train.recipe import Recipe, to_dict
 from featkd.train.trainer import Outcome, Trainer
 
@@ -22,6 +22,12 @@ NOTHING_DRAWN = AugmentConfig(
 
 def run(recipe: Recipe, resume: str = "auto") -> Outcome:
     return Trainer(recipe, CPU).run(resume, quiet=True)
+
+
+def save(trainer: Trainer, **options: Any) -> None:
+    """Saves the trainer's state, and waits until it is written."""
+    trainer._save(RunLog(None, 0, 0), **options)
+    trainer.finish_saving()
 
 
 def column(recipe: Recipe, name: str) -> list[str]:

@@ -89,6 +89,10 @@ def test_shipped_recipes_survive_a_round_trip(name, tmp_path: Path):
         ("loss: {alpha: 0.5}", "loss.alpha: 0.5 needs a teacher"),
         ("loss: {feature: mse}", "loss.feature: 'mse' needs a teacher"),
         (
+            "{compile: true, compile_mode: reduce-overhead, distributed: fsdp}",
+            "compile_mode: 'reduce-overhead' uses CUDA graphs, which need weights that stay",
+        ),
+        (
             "{compile: false, compile_mode: reduce-overhead}",
             "compile_mode: 'reduce-overhead' needs compile: true or auto",
         ),

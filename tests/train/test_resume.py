@@ -12,12 +12,12 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from featkd.runtime.remote import locate
-from featkd.train.checkpoint import CheckpointError, CheckpointStore, load
+from featkd.train.checkpoint import CheckpointError, load
 from featkd.train.logs import RunLog, read_csv
 from featkd.train.recipe import Recipe, RecipeError, StudentConfig
 from featkd.train.trained import load_trained
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, column, run, same_weights
+from tests.train.runs import CPU, column, run, same_weights, save
 
 
 @pytest.mark.parametrize("every_updates", [None, 4, 5])
@@ -128,20 +128,9 @@ def test_a_full_disk_leaves_the_old_checkpoint(recipe, monkeypatch):
     trainer = Trainer(longer, CPU)
     trainer._resume("auto")
     with pytest.raises(CheckpointError, match=r"could not save .*No space left.*unchanged"):
-        trainer._save(RunLog(None, 0, 0))
+        save(trainer)
     assert last.read_bytes() == before
     assert not list(Path(recipe.out).glob(".*.tmp"))
-
-
-def test_a_worker_that_dies_during_a_save_is_not_a_full_disk(tmp_path, monkeypatch):
-    """torch raises this error from a signal handler, at any moment."""
-
-    def die(*_):
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-
-    monkeypatch.setattr(torch, "save", die)
-    with pytest.raises(RuntimeError, match=r"^DataLoader worker"):
-        CheckpointStore(tmp_path).save({})
 
 
 @pytest.mark.parametrize("arch", ["plain", "lift", "widelast"])

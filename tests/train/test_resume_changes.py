@@ -10,10 +10,9 @@ import torch
 
 from featkd.runtime.distributed import ProcessContext
 from featkd.train.checkpoint import CheckpointError
-from featkd.train.logs import RunLog
 from featkd.train.recipe import LossConfig, Recipe, RecipeError
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, run
+from tests.train.runs import CPU, run, save
 
 
 def saved(recipe: Recipe) -> Trainer:
@@ -22,7 +21,7 @@ def saved(recipe: Recipe) -> Trainer:
     trainer.components.student.train()
     trainer.step([next(iter(trainer.components.train_loader))])
     trainer.store.create_folder()
-    trainer._save(RunLog(None, 0, 0))
+    save(trainer)
     return trainer
 
 

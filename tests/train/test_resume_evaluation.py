@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from featkd.train.checkpoint import CheckpointError, CheckpointStore, load
 from featkd.train.logs import RunLog, read_csv
 from featkd.train.recipe import Recipe
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, run
+from tests.train.runs import CPU, run, save
 
 
 class Killed(BaseException):
@@ -76,6 +77,13 @@ def assert_ended_alike(folder: Location, unbroken: Path) -> None:
         assert not states[0]["evaluation_pending"]
 
 
+def finish_saving() -> None:
+    """Waits for the checkpoint from before the evaluation."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
+
+
 def die_at(monkeypatch: pytest.MonkeyPatch, moment: str, epoch: int) -> None:
     """Kills the next run at a moment of the evaluation after `epoch`."""
     evaluate, evaluation, save = trainer.evaluate, RunLog.evaluation, CheckpointStore.save
@@ -85,11 +93,13 @@ def die_at(monkeypatch: pytest.MonkeyPatch, moment: str, epoch: int) -> None:
         nonlocal done
         done += 2
         if moment == "scores" and done == epoch:
+            finish_saving()
             raise Killed
         return evaluate(*args)
 
     def write(self: RunLog, row: Mapping[str, Any]) -> None:
         if moment == "second row" and (row["epoch"], row["weights"]) == (epoch, "ema"):
+            finish_saving()
             raise Killed
         evaluation(self, row)
 
@@ -171,7 +181,7 @@ def test_processes_that_disagree_on_a_pending_evaluation_are_stopped(alone, monk
     trainer = Trainer(alone, CPU)
     trainer.store.create_folder()
     trainer.evaluation_pending = True
-    trainer._save(RunLog(None, 0, 0))
+    save(trainer)
     last = trainer.store.last
     state = torch.load(last)
     state["due"] = state.pop("evaluation_pending")  # as earlier versions named it

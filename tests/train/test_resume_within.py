@@ -12,10 +12,9 @@ import torch
 
 from featkd.data import factory
 from featkd.train.checkpoint import CheckpointError, load
-from featkd.train.logs import RunLog
 from featkd.train.recipe import Recipe
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, NOTHING_DRAWN, column, run
+from tests.train.runs import CPU, NOTHING_DRAWN, column, run, save
 
 
 def stop_within_an_epoch(recipe: Recipe, updates: int) -> Path:
@@ -25,7 +24,7 @@ def stop_within_an_epoch(recipe: Recipe, updates: int) -> Path:
     for batch in islice(trainer.components.train_loader, updates):
         trainer.step([batch])
     trainer.store.create_folder()
-    trainer._save(RunLog(None, 0, 0))
+    save(trainer)
     return trainer.store.last
 
 

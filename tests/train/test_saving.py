@@ -25,7 +25,7 @@ from featkd.train.checkpoint import CheckpointError, CheckpointStore, load
 from featkd.train.logs import TRAIN_COLUMNS, RunLog, read_csv
 from featkd.train.meter import TrainingDiverged
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, empty_state, run
+from tests.train.runs import CPU, empty_state, run, save
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -54,12 +54,12 @@ def test_weights_that_overflowed_are_not_saved(alone):
     """The loss of that update was finite, and the next loss is not read yet."""
     trainer = Trainer(alone, CPU)
     trainer.store.create_folder()
-    trainer._save(RunLog(None, 0, 0))
+    save(trainer)
     with torch.no_grad():
         next(trainer.components.student.parameters()).view(-1)[0] = math.inf
     trainer.update = 1
     with pytest.raises(TrainingDiverged, match=r"norm of the weights is inf by update 1; the"):
-        trainer._save(RunLog(None, 0, 0))
+        save(trainer)
     assert load(trainer.store.last)["update"] == 0
 
 
@@ -164,14 +164,14 @@ def test_a_run_resumed_elsewhere_has_its_best(alone, tmp_path):
     first = Trainer(alone, CPU)
     first.best = {"update": 0, "epoch": 0, "weights": "model", "top1": 50.0}
     first.store.create_folder()
-    first._save(RunLog(None, 0, 0), is_best=True)
+    save(first, is_best=True)
     trainer = Trainer(replace(alone, out=str(tmp_path / "elsewhere")), CPU)
     trainer.store.create_folder()
     last = first.store.last
     assert trainer._resume(str(last)) == [f"resumed from {last} after update 0 (epoch 0)"]
     assert trainer.best == first.best == load(trainer.store.best)["best"]
     first.update = 1  # the state of the best is lost below
-    first._save(RunLog(None, 0, 0))
+    save(first)
     first.store.best.unlink()
     trainer = Trainer(replace(alone, out=str(tmp_path / "without")), CPU)
     messages = trainer._resume(str(last))

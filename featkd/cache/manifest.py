@@ -127,11 +127,18 @@ class Manifest:
         return plain
 
 
+_EXPLAINED = {
+    "augmentation_version": " (this version of featkd draws other crops, flips, operations and "
+    "erased boxes; expected a cache that it has made)"
+}
+
+
 def differing(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """Fields in which two mappings of plain values differ, as "field: held, not asked"."""
     names = [*held, *(name for name in asked if name not in held)]
     return [
         f"{name}: {held.get(name)!r}, not {asked.get(name)!r}"
+        f"{_EXPLAINED.get(name.rpartition('.')[2], '')}"
         for name in names
         if held.get(name) != asked.get(name)
     ]

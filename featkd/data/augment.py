@@ -23,11 +23,14 @@ from featkd.runtime.seeding import derive_seed
 
 Transform = Callable[[Image.Image], Tensor]
 
-AUGMENTATION_VERSION = 1
-"""Incremented whenever featkd returns other pixels for the same key and configuration."""
+AUGMENTATION_VERSION = 2
+"""Incremented whenever featkd draws another augmentation for the same key and configuration.
+
+Version 1 drew each sample with timm's generators. Version 2 hashes the key (`featkd.data.draws`).
+"""
 
 
-def build_transform(config: DataConfig, *, training: bool) -> Transform:
+def build_transform(config: DataConfig, *, training: bool, normalize: bool = True) -> Transform:
     """Builds timm's transform from an RGB PIL image to (3, img_size, img_size) float32.
 
     Training: random resized crop, flip, RandAugment or color jitter, normalize, random erasing.
@@ -36,6 +39,9 @@ def build_transform(config: DataConfig, *, training: bool) -> Transform:
     Args:
         config: sizes, filter, statistics and augmentation.
         training: selects the training transform.
+        normalize: False stops before the last two steps and returns uint8, as the loaders' workers
+            do; the loaders normalize and erase whole batches, with other draws for the erased
+            boxes than this function's.
 
     Returns:
         A picklable callable. In training it draws from the global generators of `random`,
@@ -46,6 +52,7 @@ def build_transform(config: DataConfig, *, training: bool) -> Transform:
         "interpolation": config.interpolation,
         "mean": config.mean,
         "std": config.std,
+        "normalize": normalize,
     }
     if not training:
         return cast(Transform, create_transform(**shared, crop_pct=config.crop_pct))

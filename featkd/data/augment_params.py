@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.data.auto_augment import AugmentOp, RandAugment
-from timm.data.random_erasing import RandomErasing
-from torch import Tensor
 from torchvision.transforms import Compose
 
 from featkd.data.augment import build_transform, draw_crop, seeded
@@ -34,7 +32,6 @@ class AugmentParams:
         crop_offset: top, left of the final crop in the resized region.
         flip: whether the crop is flipped horizontally.
         operations: RandAugment operations in order, without those skipped by their probability.
-        erasures: (index, values) pairs to write into the normalized (3, H, W) image.
     """
 
     source_box: tuple[int, int, int, int]
@@ -42,7 +39,6 @@ class AugmentParams:
     crop_offset: tuple[int, int]
     flip: bool = False
     operations: list[RandAugmentOp] = field(default_factory=list)
-    erasures: list[tuple[Any, Tensor]] = field(default_factory=list)
 
 
 class AugmentParamSampler:
@@ -63,11 +59,10 @@ class AugmentParamSampler:
     def __init__(self, config: DataConfig, seed: int) -> None:
         self._config = config
         self._seed = seed
-        transform = build_transform(config, training=True)
+        transform = build_transform(config, training=True, normalize=False)
         assert isinstance(transform, Compose)
         steps = transform.transforms
         self._rand_augment = next((s for s in steps if isinstance(s, RandAugment)), None)
-        self._erase = next((s for s in steps if isinstance(s, RandomErasing)), None)
         ops: list[AugmentOp] = [] if self._rand_augment is None else self._rand_augment.ops
         for op in ops:
             op.aug_fn = partial(_record, op.name)
@@ -92,10 +87,6 @@ class AugmentParamSampler:
             params.flip = augment.hflip > 0 and bool(torch.rand(1) < augment.hflip)
             if self._rand_augment is not None:
                 self._rand_augment(params.operations)
-            if self._erase is not None:
-                recorder = _WriteRecorder()
-                self._erase._erase(recorder, 3, side, side, torch.float32)
-                params.erasures = recorder.writes
         return params
 
 
@@ -121,13 +112,3 @@ def _record(
     """Records an operation; replaces timm's function, with the list in place of the image."""
     operations.append(RandAugmentOp(name, arguments))
     return operations
-
-
-class _WriteRecorder:
-    """Records the writes of timm's random erasing; passed to it in place of the image."""
-
-    def __init__(self) -> None:
-        self.writes: list[tuple[Any, Tensor]] = []
-
-    def __setitem__(self, where: Any, pixels: Tensor) -> None:
-        self.writes.append((where, pixels))

@@ -126,8 +126,7 @@ def build_cache(
         if dry_run:
             sampler.set_ranges(0, [range(min(recipe.batch_size, manifest.rows))])
             batch = next(iter(loader))
-            images = batch.images.to(context.device, non_blocking=True)
-            size = estimate_size(manifest, teacher.outputs(batch._replace(images=images)))
+            size = estimate_size(manifest, teacher.outputs(batch))
             return CacheBuild(manifest, 0, 0, dict(loader.bad_images), None, size)
         size = estimate_size(manifest)
         notes.append(f"size of the cache: {size.describe(folder)}")
@@ -245,11 +244,10 @@ class _Build:
                 )
 
     def _outputs(self, batch: Batch) -> TeacherOutputs:
-        images = batch.images.to(self._context.device, non_blocking=True)
-        on_cuda = images.is_cuda
+        on_cuda = batch.images.is_cuda
         if on_cuda:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        logits, maps = self._teacher.outputs(batch._replace(images=images))
+        logits, maps = self._teacher.outputs(batch)
         assert logits is not None
         if on_cuda:  # the next replay of a CUDA graph writes to the same memory
             logits, maps = logits.clone(), [x.clone() for x in maps]

@@ -199,7 +199,8 @@ def cache_subject(recipe: Recipe, loader: Loader, context: ProcessContext) -> di
         "data.pixels": loader.decoder,
         "amp": recipe.amp,
         "seed": recipe.seed,
-        "augmentation_version": AUGMENTATION_VERSION,
+        # where nothing is drawn, all versions agree
+        "augmentation_version": AUGMENTATION_VERSION if data.augment.is_random else 1,
     }
     found |= {f"data.augment.{k}": v for k, v in dataclasses.asdict(data.augment).items()}
     found |= {f"versions.{k}": v for k, v in _versions(loader.decoder).items()}

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from featkd.data.augment import preserve_rng_state
 from featkd.data.augment_params import AugmentParams, AugmentParamSampler, evaluation_params
@@ -15,7 +14,7 @@ from featkd.data.dali.files import load
 from featkd.data.dali.pipeline import build_pipeline, pipeline_inputs
 from featkd.data.dali.read_ahead import EpochReader, FedBatch
 from featkd.data.imageset import ImageSet
-from featkd.data.loader import Batch, SampledLoader, as_tensor
+from featkd.data.loader import Batch, RawBatch, SampledLoader, as_tensor
 from featkd.data.sampler import EpochSampler, SampleKey
 from featkd.runtime.names import printable
 
@@ -24,7 +23,7 @@ class DaliLoader(SampledLoader):
     """`Loader` with a DALI pipeline; made by `build_loader`.
 
     Threads of this process read the files, and this process draws the augmentation parameters.
-    DALI does all work on pixels except random erasing.
+    DALI does all work on pixels up to the `DeviceStage`.
 
     Args:
         dataset: the images.
@@ -43,7 +42,7 @@ class DaliLoader(SampledLoader):
         batch_size: int,
         device: torch.device,
     ) -> None:
-        super().__init__(dataset, sampler, batch_size)
+        super().__init__(dataset, config, sampler, batch_size=batch_size, device=device)
         self.decoder = f"dali on {device.type}"
         self._config = config
         self._device = device
@@ -56,7 +55,7 @@ class DaliLoader(SampledLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
-        return self._run(self._iteration)
+        return self._ready(self._run(), self._iteration)
 
     def close(self) -> None:
         """See `Loader`."""
@@ -65,37 +64,32 @@ class DaliLoader(SampledLoader):
             self._reader.close()
             self._reader = self._pipeline = None
 
-    def _run(self, iteration: int) -> Iterator[Batch]:
-        self._check_newest(iteration)  # before `_reader` is replaced
+    def _run(self) -> Iterator[RawBatch]:
         reader = EpochReader(self.dataset, iter(self._batches), self._config.workers)
         self._reader = reader  # the pipeline calls `_feed`, which reads from it
         self._prepare_pipeline()
         while True:
-            self._check_newest(iteration)
-            self._advance(iteration, 1)
             try:
                 output = self._next_output(reader)
             except StopIteration:
                 break
             fed = reader.fed.popleft()
-            self._advance(iteration, len(fed.requested) - 1)
             # Not a copy: DALI reuses the memory once the tensor is freed.
             images = torch.utils.dlpack.from_dlpack(output.as_tensor())
-            if self._config.channels_last:
-                images = images.permute(0, 3, 1, 2)
-            _erase(images, fed.params)
-            self.bad_images.update((error.path, error.cause) for error in fed.errors)
-            yield Batch(
+            yield RawBatch(
                 images,
                 torch.tensor(fed.targets, dtype=torch.int64),
-                [error.path for error in fed.errors],
                 as_tensor(fed.keys),
                 torch.tensor(fed.source_index, dtype=torch.int64),
+                fed.errors,
+                len(fed.requested),
             )
         reader.close()
         self._reader = None
-        self._advance(iteration, len(reader.requested))
-        self.bad_images.update((error.path, error.cause) for error in reader.errors)
+        nothing = torch.empty(0, dtype=torch.int64)
+        yield RawBatch(
+            *(nothing, nothing, as_tensor([]), nothing), reader.errors, len(reader.requested)
+        )
         if reader.failure is not None:
             raise reader.failure
 
@@ -220,20 +214,3 @@ def _reason(error: RuntimeError) -> str:
 def _stream(device: torch.device) -> Any:
     """Returns torch's current CUDA stream, on which the output is ordered; None on the CPU."""
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
-
-
-def _erase(images: Tensor, params: list[AugmentParams]) -> None:
-    """Writes the values of random erasing; copies those of a batch to a GPU together."""
-    writes = [(i, *write) for i, sample in enumerate(params) for write in sample.erasures]
-    if not writes:
-        return
-    if images.device.type == "cpu":
-        array = images.numpy()  # NumPy, because torch would use a second thread for a small box
-        for i, where, pixels in writes:
-            array[i][where] = pixels.numpy()
-        return
-    flat = torch.cat([pixels.flatten() for _, _, pixels in writes]).pin_memory()
-    sizes = [pixels.numel() for _, _, pixels in writes]
-    parts = torch.split(flat.to(images.device, non_blocking=True), sizes)
-    for (i, where, pixels), part in zip(writes, parts, strict=True):
-        images[i][where] = part.view(pixels.shape)

@@ -131,10 +131,19 @@ def differing(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """Fields in which two mappings of plain values differ, as "field: held, not asked"."""
     names = [*held, *(name for name in asked if name not in held)]
     return [
-        f"{name}: {held.get(name)!r}, not {asked.get(name)!r}"
+        f"{name}: {held.get(name)!r}, not {asked.get(name)!r}{_hint(name)}"
         for name in names
         if held.get(name) != asked.get(name)
     ]
+
+
+def _hint(name: str) -> str:
+    if name.split(".")[-1] != "augmentation_version":
+        return ""
+    return (
+        " (another version of featkd, which augments differently, made the cache; make a new one, "
+        "or train with that version)"
+    )
 
 
 def read_manifest(folder: Path) -> Manifest:

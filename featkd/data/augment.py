@@ -4,102 +4,124 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
 import torch
+import torchvision.transforms.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from timm.data import create_transform
-from timm.data.auto_augment import RandAugment
-from timm.data.auto_augment import posterize as timm_posterize
-from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.data.auto_augment import NAME_TO_OP
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import get_worker_info
-from torchvision.transforms.functional import get_image_size
+from torchvision.transforms import InterpolationMode
 
+from featkd.data.augment_params import AugmentParams, AugmentParamSampler
 from featkd.data.config import DataConfig
+from featkd.data.draws import uniforms
+from featkd.data.rand_augment import OPERATIONS
+from featkd.data.sampler import SampleKey
 from featkd.runtime.seeding import derive_seed
 
 Transform = Callable[[Image.Image], Tensor]
 
-AUGMENTATION_VERSION = 1
-"""Incremented whenever featkd returns other pixels for the same key and configuration."""
+_WITHOUT_ARGUMENT = ("AutoContrast", "Equalize", "Invert")
+_WHOLE_ARGUMENT = ("Posterize", "Solarize", "SolarizeAdd")
 
 
-def build_transform(config: DataConfig, *, training: bool) -> Transform:
-    """Builds timm's transform from an RGB PIL image to (3, img_size, img_size) float32.
+def build_transform(config: DataConfig) -> Transform:
+    """Builds the evaluation transform from an RGB PIL image to (3, img_size, img_size) float32.
 
-    Training: random resized crop, flip, RandAugment or color jitter, normalize, random erasing.
-    Evaluation: resize the shorter side to img_size / crop_pct, central crop, normalize.
+    Resizes the shorter side to img_size / crop_pct, crops the centre, and normalizes.
 
     Args:
-        config: sizes, filter, statistics and augmentation.
-        training: selects the training transform.
+        config: sizes, filter and statistics.
 
     Returns:
-        A picklable callable. In training it draws from the global generators of `random`,
-        `numpy.random` and `torch`, so call it inside `seeded`.
+        A picklable callable.
     """
-    shared: dict[str, Any] = {
-        "input_size": config.img_size,
-        "interpolation": config.interpolation,
-        "mean": config.mean,
-        "std": config.std,
-    }
-    if not training:
-        return cast(Transform, create_transform(**shared, crop_pct=config.crop_pct))
-    augment = config.augment
     transform = create_transform(
-        **shared,
-        is_training=True,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        hflip=augment.hflip,
-        color_jitter=augment.color_jitter,
-        auto_augment=augment.rand_augment,
-        re_prob=augment.random_erasing,
-        re_mode="pixel",
-        re_count=1,
+        config.img_size,
+        interpolation=config.interpolation,
+        mean=config.mean,
+        std=config.std,
+        crop_pct=config.crop_pct,
     )
-    for step in transform.transforms:
-        if isinstance(step, RandomResizedCropAndInterpolation):
-            step.get_params = draw_crop
-        if isinstance(step, RandAugment):
-            for op in step.ops:
-                if op.aug_fn is timm_posterize:
-                    op.aug_fn = _posterize
     return cast(Transform, transform)
 
 
-def draw_crop(
-    image: Image.Image | Tensor, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """Draws timm's random crop with at least one pixel; returns top, left, height and width.
+class TrainTransform:
+    """Training transform from an RGB PIL image and its key to (3, img_size, img_size) float32.
 
-    In images of a few pixels timm rounds some heights and widths to 0. torchvision then returns a
-    black image, and DALI fails.
+    Random resized crop, flip, RandAugment, color jitter, normalize, random erasing. timm,
+    torchvision and Pillow do the work on pixels. All randomness derives from (seed, key).
+
+    Args:
+        config: sizes, filter, statistics and augmentation.
+        seed: seed of the run.
     """
-    draw = RandomResizedCropAndInterpolation.get_params
-    top, left, height, width = draw(image, scale, ratio)
-    if height < 1 or width < 1:
-        image_width, image_height = get_image_size(image)
-        height, width = max(height, 1), max(width, 1)
-        top, left = min(top, image_height - height), min(left, image_width - width)
-    return top, left, height, width
+
+    def __init__(self, config: DataConfig, seed: int) -> None:
+        self._config = config
+        self._seed = seed
+        self._sampler = AugmentParamSampler(config, seed)
+        self._filter = InterpolationMode(config.interpolation)
+        self._op_options = self._sampler.op_options
+        self._erase = RandomErasing(config.augment.random_erasing, mode="pixel", device="cpu")
+
+    def __call__(self, image: Image.Image, key: SampleKey) -> Tensor:
+        config = self._config
+        image = self.apply(image, self._sampler.sample([image.size], [key]))
+        if config.augment.color_jitter is not None:
+            numbers = uniforms(self._seed, [key], 6, purpose="color_jitter")[0]
+            image = _jitter(image, numbers, config.augment.color_jitter)
+        pixels = F.normalize(F.to_tensor(image), config.mean, config.std)
+        with seeded(self._seed, key):
+            return cast(Tensor, self._erase(pixels))
+
+    def apply(self, image: Image.Image, params: AugmentParams) -> Image.Image:
+        """Crops, flips and augments an image with the first of these parameters."""
+        top, left, height, width = params.source_box[0].tolist()
+        size = params.resize_to[0].tolist()
+        image = F.resized_crop(image, top, left, height, width, size, self._filter)
+        if params.flip[0]:
+            image = F.hflip(image)
+        for op, argument in zip(params.ops[0].tolist(), params.arguments[0].tolist(), strict=True):
+            if op >= 0:
+                image = apply_op(image, OPERATIONS[op], argument, self._op_options)
+        return image
 
 
-def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
-    """timm's posterize, which also accepts 0 bits and then returns a black image.
+def apply_op(
+    image: Image.Image, name: str, argument: float, options: Mapping[str, Any]
+) -> Image.Image:
+    """Applies an operation of RandAugment with timm's function.
 
-    timm's increasing posterize keeps 4 - int(0.4 * level) bits. With "rand-m9-n2-mstd0.5-inc1" the
-    level is clipped at 10, which leaves 0 bits, in 2.3 % of its uses (one image in 660). Old
-    versions of Pillow returned a black image, and the published runs trained on those. Pillow 13
-    raises ValueError.
+    Args:
+        name: one of `OPERATIONS`.
+        argument: its argument; ignored if it has none.
+        options: timm's filter and fill color for geometric operations.
     """
-    if bits_to_keep < 1:
+    if name == "Posterize" and argument < 1:
+        # With "rand-m9-n2-mstd0.5-inc1" 2.3 % of its uses keep no bits. Old versions of Pillow
+        # returned a black image, and the published runs trained on those. Pillow 13 refuses it.
         return Image.new(image.mode, image.size)
-    return cast(Image.Image, timm_posterize(image, bits_to_keep, **kwargs))
+    value = int(argument) if name in _WHOLE_ARGUMENT else argument
+    values = () if name in _WITHOUT_ARGUMENT else (value,)
+    return cast(Image.Image, NAME_TO_OP[name](image, *values, **options))
+
+
+def _jitter(image: Image.Image, numbers: NDArray[np.float64], strength: float) -> Image.Image:
+    """Changes brightness, contrast and saturation in random order, as torchvision's ColorJitter."""
+    adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
+    low, high = max(0.0, 1 - strength), 1 + strength
+    factors = (low + (high - low) * numbers[:3]).tolist()
+    for n in np.argsort(numbers[3:]).tolist():
+        image = adjust[n](image, factors[n])
+    return image
 
 
 @contextlib.contextmanager

@@ -279,8 +279,8 @@ def test_a_cache_of_something_else_is_refused_by_every_field(recipe, images, tmp
     refused(elsewhere, "data.images: 48, not 47; .*data.images_sha256: ")
 
     with monkeypatch.context() as patch:
-        patch.setattr("featkd.train.cached_teacher.AUGMENTATION_VERSION", 2)
-        refused(cached, "augmentation_version: 1, not 2$")
+        patch.setattr("featkd.train.cached_teacher.AUGMENT_SCHEME", 3)
+        refused(cached, r"augmentation_version: 2, not 3 \(another version of .* make a new one")
     with monkeypatch.context() as patch:
         patch.setattr("featkd.train.cached_teacher.metadata.version", lambda name: f"0.{len(name)}")
         for name in ("torch", "numpy", "timm", "torchvision", "pillow"):

@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
-from featkd.data.augment_params import AugmentParams
 from featkd.data.dali.files import File, load, load_decodable
 from featkd.data.images import BadImageError
 from featkd.data.imageset import DATA_ERRORS, DataError, ImageSet
@@ -24,7 +23,7 @@ class FedBatch(NamedTuple):
     """A batch that the pipeline holds.
 
     Attributes:
-        keys, targets, source_index, params: per image of the batch.
+        keys, targets, source_index: per image of the batch.
         errors: unreadable files met for this batch and for the empty batches before it.
         requested: the keys requested for the empty batches before it, and for this batch.
         decodable: whether Pillow has decoded all its files.
@@ -33,7 +32,6 @@ class FedBatch(NamedTuple):
     keys: list[SampleKey]
     targets: list[int]
     source_index: list[int]
-    params: list[AugmentParams]
     errors: list[BadImageError]
     requested: list[list[SampleKey]]
     decodable: bool

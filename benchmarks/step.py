@@ -99,9 +99,7 @@ def random_batch(trainer: Trainer) -> Batch:
 
 def first_batch(trainer: Trainer) -> Batch:
     """Returns the run's first batch, on the device."""
-    batch = next(iter(trainer.batches(0)))
-    device = trainer.context.device
-    return batch._replace(images=batch.images.to(device), targets=batch.targets.to(device))
+    return next(iter(trainer.batches(0)))
 
 
 def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:

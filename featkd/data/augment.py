@@ -1,22 +1,17 @@
-"""Transforms from PIL images to normalized tensors, and the seeding of their randomness."""
+"""Transforms from PIL images to tensors."""
 
 from __future__ import annotations
 
-import contextlib
-import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
-import torch
 import torchvision.transforms.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import NAME_TO_OP
-from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import get_worker_info
 from torchvision.transforms import InterpolationMode
 
 from featkd.data.augment_params import AugmentParams, AugmentParamSampler
@@ -24,7 +19,6 @@ from featkd.data.config import DataConfig
 from featkd.data.draws import uniforms
 from featkd.data.rand_augment import OPERATIONS
 from featkd.data.sampler import SampleKey
-from featkd.runtime.seeding import derive_seed
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -32,13 +26,14 @@ _WITHOUT_ARGUMENT = ("AutoContrast", "Equalize", "Invert")
 _WHOLE_ARGUMENT = ("Posterize", "Solarize", "SolarizeAdd")
 
 
-def build_transform(config: DataConfig) -> Transform:
+def build_transform(config: DataConfig, *, normalize: bool = True) -> Transform:
     """Builds the evaluation transform from an RGB PIL image to (3, img_size, img_size) float32.
 
     Resizes the shorter side to img_size / crop_pct, crops the centre, and normalizes.
 
     Args:
         config: sizes, filter and statistics.
+        normalize: False leaves out the last step and returns uint8, as the loaders' workers do.
 
     Returns:
         A picklable callable.
@@ -49,18 +44,19 @@ def build_transform(config: DataConfig) -> Transform:
         mean=config.mean,
         std=config.std,
         crop_pct=config.crop_pct,
+        normalize=normalize,
     )
     return cast(Transform, transform)
 
 
 class TrainTransform:
-    """Training transform from an RGB PIL image and its key to (3, img_size, img_size) float32.
+    """Training transform from an RGB PIL image and its key to (3, img_size, img_size) uint8.
 
-    Random resized crop, flip, RandAugment, color jitter, normalize, random erasing. timm,
-    torchvision and Pillow do the work on pixels. All randomness derives from (seed, key).
+    Random resized crop, flip, RandAugment, color jitter. timm, torchvision and Pillow do the work
+    on pixels. All randomness derives from (seed, key). The loaders normalize and erase batches.
 
     Args:
-        config: sizes, filter, statistics and augmentation.
+        config: sizes, filter and augmentation.
         seed: seed of the run.
     """
 
@@ -70,7 +66,6 @@ class TrainTransform:
         self._sampler = AugmentParamSampler(config, seed)
         self._filter = InterpolationMode(config.interpolation)
         self._op_options = self._sampler.op_options
-        self._erase = RandomErasing(config.augment.random_erasing, mode="pixel", device="cpu")
 
     def __call__(self, image: Image.Image, key: SampleKey) -> Tensor:
         config = self._config
@@ -78,9 +73,7 @@ class TrainTransform:
         if config.augment.color_jitter is not None:
             numbers = uniforms(self._seed, [key], 6, purpose="color_jitter")[0]
             image = _jitter(image, numbers, config.augment.color_jitter)
-        pixels = F.normalize(F.to_tensor(image), config.mean, config.std)
-        with seeded(self._seed, key):
-            return cast(Tensor, self._erase(pixels))
+        return cast(Tensor, F.pil_to_tensor(image))
 
     def apply(self, image: Image.Image, params: AugmentParams) -> Image.Image:
         """Crops, flips and augments an image with the first of these parameters."""
@@ -122,41 +115,3 @@ def _jitter(image: Image.Image, numbers: NDArray[np.float64], strength: float) -
     for n in np.argsort(numbers[3:]).tolist():
         image = adjust[n](image, factors[n])
     return image
-
-
-@contextlib.contextmanager
-def seeded(seed: int, key: tuple[int, ...], *, restore: bool | None = None) -> Iterator[None]:
-    """Seeds `random`, `numpy.random` and `torch` (CPU) from (seed, key).
-
-    timm draws from all three: crops, RandAugment levels and erased boxes from `random`, the choice
-    of RandAugment operations from `numpy.random`, flips, jitter and erasing noise from torch.
-
-    Args:
-        seed: seed of the run.
-        key: the `SampleKey` of a sample, or integers of another number for other draws.
-        restore: restore the three generators afterwards. By default only in the training process
-            (workers=0), because nothing else draws in a worker and saving numpy's state costs ten
-            times the seeding.
-    """
-    derived = derive_seed(seed, *key)
-    if restore is None:
-        restore = get_worker_info() is None
-    with preserve_rng_state() if restore else contextlib.nullcontext():
-        random.seed(derived)
-        np.random.seed(derived & 0xFFFFFFFF)
-        # Not torch.manual_seed, which also seeds every accelerator and takes 90 us.
-        torch.default_generator.manual_seed(derived >> 31)
-        yield
-
-
-@contextlib.contextmanager
-def preserve_rng_state() -> Iterator[None]:
-    """Restores the states of `random`, `numpy.random` and `torch` (CPU) on exit."""
-    python_state, torch_state = random.getstate(), torch.default_generator.get_state()
-    numpy_state = np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.default_generator.set_state(torch_state)

@@ -98,7 +98,7 @@ class Sample(NamedTuple):
     """One sample of a data set.
 
     Attributes:
-        image: (3, H, W) float32, or None if the image was unreadable and is left out.
+        image: (3, H, W) uint8, not normalized, or None if the image was unreadable and is left out.
         target: class index.
         bad: errors of the unreadable files that were tried.
         key: key of the sample.
@@ -144,7 +144,7 @@ class ImageSet(Dataset[Sample]):
         self.seed = seed
         self.skip = config.on_bad_image == "skip"
         self._train_transform = TrainTransform(config, seed) if self.training else None
-        self._transform = build_transform(config)
+        self._transform = build_transform(config, normalize=False)
 
     def __len__(self) -> int:
         return len(self._source)

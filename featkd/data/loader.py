@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol, cast
@@ -11,18 +12,25 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.dataloader import default_collate
 
+from featkd.data.config import DataConfig
+from featkd.data.device import DeviceStage, SentBatch
 from featkd.data.images import BadImageError
 from featkd.data.imageset import DATA_ERRORS, DataError, ImageSet, Sample
 from featkd.data.sampler import EpochSampler, SampleKey
 from featkd.data.workers import shut_down_workers, worker_options
+
+_BATCHES_AHEAD = 1  # on the device, besides the one that is returned
+_NO_IMAGES = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
 
 
 class Batch(NamedTuple):
     """A batch of images with their labels and keys.
 
     Attributes:
-        images: (B, 3, H, W) float32.
-        targets: (B,) int64 class indices; (B, K) float32 labels after a `Mixer`.
+        images: (B, 3, H, W) float32 on the loader's device, normalized, in training also erased;
+            the batch's own memory.
+        targets: (B,) int64 class indices on the loader's device; (B, K) float32 labels after a
+            `Mixer`.
         bad: paths of unreadable files met since the previous batch, including those of evaluation
             batches that were skipped because they had no readable image. Files met after the last
             batch are listed only in `Loader.bad_images`.
@@ -36,6 +44,25 @@ class Batch(NamedTuple):
     bad: list[str]
     keys: Tensor
     source_index: Tensor
+
+
+class RawBatch(NamedTuple):
+    """A batch as a loader assembles it, before the `DeviceStage`.
+
+    Attributes:
+        images: (B, 3, H, W) uint8 in the configured memory format, in host memory or on the
+            device; B = 0 if no image was readable.
+        targets, keys, source_index: as in `Batch`, on the CPU.
+        errors: unreadable files met since the previous batch.
+        count: batches of the epoch that this one stands for, those without an image included.
+    """
+
+    images: Tensor
+    targets: Tensor
+    keys: Tensor
+    source_index: Tensor
+    errors: list[BadImageError]
+    count: int
 
 
 class Loader(Protocol):
@@ -92,13 +119,25 @@ class Loader(Protocol):
 class SampledLoader:
     """Base class of the loaders: groups an `EpochSampler`'s keys and tracks the position.
 
+    One batch is copied to the device ahead of the one that is returned.
+
     Args:
         dataset: the images.
+        config: statistics, augmentation and memory format.
         sampler: the order of the samples.
         batch_size: images per batch; the last, partial batch of a training epoch is dropped.
+        device: device of the batches.
     """
 
-    def __init__(self, dataset: ImageSet, sampler: EpochSampler, batch_size: int) -> None:
+    def __init__(
+        self,
+        dataset: ImageSet,
+        config: DataConfig,
+        sampler: EpochSampler,
+        *,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
         self.classes = dataset.classes
         self.num_samples = len(dataset)
         self.bad_images: dict[str, str] = {}
@@ -110,6 +149,9 @@ class SampledLoader:
             sampler,  # type: ignore[arg-type]
             batch_size,
             drop_last=sampler.drop_last,
+        )
+        self._stage = DeviceStage(
+            config, training=dataset.training, seed=dataset.seed, device=device
         )
         self._iteration = 0  # number of the newest iteration
         self._start_batch = 0  # first batch of the next iteration
@@ -194,6 +236,51 @@ class SampledLoader:
             )
         self.set_epoch(state["epoch"], batch)
 
+    def _ready(self, raw_batches: Iterator[RawBatch], iteration: int) -> Iterator[Batch]:
+        """Takes batches through the `DeviceStage`, one ahead; records position and bad files.
+
+        An error is raised in its turn, after the batches before it.
+        """
+        pending: deque[tuple[RawBatch, SentBatch | None] | Exception | None] = deque()
+        bad: list[str] = []
+        more = True
+        while True:
+            self._check_newest(iteration)
+            self._advance(iteration, 0)
+            while more and len(pending) <= _BATCHES_AHEAD:
+                pending.append(self._send_next(raw_batches))
+                more = isinstance(pending[-1], tuple)
+            item = pending.popleft()
+            if item is None:
+                return
+            if isinstance(item, Exception):
+                raise item
+            raw, sent = item
+            self._advance(iteration, raw.count)
+            self.bad_images.update((error.path, error.cause) for error in raw.errors)
+            bad += [error.path for error in raw.errors]
+            if sent is not None:
+                images, targets = self._stage.finish(sent)
+                yield Batch(images, targets, bad, raw.keys, raw.source_index)
+                bad = []
+
+    def _send_next(
+        self, raw_batches: Iterator[RawBatch]
+    ) -> tuple[RawBatch, SentBatch | None] | Exception | None:
+        """Sends the next batch, if it has images, to the device; returns an error, None at the end.
+
+        The returned `RawBatch` does not hold the images.
+        """
+        try:
+            raw = next(raw_batches, None)
+        except Exception as error:
+            return error
+        if raw is None:
+            return None
+        has_images = len(raw.targets) > 0
+        sent = self._stage.send(raw.images, raw.targets, raw.keys) if has_images else None
+        return raw._replace(images=_NO_IMAGES), sent
+
     def _check_newest(self, iteration: int) -> None:
         """Raises RuntimeError if a newer iteration than `iteration` has begun."""
         if iteration != self._iteration:
@@ -215,24 +302,23 @@ class TorchLoader(SampledLoader):
     def __init__(
         self,
         dataset: ImageSet,
+        config: DataConfig,
         sampler: EpochSampler,
         *,
         batch_size: int,
-        workers: int,
-        pin_memory: bool,
-        channels_last: bool,
+        device: torch.device,
         note: str = "",
     ) -> None:
-        super().__init__(dataset, sampler, batch_size)
+        super().__init__(dataset, config, sampler, batch_size=batch_size, device=device)
         self.note = note
-        self._workers = workers
+        self._workers = config.workers
         self._make = partial(
             DataLoader,
             dataset,
             batch_sampler=self._batches,
-            collate_fn=partial(_collate, channels_last=channels_last),
-            pin_memory=pin_memory,
-            persistent_workers=workers > 0,
+            collate_fn=partial(_collate, channels_last=config.channels_last),
+            pin_memory=device.type == "cuda",
+            persistent_workers=config.workers > 0,
             # DataLoader draws a base seed for its workers. Without this it would advance the
             # global generator, which training uses.
             generator=torch.Generator(),
@@ -243,35 +329,7 @@ class TorchLoader(SampledLoader):
         self._iteration += 1
         if self._loader is None:  # the options depend on whether DALI has been imported by now
             self._loader = self._make(**worker_options(self._workers))
-        return self._checked(iter(self._loader), self._iteration)
-
-    def _checked(
-        self,
-        batches: Iterator[tuple[Tensor, Tensor, list[BadImageError], Tensor, Tensor] | DataError],
-        iteration: int,
-    ) -> Iterator[Batch]:
-        """Raises errors that workers returned, records bad files, skips empty batches."""
-        bad: list[str] = []
-        while True:
-            # Persistent workers share one queue, so two iterators would mix their batches.
-            self._check_newest(iteration)
-            self._advance(iteration, 1)
-            try:
-                batch = next(batches, None)
-            except (ConnectionError, EOFError, FileNotFoundError) as lost:
-                # A worker died before the main process had opened the shared memory of its batch.
-                raise RuntimeError("a DataLoader worker died.") from lost
-            if batch is None:
-                return
-            if isinstance(batch, DATA_ERRORS):
-                raise batch
-            images, targets, errors, keys, source_index = batch
-            for error in errors:
-                self.bad_images[error.path] = error.cause
-                bad.append(error.path)
-            if len(targets):
-                yield Batch(images, targets, bad, keys, source_index)
-                bad = []
+        return self._ready(_raised(iter(self._loader)), self._iteration)
 
     def close(self) -> None:
         """See `Loader`."""
@@ -281,20 +339,39 @@ class TorchLoader(SampledLoader):
             self._loader = None
 
 
-def _collate(
-    samples: list[Sample] | DataError, *, channels_last: bool
-) -> tuple[Tensor, Tensor, list[BadImageError], Tensor, Tensor] | DataError:
+def _raised(batches: Iterator[RawBatch | DataError]) -> Iterator[RawBatch]:
+    """Raises the errors that workers returned, or that they died of."""
+    while True:
+        try:
+            batch = next(batches, None)
+        except (ConnectionError, EOFError, FileNotFoundError) as lost:
+            # A worker died before the main process had opened the shared memory of its batch.
+            raise RuntimeError("a DataLoader worker died.") from lost
+        if batch is None:
+            return
+        if isinstance(batch, DATA_ERRORS):
+            raise batch
+        yield batch
+
+
+def _collate(samples: list[Sample] | DataError, *, channels_last: bool) -> RawBatch | DataError:
     """Stacks the samples that have an image; in a worker directly into shared memory."""
     if isinstance(samples, DATA_ERRORS):
         return samples
-    present = [sample for sample in samples if sample.image is not None]
-    targets = torch.tensor([sample.target for sample in present], dtype=torch.int64)
-    source_index = torch.tensor([sample.source_index for sample in present], dtype=torch.int64)
-    errors = [error for sample in samples for error in sample.bad]
-    stacked = default_collate([x.image for x in present]) if present else torch.empty(0)
+    present = [(sample, sample.image) for sample in samples if sample.image is not None]
+    images = _NO_IMAGES
     if present and channels_last:
-        stacked = stacked.contiguous(memory_format=torch.channels_last)
-    return stacked, targets, errors, as_tensor([sample.key for sample in present]), source_index
+        images = default_collate([x.permute(1, 2, 0) for _, x in present]).permute(0, 3, 1, 2)
+    elif present:
+        images = default_collate([x for _, x in present])
+    return RawBatch(
+        images,
+        torch.tensor([sample.target for sample, _ in present], dtype=torch.int64),
+        as_tensor([sample.key for sample, _ in present]),
+        torch.tensor([sample.source_index for sample, _ in present], dtype=torch.int64),
+        [error for sample in samples for error in sample.bad],
+        count=1,
+    )
 
 
 def as_tensor(keys: Sequence[SampleKey]) -> Tensor:

@@ -124,8 +124,7 @@ def build_cache(
         if dry_run:
             sampler.set_ranges(0, [range(min(recipe.batch_size, manifest.rows))])
             batch = next(iter(loader))
-            images = batch.images.to(context.device, non_blocking=True)
-            size = estimate_size(manifest, teacher.outputs(batch._replace(images=images)))
+            size = estimate_size(manifest, teacher.outputs(batch))
             return CacheBuild(manifest, 0, 0, dict(loader.bad_images), None, size)
         size = estimate_size(manifest)
         notes.append(f"size of the cache: {size.describe(folder)}")
@@ -242,8 +241,7 @@ class _Build:
                 )
 
     def _rows(self, batch: Batch) -> list[Row]:
-        images = batch.images.to(self._context.device, non_blocking=True)
-        outputs = self._teacher.outputs(batch._replace(images=images))
+        outputs = self._teacher.outputs(batch)
         try:
             return self._writer.manifest.layout.encode(outputs)
         except NotStorable as error:

@@ -54,7 +54,7 @@ def evaluate(
         models: models by name, (B, 3, H, W) -> (B, K) logits; their modes are restored.
         loader: evaluation loader; each process reads its own share.
         num_classes: K, at least 2.
-        device: device of the models.
+        device: device of the models and of the loader's batches.
         autocast: returns the precision context.
 
     Returns:
@@ -72,15 +72,13 @@ def evaluate(
         model.eval()
     with torch.no_grad():
         for batch in loader:
-            images = batch.images.to(device, non_blocking=True)
-            targets = batch.targets.to(device, non_blocking=True)
             for name, model in models.items():
                 with autocast():
-                    logits = model(images)
+                    logits = model(batch.images)
                 logits = logits.float()
-                accuracies[name].update(logits, targets)
-                losses[name] += F.cross_entropy(logits, targets, reduction="sum")
-            count += len(targets)
+                accuracies[name].update(logits, batch.targets)
+                losses[name] += F.cross_entropy(logits, batch.targets, reduction="sum")
+            count += len(batch.targets)
     for name, model in models.items():
         model.train(modes[name])
     sums = torch.stack((count, *losses.values()))

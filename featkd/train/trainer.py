@@ -193,10 +193,6 @@ class Trainer:
         if mixer is not None:
             number += self.batch  # within the epoch
             batch = mixer(batch, epoch=self.epoch, number=number, rank=self.context.rank)
-        batch = batch._replace(
-            images=batch.images.to(self.context.device, non_blocking=True),
-            targets=batch.targets.to(self.context.device, non_blocking=True),
-        )
         if self.context.device.type == "cuda":
             # outputs of the previous replay may be overwritten from here on
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]

@@ -48,10 +48,10 @@ def through_dali(
     *,
     fill_color: tuple[int, int, int] = (0, 0, 0),
 ) -> Pixels:
-    """Runs files through the loader's pipeline on the CPU, without its normalization.
+    """Runs files through the loader's pipeline on the CPU.
 
     Args:
-        config: sizes and filter; its statistics are not used.
+        config: sizes and filter.
         files: contents of each file, (bytes,) uint8.
         params: their parameters.
         fill_color: as in `build_pipeline`.
@@ -59,7 +59,6 @@ def through_dali(
     Returns:
         (B, H, W, 3) float32 levels, 0 to 255.
     """
-    levels = replace(config, mean=(0, 0, 0), std=(1 / 255,) * 3, channels_last=True)
     starts = iter(range(0, len(files), _BATCH))
 
     def feed() -> tuple[Any, ...]:
@@ -69,7 +68,7 @@ def through_dali(
         return pipeline_inputs(list(files[batch]), part, config.img_size)
 
     pipeline = build_pipeline(
-        levels,
+        replace(config, channels_last=True),
         feed,
         batch_size=_BATCH,
         num_ops=params.ops.shape[1],
@@ -80,4 +79,4 @@ def through_dali(
     while len(images) < len(files):
         (out,) = pipeline.run()
         images += list(np.array(out.as_tensor()))
-    return np.stack(images)
+    return np.stack(images).astype(np.float32)

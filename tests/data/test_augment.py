@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms import ColorJitter
 
 from featkd.data import AugmentConfig, DataConfig, SampleKey, build_transform
-from featkd.data.augment import TrainTransform, apply_op, seeded
+from featkd.data.augment import TrainTransform, apply_op
 from featkd.data.augment_params import AugmentParams
 from featkd.data.rand_augment import OPERATIONS
 
@@ -95,16 +95,14 @@ def test_posterize_with_no_bits_is_black() -> None:
 
 def test_color_jitter_is_distributed_as_torchvisions(no_augment: AugmentConfig) -> None:
     """A grey image shows the brightness alone; a coloured one also the order of the three."""
-    config = DataConfig(
-        img_size=4, mean=(0, 0, 0), std=(1, 1, 1), augment=replace(no_augment, color_jitter=0.4)
-    )
+    config = DataConfig(img_size=4, augment=replace(no_augment, color_jitter=0.4))
     ours, theirs = TrainTransform(config, seed=0), ColorJitter(0.4, 0.4, 0.4)
     torch.manual_seed(0)
     for color in ((100, 100, 100), (200, 60, 20)):
         image = Image.new("RGB", (4, 4), color)
         levels = []
         for index in range(250):
-            pixels = (ours(image, SampleKey(0, index, 0)), F.to_tensor(theirs(image)))
+            pixels = ours(image, SampleKey(0, index, 0)) / 255, F.to_tensor(theirs(image))
             levels.append([x[:, 0, 0].numpy() for x in pixels])
         found, expected = np.array(levels).swapaxes(0, 1)
         assert np.abs(found.mean(0) - expected.mean(0)).max() < 4 * 0.2 / 250**0.5
@@ -125,26 +123,14 @@ def test_evaluation_is_resize_crop_normalize() -> None:
 
 
 def test_everything_off_gives_the_image_itself(no_augment: AugmentConfig) -> None:
-    config = DataConfig(img_size=8, mean=(0, 0, 0), std=(1, 1, 1), augment=no_augment)
+    config = DataConfig(img_size=8, augment=no_augment)
     image = picture(8, 8)
     got = TrainTransform(config, 0)(image, SampleKey(0, 0, 0))
-    assert torch.equal((got * 255).round().to(torch.uint8).permute(1, 2, 0), _tensor(image))
+    assert torch.equal(got.permute(1, 2, 0), _tensor(image))
 
 
 def _tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image))
-
-
-def test_erasing_writes_normal_noise(no_augment: AugmentConfig) -> None:
-    config = DataConfig(
-        img_size=64, augment=AugmentConfig(**{**vars(no_augment), "random_erasing": 1.0})
-    )
-    grey = Image.new("RGB", (64, 64), (124, 116, 104))  # ImageNet's mean, about 0 when normalized
-    erased = TrainTransform(config, 0)(grey, SampleKey(0, 0, 0))
-    noise = erased[:, erased[0].abs() > 0.05]
-    assert noise.shape[1] > 0.01 * 64 * 64
-    assert abs(float(noise.std()) - 1) < 0.15
-    assert len(set(noise.flatten().tolist())) > noise.numel() // 2
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (3, 2), (8, 8), (32, 32), (1, 200), (300, 2)])
@@ -153,37 +139,21 @@ def test_small_images(size: tuple[int, int]) -> None:
     for copy in range(60):
         got = transform(picture(*size), SampleKey(0, 0, copy))
         assert got.shape == (3, 24, 24)
-        assert got.isfinite().all()
+        assert got.dtype == torch.uint8
     assert build_transform(DataConfig(img_size=8))(picture(*size)).shape == (3, 8, 8)
 
 
-@pytest.mark.parametrize("fail", [False, True])
-def test_the_callers_generators_are_left_alone(fail: bool) -> None:
-    def prepare() -> None:
-        random.seed(1)
-        np.random.seed(2)
-        torch.manual_seed(3)
-        random.gauss(0, 1)  # each caches a second value for the next call
-        np.random.standard_normal()
-        torch.randn(1)
+def test_the_callers_generators_are_left_alone() -> None:
+    def numbers() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
 
-    def later() -> list[float]:
-        numbers = random.random(), random.gauss(0, 1), *np.random.standard_normal(2)
-        return [*numbers, float(torch.rand(()))]
-
-    prepare()
-    expected = later()
-    prepare()
-    transform = TrainTransform(DataConfig(img_size=16), 0)
-    transform(picture(), SampleKey(0, 0, 0))
-    try:
-        with seeded(0, SampleKey(0, 0, 0)):
-            random.random(), np.random.rand(), torch.rand(3)
-            if fail:
-                raise KeyError
-    except KeyError:
-        pass
-    assert later() == expected
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    expected = numbers()
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    config = DataConfig(augment=AugmentConfig(rand_augment=None, color_jitter=0.4), img_size=16)
+    for each in (config, DataConfig(img_size=16)):
+        TrainTransform(each, 0)(picture(), SampleKey(0, 0, 0))
+    assert numbers() == expected
 
 
 def test_transforms_survive_pickling() -> None:

@@ -4,9 +4,9 @@
 
 1. `read_ahead` reads the files in threads. `files` checks each one, and replaces it with a PNG of
    Pillow's pixels if DALI would decode it differently.
-2. `featkd.data.augment_params` draws the random parameters as timm's transform would.
-3. `pipeline` decodes, resizes, flips, augments (`randaugment`) and normalizes, all in DALI.
-4. `loader` applies random erasing, and tracks the position and the unreadable files.
+2. `featkd.data.augment_params` draws the random parameters of the whole batch.
+3. `pipeline` decodes, resizes, flips and augments (`randaugment`), all in DALI.
+4. `featkd.data.device` normalizes and erases, as for the timm loader.
 
 Both loaders use the same crops, flips, operations and erased boxes for a key. Their pixels differ
 only by the rounding of decoders and filters.

@@ -6,17 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.data.random_erasing import RandomErasing
-from torch import Tensor
 
-from featkd.data.augment import seeded
 from featkd.data.augment_params import AugmentParamSampler, evaluation_params
 from featkd.data.config import DataConfig
 from featkd.data.dali.files import File, load
 from featkd.data.dali.pipeline import build_pipeline, pipeline_inputs
 from featkd.data.dali.read_ahead import EpochReader, FedBatch
 from featkd.data.imageset import ImageSet
-from featkd.data.loader import Batch, SampledLoader, as_tensor
+from featkd.data.loader import Batch, RawBatch, SampledLoader, as_tensor
 from featkd.data.sampler import EpochSampler, SampleKey
 from featkd.runtime.names import printable
 
@@ -25,7 +22,7 @@ class DaliLoader(SampledLoader):
     """`Loader` with a DALI pipeline; made by `build_loader`.
 
     Threads of this process read the files, and this process draws the augmentation parameters.
-    DALI does all work on pixels except random erasing.
+    DALI does all work on pixels up to the `DeviceStage`.
 
     Args:
         dataset: the images.
@@ -44,7 +41,7 @@ class DaliLoader(SampledLoader):
         batch_size: int,
         device: torch.device,
     ) -> None:
-        super().__init__(dataset, sampler, batch_size)
+        super().__init__(dataset, config, sampler, batch_size=batch_size, device=device)
         self.decoder = f"dali on {device.type}"
         self._config = config
         self._device = device
@@ -56,7 +53,7 @@ class DaliLoader(SampledLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
-        return self._run(self._iteration)
+        return self._ready(self._run(), self._iteration)
 
     def close(self) -> None:
         """See `Loader`."""
@@ -65,38 +62,34 @@ class DaliLoader(SampledLoader):
             self._reader.close()
             self._reader = self._pipeline = None
 
-    def _run(self, iteration: int) -> Iterator[Batch]:
-        self._check_newest(iteration)  # before `_reader` is replaced
+    def _run(self) -> Iterator[RawBatch]:
         reader = EpochReader(self.dataset, iter(self._batches), self._config.workers)
         self._reader = reader  # the pipeline calls `_feed`, which reads from it
         self._prepare_pipeline()
         while True:
-            self._check_newest(iteration)
-            self._advance(iteration, 1)
             try:
                 output = self._next_output(reader)
             except StopIteration:
                 break
             fed = reader.fed.popleft()
-            self._advance(iteration, len(fed.requested) - 1)
             # Not a copy: DALI reuses the memory once the tensor is freed.
             images = torch.utils.dlpack.from_dlpack(output.as_tensor())
             if self._config.channels_last:
                 images = images.permute(0, 3, 1, 2)
-            if self._param_sampler is not None:
-                _erase(images, fed.keys, self.dataset.seed, self._config)
-            self.bad_images.update((error.path, error.cause) for error in fed.errors)
-            yield Batch(
+            yield RawBatch(
                 images,
                 torch.tensor(fed.targets, dtype=torch.int64),
-                [error.path for error in fed.errors],
                 as_tensor(fed.keys),
                 torch.tensor(fed.source_index, dtype=torch.int64),
+                fed.errors,
+                len(fed.requested),
             )
         reader.close()
         self._reader = None
-        self._advance(iteration, len(reader.requested))
-        self.bad_images.update((error.path, error.cause) for error in reader.errors)
+        nothing = torch.empty(0, dtype=torch.int64)
+        yield RawBatch(
+            *(nothing, nothing, as_tensor([]), nothing), reader.errors, len(reader.requested)
+        )
         if reader.failure is not None:
             raise reader.failure
 
@@ -218,36 +211,3 @@ def _reason(error: RuntimeError) -> str:
 def _stream(device: torch.device) -> Any:
     """Returns torch's current CUDA stream, on which the output is ordered; None on the CPU."""
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
-
-
-class _WriteRecorder:
-    """Records the writes of timm's random erasing; passed to it in place of the image."""
-
-    def __init__(self) -> None:
-        self.writes: list[tuple[Any, Tensor]] = []
-
-    def __setitem__(self, where: Any, pixels: Tensor) -> None:
-        self.writes.append((where, pixels))
-
-
-def _erase(images: Tensor, keys: list[SampleKey], seed: int, config: DataConfig) -> None:
-    """Writes the values of random erasing; copies those of a batch to a GPU together."""
-    erase = RandomErasing(config.augment.random_erasing, mode="pixel", device="cpu")
-    side, writes = config.img_size, []
-    for i, key in enumerate(keys):
-        recorder = _WriteRecorder()
-        with seeded(seed, key):
-            erase._erase(recorder, 3, side, side, torch.float32)
-        writes += [(i, *write) for write in recorder.writes]
-    if not writes:
-        return
-    if images.device.type == "cpu":
-        array = images.numpy()  # NumPy, because torch would use a second thread for a small box
-        for i, where, pixels in writes:
-            array[i][where] = pixels.numpy()
-        return
-    flat = torch.cat([pixels.flatten() for _, _, pixels in writes]).pin_memory()
-    sizes = [pixels.numel() for _, _, pixels in writes]
-    parts = torch.split(flat.to(images.device, non_blocking=True), sizes)
-    for (i, where, pixels), part in zip(writes, parts, strict=True):
-        images[i][where] = part.view(pixels.shape)

@@ -24,10 +24,10 @@ def build_pipeline(
     fill_color: tuple[int, int, int],
     device: torch.device,
 ) -> Any:
-    """Builds the pipeline: decode a box of each file, resize, crop, flip, RandAugment, normalize.
+    """Builds the pipeline: decode a box of each file, resize, crop, flip, RandAugment.
 
     Args:
-        config: sizes, filter, statistics, threads and memory format.
+        config: sizes, filter, threads and memory format.
         feed: called for each batch; returns `pipeline_inputs`, or raises StopIteration at the end.
         batch_size: largest number of images per batch.
         num_ops: RandAugment operations per image.
@@ -35,7 +35,7 @@ def build_pipeline(
         device: "cpu", or a CUDA device on which JPEGs are decoded and images augmented.
 
     Returns:
-        A nvidia.dali.Pipeline with one float32 output: (B, H, W, 3) with config.channels_last,
+        A nvidia.dali.Pipeline with one uint8 output: (B, H, W, 3) with config.channels_last,
         otherwise (B, 3, H, W).
     """
     from nvidia.dali import fn, pipeline_def, types
@@ -88,9 +88,7 @@ def build_pipeline(
         return fn.crop_mirror_normalize(
             images,
             mirror=0 if num_ops else flip,
-            mean=[255 * m for m in config.mean],
-            std=[255 * s for s in config.std],
-            dtype=types.FLOAT,
+            dtype=types.UINT8,
             output_layout="HWC" if config.channels_last else "CHW",
         )
 

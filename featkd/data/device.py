@@ -1,0 +1,162 @@
+"""Batches on the training device: copied there ahead of time, normalized and erased."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from featkd.data.config import DataConfig
+from featkd.data.erasing import Eraser
+
+_MEMORY_ORDER = (0, 2, 3, 1)  # dimensions of a channels_last image batch, slowest first
+
+
+class SentBatch(NamedTuple):
+    """A batch on its way to the device.
+
+    Attributes:
+        images: (B, 3, H, W) uint8.
+        targets: (B,) int64.
+        boxes: (B, 5) int32, see `Eraser.boxes`; None without erasing.
+        copied: recorded after the copies; None if nothing is copied by a stream of its own.
+    """
+
+    images: Tensor
+    targets: Tensor
+    boxes: Tensor | None
+    copied: torch.cuda.Event | None
+
+
+class DeviceStage:
+    """Turns uint8 images in host memory into normalized and erased ones on the device.
+
+    `send` starts the copies and returns at once. On CUDA they run on a stream of their own, beside
+    the kernels of the previous update, and neither call waits for the device.
+
+    Args:
+        config: statistics, augmentation and memory format.
+        training: erase boxes.
+        seed: seed of the run.
+        device: device of the finished batches.
+    """
+
+    def __init__(
+        self, config: DataConfig, *, training: bool, seed: int, device: torch.device
+    ) -> None:
+        self._device = device
+        self._channels_last = config.channels_last
+        self._statistics = torch.tensor((config.mean, config.std))
+        erasing = training and config.augment.random_erasing > 0
+        self._eraser = (
+            Eraser(config.augment.random_erasing, config.img_size, seed) if erasing else None
+        )
+        self._noise: Tensor | None = None
+        self._fused: Callable[..., Tensor] | None = None
+        self.stream: torch.cuda.Stream | None = None  # made late: workers are forked before
+
+    def send(self, images: Tensor, targets: Tensor, keys: Tensor) -> SentBatch:
+        """Starts the copies of a batch to the device.
+
+        Args:
+            images: (B, 3, H, W) uint8 in the configured memory format, on the CPU or the device.
+            targets: (B,) int64.
+            keys: (B, 3) int64 on the CPU.
+        """
+        if self._eraser is not None and self._noise is None:
+            self._noise = self._eraser.noise().to(self._device)
+        boxes = None if self._eraser is None else torch.from_numpy(self._eraser.boxes(keys.numpy()))
+        if self._device.type != "cuda":
+            return SentBatch(images.to(self._device), targets.to(self._device), boxes, None)
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(self._device)
+            self._statistics = self._statistics.to(self._device)
+        with torch.cuda.stream(self.stream):
+            return SentBatch(
+                _copied(images, self._device),
+                _copied(targets, self._device),
+                None if boxes is None else _copied(boxes, self._device),
+                self.stream.record_event(),
+            )
+
+    def finish(self, sent: SentBatch) -> tuple[Tensor, Tensor]:
+        """Returns the images, (B, 3, H, W) float32, and targets, for use on the current stream."""
+        if sent.copied is None:
+            images = normalize(sent.images, self._statistics, channels_last=self._channels_last)
+            if sent.boxes is not None and self._noise is not None:
+                erase(images, sent.boxes, self._noise)
+            return images, sent.targets
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(sent.copied)
+        for x in sent[:3]:
+            if x is not None:
+                x.record_stream(stream)  # its memory is not reused before this stream is done
+        if self._fused is None:
+            self._fused = torch.compile(normalize_and_erase)
+        return self._fused(sent.images, self._statistics, sent.boxes, self._noise), sent.targets
+
+
+def _copied(x: Tensor, device: torch.device) -> Tensor:
+    """Copies to a CUDA device on the current stream, without waiting."""
+    if x.device.type == "cpu" and not x.is_pinned():
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def normalize(images: Tensor, statistics: Tensor, *, channels_last: bool) -> Tensor:
+    """Normalizes on the CPU, bitwise as torchvision's `ToTensor` and `Normalize` do.
+
+    Image by image, so that the three operations on an image find it in the processor's cache.
+
+    Args:
+        images: (B, 3, H, W) uint8 in the memory format that `channels_last` names.
+        statistics: (2, 3), mean and standard deviation, for values in 0..1.
+        channels_last: torch's channels_last memory format.
+    """
+    if channels_last:
+        # torch is slow on rows of three numbers, so the statistics are repeated for a row of pixels
+        images = images.permute(_MEMORY_ORDER)
+        mean, std = statistics.repeat(1, images.shape[2])
+    else:
+        mean, std = statistics[:, :, None, None]
+    finished = torch.empty_like(images, dtype=torch.float32, memory_format=torch.contiguous_format)
+    for image, result in zip(images, finished, strict=True):
+        if channels_last:
+            image, result = image.flatten(1), result.flatten(1)
+        result.copy_(image).div_(255).sub_(mean).div_(std)
+    return finished.permute(0, 3, 1, 2) if channels_last else finished
+
+
+def erase(images: Tensor, boxes: Tensor, noise: Tensor) -> None:
+    """Fills the boxes with noise, in place, on the CPU.
+
+    Args:
+        images: (B, 3, H, W) float32.
+        boxes: (B, 5) int32, see `Eraser.boxes`.
+        noise: see `Eraser.noise`.
+    """
+    for image, (top, left, height, width, offset) in zip(images, boxes.tolist(), strict=True):
+        if height:
+            box = slice(None), slice(top, top + height), slice(left, left + width)
+            image[box] = noise[offset : offset + image.numel()].view(image.shape)[box]
+
+
+def normalize_and_erase(
+    images: Tensor, statistics: Tensor, boxes: Tensor | None, noise: Tensor | None
+) -> Tensor:
+    """Computes `normalize` and `erase` elementwise, to be compiled into one pass on a GPU."""
+    mean, std = statistics[:, :, None, None]
+    finished = (images.float() / 255 - mean) / std
+    if boxes is None or noise is None:
+        return finished
+    channel, row, column = (
+        torch.arange(n, device=images.device, dtype=torch.int32) for n in images.shape[1:]
+    )
+    channel, row = channel[:, None, None], row[:, None]
+    top, left, height, width, offset = boxes.T[..., None, None, None]
+    inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
+    place = offset + (channel * images.shape[2] + row) * images.shape[3] + column
+    # The first number for pixels outside of the box, so that the pool is read for erased ones only.
+    return torch.where(inside, noise[torch.where(inside, place, 0)], finished)

@@ -108,9 +108,11 @@ def pipeline_inputs(files: list[Any], params: AugmentParams, side: int) -> tuple
         params: their parameters.
         side: height and width of the images when they are augmented.
     """
+    b, num_ops = params.ops.shape
+    kinds, values = encode_ops(params.ops.T.ravel(), params.arguments.T.ravel(), side)
     operations: list[Any] = []
-    for n in range(params.ops.shape[1]):
-        operations += encode_ops(params.ops[:, n], params.arguments[:, n], side)
+    for layer in (slice(n * b, (n + 1) * b) for n in range(num_ops)):
+        operations += (kinds[layer], values[layer])
     return (
         files,
         params.source_box[:, :2].copy(),  # DALI takes no strided arrays

@@ -27,15 +27,22 @@ NONE, AFFINE, SATURATION, CONTRAST, BRIGHTNESS, INVERT = range(6)
 AUTOCONTRAST, EQUALIZE, POSTERIZE, SOLARIZE, ADD, SHARPNESS = range(6, 12)
 
 
-def _columns(*entries: Any) -> Values:
-    """Stacks numbers and (K,) arrays into (K, entries)."""
-    return np.stack(np.broadcast_arrays(*entries), axis=1)
+def _affine(arguments: Values, *entries: Any) -> Values:
+    """Stacks numbers and (K,) arrays into (K, 6), for K arguments.
+
+    They map output to input coordinates: x' = a x + b y + c, y' = d x + e y + f.
+    """
+    matrices = np.empty((len(arguments), 6))
+    for column, entry in enumerate(entries):
+        matrices[:, column] = entry
+    return matrices
 
 
 def _rotation(side: int, degrees: Values) -> Values:
     angle, centre = np.radians(degrees), side / 2
     cos, sin = np.cos(angle), np.sin(angle)
-    return _columns(
+    return _affine(
+        degrees,
         *(cos, -sin, centre - cos * centre + sin * centre),
         *(sin, cos, centre - sin * centre - cos * centre),
     )
@@ -58,25 +65,24 @@ def _plain(side: int, argument: Values) -> Values:
     return argument[:, None]
 
 
-# Operation -> its code, and its values given the side of the images and the (K,) arguments. Affine
-# values map output to input coordinates: x' = a x + b y + c, y' = d x + e y + f.
+# operation -> its code, and its values, given the side of the images and K arguments
 _ENCODERS: dict[str, tuple[int, Callable[[int, Values], Values]]] = {
     "AutoContrast": (AUTOCONTRAST, _plain),
     "Equalize": (EQUALIZE, _plain),
     "Invert": (INVERT, _plain),
     "Rotate": (AFFINE, _rotation),
-    "Posterize": (POSTERIZE, lambda side, bits: _columns(256 - 2.0 ** (8 - np.minimum(bits, 8)))),
+    "Posterize": (POSTERIZE, lambda side, x: _plain(side, 256 - 2.0 ** (8 - np.minimum(x, 8)))),
     "Solarize": (SOLARIZE, _plain),
     "SolarizeAdd": (ADD, _plain),
     "Color": (SATURATION, _saturation),
-    "Desaturate": (SATURATION, lambda side, level: _saturation(side, np.clip(1 - level, 0, 1))),
+    "Desaturate": (SATURATION, lambda side, x: _saturation(side, np.clip(1 - x, 0, 1))),
     "Contrast": (CONTRAST, _plain),
     "Brightness": (BRIGHTNESS, _plain),
     "Sharpness": (SHARPNESS, _sharpening),
-    "ShearX": (AFFINE, lambda side, factor: _columns(1, factor, 0, 0, 1, 0)),
-    "ShearY": (AFFINE, lambda side, factor: _columns(1, 0, 0, factor, 1, 0)),
-    "TranslateXRel": (AFFINE, lambda side, share: _columns(1, 0, share * side, 0, 1, 0)),
-    "TranslateYRel": (AFFINE, lambda side, share: _columns(1, 0, 0, 0, 1, share * side)),
+    "ShearX": (AFFINE, lambda side, x: _affine(x, 1, x, 0, 0, 1, 0)),
+    "ShearY": (AFFINE, lambda side, x: _affine(x, 1, 0, 0, x, 1, 0)),
+    "TranslateXRel": (AFFINE, lambda side, x: _affine(x, 1, 0, x * side, 0, 1, 0)),
+    "TranslateYRel": (AFFINE, lambda side, x: _affine(x, 1, 0, 0, 0, 1, x * side)),
 }
 
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from tests.gpu import accuracy, behaviour, decompositions
+from tests.gpu import accuracy, batches, behaviour, decompositions
 from tests.gpu.forms import FORMS, MAIN
 
 from .recorder import Figure, Recorder
@@ -17,10 +17,13 @@ Work = Callable[[], Sequence[Figure] | None]
 
 
 def ops(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
-    """Checks accuracy and behaviour of the fused ops, shuffled, as a run may be cut short."""
+    """Checks batches and the fused ops; shuffles the cases, as a run may be cut short."""
     cases = list(accuracy.cases(small=device.type == "cpu"))
     random.Random(0).shuffle(cases)
-    items = _behaviour(behaviour.QUICK, device)
+    items: dict[str, Work] = {
+        f"batches/{check.__name__}": partial(check, device) for check in batches.CHECKS
+    }
+    items |= _behaviour(behaviour.QUICK, device)
     chosen = cases[::6] if device.type == "cpu" else cases
     items |= {str(case): partial(_measured, case, device) for case in chosen}
     _deal(recorder, items, shard, shards)

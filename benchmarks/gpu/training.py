@@ -148,7 +148,7 @@ def recipe_for(folder: Path, arch: Any, device: torch.device) -> Recipe:
 
 
 def _updates(recipe: Recipe, device: torch.device) -> list[Figure]:
-    """Runs the updates; from the seventh on none may wait for the GPU."""
+    """Runs the updates; from the seventh on neither they nor their batches may wait for the GPU."""
     torch.compiler.reset()
     cuda = device.type == "cuda"
     trainer = Trainer(recipe, _context(device))
@@ -156,12 +156,14 @@ def _updates(recipe: Recipe, device: torch.device) -> list[Figure]:
     try:
         trainer.components.student.train()
         totals, seconds = [], []
-        for number, batch in enumerate(_batches(trainer, size.updates)):
+        batches = _batches(trainer, size.updates)
+        for number in range(size.updates):
             if cuda:
                 torch.cuda.synchronize()
                 torch.cuda.set_sync_debug_mode("error" if number >= _QUIET else "default")
-            started = time.perf_counter()
             try:
+                batch = next(batches)
+                started = time.perf_counter()
                 terms = trainer.step([batch])
             finally:
                 if cuda:

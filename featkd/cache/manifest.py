@@ -127,23 +127,21 @@ class Manifest:
         return plain
 
 
+_EXPLAINED = {
+    "augmentation_version": " (this version of featkd draws other crops, flips, operations and "
+    "erased boxes; expected a cache that it has made)"
+}
+
+
 def differing(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """Fields in which two mappings of plain values differ, as "field: held, not asked"."""
     names = [*held, *(name for name in asked if name not in held)]
     return [
-        f"{name}: {held.get(name)!r}, not {asked.get(name)!r}{_hint(name)}"
+        f"{name}: {held.get(name)!r}, not {asked.get(name)!r}"
+        f"{_EXPLAINED.get(name.rpartition('.')[2], '')}"
         for name in names
         if held.get(name) != asked.get(name)
     ]
-
-
-def _hint(name: str) -> str:
-    if name.split(".")[-1] != "augmentation_version":
-        return ""
-    return (
-        " (another version of featkd, which augments differently, made the cache; make a new one, "
-        "or train with that version)"
-    )
 
 
 def read_manifest(folder: Path) -> Manifest:

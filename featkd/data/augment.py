@@ -22,6 +22,12 @@ from featkd.data.sampler import SampleKey
 
 Transform = Callable[[Image.Image], Tensor]
 
+AUGMENTATION_VERSION = 2
+"""Incremented whenever featkd draws another augmentation for the same key and configuration.
+
+Version 1 drew each sample with timm's generators. Version 2 hashes the key (`featkd.data.draws`).
+"""
+
 _WITHOUT_ARGUMENT = ("AutoContrast", "Equalize", "Invert")
 _WHOLE_ARGUMENT = ("Posterize", "Solarize", "SolarizeAdd")
 

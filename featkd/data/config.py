@@ -98,6 +98,17 @@ class AugmentConfig:
                 )
 
     @property
+    def is_random(self) -> bool:
+        """True if a sample's pixels are drawn, so that they differ between epochs and copies."""
+        return (
+            (*self.scale, *self.ratio) != (1, 1, 1, 1)
+            or self.hflip not in (0, 1)
+            or self.rand_augment is not None
+            or self.color_jitter is not None
+            or self.random_erasing > 0
+        )
+
+    @property
     def mixes(self) -> bool:
         """True if batches are mixed after the loader."""
         return self.mixup_prob > 0 and (self.mixup > 0 or self.cutmix > 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -95,7 +96,11 @@ class DeviceStage:
                 x.record_stream(stream)  # its memory is not reused before this stream is done
         if self._fused is None:
             self._fused = torch.compile(normalize_and_erase)
-        return self._fused(sent.images, self._statistics, sent.boxes, self._noise), sent.targets
+        images = self._fused(
+            *(sent.images, self._statistics, sent.boxes, self._noise),
+            channels_last=self._channels_last,
+        )
+        return images, sent.targets
 
 
 def _copied(x: Tensor, device: torch.device) -> Tensor:
@@ -144,19 +149,29 @@ def erase(images: Tensor, boxes: Tensor, noise: Tensor) -> None:
 
 
 def normalize_and_erase(
-    images: Tensor, statistics: Tensor, boxes: Tensor | None, noise: Tensor | None
+    images: Tensor,
+    statistics: Tensor,
+    boxes: Tensor | None,
+    noise: Tensor | None,
+    *,
+    channels_last: bool,
 ) -> Tensor:
     """Computes `normalize` and `erase` elementwise, to be compiled into one pass on a GPU."""
-    mean, std = statistics[:, :, None, None]
+    height, width = images.shape[2:]
+    shapes = [(3, 1, 1), (1, height, 1), (1, 1, width)]
+    if channels_last:
+        images = images.permute(_MEMORY_ORDER)
+        shapes = [(1, 1, 3), (height, 1, 1), (1, width, 1)]
+    mean, std = statistics.view(2, *shapes[0])
     finished = (images.float() / 255 - mean) / std
-    if boxes is None or noise is None:
-        return finished
-    channel, row, column = (
-        torch.arange(n, device=images.device, dtype=torch.int32) for n in images.shape[1:]
-    )
-    channel, row = channel[:, None, None], row[:, None]
-    top, left, height, width, offset = boxes.T[..., None, None, None]
-    inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
-    place = offset + (channel * images.shape[2] + row) * images.shape[3] + column
-    # The first number for pixels outside of the box, so that the pool is read for erased ones only.
-    return torch.where(inside, noise[torch.where(inside, place, 0)], finished)
+    if boxes is not None and noise is not None:
+        channel, row, column = (
+            torch.arange(math.prod(shape), device=images.device, dtype=torch.int32).view(shape)
+            for shape in shapes
+        )
+        top, left, rows, columns, offset = boxes.T[..., None, None, None]
+        inside = (row >= top) & (row < top + rows) & (column >= left) & (column < left + columns)
+        place = offset + (channel * height + row) * width + column
+        # Outside of the boxes the first number, so that the others are read for erased pixels only.
+        finished = torch.where(inside, noise[torch.where(inside, place, 0)], finished)
+    return finished.permute(0, 3, 1, 2) if channels_last else finished

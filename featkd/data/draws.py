@@ -14,12 +14,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from featkd.runtime.seeding import derive_seed
 
-AUGMENT_SCHEME = 2
-"""Incremented whenever featkd returns other pixels for the same key and configuration.
-
-1: timm's own draws, with its generators seeded for each sample. 2: `uniforms`.
-"""
-
 _STEP = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
 
 

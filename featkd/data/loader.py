@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.dataloader import default_collate
 
+from featkd.data.augment import AUGMENTATION_VERSION
 from featkd.data.config import DataConfig
 from featkd.data.device import DeviceStage, SentBatch
 from featkd.data.images import BadImageError
@@ -104,7 +105,9 @@ class Loader(Protocol):
         ...
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the position: the epoch, its next batch, and what its order depends on."""
+        """Returns the position: the epoch, its next batch, what its order depends on, and the
+        version of the random draws.
+        """
         ...
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
@@ -194,6 +197,7 @@ class SampledLoader:
             "repeats": sampler.repeats,
             "shuffle_epoch": sampler.shuffle_epoch(sampler.epoch),
             "num_images": sampler.num_images,
+            "augmentation_version": AUGMENTATION_VERSION,
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:

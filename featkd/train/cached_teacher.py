@@ -17,7 +17,7 @@ from featkd.cache import CacheError, Manifest, TeacherCache, TeacherOutputs
 from featkd.cache.ahead import ReadAhead
 from featkd.cache.manifest import differing, read_manifest
 from featkd.data import Batch, Loader
-from featkd.data.draws import AUGMENT_SCHEME
+from featkd.data.augment import AUGMENTATION_VERSION
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.remote import Location, locate
 from featkd.train.recipe import Recipe, RecipeError
@@ -199,7 +199,8 @@ def cache_subject(recipe: Recipe, loader: Loader, context: ProcessContext) -> di
         "data.pixels": loader.decoder,
         "amp": recipe.amp,
         "seed": recipe.seed,
-        "augmentation_version": AUGMENT_SCHEME,
+        # where nothing is drawn, all versions agree
+        "augmentation_version": AUGMENTATION_VERSION if data.augment.is_random else 1,
     }
     found |= {f"data.augment.{k}": v for k, v in dataclasses.asdict(data.augment).items()}
     found |= {f"versions.{k}": v for k, v in _versions(loader.decoder).items()}

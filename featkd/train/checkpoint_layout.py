@@ -190,6 +190,7 @@ _ENTRIES = {
     },
     "loader.shuffle_epoch": _INT._replace(required=False),
     "loader.ordered_as": _INT._replace(required=False),
+    "loader.augmentation_version": _INT._replace(required=False),
     "pixels": _STR._replace(required=False),
     "classes": _Entry(
         "a list of names", lambda value: isinstance(value, list) and all(map(_is_str, value))

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from featkd.data.augment import AUGMENTATION_VERSION
 from featkd.models.weights import load_strictly
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.remote import Location, locate
@@ -136,7 +137,7 @@ def restore(
     changed = [
         *changed,
         *images,
-        *_loader_changes(state, components),
+        *_loader_changes(state, components, recipe),
         *_process_changes(state, components, recipe, world_size),
     ]
     return state, changed
@@ -209,13 +210,21 @@ def _image_changes(state: dict[str, Any], components: RunComponents) -> list[str
     ]
 
 
-def _loader_changes(state: dict[str, Any], components: RunComponents) -> list[str]:
-    """Note on a changed image loader, which `data.backend: auto` may choose too."""
+def _loader_changes(state: dict[str, Any], components: RunComponents, recipe: Recipe) -> list[str]:
+    """Notes on another image loader, which `data.backend: auto` may choose, and other draws."""
+    notes = []
     now = components.train_loader.decoder
     before = state.get("pixels", now)  # absent in earlier versions
-    if before == now:
-        return []
-    return [f"image loader: {before} -> {now} (pixels differ by rounding)"]
+    if before != now:
+        notes.append(f"image loader: {before} -> {now} (pixels differ by rounding)")
+    version = state["loader"].get("augmentation_version", 1)
+    if version != AUGMENTATION_VERSION and recipe.data.augment.is_random:
+        notes.append(
+            f"random augmentation: version {version} -> {AUGMENTATION_VERSION} of featkd's draws "
+            "(the same images in the same order, with other crops, flips, operations and erased "
+            "boxes)"
+        )
+    return notes
 
 
 def _process_changes(

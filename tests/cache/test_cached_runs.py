@@ -21,7 +21,7 @@ from featkd.train.dryrun import dry_run
 from featkd.train.logs import read_csv
 from featkd.train.recipe import Recipe, RecipeError, load_recipe
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, column, run, same_weights
+from tests.train.runs import CPU, NOTHING_DRAWN, column, run, same_weights
 
 EXACT = {"views": 2, "shard_rows": 16, "logits_top": "all", "features": "full", "store": "fp32"}
 
@@ -279,8 +279,8 @@ def test_a_cache_of_something_else_is_refused_by_every_field(recipe, images, tmp
     refused(elsewhere, "data.images: 48, not 47; .*data.images_sha256: ")
 
     with monkeypatch.context() as patch:
-        patch.setattr("featkd.train.cached_teacher.AUGMENT_SCHEME", 3)
-        refused(cached, r"augmentation_version: 2, not 3 \(another version of .* make a new one")
+        patch.setattr("featkd.train.cached_teacher.AUGMENTATION_VERSION", 3)
+        refused(cached, r"augmentation_version: 2, not 3 \(.*expected a cache that it has made\)$")
     with monkeypatch.context() as patch:
         patch.setattr("featkd.train.cached_teacher.metadata.version", lambda name: f"0.{len(name)}")
         for name in ("torch", "numpy", "timm", "torchvision", "pillow"):
@@ -307,6 +307,29 @@ def test_a_missing_checkpoint_does_not_fit_a_cache_without_one(recipe, tmp_path)
     missing = replace(cached.teacher, checkpoint=str(tmp_path / "last.pt"))
     with pytest.raises(RecipeError, match=r"no file .*last\.pt', .* made from no checkpoint"):
         Trainer(replace(cached, teacher=missing), CPU)
+
+
+def test_a_cache_of_earlier_draws_fits_only_where_nothing_is_drawn(recipe, tmp_path, monkeypatch):
+    """Version 1 drew the augmentation otherwise, and pixels without augmentation alike."""
+    caches = []
+    for name, augment in (("drawn", recipe.data.augment), ("fixed", NOTHING_DRAWN)):
+        one = replace(recipe, data=replace(recipe.data, augment=augment))
+        with monkeypatch.context() as patch:
+            patch.setattr("featkd.train.cached_teacher.AUGMENTATION_VERSION", 1)
+            caches.append(with_cache(one, tmp_path / name, views=1))
+    drawn, fixed = (replace(cached, cache_epochs="cycle") for cached in caches)
+    explained = r"augmentation_version: 1, not 2 \(this version of featkd draws other crops"
+    with pytest.raises(RecipeError, match=rf"{drawn.cache} does not fit this run .*{explained}"):
+        Trainer(drawn, CPU)
+    with pytest.raises(CacheError, match=rf"holds another cache: .*{explained}"):
+        with_cache(replace(drawn, cache=None), tmp_path / "drawn")
+    Trainer(fixed, CPU).components.close()
+    for change in (
+        {"scale": (0.5, 1)}, {"ratio": (1, 2)}, {"hflip": 0.5}, {"random_erasing": 0.1},
+        {"color_jitter": 0.1}, {"rand_augment": "rand-m9"},
+    ):  # fmt: skip
+        assert replace(NOTHING_DRAWN, **change).is_random
+    assert not NOTHING_DRAWN.is_random
 
 
 def test_versions_of_everything_that_determines_the_pixels(monkeypatch):

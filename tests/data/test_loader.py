@@ -127,7 +127,7 @@ def test_the_state_is_the_next_batch(make_set: MakeSet, workers: int) -> None:
         next(running)  # still of epoch 7
         assert loader.state_dict() == {
             "epoch": 8, "batch": 2, "batch_size": 4, "world_size": 1, "seed": 0, "repeats": 1,
-            "shuffle_epoch": 8, "num_images": 22,
+            "shuffle_epoch": 8, "num_images": 22, "augmentation_version": 2,
         }  # fmt: skip
     assert [(state["epoch"], state["batch"]) for state in states] == [(5, k) for k in range(1, 6)]
     with loading(make_set(train=22)) as other:

@@ -10,7 +10,7 @@ import torch
 from benchmarks.gpu.recorder import NotHere
 from featkd.ops import extension
 
-from . import accuracy, behaviour, decompositions
+from . import accuracy, batches, behaviour, decompositions
 from .forms import FORMS, MAIN
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -74,6 +74,20 @@ def test_behaviour(check: behaviour.Check, form: str):
 )
 def test_behaviour_on_a_cpu(check: behaviour.Check, form: str):
     _behave(check, form, CPU)
+
+
+@on_gpu
+@pytest.mark.parametrize("check", batches.CHECKS, ids=lambda c: c.__name__)
+def test_batches(check):
+    check(GPU)
+
+
+@pytest.mark.parametrize("check", batches.CHECKS, ids=lambda c: c.__name__)
+def test_batches_on_a_cpu(check):
+    try:
+        check(CPU)
+    except NotHere as error:
+        pytest.skip(str(error))
 
 
 @on_gpu

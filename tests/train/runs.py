@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from featkd.data import AugmentConfig
 from featkd.runtime.distributed import ProcessContext
 from featkd.train.checkpoint import load
 from featkd.train.logs import read_csv
@@ -14,6 +15,9 @@ from featkd.train.recipe import Recipe, to_dict
 from featkd.train.trainer import Outcome, Trainer
 
 CPU = ProcessContext(0, 1, torch.device("cpu"))
+NOTHING_DRAWN = AugmentConfig(
+    rand_augment=None, scale=(1, 1), ratio=(1, 1), hflip=0, random_erasing=0, repeats=1
+)
 
 
 def run(recipe: Recipe, resume: str = "auto") -> Outcome:

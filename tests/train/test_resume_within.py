@@ -15,7 +15,7 @@ from featkd.train.checkpoint import CheckpointError, load
 from featkd.train.logs import RunLog
 from featkd.train.recipe import Recipe
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, column, run
+from tests.train.runs import CPU, NOTHING_DRAWN, column, run
 
 
 def stop_within_an_epoch(recipe: Recipe, updates: int) -> Path:
@@ -128,3 +128,19 @@ def test_another_loader_is_noted(recipe, monkeypatch, capsys):
     output = capsys.readouterr().err
     assert "image loader: timm\n" in output
     assert "image loader: dali on cuda -> timm (pixels differ by rounding)" in output
+    assert "random augmentation" not in output
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_checkpoint_of_earlier_draws_continues_with_a_note(recipe, capsys, drawn):
+    """Checkpoints of version 1 do not hold a version."""
+    if not drawn:
+        recipe = replace(recipe, data=replace(recipe.data, augment=NOTHING_DRAWN))
+    last = stop_within_an_epoch(recipe, 2)
+    state = load(last)
+    assert state["loader"].pop("augmentation_version") == 2
+    torch.save(state, last)
+    assert Trainer(recipe, CPU).run().updates == 12
+    output = capsys.readouterr().err
+    note = "random augmentation: version 1 -> 2 of featkd's draws (the same images"
+    assert (note in output) == drawn

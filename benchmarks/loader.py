@@ -20,6 +20,7 @@ from featkd.data.augment import TrainTransform
 from featkd.data.workers import shut_down_workers, worker_options
 
 from . import timing
+from .loader_overhead import overhead_loader
 from .photographs import Photographs
 from .throughput import Rate
 from .variants import step_of
@@ -182,6 +183,19 @@ def measure_stages(photos: Photographs, *, images: int, rounds: int) -> list[Rat
         torch.set_num_threads(threads)
     split = {name: name.partition(" ") for name in work}
     return [Rate(part, variant, images, seconds[n]) for n, (part, _, variant) in split.items()]
+
+
+def measure_overhead(photos: Photographs, *, batch_size: int, rounds: int) -> list[Rate]:
+    """Times whole epochs of the DALI loader's own work, in turns; see `overhead_loader`."""
+    with ExitStack() as closing:
+        epochs: dict[str, Epoch] = {}
+        for form in FORMS:
+            loader = overhead_loader(with_form(photos.data, form), batch_size)
+            closing.callback(loader.close)
+            epochs[f"dali/{form}"] = _epoch(loader)
+        images = len(loader) * batch_size
+        seconds = _in_turns(epochs, rounds)
+    return [Rate("overhead", name, images, seconds[name]) for name in epochs]
 
 
 def _over(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from featkd.data import AugmentConfig, DataConfig, build_loader
+from featkd.data import AugmentConfig, BadImageError, DataConfig, build_loader
 from featkd.data.augment import apply_op
 from featkd.data.augment_params import AugmentParamSampler, evaluation_params
 from featkd.data.dali import (
@@ -263,6 +263,37 @@ def test_is_whole_jpeg_detects_damage(options):
     assert not is_whole_jpeg(content[: scan + 90] + b"\xff" * 9 + b"\2" + content[scan + 100 :])
     for code in (0xDA, 0xDB, 0xC2 if "progressive" in options else 0xC0):
         assert not is_whole_jpeg(without_segment(content, code))
+
+
+def test_headers_read_without_pillow_are_those_that_pillow_reads(monkeypatch):
+    """Damaged headers too: a file is refused, kept or converted as by Pillow alone."""
+    contents = [save_jpeg(**options) for options in JPEGS]
+    contents += [save_jpeg(exif=b"Exif\0\0"), save_jpeg(icc_profile=b"profile"), b"", b"GIF"]
+    rng = np.random.default_rng(0)
+    plain = save_jpeg()
+    header = plain.index(b"\xff\xda")
+    for place in rng.integers(2, header + 14, 400).tolist():
+        other = rng.integers(0, 256, 1, dtype=np.uint8).tobytes()
+        contents.append(plain[:place] + other + plain[place + 1 :])
+    opened = []
+    real = files.open_image
+    monkeypatch.setattr(files, "open_image", lambda content: opened.append(1) or real(content))
+
+    def outcome(content):
+        try:
+            file, size = files.load(content, "x")
+        except BadImageError as error:
+            return str(error)
+        return file.tobytes(), size
+
+    found = [outcome(content) for content in contents]
+    few = len(opened)
+    monkeypatch.setattr(files, "_usual_size", lambda segments: None)
+    expected = [outcome(content) for content in contents]
+    assert len(opened) - few == len(contents)
+    assert few < len(contents) / 2
+    assert found == expected
+    assert found[0] == (plain, (70, 90))
 
 
 def test_images_of_a_few_pixels(make_set: MakeSet):

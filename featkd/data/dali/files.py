@@ -110,7 +110,8 @@ def _ends_of_scans(content: bytes, *, restarts: bool) -> NDArray[np.bool_]:
     In the data 0xff is followed by 0, or by a restart marker if the file declares them.
     """
     data = np.frombuffer(content, dtype=np.uint8)
-    ends = (data[:-1] == 0xFF) & (data[1:] != 0)
+    ends: NDArray[np.bool_] = data[1:] != 0
+    ends &= data[:-1] == 0xFF
     if restarts:
         ends &= (data[1:] & 0xF8) != 0xD0
     return ends

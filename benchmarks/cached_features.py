@@ -7,6 +7,7 @@ python -m featkd.benchmarks.cached_features --data DIR [--teacher NAME | run/bes
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -159,7 +160,7 @@ def _model(name: str, file: str | None) -> tuple[FeatureModel, DataConfig, str]:
         trained: Any = load_trained(name)
         student = state["recipe"]["student"]
         options = ", ".join(f"{k} {v}" for k, v in student["options"].items())
-        about = f"{student['base']} ({options}) of {name}, {state['update']} updates by featkd"
+        about = f"{student['base']} ({options}), {state['update']} updates by featkd"
         return trained, DataConfig(workers=_WORKERS, **kept), about
     torch.manual_seed(0)
     model: Any = create_teacher(name, checkpoint=file)
@@ -206,13 +207,14 @@ def main(words: Sequence[str] | None = None) -> None:
     rows = measure(chunk.maps[layer].float() for chunk in source.chunks(chunks))
     lines = [_cells(*row) for row in rows.items()]
     about = (
-        f"{about}; {source.num_images} images of {options.data}, last layer; mse to a random "
+        f"{about}; {source.num_images} images, last layer; mse to a random "
         f"student, batches of {options.batch_size}; {versions_of(describe_run('cpu'))}"
     )
     print(about)
     print(aligned(_HEADER, lines, numbers=True))
     if options.out is not None:
-        write_into(options.out, options.mark, f"{grid(_HEADER, lines)}\n{about}.\n")
+        described = textwrap.fill(f"{about}.", 120, break_on_hyphens=False)
+        write_into(options.out, options.mark, f"{grid(_HEADER, lines)}\n{described}\n")
 
 
 if __name__ == "__main__":

@@ -233,7 +233,7 @@ def busiest(rates: Sequence[Rate], form: str, workers: int) -> tuple[str, dict[s
     """Returns the stage that takes most of the timm loader's time, and the share of each stage.
 
     A worker's time per image is workers / (images/s of the loader). Time that decoding and
-    augmenting alone do not explain is stacking, handing over, and waiting for a core.
+    augmenting alone do not explain is stacking, handing over, normalizing, and waiting for a core.
     """
     known = {(rate.name, rate.variant): rate for rate in rates}
     whole = max(workers, 1) / known["loader", f"timm/{form}"].images_per_s

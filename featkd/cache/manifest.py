@@ -154,7 +154,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         written = read_regular(path, _MOST_BYTES)
     except OSError as error:
-        raise CacheError(f"{folder}: not a featkd cache: {NAME}: {error}") from error
+        raise CacheError(
+            f"{folder}: not a featkd cache: {NAME}: {error.strerror or error}"
+        ) from error
     try:
         content = json.loads(written)
         checksum = content.pop("checksum")

@@ -15,6 +15,7 @@ from featkd.cache.shard import find_damage, write_shard
 from featkd.data import SampleKey
 from featkd.runtime.files import remove_leftovers
 from featkd.runtime.lock import FolderInUse, locked
+from featkd.runtime.names import listed
 
 
 @contextmanager
@@ -70,7 +71,7 @@ def _refuse_foreign(folder: Path) -> None:
         others = sorted(p.name for p in folder.iterdir() if p.name[0] != ".")
         if others:
             raise CacheError(
-                f"out: {folder} holds {', '.join(others[:5])}; expected a cache or an empty folder"
+                f"out: {folder} holds {listed(others, 5)}; expected a cache or an empty folder"
             )
 
 

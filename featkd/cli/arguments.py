@@ -31,7 +31,17 @@ class _HelpFormatter(DefaultHelpFormatter):
         if action.nargs == 0 or "(default: " in own:
             return own
         text: str = super()._get_help_string(action)
-        return text
+        return text.replace("%(default)s", "none") if action.default == "" else text
+
+    def _get_type_str(self, action: argparse.Action) -> str | None:
+        """Return a type as words to choose from: "mse | spectral | null"."""
+        text: str | None = super()._get_type_str(action)
+        text = re.sub(
+            r"Literal\[(.*?)\]", lambda x: x[1].replace("'", "").replace(", ", " | "), text or ""
+        )
+        text = re.sub(r"^Optional\[(.*)\]$", r"\1 | null", text)
+        text = re.sub(r"^Union\[(.*)\]$", lambda x: x[1].replace(", ", " | "), text)
+        return text or None
 
 
 class Parser(ArgumentParser):
@@ -84,6 +94,7 @@ class Parser(ArgumentParser):
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         """Return the help text: options with dashes, the examples last."""
         text = with_dashes(super().format_help(formatter))
+        text = re.sub(r", --[\w.-]+\+ \S+", "", text)  # jsonargparse's second form, which appends
         if self.examples:
             text += "\nexamples:\n" + "".join(f"  {example}\n" for example in self.examples)
         return text
@@ -134,6 +145,19 @@ class Parser(ArgumentParser):
                 name = with_dashes(name)
                 near = suggestion(name, map(with_dashes, hints))
                 raise UsageError(f"no option {name!r}{near} (see {self.prog} --help)")
+
+    def positional(self, words: Sequence[str]) -> list[int]:
+        """Return the positions of the words that are neither an option nor an option's value."""
+        flags = {name for x in self._actions if x.nargs == 0 for name in x.option_strings}
+        found, takes_value = list[int](), False
+        for index, word in enumerate(words):
+            if word.startswith("-") and not takes_value:
+                takes_value = "=" not in word and _with_underscores(word) not in flags
+            elif takes_value:
+                takes_value = False
+            else:
+                found.append(index)
+        return found
 
     def _hints(self) -> dict[str, Any]:
         """Return the type of every option, options of nested fields included."""
@@ -217,14 +241,8 @@ def add_json(parser: ArgumentParser) -> None:
 
 
 def add_quiet(parser: ArgumentParser) -> None:
-    """Add `--quiet`, an option of the commands that report their progress."""
-    parser.add_argument("--quiet", action="store_true", help="print errors and results only")
-
-
-def plural(count: int, word: str) -> str:
-    """Return a number and a noun, for example "1 class" or "2 classes"."""
-    ending = "" if count == 1 else "es" if word.endswith("s") else "s"
-    return f"{count} {word}{ending}"
+    """Add `--quiet`, an option of every command but `env`, which only prints."""
+    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
 
 
 def check_folders(options: Namespace, names: Sequence[str]) -> None:

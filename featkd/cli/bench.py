@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from featkd.cli import bench_pipeline
-from featkd.cli.arguments import Parser, UsageError, add_json, add_words, check_folders
+from featkd.cli.arguments import Parser, UsageError, add_json, add_quiet, add_words, check_folders
+from featkd.cli.output import results_unless
 from featkd.runtime import interrupt
 from featkd.runtime.suggest import suggestion
 
@@ -80,7 +81,8 @@ def bench(words: Sequence[str]) -> int:
     options = _parser_of(name).parse_args(words[1:])
     check_folders(options, ("json", "out"))
     interrupt.loading_done()
-    return _PARTS[name][1](options)
+    with results_unless(options.quiet):
+        return _PARTS[name][1](options)
 
 
 def parsers() -> dict[str, Parser]:
@@ -94,6 +96,7 @@ def _parser_of(name: str) -> Parser:
     parser = Parser(prog=f"featkd bench {name}", description=text, examples=_EXAMPLES[name])
     add_arguments(parser)
     add_json(parser)
+    add_quiet(parser)
     return parser
 
 

@@ -133,7 +133,7 @@ def _write_json(
 
     if options.json is None:
         return
-    settings = {k: v for k, v in options.as_dict().items() if k not in ("json", "config")}
+    settings = {k: v for k, v in options.as_dict().items() if k not in ("json", "config", "quiet")}
     meta = {**results.meta_of(results.describe_run(device)), "options": settings, **about}
     results.write_json(Path(options.json), meta, figures)
 

@@ -6,24 +6,26 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from featkd.cache.config import DEFAULT_ENERGY, DEFAULT_TOP, CacheConfig, Features, Store
-from featkd.cli.arguments import Parser, UsageError, add_quiet, plural
+from featkd.cli.arguments import Parser, UsageError, add_quiet
+from featkd.cli.output import results_unless
 from featkd.cli.recipe_arguments import parse_recipe, recipe_parser
+from featkd.runtime.names import plural
 
 if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
     from featkd.cache.manifest import Manifest
+    from featkd.train.recipe import Recipe
 
 
 def cache(words: Sequence[str]) -> int:
     """Run `featkd cache RECIPE --out DIR` or `featkd cache --verify DIR`; return the exit code."""
     recipe, options = parse_recipe(parser(), words)
-    from featkd.runtime import distributed, interrupt
-    from featkd.train.build_cache import build_cache
     from featkd.train.recipe import check_local
 
-    interrupt.loading_done()
     options_given = {word.partition("=")[0] for word in words if word.startswith("-")}
     if options.verify is not None:
         if options_given != {"--verify"} or not words[0].startswith("--verify"):
@@ -31,9 +33,18 @@ def cache(words: Sequence[str]) -> int:
         check_local("--verify", options.verify)
         return _verify(Path(options.verify))
     if "--out" not in options_given and not options.dry_run:
-        raise UsageError("--out: expected the folder of the cache, got nothing")
+        raise UsageError("--out: expected the folder of the cache, as in --out CACHE; got nothing")
     check_local("out", recipe.out)
     check_local("data.path", recipe.data.path)
+    with results_unless(options.quiet):
+        return _build(recipe, options)
+
+
+def _build(recipe: Recipe, options: Namespace) -> int:
+    from featkd.runtime import distributed, interrupt
+    from featkd.train.build_cache import build_cache
+
+    interrupt.loading_done()
     config = CacheConfig(**{field.name: options[field.name] for field in fields(CacheConfig)})
     try:
         context = distributed.start(recipe.device)
@@ -114,6 +125,8 @@ def parser() -> Parser:
         ),
         other_usages=("featkd cache --verify DIR",),
     )
+    (out,) = (action for action in parser._actions if action.dest == "out")
+    out.metavar, out.help = "CACHE", "folder of the cache on this machine (default: none)"
     parser.add_argument(
         "--verify",
         type=str,
@@ -128,7 +141,8 @@ def parser() -> Parser:
         "--logits-top",
         type=int | Literal["all"] | None,
         default=None,
-        help="store the largest log-probabilities in fp16, this many per image; all: the whole "
+        metavar="K|all",
+        help="store the K largest log-probabilities per image, in fp16; all: the whole "
         f"logits (default: all if feature maps are stored, otherwise {DEFAULT_TOP}, or all if "
         "there are fewer classes)",
     )
@@ -136,9 +150,10 @@ def parser() -> Parser:
         "--features",
         type=Features | None,
         default=None,
+        metavar="|".join(get_args(Features)),
         help="feature maps of the teacher's layers in loss.pairs: full maps, the leading singular "
-        "directions of each image's map, or none (default: full if the loss compares maps, "
-        "otherwise none)",
+        "directions of each image's map (lowrank), or none (default: full if the loss compares "
+        "maps, otherwise none)",
     )
     parser.add_argument(
         "--energy",
@@ -156,6 +171,7 @@ def parser() -> Parser:
         "--store",
         type=Store | None,
         default=None,
+        metavar="|".join(get_args(Store)),
         help="storage type of maps: fp16 or int8, both scaled; for full maps also fp32 and bf16 "
         "(default: int8)",
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from featkd.cli.arguments import Parser
+from featkd.cli.arguments import Parser, add_quiet
+from featkd.cli.output import results_unless
 
 
 def demo(words: Sequence[str]) -> int:
@@ -19,7 +20,10 @@ def demo(words: Sequence[str]) -> int:
 
     interrupt.loading_done()
     signal.signal(signal.SIGTERM, _stop)
-    return run_demo(Path(options.out), seeds=options.seeds, epochs=options.epochs)
+    with results_unless(options.quiet):
+        return run_demo(
+            Path(options.out), seeds=options.seeds, epochs=options.epochs, quiet=options.quiet
+        )
 
 
 def _stop(number: int, _: FrameType | None) -> NoReturn:
@@ -43,4 +47,5 @@ def parser() -> Parser:
     parser.add_argument(
         "--epochs", type=int | None, default=None, help="epochs per run (default: the recipe's)"
     )
+    add_quiet(parser)
     return parser

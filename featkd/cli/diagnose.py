@@ -12,12 +12,14 @@ from typing import Any, get_type_hints
 
 from docstring_parser import parse
 
-from featkd.cli.arguments import Parser, add_json, add_quiet, check_folders, plural
+from featkd.cli.arguments import Parser, add_json, add_quiet, check_folders
+from featkd.cli.output import results_unless
 from featkd.diagnostics import DiagnoseConfig, Settings
 from featkd.diagnostics import diagnose as run_diagnose
 from featkd.diagnostics.process_run import Interrupted
 from featkd.runtime import interrupt
 from featkd.runtime.files import atomic_write
+from featkd.runtime.names import plural
 
 _DESCRIPTION = """\
 Spectra, dataset PCA, subspace rotation and SEP of feature maps, beside null models.
@@ -48,9 +50,14 @@ def diagnose(words: Sequence[str]) -> int:
             with atomic_write(Path(args.json)) as file:
                 file.write((out / "summary.json").read_bytes())
         speed = findings.images_per_s
-        pace = "" if speed is None else f", {speed:.1f} images/s in the first pass of process 0"
-        print(*findings.conclusions(), sep="\n")
-        print(f"{plural(findings.images, 'image')}{pace}: {out / 'report.html'}")
+        where = " in process 0" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        pace = "" if speed is None else f", {speed:.1f} images/s{where}"
+        with results_unless(args.quiet):
+            print(*findings.conclusions(), sep="\n")
+            print(f"{plural(findings.images, 'image')}{pace}: {out / 'report.html'}")
+        if args.quiet and findings.left_out:  # in the conclusions otherwise
+            count = plural(len(findings.left_out), "image")
+            print(f"featkd: {count} left out, listed in {out}/summary.json", file=sys.stderr)
     return 0
 
 

@@ -7,25 +7,36 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from featkd.cli.arguments import Parser, add_quiet, plural
+from featkd.cli.arguments import Parser, add_quiet
+from featkd.cli.output import results_unless
 from featkd.cli.recipe_arguments import parse_recipe, recipe_parser
+from featkd.runtime.names import plural
 
 if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+    from featkd.train.recipe import Recipe
     from featkd.train.trainer import Outcome
 
 
 def distill(words: Sequence[str]) -> int:
     """Run `featkd distill` and return the exit code."""
     recipe, options = parse_recipe(parser(), words)
+    if options.print_config:
+        from featkd.train.recipe import to_yaml
+
+        print(to_yaml(recipe), end="")
+        return 0
+    with results_unless(options.quiet):
+        return _train(recipe, options)
+
+
+def _train(recipe: Recipe, options: Namespace) -> int:
     from featkd.runtime import distributed, interrupt
     from featkd.train.dryrun import dry_run
-    from featkd.train.recipe import to_yaml
     from featkd.train.trainer import Trainer
 
     interrupt.loading_done()
-    if options.print_config:
-        print(to_yaml(recipe), end="")
-        return 0
     try:
         context = distributed.start(recipe.device)
         if options.dry_run:
@@ -59,7 +70,8 @@ def _summary(outcome: Outcome) -> str:
     facts = [plural(outcome.updates, "update")]
     if best:  # empty if the run was never evaluated
         facts.append(
-            f"best top-1 {best['top1']:.2f} % ({best['weights']} weights, epoch {best['epoch']})"
+            f"best top-1 {best['top1']:.2f} % (best.pt: {best['weights']} weights, epoch "
+            f"{best['epoch']})"
         )
     if math.isnan(outcome.images_per_s):
         facts.append("nothing was left to train")

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import featkd
+from featkd.cli.output import printable_streams
 from featkd.runtime import interrupt, openmp
-from featkd.runtime.names import printable_lines
 
 COMMANDS = {
     "distill": "train a student, with or without a teacher",
@@ -34,6 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None:  # a caller in this process keeps its handlers
         interrupt.exit_while_loading()
+    with printable_streams(restore=argv is not None):
+        return _reported(words)
+
+
+def _reported(words: list[str]) -> int:
+    """Run a command line and print the error that ends it, unless it is a bug."""
     try:
         return _run(words)
     except KeyboardInterrupt:
@@ -93,5 +99,5 @@ def _table(lines: dict[str, str]) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"featkd: {printable_lines(message)}", file=sys.stderr)
+    print(f"featkd: {message}", file=sys.stderr)
     return code

@@ -62,11 +62,11 @@ def parse_recipe(parser: Parser, words: Sequence[str]) -> tuple[Recipe, Namespac
 
     Args:
         parser: parser from `recipe_parser`.
-        words: arguments of the command, the recipe first.
+        words: arguments of the command, the recipe before, between or after the options.
 
     Raises:
         RecipeError: no such recipe, or an unknown field in it.
-        UsageError: no arguments, an unknown option or a bad value.
+        UsageError: no arguments, two recipes, an unknown option or a bad value.
     """
     if not words:
         raise UsageError(
@@ -75,7 +75,15 @@ def parse_recipe(parser: Parser, words: Sequence[str]) -> tuple[Recipe, Namespac
         )
     words = [_long_option(word) for word in words]
     parser.check_options(words, hidden=(_CONFIG,))
-    if not words[0].startswith("-"):
+    names = parser.positional(words)
+    if len(names) > 1:
+        first, second = (words[index] for index in names[:2])
+        raise UsageError(
+            f"expected one recipe, got {first!r} and {second!r}; the folder of images is "
+            f"--data DIR (see {parser.prog} --help)"
+        )
+    if names:
+        words.insert(0, words.pop(names[0]))  # a recipe's fields come before those that override
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
             words = [_CONFIG, read_recipe_config(find_recipe(words[0])), *words[1:]]

@@ -12,17 +12,15 @@ from torch import Tensor
 from featkd.data.config import DataConfig
 from featkd.data.erasing import Eraser
 
-_MEMORY_ORDER = (0, 2, 3, 1)  # dimensions of a channels_last image batch, slowest first
-
 
 class SentBatch(NamedTuple):
     """A batch on its way to the device.
 
     Attributes:
-        images: (B, 3, H, W) uint8.
+        images: (B, H, W, 3) uint8.
         targets: (B,) int64.
         boxes: (B, 5) int32, see `Eraser.boxes`; None without erasing.
-        copied: recorded after the copies; None if nothing is copied by a stream of its own.
+        copied: recorded after the copies; None if there is no separate stream.
     """
 
     images: Tensor
@@ -34,7 +32,7 @@ class SentBatch(NamedTuple):
 class DeviceStage:
     """Turns uint8 images in host memory into normalized and erased ones on the device.
 
-    `send` starts the copies and returns at once. On CUDA they run on a stream of their own, beside
+    `send` starts the copies and returns at once. On CUDA they run on a separate stream, beside
     the kernels of the previous update, and neither call waits for the device.
 
     Args:
@@ -62,7 +60,7 @@ class DeviceStage:
         """Starts the copies of a batch to the device.
 
         Args:
-            images: (B, 3, H, W) uint8 in the configured memory format, on the CPU or the device.
+            images: (B, H, W, 3) uint8, on the CPU or the device.
             targets: (B,) int64.
             keys: (B, 3) int64 on the CPU.
         """
@@ -72,7 +70,7 @@ class DeviceStage:
         if self._device.type != "cuda":
             return SentBatch(images.to(self._device), targets.to(self._device), boxes, None)
         if self.stream is None:
-            self.stream = torch.cuda.Stream(self._device)
+            self.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._statistics = self._statistics.to(self._device)
         with torch.cuda.stream(self.stream):
             return SentBatch(
@@ -113,25 +111,30 @@ def _copied(x: Tensor, device: torch.device) -> Tensor:
 def normalize(images: Tensor, statistics: Tensor, *, channels_last: bool) -> Tensor:
     """Normalizes on the CPU, bitwise as torchvision's `ToTensor` and `Normalize` do.
 
-    Image by image, so that the three operations on an image find it in the processor's cache.
+    Image by image, so that the operations on an image find it in the processor's cache.
 
     Args:
-        images: (B, 3, H, W) uint8 in the memory format that `channels_last` names.
+        images: (B, H, W, 3) uint8.
         statistics: (2, 3), mean and standard deviation, for values in 0..1.
-        channels_last: torch's channels_last memory format.
+        channels_last: memory format of the result.
+
+    Returns:
+        (B, 3, H, W) float32.
     """
+    count, height, width, _ = images.shape
     if channels_last:
         # torch is slow on rows of three numbers, so the statistics are repeated for a row of pixels
-        images = images.permute(_MEMORY_ORDER)
-        mean, std = statistics.repeat(1, images.shape[2])
+        mean, std = statistics.repeat(1, width)
+        images = images.flatten(2)
     else:
         mean, std = statistics[:, :, None, None]
-    finished = torch.empty_like(images, dtype=torch.float32, memory_format=torch.contiguous_format)
+        images = images.permute(0, 3, 1, 2)
+    finished = torch.empty(images.shape)
     for image, result in zip(images, finished, strict=True):
-        if channels_last:
-            image, result = image.flatten(1), result.flatten(1)
         result.copy_(image).div_(255).sub_(mean).div_(std)
-    return finished.permute(0, 3, 1, 2) if channels_last else finished
+    if channels_last:
+        return finished.view(count, height, width, 3).permute(0, 3, 1, 2)
+    return finished
 
 
 def erase(images: Tensor, boxes: Tensor, noise: Tensor) -> None:
@@ -157,13 +160,14 @@ def normalize_and_erase(
     channels_last: bool,
 ) -> Tensor:
     """Computes `normalize` and `erase` elementwise, to be compiled into one pass on a GPU."""
-    height, width = images.shape[2:]
-    shapes = [(3, 1, 1), (1, height, 1), (1, 1, width)]
+    height, width = images.shape[1:3]
     if channels_last:
-        images = images.permute(_MEMORY_ORDER)
         shapes = [(1, 1, 3), (height, 1, 1), (1, width, 1)]
+    else:
+        shapes = [(3, 1, 1), (1, height, 1), (1, 1, width)]
+        images = images.permute(0, 3, 1, 2).contiguous()
     mean, std = statistics.view(2, *shapes[0])
-    finished = (images.float() / 255 - mean) / std
+    finished: Tensor = (images.float() / 255 - mean) / std
     if boxes is not None and noise is not None:
         channel, row, column = (
             torch.arange(math.prod(shape), device=images.device, dtype=torch.int32).view(shape)

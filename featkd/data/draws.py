@@ -40,11 +40,13 @@ def uniforms(seed: int, keys: ArrayLike, count: int, *, purpose: str) -> NDArray
     for column in columns.T:
         state = _mix(state + _STEP * (column + np.uint64(1)))
     positions = np.arange(1, count + 1, dtype=np.uint64) * _STEP
-    return (_mix(state[:, None] + positions) >> np.uint64(11)) * 2.0**-53
+    numbers: NDArray[np.float64] = (_mix(state[:, None] + positions) >> np.uint64(11)) * 2.0**-53
+    return numbers
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Scrambles the bits of each number, one to one; the output function of SplitMix64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+    return mixed

@@ -15,7 +15,7 @@ from featkd.data.draws import uniforms
 _AREA = (0.02, 1 / 3)  # share of the image, as in timm
 _LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
 _TRIES = 10  # boxes as large as the image are drawn again
-_POOL = 1 << 20  # positions at which an image's noise can begin
+_POOL = 1 << 18  # positions at which an image's noise can begin
 
 
 class Eraser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Literal
 
@@ -11,6 +12,7 @@ from featkd.data.config import DataConfig
 from featkd.data.imageset import ImageSet
 from featkd.data.loader import Loader, TorchLoader
 from featkd.data.sampler import EpochSampler
+from featkd.runtime.names import plural
 
 
 def build_loader(
@@ -94,7 +96,19 @@ def build_loader_for(
         from featkd.data.dali import DaliLoader
 
         return DaliLoader(dataset, config, sampler, batch_size=batch_size, device=device)
-    return TorchLoader(dataset, config, sampler, batch_size=batch_size, device=device, note=reason)
+    note = "; ".join(filter(None, (reason, _excess_of_workers(config.workers))))
+    return TorchLoader(dataset, config, sampler, batch_size=batch_size, device=device, note=note)
+
+
+def _excess_of_workers(workers: int) -> str:
+    """Returns a note if there are more worker processes than CPU cores, else ""."""
+    cores = len(os.sched_getaffinity(0))
+    if workers <= cores:
+        return ""
+    return (
+        f"data.workers: {workers} processes share {plural(cores, 'CPU core')}; "
+        f"try --data.workers {cores}"
+    )
 
 
 def _reason_against_dali(config: DataConfig, training: bool, device: torch.device) -> str | None:

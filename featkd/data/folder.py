@@ -28,7 +28,7 @@ def split_folder(config: DataConfig, split: Literal["train", "val"]) -> str:
     """
     expected = f"expected {_LAYOUT}"
     if not config.path:
-        raise FileNotFoundError(f"data.path: not set; {expected}")
+        raise FileNotFoundError(f"data.path: not set; give it by --data DIR; {expected}")
     if not os.path.isdir(config.path):
         raise FileNotFoundError(f"data.path: no folder {printable(config.path)}; {expected}")
     if split == "val" and config.val_split is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -21,7 +22,7 @@ from featkd.data.sampler import EpochSampler, SampleKey
 from featkd.data.workers import shut_down_workers, worker_options
 
 _BATCHES_AHEAD = 1  # on the device, besides the one that is returned
-_NO_IMAGES = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+_NO_IMAGES = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
 
 
 class Batch(NamedTuple):
@@ -51,11 +52,10 @@ class RawBatch(NamedTuple):
     """A batch as a loader assembles it, before the `DeviceStage`.
 
     Attributes:
-        images: (B, 3, H, W) uint8 in the configured memory format, in host memory or on the
-            device; B = 0 if no image was readable.
+        images: (B, H, W, 3) uint8, in host memory or on the device; B = 0 if no image was readable.
         targets, keys, source_index: as in `Batch`, on the CPU.
         errors: unreadable files met since the previous batch.
-        count: batches of the epoch that this one stands for, those without an image included.
+        covered: batches of the epoch that this one stands for, those without an image included.
     """
 
     images: Tensor
@@ -63,7 +63,7 @@ class RawBatch(NamedTuple):
     keys: Tensor
     source_index: Tensor
     errors: list[BadImageError]
-    count: int
+    covered: int
 
 
 class Loader(Protocol):
@@ -260,7 +260,7 @@ class SampledLoader:
             if isinstance(item, Exception):
                 raise item
             raw, sent = item
-            self._advance(iteration, raw.count)
+            self._advance(iteration, raw.covered)
             self.bad_images.update((error.path, error.cause) for error in raw.errors)
             bad += [error.path for error in raw.errors]
             if sent is not None:
@@ -320,7 +320,7 @@ class TorchLoader(SampledLoader):
             DataLoader,
             dataset,
             batch_sampler=self._batches,
-            collate_fn=partial(_collate, channels_last=config.channels_last),
+            collate_fn=_collate,
             pin_memory=device.type == "cuda",
             persistent_workers=config.workers > 0,
             # DataLoader draws a base seed for its workers. Without this it would advance the
@@ -331,9 +331,12 @@ class TorchLoader(SampledLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         self._iteration += 1
-        if self._loader is None:  # the options depend on whether DALI has been imported by now
-            self._loader = self._make(**worker_options(self._workers))
-        return self._ready(_raised(iter(self._loader)), self._iteration)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # see self.note
+            if self._loader is None:  # the options depend on whether DALI has been imported by now
+                self._loader = self._make(**worker_options(self._workers))
+            batches = iter(self._loader)
+        return self._ready(_raised(batches), self._iteration)
 
     def close(self) -> None:
         """See `Loader`."""
@@ -358,23 +361,20 @@ def _raised(batches: Iterator[RawBatch | DataError]) -> Iterator[RawBatch]:
         yield batch
 
 
-def _collate(samples: list[Sample] | DataError, *, channels_last: bool) -> RawBatch | DataError:
+def _collate(samples: list[Sample] | DataError) -> RawBatch | DataError:
     """Stacks the samples that have an image; in a worker directly into shared memory."""
     if isinstance(samples, DATA_ERRORS):
         return samples
     present = [(sample, sample.image) for sample in samples if sample.image is not None]
-    images = _NO_IMAGES
-    if present and channels_last:
-        images = default_collate([x.permute(1, 2, 0) for _, x in present]).permute(0, 3, 1, 2)
-    elif present:
-        images = default_collate([x for _, x in present])
+    # as Pillow's memory has them: stacking in another order takes ten times as long
+    images = [x.permute(1, 2, 0) for _, x in present]
     return RawBatch(
-        images,
+        default_collate(images) if images else _NO_IMAGES,
         torch.tensor([sample.target for sample, _ in present], dtype=torch.int64),
         as_tensor([sample.key for sample, _ in present]),
         torch.tensor([sample.source_index for sample, _ in present], dtype=torch.int64),
         [error for sample in samples for error in sample.bad],
-        count=1,
+        covered=1,
     )
 
 

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from featkd.demo.results import STUDENTS, RunResult, spread
 from featkd.runtime import environment
 from featkd.runtime.files import atomic_write
+from featkd.runtime.names import printable_lines
 from featkd.runtime.plots import GREY, as_svg, axes_for, legend
 from featkd.train.recipe import Recipe, to_yaml
 
@@ -73,7 +74,7 @@ def write_report(
     )
     path = out / "report.html"
     with atomic_write(path) as file:
-        file.write(page.encode())
+        file.write(printable_lines(page).encode())
     return path
 
 

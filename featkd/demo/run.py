@@ -25,6 +25,7 @@ from featkd.diagnostics import DiagnoseConfig, diagnose
 from featkd.diagnostics.process_run import Interrupted
 from featkd.runtime import distributed, environment
 from featkd.runtime.interrupt import Interrupt
+from featkd.runtime.names import plural
 from featkd.train import checkpoint
 from featkd.train.recipe import (
     LossConfig,
@@ -37,7 +38,7 @@ from featkd.train.recipe import (
 from featkd.train.trainer import Trainer
 
 
-def run_demo(out: Path, seeds: int = 3, epochs: int | None = None) -> int:
+def run_demo(out: Path, seeds: int = 3, epochs: int | None = None, *, quiet: bool = False) -> int:
     """Trains a teacher, then plain, Lift and WideLast students of several seeds, on real digits.
 
     Prints a table, writes `out/report.html`, and diagnoses the feature maps of the teacher and the
@@ -47,6 +48,7 @@ def run_demo(out: Path, seeds: int = 3, epochs: int | None = None) -> int:
         out: folder for the images, the runs and the report.
         seeds: seeds per student.
         epochs: epochs per run; None uses the recipe's.
+        quiet: show no progress bars.
 
     Returns:
         The exit code.
@@ -65,24 +67,24 @@ def run_demo(out: Path, seeds: int = 3, epochs: int | None = None) -> int:
         recipe.optim = replace(recipe.optim, epochs=epochs, warmup_epochs=warmup)
     alone = teacher_recipe(recipe, out / "teacher")
     same_teacher = keep_or_clear(alone)
-    (teacher,) = train_all({("teacher", recipe.seed): alone}, "training the teacher")
+    (teacher,) = train_all({("teacher", recipe.seed): alone}, "training the teacher", quiet)
     jobs = {
         (name, seed): student_recipe(recipe, name, seed, out, teacher)
         for seed in range(seeds)
         for name in STUDENTS
     }
     kept = [keep_or_clear(job, wanted=same_teacher) for job in jobs.values()]
-    results = train_all(jobs, "training the students")
+    results = train_all(jobs, "training the students", quiet)
     if any(kept):
         print(f"{sum(kept)} of {len(kept)} students in {out} were continued or finished before\n")
     table = as_table(teacher, results)
     seconds = time.perf_counter() - started
     page = write_report(out, recipe, teacher, results, seconds)
     print(f"{table}\n\n{seconds:.0f} s in total; report: {page}\n")
-    return compare_maps(out, teacher, results[0])
+    return compare_maps(out, teacher, results[0], quiet)
 
 
-def compare_maps(out: Path, teacher: RunResult, student: RunResult) -> int:
+def compare_maps(out: Path, teacher: RunResult, student: RunResult, quiet: bool) -> int:
     """Diagnoses the teacher and a student on the validation images; returns the exit code."""
     config = DiagnoseConfig(
         teacher=str(teacher.folder / "last.pt"),
@@ -95,12 +97,12 @@ def compare_maps(out: Path, teacher: RunResult, student: RunResult) -> int:
         resume="never",
     )
     try:
-        findings = diagnose(config)
+        findings = diagnose(config, quiet=quiet)
     except Interrupted as stop:
         print(f"featkd: {stop}", file=sys.stderr)
         return 128 + stop.signal
     print(*findings.conclusions(), sep="\n")
-    print(f"{findings.images} images: {out / DIAGNOSTICS / 'report.html'}")
+    print(f"{plural(findings.images, 'image')}: {out / DIAGNOSTICS / 'report.html'}")
     return 0
 
 
@@ -164,7 +166,9 @@ def train(name: str, recipe: Recipe) -> RunResult:
     )
 
 
-def train_all(jobs: dict[tuple[str, int], Recipe], description: str) -> list[RunResult]:
+def train_all(
+    jobs: dict[tuple[str, int], Recipe], description: str, quiet: bool = False
+) -> list[RunResult]:
     """Runs recipes in parallel, one single-threaded process per core.
 
     The models are too small for a run to gain from a second core.
@@ -172,6 +176,7 @@ def train_all(jobs: dict[tuple[str, int], Recipe], description: str) -> list[Run
     Args:
         jobs: recipes by (name, seed).
         description: label of the progress bar.
+        quiet: show no progress bar.
 
     Returns:
         The results in the order of the jobs.
@@ -189,8 +194,11 @@ def train_all(jobs: dict[tuple[str, int], Recipe], description: str) -> list[Run
             if interrupt.signal is not None:
                 signal.raise_signal(interrupt.signal)
             done = as_completed(running)
-            # disable=None: no bar if stderr is no terminal
-            bar = tqdm(done, total=len(running), unit="run", desc=description, disable=None)
+            bar = tqdm(
+                *(done, description, len(running)),
+                unit="run",
+                disable=quiet or None,  # None: no bar if stderr is no terminal
+            )
             for future in bar:
                 results[running[future]] = future.result()
         except BaseException:

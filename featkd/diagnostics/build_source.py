@@ -14,6 +14,7 @@ from featkd.diagnostics.feature_files import FeatureFiles
 from featkd.diagnostics.model_features import MeasuredModel, ModelFeatures
 from featkd.diagnostics.source import Source, fingerprint
 from featkd.models import FeatureModel, create_teacher
+from featkd.models.students import check_timm_name
 from featkd.train import checkpoint
 from featkd.train.trained import load_trained
 
@@ -98,6 +99,7 @@ def _load(config: DiagnoseConfig, name: str) -> _LoadedModel:
     if config.img_size is not None:
         options["img_size"] = config.img_size
     pretrained = config.pretrained and not file  # of a pair, one may have a file
+    check_timm_name(name, word)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.settings.seed)
         model: Any = create_teacher(word, pretrained=pretrained, checkpoint=file, **options)

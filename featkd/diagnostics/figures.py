@@ -139,7 +139,7 @@ def _rotation(r: LayerResult) -> Figure:
 
 
 def _layers(findings: Findings) -> Figure:
-    figure, (axes,) = axes_for([("layer", "channels (99th percentile over images)")])
+    figure, (axes,) = axes_for([("layer", "dimensions (99th percentile over images)")])
     models = sorted({layer.model for layer in findings.layers})
     for number, model in enumerate(models):
         rows = {la.index: r for la, r in findings.layers.items() if la.model == model}
@@ -148,11 +148,12 @@ def _layers(findings: Findings) -> Figure:
         percent = format_percent(next(iter(rows.values())).spectrum.thresholds[level])
         ranks = [rows[i].spectrum.summaries[level].percentile99 for i in index]
         mark: dict[str, Any] = {"marker": "o", "markersize": 3, "color": _COLOURS[number]}
-        name = f"{model} " if model else ""
-        axes.plot(index, ranks, label=f"{name}image, {percent} %", **mark)
+        name = f"{model}, " if model else ""
+        axes.plot(index, ranks, label=f"{name}image's own subspace, {percent} %", **mark)
         dims = [r.captured.summaries[level].percentile99 for r in rows.values() if r.captured]
         if len(dims) == len(index):
-            axes.plot(index, dims, linestyle="--", label=f"{name}data set, {percent} %", **mark)
+            label = f"{name}data set's axes, {percent} %"
+            axes.plot(index, dims, linestyle="--", label=label, **mark)
         axes.plot(
             index,
             [rows[i].channels for i in index],
@@ -163,7 +164,7 @@ def _layers(findings: Findings) -> Figure:
         )
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    legend(axes)
+    legend(figure, loc="outside upper center", columns=len(models))  # beside the lines, not on them
     return figure
 
 

@@ -14,6 +14,7 @@ from featkd.diagnostics.source import Layer
 from featkd.diagnostics.student_reach import StudentReach
 from featkd.diagnostics.verdicts import layer_verdicts, reach_verdict, warnings
 from featkd.runtime.files import atomic_write
+from featkd.runtime.names import printable_lines
 
 
 def write_report(out: Path, findings: Findings) -> Path:
@@ -57,7 +58,7 @@ def write_report(out: Path, findings: Findings) -> Path:
     )
     path = out / "report.html"
     with atomic_write(path) as file:
-        file.write(page.encode(errors="backslashreplace"))  # for names that are not UTF-8
+        file.write(printable_lines(page).encode())
     return path
 
 

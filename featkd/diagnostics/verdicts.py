@@ -69,7 +69,9 @@ def sep_verdict(r: LayerResult) -> str:
     tried = f"p = {p.p_joint:.2g}; {p.permutations} random orders, {p.images} images"
     pairs = zip(r.sep.relative(), r.gaussian.relative(), strict=True)
     equal = all(abs(d - n) <= max(_SAME, _SAME_STEPS / r.channels) for d, n in pairs)
-    text = f"SEP, d/D at {shares} %: {figures}; Gaussian tokens give {null}."
+    text = (
+        f"Spectral energy pattern (SEP), d/D at {shares} %: {figures}; Gaussian tokens give {null}."
+    )
     if equal:
         text += " This equals the null, so it is no evidence of how these features are encoded."
     if 1 / (1 + p.permutations) >= 0.05:

@@ -47,5 +47,6 @@ def unreachable(name: str, error: Exception) -> ConnectionError:
     return ConnectionError(
         f"pretrained: the weights of {name!r} can't be downloaded from "
         f"{huggingface_hub.constants.ENDPOINT} ({error}); download them elsewhere and give the "
-        "file as checkpoint (in a recipe: teacher.checkpoint, with teacher.pretrained: false)"
+        "file as checkpoint (in a recipe: teacher.checkpoint with teacher.pretrained: false, or "
+        "student.options.pretrained_cfg_overlay.file)"
     )

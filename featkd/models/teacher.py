@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from os import PathLike
 from typing import Any
 
 from featkd.models.base import build_timm
@@ -16,12 +15,13 @@ from featkd.models.weights import (
     read_state_dict,
     read_stored_recipe,
 )
+from featkd.runtime.remote import AnyPath
 
 
 def create_teacher(
     name: str,
     pretrained: bool = False,
-    checkpoint: str | PathLike[str] | None = None,
+    checkpoint: AnyPath | None = None,
     weights: Weights = "auto",
     **timm_kwargs: Any,
 ) -> FeatureModel:
@@ -67,7 +67,7 @@ def create_teacher(
     return teacher
 
 
-def _stored_model(checkpoint: str | PathLike[str]) -> str:
+def _stored_model(checkpoint: AnyPath) -> str:
     """Returns which model a checkpoint of featkd is of, for an error; "" for other files."""
     student = read_stored_recipe(checkpoint).get("student")
     if not isinstance(student, dict):

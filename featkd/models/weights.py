@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import pickle
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,21 +12,21 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from featkd.runtime.remote import Location, locate, seekable
+from featkd.runtime.names import listed
+from featkd.runtime.remote import AnyPath, Location, locate, seekable
 
 Weights = Literal["auto", "model", "model_ema"]
 
 _EMA_KEYS = ("model_ema", "state_dict_ema")
 _MODEL_KEYS = ("model", "state_dict")
 _WRAPPERS = ("module.", "_orig_mod.")  # of DDP and timm's ModelEma, and of torch.compile
-_MAX_LISTED = 3
 
 
 class CheckpointMismatch(ValueError):
     """The tensors of a file don't match those of a model."""
 
 
-def read_state_dict(path: str | PathLike[str], weights: Weights = "auto") -> dict[str, Tensor]:
+def read_state_dict(path: AnyPath, weights: Weights = "auto") -> dict[str, Tensor]:
     """Reads a state dict from a file, on the CPU.
 
     No code from the file is run: .safetensors contains none, and other files are read by
@@ -67,12 +66,12 @@ def read_state_dict(path: str | PathLike[str], weights: Weights = "auto") -> dic
     state = choose_weights(content, weights, path)
     odd = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if odd or not state:
-        what = f"holds more than tensors: {_listed(odd)}" if odd else "holds no tensor"
+        what = f"holds more than tensors: {listed(odd, 3)}" if odd else "holds no tensor"
         raise ValueError(f"checkpoint: {path} {what}")
     return _unwrapped(state)
 
 
-def read_stored_recipe(path: str | PathLike[str]) -> dict[str, Any]:
+def read_stored_recipe(path: AnyPath) -> dict[str, Any]:
     """Reads the recipe in a checkpoint of featkd; returns {} for other files."""
     where = locate(path, "checkpoint")
     content = {} if where.name.endswith(".safetensors") else _torch_load(where)
@@ -81,7 +80,7 @@ def read_stored_recipe(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def load_strictly(
-    model: nn.Module, state: Mapping[str, Tensor], path: str | PathLike[str], model_name: str
+    model: nn.Module, state: Mapping[str, Tensor], path: AnyPath, model_name: str
 ) -> None:
     """Loads every tensor of `state` into `model`, or raises and loads none.
 
@@ -111,10 +110,10 @@ def load_strictly(
 
 
 def mismatch(
-    path: str | PathLike[str], model_name: str, problems: Mapping[str, Sequence[str]]
+    path: AnyPath, model_name: str, problems: Mapping[str, Sequence[str]]
 ) -> CheckpointMismatch:
     """Creates the error that lists, per kind of problem, the names that don't match."""
-    parts = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names]
+    parts = [f"{len(x)} {kind}: {listed(x, 3)}" for kind, x in problems.items() if x]
     return CheckpointMismatch(f"checkpoint: {path} does not fit {model_name}; {'; '.join(parts)}")
 
 
@@ -132,7 +131,7 @@ def _torch_load(path: Location) -> Any:
         raise ValueError(f"checkpoint: {path} is damaged or not a weight file: {error}") from error
 
 
-def choose_weights(content: Any, weights: Weights, path: str | PathLike[str]) -> dict[str, Any]:
+def choose_weights(content: Any, weights: Weights, path: AnyPath) -> dict[str, Any]:
     """Selects a state dict from a file's content; see `read_state_dict`."""
     if not isinstance(content, dict):
         raise ValueError(
@@ -169,8 +168,3 @@ def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f", and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(names[:_MAX_LISTED]) + more

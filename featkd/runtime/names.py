@@ -1,4 +1,4 @@
-"""Names of files and folders in messages."""
+"""Names and numbers in messages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,20 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
-def listed(names: Sequence[object], most: int = 10) -> str:
-    """Joins the printable forms of names; lists at most `most` of them."""
-    more = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(map(printable, names[:most])) + more
+def plural(count: int, word: str) -> str:
+    """Returns a number and a noun, for example "1 class" or "2 classes"."""
+    ending = "" if count == 1 else "es" if word.endswith("s") else "s"
+    return f"{count} {word}{ending}"
+
+
+def listed(names: Sequence[object], most: int = 10, separator: str = ", ") -> str:
+    """Joins the printable forms of names; of more than `most`, the others are only counted.
+
+    Example:
+        >>> listed(["a", "b", "c"], 1), listed(["a", "b", "c"])
+        ('a, and 2 more', 'a, b, c')
+    """
+    parts = [printable(name) for name in names[:most]]
+    if len(names) > most:
+        parts.append(f"and {len(names) - most} more")
+    return separator.join(parts)

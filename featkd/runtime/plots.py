@@ -28,9 +28,10 @@ def axes_for(labels: Sequence[tuple[str, str]], height: float = 3.8) -> tuple[Fi
     return figure, subplots
 
 
-def legend(axes: Any, title: str | None = None, loc: str = "best") -> None:
-    """Adds a frameless grey legend at matplotlib's location `loc`."""
-    drawn = axes.legend(frameon=False, labelcolor=GREY, fontsize=9, title=title, loc=loc)
+def legend(on: Any, title: str | None = None, loc: str = "best", columns: int = 1) -> None:
+    """Adds a frameless grey legend to axes or a figure, at matplotlib's location `loc`."""
+    style: dict[str, Any] = {"frameon": False, "labelcolor": GREY, "fontsize": 9}
+    drawn = on.legend(title=title, loc=loc, ncols=columns, **style)
     drawn.get_title().set_color(GREY)
 
 

@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,19 @@ class RemotePath:
 
 
 Location = Path | RemotePath
+AnyPath = str | PathLike[str] | RemotePath
+"""A path or a URL as users and callers name it."""
+
+
+class DownloadedFile(RemotePath):
+    """Remote file whose content is downloaded on the first read and kept."""
+
+    def read_bytes(self) -> bytes:
+        return self._content
+
+    @cached_property
+    def _content(self) -> bytes:
+        return super().read_bytes()
 
 
 def seekable(where: Location) -> Path | io.BytesIO:
@@ -143,7 +157,7 @@ def seekable(where: Location) -> Path | io.BytesIO:
     return where if isinstance(where, Path) else io.BytesIO(where.read_bytes())
 
 
-def locate(where: str | PathLike[str] | RemotePath, name: str = "out") -> Location:
+def locate(where: AnyPath, name: str = "out") -> Location:
     """Converts a path or URL to a Location; "file://..." gives a local path.
 
     Args:

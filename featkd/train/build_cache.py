@@ -105,11 +105,12 @@ def build_cache(
             pairs = resolve_layer_pairs(recipe, num_layers(student), num_layers(model))
         # A recipe that can't be trained is refused before the teacher runs, whatever is stored.
         compared = pairs if compares_maps else LayerPairs()
-        shapes = output_shapes("teacher", model, compared.teacher, recipe, context)
-        check_fit(recipe, student, compared, shapes, context, notes)
+        every = tuple(sorted(set(pairs.teacher)))
+        shapes = output_shapes("teacher", model, every, recipe, context)
+        check_fit(recipe, student, compared, shapes.of(compared.teacher), context, notes)
         del student
-        layers = tuple(sorted(set(pairs.teacher))) if stores_maps else ()
-        teacher = Teacher(model, layers, recipe, context, logits=True)
+        layers = every if stores_maps else ()
+        teacher = Teacher(model, layers, recipe, context, logits=True, shapes=shapes.of(layers))
         manifest = Manifest(
             subject=cache_subject(recipe, loader, context),
             weights=_weights_sha256(cast(nn.Module, model)),

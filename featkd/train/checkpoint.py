@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from os import PathLike
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from featkd.data.workers import is_worker_error
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.files import atomic_write, remove_leftovers
 from featkd.runtime.lock import FolderInUse, locked
-from featkd.runtime.remote import Location, RemotePath, locate, seekable
+from featkd.runtime.remote import AnyPath, Location, locate, seekable
 from featkd.train.checkpoint_layout import find_fault
 
 FORMAT = 2
@@ -162,7 +161,7 @@ class CheckpointStore:
         return score
 
 
-def load(path: str | PathLike[str] | RemotePath) -> dict[str, Any]:
+def load(path: AnyPath) -> dict[str, Any]:
     """Reads a featkd checkpoint onto the CPU, without unpickling any code.
 
     Raises:
@@ -189,9 +188,3 @@ def load(path: str | PathLike[str] | RemotePath) -> dict[str, Any]:
     if fault is not None:
         raise CheckpointError(f"{path}: damaged: {fault}")
     return state
-
-
-def abbreviate(names: list[str], separator: str = ", ") -> str:
-    """Joins the first five names, and adds the total number if there are more."""
-    few = separator.join(names[:5])
-    return few if len(names) <= 5 else f"{few}{separator}... {len(names)} in all"

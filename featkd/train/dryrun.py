@@ -20,6 +20,7 @@ from featkd.data import Batch
 from featkd.models.features import FeatureModel
 from featkd.ops.backends import use_backend
 from featkd.runtime.distributed import ProcessContext
+from featkd.runtime.names import plural
 from featkd.train.components import RunComponents, peak_lr
 from featkd.train.recipe import Recipe
 from featkd.train.trainer import Trainer
@@ -43,7 +44,8 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
     components = trainer.components
     if missing:
         components.notes.append(
-            "teacher: a run needs teacher.checkpoint, teacher.pretrained or teacher.random"
+            "teacher: the recipe names no weights, so the dry run takes random ones; a run needs "
+            "teacher.checkpoint, teacher.pretrained or teacher.random"
         )
     try:
         components.student.train()
@@ -68,14 +70,15 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
         ("objective", _describe_loss(recipe)),
         (
             "batch",
-            f"{components.global_batch} images per update ({recipe.batch_size} x "
-            f"{context.world_size} processes x {config.accumulate} accumulated)",
+            f"{plural(components.global_batch, 'image')} per update ({recipe.batch_size} x "
+            f"{plural(context.world_size, 'process')} x {config.accumulate} accumulated)",
         ),
         (
             "schedule",
-            f"{config.epochs} epochs of {components.updates_per_epoch} updates = {total} updates; "
-            f"{config.optimizer}, peak lr {peak_lr(recipe, components.global_batch):.3g}, "
-            f"warm-up {config.warmup_epochs} epochs, cosine to {config.min_lr:g}",
+            f"{plural(config.epochs, 'epoch')} of {plural(components.updates_per_epoch, 'update')} "
+            f"= {plural(total, 'update')}; {config.optimizer}, peak lr "
+            f"{peak_lr(recipe, components.global_batch):.3g} (optim.lr x batch / optim.lr_batch), "
+            f"warm-up {plural(config.warmup_epochs, 'epoch')}, cosine to {config.min_lr:g}",
         ),
         (
             "precision",
@@ -91,7 +94,8 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
         (
             "throughput",
             f"{components.global_batch / seconds:.1f} images/s computing ({seconds:.2f} s per "
-            f"update), {loading:.1f} images/s loading ({recipe.data.workers} workers per process)",
+            f"update), {loading:.1f} images/s loading "
+            f"({plural(recipe.data.workers, 'worker')} per process)",
         ),
         ("peak memory", _peak_memory(context.device)),
         (
@@ -169,9 +173,10 @@ def _describe_data(trainer: Trainer) -> str:
     augment = data.augment
     mixing = f", mixup {augment.mixup:g}, cutmix {augment.cutmix:g}" if augment.mixes else ""
     return (
-        f"{data.path}: {train.num_samples} training and {val.num_samples} validation images, "
-        f"{len(train.classes)} classes, at {data.img_size} x {data.img_size}, "
-        f"{augment.repeats} augmented copies per image{mixing}"
+        f"{data.path}: {train.num_samples} training and "
+        f"{plural(val.num_samples, 'validation image')}, {plural(len(train.classes), 'class')}, "
+        f"at {data.img_size} x {data.img_size}, "
+        f"augmented copies per image: {augment.repeats}{mixing}"
     )
 
 
@@ -189,7 +194,7 @@ def _describe_loss(recipe: Recipe) -> str:
 def _describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {plural(torch.get_num_threads(), 'thread')}"
 
 
 def _peak_memory(device: torch.device) -> str:

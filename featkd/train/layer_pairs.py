@@ -76,7 +76,7 @@ def check_fit(
         if recipe.student.arch != "plain" and s.layer == num_layers(student) - 1:
             raise RecipeError(
                 f"student.teacher_dim: {recipe.student.teacher_dim}, but the teacher's layer "
-                f"{t.layer} has {t.channels} channels and the student's matched map {s.channels}"
+                f"{t.layer} has {t.channels} channels; expected {t.channels}"
             )
         notes.append(
             f"{pair}: the student's map has {s.channels} channels, the teacher's {t.channels}: the "

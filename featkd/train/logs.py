@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,8 +19,8 @@ from typing import IO
 from tqdm import tqdm
 
 from featkd.runtime.files import atomic_link, atomic_write
-from featkd.runtime.names import printable_lines
-from featkd.runtime.remote import Location, RemotePath
+from featkd.runtime.names import plural, printable_lines
+from featkd.runtime.remote import Location
 
 
 class CsvLog:
@@ -122,7 +123,8 @@ class EventLog:
     """TensorBoard events of a run.
 
     TensorBoard's writer accepts fsspec URLs, but appends after every event, and object stores copy
-    the whole object each time. Behind a URL, events are therefore written to a local folder first.
+    the whole object each time. It refuses paths that are not UTF-8. In both cases events are
+    written to a temporary folder first.
 
     Args:
         folder: folder of the event files.
@@ -133,7 +135,9 @@ class EventLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder
-        self._temporary = None if isinstance(folder, Path) else tempfile.TemporaryDirectory()
+        is_utf8 = os.fsencode(str(folder)).decode(errors="replace") == str(folder)
+        direct = isinstance(folder, Path) and is_utf8
+        self._temporary = None if direct else tempfile.TemporaryDirectory()
         self._local = Path(self._temporary.name if self._temporary else str(folder))
         self._board = SummaryWriter(str(self._local), purge_step=start + 1)
 
@@ -143,12 +147,16 @@ class EventLog:
             self._board.add_scalar(name, value, update)
 
     def publish(self) -> None:
-        """Uploads all events if the folder is behind a URL."""
-        if isinstance(self._folder, RemotePath):
-            with _naming(self._folder):
-                self._board.flush()
-            for path in self._local.iterdir():
-                (self._folder / path.name).replace_with(path.read_bytes())
+        """Copies all events from the temporary folder, if there is one."""
+        if self._temporary is None:
+            return
+        with _naming(self._folder):
+            self._board.flush()
+            if isinstance(self._folder, Path):
+                self._folder.mkdir(exist_ok=True)
+        for path in self._local.iterdir():
+            with atomic_write(self._folder / path.name) as file:
+                file.write(path.read_bytes())
 
     def close(self) -> None:
         with _naming(self._folder):
@@ -178,7 +186,7 @@ class RunLog:
             nothing.
         start: update that the run resumes from.
         total: updates of the whole run.
-        quiet: write the files, but print nothing.
+        quiet: write the files, but print warnings only.
         evaluation_pending: drop rows of an interrupted evaluation at `start`, which is repeated.
             Its TensorBoard points are not dropped: that would drop training points as well.
     """
@@ -239,12 +247,12 @@ class RunLog:
         self.message(
             f"epoch {row['epoch']} {row['weights']}: top-1 {float(row['top1']):.2f} %, "
             f"top-5 {float(row['top5']):.2f} %, loss {float(row['loss']):.4f} "
-            f"({row['images']} images)"
+            f"({plural(int(row['images']), 'image')})"
         )
 
-    def message(self, text: str) -> None:
-        """Prints a line above the bar."""
-        if self.active and not self.quiet:
+    def message(self, text: str, *, warning: bool = False) -> None:
+        """Prints a line above the bar; only warnings if `quiet` is set."""
+        if self.active and (warning or not self.quiet):
             tqdm.write(printable_lines(text), file=sys.stderr)
 
     def publish(self) -> None:
@@ -262,4 +270,4 @@ class RunLog:
             try:
                 step()
             except OSError as error:
-                self.message(f"the end of the logs is missing: {error}")
+                self.message(f"the end of the logs is missing: {error}", warning=True)

@@ -327,8 +327,8 @@ def find_recipe(name: str) -> Path:
     if name in names:
         return Path(str(resources.files("featkd.recipes") / f"{name}.yaml"))
     raise RecipeError(
-        f"recipe: no file {name!r} and no shipped recipe of that name"
-        f"{suggestion(name, names)}; shipped: {', '.join(names)}"
+        f"recipe: no file {name!r} and no shipped recipe of that name; shipped: "
+        f"{', '.join(names)}{suggestion(name, names)}"
     )
 
 

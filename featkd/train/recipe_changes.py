@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from featkd.runtime.names import listed
 from featkd.runtime.remote import Location
-from featkd.train.checkpoint import abbreviate
 from featkd.train.recipe import NO_FASTEST, Recipe, RecipeError, TeacherConfig, to_dict
 
 # Fields that only set where and how often something is written, or what is allowed.
@@ -78,7 +78,7 @@ def check_same_recipe(
 def another_experiment(path: Location, changes: list[str]) -> RecipeError:
     """Creates the error for changes that a resumed run must not make unasked."""
     return RecipeError(
-        f"{path}: belongs to another experiment: {abbreviate(changes, '; ')}; expected another "
+        f"{path}: belongs to another experiment: {listed(changes, 5, '; ')}; expected another "
         "--out for a new run, or --resume force to continue this one with the new values"
     )
 

@@ -10,6 +10,7 @@ from torch import nn
 from featkd.data.augment import AUGMENTATION_VERSION
 from featkd.models.weights import load_strictly
 from featkd.runtime.distributed import ProcessContext
+from featkd.runtime.names import listed
 from featkd.runtime.remote import Location, locate
 from featkd.train import checkpoint
 from featkd.train.checkpoint import CheckpointError, CheckpointStore
@@ -48,7 +49,7 @@ def find_checkpoint(
         return locate(resume, "resume")
     if found:
         raise CheckpointError(
-            f"resume: never, but {store.last} exists; expected another out, or --resume auto"
+            f"resume: never, but {store.last} exists; expected another --out, or --resume auto"
         )
     return None
 
@@ -72,13 +73,13 @@ def check_same_position(context: ProcessContext, place: str) -> None:
     by_place: dict[str, list[str]] = {}
     for rank, found in sorted(places.items(), key=lambda pair: int(pair[0])):
         by_place.setdefault(found, []).append(rank)
-    listed = "; ".join(
-        f"{found} (process{'es' if len(ranks) > 1 else ''} {checkpoint.abbreviate(ranks)})"
+    described = "; ".join(
+        f"{found} (process{'es' if len(ranks) > 1 else ''} {listed(ranks, 5)})"
         for found, ranks in by_place.items()
     )
     raise CheckpointError(
-        f"the processes would resume from different positions: {listed}; a node may see an older "
-        "state of a shared folder; start again"
+        f"the processes would resume from different positions: {described}; a node may see an "
+        "older state of a shared folder; start again"
     )
 
 
@@ -120,8 +121,8 @@ def restore(
         )
     if state["classes"] != components.train_loader.classes:
         raise CheckpointError(
-            f"{path}: was trained on other classes ({checkpoint.abbreviate(state['classes'])}) "
-            f"than the class folders ({checkpoint.abbreviate(components.train_loader.classes)})"
+            f"{path}: was trained on other classes ({listed(state['classes'], 5)}) "
+            f"than the class folders ({listed(components.train_loader.classes, 5)})"
         )
     images = _image_changes(state, components)
     _restore_position(path, state, components, recipe)

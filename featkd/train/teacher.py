@@ -14,7 +14,7 @@ from featkd.data import Batch
 from featkd.models import create_teacher
 from featkd.models.features import FeatureModel
 from featkd.runtime.distributed import ProcessContext
-from featkd.runtime.remote import locate
+from featkd.runtime.remote import DownloadedFile, RemotePath, locate
 from featkd.runtime.seeding import derive_seed
 from featkd.train.precision import autocast, cast_matmul_weights
 from featkd.train.recipe import Recipe, RecipeError
@@ -22,6 +22,7 @@ from featkd.train.teacher_checks import (
     check_classifier,
     check_finite,
     check_statistics,
+    check_synsets,
     check_teacher,
 )
 
@@ -56,6 +57,7 @@ class Teacher:
         recipe: the run, for its precision and torch.compile settings.
         context: this process.
         logits: whether to return logits.
+        shapes: output shapes with the maps of `layers`; None runs an image through the model.
     """
 
     def __init__(
@@ -66,10 +68,11 @@ class Teacher:
         context: ProcessContext,
         *,
         logits: bool,
+        shapes: OutputShapes | None = None,
     ) -> None:
         self.model = model
         self.layers = layers
-        self.shapes = output_shapes("teacher", model, layers, recipe, context)
+        self.shapes = shapes or output_shapes("teacher", model, layers, recipe, context)
         self._amp = recipe.amp
         self._device = context.device
         self._forward = TeacherForward(model, layers, logits)
@@ -105,10 +108,14 @@ def create_teacher_model(
     config = recipe.teacher
     assert config is not None
     options = {"img_size": recipe.data.img_size, **config.options}
-    checkpoint = config.checkpoint
-    if checkpoint is not None and not locate(checkpoint, "teacher.checkpoint").is_file():
-        raise RecipeError(f"teacher.checkpoint: no file {checkpoint!r}")
-    trained_classes = check_teacher(recipe, classes)
+    checkpoint = None
+    if config.checkpoint is not None:
+        checkpoint = locate(config.checkpoint, "teacher.checkpoint")
+        if not checkpoint.is_file():
+            raise RecipeError(f"teacher.checkpoint: no file {config.checkpoint!r}")
+        if isinstance(checkpoint, RemotePath):  # read for the checks and for the weights
+            checkpoint = DownloadedFile(checkpoint.url, checkpoint.fs, checkpoint.path)
+    trained_classes = check_teacher(recipe, classes, checkpoint)
     if not config.pretrained:
         options.setdefault("num_classes", trained_classes or num_classes)
     if not config.has_weights:
@@ -128,6 +135,7 @@ def create_teacher_model(
     if config.pretrained:
         pretrained_cfg = cast(Any, model).pretrained_cfg
         check_statistics(recipe, pretrained_cfg, f"teacher.pretrained: {config.name}")
+        check_synsets(recipe, pretrained_cfg, classes)
     check_finite(recipe, model)
     model.to(context.device)
     if recipe.amp == "bf16":
@@ -161,6 +169,11 @@ class OutputShapes(NamedTuple):
     classes: int
     logits_dtype: str
     maps: tuple[LayerShape, ...]
+
+    def of(self, layers: Sequence[int]) -> OutputShapes:
+        """Returns the shapes with the maps of these layers alone, in their order."""
+        by_layer = {shape.layer: shape for shape in self.maps}
+        return self._replace(maps=tuple(by_layer[layer] for layer in layers))
 
 
 def output_shapes(

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from featkd.models.features import FeatureModel
-from featkd.runtime.remote import locate, seekable
+from featkd.runtime.remote import Location, locate, seekable
 from featkd.train.recipe import Recipe, RecipeError
 
 
-def check_teacher(recipe: Recipe, classes: Sequence[str]) -> int | None:
+def check_teacher(
+    recipe: Recipe, classes: Sequence[str], checkpoint: Location | None = None
+) -> int | None:
     """Checks the teacher's source of weights against the run, before the teacher is built.
 
     Args:
         recipe: the run; its teacher is not null.
         classes: class names of the training set.
+        checkpoint: location of `teacher.checkpoint` if it is known.
 
     Returns:
         Number of classes of a featkd checkpoint; None for other weights.
@@ -37,7 +42,9 @@ def check_teacher(recipe: Recipe, classes: Sequence[str]) -> int | None:
             f"teacher: {teacher.name} has no weights; expected teacher.checkpoint (a file), "
             "teacher.pretrained: true, or teacher.random: true for a test with random weights"
         )
-    state = _read_run(teacher.checkpoint)
+    if checkpoint is None and teacher.checkpoint is not None:
+        checkpoint = locate(teacher.checkpoint, "teacher.checkpoint")
+    state = _read_run(checkpoint)
     if state is None:
         return None
     where = f"teacher.checkpoint: {teacher.checkpoint}"
@@ -103,6 +110,32 @@ def check_classifier(recipe: Recipe, model: FeatureModel) -> None:
         )
 
 
+def check_synsets(
+    recipe: Recipe, pretrained_cfg: Mapping[str, Any], classes: Sequence[str]
+) -> None:
+    """Checks that class folders named by ImageNet's synsets are in the order of timm's weights.
+
+    Args:
+        recipe: the run; its teacher is pretrained.
+        pretrained_cfg: timm's record of the weights.
+        classes: class names of the training set.
+
+    Raises:
+        RecipeError: they are 1000 other synsets, or in another order, and the loss uses logits.
+    """
+    assert recipe.teacher is not None
+    if recipe.loss.alpha == 0 or infer_imagenet_subset(pretrained_cfg) != "imagenet-1k":
+        return
+    trained = ImageNetInfo("imagenet-1k").label_names()
+    are_synsets = all(re.fullmatch(r"n\d{8}", name) for name in classes)
+    if are_synsets and len(classes) == len(trained) and list(classes) != trained:
+        raise RecipeError(
+            f"teacher.pretrained: {recipe.teacher.name} was trained on ImageNet's classes, and "
+            f"{_first_difference(trained, classes)}; expected the 1000 synsets in sorted order, or "
+            "loss.alpha: 0"
+        )
+
+
 def check_finite(recipe: Recipe, model: FeatureModel) -> None:
     """Checks that a teacher's weights are finite.
 
@@ -128,15 +161,12 @@ def check_finite(recipe: Recipe, model: FeatureModel) -> None:
         )
 
 
-def _read_run(checkpoint: str | None) -> dict[str, Any] | None:
+def _read_run(where: Location | None) -> dict[str, Any] | None:
     """Content of a teacher's file if it is a checkpoint of featkd, else None.
 
     A missing or damaged file is left to `create_teacher`, which describes it.
     """
-    if checkpoint is None or checkpoint.endswith(".safetensors"):
-        return None
-    where = locate(checkpoint, "teacher.checkpoint")
-    if not where.is_file():
+    if where is None or where.name.endswith(".safetensors") or not where.is_file():
         return None
     # With mmap no tensor is read, but some files and file systems don't support it.
     for mapped in (True, False) if isinstance(where, Path) else (False,):

@@ -112,7 +112,7 @@ class Trainer:
                 refuses one of another experiment; "force" resumes with the changed recipe; "never"
                 refuses a folder with a checkpoint; anything else is a checkpoint file, which the
                 recipe may change.
-            quiet: print nothing.
+            quiet: print warnings only.
 
         Raises:
             CheckpointError: a checkpoint can't be written, read or used, or another run writes to
@@ -132,8 +132,10 @@ class Trainer:
             *(folder, self.update, self.total_updates, quiet),
             evaluation_pending=self.evaluation_pending,
         )
-        for message in (*messages, *log.notes):
+        for message in messages:
             log.message(message)
+        for note in log.notes:
+            log.message(note, warning=True)
         stopped_by = None
         try:
             with Interrupt() as interrupt:
@@ -348,7 +350,8 @@ class Trainer:
             if path not in self.bad_files:
                 self.bad_files[path] = cause
                 count = len(self.bad_files)
-                log.message(f"unreadable image no. {count}, left out: {path}: {cause}")
+                text = f"unreadable image no. {count}, left out: {path}: {cause}"
+                log.message(text, warning=True)
 
     def _save(self, log: RunLog, *, is_best: bool = False, ended_epoch: int | None = None) -> None:
         meter = self._meter.state_dict(self._position)  # a collective: all processes call it

@@ -58,7 +58,7 @@ def test_main(images, tmp_path, monkeypatch, capsys):
     words = ["--data", str(images / "val"), "--batch-size", "5", "--mark", "sizes"]
     cached_features.main([*words, "--out", str(document)])
     printed = capsys.readouterr().out
-    assert printed.startswith("a tiny ViT; 12 images of ")
+    assert printed.startswith("a tiny ViT; 12 images, last layer; ")
     assert len(printed.splitlines()) == 2 + len(cached_features.forms())
     size = 16 * TEACHER["embed_dim"] * 4  # bytes of a map of 4 x 4 patches in float32
     total = size * cached_features.IMAGENET / 1e9

@@ -186,7 +186,7 @@ def test_an_unfinished_cache_is_refused(folder):
 
 def test_no_cache_and_another_format(tmp_path, folder):
     with pytest.raises(
-        CacheError, match=r"nowhere: not a featkd cache: manifest.json: .*No such file"
+        CacheError, match=r"nowhere: not a featkd cache: manifest.json: No such file or directory"
     ):
         TeacherCache(tmp_path / "nowhere")
     head = TeacherCache(folder).manifest
@@ -290,5 +290,5 @@ def test_a_manifest_that_is_too_large_or_too_deep_is_refused(tmp_path):
     with pytest.raises(CacheError, match=r"manifest.json: damaged: RecursionError"):
         TeacherCache(tmp_path)
     os.truncate(tmp_path / "manifest.json", 10**12)
-    with pytest.raises(CacheError, match=r"larger than 16777216 bytes.*manifest.json"):
+    with pytest.raises(CacheError, match=r"manifest.json: larger than 16777216 bytes"):
         TeacherCache(tmp_path)

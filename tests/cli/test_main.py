@@ -125,7 +125,7 @@ def test_every_option_has_one_name(parsers):
         - {"demo", "env", *(f"bench {x}" for x in ("plot", "table", "compare"))}
         - {"bench loader"},
         "--json": {*options} - {"distill", "cache", "demo"},
-        "--quiet": {"distill", "cache", "diagnose"},
+        "--quiet": {*options} - {"env"},
     }.items():
         assert {name for name, found in options.items() if common in found} == commands, common
 
@@ -150,6 +150,15 @@ def test_dashes_and_underscores_set_the_same_fields(words, recipe_file, parsers)
     assert options.dry_run
 
 
+@pytest.mark.parametrize("place", range(5))
+def test_the_recipe_stands_anywhere_between_the_options(place, recipe_file, parsers):
+    parts = [["--batch-size", "6"], ["--dry-run"], ["--data=DIR"], ["--teacher.name", "x"]]
+    parts.insert(place, [str(recipe_file)])
+    recipe, options = parse_recipe(parsers["distill"], [word for part in parts for word in part])
+    assert (recipe.batch_size, recipe.data.path, options.dry_run) == (6, "DIR", True)
+    assert (recipe.teacher.name, recipe.student.arch) == ("x", "widelast")  # the file's student
+
+
 def test_options_of_a_mapping_take_any_key(parsers):
     words = ["--model-options.drop-rate", "0.5", "--model_options.depth=3", "--out", "x"]
     options = parsers["diagnose"].parse_args(words)
@@ -170,6 +179,7 @@ def test_options_of_a_mapping_take_any_key(parsers):
         (["cache", "--verify", "x", "--views", "2"], "--verify: expected no other arguments, got"),
         (["distill"], "name a recipe: a YAML file, or one of cifar10_teacher, "),
         (["cache"], "name a recipe: "),
+        (["distill", "demo", "DATA"], "expected one recipe, got 'demo' and 'DATA'; the folder of"),
         (["distill", "demo", "--teacher.help"], "no option '--teacher.help'"),
         (["distill", "--config", "x.yaml"], "no option '--config'"),
         (["bench", "rum"], "bench: expected one of run, plot, table, compare, loader, step, train"),
@@ -199,6 +209,7 @@ def test_help_lists_every_field_of_a_recipe(parsers, command):
     assert set(fields_of(Recipe, "")) - listed == set()
     assert "--teacher.name" in listed
     assert "--teacher.help" not in printed
+    assert not re.search(r"Optional\[|Literal\[|Union\[|--[\w.-]+\+|default: \)", printed)
     assert printed.startswith(f"usage: featkd {command} RECIPE ")
 
 

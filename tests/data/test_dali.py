@@ -142,7 +142,7 @@ def test_channels_last_changes_only_the_memory_format(make_set: MakeSet):
 
 
 def test_batches_are_not_overwritten_by_later_ones(make_set: MakeSet):
-    """The batches are the pipeline's memory, not copies."""
+    """The images of a batch that waits are the pipeline's memory, not a copy."""
     config = DataConfig(str(make_set(train=40)), img_size=32, augment=PLAIN, workers=0)
     loader = build_loader(replace(config, backend="dali"), split="train", batch_size=4)
     kept, copies = [], []

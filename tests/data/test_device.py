@@ -80,7 +80,7 @@ def test_training_pixels_on_each_device(shape: tuple[int, int, int], channels_la
     count, side, _ = shape
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
+    images = torch.from_numpy(pixels)
     targets = torch.arange(count)
     keys = torch.stack((targets, targets + 7, targets * 0), dim=1)
     config = DataConfig(img_size=side, channels_last=channels_last, augment=ERASING)
@@ -115,7 +115,7 @@ def test_training_pixels_on_each_device(shape: tuple[int, int, int], channels_la
 def test_nothing_is_erased_in_evaluation() -> None:
     config = DataConfig(img_size=8, augment=AugmentConfig(random_erasing=1.0))
     stage = DeviceStage(config, training=False, seed=0, device=CPU)
-    sent = stage.send(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2), torch.zeros(2, 3))
+    sent = stage.send(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.zeros(2), torch.zeros(2, 3))
     assert sent.boxes is None
     images, _ = stage.finish(sent)
     assert torch.equal(images, images[..., :1, :1].expand_as(images))

@@ -10,6 +10,7 @@ import signal
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,16 @@ from featkd.data import Batch
 from tests.data.conftest import MakeSet
 from tests.data.loading import alive, loading
 from tests.forking import Forked, Server
+
+
+def test_more_workers_than_cores_are_noted_in_one_line(make_set: MakeSet) -> None:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr(os, "sched_getaffinity", lambda _: {0})
+        with loading(make_set(train=8), workers=2) as loader:
+            next(iter(loader))
+            note = "data.workers: 2 processes share 1 CPU core; try --data.workers 1"
+            assert loader.note == note
 
 
 def test_close_ends_the_workers_also_after_an_exception(make_set: MakeSet) -> None:

@@ -87,3 +87,5 @@ def test_pretrained_and_img_size_beside_a_checkpoint(
     assert main([str(w) for w in (*words, "--teacher", trained)]) == 2
     message = f"without a weights file, got {trained} and {trained}"
     assert message in capsys.readouterr().err
+    assert main([str(w) for w in (*words, "--teacher", "vit_tinny_patch16_224")]) == 2
+    assert "featkd: teacher: timm has no model 'vit_tinny_patch16_224'; " in capsys.readouterr().err

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from featkd.diagnostics import LayerDiagnostics, Settings, figures
+from featkd.diagnostics.source import Layer
 from tests.diagnostics.maps import feature_maps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,3 +44,14 @@ def test_legend_of_ranks_covers_no_outline(thresholds):
         assert not torch.tensor([box.contains(x, y) for x, y in found]).any()
     counted = sum(sum(p.vertices[1:-1:2, 1]) for p in outlines) / len(thresholds)
     assert counted == 119
+
+
+def test_legend_of_layers_is_beside_the_lines():
+    stats = LayerDiagnostics(Settings(sample=3, permuted=1, permutations=1))
+    stats.update(feature_maps(6, 25, 24))
+    layers = {Layer(model, index): stats.result() for model in ("a", "b") for index in (0, 1)}
+    figure = figures._layers(SimpleNamespace(layers=layers))
+    figure.draw_without_rendering()
+    (axes,), (legend,) = figure.axes, figure.legends
+    assert len(legend.get_texts()) == len(axes.lines)
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())

@@ -26,13 +26,12 @@ def _stage(device: torch.device, side: int, *, channels_last: bool = False) -> D
     return DeviceStage(config, training=True, seed=1, device=device)
 
 
-def _batch(count: int, side: int, *, channels_last: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def _batch(count: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns random images, targets and keys in pageable host memory."""
     generator = torch.Generator().manual_seed(count)
-    images = torch.randint(256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    images = torch.randint(256, (count, side, side, 3), generator=generator, dtype=torch.uint8)
     keys = torch.arange(3 * count).view(count, 3)
-    return images.contiguous(memory_format=memory_format), keys[:, 0], keys
+    return images, keys[:, 0], keys
 
 
 @contextmanager
@@ -59,7 +58,7 @@ def pixels(device: torch.device) -> None:
         stage = _stage(device, side, channels_last=channels_last)
         reference = _stage(torch.device("cpu"), side, channels_last=channels_last)
         for count in (12, 5, 12):
-            batch = _batch(count, side, channels_last=channels_last)
+            batch = _batch(count, side)
             images, targets = stage.finish(stage.send(*batch))
             want, _ = reference.finish(reference.send(*batch))
             assert images.device.type == targets.device.type == device.type

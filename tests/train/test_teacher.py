@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 from featkd.cache import CacheConfig
 from featkd.cli.main import main
 from featkd.models import create_teacher
+from featkd.models.features import BlockFeatures
+from featkd.runtime.remote import locate
 from featkd.train.build_cache import build_cache
 from featkd.train.recipe import LossConfig, Recipe, RecipeError, StudentConfig, to_yaml
+from featkd.train.teacher_checks import check_synsets
 from featkd.train.trainer import Trainer
 from tests.train.runs import CPU, run
 
@@ -82,6 +86,31 @@ def test_a_teacher_of_other_classes_is_refused(trained, images, tmp_path):
     Trainer(trained, CPU)
 
 
+def test_a_teacher_is_downloaded_and_tried_once(trained, monkeypatch):
+    """`featkd cache` downloads it a second time, for its SHA-256."""
+    place = locate("memory://teachers/last.pt")
+    place.replace_with(Path(trained.teacher.checkpoint).read_bytes())
+    downloads, tried = [], []
+    cat_file, forward = MemoryFileSystem.cat_file, BlockFeatures.forward_with_features
+
+    def counted(self, path, *args, **kwargs):
+        downloads.append(path)
+        return cat_file(self, path, *args, **kwargs)
+
+    def counted_forward(self, images, layers):
+        if len(images) == 1 and self.embed_dim == there.teacher.options["embed_dim"]:
+            tried.append(layers)
+        return forward(self, images, layers)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", counted)
+    monkeypatch.setattr(BlockFeatures, "forward_with_features", counted_forward)
+    there = replace(trained, teacher=replace(trained.teacher, checkpoint=str(place)))
+    Trainer(there, CPU).components.close()
+    assert (len(downloads), len(tried)) == (1, 1)
+    build_cache(there, CacheConfig(), CPU, Path(there.out) / "cache", quiet=True)
+    assert (len(downloads), len(tried)) == (3, 2)
+
+
 @pytest.mark.parametrize("name", ["mean", "std"])
 def test_a_teacher_of_other_statistics_is_refused(trained, name):
     other = replace(trained, data=replace(trained.data, **{name: (0.5, 0.4, 0.3)}))
@@ -112,6 +141,18 @@ def test_a_new_classifier_beside_pretrained_weights_is_refused(recipe, tmp_path)
     maps_only = replace(pretrained(3), loss=replace(recipe.loss, alpha=0.0))
     assert Trainer(maps_only, CPU).components.teacher_model.num_classes == 3
     refuse(pretrained(mean=[0.5] * 3), r"teacher.pretrained: .* data.mean \[0.5, 0.5, 0.5\], but")
+
+
+def test_synsets_in_another_order_than_the_weights_are_refused(recipe):
+    cfg = timm.get_pretrained_cfg("cait_s24_224").to_dict()
+    names = sorted(timm.data.ImageNetInfo("imagenet-1k").label_names())
+    check_synsets(recipe, cfg, names)
+    check_synsets(recipe, cfg, [f"class{n}" for n in range(1000)])  # their meaning is unknown
+    swapped = [*names[:7], names[8], names[7], *names[9:]]
+    for classes in (swapped, [*names[:7], "n00000001", *names[8:]]):
+        with pytest.raises(RecipeError, match=f"class 7 is '{names[7]}' there and '{classes[7]}'"):
+            check_synsets(recipe, cfg, classes)
+        check_synsets(replace(recipe, loss=LossConfig(feature="mse")), cfg, classes)
 
 
 def test_a_teacher_without_classifier_has_no_classes(recipe):

@@ -303,7 +303,8 @@ def test_layers_out_of_range(recipe, message):
 
 def test_widths_grids_and_classes_that_do_not_fit(recipe):
     student, teacher = recipe.student, recipe.teacher
-    with pytest.raises(RecipeError, match=r"student.teacher_dim: 36, but .* has 24 channels"):
+    message = r"student.teacher_dim: 36, but .* has 24 channels; expected 24"
+    with pytest.raises(RecipeError, match=message):
         Trainer(replace(recipe, student=replace(student, teacher_dim=36)), CPU)
     coarse = replace(teacher, options=teacher.options | {"patch_size": 8})
     with pytest.raises(RecipeError, match=r"16 tokens, the teacher's 4; image and patch sizes"):

@@ -74,8 +74,6 @@ class DaliLoader(SampledLoader):
             fed = reader.fed.popleft()
             # Not a copy: DALI reuses the memory once the tensor is freed.
             images = torch.utils.dlpack.from_dlpack(output.as_tensor())
-            if self._config.channels_last:
-                images = images.permute(0, 3, 1, 2)
             yield RawBatch(
                 images,
                 torch.tensor(fed.targets, dtype=torch.int64),

@@ -27,7 +27,7 @@ def build_pipeline(
     """Builds the pipeline: decode a box of each file, resize, crop, flip, RandAugment.
 
     Args:
-        config: sizes, filter, threads and memory format.
+        config: sizes, filter and threads.
         feed: called for each batch; returns `pipeline_inputs`, or raises StopIteration at the end.
         batch_size: largest number of images per batch.
         num_ops: RandAugment operations per image.
@@ -35,8 +35,7 @@ def build_pipeline(
         device: "cpu", or a CUDA device on which JPEGs are decoded and images augmented.
 
     Returns:
-        A nvidia.dali.Pipeline with one uint8 output: (B, H, W, 3) with config.channels_last,
-        otherwise (B, 3, H, W).
+        A nvidia.dali.Pipeline with one output, (B, H, W, 3) uint8.
     """
     from nvidia.dali import fn, pipeline_def, types
 
@@ -89,7 +88,7 @@ def build_pipeline(
             images,
             mirror=0 if num_ops else flip,
             dtype=types.UINT8,
-            output_layout="HWC" if config.channels_last else "CHW",
+            output_layout="HWC",
         )
 
     return define(

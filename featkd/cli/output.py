@@ -1,0 +1,68 @@
+"""Standard streams of the command line."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from typing import Any, TextIO, cast
+
+from featkd.runtime.names import printable
+
+
+class PrintableStream:
+    r"""Text stream on which no name of a class or file can control the terminal.
+
+    Everything that a command prints passes through it: results, messages, warnings, progress bars
+    and tracebacks. Line breaks and tabs are kept; other characters are written as `printable`
+    returns them. Carriage returns at either end of a text are kept too, for progress bars.
+
+    Args:
+        stream: receives the text.
+
+    Example:
+        >>> _ = PrintableStream(sys.stdout).write("class \x1b[2J\n")
+        class \x1b[2J
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        body = text.strip("\r")
+        start = len(text) - len(text.lstrip("\r"))
+        escaped = "".join(x if x in "\n\t" else printable(x) for x in body)
+        self._stream.write(f"{text[:start]}{escaped}{text[start + len(body) :]}")
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def printable_streams(*, restore: bool) -> Iterator[None]:
+    """Escapes what is written to stdout and stderr (see `PrintableStream`).
+
+    Args:
+        restore: restore the streams at the end. Otherwise the traceback of an error that leaves
+            this context is escaped too.
+    """
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (
+        cast(TextIO, stream and PrintableStream(stream))  # None if the descriptor is closed
+        for stream in streams
+    )
+    try:
+        yield
+    finally:
+        if restore:
+            sys.stdout, sys.stderr = streams
+
+
+def results_unless(quiet: bool) -> AbstractContextManager[object]:
+    """Discards what is written to stdout if `quiet` is set."""
+    return redirect_stdout(io.StringIO()) if quiet else nullcontext()

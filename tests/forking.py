@@ -125,17 +125,26 @@ class Server:
         forked.wait()
         return forked
 
-    def ranks(self, count: int, *words: object, **options: Any) -> list[Forked]:
-        """Starts `count` ranks of one run, without an agent."""
+    def ranks(
+        self,
+        count: int,
+        *words: object,
+        env: dict[str, str] | None = None,
+        only: int | None = None,
+        **options: Any,
+    ) -> list[Forked]:
+        """Starts `count` ranks of one run, or `only` one of them, without an agent."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         return [
             self.start(
-                *words, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **options
+                *words,
+                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), **(env or {})},
+                **options,
             )
-            for rank in range(count)
+            for rank in (range(count) if only is None else [only])
         ]
 
     def close(self) -> None:
@@ -150,7 +159,8 @@ class Server:
 def _serve() -> None:
     """Answers requests, one per line, until the input ends; a forked child runs its command."""
     for name in IMPORTED:
-        importlib.import_module(name)
+        with contextlib.suppress(ModuleNotFoundError):  # an environment of `make compat` lacks some
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()  # otherwise a child's first full collection copies the memory of all imports
     while line := sys.stdin.readline():

@@ -17,6 +17,7 @@ import torch
 
 from featkd.cli.main import main
 from featkd.data import build_loader
+from featkd.runtime.lock import locked
 from featkd.train.checkpoint import load
 from featkd.train.logs import read_csv
 from featkd.train.recipe import load_recipe
@@ -130,7 +131,8 @@ def test_other_ranks_end_with_a_killed_one(recipe_file, server, tmp_path):
     wait_for((out / "last.pt").exists, ranks)
     ranks[1].kill()
     assert ranks[0].wait(20) == 1
-    assert "featkd: another process of the run has ended" in ranks[0].stderr
+    lost = f"featkd: lost rank 1 (process {ranks[1].pid} on host "
+    assert ranks[0].stderr.count(lost) == 1
     assert "Traceback" not in ranks[0].stderr
     alone = server.call(*words, "--batch_size", 16)
     assert alone.returncode == 0, alone.stderr
@@ -138,6 +140,18 @@ def test_other_ranks_end_with_a_killed_one(recipe_file, server, tmp_path):
     assert [row["update"] for row in read_csv(out / "metrics.csv")] == [
         str(update) for update in range(1, 121)
     ]
+
+
+def test_all_ranks_refuse_a_folder_in_use(recipe_file, server, tmp_path):
+    """Only rank 0 tries to lock it."""
+    out = tmp_path / "run"
+    out.mkdir()
+    with locked(out):
+        ranks = server.ranks(2, "distill", recipe_file, "--out", out)
+        assert [rank.wait() for rank in ranks] == [1, 1]
+    for rank in ranks:
+        assert rank.stderr.endswith("wait until it ends, stop it, or choose another folder\n")
+        assert f"featkd: out: {out} is in use by process {os.getpid()} on host" in rank.stderr
 
 
 KILLS = int(os.environ.get("FEATKD_KILLS", "1"))

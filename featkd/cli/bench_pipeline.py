@@ -13,6 +13,7 @@ from featkd.runtime.suggest import suggestion
 
 if TYPE_CHECKING:
     from featkd.benchmarks.throughput import Rate
+    from featkd.runtime.distributed import ProcessContext
 
 IMAGES = 1024
 """Images per epoch of the loaders."""
@@ -190,13 +191,19 @@ def train(options: Namespace) -> int:
 
 def _updates(options: Namespace, backend: Any) -> int:
     """Time the update and its parts; with a loader's name, also loading and both together."""
+    from featkd.runtime import distributed
+
+    with distributed.joined(options.device) as context:
+        return _updates_on(context, options, backend)
+
+
+def _updates_on(context: ProcessContext, options: Namespace, backend: Any) -> int:
+    """Time the update and its parts in this process of a run."""
     from featkd.benchmarks import step, table, throughput, train_step
     from featkd.benchmarks.photographs import photographs
-    from featkd.runtime import distributed
     from featkd.train.recipe import find_recipe, load_recipe
 
     recipe = load_recipe(find_recipe(options.recipe))
-    context = distributed.start(options.device)
     known = step.ways(context.device)
     names = options.variants and _chosen("variants", options.variants, tuple(known))
     if not names:  # slow bf16 and filling a cache take many minutes

@@ -46,8 +46,7 @@ def _build(recipe: Recipe, options: Namespace) -> int:
 
     interrupt.loading_done()
     config = CacheConfig(**{field.name: options[field.name] for field in fields(CacheConfig)})
-    try:
-        context = distributed.start(recipe.device)
+    with distributed.joined(recipe.device) as context:
         with distributed.explain_lost_processes(f"the same command continues {recipe.out}"):
             built = build_cache(
                 recipe,
@@ -81,8 +80,6 @@ def _build(recipe: Recipe, options: Namespace) -> int:
             described = _described(built.manifest)
             print(f"{recipe.out}: {described}, {built.written} written{repaired}")
         return 0
-    finally:
-        distributed.stop()
 
 
 def _described(manifest: Manifest) -> str:

@@ -37,8 +37,7 @@ def _train(recipe: Recipe, options: Namespace) -> int:
     from featkd.train.trainer import Trainer
 
     interrupt.loading_done()
-    try:
-        context = distributed.start(recipe.device)
+    with distributed.joined(recipe.device) as context:
         if options.dry_run:
             report = dry_run(recipe, context)
             if context.is_main:
@@ -60,8 +59,6 @@ def _train(recipe: Recipe, options: Namespace) -> int:
         if context.is_main:
             print(f"{recipe.out}: {_summary(outcome)}")
         return 0
-    finally:
-        distributed.stop()
 
 
 def _summary(outcome: Outcome) -> str:
@@ -98,8 +95,8 @@ def parser() -> Parser:
         default="auto",
         metavar="auto|force|never|FILE",
         help="continue from the last checkpoint in --out if there is one, unless the recipe is of "
-        "another experiment (auto) or in any case (force); refuse a folder with a checkpoint "
-        "(never); or continue from a checkpoint file",
+        "another experiment (auto) or in any case (force); start a new run, in an --out without "
+        "checkpoints (never); or continue from a checkpoint file",
     )
     parser.add_argument(
         "--dry-run",

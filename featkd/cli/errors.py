@@ -20,7 +20,7 @@ def described(error: Exception) -> tuple[str, int] | None:
     from featkd.data.workers import is_worker_error
     from featkd.diagnostics.source import UnreadableError
     from featkd.diagnostics.state import StateError
-    from featkd.runtime.distributed import ProcessLost
+    from featkd.runtime.heartbeat import ProcessLost
     from featkd.train.checkpoint import CheckpointError
     from featkd.train.evaluate import EvaluationError
     from featkd.train.meter import TrainingDiverged

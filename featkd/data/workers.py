@@ -54,8 +54,8 @@ def _start_worker(worker: int, *, end_with_thread: bool) -> None:
     threading.Thread(target=_end_on_sigterm_of, args=(parent.pid, inherited), daemon=True).start()
     if end_with_thread and parent.pid == os.getppid():
         # A forked worker holds its rank's sockets open, so other ranks would wait for a killed rank
-        # until its workers end. The signal ends them immediately; torch polls every 5 s.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        # until its workers end; torch polls every 5 s. The parent counts as the signal's sender.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if parent.pid != os.getppid():  # the parent ended before the call
             os._exit(1)
     else:
@@ -73,7 +73,7 @@ def end_with_parent() -> None:
 
 
 def _end_on_sigterm_of(parent: int, inherited: str | None) -> None:
-    """Ends the worker on a SIGTERM sent by the parent, with which Python and torch end workers."""
+    """Ends the worker on a SIGTERM from the parent: Python and torch end workers with it."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     _exit(0, inherited)

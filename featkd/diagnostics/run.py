@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from featkd.diagnostics.build_source import build_source
@@ -62,21 +61,16 @@ def diagnose(config: DiagnoseConfig, *, quiet: bool = False) -> Findings:
         >>> findings.conclusions()[0]
         "Layer 1: the maps' energy ranks are no lower than those of noise of the same size."
     """
-    joined = torch.distributed.is_initialized()
-    context = distributed.start(config.device)
-    try:
-        with ExitStack() as stack:
-            remedy = f"the same command continues from {config.out}/state"
-            if config.out is None:
-                remedy = "start the run again"
-            stack.enter_context(distributed.explain_lost_processes(remedy))
-            folder = config.out
-            if folder is None:  # the features for the second pass still need a place on disk
-                folder = stack.enter_context(TemporaryDirectory(prefix="featkd-diagnose-"))
-            return _run(config, context, Path(folder) / "state", quiet)
-    finally:
-        if not joined:
-            distributed.stop()
+    with ExitStack() as stack:
+        context = stack.enter_context(distributed.joined(config.device))
+        remedy = f"the same command continues from {config.out}/state"
+        if config.out is None:
+            remedy = "start the run again"
+        stack.enter_context(distributed.explain_lost_processes(remedy))
+        folder = config.out
+        if folder is None:  # the features for the second pass still need a place on disk
+            folder = stack.enter_context(TemporaryDirectory(prefix="featkd-diagnose-"))
+        return _run(config, context, Path(folder) / "state", quiet)
 
 
 def _run(config: DiagnoseConfig, context: ProcessContext, folder: Path, quiet: bool) -> Findings:

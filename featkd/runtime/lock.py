@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from featkd.runtime.processes import machine, start_time
 from featkd.runtime.remote import Location
 
 NAME = ".lock"
@@ -31,6 +32,7 @@ _WATCH_SECONDS = 60.0
 _CONFIRM_SECONDS = 1.0  # behind a URL, until a record of a simultaneous start is visible
 _MOST_BYTES = 4096
 _HELD = (errno.EACCES, errno.EAGAIN)
+_held: set[tuple[int, int, int]] = set()  # process, device and inode of each `.lock`
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -77,11 +79,11 @@ def locked(folder: Location) -> Iterator[None]:
     """
     path = folder / NAME
     own = _Owner(
-        *(socket.gethostname(), os.getpid(), _machine(), _started(os.getpid())), uuid.uuid4().hex
+        *(socket.gethostname(), os.getpid(), machine(), start_time(os.getpid())), uuid.uuid4().hex
     )
     write: Callable[[bytes], None]
     if isinstance(path, Path):
-        descriptor = _take_file(path)
+        descriptor = _take_file(path, own)
 
         def write_file(record: bytes) -> None:
             os.pwrite(descriptor, record, 0)
@@ -97,7 +99,10 @@ def locked(folder: Location) -> Iterator[None]:
     beats = threading.Thread(
         target=_beat, args=(write, own, ended), daemon=True, name="featkd-lock"
     )
+    held = _file_id(os.fstat(descriptor)) if descriptor >= 0 else None
     try:
+        if held is not None:
+            _held.add(held)
         write(own.encode())
         if not isinstance(path, Path):
             time.sleep(_CONFIRM_SECONDS)
@@ -112,18 +117,21 @@ def locked(folder: Location) -> Iterator[None]:
             with suppress(OSError):  # a lock without a sign of life is taken over
                 write(b"")
     finally:
-        if descriptor >= 0:
+        if held is not None:
+            _held.discard(held)
             os.close(descriptor)
 
 
-def _take_file(path: Path) -> int:
+def _take_file(path: Path, own: _Owner) -> int:
     """Locks a local file; returns its descriptor, which holds the lock until it is closed.
 
     Closing any descriptor of the file gives up the process's lock, so the file is not opened again.
     """
+    if path.exists() and _file_id(path.stat()) in _held:  # the system lets a process lock it twice
+        raise _in_use(path, own.encode())
     descriptor = _lock_file(path)
     owner = _Owner.decode(os.pread(descriptor, _MOST_BYTES, 0))
-    if owner is None or owner.machine == _machine():
+    if owner is None or owner.machine == machine():
         return descriptor
     # The file system may lock per host only.
     os.close(descriptor)
@@ -165,8 +173,8 @@ def _wait_for_owner(path: Location, read: Callable[[], bytes]) -> None:
     owner = _Owner.decode(record)
     if owner is None:
         return
-    if owner.machine == _machine():
-        if _started(owner.pid) == owner.started:
+    if owner.machine == machine():
+        if start_time(owner.pid) == owner.started:
             raise _in_use(path, record)
         return
     print(
@@ -181,6 +189,10 @@ def _wait_for_owner(path: Location, read: Callable[[], bytes]) -> None:
             if not now:
                 return
             raise _in_use(path, now)
+
+
+def _file_id(status: os.stat_result) -> tuple[int, int, int]:
+    return os.getpid(), status.st_dev, status.st_ino
 
 
 def _in_use(path: Location, record: bytes) -> FolderInUse:
@@ -198,21 +210,3 @@ def _beat(write: Callable[[bytes], None], owner: _Owner, ended: threading.Event)
         owner = replace(owner, beat=owner.beat + 1)
         with suppress(OSError):  # the next one may succeed
             write(owner.encode())
-
-
-def _machine() -> str:
-    """Identifies this kernel and process namespace; the host name if they are unknown."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _started(pid: int) -> str:
-    """Start time of a process on this machine; "" if it does not run."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]

@@ -130,7 +130,12 @@ def build_cache(
         size = estimate_size(manifest)
         notes.append(f"size of the cache: {size.describe(folder)}")
         with ExitStack() as lock, Interrupt() as interrupt:
-            manifest = _prepare(folder, manifest, context, lock)
+
+            def prepare() -> Manifest:
+                lock.enter_context(lock_folder(folder))
+                return prepare_folder(folder, manifest)
+
+            manifest = context.on_main(prepare)
             writer = CacheWriter(folder, manifest)
             with _progress_bar(manifest, context.is_main and not quiet) as bar:
 
@@ -250,23 +255,6 @@ class _Build:
             raise CacheError(
                 f"image {image}, copy {copy} of view {epoch}: {error.cause}; try another amp"
             ) from error
-
-
-def _prepare(
-    folder: Path, manifest: Manifest, context: ProcessContext, lock: ExitStack
-) -> Manifest:
-    """Locks and prepares the folder on process 0; all processes return the folder's manifest."""
-    result: Manifest | CacheError = manifest
-    if context.is_main:
-        try:
-            lock.enter_context(lock_folder(folder))
-            result = prepare_folder(folder, manifest)
-        except CacheError as error:
-            result = error
-    result = context.broadcast(result)
-    if isinstance(result, CacheError):
-        raise result
-    return result
 
 
 def _gather(found: Sequence[Found], context: ProcessContext) -> list[Found]:

@@ -42,16 +42,12 @@ class CheckpointStore:
         self.last = folder / "last.pt"
         self.best = folder / "best.pt"
 
-    def prepare(self) -> None:
-        """Creates the folder and removes temporary files of a killed run.
+    def create_folder(self) -> None:
+        """Creates the folder if it is missing.
 
         Raises:
             CheckpointError: the path is a file.
         """
-        self._create_folder()
-        remove_leftovers(self.folder)
-
-    def _create_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -59,26 +55,23 @@ class CheckpointStore:
 
     @contextmanager
     def opened(self, context: ProcessContext) -> Iterator[None]:
-        """Prepares the folder and locks it for this run; all processes must call it.
+        """Locks the folder for this run and removes temporary files; all processes must call it.
 
         Raises:
             CheckpointError: the path is a file, or another run writes to the folder; raised on all
                 processes.
         """
         with ExitStack() as lock:
-            failed: Exception | None = None
-            if context.is_main:
+
+            def open_folder() -> None:
+                self.create_folder()
                 try:
-                    self._create_folder()
                     lock.enter_context(locked(self.folder))
-                    self.prepare()
                 except FolderInUse as error:
-                    failed = CheckpointError(f"out: {error}")
-                except (CheckpointError, OSError) as error:
-                    failed = error
-            failed = context.broadcast(failed)
-            if failed is not None:
-                raise failed
+                    raise CheckpointError(f"out: {error}") from error
+                remove_leftovers(self.folder)
+
+            context.on_main(open_folder)
             yield
 
     def save(

@@ -37,7 +37,7 @@ def find_checkpoint(
         context: this process.
 
     Raises:
-        CheckpointError: "never", but there is a checkpoint of another job.
+        CheckpointError: "never", but the folder holds a checkpoint of another job.
     """
     # A collective: a node that sees a shared folder late must not start anew alone.
     found = context.any_true(store.last.exists())
@@ -47,9 +47,15 @@ def find_checkpoint(
         return store.last
     if resume != "never":
         return locate(resume, "resume")
-    if found:
+    kept = store.last if found else store.best
+    if context.any_true(kept.exists()):
+        # A first save that was cut short leaves the job's best.pt without last.pt.
+        if not found and context.job is not None and checkpoint.load(kept)["job"] == context.job:
+            return None
+        way = ", or --resume auto or force to continue this one" if found else ""
         raise CheckpointError(
-            f"resume: never, but {store.last} exists; expected another --out, or --resume auto"
+            f"resume: never, but {kept} exists, and a new run would replace it; expected another "
+            f"--out for a new run{way}"
         )
     return None
 

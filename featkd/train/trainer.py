@@ -110,8 +110,8 @@ class Trainer:
         Args:
             resume: "auto" resumes from the last checkpoint in the output folder, if any, and
                 refuses one of another experiment; "force" resumes with the changed recipe; "never"
-                refuses a folder with a checkpoint; anything else is a checkpoint file, which the
-                recipe may change.
+                starts a new run and refuses a folder with a checkpoint; anything else is a
+                checkpoint file, which the recipe may change.
             quiet: print warnings only.
 
         Raises:

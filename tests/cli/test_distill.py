@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import tarfile
 import time
 from pathlib import Path
@@ -91,6 +92,30 @@ def test_signals_save_a_checkpoint_and_print_a_message(
     resumed = server.call("distill", recipe_file, "--out", out, *LONG)
     assert resumed.returncode == 0, resumed.stderr
     assert losses(out) == unbroken
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_first_sigterm_stops_a_run_beside_special_files(
+    recipe_file, server, images, tmp_path, workers
+):
+    """Opening a FIFO would wait for a writer, and Python handles no signal meanwhile."""
+    shutil.copytree(images, tmp_path / "images")
+    folder = tmp_path / "images" / "train" / "red"
+    special = [folder / name for name in ("fifo.png", "socket.png", "zero.png")]
+    os.mkfifo(special[0])
+    os.mknod(special[1], stat.S_IFSOCK | 0o600)
+    special[2].symlink_to("/dev/zero")
+    out = tmp_path / "run"
+    words = ("--data.path", tmp_path / "images", "--data.on_bad_image", "skip", "--out", out)
+    words += ("--optim.epochs", 500, "--data.workers", workers)
+    process = server.start("distill", recipe_file, *words)
+    wait_for_updates(
+        out / "metrics.csv", 7, process
+    )  # all images of the first epoch have been read
+    process.kill(signal.SIGTERM)
+    assert process.wait() == 143, process.stderr
+    for path in special:
+        assert f"left out: {path}: " in process.stderr
 
 
 def test_a_killed_loader_worker_ends_the_run_with_a_message(recipe_file, server, tmp_path):

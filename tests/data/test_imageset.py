@@ -9,6 +9,7 @@ import itertools
 import os
 import pickle
 import shutil
+import stat
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -110,14 +111,24 @@ def test_postscript_starts_no_program(
     assert not started.exists()
 
 
+SPECIAL_FILES: dict[str, Callable[[Path], None]] = {
+    "a FIFO": os.mkfifo,
+    "OSError: .*No such device or address": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
+    "a device or another special file": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_fifo_among_the_images_is_named(make_set: MakeSet, split: Any) -> None:
+@pytest.mark.parametrize("cause", SPECIAL_FILES)
+def test_a_special_file_among_the_images_is_named(
+    make_set: MakeSet, split: Any, cause: str
+) -> None:
     root = make_set(train=4, val=4, classes=1)
-    os.mkfifo(root / split / "class0/a.jpg")
+    SPECIAL_FILES[cause](root / split / "class0/a.jpg")
     with (
         loading(root, split, 5) as loader,
-        pytest.raises(BadImageError, match=r"class0/a\.jpg: a FIFO, not a regular file"),
+        pytest.raises(BadImageError, match=rf"class0/a\.jpg: {cause}"),
     ):
         list(loader)
     assert loader.dataset.fingerprint()

@@ -185,7 +185,7 @@ print(len(list(batches)), "more batches")
 """
 
 
-@pytest.mark.parametrize("how", ["ctrl-c", "handled", "raise"])
+@pytest.mark.parametrize("how", ["ctrl-c", "handled", "raise", "killed"])
 def test_an_end_within_an_epoch_leaves_nothing(make_set: MakeSet, server: Server, how: str) -> None:
     """Ends without close(), and leaves no folder of the workers behind.
 
@@ -198,13 +198,15 @@ def test_an_end_within_an_epoch_leaves_nothing(make_set: MakeSet, server: Server
     assert list(temporary.glob("pymp-*"))
     workers = [int(pid) for pid in first.split()]
     assert len(workers) == 2
-    if how != "raise":
+    if how == "killed":
+        process.kill()
+    elif how != "raise":
         os.killpg(process.pid, signal.SIGINT)
     process.wait(30)
     errors = process.stderr
     if how == "handled":
         assert (process.returncode, process.stdout) == (0, f"{first}63 more batches\n"), errors
-    else:
+    elif how != "killed":
         assert process.returncode != 0
         assert errors.count("Traceback") == 1
         assert ("KeyboardInterrupt" if how == "ctrl-c" else "out of the loop") in errors

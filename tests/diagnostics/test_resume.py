@@ -34,7 +34,7 @@ def test_lost_process_is_reported(features, tmp_path, server):
     assert [rank.wait() for rank in ranks] == [1, 1]
     assert "006.npy: layer 0: NaN" in ranks[1].stderr
     message = ranks[0].stderr.splitlines()[-1]
-    assert message.startswith("featkd: another process of the run has ended")
+    assert message.startswith(f"featkd: lost rank 1 (process {ranks[1].pid} on host ")
     assert f"the same command continues from {tmp_path}/out/state" in message
     assert "Traceback" not in ranks[0].stderr
 

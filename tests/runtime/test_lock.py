@@ -26,7 +26,7 @@ from pathlib import Path
 from featkd.runtime import lock
 lock._BEAT_SECONDS = 0.05
 if sys.argv[2:]:
-    lock._machine = lambda: sys.argv[2]
+    lock.machine = lambda: sys.argv[2]
 with lock.locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -94,6 +94,37 @@ def unsupported(*_: object) -> None:
     raise OSError(95, "Operation not supported")
 
 
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_suspended_owner_on_this_host_keeps_its_lock(tmp_path, start, monkeypatch, locks):
+    """However long it is suspended: it shows no sign of life meanwhile."""
+    monkeypatch.setattr(lock, "_WATCH_SECONDS", 0.2)
+    owner = start()
+    owner.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, owner.pid, os.WSTOPPED)
+    if not locks:
+        monkeypatch.setattr(fcntl, "lockf", unsupported)
+    with pytest.raises(FolderInUse, match=f"in use by process {owner.pid} on"), locked(tmp_path):
+        pass
+
+
+def test_two_runs_of_one_process_do_not_share_a_folder(place, tmp_path):
+    """The refused one does not give up the lock of the other, seen from another process."""
+    other = place
+    if isinstance(place, Path):
+        other = tmp_path.parent / "link"
+        other.symlink_to(tmp_path)
+    with locked(place):
+        for _ in range(2):
+            message = f"in use by process {os.getpid()} on host"
+            with pytest.raises(FolderInUse, match=message), locked(other):
+                pass
+        if isinstance(place, Path):
+            found = subprocess.run([sys.executable, "-c", HOLD, str(place)], capture_output=True)
+            assert f"in use by process {os.getpid()} on".encode() in found.stderr
+    with locked(other):
+        pass
+
+
 @pytest.mark.parametrize("locks", [True, False], ids=["locks per host", "no locks"])
 def test_an_owner_on_another_host_keeps_its_lock_while_it_runs(
     tmp_path, start, monkeypatch, capsys, locks
@@ -122,7 +153,7 @@ def test_a_store_is_locked_by_the_record_alone(place, monkeypatch):
         locked(place),
     ):
         pass
-    owner = lock._Owner("node7", 2**22 - 1, lock._machine(), "1", "token")
+    owner = lock._Owner("node7", 2**22 - 1, lock.machine(), "1", "token")
     for left in (owner.encode(), b"not a record", b"[" * 4000, b'{"pid": "1"}'):
         path = place / lock.NAME
         path.write_bytes(left) if isinstance(path, Path) else path.replace_with(left)

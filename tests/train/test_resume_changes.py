@@ -21,7 +21,7 @@ def saved(recipe: Recipe) -> Trainer:
     trainer = Trainer(recipe, CPU)
     trainer.components.student.train()
     trainer.step([next(iter(trainer.components.train_loader))])
-    trainer.store.prepare()
+    trainer.store.create_folder()
     trainer._save(RunLog(None, 0, 0))
     return trainer
 

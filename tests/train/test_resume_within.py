@@ -24,7 +24,7 @@ def stop_within_an_epoch(recipe: Recipe, updates: int) -> Path:
     trainer.components.student.train()
     for batch in islice(trainer.components.train_loader, updates):
         trainer.step([batch])
-    trainer.store.prepare()
+    trainer.store.create_folder()
     trainer._save(RunLog(None, 0, 0))
     return trainer.store.last
 
@@ -103,6 +103,33 @@ def test_a_restart_by_torchrun_resumes_the_same_job(recipe):
     for other in (CPU, replace(CPU, job="18")):
         with pytest.raises(CheckpointError, match="resume: never, but"):
             Trainer(recipe, other)._resume("never")
+
+
+def test_never_starts_a_new_run_and_replaces_no_checkpoint(alone):
+    out = Path(alone.out)
+    out.mkdir()
+    (out / "notes.txt").write_text("kept")
+    assert run(alone, "never").updates == 12
+    for name, way in (
+        ("last.pt", ", or --resume auto or force to continue this one"),
+        ("best.pt", ""),
+    ):
+        before = (out / name).read_bytes()
+        message = rf"resume: never, but .*{name} exists, .*another --out for a new run{way}$"
+        with pytest.raises(CheckpointError, match=message):
+            run(alone, "never")
+        assert (out / name).read_bytes() == before
+        (out / "last.pt").unlink(missing_ok=True)
+
+
+def test_a_restart_by_torchrun_goes_on_after_a_kill_within_the_first_save(alone):
+    """best.pt is written before last.pt; the restart was given --resume never as the start was."""
+    job = replace(CPU, job="17")
+    Trainer(alone, job).run("never", quiet=True)
+    (Path(alone.out) / "last.pt").unlink()
+    assert Trainer(alone, job)._resume("never") == []
+    with pytest.raises(CheckpointError, match=r"best\.pt exists"):
+        Trainer(alone, replace(CPU, job="18"))._resume("never")
 
 
 def test_another_loader_is_noted(recipe, monkeypatch, capsys):

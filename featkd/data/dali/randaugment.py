@@ -57,8 +57,9 @@ def _saturation(side: int, factor: Values) -> Values:
 
 
 def _sharpening(side: int, factor: Values) -> Values:
-    kernel = factor[:, None, None] * np.outer([0, 1, 0], [0, 1, 0])
-    return (kernel + (1 - factor[:, None, None]) * _SMOOTH).reshape(-1, 9)
+    blend = factor[:, None, None]
+    kernels: Values = blend * np.outer([0, 1, 0], [0, 1, 0]) + (1 - blend) * _SMOOTH
+    return kernels.reshape(-1, 9)
 
 
 def _plain(side: int, argument: Values) -> Values:

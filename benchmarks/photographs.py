@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -67,7 +68,10 @@ def photographs(folder: str | None, data: DataConfig, wanted: int) -> Iterator[P
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(Path(path).resolve())
         about += f" ({len(paths)}, {times} times each)"
-        yield Photographs(replace(flat, path=str(repeated)), paths, about)
+        with warnings.catch_warnings():
+            # the validation images are the training images, and nothing is evaluated
+            warnings.filterwarnings("ignore", message="data.val_split: ")
+            yield Photographs(replace(flat, path=str(repeated)), paths, about)
 
 
 def _made(folder: Path, count: int) -> Path:

@@ -63,7 +63,7 @@ def measure_rates(device: torch.device, dtypes: Sequence[str]) -> Rates:
     """Measures the best of a few large copies and products; takes some seconds on a CPU."""
     cuda = device.type == "cuda"
     elements = (256 if cuda else 64) * 2**20 // 4
-    source = torch.zeros(elements, device=device)
+    source = torch.rand(elements, device=device)
     target = torch.empty_like(source)
     seconds = _best(partial(target.copy_, source), device)
     copy = 2 * 4 * elements / seconds / 1e9
@@ -72,7 +72,8 @@ def measure_rates(device: torch.device, dtypes: Sequence[str]) -> Rates:
     rates = {}
     for name in dict.fromkeys(("fp32", *dtypes)):
         dtype = AUTOCAST.get(name, DTYPES[name])
-        matrix = torch.ones(size, size, device=device, dtype=dtype)
+        # random, because a GPU draws less power for equal numbers and keeps a higher clock
+        matrix = torch.randn(size, size, device=device).to(dtype)
         out = torch.empty_like(matrix)
         seconds = _best(partial(torch.mm, matrix, matrix, out=out), device)
         rates[name] = 2 * size**3 / seconds / 1e9

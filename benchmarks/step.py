@@ -1,4 +1,4 @@
-"""Times of a training update and its parts, in eager float32 and in featkd, in turns."""
+"""Times of a training update and its parts, in plain torch and in featkd, in turns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import featkd
-from featkd.cache import CacheConfig
+from featkd.cache import CacheConfig, TeacherCache
+from featkd.cache.shard import write_shard
 from featkd.data import Batch
 from featkd.data.loader import as_tensor
 from featkd.runtime.distributed import ProcessContext
@@ -25,11 +26,12 @@ from featkd.train.trainer import Trainer
 
 from .throughput import Rate
 from .timing import take_turns, wall_clock
-from .variants import Step
+from .variants import Step, step_of
 
 PARTS = ("teacher", "student", "loss", "optimizer", "step")
 EAGER = "eager_fp32"
 CACHED = "cached"
+STORE = "store"  # what `featkd cache` does with a batch of outputs, in a thread beside the teacher
 
 
 @dataclass(frozen=True)
@@ -42,37 +44,61 @@ class Way:
     backend: str
     cached: bool = False
     """Reads the teacher's outputs from a cache."""
+    graphs: bool = False
+    """Replays CUDA graphs (torch.compile's mode "reduce-overhead")."""
+    tf32: bool = False
+    """Lets float32 products of a GPU use TF32."""
 
     @property
     def about(self) -> str:
         """Description of the settings."""
         precision = "float32" if self.amp == "off" else f"{self.amp} autocast and teacher weights"
+        precision += " with TF32" if self.tf32 else ""
         compiled = "torch.compile" if self.compile else "eager"
+        compiled += " with CUDA graphs" if self.graphs else ""
         ops = "plain torch" if self.backend == "reference" else "featkd's fused ops"
         cached = ", the teacher's outputs from a cache" if self.cached else ""
         return f"{compiled}, {precision}, {ops}{cached}"
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Selects the backend of featkd's ops while the block runs."""
-        with featkd.use_backend(self.backend):
-            yield
+        """Selects the backend of featkd's ops, and TF32, while the block runs."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        try:
+            with featkd.use_backend(self.backend):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def ways(device: torch.device) -> dict[str, Way]:
     """Returns the variants by name.
 
-    They are plain torch, featkd in bf16 if the device multiplies in it, featkd in the other
-    precision, and featkd with the teacher's outputs from a cache.
+    Plain torch runs eagerly in float32 and in featkd's precision, and compiled in featkd's. That is
+    bf16 if the device multiplies faster in it (see `product_speedup`), otherwise float32. featkd
+    runs in this precision, in the other one, and with the teacher's outputs from a cache. On a GPU
+    there are also eager TF32, and compiled variants with and without CUDA graphs.
     """
-    own = "bf16" if has_fast_bf16(device) else "fp32"
-    other = "fp32" if own == "bf16" else "bf16"
+    own, other = ("bf16", "fp32") if has_fast_bf16(device) else ("fp32", "bf16")
     amp = {"bf16": "bf16", "fp32": "off"}
+    gpu = device.type == "cuda"
+    eager = {EAGER: Way("off", False, "reference")}
+    if gpu:
+        eager["eager_tf32"] = Way("off", False, "reference", tf32=True)
+    if own == "bf16":
+        eager["eager_bf16"] = Way("bf16", False, "reference")
+    compiled = {"compiled": Way(amp[own], True, "reference")}
+    featkd_ways = {"featkd": Way(amp[own], True, "auto", graphs=gpu)}
+    if gpu:
+        compiled["compiled_graphs"] = Way(amp[own], True, "reference", graphs=True)
+        featkd_ways["featkd_no_graphs"] = Way(amp[own], True, "auto")
     return {
-        EAGER: Way("off", False, "reference"),
-        "featkd": Way(amp[own], True, "auto"),
-        f"featkd_{other}": Way(amp[other], True, "auto"),
-        CACHED: Way(amp[own], True, "auto", cached=True),
+        **eager,
+        **compiled,
+        **featkd_ways,
+        f"featkd_{other}": Way(amp[other], True, "auto", graphs=gpu),
+        CACHED: Way(amp[own], True, "auto", cached=True, graphs=gpu),
     }
 
 
@@ -83,7 +109,14 @@ def as_way(recipe: Recipe, way: Way) -> Recipe:
         teacher = replace(teacher, pretrained=False, checkpoint=None, random=True)
     # A batch that fits the machine can scale the peak learning rate below min_lr.
     optim = replace(recipe.optim, min_lr=0.0)
-    return replace(recipe, teacher=teacher, optim=optim, amp=way.amp, compile=way.compile)
+    return replace(
+        recipe,
+        teacher=teacher,
+        optim=optim,
+        amp=way.amp,
+        compile=way.compile,
+        compile_mode="reduce-overhead" if way.graphs else "default",
+    )
 
 
 def random_batch(trainer: Trainer) -> Batch:
@@ -162,6 +195,22 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
     return {name: Step(prepare, _run(way, run)) for name, (prepare, run) in work.items()}
 
 
+def _storing(trainer: Trainer, batch: Batch) -> Step:
+    """Encodes the outputs for a batch and writes them as a shard, checksums included."""
+    assert trainer.recipe.cache is not None
+    cache = TeacherCache(Path(trainer.recipe.cache))
+    layout = cache.manifest.layout
+    layers = [shape.layer for shape in layout.layers]
+    outputs, source_index = cache.read(batch.keys, layers, trainer.context.device)
+    path = cache.folder / "benchmark.safetensors"
+
+    def store() -> None:
+        rows = layout.encode(outputs)
+        write_shard(path, "benchmark", batch.keys, source_index, rows, layout.varying)
+
+    return step_of(store)
+
+
 def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
@@ -203,13 +252,15 @@ def measure(
         for name, trainer in trainers.items():
             for part, step in steps(trainer, batch_of(trainer), variants[name]).items():
                 work[f"{part} {name}"] = step
+            if variants[name].cached:
+                work[f"{STORE} {name}"] = _storing(trainer, batch_of(trainer))
         seconds = take_turns(work, wall_clock(context.device), min_rounds=rounds)
         for name, trainer in trainers.items():
             if not trainer.losses(batch_of(trainer)).total.isfinite():
                 raise RuntimeError(f"{name}: the loss is not finite after the timed updates")
     return [
         Rate(part, name, recipe.batch_size, seconds[key])
-        for part in PARTS
+        for part in (*PARTS, STORE)
         for name in variants
         if (key := f"{part} {name}") in seconds
     ]
@@ -236,7 +287,7 @@ def built(
 
 def shares(rates: Sequence[Rate], variant: str) -> dict[str, float]:
     """Returns the share of each part in the update's time; "other" is the rest."""
-    medians = {rate.name: rate.median for rate in rates if rate.variant == variant}
+    medians = {x.name: x.median for x in rates if x.variant == variant and x.name != STORE}
     whole = medians.pop("step")
     found = {name: seconds / whole for name, seconds in medians.items()}
     return {**found, "other": 1 - sum(found.values())}

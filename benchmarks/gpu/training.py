@@ -77,8 +77,7 @@ def updates(recorder: Recorder, device: torch.device, shard: int, shards: int) -
                 recipe = recipe_for(folder, arch, device)
                 recipe.amp = amp
                 recipe.compile = mode != "off"
-                if mode == "reduce-overhead":
-                    recipe.compile_mode = "reduce-overhead"
+                recipe.compile_mode = "reduce-overhead" if mode == "reduce-overhead" else "default"
                 recorder.run(f"{arch}/{amp}/compile-{mode}", partial(_updates, recipe, device))
 
 

@@ -115,11 +115,13 @@ class Layout:
                 columns |= {f"{name}.{part}": y for part, y in self._encode_factors(x).items()}
                 continue
             if self.store in _DTYPES:
-                columns[name] = _narrow(x, _DTYPES[self.store]).cpu()
+                columns[name] = _to_host(_narrow(x, _DTYPES[self.store]))
                 continue
             _check_quantisable(x, LARGEST, shape.layer)
             values, scales = quantise(x, cast(Form, self.store))
-            columns[name], columns[f"{name}.scales"] = values.cpu(), scales[:, 0].cpu()
+            columns[name], columns[f"{name}.scales"] = _to_host(values), _to_host(scales[:, 0])
+        if outputs.logits.is_cuda:
+            torch.cuda.current_stream(outputs.logits.device).synchronize()  # the copies
         return [{name: x[i] for name, x in columns.items()} for i in range(len(outputs.logits))]
 
     def decode(
@@ -157,7 +159,8 @@ class Layout:
         found: dict[str, list[Tensor]] = {}
         for part, factor in zip(("left", "right"), factors, strict=True):
             values, scales = quantise(factor, cast(Form, self.store))
-            kept = list(zip(values.cpu(), scales.cpu(), ranks.tolist(), strict=True))
+            values, scales = _to_host(values), _to_host(scales)
+            kept = list(zip(values, scales, ranks.tolist(), strict=True))
             found[part] = [v[:, :rank] for v, _, rank in kept]
             found[f"{part}_scales"] = [s[0, :rank] for _, s, rank in kept]
         return found
@@ -165,7 +168,7 @@ class Layout:
     def _encode_logits(self, logits: Tensor) -> dict[str, Tensor]:
         _check_finite(logits, "logits")
         if self.logits_top is None:
-            return {"logits": logits.cpu()}
+            return {"logits": _to_host(logits)}
         # The rest is stored as well: 1 minus the rounded others could be negative, and has few
         # digits if they are nearly 1.
         log_probs = logits.double().log_softmax(1)
@@ -173,9 +176,9 @@ class Layout:
         rest = log_probs.scatter(1, classes, -math.inf).logsumexp(1, keepdim=True)
         kind = torch.int16 if self.classes <= torch.iinfo(torch.int16).max else torch.int32
         return {
-            "logits.classes": classes.to(kind).cpu(),
+            "logits.classes": _to_host(classes.to(kind)),
             # A probability below exp(-65504) is zero in any dtype; -inf would make NaN of it.
-            "logits.log_probs": torch.cat((top, rest), 1).clamp(min=_LEAST_FP16).half().cpu(),
+            "logits.log_probs": _to_host(torch.cat((top, rest), 1).clamp(min=_LEAST_FP16).half()),
         }
 
     def _decode_logits(self, rows: Sequence[Row], device: torch.device) -> Tensor:
@@ -235,6 +238,13 @@ def _batched(rows: Sequence[Row], name: str, device: torch.device) -> Tensor:
 def _host_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised CPU tensor; pinned for a GPU, as other copies wait for the device."""
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """Copies to the CPU, from a GPU to pinned memory without waiting for the copy."""
+    if not x.is_cuda:
+        return x
+    return _host_memory(x.shape, x.dtype, x.device).copy_(x, non_blocking=True)
 
 
 def _to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -161,9 +161,8 @@ def _add_updates(parser: ArgumentParser) -> None:
         nargs="+",
         type=str,
         default=[],
-        help="time only these. featkd uses bf16 if the device multiplies in bf16, otherwise "
-        "float32; featkd_fp32 or featkd_bf16 is the other one; cached reads the teacher's outputs "
-        "from a cache (default: all except featkd_bf16; train also leaves out cached)",
+        help="time only these, for example eager_fp32 featkd cached; docs/benchmarks.md lists them "
+        "(default: all except featkd_bf16; train also leaves out cached)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after a warm-up round")
 

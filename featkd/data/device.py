@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -53,8 +54,8 @@ class DeviceStage:
             Eraser(config.augment.random_erasing, config.img_size, seed) if erasing else None
         )
         self._noise: Tensor | None = None
-        self._fused: Callable[..., Tensor] | None = None
-        self.stream: torch.cuda.Stream | None = None  # made late: workers are forked before
+        self._compute: Callable[..., Tensor] | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def send(self, images: Tensor, targets: Tensor, keys: Tensor) -> SentBatch:
         """Starts the copies of a batch to the device.
@@ -64,91 +65,49 @@ class DeviceStage:
             targets: (B,) int64.
             keys: (B, 3) int64 on the CPU.
         """
-        if self._eraser is not None and self._noise is None:
-            self._noise = self._eraser.noise().to(self._device)
+        if self._compute is None:
+            self._set_up()
         boxes = None if self._eraser is None else torch.from_numpy(self._eraser.boxes(keys.numpy()))
-        if self._device.type != "cuda":
-            return SentBatch(images.to(self._device), targets.to(self._device), boxes, None)
-        if self.stream is None:
-            self.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            self._statistics = self._statistics.to(self._device)
-        with torch.cuda.stream(self.stream):
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             return SentBatch(
                 _copied(images, self._device),
                 _copied(targets, self._device),
                 None if boxes is None else _copied(boxes, self._device),
-                self.stream.record_event(),
+                None if self._stream is None else self._stream.record_event(),
             )
 
     def finish(self, sent: SentBatch) -> tuple[Tensor, Tensor]:
         """Returns the images, (B, 3, H, W) float32, and targets, for use on the current stream."""
-        if sent.copied is None:
-            images = normalize(sent.images, self._statistics, channels_last=self._channels_last)
-            if sent.boxes is not None and self._noise is not None:
-                erase(images, sent.boxes, self._noise)
-            return images, sent.targets
-        stream = torch.cuda.current_stream(self._device)
-        stream.wait_event(sent.copied)
-        for x in sent[:3]:
-            if x is not None:
-                x.record_stream(stream)  # its memory is not reused before this stream is done
-        if self._fused is None:
-            self._fused = torch.compile(normalize_and_erase)
-        images = self._fused(
+        if sent.copied is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(sent.copied)
+            for x in (sent.images, sent.targets, sent.boxes):
+                if x is not None:
+                    x.record_stream(stream)  # its memory is not reused before this stream is done
+        assert self._compute is not None
+        images = self._compute(
             *(sent.images, self._statistics, sent.boxes, self._noise),
             channels_last=self._channels_last,
         )
         return images, sent.targets
 
+    def _set_up(self) -> None:
+        """Prepares the device; not before the first batch, when the workers have been forked."""
+        self._statistics = self._statistics.to(self._device)
+        if self._eraser is not None:
+            self._noise = self._eraser.noise().to(self._device)
+        on_cpu = self._device.type == "cpu"
+        self._compute = normalize_and_erase_each if on_cpu else normalize_and_erase
+        if self._device.type == "cuda":
+            self._compute = torch.compile(normalize_and_erase)
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+
 
 def _copied(x: Tensor, device: torch.device) -> Tensor:
-    """Copies to a CUDA device on the current stream, without waiting."""
-    if x.device.type == "cpu" and not x.is_pinned():
+    """Copies to the device on the current stream, without waiting."""
+    if device.type == "cuda" and x.device.type == "cpu" and not x.is_pinned():
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
-
-
-def normalize(images: Tensor, statistics: Tensor, *, channels_last: bool) -> Tensor:
-    """Normalizes on the CPU, bitwise as torchvision's `ToTensor` and `Normalize` do.
-
-    Image by image, so that the operations on an image find it in the processor's cache.
-
-    Args:
-        images: (B, H, W, 3) uint8.
-        statistics: (2, 3), mean and standard deviation, for values in 0..1.
-        channels_last: memory format of the result.
-
-    Returns:
-        (B, 3, H, W) float32.
-    """
-    count, height, width, _ = images.shape
-    if channels_last:
-        # torch is slow on rows of three numbers, so the statistics are repeated for a row of pixels
-        mean, std = statistics.repeat(1, width)
-        images = images.flatten(2)
-    else:
-        mean, std = statistics[:, :, None, None]
-        images = images.permute(0, 3, 1, 2)
-    finished = torch.empty(images.shape)
-    for image, result in zip(images, finished, strict=True):
-        result.copy_(image).div_(255).sub_(mean).div_(std)
-    if channels_last:
-        return finished.view(count, height, width, 3).permute(0, 3, 1, 2)
-    return finished
-
-
-def erase(images: Tensor, boxes: Tensor, noise: Tensor) -> None:
-    """Fills the boxes with noise, in place, on the CPU.
-
-    Args:
-        images: (B, 3, H, W) float32.
-        boxes: (B, 5) int32, see `Eraser.boxes`.
-        noise: see `Eraser.noise`.
-    """
-    for image, (top, left, height, width, offset) in zip(images, boxes.tolist(), strict=True):
-        if height:
-            box = slice(None), slice(top, top + height), slice(left, left + width)
-            image[box] = noise[offset : offset + image.numel()].view(image.shape)[box]
 
 
 def normalize_and_erase(
@@ -159,7 +118,18 @@ def normalize_and_erase(
     *,
     channels_last: bool,
 ) -> Tensor:
-    """Computes `normalize` and `erase` elementwise, to be compiled into one pass on a GPU."""
+    """Normalizes and erases a batch elementwise, in one pass once compiled.
+
+    Args:
+        images: (B, H, W, 3) uint8.
+        statistics: (2, 3), mean and standard deviation, for values in 0..1.
+        boxes: (B, 5) int32, see `Eraser.boxes`; None erases nothing.
+        noise: see `Eraser.noise`.
+        channels_last: memory format of the result.
+
+    Returns:
+        (B, 3, H, W) float32.
+    """
     height, width = images.shape[1:3]
     if channels_last:
         shapes = [(1, 1, 3), (height, 1, 1), (1, width, 1)]
@@ -179,3 +149,39 @@ def normalize_and_erase(
         # Outside of the boxes the first number, so that the others are read for erased pixels only.
         finished = torch.where(inside, noise[torch.where(inside, place, 0)], finished)
     return finished.permute(0, 3, 1, 2) if channels_last else finished
+
+
+def normalize_and_erase_each(
+    images: Tensor,
+    statistics: Tensor,
+    boxes: Tensor | None,
+    noise: Tensor | None,
+    *,
+    channels_last: bool,
+) -> Tensor:
+    """Computes `normalize_and_erase` on the CPU, bitwise as torchvision's transforms normalize.
+
+    Image by image, so that the operations on an image find it in the processor's cache.
+    """
+    count, height, width, _ = images.shape
+    if channels_last:
+        # torch is slow on rows of three numbers, so the statistics are repeated for a row of pixels
+        mean, std = statistics.repeat(1, width)
+        images = images.flatten(2)
+    else:
+        mean, std = statistics[:, :, None, None]
+        images = images.permute(0, 3, 1, 2)
+    finished = torch.empty(images.shape)
+    for image, result in zip(images, finished, strict=True):
+        result.copy_(image).div_(255).sub_(mean).div_(std)
+    if channels_last:
+        finished = finished.view(count, height, width, 3).permute(0, 3, 1, 2)
+    if boxes is not None and noise is not None:
+        for result, (top, left, rows, columns, offset) in zip(
+            finished, boxes.tolist(), strict=True
+        ):
+            if rows:
+                box = slice(None), slice(top, top + rows), slice(left, left + columns)
+                own = noise[offset : offset + result.numel()].view(result.shape)
+                result[box] = own[box]
+    return finished

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from featkd.cache import CacheConfig, CacheError, CacheWriter, Manifest
+from featkd.cache import CacheConfig, CacheWriter, Manifest
+from featkd.cache.background import BackgroundWriter
 from featkd.cache.estimate import CacheSize, estimate_size
-from featkd.cache.rows import NotStorable, Row
+from featkd.cache.rows import TeacherOutputs
 from featkd.cache.writer import lock_folder, prepare_folder
 from featkd.data import Batch, EpochSampler, ImageSet, Loader
 from featkd.data.factory import build_loader_for
@@ -146,9 +147,11 @@ def build_cache(
                 for note in notes if context.is_main else ():
                     say(note)
                 build = _Build(writer, teacher, loader, sampler, context, interrupt, bar, say)
-                signals = (build.write_view(view) for view in range(manifest.views))
-                stopped_by = next((signal for signal in signals if signal is not None), None)
-            written = sum(_gather([build.written], context))
+                with closing(build.background):
+                    signals = (build.write_view(view) for view in range(manifest.views))
+                    stopped_by = next((signal for signal in signals if signal is not None), None)
+                    build.background.flush()
+            written = sum(_gather([build.background.written], context))
             bad_files = context.merge_dicts(build.bad_files)
     finally:
         loader.close()
@@ -177,7 +180,7 @@ class _Build:
         self._interrupt = interrupt
         self._bar = bar
         self._say = say
-        self.written = 0  # by this process
+        self.background = BackgroundWriter(writer, context.device)
         self.damaged = 0  # found by all processes
         self.bad_files: dict[str, str] = {}
 
@@ -221,21 +224,15 @@ class _Build:
         return sorted(_gather(missing, context))
 
     def _write_shard(self, view: int, shard: int, batches: Iterator[Batch]) -> None:
-        """Writes a shard from the next batches; a signal ends it before the next batch."""
+        """Writes a shard from the next batches; after a signal, no further batch begins."""
         manifest = self._writer.manifest
-        rows: list[Row] = []
-        keys: list[Tensor] = []
-        source_index: list[Tensor] = []
         for batch in islice(batches, -(-len(manifest.positions(shard)) // manifest.batch_size)):
             if self._interrupt.signal is not None:
                 return
-            rows += self._rows(batch)
-            keys.append(batch.keys)
-            source_index.append(batch.source_index)
+            self.background.add(batch.keys, batch.source_index, self._outputs(batch))
             self._bar.update(len(batch.keys))
             self._report_bad_images()
-        self._writer.write(view, shard, torch.cat(keys), torch.cat(source_index), rows)
-        self.written += 1
+        self.background.end_shard(view, shard)
 
     def _report_bad_images(self) -> None:
         """Reports each unreadable image once (under on_bad_image="skip")."""
@@ -246,15 +243,15 @@ class _Build:
                     f"unreadable image, its rows are computed from the next one: {path}: {cause}"
                 )
 
-    def _rows(self, batch: Batch) -> list[Row]:
-        outputs = self._teacher.outputs(batch)
-        try:
-            return self._writer.manifest.layout.encode(outputs)
-        except NotStorable as error:
-            epoch, image, copy = batch.keys[error.index].tolist()
-            raise CacheError(
-                f"image {image}, copy {copy} of view {epoch}: {error.cause}; try another amp"
-            ) from error
+    def _outputs(self, batch: Batch) -> TeacherOutputs:
+        on_cuda = batch.images.is_cuda
+        if on_cuda:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        logits, maps = self._teacher.outputs(batch)
+        assert logits is not None
+        if on_cuda:  # the next replay of a CUDA graph writes to the same memory
+            logits, maps = logits.clone(), [x.clone() for x in maps]
+        return TeacherOutputs(logits, maps)
 
 
 def _gather(found: Sequence[Found], context: ProcessContext) -> list[Found]:

@@ -19,10 +19,11 @@ from featkd.losses import DistillationLoss
 from featkd.models import Lift, create_student
 from featkd.models.features import FeatureModel, feature_grid, num_layers
 from featkd.runtime.distributed import ProcessContext
-from featkd.runtime.environment import has_fast_bf16
+from featkd.runtime.environment import has_fast_bf16, product_speedup
 from featkd.runtime.suggest import suggestion
 from featkd.train.cached_teacher import CachedTeacher, cache_views, open_cache
 from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
+from featkd.train.precision import AMP_DTYPES
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import Teacher, create_teacher_model, naming, output_shapes
 from featkd.train.teacher_checks import check_teacher
@@ -131,7 +132,8 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         num_classes = count_classes(recipe, train_loader.classes, notes, strict=strict_classes)
         student = build_student(recipe, num_classes)
         student.to(context.device)
-        if recipe.compile and recipe.amp == "bf16" and context.device.type == "cpu":
+        compiled = recipe.compiles_on(context.device.type)
+        if compiled and recipe.amp == "bf16" and context.device.type == "cpu":
             unfuse_attention(cast(nn.Module, student), context)
         teacher, pairs = _teacher(recipe, student, num_classes, train_loader, context, notes)
         if teacher is not None:
@@ -153,8 +155,12 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         ema = None if recipe.ema_decay is None else ModelEmaV3(student, decay=recipe.ema_decay)
         student_forward = _student_forward(recipe, student, pairs)
         student_forms_loss = isinstance(student_forward, LossForward)
-        if recipe.compile:
-            student_forward.compile(mode=recipe.compile_mode)
+        if compiled:
+            student_forward.compile(
+                mode=recipe.compile_mode_on(
+                    context.device.type, context.world_size, recipe.optim.accumulate
+                )
+            )
         if context.world_size > 1:
             student_forward = DistributedDataParallel(
                 student_forward,
@@ -273,15 +279,14 @@ def _teacher(
 
 
 def _precision_notes(recipe: Recipe, device: torch.device) -> list[str]:
-    """Notes on a precision that is slow on this device."""
-    if recipe.amp == "bf16" and not has_fast_bf16(device):
-        return [
-            "amp: bf16 is many times slower than off on this device, which has no instructions for "
-            "bf16 products; try --amp off"
-        ]
-    if recipe.amp == "fp16" and device.type == "cpu":
-        return ["amp: fp16 is many times slower than bf16 on most CPUs; try --amp bf16"]
-    return []
+    """Notes on a precision that is slower than float32 on this device."""
+    dtype = AMP_DTYPES.get(recipe.amp)
+    if dtype is None or (speedup := product_speedup(dtype, device)) >= 1:
+        return []
+    return [
+        f"amp: a matrix product in {recipe.amp} takes {1 / speedup:.1f} times as long as in "
+        "float32 on this device (measured); --amp off is faster"
+    ]
 
 
 def unfuse_attention(student: nn.Module, context: ProcessContext) -> None:

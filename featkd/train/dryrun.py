@@ -82,7 +82,8 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
         ),
         (
             "precision",
-            f"{recipe.amp} autocast, torch.compile {'on' if recipe.compile else 'off'}, "
+            f"{recipe.amp} autocast, torch.compile "
+            f"{'on' if recipe.compiles_on(context.device.type) else 'off'}, "
             f"weight average {recipe.ema_decay}",
         ),
         ("device", _describe_device(context.device)),

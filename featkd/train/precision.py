@@ -1,4 +1,4 @@
-"""Mixed precision: autocast, and frozen models with weights in bf16."""
+"""Mixed precision: autocast, and frozen models with weights in half precision."""
 
 from __future__ import annotations
 

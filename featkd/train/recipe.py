@@ -202,8 +202,10 @@ class Recipe:
         checkpoint: checkpoints that are saved and kept.
         ema_decay: decay of the weight average, which is also evaluated; null for no average.
         amp: automatic mixed precision: "off", "bf16" or "fp16" (with loss scaling).
-        compile: use torch.compile for student and teacher.
+        compile: use torch.compile for student and teacher; "auto": on a GPU only.
         compile_mode: torch.compile's mode; "reduce-overhead" and "max-autotune" use CUDA graphs.
+            "auto": "reduce-overhead" on a GPU, for the teacher, and for the student of a run of one
+            process without accumulation; otherwise "default".
         device: "auto" (CUDA if available), "cpu", "cuda" or "cuda:N".
         log_every: updates between two rows of metrics.
         cache: folder of `featkd cache`, read instead of running the teacher; null for none.
@@ -222,8 +224,8 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     ema_decay: float | None = 0.99996
     amp: Literal["off", "bf16", "fp16"] = "bf16"
-    compile: bool = False
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    compile: bool | Literal["auto"] = "auto"
+    compile_mode: Literal["auto", "default", "reduce-overhead", "max-autotune"] = "auto"
     device: str = "auto"
     log_every: int = 50
     cache: str | None = None
@@ -253,13 +255,14 @@ class Recipe:
                     f"cache: {self.cache!r} holds a teacher's outputs, but teacher is null; "
                     "expected the teacher that the cache was made with"
                 )
-        if self.compile_mode != "default" and not self.compile:
-            raise RecipeError(f"compile_mode: {self.compile_mode!r} needs compile: true")
-        if self.compile_mode != "default" and self.optim.accumulate > 1:
+        asks_graphs = self.compile_mode in ("reduce-overhead", "max-autotune")
+        if asks_graphs and not self.compile:
+            raise RecipeError(f"compile_mode: {self.compile_mode!r} needs compile: true or auto")
+        if asks_graphs and self.optim.accumulate > 1:
             # Gradients would lie in a graph's memory, which the next replay overwrites.
             raise RecipeError(
                 f"compile_mode: {self.compile_mode!r} uses CUDA graphs, which can't accumulate "
-                f"gradients (optim.accumulate is {self.optim.accumulate}); expected 'default'"
+                f"gradients (optim.accumulate is {self.optim.accumulate}); expected auto or default"
             )
         if self.batch_size % 2 and self.data.augment.mixes:
             raise RecipeError(
@@ -271,6 +274,25 @@ class Recipe:
                 f"loss.pairs: empty, but loss.feature is {self.loss.feature!r}; expected "
                 "[student layer, teacher layer] pairs"
             )
+
+    def compiles_on(self, device_type: str) -> bool:
+        """Checks whether student and teacher are compiled on a "cpu" or "cuda" device."""
+        return device_type == "cuda" if self.compile == "auto" else self.compile
+
+    def compile_mode_on(self, device_type: str, world_size: int = 1, accumulate: int = 1) -> str:
+        """Returns torch.compile's mode for a model.
+
+        Args:
+            device_type: "cpu" or "cuda".
+            world_size: processes that share the model's gradients.
+            accumulate: micro-batches whose gradients the model adds up.
+        """
+        if self.compile_mode != "auto":
+            return self.compile_mode
+        # A graph's gradients lie in its own memory: the next replay would overwrite those being
+        # added up, and those that DDP still reduces.
+        graphs = device_type == "cuda" and world_size == accumulate == 1
+        return "reduce-overhead" if graphs else "default"
 
 
 def check_local(name: str, folder: str) -> None:

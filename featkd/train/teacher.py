@@ -16,7 +16,7 @@ from featkd.models.features import FeatureModel
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.remote import DownloadedFile, RemotePath, locate
 from featkd.runtime.seeding import derive_seed
-from featkd.train.precision import autocast, cast_matmul_weights
+from featkd.train.precision import AMP_DTYPES, autocast, cast_matmul_weights
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher_checks import (
     check_classifier,
@@ -76,8 +76,8 @@ class Teacher:
         self._amp = recipe.amp
         self._device = context.device
         self._forward = TeacherForward(model, layers, logits)
-        if recipe.compile:
-            self._forward.compile(mode=recipe.compile_mode)
+        if recipe.compiles_on(context.device.type):
+            self._forward.compile(mode=recipe.compile_mode_on(context.device.type))
 
     def outputs(self, batch: Batch) -> TeacherOutputs:
         """Computes the outputs for a batch whose images are on the device."""
@@ -92,7 +92,7 @@ def create_teacher_model(
     context: ProcessContext,
     notes: list[str],
 ) -> FeatureModel:
-    """Creates the recipe's teacher on the device; under bf16, its matmul weights are bf16.
+    """Creates the recipe's teacher on the device; its matmul weights get the dtype of `amp`.
 
     Args:
         recipe: the run; its teacher is not null.
@@ -138,8 +138,8 @@ def create_teacher_model(
         check_synsets(recipe, pretrained_cfg, classes)
     check_finite(recipe, model)
     model.to(context.device)
-    if recipe.amp == "bf16":
-        cast_matmul_weights(cast(nn.Module, model), torch.bfloat16)
+    if recipe.amp in AMP_DTYPES:
+        cast_matmul_weights(cast(nn.Module, model), AMP_DTYPES[recipe.amp])
     return model
 
 

@@ -195,10 +195,30 @@ def test_step_gives_every_part_in_every_variant(recipe_file, tmp_path, monkeypat
             v for (_, of, kind), v in figures.items() if (of, kind) == (variant, "share_of_step")
         ]
         assert sum(shares) == pytest.approx(1)
+    for variant in ("cached", "cached_bf16"):
+        assert figures[step.STORE, variant, "images_per_s"] > 0
     assert figures["step", "eager_fp32", "speedup"] == 1
     said = capsys.readouterr().out
     assert "featkd_bf16: eager, bf16 autocast and teacher weights, featkd's fused ops" in said
     assert "cached: eager, float32, featkd's fused ops, the teacher's outputs from a cache" in said
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_featkd_is_compared_with_plain_torch_in_its_own_precision(monkeypatch, fast):
+    monkeypatch.setattr(step, "has_fast_bf16", lambda device: fast)
+    for device in ("cpu", "cuda"):
+        known = step.ways(torch.device(device))
+        plain = {w.amp: name for name, w in known.items() if w.backend == "reference"}
+        assert {"off", known["featkd"].amp} == set(plain)
+        assert known["featkd"].amp == known["compiled"].amp == ("bf16" if fast else "off")
+        assert known["featkd"].graphs == (device == "cuda")
+
+
+def test_tf32_is_used_by_its_variant_alone():
+    before = torch.get_float32_matmul_precision()
+    with step.Way("off", False, "reference", tf32=True).in_use():
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_step_trains_on_the_images_of_a_folder(recipe_file, images, tmp_path, monkeypatch, capsys):
@@ -257,7 +277,7 @@ def test_waiting_for_batches_is_told_from_computing():
         (["loader", "--rounds", "0"], "--rounds: expected a finite number > 0, got 0"),
         (["loader", "--data", "/no/such"], "--data: no folder /no/such"),
         (["step", "widelast_imagnet"], "did you mean 'widelast_imagenet"),
-        (["step", "--variants", "eager"], "--variants: expected some of eager_fp32, featkd, "),
+        (["step", "--variants", "eager"], "--variants: expected some of eager_fp32, "),
         (["step", "--device", "tpu"], "device: expected auto, cpu, cuda or cuda:N; got 'tpu'"),
         (["train", "--updates", "0"], "--updates: expected a finite number > 0, got 0"),
     ],

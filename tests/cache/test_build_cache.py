@@ -370,7 +370,7 @@ def test_unreadable_images_are_named_once(recipe_file, one_broken, tmp_path, cap
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        ([], "--out: expected the folder of the cache, got nothing"),
+        ([], "--out: expected the folder of the cache, as in --out CACHE; got nothing"),
         (["--out", "s3://bucket/x"], "out: expected a folder on this machine, got 's3://bucket/x'"),
         (["--out", "x", "--data.path", "gs://x"], "data.path: expected a folder on this machine"),
         (["--out", "x", "--viws", "2"], "no option '--viws'; did you mean '--views'?"),

@@ -1,14 +1,17 @@
-"""Teachers with bf16 weights, and unfused attention of students."""
+"""Precision that is measured, teachers with half-precision weights, unfused attention."""
 
 from __future__ import annotations
 
 import copy
+import timeit
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from featkd.models import create_teacher
+from featkd.runtime.environment import product_speedup
 from featkd.train import components
 from featkd.train.dryrun import forward_macs
 from featkd.train.precision import cast_matmul_weights
@@ -16,18 +19,19 @@ from tests.conftest import TEACHER
 from tests.train.runs import CPU
 
 
-def test_bf16_weights_give_the_outputs_of_autocast():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_give_the_outputs_of_autocast(dtype):
     for name in ("vit_tiny_patch16_224", "cait_xxs24_224"):
         options = TEACHER | {"img_size": 16, "num_classes": 5}
         if name.startswith("cait"):
             options |= {"num_heads": 4}
         teacher = create_teacher(name, **options)
         cast = copy.deepcopy(teacher)
-        cast_matmul_weights(cast, torch.bfloat16)
-        assert cast.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+        cast_matmul_weights(cast, dtype)
+        assert cast.blocks[0].mlp.fc1.weight.dtype == dtype
         assert cast.blocks[0].norm1.weight.dtype == torch.float32
         images = torch.randn(2, 3, 16, 16)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", dtype):
             want = teacher.forward_with_features(images, [0, -1])
             got = cast.forward_with_features(images, [0, -1])
         assert torch.equal(got[0], want[0])
@@ -35,14 +39,46 @@ def test_bf16_weights_give_the_outputs_of_autocast():
         assert forward_macs(cast, 16) == forward_macs(teacher, 16) > 0
 
 
-def test_a_bf16_run_casts_its_teacher_and_notes_slow_bf16(recipe, monkeypatch):
-    monkeypatch.setattr(components, "has_fast_bf16", lambda device: False)
-    for amp, dtype in (("off", torch.float32), ("bf16", torch.bfloat16)):
-        parts = components.build(replace(recipe, amp=amp), CPU)
-        assert parts.teacher_model.blocks[0].mlp.fc1.weight.dtype == dtype
+@pytest.mark.parametrize(("amp", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_a_run_casts_its_teacher_and_says_how_slow_its_precision_is(
+    recipe, monkeypatch, amp, dtype
+):
+    monkeypatch.setattr(
+        components, "product_speedup", lambda asked, device: 0.4 if asked == dtype else 2.0
+    )
+    for chosen, held in (("off", torch.float32), (amp, dtype)):
+        parts = components.build(replace(recipe, amp=chosen), CPU)
+        assert parts.teacher_model.blocks[0].mlp.fc1.weight.dtype == held
         assert parts.student.blocks[0].mlp.fc1.weight.dtype == torch.float32
-        slow = [note for note in parts.notes if note.startswith("amp: bf16")]
-        assert len(slow) == (amp == "bf16")
+        notes = [note for note in parts.notes if note.startswith("amp:")]
+        assert len(notes) == (chosen != "off")
+        assert all(f"a matrix product in {amp} takes 2.5 times as long" in x for x in notes)
+
+
+def test_the_measured_speed_of_products_is_that_of_larger_ones():
+    """Another size in other hands; a factor of three apart is left to busy machines."""
+    for dtype in (torch.bfloat16, torch.float16):
+        seconds = []
+        for kind in (torch.float32, dtype):
+            x, y = torch.ones(768, 512, dtype=kind), torch.ones(768, 512, dtype=kind)
+            times = timeit.repeat(lambda x=x, y=y: F.linear(x, y), number=1, repeat=4)
+            seconds.append(min(times))
+        ratio = seconds[0] / seconds[1]
+        assert ratio / 3 < product_speedup(dtype, torch.device("cpu")) < ratio * 3
+
+
+def test_the_product_is_measured_once_and_outside_of_autocast(monkeypatch):
+    product_speedup.cache_clear()
+    dtypes = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda x, y: dtypes.append(mm(x, y).dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        first = product_speedup(torch.bfloat16, torch.device("cpu"))
+    asked = len(dtypes)
+    assert dtypes[:2] == [torch.float32, torch.bfloat16]
+    assert product_speedup(torch.bfloat16, torch.device("cpu")) == first
+    assert len(dtypes) == asked
+    product_speedup.cache_clear()  # of a measurement that multiplied within a list
 
 
 @pytest.mark.parametrize("has_instructions", [True, False])

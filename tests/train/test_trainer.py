@@ -19,7 +19,14 @@ from featkd.train.checkpoint import load
 from featkd.train.components import FeatureForward
 from featkd.train.logs import read_csv
 from featkd.train.meter import TrainingDiverged
-from featkd.train.recipe import RecipeError, StudentConfig, TeacherConfig, to_dict
+from featkd.train.recipe import (
+    OptimConfig,
+    Recipe,
+    RecipeError,
+    StudentConfig,
+    TeacherConfig,
+    to_dict,
+)
 from featkd.train.teacher import TeacherForward
 from featkd.train.trainer import Trainer
 from tests.train.runs import CPU, column, run
@@ -356,6 +363,30 @@ def test_student_and_teacher_are_compiled_in_the_mode_asked_for(recipe, monkeypa
         (FeatureForward, {"mode": "reduce-overhead"}),
         (TeacherForward, {"mode": "reduce-overhead"}),
     ]
+
+
+@pytest.mark.parametrize(
+    ("device", "fields", "world_size", "teacher", "student"),
+    [
+        ("cuda", {}, 1, "reduce-overhead", "reduce-overhead"),
+        ("cuda", {"optim": OptimConfig(accumulate=2)}, 1, "reduce-overhead", "default"),
+        ("cuda", {}, 2, "reduce-overhead", "default"),
+        ("cuda", {"compile": False}, 1, None, None),
+        ("cuda", {"compile_mode": "default"}, 1, "default", "default"),
+        ("cpu", {}, 1, None, None),
+        ("cpu", {"compile": True}, 1, "default", "default"),
+    ],
+)
+def test_gpu_runs_are_compiled_with_cuda_graphs_where_these_are_safe(
+    device, fields, world_size, teacher, student
+):
+    recipe = Recipe(**fields)
+    modes = (
+        recipe.compile_mode_on(device),
+        recipe.compile_mode_on(device, world_size, recipe.optim.accumulate),
+    )
+    compiled = recipe.compiles_on(device)
+    assert modes == (teacher, student) if compiled else (teacher, student) == (None, None)
 
 
 def test_a_jump_of_the_clock_changes_nothing(recipe, monkeypatch):

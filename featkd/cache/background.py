@@ -1,0 +1,111 @@
+"""Encodes teacher outputs and writes shards in a thread, while the teacher computes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from featkd.cache.manifest import CacheError
+from featkd.cache.rows import NotStorable, Row, TeacherOutputs
+from featkd.cache.writer import CacheWriter
+
+_AHEAD = 2  # batches that wait or are being encoded; they hold their outputs in device memory
+
+
+class BackgroundWriter:
+    """Encodes batches and writes shards in the order in which they are given, in one thread.
+
+    On a GPU the thread has a stream of its own, so copies to the CPU overlap with the teacher.
+
+    Args:
+        writer: writes the shards.
+        device: device of the outputs.
+    """
+
+    def __init__(self, writer: CacheWriter, device: torch.device) -> None:
+        self._writer = writer
+        self._thread = ThreadPoolExecutor(1, "featkd-cache-writer")
+        self._pending: deque[Future[None]] = deque()
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # of the shard being filled; used by the thread alone
+        self._rows: list[Row] = []
+        self._keys: list[Tensor] = []
+        self._source_index: list[Tensor] = []
+        self.written = 0
+        """Shards written."""
+
+    def add(self, keys: Tensor, source_index: Tensor, outputs: TeacherOutputs) -> None:
+        """Adds the next batch of the shard; waits while two batches are not encoded yet.
+
+        Args:
+            keys: (B, 3) int64, as `featkd.data.Batch.keys`.
+            source_index: (B,) int64, the image that each row was computed from.
+            outputs: outputs for the batch; the caller does not change them afterwards.
+
+        Raises:
+            CacheError: an earlier batch can't be stored, or an earlier shard not written.
+        """
+        ready = None
+        if self._stream is not None:
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record()
+        self._submit(lambda: self._encode(keys, source_index, outputs, ready))
+
+    def end_shard(self, view: int, shard: int) -> None:
+        """Writes the batches added since the last shard; see `CacheWriter.write`.
+
+        Raises:
+            CacheError: an earlier batch can't be stored, or an earlier shard not written.
+        """
+        self._submit(lambda: self._write(view, shard))
+
+    def flush(self) -> None:
+        """Waits until everything is written.
+
+        Raises:
+            CacheError: a batch can't be stored, or a shard not written.
+        """
+        while self._pending:
+            self._pending.popleft().result()
+
+    def close(self) -> None:
+        """Drops what has not begun, and ends the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _submit(self, work: Callable[[], None]) -> None:
+        while len(self._pending) >= _AHEAD:
+            self._pending.popleft().result()
+        self._pending.append(self._thread.submit(work))
+
+    def _encode(
+        self,
+        keys: Tensor,
+        source_index: Tensor,
+        outputs: TeacherOutputs,
+        ready: torch.cuda.Event | None,
+    ) -> None:
+        try:
+            with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+                if ready is not None:
+                    ready.wait()
+                self._rows += self._writer.manifest.layout.encode(outputs)
+        except NotStorable as error:
+            epoch, image, copy = keys[error.index].tolist()
+            raise CacheError(
+                f"image {image}, copy {copy} of view {epoch}: {error.cause}; try another amp"
+            ) from error
+        self._keys.append(keys)
+        self._source_index.append(source_index)
+
+    def _write(self, view: int, shard: int) -> None:
+        keys, source_index = torch.cat(self._keys), torch.cat(self._source_index)
+        self._writer.write(view, shard, keys, source_index, self._rows)
+        self._rows, self._keys, self._source_index = [], [], []
+        self.written += 1

@@ -15,10 +15,12 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from featkd.data import DataConfig, build_loader, build_transform, read_image
+from featkd.data import DataConfig, SampleKey, build_loader, read_image
+from featkd.data.augment import TrainTransform
 from featkd.data.workers import shut_down_workers, worker_options
 
 from . import timing
+from .loader_overhead import overhead_loader
 from .photographs import Photographs
 from .throughput import Rate
 from .variants import step_of
@@ -171,11 +173,8 @@ def measure_stages(photos: Photographs, *, images: int, rounds: int) -> list[Rat
         work["decode dali"] = _dali_decoder(paths)
     for form in FORMS:
         config = with_form(photos.data, form)
-        for library, transform in (
-            ("timm", build_transform(config, training=True, normalize=False)),
-            ("torchvision", torchvision_transform(config)),
-        ):
-            work[f"augment {library}/{form}"] = _over(transform, pictures)
+        work[f"augment timm/{form}"] = _over(_with_new_keys(TrainTransform(config, 0)), pictures)
+        work[f"augment torchvision/{form}"] = _over(torchvision_transform(config), pictures)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
     try:
@@ -186,10 +185,28 @@ def measure_stages(photos: Photographs, *, images: int, rounds: int) -> list[Rat
     return [Rate(part, variant, images, seconds[n]) for n, (part, _, variant) in split.items()]
 
 
+def measure_overhead(photos: Photographs, *, batch_size: int, rounds: int) -> list[Rate]:
+    """Times whole epochs of the DALI loader's own work, in turns; see `overhead_loader`."""
+    with ExitStack() as closing:
+        epochs: dict[str, Epoch] = {}
+        for form in FORMS:
+            loader = overhead_loader(with_form(photos.data, form), batch_size)
+            closing.callback(loader.close)
+            epochs[f"dali/{form}"] = _epoch(loader)
+        images = len(loader) * batch_size
+        seconds = _in_turns(epochs, rounds)
+    return [Rate("overhead", name, images, seconds[name]) for name in epochs]
+
+
 def _over(
     transform: Callable[[Image.Image], torch.Tensor], pictures: Iterable[Image.Image]
 ) -> Callable[[], object]:
     return lambda: [transform(picture) for picture in pictures]
+
+
+def _with_new_keys(transform: TrainTransform) -> Callable[[Image.Image], torch.Tensor]:
+    numbers = iter(range(1_000_000))
+    return lambda image: transform(image, SampleKey(0, next(numbers), 0))
 
 
 def _dali_decoder(paths: Sequence[str]) -> Callable[[], object]:

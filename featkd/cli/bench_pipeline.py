@@ -69,6 +69,9 @@ def loader(options: Namespace) -> int:
         stages = loader.measure_stages(
             photos, images=min(options.images, 128), rounds=options.rounds
         )
+        stages += loader.measure_overhead(
+            photos, batch_size=options.batch_size, rounds=options.rounds
+        )
         about = photos.about
     for variant, why in refused.items():
         print(f"{variant} is left out: {why}")

@@ -1,25 +1,24 @@
-"""Transforms from PIL images to normalized tensors, and the seeding of their randomness."""
+"""Transforms from PIL images to tensors."""
 
 from __future__ import annotations
 
-import contextlib
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
-import torch
+import torchvision.transforms.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from timm.data import create_transform
-from timm.data.auto_augment import RandAugment
-from timm.data.auto_augment import posterize as timm_posterize
-from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.data.auto_augment import NAME_TO_OP
 from torch import Tensor
-from torch.utils.data import get_worker_info
-from torchvision.transforms.functional import get_image_size
+from torchvision.transforms import InterpolationMode
 
+from featkd.data.augment_params import AugmentParams, AugmentParamSampler
 from featkd.data.config import DataConfig
-from featkd.runtime.seeding import derive_seed
+from featkd.data.draws import uniforms
+from featkd.data.rand_augment import OPERATIONS
+from featkd.data.sampler import SampleKey
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -29,119 +28,96 @@ AUGMENTATION_VERSION = 2
 Version 1 drew each sample with timm's generators. Version 2 hashes the key (`featkd.data.draws`).
 """
 
+_WITHOUT_ARGUMENT = ("AutoContrast", "Equalize", "Invert")
+_WHOLE_ARGUMENT = ("Posterize", "Solarize", "SolarizeAdd")
 
-def build_transform(config: DataConfig, *, training: bool, normalize: bool = True) -> Transform:
-    """Builds timm's transform from an RGB PIL image to (3, img_size, img_size) float32.
 
-    Training: random resized crop, flip, RandAugment or color jitter, normalize, random erasing.
-    Evaluation: resize the shorter side to img_size / crop_pct, central crop, normalize.
+def build_transform(config: DataConfig, *, normalize: bool = True) -> Transform:
+    """Builds the evaluation transform from an RGB PIL image to (3, img_size, img_size) float32.
+
+    Resizes the shorter side to img_size / crop_pct, crops the centre, and normalizes.
 
     Args:
-        config: sizes, filter, statistics and augmentation.
-        training: selects the training transform.
-        normalize: False stops before the last two steps and returns uint8, as the loaders' workers
-            do; the loaders normalize and erase whole batches, with other draws for the erased
-            boxes than this function's.
+        config: sizes, filter and statistics.
+        normalize: False leaves out the last step and returns uint8, as the loaders' workers do.
 
     Returns:
-        A picklable callable. In training it draws from the global generators of `random`,
-        `numpy.random` and `torch`, so call it inside `seeded`.
+        A picklable callable.
     """
-    shared: dict[str, Any] = {
-        "input_size": config.img_size,
-        "interpolation": config.interpolation,
-        "mean": config.mean,
-        "std": config.std,
-        "normalize": normalize,
-    }
-    if not training:
-        return cast(Transform, create_transform(**shared, crop_pct=config.crop_pct))
-    augment = config.augment
     transform = create_transform(
-        **shared,
-        is_training=True,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        hflip=augment.hflip,
-        color_jitter=augment.color_jitter,
-        auto_augment=augment.rand_augment,
-        re_prob=augment.random_erasing,
-        re_mode="pixel",
-        re_count=1,
+        config.img_size,
+        interpolation=config.interpolation,
+        mean=config.mean,
+        std=config.std,
+        crop_pct=config.crop_pct,
+        normalize=normalize,
     )
-    for step in transform.transforms:
-        if isinstance(step, RandomResizedCropAndInterpolation):
-            step.get_params = draw_crop
-        if isinstance(step, RandAugment):
-            for op in step.ops:
-                if op.aug_fn is timm_posterize:
-                    op.aug_fn = _posterize
     return cast(Transform, transform)
 
 
-def draw_crop(
-    image: Image.Image | Tensor, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """Draws timm's random crop with at least one pixel; returns top, left, height and width.
+class TrainTransform:
+    """Training transform from an RGB PIL image and its key to (3, img_size, img_size) uint8.
 
-    In images of a few pixels timm rounds some heights and widths to 0. torchvision then returns a
-    black image, and DALI fails.
-    """
-    draw = RandomResizedCropAndInterpolation.get_params
-    top, left, height, width = draw(image, scale, ratio)
-    if height < 1 or width < 1:
-        image_width, image_height = get_image_size(image)
-        height, width = max(height, 1), max(width, 1)
-        top, left = min(top, image_height - height), min(left, image_width - width)
-    return top, left, height, width
-
-
-def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
-    """timm's posterize, which also accepts 0 bits and then returns a black image.
-
-    timm's increasing posterize keeps 4 - int(0.4 * level) bits. With "rand-m9-n2-mstd0.5-inc1" the
-    level is clipped at 10, which leaves 0 bits, in 2.3 % of its uses (one image in 660). Old
-    versions of Pillow returned a black image, and the published runs trained on those. Pillow 13
-    raises ValueError.
-    """
-    if bits_to_keep < 1:
-        return Image.new(image.mode, image.size)
-    return cast(Image.Image, timm_posterize(image, bits_to_keep, **kwargs))
-
-
-@contextlib.contextmanager
-def seeded(seed: int, key: tuple[int, ...], *, restore: bool | None = None) -> Iterator[None]:
-    """Seeds `random`, `numpy.random` and `torch` (CPU) from (seed, key).
-
-    timm draws from all three: crops, RandAugment levels and erased boxes from `random`, the choice
-    of RandAugment operations from `numpy.random`, flips, jitter and erasing noise from torch.
+    Random resized crop, flip, RandAugment, color jitter. timm, torchvision and Pillow do the work
+    on pixels. All randomness derives from (seed, key). The loaders normalize and erase batches.
 
     Args:
+        config: sizes, filter and augmentation.
         seed: seed of the run.
-        key: the `SampleKey` of a sample, or integers of another number for other draws.
-        restore: restore the three generators afterwards. By default only in the training process
-            (workers=0), because nothing else draws in a worker and saving numpy's state costs ten
-            times the seeding.
     """
-    derived = derive_seed(seed, *key)
-    if restore is None:
-        restore = get_worker_info() is None
-    with preserve_rng_state() if restore else contextlib.nullcontext():
-        random.seed(derived)
-        np.random.seed(derived & 0xFFFFFFFF)
-        # Not torch.manual_seed, which also seeds every accelerator and takes 90 us.
-        torch.default_generator.manual_seed(derived >> 31)
-        yield
+
+    def __init__(self, config: DataConfig, seed: int) -> None:
+        self._config = config
+        self._seed = seed
+        self._sampler = AugmentParamSampler(config, seed)
+        self._filter = InterpolationMode(config.interpolation)
+        self._op_options = self._sampler.op_options
+
+    def __call__(self, image: Image.Image, key: SampleKey) -> Tensor:
+        config = self._config
+        image = self.apply(image, self._sampler.sample([image.size], [key]))
+        if config.augment.color_jitter is not None:
+            numbers = uniforms(self._seed, [key], 6, purpose="color_jitter")[0]
+            image = _jitter(image, numbers, config.augment.color_jitter)
+        return cast(Tensor, F.pil_to_tensor(image))
+
+    def apply(self, image: Image.Image, params: AugmentParams) -> Image.Image:
+        """Crops, flips and augments an image with the first of these parameters."""
+        top, left, height, width = params.source_box[0].tolist()
+        size = params.resize_to[0].tolist()
+        image = F.resized_crop(image, top, left, height, width, size, self._filter)
+        if params.flip[0]:
+            image = F.hflip(image)
+        for op, argument in zip(params.ops[0].tolist(), params.arguments[0].tolist(), strict=True):
+            if op >= 0:
+                image = apply_op(image, OPERATIONS[op], argument, self._op_options)
+        return image
 
 
-@contextlib.contextmanager
-def preserve_rng_state() -> Iterator[None]:
-    """Restores the states of `random`, `numpy.random` and `torch` (CPU) on exit."""
-    python_state, torch_state = random.getstate(), torch.default_generator.get_state()
-    numpy_state = np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.default_generator.set_state(torch_state)
+def apply_op(
+    image: Image.Image, name: str, argument: float, options: Mapping[str, Any]
+) -> Image.Image:
+    """Applies an operation of RandAugment with timm's function.
+
+    Args:
+        name: one of `OPERATIONS`.
+        argument: its argument; ignored if it has none.
+        options: timm's filter and fill color for geometric operations.
+    """
+    if name == "Posterize" and argument < 1:
+        # With "rand-m9-n2-mstd0.5-inc1" 2.3 % of its uses keep no bits. Old versions of Pillow
+        # returned a black image, and the published runs trained on those. Pillow 13 refuses it.
+        return Image.new(image.mode, image.size)
+    value = int(argument) if name in _WHOLE_ARGUMENT else argument
+    values = () if name in _WITHOUT_ARGUMENT else (value,)
+    return cast(Image.Image, NAME_TO_OP[name](image, *values, **options))
+
+
+def _jitter(image: Image.Image, numbers: NDArray[np.float64], strength: float) -> Image.Image:
+    """Changes brightness, contrast and saturation in random order, as torchvision's ColorJitter."""
+    adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
+    low, high = max(0.0, 1 - strength), 1 + strength
+    factors = (low + (high - low) * numbers[:3]).tolist()
+    for n in np.argsort(numbers[3:]).tolist():
+        image = adjust[n](image, factors[n])
+    return image

@@ -1,114 +1,163 @@
-"""Random augmentation parameters of a sample, drawn as timm draws them, without pixels."""
+"""Random augmentation parameters of a batch, drawn with timm's probabilities, without pixels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
-import torch
-from timm.data.auto_augment import AugmentOp, RandAugment
-from torchvision.transforms import Compose
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from featkd.data.augment import build_transform, draw_crop, seeded
 from featkd.data.config import DataConfig
-from featkd.data.sampler import SampleKey
+from featkd.data.draws import uniforms
+from featkd.data.rand_augment import Floats, RandAugmentSampler, timm_rand_augment
+
+_TRIES = 10  # windows tried before the central one, as in timm
+_CROP = 2 * _TRIES + 2  # numbers for a window: areas, aspect ratios, and its place
 
 
-class RandAugmentOp(NamedTuple):
-    """A RandAugment operation with timm's name and arguments: RandAugmentOp("Rotate", (27.0,))."""
-
-    name: str
-    arguments: tuple[float, ...]
-
-
-@dataclass
-class AugmentParams:
-    """Parameters that turn an image into one sample; the steps are in the order of the fields.
+class AugmentParams(NamedTuple):
+    """Parameters that turn B images into samples; the steps are in the order of the fields.
 
     Attributes:
-        source_box: top, left, height, width of the region that is read from the stored image.
-        resize_to: height, width to which the region is resized.
-        crop_offset: top, left of the final crop in the resized region.
-        flip: whether the crop is flipped horizontally.
-        operations: RandAugment operations in order, without those skipped by their probability.
+        source_box: (B, 4) int32, top, left, height, width of the region that is read from each
+            stored image.
+        resize_to: (B, 2) int32, height and width to which the region is resized.
+        crop_offset: (B, 2) int32, top and left of the final crop in the resized region.
+        flip: (B,) bool, flips the crop horizontally.
+        ops: (B, num_ops) int64, RandAugment's operations in order; see `RandAugmentSampler.sample`.
+        arguments: (B, num_ops) float64, their arguments.
     """
 
-    source_box: tuple[int, int, int, int]
-    resize_to: tuple[int, int]
-    crop_offset: tuple[int, int]
-    flip: bool = False
-    operations: list[RandAugmentOp] = field(default_factory=list)
+    source_box: NDArray[np.int32]
+    resize_to: NDArray[np.int32]
+    crop_offset: NDArray[np.int32]
+    flip: NDArray[np.bool_]
+    ops: NDArray[np.int64]
+    arguments: Floats
 
 
 class AugmentParamSampler:
-    """Draws the parameters that `build_transform(config, training=True)` would use.
+    """Draws the parameters of training samples; equal parameters for equal keys.
 
-    It makes the same calls to timm in the same order, so both draw equal values.
+    timm and torchvision draw the same distributions, one image after the other.
 
     Args:
-        config: sizes and augmentation, without color jitter.
+        config: sizes and augmentation; color jitter is drawn elsewhere.
         seed: seed of the run.
 
     Attributes:
-        op_names: timm's names of the operations that RandAugment chooses from.
+        op_names: timm's names of the operations that RandAugment chooses from, without suffixes.
         num_ops: number of operations that RandAugment applies per image.
-        fill_color: red, green and blue (0..255) that geometric operations fill with.
+        op_options: timm's keyword arguments for all operations: filter and fill color.
+
+    Raises:
+        ValueError: RandAugment cannot be drawn as configured.
     """
 
     def __init__(self, config: DataConfig, seed: int) -> None:
         self._config = config
         self._seed = seed
-        transform = build_transform(config, training=True, normalize=False)
-        assert isinstance(transform, Compose)
-        steps = transform.transforms
-        self._rand_augment = next((s for s in steps if isinstance(s, RandAugment)), None)
-        ops: list[AugmentOp] = [] if self._rand_augment is None else self._rand_augment.ops
-        for op in ops:
-            op.aug_fn = partial(_record, op.name)
-        self.op_names = [op.name for op in ops]
-        self.num_ops = 0 if self._rand_augment is None else self._rand_augment.num_layers
-        self.fill_color: tuple[int, int, int] = ops[0].kwargs["fillcolor"] if ops else (0, 0, 0)
+        self._rand_augment: RandAugmentSampler | None = None
+        self.op_names: list[str] = []
+        self.num_ops = 0
+        self.op_options: dict[str, Any] = {}
+        if config.augment.rand_augment is not None:
+            timms = timm_rand_augment(config)
+            self._rand_augment = RandAugmentSampler(timms)
+            self.op_names, self.num_ops = self._rand_augment.names, self._rand_augment.num_ops
+            self.op_options = timms.ops[0].kwargs
 
-    def sample(self, size: tuple[int, int], key: SampleKey) -> AugmentParams:
-        """Draws the parameters for an image of `size` (width, height).
+    @property
+    def fill_color(self) -> tuple[int, int, int]:
+        """Red, green and blue (0..255) that geometric operations fill with."""
+        color: tuple[int, int, int] = self.op_options.get("fillcolor", (0, 0, 0))
+        return color
 
-        The global generators are left seeded. Wrap the calls for a batch in one
-        `preserve_rng_state`.
+    def sample(self, sizes: ArrayLike, keys: ArrayLike) -> AugmentParams:
+        """Draws the parameters of a batch.
+
+        Args:
+            sizes: (B, 2), width and height of each stored image.
+            keys: (B, 3), the `SampleKey` of each.
         """
-        config = self._config
-        side = config.img_size
-        augment = config.augment
-        # timm reads only the image's shape, so an expanded tensor without memory will do.
-        image = torch.empty(1).expand(1, size[1], size[0])
-        with seeded(self._seed, key, restore=False):
-            window = draw_crop(image, augment.scale, augment.ratio)
-            params = AugmentParams(window, (side, side), (0, 0))
-            params.flip = augment.hflip > 0 and bool(torch.rand(1) < augment.hflip)
-            if self._rand_augment is not None:
-                self._rand_augment(params.operations)
-        return params
+        config, rand_augment = self._config, self._rand_augment
+        count = _CROP + 1 + (0 if rand_augment is None else rand_augment.count)
+        numbers = uniforms(self._seed, keys, count, purpose="augment")
+        side, b = config.img_size, len(numbers)
+        if rand_augment is None:
+            ops, arguments = np.empty((b, 0), np.int64), np.empty((b, 0))
+        else:
+            ops, arguments = rand_augment.sample(numbers[:, _CROP + 1 :])
+        return AugmentParams(
+            draw_crops(
+                np.asarray(sizes, np.float64).reshape(b, 2),
+                numbers[:, :_CROP],
+                config.augment.scale,
+                config.augment.ratio,
+            ),
+            np.full((b, 2), side, np.int32),
+            np.zeros((b, 2), np.int32),
+            numbers[:, _CROP] < config.augment.hflip,
+            ops,
+            arguments,
+        )
 
 
-def evaluation_params(size: tuple[int, int], side: int, crop_pct: float) -> AugmentParams:
+def draw_crops(
+    sizes: Floats, numbers: Floats, scale: tuple[float, float], ratio: tuple[float, float]
+) -> NDArray[np.int32]:
+    """Turns uniform numbers into windows of random area and aspect ratio.
+
+    A window has an area uniform in `scale` times the image's, and a uniform logarithm of its aspect
+    ratio. The first of ten that fits the image is taken, at a uniform place; otherwise the largest
+    central window with an aspect ratio within `ratio`. Windows have at least one pixel: timm rounds
+    some of them to 0 in images of a few pixels.
+
+    Args:
+        sizes: (B, 2), widths and heights.
+        numbers: (B, 22), uniform in [0, 1).
+        scale: smallest and largest share of the area.
+        ratio: smallest and largest width / height.
+
+    Returns:
+        (B, 4): top, left, height, width.
+    """
+    width, height = sizes[:, :1], sizes[:, 1:]
+    area = (scale[0] + (scale[1] - scale[0]) * numbers[:, :_TRIES]) * (width * height)
+    low, high = np.log(ratio)
+    aspect = np.exp(low + (high - low) * numbers[:, _TRIES : 2 * _TRIES])
+    widths, heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    first = ((widths <= width) & (heights <= height)).argmax(1)[:, None]
+    tried_width = np.take_along_axis(widths, first, 1)
+    tried_height = np.take_along_axis(heights, first, 1)
+    fits = (tried_width <= width) & (tried_height <= height)
+    w = np.where(fits, tried_width, np.minimum(width, np.rint(height * ratio[1])))
+    h = np.where(fits, tried_height, np.minimum(height, np.rint(width / ratio[0])))
+    w, h = np.maximum(w, 1), np.maximum(h, 1)
+    free = np.hstack((height - h, width - w))
+    place = np.where(fits, np.floor(numbers[:, 2 * _TRIES :] * (free + 1)), free // 2)
+    boxes: NDArray[Any] = np.hstack((place, h, w))
+    return boxes.astype(np.int32)
+
+
+def evaluation_params(sizes: ArrayLike, side: int, crop_pct: float) -> AugmentParams:
     """Returns the parameters of the central crop, rounded as torchvision rounds.
 
     Args:
-        size: width and height of the image.
+        sizes: (B, 2), width and height of each image.
         side: height and width of the result.
         crop_pct: fraction of the shorter side that is kept.
     """
-    width, height = size
+    shapes = np.asarray(sizes, np.int64).reshape(-1, 2)[:, ::-1]
     shorter = int(side / crop_pct)
-    longer = int(shorter * max(size) / min(size))
-    resized = (shorter, longer) if height <= width else (longer, shorter)
-    top, left = (round((length - side) / 2.0) for length in resized)
-    return AugmentParams((0, 0, height, width), resized, (top, left))
-
-
-def _record(
-    name: str, operations: list[RandAugmentOp], *arguments: float, **_: Any
-) -> list[RandAugmentOp]:
-    """Records an operation; replaces timm's function, with the list in place of the image."""
-    operations.append(RandAugmentOp(name, arguments))
-    return operations
+    resized = (shorter * shapes / shapes.min(1, keepdims=True)).astype(np.int32)
+    offset = np.rint((resized - side) / 2.0).astype(np.int32)
+    b = len(shapes)
+    return AugmentParams(
+        np.hstack((np.zeros_like(shapes), shapes)).astype(np.int32),
+        resized,
+        offset,
+        np.zeros(b, np.bool_),
+        np.empty((b, 0), np.int64),
+        np.empty((b, 0)),
+    )

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from featkd.data.augment import build_transform, seeded
+from featkd.data.augment import TrainTransform, build_transform
 from featkd.data.config import DataConfig
 from featkd.data.folder import FolderSource, images_in, split_folder
 from featkd.data.images import BadImageError, decode_image
@@ -143,7 +143,8 @@ class ImageSet(Dataset[Sample]):
         self.training = split == "train"
         self.seed = seed
         self.skip = config.on_bad_image == "skip"
-        self.transform = build_transform(config, training=self.training, normalize=False)
+        self._train_transform = TrainTransform(config, seed) if self.training else None
+        self._transform = build_transform(config, normalize=False)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -237,10 +238,9 @@ class ImageSet(Dataset[Sample]):
 
     def _transformed(self, image: Image.Image, index: int, key: SampleKey) -> Tensor:
         try:
-            if not self.training:
-                return self.transform(image)
-            with seeded(self.seed, key):
-                return self.transform(image)
+            if self._train_transform is None:
+                return self._transform(image)
+            return self._train_transform(image, key)
         except Exception as error:
             # Not a BadImageError, because "skip" must not hide a broken transform.
             raise RuntimeError(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 from timm.data import Mixup
 
-from featkd.data.augment import seeded
 from featkd.data.config import AugmentConfig
 from featkd.data.loader import Batch
+from featkd.runtime.seeding import derive_seed
 
 _SEED_PART = 1  # fifth part of the seed; a sample's seed has four parts, so the two differ
 
@@ -80,6 +84,17 @@ class Mixer:
         # A copy, because timm mixes in place and the loader may reuse the memory of its images.
         images = batch.images.to(self._device, non_blocking=True, copy=True)
         targets = batch.targets.to(self._device, non_blocking=True)
-        with seeded(self._seed, (epoch, number, rank, _SEED_PART), restore=True):
+        with _numpy_seeded(self._seed, epoch, number, rank, _SEED_PART):
             images, targets = self._mixup(images, targets)
         return batch._replace(images=images, targets=targets)
+
+
+@contextlib.contextmanager
+def _numpy_seeded(*parts: int) -> Iterator[None]:
+    """Seeds `numpy.random`, from which timm's `Mixup` draws, and restores it on exit."""
+    state = np.random.get_state()
+    try:
+        np.random.seed(derive_seed(*parts) & 0xFFFFFFFF)
+        yield
+    finally:
+        np.random.set_state(state)

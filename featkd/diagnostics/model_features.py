@@ -152,7 +152,7 @@ class _Images(Dataset[tuple[Tensor, Tensor, list[BadImageError]]]):
         self.paths = paths
         self.skip = skip
         self._size = size
-        self._transform = build_transform(config, training=False)
+        self._transform = build_transform(config)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[BadImageError]]:
         kept, images, bad = [], [], []

@@ -218,7 +218,8 @@ def cache_subject(recipe: Recipe, loader: Loader, context: ProcessContext) -> di
 def _versions(decoder: str) -> Mapping[str, str]:
     """Versions of the packages that determine the pixels, without build suffixes ("+cu130").
 
-    With DALI, timm still draws the augmentation with torch, torchvision, Pillow and numpy.
+    With DALI too NumPy draws, timm defines RandAugment, torch resizes on the CPU, and Pillow
+    decodes unusual files.
     """
     names = ("torch", "numpy", "timm", "torchvision", "pillow")
     found = {name: metadata.version(name).partition("+")[0] for name in names}

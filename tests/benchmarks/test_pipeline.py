@@ -8,14 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from featkd.benchmarks import loader, step, train_step
+from featkd.benchmarks.loader_overhead import overhead_loader
 from featkd.benchmarks.photographs import photographs
 from featkd.benchmarks.throughput import Rate
 from featkd.cli.main import main
 from featkd.data import Batch, DataConfig
+from featkd.data.dali.loader import DaliLoader
 from featkd.train.recipe import to_yaml
 from featkd.train.trainer import Trainer
 from tests.train.runs import CPU
@@ -27,6 +30,12 @@ OTHERS = {
     "cached": step.Way("off", False, "auto", cached=True),
     "cached_bf16": step.Way("bf16", False, "auto", cached=True),
 }
+
+
+def dali_loader(config: DataConfig, batch_size: int) -> DaliLoader:
+    pytest.importorskip("nvidia.dali")
+    config = replace(config, backend="dali")
+    return loader.build_loader(config, split="train", batch_size=batch_size)
 
 
 @pytest.fixture
@@ -101,6 +110,32 @@ def test_loader_reports_what_could_not_be_built(images, tmp_path, monkeypatch, c
         for library in ("timm", "torchvision"):
             assert figures[name, f"{library}/plain", "images_per_s"] > 0
     assert not any(key[:2] == ("loader", "dali/plain") for key in figures)
+    assert figures["overhead", "dali/plain", "images_per_s"] > 0
+    assert figures["overhead", "dali/randaugment", "images_per_s"] > 0
+
+
+def test_the_overhead_is_of_all_that_the_loader_does_without_pixels(images, monkeypatch):
+    """The pipeline's inputs are those of DALI, from files in memory."""
+    config = loader.with_form(DataConfig(str(images), img_size=16, workers=2), "randaugment")
+    fed, real = [], DaliLoader._feed
+    monkeypatch.setattr(DaliLoader, "_feed", lambda self: fed.append(real(self)) or fed[-1])
+
+    def run(built):
+        keys = torch.cat([batch.keys for batch in built])
+        built.close()
+        inputs = fed.copy()
+        fed.clear()
+        return keys, inputs
+
+    keys, ours = run(overhead_loader(config, 4))
+    expected, theirs = run(dali_loader(config, 4))
+    assert torch.equal(keys, expected)
+    assert len(ours) == len(theirs) == len(keys) // 4 > 3
+    for mine, its in zip(ours, theirs, strict=True):
+        for a, b in zip(mine, its, strict=True):
+            assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    first = next(iter(overhead_loader(config, 4)))
+    assert first.images.shape == (4, 3, 16, 16)
 
 
 def test_every_loader_augments_alike():

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from featkd.data import AugmentConfig, DataConfig, build_loader
-from featkd.data.augment import build_transform, preserve_rng_state, seeded
-from featkd.data.augment_params import AugmentParams, AugmentParamSampler, RandAugmentOp
+from featkd.data import AugmentConfig, BadImageError, DataConfig, build_loader
+from featkd.data.augment import apply_op
+from featkd.data.augment_params import AugmentParamSampler, evaluation_params
 from featkd.data.dali import (
     as_png,
     build_pipeline,
@@ -22,11 +22,11 @@ from featkd.data.dali import (
     support,
     unsupported_reason,
 )
-from featkd.data.sampler import SampleKey
+from featkd.data.rand_augment import OPERATIONS
 from featkd.train.checkpoint import load
 from featkd.train.recipe import LossConfig
 from tests.data.conftest import MakeSet, break_file, save_noise, without_segment
-from tests.data.dali_pixels import OPERATIONS, through_dali
+from tests.data.dali_pixels import LIKELY_OPS, through_dali
 from tests.train.runs import run
 
 pytest.importorskip("nvidia.dali")
@@ -77,37 +77,6 @@ def test_unusual_files_are_read_as_timm_reads_them(make_set: MakeSet):
     assert ((ours - theirs).abs().mean((1, 2, 3)) * 255 * 0.225).max() < 0.7
 
 
-def test_parameters_equal_those_of_timms_transform(make_set: MakeSet):
-    """Compares operations and arguments inside timm's transform; `test_close_to_timm` the boxes."""
-    config = DataConfig(str(make_set()), img_size=32)
-    sampler = AugmentParamSampler(config, seed=3)
-    transform = build_transform(config, training=True)
-    done: list[RandAugmentOp] = []
-    for op in transform.transforms[2].ops:
-        op.aug_fn = _spy(op.name, op.aug_fn, done)
-    image = Image.new("RGB", (90, 70))
-    state = torch.get_rng_state()
-    applied = 0
-    for number in range(40):
-        key = SampleKey(1, number, 0)
-        done.clear()
-        with seeded(3, key):
-            transform(image)
-        with preserve_rng_state():
-            assert sampler.sample(image.size, key).operations == done
-        applied += len(done)
-    assert 20 < applied < 60  # two layers, each with probability 1/2
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def _spy(name, function, done):
-    def spy(image, *arguments, **options):
-        done.append(RandAugmentOp(name, arguments))
-        return function(image, *arguments, **options)
-
-    return spy
-
-
 # largest difference in levels of 255; DALI's affine operations are bilinear, Pillow's bicubic
 _LARGEST = {"AutoContrast": 1, "Color": 1, "Contrast": 1, "Equalize": 3}
 _MEAN = {"Rotate": 2.0, "Shear": 2.0, "Translate": 2.0, "Sharpness": 0.6}
@@ -116,32 +85,32 @@ _MEAN = {"Rotate": 2.0, "Shear": 2.0, "Translate": 2.0, "Sharpness": 0.6}
 def test_each_operation_is_close_to_timms():
     """One batch holds all operations, one per image."""
     config = DataConfig(img_size=64)
-    steps = build_transform(config, training=True).transforms
-    ops = {op.name: op for op in steps[2].ops}
-    assert {operation.name for operation in OPERATIONS} == ops.keys()
+    sampler = AugmentParamSampler(config, seed=0)
+    assert {name for name, _ in LIKELY_OPS} == set(sampler.op_names)
     rng = np.random.default_rng(1)
     coarse = Image.fromarray(rng.integers(30, 220, (9, 9, 3), dtype=np.uint8))
     image = coarse.resize((64, 64), Image.Resampling.BICUBIC)
-    whole = AugmentParams((0, 0, 64, 64), (64, 64), (0, 0))
+    count = len(LIKELY_OPS)
+    whole = evaluation_params([image.size] * count, 64, 1.0)
     ours = through_dali(
         config,
-        [as_png(image)] * len(OPERATIONS),
-        [replace(whole, operations=[operation]) for operation in OPERATIONS],
-        num_ops=1,
+        [as_png(image)] * count,
+        whole._replace(
+            ops=np.array([[OPERATIONS.index(name)] for name, _ in LIKELY_OPS]),
+            arguments=np.array([[argument] for _, argument in LIKELY_OPS]),
+        ),
         fill_color=(124, 116, 104),
     )
-    for operation, found in zip(OPERATIONS, ours, strict=True):
-        op = ops[operation.name]
-        theirs = np.asarray(op.aug_fn(image, *operation.arguments, **op.kwargs), np.float32)
+    for (name, argument), found in zip(LIKELY_OPS, ours, strict=True):
+        theirs = np.asarray(apply_op(image, name, argument, sampler.op_options), np.float32)
         apart = np.abs(found - theirs)
-        mean = next((m for name, m in _MEAN.items() if operation.name.startswith(name)), None)
+        mean = next((m for start, m in _MEAN.items() if name.startswith(start)), None)
         if mean is not None:
-            assert apart.mean() < mean, operation
-            assert apart.mean() > 0, operation  # otherwise the operation was not applied
+            assert apart.mean() < mean, name
+            assert apart.mean() > 0, name  # otherwise the operation was not applied
         else:
-            name = operation.name.removesuffix("Increasing")
-            assert apart.max() <= _LARGEST.get(name, 0), operation
-        assert np.abs(theirs - np.asarray(image)).mean() > 0.3, operation
+            assert apart.max() <= _LARGEST.get(name, 0), name
+        assert np.abs(theirs - np.asarray(image)).mean() > 0.3, name
 
 
 def test_operations_follow_the_flip_and_each_other(make_set: MakeSet):
@@ -191,10 +160,11 @@ def test_the_pipeline_of_a_gpu_can_be_defined(make_set: MakeSet, monkeypatch, de
     """DALI checks the operators' inputs while it defines the graph; running it needs a driver."""
     from nvidia.dali import fn
 
-    decode, calls = fn.decoders.image_slice, []
+    decode, crop, calls, crops = fn.decoders.image_slice, fn.slice, [], []
     monkeypatch.setattr(
         fn.decoders, "image_slice", lambda *inputs, **k: calls.append(k) or decode(*inputs, **k)
     )
+    monkeypatch.setattr(fn, "slice", lambda *x, **k: crops.append(crop(*x, **k)) or crops[-1])
     build_pipeline(
         DataConfig(str(make_set()), img_size=32),
         lambda: ([],),
@@ -207,6 +177,11 @@ def test_the_pipeline_of_a_gpu_can_be_defined(make_set: MakeSet, monkeypatch, de
     assert options["device"] == ("cpu" if device == "cpu" else "mixed")
     # By default nvJPEG repeats the chroma samples, which libjpeg and Pillow interpolate.
     assert options["jpeg_fancy_upsampling"] == (device != "cpu")
+    # A GPU input for the place or the size would be copied back and waited for.
+    (cropped,) = crops
+    image, *others = cropped.source.inputs
+    assert image.device == ("cpu" if device == "cpu" else "gpu")
+    assert [each.device for each in others] == ["cpu"]
 
 
 def test_unsupported_configurations_are_refused_or_use_timm(make_set: MakeSet):
@@ -288,6 +263,37 @@ def test_is_whole_jpeg_detects_damage(options):
     assert not is_whole_jpeg(content[: scan + 90] + b"\xff" * 9 + b"\2" + content[scan + 100 :])
     for code in (0xDA, 0xDB, 0xC2 if "progressive" in options else 0xC0):
         assert not is_whole_jpeg(without_segment(content, code))
+
+
+def test_headers_read_without_pillow_are_those_that_pillow_reads(monkeypatch):
+    """Damaged headers too: a file is refused, kept or converted as by Pillow alone."""
+    contents = [save_jpeg(**options) for options in JPEGS]
+    contents += [save_jpeg(exif=b"Exif\0\0"), save_jpeg(icc_profile=b"profile"), b"", b"GIF"]
+    rng = np.random.default_rng(0)
+    plain = save_jpeg()
+    header = plain.index(b"\xff\xda")
+    for place in rng.integers(2, header + 14, 400).tolist():
+        other = rng.integers(0, 256, 1, dtype=np.uint8).tobytes()
+        contents.append(plain[:place] + other + plain[place + 1 :])
+    opened = []
+    real = files.open_image
+    monkeypatch.setattr(files, "open_image", lambda content: opened.append(1) or real(content))
+
+    def outcome(content):
+        try:
+            file, size = files.load(content, "x")
+        except BadImageError as error:
+            return str(error)
+        return file.tobytes(), size
+
+    found = [outcome(content) for content in contents]
+    few = len(opened)
+    monkeypatch.setattr(files, "_usual_size", lambda segments: None)
+    expected = [outcome(content) for content in contents]
+    assert len(opened) - few == len(contents)
+    assert few < len(contents) / 2
+    assert found == expected
+    assert found[0] == (plain, (70, 90))
 
 
 def test_images_of_a_few_pixels(make_set: MakeSet):

@@ -480,13 +480,15 @@ def test_a_set_of_unreadable_images_ends(make_set: MakeSet, spoil: Spoil) -> Non
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_skip_does_not_hide_a_failing_transform(make_set: MakeSet, split: Any) -> None:
+def test_skip_does_not_hide_a_failing_transform(
+    make_set: MakeSet, monkeypatch: pytest.MonkeyPatch, split: Any
+) -> None:
     dataset = ImageSet(replace(config(make_set()), on_bad_image="skip"), split, seed=4)
 
-    def fails(image: Image.Image) -> torch.Tensor:
+    def fails(*_: Any) -> torch.Tensor:
         raise ZeroDivisionError("no such luck")
 
-    dataset.transform = fails
+    monkeypatch.setattr(dataset, "_train_transform" if split == "train" else "_transform", fails)
     with pytest.raises(
         RuntimeError, match=r"transform failed on .*/.*jpg \(seed 4, .*no such luck"
     ):

@@ -4,7 +4,7 @@
 
 1. `read_ahead` reads the files in threads. `files` checks each one, and replaces it with a PNG of
    Pillow's pixels if DALI would decode it differently.
-2. `featkd.data.augment_params` draws the random parameters as timm's transform would.
+2. `featkd.data.augment_params` draws the random parameters of the whole batch.
 3. `pipeline` decodes, resizes, flips and augments (`randaugment`), all in DALI.
 4. `featkd.data.device` normalizes and erases, as for the timm loader.
 

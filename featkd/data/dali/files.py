@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from featkd.data.images import decode_image, open_image
@@ -17,9 +17,14 @@ File = tuple[np.ndarray[Any, Any], tuple[int, int]]
 _START, _END = b"\xff\xd8", 0xD9
 _SCAN, _TABLES, _RESTARTS = 0xDA, 0xDB, 0xDD
 _FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive, with Huffman codes
-# In the data of a scan, 0xff is followed by 0, or by a restart marker if the file declares them.
-_AFTER_SCAN = re.compile(rb"\xff[^\x00]")
-_AFTER_SCAN_WITH_RESTARTS = re.compile(rb"\xff[^\x00\xd0-\xd7]")
+_HUFFMAN, _COMMENT = 0xC4, 0xFE
+_JFIF, _ADOBE = 0xE0, 0xEE
+_MOST_PIXELS = 1 << 26  # Pillow warns about larger images, or refuses them
+
+
+class _Segment(NamedTuple):
+    code: int
+    content: memoryview
 
 
 def load(content: bytes, name: str) -> File:
@@ -32,18 +37,21 @@ def load(content: bytes, name: str) -> File:
     Raises:
         BadImageError: the content is not an image, or is truncated.
     """
-    try:
-        with open_image(content) as image:
-            plain = image.format == "JPEG" and image.mode in ("RGB", "L")
-            size = image.size
-    except Exception:
-        decode_image(content, name)  # raises the BadImageError
-        raise
-    if plain and is_whole_jpeg(content):
-        return np.frombuffer(content, dtype=np.uint8), size
-    # decode_image defines the pixels of CMYK, 16-bit, palette and damaged images
-    rgb = decode_image(content, name)
-    return as_png(rgb), rgb.size
+    segments = _segments(content)
+    size = None if segments is None else _usual_size(segments)
+    if size is None:  # Pillow opens every other file
+        try:
+            with open_image(content) as image:
+                plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+                size = image.size
+        except Exception:
+            decode_image(content, name)  # raises the BadImageError
+            raise
+        if segments is None or not plain:
+            # decode_image defines the pixels of CMYK, 16-bit, palette and damaged images
+            rgb = decode_image(content, name)
+            return as_png(rgb), rgb.size
+    return np.frombuffer(content, dtype=np.uint8), size
 
 
 def load_decodable(content: bytes, name: str) -> File:
@@ -62,26 +70,79 @@ def is_whole_jpeg(content: bytes) -> bool:
     Decoders fill lost parts of a scan with grey, and only some report it. This check reads only
     the headers and searches the scans for stray markers, so it is much faster than decoding.
     """
+    return _segments(content) is not None
+
+
+def _segments(content: bytes) -> list[_Segment] | None:
+    """Returns the segments up to the end marker; None if `content` is not a whole JPEG."""
     if not content.startswith(_START):
-        return False
+        return None
+    view = memoryview(content)
+    found: list[_Segment] = []
     seen: set[int] = set()
+    ends: NDArray[np.bool_] | None = None
     at = len(_START)
     while content[at : at + 1] == b"\xff" and at + 1 < len(content):
         code = content[at + 1]
         if code == _END:
-            return _SCAN in seen and _TABLES in seen and not seen.isdisjoint(_FRAMES)
+            whole = _SCAN in seen and _TABLES in seen and not seen.isdisjoint(_FRAMES)
+            return found if whole else None
         length = int.from_bytes(content[at + 2 : at + 4], "big")
         if length < 2:  # the length includes its own two bytes
-            return False
+            return None
+        if code == _RESTARTS:
+            ends = None
         seen.add(code)
+        found.append(_Segment(code, view[at + 4 : at + 2 + length]))
         at += 2 + length
         if code == _SCAN:
-            after = _AFTER_SCAN_WITH_RESTARTS if _RESTARTS in seen else _AFTER_SCAN
-            found = after.search(content, at)
-            if found is None:
-                return False
-            at = found.start()
-    return False
+            if ends is None:
+                ends = _ends_of_scans(content, restarts=_RESTARTS in seen)
+            if not ends[at:].any():
+                return None
+            at += int(ends[at:].argmax())
+    return None
+
+
+def _ends_of_scans(content: bytes, *, restarts: bool) -> NDArray[np.bool_]:
+    """Marks the places at which the data of a scan would end.
+
+    In the data 0xff is followed by 0, or by a restart marker if the file declares them.
+    """
+    data = np.frombuffer(content, dtype=np.uint8)
+    ends: NDArray[np.bool_] = data[1:] != 0
+    ends &= data[:-1] == 0xFF
+    if restarts:
+        ends &= (data[1:] & 0xF8) != 0xD0
+    return ends
+
+
+def _usual_size(segments: list[_Segment]) -> tuple[int, int] | None:
+    """Returns the (width, height) of an RGB or grey JPEG whose headers Pillow accepts.
+
+    Returns None for any header of which that is not certain. Pillow takes three times as long.
+    """
+    size = None
+    for code, content in segments:
+        if code in _FRAMES:
+            known = len(content) > 5 and content[0] == 8 and content[5] in (1, 3)
+            if size is not None or not known or len(content) != 6 + 3 * content[5]:
+                return None
+            height, width = int.from_bytes(content[1:3], "big"), int.from_bytes(content[3:5], "big")
+            if not 0 < width * height <= _MOST_PIXELS:
+                return None
+            size = width, height
+        elif code == _SCAN:
+            return size
+        elif code == _TABLES:
+            if len(content) % 65 or any(precision > 15 for precision in content[::65]):
+                return None
+        elif code in (_JFIF, _ADOBE):
+            if len(content) < 12:
+                return None
+        elif code not in (_HUFFMAN, _RESTARTS, _COMMENT):
+            return None
+    return None
 
 
 def as_png(image: Image.Image) -> np.ndarray[Any, Any]:

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from featkd.data.augment import preserve_rng_state
-from featkd.data.augment_params import AugmentParams, AugmentParamSampler, evaluation_params
+from featkd.data.augment_params import AugmentParamSampler, evaluation_params
 from featkd.data.config import DataConfig
-from featkd.data.dali.files import load
+from featkd.data.dali.files import File, load
 from featkd.data.dali.pipeline import build_pipeline, pipeline_inputs
 from featkd.data.dali.read_ahead import EpochReader, FedBatch
 from featkd.data.imageset import ImageSet
@@ -49,7 +48,6 @@ class DaliLoader(SampledLoader):
         self._param_sampler = (
             AugmentParamSampler(config, dataset.seed) if dataset.training else None
         )
-        self._num_ops = 0 if self._param_sampler is None else self._param_sampler.num_ops
         self._reader: EpochReader | None = None
         self._pipeline: Any = None
 
@@ -123,10 +121,10 @@ class DaliLoader(SampledLoader):
         """Describes the image that a pipeline fails on, found by halving the batches."""
         samples = []
         for batch in fed:
-            for key, params in zip(batch.keys, batch.params, strict=True):
+            for key in batch.keys:
                 decoded, _ = self.dataset.decode(key, load)
                 if decoded is not None:
-                    samples.append((decoded[0][0], params, decoded[2]))
+                    samples.append((decoded[0], key, decoded[2]))
         count = len(samples)
         while len(samples) > 1:
             half = samples[: len(samples) // 2]
@@ -135,10 +133,10 @@ class DaliLoader(SampledLoader):
             return f"{printable(self.dataset.name(samples[0][2]))}, which Pillow decodes"
         return f"a batch, but on none of its {count} images alone, all of which Pillow decodes"
 
-    def _fails(self, samples: Sequence[tuple[Any, AugmentParams, int]]) -> bool:
+    def _fails(self, samples: Sequence[tuple[File, SampleKey, int]]) -> bool:
         """Checks if a new pipeline fails on these samples."""
-        files, params = [file for file, _, _ in samples], [params for _, params, _ in samples]
-        inputs = iter([pipeline_inputs(files, params, self._num_ops, self._config.img_size)])
+        files, keys = [file for file, _, _ in samples], [key for _, key, _ in samples]
+        inputs = iter([self._inputs(files, keys)])
         try:
             self._build_pipeline(lambda: next(inputs), len(samples)).run(_stream(self._device))
         except RuntimeError:
@@ -152,18 +150,18 @@ class DaliLoader(SampledLoader):
         else:
             self._pipeline.reset()
 
-    def _build_pipeline(self, feed: Callable[[], tuple[list[Any], ...]], batch_size: int) -> Any:
+    def _build_pipeline(self, feed: Callable[[], tuple[Any, ...]], batch_size: int) -> Any:
         sampler = self._param_sampler
         return build_pipeline(
             self._config,
             feed,
             batch_size=batch_size,
-            num_ops=self._num_ops,
+            num_ops=0 if sampler is None else sampler.num_ops,
             fill_color=(0, 0, 0) if sampler is None else sampler.fill_color,
             device=self._device,
         )
 
-    def _feed(self) -> tuple[list[Any], ...]:
+    def _feed(self) -> tuple[Any, ...]:
         """Returns the pipeline's inputs for a batch; DALI calls it ahead of the output.
 
         Raises:
@@ -185,24 +183,21 @@ class DaliLoader(SampledLoader):
             reader.requested.append([key for key, _ in batch])
             if not files:
                 continue
-            params = self._draw_params([size for _, size in files], keys)
             errors, requested = reader.errors, reader.requested
-            reader.fed.append(
-                FedBatch(keys, targets, source_index, params, errors, requested, decodable)
-            )
+            reader.fed.append(FedBatch(keys, targets, source_index, errors, requested, decodable))
             reader.errors, reader.requested = [], []
-            contents = [content for content, _ in files]
-            return pipeline_inputs(contents, params, self._num_ops, self._config.img_size)
+            return self._inputs(files, keys)
         raise StopIteration
 
-    def _draw_params(
-        self, sizes: list[tuple[int, int]], keys: list[SampleKey]
-    ) -> list[AugmentParams]:
+    def _inputs(self, files: Sequence[File], keys: Sequence[SampleKey]) -> tuple[Any, ...]:
+        """Returns the pipeline's inputs for these files and keys."""
         config, sampler = self._config, self._param_sampler
+        contents, sizes = [content for content, _ in files], [size for _, size in files]
         if sampler is None:
-            return [evaluation_params(size, config.img_size, config.crop_pct) for size in sizes]
-        with preserve_rng_state():
-            return [sampler.sample(size, key) for size, key in zip(sizes, keys, strict=True)]
+            params = evaluation_params(sizes, config.img_size, config.crop_pct)
+        else:
+            params = sampler.sample(sizes, keys)
+        return pipeline_inputs(contents, params, config.img_size)
 
 
 def _reason(error: RuntimeError) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,12 @@ import torch.nn.functional as F
 
 from featkd.data.augment_params import AugmentParams
 from featkd.data.config import DataConfig
-from featkd.data.dali.randaugment import apply_op, encode_op
+from featkd.data.dali.randaugment import apply_op, encode_ops
 
 
 def build_pipeline(
     config: DataConfig,
-    feed: Callable[[], tuple[list[Any], ...]],
+    feed: Callable[[], tuple[Any, ...]],
     *,
     batch_size: int,
     num_ops: int,
@@ -76,10 +76,9 @@ def build_pipeline(
             images = fn.python_function(
                 images, resize_to, function=_RESIZE[config.interpolation], output_layouts="HWC"
             )
-        images = fn.slice(
-            images, crop_offset, (config.img_size, config.img_size), axis_names="HW",
-            normalized_anchor=False, normalized_shape=False,
-        )  # fmt: skip
+        # Named arguments stay on the CPU. DALI would copy a GPU input back and wait for it.
+        size = [config.img_size] * 2
+        images = fn.slice(images, start=crop_offset, shape=size, axis_names="HW")
         if num_ops:  # before RandAugment, as in timm
             images = fn.flip(images, horizontal=flip)
         for n in range(num_ops):
@@ -100,33 +99,28 @@ def build_pipeline(
     )
 
 
-def pipeline_inputs(
-    files: list[Any], params: Sequence[AugmentParams], num_ops: int, side: int
-) -> tuple[list[Any], ...]:
-    """Returns a batch in the form that the pipeline takes: for each input, one array per image.
+def pipeline_inputs(files: list[Any], params: AugmentParams, side: int) -> tuple[Any, ...]:
+    """Returns a batch in the form that the pipeline takes: one array or list per input.
 
     Args:
         files: contents of the image files, (bytes,) uint8 each.
-        params: parameters per file.
-        num_ops: RandAugment operations per image, as in `build_pipeline`.
+        params: their parameters.
         side: height and width of the images when they are augmented.
     """
-    columns: list[tuple[list[Any], Any]] = [
-        ([p.source_box[:2] for p in params], np.int32),
-        ([p.source_box[2:] for p in params], np.int32),
-        ([p.resize_to for p in params], np.int32),
-        ([p.crop_offset for p in params], np.int32),
-        ([p.flip for p in params], np.int32),
-    ]
-    for n in range(num_ops):
-        codes = [
-            encode_op(p.operations[n] if n < len(p.operations) else None, side) for p in params
-        ]
-        columns += [
-            ([kind for kind, _ in codes], np.int32),
-            ([values for _, values in codes], np.float32),
-        ]
-    return files, *(list(np.asarray(values, dtype)) for values, dtype in columns)
+    b, num_ops = params.ops.shape
+    kinds, values = encode_ops(params.ops.T.ravel(), params.arguments.T.ravel(), side)
+    operations: list[Any] = []
+    for layer in (slice(n * b, (n + 1) * b) for n in range(num_ops)):
+        operations += (kinds[layer], values[layer])
+    return (
+        files,
+        params.source_box[:, :2].copy(),  # DALI takes no strided arrays
+        params.source_box[:, 2:].copy(),
+        params.resize_to,
+        params.crop_offset,
+        params.flip.astype(np.int32),
+        *operations,
+    )
 
 
 def _resize(

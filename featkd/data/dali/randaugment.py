@@ -7,13 +7,15 @@ DALI rounds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from featkd.data.augment_params import RandAugmentOp
+from featkd.data.rand_augment import OPERATIONS
+
+Values = NDArray[np.float64]
 
 NUM_VALUES = 12
 _TRUNCATE = -0.5 + 2**-10  # turns rounding into truncation; keeps whole numbers
@@ -25,77 +27,94 @@ NONE, AFFINE, SATURATION, CONTRAST, BRIGHTNESS, INVERT = range(6)
 AUTOCONTRAST, EQUALIZE, POSTERIZE, SOLARIZE, ADD, SHARPNESS = range(6, 12)
 
 
-def _affine(*matrix: float) -> tuple[int, Any]:
-    """Encodes an affine map of output to input coordinates: x' = a x + b y + c, y' likewise."""
-    return AFFINE, matrix
+def _affine(arguments: Values, *entries: Any) -> Values:
+    """Stacks numbers and (K,) arrays into (K, 6), for K arguments.
+
+    They map output to input coordinates: x' = a x + b y + c, y' = d x + e y + f.
+    """
+    matrices = np.empty((len(arguments), 6))
+    for column, entry in enumerate(entries):
+        matrices[:, column] = entry
+    return matrices
 
 
-def _rotation(side: int, degrees: float) -> tuple[int, Any]:
-    angle, centre = math.radians(degrees), side / 2
-    cos, sin = math.cos(angle), math.sin(angle)
+def _rotation(side: int, degrees: Values) -> Values:
+    angle, centre = np.radians(degrees), side / 2
+    cos, sin = np.cos(angle), np.sin(angle)
     return _affine(
+        degrees,
         *(cos, -sin, centre - cos * centre + sin * centre),
         *(sin, cos, centre - sin * centre - cos * centre),
     )
 
 
-def _saturation(factor: float) -> tuple[int, Any]:
-    """Encodes a (3, 4) matrix: a color transform, and the offset in its last column."""
-    matrix = factor * np.eye(3) + (1 - factor) * np.tile(_GREY, (3, 1))
-    return SATURATION, np.hstack((matrix, np.full((3, 1), _TRUNCATE))).ravel()
+def _saturation(side: int, factor: Values) -> Values:
+    """Encodes (3, 4) matrices: color transforms, and the offset in their last column."""
+    blend = factor[:, None, None]
+    matrix = blend * np.eye(3) + (1 - blend) * np.tile(_GREY, (3, 1))
+    offset = np.full((len(factor), 3, 1), _TRUNCATE)
+    return np.concatenate((matrix, offset), axis=2).reshape(-1, NUM_VALUES)
 
 
-_ENCODERS: dict[str, Callable[..., tuple[int, Any]]] = {
-    "AutoContrast": lambda side: (AUTOCONTRAST, ()),
-    "Equalize": lambda side: (EQUALIZE, ()),
-    "Invert": lambda side: (INVERT, ()),
-    "Rotate": _rotation,
-    "Posterize": lambda side, bits: (POSTERIZE, (256 - 2.0 ** (8 - min(bits, 8)),)),
-    "Solarize": lambda side, threshold: (SOLARIZE, (threshold,)),
-    "SolarizeAdd": lambda side, added: (ADD, (added,)),
-    "Color": lambda side, factor: _saturation(factor),
-    "Desaturate": lambda side, factor: _saturation(min(1.0, max(0.0, 1.0 - factor))),
-    "Contrast": lambda side, factor: (CONTRAST, (factor,)),
-    "Brightness": lambda side, factor: (BRIGHTNESS, (factor,)),
-    "Sharpness": lambda side, factor: (
-        SHARPNESS,
-        (factor * np.outer([0, 1, 0], [0, 1, 0]) + (1 - factor) * _SMOOTH).ravel(),
-    ),
-    "ShearX": lambda side, factor: _affine(1, factor, 0, 0, 1, 0),
-    "ShearY": lambda side, factor: _affine(1, 0, 0, factor, 1, 0),
-    "TranslateX": lambda side, pixels: _affine(1, 0, pixels, 0, 1, 0),
-    "TranslateY": lambda side, pixels: _affine(1, 0, 0, 0, 1, pixels),
-    "TranslateXRel": lambda side, share: _affine(1, 0, share * side, 0, 1, 0),
-    "TranslateYRel": lambda side, share: _affine(1, 0, 0, 0, 1, share * side),
+def _sharpening(side: int, factor: Values) -> Values:
+    blend = factor[:, None, None]
+    kernels: Values = blend * np.outer([0, 1, 0], [0, 1, 0]) + (1 - blend) * _SMOOTH
+    return kernels.reshape(-1, 9)
+
+
+def _plain(side: int, argument: Values) -> Values:
+    return argument[:, None]
+
+
+# operation -> its code, and its values, given the side of the images and K arguments
+_ENCODERS: dict[str, tuple[int, Callable[[int, Values], Values]]] = {
+    "AutoContrast": (AUTOCONTRAST, _plain),
+    "Equalize": (EQUALIZE, _plain),
+    "Invert": (INVERT, _plain),
+    "Rotate": (AFFINE, _rotation),
+    "Posterize": (POSTERIZE, lambda side, x: _plain(side, 256 - 2.0 ** (8 - np.minimum(x, 8)))),
+    "Solarize": (SOLARIZE, _plain),
+    "SolarizeAdd": (ADD, _plain),
+    "Color": (SATURATION, _saturation),
+    "Desaturate": (SATURATION, lambda side, x: _saturation(side, np.clip(1 - x, 0, 1))),
+    "Contrast": (CONTRAST, _plain),
+    "Brightness": (BRIGHTNESS, _plain),
+    "Sharpness": (SHARPNESS, _sharpening),
+    "ShearX": (AFFINE, lambda side, x: _affine(x, 1, x, 0, 0, 1, 0)),
+    "ShearY": (AFFINE, lambda side, x: _affine(x, 1, 0, 0, x, 1, 0)),
+    "TranslateXRel": (AFFINE, lambda side, x: _affine(x, 1, 0, x * side, 0, 1, 0)),
+    "TranslateYRel": (AFFINE, lambda side, x: _affine(x, 1, 0, 0, 0, 1, x * side)),
 }
 
 
-def _base_name(name: str) -> str:
-    """Strips timm's suffixes, which change how arguments are drawn but not what they mean."""
-    return name.removesuffix("Increasing").removesuffix("Original")
-
-
 def is_supported(name: str) -> bool:
-    """Checks whether the operation with timm's name `name` is implemented."""
-    return _base_name(name) in _ENCODERS
+    """Checks whether the operation `name` of `rand_augment.OPERATIONS` is implemented."""
+    return name in _ENCODERS
 
 
-def encode_op(operation: RandAugmentOp | None, side: int) -> tuple[int, np.ndarray[Any, Any]]:
-    """Encodes an operation on images of side x side pixels for `apply_op`.
+def encode_ops(
+    ops: NDArray[np.int64], arguments: Values, side: int
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Encodes operations on images of side x side pixels for `apply_op`.
 
     Args:
-        operation: the operation; None keeps the image.
+        ops: (B,) positions in `rand_augment.OPERATIONS`; -1 keeps the image.
+        arguments: (B,) arguments.
         side: height and width of the images.
 
     Returns:
-        The code of the operation, and NUM_VALUES float32 values. An operation uses the first ones.
+        The codes of the operations, (B,), and (B, NUM_VALUES) values, of which an operation uses
+        the first ones.
     """
-    values = np.zeros(NUM_VALUES, np.float32)
-    if operation is None:
-        return NONE, values
-    kind, arguments = _ENCODERS[_base_name(operation.name)](side, *operation.arguments)
-    values[: len(arguments)] = arguments
-    return kind, values
+    kinds = np.full(len(ops), NONE, np.int32)
+    values = np.zeros((len(ops), NUM_VALUES), np.float32)
+    for op in set(ops.tolist()) - {-1}:
+        (where,) = np.nonzero(ops == op)
+        kind, encode = _ENCODERS[OPERATIONS[op]]
+        encoded = encode(side, arguments[where])
+        kinds[where] = kind
+        values[where, : encoded.shape[1]] = encoded
+    return kinds, values
 
 
 def apply_op(
@@ -105,8 +124,8 @@ def apply_op(
 
     Args:
         images: (H, W, 3) uint8.
-        kind: code from `encode_op`, on the CPU.
-        values: values from `encode_op`, on the CPU.
+        kind: code from `encode_ops`, on the CPU.
+        values: values from `encode_ops`, on the CPU.
         fill_color: red, green and blue that affine operations fill with.
         on_gpu: True if the images are on the GPU.
 

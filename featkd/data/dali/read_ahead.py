@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
-from featkd.data.augment_params import AugmentParams
 from featkd.data.dali.files import File, load, load_decodable
 from featkd.data.images import BadImageError
 from featkd.data.imageset import DATA_ERRORS, DataError, ImageSet
 from featkd.data.sampler import SampleKey
 
 _BATCHES_AHEAD = 2
+_FILES_PER_TASK = 8  # handing over a task takes about as long as checking a file
 
 # result of ImageSet.decode
 DecodedFile = tuple[tuple[File, int, int] | None, list[BadImageError]]
@@ -24,7 +24,7 @@ class FedBatch(NamedTuple):
     """A batch that the pipeline holds.
 
     Attributes:
-        keys, targets, source_index, params: per image of the batch.
+        keys, targets, source_index: per image of the batch.
         errors: unreadable files met for this batch and for the empty batches before it.
         requested: the keys requested for the empty batches before it, and for this batch.
         decodable: whether Pillow has decoded all its files.
@@ -33,14 +33,14 @@ class FedBatch(NamedTuple):
     keys: list[SampleKey]
     targets: list[int]
     source_index: list[int]
-    params: list[AugmentParams]
     errors: list[BadImageError]
     requested: list[list[SampleKey]]
     decodable: bool
 
 
 class _PendingBatch(NamedTuple):
-    files: list[tuple[SampleKey, Future[DecodedFile]]]
+    keys: list[SampleKey]
+    files: list[Future[list[DecodedFile]]]  # of consecutive keys
     decodable: bool
 
 
@@ -66,7 +66,8 @@ class EpochReader:
         self.failure: DataError | None = None
         self._dataset = dataset
         self._batches = batches
-        self._threads = ThreadPoolExecutor(max(threads, 1), "featkd-read")
+        self._count = max(threads, 1)
+        self._threads = ThreadPoolExecutor(self._count, "featkd-read")
         self._pending: deque[_PendingBatch] = deque()
 
     def __iter__(self) -> Iterator[tuple[list[tuple[SampleKey, DecodedFile]], bool]]:
@@ -79,9 +80,10 @@ class EpochReader:
             self._pending.append(self._submit(keys))
         if not self._pending:
             raise StopIteration
-        files, decodable = self._pending.popleft()
+        keys, parts, decodable = self._pending.popleft()
         try:
-            return [(key, file.result()) for key, file in files], decodable
+            files = [file for part in parts for file in part.result()]
+            return list(zip(keys, files, strict=True)), decodable
         except DATA_ERRORS as error:
             self.failure = error
             self._pending.clear()
@@ -100,5 +102,12 @@ class EpochReader:
         self._threads.shutdown(cancel_futures=True)
 
     def _submit(self, keys: list[SampleKey], *, check: bool = False) -> _PendingBatch:
-        read = partial(self._dataset.decode, decoder=load_decodable if check else load)
-        return _PendingBatch([(key, self._threads.submit(read, key)) for key in keys], check)
+        read = partial(self._read, decoder=load_decodable if check else load)
+        size = max(1, min(_FILES_PER_TASK, len(keys) // self._count))
+        parts = [keys[start : start + size] for start in range(0, len(keys), size)]
+        return _PendingBatch(keys, [self._threads.submit(read, part) for part in parts], check)
+
+    def _read(
+        self, keys: list[SampleKey], decoder: Callable[[bytes, str], File]
+    ) -> list[DecodedFile]:
+        return [self._dataset.decode(key, decoder) for key in keys]

@@ -1,0 +1,147 @@
+"""RandAugment's operations and arguments, drawn for a whole batch at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from timm.data import create_transform
+from timm.data.auto_augment import RandAugment
+
+from featkd.data.config import DataConfig
+
+Floats = NDArray[np.float64]
+
+OPERATIONS = (
+    *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd"),
+    *("Color", "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY"),
+    *("TranslateXRel", "TranslateYRel", "Desaturate", "GaussianBlur"),
+)
+"""timm's names without their suffixes; `RandAugmentSampler` returns positions in this tuple."""
+
+_PER_LAYER = 4  # numbers per layer after its operation: applied or not, two for the level, the sign
+
+
+def _level_only(argument: Callable[[Floats], Any]) -> Callable[[Floats, Floats], Any]:
+    return lambda level, sign: argument(level)
+
+
+def _signed(largest: float) -> Callable[[Floats, Floats], Any]:
+    return lambda level, sign: largest * level * sign
+
+
+def _increasing_factor(level: Floats, sign: Floats) -> Any:
+    return np.maximum(0.1, 1 + 0.9 * level * sign)
+
+
+_FACTORS = ("Color", "Contrast", "Brightness", "Sharpness")
+# timm's name -> argument, given the level (1 at magnitude 10) and a random sign
+_ARGUMENTS: dict[str, Callable[[Floats, Floats], Any]] = {
+    **dict.fromkeys(("AutoContrast", "Equalize", "Invert"), _level_only(np.zeros_like)),
+    "Rotate": _signed(30),
+    "Posterize": _level_only(lambda level: np.floor(4 * level)),
+    "PosterizeIncreasing": _level_only(lambda level: 4 - np.floor(4 * level)),
+    "Solarize": _level_only(lambda level: np.minimum(256, np.floor(256 * level))),
+    "SolarizeIncreasing": _level_only(lambda level: np.maximum(0, 256 - np.floor(256 * level))),
+    "SolarizeAdd": _level_only(lambda level: np.minimum(128, np.floor(110 * level))),
+    **dict.fromkeys(_FACTORS, _level_only(lambda level: 0.1 + 1.8 * level)),
+    **dict.fromkeys([f"{name}Increasing" for name in _FACTORS], _increasing_factor),
+    "ShearX": _signed(0.3),
+    "ShearY": _signed(0.3),
+    "TranslateXRel": _signed(0.45),
+    "TranslateYRel": _signed(0.45),
+    "Desaturate": _level_only(lambda level: np.clip(0.5 + 0.5 * level, 0.5, 1)),
+    "GaussianBlur": _level_only(lambda level: np.clip(0.1 + 1.9 * level, 0.1, 2)),
+}
+
+
+def timm_rand_augment(config: DataConfig) -> RandAugment:
+    """Returns timm's RandAugment, as timm reads `config.augment.rand_augment`."""
+    transform = create_transform(
+        config.img_size,
+        is_training=True,
+        auto_augment=config.augment.rand_augment,
+        interpolation=config.interpolation,
+        mean=config.mean,
+        std=config.std,
+    )
+    (found,) = (s for s in transform.transforms if isinstance(s, RandAugment))
+    return found
+
+
+class RandAugmentSampler:
+    """Draws operations and arguments with the probabilities of timm's RandAugment.
+
+    Args:
+        timms: timm's RandAugment, which holds the choices and the magnitude.
+
+    Attributes:
+        names: names in `OPERATIONS` of the operations that are chosen from.
+        num_ops: number of operations per image.
+        count: numbers that `sample` needs per image.
+
+    Raises:
+        ValueError: there are fewer weighted operations than layers, or timm has an operation
+            that featkd does not know.
+    """
+
+    def __init__(self, timms: RandAugment) -> None:
+        full_names = [op.name for op in timms.ops]
+        unknown = [name for name in full_names if name not in _ARGUMENTS]
+        if unknown:
+            raise ValueError(
+                f"data.augment.rand_augment: this timm chooses from {', '.join(unknown)}, which "
+                f"featkd does not know; allowed: {', '.join(_ARGUMENTS)}; set it to null"
+            )
+        self.names = [name.removesuffix("Increasing") for name in full_names]
+        self.num_ops: int = timms.num_layers
+        self._weights = timms.choice_weights
+        if self._weights is not None and self.num_ops > len(full_names):
+            raise ValueError(
+                f"data.augment.rand_augment: n{self.num_ops} with weights, which draws without "
+                f"repeats from {len(full_names)} operations; expected at most n{len(full_names)}"
+            )
+        self._ids = np.array([OPERATIONS.index(name) for name in self.names])
+        self._full_names = full_names  # not the functions, which cannot be pickled
+        self._choices = self.num_ops if self._weights is None else len(full_names)
+        self.count = self._choices + _PER_LAYER * self.num_ops
+        first = timms.ops[0]  # all have the same probability and magnitude
+        self._prob: float = first.prob
+        self._magnitude: float = first.magnitude
+        self._std: float = first.magnitude_std
+        self._upper: float = first.magnitude_max or 10.0
+
+    def sample(self, numbers: Floats) -> tuple[NDArray[np.int64], Floats]:
+        """Turns uniform numbers, (B, count), into operations and arguments, (B, num_ops) each.
+
+        An operation is a position in `OPERATIONS`, or -1 if it is skipped. The argument is the one
+        of timm's function, 0 if that has none.
+        """
+        chosen = self._choose(numbers[:, : self._choices])
+        layers = numbers[:, self._choices :].reshape(len(numbers), self.num_ops, _PER_LAYER)
+        skipped = layers[..., 0] >= self._prob
+        level = self._level(layers[..., 1], layers[..., 2]) / 10
+        sign = np.where(layers[..., 3] < 0.5, -1.0, 1.0)
+        arguments = np.empty_like(level)
+        for choice in set(chosen.ravel().tolist()):
+            where = chosen == choice
+            arguments[where] = _ARGUMENTS[self._full_names[choice]](level[where], sign[where])
+        return np.where(skipped, -1, self._ids[chosen]), arguments
+
+    def _choose(self, numbers: Floats) -> NDArray[np.int64]:
+        if self._weights is None:
+            return (numbers * len(self._ids)).astype(np.int64)
+        # Without repeats: waiting times with the weights as rates, in the order of their ends.
+        ends = -np.log1p(-numbers) / self._weights
+        return np.argsort(ends, axis=1)[:, : self.num_ops]
+
+    def _level(self, first: Floats, second: Floats) -> Floats:
+        if self._std == float("inf"):
+            level = self._magnitude * first
+        else:  # Box and Muller's transform to a normal distribution
+            normal = np.sqrt(-2 * np.log1p(-first)) * np.cos(2 * math.pi * second)
+            level = self._magnitude + self._std * normal
+        return np.clip(level, 0.0, self._upper)

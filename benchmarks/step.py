@@ -11,10 +11,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, clone
 
 import featkd
-from featkd.cache import CacheConfig, TeacherCache
+from featkd.cache import CacheConfig, TeacherCache, TeacherOutputs
 from featkd.cache.shard import write_shard
 from featkd.data import Batch
 from featkd.data.loader import as_tensor
@@ -108,11 +108,13 @@ def as_way(recipe: Recipe, way: Way) -> Recipe:
     if teacher is not None:
         teacher = replace(teacher, pretrained=False, checkpoint=None, random=True)
     # A batch that fits the machine can scale the peak learning rate below min_lr.
-    optim = replace(recipe.optim, min_lr=0.0)
+    # CUDA graphs can't accumulate gradients, nor replay a sharded student.
+    optim = replace(recipe.optim, min_lr=0.0, accumulate=1)
     return replace(
         recipe,
         teacher=teacher,
         optim=optim,
+        distributed="ddp",
         amp=way.amp,
         compile=way.compile,
         compile_mode="reduce-overhead" if way.graphs else "default",
@@ -149,7 +151,10 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
     parameters = [p for p in components.student.parameters() if p.requires_grad]
     components.student.train()
     with way.in_use():
-        teacher = trainer.teacher_forward(batch)
+        _begin(trainer)
+        logits, maps = trainer.teacher_forward(batch)
+        # Copies: the next replay of a CUDA graph overwrites its outputs.
+        teacher = TeacherOutputs(None if logits is None else logits.clone(), [*map(clone, maps)])
         outputs = trainer.student_forward(batch.images, teacher)
         leaves = outputs._replace(
             logits=_leaf(outputs.logits),
@@ -162,7 +167,7 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
         used = [(y, x.grad) for y, x in zip(tensors, inputs, strict=True) if x.grad is not None]
         torch.autograd.backward([y for y, _ in used], [g for _, g in used])
     upstream = [None if x.grad is None else x.grad.clone() for x in inputs]
-    gradients = [p.grad for p in parameters]
+    gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
     del outputs, tensors, used
 
     def forget() -> tuple[Tensor, ...]:
@@ -192,7 +197,7 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
     if components.teacher is not None:
         work = {"teacher": (forget, lambda: trainer.teacher_forward(batch)), **work}
     forget()
-    return {name: Step(prepare, _run(way, run)) for name, (prepare, run) in work.items()}
+    return {name: Step(prepare, _run(trainer, way, run)) for name, (prepare, run) in work.items()}
 
 
 def _storing(trainer: Trainer, batch: Batch) -> Step:
@@ -212,7 +217,7 @@ def _storing(trainer: Trainer, batch: Batch) -> Step:
 
 
 def _leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_()
+    return x.detach().clone().requires_grad_()
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
@@ -220,9 +225,18 @@ def _tensors(outputs: Any) -> list[Tensor]:
     return [outputs.logits, *outputs.maps, *distance]
 
 
-def _run(way: Way, work: Callable[[], object]) -> Callable[[tuple[Tensor, ...]], Any]:
+def _begin(trainer: Trainer) -> None:
+    """Allows CUDA graphs to overwrite the outputs of earlier replays."""
+    if trainer.context.device.type == "cuda":
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+
+
+def _run(
+    trainer: Trainer, way: Way, work: Callable[[], object]
+) -> Callable[[tuple[Tensor, ...]], Any]:
     def run(ready: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with way.in_use():
+            _begin(trainer)
             work()
         return ready
 

@@ -156,7 +156,6 @@ def test_published_objective(student, teacher):
 def in_one_of_two_processes() -> None:
     rank, folder = int(os.environ["RANK"]), sys.argv[1]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
     torch.manual_seed(rank)  # DDP makes the weights of its modules equal
     loader = DataLoader(images_and_labels(seed=rank), batch_size=4)
     uncompiled = {

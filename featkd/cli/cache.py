@@ -28,7 +28,7 @@ def cache(words: Sequence[str]) -> int:
 
     options_given = {word.partition("=")[0] for word in words if word.startswith("-")}
     if options.verify is not None:
-        if options_given != {"--verify"} or not words[0].startswith("--verify"):
+        if options_given != {"--verify"} or parser().positional(words):
             raise UsageError(f"--verify: expected no other arguments, got {' '.join(words)}")
         check_local("--verify", options.verify)
         return _verify(Path(options.verify))
@@ -36,7 +36,7 @@ def cache(words: Sequence[str]) -> int:
         raise UsageError("--out: expected the folder of the cache, as in --out CACHE; got nothing")
     check_local("out", recipe.out)
     check_local("data.path", recipe.data.path)
-    with results_unless(options.quiet):
+    with results_unless(options.quiet and not options.dry_run):
         return _build(recipe, options)
 
 

@@ -27,7 +27,7 @@ def distill(words: Sequence[str]) -> int:
 
         print(to_yaml(recipe), end="")
         return 0
-    with results_unless(options.quiet):
+    with results_unless(options.quiet and not options.dry_run):
         return _train(recipe, options)
 
 
@@ -101,7 +101,7 @@ def parser() -> Parser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="build everything, take two updates, report model sizes, schedule, memory and speed",
+        help="build everything, take a few updates, report model sizes, schedule, memory and speed",
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print the whole recipe as YAML and stop"

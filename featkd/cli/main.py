@@ -5,13 +5,17 @@ Exit codes: 0 done, 1 failed while running, 2 bad arguments or recipe, 128 + N s
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from collections.abc import Sequence
 from importlib import import_module
 
 import featkd
 from featkd.cli.output import printable_streams
 from featkd.runtime import interrupt, openmp
+
+CHECKPOINT_THREAD = "checkpoint"  # name of the thread in featkd.train.saving
 
 COMMANDS = {
     "distill": "train a student, with or without a teacher",
@@ -35,7 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:  # a caller in this process keeps its handlers
         interrupt.exit_while_loading()
     with printable_streams(restore=argv is not None):
-        return _reported(words)
+        code = _reported(words)
+    if argv is None and any(x.name == CHECKPOINT_THREAD for x in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # torch would abort the process beside a thread that is saving
+    return code
 
 
 def _reported(words: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
@@ -51,6 +52,7 @@ def printable_streams(*, restore: bool) -> Iterator[None]:
         restore: restore the streams at the end. Otherwise the traceback of an error that leaves
             this context is escaped too.
     """
+    os.environ.setdefault("PYTHON_COLORS", "0")  # from Python 3.13 on, tracebacks have escapes
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (
         cast(TextIO, stream and PrintableStream(stream))  # None if the descriptor is closed

@@ -146,7 +146,7 @@ def normalize_and_erase(
         top, left, rows, columns, offset = boxes.T[..., None, None, None]
         inside = (row >= top) & (row < top + rows) & (column >= left) & (column < left + columns)
         place = offset + (channel * height + row) * width + column
-        # Outside of the boxes the first number, so that the others are read for erased pixels only.
+        # Pixels outside of the boxes all read the first number, which costs no traffic.
         finished = torch.where(inside, noise[torch.where(inside, place, 0)], finished)
     return finished.permute(0, 3, 1, 2) if channels_last else finished
 

@@ -23,7 +23,7 @@ def uniforms(seed: int, keys: ArrayLike, count: int, *, purpose: str) -> NDArray
     Args:
         seed: seed of the run.
         keys: (B, K) integers, usually `SampleKey`s: one row per sample.
-        count: numbers per sample. More of them leave the first ones as they are.
+        count: numbers per sample. The first ones do not depend on it.
         purpose: name of what the numbers decide ("crop"); other purposes get other numbers.
 
     Returns:

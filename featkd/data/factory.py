@@ -103,11 +103,12 @@ def build_loader_for(
 def _excess_of_workers(workers: int) -> str:
     """Returns a note if there are more worker processes than CPU cores, else ""."""
     cores = len(os.sched_getaffinity(0))
-    if workers <= cores:
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
+    if workers * ranks <= cores:
         return ""
     return (
-        f"data.workers: {workers} processes share {plural(cores, 'CPU core')}; "
-        f"try --data.workers {cores}"
+        f"data.workers: {workers * ranks} processes share {plural(cores, 'CPU core')}; "
+        f"try --data.workers {cores // ranks}"
     )
 
 

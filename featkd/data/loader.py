@@ -55,7 +55,7 @@ class RawBatch(NamedTuple):
         images: (B, H, W, 3) uint8, in host memory or on the device; B = 0 if no image was readable.
         targets, keys, source_index: as in `Batch`, on the CPU.
         errors: unreadable files met since the previous batch.
-        covered: batches of the epoch that this one stands for, those without an image included.
+        covered: 1, plus the number of batches skipped before it, as no image was readable.
     """
 
     images: Tensor
@@ -89,7 +89,10 @@ class Loader(Protocol):
     note: str
 
     def __iter__(self) -> Iterator[Batch]:
-        """Iterates over the epoch chosen by `set_epoch`; invalidates earlier iterators."""
+        """Iterates over the epoch chosen by `set_epoch`; invalidates earlier iterators.
+
+        On a GPU, take all batches of an iteration on one CUDA stream.
+        """
         ...
 
     def __len__(self) -> int:

@@ -81,7 +81,7 @@ class Mixer:
                 f"batch: got {len(batch.targets)} images, expected an even number, because images "
                 "are mixed in pairs"
             )
-        # A copy, because timm mixes in place and the loader may reuse the memory of its images.
+        # A copy, because timm mixes in place and the batch belongs to the caller.
         images = batch.images.to(self._device, non_blocking=True, copy=True)
         targets = batch.targets.to(self._device, non_blocking=True)
         with _numpy_seeded(self._seed, epoch, number, rank, _SEED_PART):

@@ -174,7 +174,11 @@ def start(device: str = "auto") -> ProcessContext:
                 store = _rendezvous(rank)
                 _heartbeat = Heartbeat(store, rank, world_size)
                 backend = "nccl" if chosen.type == "cuda" else "gloo"
-                dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+                try:
+                    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+                except BaseException:
+                    _heartbeat.stop(left=False)
+                    raise
             # Rank 0 can take long to hash a checkpoint or a million file sizes while the others
             # wait. The heartbeat notices a process that has ended, whatever the timeout.
             control = dist.new_group(backend="gloo", timeout=timedelta(days=1))

@@ -85,7 +85,7 @@ def product_speedup(dtype: torch.dtype, device: torch.device) -> float:
     """Measures how many times as fast `device` multiplies matrices in `dtype` as in float32.
 
     Instruction sets don't tell: a CPU with bf16 vector instructions can multiply faster in float32.
-    The matrices have the size of a ViT-S layer. The measurement takes some milliseconds, and up to
+    The weight has the size of a ViT-S layer's. The measurement takes some milliseconds, and up to
     a few tenths of a second for a dtype that the device has no instructions for. Each process
     measures once.
     """
@@ -99,7 +99,10 @@ def product_speedup(dtype: torch.dtype, device: torch.device) -> float:
         return time.perf_counter() - start
 
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        factors = [torch.ones(size, 384, device=device) for size in (512, 1536)]
+        rows = (
+            16384 if device.type == "cuda" else 512
+        )  # a small product takes as long as its launch
+        factors = [torch.ones(size, 384, device=device) for size in (rows, 1536)]
         cast = [x.to(dtype) for x in factors]
         # in turns, so that a busy moment slows both; the first turn warms up
         turns = [(seconds(*factors), seconds(*cast))]

@@ -199,18 +199,22 @@ def cache_subject(recipe: Recipe, loader: Loader, context: ProcessContext) -> di
         "data.pixels": loader.decoder,
         "amp": recipe.amp,
         "seed": recipe.seed,
-        # where nothing is drawn, all versions agree
+        # Where nothing is drawn, all versions agree, but for an image whose sides differ by one
+        # pixel: its window is drawn from two.
         "augmentation_version": AUGMENTATION_VERSION if data.augment.is_random else 1,
     }
     found |= {f"data.augment.{k}": v for k, v in dataclasses.asdict(data.augment).items()}
     found |= {f"versions.{k}": v for k, v in _versions(loader.decoder).items()}
-    digests: dict[str, str | None] = {}
-    if context.is_main:  # reads the size of every image file
-        digests["data.images_sha256"] = loader.dataset.fingerprint()
-        digests["teacher.checkpoint"] = None
+
+    def digests() -> dict[str, str | None]:
+        weights = None
         if checkpoint is not None and (file := locate(checkpoint, "teacher.checkpoint")).is_file():
-            digests["teacher.checkpoint"] = _sha256(file)
-    found |= context.broadcast(digests)
+            weights = _sha256(file)
+        # reads the size of every image file
+        images = loader.dataset.fingerprint()
+        return {"data.images_sha256": images, "teacher.checkpoint": weights}
+
+    found |= context.on_main(digests)
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
 

@@ -283,7 +283,7 @@ def _teacher(
 def _precision_notes(recipe: Recipe, device: torch.device) -> list[str]:
     """Notes on a precision that is slower than float32 on this device."""
     dtype = AMP_DTYPES.get(recipe.amp)
-    if dtype is None or (speedup := product_speedup(dtype, device)) >= 1:
+    if dtype is None or (speedup := product_speedup(dtype, device)) >= 0.9:
         return []
     return [
         f"amp: a matrix product in {recipe.amp} takes {1 / speedup:.1f} times as long as in "

@@ -1,4 +1,4 @@
-"""Dry run: builds all components, runs two updates and reports sizes, speed and memory."""
+"""Dry run: builds all components, runs a few updates and reports sizes, speed and memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from featkd.train.trainer import Trainer
 def dry_run(recipe: Recipe, context: ProcessContext) -> str:
     """Reports what a run of `recipe` would do on this machine; writes no file.
 
-    The first of two updates warms up and compiles; the second is timed. Loading is timed
+    The first update warms up and compiles, on a GPU a second one records CUDA graphs, and the last
+    is timed. Loading is timed
     separately, over enough batches that prefetched ones hardly count. The estimated time is the
     slower of the two for all updates, without evaluation and saving.
 
@@ -51,11 +52,14 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
     try:
         components.student.train()
         components.train_loader.set_epoch(0)
-        batches, loading = _load(trainer, 2 * recipe.optim.accumulate)
-        trainer.step(batches[: recipe.optim.accumulate])
+        every = recipe.optim.accumulate
+        untimed = 2 if context.device.type == "cuda" else 1
+        batches, loading = _load(trainer, (untimed + 1) * every)
+        for number in range(untimed):
+            trainer.step(batches[number * every :][:every])
         _wait(context.device)
         started = time.perf_counter()
-        terms = trainer.step(batches[recipe.optim.accumulate :])
+        terms = trainer.step(batches[untimed * every :])
         _wait(context.device)
         seconds = time.perf_counter() - started
     finally:
@@ -92,7 +96,7 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
         ),
         ("device", _describe_device(context.device)),
         (
-            "two updates",
+            "last update",
             f"loss {terms.total.item():.4f} (logits {terms.logits.item():.4f}, features "
             f"{terms.features.item():.4f})",
         ),

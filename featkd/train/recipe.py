@@ -296,7 +296,7 @@ class Recipe:
         if self.compile_mode != "auto":
             return self.compile_mode
         # A graph's gradients lie in its own memory: the next replay would overwrite those being
-        # added up, and those that DDP still reduces.
+        # added up. DDP's all-reduce beside graphs has not been run on a GPU.
         graphs = device_type == "cuda" and world_size == accumulate == 1
         return "reduce-overhead" if graphs else "default"
 

@@ -77,7 +77,10 @@ class Teacher:
         self._device = context.device
         self._forward = TeacherForward(model, layers, logits)
         if recipe.compiles_on(context.device.type):
-            self._forward.compile(mode=recipe.compile_mode_on(context.device.type))
+            # Static shapes: after a partial batch, dynamo would run whole batches on kernels for
+            # any size, and a cache's bytes would depend on the order of its shards.
+            mode = recipe.compile_mode_on(context.device.type)
+            self._forward.compile(mode=mode, dynamic=False)
 
     def outputs(self, batch: Batch) -> TeacherOutputs:
         """Computes the outputs for a batch whose images are on the device."""

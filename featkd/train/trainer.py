@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,8 @@ from featkd.train.recipe import Recipe, to_dict
 from featkd.train.resume import check_same_position, find_checkpoint, restore
 from featkd.train.saving import BackgroundSaver, snapshot
 from featkd.train.stopwatch import Stopwatch
+
+_CHANGED = "changed since that checkpoint"
 
 
 @dataclass
@@ -136,12 +138,12 @@ class Trainer:
             evaluation_pending=self.evaluation_pending,
         )
         for message in messages:
-            log.message(message)
+            log.message(message, warning=message.startswith(_CHANGED))
         for note in log.notes:
             log.message(note, warning=True)
         stopped_by = None
         try:
-            with Interrupt() as interrupt:
+            with Interrupt() as interrupt, self._saved_after_errors(log):
                 if self.evaluation_pending:
                     self._evaluate_and_save(log)
                 while self.epoch < self.recipe.optim.epochs and stopped_by is None:
@@ -153,12 +155,6 @@ class Trainer:
                     log.message(
                         f"stopped by signal {stopped_by}; --resume auto continues from here"
                     )
-        except Exception:
-            try:  # the checkpoint is from before the error
-                self._saver.wait()
-            except Exception as error:
-                log.message(str(error), warning=True)
-            raise
         finally:
             log.close()
             self.components.close()
@@ -171,6 +167,18 @@ class Trainer:
             bad_files=self.bad_files,
             interrupted_by=stopped_by,
         )
+
+    @contextmanager
+    def _saved_after_errors(self, log: RunLog) -> Iterator[None]:
+        """Waits for a running save before an error leaves; the checkpoint is from before it."""
+        try:
+            yield
+        except Exception:
+            try:
+                self._saver.wait()
+            except Exception as error:
+                log.message(str(error), warning=True)
+            raise
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Micro-batches of an epoch from number `start` on; a cached teacher prefetches rows."""
@@ -417,8 +425,8 @@ class Trainer:
         place = f"{path} after update {self.update} (epoch {self.epoch}, batch {self.batch})"
         pending = ", to be evaluated" if self.evaluation_pending else ""
         check_same_position(self.context, f"{place}{pending}")
-        best = self.store.restore_best(path, state) if self.context.is_main else None
-        self.best, self.scores = self.context.broadcast(best), state["scores"]
+        self.best = self.context.on_main(lambda: self.store.restore_best(path, state))
+        self.scores = state["scores"]
         self.bad_files = state["bad_files"]
         self._meter.load_state_dict(state)
         messages = [f"resumed from {path} after update {self.update} (epoch {self.epoch})"]
@@ -428,5 +436,5 @@ class Trainer:
                 f"{state['best'].get('top1', 'none')} as in that checkpoint"
             )
         if changed:
-            messages.append(f"changed since that checkpoint: {'; '.join(changed)}")
+            messages.append(f"{_CHANGED}: {'; '.join(changed)}")
         return messages

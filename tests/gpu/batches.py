@@ -65,7 +65,7 @@ def pixels(device: torch.device) -> None:
             assert images.stride() == want.stride()
             assert torch.equal(targets.cpu(), batch[1])
             error = (images.cpu() - want).abs().max().item()
-            assert error <= 1e-6, f"{count} images differ by {error:.1e}"
+            assert error <= 2e-6, f"{count} images differ by {error:.1e}"
 
 
 def memory_is_not_reused(device: torch.device) -> None:

@@ -34,6 +34,14 @@ sys.exit(main())
 """
 
 
+@pytest.fixture(autouse=True)
+def sigint_is_not_ignored():
+    """A shell's background job ignores SIGINT, and so do the processes that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("words", "module", "action"),
     [

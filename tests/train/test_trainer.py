@@ -361,7 +361,7 @@ def test_student_and_teacher_are_compiled_in_the_mode_asked_for(recipe, monkeypa
     Trainer(replace(recipe, compile=True, compile_mode="reduce-overhead"), CPU)
     assert sorted(asked, key=str) == [
         (FeatureForward, {"mode": "reduce-overhead"}),
-        (TeacherForward, {"mode": "reduce-overhead"}),
+        (TeacherForward, {"mode": "reduce-overhead", "dynamic": False}),
     ]
 
 

@@ -22,6 +22,7 @@ from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.environment import has_fast_bf16
 from featkd.train.build_cache import build_cache
 from featkd.train.recipe import Recipe
+from featkd.train.teacher import begin_graph_step
 from featkd.train.trainer import Trainer
 
 from .throughput import Rate
@@ -151,7 +152,7 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
     parameters = [p for p in components.student.parameters() if p.requires_grad]
     components.student.train()
     with way.in_use():
-        _begin(trainer)
+        begin_graph_step(trainer.context.device)
         logits, maps = trainer.teacher_forward(batch)
         # Copies: the next replay of a CUDA graph overwrites its outputs.
         teacher = TeacherOutputs(None if logits is None else logits.clone(), [*map(clone, maps)])
@@ -225,18 +226,12 @@ def _tensors(outputs: Any) -> list[Tensor]:
     return [outputs.logits, *outputs.maps, *distance]
 
 
-def _begin(trainer: Trainer) -> None:
-    """Allows CUDA graphs to overwrite the outputs of earlier replays."""
-    if trainer.context.device.type == "cuda":
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-
-
 def _run(
     trainer: Trainer, way: Way, work: Callable[[], object]
 ) -> Callable[[tuple[Tensor, ...]], Any]:
     def run(ready: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with way.in_use():
-            _begin(trainer)
+            begin_graph_step(trainer.context.device)
             work()
         return ready
 
@@ -264,10 +259,11 @@ def measure(
     with built(recipe, context, variants) as trainers:
         work = {}
         for name, trainer in trainers.items():
-            for part, step in steps(trainer, batch_of(trainer), variants[name]).items():
+            batch = batch_of(trainer)
+            for part, step in steps(trainer, batch, variants[name]).items():
                 work[f"{part} {name}"] = step
             if variants[name].cached:
-                work[f"{STORE} {name}"] = _storing(trainer, batch_of(trainer))
+                work[f"{STORE} {name}"] = _storing(trainer, batch)
         seconds = take_turns(work, wall_clock(context.device), min_rounds=rounds)
         for name, trainer in trainers.items():
             if not trainer.losses(batch_of(trainer)).total.isfinite():

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
 def cache(words: Sequence[str]) -> int:
     """Run `featkd cache RECIPE --out DIR` or `featkd cache --verify DIR`; return the exit code."""
-    recipe, options = parse_recipe(parser(), words)
+    own = parser()
+    recipe, options = parse_recipe(own, words)
     from featkd.train.recipe import check_local
 
     options_given = {word.partition("=")[0] for word in words if word.startswith("-")}
     if options.verify is not None:
-        if options_given != {"--verify"} or parser().positional(words):
+        if options_given != {"--verify"} or own.positional(words):
             raise UsageError(f"--verify: expected no other arguments, got {' '.join(words)}")
         check_local("--verify", options.verify)
         return _verify(Path(options.verify))

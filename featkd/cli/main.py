@@ -15,8 +15,6 @@ import featkd
 from featkd.cli.output import printable_streams
 from featkd.runtime import interrupt, openmp
 
-CHECKPOINT_THREAD = "checkpoint"  # name of the thread in featkd.train.saving
-
 COMMANDS = {
     "distill": "train a student, with or without a teacher",
     "cache": "store a teacher's outputs for several runs, or verify stored ones",
@@ -40,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         interrupt.exit_while_loading()
     with printable_streams(restore=argv is not None):
         code = _reported(words)
-    if argv is None and any(x.name == CHECKPOINT_THREAD for x in threading.enumerate()):
+    if argv is None and any(x.name == interrupt.CHECKPOINT_THREAD for x in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # torch would abort the process beside a thread that is saving

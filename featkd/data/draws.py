@@ -44,6 +44,12 @@ def uniforms(seed: int, keys: ArrayLike, count: int, *, purpose: str) -> NDArray
     return numbers
 
 
+def normal(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Turns pairs of uniform numbers into standard normal ones (Box and Muller's transform)."""
+    drawn: NDArray[np.float64] = np.sqrt(-2 * np.log1p(-first)) * np.cos(2 * np.pi * second)
+    return drawn
+
+
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Scrambles the bits of each number, one to one; the output function of SplitMix64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

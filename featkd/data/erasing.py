@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featkd.data.draws import uniforms
+from featkd.data.draws import normal, uniforms
 
 _AREA = (0.02, 1 / 3)  # share of the image, as in timm
 _LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
@@ -63,9 +63,8 @@ class Eraser:
         Not by a generator of torch or NumPy, whose numbers may differ between versions.
         """
         length = _POOL + 3 * self._side**2
-        radius, angle = uniforms(self._seed, np.arange(length)[:, None], 2, purpose="noise").T
-        normal = np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * angle)  # Box and Muller's
-        return torch.from_numpy(normal.astype(np.float32))
+        pairs = uniforms(self._seed, np.arange(length)[:, None], 2, purpose="noise").T
+        return torch.from_numpy(normal(*pairs).astype(np.float32))
 
 
 def _between(low: float, high: float, drawn: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from timm.data import create_transform
 from timm.data.auto_augment import RandAugment
 
 from featkd.data.config import DataConfig
+from featkd.data.draws import normal
 
 Floats = NDArray[np.float64]
 
@@ -141,7 +141,6 @@ class RandAugmentSampler:
     def _level(self, first: Floats, second: Floats) -> Floats:
         if self._std == float("inf"):
             level = self._magnitude * first
-        else:  # Box and Muller's transform to a normal distribution
-            normal = np.sqrt(-2 * np.log1p(-first)) * np.cos(2 * math.pi * second)
-            level = self._magnitude + self._std * normal
+        else:
+            level = self._magnitude + self._std * normal(first, second)
         return np.clip(level, 0.0, self._upper)

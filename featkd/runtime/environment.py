@@ -99,9 +99,8 @@ def product_speedup(dtype: torch.dtype, device: torch.device) -> float:
         return time.perf_counter() - start
 
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        rows = (
-            16384 if device.type == "cuda" else 512
-        )  # a small product takes as long as its launch
+        # on a GPU a small product takes as long as its launch
+        rows = 16384 if device.type == "cuda" else 512
         factors = [torch.ones(size, 384, device=device) for size in (rows, 1536)]
         cast = [x.to(dtype) for x in factors]
         # in turns, so that a busy moment slows both; the first turn warms up

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from featkd.runtime.names import printable
+from featkd.runtime.names import listed, printable
 from featkd.runtime.processes import machine, start_time
 
 _JOIN_SECONDS = 300.0
@@ -92,13 +92,13 @@ def connect(host: str, port: int, rank: int, *, serve: bool) -> TCPStore:
             multi_tenant=True,
         )
     except dist.DistError as error:
-        cause = str(error).splitlines()[0]
         if serve:
+            cause = str(error).splitlines()[0]
             raise OSError(
                 f"rank 0 can't serve at {host}:{port} (MASTER_ADDR:MASTER_PORT): {cause}; expected "
                 "a free port of this host"
             ) from error
-        raise ProcessLost(f"lost rank 0 before all ranks had joined ({cause}); {_AGAIN}") from error
+        raise _lost_before_joining(error) from error
 
 
 class Heartbeat:
@@ -179,10 +179,7 @@ class Heartbeat:
                 time.sleep(0.05)
             found = [value.decode().split("\n") for value in self._store.multi_get(names)]
         except dist.DistError as error:
-            cause = str(error).splitlines()[0]
-            raise ProcessLost(
-                f"lost rank 0 before all ranks had joined ({cause}); {_AGAIN}"
-            ) from error
+            raise _lost_before_joining(error) from error
         return [_Process(host, int(pid), place, begun) for host, pid, place, begun in found]
 
     def _exchange(self) -> None:
@@ -250,5 +247,9 @@ class Heartbeat:
 
 
 def _ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:5])) + (", ..." if len(ranks) > 5 else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed(ranks, 5)}"
+
+
+def _lost_before_joining(error: Exception) -> ProcessLost:
+    cause = str(error).splitlines()[0]
+    return ProcessLost(f"lost rank 0 before all ranks had joined ({cause}); {_AGAIN}")

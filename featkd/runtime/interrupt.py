@@ -9,6 +9,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+CHECKPOINT_THREAD = "checkpoint"
+"""Name of the thread that saves a checkpoint; a process can end beside it only by `os._exit`."""
+
 _before_loading: Any = None  # SIGINT's handler, while `exit_while_loading` replaces it
 
 

@@ -30,7 +30,7 @@ from featkd.train.cached_teacher import cache_subject, check_no_mixing, checkpoi
 from featkd.train.components import build_student, count_classes
 from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.teacher import Teacher, create_teacher_model, output_shapes
+from featkd.train.teacher import Teacher, begin_graph_step, create_teacher_model, output_shapes
 
 Found = TypeVar("Found")
 
@@ -244,12 +244,10 @@ class _Build:
                 )
 
     def _outputs(self, batch: Batch) -> TeacherOutputs:
-        on_cuda = batch.images.is_cuda
-        if on_cuda:
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        begin_graph_step(self._context.device)
         logits, maps = self._teacher.outputs(batch)
         assert logits is not None
-        if on_cuda:  # the next replay of a CUDA graph writes to the same memory
+        if batch.images.is_cuda:  # the next replay of a CUDA graph writes to the same memory
             logits, maps = logits.clone(), [x.clone() for x in maps]
         return TeacherOutputs(logits, maps)
 

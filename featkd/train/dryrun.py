@@ -31,9 +31,8 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
     """Reports what a run of `recipe` would do on this machine; writes no file.
 
     The first update warms up and compiles, on a GPU a second one records CUDA graphs, and the last
-    is timed. Loading is timed
-    separately, over enough batches that prefetched ones hardly count. The estimated time is the
-    slower of the two for all updates, without evaluation and saving.
+    is timed. Loading is timed separately, over enough batches that prefetched ones hardly count.
+    The estimated time is the slower of the two for all updates, without evaluation and saving.
 
     Raises:
         The errors of `Trainer` and of an update.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from featkd.runtime.interrupt import CHECKPOINT_THREAD
 from featkd.train.parallel import full
 
 
@@ -36,7 +37,7 @@ class BackgroundSaver:
             except BaseException as error:  # raised again by `check` or `wait`
                 self._error = error
 
-        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=run, name=CHECKPOINT_THREAD, daemon=True)
         self._thread.start()
 
     def check(self) -> None:

@@ -27,6 +27,12 @@ from featkd.train.teacher_checks import (
 )
 
 
+def begin_graph_step(device: torch.device) -> None:
+    """Allows CUDA graphs to overwrite the outputs of earlier replays from here on."""
+    if device.type == "cuda":
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+
+
 class TeacherForward(nn.Module):
     """Logits and feature maps of a frozen model as a module's forward, for torch.compile.
 

@@ -32,6 +32,7 @@ from featkd.train.recipe import Recipe, to_dict
 from featkd.train.resume import check_same_position, find_checkpoint, restore
 from featkd.train.saving import BackgroundSaver, snapshot
 from featkd.train.stopwatch import Stopwatch
+from featkd.train.teacher import begin_graph_step
 
 _CHANGED = "changed since that checkpoint"
 
@@ -215,9 +216,7 @@ class Trainer:
         if mixer is not None:
             number += self.batch  # within the epoch
             batch = mixer(batch, epoch=self.epoch, number=number, rank=self.context.rank)
-        if self.context.device.type == "cuda":
-            # outputs of the previous replay may be overwritten from here on
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        begin_graph_step(self.context.device)
         teacher = self.teacher_forward(batch)
         student = self.student_forward(batch.images, teacher)
         return self.compute_loss(student, batch.targets, teacher)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import timm
@@ -105,7 +105,7 @@ def build_timm(name: str, **timm_kwargs: Any) -> nn.Module:
         options = ", ".join(
             f"{key}={value!r}"
             for key, value in timm_kwargs.items()
-            if key not in ("pretrained_cfg", "pretrained_cfg_overlay")
+            if key not in ("pretrained_cfg", "pretrained_cfg_overlay", "device")
         )
         raise ValueError(f"{options}: timm can't build {name!r} with these: {error}") from error
     except OSError as error:

@@ -198,6 +198,7 @@ def _stored_student(checkpoint: AnyPath) -> str:
     if not isinstance(student, dict):
         return ""
     words = ", ".join(
-        f"student.{name}: {student.get(name)}" for name in ("base", "arch", "teacher_dim", "options")
+        f"student.{name}: {student.get(name)}"
+        for name in ("base", "arch", "teacher_dim", "options")
     )
     return f". It is a checkpoint of featkd of {words}; expected the same base and options"

@@ -103,9 +103,8 @@ def _deit_tiny(name: str, arch: str, pretrained: bool, kwargs: dict[str, Any]) -
     cfg = resolve_pretrained_cfg(
         name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
     ).to_dict()
-    if pretrained and not any(
-        cfg.get(source) for source in ("state_dict", "file", "hf_hub_id", "url")
-    ):
+    sources = ("state_dict", "file", "hf_hub_id", "url")
+    if pretrained and not any(cfg.get(source) for source in sources):
         raise ValueError(
             f"pretrained: got True, but {name!r} has no weights to download; allowed: False "
             f"(featkd.models.load_published reads published files)"

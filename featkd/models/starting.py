@@ -197,8 +197,6 @@ def _stored_student(checkpoint: AnyPath) -> str:
     student = read_stored_recipe(checkpoint).get("student")
     if not isinstance(student, dict):
         return ""
-    words = ", ".join(
-        f"student.{name}: {student.get(name)}"
-        for name in ("base", "arch", "teacher_dim", "options")
-    )
+    fields = ("base", "arch", "teacher_dim", "options")
+    words = ", ".join(f"student.{name}: {student.get(name)}" for name in fields)
     return f". It is a checkpoint of featkd of {words}; expected the same base and options"

@@ -65,8 +65,8 @@ class StudentConfig:
         _check_options("student", self.options, names)
         if self.pretrained and self.checkpoint is not None:
             raise RecipeError(
-                f"student.checkpoint: {self.checkpoint!r}, but student.pretrained is true; expected "
-                "one of them"
+                f"student.checkpoint: {self.checkpoint!r}, but student.pretrained is true; "
+                "expected one of them"
             )
 
 

@@ -78,7 +78,8 @@ def _statistics_notes(recipe: Recipe, before: Mapping[str, Any], source: str) ->
     notes = []
     for name in ("mean", "std"):
         own, theirs = getattr(recipe.data, name), before.get(name)
-        if theirs is None or all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(own, theirs)):
+        pairs = zip(own, theirs or own, strict=True)
+        if all(math.isclose(a, b, abs_tol=1e-6) for a, b in pairs):
             continue
         notes.append(
             f"{source}: was trained with data.{name} {list(theirs)}, this run has {list(own)}; "

@@ -60,51 +60,41 @@ def load_starting_weights(
     """
     model: Any = student
     own: dict[str, Tensor] = model.state_dict()
-    new = {*getattr(model, "own_modules", ())}
     heads = model.pretrained_cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    is_own = False
+    given, file = dict(timm_kwargs), {}
     if checkpoint is None:
-        source = f"timm's weights of {base}"
-        before = _shapes_at_timm(base, timm_kwargs)
+        field, source = "pretrained", f"timm's weights of {base}"
         classes = model.pretrained_cfg["num_classes"]
-        try:
-            state = _base_state(base, classes, timm_kwargs)
-        except CheckpointMismatch as error:
-            raise CheckpointMismatch(f"pretrained: {source} {error}") from error.__cause__
+        before = _shapes_at_timm(base, timm_kwargs)
     else:
-        source = str(checkpoint)
+        field, source = "checkpoint", str(checkpoint)
         file = read_state_dict(checkpoint, weights)
-        before = {name: tuple(x.shape) for name, x in file.items()}
         classes = next((len(file[x]) for head in heads if (x := f"{head}.weight") in file), 0)
-        is_own = any(n in file for n in own if n.startswith("projection.") or ".proj_in." in n)
-        try:
-            if is_own:
-                new = set()
-                adapt = adapt_eva if isinstance(model, Eva) else adapt_vision_transformer
-                state = adapt(dict(file), model)
-            else:
-                overlay = timm_kwargs.get("pretrained_cfg_overlay") or {}
-                overlay = {**overlay, **_NO_SOURCE, "state_dict": file, "num_classes": classes}
-                given = {**timm_kwargs, "pretrained_cfg_overlay": overlay}
-                state = _base_state(base, classes, given)
-        except CheckpointMismatch as error:
-            raise CheckpointMismatch(
-                f"checkpoint: {source} {error}{_stored_student(checkpoint)}"
-            ) from error.__cause__
-    new |= {
-        head
-        for head in heads
-        if (name := f"{head}.weight") in own
-        and (name not in state or state[name].shape != own[name].shape)
-    }
-    kept = {n: x for n, x in state.items() if n in own or (is_own and not _is_in(n, heads))}
-    kept |= {name: x for name, x in own.items() if _is_in(name, new)}
+        before = {name: tuple(x.shape) for name, x in file.items()}
+        overlay = timm_kwargs.get("pretrained_cfg_overlay") or {}
+        overlay = {**overlay, **_NO_SOURCE, "state_dict": file, "num_classes": classes}
+        given["pretrained_cfg_overlay"] = overlay
+    is_student = any(n in file for n in own if n == "projection.weight" or ".proj_in." in n)
+    new = [] if is_student else [*getattr(model, "own_modules", ())]
     try:
-        load_strictly(model, kept, source, "the student")
+        if is_student:
+            adapt = adapt_eva if isinstance(model, Eva) else adapt_vision_transformer
+            state = {
+                n: x for n, x in adapt(file, model).items() if n in own or not _is_in(n, heads)
+            }
+        else:
+            state = {n: x for n, x in _base_state(base, classes, given).items() if n in own}
+        for head in heads:
+            name = f"{head}.weight"
+            differs = name in own and (name not in state or state[name].shape != own[name].shape)
+            if differs and head not in new:
+                new.append(head)
+        load_strictly(model, {**state, **{n: own[n] for n in own if _is_in(n, new)}}, "", base)
     except CheckpointMismatch as error:
         stored = "" if checkpoint is None else _stored_student(checkpoint)
-        raise CheckpointMismatch(f"{error}{stored}") from None
+        reason = str(error).removeprefix("checkpoint: ").lstrip()
+        raise CheckpointMismatch(f"{field}: {source} {reason}{stored}") from error.__cause__
     return f"student: starts from {source}{_changes(own, before, new, heads, classes)}"
 
 
@@ -112,7 +102,7 @@ def _base_state(base: str, classes: int, timm_kwargs: Mapping[str, Any]) -> dict
     """State dict of the base with its weights, all loaded, at the student's sizes.
 
     Raises:
-        CheckpointMismatch: they don't fit; the message has neither the field nor the source.
+        CheckpointMismatch: they don't fit; the message does not name the source.
     """
     given = {**timm_kwargs, "pretrained": True, "num_classes": classes}
     try:
@@ -142,8 +132,7 @@ def _described(error: Exception, base: str) -> CheckpointMismatch:
     if not any(problems.values()):
         lines = text.strip().splitlines() or [type(error).__name__]
         return CheckpointMismatch(f"can't be loaded into {base}: {lines[0]}")
-    # The caller names the source.
-    return CheckpointMismatch(str(mismatch("", base, problems)).removeprefix("checkpoint:  "))
+    return mismatch("", base, problems)
 
 
 def _shapes_at_timm(base: str, timm_kwargs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -159,12 +148,6 @@ def _is_in(name: str, modules: Collection[str]) -> bool:
     return any(name.startswith(f"{module}.") for module in modules)
 
 
-def _in_order(modules: Collection[str], own: Mapping[str, Tensor]) -> list[str]:
-    """Those of `modules` that have tensors, in the model's order."""
-    first = {m: i for i, n in reversed([*enumerate(own)]) for m in modules if _is_in(n, (m,))}
-    return sorted(first, key=lambda module: first[module])
-
-
 def _changes(
     own: Mapping[str, Tensor],
     before: Mapping[str, tuple[int, ...]],
@@ -174,10 +157,13 @@ def _changes(
 ) -> str:
     """Describes what is not equal to the source: new modules and resampled tensors."""
     described = []
-    for module in _in_order(new, own):
-        if module in heads and classes and f"{module}.weight" in before:
-            module += f" ({len(own[f'{module}.weight'])} classes, {classes} there)"
-        described.append(module)
+    for module in new:
+        if not any(_is_in(name, (module,)) for name in own):
+            continue  # the base has no such module either
+        now = len(own[f"{module}.weight"]) if module in heads else classes
+        described.append(
+            module if classes in (0, now) else f"{module} ({now} classes, {classes} there)"
+        )
     blocks = {int(n.split(".")[1]) for n in own if n.startswith("blocks.") and not _is_in(n, new)}
     text = ""
     if any(module.startswith("blocks.") for module in new) and blocks:

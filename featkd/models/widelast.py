@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
-from timm.layers import LayerNorm
+from timm.layers import LayerNorm, get_device_dtype
 from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -223,22 +224,23 @@ class WideStudent(OwnHead):
         wide = (f"blocks.{i}" for i, size in enumerate(self.sizes) if size.width != self.embed_dim)
         return (*wide, "norm", "fc_norm", "attn_pool", "head")
 
-    def _widen_end(self, wide: Any) -> None:
-        """Takes final norm and attention pooling from `wide`, a model as wide as the last block.
-
-        Sets the widths of the head and of timm's feature records.
+    def _widen_end(self, pooling: nn.Module | None) -> None:
+        """Sets the widths of final norm, attention pooling, head and timm's feature records.
 
         Args:
-            wide: a timm model on the meta device.
+            pooling: attention pooling of the last width, on the meta device, if the base has one.
         """
-        for name in ("norm", "fc_norm", "attn_pool"):
-            module = getattr(wide, name)
-            if module is not None:
-                self._materialise(module, name)
-                setattr(self, name, module)
+        width = self.sizes[-1].width
+        for name in ("norm", "fc_norm"):
+            norm = getattr(self, name)
+            if not isinstance(norm, nn.Identity):
+                setattr(self, name, type(norm)(width, eps=norm.eps, **get_device_dtype(self)))
+        if pooling is not None:
+            self._materialise(pooling, "attn_pool")
+            self.attn_pool = pooling
         for info, size in zip(self.feature_info, self.sizes, strict=True):
             info["num_chs"] = size.width
-        self._set_num_features(self.sizes[-1].width)
+        self._set_num_features(width)
 
 
 class WideLast(WideStudent, StudentVisionTransformer):
@@ -281,6 +283,7 @@ class WideLast(WideStudent, StudentVisionTransformer):
         heads = first.attn.num_heads
         sizes = schedule(arch, probe.embed_dim, heads, len(probe.blocks), teacher_dim)
 
+        @functools.cache
         def widened(size: BlockSize) -> Any:
             return build_timm(base, **on_meta | {"embed_dim": size.width, "num_heads": size.heads})
 
@@ -294,7 +297,7 @@ class WideLast(WideStudent, StudentVisionTransformer):
             model._model_args.pop("block_fn", None)  # timm writes these into exported config files
             model.__class__ = WideLast
         model.sizes = sizes
-        model._widen_end(widened(sizes[-1]))
+        model._widen_end(probe.attn_pool and widened(sizes[-1]).attn_pool)
         return cast(WideStudent, model)
 
 

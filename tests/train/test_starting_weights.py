@@ -130,7 +130,7 @@ def test_students_on_eva_are_trained_and_resumed(recipe, base, arch):
     losses = column(whole, "loss")
     assert len(losses) == 12
     again = replace(whole, out=recipe.out + "-again")
-    run(again, f"{whole.out}/epoch-0.pt")
+    run(again, f"{whole.out}/epoch-0001.pt")
     assert column(again, "loss") == losses[6:]
 
 

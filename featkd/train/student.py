@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, cast
@@ -56,8 +57,9 @@ def build_student(recipe: Recipe, num_classes: int, notes: list[str] | None = No
             raise RecipeError(f"student.{field}: {text}") from error.__cause__
         raise
     if notes is not None and checkpoint is not None:
-        data = read_stored_recipe(checkpoint).get("data") or {}
-        notes += _statistics_notes(recipe, data, f"student.checkpoint: {config.checkpoint}")
+        stored, source = read_stored_recipe(checkpoint), f"student.checkpoint: {config.checkpoint}"
+        notes += _statistics_notes(recipe, stored.get("data") or {}, source)
+        notes += _model_notes(recipe, stored.get("student") or {}, source)
     elif notes is not None and config.pretrained:
         data = cast(Any, student).pretrained_cfg
         notes += _statistics_notes(recipe, data, f"student.pretrained: {config.base}")
@@ -86,3 +88,20 @@ def _statistics_notes(recipe: Recipe, before: Mapping[str, Any], source: str) ->
             "the student adapts to it in training"
         )
     return notes
+
+
+def _model_notes(recipe: Recipe, before: Mapping[str, Any], source: str) -> list[str]:
+    """Notes on another base or other options: the number of heads shows in no tensor's shape."""
+
+    def model(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        options = config.get("options") or {}
+        kept = {k: v for k, v in options.items() if k != "img_size" and "drop" not in k}
+        return config.get("base"), {k: v for k, v in kept.items() if not k.startswith("pretrained")}
+
+    theirs, own = model(before), model(dataclasses.asdict(recipe.student))
+    if not before or theirs == own:
+        return []
+    described = (
+        f"student.base: {base}, student.options: {options}" for base, options in (theirs, own)
+    )
+    return [f"{source}: was trained with {next(described)}; this run has {next(described)}"]

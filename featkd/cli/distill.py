@@ -48,7 +48,9 @@ def _train(recipe: Recipe, options: Namespace) -> int:
             "torchrun --max-restarts does so by itself"
         )
         with distributed.explain_lost_processes(remedy):
-            outcome = Trainer(recipe, context).run(options.resume, quiet=options.quiet)
+            resumes = options.resume not in ("auto", "force", "never")
+            trainer = Trainer(recipe, context, resumes=resumes)
+            outcome = trainer.run(options.resume, quiet=options.quiet)
         if outcome.interrupted_by is not None:
             if options.quiet and context.is_main:
                 hint = f"--resume auto continues from the last checkpoint in {recipe.out}"

@@ -19,7 +19,7 @@ from featkd.diagnostics.model_features import ModelFeatures
 from featkd.diagnostics.process_run import ProcessRun
 from featkd.diagnostics.source import Source
 from featkd.diagnostics.student_reach import StudentReach, student_reach
-from featkd.models import Lift
+from featkd.models.lift import LiftStudent
 from featkd.runtime import distributed, environment
 from featkd.runtime.distributed import ProcessContext
 
@@ -94,7 +94,7 @@ def _reach(findings: Findings, source: Source) -> list[StudentReach]:
     if not widths or not isinstance(source, ModelFeatures):
         return []
     student = source.model("student")
-    width = student.embed_dim if isinstance(student, Lift) else widths[max(widths)]
+    width = student.embed_dim if isinstance(student, LiftStudent) else widths[max(widths)]
     return [student_reach(layer, r, width) for layer, r in layers if layer.model == "teacher"]
 
 

@@ -7,14 +7,21 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import huggingface_hub
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, parse_model_name
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
 _TIMEOUT = 5  # seconds
 
 
-def check_download(name: str) -> None:
-    """Raises an error if the weights of a timm model are on no disk and their host is unreachable.
+def is_on_hub(name: str) -> bool:
+    """Checks whether a model's name has the source "hf-hub:", whose configuration is remote too."""
+    return bool(parse_model_name(name)[0] == "hf-hub")
+
+
+def check_download(name: str, pretrained: bool = True) -> None:
+    """Raises an error if the files of a timm model are on no disk and their host is unreachable.
+
+    Without `pretrained`, only the configuration of a model on the Hugging Face Hub is needed.
 
     Behind a proxy nothing is checked.
 
@@ -22,16 +29,22 @@ def check_download(name: str) -> None:
         ConnectionError: the host can't be reached.
         ValueError: timm has no pretrained weights for this model.
     """
-    record = get_pretrained_cfg(name)
-    if record is None or not record.has_weights:
-        raise ValueError(
-            f"pretrained: timm has no weights for {name!r}; expected pretrained: false with a "
-            "checkpoint, or a model with weights"
-        )
-    repository = record.hf_hub_id
-    if not repository or record.file or getproxies() or huggingface_hub.constants.HF_HUB_OFFLINE:
+    source, place = parse_model_name(name)
+    if source == "local-dir":
         return
-    cached = (huggingface_hub.try_to_load_from_cache(repository, file) for file in _FILES)
+    repository: str | None = place.partition("@")[0]  # without a revision
+    if source is None:
+        record = get_pretrained_cfg(name)
+        if record is None or not record.has_weights:
+            raise ValueError(
+                f"pretrained: timm has no weights for {name!r}; expected pretrained: false with a "
+                "checkpoint, or a model with weights"
+            )
+        repository = None if record.file else record.hf_hub_id
+    if not repository or getproxies() or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    files = _FILES if pretrained else ("config.json",)
+    cached = (huggingface_hub.try_to_load_from_cache(repository, file) for file in files)
     if any(isinstance(path, str) for path in cached):
         return
     host = urlsplit(huggingface_hub.constants.ENDPOINT)
@@ -47,6 +60,6 @@ def unreachable(name: str, error: Exception) -> ConnectionError:
     return ConnectionError(
         f"pretrained: the weights of {name!r} can't be downloaded from "
         f"{huggingface_hub.constants.ENDPOINT} ({error}); download them elsewhere and give the "
-        "file as checkpoint (in a recipe: teacher.checkpoint with teacher.pretrained: false, or "
-        "student.options.pretrained_cfg_overlay.file)"
+        "file as checkpoint with pretrained: false (in a recipe: teacher.checkpoint or "
+        "student.checkpoint), or a folder with config.json as 'local-dir:FOLDER'"
     )

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from timm.layers import get_device_dtype
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from featkd.functional import Metric, lift_head, projected_feature_kd
-from featkd.models.base import StudentVisionTransformer, check_vision_transformer
+from featkd.models.base import OwnHead, StudentEva, StudentVisionTransformer, check_base
 from featkd.models.features import POOLED, Layer, resolve_layers
 from featkd.models.fusion import is_fusible
 from featkd.ops.support import is_being_exported
@@ -17,53 +19,14 @@ from featkd.ops.support import is_being_exported
 PUBLISHED_EPS = 1e-5  # torch's default, which the published Lift has; timm's norms have 1e-6
 
 
-class Lift(StudentVisionTransformer):
-    """A ViT that classifies from its last patch tokens, lifted to the teacher's width.
+class LiftStudent(OwnHead):
+    """Methods of `Lift` and `LiftEva`: a timm ViT that classifies from its lifted last tokens."""
 
-    With f the patch tokens (no class token) of the last block before the final norm, and W of
-    shape (teacher_dim, width) without a bias [EM26, Lift]:
-
-        z      = LayerNorm(f W^T)              eps 1e-5; matched to the teacher's map
-        logits = head(mean of z over the patch tokens)
-
-    Logits and the feature loss (`forward_with_loss`) are computed without storing z, by
-    `featkd.functional.lift_head`, unless one of the two layers has hooks or was replaced. z is
-    stored only if the last layer's map is requested.
-
-    The base's final norm and head would never be used, so they are removed.
-    Created by `Lift.adopt` or `featkd.models.create_student(arch="lift")`.
-    """
+    own_modules = ("projection", "projection_norm", "head")
+    """Modules that don't come from the base."""
 
     projection: nn.Linear
     projection_norm: nn.LayerNorm
-
-    @classmethod
-    def adopt(cls, model: nn.Module, teacher_dim: int) -> Lift:
-        """Turns a timm VisionTransformer into a Lift student, in place.
-
-        Args:
-            model: a VisionTransformer; its blocks keep their weights.
-            teacher_dim: width of the teacher's map.
-
-        Returns:
-            `model`, now a Lift.
-
-        Raises:
-            ValueError: `model` is of another class, or `teacher_dim` is below 1.
-        """
-        check_vision_transformer(model, "lift")
-        if teacher_dim < 1:
-            raise ValueError(f"teacher_dim: expected an int >= 1, got {teacher_dim}")
-        model.__class__ = cls
-        lift = cast(Any, model)
-        factory = get_device_dtype(lift)
-        lift.norm, lift.fc_norm, lift.attn_pool = nn.Identity(), nn.Identity(), None
-        lift.global_pool = "avg"
-        lift.projection = nn.Linear(lift.embed_dim, teacher_dim, bias=False, **factory)
-        nn.init.trunc_normal_(lift.projection.weight, std=0.02)  # as timm's other linear layers
-        lift.projection_norm = nn.LayerNorm(teacher_dim, eps=PUBLISHED_EPS, **factory)
-        lift._set_num_features(teacher_dim)
-        return cast(Lift, lift)
 
     def lift(self, tokens: Tensor) -> Tensor:
         """z = LayerNorm(f W^T) of patch tokens f: (B, N, width) -> (B, N, teacher_dim)."""
@@ -174,7 +137,7 @@ class Lift(StudentVisionTransformer):
         last = len(self.blocks) - 1
         if {last, POOLED} & {*resolve_layers(layers, last + 1)}:
             return self.forward_with_features(images, layers)[1]
-        return super().forward_maps(images, layers)
+        return cast(list[Tensor], super().forward_maps(images, layers))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the head by a newly initialised one; the pooling remains the mean over tokens.
@@ -185,3 +148,54 @@ class Lift(StudentVisionTransformer):
         if global_pool not in (None, "avg"):
             raise ValueError(f"global_pool: Lift allows None or 'avg', got {global_pool!r}")
         super().reset_classifier(num_classes)
+
+
+class Lift(LiftStudent, StudentVisionTransformer):
+    """A ViT that classifies from its last patch tokens, lifted to the teacher's width.
+
+    With f the patch tokens (no class token) of the last block before the final norm, and W of
+    shape (teacher_dim, width) without a bias [EM26, Lift]:
+
+        z      = LayerNorm(f W^T)              eps 1e-5; matched to the teacher's map
+        logits = head(mean of z over the patch tokens)
+
+    Logits and the feature loss (`forward_with_loss`) are computed without storing z, by
+    `featkd.functional.lift_head`, unless one of the two layers has hooks or was replaced. z is
+    stored only if the last layer's map is requested.
+
+    The base's final norm, attention pooling and head would never be used, so they are removed.
+    Created by `Lift.adopt` or `featkd.models.create_student(arch="lift")`.
+    """
+
+    @staticmethod
+    def adopt(model: nn.Module, teacher_dim: int) -> LiftStudent:
+        """Turns a timm VisionTransformer or Eva into a Lift student, in place.
+
+        Args:
+            model: its blocks keep their weights.
+            teacher_dim: width of the teacher's map.
+
+        Returns:
+            `model`, now a Lift or a LiftEva.
+
+        Raises:
+            ValueError: `model` is of another class, or `teacher_dim` is below 1.
+        """
+        kinds: dict[type, type] = {VisionTransformer: Lift, Eva: LiftEva}
+        check_base(model, "lift")
+        if teacher_dim < 1:
+            raise ValueError(f"teacher_dim: expected an int >= 1, got {teacher_dim}")
+        model.__class__ = kinds[type(model)]
+        lift = cast(Any, model)
+        factory = get_device_dtype(lift)
+        lift.norm, lift.fc_norm, lift.attn_pool = nn.Identity(), nn.Identity(), None
+        lift.global_pool = "avg"
+        lift.projection = nn.Linear(lift.embed_dim, teacher_dim, bias=False, **factory)
+        nn.init.trunc_normal_(lift.projection.weight, std=0.02)  # as timm's other linear layers
+        lift.projection_norm = nn.LayerNorm(teacher_dim, eps=PUBLISHED_EPS, **factory)
+        lift._set_num_features(teacher_dim)
+        return cast(LiftStudent, lift)
+
+
+class LiftEva(LiftStudent, StudentEva):
+    """`Lift` on timm's Eva: DINOv3, EVA-02, Perception Encoder."""

@@ -17,6 +17,7 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from featkd.models.features import FeatureModel
@@ -102,7 +103,8 @@ def _deit_tiny(name: str, arch: str, pretrained: bool, kwargs: dict[str, Any]) -
     cfg = resolve_pretrained_cfg(
         name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
     ).to_dict()
-    if pretrained and not any(cfg.get(source) for source in ("file", "hf_hub_id", "url")):
+    sources = ("state_dict", "file", "hf_hub_id", "url")
+    if pretrained and not any(cfg.get(source) for source in sources):
         raise ValueError(
             f"pretrained: got True, but {name!r} has no weights to download; allowed: False "
             f"(featkd.models.load_published reads published files)"
@@ -113,5 +115,9 @@ def _deit_tiny(name: str, arch: str, pretrained: bool, kwargs: dict[str, Any]) -
     )
     if pretrained:  # a user's weights, written by timm's hub functions
         in_chans = kwargs.get("in_chans", 3)
-        load_pretrained(cast(nn.Module, student), cfg, num_classes, in_chans, strict=True)
+        load_pretrained(
+            *(cast(nn.Module, student), cfg, num_classes, in_chans),
+            filter_fn=checkpoint_filter_fn,
+            strict=True,
+        )
     return student

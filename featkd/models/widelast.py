@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 from timm.layers import LayerNorm, get_device_dtype
+from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from featkd.functional import widelast_projection
 from featkd.models.base import (
+    OwnHead,
+    StudentEva,
     StudentVisionTransformer,
     build_timm,
-    check_vision_transformer,
+    check_base,
 )
 from featkd.models.fusion import is_fusible
 from featkd.ops.support import is_being_exported
@@ -96,10 +100,36 @@ def schedule(
     return (*sizes, BlockSize(teacher_dim, last_heads))
 
 
-class WideBlock(Block):  # type: ignore[misc]
-    """A pre-norm block that starts a wider residual stream [EM26, WideLast].
+class ProjectedInput:
+    """Method of a pre-norm block that starts a wider residual stream [EM26, WideLast].
 
-        r = proj_norm(proj_in(x));   y = r + attn(norm1(r));   out = y + mlp(norm2(y))
+    r = proj_norm(proj_in(x));   y = r + attn(norm1(r));   out = y + mlp(norm2(y))
+    """
+
+    proj_in: nn.Module
+    proj_norm: nn.Module
+    norm1: nn.Module
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Projects x (B, N, in_dim) to the residual stream r and norm1(r), both (B, N, dim).
+
+        One fused op (`featkd.functional.widelast_projection`) if the three modules are a plain
+        Linear and two plain LayerNorms of the same epsilon. Otherwise, for hooks and for exports,
+        the modules are called (see `featkd.models.fusion`).
+        """
+        linear, first, second = cast(tuple[Any, ...], (self.proj_in, self.proj_norm, self.norm1))
+        fuses = isinstance(x, Tensor) and is_fusible(linear, first, second)
+        if is_being_exported() or not fuses:
+            residual = first(linear(x))
+            return residual, second(residual)
+        return widelast_projection(
+            *(x, linear.weight, first.weight, first.bias, second.weight, second.bias),
+            eps=first.eps,
+        )
+
+
+class WideBlock(ProjectedInput, Block):  # type: ignore[misc]
+    """timm's Block with a projected input.
 
     Args:
         in_dim: width of the previous block.
@@ -122,23 +152,6 @@ class WideBlock(Block):  # type: ignore[misc]
         self.proj_in = nn.Linear(in_dim, dim, bias=False, device=device, dtype=dtype)
         self.proj_norm = norm_layer(dim, device=device, dtype=dtype)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Projects x (B, N, in_dim) to the residual stream r and norm1(r), both (B, N, dim).
-
-        One fused op (`featkd.functional.widelast_projection`) if the three modules are a plain
-        Linear and two plain LayerNorms of the same epsilon. Otherwise, for hooks and for exports,
-        the modules are called (see `featkd.models.fusion`).
-        """
-        modules = (self.proj_in, self.proj_norm, self.norm1)
-        if is_being_exported() or not isinstance(x, Tensor) or not is_fusible(*modules):
-            residual = self.proj_norm(self.proj_in(x))
-            return residual, self.norm1(residual)
-        _, first, second = cast(tuple[Any, ...], modules)
-        return widelast_projection(
-            *(x, self.proj_in.weight, first.weight, first.bias, second.weight, second.bias),
-            eps=first.eps,
-        )
-
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
@@ -148,6 +161,38 @@ class WideBlock(Block):  # type: ignore[misc]
         x = residual + self.drop_path1(self.ls1(attended))
         mixed: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return mixed
+
+
+class WideEvaBlock(ProjectedInput, EvaBlock):  # type: ignore[misc]
+    """timm's EvaBlock with a projected input; created by `adopt`."""
+
+    @classmethod
+    def adopt(cls, block: Any, in_dim: int) -> WideEvaBlock:
+        """Adds the projection to an EvaBlock, in place."""
+        block.__class__ = cls
+        norm, like = block.norm1, block.norm1.weight
+        dim = len(like)
+        block.proj_in = nn.Linear(in_dim, dim, bias=False, device=like.device, dtype=like.dtype)
+        block.proj_norm = type(norm)(dim, eps=norm.eps, device=like.device, dtype=like.dtype)
+        return cast(WideEvaBlock, block)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """(B, N, in_dim) -> (B, N, dim)."""
+        x, normed = self.project(x)
+        attended = self.attn(normed, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        x = x + self.drop_path1(_scaled(attended, self.gamma_1))
+        mixed: Tensor = x + self.drop_path2(_scaled(self.mlp(self.norm2(x)), self.gamma_2))
+        return mixed
+
+
+def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else gamma * x
 
 
 class BlockFactory:
@@ -168,63 +213,133 @@ class BlockFactory:
         return WideBlock(in_dim=before, dim=width, num_heads=heads, **options)
 
 
-class WideLast(StudentVisionTransformer):
-    """A ViT whose last blocks have the teacher's width, by one of the `SCHEDULES` [EM26].
-
-    A block whose width differs from the previous one is a `WideBlock`. The final norm and the head
-    have the last width. The last block's output is matched to the teacher; pooling (DeiT: the
-    class token) and attention are the base's.
-    Created by `WideLast.build` or `featkd.models.create_student(arch="widelast")`.
-    """
+class WideStudent(OwnHead):
+    """Methods of `WideLast` and `WideLastEva`: a timm ViT with wide last blocks."""
 
     sizes: tuple[BlockSize, ...]
 
-    @classmethod
-    def build(cls, base: str, arch: str, teacher_dim: int, **timm_kwargs: Any) -> WideLast:
+    @property
+    def own_modules(self) -> tuple[str, ...]:
+        """Modules that don't come from the base."""
+        wide = (f"blocks.{i}" for i, size in enumerate(self.sizes) if size.width != self.embed_dim)
+        return (*wide, "norm", "fc_norm", "attn_pool", "head")
+
+    def _widen_end(self, pooling: nn.Module | None) -> None:
+        """Sets the widths of final norm, attention pooling, head and timm's feature records.
+
+        Args:
+            pooling: attention pooling of the last width, on the meta device, if the base has one.
+        """
+        width = self.sizes[-1].width
+        for name in ("norm", "fc_norm"):
+            norm = getattr(self, name)
+            if not isinstance(norm, nn.Identity):
+                setattr(self, name, type(norm)(width, eps=norm.eps, **get_device_dtype(self)))
+        if pooling is not None:
+            self._materialise(pooling, "attn_pool")
+            self.attn_pool = pooling
+        for info, size in zip(self.feature_info, self.sizes, strict=True):
+            info["num_chs"] = size.width
+        self._set_num_features(width)
+
+
+class WideLast(WideStudent, StudentVisionTransformer):
+    """A ViT whose last blocks have the teacher's width, by one of the `SCHEDULES` [EM26].
+
+    A block whose width differs from the previous one is a `WideBlock`. The final norm, attention
+    pooling if the base has it, and the head have the last width. The last block's output is
+    matched to the teacher; pooling (DeiT: the class token) and attention are the base's.
+    Created by `WideLast.build` or `featkd.models.create_student(arch="widelast")`.
+    """
+
+    @staticmethod
+    def build(base: str, arch: str, teacher_dim: int, **timm_kwargs: Any) -> WideStudent:
         """Builds `base` by timm with the block sizes of a schedule.
 
         Args:
-            base: timm name of a VisionTransformer.
+            base: timm name of a VisionTransformer or an Eva.
             arch: one of `SCHEDULES`.
             teacher_dim: width of the last block.
             timm_kwargs: other arguments of the timm model.
 
+        Returns:
+            A WideLast or a WideLastEva.
+
         Raises:
-            ValueError: the base is not a VisionTransformer with timm's standard blocks, it pools
-                by attention, or the widths don't match (see `schedule`).
+            ValueError: the base is of another class, its blocks are not timm's standard ones, the
+                widths don't match (see `schedule`), or its rotary position embeddings don't fit
+                the wide blocks.
         """
         on_meta = {**timm_kwargs, "device": "meta"}  # only shapes: no memory, no random numbers
         probe: Any = build_timm(base, **on_meta)
-        check_vision_transformer(probe, arch)
-        if probe.attn_pool is not None:
+        check_base(probe, arch)
+        first, standard = probe.blocks[0], EvaBlock if isinstance(probe, Eva) else Block
+        if type(first) is not standard:
             raise ValueError(
-                f"global_pool: arch {arch!r} allows token, avg, avgmax or max; "
-                f"got {probe.global_pool!r}"
+                f"base: arch {arch!r} needs timm's standard {standard.__name__}, "
+                f"but {base!r} is made of {type(first).__name__}; expected another base, or arch "
+                "'lift' or 'plain'"
             )
-        first = probe.blocks[0]
-        if type(first) is not Block:
-            raise ValueError(
-                f"base: arch {arch!r} needs timm's standard Block, "
-                f"but {base!r} is made of {type(first).__name__}"
-            )
-        sizes = schedule(
-            arch, probe.embed_dim, first.attn.num_heads, len(probe.blocks), teacher_dim
-        )
-        model: Any = build_timm(base, **timm_kwargs, block_fn=BlockFactory(sizes))
-        model._model_args.pop("block_fn", None)  # timm writes these into exported config files
-        model.__class__ = cls
-        model.sizes = sizes
-        model._widen_end()
-        return cast(WideLast, model)
+        heads = first.attn.num_heads
+        sizes = schedule(arch, probe.embed_dim, heads, len(probe.blocks), teacher_dim)
 
-    def _widen_end(self) -> None:
-        """Sets the widths of the final norm, of the head and of timm's feature records."""
-        width = self.sizes[-1].width
-        for name in ("norm", "fc_norm"):  # one of them is the final norm, the other an Identity
-            norm = getattr(self, name)
-            if not isinstance(norm, nn.Identity):
-                wider = type(norm)(width, eps=norm.eps, **get_device_dtype(self))
-                setattr(self, name, wider)
-        for info, size in zip(self.feature_info, self.sizes, strict=True):
-            info["num_chs"] = size.width
-        self._set_num_features(width)
+        @functools.cache
+        def widened(size: BlockSize) -> Any:
+            return build_timm(base, **on_meta | {"embed_dim": size.width, "num_heads": size.heads})
+
+        if isinstance(probe, Eva):
+            _check_rope(probe, base, arch)
+            model: Any = build_timm(base, **timm_kwargs)
+            model.__class__ = WideLastEva
+            model._widen_blocks(sizes, widened)
+        else:
+            model = build_timm(base, **timm_kwargs, block_fn=BlockFactory(sizes))
+            model._model_args.pop("block_fn", None)  # timm writes these into exported config files
+            model.__class__ = WideLast
+        model.sizes = sizes
+        model._widen_end(probe.attn_pool and widened(sizes[-1]).attn_pool)
+        return cast(WideStudent, model)
+
+
+class WideLastEva(WideStudent, StudentEva):
+    """`WideLast` on timm's Eva: DINOv3, EVA-02, Perception Encoder.
+
+    All blocks share the base's rotary position embeddings, so `build` refuses schedules that
+    change the channels per head.
+    """
+
+    def _widen_blocks(
+        self, sizes: Sequence[BlockSize], widened: Callable[[BlockSize], Any]
+    ) -> None:
+        """Replaces the blocks that the schedule widens.
+
+        Args:
+            sizes: size of every block.
+            widened: returns a timm model of that size, on the meta device.
+        """
+        before = self.embed_dim
+        for layer, size in enumerate(sizes):
+            if size.width != self.embed_dim:
+                # timm's Eva takes no block_fn: a whole model has the block's other arguments.
+                block = widened(size).blocks[layer]
+                if size.width != before:
+                    block = WideEvaBlock.adopt(block, before)
+                self._materialise(block, f"blocks.{layer}")
+                self.blocks[layer] = block
+            before = size.width
+
+
+def _check_rope(probe: Any, base: str, arch: str) -> None:
+    """Checks that rotary position embeddings fit blocks with more heads, or with wider ones."""
+    if probe.rope is None:
+        return
+    if probe.rope_mixed:
+        raise ValueError(
+            f"base: arch {arch!r} changes the attention heads, but {base!r} has learned rotary "
+            "frequencies for each of its own; expected another base, or arch 'lift' or 'plain'"
+        )
+    if arch.startswith("fixed"):
+        raise ValueError(
+            f"arch: {arch!r} changes the channels per head, but the rotary position embeddings of "
+            f"{base!r} have a fixed number; expected 'widelast' or 'heads_linear'"
+        )

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from featkd.data import Loader, Mixer, build_loader
 from featkd.functional import Metric
 from featkd.losses import DistillationLoss
-from featkd.models import Lift, create_student
 from featkd.models.features import FeatureModel, feature_grid, layers_of, num_layers
+from featkd.models.lift import LiftStudent
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.environment import has_fast_bf16, product_speedup
 from featkd.runtime.suggest import suggestion
@@ -25,6 +25,7 @@ from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
 from featkd.train.parallel import replicate, shard
 from featkd.train.precision import AMP_DTYPES
 from featkd.train.recipe import Recipe, RecipeError
+from featkd.train.student import build_student
 from featkd.train.teacher import Teacher, create_teacher_model, naming, output_shapes
 from featkd.train.teacher_checks import check_teacher
 from featkd.train.teacher_images import matched_tokens
@@ -53,7 +54,7 @@ class FeatureForward(nn.Module):
 class LossForward(nn.Module):
     """`forward_with_loss` of a Lift student as a module's forward, for DDP and torch.compile."""
 
-    def __init__(self, model: Lift, metric: Metric) -> None:
+    def __init__(self, model: LiftStudent, metric: Metric) -> None:
         super().__init__()
         self.model = model
         self.metric: Metric = metric
@@ -113,13 +114,20 @@ class RunComponents:
         self.val_loader.close()
 
 
-def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = True) -> RunComponents:
+def build(
+    recipe: Recipe,
+    context: ProcessContext,
+    *,
+    strict_classes: bool = True,
+    starting_weights: bool = True,
+) -> RunComponents:
     """Builds all components of a run.
 
     Args:
         recipe: the run.
         context: this process.
         strict_classes: refuse a model with more outputs than there are class folders.
+        starting_weights: load the student's starting weights; a resumed run replaces them.
 
     Raises:
         RecipeError: components do not fit each other; names the fields.
@@ -131,7 +139,7 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
     notes += {loader.note: None for loader in (train_loader, val_loader) if loader.note}
     try:
         num_classes = count_classes(recipe, train_loader.classes, notes, strict=strict_classes)
-        student = build_student(recipe, num_classes)
+        student = build_student(recipe, num_classes, notes if starting_weights else None)
         student.to(context.device)
         compiled = recipe.compiles_on(context.device.type)
         if compiled and recipe.amp == "bf16" and context.device.type == "cpu":
@@ -244,15 +252,6 @@ def count_classes(
     return asked
 
 
-def build_student(recipe: Recipe, num_classes: int) -> FeatureModel:
-    """Creates the recipe's student, with weights initialised from its seed."""
-    torch.manual_seed(recipe.seed)
-    config = recipe.student
-    options = {"img_size": recipe.data.img_size, **config.options}
-    with naming("student"):
-        return create_student(config.base, config.arch, config.teacher_dim, num_classes, **options)
-
-
 def _teacher(
     recipe: Recipe,
     student: FeatureModel,
@@ -324,7 +323,7 @@ def _student_forward(recipe: Recipe, student: FeatureModel, pairs: LayerPairs) -
     storing the map.
     """
     metric, last = recipe.loss.feature, num_layers(student) - 1
-    if metric is not None and isinstance(student, Lift) and pairs.student == (last,):
+    if metric is not None and isinstance(student, LiftStudent) and pairs.student == (last,):
         return LossForward(student, metric)
     return FeatureForward(student, pairs.student)
 

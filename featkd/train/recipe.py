@@ -35,6 +35,10 @@ class StudentConfig:
             width schedule.
         teacher_dim: channels of the teacher's feature map; not used by "plain".
         num_classes: classes; null for the number of class folders.
+        pretrained: start from timm's pretrained weights of the base.
+        checkpoint: start from a weights file of the base, or of such a student, instead
+            (.safetensors, .pth, or a featkd checkpoint).
+        weights: weights of a featkd checkpoint, as for the teacher.
         options: further arguments of the timm model (img_size, patch_size, drop_path_rate, ...).
     """
 
@@ -42,10 +46,28 @@ class StudentConfig:
     arch: Arch = "plain"
     teacher_dim: int = 384
     num_classes: int | None = None
+    pretrained: bool = False
+    checkpoint: str | None = None
+    weights: Literal["auto", "model", "model_ema"] = "auto"
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_options("student", self.options, ("base", "arch", "teacher_dim", "num_classes"))
+        if "pretrained" in self.options:  # its place in earlier versions
+            self.options = dict(self.options)
+            before = self.options.pop("pretrained")
+            if self.pretrained and not before:
+                raise RecipeError(
+                    f"student.options.pretrained: {before!r}, but student.pretrained is true; "
+                    "expected student.pretrained alone"
+                )
+            self.pretrained = bool(before)
+        names = ("base", "arch", "teacher_dim", "num_classes", "checkpoint", "weights")
+        _check_options("student", self.options, names)
+        if self.pretrained and self.checkpoint is not None:
+            raise RecipeError(
+                f"student.checkpoint: {self.checkpoint!r}, but student.pretrained is true; "
+                "expected one of them"
+            )
 
 
 @dataclass

@@ -16,6 +16,8 @@ _SILENT = ("out", "log_every", "checkpoint", "device", "data.workers", "teacher.
 _NOTED = (
     *("batch_size", "optim.accumulate", "amp", "compile", "compile_mode", "cache", "cache_epochs"),
     *("distributed", "data.path", "data.backend", "data.channels_last", "data.on_bad_image"),
+    # Starting weights are not read again.
+    *("student.pretrained", "student.checkpoint", "student.weights"),
 )
 
 
@@ -58,12 +60,13 @@ def check_same_recipe(
             and `force` is false.
     """
     inference = (saved["teacher"] or {}).pop("inference", None)  # a field of earlier versions
+    _move_pretrained(saved["student"])
     # Fields that the checkpoint's version did not have had their present defaults.
     before = _filled(saved, to_dict(Recipe()))
     if before["teacher"] is not None:
         before["teacher"] = _filled(before["teacher"], dataclasses.asdict(TeacherConfig()))
     changes = [c for c in _differences(before, to_dict(recipe)) if not c.is_below(_SILENT)]
-    student = [str(c) for c in changes if c.is_below(("student",))]
+    student = [str(c) for c in changes if c.is_below(("student",)) and not c.may_happen]
     if student:
         raise RecipeError(
             f"{path}: holds another student than the recipe asks for ({'; '.join(student)}); "
@@ -73,6 +76,12 @@ def check_same_recipe(
     if other and not force:
         raise another_experiment(path, other)
     return [*map(str, changes), *([NO_FASTEST] if inference == "fastest" else [])]
+
+
+def _move_pretrained(student: dict[str, Any]) -> None:
+    """Moves `options.pretrained` of earlier versions to the field `pretrained`."""
+    if "pretrained" in student["options"]:
+        student["pretrained"] = bool(student["options"].pop("pretrained"))
 
 
 def another_experiment(path: Location, changes: list[str]) -> RecipeError:

@@ -68,16 +68,27 @@ class Trainer:
         recipe: the run.
         context: this process.
         strict_classes: refuse a model with more outputs than there are class folders.
+        resumes: `run` will be called with a checkpoint file, so starting weights are not needed.
     """
 
     def __init__(
-        self, recipe: Recipe, context: ProcessContext, *, strict_classes: bool = True
+        self,
+        recipe: Recipe,
+        context: ProcessContext,
+        *,
+        strict_classes: bool = True,
+        resumes: bool = False,
     ) -> None:
         self.recipe = recipe
         self.context = context
         self.folder = locate(recipe.out)
-        self.components = build(recipe, context, strict_classes=strict_classes)
         self.store = CheckpointStore(self.folder, recipe.checkpoint.keep_every)
+        self.components = build(
+            *(recipe, context),
+            strict_classes=strict_classes,
+            # `run` resumes from a checkpoint in the folder, or refuses the folder.
+            starting_weights=not (resumes or self.store.last.exists()),
+        )
         self.update = 0  # optimizer updates done
         self.epoch = 0  # epochs done
         self.batch = 0  # micro-batches done in the epoch

@@ -179,7 +179,7 @@ def test_own_data_trains_on_a_small_folder(images, tmp_path, capsys):
     """
     out = tmp_path / "run"
     offline = ("--teacher.pretrained=false", "--teacher.random=true")
-    offline += ("--student.options.pretrained=false", "--data.workers=0", "--device=cpu")
+    offline += ("--student.pretrained=false", "--data.workers=0", "--device=cpu")
     small = ("--teacher.name=cait_xxs24_224", "--student.teacher-dim=192", "--data.img-size=32")
     short = ("--batch-size=24", "--optim.epochs=1", "--optim.warmup-epochs=0")
     words = (*offline, *small, *short, "--log-every=1", "--amp=off")

@@ -106,7 +106,6 @@ def test_plain_student_of_each_family(base: str, options: dict[str, Any], layers
         ({"base": "vit_tiny_patch16_224.augreg_in1"}, r"mean 'vit_tiny_patch16_224.augreg_in21k"),
         ({"base": "resnet10t"}, r"model: expected one of timm's .* got ResNet"),
         ({"features_only": True}, r"features_only: True is not supported"),
-        ({"arch": "widelast", "pretrained": True}, r"pretrained: .* allowed: False"),
         ({"arch": "widelast", "teacher_dim": 100}, r"teacher_dim: .* got 100"),
         ({"arch": "fixed_step", "embed_dim": 200}, r"embed_dim=200, .*divisible by num_heads"),
         ({"arch": "lift", "embed_dim": 200}, r"embed_dim=200, .*divisible by num_heads"),

@@ -1,0 +1,107 @@
+"""The student of a run, with its starting weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+
+from featkd.models import create_student
+from featkd.models.features import FeatureModel
+from featkd.models.weights import read_stored_recipe
+from featkd.runtime.remote import DownloadedFile, Location, RemotePath, locate
+from featkd.train.recipe import Recipe, RecipeError
+from featkd.train.teacher import naming
+
+# Arguments of `create_student` that are fields of the recipe's student; its errors name them first.
+_FIELDS = ("base", "arch", "teacher_dim", "num_classes", "pretrained", "checkpoint", "weights")
+
+
+def build_student(recipe: Recipe, num_classes: int, notes: list[str] | None = None) -> FeatureModel:
+    """Creates the recipe's student, initialised from its seed.
+
+    Args:
+        recipe: the run.
+        num_classes: outputs of the student.
+        notes: notes for the user are appended here; None to leave out the starting weights, where
+            only shapes matter or a checkpoint follows.
+
+    Raises:
+        RecipeError: the model can't be built, or its starting weights don't fit; names the field.
+    """
+    torch.manual_seed(recipe.seed)
+    config = recipe.student
+    start: dict[str, Any] = {}
+    checkpoint = None
+    if notes is not None:
+        if config.checkpoint is not None:
+            checkpoint = _locate_checkpoint(config.checkpoint)
+        start = {
+            "pretrained": config.pretrained,
+            "checkpoint": checkpoint,
+            "weights": config.weights,
+            "notes": notes,
+        }
+    options = {"img_size": recipe.data.img_size, **config.options}
+    try:
+        with naming("student"):
+            student = create_student(
+                *(config.base, config.arch, config.teacher_dim, num_classes), **start, **options
+            )
+    except RecipeError as error:
+        field, _, text = str(error).removeprefix("student: ").partition(": ")
+        if field in _FIELDS:
+            raise RecipeError(f"student.{field}: {text}") from error.__cause__
+        raise
+    if notes is not None and checkpoint is not None:
+        stored, source = read_stored_recipe(checkpoint), f"student.checkpoint: {config.checkpoint}"
+        notes += _statistics_notes(recipe, stored.get("data") or {}, source)
+        notes += _model_notes(recipe, stored.get("student") or {}, source)
+    elif notes is not None and config.pretrained:
+        data = cast(Any, student).pretrained_cfg
+        notes += _statistics_notes(recipe, data, f"student.pretrained: {config.base}")
+    return student
+
+
+def _locate_checkpoint(name: str) -> Location:
+    checkpoint = locate(name, "student.checkpoint")
+    if not checkpoint.is_file():
+        raise RecipeError(f"student.checkpoint: no file {name!r}")
+    if isinstance(checkpoint, RemotePath):  # read for the weights and for the stored recipe
+        checkpoint = DownloadedFile(checkpoint.url, checkpoint.fs, checkpoint.path)
+    return checkpoint
+
+
+def _statistics_notes(recipe: Recipe, before: Mapping[str, Any], source: str) -> list[str]:
+    """Notes on starting weights that were trained on images with another mean or std."""
+    notes = []
+    for name in ("mean", "std"):
+        own, theirs = getattr(recipe.data, name), before.get(name)
+        pairs = zip(own, theirs or own, strict=True)
+        if all(math.isclose(a, b, abs_tol=1e-6) for a, b in pairs):
+            continue
+        notes.append(
+            f"{source}: was trained with data.{name} {list(theirs)}, this run has {list(own)}; "
+            "the student adapts to it in training"
+        )
+    return notes
+
+
+def _model_notes(recipe: Recipe, before: Mapping[str, Any], source: str) -> list[str]:
+    """Notes on another base or other options: the number of heads shows in no tensor's shape."""
+
+    def model(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        options = config.get("options") or {}
+        kept = {k: v for k, v in options.items() if k != "img_size" and "drop" not in k}
+        return config.get("base"), {k: v for k, v in kept.items() if not k.startswith("pretrained")}
+
+    theirs, own = model(before), model(dataclasses.asdict(recipe.student))
+    if not before or theirs == own:
+        return []
+    described = (
+        f"student.base: {base}, student.options: {options}" for base, options in (theirs, own)
+    )
+    return [f"{source}: was trained with {next(described)}; this run has {next(described)}"]

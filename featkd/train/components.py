@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 
 from featkd.data import Loader, Mixer, build_loader
-from featkd.functional import Metric
 from featkd.losses import DistillationLoss
-from featkd.models import Lift, create_student
+from featkd.models import create_student
 from featkd.models.features import FeatureModel, feature_grid, layers_of, num_layers
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.environment import has_fast_bf16, product_speedup
@@ -25,41 +24,9 @@ from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
 from featkd.train.parallel import replicate, shard
 from featkd.train.precision import AMP_DTYPES
 from featkd.train.recipe import Recipe, RecipeError
+from featkd.train.student_forward import LossForward, create_student_forward
 from featkd.train.teacher import Teacher, create_teacher_model, naming, output_shapes
 from featkd.train.teacher_checks import check_teacher
-
-
-class StudentOutputs(NamedTuple):
-    """Student outputs; `maps` is empty if `feature_loss`, a scalar, is set."""
-
-    logits: Tensor
-    maps: list[Tensor]
-    feature_loss: Tensor | None
-
-
-class FeatureForward(nn.Module):
-    """`forward_with_features` of a student as a module's forward, for DDP and torch.compile."""
-
-    def __init__(self, model: FeatureModel, layers: tuple[int, ...]) -> None:
-        super().__init__()
-        self.model = model
-        self.layers = layers
-
-    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return self.model.forward_with_features(images, self.layers)
-
-
-class LossForward(nn.Module):
-    """`forward_with_loss` of a Lift student as a module's forward, for DDP and torch.compile."""
-
-    def __init__(self, model: Lift, metric: Metric) -> None:
-        super().__init__()
-        self.model = model
-        self.metric: Metric = metric
-        self.grid = feature_grid(model)
-
-    def forward(self, images: Tensor, teacher_map: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model.forward_with_loss(images, teacher_map, metric=self.metric, grid=self.grid)
 
 
 @dataclass
@@ -154,7 +121,7 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         if recipe.distributed == "fsdp" and not sharded:
             notes.append("distributed: fsdp has no effect on a run of one process")
         ema = _average(recipe, student, sharded)
-        student_forward = _student_forward(recipe, student, pairs)
+        student_forward = create_student_forward(recipe, student, pairs)
         student_forms_loss = isinstance(student_forward, LossForward)
         if compiled:
             mode = recipe.compile_mode_on(
@@ -302,18 +269,6 @@ def unfuse_attention(student: nn.Module, context: ProcessContext) -> None:
         for module in student.modules():
             if isinstance(getattr(module, "fused_attn", None), bool):
                 module.fused_attn = False  # type: ignore[assignment]
-
-
-def _student_forward(recipe: Recipe, student: FeatureModel, pairs: LayerPairs) -> nn.Module:
-    """Module that the training loop calls.
-
-    A Lift student whose last map alone is compared computes the feature loss itself, without
-    storing the map.
-    """
-    metric, last = recipe.loss.feature, num_layers(student) - 1
-    if metric is not None and isinstance(student, Lift) and pairs.student == (last,):
-        return LossForward(student, metric)
-    return FeatureForward(student, pairs.student)
 
 
 def _average(recipe: Recipe, student: FeatureModel, sharded: bool) -> Any:

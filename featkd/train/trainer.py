@@ -22,7 +22,7 @@ from featkd.runtime.remote import Location, locate
 from featkd.runtime.seeding import derive_seed
 from featkd.train.cached_teacher import CachedTeacher
 from featkd.train.checkpoint import CheckpointStore
-from featkd.train.components import StudentOutputs, build
+from featkd.train.components import build
 from featkd.train.evaluate import evaluate
 from featkd.train.logs import RunLog
 from featkd.train.meter import Meter, check_weights
@@ -32,6 +32,7 @@ from featkd.train.recipe import Recipe, to_dict
 from featkd.train.resume import check_same_position, find_checkpoint, restore
 from featkd.train.saving import BackgroundSaver, snapshot
 from featkd.train.stopwatch import Stopwatch
+from featkd.train.student_forward import StudentOutputs
 from featkd.train.teacher import begin_graph_step
 
 _CHANGED = "changed since that checkpoint"

@@ -158,7 +158,7 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
         teacher = TeacherOutputs(None if logits is None else logits.clone(), [*map(clone, maps)])
         outputs = trainer.student_forward(batch.images, teacher)
         leaves = outputs._replace(
-            logits=_leaf(outputs.logits),
+            logits=None if outputs.logits is None else _leaf(outputs.logits),
             maps=[_leaf(x) for x in outputs.maps],
             feature_loss=None if outputs.feature_loss is None else _leaf(outputs.feature_loss),
         )
@@ -222,8 +222,8 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
-    distance = [] if outputs.feature_loss is None else [outputs.feature_loss]
-    return [outputs.logits, *outputs.maps, *distance]
+    found = [outputs.logits, *outputs.maps, outputs.feature_loss]
+    return [x for x in found if x is not None]
 
 
 def _run(

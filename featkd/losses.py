@@ -92,7 +92,7 @@ class DistillationTerms(NamedTuple):
 
     total: Tensor
     logits: Tensor
-    """(1 - alpha) CE + alpha tau^2 KL."""
+    """(1 - alpha) CE + alpha tau^2 KL; without labels alpha tau^2 KL."""
     features: Tensor
     """Mean feature loss over the layer pairs, before weighting; 0 without a feature loss."""
 
@@ -102,7 +102,8 @@ class DistillationLoss(nn.Module):
 
     L_soft = tau^2 KL(teacher || student); L_feat is the mean over layer pairs. If the widths of a
     pair differ, the wider map is average-pooled over neighbouring channels to the narrower width.
-    This baseline does not help the student, which is why Lift and WideLast exist.
+    This baseline does not help the student, which is why Lift and WideLast exist. Without labels
+    there is no cross-entropy: beta w_feat L_feat + alpha L_soft.
 
     Args:
         alpha: weight of the teacher's logits, from 0 (cross-entropy alone) to 1.
@@ -146,8 +147,8 @@ class DistillationLoss(nn.Module):
 
     def forward(
         self,
-        student_logits: Tensor,
-        target: Tensor,
+        student_logits: Tensor | None,
+        target: Tensor | None,
         teacher_logits: Tensor | None = None,
         student_features: Sequence[Tensor] = (),
         teacher_features: Sequence[Tensor] = (),
@@ -157,8 +158,8 @@ class DistillationLoss(nn.Module):
         """Computes the loss of one batch.
 
         Args:
-            student_logits: (B, K).
-            target: (B,) int64 indices or (B, K) soft labels.
+            student_logits: (B, K); None if neither labels nor the teacher's logits are used.
+            target: (B,) int64 indices or (B, K) soft labels; None without labels.
             teacher_logits: (B, K), or None if alpha is 0.
             student_features, teacher_features: one (B, N, C) map per layer pair, in the same order.
             feature_loss: L_feat as a scalar instead of the maps, if the student has computed it
@@ -166,18 +167,35 @@ class DistillationLoss(nn.Module):
 
         Raises:
             ValueError: the lists of maps differ in length or are empty although `feature` is set,
-                or the token counts of a pair differ.
+                the token counts of a pair differ, or no term is left: no target, alpha 0, and
+                no `feature`.
         """
-        if self.label_smoothing > 0 and target.dim() == 1:
-            target = smooth_labels(target, student_logits.shape[1], self.label_smoothing)
-        logits = soft_kd(student_logits, teacher_logits, target, alpha=self.alpha, tau=self.tau)
+        logits = self._logits_loss(student_logits, target, teacher_logits)
         if self.feature is None:
+            if logits is None:
+                raise ValueError("target: None, and alpha is 0 and feature None: no loss is left")
             return DistillationTerms(logits, logits.detach(), torch.zeros_like(logits))
         features = feature_loss
         if features is None:
             features = self._feature_loss(student_features, teacher_features)
-        total = logits + self.beta * self.w_feat * features
-        return DistillationTerms(total, logits.detach(), features.detach())
+        total = self.beta * self.w_feat * features
+        if logits is None:
+            return DistillationTerms(total, torch.zeros_like(total), features.detach())
+        return DistillationTerms(logits + total, logits.detach(), features.detach())
+
+    def _logits_loss(
+        self, student: Tensor | None, target: Tensor | None, teacher: Tensor | None
+    ) -> Tensor | None:
+        """Computes the terms of the logits; None if there are none."""
+        if target is None and self.alpha == 0:
+            return None
+        if student is None:
+            raise ValueError("student_logits: None, but labels or the teacher's logits are used")
+        if target is None:
+            return self.alpha * soft_kd(student, teacher, None, alpha=1.0, tau=self.tau)
+        if self.label_smoothing > 0 and target.dim() == 1:
+            target = smooth_labels(target, student.shape[1], self.label_smoothing)
+        return soft_kd(student, teacher, target, alpha=self.alpha, tau=self.tau)
 
     def _feature_loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         assert self.feature is not None

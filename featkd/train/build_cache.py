@@ -27,7 +27,8 @@ from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.interrupt import Interrupt
 from featkd.runtime.names import printable_lines
 from featkd.train.cached_teacher import cache_subject, check_no_mixing, checkpoint_name
-from featkd.train.components import build_student, count_classes
+from featkd.train.classes import classes_of, count_classes
+from featkd.train.components import build_student
 from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import Teacher, begin_graph_step, create_teacher_model, output_shapes
@@ -98,8 +99,9 @@ def build_cache(
     notes: list[str] = []
     try:
         classes = count_classes(recipe, dataset.classes, notes, strict=strict_classes)
-        student = build_student(recipe, classes).to(context.device)
         model = create_teacher_model(recipe, classes, dataset.classes, context, notes)
+        classes = classes_of(model) if classes is None else classes
+        student = build_student(recipe, classes).to(context.device)
         compares_maps, stores_maps = recipe.loss.feature is not None, config.features != "none"
         pairs = LayerPairs()
         if compares_maps or stores_maps:

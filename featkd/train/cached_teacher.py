@@ -203,6 +203,8 @@ def cache_subject(recipe: Recipe, loader: Loader, context: ProcessContext) -> di
         # pixel: its window is drawn from two.
         "augmentation_version": AUGMENTATION_VERSION if data.augment.is_random else 1,
     }
+    if data.labels == "none":  # absent from the caches of earlier versions
+        found["data.labels"] = data.labels
     found |= {f"data.augment.{k}": v for k, v in dataclasses.asdict(data.augment).items()}
     found |= {f"versions.{k}": v for k, v in _versions(loader.decoder).items()}
 

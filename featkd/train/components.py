@@ -12,21 +12,25 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from featkd.cache import TeacherCache
 from featkd.data import Loader, Mixer, build_loader
 from featkd.losses import DistillationLoss
 from featkd.models import create_student
 from featkd.models.features import FeatureModel, feature_grid, layers_of, num_layers
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.environment import has_fast_bf16, product_speedup
+from featkd.runtime.names import listed, plural
 from featkd.runtime.suggest import suggestion
 from featkd.train.cached_teacher import CachedTeacher, cache_views, open_cache
+from featkd.train.classes import classes_of, count_classes
 from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
 from featkd.train.parallel import replicate, shard
 from featkd.train.precision import AMP_DTYPES
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.student_forward import LossForward, create_student_forward
+from featkd.train.student_forward import LossForward, create_student_forward, freeze_unreached
 from featkd.train.teacher import Teacher, create_teacher_model, naming, output_shapes
-from featkd.train.teacher_checks import check_teacher
+from featkd.train.teacher_checks import check_cached_classifier, check_teacher
+from featkd.train.validation import describe_validation
 
 
 @dataclass
@@ -44,6 +48,7 @@ class RunComponents:
     student_forward: nn.Module
     student_forms_loss: bool
     teacher: Teacher | CachedTeacher | None
+    pairs: LayerPairs
     loss: DistillationLoss
     mixer: Mixer | None
     optimizer: torch.optim.Optimizer
@@ -97,12 +102,16 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
     notes += {loader.note: None for loader in (train_loader, val_loader) if loader.note}
     try:
         num_classes = count_classes(recipe, train_loader.classes, notes, strict=strict_classes)
+        source = _open_teacher(recipe, num_classes, train_loader, context, notes)
+        if num_classes is None:
+            assert source is not None  # loss.alpha > 0
+            num_classes = classes_of(source)
         student = build_student(recipe, num_classes)
         student.to(context.device)
         compiled = recipe.compiles_on(context.device.type)
         if compiled and recipe.amp == "bf16" and context.device.type == "cpu":
             unfuse_attention(cast(nn.Module, student), context)
-        teacher, pairs = _teacher(recipe, student, num_classes, train_loader, context, notes)
+        teacher, pairs = _teacher(recipe, student, source, train_loader, context)
         if teacher is not None:
             check_fit(recipe, student, pairs, teacher.shapes, context, notes)
         else:
@@ -122,6 +131,13 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
             notes.append("distributed: fsdp has no effect on a run of one process")
         ema = _average(recipe, student, sharded)
         student_forward = create_student_forward(recipe, student, pairs)
+        if frozen := freeze_unreached(student_forward, student, recipe, context.device):
+            notes.append(
+                f"student: {plural(len(frozen), 'tensor')} stay as initialised, because the loss "
+                f"does not reach them: {listed(frozen, 3)}"
+            )
+        if recipe.data.labels == "none":
+            notes.append(describe_validation(val_loader, teacher))
         student_forms_loss = isinstance(student_forward, LossForward)
         if compiled:
             mode = recipe.compile_mode_on(
@@ -147,6 +163,7 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         student_forward=student_forward,
         student_forms_loss=student_forms_loss,
         teacher=teacher,
+        pairs=pairs,
         loss=_loss(recipe, student, pairs),
         mixer=_mixer(recipe, num_classes, context),
         optimizer=optimizer,
@@ -175,41 +192,6 @@ def _loader(
     )
 
 
-def count_classes(
-    recipe: Recipe, classes: list[str], notes: list[str], *, strict: bool = True
-) -> int:
-    """Returns the number of outputs of the student.
-
-    Args:
-        recipe: the run.
-        classes: class names of the training set.
-        notes: notes for the user are appended here.
-        strict: refuse a student with more outputs than classes instead of noting it.
-
-    Raises:
-        RecipeError: `student.num_classes` does not fit the training set.
-    """
-    asked, found = recipe.student.num_classes, len(classes)
-    if asked is None and found < 2:
-        raise RecipeError(
-            f"data.path: the training set in {recipe.data.path} has one class ({classes[0]}); "
-            "expected two or more class folders"
-        )
-    if asked is not None and asked < 2:
-        raise RecipeError(f"student.num_classes: expected >= 2, got {asked}")
-    if asked is None or asked == found:
-        return found
-    message = (
-        f"student.num_classes: {asked}, but the training set has {found} class "
-        f"{'folder' if found == 1 else 'folders'}; expected {found}, or null for their number "
-        "(--student.num-classes null)"
-    )
-    if strict or asked < found:
-        raise RecipeError(message)
-    notes.append(message)
-    return asked
-
-
 def build_student(recipe: Recipe, num_classes: int) -> FeatureModel:
     """Creates the recipe's student, with weights initialised from its seed."""
     torch.manual_seed(recipe.seed)
@@ -219,16 +201,32 @@ def build_student(recipe: Recipe, num_classes: int) -> FeatureModel:
         return create_student(config.base, config.arch, config.teacher_dim, num_classes, **options)
 
 
-def _teacher(
+def _open_teacher(
     recipe: Recipe,
-    student: FeatureModel,
-    num_classes: int,
+    num_classes: int | None,
     train_loader: Loader,
     context: ProcessContext,
     notes: list[str],
-) -> tuple[Teacher | CachedTeacher | None, LayerPairs]:
-    """Builds the teacher or opens its cache; resolves the layer pairs of the feature loss."""
+) -> FeatureModel | TeacherCache | None:
+    """Creates the teacher's model, or opens its cache."""
     if recipe.teacher is None:
+        return None
+    if recipe.cache is None:
+        return create_teacher_model(recipe, num_classes, train_loader.classes, context, notes)
+    cache = open_cache(recipe, train_loader, context, notes)
+    check_cached_classifier(recipe, check_teacher(recipe, train_loader.classes))
+    return cache
+
+
+def _teacher(
+    recipe: Recipe,
+    student: FeatureModel,
+    source: FeatureModel | TeacherCache | None,
+    train_loader: Loader,
+    context: ProcessContext,
+) -> tuple[Teacher | CachedTeacher | None, LayerPairs]:
+    """Prepares the teacher's outputs; resolves the layer pairs of the feature loss."""
+    if source is None:
         return None, LayerPairs()
 
     def pairs_for(teacher_depth: int) -> LayerPairs:
@@ -236,15 +234,12 @@ def _teacher(
             return LayerPairs()
         return resolve_layer_pairs(recipe, num_layers(student), teacher_depth)
 
-    if recipe.cache is not None:
-        cache = open_cache(recipe, train_loader, context, notes)
-        check_teacher(recipe, train_loader.classes)
-        pairs = pairs_for(cache.manifest.depth)
+    if isinstance(source, TeacherCache):
+        pairs = pairs_for(source.manifest.depth)
         image_name = train_loader.dataset.name
-        return CachedTeacher(cache, pairs.teacher, context.device, image_name), pairs
-    model = create_teacher_model(recipe, num_classes, train_loader.classes, context, notes)
-    pairs = pairs_for(num_layers(model))
-    return Teacher(model, pairs.teacher, recipe, context, logits=recipe.loss.alpha > 0), pairs
+        return CachedTeacher(source, pairs.teacher, context.device, image_name), pairs
+    pairs = pairs_for(num_layers(source))
+    return Teacher(source, pairs.teacher, recipe, context, logits=recipe.loss.alpha > 0), pairs
 
 
 def _precision_notes(recipe: Recipe, device: torch.device) -> list[str]:
@@ -361,7 +356,7 @@ def _mixer(recipe: Recipe, num_classes: int, context: ProcessContext) -> Mixer |
         return None
     return Mixer(
         recipe.data.augment,
-        num_classes,
+        max(1, num_classes),  # the mixed labels are not read without labels
         recipe.loss.label_smoothing,
         seed=recipe.seed,
         device=context.device,

@@ -180,9 +180,10 @@ def _describe_data(trainer: Trainer) -> str:
     train, val = trainer.components.train_loader, trainer.components.val_loader
     augment = data.augment
     mixing = f", mixup {augment.mixup:g}, cutmix {augment.cutmix:g}" if augment.mixes else ""
+    labels = plural(len(train.classes), "class") if data.labels == "folders" else "no labels"
     return (
         f"{data.path}: {train.num_samples} training and "
-        f"{plural(val.num_samples, 'validation image')}, {plural(len(train.classes), 'class')}, "
+        f"{plural(val.num_samples, 'validation image')}, {labels}, "
         f"at {data.img_size} x {data.img_size}, "
         f"augmented copies per image: {augment.repeats}{mixing}"
     )
@@ -190,13 +191,15 @@ def _describe_data(trainer: Trainer) -> str:
 
 def _describe_loss(recipe: Recipe) -> str:
     loss = recipe.loss
-    text = f"{1 - loss.alpha:g} CE (label smoothing {loss.label_smoothing:g})"
+    terms = []
+    if recipe.data.labels == "folders":
+        terms.append(f"{1 - loss.alpha:g} CE (label smoothing {loss.label_smoothing:g})")
     if loss.feature is not None:
         pairs = ", ".join(f"{s} <- {t}" for s, t in loss.pairs)
-        text += f" + {loss.beta * loss.w_feat:g} {loss.feature} features (layers {pairs})"
+        terms.append(f"{loss.beta * loss.w_feat:g} {loss.feature} features (layers {pairs})")
     if loss.alpha > 0:
-        text += f" + {loss.alpha:g} soft KD (tau {loss.tau:g})"
-    return text
+        terms.append(f"{loss.alpha:g} soft KD (tau {loss.tau:g})")
+    return " + ".join(terms)
 
 
 def _describe_device(device: torch.device) -> str:

@@ -54,7 +54,7 @@ def shard(models: Iterable[FeatureModel], context: ProcessContext) -> None:
         for layer in layers_of(model):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
-        for method in ("forward_with_features", "forward_with_loss"):
+        for method in ("forward_with_features", "forward_maps", "forward_with_loss"):
             if hasattr(model, method):
                 register_fsdp_forward_method(model, method)
 

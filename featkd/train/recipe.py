@@ -34,7 +34,8 @@ class StudentConfig:
         arch: changes for distillation: "plain" (none), "lift", "widelast", or another published
             width schedule.
         teacher_dim: channels of the teacher's feature map; not used by "plain".
-        num_classes: classes; null for the number of class folders.
+        num_classes: classes; null for the number of class folders. Without labels null is the
+            teacher's number if the loss uses its logits, else 0: no classifier.
         options: further arguments of the timm model (img_size, patch_size, drop_path_rate, ...).
     """
 
@@ -82,6 +83,8 @@ class TeacherConfig:
 @dataclass
 class LossConfig:
     """The objective: (1 - alpha) CE + beta w_feat L_feat + alpha L_soft.
+
+    With data.labels "none" there is no CE: beta w_feat L_feat + alpha L_soft.
 
     Args:
         alpha: weight of the soft loss on the teacher's logits, 0 to 1.
@@ -249,6 +252,12 @@ class Recipe:
                 "teacher: not used by the loss (loss.alpha is 0 and loss.feature is null); "
                 "expected null, or a loss that uses it"
             )
+        if self.data.labels == "none" and self.loss.alpha == 0 and self.loss.feature is None:
+            raise RecipeError(
+                "data.labels: none, but without labels the loss is empty: loss.feature is null and "
+                "loss.alpha is 0; expected loss.feature: mse or spectral, loss.alpha > 0 with a "
+                "teacher that has a classifier, or data.labels: folders"
+            )
         if self.cache is not None:
             check_local("cache", self.cache)
             if self.teacher is None:
@@ -280,6 +289,11 @@ class Recipe:
                 f"loss.pairs: empty, but loss.feature is {self.loss.feature!r}; expected "
                 "[student layer, teacher layer] pairs"
             )
+
+    @property
+    def uses_logits(self) -> bool:
+        """True if the loss uses the student's logits."""
+        return self.data.labels == "folders" or self.loss.alpha > 0
 
     def compiles_on(self, device_type: str) -> bool:
         """Checks whether student and teacher are compiled on a "cpu" or "cuda" device."""

@@ -96,7 +96,7 @@ class Teacher:
 
 def create_teacher_model(
     recipe: Recipe,
-    num_classes: int,
+    num_classes: int | None,
     classes: Sequence[str],
     context: ProcessContext,
     notes: list[str],
@@ -105,7 +105,8 @@ def create_teacher_model(
 
     Args:
         recipe: the run; its teacher is not null.
-        num_classes: outputs of a teacher whose weights don't set them.
+        num_classes: outputs of a teacher whose weights don't set them; None or 0 for timm's
+            default.
         classes: class names of the training set.
         context: this process.
         notes: notes for the user are appended here.
@@ -125,8 +126,9 @@ def create_teacher_model(
         if isinstance(checkpoint, RemotePath):  # read for the checks and for the weights
             checkpoint = DownloadedFile(checkpoint.url, checkpoint.fs, checkpoint.path)
     trained_classes = check_teacher(recipe, classes, checkpoint)
-    if not config.pretrained:
-        options.setdefault("num_classes", trained_classes or num_classes)
+    known = num_classes or None if trained_classes is None else trained_classes
+    if not config.pretrained and known is not None:
+        options.setdefault("num_classes", known)
     if not config.has_weights:
         notes.append(f"teacher: {config.name} has random weights (teacher.random)")
     # Random weights must depend on the seed alone, not on the student created before: a cache is

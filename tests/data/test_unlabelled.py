@@ -143,7 +143,7 @@ def test_unusable_folders(tmp_path: Path) -> None:
         names(tmp_path)
     save_noise(tmp_path / "train/x.jpg")
     pack(tmp_path / "train/0.tar", {"y.jpg": (tmp_path / "train/x.jpg").read_bytes()})
-    with pytest.raises(ValueError, match="found tar files .* beside images"):
+    with pytest.raises(ValueError, match=r"found tar files .* beside images"):
         names(tmp_path)
     (tmp_path / "train/x.jpg").unlink()
     assert names(tmp_path) == ["train/0.tar/y.jpg"]

@@ -137,7 +137,7 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
                 f"does not reach them: {listed(frozen, 3)}"
             )
         if recipe.data.labels == "none":
-            notes.append(describe_validation(val_loader, teacher))
+            notes.append(describe_validation(val_loader, student, teacher))
         student_forms_loss = isinstance(student_forward, LossForward)
         if compiled:
             mode = recipe.compile_mode_on(

@@ -32,13 +32,17 @@ Terms = Callable[[nn.Module, Batch, TeacherOutputs], DistillationTerms]
 _LOSSES = {"loss": "total", "logits_loss": "logits", "feature_loss": "features"}
 
 
-def describe_validation(loader: Loader, teacher: Teacher | CachedTeacher | None) -> str:
+def describe_validation(
+    loader: Loader, student: FeatureModel, teacher: Teacher | CachedTeacher | None
+) -> str:
     """Describes the scores of a run without labels: a note for the user."""
     scores = []
     if isinstance(teacher, Teacher):
         scores.append("the loss")
     if loader.classes:
-        scores.append(f"kNN top-1 over its {plural(len(loader.classes), 'class')}")
+        token = getattr(student, "global_pool", "") == "token"
+        where = " on the class token" if token else ""
+        scores.append(f"kNN top-1{where} over {plural(len(loader.classes), 'class')}")
     missing = []
     if not isinstance(teacher, Teacher):
         missing.append("no loss, because a cache holds the teacher's outputs for training images")

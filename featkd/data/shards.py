@@ -104,18 +104,18 @@ class TarSource:
     def read(self, index: int) -> tuple[bytes, int]:
         """See `ImageSource`."""
         name = self.name(index)
-        shard, offset, size, *label_position = self._positions[index].tolist()
-        if not label_position:
+        shard, offset, size, *label = self._positions[index].tolist()
+        if not label:
             return self._read_bytes(shard, offset, size, name), 0
-        text = self._read_bytes(shard, *label_position, name)
+        text = self._read_bytes(shard, label[0], label[1], name)
         try:
-            label = int(text)
+            number = int(text)
         except ValueError as error:
             raise ShardError(f"{name}: expected a number as its .cls, got {text!r}") from error
-        target = label - self._first_label
+        target = number - self._first_label
         if not 0 <= target < len(self.classes):
             raise ShardError(
-                f"{name}: has class {label}; classes.txt has {len(self.classes)} lines and "
+                f"{name}: has class {number}; classes.txt has {len(self.classes)} lines and "
                 f"data.first_label is {self._first_label}"
             )
         return self._read_bytes(shard, offset, size, name), target

@@ -16,7 +16,7 @@ from featkd.cache import TeacherCache
 from featkd.data import Loader, Mixer, build_loader
 from featkd.losses import DistillationLoss
 from featkd.models import create_student
-from featkd.models.features import FeatureModel, feature_grid, layers_of, num_layers
+from featkd.models.features import POOLED, FeatureModel, feature_grid, layers_of, num_layers
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.environment import has_fast_bf16, product_speedup
 from featkd.runtime.names import listed, plural
@@ -137,6 +137,8 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
                 f"does not reach them: {listed(frozen, 3)}"
             )
         if recipe.data.labels == "none":
+            if val_loader.classes:  # kNN needs the pooled feature
+                output_shapes("student", student, cast(Any, (POOLED,)), recipe, context)
             notes.append(describe_validation(val_loader, student, teacher))
         student_forms_loss = isinstance(student_forward, LossForward)
         if compiled:

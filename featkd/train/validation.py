@@ -13,7 +13,7 @@ from featkd.cache import TeacherOutputs
 from featkd.data import Batch, Loader
 from featkd.evaluation import EvaluationError, evaluate, knn_predict
 from featkd.losses import DistillationTerms
-from featkd.models.features import FeatureModel
+from featkd.models.features import POOLED, FeatureModel
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.names import plural
 from featkd.runtime.scores import rank
@@ -150,7 +150,8 @@ def _validate_unlabelled(
                 targets.append(batch.targets.cpu())
                 for name, model in models.items():
                     with autocast():
-                        pooled[name].append(_pooled_features(model, batch.images).float().cpu())
+                        (feature,) = model.forward_maps(batch.images, [POOLED])
+                    pooled[name].append(feature[:, 0].float().cpu())
     for name, model in models.items():
         model.train(modes[name])
     images_seen = int(context.sum(count).item())
@@ -165,13 +166,6 @@ def _validate_unlabelled(
         if runs_teacher:
             scores[name] |= zip(_LOSSES, losses, strict=True)
     return scores
-
-
-def _pooled_features(model: FeatureModel, images: Tensor) -> Tensor:
-    """Computes the features (B, C) before the classifier."""
-    timm_model = cast(Any, model)
-    pooled: Tensor = timm_model.forward_head(timm_model.forward_features(images), pre_logits=True)
-    return pooled
 
 
 def _knn_top1(

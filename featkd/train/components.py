@@ -16,6 +16,7 @@ from featkd.cache import TeacherCache
 from featkd.data import Loader, Mixer, build_loader
 from featkd.losses import DistillationLoss
 from featkd.models import create_student
+from featkd.models.adapters import ImageAdapter
 from featkd.models.features import POOLED, FeatureModel, feature_grid, layers_of, num_layers
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.environment import has_fast_bf16, product_speedup
@@ -30,7 +31,10 @@ from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.student_forward import LossForward, create_student_forward, freeze_unreached
 from featkd.train.teacher import Teacher, create_teacher_model, naming, output_shapes
 from featkd.train.teacher_checks import check_cached_classifier, check_teacher
+from featkd.train.teacher_images import matched_tokens
 from featkd.train.validation import describe_validation
+
+_CreatedTeacher = tuple[FeatureModel, ImageAdapter | None]
 
 
 @dataclass
@@ -105,13 +109,13 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         source = _open_teacher(recipe, num_classes, train_loader, context, notes)
         if num_classes is None:
             assert source is not None  # loss.alpha > 0
-            num_classes = classes_of(source)
+            num_classes = classes_of(source if isinstance(source, TeacherCache) else source[0])
         student = build_student(recipe, num_classes)
         student.to(context.device)
         compiled = recipe.compiles_on(context.device.type)
         if compiled and recipe.amp == "bf16" and context.device.type == "cpu":
             unfuse_attention(cast(nn.Module, student), context)
-        teacher, pairs = _teacher(recipe, student, source, train_loader, context)
+        teacher, pairs = _teacher(recipe, student, source, train_loader, context, notes)
         if teacher is not None:
             check_fit(recipe, student, pairs, teacher.shapes, context, notes)
         else:
@@ -209,7 +213,7 @@ def _open_teacher(
     train_loader: Loader,
     context: ProcessContext,
     notes: list[str],
-) -> FeatureModel | TeacherCache | None:
+) -> _CreatedTeacher | TeacherCache | None:
     """Creates the teacher's model, or opens its cache."""
     if recipe.teacher is None:
         return None
@@ -223,9 +227,10 @@ def _open_teacher(
 def _teacher(
     recipe: Recipe,
     student: FeatureModel,
-    source: FeatureModel | TeacherCache | None,
+    source: _CreatedTeacher | TeacherCache | None,
     train_loader: Loader,
     context: ProcessContext,
+    notes: list[str],
 ) -> tuple[Teacher | CachedTeacher | None, LayerPairs]:
     """Prepares the teacher's outputs; resolves the layer pairs of the feature loss."""
     if source is None:
@@ -240,8 +245,20 @@ def _teacher(
         pairs = pairs_for(source.manifest.depth)
         image_name = train_loader.dataset.name
         return CachedTeacher(source, pairs.teacher, context.device, image_name), pairs
-    pairs = pairs_for(num_layers(source))
-    return Teacher(source, pairs.teacher, recipe, context, logits=recipe.loss.alpha > 0), pairs
+    model, adapter = source
+    pairs = pairs_for(num_layers(model))
+    shapes = output_shapes("teacher", model, pairs.teacher, recipe, context)
+    student_maps = output_shapes("student", student, pairs.student, recipe, context).maps
+    tokens = matched_tokens(student_maps, shapes.maps, notes)
+    logits = recipe.loss.alpha > 0
+    teacher = Teacher(
+        *(model, pairs.teacher, recipe, context),
+        logits=logits,
+        adapter=adapter,
+        shapes=shapes,
+        tokens=tokens,
+    )
+    return teacher, pairs
 
 
 def _precision_notes(recipe: Recipe, device: torch.device) -> list[str]:

@@ -22,7 +22,7 @@ from featkd.cache.writer import lock_folder, prepare_folder
 from featkd.data import Batch, EpochSampler, ImageSet, Loader
 from featkd.data.factory import build_loader_for
 from featkd.data.sampler import RangeSampler
-from featkd.models.features import num_layers
+from featkd.models.features import POOLED, num_layers
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.interrupt import Interrupt
 from featkd.runtime.names import printable_lines
@@ -106,11 +106,14 @@ def build_cache(
             pairs = resolve_layer_pairs(recipe, num_layers(student), num_layers(model))
         # A recipe that can't be trained is refused before the teacher runs, whatever is stored.
         compared = pairs if compares_maps else LayerPairs()
-        every = tuple(sorted(set(pairs.teacher)))
+        pooled = () if recipe.loss.pooled is None else (POOLED,)
+        if pooled:
+            compared = compared.with_pooled()
+        every = *sorted(set(pairs.teacher)), *pooled
         shapes = output_shapes("teacher", model, every, recipe, context)
         check_fit(recipe, student, compared, shapes.of(compared.teacher), context, notes)
         del student
-        layers = every if stores_maps else ()
+        layers = every if stores_maps else pooled
         teacher = Teacher(model, layers, recipe, context, logits=True, shapes=shapes.of(layers))
         manifest = Manifest(
             subject=cache_subject(recipe, loader, context),

@@ -15,7 +15,7 @@ from torch import nn
 from featkd.data import Loader, Mixer, build_loader
 from featkd.losses import DistillationLoss
 from featkd.models import create_student
-from featkd.models.features import FeatureModel, feature_grid, layers_of, num_layers
+from featkd.models.features import FeatureModel, layers_of, num_layers
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.environment import has_fast_bf16, product_speedup
 from featkd.runtime.suggest import suggestion
@@ -24,7 +24,12 @@ from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
 from featkd.train.parallel import replicate, shard
 from featkd.train.precision import AMP_DTYPES
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.student_forward import LossForward, create_student_forward
+from featkd.train.student_forward import (
+    FeatureForward,
+    create_projectors,
+    create_student_forward,
+    feature_grids,
+)
 from featkd.train.teacher import Teacher, create_teacher_model, naming, output_shapes
 from featkd.train.teacher_checks import check_teacher
 
@@ -34,8 +39,8 @@ class RunComponents:
     """Everything that a run works with.
 
     `student_forward` is the module that the training loop calls. It returns logits and feature
-    maps; if `student_forms_loss`, it also takes the teacher's map and returns logits and the
-    feature loss.
+    maps; if `student_forms_loss`, it also takes the teacher's maps and returns logits, the feature
+    loss and the pooled loss. `projectors` are the parts of it that have trained projectors.
     """
 
     train_loader: Loader
@@ -43,6 +48,7 @@ class RunComponents:
     student: FeatureModel
     student_forward: nn.Module
     student_forms_loss: bool
+    projectors: nn.ModuleDict
     teacher: Teacher | CachedTeacher | None
     loss: DistillationLoss
     mixer: Mixer | None
@@ -60,9 +66,16 @@ class RunComponents:
         """The frozen model; None without a teacher, or if its outputs come from a cache."""
         return self.teacher.model if isinstance(self.teacher, Teacher) else None
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that is trained: the student and the projectors."""
+        return [*self.student.parameters(), *self.projectors.parameters()]
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the components' part of a checkpoint."""
+        projectors = {"projectors": self.projectors.state_dict()} if self.projectors else {}
         return {
+            **projectors,
             "model": self.student.state_dict(),
             "model_ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -103,8 +116,11 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         if compiled and recipe.amp == "bf16" and context.device.type == "cpu":
             unfuse_attention(cast(nn.Module, student), context)
         teacher, pairs = _teacher(recipe, student, num_classes, train_loader, context, notes)
+        projectors = nn.ModuleDict()
         if teacher is not None:
-            check_fit(recipe, student, pairs, teacher.shapes, context, notes)
+            maps = check_fit(recipe, student, pairs, teacher.shapes, context, notes)
+            shapes = maps, teacher.shapes.maps
+            projectors = create_projectors(recipe, student, *shapes, context.device, notes)
         else:
             output_shapes("student", student, (), recipe, context)
         notes += _precision_notes(recipe, context.device)
@@ -121,8 +137,8 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         if recipe.distributed == "fsdp" and not sharded:
             notes.append("distributed: fsdp has no effect on a run of one process")
         ema = _average(recipe, student, sharded)
-        student_forward = create_student_forward(recipe, student, pairs)
-        student_forms_loss = isinstance(student_forward, LossForward)
+        student_forward = create_student_forward(recipe, student, pairs, projectors)
+        student_forms_loss = not isinstance(student_forward, FeatureForward)
         if compiled:
             mode = recipe.compile_mode_on(
                 context.device.type, context.world_size, recipe.optim.accumulate
@@ -131,10 +147,11 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
             for module in layers_of(student) if sharded else (student_forward,):
                 module.compile(mode=mode)
         if sharded:
-            shard([student] if ema is None else [student, ema.module], context)
+            models = [student] if ema is None else [student, ema.module]
+            shard(models, projectors.values(), context)
         elif context.world_size > 1:
             student_forward = replicate(student_forward, context)
-        optimizer = _optimizer(recipe, student, global_batch, context)
+        optimizer = _optimizer(recipe, student, projectors, global_batch, context)
         scheduler = _scheduler(recipe, optimizer, updates_per_epoch)
     except BaseException:
         train_loader.close()
@@ -146,6 +163,7 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         student=student,
         student_forward=student_forward,
         student_forms_loss=student_forms_loss,
+        projectors=projectors,
         teacher=teacher,
         loss=_loss(recipe, student, pairs),
         mixer=_mixer(recipe, num_classes, context),
@@ -232,9 +250,10 @@ def _teacher(
         return None, LayerPairs()
 
     def pairs_for(teacher_depth: int) -> LayerPairs:
-        if recipe.loss.feature is None:
-            return LayerPairs()
-        return resolve_layer_pairs(recipe, num_layers(student), teacher_depth)
+        pairs = LayerPairs()
+        if recipe.loss.feature is not None:
+            pairs = resolve_layer_pairs(recipe, num_layers(student), teacher_depth)
+        return pairs if recipe.loss.pooled is None else pairs.with_pooled()
 
     if recipe.cache is not None:
         cache = open_cache(recipe, train_loader, context, notes)
@@ -278,8 +297,26 @@ def _average(recipe: Recipe, student: FeatureModel, sharded: bool) -> Any:
     return ModelEmaV3(student, decay=recipe.ema_decay, exclude_buffers=sharded)
 
 
+class _Trained(nn.Module):
+    """The student and the projectors, in this order, for an optimizer."""
+
+    def __init__(self, student: FeatureModel, projectors: nn.ModuleDict) -> None:
+        super().__init__()
+        self.student = student
+        self.projectors = projectors
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of weights without weight decay, as timm's models list them."""
+        names = getattr(self.student, "no_weight_decay", set)()
+        return {f"student.{name}" for name in names}
+
+
 def _optimizer(
-    recipe: Recipe, student: FeatureModel, global_batch: int, context: ProcessContext
+    recipe: Recipe,
+    student: FeatureModel,
+    projectors: nn.ModuleDict,
+    global_batch: int,
+    context: ProcessContext,
 ) -> torch.optim.Optimizer:
     config = recipe.optim
     names = list_optimizers()
@@ -307,7 +344,7 @@ def _optimizer(
         tiny = nn.Linear(2, 2, device=context.device)
         tiny(torch.ones(1, 2, device=context.device)).sum().backward()
         create(tiny).step()
-        return create(student)
+        return create(_Trained(student, projectors))
 
 
 def peak_lr(recipe: Recipe, global_batch: int) -> float:
@@ -352,7 +389,8 @@ def _loss(recipe: Recipe, student: FeatureModel, pairs: LayerPairs) -> Distillat
         tau=config.tau,
         feature=config.feature,
         label_smoothing=config.label_smoothing,
-        grids=[feature_grid(student, layer) for layer in pairs.student] or None,
+        grids=feature_grids(student, pairs) or None,
+        pooled=0.0 if config.pooled is None else config.pooled.weight,
     )
 
 

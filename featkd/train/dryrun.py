@@ -97,7 +97,7 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
         (
             "last update",
             f"loss {terms.total.item():.4f} (logits {terms.logits.item():.4f}, features "
-            f"{terms.features.item():.4f})",
+            f"{terms.features.item():.4f}, pooled {terms.pooled.item():.4f})",
         ),
         (
             "throughput",
@@ -194,6 +194,8 @@ def _describe_loss(recipe: Recipe) -> str:
     if loss.feature is not None:
         pairs = ", ".join(f"{s} <- {t}" for s, t in loss.pairs)
         text += f" + {loss.beta * loss.w_feat:g} {loss.feature} features (layers {pairs})"
+    if loss.pooled is not None:
+        text += f" + {loss.pooled.weight:g} {loss.pooled.metric} pooled features"
     if loss.alpha > 0:
         text += f" + {loss.alpha:g} soft KD (tau {loss.tau:g})"
     return text

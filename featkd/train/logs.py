@@ -174,7 +174,10 @@ def _naming(place: Location) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(place)) from error
 
 
-TRAIN_COLUMNS = ("update", "epoch", "lr", "loss", "logits_loss", "feature_loss", "images_per_s")
+TRAIN_COLUMNS = (
+    *("update", "epoch", "lr", "loss", "logits_loss", "feature_loss", "pooled_loss"),
+    "images_per_s",
+)
 EVAL_COLUMNS = ("update", "epoch", "weights", "top1", "top5", "loss", "images")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from featkd.cache import LayerShape, TeacherOutputs
 from featkd.data import Batch
 from featkd.models import create_teacher
-from featkd.models.features import FeatureModel
+from featkd.models.features import FeatureModel, Layer
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.remote import DownloadedFile, RemotePath, locate
 from featkd.runtime.seeding import derive_seed
@@ -42,7 +42,7 @@ class TeacherForward(nn.Module):
         logits: whether to compute logits; without them, nothing runs after the deepest layer.
     """
 
-    def __init__(self, model: FeatureModel, layers: tuple[int, ...], logits: bool) -> None:
+    def __init__(self, model: FeatureModel, layers: tuple[Layer, ...], logits: bool) -> None:
         super().__init__()
         self.model = model
         self.layers = layers
@@ -69,7 +69,7 @@ class Teacher:
     def __init__(
         self,
         model: FeatureModel,
-        layers: tuple[int, ...],
+        layers: tuple[Layer, ...],
         recipe: Recipe,
         context: ProcessContext,
         *,
@@ -179,7 +179,7 @@ class OutputShapes(NamedTuple):
     logits_dtype: str
     maps: tuple[LayerShape, ...]
 
-    def of(self, layers: Sequence[int]) -> OutputShapes:
+    def of(self, layers: Sequence[Layer]) -> OutputShapes:
         """Returns the shapes with the maps of these layers alone, in their order."""
         by_layer = {shape.layer: shape for shape in self.maps}
         return self._replace(maps=tuple(by_layer[layer] for layer in layers))
@@ -188,7 +188,7 @@ class OutputShapes(NamedTuple):
 def output_shapes(
     field: str,
     model: FeatureModel,
-    layers: Sequence[int],
+    layers: Sequence[Layer],
     recipe: Recipe,
     context: ProcessContext,
 ) -> OutputShapes:

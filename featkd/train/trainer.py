@@ -198,10 +198,9 @@ class Trainer:
         # Seeded by the update, so that a resumed run repeats drop-path exactly.
         torch.manual_seed(derive_seed(recipe.seed, self.update, self.context.rank))
         self._set_lr()
-        networks = components.student, components.student_forward
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
-            with nullcontext() if last else without_reduction(*networks):
+            with nullcontext() if last else without_reduction(components.student_forward):
                 terms = self.losses(batch, number)
                 scaled: Tensor = components.scaler.scale(terms.total / len(batches))
                 torch.autograd.backward(scaled)
@@ -228,15 +227,13 @@ class Trainer:
         return TeacherOutputs(None, []) if teacher is None else teacher.outputs(batch)
 
     def student_forward(self, images: Tensor, teacher: TeacherOutputs) -> StudentOutputs:
-        """Runs the student; the teacher's map is used only if the student forms the loss."""
+        """Runs the student; the teacher's maps are used only if the student forms the loss."""
         components = self.components
         with self._autocast():
             if components.student_forms_loss:
-                (teacher_map,) = teacher.maps
-                logits, distance = components.student_forward(images, teacher_map)
-                return StudentOutputs(logits, [], distance)
-            logits, maps = components.student_forward(images)
-            return StudentOutputs(logits, maps, None)
+                logits, features, pooled = components.student_forward(images, teacher.maps)
+                return StudentOutputs(logits, [], features, pooled)
+            return StudentOutputs(*components.student_forward(images))
 
     def compute_loss(
         self, student: StudentOutputs, targets: Tensor, teacher: TeacherOutputs
@@ -246,6 +243,7 @@ class Trainer:
             terms = self.components.loss(
                 *(student.logits, targets, teacher.logits, student.maps, teacher.maps),
                 feature_loss=student.feature_loss,
+                pooled_loss=student.pooled_loss,
             )
         assert isinstance(terms, DistillationTerms)
         return terms
@@ -255,7 +253,7 @@ class Trainer:
         components, clip = self.components, self.recipe.optim.clip_grad
         if clip is not None:
             components.scaler.unscale_(components.optimizer)
-            nn.utils.clip_grad_norm_(components.student.parameters(), clip)
+            nn.utils.clip_grad_norm_(components.parameters, clip)
         components.scaler.step(components.optimizer)
         components.scaler.update()
         components.optimizer.zero_grad(set_to_none=True)
@@ -325,6 +323,7 @@ class Trainer:
                 "loss": means.loss,
                 "logits_loss": means.logits,
                 "feature_loss": means.features,
+                "pooled_loss": means.pooled,
                 "images_per_s": round(updates * self.components.global_batch / seconds, 1),
             }
         )
@@ -372,7 +371,7 @@ class Trainer:
         """Starts to save a checkpoint; training goes on while it is written."""
         self.finish_saving()
         meter = self._meter.state_dict(self._position)  # a collective: all processes call it
-        check_weights(self.components.student.parameters(), self._position)
+        check_weights(self.components.parameters, self._position)
         bad_files = self.context.merge_dicts(self.bad_files)
         state = snapshot(
             {

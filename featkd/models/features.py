@@ -15,10 +15,6 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-Layer = int | str
-"""Index of a layer, or "pooled" for the pooled feature as a map (B, 1, C)."""
-POOLED = "pooled"
-
 
 class FeatureModel(Protocol):
     """nn.Module that can return feature maps beside its logits; every model here is one."""
@@ -28,7 +24,7 @@ class FeatureModel(Protocol):
     def __call__(self, images: Tensor) -> Tensor: ...
 
     def forward_with_features(
-        self, images: Tensor, layers: Sequence[Layer]
+        self, images: Tensor, layers: Sequence[int]
     ) -> tuple[Tensor, list[Tensor]]:
         """Computes logits and the patch-token maps of some layers, in one forward pass.
 
@@ -53,7 +49,7 @@ class FeatureModel(Protocol):
         """
         ...
 
-    def forward_maps(self, images: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
+    def forward_maps(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """Computes only the maps of `forward_with_features`; stops after the deepest layer."""
         ...
 
@@ -103,17 +99,9 @@ class BlockFeatures:
     """`forward_with_features` for models whose layers are `self.blocks` (ViT and CaiT)."""
 
     def forward_with_features(
-        self: Any, images: Tensor, layers: Sequence[Layer]
+        self: Any, images: Tensor, layers: Sequence[int]
     ) -> tuple[Tensor, list[Tensor]]:
         """Computes logits and the raw patch tokens (B, N, C) of `layers`; see `FeatureModel`."""
-        if POOLED in layers:  # STUB until the generic adapter is merged
-            others = [x for x in layers if x != POOLED] or [0]
-            distinct = sorted(set(resolve_layers(others, len(self.blocks))))
-            tokens, maps = self.forward_intermediates(images, indices=distinct, output_fmt="NLC")
-            found = dict(zip(distinct, maps, strict=True))
-            found[POOLED] = self.forward_head(tokens, pre_logits=True).unsqueeze(1)
-            wanted = [x if x == POOLED else x % len(self.blocks) for x in layers]
-            return self.forward_head(tokens), [found[layer] for layer in wanted]
         wanted = resolve_layers(layers, len(self.blocks))
         if not wanted:  # timm's forward_intermediates takes no empty selection
             return self.forward(images), []
@@ -122,10 +110,8 @@ class BlockFeatures:
         found = dict(zip(distinct, maps, strict=True))
         return self.forward_head(tokens), [found[layer] for layer in wanted]
 
-    def forward_maps(self: Any, images: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
+    def forward_maps(self: Any, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """Computes the raw patch tokens only, up to the deepest block; see `FeatureModel`."""
-        if POOLED in layers:  # STUB
-            return self.forward_with_features(images, layers)[1]
         wanted = resolve_layers(layers, len(self.blocks))
         if not wanted:
             return []
@@ -141,14 +127,14 @@ class StageFeatures:
     """`forward_with_features` for Swin, whose layers are the stages in `self.layers`."""
 
     def forward_with_features(
-        self: Any, images: Tensor, layers: Sequence[Layer]
+        self: Any, images: Tensor, layers: Sequence[int]
     ) -> tuple[Tensor, list[Tensor]]:
         """Computes logits and the raw tokens (B, H*W, C) of stages; see `FeatureModel`."""
         wanted = resolve_layers(layers, len(self.layers))
         x, found = self._run_stages(images, wanted, len(self.layers))
         return self.forward_head(self.norm(x)), [found[layer] for layer in wanted]
 
-    def forward_maps(self: Any, images: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
+    def forward_maps(self: Any, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """Computes the raw tokens only, up to the deepest stage; see `FeatureModel`."""
         wanted = resolve_layers(layers, len(self.layers))
         if not wanted:

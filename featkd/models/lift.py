@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from featkd.functional import Metric, lift_head, projected_feature_kd
 from featkd.models.base import StudentVisionTransformer, check_vision_transformer
-from featkd.models.features import POOLED, resolve_layers
+from featkd.models.features import resolve_layers
 from featkd.models.fusion import is_fusible
 from featkd.ops.support import is_being_exported
 
@@ -154,12 +154,6 @@ class Lift(StudentVisionTransformer):
     ) -> tuple[Tensor, list[Tensor]]:
         """Computes logits and maps; the last layer's is z (B, N, teacher_dim)."""
         last = len(self.blocks) - 1
-        if POOLED in layers:  # STUB
-            others = [x for x in layers if x != POOLED]
-            logits, maps = self.forward_with_features(images, [*others, last])
-            found = dict(zip(others, maps, strict=False))
-            found[POOLED] = maps[-1].mean(1, keepdim=True)
-            return logits, [found[x] for x in layers]
         wanted = resolve_layers(layers, last + 1)
         earlier = sorted(set(wanted) - {last})
         maps: list[Tensor] = []
@@ -178,7 +172,7 @@ class Lift(StudentVisionTransformer):
     def forward_maps(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """Computes maps only; the last layer's is z (B, N, teacher_dim)."""
         last = len(self.blocks) - 1
-        if POOLED in layers or last in resolve_layers(layers, last + 1):
+        if last in resolve_layers(layers, last + 1):
             return self.forward_with_features(images, layers)[1]
         return super().forward_maps(images, layers)
 

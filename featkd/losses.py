@@ -282,17 +282,15 @@ class DistillationLoss(nn.Module):
         if self.label_smoothing > 0 and target.dim() == 1:
             target = smooth_labels(target, student_logits.shape[1], self.label_smoothing)
         logits = soft_kd(student_logits, teacher_logits, target, alpha=self.alpha, tau=self.tau)
-        total = logits
-        features = pooled = torch.zeros_like(logits)
+        total, none = logits, torch.zeros_like(logits)
         if self.features is not None:
-            features = feature_loss
-            if features is None:
-                features = self.features(student_features, teacher_features)
-            total = total + self.beta * self.w_feat * features
+            if feature_loss is None:
+                feature_loss = self.features(student_features, teacher_features)
+            total = total + self.beta * self.w_feat * feature_loss
         if pooled_loss is not None:
-            pooled = pooled_loss
-            total = total + self.pooled * pooled
-        return DistillationTerms(total, logits.detach(), features.detach(), pooled.detach())
+            total = total + self.pooled * pooled_loss
+        others = (none if x is None else x.detach() for x in (feature_loss, pooled_loss))
+        return DistillationTerms(total, logits.detach(), *others)
 
 
 def pool_channels(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from featkd.cache.lowrank import LARGEST, Form, LowRank, compress, dequantise, quantise, restore
+from featkd.models.features import POOLED, Layer
 
 Row = Mapping[str, Tensor]
 """Stored columns of one image, on the CPU."""
@@ -48,7 +49,7 @@ class LayerShape:
     The layer "pooled" is the pooled feature, as a map of one token.
     """
 
-    layer: int | str
+    layer: Layer
     tokens: int
     channels: int
     dtype: str
@@ -56,7 +57,7 @@ class LayerShape:
     @property
     def is_pooled(self) -> bool:
         """True for the pooled feature, which rows hold whole and in its dtype."""
-        return self.layer == "pooled"
+        return self.layer == POOLED
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,10 @@ class Layout:
         return [{name: x[i] for name, x in columns.items()} for i in range(len(outputs.logits))]
 
     def decode(
-        self, rows: Sequence[Row], layers: Sequence[int | str], device: torch.device | str = "cpu"
+        self,
+        rows: Sequence[Row],
+        layers: Sequence[Layer],
+        device: torch.device | str = "cpu",
     ) -> TeacherOutputs:
         """Decodes rows to outputs in the teacher's dtypes, without waiting for the device.
 
@@ -229,7 +233,7 @@ def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp(-most, most).to(dtype)
 
 
-def _check_quantisable(x: Tensor, most: float, layer: int | str) -> None:
+def _check_quantisable(x: Tensor, most: float, layer: Layer) -> None:
     """Refuses values whose scale or factors could exceed float32's range."""
     bad = (x.abs() > most).flatten(1).any(1)
     if bad.any():

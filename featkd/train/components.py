@@ -307,7 +307,7 @@ class _Trained(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of weights without weight decay, as timm's models list them."""
-        names = getattr(self.student, "no_weight_decay", set)()
+        names: set[str] = getattr(self.student, "no_weight_decay", set)()
         return {f"student.{name}" for name in names}
 
 

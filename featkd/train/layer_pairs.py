@@ -80,13 +80,6 @@ def check_fit(
     for s, t in zip(maps, teacher.maps, strict=True):
         pair = name_pair(s, t)
         if s.layer == POOLED:
-            for model, shape in (("student", s), ("teacher", t)):
-                if shape.tokens != 1:
-                    raise RecipeError(
-                        f"loss.pooled: the {model} does not pool its features: it has a vector for "
-                        f"each of {shape.tokens} tokens; expected a model whose head pools "
-                        f"({model}.options.global_pool), or loss.pooled: null"
-                    )
             continue
         if s.tokens != t.tokens:
             raise RecipeError(

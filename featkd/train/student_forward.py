@@ -122,16 +122,20 @@ def create_projectors(
     projectors = nn.ModuleDict()
     for number, (s, t) in enumerate(zip(student_maps, teacher_maps, strict=True)):
         widths = s.channels, t.channels
-        kind, key = "linear", POOLED
-        if config.pooled is not None and s.layer == POOLED:
+        if s.layer == POOLED:
+            assert config.pooled is not None
+            kind, key = "linear", POOLED
             projectors[key] = PooledFeatureKD(*widths, metric=config.pooled.metric)
-        elif config.feature is not None and is_projected(recipe, s, t):
+        elif is_projected(recipe, s, t):
+            assert config.feature is not None
             kind, key = config.projector, str(number)
-            # LayerNorm's own bias follows; without it the projector needs one.
-            norm = kind == "linear_norm"
-            grid = feature_grid(student, s.layer)
-            options: Any = {"norm": norm, "bias": not norm, "metric": config.feature, "grid": grid}
-            projectors[key] = ProjectedFeatureKD(*widths, **options)
+            projectors[key] = ProjectedFeatureKD(
+                *widths,
+                bias=kind == "linear",  # LayerNorm has a bias of its own
+                norm=kind == "linear_norm",
+                metric=config.feature,
+                grid=feature_grid(student, s.layer),
+            )
         else:
             continue
         count = sum(p.numel() for p in projectors[key].parameters())
@@ -139,7 +143,7 @@ def create_projectors(
             f"{name_pair(s, t)}: projector ({kind}) from {s.channels} to {t.channels} channels, "
             f"{count:,} parameters"
         )
-    if config.projector != "none" and not [key for key in projectors if key != POOLED]:
+    if config.projector != "none" and not {*projectors} - {POOLED}:
         notes.append(f"loss.projector: {config.projector} is not used: the widths of pairs agree")
     return projectors.to(device)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from featkd.cache import LayerShape, TeacherOutputs
 from featkd.data import Batch
 from featkd.models import create_teacher
-from featkd.models.features import FeatureModel, Layer
+from featkd.models.features import FeatureModel, Layer, NotPooledError
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.remote import DownloadedFile, RemotePath, locate
 from featkd.runtime.seeding import derive_seed
@@ -164,7 +164,7 @@ def naming(field: str) -> Iterator[None]:
     """
     try:
         yield
-    except _OTHER_CAUSES:
+    except (RecipeError, *_OTHER_CAUSES):
         raise
     except Exception as error:
         lines = str(error).strip().splitlines() or ["no message"]
@@ -211,7 +211,13 @@ def output_shapes(
     options = (recipe.student if field == "student" else recipe.teacher or recipe.student).options
     described = f"{field}.options: {options}: the {field} fails on an image of data.img_size {size}"
     with naming(described), torch.no_grad(), autocast(recipe.amp, context.device):
-        logits, maps = model.forward_with_features(image, layers)
+        try:
+            logits, maps = model.forward_with_features(image, layers)
+        except NotPooledError as error:
+            raise RecipeError(
+                f"loss.pooled: {field}: {error}; expected a model whose head pools "
+                f"({field}.options.global_pool), or loss.pooled: null"
+            ) from error
     model.train(training)
     return OutputShapes(
         logits.shape[1],

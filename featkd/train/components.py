@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -18,9 +16,9 @@ from featkd.models import create_student
 from featkd.models.features import FeatureModel, layers_of, num_layers
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.environment import has_fast_bf16, product_speedup
-from featkd.runtime.suggest import suggestion
 from featkd.train.cached_teacher import CachedTeacher, cache_views, open_cache
 from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
+from featkd.train.optimizer import check_min_lr, create_optimizer, create_scheduler
 from featkd.train.parallel import replicate, shard
 from featkd.train.precision import AMP_DTYPES
 from featkd.train.recipe import Recipe, RecipeError
@@ -132,7 +130,7 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
                 f"epoch has {len(train_loader)}"
             )
         global_batch = recipe.batch_size * context.world_size * recipe.optim.accumulate
-        _check_min_lr(recipe, global_batch)
+        check_min_lr(recipe, global_batch)
         sharded = recipe.distributed == "fsdp" and context.world_size > 1
         if recipe.distributed == "fsdp" and not sharded:
             notes.append("distributed: fsdp has no effect on a run of one process")
@@ -151,8 +149,8 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
             shard(models, projectors.values(), context)
         elif context.world_size > 1:
             student_forward = replicate(student_forward, context)
-        optimizer = _optimizer(recipe, student, projectors, global_batch, context)
-        scheduler = _scheduler(recipe, optimizer, updates_per_epoch)
+        optimizer = create_optimizer(recipe, student, projectors, global_batch, context)
+        scheduler = create_scheduler(recipe, optimizer, updates_per_epoch)
     except BaseException:
         train_loader.close()
         val_loader.close()
@@ -295,89 +293,6 @@ def _average(recipe: Recipe, student: FeatureModel, sharded: bool) -> Any:
         return None
     # timm averages buffers and parameters together, which are of two kinds in a sharded model.
     return ModelEmaV3(student, decay=recipe.ema_decay, exclude_buffers=sharded)
-
-
-class _Trained(nn.Module):
-    """The student and the projectors, in this order, for an optimizer."""
-
-    def __init__(self, student: FeatureModel, projectors: nn.ModuleDict) -> None:
-        super().__init__()
-        self.student = student
-        self.projectors = projectors
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of weights without weight decay, as timm's models list them."""
-        names: set[str] = getattr(self.student, "no_weight_decay", set)()
-        return {f"student.{name}" for name in names}
-
-
-def _optimizer(
-    recipe: Recipe,
-    student: FeatureModel,
-    projectors: nn.ModuleDict,
-    global_batch: int,
-    context: ProcessContext,
-) -> torch.optim.Optimizer:
-    config = recipe.optim
-    names = list_optimizers()
-    if config.optimizer not in names:
-        near = suggestion(config.optimizer, names)
-        raise RecipeError(f"optim.optimizer: timm has no {config.optimizer!r}{near}")
-    # A fused optimizer reads and writes each tensor once.
-    can_fuse = context.device.type in ("cpu", "cuda") and config.optimizer in ("adam", "adamw")
-    fused = {"fused": True} if can_fuse else {}
-
-    def create(model: Any) -> torch.optim.Optimizer:
-        optimizer = create_optimizer_v2(
-            model,
-            opt=config.optimizer,
-            lr=peak_lr(recipe, global_batch),
-            weight_decay=config.weight_decay,
-            eps=config.eps,
-            **fused,
-        )
-        assert isinstance(optimizer, torch.optim.Optimizer)
-        return optimizer
-
-    with naming(f"optim.optimizer: {config.optimizer!r} can't be used"):
-        # Some need arguments that training does not pass, which only an update shows.
-        tiny = nn.Linear(2, 2, device=context.device)
-        tiny(torch.ones(1, 2, device=context.device)).sum().backward()
-        create(tiny).step()
-        return create(_Trained(student, projectors))
-
-
-def peak_lr(recipe: Recipe, global_batch: int) -> float:
-    """Learning rate after the warm-up; proportional to the global batch."""
-    return recipe.optim.lr * global_batch / recipe.optim.lr_batch
-
-
-def _check_min_lr(recipe: Recipe, global_batch: int) -> None:
-    config, peak = recipe.optim, peak_lr(recipe, global_batch)
-    if config.min_lr > peak:
-        raise RecipeError(
-            f"optim.min_lr: {config.min_lr:g} is above the peak learning rate {peak:.3g} (optim.lr "
-            f"{config.lr:g} for {config.lr_batch} images, {global_batch} per update); expected "
-            f"optim.min_lr <= {peak:.3g}, or optim.lr_batch: {global_batch} if optim.lr is meant "
-            "for this batch"
-        )
-
-
-def _scheduler(
-    recipe: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int
-) -> Scheduler:
-    config = recipe.optim
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine",
-        num_epochs=config.epochs,
-        warmup_epochs=config.warmup_epochs,
-        warmup_lr=config.warmup_lr,
-        min_lr=config.min_lr,
-        step_on_epochs=config.step_on == "epoch",
-        updates_per_epoch=updates_per_epoch,
-    )
-    return scheduler
 
 
 def _loss(recipe: Recipe, student: FeatureModel, pairs: LayerPairs) -> DistillationLoss:

@@ -22,7 +22,8 @@ from featkd.models.features import FeatureModel
 from featkd.ops.backends import use_backend
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.names import plural
-from featkd.train.components import RunComponents, build_student, peak_lr
+from featkd.train.components import RunComponents, build_student
+from featkd.train.optimizer import peak_lr
 from featkd.train.recipe import Recipe
 from featkd.train.trainer import Trainer
 

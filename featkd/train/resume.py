@@ -16,7 +16,8 @@ from featkd.runtime.remote import Location, locate
 from featkd.train import checkpoint
 from featkd.train.checkpoint import CheckpointError, CheckpointStore
 from featkd.train.checkpoint_layout import find_optimizer_fault
-from featkd.train.components import RunComponents, peak_lr
+from featkd.train.components import RunComponents
+from featkd.train.optimizer import peak_lr
 from featkd.train.parallel import shard_optimizer_state, shard_state
 from featkd.train.recipe import Recipe
 from featkd.train.recipe_changes import another_experiment, check_same_recipe

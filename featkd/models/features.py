@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, Literal, Protocol, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 from torch import Tensor, nn
 
-POOLED: Final = "pooled"
-Layer: TypeAlias = int | Literal["pooled"]
+POOLED = "pooled"
+Layer: TypeAlias = int | str
+"""Index of a layer, or "pooled" for the pooled feature as a map (B, 1, C)."""
 
 
 class NotPooledError(ValueError):

@@ -22,7 +22,7 @@ from featkd.cache.writer import lock_folder, prepare_folder
 from featkd.data import Batch, EpochSampler, ImageSet, Loader
 from featkd.data.factory import build_loader_for
 from featkd.data.sampler import RangeSampler
-from featkd.models.features import POOLED, num_layers
+from featkd.models.features import POOLED, FeatureModel, Layer, num_layers
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.interrupt import Interrupt
 from featkd.runtime.names import printable_lines
@@ -30,7 +30,14 @@ from featkd.train.cached_teacher import cache_subject, check_no_mixing, checkpoi
 from featkd.train.components import build_student, count_classes
 from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.teacher import Teacher, begin_graph_step, create_teacher_model, output_shapes
+from featkd.train.teacher import (
+    OutputShapes,
+    Teacher,
+    begin_graph_step,
+    create_teacher_model,
+    output_shapes,
+)
+from featkd.train.teacher_images import matched_tokens
 
 Found = TypeVar("Found")
 
@@ -99,22 +106,31 @@ def build_cache(
     try:
         classes = count_classes(recipe, dataset.classes, notes, strict=strict_classes)
         student = build_student(recipe, classes).to(context.device)
-        model = create_teacher_model(recipe, classes, dataset.classes, context, notes)
+        model, adapter = create_teacher_model(recipe, classes, dataset.classes, context, notes)
         compares_maps, stores_maps = recipe.loss.feature is not None, config.features != "none"
         pairs = LayerPairs()
         if compares_maps or stores_maps:
             pairs = resolve_layer_pairs(recipe, num_layers(student), num_layers(model))
         # A recipe that can't be trained is refused before the teacher runs, whatever is stored.
         compared = pairs if compares_maps else LayerPairs()
-        pooled = () if recipe.loss.pooled is None else (POOLED,)
-        if pooled:
-            compared = compared.with_pooled()
-        every = *sorted(set(pairs.teacher)), *pooled
+        pooled: tuple[Layer, ...] = ()
+        every = tuple(sorted(set(pairs.teacher)))
+        if recipe.loss.pooled is not None:
+            pairs, compared, pooled = pairs.with_pooled(), compared.with_pooled(), (POOLED,)
+            every += pooled
         shapes = output_shapes("teacher", model, every, recipe, context)
-        check_fit(recipe, student, compared, shapes.of(compared.teacher), context, notes)
+        tokens = _stored_tokens(recipe, student, pairs, shapes, context, notes)
+        fitted = shapes.resized([tokens[layer] for layer in every])
+        check_fit(recipe, student, compared, fitted.of(compared.teacher), context, notes)
         del student
         layers = every if stores_maps else pooled
-        teacher = Teacher(model, layers, recipe, context, logits=True, shapes=shapes.of(layers))
+        teacher = Teacher(
+            *(model, layers, recipe, context),
+            logits=True,
+            adapter=adapter,
+            shapes=shapes.of(layers),
+            tokens=tuple(tokens[layer] for layer in layers),
+        )
         manifest = Manifest(
             subject=cache_subject(recipe, loader, context),
             weights=_weights_sha256(cast(nn.Module, model)),
@@ -159,6 +175,32 @@ def build_cache(
     finally:
         loader.close()
     return CacheBuild(manifest, written, build.damaged, bad_files, stopped_by, size)
+
+
+def _stored_tokens(
+    recipe: Recipe,
+    student: FeatureModel,
+    pairs: LayerPairs,
+    shapes: OutputShapes,
+    context: ProcessContext,
+    notes: list[str],
+) -> dict[Layer, int]:
+    """Tokens of each stored map, by teacher layer: those of the student's map of its pair.
+
+    Raises:
+        RecipeError: a layer is compared with maps of different grids, or can't be resized.
+    """
+    maps = output_shapes("student", student, pairs.student, recipe, context).maps
+    matched = matched_tokens(maps, shapes.of(pairs.teacher).maps, notes)
+    found: dict[Layer, int] = {}
+    for layer, tokens in zip(pairs.teacher, matched, strict=True):
+        if found.setdefault(layer, tokens) != tokens:
+            raise RecipeError(
+                f"loss.pairs: teacher layer {layer} is compared with student maps of "
+                f"{found[layer]} and of {tokens} tokens, but a cache stores it once; expected "
+                "one grid per teacher layer, or a run without a cache"
+            )
+    return found
 
 
 class _Build:

@@ -126,7 +126,7 @@ def create_projectors(
             assert config.pooled is not None
             kind, key = "linear", POOLED
             projectors[key] = PooledFeatureKD(*widths, metric=config.pooled.metric)
-        elif is_projected(recipe, s, t):
+        elif isinstance(s.layer, int) and is_projected(recipe, s, t):
             assert config.feature is not None
             kind, key = config.projector, str(number)
             projectors[key] = ProjectedFeatureKD(
@@ -171,4 +171,4 @@ def create_student_forward(
 
 def feature_grids(student: FeatureModel, pairs: LayerPairs) -> list[tuple[int, int] | None]:
     """Patch grid of the student's map in each layer pair."""
-    return [feature_grid(student, layer) for layer in pairs.student if layer != POOLED]
+    return [feature_grid(student, layer) for layer in pairs.student if isinstance(layer, int)]

@@ -182,6 +182,7 @@ _MAPPING_OR_NULL = _Entry("a mapping, or null", _is_optional(_is_mapping))
 _ENTRIES = {
     "model": _Entry("names and tensors", _is_state_dict),
     "model_ema": _Entry("names and tensors, or null", _is_optional(_is_state_dict)),
+    "projectors": _Entry("names and tensors", _is_state_dict, required=False),
     "optimizer": _MAPPING,
     "optimizer.state": _Entry("a mapping for each parameter's number", _is_optimizer_state),
     "optimizer.param_groups": _Entry("groups with their parameters' numbers", _is_groups),
@@ -200,7 +201,8 @@ _ENTRIES = {
     ),
     "num_classes": _INT,
     "meter": _Entry(
-        "a tensor of shape (3,)", lambda value: _is_plain_tensor(value) and value.shape == (3,)
+        "a tensor of shape (4,)",
+        lambda value: _is_plain_tensor(value) and value.shape in ((3,), (4,)),
     ),
     "metered": _INT,
     "update": _INT,

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -17,18 +15,24 @@ from featkd.data import Loader, Mixer, build_loader
 from featkd.losses import DistillationLoss
 from featkd.models import create_student
 from featkd.models.adapters import ImageAdapter
-from featkd.models.features import POOLED, FeatureModel, feature_grid, layers_of, num_layers
+from featkd.models.features import POOLED, FeatureModel, layers_of, num_layers
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.environment import has_fast_bf16, product_speedup
 from featkd.runtime.names import listed, plural
-from featkd.runtime.suggest import suggestion
 from featkd.train.cached_teacher import CachedTeacher, cache_views, open_cache
 from featkd.train.classes import classes_of, count_classes
 from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
+from featkd.train.optimizer import check_min_lr, create_optimizer, create_scheduler
 from featkd.train.parallel import replicate, shard
 from featkd.train.precision import AMP_DTYPES
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.student_forward import LossForward, create_student_forward, freeze_unreached
+from featkd.train.student_forward import (
+    FeatureForward,
+    create_projectors,
+    create_student_forward,
+    feature_grids,
+    freeze_unreached,
+)
 from featkd.train.teacher import Teacher, create_teacher_model, naming, output_shapes
 from featkd.train.teacher_checks import check_cached_classifier, check_teacher
 from featkd.train.teacher_images import matched_tokens
@@ -42,8 +46,8 @@ class RunComponents:
     """Everything that a run works with.
 
     `student_forward` is the module that the training loop calls. It returns logits and feature
-    maps; if `student_forms_loss`, it also takes the teacher's map and returns logits and the
-    feature loss.
+    maps; if `student_forms_loss`, it also takes the teacher's maps and returns logits, the feature
+    loss and the pooled loss. `projectors` are the parts of it that have trained projectors.
     """
 
     train_loader: Loader
@@ -51,6 +55,7 @@ class RunComponents:
     student: FeatureModel
     student_forward: nn.Module
     student_forms_loss: bool
+    projectors: nn.ModuleDict
     teacher: Teacher | CachedTeacher | None
     pairs: LayerPairs
     loss: DistillationLoss
@@ -69,9 +74,16 @@ class RunComponents:
         """The frozen model; None without a teacher, or if its outputs come from a cache."""
         return self.teacher.model if isinstance(self.teacher, Teacher) else None
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that is trained: the student and the projectors."""
+        return [*self.student.parameters(), *self.projectors.parameters()]
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the components' part of a checkpoint."""
+        projectors = {"projectors": self.projectors.state_dict()} if self.projectors else {}
         return {
+            **projectors,
             "model": self.student.state_dict(),
             "model_ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -116,8 +128,11 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         if compiled and recipe.amp == "bf16" and context.device.type == "cpu":
             unfuse_attention(cast(nn.Module, student), context)
         teacher, pairs = _teacher(recipe, student, source, train_loader, context, notes)
+        projectors = nn.ModuleDict()
         if teacher is not None:
-            check_fit(recipe, student, pairs, teacher.shapes, context, notes)
+            maps = check_fit(recipe, student, pairs, teacher.shapes, context, notes)
+            shapes = maps, teacher.shapes.maps
+            projectors = create_projectors(recipe, student, *shapes, context.device, notes)
         else:
             output_shapes("student", student, (), recipe, context)
         notes += _precision_notes(recipe, context.device)
@@ -129,22 +144,22 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
                 f"epoch has {len(train_loader)}"
             )
         global_batch = recipe.batch_size * context.world_size * recipe.optim.accumulate
-        _check_min_lr(recipe, global_batch)
+        check_min_lr(recipe, global_batch)
         sharded = recipe.distributed == "fsdp" and context.world_size > 1
         if recipe.distributed == "fsdp" and not sharded:
             notes.append("distributed: fsdp has no effect on a run of one process")
         ema = _average(recipe, student, sharded)
-        student_forward = create_student_forward(recipe, student, pairs)
-        if frozen := freeze_unreached(student_forward, student, recipe, context.device):
+        student_forward = create_student_forward(recipe, student, pairs, projectors)
+        student_forms_loss = not isinstance(student_forward, FeatureForward)
+        if frozen := freeze_unreached(recipe, student, pairs, context.device):
             notes.append(
                 f"student: {plural(len(frozen), 'tensor')} stay as initialised, because the loss "
                 f"does not reach them: {listed(frozen, 3)}"
             )
         if recipe.data.labels == "none":
             if val_loader.classes:  # kNN needs the pooled feature
-                output_shapes("student", student, cast(Any, (POOLED,)), recipe, context)
+                output_shapes("student", student, (POOLED,), recipe, context)
             notes.append(describe_validation(val_loader, student, teacher))
-        student_forms_loss = isinstance(student_forward, LossForward)
         if compiled:
             mode = recipe.compile_mode_on(
                 context.device.type, context.world_size, recipe.optim.accumulate
@@ -153,11 +168,12 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
             for module in layers_of(student) if sharded else (student_forward,):
                 module.compile(mode=mode)
         if sharded:
-            shard([student] if ema is None else [student, ema.module], context)
+            models = [student] if ema is None else [student, ema.module]
+            shard(models, projectors.values(), context)
         elif context.world_size > 1:
             student_forward = replicate(student_forward, context)
-        optimizer = _optimizer(recipe, student, global_batch, context)
-        scheduler = _scheduler(recipe, optimizer, updates_per_epoch)
+        optimizer = create_optimizer(recipe, student, projectors, global_batch, context)
+        scheduler = create_scheduler(recipe, optimizer, updates_per_epoch)
     except BaseException:
         train_loader.close()
         val_loader.close()
@@ -168,6 +184,7 @@ def build(recipe: Recipe, context: ProcessContext, *, strict_classes: bool = Tru
         student=student,
         student_forward=student_forward,
         student_forms_loss=student_forms_loss,
+        projectors=projectors,
         teacher=teacher,
         pairs=pairs,
         loss=_loss(recipe, student, pairs),
@@ -237,9 +254,10 @@ def _teacher(
         return None, LayerPairs()
 
     def pairs_for(teacher_depth: int) -> LayerPairs:
-        if recipe.loss.feature is None:
-            return LayerPairs()
-        return resolve_layer_pairs(recipe, num_layers(student), teacher_depth)
+        pairs = LayerPairs()
+        if recipe.loss.feature is not None:
+            pairs = resolve_layer_pairs(recipe, num_layers(student), teacher_depth)
+        return pairs if recipe.loss.pooled is None else pairs.with_pooled()
 
     if isinstance(source, TeacherCache):
         pairs = pairs_for(source.manifest.depth)
@@ -292,71 +310,6 @@ def _average(recipe: Recipe, student: FeatureModel, sharded: bool) -> Any:
     return ModelEmaV3(student, decay=recipe.ema_decay, exclude_buffers=sharded)
 
 
-def _optimizer(
-    recipe: Recipe, student: FeatureModel, global_batch: int, context: ProcessContext
-) -> torch.optim.Optimizer:
-    config = recipe.optim
-    names = list_optimizers()
-    if config.optimizer not in names:
-        near = suggestion(config.optimizer, names)
-        raise RecipeError(f"optim.optimizer: timm has no {config.optimizer!r}{near}")
-    # A fused optimizer reads and writes each tensor once.
-    can_fuse = context.device.type in ("cpu", "cuda") and config.optimizer in ("adam", "adamw")
-    fused = {"fused": True} if can_fuse else {}
-
-    def create(model: Any) -> torch.optim.Optimizer:
-        optimizer = create_optimizer_v2(
-            model,
-            opt=config.optimizer,
-            lr=peak_lr(recipe, global_batch),
-            weight_decay=config.weight_decay,
-            eps=config.eps,
-            **fused,
-        )
-        assert isinstance(optimizer, torch.optim.Optimizer)
-        return optimizer
-
-    with naming(f"optim.optimizer: {config.optimizer!r} can't be used"):
-        # Some need arguments that training does not pass, which only an update shows.
-        tiny = nn.Linear(2, 2, device=context.device)
-        tiny(torch.ones(1, 2, device=context.device)).sum().backward()
-        create(tiny).step()
-        return create(student)
-
-
-def peak_lr(recipe: Recipe, global_batch: int) -> float:
-    """Learning rate after the warm-up; proportional to the global batch."""
-    return recipe.optim.lr * global_batch / recipe.optim.lr_batch
-
-
-def _check_min_lr(recipe: Recipe, global_batch: int) -> None:
-    config, peak = recipe.optim, peak_lr(recipe, global_batch)
-    if config.min_lr > peak:
-        raise RecipeError(
-            f"optim.min_lr: {config.min_lr:g} is above the peak learning rate {peak:.3g} (optim.lr "
-            f"{config.lr:g} for {config.lr_batch} images, {global_batch} per update); expected "
-            f"optim.min_lr <= {peak:.3g}, or optim.lr_batch: {global_batch} if optim.lr is meant "
-            "for this batch"
-        )
-
-
-def _scheduler(
-    recipe: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int
-) -> Scheduler:
-    config = recipe.optim
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine",
-        num_epochs=config.epochs,
-        warmup_epochs=config.warmup_epochs,
-        warmup_lr=config.warmup_lr,
-        min_lr=config.min_lr,
-        step_on_epochs=config.step_on == "epoch",
-        updates_per_epoch=updates_per_epoch,
-    )
-    return scheduler
-
-
 def _loss(recipe: Recipe, student: FeatureModel, pairs: LayerPairs) -> DistillationLoss:
     config = recipe.loss
     return DistillationLoss(
@@ -366,7 +319,8 @@ def _loss(recipe: Recipe, student: FeatureModel, pairs: LayerPairs) -> Distillat
         tau=config.tau,
         feature=config.feature,
         label_smoothing=config.label_smoothing,
-        grids=[feature_grid(student, layer) for layer in pairs.student] or None,
+        grids=feature_grids(student, pairs) or None,
+        pooled=0.0 if config.pooled is None else config.pooled.weight,
     )
 
 

@@ -22,7 +22,8 @@ from featkd.models.features import FeatureModel
 from featkd.ops.backends import use_backend
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.names import plural
-from featkd.train.components import RunComponents, build_student, peak_lr
+from featkd.train.components import RunComponents, build_student
+from featkd.train.optimizer import peak_lr
 from featkd.train.recipe import Recipe
 from featkd.train.trainer import Trainer
 
@@ -97,7 +98,7 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
         (
             "last update",
             f"loss {terms.total.item():.4f} (logits {terms.logits.item():.4f}, features "
-            f"{terms.features.item():.4f})",
+            f"{terms.features.item():.4f}, pooled {terms.pooled.item():.4f})",
         ),
         (
             "throughput",
@@ -197,6 +198,8 @@ def _describe_loss(recipe: Recipe) -> str:
     if loss.feature is not None:
         pairs = ", ".join(f"{s} <- {t}" for s, t in loss.pairs)
         terms.append(f"{loss.beta * loss.w_feat:g} {loss.feature} features (layers {pairs})")
+    if loss.pooled is not None:
+        terms.append(f"{loss.pooled.weight:g} {loss.pooled.metric} pooled features")
     if loss.alpha > 0:
         terms.append(f"{loss.alpha:g} soft KD (tau {loss.tau:g})")
     return " + ".join(terms)

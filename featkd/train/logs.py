@@ -174,12 +174,15 @@ def _naming(place: Location) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(place)) from error
 
 
-TRAIN_COLUMNS = ("update", "epoch", "lr", "loss", "logits_loss", "feature_loss", "images_per_s")
-# The last three are those of a run without labels, which has no top1 and top5. New columns are
+TRAIN_COLUMNS = (
+    *("update", "epoch", "lr", "loss", "logits_loss", "feature_loss", "pooled_loss"),
+    "images_per_s",
+)
+# The last four are those of a run without labels, which has no top1 and top5. New columns are
 # appended: rows of an earlier version's file get empty values.
 EVAL_COLUMNS = (
     *("update", "epoch", "weights", "top1", "top5", "loss", "images"),
-    *("knn_top1", "logits_loss", "feature_loss"),
+    *("knn_top1", "logits_loss", "feature_loss", "pooled_loss"),
 )
 _EVAL_TEXTS = {
     "top1": "top-1 {:.2f} %",

@@ -107,8 +107,21 @@ class TeacherConfig:
 
 
 @dataclass
+class PooledConfig:
+    """The distance of the student's pooled features from the teacher's.
+
+    Args:
+        weight: weight of the distance; not multiplied by beta and w_feat.
+        metric: "cosine" (1 - cos) or "mse"; the mean over the batch.
+    """
+
+    weight: float = 1.0
+    metric: Literal["cosine", "mse"] = "cosine"
+
+
+@dataclass
 class LossConfig:
-    """The objective: (1 - alpha) CE + beta w_feat L_feat + alpha L_soft.
+    """The objective: (1 - alpha) CE + beta w_feat L_feat + alpha L_soft (+ the pooled distance).
 
     With data.labels "none" there is no CE: beta w_feat L_feat + alpha L_soft.
 
@@ -119,6 +132,10 @@ class LossConfig:
         tau: temperature of the soft loss.
         feature: feature loss, "mse", "spectral" or null (none).
         pairs: [student layer, teacher layer] pairs; negative layers count from the end.
+        projector: trained projector from the student's maps to the teacher's width, "linear" (with
+            bias), "linear_norm" (without bias, then LayerNorm) or "none": for all pairs of a
+            "plain" student, otherwise for pairs whose widths differ. The student is saved without.
+        pooled: also compare pooled features, through a linear projector of their own; null for no.
         label_smoothing: label smoothing of the cross-entropy; applied before labels are mixed.
     """
 
@@ -128,6 +145,8 @@ class LossConfig:
     tau: float = 1.0
     feature: Literal["mse", "spectral"] | None = None
     pairs: list[tuple[int, int]] = field(default_factory=lambda: [(-1, -1)])
+    projector: Literal["none", "linear", "linear_norm"] = "none"
+    pooled: PooledConfig | None = None
     label_smoothing: float = 0.1
 
     def __post_init__(self) -> None:
@@ -139,6 +158,18 @@ class LossConfig:
                 raise RecipeError(
                     f"loss.{name}: expected a number from 0 to 1, got {getattr(self, name)!r}"
                 )
+        if self.pooled is not None:  # here: jsonargparse wraps errors of a section that may be null
+            _require("loss.pooled.weight", self.pooled.weight, "> 0")
+        if self.projector != "none" and self.feature is None:
+            raise RecipeError(
+                f"loss.projector: {self.projector!r} projects feature maps, but loss.feature is "
+                "null; expected loss.feature: mse or spectral, or loss.projector: none"
+            )
+
+    @property
+    def compares_features(self) -> bool:
+        """True if the loss compares feature maps or pooled features."""
+        return self.feature is not None or self.pooled is not None
 
 
 @dataclass
@@ -268,21 +299,24 @@ class Recipe:
             raise RecipeError(
                 f"ema_decay: expected null or a number in [0, 1), got {self.ema_decay}"
             )
+        unlabelled = self.data.labels == "none"
+        if unlabelled and self.loss.alpha == 0 and not self.loss.compares_features:
+            raise RecipeError(
+                "data.labels: none, but without labels the loss is empty: loss.alpha is 0, "
+                "loss.feature and loss.pooled are null; expected one of them, with a teacher, or "
+                "data.labels: folders"
+            )
         if self.teacher is None:
             if self.loss.alpha > 0:
                 raise RecipeError(f"loss.alpha: {self.loss.alpha} needs a teacher, teacher is null")
             if self.loss.feature is not None:
                 raise RecipeError(f"loss.feature: {self.loss.feature!r} needs a teacher")
-        elif self.loss.alpha == 0 and self.loss.feature is None:
+            if self.loss.pooled is not None:
+                raise RecipeError("loss.pooled: needs a teacher, teacher is null")
+        elif self.loss.alpha == 0 and not self.loss.compares_features:
             raise RecipeError(
-                "teacher: not used by the loss (loss.alpha is 0 and loss.feature is null); "
-                "expected null, or a loss that uses it"
-            )
-        if self.data.labels == "none" and self.loss.alpha == 0 and self.loss.feature is None:
-            raise RecipeError(
-                "data.labels: none, but without labels the loss is empty: loss.feature is null and "
-                "loss.alpha is 0; expected loss.feature: mse or spectral, loss.alpha > 0 with a "
-                "teacher that has a classifier, or data.labels: folders"
+                "teacher: not used by the loss (loss.alpha is 0, loss.feature and loss.pooled are "
+                "null); expected null, or a loss that uses it"
             )
         if self.cache is not None:
             check_local("cache", self.cache)

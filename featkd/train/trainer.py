@@ -164,10 +164,9 @@ class Trainer:
         # Seeded by the update, so that a resumed run repeats drop-path exactly.
         torch.manual_seed(derive_seed(recipe.seed, self.update, self.context.rank))
         self._set_lr()
-        networks = components.student, components.student_forward
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
-            with nullcontext() if last else without_reduction(*networks):
+            with nullcontext() if last else without_reduction(components.student_forward):
                 terms = self.losses(batch, number)
                 scaled: Tensor = components.scaler.scale(terms.total / len(batches))
                 torch.autograd.backward(scaled)
@@ -198,16 +197,14 @@ class Trainer:
     ) -> StudentOutputs:
         """Runs the student, or another forward module of its kind, such as that of the average.
 
-        The teacher's map is used only if the student forms the loss.
+        The teacher's maps are used only if the student forms the loss.
         """
         forward = forward or self.components.student_forward
         with self._autocast():
             if self.components.student_forms_loss:
-                (teacher_map,) = teacher.maps
-                logits, distance = forward(images, teacher_map)
-                return StudentOutputs(logits, [], distance)
-            logits, maps = forward(images)
-            return StudentOutputs(logits, maps, None)
+                logits, features, pooled = forward(images, teacher.maps)
+                return StudentOutputs(logits, [], features, pooled)
+            return StudentOutputs(*forward(images))
 
     def compute_loss(
         self, student: StudentOutputs, targets: Tensor, teacher: TeacherOutputs
@@ -218,6 +215,7 @@ class Trainer:
             terms = self.components.loss(
                 *(student.logits, labels, teacher.logits, student.maps, teacher.maps),
                 feature_loss=student.feature_loss,
+                pooled_loss=student.pooled_loss,
             )
         assert isinstance(terms, DistillationTerms)
         return terms
@@ -227,7 +225,7 @@ class Trainer:
         components, clip = self.components, self.recipe.optim.clip_grad
         if clip is not None:
             components.scaler.unscale_(components.optimizer)
-            nn.utils.clip_grad_norm_(components.student.parameters(), clip)
+            nn.utils.clip_grad_norm_(components.parameters, clip)
         components.scaler.step(components.optimizer)
         components.scaler.update()
         components.optimizer.zero_grad(set_to_none=True)
@@ -297,6 +295,7 @@ class Trainer:
                 "loss": means.loss,
                 "logits_loss": means.logits,
                 "feature_loss": means.features,
+                "pooled_loss": means.pooled,
                 "images_per_s": round(updates * self.components.global_batch / seconds, 1),
             }
         )
@@ -336,7 +335,7 @@ class Trainer:
         """Starts to save a checkpoint; training goes on while it is written."""
         self.finish_saving()
         meter = self._meter.state_dict(self._position)  # a collective: all processes call it
-        check_weights(self.components.student.parameters(), self._position)
+        check_weights(self.components.parameters, self._position)
         bad_files = self.context.merge_dicts(self.bad_files)
         state = snapshot(
             {

@@ -29,7 +29,12 @@ if TYPE_CHECKING:
 
 Scores = dict[str, float]
 Terms = Callable[[nn.Module, Batch, TeacherOutputs], DistillationTerms]
-_LOSSES = {"loss": "total", "logits_loss": "logits", "feature_loss": "features"}
+_LOSSES = {
+    "loss": "total",
+    "logits_loss": "logits",
+    "feature_loss": "features",
+    "pooled_loss": "pooled",
+}
 
 
 def describe_validation(
@@ -81,7 +86,8 @@ def validate(
     models: dict[str, FeatureModel] = {"model": components.student}
     if components.ema is not None:
         models["ema"] = components.ema.module
-    with gathered(models.values()):
+    projectors = cast("list[FeatureModel]", [*components.projectors.values()])
+    with gathered([*models.values(), *projectors]):
         if recipe.data.labels == "none":
             return _validate_unlabelled(recipe, components, context, models, autocast, terms)
         found = evaluate(
@@ -124,7 +130,7 @@ def _validate_unlabelled(
     if not (runs_teacher or has_classes):
         return {}
     forwards = {
-        name: create_student_forward(recipe, model, components.pairs)
+        name: create_student_forward(recipe, model, components.pairs, components.projectors)
         for name, model in models.items()
     }
     sums = torch.zeros(len(models), len(_LOSSES), dtype=torch.float64, device=context.device)

@@ -265,7 +265,7 @@ def test_spectral_pairs_of_a_swin_student_have_a_grid_each(recipe):
         loss=replace(recipe.loss, pairs=[(0, 0), (1, 1)]),
     )
     trainer = Trainer(recipe, CPU)
-    assert trainer.components.loss.grids == [(8, 8), (4, 4)]
+    assert trainer.components.loss.features.grids == [(8, 8), (4, 4)]
     terms = trainer.losses(next(iter(trainer.components.val_loader)))
     assert terms.total.isfinite()
 

@@ -262,7 +262,6 @@ def test_the_dry_run_names_the_objective(flat):
     ("changes", "message"),
     [
         ({"loss.feature": None, "teacher": None}, "data.labels: none, but without labels the loss"),
-        ({"loss.feature": None}, "teacher: not used by the loss"),
         ({"student.num_classes": 10}, "student.num_classes: 10, but nothing trains a classifier"),
         (
             {"loss.alpha": 0.5, "student.num_classes": 10, "teacher.options.num_classes": 5},

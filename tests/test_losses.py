@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from featkd.functional import soft_kd
 from featkd.losses import (
     DistillationLoss,
     FeatureLoss,
@@ -55,6 +56,29 @@ def test_published_objective_matches_torch(feature):
     torch.testing.assert_close(terms.total, expected)
     torch.testing.assert_close(terms.features, l_feat)
     torch.testing.assert_close(terms.logits, (1 - alpha) * ce + alpha * tau**2 * kl)
+
+
+def test_without_labels_there_is_no_cross_entropy():
+    logits, teacher_logits = torch.randn(2, 2, 5).unbind()
+    student, teacher = maps(8), maps(8, seed=1)
+    distance = F.mse_loss(student[0], teacher[0])
+    log_s, log_t = ((x / 3).log_softmax(1) for x in (logits, teacher_logits))
+    kl = 0.5 * 9 * F.kl_div(log_s, log_t, log_target=True, reduction="batchmean")
+    both = DistillationLoss(alpha=0.5, tau=3.0, feature="mse", label_smoothing=0.1)
+    terms = both(logits, None, teacher_logits, student, teacher)
+    torch.testing.assert_close(terms.total, 0.2 * distance + kl)
+    torch.testing.assert_close(terms.logits, kl)
+    terms = DistillationLoss(feature="mse")(None, None, None, student, teacher)
+    torch.testing.assert_close(terms.total, 0.2 * distance)
+    assert terms.logits == 0
+    terms = DistillationLoss(pooled=2.0)(None, None, pooled_loss=distance)
+    torch.testing.assert_close(terms.total, 2 * distance)
+    with pytest.raises(ValueError, match="target: None, but alpha is 0 and no features"):
+        DistillationLoss()(logits, None)
+    with pytest.raises(ValueError, match="student_logits: None"):
+        DistillationLoss(alpha=0.5)(None, None, teacher_logits)
+    with pytest.raises(ValueError, match=r"target: None, but alpha is 0\.5"):
+        soft_kd(logits, teacher_logits, None, alpha=0.5)
 
 
 def test_without_teacher_is_cross_entropy():

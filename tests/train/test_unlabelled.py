@@ -25,7 +25,7 @@ from featkd.train.build_cache import build_cache
 from featkd.train.checkpoint import load
 from featkd.train.dryrun import dry_run
 from featkd.train.logs import read_csv
-from featkd.train.recipe import LossConfig, Recipe, RecipeError, to_dict, to_yaml
+from featkd.train.recipe import LossConfig, PooledConfig, Recipe, RecipeError, to_dict, to_yaml
 from featkd.train.trainer import Trainer
 from tests.forking import Server
 from tests.train.runs import CPU, column, run, same_weights
@@ -213,11 +213,20 @@ def test_an_earlier_versions_eval_csv_is_continued(recipe):
     assert not list(path.parent.glob("*.bak"))
 
 
-@pytest.mark.parametrize("arch", ["plain", "lift"])
-def test_two_processes_equal_one(unlabelled, server: Server, tmp_path, arch):
+@pytest.mark.parametrize(
+    ("arch", "distributed", "projects"),
+    [("plain", "ddp", False), ("lift", "ddp", False), ("plain", "fsdp", True)],
+)
+def test_two_processes_equal_one(unlabelled, server: Server, tmp_path, arch, distributed, projects):
+    """A plain student's last norm gets no gradient, which DDP would wait for."""
     path = tmp_path / "recipe.yaml"
     augment = replace(unlabelled.data.augment, random_erasing=0.0)
-    path.write_text(to_yaml(replace(unlabelled, data=replace(unlabelled.data, augment=augment))))
+    data = replace(unlabelled.data, augment=augment)
+    recipe = replace(unlabelled, data=data, distributed=distributed)
+    if projects:
+        loss = replace(recipe.loss, projector="linear", pooled=PooledConfig(weight=0.5))
+        recipe = replace(recipe, loss=loss)
+    path.write_text(to_yaml(recipe))
     words = ["distill", str(path), "--student.arch", arch, "--student.options.drop_path_rate", "0"]
     assert main([*words, "--out", str(tmp_path / "one"), "--batch_size", "16"]) == 0
     for rank in server.ranks(2, *words, "--out", tmp_path / "two", "--batch_size", 8):
@@ -226,8 +235,9 @@ def test_two_processes_equal_one(unlabelled, server: Server, tmp_path, arch):
     assert len(one) == len(two) == 4
     for a, b in zip(one, two, strict=True):
         assert (a["images"], a["knn_top1"]) == (b["images"], b["knn_top1"]) == ("12", a["knn_top1"])
-        for name in ("loss", "feature_loss"):
+        for name in ("loss", "feature_loss", "pooled_loss"):
             assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-4)
+        assert (float(a["pooled_loss"]) > 0) == projects
 
 
 def test_unreadable_images_are_left_out(unlabelled, images, tmp_path):

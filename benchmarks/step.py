@@ -149,7 +149,7 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
     Each part takes the outputs that the parts before it have computed once.
     """
     components = trainer.components
-    parameters = [p for p in components.student.parameters() if p.requires_grad]
+    parameters = [p for p in components.parameters if p.requires_grad]
     components.student.train()
     with way.in_use():
         begin_graph_step(trainer.context.device)
@@ -158,9 +158,10 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
         teacher = TeacherOutputs(None if logits is None else logits.clone(), [*map(clone, maps)])
         outputs = trainer.student_forward(batch.images, teacher)
         leaves = outputs._replace(
-            logits=_leaf(outputs.logits),
+            logits=None if outputs.logits is None else _leaf(outputs.logits),
             maps=[_leaf(x) for x in outputs.maps],
             feature_loss=None if outputs.feature_loss is None else _leaf(outputs.feature_loss),
+            pooled_loss=None if outputs.pooled_loss is None else _leaf(outputs.pooled_loss),
         )
         total = trainer.compute_loss(leaves, batch.targets, teacher).total
         torch.autograd.backward(components.scaler.scale(total))
@@ -222,8 +223,8 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
-    distance = [] if outputs.feature_loss is None else [outputs.feature_loss]
-    return [outputs.logits, *outputs.maps, *distance]
+    found = [outputs.logits, *outputs.maps, outputs.feature_loss, outputs.pooled_loss]
+    return [x for x in found if x is not None]
 
 
 def _run(

@@ -274,7 +274,7 @@ def lift_head(
 def soft_kd(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
-    target: Tensor,
+    target: Tensor | None,
     *,
     alpha: float,
     tau: float = 1.0,
@@ -288,7 +288,7 @@ def soft_kd(
         student_logits: (B, K), floating.
         teacher_logits: (B, K), floating, without requires_grad; may be None if alpha is 0.
         target: (B,) class indices, int64, each in [0, K); or (B, K) soft labels, floating, with any
-            sum. The three dtypes may differ.
+            sum; may be None if alpha is 1. The three dtypes may differ.
         alpha: weight of the teacher, from 0 to 1. A term of weight zero is skipped, and its
             tensor is not read.
         tau: temperature, > 0.
@@ -300,7 +300,8 @@ def soft_kd(
         TypeError: logits are an integer tensor, the target has a wrong dtype, or an argument is
             neither tensor nor number.
         ValueError: shapes or devices don't match, alpha or tau is out of range, the batch is
-            empty, the teacher is missing although alpha > 0, or the teacher requires grad.
+            empty, the teacher is missing although alpha > 0, the target is missing although
+            alpha < 1, or the teacher requires grad.
         RuntimeError: on a CPU, a class index is outside of [0, K) ("index 7 is out of bounds for
             dimension 1 with size 5"); no index is ignored, not even -100. On a GPU a check would
             have to wait for the device: there the loss and the gradient of that row become NaN.
@@ -323,7 +324,10 @@ def soft_kd(
     checks.check_floating("student_logits", student_logits, ("B", "K"))
     checks.check_not_empty("student_logits", student_logits)
     batch, classes = student_logits.shape
-    checks.check_target("target", target, batch, classes)
+    if target is not None:
+        checks.check_target("target", target, batch, classes)
+    elif alpha < 1:
+        raise ValueError(f"target: None, but alpha is {alpha} (only 1 needs no target)")
     if teacher_logits is not None:
         checks.check_floating("teacher_logits", teacher_logits, (batch, classes))
         checks.check_constant("teacher_logits", teacher_logits)

@@ -19,6 +19,7 @@ LAYERS = (
     ("__main__",),
     ("cli", "demo", "benchmarks"),
     ("train", "diagnostics"),
+    ("evaluation",),
     ("cache",),
     ("models", "data"),
     ("losses", "functional", "linalg"),

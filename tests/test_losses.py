@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from featkd.losses import DistillationLoss, ProjectedFeatureKD, pool_channels, smooth_labels
+from featkd.functional import soft_kd
+from featkd.losses import (
+    DistillationLoss,
+    FeatureLoss,
+    PooledFeatureKD,
+    ProjectedFeatureKD,
+    pool_channels,
+    smooth_labels,
+)
 
 
 def maps(*widths: int, seed: int = 0) -> list[Tensor]:
@@ -48,6 +56,29 @@ def test_published_objective_matches_torch(feature):
     torch.testing.assert_close(terms.total, expected)
     torch.testing.assert_close(terms.features, l_feat)
     torch.testing.assert_close(terms.logits, (1 - alpha) * ce + alpha * tau**2 * kl)
+
+
+def test_without_labels_there_is_no_cross_entropy():
+    logits, teacher_logits = torch.randn(2, 2, 5).unbind()
+    student, teacher = maps(8), maps(8, seed=1)
+    distance = F.mse_loss(student[0], teacher[0])
+    log_s, log_t = ((x / 3).log_softmax(1) for x in (logits, teacher_logits))
+    kl = 0.5 * 9 * F.kl_div(log_s, log_t, log_target=True, reduction="batchmean")
+    both = DistillationLoss(alpha=0.5, tau=3.0, feature="mse", label_smoothing=0.1)
+    terms = both(logits, None, teacher_logits, student, teacher)
+    torch.testing.assert_close(terms.total, 0.2 * distance + kl)
+    torch.testing.assert_close(terms.logits, kl)
+    terms = DistillationLoss(feature="mse")(None, None, None, student, teacher)
+    torch.testing.assert_close(terms.total, 0.2 * distance)
+    assert terms.logits == 0
+    terms = DistillationLoss(pooled=2.0)(None, None, pooled_loss=distance)
+    torch.testing.assert_close(terms.total, 2 * distance)
+    with pytest.raises(ValueError, match="target: None, but alpha is 0 and no features"):
+        DistillationLoss()(logits, None)
+    with pytest.raises(ValueError, match="student_logits: None"):
+        DistillationLoss(alpha=0.5)(None, None, teacher_logits)
+    with pytest.raises(ValueError, match=r"target: None, but alpha is 0\.5"):
+        soft_kd(logits, teacher_logits, None, alpha=0.5)
 
 
 def test_without_teacher_is_cross_entropy():
@@ -110,6 +141,94 @@ def test_projected_feature_kd_module_trains_its_projector():
     loss.backward()
     assert len(list(module.parameters())) == 4
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_feature_loss_projects_some_pairs_and_pools_others(norm):
+    """Values and gradients in float64, against closed forms."""
+    torch.manual_seed(0)
+    module = ProjectedFeatureKD(3, 5, bias=not norm, norm=norm).double()
+    pairs = [(8, 4), (3, 5)]
+    (s0, s1), (t0, t1) = (
+        [torch.randn(2, 4, pair[side], dtype=torch.float64) for pair in pairs] for side in (0, 1)
+    )
+    s1.requires_grad_()
+    loss = FeatureLoss("mse", projectors={1: module})([s0, s1], [t0, t1])
+    loss.backward()
+    with torch.no_grad():
+        y = s1 @ module.proj.weight.T + (0 if norm else module.proj.bias)
+        centred = y - y.mean(-1, keepdim=True)
+        scale = (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+        z = centred * scale if norm else y
+        error = z - t1
+        pooled = (s0.reshape(2, 4, 4, 2).mean(-1) - t0).square().mean()
+        torch.testing.assert_close(loss, (pooled + error.square().mean()) / 2)
+        d = error * 2 / error.numel() / 2
+        if norm:  # gamma is 1 and beta 0
+            torch.testing.assert_close(module.norm.weight.grad, (d * z).sum((0, 1)))
+            torch.testing.assert_close(module.norm.bias.grad, d.sum((0, 1)))
+            d = (d - d.mean(-1, keepdim=True) - z * (d * z).mean(-1, keepdim=True)) * scale
+        else:
+            torch.testing.assert_close(module.proj.bias.grad, d.sum((0, 1)))
+        expected = torch.einsum("bnt,bns->ts", d, s1)
+        torch.testing.assert_close(module.proj.weight.grad, expected)
+        torch.testing.assert_close(s1.grad, d @ module.proj.weight)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "mse"])
+def test_pooled_feature_kd_in_float64(metric):
+    """Values and gradients against closed forms."""
+    torch.manual_seed(0)
+    module = PooledFeatureKD(3, 5, metric=metric).double()
+    s = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    t = torch.randn(4, 5, dtype=torch.float64)
+    loss = module(s, t)
+    loss.backward()
+    with torch.no_grad():
+        p = s @ module.proj.weight.T + module.proj.bias
+        if metric == "mse":
+            expected, d = (p - t).square().mean(), (p - t) * 2 / p.numel()
+        else:
+            lengths = p.norm(dim=1, keepdim=True)
+            unit, target = p / lengths, t / t.norm(dim=1, keepdim=True)
+            cosine = (unit * target).sum(1, keepdim=True)
+            expected, d = 1 - cosine.mean(), (cosine * unit - target) / lengths / 4
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(module.proj.weight.grad, d.T @ s)
+        torch.testing.assert_close(module.proj.bias.grad, d.sum(0))
+        torch.testing.assert_close(s.grad, d @ module.proj.weight)
+
+
+def test_pooled_feature_kd_in_half_precision_and_on_bad_input():
+    module = PooledFeatureKD(3, 5)
+    s, t = torch.randn(4, 3), torch.randn(4, 5)
+    exact = module(s, t)
+    half = module(s.bfloat16(), t.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = module(s, t)
+    for x in (half, mixed):
+        assert x.dtype == torch.float32
+        torch.testing.assert_close(x, exact, rtol=0.02, atol=0.02)
+    for wrong, message in [
+        ((s[:, :2], t), r"student: expected shape \(B, 3\), got \(4, 2\)"),
+        ((s, t[:3]), r"teacher: expected shape \(4, 5\), got \(3, 5\)"),
+        ((s[:0], t[:0]), "student"),
+        ((s, t.clone().requires_grad_()), "teacher: requires grad"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            module(*wrong)
+    with pytest.raises(ValueError, match=r"metric: expected one of cosine, mse; got 'l1'"):
+        PooledFeatureKD(3, 5, metric="l1")
+
+
+def test_pooled_loss_is_added_with_its_weight():
+    logits, target = torch.randn(2, 5), torch.tensor([1, 4])
+    formed = torch.tensor(0.75, requires_grad=True)
+    terms = DistillationLoss(pooled=2.0)(logits, target, pooled_loss=formed)
+    torch.testing.assert_close(terms.total, F.cross_entropy(logits, target) + 1.5)
+    assert (terms.pooled, terms.features) == (0.75, 0)
+    assert not terms.pooled.requires_grad
+    assert torch.autograd.grad(terms.total, formed) == (2.0,)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ class CacheConfig:
             with maps, else 10 (or "all" if there are no more classes).
         features: maps of the teacher's layers in loss.pairs: "full" stores them whole, "lowrank"
             the leading singular directions of each image (`featkd.cache.lowrank.compress`), "none"
-            no maps. None: "full" if the loss compares maps, else "none".
+            no maps. None: "full" if the loss compares maps, else "none". Pooled features are
+            stored whole if the loss compares them.
         energy: for lowrank: share of each map's energy that is kept. None: 0.99 unless `rank` is
             given.
         rank: for lowrank: number of directions, in place of `energy`.
@@ -110,7 +111,7 @@ class CacheConfig:
             )
         for shape in layers:
             most = min(shape.tokens, shape.channels)
-            if self.rank is not None and not 1 <= self.rank <= most:
+            if self.rank is not None and not shape.is_pooled and not 1 <= self.rank <= most:
                 raise ValueError(
                     f"rank: expected 1 to {most}, the lesser of the {shape.tokens} tokens and "
                     f"{shape.channels} channels of layer {shape.layer}; got {self.rank}"

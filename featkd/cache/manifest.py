@@ -199,7 +199,8 @@ def _out_of_bounds(manifest: Manifest) -> str:
     if layout.logits_top is not None:
         whole["layout.logits_top"] = (layout.logits_top, 1, layout.classes)
     for shape in layout.layers:
-        whole[f"layer {shape.layer!r}"] = (shape.layer, 0, manifest.depth - 1)
+        if not shape.is_pooled:
+            whole[f"layer {shape.layer!r}"] = (shape.layer, 0, manifest.depth - 1)
         for name in ("tokens", "channels"):
             size = getattr(shape, name)
             whole[f"layer {shape.layer!r}: {name}"] = (size, 1, _MOST_ROW_BYTES)

@@ -17,6 +17,7 @@ from featkd.cache.manifest import CacheError, read_manifest
 from featkd.cache.rows import Row, TeacherOutputs
 from featkd.cache.shard import Shard, check_length, find_damage
 from featkd.data import SampleKey
+from featkd.models.features import Layer
 
 _OPEN_SHARDS = 4096  # memory maps; Linux allows 65,530 per process
 _MOST_READERS = 8
@@ -70,7 +71,10 @@ class TeacherCache:
             pass
 
     def read(
-        self, keys: Tensor, layers: Sequence[int | str], device: torch.device | str = "cpu"
+        self,
+        keys: Tensor,
+        layers: Sequence[Layer],
+        device: torch.device | str = "cpu",
     ) -> tuple[TeacherOutputs, Tensor]:
         """Reads the teacher's outputs for some samples.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from featkd.cache.lowrank import LARGEST, Form, LowRank, compress, dequantise, quantise, restore
+from featkd.models.features import POOLED, Layer
 
 Row = Mapping[str, Tensor]
 """Stored columns of one image, on the CPU."""
@@ -43,12 +44,20 @@ class NotStorable(ValueError):
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Shape (tokens, channels) per image and dtype, for example "float32", of a layer's map."""
+    """Shape (tokens, channels) per image and dtype, for example "float32", of a layer's map.
 
-    layer: int | str
+    The layer "pooled" is the pooled feature, as a map of one token.
+    """
+
+    layer: Layer
     tokens: int
     channels: int
     dtype: str
+
+    @property
+    def is_pooled(self) -> bool:
+        """True for the pooled feature, which rows hold whole and in its dtype."""
+        return self.layer == POOLED
 
 
 @dataclass(frozen=True)
@@ -60,10 +69,10 @@ class Layout:
         logits_dtype: dtype of the teacher's logits, for example "float32".
         logits_top: number of classes whose log-probabilities are stored, the largest ones; None
             stores all logits.
-        features: "none", "full" or "lowrank".
+        features: "none", "full" or "lowrank"; the form of the layers' maps.
         energy, rank: for lowrank: selection of a map's singular directions.
         store: dtype of stored maps, "fp32", "bf16", "fp16" or "int8"; None without maps.
-        layers: shapes of the maps, in ascending order of the layers.
+        layers: shapes of the maps, in ascending order of the layers, "pooled" last.
     """
 
     classes: int
@@ -80,7 +89,8 @@ class Layout:
         """Columns whose length differs between images; they are stored flat."""
         if self.features != "lowrank":
             return frozenset()
-        return frozenset(f"features.{x.layer}.{part}" for x in self.layers for part in _FACTORS)
+        maps = [x for x in self.layers if not x.is_pooled]
+        return frozenset(f"features.{x.layer}.{part}" for x in maps for part in _FACTORS)
 
     @property
     def most_row_bytes(self) -> int:
@@ -108,6 +118,9 @@ class Layout:
         for shape, x in zip(self.layers, outputs.maps, strict=True):
             name = f"features.{shape.layer}"
             _check_finite(x, f"the map of layer {shape.layer}")
+            if shape.is_pooled:
+                columns[name] = _to_host(x)
+                continue
             if self.features == "lowrank":
                 # A singular value is at most sqrt(N C) times the largest value.
                 most = LARGEST / math.sqrt(shape.tokens * shape.channels)
@@ -125,7 +138,10 @@ class Layout:
         return [{name: x[i] for name, x in columns.items()} for i in range(len(outputs.logits))]
 
     def decode(
-        self, rows: Sequence[Row], layers: Sequence[int | str], device: torch.device | str = "cpu"
+        self,
+        rows: Sequence[Row],
+        layers: Sequence[Layer],
+        device: torch.device | str = "cpu",
     ) -> TeacherOutputs:
         """Decodes rows to outputs in the teacher's dtypes, without waiting for the device.
 
@@ -142,6 +158,9 @@ class Layout:
         maps: list[Tensor] = []
         for layer in layers:
             name, dtype = f"features.{layer}", getattr(torch, shapes[layer].dtype)
+            if shapes[layer].is_pooled:
+                maps.append(_batched(rows, name, device))
+                continue
             if self.features == "lowrank":
                 factors = _decode_factors(rows, name, shapes[layer], device)
                 maps.append(restore(factors, dtype))
@@ -214,7 +233,7 @@ def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp(-most, most).to(dtype)
 
 
-def _check_quantisable(x: Tensor, most: float, layer: int | str) -> None:
+def _check_quantisable(x: Tensor, most: float, layer: Layer) -> None:
     """Refuses values whose scale or factors could exceed float32's range."""
     bad = (x.abs() > most).flatten(1).any(1)
     if bad.any():

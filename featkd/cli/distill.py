@@ -11,12 +11,13 @@ from featkd.cli.arguments import Parser, add_quiet
 from featkd.cli.output import results_unless
 from featkd.cli.recipe_arguments import parse_recipe, recipe_parser
 from featkd.runtime.names import plural
+from featkd.runtime.scores import describe
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
+    from featkd.train.outcome import Outcome
     from featkd.train.recipe import Recipe
-    from featkd.train.trainer import Outcome
 
 
 def distill(words: Sequence[str]) -> int:
@@ -69,8 +70,7 @@ def _summary(outcome: Outcome) -> str:
     facts = [plural(outcome.updates, "update")]
     if best:  # empty if the run was never evaluated
         facts.append(
-            f"best top-1 {best['top1']:.2f} % (best.pt: {best['weights']} weights, epoch "
-            f"{best['epoch']})"
+            f"best {describe(best)} (best.pt: {best['weights']} weights, epoch {best['epoch']})"
         )
     if math.isnan(outcome.images_per_s):
         facts.append("nothing was left to train")

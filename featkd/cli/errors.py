@@ -20,9 +20,9 @@ def described(error: Exception) -> tuple[str, int] | None:
     from featkd.data.workers import is_worker_error
     from featkd.diagnostics.source import UnreadableError
     from featkd.diagnostics.state import StateError
+    from featkd.evaluation.topk import EvaluationError
     from featkd.runtime.heartbeat import ProcessLost
     from featkd.train.checkpoint import CheckpointError
-    from featkd.train.evaluate import EvaluationError
     from featkd.train.meter import TrainingDiverged
 
     failures = (

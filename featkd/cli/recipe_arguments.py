@@ -11,7 +11,7 @@ from dataclasses import fields
 from jsonargparse import Namespace
 
 from featkd.cli.arguments import Parser, UsageError, is_group_of_fields
-from featkd.train.recipe import Recipe, TeacherConfig
+from featkd.train.recipe import PooledConfig, Recipe, TeacherConfig
 from featkd.train.recipe_file import find_recipe, read_recipe_config, shipped_recipes
 
 _CONFIG = "--recipe_file"  # internal; a user names the recipe as the first argument
@@ -37,18 +37,24 @@ def recipe_parser(
     )
     parser.add_argument(_CONFIG, action="config", help=argparse.SUPPRESS)
     parser.add_class_arguments(Recipe)
-    parser.remove_option("--teacher.help")  # a nested help, which the description below replaces
     for action in parser._actions:
         if action.dest == "data":
             action.metavar, action.help = "DIR", "short for --data.path"
         elif action.dest == "teacher":
             action.metavar, action.help = "null", "train the student alone"
+        elif action.dest == "loss.pooled":
+            action.metavar, action.help = "null", "compare no pooled features"
         elif is_group_of_fields(action):
             action.help = argparse.SUPPRESS
     # jsonargparse describes no fields of a dataclass that may be null.
-    teacher = Parser(prog=parser.prog)
-    teacher.add_class_arguments(TeacherConfig, "teacher")
-    parser.describe_options_of(teacher, "the model that is distilled")
+    for section, config, title in (
+        ("teacher", TeacherConfig, "the model that is distilled"),
+        ("loss.pooled", PooledConfig, "the distance of pooled features"),
+    ):
+        parser.remove_option(f"--{section}.help")  # a nested help
+        nullable = Parser(prog=parser.prog)
+        nullable.add_class_arguments(config, section)
+        parser.describe_options_of(nullable, title)
     return parser
 
 

@@ -12,6 +12,8 @@ _RAND_AUGMENT = re.compile(
     r"rand(-(m\d+|n\d+|p\d+(\.\d+)?|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3aw?)))*"
 )
 
+HELD_OUT = 0.1  # share of the unlabelled images that validates by default
+
 
 def _check_range(name: str, value: tuple[float, float], upper: float) -> None:
     """Raises ValueError unless `value` is an increasing pair of numbers in (0, upper]."""
@@ -127,8 +129,12 @@ class DataConfig:
         val_split: folder of the validation images under path; "." is path itself. null holds out
             `val_fraction` of the training images instead.
         val_fraction: with `val_split=null`, share of the training images that validates and is
-            not trained on, 0 < val_fraction < 1. A hash of each file's name (relative to the split
-            folder) decides, so an image keeps its side when others are added.
+            not trained on, 0 < val_fraction < 1; null for 0.1 if `labels` is "none". A hash of
+            each file's name (relative to the split folder) decides, so an image keeps its side
+            when others are added.
+        labels: "folders" for labels from class folders (or shards); "none" for training without
+            labels. Then a split is all images in its folder and the folders below it, or shards
+            whose labels, if any, are not read.
         first_label: label of the first class in tar shards, usually 0 or 1.
         img_size: height and width of the model's input, in pixels.
         mean: mean of the red, green and blue channels, for values in 0..1.
@@ -152,6 +158,7 @@ class DataConfig:
     train_split: str = "train"
     val_split: str | None = "val"
     val_fraction: float | None = None
+    labels: Literal["folders", "none"] = "folders"
     first_label: int = 0
     img_size: int = 224
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -179,6 +186,7 @@ class DataConfig:
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"data.crop_pct: expected 0 < crop_pct <= 1, got {self.crop_pct!r}")
         for name, allowed in (
+            ("labels", ("folders", "none")),
             ("interpolation", ("bicubic", "bilinear")),
             ("backend", ("auto", "timm", "dali")),
             ("on_bad_image", ("error", "skip")),
@@ -189,8 +197,15 @@ class DataConfig:
                     f"got {getattr(self, name)!r}"
                 )
 
+    @property
+    def held_out(self) -> float | None:
+        """Share of the training images that validates; None with a validation split."""
+        if self.val_split is not None:
+            return None
+        return HELD_OUT if self.val_fraction is None else self.val_fraction
+
     def _check_val_fraction(self) -> None:
-        """Raises ValueError unless exactly one of val_split and val_fraction is set."""
+        """Raises ValueError if val_fraction does not fit val_split."""
         fraction = self.val_fraction
         if self.val_split is not None:
             if fraction is not None:
@@ -199,6 +214,8 @@ class DataConfig:
                     f"data.val_split={self.val_split!r}; set data.val_split to null to hold out a "
                     "fraction of the training images"
                 )
+            return
+        if fraction is None and self.labels == "none":
             return
         if not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
             raise ValueError(

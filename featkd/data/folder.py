@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -17,7 +18,13 @@ from featkd.runtime.names import listed, printable
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
 _ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 _LAYOUT = "<path>/<split>/<class>/*.jpg"
+_UNLABELLED_LAYOUT = "<path>/<split>/**/*.jpg (data.labels is none)"
 _HOLD_OUT = "data.val_split=null and data.val_fraction=0.1 (a tenth of the images validates)"
+
+
+def layout(config: DataConfig) -> str:
+    """Describes the expected files of an image set, for error messages."""
+    return _LAYOUT if config.labels == "folders" else _UNLABELLED_LAYOUT
 
 
 def split_folder(config: DataConfig, split: Literal["train", "val"]) -> str:
@@ -26,7 +33,7 @@ def split_folder(config: DataConfig, split: Literal["train", "val"]) -> str:
     Raises:
         FileNotFoundError: the folder is missing; the message lists the folders that exist.
     """
-    expected = f"expected {_LAYOUT}"
+    expected = f"expected {layout(config)}"
     if not config.path:
         raise FileNotFoundError(f"data.path: not set; give it by --data DIR; {expected}")
     if not os.path.isdir(config.path):
@@ -39,7 +46,13 @@ def split_folder(config: DataConfig, split: Literal["train", "val"]) -> str:
     if os.path.isdir(folder):
         return folder
     there = subfolders(config.path)
-    if any(images_in(os.path.join(config.path, first)) for first in there[:1]):
+    if config.labels == "none" and split == "train":
+        hint = (
+            f"folders there: {listed(there) or 'none'}; set data.train_split to one of them, or "
+            f'for all images below {printable(config.path)} use data.train_split="." with '
+            f"{_HOLD_OUT}"
+        )
+    elif any(images_in(os.path.join(config.path, first)) for first in there[:1]):
         hint = (
             f"{printable(config.path)} seems to hold the class folders itself ({listed(there)}); "
             f'for such a flat set use data.train_split="." with {_HOLD_OUT}'
@@ -62,7 +75,7 @@ def images_in(folder: str) -> list[str]:
     return sorted(name for name in names if name.lower().endswith(IMG_EXTENSIONS))
 
 
-def _describe_files(folder: str) -> str:
+def describe_files(folder: str) -> str:
     """Describes images and archives that lie in a split folder without class folders."""
     if images := images_in(folder):
         return (
@@ -74,6 +87,15 @@ def _describe_files(folder: str) -> str:
     if archives:
         return f"; found {listed(archives, 3)}, but shards must be uncompressed tar files, *.tar"
     return ""
+
+
+def no_images(config: DataConfig, folder: str, where: str = "") -> FileNotFoundError:
+    """Creates the error for a split folder, or the part `where` of it, without images."""
+    found = "" if where else describe_files(folder)
+    return FileNotFoundError(
+        f"no images in {where}{printable(folder)}{found}; expected {layout(config)}, with files "
+        f"ending in {', '.join(IMG_EXTENSIONS)}"
+    )
 
 
 def find_classes(config: DataConfig) -> list[str]:
@@ -89,7 +111,7 @@ def find_classes(config: DataConfig) -> list[str]:
     classes = subfolders(folder)
     if not classes:
         raise FileNotFoundError(
-            f"no class folders in {printable(folder)}{_describe_files(folder)}; expected "
+            f"no class folders in {printable(folder)}{describe_files(folder)}; expected "
             f"{_LAYOUT}, or WebDataset tar files"
         )
     if os.path.normpath(config.train_split) == "." and set(classes) <= _SPLIT_NAMES:
@@ -100,23 +122,21 @@ def find_classes(config: DataConfig) -> list[str]:
     return classes
 
 
-class FolderSource:
-    """`ImageSource` for class folders.
+class ImageFiles:
+    """`ImageSource` for files below a folder.
 
     Args:
-        config: the image set.
-        split: "train" or "val".
-
-    Raises:
-        FileNotFoundError: a folder is missing or holds no images.
-        ValueError: the validation split has classes that the training split lacks, or
-            data.val_fraction leaves a split or a class without images.
+        folder: the folder.
+        classes: class names.
+        names: names of the files, relative to the folder.
+        targets: their class indices.
     """
 
-    def __init__(self, config: DataConfig, split: Literal["train", "val"]) -> None:
-        self.classes = find_classes(config)
-        self.folder = split_folder(config, split)
-        names, targets = self._find_images(config, training=split == "train")
+    def __init__(
+        self, folder: str, classes: list[str], names: Sequence[str], targets: Sequence[int]
+    ) -> None:
+        self.folder = folder
+        self.classes = classes
         self._names = PackedNames(names)
         self._targets = np.array(targets, dtype=np.int64)
 
@@ -138,6 +158,26 @@ class FolderSource:
         """See `ImageSource`."""
         return read_file(self.name(index)), int(self._targets[index])
 
+
+class FolderSource(ImageFiles):
+    """`ImageSource` for class folders.
+
+    Args:
+        config: the image set.
+        split: "train" or "val".
+
+    Raises:
+        FileNotFoundError: a folder is missing or holds no images.
+        ValueError: the validation split has classes that the training split lacks, or
+            data.val_fraction leaves a split or a class without images.
+    """
+
+    def __init__(self, config: DataConfig, split: Literal["train", "val"]) -> None:
+        self.classes = find_classes(config)
+        self.folder = split_folder(config, split)
+        names, targets = self._find_images(config, training=split == "train")
+        super().__init__(self.folder, self.classes, names, targets)
+
     def _find_images(self, config: DataConfig, *, training: bool) -> tuple[list[str], list[int]]:
         """Returns the files, relative to the split folder and sorted, and their class indices."""
         unknown = sorted(set(subfolders(self.folder)) - set(self.classes))
@@ -155,23 +195,20 @@ class FolderSource:
                 found += [(os.path.relpath(path, self.folder), target) for path in paths]
                 links += repeated
         warn_of_repeated_links(links)
-        self._check_classes(found, training)
-        if config.val_split is None:
-            fraction = config.val_fraction or 0.0
+        self._check_classes(config, found, training)
+        if (fraction := config.held_out) is not None:
             found = [x for x in found if is_held_out(x[0], fraction) != training]
             self._check_held_out(found, fraction, training)
         return [name for name, _ in found], [target for _, target in found]
 
-    def _check_classes(self, found: list[tuple[str, int]], training: bool) -> None:
+    def _check_classes(
+        self, config: DataConfig, found: list[tuple[str, int]], training: bool
+    ) -> None:
         """Raises FileNotFoundError if there are no images, or a class has none in training."""
         empty = self._without_images(found) if found and training else []
         if empty or not found:
             where = f"the class folders {listed(empty)} of " if found else ""
-            raise FileNotFoundError(
-                f"no images in {where}{printable(self.folder)}"
-                f"{'' if found else _describe_files(self.folder)}; expected {_LAYOUT}, with files "
-                f"ending in {', '.join(IMG_EXTENSIONS)}"
-            )
+            raise no_images(config, self.folder, where)
 
     def _check_held_out(
         self, found: list[tuple[str, int]], fraction: float, training: bool

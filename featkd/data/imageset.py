@@ -14,11 +14,12 @@ from torch.utils.data import Dataset
 
 from featkd.data.augment import TrainTransform, build_transform
 from featkd.data.config import DataConfig
-from featkd.data.folder import FolderSource, images_in, split_folder
+from featkd.data.folder import FolderSource, ImageFiles, images_in, split_folder
 from featkd.data.images import BadImageError, decode_image
 from featkd.data.sampler import SampleKey
 from featkd.data.shards import ShardError, TarSource, tar_files
 from featkd.data.splits import shared_images_note
+from featkd.data.unlabelled import UnlabelledFolder
 from featkd.data.walk import subfolders
 from featkd.runtime.names import listed, printable
 
@@ -40,7 +41,7 @@ class ImageSource(Protocol):
     """Interface of a storage of numbered images with classes; must be picklable.
 
     Attributes:
-        classes: class names; targets index them.
+        classes: class names, which targets index; empty without labels, and targets are 0.
         folder: folder of the files.
     """
 
@@ -66,8 +67,8 @@ class ImageSource(Protocol):
         ...
 
 
-def open_source(config: DataConfig, split: Literal["train", "val"]) -> FolderSource | TarSource:
-    """Opens the images of a split: tar shards if its folder holds any, otherwise class folders.
+def open_source(config: DataConfig, split: Literal["train", "val"]) -> ImageFiles | TarSource:
+    """Opens the images of a split: tar shards if its folder holds any, otherwise image files.
 
     Raises:
         FileNotFoundError: a folder is missing or holds no images.
@@ -78,15 +79,22 @@ def open_source(config: DataConfig, split: Literal["train", "val"]) -> FolderSou
         if tars := tar_files(folder):
             _check_unambiguous(config, folder, tars)
             return TarSource(config, split, folder, tars)
-    return FolderSource(config, split)
+    return (FolderSource if config.labels == "folders" else UnlabelledFolder)(config, split)
 
 
 def _check_unambiguous(config: DataConfig, folder: str, tars: Sequence[str]) -> None:
-    """Raises ValueError if a folder may hold shards or class folders; classes.txt means shards."""
-    if os.path.isfile(os.path.join(config.path, "classes.txt")):
+    """Raises ValueError if a folder may hold shards or images; classes.txt means shards."""
+    labelled = config.labels == "folders"
+    if labelled and os.path.isfile(os.path.join(config.path, "classes.txt")):
         return
     folders = subfolders(folder)
-    if any(images_in(os.path.join(folder, name)) for name in folders):
+    images = any(images_in(os.path.join(folder, name)) for name in folders)
+    if not labelled and (images or images_in(folder)):
+        raise ValueError(
+            f"{printable(folder)}: found tar files ({listed(tars, 3)}) beside images; expected "
+            "either shards or images; move the others away"
+        )
+    if labelled and images:
         raise ValueError(
             f"{printable(folder)}: found tar files ({listed(tars, 3)}) beside folders "
             f"({listed(folders, 3)}); expected either class folders (then move the tar files away) "
@@ -124,7 +132,7 @@ class ImageSet(Dataset[Sample]):
         seed: seed of the run.
 
     Attributes:
-        classes: class names; targets index them.
+        classes: class names, which targets index; empty without labels, and targets are 0.
         folder: folder of the split.
 
     Raises:

@@ -34,8 +34,10 @@ def tar_files(folder: str) -> list[str]:
 class TarSource:
     """`ImageSource` for WebDataset tar files; a sample is `x.jpg` and `x.cls`, its class number.
 
+    With data.labels "none" only the image of a sample is read.
+
     Args:
-        config: the image set, for the list of classes and data.val_fraction.
+        config: the image set, for the list of classes, data.labels and data.val_fraction.
         split: "train" or "val".
         folder: folder of the shards.
         shards: names of the shards.
@@ -54,7 +56,8 @@ class TarSource:
         self, config: DataConfig, split: Literal["train", "val"], folder: str, shards: Sequence[str]
     ) -> None:
         self.folder = folder
-        self.classes = _read_classes(config)
+        labelled = config.labels == "folders"
+        self.classes = _read_classes(config) if labelled else []
         self._first_label = config.first_label
         self._shards = list(shards)
         names: list[str] = []
@@ -62,7 +65,7 @@ class TarSource:
         for number, shard in enumerate(shards):
             offsets: dict[str, int] = {}
             for sample in _visible_samples(os.path.join(folder, shard)):
-                image, label = _image_and_label(sample, os.path.join(folder, shard))
+                image, label = _image_and_label(sample, os.path.join(folder, shard), labelled)
                 # `tar --append` leaves both files in the archive, and either could be meant.
                 first = offsets.setdefault(image[0], image[1])
                 if first != image[1]:
@@ -71,11 +74,11 @@ class TarSource:
                         f"and {image[1]}; expected each name once"
                     )
                 names.append(f"{shard}/{image[0]}")
-                positions.append((number, *image[1:], *label[1:]))
+                positions.append((number, *image[1:], *(label[1:] if label else ())))
         if not positions:
             raise ShardError(f"{printable(folder)}: no image in its {len(shards)} shards")
-        if config.val_split is None:
-            fraction, training = config.val_fraction or 0.0, split == "train"
+        if (fraction := config.held_out) is not None:
+            training = split == "train"
             kept = [i for i, name in enumerate(names) if is_held_out(name, fraction) != training]
             if not kept:
                 raise ValueError(
@@ -84,7 +87,7 @@ class TarSource:
                 )
             names, positions = [names[i] for i in kept], [positions[i] for i in kept]
         self._names = PackedNames(names)
-        # columns: shard, offset and size of the image, offset and size of the label
+        # columns: shard, offset and size of the image; with labels, offset and size of the label
         self._positions = np.array(positions, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -101,16 +104,18 @@ class TarSource:
     def read(self, index: int) -> tuple[bytes, int]:
         """See `ImageSource`."""
         name = self.name(index)
-        shard, offset, size, label_offset, label_size = self._positions[index].tolist()
-        text = self._read_bytes(shard, label_offset, label_size, name)
+        shard, offset, size, *label = self._positions[index].tolist()
+        if not label:
+            return self._read_bytes(shard, offset, size, name), 0
+        text = self._read_bytes(shard, label[0], label[1], name)
         try:
-            label = int(text)
+            number = int(text)
         except ValueError as error:
             raise ShardError(f"{name}: expected a number as its .cls, got {text!r}") from error
-        target = label - self._first_label
+        target = number - self._first_label
         if not 0 <= target < len(self.classes):
             raise ShardError(
-                f"{name}: has class {label}; classes.txt has {len(self.classes)} lines and "
+                f"{name}: has class {number}; classes.txt has {len(self.classes)} lines and "
                 f"data.first_label is {self._first_label}"
             )
         return self._read_bytes(shard, offset, size, name), target
@@ -144,15 +149,17 @@ def _read_classes(config: DataConfig) -> list[str]:
 _Member = tuple[str, int, int]  # name, offset and size of a file in an archive
 
 
-def _image_and_label(sample: Sequence[_Member], shard: str) -> tuple[_Member, _Member]:
+def _image_and_label(
+    sample: Sequence[_Member], shard: str, labelled: bool
+) -> tuple[_Member, _Member | None]:
     images = [part for part in sample if part[0].lower().endswith(IMG_EXTENSIONS)]
-    labels = [part for part in sample if part[0].endswith(".cls")]
-    if len(images) != 1 or len(labels) != 1:
+    labels = [part for part in sample if part[0].endswith(".cls")] if labelled else []
+    if len(images) != 1 or len(labels) != labelled:
         raise ShardError(
-            f"{shard}: expected one image and one .cls per sample, found "
+            f"{shard}: expected one image{' and one .cls' if labelled else ''} per sample, found "
             f"{', '.join(name for name, _, _ in sample)}"
         )
-    return images[0], labels[0]
+    return images[0], labels[0] if labelled else None
 
 
 def _visible_samples(path: str) -> Iterator[list[_Member]]:

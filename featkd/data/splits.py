@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 
 from featkd.data.config import DataConfig
-from featkd.data.folder import FolderSource, split_folder
+from featkd.data.folder import ImageFiles, split_folder
 from featkd.data.shards import TarSource, tar_files
+from featkd.data.walk import is_hidden
 from featkd.runtime.files import open_regular
 from featkd.runtime.names import listed, printable
 
@@ -14,7 +15,7 @@ _MAX_COMPARED = 1000  # files, evenly spaced in the list
 _COMPARED_BYTES = 2**20
 
 
-def shared_images_note(config: DataConfig, validation: FolderSource | TarSource) -> str:
+def shared_images_note(config: DataConfig, validation: ImageFiles | TarSource) -> str:
     """Describes validation images that are also trained on; "" if none are found.
 
     Compares up to 1000 validation files (or shards) with the training files of the same names.
@@ -31,12 +32,15 @@ def shared_images_note(config: DataConfig, validation: FolderSource | TarSource)
     if isinstance(validation, TarSource):
         names = tar_files(val)
     else:
-        within = os.path.relpath(os.path.realpath(val), os.path.realpath(train))
-        if within.split(os.sep)[0] in validation.classes:
+        labelled = config.labels == "folders"
+        if _first_folder(val, train) in validation.classes if labelled else _searches(train, val):
+            as_class = ", as a class" if labelled else ""
             return (
-                f"data.val_split: {printable(val)} lies below the training images, as a class; "
+                f"data.val_split: {printable(val)} lies below the training images{as_class}; "
                 f"{advice}"
             )
+        if not labelled and _searches(val, train):
+            return f"data.val_split: {printable(val)} contains the training images; {advice}"
         count, step = len(validation), -(-len(validation) // _MAX_COMPARED)
         names = [os.path.relpath(validation.name(i), val) for i in range(0, count, step)]
     shared = [n for n in names if _same_content(os.path.join(train, n), os.path.join(val, n))]
@@ -46,6 +50,17 @@ def shared_images_note(config: DataConfig, validation: FolderSource | TarSource)
         f"data.val_split: {len(shared)} of {len(names)} compared files of {printable(val)} are "
         f"also in {printable(train)} ({listed(shared, 3)}); {advice}"
     )
+
+
+def _first_folder(below: str, folder: str) -> str:
+    """Name of the folder in `folder` that leads to `below`; ".." if none does."""
+    return os.path.relpath(os.path.realpath(below), os.path.realpath(folder)).split(os.sep)[0]
+
+
+def _searches(folder: str, below: str) -> bool:
+    """Checks if the images below `below` are among those of `folder`, without labels."""
+    first = _first_folder(below, folder)
+    return first != os.pardir and not is_hidden(first) and not tar_files(folder)
 
 
 def _same_content(first: str, second: str) -> bool:

@@ -18,6 +18,10 @@ Layer: TypeAlias = int | str
 """Index of a layer, or "pooled" for the pooled feature as a map (B, 1, C)."""
 
 
+class NotPooledError(ValueError):
+    """A model has no pooled feature."""
+
+
 class FeatureModel(Protocol):
     """nn.Module that can return feature maps beside its logits; every model here is one."""
 
@@ -148,7 +152,7 @@ class BlockFeatures:
         """Pooled feature (B, 1, C) of the output of timm's `forward_features`."""
         pooled: Tensor = self.forward_head(features, pre_logits=True)
         if pooled.dim() != 2:
-            raise ValueError(
+            raise NotPooledError(
                 f"layers: {POOLED!r}: {type(self).__name__} has no pooled feature: its "
                 f"forward_head(pre_logits=True) returns shape {tuple(pooled.shape)}"
             )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from featkd.runtime.names import listed
 from featkd.runtime.remote import AnyPath, Location, locate, seekable
+from featkd.runtime.scores import rank
 
 Weights = Literal["auto", "model", "model_ema"]
 
@@ -151,15 +152,15 @@ def choose_weights(content: Any, weights: Weights, path: AnyPath) -> dict[str, A
 
 
 def _scored_last_weights_higher(content: Mapping[str, Any]) -> bool:
-    """Compares the top-1 scores of last and averaged weights in a featkd checkpoint.
+    """Compares the scores of last and averaged weights in a featkd checkpoint.
 
     A long average over a short run is close to the initial weights, so it isn't always better.
     """
     scores = content.get("scores")
     if not isinstance(scores, Mapping):
         return False
-    model, ema = (scores.get(key, {}).get("top1", 0.0) for key in ("model", "ema"))
-    return bool(model >= ema)
+    model, ema = (rank(scores.get(key, {})) for key in ("model", "ema"))
+    return model >= ema
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -96,7 +96,7 @@ def two_layer_norms(
 def soft_kd(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
-    target: Tensor,
+    target: Tensor | None,
     *,
     alpha: float,
     tau: float,
@@ -109,6 +109,7 @@ def soft_kd(
     # terms of weight zero are omitted, not multiplied by zero: 0 * inf would be NaN
     if alpha != 1:
         assert log_p is not None
+        assert target is not None
         if target.dim() == 1:  # F.nll_loss would ignore an index of -100
             picked = log_p.gather(1, target[:, None])
         else:

@@ -14,7 +14,7 @@ NAME = "soft_kd"
 
 
 def soft_kd(
-    student: Tensor, teacher: Tensor | None, target: Tensor, *, alpha: float, tau: float
+    student: Tensor, teacher: Tensor | None, target: Tensor | None, *, alpha: float, tau: float
 ) -> Tensor:
     """Computes the loss on the chosen backend; `featkd.functional` checks the arguments."""
     # a term of weight zero is omitted, whatever its tensor holds

@@ -22,12 +22,12 @@ from featkd.cache.writer import lock_folder, prepare_folder
 from featkd.data import Batch, EpochSampler, ImageSet, Loader
 from featkd.data.factory import build_loader_for
 from featkd.data.sampler import RangeSampler
-from featkd.models.features import FeatureModel, num_layers
+from featkd.models.features import POOLED, FeatureModel, Layer, num_layers
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.interrupt import Interrupt
 from featkd.runtime.names import printable_lines
 from featkd.train.cached_teacher import cache_subject, check_no_mixing, checkpoint_name
-from featkd.train.components import count_classes
+from featkd.train.classes import classes_of, count_classes
 from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.student import build_student
@@ -106,21 +106,26 @@ def build_cache(
     notes: list[str] = []
     try:
         classes = count_classes(recipe, dataset.classes, notes, strict=strict_classes)
-        student = build_student(recipe, classes).to(context.device)
         model, adapter = create_teacher_model(recipe, classes, dataset.classes, context, notes)
+        classes = classes_of(model) if classes is None else classes
+        student = build_student(recipe, classes).to(context.device)
         compares_maps, stores_maps = recipe.loss.feature is not None, config.features != "none"
         pairs = LayerPairs()
         if compares_maps or stores_maps:
             pairs = resolve_layer_pairs(recipe, num_layers(student), num_layers(model))
         # A recipe that can't be trained is refused before the teacher runs, whatever is stored.
         compared = pairs if compares_maps else LayerPairs()
+        pooled: tuple[Layer, ...] = ()
         every = tuple(sorted(set(pairs.teacher)))
+        if recipe.loss.pooled is not None:
+            pairs, compared, pooled = pairs.with_pooled(), compared.with_pooled(), (POOLED,)
+            every += pooled
         shapes = output_shapes("teacher", model, every, recipe, context)
         tokens = _stored_tokens(recipe, student, pairs, shapes, context, notes)
         fitted = shapes.resized([tokens[layer] for layer in every])
         check_fit(recipe, student, compared, fitted.of(compared.teacher), context, notes)
         del student
-        layers = every if stores_maps else ()
+        layers = every if stores_maps else pooled
         teacher = Teacher(
             *(model, layers, recipe, context),
             logits=True,
@@ -181,7 +186,7 @@ def _stored_tokens(
     shapes: OutputShapes,
     context: ProcessContext,
     notes: list[str],
-) -> dict[int, int]:
+) -> dict[Layer, int]:
     """Tokens of each stored map, by teacher layer: those of the student's map of its pair.
 
     Raises:
@@ -189,7 +194,7 @@ def _stored_tokens(
     """
     maps = output_shapes("student", student, pairs.student, recipe, context).maps
     matched = matched_tokens(maps, shapes.of(pairs.teacher).maps, notes)
-    found: dict[int, int] = {}
+    found: dict[Layer, int] = {}
     for layer, tokens in zip(pairs.teacher, matched, strict=True):
         if found.setdefault(layer, tokens) != tokens:
             raise RecipeError(

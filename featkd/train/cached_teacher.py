@@ -19,6 +19,7 @@ from featkd.cache.manifest import differing, read_manifest
 from featkd.data import Batch, Loader
 from featkd.data.augment import AUGMENTATION_VERSION
 from featkd.models.adapters import same_values
+from featkd.models.features import Layer
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.remote import Location, locate, locate_once
 from featkd.train.recipe import Recipe, RecipeError
@@ -44,18 +45,19 @@ class CachedTeacher:
     def __init__(
         self,
         cache: TeacherCache,
-        layers: tuple[int, ...],
+        layers: tuple[Layer, ...],
         device: torch.device,
         image_name: Callable[[int], str],
     ) -> None:
         layout = cache.manifest.layout
         stored = {shape.layer: shape for shape in layout.layers}
         self.layers = layers
-        missing = sorted(set(layers) - set(stored))
+        missing = [layer for layer in dict.fromkeys(layers) if layer not in stored]
         if missing:
             raise RecipeError(
-                f"cache: {cache.folder} holds the maps of layers {sorted(stored) or 'none'} of the "
-                f"teacher's {cache.manifest.depth}, loss.pairs needs {missing} too"
+                f"cache: {cache.folder} holds the maps of layers {[*stored] or 'none'} of the "
+                f"teacher's {cache.manifest.depth}, the loss (loss.pairs, loss.pooled) needs "
+                f"{missing} too"
             )
         maps = tuple(stored[layer] for layer in layers)
         self.shapes = OutputShapes(layout.classes, layout.logits_dtype, maps)
@@ -208,6 +210,8 @@ def cache_subject(recipe: Recipe, loader: Loader, context: ProcessContext) -> di
         # pixel: its window is drawn from two.
         "augmentation_version": AUGMENTATION_VERSION if data.augment.is_random else 1,
     }
+    if data.labels == "none":  # absent from the caches of earlier versions
+        found["data.labels"] = data.labels
     if (size := teacher_size(recipe)) != data.img_size:
         found["teacher.img_size"] = size
     found |= {f"data.augment.{k}": v for k, v in dataclasses.asdict(data.augment).items()}

@@ -13,11 +13,16 @@ from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.files import atomic_write, remove_leftovers
 from featkd.runtime.lock import FolderInUse, locked
 from featkd.runtime.remote import AnyPath, Location, locate, seekable
+from featkd.runtime.scores import describe, rank
 from featkd.train.checkpoint_layout import find_fault
 
 FORMAT = 2
 # Entries of a checkpoint that `best.pt` does not need, without their content.
-_EMPTY: Mapping[str, Any] = {"optimizer": {"state": {}, "param_groups": []}, "scaler": {}}
+_EMPTY: Mapping[str, Any] = {
+    "optimizer": {"state": {}, "param_groups": []},
+    "scaler": {},
+    "projectors": {},
+}
 
 
 class CheckpointError(RuntimeError):
@@ -134,7 +139,7 @@ class CheckpointStore:
         """
         score: dict[str, Any] = state["best"]
         kept: dict[str, Any] = load(self.best)["best"] if self.best.is_file() else {}
-        if not score or (kept and kept["top1"] >= score["top1"]):
+        if not score or (kept and rank(kept) >= rank(score)):
             return kept
         source: Location = path if score["update"] == state["update"] else path.with_name("best.pt")
         try:
@@ -150,6 +155,15 @@ class CheckpointStore:
                 raise
             raise CheckpointError(f"could not save {self.best}: {error}") from error
         return score
+
+    def differing_best(self, kept: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+        """Message for the user if `best.pt` holds another score than the checkpoint names."""
+        if kept == saved:
+            return []
+        return [
+            f"{self.best}: the best score is {describe(kept)}, not {describe(saved)} as in that "
+            "checkpoint"
+        ]
 
 
 def load(path: AnyPath) -> dict[str, Any]:

@@ -147,22 +147,25 @@ def _is_scaler(value: object) -> bool:
     )
 
 
+def _has_score(value: Mapping[str, Any]) -> bool:
+    """Checks for the score by which evaluations are compared (`featkd.runtime.scores.rank`)."""
+    return any(_is_number(value.get(name)) for name in ("top1", "knn_top1", "loss"))
+
+
 def _is_best(value: object) -> bool:
     return isinstance(value, Mapping) and (
         not value
         or (
             all(_is_int(value.get(name)) for name in ("update", "epoch"))
             and _is_str(value.get("weights"))
-            and _is_number(value.get("top1"))
+            and _has_score(value)
         )
     )
 
 
 def _is_scores(value: object) -> bool:
     return isinstance(value, Mapping) and all(
-        isinstance(scores, Mapping)
-        and _is_number(scores.get("top1"))
-        and all(map(_is_number, scores.values()))
+        isinstance(scores, Mapping) and _has_score(scores) and all(map(_is_number, scores.values()))
         for scores in value.values()
     )
 
@@ -179,6 +182,7 @@ _MAPPING_OR_NULL = _Entry("a mapping, or null", _is_optional(_is_mapping))
 _ENTRIES = {
     "model": _Entry("names and tensors", _is_state_dict),
     "model_ema": _Entry("names and tensors, or null", _is_optional(_is_state_dict)),
+    "projectors": _Entry("names and tensors", _is_state_dict, required=False),
     "optimizer": _MAPPING,
     "optimizer.state": _Entry("a mapping for each parameter's number", _is_optimizer_state),
     "optimizer.param_groups": _Entry("groups with their parameters' numbers", _is_groups),
@@ -195,14 +199,15 @@ _ENTRIES = {
     "classes": _Entry(
         "a list of names", lambda value: isinstance(value, list) and all(map(_is_str, value))
     ),
-    "num_classes": _POSITIVE,
+    "num_classes": _INT,
     "meter": _Entry(
-        "a tensor of shape (3,)", lambda value: _is_plain_tensor(value) and value.shape == (3,)
+        "a tensor of shape (4,)",
+        lambda value: _is_plain_tensor(value) and value.shape in ((3,), (4,)),
     ),
     "metered": _INT,
     "update": _INT,
     "epoch": _INT,
-    "best": _Entry("update, epoch, weights and top1, or an empty mapping", _is_best),
+    "best": _Entry("update, epoch, weights and a score, or an empty mapping", _is_best),
     "scores": _Entry("a mapping of scores for each kind of weights", _is_scores),
     "evaluation_pending": _Entry(
         "true or false", lambda value: isinstance(value, bool), required=False

@@ -3,65 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 
+from featkd.cache import TeacherCache
 from featkd.data import Loader, Mixer, build_loader
-from featkd.functional import Metric
 from featkd.losses import DistillationLoss
-from featkd.models.features import FeatureModel, feature_grid, layers_of, num_layers
-from featkd.models.lift import LiftStudent
+from featkd.models.adapters import ImageAdapter
+from featkd.models.features import POOLED, FeatureModel, layers_of, num_layers
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.environment import has_fast_bf16, product_speedup
-from featkd.runtime.suggest import suggestion
+from featkd.runtime.names import listed, plural
 from featkd.train.cached_teacher import CachedTeacher, cache_views, open_cache
+from featkd.train.classes import classes_of, count_classes
 from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
+from featkd.train.optimizer import check_min_lr, create_optimizer, create_scheduler
 from featkd.train.parallel import replicate, shard
 from featkd.train.precision import AMP_DTYPES
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.student import build_student
-from featkd.train.teacher import Teacher, create_teacher_model, naming, output_shapes
-from featkd.train.teacher_checks import check_teacher
+from featkd.train.student_forward import (
+    FeatureForward,
+    create_projectors,
+    create_student_forward,
+    feature_grids,
+    freeze_unreached,
+)
+from featkd.train.teacher import Teacher, create_teacher_model, output_shapes
+from featkd.train.teacher_checks import check_cached_classifier, check_teacher
 from featkd.train.teacher_images import matched_tokens
+from featkd.train.validation import describe_validation
 
-
-class StudentOutputs(NamedTuple):
-    """Student outputs; `maps` is empty if `feature_loss`, a scalar, is set."""
-
-    logits: Tensor
-    maps: list[Tensor]
-    feature_loss: Tensor | None
-
-
-class FeatureForward(nn.Module):
-    """`forward_with_features` of a student as a module's forward, for DDP and torch.compile."""
-
-    def __init__(self, model: FeatureModel, layers: tuple[int, ...]) -> None:
-        super().__init__()
-        self.model = model
-        self.layers = layers
-
-    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return self.model.forward_with_features(images, self.layers)
-
-
-class LossForward(nn.Module):
-    """`forward_with_loss` of a Lift student as a module's forward, for DDP and torch.compile."""
-
-    def __init__(self, model: LiftStudent, metric: Metric) -> None:
-        super().__init__()
-        self.model = model
-        self.metric: Metric = metric
-        self.grid = feature_grid(model)
-
-    def forward(self, images: Tensor, teacher_map: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model.forward_with_loss(images, teacher_map, metric=self.metric, grid=self.grid)
+_CreatedTeacher = tuple[FeatureModel, ImageAdapter | None]
 
 
 @dataclass
@@ -69,8 +46,8 @@ class RunComponents:
     """Everything that a run works with.
 
     `student_forward` is the module that the training loop calls. It returns logits and feature
-    maps; if `student_forms_loss`, it also takes the teacher's map and returns logits and the
-    feature loss.
+    maps; if `student_forms_loss`, it also takes the teacher's maps and returns logits, the feature
+    loss and the pooled loss. `projectors` are the parts of it that have trained projectors.
     """
 
     train_loader: Loader
@@ -78,7 +55,9 @@ class RunComponents:
     student: FeatureModel
     student_forward: nn.Module
     student_forms_loss: bool
+    projectors: nn.ModuleDict
     teacher: Teacher | CachedTeacher | None
+    pairs: LayerPairs
     loss: DistillationLoss
     mixer: Mixer | None
     optimizer: torch.optim.Optimizer
@@ -95,9 +74,16 @@ class RunComponents:
         """The frozen model; None without a teacher, or if its outputs come from a cache."""
         return self.teacher.model if isinstance(self.teacher, Teacher) else None
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that is trained: the student and the projectors."""
+        return [*self.student.parameters(), *self.projectors.parameters()]
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the components' part of a checkpoint."""
+        projectors = {"projectors": self.projectors.state_dict()} if self.projectors else {}
         return {
+            **projectors,
             "model": self.student.state_dict(),
             "model_ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -139,14 +125,21 @@ def build(
     notes += {loader.note: None for loader in (train_loader, val_loader) if loader.note}
     try:
         num_classes = count_classes(recipe, train_loader.classes, notes, strict=strict_classes)
+        source = _open_teacher(recipe, num_classes, train_loader, context, notes)
+        if num_classes is None:
+            assert source is not None  # loss.alpha > 0
+            num_classes = classes_of(source if isinstance(source, TeacherCache) else source[0])
         student = build_student(recipe, num_classes, notes if starting_weights else None)
         student.to(context.device)
         compiled = recipe.compiles_on(context.device.type)
         if compiled and recipe.amp == "bf16" and context.device.type == "cpu":
             unfuse_attention(cast(nn.Module, student), context)
-        teacher, pairs = _teacher(recipe, student, num_classes, train_loader, context, notes)
+        teacher, pairs = _teacher(recipe, student, source, train_loader, context, notes)
+        projectors = nn.ModuleDict()
         if teacher is not None:
-            check_fit(recipe, student, pairs, teacher.shapes, context, notes)
+            maps = check_fit(recipe, student, pairs, teacher.shapes, context, notes)
+            shapes = maps, teacher.shapes.maps
+            projectors = create_projectors(recipe, student, *shapes, context.device, notes)
         else:
             output_shapes("student", student, (), recipe, context)
         notes += _precision_notes(recipe, context.device)
@@ -158,13 +151,22 @@ def build(
                 f"epoch has {len(train_loader)}"
             )
         global_batch = recipe.batch_size * context.world_size * recipe.optim.accumulate
-        _check_min_lr(recipe, global_batch)
+        check_min_lr(recipe, global_batch)
         sharded = recipe.distributed == "fsdp" and context.world_size > 1
         if recipe.distributed == "fsdp" and not sharded:
             notes.append("distributed: fsdp has no effect on a run of one process")
         ema = _average(recipe, student, sharded)
-        student_forward = _student_forward(recipe, student, pairs)
-        student_forms_loss = isinstance(student_forward, LossForward)
+        student_forward = create_student_forward(recipe, student, pairs, projectors)
+        student_forms_loss = not isinstance(student_forward, FeatureForward)
+        if frozen := freeze_unreached(recipe, student, pairs, context.device):
+            notes.append(
+                f"student: {plural(len(frozen), 'tensor')} stay as initialised, because the loss "
+                f"does not reach them: {listed(frozen, 3)}"
+            )
+        if recipe.data.labels == "none":
+            if val_loader.classes:  # kNN needs the pooled feature
+                output_shapes("student", student, (POOLED,), recipe, context)
+            notes.append(describe_validation(val_loader, student, teacher))
         if compiled:
             mode = recipe.compile_mode_on(
                 context.device.type, context.world_size, recipe.optim.accumulate
@@ -173,11 +175,12 @@ def build(
             for module in layers_of(student) if sharded else (student_forward,):
                 module.compile(mode=mode)
         if sharded:
-            shard([student] if ema is None else [student, ema.module], context)
+            models = [student] if ema is None else [student, ema.module]
+            shard(models, projectors.values(), context)
         elif context.world_size > 1:
             student_forward = replicate(student_forward, context)
-        optimizer = _optimizer(recipe, student, global_batch, context)
-        scheduler = _scheduler(recipe, optimizer, updates_per_epoch)
+        optimizer = create_optimizer(recipe, student, projectors, global_batch, context)
+        scheduler = create_scheduler(recipe, optimizer, updates_per_epoch)
     except BaseException:
         train_loader.close()
         val_loader.close()
@@ -188,7 +191,9 @@ def build(
         student=student,
         student_forward=student_forward,
         student_forms_loss=student_forms_loss,
+        projectors=projectors,
         teacher=teacher,
+        pairs=pairs,
         loss=_loss(recipe, student, pairs),
         mixer=_mixer(recipe, num_classes, context),
         optimizer=optimizer,
@@ -217,66 +222,46 @@ def _loader(
     )
 
 
-def count_classes(
-    recipe: Recipe, classes: list[str], notes: list[str], *, strict: bool = True
-) -> int:
-    """Returns the number of outputs of the student.
-
-    Args:
-        recipe: the run.
-        classes: class names of the training set.
-        notes: notes for the user are appended here.
-        strict: refuse a student with more outputs than classes instead of noting it.
-
-    Raises:
-        RecipeError: `student.num_classes` does not fit the training set.
-    """
-    asked, found = recipe.student.num_classes, len(classes)
-    if asked is None and found < 2:
-        raise RecipeError(
-            f"data.path: the training set in {recipe.data.path} has one class ({classes[0]}); "
-            "expected two or more class folders"
-        )
-    if asked is not None and asked < 2:
-        raise RecipeError(f"student.num_classes: expected >= 2, got {asked}")
-    if asked is None or asked == found:
-        return found
-    message = (
-        f"student.num_classes: {asked}, but the training set has {found} class "
-        f"{'folder' if found == 1 else 'folders'}; expected {found}, or null for their number "
-        "(--student.num-classes null)"
-    )
-    if strict or asked < found:
-        raise RecipeError(message)
-    notes.append(message)
-    return asked
+def _open_teacher(
+    recipe: Recipe,
+    num_classes: int | None,
+    train_loader: Loader,
+    context: ProcessContext,
+    notes: list[str],
+) -> _CreatedTeacher | TeacherCache | None:
+    """Creates the teacher's model, or opens its cache."""
+    if recipe.teacher is None:
+        return None
+    if recipe.cache is None:
+        return create_teacher_model(recipe, num_classes, train_loader.classes, context, notes)
+    cache = open_cache(recipe, train_loader, context, notes)
+    check_cached_classifier(recipe, check_teacher(recipe, train_loader.classes))
+    return cache
 
 
 def _teacher(
     recipe: Recipe,
     student: FeatureModel,
-    num_classes: int,
+    source: _CreatedTeacher | TeacherCache | None,
     train_loader: Loader,
     context: ProcessContext,
     notes: list[str],
 ) -> tuple[Teacher | CachedTeacher | None, LayerPairs]:
-    """Builds the teacher or opens its cache; resolves the layer pairs of the feature loss."""
-    if recipe.teacher is None:
+    """Prepares the teacher's outputs; resolves the layer pairs of the feature loss."""
+    if source is None:
         return None, LayerPairs()
 
     def pairs_for(teacher_depth: int) -> LayerPairs:
-        if recipe.loss.feature is None:
-            return LayerPairs()
-        return resolve_layer_pairs(recipe, num_layers(student), teacher_depth)
+        pairs = LayerPairs()
+        if recipe.loss.feature is not None:
+            pairs = resolve_layer_pairs(recipe, num_layers(student), teacher_depth)
+        return pairs if recipe.loss.pooled is None else pairs.with_pooled()
 
-    if recipe.cache is not None:
-        cache = open_cache(recipe, train_loader, context, notes)
-        check_teacher(recipe, train_loader.classes)
-        pairs = pairs_for(cache.manifest.depth)
+    if isinstance(source, TeacherCache):
+        pairs = pairs_for(source.manifest.depth)
         image_name = train_loader.dataset.name
-        return CachedTeacher(cache, pairs.teacher, context.device, image_name), pairs
-    classes = train_loader.classes
-    model, adapter = create_teacher_model(recipe, num_classes, classes, context, notes)
+        return CachedTeacher(source, pairs.teacher, context.device, image_name), pairs
+    model, adapter = source
     pairs = pairs_for(num_layers(model))
     shapes = output_shapes("teacher", model, pairs.teacher, recipe, context)
     student_maps = output_shapes("student", student, pairs.student, recipe, context).maps
@@ -316,88 +301,11 @@ def unfuse_attention(student: nn.Module, context: ProcessContext) -> None:
                 module.fused_attn = False  # type: ignore[assignment]
 
 
-def _student_forward(recipe: Recipe, student: FeatureModel, pairs: LayerPairs) -> nn.Module:
-    """Module that the training loop calls.
-
-    A Lift student whose last map alone is compared computes the feature loss itself, without
-    storing the map.
-    """
-    metric, last = recipe.loss.feature, num_layers(student) - 1
-    if metric is not None and isinstance(student, LiftStudent) and pairs.student == (last,):
-        return LossForward(student, metric)
-    return FeatureForward(student, pairs.student)
-
-
 def _average(recipe: Recipe, student: FeatureModel, sharded: bool) -> Any:
     if recipe.ema_decay is None:
         return None
     # timm averages buffers and parameters together, which are of two kinds in a sharded model.
     return ModelEmaV3(student, decay=recipe.ema_decay, exclude_buffers=sharded)
-
-
-def _optimizer(
-    recipe: Recipe, student: FeatureModel, global_batch: int, context: ProcessContext
-) -> torch.optim.Optimizer:
-    config = recipe.optim
-    names = list_optimizers()
-    if config.optimizer not in names:
-        near = suggestion(config.optimizer, names)
-        raise RecipeError(f"optim.optimizer: timm has no {config.optimizer!r}{near}")
-    # A fused optimizer reads and writes each tensor once.
-    can_fuse = context.device.type in ("cpu", "cuda") and config.optimizer in ("adam", "adamw")
-    fused = {"fused": True} if can_fuse else {}
-
-    def create(model: Any) -> torch.optim.Optimizer:
-        optimizer = create_optimizer_v2(
-            model,
-            opt=config.optimizer,
-            lr=peak_lr(recipe, global_batch),
-            weight_decay=config.weight_decay,
-            eps=config.eps,
-            **fused,
-        )
-        assert isinstance(optimizer, torch.optim.Optimizer)
-        return optimizer
-
-    with naming(f"optim.optimizer: {config.optimizer!r} can't be used"):
-        # Some need arguments that training does not pass, which only an update shows.
-        tiny = nn.Linear(2, 2, device=context.device)
-        tiny(torch.ones(1, 2, device=context.device)).sum().backward()
-        create(tiny).step()
-        return create(student)
-
-
-def peak_lr(recipe: Recipe, global_batch: int) -> float:
-    """Learning rate after the warm-up; proportional to the global batch."""
-    return recipe.optim.lr * global_batch / recipe.optim.lr_batch
-
-
-def _check_min_lr(recipe: Recipe, global_batch: int) -> None:
-    config, peak = recipe.optim, peak_lr(recipe, global_batch)
-    if config.min_lr > peak:
-        raise RecipeError(
-            f"optim.min_lr: {config.min_lr:g} is above the peak learning rate {peak:.3g} (optim.lr "
-            f"{config.lr:g} for {config.lr_batch} images, {global_batch} per update); expected "
-            f"optim.min_lr <= {peak:.3g}, or optim.lr_batch: {global_batch} if optim.lr is meant "
-            "for this batch"
-        )
-
-
-def _scheduler(
-    recipe: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int
-) -> Scheduler:
-    config = recipe.optim
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine",
-        num_epochs=config.epochs,
-        warmup_epochs=config.warmup_epochs,
-        warmup_lr=config.warmup_lr,
-        min_lr=config.min_lr,
-        step_on_epochs=config.step_on == "epoch",
-        updates_per_epoch=updates_per_epoch,
-    )
-    return scheduler
 
 
 def _loss(recipe: Recipe, student: FeatureModel, pairs: LayerPairs) -> DistillationLoss:
@@ -409,7 +317,8 @@ def _loss(recipe: Recipe, student: FeatureModel, pairs: LayerPairs) -> Distillat
         tau=config.tau,
         feature=config.feature,
         label_smoothing=config.label_smoothing,
-        grids=[feature_grid(student, layer) for layer in pairs.student] or None,
+        grids=feature_grids(student, pairs) or None,
+        pooled=0.0 if config.pooled is None else config.pooled.weight,
     )
 
 
@@ -418,7 +327,7 @@ def _mixer(recipe: Recipe, num_classes: int, context: ProcessContext) -> Mixer |
         return None
     return Mixer(
         recipe.data.augment,
-        num_classes,
+        max(1, num_classes),  # the mixed labels are not read without labels
         recipe.loss.label_smoothing,
         seed=recipe.seed,
         device=context.device,

@@ -22,7 +22,8 @@ from featkd.models.features import FeatureModel
 from featkd.ops.backends import use_backend
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.names import plural
-from featkd.train.components import RunComponents, peak_lr
+from featkd.train.components import RunComponents
+from featkd.train.optimizer import peak_lr
 from featkd.train.recipe import Recipe
 from featkd.train.student import build_student
 from featkd.train.trainer import Trainer
@@ -98,7 +99,7 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
         (
             "last update",
             f"loss {terms.total.item():.4f} (logits {terms.logits.item():.4f}, features "
-            f"{terms.features.item():.4f})",
+            f"{terms.features.item():.4f}, pooled {terms.pooled.item():.4f})",
         ),
         (
             "throughput",
@@ -181,9 +182,10 @@ def _describe_data(trainer: Trainer) -> str:
     train, val = trainer.components.train_loader, trainer.components.val_loader
     augment = data.augment
     mixing = f", mixup {augment.mixup:g}, cutmix {augment.cutmix:g}" if augment.mixes else ""
+    labels = plural(len(train.classes), "class") if data.labels == "folders" else "no labels"
     return (
         f"{data.path}: {train.num_samples} training and "
-        f"{plural(val.num_samples, 'validation image')}, {plural(len(train.classes), 'class')}, "
+        f"{plural(val.num_samples, 'validation image')}, {labels}, "
         f"at {data.img_size} x {data.img_size}, "
         f"augmented copies per image: {augment.repeats}{mixing}"
     )
@@ -191,13 +193,17 @@ def _describe_data(trainer: Trainer) -> str:
 
 def _describe_loss(recipe: Recipe) -> str:
     loss = recipe.loss
-    text = f"{1 - loss.alpha:g} CE (label smoothing {loss.label_smoothing:g})"
+    terms = []
+    if recipe.data.labels == "folders":
+        terms.append(f"{1 - loss.alpha:g} CE (label smoothing {loss.label_smoothing:g})")
     if loss.feature is not None:
         pairs = ", ".join(f"{s} <- {t}" for s, t in loss.pairs)
-        text += f" + {loss.beta * loss.w_feat:g} {loss.feature} features (layers {pairs})"
+        terms.append(f"{loss.beta * loss.w_feat:g} {loss.feature} features (layers {pairs})")
+    if loss.pooled is not None:
+        terms.append(f"{loss.pooled.weight:g} {loss.pooled.metric} pooled features")
     if loss.alpha > 0:
-        text += f" + {loss.alpha:g} soft KD (tau {loss.tau:g})"
-    return text
+        terms.append(f"{loss.alpha:g} soft KD (tau {loss.tau:g})")
+    return " + ".join(terms)
 
 
 def _describe_device(device: torch.device) -> str:

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from featkd.models.features import FeatureModel, num_layers, resolve_layers
+from featkd.cache import LayerShape
+from featkd.models.features import POOLED, FeatureModel, Layer, num_layers, resolve_layers
 from featkd.runtime.distributed import ProcessContext
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import OutputShapes, output_shapes
 
 
 class LayerPairs(NamedTuple):
-    """Matched layers, counted from 0: one student layer and one teacher layer per pair."""
+    """Matched layers, counted from 0: one student layer and one teacher layer per pair.
 
-    student: tuple[int, ...] = ()
-    teacher: tuple[int, ...] = ()
+    With `loss.pooled`, the pooled features are the last pair.
+    """
+
+    student: tuple[Layer, ...] = ()
+    teacher: tuple[Layer, ...] = ()
+
+    def with_pooled(self) -> LayerPairs:
+        """Adds the pooled features as a pair."""
+        return LayerPairs((*self.student, POOLED), (*self.teacher, POOLED))
 
 
 def resolve_layer_pairs(recipe: Recipe, student_depth: int, teacher_depth: int) -> LayerPairs:
-    """Resolves `loss.pairs`, whose negative layers count from the end.
+    """Resolves `loss.pairs`, whose negative layers count from the end; without pooled features.
 
     Args:
         recipe: the run.
@@ -44,7 +52,7 @@ def check_fit(
     teacher: OutputShapes,
     context: ProcessContext,
     notes: list[str],
-) -> None:
+) -> tuple[LayerShape, ...]:
     """Checks that the student's logits, tokens and channels fit the teacher's, with one image.
 
     Args:
@@ -55,6 +63,9 @@ def check_fit(
         context: this process.
         notes: notes for the user are appended here.
 
+    Returns:
+        Shapes of the student's compared maps.
+
     Raises:
         RecipeError: they do not fit; names the field.
     """
@@ -64,8 +75,12 @@ def check_fit(
             f"loss.alpha: needs logits of the same classes, but the student has {classes} and "
             f"the teacher {teacher.classes}"
         )
+    last = num_layers(student) - 1
+    fitting = {s.layer for s, t in zip(maps, teacher.maps, strict=True) if s.channels == t.channels}
     for s, t in zip(maps, teacher.maps, strict=True):
-        pair = f"layer pair [{s.layer}, {t.layer}]"
+        pair = name_pair(s, t)
+        if s.layer == POOLED:
+            continue
         if s.tokens != t.tokens:
             raise RecipeError(
                 f"loss.pairs: {pair}: the student's map has {s.tokens} tokens, the teacher's "
@@ -73,12 +88,29 @@ def check_fit(
             )
         if s.channels == t.channels:
             continue
-        if recipe.student.arch != "plain" and s.layer == num_layers(student) - 1:
+        projected = is_projected(recipe, s, t)
+        lifts = recipe.student.arch != "plain" and s.layer == last
+        if lifts and not (projected and last in fitting):
             raise RecipeError(
                 f"student.teacher_dim: {recipe.student.teacher_dim}, but the teacher's layer "
                 f"{t.layer} has {t.channels} channels; expected {t.channels}"
             )
-        notes.append(
-            f"{pair}: the student's map has {s.channels} channels, the teacher's {t.channels}: the "
-            "wider map is pooled"
-        )
+        if not projected:
+            notes.append(
+                f"{pair}: the student's map has {s.channels} channels, the teacher's {t.channels}: "
+                "the wider map is pooled (loss.projector trains a projector instead)"
+            )
+    return maps
+
+
+def is_projected(recipe: Recipe, student: LayerShape, teacher: LayerShape) -> bool:
+    """Checks whether `loss.projector` applies to a pair of feature maps."""
+    differ = student.channels != teacher.channels
+    return recipe.loss.projector != "none" and (recipe.student.arch == "plain" or differ)
+
+
+def name_pair(student: LayerShape, teacher: LayerShape) -> str:
+    """Name of a pair in messages."""
+    if student.layer == POOLED:
+        return "pooled features"
+    return f"layer pair [{student.layer}, {teacher.layer}]"

@@ -174,8 +174,22 @@ def _naming(place: Location) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(place)) from error
 
 
-TRAIN_COLUMNS = ("update", "epoch", "lr", "loss", "logits_loss", "feature_loss", "images_per_s")
-EVAL_COLUMNS = ("update", "epoch", "weights", "top1", "top5", "loss", "images")
+TRAIN_COLUMNS = (
+    *("update", "epoch", "lr", "loss", "logits_loss", "feature_loss", "pooled_loss"),
+    "images_per_s",
+)
+# The last four are those of a run without labels, which has no top1 and top5. New columns are
+# appended: rows of an earlier version's file get empty values.
+EVAL_COLUMNS = (
+    *("update", "epoch", "weights", "top1", "top5", "loss", "images"),
+    *("knn_top1", "logits_loss", "feature_loss", "pooled_loss"),
+)
+_EVAL_TEXTS = {
+    "top1": "top-1 {:.2f} %",
+    "top5": "top-5 {:.2f} %",
+    "knn_top1": "kNN top-1 {:.2f} %",
+    "loss": "loss {:.4f}",
+}
 
 
 class RunLog:
@@ -238,15 +252,16 @@ class RunLog:
             self._bar.set_postfix_str(summary)
 
     def evaluation(self, row: Mapping[str, float | int | str]) -> None:
-        """Writes a row of EVAL_COLUMNS."""
+        """Writes a row of EVAL_COLUMNS; scores that the run does not have may be missing."""
         if not self.active:
             return
         self._eval.write(row)
-        for name in ("top1", "top5", "loss"):
-            self._board.add(f"eval/{row['weights']}/{name}", row[name], int(row["update"]))
+        for name in EVAL_COLUMNS[3:]:
+            if name in row and name != "images":
+                self._board.add(f"eval/{row['weights']}/{name}", row[name], int(row["update"]))
+        texts = [text.format(row[name]) for name, text in _EVAL_TEXTS.items() if name in row]
         self.message(
-            f"epoch {row['epoch']} {row['weights']}: top-1 {float(row['top1']):.2f} %, "
-            f"top-5 {float(row['top5']):.2f} %, loss {float(row['loss']):.4f} "
+            f"epoch {row['epoch']} {row['weights']}: {', '.join(texts)} "
             f"({plural(int(row['images']), 'image')})"
         )
 

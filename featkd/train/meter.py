@@ -24,6 +24,7 @@ class Means(NamedTuple):
     loss: float
     logits: float
     features: float
+    pooled: float
 
 
 class Meter:
@@ -35,12 +36,12 @@ class Meter:
 
     def __init__(self, context: ProcessContext) -> None:
         self._context = context
-        self._sums = torch.zeros(3, device=context.device)
+        self._sums = torch.zeros(len(Means._fields), device=context.device)
         self._count = 0
 
     def add(self, terms: DistillationTerms) -> None:
         """Adds the losses of one micro-batch."""
-        self._sums += torch.stack((terms.total.detach(), terms.logits, terms.features))
+        self._sums += torch.stack((terms.total.detach(), *terms[1:]))
         self._count += 1
 
     def means(self, when: str) -> Means:
@@ -71,7 +72,8 @@ class Meter:
         """Restores the sums of a checkpoint, saved by any number of processes."""
         if self._context.is_main:  # the sum over all processes; the others start from zero
             # Scaled because the mean divides by the present number of processes.
-            self._sums.copy_(state["meter"] * (self._context.world_size / state["world_size"]))
+            saved = state["meter"] * (self._context.world_size / state["world_size"])
+            self._sums[: len(saved)] = saved.to(self._sums.device)  # 3 in earlier versions
         self._count = state["metered"]
 
     def clear(self) -> None:
@@ -85,7 +87,7 @@ class Meter:
         if not math.isfinite(means.loss):
             raise TrainingDiverged(
                 f"the loss is {means.loss} {when} (logits {means.logits}, features "
-                f"{means.features})"
+                f"{means.features}, pooled {means.pooled})"
             )
         return means
 

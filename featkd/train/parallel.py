@@ -42,8 +42,10 @@ def replicate(student_forward: nn.Module, context: ProcessContext) -> Distribute
     )
 
 
-def shard(models: Iterable[FeatureModel], context: ProcessContext) -> None:
-    """Shards the weights of models over all ranks, in place, layer by layer.
+def shard(
+    models: Iterable[FeatureModel], projectors: Iterable[nn.Module], context: ProcessContext
+) -> None:
+    """Shards the weights of models and projectors over all ranks, in place, layer by layer.
 
     Their parameters become DTensors, which an optimizer must be created from. Methods that run the
     model gather the weights as its forward does.
@@ -54,9 +56,11 @@ def shard(models: Iterable[FeatureModel], context: ProcessContext) -> None:
         for layer in layers_of(model):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
-        for method in ("forward_with_features", "forward_with_loss"):
+        for method in ("forward_with_features", "forward_maps", "forward_with_loss"):
             if hasattr(model, method):
                 register_fsdp_forward_method(model, method)
+    for projector in projectors:
+        fully_shard(projector, mesh=mesh)
 
 
 @contextmanager
@@ -80,20 +84,21 @@ def _modules(model: FeatureModel) -> Iterator[nn.Module]:
     return model.modules()
 
 
-def without_reduction(
-    student: FeatureModel, student_forward: nn.Module
-) -> AbstractContextManager[object]:
+def without_reduction(student_forward: nn.Module) -> AbstractContextManager[object]:
     """Context of a micro-batch whose gradients are only added up on this rank."""
     if isinstance(student_forward, DistributedDataParallel):
         return student_forward.no_sync()
-    return _unreduced(student) if isinstance(student, FSDPModule) else nullcontext()
+    sharded = [module for module in student_forward.modules() if isinstance(module, FSDPModule)]
+    return _unreduced(sharded) if sharded else nullcontext()
 
 
 @contextmanager
-def _unreduced(student: FSDPModule) -> Iterator[None]:
-    student.set_requires_gradient_sync(False)
+def _unreduced(modules: Iterable[FSDPModule]) -> Iterator[None]:
+    for module in modules:
+        module.set_requires_gradient_sync(False, recurse=False)
     yield
-    student.set_requires_gradient_sync(True)
+    for module in modules:
+        module.set_requires_gradient_sync(True, recurse=False)
 
 
 def full(x: Tensor) -> Tensor:

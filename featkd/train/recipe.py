@@ -34,7 +34,8 @@ class StudentConfig:
         arch: changes for distillation: "plain" (none), "lift", "widelast", or another published
             width schedule.
         teacher_dim: channels of the teacher's feature map; not used by "plain".
-        num_classes: classes; null for the number of class folders.
+        num_classes: classes; null for the number of class folders. Without labels null is the
+            teacher's number if the loss uses its logits, else 0: no classifier.
         pretrained: start from timm's pretrained weights of the base.
         checkpoint: start from a weights file of the base, or of such a student, instead
             (.safetensors, .pth, or a featkd checkpoint).
@@ -128,8 +129,23 @@ class TeacherConfig:
 
 
 @dataclass
+class PooledConfig:
+    """The distance of the student's pooled features from the teacher's.
+
+    Args:
+        weight: weight of the distance; not multiplied by beta and w_feat.
+        metric: "cosine" (1 - cos) or "mse"; the mean over the batch.
+    """
+
+    weight: float = 1.0
+    metric: Literal["cosine", "mse"] = "cosine"
+
+
+@dataclass
 class LossConfig:
-    """The objective: (1 - alpha) CE + beta w_feat L_feat + alpha L_soft.
+    """The objective: (1 - alpha) CE + beta w_feat L_feat + alpha L_soft (+ the pooled distance).
+
+    With data.labels "none" there is no CE: beta w_feat L_feat + alpha L_soft.
 
     Args:
         alpha: weight of the soft loss on the teacher's logits, 0 to 1.
@@ -138,6 +154,10 @@ class LossConfig:
         tau: temperature of the soft loss.
         feature: feature loss, "mse", "spectral" or null (none).
         pairs: [student layer, teacher layer] pairs; negative layers count from the end.
+        projector: trained projector from the student's maps to the teacher's width, "linear" (with
+            bias), "linear_norm" (without bias, then LayerNorm) or "none": for all pairs of a
+            "plain" student, otherwise for pairs whose widths differ. The student is saved without.
+        pooled: also compare pooled features, through a linear projector of their own; null for no.
         label_smoothing: label smoothing of the cross-entropy; applied before labels are mixed.
     """
 
@@ -147,6 +167,8 @@ class LossConfig:
     tau: float = 1.0
     feature: Literal["mse", "spectral"] | None = None
     pairs: list[tuple[int, int]] = field(default_factory=lambda: [(-1, -1)])
+    projector: Literal["none", "linear", "linear_norm"] = "none"
+    pooled: PooledConfig | None = None
     label_smoothing: float = 0.1
 
     def __post_init__(self) -> None:
@@ -158,6 +180,18 @@ class LossConfig:
                 raise RecipeError(
                     f"loss.{name}: expected a number from 0 to 1, got {getattr(self, name)!r}"
                 )
+        if self.pooled is not None:  # here: jsonargparse wraps errors of a section that may be null
+            _require("loss.pooled.weight", self.pooled.weight, "> 0")
+        if self.projector != "none" and self.feature is None:
+            raise RecipeError(
+                f"loss.projector: {self.projector!r} projects feature maps, but loss.feature is "
+                "null; expected loss.feature: mse or spectral, or loss.projector: none"
+            )
+
+    @property
+    def compares_features(self) -> bool:
+        """True if the loss compares feature maps or pooled features."""
+        return self.feature is not None or self.pooled is not None
 
 
 @dataclass
@@ -287,15 +321,24 @@ class Recipe:
             raise RecipeError(
                 f"ema_decay: expected null or a number in [0, 1), got {self.ema_decay}"
             )
+        unlabelled = self.data.labels == "none"
+        if unlabelled and self.loss.alpha == 0 and not self.loss.compares_features:
+            raise RecipeError(
+                "data.labels: none, but without labels the loss is empty: loss.alpha is 0, "
+                "loss.feature and loss.pooled are null; expected one of them, with a teacher, or "
+                "data.labels: folders"
+            )
         if self.teacher is None:
             if self.loss.alpha > 0:
                 raise RecipeError(f"loss.alpha: {self.loss.alpha} needs a teacher, teacher is null")
             if self.loss.feature is not None:
                 raise RecipeError(f"loss.feature: {self.loss.feature!r} needs a teacher")
-        elif self.loss.alpha == 0 and self.loss.feature is None:
+            if self.loss.pooled is not None:
+                raise RecipeError("loss.pooled: needs a teacher, teacher is null")
+        elif self.loss.alpha == 0 and not self.loss.compares_features:
             raise RecipeError(
-                "teacher: not used by the loss (loss.alpha is 0 and loss.feature is null); "
-                "expected null, or a loss that uses it"
+                "teacher: not used by the loss (loss.alpha is 0, loss.feature and loss.pooled are "
+                "null); expected null, or a loss that uses it"
             )
         if self.cache is not None:
             check_local("cache", self.cache)
@@ -328,6 +371,11 @@ class Recipe:
                 f"loss.pairs: empty, but loss.feature is {self.loss.feature!r}; expected "
                 "[student layer, teacher layer] pairs"
             )
+
+    @property
+    def uses_logits(self) -> bool:
+        """True if the loss uses the student's logits."""
+        return self.data.labels == "folders" or self.loss.alpha > 0
 
     def compiles_on(self, device_type: str) -> bool:
         """Checks whether student and teacher are compiled on a "cpu" or "cuda" device."""

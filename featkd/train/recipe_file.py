@@ -15,7 +15,7 @@ import yaml
 
 from featkd.runtime import bounded_yaml
 from featkd.runtime.suggest import suggestion
-from featkd.train.recipe import NO_FASTEST, Recipe, RecipeError, TeacherConfig
+from featkd.train.recipe import NO_FASTEST, PooledConfig, Recipe, RecipeError, TeacherConfig
 
 
 def shipped_recipes() -> list[str]:
@@ -135,7 +135,7 @@ def _check_mapping(content: Mapping[str, Any], cls: type, path: Path, prefix: st
                 f"{suggestion(str(key), list(known))}; fields here: {', '.join(known)}"
             )
         inner = known[key]
-        if inner is None or (value is None and inner is TeacherConfig):
+        if inner is None or (value is None and inner in (TeacherConfig, PooledConfig)):
             continue
         if not isinstance(value, dict):
             raise RecipeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,8 @@ from featkd.runtime.remote import Location, locate
 from featkd.train import checkpoint
 from featkd.train.checkpoint import CheckpointError, CheckpointStore
 from featkd.train.checkpoint_layout import find_optimizer_fault
-from featkd.train.components import RunComponents, peak_lr
+from featkd.train.components import RunComponents
+from featkd.train.optimizer import peak_lr
 from featkd.train.parallel import shard_optimizer_state, shard_state
 from featkd.train.recipe import Recipe
 from featkd.train.recipe_changes import another_experiment, check_same_recipe
@@ -138,6 +140,7 @@ def restore(
     _load_weights(path, cast(nn.Module, components.student), state["model"])
     if components.ema is not None:
         _load_weights(path, components.ema.module, state["model_ema"])
+    _load_projectors(path, components.projectors, state.get("projectors", {}))
     _restore_optimizer(path, state, components.optimizer, recipe)
     if state["scaler"]:  # empty without loss scaling
         components.scaler.load_state_dict(state["scaler"])
@@ -152,6 +155,28 @@ def restore(
 
 def _load_weights(path: Location, model: nn.Module, state: dict[str, Tensor]) -> None:
     load_strictly(model, shard_state(model, state), str(path), "the recipe's student")
+
+
+def _load_projectors(path: Location, projectors: nn.ModuleDict, state: dict[str, Tensor]) -> None:
+    """Restores the projectors; only a run with the same ones can continue, under "force" too."""
+    own: Mapping[str, Tensor] = projectors.state_dict()
+    saved, needed = ({name: tuple(x.shape) for name, x in s.items()} for s in (state, own))
+    if saved != needed:
+        raise CheckpointError(
+            f"{path}: has {_describe_projectors(saved)}, the recipe asks for "
+            f"{_describe_projectors(needed)}; expected the same loss.projector, loss.pooled, "
+            "loss.pairs and models, or another --out for a new run"
+        )
+    projectors.load_state_dict(shard_state(projectors, state))
+
+
+def _describe_projectors(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    described = [
+        f"{name.partition('.')[0]} ({shape[1]} -> {shape[0]})"
+        for name, shape in shapes.items()
+        if name.endswith(".proj.weight")
+    ]
+    return f"projectors of layer pairs {listed(described, 5)}" if described else "no projectors"
 
 
 def _restore_optimizer(

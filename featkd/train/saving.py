@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,22 @@ class BackgroundSaver:
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    @contextmanager
+    def finishing(self, say: Callable[..., None]) -> Iterator[None]:
+        """Waits for a running save before an error leaves; the checkpoint is from before it.
+
+        Args:
+            say: prints the message of a save that fails too.
+        """
+        try:
+            yield
+        except Exception:
+            try:
+                self.wait()
+            except Exception as error:
+                say(str(error), warning=True)
+            raise
 
 
 def snapshot(state: Any, *, keep: bool) -> Any:

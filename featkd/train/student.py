@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 
 from featkd.models import create_student
+from featkd.models.adapters import same_values
 from featkd.models.features import FeatureModel
 from featkd.models.weights import read_stored_recipe
-from featkd.runtime.remote import DownloadedFile, Location, RemotePath, locate
+from featkd.runtime.remote import locate_once
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import naming
 
@@ -38,7 +38,9 @@ def build_student(recipe: Recipe, num_classes: int, notes: list[str] | None = No
     checkpoint = None
     if notes is not None:
         if config.checkpoint is not None:
-            checkpoint = _locate_checkpoint(config.checkpoint)
+            checkpoint = locate_once(config.checkpoint, "student.checkpoint")
+            if not checkpoint.is_file():
+                raise RecipeError(f"student.checkpoint: no file {config.checkpoint!r}")
         start = {
             "pretrained": config.pretrained,
             "checkpoint": checkpoint,
@@ -49,7 +51,11 @@ def build_student(recipe: Recipe, num_classes: int, notes: list[str] | None = No
     try:
         with naming("student"):
             student = create_student(
-                *(config.base, config.arch, config.teacher_dim, num_classes), **start, **options
+                config.base,
+                config.arch,
+                config.teacher_dim,
+                num_classes,
+                **(start | options),
             )
     except RecipeError as error:
         field, _, text = str(error).removeprefix("student: ").partition(": ")
@@ -66,22 +72,12 @@ def build_student(recipe: Recipe, num_classes: int, notes: list[str] | None = No
     return student
 
 
-def _locate_checkpoint(name: str) -> Location:
-    checkpoint = locate(name, "student.checkpoint")
-    if not checkpoint.is_file():
-        raise RecipeError(f"student.checkpoint: no file {name!r}")
-    if isinstance(checkpoint, RemotePath):  # read for the weights and for the stored recipe
-        checkpoint = DownloadedFile(checkpoint.url, checkpoint.fs, checkpoint.path)
-    return checkpoint
-
-
 def _statistics_notes(recipe: Recipe, before: Mapping[str, Any], source: str) -> list[str]:
     """Notes on starting weights that were trained on images with another mean or std."""
     notes = []
     for name in ("mean", "std"):
         own, theirs = getattr(recipe.data, name), before.get(name)
-        pairs = zip(own, theirs or own, strict=True)
-        if all(math.isclose(a, b, abs_tol=1e-6) for a, b in pairs):
+        if theirs is None or same_values(own, theirs):
             continue
         notes.append(
             f"{source}: was trained with data.{name} {list(theirs)}, this run has {list(own)}; "

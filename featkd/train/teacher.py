@@ -16,7 +16,7 @@ from featkd.cache import LayerShape, TeacherOutputs
 from featkd.data import Batch
 from featkd.models import create_teacher
 from featkd.models.adapters import ImageAdapter, resize_map
-from featkd.models.features import FeatureModel, Layer
+from featkd.models.features import FeatureModel, Layer, NotPooledError
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.remote import locate_once
 from featkd.runtime.seeding import derive_seed
@@ -126,7 +126,7 @@ class Teacher:
 
 def create_teacher_model(
     recipe: Recipe,
-    num_classes: int,
+    num_classes: int | None,
     classes: Sequence[str],
     context: ProcessContext,
     notes: list[str],
@@ -135,7 +135,8 @@ def create_teacher_model(
 
     Args:
         recipe: the run; its teacher is not null.
-        num_classes: outputs of a teacher whose weights don't set them.
+        num_classes: outputs of a teacher whose weights don't set them; None or 0 for timm's
+            default.
         classes: class names of the training set.
         context: this process.
         notes: notes for the user are appended here.
@@ -156,8 +157,9 @@ def create_teacher_model(
         if not checkpoint.is_file():
             raise RecipeError(f"teacher.checkpoint: no file {config.checkpoint!r}")
     trained_classes = check_teacher(recipe, classes, checkpoint)
-    if not config.pretrained:
-        options.setdefault("num_classes", trained_classes or num_classes)
+    known = num_classes or None if trained_classes is None else trained_classes
+    if not config.pretrained and known is not None:
+        options.setdefault("num_classes", known)
     if not config.has_weights:
         notes.append(f"teacher: {config.name} has random weights (teacher.random)")
     # Random weights must depend on the seed alone, not on the student created before: a cache is
@@ -194,7 +196,7 @@ def naming(field: str) -> Iterator[None]:
     """
     try:
         yield
-    except _OTHER_CAUSES:
+    except (RecipeError, *_OTHER_CAUSES):
         raise
     except Exception as error:
         lines = str(error).strip().splitlines() or ["no message"]
@@ -209,7 +211,7 @@ class OutputShapes(NamedTuple):
     logits_dtype: str
     maps: tuple[LayerShape, ...]
 
-    def of(self, layers: Sequence[int]) -> OutputShapes:
+    def of(self, layers: Sequence[Layer]) -> OutputShapes:
         """Returns the shapes with the maps of these layers alone, in their order."""
         by_layer = {shape.layer: shape for shape in self.maps}
         return self._replace(maps=tuple(by_layer[layer] for layer in layers))
@@ -250,7 +252,13 @@ def output_shapes(
     assert config is not None
     described = f"{field}.options: {config.options}: the {field} fails on an image of {name} {size}"
     with naming(described), torch.no_grad(), autocast(recipe.amp, context.device):
-        logits, maps = model.forward_with_features(image, layers)
+        try:
+            logits, maps = model.forward_with_features(image, layers)
+        except NotPooledError as error:
+            raise RecipeError(
+                f"loss.pooled: {field}: {error}; expected a model whose head pools "
+                f"({field}.options.global_pool), or loss.pooled: null"
+            ) from error
     model.train(training)
     return OutputShapes(
         logits.shape[1],

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.models import get_pretrained_cfg
 from torch import nn
 
 from featkd.models.features import FeatureModel
@@ -46,7 +47,7 @@ def check_teacher(
     if state is None:
         return None
     where = f"teacher.checkpoint: {teacher.checkpoint}"
-    own = state.get("classes")
+    own = state.get("classes") if recipe.data.labels == "folders" else None
     if recipe.loss.alpha > 0 and own is not None and list(own) != list(classes):
         raise RecipeError(
             f"{where}: was trained on other classes than the class folders of this run: "
@@ -70,10 +71,7 @@ def check_classifier(recipe: Recipe, model: FeatureModel) -> None:
         return
     classes = getattr(model, "num_classes", None)
     if classes == 0:
-        raise RecipeError(
-            f"teacher: {teacher.name} has no classifier, but loss.alpha is {alpha:g}; expected a "
-            "teacher with a classifier, or loss.alpha: 0"
-        )
+        raise _no_classifier(recipe)
     trained = getattr(model, "pretrained_cfg", {}).get("num_classes")
     if teacher.pretrained and trained is not None and classes != trained:
         has = f"{trained} classes" if trained else "no classifier"
@@ -82,6 +80,35 @@ def check_classifier(recipe: Recipe, model: FeatureModel) -> None:
             f"have {has}: the classifier would be random, and loss.alpha is {alpha:g}; expected "
             "a teacher trained on these classes, or loss.alpha: 0"
         )
+
+
+def check_cached_classifier(recipe: Recipe, trained_classes: int | None) -> None:
+    """Checks that the teacher of a cache has a classifier if its logits are used.
+
+    Without one, timm's models return their pooled feature in place of logits, and caches store it.
+
+    Args:
+        recipe: the run; its teacher is not null.
+        trained_classes: result of `check_teacher`.
+
+    Raises:
+        RecipeError: it has none, as far as its checkpoint or timm's record of the model tells.
+    """
+    teacher = recipe.teacher
+    assert teacher is not None
+    classes = teacher.options.get("num_classes", trained_classes)
+    if classes is None and (record := get_pretrained_cfg(teacher.name)) is not None:
+        classes = record.num_classes
+    if recipe.loss.alpha > 0 and classes == 0:
+        raise _no_classifier(recipe)
+
+
+def _no_classifier(recipe: Recipe) -> RecipeError:
+    assert recipe.teacher is not None
+    return RecipeError(
+        f"teacher: {recipe.teacher.name} has no classifier, but loss.alpha is "
+        f"{recipe.loss.alpha:g}; expected a teacher with a classifier, or loss.alpha: 0"
+    )
 
 
 def check_synsets(

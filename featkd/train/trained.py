@@ -53,7 +53,7 @@ def load_trained(path: str | PathLike[str], weights: Weights = "auto") -> Featur
         "crop_mode": "center",
         "interpolation": data["interpolation"],
         "num_classes": state["num_classes"],
-        "label_names": list(state["classes"]),
+        "label_names": list(state["classes"]) or None,
     }
     described.default_cfg = described.pretrained_cfg
     return student

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from featkd.cache import TeacherOutputs
 from featkd.data import Batch
 from featkd.losses import DistillationTerms
-from featkd.models.features import FeatureModel
 from featkd.runtime import environment
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.interrupt import Interrupt
@@ -22,40 +20,21 @@ from featkd.runtime.remote import Location, locate
 from featkd.runtime.seeding import derive_seed
 from featkd.train.cached_teacher import CachedTeacher
 from featkd.train.checkpoint import CheckpointStore
-from featkd.train.components import StudentOutputs, build
-from featkd.train.evaluate import evaluate
+from featkd.train.components import build
 from featkd.train.logs import RunLog
 from featkd.train.meter import Meter, check_weights
-from featkd.train.parallel import gathered, without_reduction
+from featkd.train.outcome import Outcome
+from featkd.train.parallel import without_reduction
 from featkd.train.precision import autocast
 from featkd.train.recipe import Recipe, to_dict
 from featkd.train.resume import check_same_position, find_checkpoint, restore
 from featkd.train.saving import BackgroundSaver, snapshot
 from featkd.train.stopwatch import Stopwatch
+from featkd.train.student_forward import StudentOutputs
 from featkd.train.teacher import begin_graph_step
+from featkd.train.validation import log_scores, validate
 
 _CHANGED = "changed since that checkpoint"
-
-
-@dataclass
-class Outcome:
-    """Result of a run.
-
-    Attributes:
-        updates: optimizer updates done.
-        scores: last evaluation: weights ("model", "ema") -> {"top1", "top5", "loss"}.
-        best: best evaluation, with its update, epoch and weights.
-        images_per_s: training throughput of this process's session; NaN if nothing was trained.
-        bad_files: unreadable images that were left out: path -> cause.
-        interrupted_by: the signal that ended the run early, if any.
-    """
-
-    updates: int
-    scores: dict[str, dict[str, float]]
-    best: dict[str, Any]
-    images_per_s: float
-    bad_files: dict[str, str]
-    interrupted_by: int | None = None
 
 
 class Trainer:
@@ -155,7 +134,7 @@ class Trainer:
             log.message(note, warning=True)
         stopped_by = None
         try:
-            with Interrupt() as interrupt, self._saved_after_errors(log):
+            with Interrupt() as interrupt, self._saver.finishing(log.message):
                 if self.evaluation_pending:
                     self._evaluate_and_save(log)
                 while self.epoch < self.recipe.optim.epochs and stopped_by is None:
@@ -180,18 +159,6 @@ class Trainer:
             interrupted_by=stopped_by,
         )
 
-    @contextmanager
-    def _saved_after_errors(self, log: RunLog) -> Iterator[None]:
-        """Waits for a running save before an error leaves; the checkpoint is from before it."""
-        try:
-            yield
-        except Exception:
-            try:
-                self._saver.wait()
-            except Exception as error:
-                log.message(str(error), warning=True)
-            raise
-
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Micro-batches of an epoch from number `start` on; a cached teacher prefetches rows."""
         loader, teacher = self.components.train_loader, self.components.teacher
@@ -208,10 +175,9 @@ class Trainer:
         # Seeded by the update, so that a resumed run repeats drop-path exactly.
         torch.manual_seed(derive_seed(recipe.seed, self.update, self.context.rank))
         self._set_lr()
-        networks = components.student, components.student_forward
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
-            with nullcontext() if last else without_reduction(*networks):
+            with nullcontext() if last else without_reduction(components.student_forward):
                 terms = self.losses(batch, number)
                 scaled: Tensor = components.scaler.scale(terms.total / len(batches))
                 torch.autograd.backward(scaled)
@@ -237,25 +203,30 @@ class Trainer:
         teacher = self.components.teacher
         return TeacherOutputs(None, []) if teacher is None else teacher.outputs(batch)
 
-    def student_forward(self, images: Tensor, teacher: TeacherOutputs) -> StudentOutputs:
-        """Runs the student; the teacher's map is used only if the student forms the loss."""
-        components = self.components
+    def student_forward(
+        self, images: Tensor, teacher: TeacherOutputs, forward: nn.Module | None = None
+    ) -> StudentOutputs:
+        """Runs the student, or another forward module of its kind, such as that of the average.
+
+        The teacher's maps are used only if the student forms the loss.
+        """
+        forward = forward or self.components.student_forward
         with self._autocast():
-            if components.student_forms_loss:
-                (teacher_map,) = teacher.maps
-                logits, distance = components.student_forward(images, teacher_map)
-                return StudentOutputs(logits, [], distance)
-            logits, maps = components.student_forward(images)
-            return StudentOutputs(logits, maps, None)
+            if self.components.student_forms_loss:
+                logits, features, pooled = forward(images, teacher.maps)
+                return StudentOutputs(logits, [], features, pooled)
+            return StudentOutputs(*forward(images))
 
     def compute_loss(
         self, student: StudentOutputs, targets: Tensor, teacher: TeacherOutputs
     ) -> DistillationTerms:
-        """Computes the loss terms from the outputs of student and teacher."""
+        """Computes the loss terms; without labels, the targets are not read."""
+        labels = None if self.recipe.data.labels == "none" else targets
         with self._autocast():
             terms = self.components.loss(
-                *(student.logits, targets, teacher.logits, student.maps, teacher.maps),
+                *(student.logits, labels, teacher.logits, student.maps, teacher.maps),
                 feature_loss=student.feature_loss,
+                pooled_loss=student.pooled_loss,
             )
         assert isinstance(terms, DistillationTerms)
         return terms
@@ -265,7 +236,7 @@ class Trainer:
         components, clip = self.components, self.recipe.optim.clip_grad
         if clip is not None:
             components.scaler.unscale_(components.optimizer)
-            nn.utils.clip_grad_norm_(components.student.parameters(), clip)
+            nn.utils.clip_grad_norm_(components.parameters, clip)
         components.scaler.step(components.optimizer)
         components.scaler.update()
         components.optimizer.zero_grad(set_to_none=True)
@@ -335,6 +306,7 @@ class Trainer:
                 "loss": means.loss,
                 "logits_loss": means.logits,
                 "feature_loss": means.features,
+                "pooled_loss": means.pooled,
                 "images_per_s": round(updates * self.components.global_batch / seconds, 1),
             }
         )
@@ -347,27 +319,19 @@ class Trainer:
 
     def _evaluate(self, log: RunLog) -> bool:
         """Evaluates the weights and their average; returns True for a new best score."""
-        components = self.components
-        models: dict[str, FeatureModel] = {"model": components.student}
-        if components.ema is not None:
-            models["ema"] = components.ema.module
-        improved = False
-        with gathered(models.values()):
-            evaluations = evaluate(
-                *(models, components.val_loader, components.num_classes),
-                *(self.context.device, self._autocast),
-            )
-        for weights, found in evaluations.items():
-            scores = {"top1": found.top1, "top5": found.top5, "loss": found.loss}
-            self.scores[weights] = scores
-            row: dict[str, Any] = {"update": self.update, "epoch": self.epoch, "weights": weights}
-            log.evaluation({**row, **scores, "images": found.images})
-            if not self.best or found.top1 > self.best["top1"]:
-                self.best = {**row, **scores}
-                improved = True
-        self._report_bad_images(components.val_loader.bad_images, log)
+        found = validate(
+            *(self.recipe, self.components, self.context, self._autocast),
+            lambda forward, batch, teacher: self.compute_loss(
+                self.student_forward(batch.images, teacher, forward), batch.targets, teacher
+            ),
+        )
+        for weights, scores in found.items():
+            self.scores[weights] = {k: v for k, v in scores.items() if k != "images"}
+        better = log_scores(found, self.update, self.epoch, self.best, log)
+        self.best = better or self.best
+        self._report_bad_images(self.components.val_loader.bad_images, log)
         self._report_bad_images(self.context.merge_dicts(self.bad_files), log)
-        return improved
+        return better is not None
 
     def _report_bad_images(self, files: Mapping[str, str], log: RunLog) -> None:
         """Reports each unreadable image once (under on_bad_image="skip")."""
@@ -382,7 +346,7 @@ class Trainer:
         """Starts to save a checkpoint; training goes on while it is written."""
         self.finish_saving()
         meter = self._meter.state_dict(self._position)  # a collective: all processes call it
-        check_weights(self.components.student.parameters(), self._position)
+        check_weights(self.components.parameters, self._position)
         bad_files = self.context.merge_dicts(self.bad_files)
         state = snapshot(
             {
@@ -440,11 +404,7 @@ class Trainer:
         self.bad_files = state["bad_files"]
         self._meter.load_state_dict(state)
         messages = [f"resumed from {path} after update {self.update} (epoch {self.epoch})"]
-        if self.best != state["best"]:
-            messages.append(
-                f"{self.store.best}: the best score is {self.best.get('top1', 'none')}, not "
-                f"{state['best'].get('top1', 'none')} as in that checkpoint"
-            )
+        messages += self.store.differing_best(self.best, state["best"])
         if changed:
             messages.append(f"{_CHANGED}: {'; '.join(changed)}")
         return messages

@@ -19,7 +19,7 @@ from featkd.train.build_cache import build_cache
 from featkd.train.components import build
 from featkd.train.dryrun import dry_run
 from featkd.train.logs import read_csv
-from featkd.train.recipe import Recipe, RecipeError
+from featkd.train.recipe import PooledConfig, Recipe, RecipeError
 from featkd.train.recipe_file import load_recipe
 from featkd.train.trainer import Trainer
 from tests.train.runs import CPU, NOTHING_DRAWN, column, run, same_weights
@@ -116,6 +116,44 @@ def test_the_loss_takes_the_product_of_the_stored_factors(recipe, tmp_path, amp)
         cached.compute_loss(student, batch.targets, x).features for x in (read, want)
     )
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"store": "int8"}, {"features": "lowrank", "store": "fp16", "rank": 4}]
+)
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_pooled_features_are_stored_whole(recipe, tmp_path, options, amp):
+    """Whatever the form of the maps, and with a projector for these."""
+    student = replace(recipe.student, arch="plain")
+    loss = replace(recipe.loss, projector="linear", pooled=PooledConfig(metric="mse"))
+    recipe = replace(recipe, student=student, loss=loss, amp=amp)
+    cached = Trainer(with_cache(recipe, tmp_path / "cache", **options), CPU)
+    plain = Trainer(recipe, CPU)
+    for batch, same in zip(plain.batches(0), cached.batches(0), strict=True):
+        want, found = plain.step([batch]), cached.step([same])
+        if not options:
+            assert found == want
+        if plain.update == 1:  # later ones depend on the maps
+            assert torch.equal(found.pooled, want.pooled)
+
+
+def test_a_cache_of_pooled_features_alone(recipe, tmp_path, capsys):
+    loss = replace(recipe.loss, feature=None, pooled=PooledConfig())
+    pooled = replace(recipe, loss=loss)
+    cached = with_cache(pooled, tmp_path / "cache", features=None, store=None)
+    run(pooled)
+    run(cached)
+    for name in ("loss", "pooled_loss"):
+        assert column(cached, name) == column(pooled, name)
+    assert main(["cache", "--verify", str(tmp_path / "cache")]) == 0
+    without = with_cache(recipe, tmp_path / "without")
+    message = (
+        r"holds the maps of layers \[1\] .* \(loss.pairs, loss.pooled\) needs \['pooled'\] too"
+    )
+    with pytest.raises(RecipeError, match=message):
+        Trainer(replace(pooled, cache=without.cache), CPU)
+    with pytest.raises(RecipeError, match=r"layers \['pooled'\] .* needs \[1\] too"):
+        Trainer(replace(recipe, cache=cached.cache), CPU)
 
 
 def test_a_cached_run_on_two_processes_has_the_losses_of_the_teachers(

@@ -11,8 +11,9 @@ from featkd.data import AugmentConfig
 from featkd.runtime.distributed import ProcessContext
 from featkd.train.checkpoint import load
 from featkd.train.logs import RunLog, read_csv
+from featkd.train.outcome import Outcome
 from featkd.train.recipe import Recipe, to_dict
-from featkd.train.trainer import Outcome, Trainer
+from featkd.train.trainer import Trainer
 
 CPU = ProcessContext(0, 1, torch.device("cpu"))
 NOTHING_DRAWN = AugmentConfig(

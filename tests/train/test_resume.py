@@ -284,6 +284,6 @@ def test_a_plain_student_of_another_width_is_pooled_with_a_note(recipe):
     trainer = Trainer(plain, CPU)
     assert trainer.components.notes[-1] == (
         "layer pair [1, 1]: the student's map has 12 channels, the teacher's 24: the wider map is "
-        "pooled"
+        "pooled (loss.projector trains a projector instead)"
     )
     trainer.run(quiet=True)

@@ -86,7 +86,7 @@ def finish_saving() -> None:
 
 def die_at(monkeypatch: pytest.MonkeyPatch, moment: str, epoch: int) -> None:
     """Kills the next run at a moment of the evaluation after `epoch`."""
-    evaluate, evaluation, save = trainer.evaluate, RunLog.evaluation, CheckpointStore.save
+    validate, evaluation, save = trainer.validate, RunLog.evaluation, CheckpointStore.save
     done = 0
 
     def score(*args: Any) -> Mapping[str, Any]:
@@ -95,7 +95,7 @@ def die_at(monkeypatch: pytest.MonkeyPatch, moment: str, epoch: int) -> None:
         if moment == "scores" and done == epoch:
             finish_saving()
             raise Killed
-        return evaluate(*args)
+        return validate(*args)
 
     def write(self: RunLog, row: Mapping[str, Any]) -> None:
         if moment == "second row" and (row["epoch"], row["weights"]) == (epoch, "ema"):
@@ -114,7 +114,7 @@ def die_at(monkeypatch: pytest.MonkeyPatch, moment: str, epoch: int) -> None:
                 file.write(before)
             raise Killed
 
-    monkeypatch.setattr(trainer, "evaluate", score)
+    monkeypatch.setattr(trainer, "validate", score)
     monkeypatch.setattr(RunLog, "evaluation", write)
     monkeypatch.setattr(CheckpointStore, "save", keep)
     monkeypatch.setattr(RunLog, "close", lambda _: None)  # nothing runs after a kill

@@ -176,7 +176,7 @@ def test_a_run_resumed_elsewhere_has_its_best(alone, tmp_path):
     trainer = Trainer(replace(alone, out=str(tmp_path / "without")), CPU)
     messages = trainer._resume(str(last))
     assert trainer.best == {}
-    assert "without/best.pt: the best score is none, not 50.0 as in" in messages[1]
+    assert "without/best.pt: the best score is none, not top-1 50.00 % as in" in messages[1]
 
 
 NOT_NEEDED = {"pixels", "evaluation_pending"}  # absent from checkpoints of earlier versions

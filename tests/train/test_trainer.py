@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from featkd.data import BadImageError
 from featkd.runtime.distributed import ProcessContext
 from featkd.train.checkpoint import load
-from featkd.train.components import FeatureForward
 from featkd.train.logs import read_csv
 from featkd.train.meter import TrainingDiverged
 from featkd.train.recipe import (
@@ -27,6 +26,7 @@ from featkd.train.recipe import (
     TeacherConfig,
     to_dict,
 )
+from featkd.train.student_forward import FeatureForward
 from featkd.train.teacher import TeacherForward
 from featkd.train.trainer import Trainer
 from tests.train.runs import CPU, column, run
@@ -265,7 +265,7 @@ def test_spectral_pairs_of_a_swin_student_have_a_grid_each(recipe):
         loss=replace(recipe.loss, pairs=[(0, 0), (1, 1)]),
     )
     trainer = Trainer(recipe, CPU)
-    assert trainer.components.loss.grids == [(8, 8), (4, 4)]
+    assert trainer.components.loss.features.grids == [(8, 8), (4, 4)]
     terms = trainer.losses(next(iter(trainer.components.val_loader)))
     assert terms.total.isfinite()
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from featkd.data import Batch
-from featkd.train.evaluate import Evaluation, EvaluationError, evaluate
+from featkd.evaluation.topk import Evaluation, EvaluationError, evaluate
 
 K = 7
 

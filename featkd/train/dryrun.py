@@ -26,6 +26,7 @@ from featkd.train.components import RunComponents
 from featkd.train.optimizer import peak_lr
 from featkd.train.recipe import Recipe
 from featkd.train.student import build_student
+from featkd.train.teacher_images import teacher_size
 from featkd.train.trainer import Trainer
 
 
@@ -154,7 +155,8 @@ def _describe(model: FeatureModel, recipe: Recipe) -> str:
     else:
         name = f"{config.name} ({config.checkpoint or 'random weights'})"
     parameters = sum(p.numel() for p in model.parameters())
-    macs = forward_macs(model, recipe.data.img_size)
+    size = recipe.data.img_size if config is None else teacher_size(recipe)
+    macs = forward_macs(model, size)
     return f"{name}, {parameters:,} parameters, {macs / 1e9:.3f} GMACs per image"
 
 

@@ -18,11 +18,7 @@ from featkd.train.checkpoint_layout import find_fault
 
 FORMAT = 2
 # Entries of a checkpoint that `best.pt` does not need, without their content.
-_EMPTY: Mapping[str, Any] = {
-    "optimizer": {"state": {}, "param_groups": []},
-    "scaler": {},
-    "projectors": {},
-}
+_EMPTY: Mapping[str, Any] = {"optimizer": {"state": {}, "param_groups": []}, "scaler": {}}
 
 
 class CheckpointError(RuntimeError):

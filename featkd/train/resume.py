@@ -171,11 +171,13 @@ def _load_projectors(path: Location, projectors: nn.ModuleDict, state: dict[str,
 
 
 def _describe_projectors(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    described = [
-        f"{name.partition('.')[0]} ({shape[1]} -> {shape[0]})"
-        for name, shape in shapes.items()
-        if name.endswith(".proj.weight")
-    ]
+    """Layer pairs of projectors with their kinds and channels, from the shapes of their weights."""
+    described = []
+    for name, shape in shapes.items():
+        key, _, rest = name.partition(".")
+        if rest == "proj.weight":
+            kind = "linear_norm" if f"{key}.norm.weight" in shapes else "linear"
+            described.append(f"{key} ({kind}, {shape[1]} -> {shape[0]})")
     return f"projectors of layer pairs {listed(described, 5)}" if described else "no projectors"
 
 

@@ -336,7 +336,7 @@ def test_a_first_save_that_fails_names_no_earlier_checkpoint(tmp_path, monkeypat
 
 
 STRAY = {
-    "a row": (b"total,1,2\n", "line 3 is 'total,1,2', expected 7 values, update a whole number"),
+    "a row": (b"total,1,2\n", "line 3 is 'total,1,2', expected 8 values, update a whole number"),
     "text": (b"see below\n", "line 3 is 'see below'"),
     "bytes": (b"\xff\0,,,,,,\n", "line 3 is "),
     "a field of 1 MB": (b"x" * 1_000_000 + b"\n", "line 3 is "),

@@ -45,11 +45,11 @@ def build_student(recipe: Recipe, num_classes: int, notes: list[str] | None = No
             "weights": config.weights,
             "notes": notes,
         }
-    options = {"img_size": recipe.data.img_size, **config.options}
+    options = {"img_size": recipe.data.img_size, **config.options, **start}
     try:
         with naming("student"):
             student = create_student(
-                *(config.base, config.arch, config.teacher_dim, num_classes), **start, **options
+                config.base, config.arch, config.teacher_dim, num_classes, **options
             )
     except RecipeError as error:
         field, _, text = str(error).removeprefix("student: ").partition(": ")
@@ -80,8 +80,8 @@ def _statistics_notes(recipe: Recipe, before: Mapping[str, Any], source: str) ->
     notes = []
     for name in ("mean", "std"):
         own, theirs = getattr(recipe.data, name), before.get(name)
-        pairs = zip(own, theirs or own, strict=True)
-        if all(math.isclose(a, b, abs_tol=1e-6) for a, b in pairs):
+        theirs = own if theirs is None else theirs
+        if all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(own, theirs, strict=True)):
             continue
         notes.append(
             f"{source}: was trained with data.{name} {list(theirs)}, this run has {list(own)}; "

@@ -47,15 +47,11 @@ def build_student(recipe: Recipe, num_classes: int, notes: list[str] | None = No
             "weights": config.weights,
             "notes": notes,
         }
-    options = {"img_size": recipe.data.img_size, **config.options}
+    options = {"img_size": recipe.data.img_size, **config.options, **start}
     try:
         with naming("student"):
             student = create_student(
-                config.base,
-                config.arch,
-                config.teacher_dim,
-                num_classes,
-                **(start | options),
+                config.base, config.arch, config.teacher_dim, num_classes, **options
             )
     except RecipeError as error:
         field, _, text = str(error).removeprefix("student: ").partition(": ")

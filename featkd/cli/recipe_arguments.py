@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from dataclasses import fields
 from jsonargparse import Namespace
 
 from featkd.cli.arguments import Parser, UsageError, is_group_of_fields
-from featkd.train.recipe import PooledConfig, Recipe, TeacherConfig
+from featkd.train.recipe import PooledConfig, Recipe, RecipeError, TeacherConfig
 from featkd.train.recipe_file import find_recipe, read_recipe_config, shipped_recipes
 
 _CONFIG = "--recipe_file"  # internal; a user names the recipe as the first argument
@@ -91,7 +92,13 @@ def parse_recipe(parser: Parser, words: Sequence[str]) -> tuple[Recipe, Namespac
         for note in notes:  # without the line of source that warnings are shown with
             print(f"featkd: {note.message}", file=sys.stderr)
     options = parser.parse_args(words)
-    built = parser.instantiate(options)
+    try:
+        built = parser.instantiate(options)
+    except ValueError as error:  # of a section that may be null, jsonargparse lists all types
+        cause = re.search(r"subtypes.*?^  - (.*?)$", str(error), flags=re.MULTILINE | re.DOTALL)
+        if cause is None:
+            raise
+        raise RecipeError(cause[1]) from error
     return Recipe(**{field.name: built[field.name] for field in fields(Recipe)}), options
 
 

@@ -140,6 +140,9 @@ class PooledConfig:
     weight: float = 1.0
     metric: Literal["cosine", "mse"] = "cosine"
 
+    def __post_init__(self) -> None:
+        _require("loss.pooled.weight", self.weight, "> 0")
+
 
 @dataclass
 class LossConfig:
@@ -180,8 +183,6 @@ class LossConfig:
                 raise RecipeError(
                     f"loss.{name}: expected a number from 0 to 1, got {getattr(self, name)!r}"
                 )
-        if self.pooled is not None:  # here: jsonargparse wraps errors of a section that may be null
-            _require("loss.pooled.weight", self.pooled.weight, "> 0")
         if self.projector != "none" and self.feature is None:
             raise RecipeError(
                 f"loss.projector: {self.projector!r} projects feature maps, but loss.feature is "

@@ -104,7 +104,7 @@ def test_plain_student_of_each_family(base: str, options: dict[str, Any], layers
         ({"base": "deit_tinny"}, r"base: .* did you mean 'deit_tiny_patch16_224'\?"),
         ({"base": "diet_tiny_patch16_224"}, r"base: .* did you mean 'deit_tiny_patch16_224'\?"),
         ({"base": "vit_tiny_patch16_224.augreg_in1"}, r"mean 'vit_tiny_patch16_224.augreg_in21k"),
-        ({"base": "resnet10t"}, r"model: expected one of timm's .* got ResNet"),
+        ({"base": "resnet10t", "arch": "lift"}, r"base: arch 'lift' needs .* got ResNet"),
         ({"features_only": True}, r"features_only: True is not supported"),
         ({"arch": "widelast", "teacher_dim": 100}, r"teacher_dim: .* got 100"),
         ({"arch": "fixed_step", "embed_dim": 200}, r"embed_dim=200, .*divisible by num_heads"),

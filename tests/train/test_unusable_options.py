@@ -14,7 +14,9 @@ from featkd.train.teacher import naming
 SIZE = "fails on an image of data.img_size 16: AssertionError: Input height"
 COMMANDS = {"distill": ["distill"], "dry run": ["distill", "--dry-run"], "cache": ["cache"]}
 OPTIONS = {
-    "teacher.options: .*the teacher " + SIZE: ("--teacher.options.img_size", "64"),
+    "teacher.std: expected numbers > 0, got ": ("--teacher.std", "[0.5,0,0.5]"),
+    "teacher.img_size: 30 is not a multiple of the patch size 4": ("--teacher.img_size", "30"),
+    "loss.pooled.weight: expected a finite number > 0": ("--loss.pooled.weight", "0"),
     "student.options: .*the student " + SIZE: ("--student.options.img_size", "64"),
     "teacher: ZeroDivisionError: ": ("--teacher.options.num_heads", "0"),
     "student: .*num_heads=7.*timm can.t build .* divisible by num_heads": (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,11 +18,13 @@ from sklearn.datasets import load_digits
 from featkd.demo import run_demo
 from featkd.demo.digits import write_digits
 from featkd.demo.results import STUDENTS, RunResult, spread
-from featkd.demo.run import keep_or_clear, train_all
+from featkd.demo.run import keep_or_clear, train, train_all
 from featkd.runtime.environment import versions
 from featkd.train.checkpoint import FORMAT, load
-from featkd.train.recipe import to_dict
+from featkd.train.recipe import Recipe, to_dict
 from featkd.train.recipe_file import find_recipe, load_recipe
+from featkd.train.trainer import Outcome
+from tests.forking import Server
 from tests.page import Page
 from tests.train.runs import empty_state
 
@@ -112,6 +116,61 @@ def test_no_progress_bar_without_a_terminal(
     recipe = load_recipe(find_recipe("demo"))
     assert train_all({("a", 0): recipe, ("b", 0): recipe}, "training") == ["a", "b"]
     assert capsys.readouterr().err == ""
+
+
+def test_a_process_of_the_pool_starts_no_run_after_a_signal(monkeypatch: pytest.MonkeyPatch):
+    started = []
+
+    class Stopped:
+        def __init__(self, *_: object) -> None:
+            started.append(self)
+
+        def run(self, **_: object) -> Outcome:
+            return Outcome(4, {}, {}, 1.0, {}, interrupted_by=15)
+
+    monkeypatch.setattr("featkd.demo.run.Trainer", Stopped)
+    monkeypatch.setattr("featkd.demo.run._stopped", False)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train("x", Recipe())
+    assert len(started) == 1
+
+
+_ENDING = """
+import signal, sys, threading, time
+import featkd.demo
+
+def run_demo(*_, **__):  # its end waits for a thread, as that of a process pool
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    threading.Thread(target=report).start()
+    print("running", flush=True)
+    time.sleep(60)
+
+def report():
+    threading.main_thread().join()
+    print("ending", flush=True)
+
+featkd.demo.run_demo = run_demo
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from featkd.cli.main import main
+sys.exit(main(["demo"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(signal.SIGINT, "featkd: interrupted\n"), (signal.SIGTERM, "")]
+)
+def test_a_second_signal_ends_the_demo_at_once(server: Server, number: int, message: str):
+    demo = server.start(script=_ENDING)
+    for state in ("running", "ending"):
+        deadline = time.monotonic() + 60
+        while state not in demo.stdout:
+            assert demo.poll() is None, demo.stderr
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        demo.kill(number)
+    assert demo.wait(20) == -number
+    assert demo.stderr == message
 
 
 def test_runs_of_another_recipe_are_deleted(tmp_path: Path):

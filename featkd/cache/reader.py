@@ -70,7 +70,7 @@ class TeacherCache:
             pass
 
     def read(
-        self, keys: Tensor, layers: Sequence[int], device: torch.device | str = "cpu"
+        self, keys: Tensor, layers: Sequence[int | str], device: torch.device | str = "cpu"
     ) -> tuple[TeacherOutputs, Tensor]:
         """Reads the teacher's outputs for some samples.
 

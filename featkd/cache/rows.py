@@ -45,7 +45,7 @@ class NotStorable(ValueError):
 class LayerShape:
     """Shape (tokens, channels) per image and dtype, for example "float32", of a layer's map."""
 
-    layer: int
+    layer: int | str
     tokens: int
     channels: int
     dtype: str
@@ -125,7 +125,7 @@ class Layout:
         return [{name: x[i] for name, x in columns.items()} for i in range(len(outputs.logits))]
 
     def decode(
-        self, rows: Sequence[Row], layers: Sequence[int], device: torch.device | str = "cpu"
+        self, rows: Sequence[Row], layers: Sequence[int | str], device: torch.device | str = "cpu"
     ) -> TeacherOutputs:
         """Decodes rows to outputs in the teacher's dtypes, without waiting for the device.
 
@@ -214,7 +214,7 @@ def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp(-most, most).to(dtype)
 
 
-def _check_quantisable(x: Tensor, most: float, layer: int) -> None:
+def _check_quantisable(x: Tensor, most: float, layer: int | str) -> None:
     """Refuses values whose scale or factors could exceed float32's range."""
     bad = (x.abs() > most).flatten(1).any(1)
     if bad.any():

@@ -14,6 +14,7 @@ from featkd.diagnostics.feature_files import FeatureFiles
 from featkd.diagnostics.model_features import MeasuredModel, ModelFeatures
 from featkd.diagnostics.source import Source, fingerprint
 from featkd.models import FeatureModel, create_teacher
+from featkd.models.adapters import ImageAdapter
 from featkd.models.students import check_timm_name
 from featkd.train import checkpoint
 from featkd.train.trained import load_trained
@@ -54,24 +55,47 @@ def build_source(config: DiagnoseConfig, device: torch.device) -> Source:
         )
     assert config.data is not None  # checked by DiagnoseConfig
     loaded = {name: _load(config, name) for name in config.models}
-    measured = []
+    overrides = {k: getattr(config, k) for k in _OVERRIDES if getattr(config, k) is not None}
+    last = loaded[config.models[-1]].preprocessing
+    largest = max(each.preprocessing["img_size"] for each in loaded.values())
+    data = DataConfig(workers=config.workers, **{**last, "img_size": largest, **overrides})
+    measured, notes = [], []
     for name, each in loaded.items():
         layers = getattr(config, f"{name}_layers", None) or config.layers
-        label = "" if name == "model" else name
-        each.model.to(device)
-        chosen = None if layers is None else tuple(layers)
-        measured.append(MeasuredModel(label, each.model, chosen, each.identity))
-    first, last = (loaded[name].preprocessing for name in (config.models[0], config.models[-1]))
-    overrides = {k: getattr(config, k) for k in _OVERRIDES if getattr(config, k) is not None}
-    if "img_size" not in overrides and first["img_size"] != last["img_size"]:
-        raise ValueError(
-            f"img_size: the student expects {first['img_size']} pixels, the teacher "
-            f"{last['img_size']}; set img_size"
+        own = {**each.preprocessing, **overrides}
+        adapter = ImageAdapter(
+            *(data.mean, data.std, own["mean"], own["std"]),
+            size=data.img_size,
+            new_size=own["img_size"],
+        )
+        identity = dict(each.identity)
+        changed = {
+            **({k: list(own[k]) for k in ("mean", "std")} if adapter.renormalises else {}),
+            **({"img_size": own["img_size"]} if adapter.new_size else {}),
+        }
+        if changed:
+            identity["images"] = changed
+            values = ", ".join(f"{k} {value}" for k, value in changed.items())
+            notes.append(f"images of the {name} have its own {values}")
+        for k in ("crop_pct", "interpolation"):
+            if own[k] != getattr(data, k):
+                notes.append(
+                    f"images are preprocessed for the teacher ({k} {getattr(data, k)}), not for "
+                    f"the {name} ({own[k]})"
+                )
+        measured.append(
+            MeasuredModel(
+                "" if name == "model" else name,
+                each.model.to(device),
+                None if layers is None else tuple(layers),
+                identity,
+                adapter.to(device) if changed else None,
+            )
         )
     source = ModelFeatures(
         measured,
         Path(config.data),
-        DataConfig(workers=config.workers, **{**last, **overrides}),
+        data,
         device=device,
         bf16=config.amp == "bf16",
         limit=config.images,
@@ -80,12 +104,7 @@ def build_source(config: DiagnoseConfig, device: torch.device) -> Source:
     )
     if config.random_models:
         source.notes.append(f"random weights: {' and '.join(config.random_models)}")
-    for k in first:
-        if k not in overrides and first[k] != last[k]:
-            source.notes.append(
-                f"images are preprocessed for the teacher ({k} {last[k]}), not for the student "
-                f"({first[k]})"
-            )
+    source.notes += notes
     return source
 
 

@@ -17,6 +17,7 @@ from featkd.data.walk import find_files, warn_of_repeated_links
 from featkd.data.workers import worker_options
 from featkd.diagnostics.source import Chunk, Layer, fingerprint, spread_evenly
 from featkd.models import FeatureModel, num_layers, resolve_layers
+from featkd.models.adapters import ImageAdapter
 from featkd.runtime.names import printable
 
 
@@ -29,12 +30,14 @@ class MeasuredModel:
         model: the model in evaluation mode, on its device.
         layers: layer indices, negative ones from the end; None for all.
         identity: plain values that identify its weights, for the report and for resuming.
+        adapter: maps the images to the model's own statistics and size; None leaves them.
     """
 
     name: str
     model: FeatureModel
     layers: tuple[int, ...] | None
     identity: dict[str, Any]
+    adapter: ImageAdapter | None = None
 
 
 class ModelFeatures:
@@ -139,8 +142,9 @@ class ModelFeatures:
         images = images.to(self._device, non_blocking=True)
         found: dict[Layer, Tensor] = {}
         for each, layers in self._models:
+            own = images if each.adapter is None else each.adapter(images)
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-                maps = each.model.forward_maps(images, layers)
+                maps = each.model.forward_maps(own, layers)
             found.update(zip([Layer(each.name, index) for index in layers], maps, strict=True))
         return found
 

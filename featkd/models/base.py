@@ -46,6 +46,8 @@ class StudentVisionTransformer(BlockFeatures, VisionTransformer):  # type: ignor
 def build_timm(name: str, **timm_kwargs: Any) -> nn.Module:
     """Builds a timm model; turns timm's assertions on sizes into ValueErrors.
 
+    `img_size` is left out for models that take images of any size.
+
     Raises:
         ValueError: timm can't build the model with these arguments, or has no weights for it.
         ConnectionError: its pretrained weights can't be downloaded.
@@ -60,11 +62,31 @@ def build_timm(name: str, **timm_kwargs: Any) -> nn.Module:
     except AssertionError as error:
         options = ", ".join(f"{key}={value!r}" for key, value in timm_kwargs.items())
         raise ValueError(f"{options}: timm can't build {name!r} with these: {error}") from error
+    except TypeError as error:
+        if "img_size" not in timm_kwargs or "'img_size'" not in str(error):
+            raise
+        del timm_kwargs["img_size"]
+        return build_timm(name, **timm_kwargs)
     except OSError as error:
         if not downloads:
             raise
         raise unreachable(name, error) from error
     return model
+
+
+def pretrained_config(name: str, **timm_kwargs: Any) -> dict[str, Any]:
+    """Returns timm's record of a model's weights, with "mean" and "std", without loading them.
+
+    Args:
+        name: timm model name; one with a source ("hf-hub:...") reads its configuration there.
+        timm_kwargs: arguments of the timm model; those that change the record are respected.
+    """
+    changes = {k: v for k, v in timm_kwargs.items() if k.startswith("pretrained_cfg")}
+    if changes or ":" in name:
+        model: Any = build_timm(name, device="meta", **changes)
+        return dict(model.pretrained_cfg)
+    record = timm.get_pretrained_cfg(name)
+    return {} if record is None else record.to_dict()
 
 
 def check_vision_transformer(model: nn.Module, arch: str) -> None:

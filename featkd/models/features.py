@@ -1,4 +1,4 @@
-"""Features as return values: `forward_with_features` on timm's transformers, without hooks.
+"""Features as return values: `forward_with_features` on timm's models, without hooks.
 
 timm builds the models, so parameters, state-dict keys and pretrained weights are timm's. Only the
 class of an instance changes, to a subclass with the additional method.
@@ -6,14 +6,16 @@ class of an instance changes, to a subclass with the additional method.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeAlias, cast
 
-from timm.models.cait import Cait
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+POOLED = "pooled"
+Layer: TypeAlias = int | str
+"""Index of a layer, or "pooled" for the pooled feature as a map (B, 1, C)."""
 
 
 class FeatureModel(Protocol):
@@ -24,19 +26,22 @@ class FeatureModel(Protocol):
     def __call__(self, images: Tensor) -> Tensor: ...
 
     def forward_with_features(
-        self, images: Tensor, layers: Sequence[int]
+        self, images: Tensor, layers: Sequence[Layer]
     ) -> tuple[Tensor, list[Tensor]]:
         """Computes logits and the patch-token maps of some layers, in one forward pass.
 
         The maps are the layers' outputs before the final norm, without class, register or
-        distillation tokens, and with a gradient. A layer is a transformer block. In CaiT it is a
-        self-attention block (class-attention blocks don't count); in Swin it is a stage, whose
-        (B, H, W, C) output is flattened to tokens. The last layer of a Lift student is its lifted
-        map.
+        distillation tokens, and with a gradient. The layers are those of timm's
+        `forward_intermediates`: the blocks of a ViT, the self-attention blocks of a CaiT, the
+        stages of a Swin or of a convolutional network (often with its stem as layer 0). A map
+        (B, C, H, W) is returned as tokens (B, H*W, C). The last layer of a Lift student is its
+        lifted map.
 
         Args:
             images: (B, in_chans, H, W), in the model's dtype (or under autocast).
             layers: indices, negative ones from the end; any order, with repeats, or empty.
+                "pooled" is the feature before the classifier (timm's
+                `forward_head(pre_logits=True)`), as a map (B, 1, C) of one token.
 
         Returns:
             logits (B, classes), and a list with one map (B, N, C) for each of `layers`, in that
@@ -49,7 +54,7 @@ class FeatureModel(Protocol):
         """
         ...
 
-    def forward_maps(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    def forward_maps(self, images: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
         """Computes only the maps of `forward_with_features`; stops after the deepest layer."""
         ...
 
@@ -62,11 +67,11 @@ class FeatureModel(Protocol):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any: ...
 
 
-def resolve_layers(layers: Iterable[int], depth: int) -> tuple[int, ...]:
+def resolve_layers(layers: Iterable[Layer], depth: int) -> tuple[Any, ...]:
     """Converts layer indices that may be negative to indices from 0 to depth - 1.
 
     Args:
-        layers: ints; negative ones count from the end.
+        layers: ints, of which negative ones count from the end; "pooled" is kept.
         depth: number of layers.
 
     Returns:
@@ -82,8 +87,11 @@ def resolve_layers(layers: Iterable[int], depth: int) -> tuple[int, ...]:
     """
     if isinstance(layers, (int, str)):
         raise TypeError(f"layers: expected a sequence of ints, got {layers!r}")
-    resolved = []
+    resolved: list[Layer] = []
     for layer in layers:
+        if layer == POOLED:
+            resolved.append(POOLED)
+            continue
         if isinstance(layer, bool) or not isinstance(layer, int):
             raise TypeError(f"layers: expected ints, got {layer!r} ({type(layer).__name__})")
         if not -depth <= layer < depth:
@@ -96,94 +104,89 @@ def resolve_layers(layers: Iterable[int], depth: int) -> tuple[int, ...]:
 
 
 class BlockFeatures:
-    """`forward_with_features` for models whose layers are `self.blocks` (ViT and CaiT)."""
+    """`forward_with_features` by timm's `forward_intermediates`, for any of its models."""
+
+    map_format = "NLC"  # tokens, without a copy to (B, C, H, W), where timm's class offers them
 
     def forward_with_features(
-        self: Any, images: Tensor, layers: Sequence[int]
+        self: Any, images: Tensor, layers: Sequence[Layer]
     ) -> tuple[Tensor, list[Tensor]]:
         """Computes logits and the raw patch tokens (B, N, C) of `layers`; see `FeatureModel`."""
-        wanted = resolve_layers(layers, len(self.blocks))
-        if not wanted:  # timm's forward_intermediates takes no empty selection
-            return self.forward(images), []
-        distinct = sorted(set(wanted))  # timm returns each block once, in the blocks' order
-        tokens, maps = self.forward_intermediates(images, indices=distinct, output_fmt="NLC")
-        found = dict(zip(distinct, maps, strict=True))
-        return self.forward_head(tokens), [found[layer] for layer in wanted]
+        wanted = resolve_layers(layers, num_layers(self))
+        distinct = sorted({layer for layer in wanted if layer != POOLED})
+        if distinct:  # timm returns each layer once, in the layers' order
+            features, maps = self.forward_intermediates(
+                images, indices=distinct, output_fmt=self.map_format
+            )
+        else:  # forward_intermediates takes no empty selection
+            features, maps = self.forward_features(images), []
+        found: dict[Layer, Tensor] = dict(zip(distinct, map(_as_tokens, maps), strict=True))
+        if POOLED in wanted:
+            found[POOLED] = self._pooled(features)
+        return self.forward_head(features), [found[layer] for layer in wanted]
 
-    def forward_maps(self: Any, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """Computes the raw patch tokens only, up to the deepest block; see `FeatureModel`."""
-        wanted = resolve_layers(layers, len(self.blocks))
+    def forward_maps(self: Any, images: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
+        """Computes the maps of `layers` only, up to the deepest; see `FeatureModel`."""
+        wanted = resolve_layers(layers, num_layers(self))
         if not wanted:
             return []
+        if POOLED in wanted:
+            maps: list[Tensor] = self.forward_with_features(images, wanted)[1]
+            return maps
         distinct = sorted(set(wanted))
         maps = self.forward_intermediates(
-            *(images, distinct), output_fmt="NLC", stop_early=True, intermediates_only=True
+            images,
+            indices=distinct,
+            output_fmt=self.map_format,
+            stop_early=True,
+            intermediates_only=True,
         )
-        found = dict(zip(distinct, maps, strict=True))
+        found = dict(zip(distinct, map(_as_tokens, maps), strict=True))
         return [found[layer] for layer in wanted]
 
-
-class StageFeatures:
-    """`forward_with_features` for Swin, whose layers are the stages in `self.layers`."""
-
-    def forward_with_features(
-        self: Any, images: Tensor, layers: Sequence[int]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Computes logits and the raw tokens (B, H*W, C) of stages; see `FeatureModel`."""
-        wanted = resolve_layers(layers, len(self.layers))
-        x, found = self._run_stages(images, wanted, len(self.layers))
-        return self.forward_head(self.norm(x)), [found[layer] for layer in wanted]
-
-    def forward_maps(self: Any, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """Computes the raw tokens only, up to the deepest stage; see `FeatureModel`."""
-        wanted = resolve_layers(layers, len(self.layers))
-        if not wanted:
-            return []
-        found = self._run_stages(images, wanted, max(wanted) + 1)[1]
-        return [found[layer] for layer in wanted]
-
-    def _run_stages(
-        self: Any, images: Tensor, wanted: Sequence[int], count: int
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Output of the first `count` stages, and the tokens of the wanted ones by index."""
-        # Stages return (B, H, W, C), which is the token layout already. timm's
-        # forward_intermediates would copy every map to (B, C, H, W), to be copied back here.
-        x = self.patch_embed(images)
-        found = {}
-        for index, stage in enumerate(self.layers[:count]):
-            x = stage(x)
-            if index in wanted:
-                found[index] = x.flatten(1, 2)
-        return x, found
+    def _pooled(self: Any, features: Any) -> Tensor:
+        """Pooled feature (B, 1, C) of the output of timm's `forward_features`."""
+        pooled: Tensor = self.forward_head(features, pre_logits=True)
+        if pooled.dim() != 2:
+            raise ValueError(
+                f"layers: {POOLED!r}: {type(self).__name__} has no pooled feature: its "
+                f"forward_head(pre_logits=True) returns shape {tuple(pooled.shape)}"
+            )
+        return pooled.unsqueeze(1)
 
 
-class FeatureVisionTransformer(BlockFeatures, VisionTransformer):  # type: ignore[misc]
-    """timm's VisionTransformer (ViT, DeiT, and the DINO, CLIP and MAE encoders) with features."""
+def _as_tokens(x: Tensor) -> Tensor:
+    """A view of a map (B, C, H, W) as tokens (B, H*W, C); tokens are returned as they are."""
+    return x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
 
 
-class FeatureDistilledTransformer(BlockFeatures, VisionTransformerDistilled):  # type: ignore[misc]
-    """timm's DeiT with a distillation token, with features.
-
-    In training mode after timm's `set_distilled_training(True)`, the logits are timm's pair
-    (class head, distillation head).
-    """
-
-
-class FeatureCait(BlockFeatures, Cait):  # type: ignore[misc]
-    """timm's Cait, with the maps of its self-attention blocks as features."""
-
-
-class FeatureSwinTransformer(StageFeatures, SwinTransformer):  # type: ignore[misc]
-    """timm's SwinTransformer, with the maps of its stages as features."""
+def _map_format(kind: type) -> str:
+    """Format in which a class of timm returns its maps: as tokens if it can."""
+    try:  # timm checks the format before it touches the images
+        cast(Any, kind).forward_intermediates(nn.Module(), None, output_fmt="NLC")
+    except AssertionError:
+        return "NCHW"
+    except Exception:
+        return "NLC"
+    return "NLC"
 
 
-# Named classes instead of types created at run time, so that models can be pickled and copied.
-_WITH_FEATURES: dict[type, type] = {
-    VisionTransformer: FeatureVisionTransformer,
-    VisionTransformerDistilled: FeatureDistilledTransformer,
-    Cait: FeatureCait,
-    SwinTransformer: FeatureSwinTransformer,
-}
+@functools.cache
+def _with_features_class(kind: Any) -> Any:
+    """Returns a subclass of a timm model's class with `forward_with_features`."""
+
+    def reduce(self: nn.Module) -> tuple[Any, ...]:
+        return _empty, (kind,), self.__dict__
+
+    # The class is made at run time; pickling and copying a model make it again.
+    content = {"__reduce__": reduce, "map_format": _map_format(kind)}
+    return type(f"Feature{kind.__name__}", (BlockFeatures, kind), content)
+
+
+def _empty(kind: type) -> nn.Module:
+    """Model with features without its parameters, for unpickling."""
+    made = _with_features_class(kind)
+    return cast(nn.Module, made.__new__(made))
 
 
 def with_features(model: nn.Module) -> FeatureModel:
@@ -192,13 +195,13 @@ def with_features(model: nn.Module) -> FeatureModel:
     Parameters, buffers, state-dict keys and `model(images)` don't change.
 
     Args:
-        model: timm's VisionTransformer, VisionTransformerDistilled, Cait or SwinTransformer.
+        model: a timm model with `forward_intermediates`: nearly every one.
 
     Returns:
         `model`, now of a subclass of its class.
 
     Raises:
-        ValueError: `model` is of another class.
+        ValueError: `model` has no `forward_intermediates`.
 
     Example:
         >>> import timm, torch
@@ -208,28 +211,30 @@ def with_features(model: nn.Module) -> FeatureModel:
         >>> tuple(maps[0].shape)
         (1, 4, 48)
     """
-    if not isinstance(model, (BlockFeatures, StageFeatures)):
-        if type(model) not in _WITH_FEATURES:
+    if not isinstance(model, BlockFeatures):
+        needed = ("forward_intermediates", "forward_features", "forward_head", "feature_info")
+        missing = [name for name in needed if not hasattr(model, name)]
+        if missing:
             raise ValueError(
-                f"model: expected one of timm's "
-                f"{', '.join(kind.__name__ for kind in _WITH_FEATURES)}; "
-                f"got {type(model).__name__}"
+                f"model: {type(model).__name__} gives no feature maps: it has no {missing[0]}; "
+                "expected a timm model that has one"
             )
-        model.__class__ = _WITH_FEATURES[type(model)]
+        kind: Any = type(model)
+        model.__class__ = _with_features_class(kind)
     return cast(FeatureModel, model)
 
 
 def num_layers(model: FeatureModel) -> int:
     """Number of layers that `model.forward_with_features` can return."""
-    return len(layers_of(model))
+    return len(cast(Any, model).feature_info)
 
 
 def feature_grid(model: FeatureModel, layer: int = -1) -> tuple[int, int] | None:
-    """Patch grid (H, W) of a layer's map; tokens are in row-major order.
+    """Grid (H, W) of a layer's map; tokens are in row-major order.
 
     Args:
         model: a model with features.
-        layer: layer index; only Swin's stages have different grids.
+        layer: layer index; the stages of a hierarchical model have different grids.
 
     Returns:
         (H, W), or None if it isn't fixed: the model takes images of any size or drops patches at
@@ -240,19 +245,23 @@ def feature_grid(model: FeatureModel, layer: int = -1) -> tuple[int, int] | None
     """
     (index,) = resolve_layers([layer], num_layers(model))
     timm_model = cast(Any, model)
-    if getattr(timm_model, "dynamic_img_size", False):
+    embed = getattr(timm_model, "patch_embed", None)
+    size = getattr(embed, "img_size", None)
+    if size is None or getattr(timm_model, "dynamic_img_size", False):
         return None
-    if isinstance(model, StageFeatures):
-        height, width = timm_model.layers[index].output_resolution
-        return height, width
-    if not isinstance(getattr(timm_model, "patch_drop", nn.Identity()), nn.Identity):
+    if not isinstance(getattr(timm_model, "patch_drop", None) or nn.Identity(), nn.Identity):
         return None
-    height, width = timm_model.patch_embed.grid_size
-    return height, width
+    reduction = timm_model.feature_info[index]["reduction"]
+    if isinstance(reduction, int):
+        reduction = (reduction, reduction)
+    # Models that halve an odd grid round up.
+    return math.ceil(size[0] / reduction[0]), math.ceil(size[1] / reduction[1])
 
 
-def layers_of(model: FeatureModel) -> nn.Sequential:
-    """Layers of a model with features, in order."""
-    if isinstance(model, StageFeatures):
-        return cast(nn.Sequential, cast(Any, model).layers)
-    return cast(nn.Sequential, cast(Any, model).blocks)
+def layers_of(model: FeatureModel) -> nn.ModuleList | nn.Sequential | list[nn.Module]:
+    """Blocks or stages of a model in order, to be sharded or compiled one by one; may be empty."""
+    for name in ("blocks", "stages", "layers"):
+        found = getattr(model, name, None)
+        if isinstance(found, (nn.Sequential, nn.ModuleList)):
+            return found
+    return []

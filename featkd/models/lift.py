@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from featkd.functional import Metric, lift_head, projected_feature_kd
 from featkd.models.base import StudentVisionTransformer, check_vision_transformer
-from featkd.models.features import resolve_layers
+from featkd.models.features import POOLED, Layer, resolve_layers
 from featkd.models.fusion import is_fusible
 from featkd.ops.support import is_being_exported
 
@@ -150,29 +150,29 @@ class Lift(StudentVisionTransformer):
         return pooled if pre_logits else cast(Tensor, self.head(pooled))
 
     def forward_with_features(
-        self, images: Tensor, layers: Sequence[int]
+        self, images: Tensor, layers: Sequence[Layer]
     ) -> tuple[Tensor, list[Tensor]]:
         """Computes logits and maps; the last layer's is z (B, N, teacher_dim)."""
         last = len(self.blocks) - 1
         wanted = resolve_layers(layers, last + 1)
-        earlier = sorted(set(wanted) - {last})
+        earlier = sorted({*wanted} - {last, POOLED})
         maps: list[Tensor] = []
         if earlier:
             tokens, maps = super().forward_intermediates(images, indices=earlier, output_fmt="NLC")
         else:
             tokens = super().forward_features(images)
         patches = tokens[:, self.num_prefix_tokens :]
-        if last not in wanted:
-            found = dict(zip(earlier, maps, strict=True))
+        found: dict[Layer, Tensor] = dict(zip(earlier, maps, strict=True))
+        if last not in wanted and POOLED not in wanted:
             return self._finish(patches)[0], [found[layer] for layer in wanted]
-        lifted = self.lift(patches)
-        found = {**dict(zip(earlier, maps, strict=True)), last: lifted}
-        return self.forward_head(lifted), [found[layer] for layer in wanted]
+        found[last] = self.lift(patches)
+        found[POOLED] = self.forward_head(found[last], pre_logits=True).unsqueeze(1)
+        return self.forward_head(found[last]), [found[layer] for layer in wanted]
 
-    def forward_maps(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    def forward_maps(self, images: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
         """Computes maps only; the last layer's is z (B, N, teacher_dim)."""
         last = len(self.blocks) - 1
-        if last in resolve_layers(layers, last + 1):
+        if {last, POOLED} & {*resolve_layers(layers, last + 1)}:
             return self.forward_with_features(images, layers)[1]
         return super().forward_maps(images, layers)
 

@@ -27,8 +27,8 @@ def create_student(
     """Creates a student [EM26] in training mode, with timm's initialisation.
 
     Args:
-        base: timm model name. `arch="plain"` allows every model of `with_features` (ViT, DeiT,
-            CaiT, Swin); the others allow only timm's VisionTransformer.
+        base: timm model name. `arch="plain"` allows every model of `with_features`;
+            the others allow only timm's VisionTransformer.
         arch: "plain" (the base unchanged), "lift" (see `Lift`), or a schedule of widths:
             "widelast", "fixed_step", "heads_linear", "fixed_linear" (see `widelast.schedule`).
         teacher_dim: width of the teacher's map; ignored by "plain".

@@ -28,7 +28,7 @@ def create_teacher(
     """Creates a teacher in evaluation mode, without gradients.
 
     Args:
-        name: timm model name (ViT, DeiT, CaiT, Swin, or a student of featkd).
+        name: timm model name, or a student of featkd; any model of `with_features`.
         pretrained: if True, timm downloads its weights.
         checkpoint: weight file to load instead: .safetensors or a file of torch.save (see
             `read_state_dict`); every tensor must match.

@@ -184,3 +184,11 @@ def locate(where: AnyPath, name: str = "out") -> Location:
             f"{fsspec.__version__} supports, such as {known}"
         ) from error
     return Path(path) if isinstance(fs, LocalFileSystem) else RemotePath(text, fs, path.rstrip("/"))
+
+
+def locate_once(where: AnyPath, name: str) -> Location:
+    """Converts a path or URL to a Location that downloads a remote file at most once."""
+    found = locate(where, name)
+    if isinstance(found, RemotePath):
+        return DownloadedFile(found.url, found.fs, found.path)
+    return found

@@ -22,7 +22,7 @@ from featkd.cache.writer import lock_folder, prepare_folder
 from featkd.data import Batch, EpochSampler, ImageSet, Loader
 from featkd.data.factory import build_loader_for
 from featkd.data.sampler import RangeSampler
-from featkd.models.features import num_layers
+from featkd.models.features import FeatureModel, num_layers
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.interrupt import Interrupt
 from featkd.runtime.names import printable_lines
@@ -30,7 +30,14 @@ from featkd.train.cached_teacher import cache_subject, check_no_mixing, checkpoi
 from featkd.train.components import build_student, count_classes
 from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.teacher import Teacher, begin_graph_step, create_teacher_model, output_shapes
+from featkd.train.teacher import (
+    OutputShapes,
+    Teacher,
+    begin_graph_step,
+    create_teacher_model,
+    output_shapes,
+)
+from featkd.train.teacher_images import matched_tokens
 
 Found = TypeVar("Found")
 
@@ -99,7 +106,7 @@ def build_cache(
     try:
         classes = count_classes(recipe, dataset.classes, notes, strict=strict_classes)
         student = build_student(recipe, classes).to(context.device)
-        model = create_teacher_model(recipe, classes, dataset.classes, context, notes)
+        model, adapter = create_teacher_model(recipe, classes, dataset.classes, context, notes)
         compares_maps, stores_maps = recipe.loss.feature is not None, config.features != "none"
         pairs = LayerPairs()
         if compares_maps or stores_maps:
@@ -108,10 +115,18 @@ def build_cache(
         compared = pairs if compares_maps else LayerPairs()
         every = tuple(sorted(set(pairs.teacher)))
         shapes = output_shapes("teacher", model, every, recipe, context)
-        check_fit(recipe, student, compared, shapes.of(compared.teacher), context, notes)
+        tokens = _stored_tokens(recipe, student, pairs, shapes, context, notes)
+        fitted = shapes.resized([tokens[layer] for layer in every])
+        check_fit(recipe, student, compared, fitted.of(compared.teacher), context, notes)
         del student
         layers = every if stores_maps else ()
-        teacher = Teacher(model, layers, recipe, context, logits=True, shapes=shapes.of(layers))
+        teacher = Teacher(
+            *(model, layers, recipe, context),
+            logits=True,
+            adapter=adapter,
+            shapes=shapes.of(layers),
+            tokens=tuple(tokens[layer] for layer in layers),
+        )
         manifest = Manifest(
             subject=cache_subject(recipe, loader, context),
             weights=_weights_sha256(cast(nn.Module, model)),
@@ -156,6 +171,32 @@ def build_cache(
     finally:
         loader.close()
     return CacheBuild(manifest, written, build.damaged, bad_files, stopped_by, size)
+
+
+def _stored_tokens(
+    recipe: Recipe,
+    student: FeatureModel,
+    pairs: LayerPairs,
+    shapes: OutputShapes,
+    context: ProcessContext,
+    notes: list[str],
+) -> dict[int, int]:
+    """Tokens of each stored map, by teacher layer: those of the student's map of its pair.
+
+    Raises:
+        RecipeError: a layer is compared with maps of different grids, or can't be resized.
+    """
+    maps = output_shapes("student", student, pairs.student, recipe, context).maps
+    matched = matched_tokens(maps, shapes.of(pairs.teacher).maps, notes)
+    found: dict[int, int] = {}
+    for layer, tokens in zip(pairs.teacher, matched, strict=True):
+        if found.setdefault(layer, tokens) != tokens:
+            raise RecipeError(
+                f"loss.pairs: teacher layer {layer} is compared with student maps of "
+                f"{found[layer]} and of {tokens} tokens, but a cache stores it once; expected "
+                "one grid per teacher layer, or a run without a cache"
+            )
+    return found
 
 
 class _Build:

@@ -18,10 +18,12 @@ from featkd.cache.ahead import ReadAhead
 from featkd.cache.manifest import differing, read_manifest
 from featkd.data import Batch, Loader
 from featkd.data.augment import AUGMENTATION_VERSION
+from featkd.models.adapters import same_values
 from featkd.runtime.distributed import ProcessContext
-from featkd.runtime.remote import Location, locate
+from featkd.runtime.remote import Location, locate, locate_once
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import OutputShapes
+from featkd.train.teacher_images import teacher_size, teacher_statistics
 
 _CHUNK = 1 << 22
 
@@ -123,6 +125,9 @@ def open_cache(
             "compared by file name only"
         )
         del held["teacher.checkpoint"], asked["teacher.checkpoint"]
+        for field in ("teacher.mean", "teacher.std"):  # the file knows them
+            if getattr(recipe.teacher, field.removeprefix("teacher.")) is None:
+                held.pop(field, None)
     different = differing(held, asked)
     if different:
         raise RecipeError(
@@ -203,18 +208,28 @@ def cache_subject(recipe: Recipe, loader: Loader, context: ProcessContext) -> di
         # pixel: its window is drawn from two.
         "augmentation_version": AUGMENTATION_VERSION if data.augment.is_random else 1,
     }
+    if (size := teacher_size(recipe)) != data.img_size:
+        found["teacher.img_size"] = size
     found |= {f"data.augment.{k}": v for k, v in dataclasses.asdict(data.augment).items()}
     found |= {f"versions.{k}": v for k, v in _versions(loader.decoder).items()}
 
-    def digests() -> dict[str, str | None]:
-        weights = None
-        if checkpoint is not None and (file := locate(checkpoint, "teacher.checkpoint")).is_file():
-            weights = _sha256(file)
+    def read_files() -> dict[str, Any]:
+        file, weights = None, None
+        if checkpoint is not None:
+            file = locate_once(checkpoint, "teacher.checkpoint")
+            weights = _sha256(file) if file.is_file() else None
+        statistics = teacher_statistics(recipe, file)
+        # Only where they differ: older caches have no entry, as there they never did.
+        other = {
+            f"teacher.{name}": wanted
+            for name in ("mean", "std")
+            if not same_values(wanted := getattr(statistics, name), getattr(data, name))
+        }
         # reads the size of every image file
         images = loader.dataset.fingerprint()
-        return {"data.images_sha256": images, "teacher.checkpoint": weights}
+        return {"data.images_sha256": images, "teacher.checkpoint": weights, **other}
 
-    found |= context.on_main(digests)
+    found |= context.on_main(read_files)
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
 

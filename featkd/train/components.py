@@ -27,6 +27,7 @@ from featkd.train.precision import AMP_DTYPES
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import Teacher, create_teacher_model, naming, output_shapes
 from featkd.train.teacher_checks import check_teacher
+from featkd.train.teacher_images import matched_tokens
 
 
 class StudentOutputs(NamedTuple):
@@ -275,9 +276,21 @@ def _teacher(
         pairs = pairs_for(cache.manifest.depth)
         image_name = train_loader.dataset.name
         return CachedTeacher(cache, pairs.teacher, context.device, image_name), pairs
-    model = create_teacher_model(recipe, num_classes, train_loader.classes, context, notes)
+    classes = train_loader.classes
+    model, adapter = create_teacher_model(recipe, num_classes, classes, context, notes)
     pairs = pairs_for(num_layers(model))
-    return Teacher(model, pairs.teacher, recipe, context, logits=recipe.loss.alpha > 0), pairs
+    shapes = output_shapes("teacher", model, pairs.teacher, recipe, context)
+    student_maps = output_shapes("student", student, pairs.student, recipe, context).maps
+    tokens = matched_tokens(student_maps, shapes.maps, notes)
+    logits = recipe.loss.alpha > 0
+    teacher = Teacher(
+        *(model, pairs.teacher, recipe, context),
+        logits=logits,
+        adapter=adapter,
+        shapes=shapes,
+        tokens=tokens,
+    )
+    return teacher, pairs
 
 
 def _precision_notes(recipe: Recipe, device: torch.device) -> list[str]:

@@ -69,7 +69,7 @@ def check_fit(
         if s.tokens != t.tokens:
             raise RecipeError(
                 f"loss.pairs: {pair}: the student's map has {s.tokens} tokens, the teacher's "
-                f"{t.tokens}; image and patch sizes must give the same grid"
+                f"{t.tokens} in the cache; expected a cache made for a student with this grid"
             )
         if s.channels == t.channels:
             continue

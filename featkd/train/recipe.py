@@ -60,6 +60,10 @@ class TeacherConfig:
             against them; for tests and timings.
         weights: weights of a featkd checkpoint: the average ("model_ema"), the last update
             ("model"), or the one of the two with the better score ("auto").
+        mean, std: statistics of the images that the teacher was trained on, per channel; null for
+            those of timm's pretrained weights or of a featkd checkpoint, otherwise those of data.
+        img_size: height and width to which images are resized for the teacher; null for
+            data.img_size.
         options: further arguments of the timm model.
     """
 
@@ -68,10 +72,32 @@ class TeacherConfig:
     checkpoint: str | None = None
     random: bool = False
     weights: Literal["auto", "model", "model_ema"] = "auto"
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    img_size: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_options("teacher", self.options, ("name", "pretrained", "checkpoint", "weights"))
+        fields = ("name", "pretrained", "checkpoint", "weights", "mean", "std")
+        _check_options("teacher", self.options, fields)
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if len(value) != 3 or not all(math.isfinite(x) for x in value):
+                raise RecipeError(
+                    f"teacher.{name}: expected null or three finite numbers, got {value!r}"
+                )
+        if self.std is not None and min(self.std) <= 0:
+            raise RecipeError(f"teacher.std: expected numbers > 0, got {self.std!r}")
+        if self.img_size is not None:
+            _require("teacher.img_size", self.img_size, "> 0")
+            inner = self.options.get("img_size")
+            if inner not in (None, self.img_size):
+                raise RecipeError(
+                    f"teacher.img_size: {self.img_size}, but teacher.options.img_size is {inner!r};"
+                    " expected one of them"
+                )
 
     @property
     def has_weights(self) -> bool:

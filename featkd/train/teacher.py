@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from featkd.cache import LayerShape, TeacherOutputs
 from featkd.data import Batch
 from featkd.models import create_teacher
-from featkd.models.features import FeatureModel
+from featkd.models.adapters import ImageAdapter, resize_map
+from featkd.models.features import FeatureModel, Layer
 from featkd.runtime.distributed import ProcessContext
-from featkd.runtime.remote import DownloadedFile, RemotePath, locate
+from featkd.runtime.remote import locate_once
 from featkd.runtime.seeding import derive_seed
 from featkd.train.precision import AMP_DTYPES, autocast, cast_matmul_weights
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher_checks import (
     check_classifier,
     check_finite,
-    check_statistics,
     check_synsets,
     check_teacher,
 )
+from featkd.train.teacher_images import image_adapter, teacher_size
 
 
 def begin_graph_step(device: torch.device) -> None:
@@ -40,18 +44,39 @@ class TeacherForward(nn.Module):
         model: the teacher.
         layers: layers whose feature maps are returned.
         logits: whether to compute logits; without them, nothing runs after the deepest layer.
+        adapter: maps the student's images to the teacher's; None if they are the same.
+        tokens: number of tokens to which each map is resized; None resizes none.
     """
 
-    def __init__(self, model: FeatureModel, layers: tuple[int, ...], logits: bool) -> None:
+    def __init__(
+        self,
+        model: FeatureModel,
+        layers: tuple[Layer, ...],
+        logits: bool,
+        adapter: ImageAdapter | None = None,
+        tokens: tuple[int, ...] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.layers = layers
         self.logits = logits
+        self.adapter = adapter
+        self.tokens = tokens
 
     def forward(self, images: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+        if self.adapter is not None:
+            images = self.adapter(images)
+        logits = None
         if self.logits:
-            return self.model.forward_with_features(images, self.layers)
-        return None, self.model.forward_maps(images, self.layers)
+            logits, maps = self.model.forward_with_features(images, self.layers)
+        else:
+            maps = self.model.forward_maps(images, self.layers)
+        if self.tokens is not None:
+            maps = [
+                x if x.shape[1] == tokens else resize_map(x, math.isqrt(tokens))
+                for x, tokens in zip(maps, self.tokens, strict=True)
+            ]
+        return logits, maps
 
 
 class Teacher:
@@ -63,25 +88,30 @@ class Teacher:
         recipe: the run, for its precision and torch.compile settings.
         context: this process.
         logits: whether to return logits.
-        shapes: output shapes with the maps of `layers`; None runs an image through the model.
+        adapter: maps the student's images to the teacher's; None if they are the same.
+        shapes: the model's output shapes with the maps of `layers`; None runs an image through it.
+        tokens: number of tokens to which each map is resized; None resizes none.
     """
 
     def __init__(
         self,
         model: FeatureModel,
-        layers: tuple[int, ...],
+        layers: tuple[Layer, ...],
         recipe: Recipe,
         context: ProcessContext,
         *,
         logits: bool,
+        adapter: ImageAdapter | None = None,
         shapes: OutputShapes | None = None,
+        tokens: tuple[int, ...] | None = None,
     ) -> None:
         self.model = model
         self.layers = layers
-        self.shapes = shapes or output_shapes("teacher", model, layers, recipe, context)
+        shapes = shapes or output_shapes("teacher", model, layers, recipe, context)
+        self.shapes = shapes if tokens is None else shapes.resized(tokens)
         self._amp = recipe.amp
         self._device = context.device
-        self._forward = TeacherForward(model, layers, logits)
+        self._forward = TeacherForward(model, layers, logits, adapter, tokens)
         if recipe.compiles_on(context.device.type):
             # Static shapes: after a partial batch, dynamo would run whole batches on kernels for
             # any size, and a cache's bytes would depend on the order of its shards.
@@ -100,7 +130,7 @@ def create_teacher_model(
     classes: Sequence[str],
     context: ProcessContext,
     notes: list[str],
-) -> FeatureModel:
+) -> tuple[FeatureModel, ImageAdapter | None]:
     """Creates the recipe's teacher on the device; its matmul weights get the dtype of `amp`.
 
     Args:
@@ -110,20 +140,21 @@ def create_teacher_model(
         context: this process.
         notes: notes for the user are appended here.
 
+    Returns:
+        The model, and the map from the student's images to its own; None if they are the same.
+
     Raises:
         RecipeError: the model can't be created, or its weights don't fit the run (see
             `featkd.train.teacher_checks`).
     """
     config = recipe.teacher
     assert config is not None
-    options = {"img_size": recipe.data.img_size, **config.options}
+    options = {**config.options, "img_size": teacher_size(recipe)}
     checkpoint = None
     if config.checkpoint is not None:
-        checkpoint = locate(config.checkpoint, "teacher.checkpoint")
+        checkpoint = locate_once(config.checkpoint, "teacher.checkpoint")
         if not checkpoint.is_file():
             raise RecipeError(f"teacher.checkpoint: no file {config.checkpoint!r}")
-        if isinstance(checkpoint, RemotePath):  # read for the checks and for the weights
-            checkpoint = DownloadedFile(checkpoint.url, checkpoint.fs, checkpoint.path)
     trained_classes = check_teacher(recipe, classes, checkpoint)
     if not config.pretrained:
         options.setdefault("num_classes", trained_classes or num_classes)
@@ -142,14 +173,13 @@ def create_teacher_model(
         )
     check_classifier(recipe, model)
     if config.pretrained:
-        pretrained_cfg = cast(Any, model).pretrained_cfg
-        check_statistics(recipe, pretrained_cfg, f"teacher.pretrained: {config.name}")
-        check_synsets(recipe, pretrained_cfg, classes)
+        check_synsets(recipe, cast(Any, model).pretrained_cfg, classes)
+    adapter = image_adapter(recipe, checkpoint, notes)
     check_finite(recipe, model)
     model.to(context.device)
     if recipe.amp in AMP_DTYPES:
         cast_matmul_weights(cast(nn.Module, model), AMP_DTYPES[recipe.amp])
-    return model
+    return model, None if adapter is None else adapter.to(context.device)
 
 
 # Not mistakes in a recipe: files, memory, and other processes.
@@ -184,11 +214,16 @@ class OutputShapes(NamedTuple):
         by_layer = {shape.layer: shape for shape in self.maps}
         return self._replace(maps=tuple(by_layer[layer] for layer in layers))
 
+    def resized(self, tokens: Sequence[int]) -> OutputShapes:
+        """Returns the shapes with other numbers of tokens, one per map."""
+        maps = (replace(x, tokens=n) for x, n in zip(self.maps, tokens, strict=True))
+        return self._replace(maps=tuple(maps))
+
 
 def output_shapes(
     field: str,
     model: FeatureModel,
-    layers: Sequence[int],
+    layers: Sequence[Layer],
     recipe: Recipe,
     context: ProcessContext,
 ) -> OutputShapes:
@@ -204,12 +239,16 @@ def output_shapes(
     Raises:
         RecipeError: the model fails on an image of the recipe's size.
     """
-    size = recipe.data.img_size
+    is_teacher = field == "teacher"
+    size = teacher_size(recipe) if is_teacher else recipe.data.img_size
+    name = "teacher.img_size" if is_teacher and size != recipe.data.img_size else "data.img_size"
+    check_patches(name, model, size)
     image = torch.zeros(1, 3, size, size, device=context.device)
     training = model.training
     model.eval()
-    options = (recipe.student if field == "student" else recipe.teacher or recipe.student).options
-    described = f"{field}.options: {options}: the {field} fails on an image of data.img_size {size}"
+    config = recipe.teacher if is_teacher else recipe.student
+    assert config is not None
+    described = f"{field}.options: {config.options}: the {field} fails on an image of {name} {size}"
     with naming(described), torch.no_grad(), autocast(recipe.amp, context.device):
         logits, maps = model.forward_with_features(image, layers)
     model.train(training)
@@ -221,6 +260,30 @@ def output_shapes(
             for layer, x in zip(layers, maps, strict=True)
         ),
     )
+
+
+def check_patches(name: str, model: FeatureModel, size: int) -> None:
+    """Checks that patches divide an image; timm leaves the rest of the pixels out.
+
+    Args:
+        name: field of the recipe that sets the size.
+        model: the model.
+        size: height and width of the image.
+
+    Raises:
+        RecipeError: they don't.
+    """
+    embed = getattr(model, "patch_embed", None)
+    if not isinstance(embed, PatchEmbed) or getattr(embed, "dynamic_img_pad", False):
+        return
+    patch = max(embed.patch_size)
+    if size % patch:
+        least = max(size // patch * patch, patch)
+        raise RecipeError(
+            f"{name}: {size} is not a multiple of the patch size {patch} of "
+            f"{type(model).__name__.removeprefix('Feature')}; expected for example {least} or "
+            f"{least + patch}"
+        )
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

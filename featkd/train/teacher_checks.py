@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,8 +31,7 @@ def check_teacher(
 
     Raises:
         RecipeError: the teacher has no weights and `teacher.random` is false; or it is a
-            checkpoint of featkd that was trained with other mean or std, or, if the loss uses its
-            logits, on other classes.
+            checkpoint of featkd that was trained on other classes and the loss uses its logits.
     """
     teacher = recipe.teacher
     assert teacher is not None
@@ -44,12 +42,10 @@ def check_teacher(
         )
     if checkpoint is None and teacher.checkpoint is not None:
         checkpoint = locate(teacher.checkpoint, "teacher.checkpoint")
-    state = _read_run(checkpoint)
+    state = read_run(checkpoint)
     if state is None:
         return None
     where = f"teacher.checkpoint: {teacher.checkpoint}"
-    data = state["recipe"].get("data") or {}
-    check_statistics(recipe, data, where)
     own = state.get("classes")
     if recipe.loss.alpha > 0 and own is not None and list(own) != list(classes):
         raise RecipeError(
@@ -60,28 +56,6 @@ def check_teacher(
         )
     found = state.get("num_classes")
     return found if isinstance(found, int) else None
-
-
-def check_statistics(recipe: Recipe, expected: Mapping[str, Any], teacher: str) -> None:
-    """Checks that the images are normalised as the teacher expects.
-
-    Args:
-        recipe: the run.
-        expected: "mean" and "std" that the teacher was trained with; a missing one is not checked.
-        teacher: beginning of the error.
-
-    Raises:
-        RecipeError: they differ from `data.mean` or `data.std`.
-    """
-    for name in ("mean", "std"):
-        own, theirs = getattr(recipe.data, name), expected.get(name)
-        if theirs is None:
-            continue
-        if not all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(own, theirs, strict=True)):
-            raise RecipeError(
-                f"{teacher}: was trained with data.{name} {list(theirs)}, but this run has "
-                f"{list(own)}; expected data.{name}: {list(theirs)}"
-            )
 
 
 def check_classifier(recipe: Recipe, model: FeatureModel) -> None:
@@ -161,7 +135,7 @@ def check_finite(recipe: Recipe, model: FeatureModel) -> None:
         )
 
 
-def _read_run(where: Location | None) -> dict[str, Any] | None:
+def read_run(where: Location | None) -> dict[str, Any] | None:
     """Content of a teacher's file if it is a checkpoint of featkd, else None.
 
     A missing or damaged file is left to `create_teacher`, which describes it.

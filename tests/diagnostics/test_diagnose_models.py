@@ -8,12 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
 from featkd.cli.main import main
 from featkd.diagnostics import build_source
+from featkd.diagnostics.config import DiagnoseConfig
+from featkd.diagnostics.source import Layer
 from featkd.models import create_teacher
 from featkd.runtime.distributed import ProcessContext
+from featkd.train.checkpoint import load
 from featkd.train.recipe import LossConfig
 from featkd.train.trainer import Trainer
 from tests.diagnostics.commands import QUICK
@@ -79,16 +85,48 @@ def test_pretrained_and_img_size_beside_a_checkpoint(
     monkeypatch.setattr(build_source, "create_teacher", without_network)
     words = ("diagnose", "--student", trained, "--data", images, "--out", tmp_path / "out")
     words += ("--pretrained", "--workers", "0", "--images", "8", *QUICK)
-    timm = ("--teacher", "vit_tiny_patch16_224")
-    timm += ("--teacher-options", json.dumps(TEACHER | {"patch_size": 4}))
-    assert main([str(w) for w in (*words, *timm, "--img-size", "16")]) == 0
+    own = ("--teacher", "vit_tiny_patch16_224")
+    own += ("--teacher-options", json.dumps(TEACHER | {"patch_size": 4}))
+    assert main([str(w) for w in (*words, *own, "--img-size", "16")]) == 0
     assert asked == [(True, 16)]
     err = capsys.readouterr().err
     assert "random weights" not in err
-    assert main([str(w) for w in (*words, *timm, "--img-size", "32")]) == 2
+    assert main([str(w) for w in (*words, *own, "--img-size", "32")]) == 2
     assert f"img_size: got 32 together with {trained}, which expects 16" in capsys.readouterr().err
     assert main([str(w) for w in (*words, "--teacher", trained)]) == 2
     message = f"without a weights file, got {trained} and {trained}"
     assert message in capsys.readouterr().err
     assert main([str(w) for w in (*words, "--teacher", "vit_tinny_patch16_224")]) == 2
     assert "featkd: teacher: timm has no model 'vit_tinny_patch16_224'; " in capsys.readouterr().err
+
+
+def test_each_model_of_a_pair_sees_its_own_images(trained, images):
+    """A SigLIP teacher (mean and std 0.5) of another size, compared with timm's transform."""
+    options = TEACHER | {"patch_size": 4, "img_size": 20}
+    config = DiagnoseConfig(
+        student=str(trained),
+        teacher="vit_base_patch16_siglip_224",
+        teacher_options=options,
+        data=str(images),
+        images=6,
+        workers=0,
+        batch_size=6,
+        crop_pct=1.0,
+    )
+    source = build_source.build_source(config, torch.device("cpu"))
+    (chunk,) = source.chunks([0])
+    student, teacher = (source.model(name) for name in ("student", "teacher"))
+    record = timm.data.resolve_model_data_config(teacher) | {"input_size": (3, 20, 20)}
+    assert record["mean"] == (0.5, 0.5, 0.5)
+    transform = timm.data.create_transform(**(record | {"crop_pct": 1.0}), is_training=False)
+    files = [Image.open(source.name(number)).convert("RGB") for number in range(6)]
+    (want,) = teacher.forward_maps(torch.stack([transform(file) for file in files]), [-1])
+    torch.testing.assert_close(chunk.maps[Layer("teacher", 1)], want, rtol=1e-5, atol=1e-5)
+    data = load(trained)["recipe"]["data"]
+    record |= {"mean": data["mean"], "std": data["std"], "crop_pct": 1.0}
+    transform = timm.data.create_transform(**record, is_training=False)
+    pixels = torch.stack([transform(file) for file in files])
+    small = F.interpolate(pixels, size=(16, 16), mode="bilinear", antialias=True)
+    (want,) = student.forward_maps(small, [-1])
+    torch.testing.assert_close(chunk.maps[Layer("student", 1)], want, rtol=1e-4, atol=1e-4)
+    assert any("images of the student have its own mean" in note for note in source.notes)

@@ -43,7 +43,8 @@ def test_maps_and_logits_match_equations(
     expected = z.mean(dim=1) @ state["head.weight"].T + state["head.bias"]
     if scale < 1:
         assert not torch.allclose(z, layer_norm(projected, *norm, 1e-6), rtol=1e-3)
-    logits, (last, first, again) = lift.forward_with_features(images, [-1, 0, 3])
+    logits, (last, first, again, pooled) = lift.forward_with_features(images, [-1, 0, 3, "pooled"])
+    torch.testing.assert_close(pooled, z.mean(dim=1, keepdim=True), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(last, z, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(first, blocks[0][:, 1:], rtol=1e-9, atol=1e-9)
     assert again is last

@@ -145,6 +145,7 @@ def test_runs_each_block_once(family: tuple[nn.Module, int], images: Tensor) -> 
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("family", ["deit_distilled", "cait", "swin"], indirect=True)
 def test_compiles_without_a_graph_break(family: tuple[nn.Module, int], images: Tensor) -> None:
     model: Any = with_features(family[0])
     compiled: Any = torch.compile(model.forward_with_features, fullgraph=True, backend="eager")
@@ -206,9 +207,57 @@ def test_distilled_training_returns_two_logits(images: Tensor) -> None:
     assert features.shape == (2, 16, 48)
 
 
-def test_unsupported_model_raises() -> None:
-    with pytest.raises(ValueError, match=r"model: expected one of timm's .*Cait.*; got ResNet"):
-        with_features(timm.create_model("resnet10t"))
+SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
+# timm name, arguments, and the (tokens, channels) of the first and of the last layer at 64 pixels
+OTHERS: list[tuple[str, dict[str, Any], tuple[int, int], tuple[int, int]]] = [
+    ("vit_small_patch16_dinov3", {**SMALL, "img_size": 64}, (16, 48), (16, 48)),
+    ("vit_pe_core_tiny_patch16_384", {**SMALL, "img_size": 64}, (16, 48), (16, 48)),
+    ("beitv2_base_patch16_224", {**SMALL, "img_size": 64}, (16, 48), (16, 48)),
+    ("naflexvit_base_patch16_gap", SMALL, (16, 48), (16, 48)),
+    ("xcit_nano_12_p16_224", {"depth": 2, "img_size": 64, "num_classes": 10}, (16, 128), (16, 128)),
+    (
+        "swinv2_tiny_window8_256",
+        {**SWIN, "img_size": 64, "patch_size": 4, "num_classes": 10},
+        (256, 24),
+        (16, 96),
+    ),
+    ("convnext_atto", {"num_classes": 10}, (256, 40), (4, 320)),
+    ("resnet18", {"num_classes": 10}, (1024, 64), (4, 512)),
+    ("mobilenetv4_conv_small", {"num_classes": 10}, (1024, 32), (4, 960)),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "first", "last"), OTHERS, ids=[name for name, *_ in OTHERS]
+)
+def test_models_of_other_classes_give_maps(
+    name: str, options: dict[str, Any], first: tuple[int, int], last: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    untouched: Any = timm.create_model(name, **options).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        want = untouched(images)
+        pooled = untouched.forward_head(untouched.forward_features(images), pre_logits=True)
+        maps = untouched.forward_intermediates(images, intermediates_only=True)
+        model: Any = with_features(copy.deepcopy(untouched))
+        depth = num_layers(model)
+        logits, got = model.forward_with_features(images, ["pooled", *range(depth)])
+        (alone,) = model.forward_maps(images, [0])
+        (again,) = pickle.loads(pickle.dumps(model)).forward_maps(images, [0])
+    assert torch.equal(logits, want)
+    assert torch.equal(got[0], pooled[:, None])
+    assert len(maps) == depth
+    for tokens, x in zip(got[1:], maps, strict=True):
+        assert torch.equal(tokens, x.flatten(2).transpose(1, 2))
+    assert torch.equal(alone, got[1])
+    assert torch.equal(again, got[1])
+    assert (got[1].shape[1:], got[-1].shape[1:]) == (first, last)
+
+
+def test_a_model_without_maps_raises() -> None:
+    with pytest.raises(ValueError, match=r"^model: Linear gives no feature maps: it has no forwar"):
+        with_features(nn.Linear(2, 2))
 
 
 def test_resolve_layers() -> None:
@@ -240,6 +289,8 @@ def test_layers_of_wrong_type_raise(layers: Any) -> None:
         ("cait_xxs24_224", {**VIT, "num_heads": 4, "img_size": (32, 48)}, -1, (4, 6)),
         ("swin_tiny_patch4_window7_224", {**SWIN, "img_size": (32, 48)}, 0, (16, 24)),
         ("swin_tiny_patch4_window7_224", {**SWIN, "img_size": (32, 48)}, -1, (4, 6)),
+        ("swin_tiny_patch4_window7_224", {**SWIN, "img_size": 28}, -1, (4, 4)),  # 14, 7, 4
+        ("vit_small_patch14_dinov2", {**VIT, "patch_size": 14, "img_size": 56}, -1, (4, 4)),
     ],
 )
 def test_feature_grid(
@@ -247,7 +298,9 @@ def test_feature_grid(
 ) -> None:
     model: Any = with_features(timm.create_model(name, **options))
     assert feature_grid(model, layer) == grid
-    _, (features,) = model.forward_with_features(torch.zeros(1, 3, *options["img_size"]), [layer])
+    size = options["img_size"]
+    images = torch.zeros(1, 3, *(size if isinstance(size, tuple) else (size, size)))
+    _, (features,) = model.forward_with_features(images, [layer])
     assert features.shape[1] == grid[0] * grid[1]
 
 

@@ -1,0 +1,134 @@
+"""Image statistics and size that a run's teacher was trained with, and the maps' grids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from featkd.cache import LayerShape
+from featkd.models.adapters import ImageAdapter, same_values
+from featkd.models.base import pretrained_config
+from featkd.runtime.remote import Location, locate
+from featkd.train.recipe import Recipe, RecipeError
+from featkd.train.teacher_checks import read_run
+
+_UNKNOWN = "data.mean and data.std"
+
+
+class ImageStatistics(NamedTuple):
+    """Mean and standard deviation per channel, of pixels from 0 to 1, and where they come from."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    source: str
+
+
+def teacher_statistics(recipe: Recipe, checkpoint: Location | None = None) -> ImageStatistics:
+    """Returns the statistics that the teacher's images are normalised by.
+
+    They are those of the recipe if it gives them, of timm's record for pretrained weights, of the
+    stored recipe for a checkpoint of featkd, and otherwise those of the student's images.
+
+    Args:
+        recipe: the run; its teacher is not null.
+        checkpoint: location of `teacher.checkpoint` if it is known.
+    """
+    teacher, data = recipe.teacher, recipe.data
+    assert teacher is not None
+    known: dict[str, Any] = {}
+    source = _UNKNOWN
+    if teacher.pretrained:
+        known = pretrained_config(teacher.name, **teacher.options)
+        source = f"timm's record of {teacher.name}"
+    elif teacher.checkpoint is not None:
+        checkpoint = checkpoint or locate(teacher.checkpoint, "teacher.checkpoint")
+        if (state := read_run(checkpoint)) is not None:
+            known = state["recipe"].get("data") or {}
+            source = "the checkpoint's recipe"
+    found = [getattr(teacher, name) or known.get(name) for name in ("mean", "std")]
+    if teacher.mean is not None or teacher.std is not None:
+        source = "the recipe"
+    mean, std = (own or x for own, x in zip(found, (data.mean, data.std), strict=True))
+    return ImageStatistics(tuple(mean), tuple(std), source)
+
+
+def teacher_size(recipe: Recipe) -> int:
+    """Height and width of the teacher's images."""
+    teacher = recipe.teacher
+    assert teacher is not None
+    size: int = teacher.img_size or teacher.options.get("img_size") or recipe.data.img_size
+    return size
+
+
+def image_adapter(
+    recipe: Recipe, checkpoint: Location | None, notes: list[str]
+) -> ImageAdapter | None:
+    """Returns the map from the student's images to the teacher's; None if they are the same.
+
+    Args:
+        recipe: the run; its teacher is not null.
+        checkpoint: location of `teacher.checkpoint` if it is known.
+        notes: notes on the differences are appended here.
+    """
+    teacher, data = recipe.teacher, recipe.data
+    assert teacher is not None
+    wanted, size = teacher_statistics(recipe, checkpoint), teacher_size(recipe)
+    adapter = ImageAdapter(
+        *(data.mean, data.std, wanted.mean, wanted.std), size=data.img_size, new_size=size
+    )
+    if adapter.renormalises:
+        notes.append(
+            f"teacher: its images are normalised by mean {list(wanted.mean)} and std "
+            f"{list(wanted.std)} ({wanted.source}), the student's by {list(data.mean)} and "
+            f"{list(data.std)}"
+        )
+    if adapter.new_size is not None:
+        notes.append(
+            f"teacher: its images are resized from {data.img_size} to {size} pixels "
+            "(teacher.img_size)"
+        )
+    if wanted.source == _UNKNOWN and teacher.checkpoint is not None:
+        record = pretrained_config(teacher.name, **teacher.options)
+        mean, std = record.get("mean"), record.get("std")
+        if mean and std and not (same_values(mean, data.mean) and same_values(std, data.std)):
+            notes.append(
+                f"teacher.mean, teacher.std: {teacher.checkpoint} does not say which it was trained"
+                f" with; the run takes data.mean {list(data.mean)} and data.std {list(data.std)}, "
+                f"but timm's weights of {teacher.name} have {list(mean)} and {list(std)}"
+            )
+    return adapter if adapter.renormalises or adapter.new_size else None
+
+
+def matched_tokens(
+    student: Sequence[LayerShape], teacher: Sequence[LayerShape], notes: list[str]
+) -> tuple[int, ...]:
+    """Tokens of each teacher map after it is resized to the grid of the student's map.
+
+    Args:
+        student, teacher: one map per layer pair, in the same order.
+        notes: a note is appended for each map that is resized.
+
+    Raises:
+        RecipeError: a map has no square grid.
+    """
+    for s, t in zip(student, teacher, strict=True):
+        if s.tokens == t.tokens:
+            continue
+        sides = []
+        for model, shape in (("student", s), ("teacher", t)):
+            side = math.isqrt(shape.tokens)
+            if side * side != shape.tokens:
+                raise RecipeError(
+                    f"loss.pairs: layer pair [{s.layer}, {t.layer}]: the {model}'s map has "
+                    f"{shape.tokens} tokens, which are no square grid and can't be resized, and "
+                    f"the other {t.tokens if shape is s else s.tokens}; expected image and patch "
+                    "sizes that give the same grid"
+                )
+            sides.append(side)
+        own, its = sides
+        notes.append(
+            f"layer pair [{s.layer}, {t.layer}]: the teacher's map of {its} x {its} tokens is "
+            f"resized to the student's {own} x {own}"
+        )
+    return tuple(shape.tokens for shape in student)

@@ -28,7 +28,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("layers", [None, "[-1,0]"])
-def test_student_and_teacher(images, tmp_path, capsys, layers):
+def test_student_and_teacher(images, tmp_path, capsys, layers, request):
+    if layers is not None:  # the same figures
+        request.getfixturevalue("no_figures")
     options = '{"patch_size": 4, "depth": 2, "num_heads": 3, "embed_dim": 12}'
     words = ("--student", "vit_tiny_patch16_224", "--teacher", "vit_tiny_patch16_224")
     wide = '{"patch_size": 4, "depth": 2, "num_heads": 3, "embed_dim": 24}'
@@ -69,6 +71,7 @@ def trained(recipe):
     return Path(run.out) / "last.pt"
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_pretrained_and_img_size_beside_a_checkpoint(
     trained, images, tmp_path, capsys, monkeypatch
 ):

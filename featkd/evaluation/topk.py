@@ -29,7 +29,7 @@ class Evaluation:
 
 
 def _sums(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sums over a batch: images whose class is the first, or one of the first five, and the loss."""
+    """Sums over a batch: images whose class is first, or one of the first five, and the loss."""
     found = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
     loss = F.cross_entropy(logits, targets, reduction="sum")
     return torch.stack((found[:, 0].sum(), found.sum(), loss.double()))

@@ -195,7 +195,7 @@ _ENTRIES = {
     "classes": _Entry(
         "a list of names", lambda value: isinstance(value, list) and all(map(_is_str, value))
     ),
-    "num_classes": _POSITIVE,
+    "num_classes": _INT,
     "meter": _Entry(
         "a tensor of shape (3,)", lambda value: _is_plain_tensor(value) and value.shape == (3,)
     ),

@@ -51,7 +51,7 @@ class OwnHead(_Timm):  # type: ignore[misc]
         module.to_empty(device=get_device_dtype(self)["device"])
         for inner in module.modules():
             if hasattr(inner, "init_weights"):  # the query of timm's attention pooling
-                inner.init_weights()
+                cast(Any, inner).init_weights()
         self._initialise(module, name)
 
     def _initialise(self, module: nn.Module, name: str) -> None:

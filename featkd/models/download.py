@@ -15,7 +15,7 @@ _TIMEOUT = 5  # seconds
 
 def is_on_hub(name: str) -> bool:
     """Checks whether a model's name has the source "hf-hub:", whose configuration is remote too."""
-    return parse_model_name(name)[0] == "hf-hub"
+    return bool(parse_model_name(name)[0] == "hf-hub")
 
 
 def check_download(name: str, pretrained: bool = True) -> None:

@@ -137,7 +137,7 @@ class LiftStudent(OwnHead):
         last = len(self.blocks) - 1
         if {last, POOLED} & {*resolve_layers(layers, last + 1)}:
             return self.forward_with_features(images, layers)[1]
-        return super().forward_maps(images, layers)
+        return cast(list[Tensor], super().forward_maps(images, layers))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the head by a newly initialised one; the pooling remains the mean over tokens.

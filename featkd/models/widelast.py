@@ -117,13 +117,13 @@ class ProjectedInput:
         Linear and two plain LayerNorms of the same epsilon. Otherwise, for hooks and for exports,
         the modules are called (see `featkd.models.fusion`).
         """
-        modules = (self.proj_in, self.proj_norm, self.norm1)
-        if is_being_exported() or not isinstance(x, Tensor) or not is_fusible(*modules):
-            residual = self.proj_norm(self.proj_in(x))
-            return residual, self.norm1(residual)
-        _, first, second = cast(tuple[Any, ...], modules)
+        linear, first, second = cast(tuple[Any, ...], (self.proj_in, self.proj_norm, self.norm1))
+        fuses = isinstance(x, Tensor) and is_fusible(linear, first, second)
+        if is_being_exported() or not fuses:
+            residual = first(linear(x))
+            return residual, second(residual)
         return widelast_projection(
-            *(x, self.proj_in.weight, first.weight, first.bias, second.weight, second.bias),
+            *(x, linear.weight, first.weight, first.bias, second.weight, second.bias),
             eps=first.eps,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, cast
@@ -44,11 +45,11 @@ def build_student(recipe: Recipe, num_classes: int, notes: list[str] | None = No
             "weights": config.weights,
             "notes": notes,
         }
-    options = {"img_size": recipe.data.img_size, **config.options}
+    options = {"img_size": recipe.data.img_size, **config.options, **start}
     try:
         with naming("student"):
             student = create_student(
-                *(config.base, config.arch, config.teacher_dim, num_classes), **start, **options
+                config.base, config.arch, config.teacher_dim, num_classes, **options
             )
     except RecipeError as error:
         field, _, text = str(error).removeprefix("student: ").partition(": ")
@@ -56,8 +57,9 @@ def build_student(recipe: Recipe, num_classes: int, notes: list[str] | None = No
             raise RecipeError(f"student.{field}: {text}") from error.__cause__
         raise
     if notes is not None and checkpoint is not None:
-        data = read_stored_recipe(checkpoint).get("data") or {}
-        notes += _statistics_notes(recipe, data, f"student.checkpoint: {config.checkpoint}")
+        stored, source = read_stored_recipe(checkpoint), f"student.checkpoint: {config.checkpoint}"
+        notes += _statistics_notes(recipe, stored.get("data") or {}, source)
+        notes += _model_notes(recipe, stored.get("student") or {}, source)
     elif notes is not None and config.pretrained:
         data = cast(Any, student).pretrained_cfg
         notes += _statistics_notes(recipe, data, f"student.pretrained: {config.base}")
@@ -78,11 +80,28 @@ def _statistics_notes(recipe: Recipe, before: Mapping[str, Any], source: str) ->
     notes = []
     for name in ("mean", "std"):
         own, theirs = getattr(recipe.data, name), before.get(name)
-        pairs = zip(own, theirs or own, strict=True)
-        if all(math.isclose(a, b, abs_tol=1e-6) for a, b in pairs):
+        theirs = own if theirs is None else theirs
+        if all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(own, theirs, strict=True)):
             continue
         notes.append(
             f"{source}: was trained with data.{name} {list(theirs)}, this run has {list(own)}; "
             "the student adapts to it in training"
         )
     return notes
+
+
+def _model_notes(recipe: Recipe, before: Mapping[str, Any], source: str) -> list[str]:
+    """Notes on another base or other options: the number of heads shows in no tensor's shape."""
+
+    def model(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        options = config.get("options") or {}
+        kept = {k: v for k, v in options.items() if k != "img_size" and "drop" not in k}
+        return config.get("base"), {k: v for k, v in kept.items() if not k.startswith("pretrained")}
+
+    theirs, own = model(before), model(dataclasses.asdict(recipe.student))
+    if not before or theirs == own:
+        return []
+    described = (
+        f"student.base: {base}, student.options: {options}" for base, options in (theirs, own)
+    )
+    return [f"{source}: was trained with {next(described)}; this run has {next(described)}"]

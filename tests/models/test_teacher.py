@@ -120,7 +120,10 @@ def test_a_checkpoint_of_another_size_names_three_tensors_and_its_model(tmp_path
     assert len(message) < 900
 
 
-def test_unreachable_weights_are_refused_at_once(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "pretrained"), [("cait_s24_224", True), ("hf-hub:timm/resnet18.a1_in1k", False)]
+)
+def test_unreachable_weights_are_refused_at_once(monkeypatch, name, pretrained):
     def refuse(*_: object, **__: object) -> None:
         raise OSError("no network")
 
@@ -128,8 +131,8 @@ def test_unreachable_weights_are_refused_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(download.huggingface_hub, "try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(download.socket, "create_connection", refuse)
     monkeypatch.setattr(timm, "create_model", None)  # it would retry
-    with pytest.raises(ConnectionError, match=r"'cait_s24_224' .*no network.*teacher\.checkpoint"):
-        create_teacher("cait_s24_224", pretrained=True)
+    with pytest.raises(ConnectionError, match=rf"'{name}' .*no network.*teacher\.checkpoint"):
+        create_teacher(name, pretrained=pretrained)
 
 
 def test_models_without_pretrained_weights_are_named():

@@ -105,6 +105,17 @@ def test_other_statistics_of_the_starting_weights_are_noted(recipe, base):
     trainer.components.close()
 
 
+def test_another_number_of_heads_is_noted(recipe, base):
+    """It shows in no tensor's shape."""
+    options = {**recipe.student.options, "num_heads": 2, "drop_path_rate": 0.0}
+    for changed, noted in (({"options": options}, True), ({}, False)):
+        trainer = Trainer(short(recipe, checkpoint=str(base), **changed), CPU)
+        trainer.components.close()
+        found = [x for x in trainer.components.notes if "was trained with student.base" in x]
+        assert bool(found) == noted
+        assert not noted or re.search(r"'num_heads': 3}; this run has .*'num_heads': 2", found[0])
+
+
 def test_starting_weights_behind_a_url(recipe, base):
     place = locate("memory://starts/last.pt")
     place.replace_with(base.read_bytes())

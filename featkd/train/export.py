@@ -223,7 +223,7 @@ def card_fields(
             "loss": ", ".join(f"{key} {value}" for key, value in recipe["loss"].items()),
             "images": f"{state['loader']['num_images']} of {path}",
             "optimizer": f"{optim['optimizer']}, learning rate {lr}, weight decay "
-            f"{optim['weight_decay']}, batch {batch}, {recipe.get('amp', NOT_GIVEN)} precision",
+            f"{optim['weight_decay']}, batch {batch}, amp {recipe.get('amp', NOT_GIVEN)}",
             "length": f"{plural(state['update'], 'update')}, {plural(state['epoch'], 'epoch')}",
             "software": ", ".join(f"{key} {value}" for key, value in state["versions"].items()),
         },

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from featkd.cli import bench, cache, demo, diagnose, distill, env
+from featkd.cli import bench, cache, demo, diagnose, distill, env, export
 from featkd.cli.arguments import Parser
 from featkd.cli.main import COMMANDS, main
 from featkd.cli.recipe_arguments import parse_recipe
@@ -29,7 +29,14 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.fixture(scope="module")
 def parsers() -> dict[str, Parser]:
-    modules = {"distill": distill, "cache": cache, "diagnose": diagnose, "env": env, "demo": demo}
+    modules = {
+        "distill": distill,
+        "cache": cache,
+        "export": export,
+        "diagnose": diagnose,
+        "env": env,
+        "demo": demo,
+    }
     found = {name: module.parser() for name, module in modules.items()}
     return found | {f"bench {name}": parser for name, parser in bench.parsers().items()}
 
@@ -117,13 +124,16 @@ def test_every_option_has_one_name(parsers):
     options = {name: set(parser._option_string_actions) for name, parser in parsers.items()}
     for common, commands in {
         "--out": {*options} - {"env", "bench compare", "bench loader", "bench step", "bench train"},
-        "--data": {"distill", "cache", "diagnose", "bench loader", "bench step", "bench train"},
+        "--data": {
+            *("distill", "cache", "export", "diagnose"),
+            *("bench loader", "bench step", "bench train"),
+        },
         "--batch_size": {
             *("distill", "cache", "diagnose"),
             *("bench loader", "bench step", "bench train"),
         },
         "--device": {*options}
-        - {"demo", "env", *(f"bench {x}" for x in ("plot", "table", "compare"))}
+        - {"demo", "env", "export", *(f"bench {x}" for x in ("plot", "table", "compare"))}
         - {"bench loader"},
         "--json": {*options} - {"distill", "cache", "demo"},
         "--quiet": {*options} - {"env"},

@@ -29,7 +29,7 @@ IMPORTED = (
     *("featkd.cli.diagnose", "featkd.cli.distill", "featkd.cli.cache", "featkd.cli.errors"),
     *("featkd.train.dryrun", "featkd.train.build_cache"),
     *("attrs", "docstring_parser", "torch.distributed.launcher.api", "torch.utils.tensorboard"),
-    *("torch.utils.serialization.config"),
+    "torch.utils.serialization.config",
     "featkd.diagnostics.report",
 )
 

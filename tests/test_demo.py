@@ -15,10 +15,12 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from featkd.compare.pool import train, train_all
+from featkd.compare.results import RunResult, spread
 from featkd.demo import run_demo
 from featkd.demo.digits import write_digits
-from featkd.demo.results import STUDENTS, RunResult, spread
-from featkd.demo.run import keep_or_clear, train, train_all
+from featkd.demo.report import STUDENTS
+from featkd.demo.run import keep_or_clear
 from featkd.runtime.environment import versions
 from featkd.train.checkpoint import FORMAT, load
 from featkd.train.recipe import Recipe, to_dict
@@ -101,7 +103,7 @@ def test_demo_end_to_end(
     assert "What the student can reach" in (tmp_path / "diagnostics" / "report.html").read_text()
 
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("last.pt")}
-    monkeypatch.setattr("featkd.demo.run.ProcessPoolExecutor", InProcessPool)
+    monkeypatch.setattr("featkd.compare.pool.ProcessPoolExecutor", InProcessPool)
     monkeypatch.setattr("featkd.demo.run.compare_maps", lambda *_: 3)
     assert run_demo(tmp_path, seeds=1, epochs=1) == 3  # no run is trained again
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("last.pt")}
@@ -123,10 +125,10 @@ def test_each_student_has_a_run_per_seed(
 
     def train(name: str, recipe: Recipe) -> RunResult:
         seeds.append((name, recipe.seed))
-        return RunResult(name, recipe.seed, 1000, 75.0 + recipe.seed, 1.0, Path(recipe.out))
+        return RunResult(name, recipe.seed, 1000, 0.1, 75.0 + recipe.seed, 1.0, Path(recipe.out))
 
-    monkeypatch.setattr("featkd.demo.run.ProcessPoolExecutor", InProcessPool)
-    monkeypatch.setattr("featkd.demo.run.train", train)
+    monkeypatch.setattr("featkd.compare.pool.ProcessPoolExecutor", InProcessPool)
+    monkeypatch.setattr("featkd.compare.pool.train", train)
     monkeypatch.setattr("featkd.demo.run.write_digits", lambda _: None)
     monkeypatch.setattr("featkd.demo.run.write_report", lambda out, *_: out)
     monkeypatch.setattr("featkd.demo.run.compare_maps", lambda *_: 0)
@@ -138,8 +140,8 @@ def test_each_student_has_a_run_per_seed(
 def test_no_progress_bar_without_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("featkd.demo.run.ProcessPoolExecutor", InProcessPool)
-    monkeypatch.setattr("featkd.demo.run.train", lambda name, _: name)
+    monkeypatch.setattr("featkd.compare.pool.ProcessPoolExecutor", InProcessPool)
+    monkeypatch.setattr("featkd.compare.pool.train", lambda name, _: name)
     recipe = load_recipe(find_recipe("demo"))
     assert train_all({("a", 0): recipe, ("b", 0): recipe}, "training") == ["a", "b"]
     assert capsys.readouterr().err == ""
@@ -155,8 +157,8 @@ def test_a_process_of_the_pool_starts_no_run_after_a_signal(monkeypatch: pytest.
         def run(self, **_: object) -> Outcome:
             return Outcome(4, {}, {}, 1.0, {}, interrupted_by=15)
 
-    monkeypatch.setattr("featkd.demo.run.Trainer", Stopped)
-    monkeypatch.setattr("featkd.demo.run._stopped", False)
+    monkeypatch.setattr("featkd.compare.pool.Trainer", Stopped)
+    monkeypatch.setattr("featkd.compare.pool._stopped", False)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             train("x", Recipe())
@@ -234,6 +236,6 @@ def test_curves_come_from_the_logs(tmp_path: Path):
         "update,epoch,weights,top1\n5,1,model,50.0\n5,1,ema,40.0\n9,2,model,75.0\n"
     )
     (tmp_path / "metrics.csv").write_text("update,feature_loss\n5,0.5\n9,0.25\n")
-    result = RunResult("x", 0, 1, 75.0, 1.0, tmp_path)
+    result = RunResult("x", 0, 1, 0.1, 75.0, 1.0, tmp_path)
     assert result.curve() == [(1, 50.0), (2, 75.0)]
     assert result.feature_losses() == [(5, 0.5), (9, 0.25)]

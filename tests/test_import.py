@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("__main__",),
     ("cli", "demo", "benchmarks"),
+    ("compare",),
     ("train", "diagnostics"),
     ("evaluation",),
     ("cache",),

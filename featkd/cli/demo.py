@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from featkd.cli.arguments import Parser, add_quiet
 from featkd.cli.output import results_unless
@@ -19,25 +16,11 @@ def demo(words: Sequence[str]) -> int:
     from featkd.runtime import interrupt
 
     interrupt.loading_done()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup
-            signal.signal(number, _stop)
+    interrupt.raise_on_signals()
     with results_unless(options.quiet):
         return run_demo(
             Path(options.out), seeds=options.seeds, epochs=options.epochs, quiet=options.quiet
         )
-
-
-def _stop(number: int, _: FrameType | None) -> NoReturn:
-    """Exit through an exception, so that the demo also ends its child processes.
-
-    Another signal ends this process at once, and with it the children that it waits for.
-    """
-    for caught in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(caught, signal.SIG_DFL)
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise SystemExit(128 + number)
 
 
 def parser() -> Parser:

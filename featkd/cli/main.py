@@ -17,6 +17,7 @@ from featkd.runtime import interrupt, openmp
 
 COMMANDS = {
     "distill": "train a student, with or without a teacher",
+    "compare": "train arms of a recipe over several seeds, with intervals",
     "cache": "store a teacher's outputs for several runs, or verify stored ones",
     "export": "write a trained student for timm, ONNX or torch.export",
     "diagnose": "measure the mismatch between feature maps of a student and a teacher",

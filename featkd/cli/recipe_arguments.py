@@ -1,4 +1,4 @@
-"""Arguments of the commands that take a recipe: `distill` and `cache`."""
+"""Arguments of the commands that take a recipe: `distill`, `cache` and `compare`."""
 
 from __future__ import annotations
 

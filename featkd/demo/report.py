@@ -1,20 +1,22 @@
-"""Table and report page of the demo."""
+"""Students, table and report page of the demo."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
-
-from featkd.demo.results import STUDENTS, RunResult, spread
-from featkd.runtime import environment
-from featkd.runtime.files import atomic_write
-from featkd.runtime.names import printable_lines
-from featkd.runtime.plots import GREY, as_svg, axes_for, legend
-from featkd.train.recipe import Recipe, to_yaml
+from featkd.compare.report import curves_plot, write_page
+from featkd.compare.results import RunResult, spread
+from featkd.runtime.plots import as_svg, axes_for, legend
+from featkd.train.recipe import Arch, Recipe
 
 DIAGNOSTICS = "diagnostics"  # subfolder of the demo's output
+# (arch, distilled) of each student; everything else is set by recipes/demo.yaml.
+STUDENTS: dict[str, tuple[Arch, bool]] = {
+    "plain, cross-entropy": ("plain", False),
+    "plain, feature KD": ("plain", True),
+    "Lift, feature KD": ("lift", True),
+    "WideLast, feature KD": ("widelast", True),
+}
 _COLOURS = ("#8c8c8c", "#d1495b", "#3a86c8", "#2a9d6f")
 
 
@@ -37,62 +39,19 @@ def _row(name: str, runs: list[RunResult]) -> dict[str, str]:
     }
 
 
-def as_table(teacher: RunResult, results: list[RunResult]) -> str:
-    """Formats the table as text, with names left-aligned and numbers right-aligned."""
-    table = rows(teacher, results)
-    names = list(table[0])
-    widths = {n: max(len(n), *(len(row[n]) for row in table)) for n in names}
-    lines = [{n: n for n in names}, {n: "-" * widths[n] for n in names}, *table]
-    return "\n".join(
-        "  ".join(
-            line[n].ljust(widths[n]) if n == "model" else line[n].rjust(widths[n]) for n in names
-        )
-        for line in lines
-    )
-
-
 def write_report(
     out: Path, recipe: Recipe, teacher: RunResult, results: list[RunResult], seconds: float
 ) -> Path:
     """Writes `out/report.html`, a self-contained page of table, curves, recipe and versions."""
-    page = (
-        Environment(loader=PackageLoader("featkd.demo"), autoescape=True)
-        .get_template("report.html")
-        .render(
-            rows=rows(teacher, results),
-            accuracy=Markup(_accuracy_plot(teacher, results)),
-            features=Markup(_feature_plot(results)),
-            recipe=to_yaml(recipe),
-            diagnostics=f"{DIAGNOSTICS}/report.html",
-            facts={
-                **environment.versions(),
-                "commit": environment.commit(),
-                **environment.machine(),
-            },
-            minutes=f"{seconds / 60:.1f}",
-        )
+    curves = {name: [r.curve() for r in results if r.name == name] for name in STUDENTS}
+    return write_page(
+        *(out / "report.html", "featkd.demo", recipe),
+        rows=rows(teacher, results),
+        accuracy=curves_plot(curves, _COLOURS, teacher.top1),
+        features=_feature_plot(results),
+        diagnostics=f"{DIAGNOSTICS}/report.html",
+        minutes=f"{seconds / 60:.1f}",
     )
-    path = out / "report.html"
-    with atomic_write(path) as file:
-        file.write(printable_lines(page).encode())
-    return path
-
-
-def _accuracy_plot(teacher: RunResult, results: list[RunResult]) -> str:
-    figure, (axes,) = axes_for([("epoch", "validation top-1 (%)")])
-    for colour, name in zip(_COLOURS, STUDENTS, strict=True):
-        curves = [run.curve() for run in results if run.name == name]
-        epochs = [epoch for epoch, _ in curves[0]]
-        values = [[value for _, value in curve] for curve in curves]
-        middle = [spread(list(column))[0] for column in zip(*values, strict=True)]
-        axes.plot(epochs, middle, color=colour, label=name)
-        low, high = ([f(c) for c in zip(*values, strict=True)] for f in (min, max))
-        axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.axhline(teacher.top1, color=GREY, linestyle=":", label="teacher, last epoch")
-    best = max(run.top1 for run in [teacher, *results])
-    axes.set_ylim(max(0.0, best - 30), min(100.0, best + 2))
-    legend(axes)
-    return as_svg(figure)
 
 
 def _feature_plot(results: list[RunResult]) -> str:

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import shutil
-import signal
 import sys
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from multiprocessing import forkserver
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-from featkd.data.workers import end_with_parent
+from featkd.compare.pool import train_all
+from featkd.compare.report import as_table
+from featkd.compare.results import RunResult
 from featkd.demo.digits import write_digits
-from featkd.demo.report import DIAGNOSTICS, as_table, write_report
-from featkd.demo.results import STUDENTS, RunResult, throughput
+from featkd.demo.report import DIAGNOSTICS, STUDENTS, rows, write_report
 from featkd.diagnostics import DiagnoseConfig, diagnose
 from featkd.diagnostics.process_run import Interrupted
-from featkd.runtime import distributed, environment
-from featkd.runtime.interrupt import Interrupt
+from featkd.runtime import environment
 from featkd.runtime.names import plural
 from featkd.train import checkpoint
 from featkd.train.recipe import LossConfig, Recipe, TeacherConfig, to_dict
 from featkd.train.recipe_file import find_recipe, load_recipe
-from featkd.train.trainer import Trainer
 
 
 def run_demo(out: Path, seeds: int = 3, epochs: int | None = None, *, quiet: bool = False) -> int:
@@ -71,7 +61,7 @@ def run_demo(out: Path, seeds: int = 3, epochs: int | None = None, *, quiet: boo
     results = train_all(jobs, "training the students", quiet)
     if any(kept):
         print(f"{sum(kept)} of {len(kept)} students in {out} were continued or finished before\n")
-    table = as_table(teacher, results)
+    table = as_table(rows(teacher, results))
     seconds = time.perf_counter() - started
     page = write_report(out, recipe, teacher, results, seconds)
     print(f"{table}\n\n{seconds:.0f} s in total; report: {page}\n")
@@ -142,96 +132,3 @@ def student_recipe(recipe: Recipe, name: str, seed: int, out: Path, teacher: Run
     weights = str(teacher.folder / "last.pt")
     config: TeacherConfig = replace(recipe.teacher, checkpoint=weights, weights="model")
     return replace(changed, teacher=config)
-
-
-_stopped = False  # a signal has ended a run of this process
-
-
-def train(name: str, recipe: Recipe) -> RunResult:
-    """Runs one recipe in this process, from its checkpoint if there is one.
-
-    Raises:
-        KeyboardInterrupt: a signal ended this run, or an earlier one of this process. The pool
-            hands out a few runs in advance, and they cannot be cancelled.
-    """
-    global _stopped
-    if _stopped:
-        raise KeyboardInterrupt
-    trainer = Trainer(recipe, distributed.start("cpu"))
-    outcome = trainer.run(quiet=True)
-    if outcome.interrupted_by is not None:
-        _stopped = True
-        raise KeyboardInterrupt
-    return RunResult(
-        name=name,
-        seed=recipe.seed,
-        parameters=sum(p.numel() for p in trainer.components.student.parameters()),
-        top1=outcome.scores["model"]["top1"],
-        images_per_s=throughput(Path(recipe.out)),
-        folder=Path(recipe.out),
-    )
-
-
-def train_all(
-    jobs: dict[tuple[str, int], Recipe], description: str, quiet: bool = False
-) -> list[RunResult]:
-    """Runs recipes in parallel, one single-threaded process per core.
-
-    The models are too small for a run to gain from a second core.
-
-    Args:
-        jobs: recipes by (name, seed).
-        description: label of the progress bar.
-        quiet: show no progress bar.
-
-    Returns:
-        The results in the order of the jobs.
-    """
-    cores = len(os.sched_getaffinity(0))
-    server = multiprocessing.get_context("forkserver")  # imports the trainer only once
-    server.set_forkserver_preload(["featkd.train.trainer"])
-    _start_fork_server()
-    results: dict[tuple[str, int], RunResult] = {}
-    with ProcessPoolExecutor(min(cores, len(jobs)), server, initializer=_start_process) as pool:
-        try:
-            # A process whose start is interrupted would run on without the pool, and fail.
-            with Interrupt() as interrupt:
-                running = {pool.submit(train, key[0], recipe): key for key, recipe in jobs.items()}
-            if interrupt.signal is not None:
-                signal.raise_signal(interrupt.signal)
-            done = as_completed(running)
-            bar = tqdm(
-                *(done, description, len(running)),
-                unit="run",
-                disable=quiet or None,  # None: no bar if stderr is no terminal
-            )
-            for future in bar:
-                results[running[future]] = future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in multiprocessing.active_children():
-                child.terminate()  # it saves its checkpoint, unless Ctrl-C has made it do so
-            raise
-    return [results[key] for key in jobs]
-
-
-def _start_process() -> None:
-    """Initializes a process of the pool, which would otherwise outlive a killed demo."""
-    torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # the default is a semaphore that a killed process leaks
-    end_with_parent()
-
-
-def _start_fork_server() -> None:
-    """Starts the fork server with SIGINT ignored, as are then its children outside of training.
-
-    Ctrl-C reaches every process of the terminal. While one of them imports, waits or builds a model
-    it would print a traceback; `train_all` ends them all.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return  # only the main thread can set a handler
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.signal(signal.SIGINT, handler)

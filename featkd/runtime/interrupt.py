@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 CHECKPOINT_THREAD = "checkpoint"
 """Name of the thread that saves a checkpoint; a process can end beside it only by `os._exit`."""
@@ -33,6 +33,24 @@ def loading_done() -> None:
     if _before_loading is not None:
         signal.signal(signal.SIGINT, _before_loading)
         _before_loading = None
+
+
+def raise_on_signals() -> None:
+    """Makes SIGINT and SIGTERM end this process by an exception, which also ends its children.
+
+    A second signal ends the process at once, and with it the children that it waits for.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup
+            signal.signal(number, _raise)
+
+
+def _raise(number: int, _: FrameType | None) -> NoReturn:
+    for caught in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(caught, signal.SIG_DFL)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
 
 
 def _exit(number: int, _: FrameType | None) -> None:

@@ -60,12 +60,7 @@ def check_same_recipe(
             and `force` is false.
     """
     inference = (saved["teacher"] or {}).pop("inference", None)  # a field of earlier versions
-    _move_pretrained(saved["student"])
-    # Fields that the checkpoint's version did not have had their present defaults.
-    before = _filled(saved, to_dict(Recipe()))
-    if before["teacher"] is not None:
-        before["teacher"] = _filled(before["teacher"], dataclasses.asdict(TeacherConfig()))
-    changes = [c for c in _differences(before, to_dict(recipe)) if not c.is_below(_SILENT)]
+    changes = _changes(saved, recipe)
     student = [str(c) for c in changes if c.is_below(("student",)) and not c.may_happen]
     if student:
         raise RecipeError(
@@ -76,6 +71,20 @@ def check_same_recipe(
     if other and not force:
         raise another_experiment(path, other)
     return [*map(str, changes), *([NO_FASTEST] if inference == "fastest" else [])]
+
+
+def changed_fields(saved: dict[str, Any], recipe: Recipe) -> list[str]:
+    """Fields that differ, as in `check_same_recipe`, whether or not a run may change them."""
+    return [str(change) for change in _changes(saved, recipe)]
+
+
+def _changes(saved: dict[str, Any], recipe: Recipe) -> list[_Change]:
+    _move_pretrained(saved["student"])
+    # Fields that the version that saved it did not have had their present defaults.
+    before = _filled(saved, to_dict(Recipe()))
+    if before["teacher"] is not None:
+        before["teacher"] = _filled(before["teacher"], dataclasses.asdict(TeacherConfig()))
+    return [c for c in _differences(before, to_dict(recipe)) if not c.is_below(_SILENT)]
 
 
 def _move_pretrained(student: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from featkd.cli import bench, cache, demo, diagnose, distill, env, export
+from featkd.cli import bench, cache, compare, demo, diagnose, distill, env, export
 from featkd.cli.arguments import Parser
 from featkd.cli.main import COMMANDS, main
 from featkd.cli.recipe_arguments import parse_recipe
@@ -32,6 +32,7 @@ def parsers() -> dict[str, Parser]:
     modules = {
         "distill": distill,
         "cache": cache,
+        "compare": compare,
         "export": export,
         "diagnose": diagnose,
         "env": env,
@@ -104,7 +105,7 @@ def test_examples_of_help_parse(parsers):
         for example in parser.examples:
             name, words = split(example)
             assert name == command
-            if command in ("distill", "cache"):
+            if command in ("distill", "cache", "compare"):
                 parse_recipe(parser, words)
             else:
                 parser.parse_args(words)
@@ -125,17 +126,17 @@ def test_every_option_has_one_name(parsers):
     for common, commands in {
         "--out": {*options} - {"env", "bench compare", "bench loader", "bench step", "bench train"},
         "--data": {
-            *("distill", "cache", "export", "diagnose"),
+            *("distill", "cache", "compare", "export", "diagnose"),
             *("bench loader", "bench step", "bench train"),
         },
         "--batch_size": {
-            *("distill", "cache", "diagnose"),
+            *("distill", "cache", "compare", "diagnose"),
             *("bench loader", "bench step", "bench train"),
         },
         "--device": {*options}
         - {"demo", "env", "export", *(f"bench {x}" for x in ("plot", "table", "compare"))}
         - {"bench loader"},
-        "--json": {*options} - {"distill", "cache", "demo"},
+        "--json": {*options} - {"distill", "cache", "compare", "demo"},
         "--quiet": {*options} - {"env"},
     }.items():
         assert {name for name, found in options.items() if common in found} == commands, common

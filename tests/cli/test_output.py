@@ -16,7 +16,8 @@ import pytest
 from featkd.benchmarks import step
 from featkd.cli.main import main
 from featkd.cli.output import PrintableStream
-from featkd.demo.results import STUDENTS, RunResult
+from featkd.compare.results import RunResult
+from featkd.demo.report import STUDENTS
 from tests.diagnostics.commands import QUICK
 from tests.test_demo import InProcessPool
 
@@ -121,11 +122,11 @@ def test_quiet_prints_warnings_and_errors_only(
     command, broken, images, recipe_file, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(PrintableStream, "isatty", lambda _: True, raising=False)  # for bars
-    result = RunResult("teacher", 0, 1, 75.0, 1.0, tmp_path)
+    result = RunResult("teacher", 0, 1, 0.1, 75.0, 1.0, tmp_path)
     students = [replace(result, name=name) for name in STUDENTS]
     runs = iter([result, *students])
-    monkeypatch.setattr("featkd.demo.run.ProcessPoolExecutor", InProcessPool)
-    monkeypatch.setattr("featkd.demo.run.train", lambda *_: next(runs))
+    monkeypatch.setattr("featkd.compare.pool.ProcessPoolExecutor", InProcessPool)
+    monkeypatch.setattr("featkd.compare.pool.train", lambda *_: next(runs))
     monkeypatch.setattr("featkd.demo.run.write_report", lambda out, *_: out)
     monkeypatch.setattr("featkd.demo.run.compare_maps", lambda *_: 0)
     data = broken if command in SKIP else images

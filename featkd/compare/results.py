@@ -1,4 +1,4 @@
-"""Students of the demo, and results of its runs."""
+"""Results of finished runs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 from featkd.train.logs import read_csv
-from featkd.train.recipe import Arch
-
-# (arch, distilled) of each student; everything else is set by recipes/demo.yaml.
-STUDENTS: dict[str, tuple[Arch, bool]] = {
-    "plain, cross-entropy": ("plain", False),
-    "plain, feature KD": ("plain", True),
-    "Lift, feature KD": ("lift", True),
-    "WideLast, feature KD": ("widelast", True),
-}
+from featkd.train.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -23,10 +15,11 @@ class RunResult:
     """Results of one finished run.
 
     Attributes:
-        name: "teacher", or a key of `STUDENTS`.
+        name: arm of the comparison, or the demo's name of the model.
         seed: random seed of the run.
-        parameters: number of parameters.
-        top1: validation accuracy of the last weights, in per cent.
+        parameters: number of parameters of the model, without projectors.
+        gmacs: billions of multiply-adds of one image's forward pass.
+        top1: validation accuracy of the last weights, or of their average, in per cent.
         images_per_s: median training throughput.
         folder: folder of the run.
     """
@@ -34,14 +27,15 @@ class RunResult:
     name: str
     seed: int
     parameters: int
+    gmacs: float
     top1: float
     images_per_s: float
     folder: Path
 
-    def curve(self) -> list[tuple[int, float]]:
-        """Points (epoch, top-1 in per cent) of all evaluations."""
+    def curve(self, weights: str = "model") -> list[tuple[int, float]]:
+        """Points (epoch, top-1 in per cent) of all evaluations of the "model" or "ema" weights."""
         rows = read_csv(self.folder / "eval.csv")
-        return [(int(r["epoch"]), float(r["top1"])) for r in rows if r["weights"] == "model"]
+        return [(int(r["epoch"]), float(r["top1"])) for r in rows if r["weights"] == weights]
 
     def feature_losses(self) -> list[tuple[int, float]]:
         """Points (update, feature loss) of all logged rows."""
@@ -52,6 +46,11 @@ class RunResult:
 def spread(values: list[float]) -> tuple[float, float]:
     """Mean and sample standard deviation; 0 for one value."""
     return mean(values), stdev(values) if len(values) > 1 else 0.0
+
+
+def weights_scored(recipe: Recipe) -> str:
+    """Weights whose last score is the result of a run: the average if the recipe has one."""
+    return "model" if recipe.ema_decay is None else "ema"
 
 
 def throughput(folder: Path) -> float:

@@ -1,0 +1,173 @@
+"""Trains the arms of a comparison side by side, and writes its results."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from featkd.cache import CacheConfig
+from featkd.cache.config import Store as StorageType
+from featkd.cache.estimate import as_size
+from featkd.compare.analysis import ArmResult, analyse
+from featkd.compare.arms import ARMS, REFERENCE, arm_recipe, choose_arms, wide_width
+from featkd.compare.pool import train_all
+from featkd.compare.report import as_table, rows, write_report
+from featkd.compare.store import Store
+from featkd.runtime import distributed
+from featkd.runtime.distributed import ProcessContext
+from featkd.runtime.lock import FolderInUse, locked
+from featkd.train.build_cache import build_cache
+from featkd.train.checkpoint import CheckpointError
+from featkd.train.components import build
+from featkd.train.recipe import Recipe, RecipeError, check_local
+
+# Uncompressed, so that a cached teacher teaches what a running one does.
+_STORAGE: dict[str, StorageType] = {"off": "fp32", "bf16": "bf16", "fp16": "fp16"}
+_CACHED = "cached"
+_Jobs = dict[tuple[str, int], Recipe]
+
+
+def compare(
+    recipe: Recipe, arms: str | None = None, seeds: int = 3, *, quiet: bool = False
+) -> list[ArmResult]:
+    """Trains the arms with several seeds, prints a table and writes `recipe.out/report.html`.
+
+    All arms train on the same images in the same order, with the same seeds and number of updates.
+    Finished runs in the folder are kept and unfinished ones are resumed.
+
+    Args:
+        recipe: the recipe that the arms change; its seed is the first.
+        arms: some of `featkd.compare.arms.ARMS`, separated by commas; None for all that the recipe
+            has terms for.
+        seeds: seeds per arm.
+        quiet: show no progress bars.
+
+    Returns:
+        The result of each arm.
+
+    Raises:
+        ValueError: an argument or a field of the recipe can't be used.
+        CheckpointError: the folder holds something else, or another process writes to it.
+        The errors of `Trainer` and `build_cache`.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds: expected a whole number >= 1, got {seeds}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("compare: started by torchrun, but it starts its own processes")
+    check_local("out", recipe.out)
+    names, notes = choose_arms(recipe, arms)
+    out = Path(recipe.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise CheckpointError(f"out: {out} is a file, expected a folder") from error
+    with ExitStack() as lock:
+        try:
+            lock.enter_context(locked(out))
+        except FolderInUse as error:
+            raise CheckpointError(f"out: {error}") from error
+        store = Store(out, recipe)
+        chosen = [(name, recipe.seed + n) for n in range(seeds) for name in names]
+        pending = [key for key in chosen if key not in store.runs]
+        if pending:
+            if done := len(chosen) - len(pending):
+                print(f"{done} of {len(chosen)} runs in {out} were finished before")
+            jobs = _prepare(recipe, pending, store, seeds, quiet)
+            train_all(jobs, "training the arms", quiet, recipe.device, store.add)
+        runs = [store.runs[key] for key in chosen]
+        results = analyse(names, runs)
+        notes.append(_teacher_note(store))
+        store.save(results)
+        page = out / "report.html"
+        write_report(page, recipe, results, runs, notes)
+    sentences = [arm.conclusion for arm in results if arm.conclusion]
+    print("\n".join((as_table(rows(results)), "", *sentences, *notes, f"report: {page}")))
+    return results
+
+
+def _prepare(
+    recipe: Recipe, pending: Sequence[tuple[str, int]], store: Store, seeds: int, quiet: bool
+) -> _Jobs:
+    """Returns the recipes of the runs, once each arm can be built and the caches are written."""
+    out, context = Path(recipe.out), distributed.start(recipe.device)
+    if store.width is None and any(ARMS[name].wide for name, _ in pending):
+        classes = _check(arm_recipe(recipe, REFERENCE, recipe.seed, out, None), context)
+        store.width = wide_width(recipe, classes)
+    jobs = {
+        (name, seed): arm_recipe(recipe, name, seed, out, store.width) for name, seed in pending
+    }
+    # An arm that can't be trained is refused before the others have trained for days.
+    for job in {name: job for (name, _), job in jobs.items()}.values():
+        _check(job, context)
+    taught = sorted({seed for (_, seed), job in jobs.items() if job.teacher is not None})
+    if store.teacher is None:
+        store.teacher = _decide(recipe, out, seeds, context)
+    store.save()
+    if store.teacher == _CACHED:
+        for seed in taught:
+            _cache(recipe, out, seed, context, quiet)
+        jobs = {
+            key: job if job.teacher is None else replace(job, cache=str(_folder(out, key[1])))
+            for key, job in jobs.items()
+        }
+    if context.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return jobs
+
+
+def _check(recipe: Recipe, context: ProcessContext) -> int:
+    """Builds the components of a run, or raises their error; returns the number of classes."""
+    components = build(recipe, context)
+    components.close()
+    return components.num_classes
+
+
+def _folder(out: Path, seed: int) -> Path:
+    return out / "cache" / f"seed-{seed}"
+
+
+def _cache_config(recipe: Recipe) -> CacheConfig:
+    return CacheConfig(recipe.optim.epochs, logits_top="all", store=_STORAGE[recipe.amp])
+
+
+def _decide(recipe: Recipe, out: Path, seeds: int, context: ProcessContext) -> str:
+    """Returns "cached" if the outputs for all epochs and seeds fit, otherwise the reason."""
+    if recipe.data.augment.mixes:
+        return "mixup and CutMix mix images, and a cache holds single ones"
+    job = arm_recipe(recipe, REFERENCE, recipe.seed, out, None)
+    config = _cache_config(recipe)
+    try:
+        found = build_cache(job, config, context, _folder(out, recipe.seed), dry_run=True)
+    except RecipeError as error:  # of caches alone, as the run itself has been built
+        return str(error)
+    size, free = found.size.total * seeds, shutil.disk_usage(out).free
+    if size > free / 2:
+        return f"a cache takes {as_size(size)}, more than half of the {as_size(free)} free in {out}"
+    return _CACHED
+
+
+def _cache(recipe: Recipe, out: Path, seed: int, context: ProcessContext, quiet: bool) -> None:
+    """Writes what is missing of a seed's cache.
+
+    The images that an epoch shows depend on the seed, and so do a random teacher's weights.
+    """
+    job = arm_recipe(recipe, REFERENCE, seed, out, None)
+    if not quiet:
+        print(f"teacher's outputs for seed {seed}: {_folder(out, seed)}", file=sys.stderr)
+    built = build_cache(job, _cache_config(recipe), context, _folder(out, seed), quiet=quiet)
+    if built.interrupted_by is not None:
+        signal.raise_signal(built.interrupted_by)
+
+
+def _teacher_note(store: Store) -> str:
+    if store.teacher == _CACHED:
+        return "teacher: its outputs were computed once per seed and read by all arms (OUT/cache)"
+    return f"teacher: ran in every update, because {store.teacher}"

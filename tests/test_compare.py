@@ -1,0 +1,263 @@
+"""A comparison: its arms, intervals, sentences, and a whole one that is killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from featkd.cli import compare as command
+from featkd.cli.main import main
+from featkd.compare import compare
+from featkd.compare.analysis import analyse
+from featkd.compare.arms import ARMS, arm_recipe, choose_arms, wide_width
+from featkd.compare.pool import devices, train
+from featkd.compare.results import RunResult
+from featkd.compare.statistics import interval, t_quantile
+from featkd.models import create_student
+from featkd.train.recipe import LossConfig, Recipe, to_yaml
+from tests.conftest import TINY
+from tests.forking import Server
+from tests.page import Page
+from tests.test_demo import InProcessPool
+from tests.train.runs import same_weights
+
+
+@pytest.fixture
+def short(recipe: Recipe) -> Recipe:
+    """`recipe` with one epoch, to be quick."""
+    optim = replace(recipe.optim, epochs=1, warmup_epochs=0)
+    return replace(recipe, optim=optim)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 9, 10, 30, 99])
+@pytest.mark.parametrize("level", [0.5, 0.95, 0.999])
+def test_t_quantiles_equal_scipys(freedom: int, level: float):
+    expected = stats.t.ppf((1 + level) / 2, freedom)
+    assert t_quantile(level, freedom) == pytest.approx(expected, rel=1e-9)
+
+
+def test_intervals_equal_scipys():
+    values = [70.0, 72.5, 71.0, 69.25]
+    low, high = stats.t.interval(0.95, 3, stats.tmean(values), stats.sem(values))
+    found = interval(values)
+    assert (found.mean, found.low, found.high) == pytest.approx((70.6875, low, high))
+    assert interval([70.0]).low is None
+
+
+def test_arms_differ_in_student_and_loss_alone(recipe: Recipe, tmp_path: Path):
+    base = replace(recipe, loss=replace(recipe.loss, projector="linear"))
+    found = {}
+    for name in ARMS:
+        run = arm_recipe(base, name, 5, tmp_path, 24)
+        assert run.seed == 5
+        assert Path(run.out).parent == tmp_path
+        for same in ("data", "optim", "batch_size", "ema_decay", "amp", "checkpoint"):
+            assert getattr(run, same) == getattr(base, same)
+        assert run.loss.label_smoothing == base.loss.label_smoothing
+        loss = run.loss
+        width = run.student.options["embed_dim"]
+        teacher = run.teacher is not None
+        found[name] = run.student.arch, width, teacher, loss.alpha, loss.feature, loss.projector
+    assert found == {
+        "ce": ("plain", 12, False, 0.0, None, "none"),
+        "soft_kd": ("plain", 12, True, 0.5, None, "none"),
+        "plain": ("plain", 12, True, 0.5, "spectral", "none"),
+        "plain_projector": ("plain", 12, True, 0.5, "spectral", "linear_norm"),
+        "lift": ("lift", 12, True, 0.5, "spectral", "linear"),
+        "widelast": ("widelast", 12, True, 0.5, "spectral", "linear"),
+        "plain_wide": ("plain", 24, True, 0.5, "spectral", "none"),
+    }
+    assert {Path(arm_recipe(base, name, 0, tmp_path, 24).out) for name in ARMS} == {
+        tmp_path / f"{name}-seed0" for name in ARMS
+    }
+    assert base.student.options == TINY | {"drop_path_rate": 0.2}
+
+
+def test_the_wide_arm_has_about_the_parameters_of_widelast(recipe: Recipe):
+    options = {"patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    recipe = replace(recipe, student=replace(recipe.student, teacher_dim=64, options=options))
+
+    def parameters(arch: str, width: int) -> int:
+        model = create_student(
+            "vit_tiny_patch16_224", arch, 64, 3, **{**options, "img_size": 16, "embed_dim": width}
+        )
+        return sum(p.numel() for p in model.parameters())
+
+    wanted = parameters("widelast", 32)
+    nearest = min(range(40, 72, 8), key=lambda width: abs(parameters("plain", width) - wanted))
+    assert wide_width(recipe, 3) == nearest
+
+
+@pytest.mark.parametrize(
+    ("changes", "arms", "message"),
+    [
+        ({}, "plain,wide", "arms: expected some of ce, soft_kd, .*, got 'wide'"),
+        ({}, "plain,lift,lift", "arms: lift is given twice"),
+        ({}, "ce,lift", "arms: expected plain among them"),
+        ({"loss": LossConfig(feature="mse")}, "plain,soft_kd", "soft_kd .*: loss.alpha is 0"),
+        ({"loss": LossConfig(alpha=0.5)}, None, "loss.feature: null, but"),
+        ({"teacher": None, "loss": LossConfig()}, None, "teacher: null; expected"),
+        ({"cache": "c"}, None, "cache: 'c', but compare makes a cache"),
+    ],
+)
+def test_impossible_arms_are_refused(recipe: Recipe, changes, arms, message):
+    with pytest.raises(ValueError, match=message):
+        choose_arms(replace(recipe, **changes), arms)
+
+
+def test_arms_that_a_recipe_has_no_terms_for_are_left_out_with_a_note(recipe: Recipe):
+    assert choose_arms(recipe, None) == (list(ARMS), [])
+    changed = replace(recipe, loss=LossConfig(feature="mse"))
+    names, notes = choose_arms(changed, None)
+    assert names == [name for name in ARMS if name != "soft_kd"]
+    assert notes == ["arm soft_kd is left out: loss.alpha is 0"]
+
+
+def results(tmp_path: Path, **top1: list[float]) -> list[RunResult]:
+    sizes = {"plain": 1000, "lift": 1010, "widelast": 1500}
+    return [
+        RunResult(name, seed, sizes[name], 0.5, value, 10.0, tmp_path)
+        for name, values in top1.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_differences_are_paired_by_seed(tmp_path: Path):
+    plain, lift, wide = [70.0, 75.0, 80.0], [71.0, 76.1, 80.9], [71.0, 72.0, 84.0]
+    runs = results(tmp_path, plain=plain, lift=lift, widelast=wide)
+    first, second, third = analyse(["plain", "lift", "widelast"], runs[::-1])
+    assert first.difference is None
+    assert first.conclusion == ""
+    assert second.difference is not None
+    gaps = [b - a for a, b in zip(plain, lift, strict=True)]
+    low, high = stats.t.interval(0.95, 2, stats.tmean(gaps), stats.sem(gaps))
+    assert (second.difference.low, second.difference.high) == pytest.approx((low, high))
+    assert second.conclusion == (
+        "lift is 1.00 points above plain (95 % interval +0.75 to +1.25, 3 paired seeds): the "
+        "interval excludes 0, so the choice of seed alone does not explain it."
+    )
+    assert "contains 0, so these seeds do not tell the two apart" in third.conclusion
+
+
+def test_sentences_name_one_seed_and_unequal_parameters(tmp_path: Path):
+    _, one = analyse(["plain", "lift"], results(tmp_path, plain=[70.0], lift=[69.0]))
+    assert one.conclusion == (
+        "lift is 1.00 points below plain with one seed, which gives no interval: nothing can be "
+        "concluded."
+    )
+    _, more = analyse(["plain", "widelast"], results(tmp_path, plain=[70, 71], widelast=[75, 76]))
+    assert more.conclusion.endswith("the student's 1.50 times as many parameters may.")
+
+
+def test_each_gpu_or_core_trains_a_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    for available, auto in ((True, ["cuda:0", "cuda:1"]), (False, ["cpu"] * 3)):
+        monkeypatch.setattr("torch.cuda.is_available", lambda found=available: found)
+        assert devices("auto") == auto
+    assert devices("cuda:1") == ["cuda:1"]
+    assert devices("cpu") == ["cpu"] * 3
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    monkeypatch.setattr("featkd.compare.pool.ProcessPoolExecutor", InProcessPool)
+
+
+def table(out: Path) -> dict[str, object]:
+    """Everything in results.json that does not depend on time."""
+    state = json.loads((out / "results.json").read_text())
+    assert state.pop("finished")
+    del state["recipe"]["out"]
+    for entry in state["runs"] + state["arms"]:
+        assert entry.pop("images_per_s") > 0
+    return state
+
+
+def test_a_killed_comparison_resumes_to_the_same_table(
+    short: Recipe, tmp_path: Path, server: Server, in_process: None, capsys
+):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(short))
+    words = ("compare", file, "--arms", "plain,ce,widelast", "--seeds", "2", "--out")
+    killed = server.start(*words, tmp_path / "killed")
+    runs: list[object] = []
+    deadline = time.monotonic() + 300
+    while not runs:
+        assert killed.poll() is None, killed.stderr
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+        path = tmp_path / "killed" / "results.json"
+        runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    killed.kill()
+    killed.wait()
+    time.sleep(1)  # its children end with it
+    finished = {run["folder"] for run in json.loads(path.read_text())["runs"]}
+    before = {name: (path.parent / name / "last.pt").stat().st_mtime_ns for name in finished}
+
+    assert main([*map(str, words), str(path.parent)]) == 0
+    assert main([*map(str, words), str(tmp_path / "whole")]) == 0
+    assert table(path.parent) == table(tmp_path / "whole")
+    for name, written in before.items():
+        assert (path.parent / name / "last.pt").stat().st_mtime_ns == written
+    capsys.readouterr()
+    assert main([*map(str, words), str(path.parent)]) == 0  # nothing is left to train
+    assert "paired seeds" in capsys.readouterr().out
+    assert table(path.parent) == table(tmp_path / "whole")
+
+
+def test_a_comparison_of_all_arms(short: Recipe, in_process: None, capsys):
+    short.student.options = {**TINY}
+    found = compare(short, seeds=1, quiet=True)
+    assert [arm.name for arm in found] == list(ARMS)
+    out = Path(short.out)
+    state = json.loads((out / "results.json").read_text())
+    assert state["teacher"] == "cached"
+    assert {run["folder"] for run in state["runs"]} == {f"{name}-seed0" for name in ARMS}
+    text = (out / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.external == []
+    printed = capsys.readouterr().out
+    for arm in found:
+        assert f"<td>{arm.name}</td>" in text
+        assert f"{arm.parameters:,}" in text
+        (row,) = [x for x in printed.splitlines() if x.startswith(f"{arm.name} ") and "%" not in x]
+        assert f"{arm.top1.mean:.2f}" in row
+    assert printed.count("nothing can be concluded") == len(ARMS) - 1
+
+    # the same arms without a cache train to the same weights
+    alone = arm_recipe(short, "widelast", 0, out.parent / "alone", None)
+
+    train("widelast", alone)
+    assert same_weights(Path(alone.out) / "last.pt", out / "widelast-seed0" / "last.pt")
+
+    changed = replace(short, batch_size=4)
+    with pytest.raises(ValueError, match=r"another comparison: batch_size: 8 -> 4; expected"):
+        compare(changed, seeds=1)
+
+
+def test_the_teacher_runs_if_images_are_mixed(short: Recipe, in_process: None, capsys):
+    short.data = replace(short.data, augment=replace(short.data.augment, mixup=0.2))
+    compare(short, "plain", seeds=1, quiet=True)
+    assert "teacher: ran in every update, because mixup" in capsys.readouterr().out
+    assert not (Path(short.out) / "cache").exists()
+
+
+def test_a_folder_with_other_files_is_refused(short: Recipe, tmp_path: Path, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(short))
+    assert main(["compare", str(file), "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"featkd: out: {tmp_path} holds recipe.yaml; expected a comparison")
+    assert main(["compare", str(file)]) == 2
+    assert "--out: expected the folder of the comparison" in capsys.readouterr().err
+
+
+def test_help_lists_every_arm():
+    assert all(name in command.parser().format_help() for name in ARMS)

@@ -93,7 +93,7 @@ def train_all(
     _start_fork_server()
     results: dict[tuple[str, int], RunResult] = {}
     count = min(len(places), len(jobs))
-    with ProcessPoolExecutor(count, server, None, _start_process, (places[:count],)) as pool:
+    with ProcessPoolExecutor(count, server, _start_process, (places[:count],)) as pool:
         try:
             # A process whose start is interrupted would run on without the pool, and fail.
             with Interrupt() as interrupt:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from featkd.cli import bench, cache, demo, diagnose, distill, env
+from featkd.cli import bench, cache, demo, diagnose, distill, env, evaluate
 from featkd.cli.arguments import Parser
 from featkd.cli.main import COMMANDS, main
 from featkd.cli.recipe_arguments import parse_recipe
@@ -29,7 +29,14 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.fixture(scope="module")
 def parsers() -> dict[str, Parser]:
-    modules = {"distill": distill, "cache": cache, "diagnose": diagnose, "env": env, "demo": demo}
+    modules = {
+        "distill": distill,
+        "cache": cache,
+        "evaluate": evaluate,
+        "diagnose": diagnose,
+        "env": env,
+        "demo": demo,
+    }
     found = {name: module.parser() for name, module in modules.items()}
     return found | {f"bench {name}": parser for name, parser in bench.parsers().items()}
 
@@ -116,10 +123,14 @@ def test_every_option_has_one_name(parsers):
     """What several commands take: output, images, batch size, device, figures."""
     options = {name: set(parser._option_string_actions) for name, parser in parsers.items()}
     for common, commands in {
-        "--out": {*options} - {"env", "bench compare", "bench loader", "bench step", "bench train"},
-        "--data": {"distill", "cache", "diagnose", "bench loader", "bench step", "bench train"},
+        "--out": {*options}
+        - {"env", "evaluate", "bench compare", "bench loader", "bench step", "bench train"},
+        "--data": {
+            *("distill", "cache", "evaluate", "diagnose"),
+            *("bench loader", "bench step", "bench train"),
+        },
         "--batch_size": {
-            *("distill", "cache", "diagnose"),
+            *("distill", "cache", "evaluate", "diagnose"),
             *("bench loader", "bench step", "bench train"),
         },
         "--device": {*options}
@@ -172,6 +183,11 @@ def test_options_of_a_mapping_take_any_key(parsers):
         (["demo", "--seeds", "x"], "--seeds: expected a whole number; got 'x'"),
         (["demo", "--seed", "1"], "no option '--seed'; did you mean '--seeds'?"),
         (["demo", "--seeds"], "argument --seeds: expected one argument"),
+        (["evaluate", "--data", "x"], "name a checkpoint of featkd distill, or a timm model by"),
+        (["evaluate", "x.pt"], "--data: expected the folder with the images"),
+        (["evaluate", "x.pt", "--data", "x", "--pretrained"], "--pretrained: expected --model"),
+        (["evaluate", "x.pt", "--data", "x", "--scores", "knm"], "--scores: expected head, knn,"),
+        (["evaluate", "x.pt", "--data", "x", "--images", "0"], "--images: expected >= 1, got 0"),
         (["diagnose"], "the following arguments are required: --out"),
         (["diagnose", "--layers", "a", "--out", "x"], "--layers: expected a list [a whole number"),
         (["distill", "demo", "--optim.step-on", "x"], "--optim.step-on: expected epoch or update;"),

@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from featkd.cli.arguments import Parser, UsageError, add_json, add_quiet, add_words, check_folders
+from featkd.cli.model_arguments import (
+    LoadedModel,
+    add_models,
+    check_count,
+    check_models,
+    load_model,
+)
 from featkd.cli.output import results_unless
 from featkd.runtime.names import listed, plural, printable
 
@@ -18,24 +25,12 @@ if TYPE_CHECKING:
 
     from featkd.data import DataConfig
     from featkd.evaluation import ModelScores
-    from featkd.models import FeatureModel
     from featkd.runtime.distributed import ProcessContext
 
 _DESCRIPTION = """\
 Score models on DIR/val: top-1 and top-5 of the classifier, kNN and a linear probe of the frozen
 features (from the images in DIR/train). Under torchrun the processes share the images."""
 _SCORES = ("head", "knn", "probe")  # of featkd.evaluation.scoring, which loads torch
-_Amp = Literal["off", "bf16", "fp16"]
-
-
-@dataclass
-class _Loaded:
-    """A model, its preprocessing and split folders, and the precision of its evaluation."""
-
-    model: FeatureModel
-    data: DataConfig
-    amp: str
-    weights: str
 
 
 def evaluate(words: Sequence[str]) -> int:
@@ -51,8 +46,7 @@ def evaluate(words: Sequence[str]) -> int:
         is_main = context.is_main
         with distributed.explain_lost_processes("start the evaluation again"):
             for name in (*args.checkpoints, *args.model):
-                trained = name in args.checkpoints or name.endswith(".pt")
-                loaded = (_load_trained if trained else _load_timm)(name, args)
+                loaded = load_model(name, args, context.device.type)
                 found = _score(loaded, args, context)
                 rows.append(_row(name, loaded, found))
                 for note in found.notes if is_main else ():
@@ -70,7 +64,7 @@ def evaluate(words: Sequence[str]) -> int:
 
         content = {
             "data": args.data,
-            "images": args.images,
+            "limit": args.images,
             "models": rows,
             "versions": environment.versions(),
         }
@@ -83,34 +77,19 @@ def evaluate(words: Sequence[str]) -> int:
 
 def _check(args: Namespace) -> None:
     """Raise UsageError if options contradict each other."""
-    if not (args.checkpoints or args.model):
-        raise UsageError(
-            "name a checkpoint of featkd distill, or a timm model by --model NAME; got neither"
-        )
-    if args.data is None:
-        raise UsageError("--data: expected the folder with the images, as in --data DIR")
+    check_models(args)
+    check_count(args, "k")
     if unknown := [score for score in args.scores if score not in _SCORES]:
         raise UsageError(f"--scores: expected {', '.join(_SCORES)}; got {unknown[0]}")
-    for name in ("batch_size", "images", "k"):
-        if args[name] is not None and args[name] < 1:
-            raise UsageError(f"--{name}: expected >= 1, got {args[name]}")
-    if not args.model and (given := [x for x in _OF_TIMM if args[x]]):
-        raise UsageError(f"--{given[0]}: expected --model NAME with it, got only a checkpoint")
-    if args.checkpoint is not None and (len(args.model) > 1 or args.pretrained):
-        other = "--pretrained" if args.pretrained else f"{len(args.model)} models"
-        raise UsageError(f"--checkpoint: expected one --model, without --pretrained; got {other}")
+    if not 0 < args.temperature < float("inf"):
+        raise UsageError(f"--temperature: expected a finite number > 0, got {args.temperature}")
 
 
-_OF_TIMM = ("checkpoint", "pretrained", "model_options")
-
-
-def _score(loaded: _Loaded, args: Namespace, context: ProcessContext) -> ModelScores:
+def _score(loaded: LoadedModel, args: Namespace, context: ProcessContext) -> ModelScores:
     from featkd.evaluation import score_model
     from featkd.train.precision import autocast
 
     loaded.data, scores, note = _with_splits(loaded.data, args)
-    if loaded.amp == "fp16" and context.device.type == "cpu":
-        loaded.amp = "off"
     found = score_model(
         loaded.model.to(context.device),
         loaded.data,
@@ -125,64 +104,6 @@ def _score(loaded: _Loaded, args: Namespace, context: ProcessContext) -> ModelSc
     )
     found.notes += [note] if note else []
     return found
-
-
-def _load_trained(name: str, args: Namespace) -> _Loaded:
-    """Load the student of a checkpoint, with the preprocessing and the splits of its recipe."""
-    from featkd.train import checkpoint
-    from featkd.train.trained import load_trained
-
-    if "://" not in name and not Path(name).is_file():
-        raise FileNotFoundError(f"no checkpoint {printable(name)}")
-    try:
-        recipe = checkpoint.load(name)["recipe"]
-    except checkpoint.CheckpointError as error:
-        raise checkpoint.CheckpointError(
-            f"{error}; for the weights of a timm model use --model NAME --checkpoint FILE"
-        ) from error
-    model = load_trained(name, args.weights)
-    names = ("train_split", "val_split", "val_fraction", "first_label", "crop_pct")
-    own = {key: recipe["data"][key] for key in names if key in recipe["data"]}
-    data = _preprocessing(model, args, **own)
-    return _Loaded(model, data, args.amp or recipe.get("amp", "off"), args.weights)
-
-
-def _load_timm(name: str, args: Namespace) -> _Loaded:
-    import torch
-
-    from featkd.models import create_teacher
-
-    options = dict(args.model_options or {})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = create_teacher(name, args.pretrained, args.checkpoint, args.weights, **options)
-    weights = args.checkpoint or ("pretrained" if args.pretrained else "random")
-    size = {key: options[key] for key in ("img_size",) if key in options}
-    return _Loaded(model, _preprocessing(model, args, **size), args.amp or "off", weights)
-
-
-def _preprocessing(model: Any, args: Namespace, **own: Any) -> DataConfig:
-    """Preprocessing that timm's record of a model describes, with other fields of `own`."""
-    from timm.data import resolve_model_data_config
-
-    from featkd.data import DataConfig
-
-    found = resolve_model_data_config(model)
-    if found["crop_mode"] != "center":
-        raise ValueError(
-            f"crop_mode: expected a model with crop_mode center, got {found['crop_mode']}"
-        )
-    fields = {
-        "path": args.data,
-        "img_size": found["input_size"][-1],
-        "mean": tuple(found["mean"]),
-        "std": tuple(found["std"]),
-        "crop_pct": found["crop_pct"],
-        "interpolation": found["interpolation"],
-        "workers": args.workers,
-        "on_bad_image": args.on_bad,
-    }
-    return DataConfig(**{**fields, **own})
 
 
 def _with_splits(data: DataConfig, args: Namespace) -> tuple[DataConfig, list[Any], str]:
@@ -213,7 +134,7 @@ def _with_splits(data: DataConfig, args: Namespace) -> tuple[DataConfig, list[An
     return data, rest, f"{' and '.join(left_out)} left out: {note}" if left_out else ""
 
 
-def _row(name: str, loaded: _Loaded, found: ModelScores) -> dict[str, Any]:
+def _row(name: str, loaded: LoadedModel, found: ModelScores) -> dict[str, Any]:
     data = loaded.data
     fields = ("train_split", "val_split", "val_fraction", "img_size", "mean", "std", "crop_pct")
     return {
@@ -260,26 +181,7 @@ def parser() -> Parser:
             "--data IMAGENET --scores head",
         ),
     )
-    parser.add_argument(
-        "checkpoints",
-        type=str,
-        nargs="*",
-        metavar="CHECKPOINT",
-        help="checkpoints (.pt) of featkd distill, or their URLs",
-    )
-    parser.add_argument(
-        "--model", type=str, nargs="+", default=[], help="timm models to score (default: none)"
-    )
-    parser.add_argument(
-        "--checkpoint", type=str | None, default=None, help="weights file of --model"
-    )
-    parser.add_argument(
-        "--model-options",
-        type=dict[str, Any] | None,
-        default=None,
-        help="further timm arguments of --model, as YAML or JSON",
-    )
-    parser.add_argument("--pretrained", action="store_true", help="load timm's weights of --model")
+    add_models(parser)
     parser.add_argument(
         "--data", type=str | None, default=None, metavar="DIR", help="folder of the split folders"
     )
@@ -293,34 +195,6 @@ def parser() -> Parser:
     add_words(parser, "scores", _SCORES, _SCORES)
     parser.add_argument("--k", type=int, default=20, help="neighbours of kNN")
     parser.add_argument("--temperature", type=float, default=0.07, help="temperature of kNN")
-    parser.add_argument(
-        "--weights",
-        type=Literal["auto", "model", "model_ema"],
-        default="auto",
-        help="weights of a checkpoint: the last, their average, or the better of both",
-    )
-    parser.add_argument(
-        "--images",
-        type=int | None,
-        default=None,
-        help="maximum number of images of each split, spread evenly (default: all)",
-    )
-    parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass")
-    parser.add_argument(
-        "--amp",
-        type=_Amp | None,
-        default=None,
-        metavar="|".join(get_args(_Amp)),
-        help="precision (default: the checkpoint's on a GPU; for a timm model off)",
-    )
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--workers", type=int, default=2, help="image-loading processes")
-    parser.add_argument(
-        "--on-bad",
-        type=Literal["error", "skip"],
-        default="error",
-        help="error stops at an unreadable image; skip leaves it out",
-    )
     add_json(parser)
     add_quiet(parser)
     return parser

@@ -54,8 +54,7 @@ def match_classes(model: FeatureModel, folders: Sequence[str]) -> ClassMatch:
     if names:
         rest = count - len(folders)
         note = f"{plural(rest, 'class')} of the model without a folder" if rest else ""
-        unnamed = [f"output {i}" for i in range(len(names), count)]
-        return ClassMatch([output[folder] for folder in folders], [*names, *unnamed], note)
+        return ClassMatch([output[folder] for folder in folders], output_names(model), note)
     if count == len(folders):
         note = (
             "the names of the model's classes are unknown; top-1 assumes that its outputs are in "
@@ -64,6 +63,13 @@ def match_classes(model: FeatureModel, folders: Sequence[str]) -> ClassMatch:
         return ClassMatch([*range(count)], [*folders], note)
     note = f"top-1 left out: the model has {count} classes without names, and there are "
     return ClassMatch(None, [], f"{note}{plural(len(folders), 'class folder')}")
+
+
+def output_names(model: FeatureModel) -> list[str]:
+    """Returns a name for each output: of its class, or "output 7" if that is unknown."""
+    timm_model = cast(Any, model)
+    names = _names(timm_model)
+    return names + [f"output {i}" for i in range(len(names), timm_model.num_classes)]
 
 
 def _names(model: Any) -> list[str]:

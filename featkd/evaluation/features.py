@@ -28,19 +28,21 @@ class ImageOutputs:
         features: (N, C) float32 pooled features.
         ranking: (N, k) int64 indices of the k largest logits, the largest first; k is 0 for a model
             without a classifier.
+        probabilities: (N, k) float32 softmax of these logits over all classes.
     """
 
     images: Tensor
     labels: Tensor
     features: Tensor
     ranking: Tensor
+    probabilities: Tensor
 
     def __len__(self) -> int:
         return len(self.images)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Returns the tensors in the order of the fields."""
-        return self.images, self.labels, self.features, self.ranking
+        return self.images, self.labels, self.features, self.ranking, self.probabilities
 
 
 def extract_features(
@@ -110,9 +112,11 @@ def _own_outputs(
             for batch in loader:
                 with autocast():
                     logits, (pooled,) = model.forward_with_features(batch.images, [POOLED])
-                ranking = logits.float().topk(min(top, logits.shape[1])).indices
-                ranking = ranking if has_head else ranking[:, :0]
-                rows = (batch.keys[:, 1], batch.targets, pooled[:, 0], ranking)
+                logits = logits.float()
+                ranking = logits.topk(min(top, logits.shape[1]) if has_head else 0).indices
+                probabilities = logits.softmax(1).gather(1, ranking)
+                keys, targets = batch.keys[:, 1], batch.targets
+                rows = (keys, targets, pooled[:, 0], ranking, probabilities)
                 if found is None:
                     found = _empty(len(loader.sampler), rows)
                 end = filled + len(batch.targets)
@@ -127,13 +131,9 @@ def _own_outputs(
 
 def _empty(count: int, rows: Sequence[Tensor]) -> ImageOutputs:
     """Outputs of `count` images, of the widths of `rows`."""
-    images, labels, features, ranking = (x.shape[1:] for x in rows)
-    return ImageOutputs(
-        torch.empty(count, *images, dtype=torch.int64),
-        torch.empty(count, *labels, dtype=torch.int64),
-        torch.empty(count, *features, dtype=torch.float32),
-        torch.empty(count, *ranking, dtype=torch.int64),
-    )
+    dtypes = (torch.int64, torch.int64, torch.float32, torch.int64, torch.float32)
+    pairs = zip(rows, dtypes, strict=True)
+    return ImageOutputs(*(torch.empty(count, *x.shape[1:], dtype=dtype) for x, dtype in pairs))
 
 
 def _gathered(

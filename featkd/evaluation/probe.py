@@ -12,7 +12,8 @@ from torch import Tensor
 from featkd.runtime import checks
 
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-_MOST_VALUES = 1 << 24  # of a chunk's features or logits: 64 MiB of float32
+# Values of a chunk's features or logits: on a CPU few enough for its cache.
+_MOST_VALUES = {"cpu": 1 << 20, "cuda": 1 << 24}
 _HELD_OUT_EVERY = 10
 
 
@@ -36,10 +37,10 @@ class LinearProbe:
     def predict(self, features: Tensor) -> Tensor:
         """Predicts classes, (N, C) -> (N,) int64."""
         weight, bias = self.weight.float(), self.bias.float()
-        size = _chunk_size(features.shape[1], len(bias))
+        size = _chunk_size(features, len(bias))
         parts = [
             (_standardised(x, self.mean, self.scale) @ weight.T + bias).argmax(1)
-            for x in features.split(size)
+            for x in torch.split(features, size)
         ]
         return torch.cat(parts)
 
@@ -51,7 +52,7 @@ def linear_probe(
     num_classes: int,
     penalties: Sequence[float] = PENALTIES,
     seed: int = 0,
-    max_iter: int = 1000,
+    max_iter: int = 500,
 ) -> LinearProbe:
     """Fits a multinomial logistic regression on standardised features by L-BFGS.
 
@@ -141,7 +142,7 @@ def _fit(
 ) -> LinearProbe:
     """Fits the features at the indices `chosen` (None: all), from the weights of `start`."""
     count = len(features) if chosen is None else len(chosen)
-    size = _chunk_size(features.shape[1], num_classes)
+    size = _chunk_size(features, num_classes)
 
     def chunks() -> Iterator[tuple[Tensor, Tensor]]:
         for first in range(0, count, size):
@@ -160,8 +161,8 @@ def _fit(
         [weight, bias],
         max_iter=max_iter,
         max_eval=2 * max_iter,
-        tolerance_grad=1e-6,
-        tolerance_change=1e-10,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-8,
         history_size=10,
         line_search_fn="strong_wolfe",
     )
@@ -206,5 +207,6 @@ def _standardised(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     return (x.float() - mean) / scale
 
 
-def _chunk_size(channels: int, num_classes: int) -> int:
-    return max(1, _MOST_VALUES // max(channels, num_classes))
+def _chunk_size(features: Tensor, num_classes: int) -> int:
+    """Number of images of a chunk."""
+    return max(1, _MOST_VALUES[features.device.type] // max(features.shape[1], num_classes))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from featkd.cli import bench, cache, demo, diagnose, distill, env, evaluate
+from featkd.cli import bench, cache, demo, diagnose, distill, env, evaluate, predict
 from featkd.cli.arguments import Parser
 from featkd.cli.main import COMMANDS, main
 from featkd.cli.recipe_arguments import parse_recipe
@@ -33,6 +33,7 @@ def parsers() -> dict[str, Parser]:
         "distill": distill,
         "cache": cache,
         "evaluate": evaluate,
+        "predict": predict,
         "diagnose": diagnose,
         "env": env,
         "demo": demo,
@@ -126,17 +127,17 @@ def test_every_option_has_one_name(parsers):
         "--out": {*options}
         - {"env", "evaluate", "bench compare", "bench loader", "bench step", "bench train"},
         "--data": {
-            *("distill", "cache", "evaluate", "diagnose"),
+            *("distill", "cache", "evaluate", "predict", "diagnose"),
             *("bench loader", "bench step", "bench train"),
         },
         "--batch_size": {
-            *("distill", "cache", "evaluate", "diagnose"),
+            *("distill", "cache", "evaluate", "predict", "diagnose"),
             *("bench loader", "bench step", "bench train"),
         },
         "--device": {*options}
         - {"demo", "env", *(f"bench {x}" for x in ("plot", "table", "compare"))}
         - {"bench loader"},
-        "--json": {*options} - {"distill", "cache", "demo"},
+        "--json": {*options} - {"distill", "cache", "predict", "demo"},
         "--quiet": {*options} - {"env"},
     }.items():
         assert {name for name, found in options.items() if common in found} == commands, common
@@ -188,6 +189,12 @@ def test_options_of_a_mapping_take_any_key(parsers):
         (["evaluate", "x.pt", "--data", "x", "--pretrained"], "--pretrained: expected --model"),
         (["evaluate", "x.pt", "--data", "x", "--scores", "knm"], "--scores: expected head, knn,"),
         (["evaluate", "x.pt", "--data", "x", "--images", "0"], "--images: expected >= 1, got 0"),
+        (["predict", "x.pt", "--data", "x"], "the following arguments are required: --out"),
+        (["predict", "x.pt", "y.pt", "--data", "x", "--out", "z"], "expected one model, got x.pt"),
+        (
+            ["predict", "x.pt", "--data", "x", "--out", "z", "--features", "f.csv"],
+            "--features: expected a file ending in .npy or .safetensors, got f.csv",
+        ),
         (["diagnose"], "the following arguments are required: --out"),
         (["diagnose", "--layers", "a", "--out", "x"], "--layers: expected a list [a whole number"),
         (["distill", "demo", "--optim.step-on", "x"], "--optim.step-on: expected epoch or update;"),

@@ -27,7 +27,7 @@ def clusters(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("chunk", [1 << 24, 50 * 12])
 @pytest.mark.parametrize("penalty", [1e-4, 1e-2, 1.0])
 def test_a_fit_is_that_of_scikit_learn(monkeypatch, chunk, penalty):
-    monkeypatch.setattr(probe, "_MOST_VALUES", chunk)
+    monkeypatch.setattr(probe, "_MOST_VALUES", {"cpu": chunk})
     features, labels = clusters(700, 0)
     new, truth = clusters(2000, 1)
     found = linear_probe(features, labels, num_classes=CLASSES, penalties=[penalty])

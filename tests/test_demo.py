@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,11 +18,13 @@ from sklearn.datasets import load_digits
 from featkd.demo import run_demo
 from featkd.demo.digits import write_digits
 from featkd.demo.results import STUDENTS, RunResult, spread
-from featkd.demo.run import keep_or_clear, train_all
+from featkd.demo.run import keep_or_clear, train, train_all
 from featkd.runtime.environment import versions
 from featkd.train.checkpoint import FORMAT, load
-from featkd.train.recipe import to_dict
+from featkd.train.recipe import Recipe, to_dict
 from featkd.train.recipe_file import find_recipe, load_recipe
+from featkd.train.trainer import Outcome
+from tests.forking import Server
 from tests.page import Page
 from tests.train.runs import empty_state
 
@@ -63,28 +67,27 @@ class InProcessPool:
         return future
 
 
-@pytest.mark.slow
+def write_few_digits(folder: Path) -> None:
+    """Writes every eighth digit only."""
+    write_digits(folder)
+    for path in folder.rglob("*.png"):
+        if int(path.stem) % 8:
+            path.unlink()
+
+
 def test_demo_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    assert run_demo(tmp_path, seeds=2, epochs=1) == 0
-    printed = capsys.readouterr().out
-    lines = printed.splitlines()
-    parameters = {"teacher": "302,666", **dict.fromkeys(STUDENTS)}
-    for name in parameters:
-        (line,) = [x for x in lines if x.startswith(name)]
-        figures = line.removeprefix(name).split()
-        assert len(figures) == 5
-        assert figures[3] == ("1" if name == "teacher" else "2")
-        assert 0 <= float(figures[1]) <= 100
+    monkeypatch.setattr("featkd.demo.run.write_digits", write_few_digits)
+    assert run_demo(tmp_path, seeds=1, epochs=1) == 0
+    assert_table(capsys.readouterr().out, "1")
     states = {p.parent.name: load(p) for p in tmp_path.glob("*-seed*/last.pt")}
-    assert len(states) == 8
-    assert {s["update"] for s in states.values()} == {22}  # equal for all runs
+    assert len(states) == len(STUDENTS)
+    assert {s["update"] for s in states.values()} == {2}  # equal for all runs
     for name, (arch, distilled) in STUDENTS.items():
-        state = states[f"{name.replace(', ', '-').replace(' ', '-')}-seed1"]
+        state = states[f"{name.replace(', ', '-').replace(' ', '-')}-seed0"]
         assert state["recipe"]["student"]["arch"] == arch
         assert (state["recipe"]["teacher"] is not None) == distilled
-        assert state["recipe"]["seed"] == 1
 
     text = (tmp_path / "report.html").read_text()
     page = Page()
@@ -100,8 +103,36 @@ def test_demo_end_to_end(
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("last.pt")}
     monkeypatch.setattr("featkd.demo.run.ProcessPoolExecutor", InProcessPool)
     monkeypatch.setattr("featkd.demo.run.compare_maps", lambda *_: 3)
-    assert run_demo(tmp_path, seeds=2, epochs=1) == 3  # no run is trained again
+    assert run_demo(tmp_path, seeds=1, epochs=1) == 3  # no run is trained again
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("last.pt")}
+
+
+def assert_table(printed: str, seeds: str) -> None:
+    for name in ("teacher", *STUDENTS):
+        (line,) = [x for x in printed.splitlines() if x.startswith(name)]
+        figures = line.removeprefix(name).split()
+        assert len(figures) == 5
+        assert figures[3] == ("1" if name == "teacher" else seeds)
+        assert 0 <= float(figures[1]) <= 100
+
+
+def test_each_student_has_a_run_per_seed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    seeds = []
+
+    def train(name: str, recipe: Recipe) -> RunResult:
+        seeds.append((name, recipe.seed))
+        return RunResult(name, recipe.seed, 1000, 75.0 + recipe.seed, 1.0, Path(recipe.out))
+
+    monkeypatch.setattr("featkd.demo.run.ProcessPoolExecutor", InProcessPool)
+    monkeypatch.setattr("featkd.demo.run.train", train)
+    monkeypatch.setattr("featkd.demo.run.write_digits", lambda _: None)
+    monkeypatch.setattr("featkd.demo.run.write_report", lambda out, *_: out)
+    monkeypatch.setattr("featkd.demo.run.compare_maps", lambda *_: 0)
+    assert run_demo(tmp_path, seeds=2) == 0
+    assert_table(capsys.readouterr().out, "2")
+    assert seeds == [("teacher", 0), *((name, seed) for seed in (0, 1) for name in STUDENTS)]
 
 
 def test_no_progress_bar_without_a_terminal(
@@ -112,6 +143,61 @@ def test_no_progress_bar_without_a_terminal(
     recipe = load_recipe(find_recipe("demo"))
     assert train_all({("a", 0): recipe, ("b", 0): recipe}, "training") == ["a", "b"]
     assert capsys.readouterr().err == ""
+
+
+def test_a_process_of_the_pool_starts_no_run_after_a_signal(monkeypatch: pytest.MonkeyPatch):
+    started = []
+
+    class Stopped:
+        def __init__(self, *_: object) -> None:
+            started.append(self)
+
+        def run(self, **_: object) -> Outcome:
+            return Outcome(4, {}, {}, 1.0, {}, interrupted_by=15)
+
+    monkeypatch.setattr("featkd.demo.run.Trainer", Stopped)
+    monkeypatch.setattr("featkd.demo.run._stopped", False)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train("x", Recipe())
+    assert len(started) == 1
+
+
+_ENDING = """
+import signal, sys, threading, time
+import featkd.demo
+
+def run_demo(*_, **__):  # its end waits for a thread, as that of a process pool
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    threading.Thread(target=report).start()
+    print("running", flush=True)
+    time.sleep(60)
+
+def report():
+    threading.main_thread().join()
+    print("ending", flush=True)
+
+featkd.demo.run_demo = run_demo
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from featkd.cli.main import main
+sys.exit(main(["demo"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(signal.SIGINT, "featkd: interrupted\n"), (signal.SIGTERM, "")]
+)
+def test_a_second_signal_ends_the_demo_at_once(server: Server, number: int, message: str):
+    demo = server.start(script=_ENDING)
+    for state in ("running", "ending"):
+        deadline = time.monotonic() + 60
+        while state not in demo.stdout:
+            assert demo.poll() is None, demo.stderr
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        demo.kill(number)
+    assert demo.wait(20) == -number
+    assert demo.stderr == message
 
 
 def test_runs_of_another_recipe_are_deleted(tmp_path: Path):

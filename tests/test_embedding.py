@@ -29,9 +29,9 @@ SMALLER = {
     "pretrained=True": f"img_size=32, depth=1, num_classes={CLASSES}",
     "num_classes=1000": f"img_size=32, depth=2, num_classes={CLASSES}",
     # inductor is slow
-    "model.compile(fullgraph=True)": 'model.compile(fullgraph=True, backend="aot_eager")',
+    "model.compile(fullgraph=True)": 'model.compile(fullgraph=True, backend="eager")',
     "torch.compile(teacher.forward_with_features)": (
-        'torch.compile(teacher.forward_with_features, backend="aot_eager")'
+        'torch.compile(teacher.forward_with_features, backend="eager")'
     ),
     "range(300)": "range(4)",
 }
@@ -108,8 +108,8 @@ def test_page_has_only_tested_sections():
     }
 
 
-@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
-def test_plain_loop(amp, monkeypatch):
+def test_plain_loop(monkeypatch):
+    """In float16, which uses the scaler; `test_two_processes_...` runs the page's bfloat16."""
     losses: list[float] = []
     scale = torch.amp.GradScaler.scale
 
@@ -121,12 +121,12 @@ def test_plain_loop(amp, monkeypatch):
     torch.manual_seed(0)
     loader = DataLoader(images_and_labels(), batch_size=4)
     names = execute(
-        "A plain loop", {**SMALLER, "amp = torch.bfloat16": f"amp = torch.{amp}"}, loader=loader
+        "A plain loop", {**SMALLER, "amp = torch.bfloat16": "amp = torch.float16"}, loader=loader
     )
     assert len(losses) == 16
     assert_falls(losses, per_epoch=4)
     assert_trained(names["model"], names["optimizer"], "feature_loss.proj.weight")
-    assert names["scaler"].is_enabled() == (amp == "float16")
+    assert names["scaler"].is_enabled()
     assert featkd.last_backend("projected_feature_kd") == "reference"
     steps = {int(state["step"]) for state in names["optimizer"].state.values()}
     assert steps == {8}  # 4 epochs of 4 batches, two batches per update
@@ -202,7 +202,7 @@ def timm_main(student: nn.Module, teacher: nn.Module, found: dict[str, Any]) -> 
         module = task.get_trainable_module()
         optimizer = create_optimizer_v2(module, opt="adamw", lr=5e-4, weight_decay=0.05)
         task.setup_ema(decay=0.9)
-        task.compile(backend="aot_eager", mode=None)
+        task.compile(backend="eager", mode=None)
         task.prepare_distributed(device_ids=None)
         task.get_trainable_module().train()
         losses = []

@@ -33,7 +33,7 @@ def succeed(ranks: list[Forked]) -> None:
         assert rank.wait() == 0, rank.stderr
 
 
-@pytest.mark.parametrize(("arch", "accumulate", "epochs"), [("widelast", 1, 34), ("lift", 2, 12)])
+@pytest.mark.parametrize(("arch", "accumulate", "epochs"), [("widelast", 1, 12), ("lift", 2, 6)])
 def test_two_processes_train_one_model(
     recipe_file, server: Server, tmp_path, arch, accumulate, epochs
 ):
@@ -125,7 +125,7 @@ def wait_for(condition, processes: list[Forked], seconds: float = 60) -> None:
 def test_other_ranks_end_with_a_killed_one(recipe_file, server, tmp_path):
     """They print one message; then a single process continues within the epoch."""
     out = tmp_path / "run"
-    words = ("distill", recipe_file, "--out", out, "--optim.epochs", 40)
+    words = ("distill", recipe_file, "--out", out, "--optim.epochs", 16)
     words += ("--checkpoint.every_epochs", 100, "--checkpoint.every_updates", 1)
     ranks = server.ranks(2, *words)
     wait_for((out / "last.pt").exists, ranks)
@@ -138,7 +138,7 @@ def test_other_ranks_end_with_a_killed_one(recipe_file, server, tmp_path):
     assert alone.returncode == 0, alone.stderr
     assert "processes: 2 -> 1 (16 images per update as before" in alone.stderr
     assert [row["update"] for row in read_csv(out / "metrics.csv")] == [
-        str(update) for update in range(1, 121)
+        str(update) for update in range(1, 49)
     ]
 
 

@@ -25,7 +25,6 @@ NEEDED = {
     "fsspec": ("fsspec", "updates, tools"),
     "safetensors": ("safetensors", "updates, tools"),
     "tqdm": ("tqdm", "updates, tools"),
-    "torchmetrics": ("torchmetrics and lightning-utilities", "updates, tools"),
     "tensorboard": ("tensorboard", "updates, tools"),
     "google.protobuf": ("protobuf", "updates, tools"),
     "jinja2": ("jinja2", "the report of `featkd diagnose`"),

@@ -19,7 +19,9 @@ def demo(words: Sequence[str]) -> int:
     from featkd.runtime import interrupt
 
     interrupt.loading_done()
-    signal.signal(signal.SIGTERM, _stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup
+            signal.signal(number, _stop)
     with results_unless(options.quiet):
         return run_demo(
             Path(options.out), seeds=options.seeds, epochs=options.epochs, quiet=options.quiet
@@ -27,7 +29,14 @@ def demo(words: Sequence[str]) -> int:
 
 
 def _stop(number: int, _: FrameType | None) -> NoReturn:
-    """Exit through an exception, so that the demo also ends its child processes."""
+    """Exit through an exception, so that the demo also ends its child processes.
+
+    Another signal ends this process at once, and with it the children that it waits for.
+    """
+    for caught in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(caught, signal.SIG_DFL)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     raise SystemExit(128 + number)
 
 

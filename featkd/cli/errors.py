@@ -21,13 +21,14 @@ def described(error: Exception) -> tuple[str, int] | None:
     from featkd.diagnostics.source import UnreadableError
     from featkd.diagnostics.state import StateError
     from featkd.evaluation.topk import EvaluationError
+    from featkd.models.export import ExportError
     from featkd.runtime.heartbeat import ProcessLost
     from featkd.train.checkpoint import CheckpointError
     from featkd.train.meter import TrainingDiverged
 
     failures = (
-        *DATA_ERRORS, CacheError, CheckpointError, EvaluationError, ProcessLost, StateError,
-        TrainingDiverged, UnreadableError,
+        *DATA_ERRORS, CacheError, CheckpointError, EvaluationError, ExportError, ProcessLost,
+        StateError, TrainingDiverged, UnreadableError,
     )  # fmt: skip
     if isinstance(error, failures):  # first: some are ValueErrors
         return str(error), 1

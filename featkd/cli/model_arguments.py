@@ -36,7 +36,7 @@ def add_models(parser: Parser) -> None:
         type=str,
         nargs="*",
         metavar="CHECKPOINT",
-        help="checkpoints (.pt) of featkd distill, or their URLs",
+        help="checkpoints (.pt) of featkd distill, their URLs, or folders of featkd export",
     )
     parser.add_argument(
         "--model", type=str, nargs="+", default=[], help="timm models instead, or beside them"
@@ -117,6 +117,12 @@ def load_model(name: str, args: Namespace, device_type: str) -> LoadedModel:
         CheckpointError: the file is not a checkpoint of featkd.
         ValueError: timm has no such model, or its preprocessing is not supported.
     """
+    from featkd.models.export import exported_folder, load_exported
+
+    folder = exported_folder(name)
+    if folder is not None:
+        model = load_exported(folder)
+        return LoadedModel(model, _preprocessing(model, args), args.amp or "off", "exported")
     trained = name in args.checkpoints or name.endswith(".pt")
     loaded = (_load_trained if trained else _load_timm)(name, args)
     if loaded.amp == "fp16" and device_type == "cpu":

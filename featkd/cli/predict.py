@@ -39,7 +39,7 @@ def predict(words: Sequence[str]) -> int:
     from featkd.train.precision import autocast
 
     interrupt.loading_done()
-    (name,) = (*args.checkpoints, *args.model)
+    name: str = next(iter((*args.checkpoints, *args.model)))
     with distributed.joined(args.device) as context:
         with distributed.explain_lost_processes("start the command again"):
             loaded = load_model(name, args, context.device.type)

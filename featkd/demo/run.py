@@ -144,11 +144,23 @@ def student_recipe(recipe: Recipe, name: str, seed: int, out: Path, teacher: Run
     return replace(changed, teacher=config)
 
 
+_stopped = False  # a signal has ended a run of this process
+
+
 def train(name: str, recipe: Recipe) -> RunResult:
-    """Runs one recipe in this process, from its checkpoint if there is one."""
+    """Runs one recipe in this process, from its checkpoint if there is one.
+
+    Raises:
+        KeyboardInterrupt: a signal ended this run, or an earlier one of this process. The pool
+            hands out a few runs in advance, and they cannot be cancelled.
+    """
+    global _stopped
+    if _stopped:
+        raise KeyboardInterrupt
     trainer = Trainer(recipe, distributed.start("cpu"))
     outcome = trainer.run(quiet=True)
     if outcome.interrupted_by is not None:
+        _stopped = True
         raise KeyboardInterrupt
     return RunResult(
         name=name,
@@ -206,6 +218,7 @@ def train_all(
 def _start_process() -> None:
     """Initializes a process of the pool, which would otherwise outlive a killed demo."""
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # the default is a semaphore that a killed process leaks
     end_with_parent()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from featkd.diagnostics.model_features import MeasuredModel, ModelFeatures
 from featkd.diagnostics.source import Source, fingerprint
 from featkd.models import FeatureModel, create_teacher
 from featkd.models.adapters import ImageAdapter
+from featkd.models.export import exported_folder, load_exported
 from featkd.models.students import check_timm_name
-from featkd.train import checkpoint
 from featkd.train.trained import load_trained
 
 _OVERRIDES = ("img_size", "mean", "std", "crop_pct")
@@ -113,6 +114,8 @@ def _load(config: DiagnoseConfig, name: str) -> _LoadedModel:
     word = getattr(config, name)
     if word.endswith(".pt"):
         return _load_trained(config, name, word)
+    if (folder := exported_folder(word)) is not None:
+        return _load_exported(config, name, word, folder)
     file = config.weights_file(name)
     options = dict(getattr(config, f"{name}_options") or {})
     if config.img_size is not None:
@@ -122,14 +125,9 @@ def _load(config: DiagnoseConfig, name: str) -> _LoadedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.settings.seed)
         model: Any = create_teacher(word, pretrained=pretrained, checkpoint=file, **options)
-    made = model.pretrained_cfg
-    preprocessing = {
-        "img_size": options.get("img_size", made["input_size"][-1]),
-        "mean": tuple(made["mean"]),
-        "std": tuple(made["std"]),
-        "crop_pct": made["crop_pct"],
-        "interpolation": made["interpolation"],
-    }
+    preprocessing = _preprocessing(model)
+    if "img_size" in options:
+        preprocessing["img_size"] = options["img_size"]
     weights = "pretrained" if pretrained else f"random, seed {config.settings.seed}"
     identity = {
         "name": word,
@@ -139,10 +137,38 @@ def _load(config: DiagnoseConfig, name: str) -> _LoadedModel:
     return _LoadedModel(model, preprocessing, identity)
 
 
+def _preprocessing(model: Any) -> dict[str, Any]:
+    """Preprocessing that timm's record of a model describes."""
+    record = model.pretrained_cfg
+    return {
+        "img_size": record["input_size"][-1],
+        "mean": tuple(record["mean"]),
+        "std": tuple(record["std"]),
+        "crop_pct": record["crop_pct"],
+        "interpolation": record["interpolation"],
+    }
+
+
 def _load_trained(config: DiagnoseConfig, name: str, word: str) -> _LoadedModel:
     path = Path(word)
     if not path.is_file():
         raise FileNotFoundError(f"{name}: no checkpoint {word}")
+    model = load_trained(path)
+    return _complete(config, name, word, model, [path])
+
+
+def _load_exported(config: DiagnoseConfig, name: str, word: str, folder: Path) -> _LoadedModel:
+    try:
+        model = load_exported(folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+    return _complete(config, name, word, model, sorted(p for p in folder.iterdir() if p.is_file()))
+
+
+def _complete(
+    config: DiagnoseConfig, name: str, word: str, model: FeatureModel, files: Sequence[Path]
+) -> _LoadedModel:
+    """Checks that no field contradicts a model that holds its own weights and preprocessing."""
     options, file = f"{name}_options", config.weights_file(name)
     if getattr(config, options):
         raise ValueError(
@@ -150,13 +176,10 @@ def _load_trained(config: DiagnoseConfig, name: str, word: str) -> _LoadedModel:
         )
     if file:
         raise ValueError(f"checkpoint: got {file} together with {word}, which holds the weights")
-    data = checkpoint.load(path)["recipe"]["data"]
-    if config.img_size not in (None, data["img_size"]):
+    preprocessing = _preprocessing(model)
+    if config.img_size not in (None, preprocessing["img_size"]):
         raise ValueError(
             f"img_size: got {config.img_size} together with {word}, which expects "
-            f"{data['img_size']}"
+            f"{preprocessing['img_size']}"
         )
-    keys = (*_OVERRIDES, "interpolation")
-    preprocessing = {k: tuple(data[k]) if isinstance(data[k], list) else data[k] for k in keys}
-    identity = {"name": word, "weights": fingerprint([path])}
-    return _LoadedModel(load_trained(path), preprocessing, identity)
+    return _LoadedModel(model, preprocessing, {"name": word, "weights": fingerprint(files)})

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from featkd import linalg
 from featkd.diagnostics.spectral_energy_pattern import SHARES
+from featkd.models.export import exported_folder
 from featkd.runtime import checks
 
 _MODELS = ("model", "student", "teacher")
@@ -66,18 +67,21 @@ class DiagnoseConfig:
     """Configuration of `featkd.diagnostics.diagnose`.
 
     Set one source of feature maps: `features`, or `data` with `model`, or `data` with `student`
-    and `teacher`. A model is a timm name, or a checkpoint (.pt) of `featkd distill`. Without `out`
-    nothing is written, and an interrupted run cannot be resumed.
+    and `teacher`. A model is a timm name, a checkpoint (.pt) of `featkd distill`, or a folder of
+    `featkd export`. Without `out` nothing is written, and an interrupted run cannot be resumed.
 
     Args:
-        model: model to measure, a timm name or a checkpoint of featkd distill.
+        model: model to measure: a timm name, a checkpoint of featkd distill, or a
+            folder of featkd export.
         checkpoint: weights file of model, if that is a timm name.
         model_options: further timm arguments of model, as YAML or JSON.
-        student: student of a pair, a timm name or a checkpoint of featkd distill.
+        student: student of a pair: a timm name, a checkpoint of featkd distill, or a
+            folder of featkd export.
         student_checkpoint: weights file of student, if that is a timm name.
         student_layers: layers of student (default: layers).
         student_options: further timm arguments of student, as YAML or JSON.
-        teacher: teacher of a pair, a timm name or a checkpoint of featkd distill.
+        teacher: teacher of a pair: a timm name, a checkpoint of featkd distill, or a
+            folder of featkd export.
         teacher_checkpoint: weights file of teacher, if that is a timm name.
         teacher_layers: layers of teacher (default: layers).
         teacher_options: further timm arguments of teacher, as YAML or JSON.
@@ -237,7 +241,9 @@ class DiagnoseConfig:
 
     def _takes_pretrained(self, name: str) -> bool:
         """Checks whether a model is a timm name without a weights file."""
-        return not (getattr(self, name).endswith(".pt") or self.weights_file(name))
+        word = getattr(self, name)
+        has_weights = word.endswith(".pt") or exported_folder(word) is not None
+        return not (has_weights or self.weights_file(name))
 
     def describe(self) -> str:
         """The models and the images, or the folder of feature files, in words."""

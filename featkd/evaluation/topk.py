@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torch import Tensor
 
 from featkd.data import Loader
 from featkd.models.features import FeatureModel
@@ -30,21 +28,16 @@ class Evaluation:
     images: int
 
 
-def _accuracy(num_classes: int, device: torch.device) -> MetricCollection:
-    # Validation of the arguments would wait for the device in each batch.
-    options: dict[str, Any] = {"average": "micro", "validate_args": False}
-    return MetricCollection(
-        {
-            "top1": MulticlassAccuracy(num_classes, **options),
-            "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), **options),
-        }
-    ).to(device)
+def _sums(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sums over a batch: images whose class is first, or one of the first five, and the loss."""
+    found = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+    loss = F.cross_entropy(logits, targets, reduction="sum")
+    return torch.stack((found[:, 0].sum(), found.sum(), loss.double()))
 
 
 def evaluate(
     models: Mapping[str, FeatureModel],
     loader: Loader,
-    num_classes: int,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> dict[str, Evaluation]:
@@ -53,7 +46,6 @@ def evaluate(
     Args:
         models: models by name, (B, 3, H, W) -> (B, K) logits; their modes are restored.
         loader: evaluation loader; each process reads its own share.
-        num_classes: K, at least 2.
         device: device of the models and of the loader's batches.
         autocast: returns the precision context.
 
@@ -63,9 +55,7 @@ def evaluate(
     Raises:
         EvaluationError: no image could be read.
     """
-    accuracies = {name: _accuracy(num_classes, device) for name in models}
-    # torchmetrics' mean would wait for the device in each batch and skip NaN.
-    losses = {name: torch.zeros((), dtype=torch.float64, device=device) for name in models}
+    totals = {name: torch.zeros(3, dtype=torch.float64, device=device) for name in models}
     count = torch.zeros((), dtype=torch.float64, device=device)
     modes = {name: model.training for name, model in models.items()}
     for model in models.values():
@@ -75,25 +65,17 @@ def evaluate(
             for name, model in models.items():
                 with autocast():
                     logits = model(batch.images)
-                logits = logits.float()
-                accuracies[name].update(logits, batch.targets)
-                losses[name] += F.cross_entropy(logits, batch.targets, reduction="sum")
+                totals[name] += _sums(logits.float(), batch.targets)
             count += len(batch.targets)
     for name, model in models.items():
         model.train(modes[name])
-    sums = torch.stack((count, *losses.values()))
+    sums = torch.cat((count[None], *totals.values()))
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
-    images_seen, *summed = sums.tolist()
-    if images_seen == 0:
+    if (images := sums[0].item()) == 0:
         raise EvaluationError("evaluation: none of the images could be read")
     found = {}
-    for name, loss in zip(models, summed, strict=True):
-        scores = accuracies[name].compute()
-        found[name] = Evaluation(
-            top1=100 * scores["top1"].item(),
-            top5=100 * scores["top5"].item(),
-            loss=loss / images_seen,
-            images=int(images_seen),
-        )
+    for name, (top1, top5, loss) in zip(models, sums[1:].view(-1, 3).tolist(), strict=True):
+        shares = 100 * top1 / images, 100 * top5 / images
+        found[name] = Evaluation(*shares, loss=loss / images, images=int(images))
     return found

@@ -4,6 +4,7 @@ Importing this registers the paper's students with timm (see `featkd.models.regi
 """
 
 from featkd.models import registered as registered
+from featkd.models.export import ExportError, export_model, load_exported
 from featkd.models.features import (
     FeatureModel,
     feature_grid,
@@ -21,12 +22,15 @@ from featkd.models.widelast import WideLast
 __all__ = [
     "ARCHS",
     "CheckpointMismatch",
+    "ExportError",
     "FeatureModel",
     "Lift",
     "WideLast",
     "create_student",
     "create_teacher",
+    "export_model",
     "feature_grid",
+    "load_exported",
     "load_published",
     "num_layers",
     "read_state_dict",

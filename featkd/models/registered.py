@@ -12,16 +12,19 @@ from typing import Any, cast
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
+    filter_pretrained_cfg,
     generate_default_cfgs,
     load_pretrained,
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models.eva import Eva
+from timm.models.eva import checkpoint_filter_fn as adapt_eva
+from timm.models.vision_transformer import checkpoint_filter_fn as adapt_vision_transformer
 from torch import nn
 
 from featkd.models.features import FeatureModel
-from featkd.models.students import create_student
+from featkd.models.students import GENERAL_NAME, create_student
 
 _register: Callable[[Callable[..., FeatureModel]], Callable[..., FeatureModel]] = register_model
 
@@ -34,6 +37,8 @@ _NAMES = (
     "deit_tiny_w204_patch16_224",
     "deit_tiny_w219_patch16_224",
 )
+
+_BASE = "deit_tiny_patch16_224"
 
 # DeiT-Tiny's data settings, which timm's loaders read. No model here has weights to download.
 default_cfgs = generate_default_cfgs(
@@ -57,52 +62,74 @@ default_cfgs = generate_default_cfgs(
 @_register
 def deit_tiny_lift384_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
     """DeiT-Tiny with the Lift to 384 channels."""
-    return _deit_tiny("deit_tiny_lift384_patch16_224", "lift", pretrained, kwargs)
+    return _create("deit_tiny_lift384_patch16_224", _BASE, "lift", 384, pretrained, kwargs)
 
 
 @_register
 def deit_tiny_widelast384_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
     """DeiT-Tiny with a last block of 384 channels and 6 heads."""
-    return _deit_tiny("deit_tiny_widelast384_patch16_224", "widelast", pretrained, kwargs)
+    return _create("deit_tiny_widelast384_patch16_224", _BASE, "widelast", 384, pretrained, kwargs)
 
 
 @_register
 def deit_tiny_heads_linear384_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
     """DeiT-Tiny whose last blocks have 256, 320, 384 channels and 4, 5, 6 heads."""
-    return _deit_tiny("deit_tiny_heads_linear384_patch16_224", "heads_linear", pretrained, kwargs)
+    return _create(
+        "deit_tiny_heads_linear384_patch16_224", _BASE, "heads_linear", 384, pretrained, kwargs
+    )
 
 
 @_register
 def deit_tiny_fixed_linear384_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
     """DeiT-Tiny whose last blocks have 240, 312, 384 channels and 3 heads each."""
-    return _deit_tiny("deit_tiny_fixed_linear384_patch16_224", "fixed_linear", pretrained, kwargs)
+    return _create(
+        "deit_tiny_fixed_linear384_patch16_224", _BASE, "fixed_linear", 384, pretrained, kwargs
+    )
 
 
 @_register
 def deit_tiny_fixed_step384_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
     """DeiT-Tiny with a last block of 384 channels and 3 heads."""
-    return _deit_tiny("deit_tiny_fixed_step384_patch16_224", "fixed_step", pretrained, kwargs)
+    return _create(
+        "deit_tiny_fixed_step384_patch16_224", _BASE, "fixed_step", 384, pretrained, kwargs
+    )
 
 
 @_register
 def deit_tiny_w204_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
     """Control: DeiT-Tiny, 204 channels wide throughout."""
     kwargs.setdefault("embed_dim", 204)
-    return _deit_tiny("deit_tiny_w204_patch16_224", "plain", pretrained, kwargs)
+    return _create("deit_tiny_w204_patch16_224", _BASE, "plain", 384, pretrained, kwargs)
 
 
 @_register
 def deit_tiny_w219_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
     """Control: DeiT-Tiny, 219 channels wide throughout."""
     kwargs.setdefault("embed_dim", 219)
-    return _deit_tiny("deit_tiny_w219_patch16_224", "plain", pretrained, kwargs)
+    return _create("deit_tiny_w219_patch16_224", _BASE, "plain", 384, pretrained, kwargs)
 
 
-def _deit_tiny(name: str, arch: str, pretrained: bool, kwargs: dict[str, Any]) -> FeatureModel:
+@_register
+def featkd_student(
+    pretrained: bool = False, *, base: str, arch: str, teacher_dim: int = 384, **kwargs: Any
+) -> FeatureModel:
+    """Any student of `create_student`; config.json has its base, arch and width in model_args."""
+    return _create(GENERAL_NAME, base, arch, teacher_dim, pretrained, kwargs)
+
+
+def _create(
+    name: str, base: str, arch: str, teacher_dim: int, pretrained: bool, kwargs: dict[str, Any]
+) -> FeatureModel:
+    """Creates a student as timm's function of this name; `pretrained` needs a source of weights."""
     kwargs.pop("cache_dir", None)  # where timm would put a download
+    known = name if name in default_cfgs else base
+    record = kwargs.pop("pretrained_cfg", None)
+    if record is None:  # without the base's weights, which don't fit
+        record = filter_pretrained_cfg(resolve_pretrained_cfg(known).to_dict(), remove_source=True)
     cfg = resolve_pretrained_cfg(
-        name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
+        known, record, kwargs.pop("pretrained_cfg_overlay", None)
     ).to_dict()
+    cfg.pop("architecture", None)
     sources = ("state_dict", "file", "hf_hub_id", "url")
     if pretrained and not any(cfg.get(source) for source in sources):
         raise ValueError(
@@ -110,14 +137,14 @@ def _deit_tiny(name: str, arch: str, pretrained: bool, kwargs: dict[str, Any]) -
             f"(featkd.models.load_published reads published files)"
         )
     num_classes = kwargs.pop("num_classes", cfg["num_classes"])
-    student = create_student(
-        "deit_tiny_patch16_224", arch, 384, num_classes, pretrained_cfg=cfg, **kwargs
+    student: Any = create_student(
+        base, arch, teacher_dim, num_classes, pretrained_cfg=cfg, **kwargs
     )
+    student.pretrained_cfg["architecture"] = name
     if pretrained:  # a user's weights, written by timm's hub functions
-        in_chans = kwargs.get("in_chans", 3)
         load_pretrained(
-            *(cast(nn.Module, student), cfg, num_classes, in_chans),
-            filter_fn=checkpoint_filter_fn,
+            *(cast(nn.Module, student), cfg, num_classes, kwargs.get("in_chans", 3)),
+            filter_fn=adapt_eva if isinstance(student, Eva) else adapt_vision_transformer,
             strict=True,
         )
-    return student
+    return cast(FeatureModel, student)

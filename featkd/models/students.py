@@ -19,6 +19,7 @@ from featkd.runtime.remote import AnyPath
 from featkd.runtime.suggest import suggestion
 
 ARCHS = ("plain", "lift", *SCHEDULES)
+GENERAL_NAME = "featkd_student"  # timm's name of students that have none of their own
 
 
 def create_student(
@@ -86,20 +87,22 @@ def create_student(
         if notes is not None:
             notes.append(note)
     if arch != "plain":
-        _describe(student, base, f"{arch}{teacher_dim}")
+        _describe(student, base, arch, teacher_dim)
     return student
 
 
-def _describe(student: Any, base: str, change: str) -> None:
-    """Removes from timm's record of a changed model what is only true of its base."""
+def _describe(student: Any, base: str, arch: str, teacher_dim: int) -> None:
+    """Corrects timm's record of a changed model, which timm's hub functions write."""
     # The record must not offer the base's weights for download: they don't fit this model.
     student.pretrained_cfg = filter_pretrained_cfg(student.pretrained_cfg, remove_source=True)
-    name = student.pretrained_cfg.get("architecture", "")
-    if ":" in base or name == base.partition(".")[0]:
-        # timm's hub functions write this name. Only those of `featkd.models.registered` can be
-        # created from it; the base's own name would create the base.
-        family, patch, sizes = name.partition("_patch")
-        student.pretrained_cfg["architecture"] = f"{family}_{change}{patch}{sizes}"
+    # A base with a source is resolved to the architecture that its config.json names.
+    name = student.pretrained_cfg["architecture"] if ":" in base else base.partition(".")[0]
+    family, patch, sizes = name.partition("_patch")
+    own_name = f"{family}_{arch}{teacher_dim}{patch}{sizes}"  # as in featkd.models.registered
+    if not timm.is_model(own_name):
+        own_name = GENERAL_NAME
+        student._model_args |= {"base": name, "arch": arch, "teacher_dim": teacher_dim}
+    student.pretrained_cfg["architecture"] = own_name
     student.default_cfg = student.pretrained_cfg
 
 

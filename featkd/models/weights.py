@@ -134,6 +134,12 @@ def _torch_load(path: Location) -> Any:
 
 def choose_weights(content: Any, weights: Weights, path: AnyPath) -> dict[str, Any]:
     """Selects a state dict from a file's content; see `read_state_dict`."""
+    key = find_weights(content, weights, path)
+    return dict(content if key is None else content[key])
+
+
+def find_weights(content: Any, weights: Weights, path: AnyPath) -> str | None:
+    """Returns the key of the state dict that `choose_weights` selects; None for the content."""
     if not isinstance(content, dict):
         raise ValueError(
             f"checkpoint: {path} holds a {type(content).__name__}, expected a dict of tensors"
@@ -144,11 +150,11 @@ def choose_weights(content: Any, weights: Weights, path: AnyPath) -> dict[str, A
     allowed = {"auto": both, "model_ema": _EMA_KEYS, "model": _MODEL_KEYS}
     for key in allowed[weights]:
         if key in inside:
-            return dict(content[key])
+            return key
     if inside or weights == "model_ema":
         found = ", ".join(inside) or "a plain state dict"
         raise ValueError(f"weights: {weights!r} is not in {path}, which holds {found}")
-    return dict(content)
+    return None
 
 
 def _scored_last_weights_higher(content: Mapping[str, Any]) -> bool:

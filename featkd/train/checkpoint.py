@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -174,8 +175,13 @@ def load(path: AnyPath) -> dict[str, Any]:
         raise CheckpointError(f"could not read the checkpoint {path}: not a regular file")
     try:
         state = torch.load(seekable(location), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's text advises to run code from the file
+        raise CheckpointError(
+            f"could not read the checkpoint {path}: not a file of torch.save, damaged, or with "
+            "objects that can't be read without running code from it"
+        ) from error
     except Exception as error:  # a damaged file can raise any
-        text = str(error) or type(error).__name__
+        text = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"could not read the checkpoint {path}: {text}") from error
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(f"{path}: not a checkpoint of a featkd run")

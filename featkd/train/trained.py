@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
@@ -30,7 +31,13 @@ def load_trained(path: str | PathLike[str], weights: Weights = "auto") -> Featur
         CheckpointError: not a readable featkd checkpoint.
         ValueError: the checkpoint has no such weights.
     """
-    state = checkpoint.load(path)
+    return build_trained(checkpoint.load(path), path, weights)
+
+
+def build_trained(
+    state: Mapping[str, Any], path: str | PathLike[str], weights: Weights = "auto"
+) -> FeatureModel:
+    """Rebuilds the student of a checkpoint that is already read; see `load_trained`."""
     config, data = state["recipe"]["student"], state["recipe"]["data"]
     student = create_student(
         config["base"],

@@ -90,9 +90,7 @@ def validate(
     with gathered([*models.values(), *projectors]):
         if recipe.data.labels == "none":
             return _validate_unlabelled(recipe, components, context, models, autocast, terms)
-        found = evaluate(
-            *(models, components.val_loader, components.num_classes), context.device, autocast
-        )
+        found = evaluate(models, components.val_loader, context.device, autocast)
     return {name: vars(scores) for name, scores in found.items()}
 
 

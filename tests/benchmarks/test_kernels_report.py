@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +17,6 @@ from benchmarks.report.__main__ import main
 from benchmarks.report.chips import CHIPS, chip_of
 from ptx_emulator import run_triton
 
-ROOT = Path(__file__).parent.parent.parent
 ARCHS = [chip.arch for chip in CHIPS]
 ROWS = 4 * 196
 MAP = ROWS * 384 * 2  # bytes in bf16
@@ -147,9 +143,7 @@ def test_every_row_kernel_pair_and_chip_is_compiled_once():
         assert found.setdefault((launch.signature, arch), question) == question
         found.setdefault((launch.name, question.dtype, arch), question)
     rows = ("distance_forward", "distance_backward", "two_norms_forward", "two_norms_backward")
-    assert {(name, dtype, arch) for name in rows for dtype in DTYPES for arch in ARCHS} <= set(
-        found
-    )
+    assert {(name, dtype, arch) for name in rows for dtype in DTYPES for arch in ARCHS} <= {*found}
     shapes = {question.case.problem.shape for question, _, _ in jobs}
     assert {"1x196x768to1024", "1x256x1024to1280", "1x1369x384to1024"} <= shapes
 
@@ -273,10 +267,10 @@ def test_bad_arguments(capsys, words, message):
     assert message in capsys.readouterr().err
 
 
-def test_without_the_emulator_the_command_ends_in_one_line():
+def test_without_the_emulator_the_command_ends_in_one_line(server):
     code = "import sys, runpy; sys.modules['ptx_emulator'] = None; "
     code += "runpy.run_module('benchmarks.report', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = server.call(script=code)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "run pip install --editable tools/ptx_emulator" in done.stderr

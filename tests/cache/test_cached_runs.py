@@ -39,7 +39,7 @@ def losses(recipe: Recipe, name: str = "loss") -> list[float]:
 
 @pytest.mark.parametrize(
     ("arch", "repeats", "amp"),
-    [("widelast", 1, "off"), ("lift", 3, "off"), ("widelast", 1, "bf16"), ("lift", 1, "bf16")],
+    [("widelast", 1, "off"), ("lift", 3, "off"), ("widelast", 1, "bf16")],
 )
 def test_an_exact_cache_gives_the_losses_and_weights_bit_for_bit(
     recipe, tmp_path, arch, repeats, amp

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from tests.forking import Server
 
 # A package whose import swallows an exception, or is interrupted within exec.
 _SWALLOWED = """
@@ -28,18 +28,21 @@ class Finder:
         if name == {module!r}:
             exec({action!r}, globals())
 
+# the process is forked from one that has imported the commands
+forgotten = ("featkd", "torch") if {module!r} == "torch" else {module!r}
+for name in [name for name in sys.modules if name.startswith(forgotten)]:
+    del sys.modules[name]
 sys.meta_path.insert(0, Finder())
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job
 from featkd.cli.main import main
 sys.exit(main())
 """
-
-
-@pytest.fixture(autouse=True)
-def sigint_is_not_ignored():
-    """A shell's background job ignores SIGINT, and so do the processes that it starts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+_DEMO = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from featkd.cli.main import main
+sys.exit(main())
+"""
 
 
 @pytest.mark.parametrize(
@@ -51,16 +54,8 @@ def sigint_is_not_ignored():
         (["demo"], "sklearn", _WITHIN_EXEC),  # after the imports, where an exception is raised
     ],
 )
-def test_ctrl_c_while_a_command_loads_is_one_line(words, module, action, tmp_path):
-    code = _CODE.format(module=module, action=action)
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+def test_ctrl_c_while_a_command_loads_is_one_line(words, module, action, server: Server):
+    done = server.call(*words, script=_CODE.format(module=module, action=action))
     assert done.stderr == "featkd: interrupted\n"
     assert done.returncode == 130
 
@@ -69,17 +64,9 @@ def _children(pid: int) -> list[int]:
     return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
-@pytest.mark.slow
-def test_ctrl_c_while_the_fork_server_imports_is_one_line(tmp_path):
-    words = ["-m", "featkd", "demo", "--out", "demo", "--epochs", "1", "--seeds", "1"]
-    demo = subprocess.Popen(
-        [sys.executable, *words],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        start_new_session=True,
-    )
+def test_ctrl_c_while_the_fork_server_imports_is_one_line(server: Server, tmp_path):
+    words = ("demo", "--out", tmp_path, "--epochs", 1, "--seeds", 1)
+    demo = server.start(*words, script=_DEMO)
     deadline = time.monotonic() + 300
     while not any(b"forkserver" in _command(pid) for pid in _children(demo.pid)):
         assert demo.poll() is None
@@ -87,9 +74,8 @@ def test_ctrl_c_while_the_fork_server_imports_is_one_line(tmp_path):
         time.sleep(0.01)
     time.sleep(0.3)  # Python itself has started
     os.killpg(demo.pid, signal.SIGINT)
-    _, errors = demo.communicate(timeout=120)
-    assert errors == "featkd: interrupted\n"
-    assert demo.returncode == 130
+    assert demo.wait() == 130
+    assert demo.stderr == "featkd: interrupted\n"
 
 
 def _command(pid: int) -> bytes:

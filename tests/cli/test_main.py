@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from featkd.cli import bench, cache, demo, diagnose, distill, env, evaluate, predict
+from featkd.cli import bench, cache, demo, diagnose, distill, env, evaluate, export, predict
 from featkd.cli.arguments import Parser
 from featkd.cli.main import COMMANDS, main
 from featkd.cli.recipe_arguments import parse_recipe
@@ -32,6 +32,7 @@ def parsers() -> dict[str, Parser]:
     modules = {
         "distill": distill,
         "cache": cache,
+        "export": export,
         "evaluate": evaluate,
         "predict": predict,
         "diagnose": diagnose,
@@ -127,7 +128,7 @@ def test_every_option_has_one_name(parsers):
         "--out": {*options}
         - {"env", "evaluate", "bench compare", "bench loader", "bench step", "bench train"},
         "--data": {
-            *("distill", "cache", "evaluate", "predict", "diagnose"),
+            *("distill", "cache", "export", "evaluate", "predict", "diagnose"),
             *("bench loader", "bench step", "bench train"),
         },
         "--batch_size": {
@@ -135,7 +136,7 @@ def test_every_option_has_one_name(parsers):
             *("bench loader", "bench step", "bench train"),
         },
         "--device": {*options}
-        - {"demo", "env", *(f"bench {x}" for x in ("plot", "table", "compare"))}
+        - {"demo", "env", "export", *(f"bench {x}" for x in ("plot", "table", "compare"))}
         - {"bench loader"},
         "--json": {*options} - {"distill", "cache", "predict", "demo"},
         "--quiet": {*options} - {"env"},

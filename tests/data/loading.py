@@ -19,14 +19,18 @@ STRONG = AugmentConfig(random_erasing=0.5, repeats=1)
 DEFAULTS: dict[str, Any] = {"augment": STRONG}
 
 
+def config(root: Path, **options: Any) -> DataConfig:
+    return DataConfig(str(root), img_size=16, workers=0, **options)
+
+
 @contextlib.contextmanager
 def loading(
     root: Path, split: Split = "train", batch_size: int = 4, **options: Any
 ) -> Iterator[Loader]:
     names = ("seed", "rank", "world_size", "device", "views")
     call = {name: options.pop(name) for name in names if name in options}
-    config = DataConfig(str(root), **{"img_size": 16, "workers": 0, **DEFAULTS, **options})
-    loader = build_loader(config, split=split, batch_size=batch_size, **call)
+    data = DataConfig(str(root), **{"img_size": 16, "workers": 0, **DEFAULTS, **options})
+    loader = build_loader(data, split=split, batch_size=batch_size, **call)
     try:
         yield loader
     finally:

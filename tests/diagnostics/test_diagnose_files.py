@@ -102,6 +102,7 @@ def test_nan_features(features, tmp_path, capsys):
     assert "200 tokens for 24 channels" in out
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_layer_of_zeros_is_left_out(features, tmp_path, capsys):
     folder = tmp_path / "features"
     folder.mkdir()
@@ -115,6 +116,7 @@ def test_layer_of_zeros_is_left_out(features, tmp_path, capsys):
     assert [r["layer"] for r in summary["layers"]] == [1]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_features_of_small_scale(features, uninterrupted, tmp_path):
     folder = tmp_path / "features"
     folder.mkdir()

@@ -28,7 +28,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("layers", [None, "[-1,0]"])
-def test_student_and_teacher(images, tmp_path, capsys, layers):
+def test_student_and_teacher(images, tmp_path, capsys, layers, request):
+    if layers is not None:  # the same figures
+        request.getfixturevalue("no_figures")
     options = '{"patch_size": 4, "depth": 2, "num_heads": 3, "embed_dim": 12}'
     words = ("--student", "vit_tiny_patch16_224", "--teacher", "vit_tiny_patch16_224")
     wide = '{"patch_size": 4, "depth": 2, "num_heads": 3, "embed_dim": 24}'
@@ -69,6 +71,7 @@ def trained(recipe):
     return Path(run.out) / "last.pt"
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_pretrained_and_img_size_beside_a_checkpoint(
     trained, images, tmp_path, capsys, monkeypatch
 ):
@@ -127,3 +130,40 @@ def test_each_model_of_a_pair_sees_its_own_images(trained, images):
     (want,) = student.forward_maps(small, [-1])
     torch.testing.assert_close(chunk.maps[Layer("student", 1)], want, rtol=1e-4, atol=1e-4)
     assert any("images of the student have its own mean" in note for note in source.notes)
+
+
+def test_an_exported_folder_stands_for_its_checkpoint(trained, images, tmp_path, capsys):
+    out = tmp_path / "exported"
+    words = ["export", trained, "--to", "safetensors", "--out", out, "--quiet"]
+    assert main(list(map(str, words))) == 0
+    shared = {"data": str(images), "images": 6, "workers": 0, "batch_size": 6}
+
+    def maps(word):
+        config = DiagnoseConfig(model=word, **shared)
+        assert config.random_models == []
+        source = build_source.build_source(config, torch.device("cpu"))
+        (chunk,) = source.chunks([0])
+        return chunk.maps, source
+
+    want, _ = maps(str(trained))
+    for word in (str(out), f"local-dir:{out}"):
+        found, source = maps(word)
+        assert found.keys() == want.keys()
+        assert all(torch.equal(found[layer], want[layer]) for layer in want)
+        assert source.identity()["model"]["name"] == word
+
+    call = ["diagnose", "--data", str(images), "--out", str(tmp_path / "out")]
+    for words, message in (
+        (("--model", tmp_path), f"model: {tmp_path}: no config.json there; expected a folder"),
+        (("--model", "local-dir:nowhere"), "model: nowhere: no config.json there"),
+        (("--model", out, "--img-size", "32"), f"img_size: got 32 together with {out}, which"),
+        (("--model", out, "--checkpoint", "x.pth"), f"checkpoint: got x.pth together with {out}"),
+        (
+            ("--model", out, "--pretrained"),
+            f"expected a timm name without a weights file, got {out}",
+        ),
+    ):
+        assert main([*call, *map(str, words)]) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1

@@ -46,7 +46,7 @@ class Reads(TorchDispatchMode):
 
 def score(loader: Batches | list[Batch], *models: torch.nn.Module) -> dict[str, Evaluation]:
     named = {str(number): model for number, model in enumerate(models)}
-    return evaluate(named, loader, K, torch.device("cpu"), nullcontext)  # type: ignore[arg-type]
+    return evaluate(named, loader, torch.device("cpu"), nullcontext)  # type: ignore[arg-type]
 
 
 def test_scores_of_two_models_from_one_pass():

@@ -1,11 +1,10 @@
 """Tests the kernels in float64, in a separate process with TRITON_INTERPRET=1.
 
-python -m tests.kernels.interpreted OP
+python -m tests.kernels.interpreted
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -117,9 +116,13 @@ def count_by_arrays_of_one() -> None:
 if __name__ == "__main__":
     scan_once_a_kernel()
     count_by_arrays_of_one()
-    op = sys.argv[1]
-    with featkd.use_backend("triton"):
-        globals()[f"check_{op}"]()
-    called = {"feature_distance": "lift_head", "two_layer_norms": "widelast_projection"}
-    assert featkd.last_backend(called.get(op, op)) == "triton"
-    print("passed")
+    checks = {
+        "lift_head": check_feature_distance,
+        "widelast_projection": check_two_layer_norms,
+        "soft_kd": check_soft_kd,
+    }
+    for op, check in checks.items():
+        with featkd.use_backend("triton"):
+            check()
+        assert featkd.last_backend(op) == "triton"
+        print(op)

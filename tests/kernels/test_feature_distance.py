@@ -21,7 +21,6 @@ CASES = [
     (Problem(9, 45, 300, student=16), F16, F32),
     (Problem(3, 9, 33, norm="none"), BF16, BF16),
     (Problem(3, 24, 136, 6, student=20, pooled=True), F32, F32),
-    (Problem(3, 24, 40, 4, student=20, pooled=True), F16, F32),
     (Problem(9, 45, 72, student=20, teacher=False, pooled=True), BF16, BF16),
     (Problem(1, 1, 5, student=3, pooled=True), BF16, F32),
 ]
@@ -49,11 +48,10 @@ def test_error_is_at_most_twice_torchs(executed, problem, rows, parameters):
     problem.assert_exact(got, inputs)
 
 
-@pytest.mark.parametrize(("arch", "rows", "parameters"), [(80, BF16, F32), (90, F16, F32)], ids=str)
-def test_error_at_published_widths(arch, rows, parameters):
+def test_error_at_published_widths_on_sm_90():
     problem = Problem(2, 49, 384, 7, student=192)
-    inputs = problem.inputs(rows, parameters)
-    with executing(arch) as executed:
+    inputs = problem.inputs(F16, F32)
+    with executing(90) as executed:
         got = problem.run(inputs)
     assert executed == launches(problem)
     problem.assert_exact(got, inputs)

@@ -17,7 +17,6 @@ CASES = [
     (Problem(3, 49, 24, 200), BF16, F32),
     (Problem(2, 9, 20, 33, ("normed",)), F16, F16),
     (Problem(1, 1, 5, 7, ("residual",)), F32, F32),
-    (Problem(2, 9, 20, 40), F16, F32),
     (Problem(2, 9, 20, 40), BF16, BF16),
 ]
 LAUNCHES = ["two_norms_forward", "two_norms_backward", "sum_partials"]
@@ -39,12 +38,10 @@ def test_error_is_at_most_twice_torchs(executed, problem, rows, parameters):
     problem.assert_exact(got, inputs)
 
 
-@pytest.mark.parametrize(("arch", "rows", "parameters"), [(80, BF16, F32), (90, F16, F32)], ids=str)
-def test_error_at_published_widths(arch, rows, parameters):
+def test_error_at_published_widths(executed):
     problem = Problem(1, 98, 192, 384)
-    inputs = problem.inputs(rows, parameters)
-    with executing(arch) as executed:
-        got = problem.run(inputs)
+    inputs = problem.inputs(BF16, F32)
+    got = problem.run(inputs)
     assert executed == LAUNCHES
     problem.assert_exact(got, inputs)
 

@@ -70,9 +70,10 @@ def test_changed_architecture_has_no_pretrained_weights(tiny: dict[str, Any]) ->
     for arch in ("lift", "widelast"):
         student: Any = create_student("deit_tiny_patch16_224", arch, 96, **tiny)
         assert not {"url", "hf_hub_id"} & set(student.pretrained_cfg)
-        name = f"deit_tiny_{arch}96_patch16_224"
-        assert student.pretrained_cfg["architecture"] == name
-        assert not timm.is_model(name)
+        assert student.pretrained_cfg["architecture"] == "featkd_student"
+        own_name: Any = create_student("deit_tiny_patch16_224", arch, 384, **tiny)
+        name = f"deit_tiny_{arch}384_patch16_224"
+        assert own_name.pretrained_cfg["architecture"] == name
     plain: Any = create_student("deit_tiny_patch16_224", **tiny)
     assert plain.pretrained_cfg["architecture"] == "deit_tiny_patch16_224"
 

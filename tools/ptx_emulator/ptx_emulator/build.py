@@ -20,6 +20,7 @@ FLAGS = (
 # Characters of C++ from which a kernel is compiled at -O0: -O1 takes three times as long, and most
 # of a launch is spent in the engine, which is always compiled at -O2.
 _LARGE = 300_000
+_ENGINE_LEVEL = "-O2"
 
 
 class CompilerError(RuntimeError):
@@ -73,7 +74,7 @@ def build(code: str, check: bool, count: bool) -> Path:
         CompilerError: there is no compiler, or it fails.
     """
     flags = [*FLAGS, f"-DPTX_EMULATOR_CHECK={int(check)}", f"-DPTX_EMULATOR_COUNT={int(count)}"]
-    engine = _compiled('#include "engine.cpp"\n', [*flags, "-O2"], ".o")
+    engine = _compiled('#include "engine.cpp"\n', [*flags, _ENGINE_LEVEL], ".o")
     level = "-O0" if len(code) > _LARGE else "-O1"
     return _compiled(code, [*flags, level], ".so", [engine])
 

@@ -26,19 +26,6 @@ def test_matmul(dtype):
     close(c, a.double() @ b.double(), 2.0**13 if dtype == torch.float32 else 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_attention(dtype):
-    q, k, v = (random(2, 70, 32, dtype=dtype, seed=i) for i in range(3))
-    o = torch.empty_like(q)
-    launch = run_triton(
-        *(kernels.attention, (2, 2), q, k, v, o, 70, 32**-0.5),
-        **dict(ROWS=64, KEYS=32, D=32, outputs=["o"], seed=2, arch=90),
-    )
-    assert [str(r) for r in launch.reports] == []
-    scores = (q.double() @ k.double().transpose(1, 2)) * 32**-0.5
-    close(o, scores.softmax(2) @ v.double(), 2.0**15 if dtype == torch.float32 else 2)
-
-
 @pytest.mark.parametrize("stages", [1, 3])
 def test_matmul_by_tensor_descriptors(stages):
     a, b = random(100, 80, dtype=torch.bfloat16), random(80, 72, dtype=torch.bfloat16, seed=1)

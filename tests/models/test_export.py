@@ -1,0 +1,191 @@
+"""Exported models, timm's hub functions, and the code of docs/export.md."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+
+from featkd.models import create_student, create_teacher, export_model, load_exported
+from featkd.models import export as module
+from featkd.models.export import ExportError, exported_folder
+from featkd.models.model_card import render_card
+
+PAGE = Path(__file__).parents[2] / "docs" / "export.md"
+SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3}
+EVA = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+
+
+def test_code_of_docs_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(
+        r"^```python\n(.*?)^```$", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL
+    )
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, str(PAGE), "exec"), {})
+    assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == [
+        "config.json",
+        "model.onnx",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("base", "arch", "options"),
+    [
+        ("vit_tiny_patch16_224", "plain", SMALL),
+        ("vit_tiny_patch16_224.augreg_in21k", "lift", SMALL),
+        ("vit_tiny_patch16_224", "fixed_step", SMALL),
+        ("vit_small_patch16_dinov3", "lift", EVA),
+        ("deit_tiny_patch16_224", "widelast", {**SMALL, "embed_dim": 48}),
+        ("deit_tiny_w204_patch16_224", "plain", {"img_size": 16, "patch_size": 4, "depth": 1}),
+    ],
+)
+def test_every_student_goes_through_the_hub_twice(
+    base: str, arch: str, options: dict[str, Any], tmp_path: Path, perturb: Any
+) -> None:
+    student: Any = perturb(create_student(base, arch, 384, 3, **options)).eval()
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        want = student(images)
+        for generation in ("first", "second"):
+            save_for_hf(student, tmp_path / generation, safe_serialization=True)
+            name = f"local-dir:{tmp_path / generation}"
+            student = timm.create_model(name, pretrained=True).eval()
+            assert torch.equal(student(images), want)
+        teacher = create_teacher(name, pretrained=True)
+        assert torch.equal(teacher(images), want)
+    # as timm's own models: another number of classes, another size
+    other = timm.create_model(name, pretrained=True, num_classes=5, img_size=32).eval()
+    assert other(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+    kept = student.state_dict()["blocks.0.attn.proj.weight"]
+    assert torch.equal(other.state_dict()["blocks.0.attn.proj.weight"], kept)
+
+
+def test_lift_on_a_saved_base_is_not_taken_for_its_base(tmp_path: Path) -> None:
+    save_for_hf(create_student("vit_tiny_patch16_224", **SMALL), tmp_path / "base")
+    student: Any = create_student(f"local-dir:{tmp_path / 'base'}", "lift", 24, 3).eval()
+    save_for_hf(student, tmp_path / "lift")
+    again = load_exported(tmp_path / "lift")
+    assert type(again) is type(student)
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(again(images), student(images))
+
+
+def test_general_architecture_has_no_weights_of_its_base() -> None:
+    options: dict[str, Any] = {"base": "vit_tiny_patch16_224", "arch": "lift", "teacher_dim": 24}
+    model = timm.create_model("featkd_student", **options, **SMALL)
+    assert model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    with pytest.raises(ValueError, match="'featkd_student' has no weights to download"):
+        timm.create_model("featkd_student", pretrained=True, **options, **SMALL)
+
+
+@pytest.fixture
+def student() -> Any:
+    torch.manual_seed(0)
+    return create_student("vit_tiny_patch16_224", "lift", 24, 3, **SMALL)
+
+
+def test_exported_folder_is_loaded_in_evaluation_mode(student: Any, tmp_path: Path) -> None:
+    images = torch.randn(4, 3, 16, 16)
+    found = export_model(student, "safetensors", tmp_path / "a/b", images, details={"x": [1]})
+    assert (found.output, found.error, found.images) == ("logits", 0.0, 4)
+    assert student.training
+    again: Any = load_exported(tmp_path / "a/b")
+    assert not again.training
+    assert torch.equal(again(images), student.eval()(images))
+    assert found.largest == student(images).abs().max().item()
+    _, (features,) = again.forward_with_features(images, [-1])
+    assert features.shape == (4, 16, 24)
+    stored = json.loads((tmp_path / "a/b/config.json").read_text())["featkd"]
+    assert stored == {
+        "form": "safetensors",
+        "file": "model.safetensors",
+        "x": [1],
+        "output": "logits",
+    }
+
+
+def test_one_image_is_enough_for_a_dynamic_batch(student: Any, tmp_path: Path) -> None:
+    export_model(student, "pt2", tmp_path / "pt2", torch.randn(1, 3, 16, 16))
+    program: Any = torch.export.load(tmp_path / "pt2/model.pt2").module()
+    images = torch.randn(3, 3, 16, 16)
+    torch.testing.assert_close(program(images), student.eval()(images), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x + 1e-4, lambda x: x[:1], lambda x: x * torch.nan])
+def test_nothing_is_written_if_outputs_differ(
+    student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: Any
+) -> None:
+    monkeypatch.setattr(module, "_open", lambda *_: lambda images: wrong(student(images)))
+    with pytest.raises(ExportError, match=r"--to timm: .* logits differ .* nothing was written"):
+        export_model(student, "timm", tmp_path / "out", torch.randn(2, 3, 16, 16))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_that_are_not_finite_are_named(student: Any, tmp_path: Path) -> None:
+    with torch.no_grad():
+        student.head.bias.fill_(torch.nan)
+    with pytest.raises(ExportError, match="own outputs are not finite"):
+        export_model(student, "timm", tmp_path / "out", torch.randn(2, 3, 16, 16))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_model_that_torch_cannot_trace(
+    student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Odd(type(student)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * (2 if float(x.mean()) > 9 else 1)
+
+    student.__class__ = Odd
+    with pytest.raises(ExportError, match=r"torch can't export this model: \w+: .* nothing was"):
+        export_model(student, "pt2", tmp_path / "out", torch.randn(2, 3, 16, 16))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_a_killed_export_are_replaced(student: Any, tmp_path: Path) -> None:
+    leftover = tmp_path / ".out.partial"
+    leftover.mkdir()
+    (leftover / "junk").touch()
+    (tmp_path / "out").mkdir()
+    export_model(student, "timm", tmp_path / "out", torch.randn(2, 3, 16, 16), card="# A card\n")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    assert not leftover.exists()
+
+
+def test_folders_that_hold_no_model(student: Any, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no config\.json there; expected a folder of"):
+        load_exported(tmp_path)
+    folder = tmp_path / "out"
+    export_model(student, "timm", folder, torch.randn(2, 3, 16, 16))
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-50])
+    with pytest.raises(ValueError, match=r"out: timm can't load this model: SafetensorError: "):
+        load_exported(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors there"):
+        load_exported(folder)
+
+
+def test_names_that_stand_for_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("resnet18", "mine"):
+        Path(name).mkdir()
+    assert exported_folder("mine") == Path("mine")
+    assert exported_folder("local-dir:resnet18") == Path("resnet18")
+    for name in ("resnet18", "nowhere", "hf-hub:a/b"):
+        assert exported_folder(name) is None
+
+
+def test_missing_fields_of_a_card_are_named() -> None:
+    with pytest.raises(ValueError, match="no field license, scores; expected license, model, name"):
+        render_card(dict.fromkeys(("name", "task", "summary", "needs_featkd", "model", "training")))

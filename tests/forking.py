@@ -30,7 +30,7 @@ IMPORTED = (
     *("featkd.cli.evaluate", "featkd.cli.predict", "featkd.evaluation", "featkd.train.trained"),
     *("featkd.train.dryrun", "featkd.train.build_cache"),
     *("attrs", "docstring_parser", "torch.distributed.launcher.api", "torch.utils.tensorboard"),
-    *("torch.utils.serialization.config"),
+    "torch.utils.serialization.config",
     "featkd.diagnostics.report",
 )
 

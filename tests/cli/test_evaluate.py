@@ -153,3 +153,14 @@ def test_bad_input_is_one_line(images, tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1, error
+
+
+def test_an_exported_student_scores_as_its_checkpoint(checkpoint, images, tmp_path):
+    folder = tmp_path / "exported"
+    words = ("export", checkpoint, "--to", "timm", "--license", "mit", "--out", folder)
+    assert main([*map(str, words)]) == 0
+    rows = evaluate(tmp_path, checkpoint, folder, "--data", images)
+    for score in ("head", "knn", "probe"):
+        first, second = (row["scores"][score] for row in rows)
+        assert first == second, score
+    assert rows[1]["weights"] == "exported"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 
-from featkd.cli import bench, cache, demo, diagnose, distill, env, export
+from featkd.cli import bench, cache, demo, diagnose, distill, env, evaluate, export, predict
 from featkd.cli.arguments import Parser, UsageError, with_dashes
 
 SHELLS = ("bash", "zsh")
@@ -29,6 +29,8 @@ def completion_script(shell: str, commands: Mapping[str, str]) -> str:
         "distill": distill.parser(),
         "cache": cache.parser(),
         "export": export.parser(),
+        "evaluate": evaluate.parser(),
+        "predict": predict.parser(),
         "diagnose": diagnose.parser(),
         "bench": Parser(prog="featkd bench"),
         "env": env.parser(),

@@ -310,6 +310,7 @@ class DistillationLoss(nn.Module):
             return self.alpha * soft_kd(student, teacher, None, alpha=1.0, tau=self.tau)
         if self.label_smoothing > 0 and target.dim() == 1:
             target = smooth_labels(target, student.shape[1], self.label_smoothing)
+        teacher = teacher if self.alpha > 0 else None  # it may have other classes
         return soft_kd(student, teacher, target, alpha=self.alpha, tau=self.tau)
 
 

@@ -27,6 +27,7 @@ from unittest import mock
 # modules that the commands import
 IMPORTED = (
     *("featkd.cli.diagnose", "featkd.cli.distill", "featkd.cli.cache", "featkd.cli.errors"),
+    *("featkd.cli.evaluate", "featkd.cli.predict", "featkd.evaluation", "featkd.train.trained"),
     *("featkd.train.dryrun", "featkd.train.build_cache"),
     *("attrs", "docstring_parser", "torch.distributed.launcher.api", "torch.utils.tensorboard"),
     "torch.utils.serialization.config",

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 
-from featkd.cli import bench, cache, compare, demo, diagnose, distill, env, export
+from featkd.cli import (
+    bench,
+    cache,
+    compare,
+    demo,
+    diagnose,
+    distill,
+    env,
+    evaluate,
+    export,
+    predict,
+)
 from featkd.cli.arguments import Parser, UsageError, with_dashes
 
 SHELLS = ("bash", "zsh")
@@ -30,6 +41,8 @@ def completion_script(shell: str, commands: Mapping[str, str]) -> str:
         "cache": cache.parser(),
         "compare": compare.parser(),
         "export": export.parser(),
+        "evaluate": evaluate.parser(),
+        "predict": predict.parser(),
         "diagnose": diagnose.parser(),
         "bench": Parser(prog="featkd bench"),
         "env": env.parser(),

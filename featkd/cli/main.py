@@ -20,6 +20,8 @@ COMMANDS = {
     "compare": "train arms of a recipe over several seeds, with intervals",
     "cache": "store a teacher's outputs for several runs, or verify stored ones",
     "export": "write a trained student for timm, ONNX or torch.export",
+    "evaluate": "score models: top-k accuracy, kNN and a linear probe",
+    "predict": "write classes, probabilities and features of images",
     "diagnose": "measure the mismatch between feature maps of a student and a teacher",
     "bench": "time the ops, the loaders and training updates",
     "env": "print versions, devices and backends, for bug reports",

@@ -11,7 +11,7 @@ import torch
 from featkd.data.config import DataConfig
 from featkd.data.imageset import ImageSet
 from featkd.data.loader import Loader, TorchLoader
-from featkd.data.sampler import EpochSampler
+from featkd.data.sampler import EpochSampler, SpreadSampler
 from featkd.runtime.names import plural
 
 
@@ -77,6 +77,30 @@ def build_loader(
             f"this rank ({len(dataset)} images in {dataset.folder}, world_size {world_size}); "
             f"expected at most {len(sampler)}"
         )
+    return build_loader_for(
+        dataset, config, sampler, batch_size=batch_size, device=torch.device(device)
+    )
+
+
+def build_evaluation_loader(
+    config: DataConfig,
+    *,
+    split: Literal["train", "val"],
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    limit: int | None = None,
+) -> Loader:
+    """Builds a loader that treats either split as in evaluation: in file order, not augmented.
+
+    Args:
+        limit: maximum number of images, spread evenly over the split.
+
+    The other arguments and the errors are those of `build_loader`.
+    """
+    dataset = ImageSet(config, split, training=False)
+    sampler = SpreadSampler(len(dataset), limit, rank=rank, world_size=world_size)
     return build_loader_for(
         dataset, config, sampler, batch_size=batch_size, device=torch.device(device)
     )

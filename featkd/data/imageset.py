@@ -130,6 +130,7 @@ class ImageSet(Dataset[Sample]):
         config: the image set and its preprocessing.
         split: "train" or "val".
         seed: seed of the run.
+        training: transform and replace images as in training; by default in the training split.
 
     Attributes:
         classes: class names, which targets index; empty without labels, and targets are 0.
@@ -141,14 +142,21 @@ class ImageSet(Dataset[Sample]):
             cannot be used.
     """
 
-    def __init__(self, config: DataConfig, split: Literal["train", "val"], seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        split: Literal["train", "val"],
+        seed: int = 0,
+        *,
+        training: bool | None = None,
+    ) -> None:
         source = open_source(config, split)
         if split == "val" and (note := shared_images_note(config, source)):
             warnings.warn(note, stacklevel=2)
         self._source: ImageSource = source
         self.classes = self._source.classes
         self.folder = self._source.folder
-        self.training = split == "train"
+        self.training = split == "train" if training is None else training
         self.seed = seed
         self.skip = config.on_bad_image == "skip"
         self._train_transform = TrainTransform(config, seed) if self.training else None

@@ -177,3 +177,33 @@ class RangeSampler(EpochSampler):
 
     def __iter__(self) -> Iterator[SampleKey]:
         return self._keys(position for positions in self._ranges for position in positions)
+
+
+class SpreadSampler(EpochSampler):
+    """Yields the keys of one rank for at most `limit` images, in evaluation order.
+
+    The images are spread evenly over the split, because files are sorted by class.
+
+    Args:
+        num_images: images in the split.
+        limit: maximum number of images; None for all.
+        rank: this process, 0 <= rank < world_size.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self, num_images: int, limit: int | None, *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self._chosen = spread_evenly(num_images, limit)
+        super().__init__(len(self._chosen), training=False, rank=rank, world_size=world_size)
+
+    def order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """See `EpochSampler`."""
+        return np.array(self._chosen)
+
+
+def spread_evenly(count: int, limit: int | None) -> Sequence[int]:
+    """Selects at most `limit` of `count` positions, evenly, because files are sorted by class."""
+    if limit is None or limit >= count:
+        return range(count)
+    return [position * count // limit for position in range(limit)]

@@ -15,8 +15,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from featkd.data.sampler import spread_evenly
 from featkd.data.walk import is_hidden
-from featkd.diagnostics.source import Chunk, Layer, UnreadableError, fingerprint, spread_evenly
+from featkd.diagnostics.source import Chunk, Layer, UnreadableError, fingerprint
 from featkd.runtime.files import open_regular
 
 _SUFFIXES = (".npy", ".npz", ".safetensors")

@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from featkd.data import BadImageError, DataConfig, build_transform, read_image
+from featkd.data.sampler import spread_evenly
 from featkd.data.walk import find_files, warn_of_repeated_links
 from featkd.data.workers import worker_options
-from featkd.diagnostics.source import Chunk, Layer, fingerprint, spread_evenly
+from featkd.diagnostics.source import Chunk, Layer, fingerprint
 from featkd.models import FeatureModel, num_layers, resolve_layers
 from featkd.models.adapters import ImageAdapter
 from featkd.runtime.names import printable

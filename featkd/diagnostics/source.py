@@ -95,10 +95,3 @@ def fingerprint(paths: Sequence[str | Path]) -> str:
         facts = os.stat(path)
         digest.update(os.fsencode(f"{path}\n{facts.st_size}\n{facts.st_mtime_ns}\n"))
     return digest.hexdigest()
-
-
-def spread_evenly(count: int, limit: int | None) -> list[int]:
-    """Selects at most `limit` of `count` positions, evenly, because files are sorted by class."""
-    if limit is None or limit >= count:
-        return list(range(count))
-    return [position * count // limit for position in range(limit)]

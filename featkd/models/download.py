@@ -61,5 +61,6 @@ def unreachable(name: str, error: Exception) -> ConnectionError:
         f"pretrained: the weights of {name!r} can't be downloaded from "
         f"{huggingface_hub.constants.ENDPOINT} ({error}); download them elsewhere and give the "
         "file as checkpoint with pretrained: false (in a recipe: teacher.checkpoint or "
-        "student.checkpoint), or a folder with config.json as 'local-dir:FOLDER'"
+        "student.checkpoint; with teacher.mean and teacher.std if they are not those of data), or "
+        "a folder with config.json as 'local-dir:FOLDER'"
     )

@@ -117,16 +117,7 @@ class BlockFeatures:
     ) -> tuple[Tensor, list[Tensor]]:
         """Computes logits and the raw patch tokens (B, N, C) of `layers`; see `FeatureModel`."""
         wanted = resolve_layers(layers, num_layers(self))
-        distinct = sorted({layer for layer in wanted if layer != POOLED})
-        if distinct:  # timm returns each layer once, in the layers' order
-            features, maps = self.forward_intermediates(
-                images, indices=distinct, output_fmt=self.map_format
-            )
-        else:  # forward_intermediates takes no empty selection
-            features, maps = self.forward_features(images), []
-        found: dict[Layer, Tensor] = dict(zip(distinct, map(_as_tokens, maps), strict=True))
-        if POOLED in wanted:
-            found[POOLED] = self._pooled(features)
+        features, found = self._run(images, wanted)
         return self.forward_head(features), [found[layer] for layer in wanted]
 
     def forward_maps(self: Any, images: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
@@ -135,8 +126,8 @@ class BlockFeatures:
         if not wanted:
             return []
         if POOLED in wanted:
-            maps: list[Tensor] = self.forward_with_features(images, wanted)[1]
-            return maps
+            found = self._run(images, wanted)[1]
+            return [found[layer] for layer in wanted]
         distinct = sorted(set(wanted))
         maps = self.forward_intermediates(
             images,
@@ -147,6 +138,20 @@ class BlockFeatures:
         )
         found = dict(zip(distinct, map(_as_tokens, maps), strict=True))
         return [found[layer] for layer in wanted]
+
+    def _run(self: Any, images: Tensor, wanted: Sequence[Layer]) -> tuple[Any, dict[Layer, Tensor]]:
+        """Output of timm's `forward_features`, and the maps of the wanted layers by layer."""
+        distinct = sorted({layer for layer in wanted if layer != POOLED})
+        if distinct:  # timm returns each layer once, in the layers' order
+            features, maps = self.forward_intermediates(
+                images, indices=distinct, output_fmt=self.map_format
+            )
+        else:  # forward_intermediates takes no empty selection
+            features, maps = self.forward_features(images), []
+        found: dict[Layer, Tensor] = dict(zip(distinct, map(_as_tokens, maps), strict=True))
+        if POOLED in wanted:
+            found[POOLED] = self._pooled(features)
+        return features, found
 
     def _pooled(self: Any, features: Any) -> Tensor:
         """Pooled feature (B, 1, C) of the output of timm's `forward_features`."""
@@ -249,13 +254,17 @@ def feature_grid(model: FeatureModel, layer: int = -1) -> tuple[int, int] | None
     """
     (index,) = resolve_layers([layer], num_layers(model))
     timm_model = cast(Any, model)
-    embed = getattr(timm_model, "patch_embed", None)
+    embed: Any = getattr(timm_model, "patch_embed", None)
+    infos = timm_model.feature_info
     size = getattr(embed, "img_size", None)
     if size is None or getattr(timm_model, "dynamic_img_size", False):
         return None
     if not isinstance(getattr(timm_model, "patch_drop", None) or nn.Identity(), nn.Identity):
         return None
-    reduction = timm_model.feature_info[index]["reduction"]
+    if hasattr(embed, "grid_size") and len({str(x["reduction"]) for x in infos}) == 1:
+        height, width = embed.grid_size
+        return height, width
+    reduction = infos[index]["reduction"]
     if isinstance(reduction, int):
         reduction = (reduction, reduction)
     # Models that halve an odd grid round up.

@@ -129,7 +129,8 @@ class LiftStudent(OwnHead):
         if last not in wanted and POOLED not in wanted:
             return self._finish(patches)[0], [found[layer] for layer in wanted]
         found[last] = self.lift(patches)
-        found[POOLED] = self.forward_head(found[last], pre_logits=True).unsqueeze(1)
+        if POOLED in wanted:
+            found[POOLED] = self.forward_head(found[last], pre_logits=True).unsqueeze(1)
         return self.forward_head(found[last]), [found[layer] for layer in wanted]
 
     def forward_maps(self, images: Tensor, layers: Sequence[Layer]) -> list[Tensor]:

@@ -69,10 +69,14 @@ def create_teacher(
 
 def _stored_model(checkpoint: AnyPath) -> str:
     """Returns which model a checkpoint of featkd is of, for an error; "" for other files."""
-    student = read_stored_recipe(checkpoint).get("student")
+    recipe = read_stored_recipe(checkpoint)
+    student, size = recipe.get("student"), (recipe.get("data") or {}).get("img_size")
     if not isinstance(student, dict):
         return ""
-    words = f"teacher.name: {student.get('base')}, teacher.options: {student.get('options')}"
+    words = (
+        f"teacher.name: {student.get('base')}, teacher.img_size: {size}, teacher.options: "
+        f"{student.get('options')}"
+    )
     if student.get("arch") == "plain":
         return f". It is a checkpoint of featkd; its stored recipe can build it: {words}"
     return (

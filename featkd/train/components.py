@@ -160,8 +160,8 @@ def build(
         student_forms_loss = not isinstance(student_forward, FeatureForward)
         if frozen := freeze_unreached(recipe, student, pairs, context.device):
             notes.append(
-                f"student: {plural(len(frozen), 'tensor')} stay as initialised, because the loss "
-                f"does not reach them: {listed(frozen, 3)}"
+                f"student: {plural(len(frozen), 'tensor')} are frozen, because the loss does not "
+                f"reach them: {listed(frozen, 3)}"
             )
         if recipe.data.labels == "none":
             if val_loader.classes:  # kNN needs the pooled feature
@@ -234,8 +234,9 @@ def _open_teacher(
         return None
     if recipe.cache is None:
         return create_teacher_model(recipe, num_classes, train_loader.classes, context, notes)
+    trained_classes = check_teacher(recipe, train_loader.classes)
     cache = open_cache(recipe, train_loader, context, notes)
-    check_cached_classifier(recipe, check_teacher(recipe, train_loader.classes))
+    check_cached_classifier(recipe, trained_classes)
     return cache
 
 
@@ -263,8 +264,8 @@ def _teacher(
         return CachedTeacher(source, pairs.teacher, context.device, image_name), pairs
     model, adapter = source
     pairs = pairs_for(num_layers(model))
-    shapes = output_shapes("teacher", model, pairs.teacher, recipe, context)
     student_maps = output_shapes("student", student, pairs.student, recipe, context).maps
+    shapes = output_shapes("teacher", model, pairs.teacher, recipe, context)
     tokens = matched_tokens(student_maps, shapes.maps, notes)
     logits = recipe.loss.alpha > 0
     teacher = Teacher(

@@ -47,6 +47,7 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
     trainer = Trainer(recipe, context, strict_classes=False)
     components = trainer.components
     if missing:
+        components.notes = [n for n in components.notes if "(teacher.random)" not in n]
         components.notes.append(
             "teacher: the recipe names no weights, so the dry run takes random ones; a run needs "
             "teacher.checkpoint, teacher.pretrained or teacher.random"

@@ -75,6 +75,12 @@ def check_fit(
             f"loss.alpha: needs logits of the same classes, but the student has {classes} and "
             f"the teacher {teacher.classes}"
         )
+    dropped = recipe.student.options.get("patch_drop_rate", 0)
+    if dropped and any(shape.layer != POOLED for shape in maps):
+        raise RecipeError(
+            f"student.options.patch_drop_rate: {dropped}, which leaves patches out in training, "
+            "but loss.feature compares all of them; expected 0, or loss.feature: null"
+        )
     last = num_layers(student) - 1
     fitting = {s.layer for s, t in zip(maps, teacher.maps, strict=True) if s.channels == t.channels}
     for s, t in zip(maps, teacher.maps, strict=True):

@@ -174,12 +174,12 @@ def _naming(place: Location) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(place)) from error
 
 
+# New columns are appended: rows of an earlier version's file get empty values.
 TRAIN_COLUMNS = (
-    *("update", "epoch", "lr", "loss", "logits_loss", "feature_loss", "pooled_loss"),
-    "images_per_s",
+    *("update", "epoch", "lr", "loss", "logits_loss", "feature_loss", "images_per_s"),
+    "pooled_loss",
 )
-# The last four are those of a run without labels, which has no top1 and top5. New columns are
-# appended: rows of an earlier version's file get empty values.
+# The last four are those of a run without labels, which has no top1 and top5.
 EVAL_COLUMNS = (
     *("update", "epoch", "weights", "top1", "top5", "loss", "images"),
     *("knn_top1", "logits_loss", "feature_loss", "pooled_loss"),

@@ -90,7 +90,7 @@ class TeacherConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        fields = ("name", "pretrained", "checkpoint", "weights", "mean", "std")
+        fields = ("name", "pretrained", "checkpoint", "random", "weights", "mean", "std")
         _check_options("teacher", self.options, fields)
         for name in ("mean", "std"):
             value = getattr(self, name)
@@ -263,6 +263,8 @@ def require(name: str, value: float, bound: Literal["> 0", ">= 0"]) -> None:
 
 def _check_options(section: str, options: Mapping[str, Any], fields: Sequence[str]) -> None:
     """Checks that the options of a timm model don't repeat fields of the recipe."""
+    if not isinstance(options, Mapping):
+        raise RecipeError(f"{section}.options: expected fields and values, got {options!r}")
     for name in fields:
         if name in options:
             raise RecipeError(

@@ -244,7 +244,7 @@ def output_shapes(
     is_teacher = field == "teacher"
     size = teacher_size(recipe) if is_teacher else recipe.data.img_size
     name = "teacher.img_size" if is_teacher and size != recipe.data.img_size else "data.img_size"
-    check_patches(name, model, size)
+    check_patches("teacher.img_size" if is_teacher else "data.img_size", model, size)
     image = torch.zeros(1, 3, size, size, device=context.device)
     training = model.training
     model.eval()
@@ -255,9 +255,12 @@ def output_shapes(
         try:
             logits, maps = model.forward_with_features(image, layers)
         except NotPooledError as error:
+            why, way = f"{field}.options.global_pool", ""  # kNN pools too
+            if recipe.loss.pooled is not None:
+                why, way = f"loss.pooled: {field}", ", or loss.pooled: null"
             raise RecipeError(
-                f"loss.pooled: {field}: {error}; expected a model whose head pools "
-                f"({field}.options.global_pool), or loss.pooled: null"
+                f"{why}: {error}; expected a model whose head pools "
+                f"({field}.options.global_pool){way}"
             ) from error
     model.train(training)
     return OutputShapes(

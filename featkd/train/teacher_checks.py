@@ -13,6 +13,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from featkd.models.features import FeatureModel
+from featkd.models.students import check_timm_name
 from featkd.runtime.remote import Location, locate, seekable
 from featkd.train.recipe import Recipe, RecipeError
 
@@ -36,6 +37,7 @@ def check_teacher(
     """
     teacher = recipe.teacher
     assert teacher is not None
+    check_timm_name("teacher.name", teacher.name)
     if not (teacher.random or teacher.has_weights):
         raise RecipeError(
             f"teacher: {teacher.name} has no weights; expected teacher.checkpoint (a file), "

@@ -47,6 +47,12 @@ def teacher_statistics(recipe: Recipe, checkpoint: Location | None = None) -> Im
             known = state["recipe"].get("data") or {}
             source = "the checkpoint's recipe"
     found = [getattr(teacher, name) or known.get(name) for name in ("mean", "std")]
+    if found.count(None) == 1:
+        given, missing = ("mean", "std") if found[1] is None else ("std", "mean")
+        raise RecipeError(
+            f"teacher.{missing}: null, but teacher.{given} is given, and {teacher.name}'s weights "
+            f"do not say theirs; expected both"
+        )
     if teacher.mean is not None or teacher.std is not None:
         source = "the recipe"
     mean, std = (own or x for own, x in zip(found, (data.mean, data.std), strict=True))
@@ -57,7 +63,13 @@ def teacher_size(recipe: Recipe) -> int:
     """Height and width of the teacher's images."""
     teacher = recipe.teacher
     assert teacher is not None
-    size: int = teacher.img_size or teacher.options.get("img_size") or recipe.data.img_size
+    asked = teacher.img_size or teacher.options.get("img_size") or recipe.data.img_size
+    sides = {asked} if isinstance(asked, int) else {*asked}
+    if len(sides) != 1 or not isinstance(size := sides.pop(), int) or size < 1:
+        raise RecipeError(
+            f"teacher.options.img_size: expected a whole number >= 1, got {asked!r}; images are "
+            "square"
+        )
     return size
 
 

@@ -15,7 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from featkd.cli import bench, cache, compare, demo, diagnose, distill, env, export
+from featkd.cli import (
+    bench,
+    cache,
+    compare,
+    demo,
+    diagnose,
+    distill,
+    env,
+    evaluate,
+    export,
+    predict,
+)
 from featkd.cli.arguments import Parser
 from featkd.cli.main import COMMANDS, main
 from featkd.cli.recipe_arguments import parse_recipe
@@ -34,6 +45,8 @@ def parsers() -> dict[str, Parser]:
         "cache": cache,
         "compare": compare,
         "export": export,
+        "evaluate": evaluate,
+        "predict": predict,
         "diagnose": diagnose,
         "env": env,
         "demo": demo,
@@ -124,19 +137,20 @@ def test_every_option_has_one_name(parsers):
     """What several commands take: output, images, batch size, device, figures."""
     options = {name: set(parser._option_string_actions) for name, parser in parsers.items()}
     for common, commands in {
-        "--out": {*options} - {"env", "bench compare", "bench loader", "bench step", "bench train"},
+        "--out": {*options}
+        - {"env", "evaluate", "bench compare", "bench loader", "bench step", "bench train"},
         "--data": {
-            *("distill", "cache", "compare", "export", "diagnose"),
+            *("distill", "cache", "compare", "export", "evaluate", "predict", "diagnose"),
             *("bench loader", "bench step", "bench train"),
         },
         "--batch_size": {
-            *("distill", "cache", "compare", "diagnose"),
+            *("distill", "cache", "compare", "evaluate", "predict", "diagnose"),
             *("bench loader", "bench step", "bench train"),
         },
         "--device": {*options}
         - {"demo", "env", "export", *(f"bench {x}" for x in ("plot", "table", "compare"))}
         - {"bench loader"},
-        "--json": {*options} - {"distill", "cache", "compare", "demo"},
+        "--json": {*options} - {"distill", "cache", "compare", "predict", "demo"},
         "--quiet": {*options} - {"env"},
     }.items():
         assert {name for name, found in options.items() if common in found} == commands, common
@@ -183,6 +197,17 @@ def test_options_of_a_mapping_take_any_key(parsers):
         (["demo", "--seeds", "x"], "--seeds: expected a whole number; got 'x'"),
         (["demo", "--seed", "1"], "no option '--seed'; did you mean '--seeds'?"),
         (["demo", "--seeds"], "argument --seeds: expected one argument"),
+        (["evaluate", "--data", "x"], "name a checkpoint of featkd distill, or a timm model by"),
+        (["evaluate", "x.pt"], "--data: expected the folder with the images"),
+        (["evaluate", "x.pt", "--data", "x", "--pretrained"], "--pretrained: expected --model"),
+        (["evaluate", "x.pt", "--data", "x", "--scores", "knm"], "--scores: expected head, knn,"),
+        (["evaluate", "x.pt", "--data", "x", "--images", "0"], "--images: expected >= 1, got 0"),
+        (["predict", "x.pt", "--data", "x"], "the following arguments are required: --out"),
+        (["predict", "x.pt", "y.pt", "--data", "x", "--out", "z"], "expected one model, got x.pt"),
+        (
+            ["predict", "x.pt", "--data", "x", "--out", "z", "--features", "f.csv"],
+            "--features: expected a file ending in .npy or .safetensors, got f.csv",
+        ),
         (["diagnose"], "the following arguments are required: --out"),
         (["diagnose", "--layers", "a", "--out", "x"], "--layers: expected a list [a whole number"),
         (["distill", "demo", "--optim.step-on", "x"], "--optim.step-on: expected epoch or update;"),

@@ -290,6 +290,7 @@ def test_layers_of_wrong_type_raise(layers: Any) -> None:
         ("swin_tiny_patch4_window7_224", {**SWIN, "img_size": (32, 48)}, 0, (16, 24)),
         ("swin_tiny_patch4_window7_224", {**SWIN, "img_size": (32, 48)}, -1, (4, 6)),
         ("swin_tiny_patch4_window7_224", {**SWIN, "img_size": 28}, -1, (4, 4)),  # 14, 7, 4
+        ("vit_tiny_patch16_224", {**VIT, "img_size": 50}, -1, (6, 6)),  # the rest is left out
         ("vit_small_patch14_dinov2", {**VIT, "patch_size": 14, "img_size": 56}, -1, (4, 4)),
     ],
 )

@@ -15,7 +15,7 @@ from featkd.cache import CacheConfig, LayerShape
 from featkd.models.adapters import ImageAdapter, resize_map
 from featkd.train.build_cache import build_cache
 from featkd.train.recipe import LossConfig, Recipe, RecipeError, StudentConfig, TeacherConfig
-from featkd.train.teacher_images import matched_tokens
+from featkd.train.teacher_images import matched_tokens, teacher_size
 from featkd.train.trainer import Trainer
 from tests.conftest import TEACHER
 from tests.train.runs import CPU, NOTHING_DRAWN, run
@@ -218,9 +218,50 @@ def test_sizes_that_patches_do_not_divide_are_refused(
         Trainer(student, CPU)
 
 
+def test_one_statistic_alone_is_refused(still: Recipe, tmp_path: Path) -> None:
+    """The other is unknown for a file that is no checkpoint of featkd."""
+    options = {**TEACHER, "num_classes": 3}
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, **options)
+    torch.save(model.state_dict(), tmp_path / "t.pth")
+    file = str(tmp_path / "t.pth")
+    teacher = TeacherConfig("vit_tiny_patch16_224", checkpoint=file, mean=HALF, options=options)
+    with pytest.raises(RecipeError, match=r"^teacher.std: null, but teacher.mean is given"):
+        Trainer(replace(still, teacher=teacher), CPU)
+
+
+def test_a_pair_as_image_size_of_the_options(still: Recipe) -> None:
+    square = replace(still.teacher, options={**TEACHER, "img_size": [32, 32]})
+    assert teacher_size(replace(still, teacher=square)) == 32
+    wide = replace(still, teacher=replace(square, options={**TEACHER, "img_size": [32, 16]}))
+    with pytest.raises(RecipeError, match=r"^teacher.options.img_size: .* got \[32, 16\]"):
+        Trainer(wide, CPU)
+
+
+def test_unused_logits_of_a_cache_may_have_other_classes(still: Recipe) -> None:
+    teacher = replace(still.teacher, options={**TEACHER, "num_classes": 7})
+    recipe = replace(still, teacher=teacher, loss=LossConfig(feature="mse"))
+    folder = Path(recipe.out) / "cache"
+    build_cache(recipe, CacheConfig(views=2), CPU, folder, quiet=True)
+    trainer = Trainer(replace(recipe, cache=str(folder)), CPU)
+    assert trainer.step([next(iter(trainer.batches(0)))]).total.isfinite()
+    trainer.components.close()
+    wrong = replace(teacher, name="vit_tiny_patch16_224.bad", pretrained=True)
+    with pytest.raises(ValueError, match=r"^teacher.name: timm has no weights"):
+        Trainer(replace(recipe, cache=str(folder), teacher=wrong), CPU)
+
+
+def test_a_student_that_drops_patches_is_refused(still: Recipe) -> None:
+    options = {**still.student.options, "patch_drop_rate": 0.5}
+    student = replace(still.student, arch="plain", options=options)
+    with pytest.raises(RecipeError, match=r"^student.options.patch_drop_rate: 0.5, which leaves"):
+        Trainer(replace(still, student=student), CPU)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"options": {"random": True}}, r"teacher.options.random: True: this is a field"),
+        ({"options": None}, r"teacher.options: expected fields and values, got None"),
         ({"mean": (0.5, 0.5)}, r"teacher.mean: expected null or three finite numbers"),
         ({"std": (0.5, 0.0, 0.5)}, r"teacher.std: expected numbers > 0"),
         ({"img_size": 0}, r"teacher.img_size: expected a finite number > 0, got 0"),

@@ -73,10 +73,9 @@ def _stored_model(checkpoint: AnyPath) -> str:
     student, size = recipe.get("student"), (recipe.get("data") or {}).get("img_size")
     if not isinstance(student, dict):
         return ""
-    words = (
-        f"teacher.name: {student.get('base')}, teacher.img_size: {size}, teacher.options: "
-        f"{student.get('options')}"
-    )
+    words = f"teacher.name: {student.get('base')}, teacher.options: {student.get('options')}"
+    if size is not None:
+        words += f", teacher.img_size: {size}"
     if student.get("arch") == "plain":
         return f". It is a checkpoint of featkd; its stored recipe can build it: {words}"
     return (

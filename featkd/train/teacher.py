@@ -196,6 +196,10 @@ def naming(field: str) -> Iterator[None]:
     """
     try:
         yield
+    except ConnectionError as error:
+        if not str(error).startswith("pretrained: "):  # a download's
+            raise
+        raise ConnectionError(f"{field}.{error}") from error
     except (RecipeError, *_OTHER_CAUSES):
         raise
     except Exception as error:

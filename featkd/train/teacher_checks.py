@@ -37,7 +37,10 @@ def check_teacher(
     """
     teacher = recipe.teacher
     assert teacher is not None
-    check_timm_name("teacher.name", teacher.name)
+    try:
+        check_timm_name("teacher.name", teacher.name)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     if not (teacher.random or teacher.has_weights):
         raise RecipeError(
             f"teacher: {teacher.name} has no weights; expected teacher.checkpoint (a file), "

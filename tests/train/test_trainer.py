@@ -248,7 +248,7 @@ def test_model_errors_name_the_part_of_the_recipe(recipe):
     student, teacher = recipe.student, recipe.teacher
     with pytest.raises(RecipeError, match=r"^student: .*patchsize"):
         Trainer(replace(recipe, student=replace(student, options={"patchsize": 4})), CPU)
-    with pytest.raises(RecipeError, match=r"^teacher: .*no model 'vit_tinny"):
+    with pytest.raises(RecipeError, match=r"^teacher.name: .*no model 'vit_tinny"):
         Trainer(replace(recipe, teacher=replace(teacher, name="vit_tinny_patch16_224")), CPU)
     with pytest.raises(RecipeError, match=r"optim.optimizer: timm has no 'adamv'; did you mean"):
         Trainer(replace(recipe, optim=replace(recipe.optim, optimizer="adamv")), CPU)

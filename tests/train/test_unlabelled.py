@@ -132,7 +132,7 @@ def test_without_classes_the_lowest_loss_is_best(flat, capsys):
     assert main(["distill", str(path), "--student.arch", "plain"]) == 0
     output = capsys.readouterr()
     assert "the loss (no kNN, which needs data.val_split" in output.err
-    assert "2 tensors stay as initialised" in output.err
+    assert "2 tensors are frozen" in output.err
     losses = scores_of(flat, "loss")
     assert {r["knn_top1"] for r in read_csv(Path(flat.out) / "eval.csv")} == {""}
     best = load(Path(flat.out) / "best.pt")["best"]

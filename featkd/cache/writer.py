@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from featkd.cache.rows import Row
 from featkd.cache.shard import find_damage, write_shard
 from featkd.data import SampleKey
 from featkd.runtime.files import remove_leftovers
-from featkd.runtime.lock import FolderInUse, locked
+from featkd.runtime.lock import output_folder
 from featkd.runtime.names import listed
 
 
@@ -27,15 +27,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
             path is a file. Nothing is changed then.
     """
     _refuse_foreign(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise CacheError(f"out: {folder} is a file, expected a folder") from error
-    with ExitStack() as lock:
-        try:
-            lock.enter_context(locked(folder))
-        except FolderInUse as error:
-            raise CacheError(f"out: {error}") from error
+    with output_folder(folder, CacheError):
         yield
 
 

@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from featkd.compare.report import as_table, rows, write_report
 from featkd.compare.store import Store
 from featkd.runtime import distributed
 from featkd.runtime.distributed import ProcessContext
-from featkd.runtime.lock import FolderInUse, locked
+from featkd.runtime.lock import output_folder
 from featkd.train.build_cache import build_cache
 from featkd.train.checkpoint import CheckpointError
 from featkd.train.components import build
@@ -65,15 +64,7 @@ def compare(
     check_local("out", recipe.out)
     names, notes = choose_arms(recipe, arms)
     out = Path(recipe.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise CheckpointError(f"out: {out} is a file, expected a folder") from error
-    with ExitStack() as lock:
-        try:
-            lock.enter_context(locked(out))
-        except FolderInUse as error:
-            raise CheckpointError(f"out: {error}") from error
+    with output_folder(out, CheckpointError):
         store = Store(out, recipe)
         chosen = [(name, recipe.seed + n) for n in range(seeds) for name in names]
         pending = [key for key in chosen if key not in store.runs]

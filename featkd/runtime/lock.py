@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,6 +64,29 @@ class _Owner:
         except (ValueError, TypeError, RecursionError):
             return None
         return owner if isinstance(owner.pid, int) else None
+
+
+@contextmanager
+def output_folder(folder: Path, error: type[Exception]) -> Iterator[None]:
+    """Creates a local output folder if it is missing, and locks it.
+
+    Args:
+        folder: the folder that `out` names.
+        error: type of the errors.
+
+    Raises:
+        error: the path is a file, or another process writes to the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as cause:
+        raise error(f"out: {folder} is a file, expected a folder") from cause
+    with ExitStack() as lock:
+        try:
+            lock.enter_context(locked(folder))
+        except FolderInUse as cause:
+            raise error(f"out: {cause}") from cause
+        yield
 
 
 @contextmanager

@@ -22,13 +22,18 @@ from featkd.cache.writer import lock_folder, prepare_folder
 from featkd.data import Batch, EpochSampler, ImageSet, Loader
 from featkd.data.factory import build_loader_for
 from featkd.data.sampler import RangeSampler
-from featkd.models.features import POOLED, FeatureModel, Layer, num_layers
+from featkd.models.features import POOLED, Layer, num_layers
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.interrupt import Interrupt
 from featkd.runtime.names import printable_lines
 from featkd.train.cached_teacher import cache_subject, check_no_mixing, checkpoint_name
 from featkd.train.classes import classes_of, count_classes
-from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
+from featkd.train.layer_pairs import (
+    LayerPairs,
+    check_fit,
+    matched_tokens,
+    resolve_layer_pairs,
+)
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.student import build_student
 from featkd.train.teacher import (
@@ -38,7 +43,6 @@ from featkd.train.teacher import (
     create_teacher_model,
     output_shapes,
 )
-from featkd.train.teacher_images import matched_tokens
 
 Found = TypeVar("Found")
 
@@ -121,9 +125,10 @@ def build_cache(
             pairs, compared, pooled = pairs.with_pooled(), compared.with_pooled(), (POOLED,)
             every += pooled
         shapes = output_shapes("teacher", model, every, recipe, context)
-        tokens = _stored_tokens(recipe, student, pairs, shapes, context, notes)
-        fitted = shapes.resized([tokens[layer] for layer in every])
-        check_fit(recipe, student, compared, fitted.of(compared.teacher), context, notes)
+        own = output_shapes("student", student, pairs.student, recipe, context)
+        tokens = _stored_tokens(pairs, own, shapes, notes)
+        fitted = shapes.resized([tokens[layer] for layer in every]).of(compared.teacher)
+        check_fit(recipe, num_layers(student), own.of(compared.student), fitted, notes)
         del student
         layers = every if stores_maps else pooled
         teacher = Teacher(
@@ -180,20 +185,14 @@ def build_cache(
 
 
 def _stored_tokens(
-    recipe: Recipe,
-    student: FeatureModel,
-    pairs: LayerPairs,
-    shapes: OutputShapes,
-    context: ProcessContext,
-    notes: list[str],
+    pairs: LayerPairs, student: OutputShapes, teacher: OutputShapes, notes: list[str]
 ) -> dict[Layer, int]:
     """Tokens of each stored map, by teacher layer: those of the student's map of its pair.
 
     Raises:
         RecipeError: a layer is compared with maps of different grids, or can't be resized.
     """
-    maps = output_shapes("student", student, pairs.student, recipe, context).maps
-    matched = matched_tokens(maps, shapes.of(pairs.teacher).maps, notes)
+    matched = matched_tokens(student.maps, teacher.of(pairs.teacher).maps, notes)
     found: dict[Layer, int] = {}
     for layer, tokens in zip(pairs.teacher, matched, strict=True):
         if found.setdefault(layer, tokens) != tokens:

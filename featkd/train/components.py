@@ -20,7 +20,12 @@ from featkd.runtime.environment import has_fast_bf16, product_speedup
 from featkd.runtime.names import listed, plural
 from featkd.train.cached_teacher import CachedTeacher, cache_views, open_cache
 from featkd.train.classes import classes_of, count_classes
-from featkd.train.layer_pairs import LayerPairs, check_fit, resolve_layer_pairs
+from featkd.train.layer_pairs import (
+    LayerPairs,
+    check_fit,
+    matched_tokens,
+    resolve_layer_pairs,
+)
 from featkd.train.optimizer import check_min_lr, create_optimizer, create_scheduler
 from featkd.train.parallel import replicate, shard
 from featkd.train.precision import AMP_DTYPES
@@ -33,9 +38,8 @@ from featkd.train.student_forward import (
     feature_grids,
     freeze_unreached,
 )
-from featkd.train.teacher import Teacher, create_teacher_model, output_shapes
+from featkd.train.teacher import OutputShapes, Teacher, create_teacher_model, output_shapes
 from featkd.train.teacher_checks import check_cached_classifier, check_teacher
-from featkd.train.teacher_images import matched_tokens
 from featkd.train.validation import describe_validation
 
 _CreatedTeacher = tuple[FeatureModel, ImageAdapter | None]
@@ -134,14 +138,12 @@ def build(
         compiled = recipe.compiles_on(context.device.type)
         if compiled and recipe.amp == "bf16" and context.device.type == "cpu":
             unfuse_attention(cast(nn.Module, student), context)
-        teacher, pairs = _teacher(recipe, student, source, train_loader, context, notes)
+        teacher, pairs, shapes = _teacher(recipe, student, source, train_loader, context, notes)
         projectors = nn.ModuleDict()
         if teacher is not None:
-            maps = check_fit(recipe, student, pairs, teacher.shapes, context, notes)
-            shapes = maps, teacher.shapes.maps
-            projectors = create_projectors(recipe, student, *shapes, context.device, notes)
-        else:
-            output_shapes("student", student, (), recipe, context)
+            check_fit(recipe, num_layers(student), shapes, teacher.shapes, notes)
+            maps = shapes.maps, teacher.shapes.maps
+            projectors = create_projectors(recipe, student, *maps, context.device, notes)
         notes += _precision_notes(recipe, context.device)
 
         updates_per_epoch = len(train_loader) // recipe.optim.accumulate
@@ -247,10 +249,15 @@ def _teacher(
     train_loader: Loader,
     context: ProcessContext,
     notes: list[str],
-) -> tuple[Teacher | CachedTeacher | None, LayerPairs]:
-    """Prepares the teacher's outputs; resolves the layer pairs of the feature loss."""
+) -> tuple[Teacher | CachedTeacher | None, LayerPairs, OutputShapes]:
+    """Prepares the teacher's outputs; resolves layer pairs and the shapes of the student's maps."""
+
+    def student_shapes(pairs: LayerPairs) -> OutputShapes:
+        return output_shapes("student", student, pairs.student, recipe, context)
+
     if source is None:
-        return None, LayerPairs()
+        pairs = LayerPairs()
+        return None, pairs, student_shapes(pairs)
 
     def pairs_for(teacher_depth: int) -> LayerPairs:
         pairs = LayerPairs()
@@ -261,12 +268,13 @@ def _teacher(
     if isinstance(source, TeacherCache):
         pairs = pairs_for(source.manifest.depth)
         image_name = train_loader.dataset.name
-        return CachedTeacher(source, pairs.teacher, context.device, image_name), pairs
+        cached = CachedTeacher(source, pairs.teacher, context.device, image_name)
+        return cached, pairs, student_shapes(pairs)
     model, adapter = source
     pairs = pairs_for(num_layers(model))
-    student_maps = output_shapes("student", student, pairs.student, recipe, context).maps
+    own = student_shapes(pairs)
     shapes = output_shapes("teacher", model, pairs.teacher, recipe, context)
-    tokens = matched_tokens(student_maps, shapes.maps, notes)
+    tokens = matched_tokens(own.maps, shapes.maps, notes)
     logits = recipe.loss.alpha > 0
     teacher = Teacher(
         *(model, pairs.teacher, recipe, context),
@@ -275,7 +283,7 @@ def _teacher(
         shapes=shapes,
         tokens=tokens,
     )
-    return teacher, pairs
+    return teacher, pairs, own
 
 
 def _precision_notes(recipe: Recipe, device: torch.device) -> list[str]:

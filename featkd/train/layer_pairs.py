@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from featkd.cache import LayerShape
-from featkd.models.features import POOLED, FeatureModel, Layer, num_layers, resolve_layers
-from featkd.runtime.distributed import ProcessContext
+from featkd.models.features import POOLED, Layer, resolve_layers
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.teacher import OutputShapes, output_shapes
+from featkd.train.teacher import OutputShapes
 
 
 class LayerPairs(NamedTuple):
@@ -47,29 +48,23 @@ def resolve_layer_pairs(recipe: Recipe, student_depth: int, teacher_depth: int) 
 
 def check_fit(
     recipe: Recipe,
-    student: FeatureModel,
-    pairs: LayerPairs,
+    depth: int,
+    student: OutputShapes,
     teacher: OutputShapes,
-    context: ProcessContext,
     notes: list[str],
-) -> tuple[LayerShape, ...]:
-    """Checks that the student's logits, tokens and channels fit the teacher's, with one image.
+) -> None:
+    """Checks that the student's logits, tokens and channels fit the teacher's.
 
     Args:
         recipe: the run.
-        student: the student, on the device.
-        pairs: layers whose maps are compared.
-        teacher: the teacher's output shapes.
-        context: this process.
+        depth: number of layers of the student.
+        student, teacher: output shapes, with the maps that are compared.
         notes: notes for the user are appended here.
-
-    Returns:
-        Shapes of the student's compared maps.
 
     Raises:
         RecipeError: they do not fit; names the field.
     """
-    classes, _, maps = output_shapes("student", student, pairs.student, recipe, context)
+    classes, _, maps = student
     if recipe.loss.alpha > 0 and classes != teacher.classes:
         raise RecipeError(
             f"loss.alpha: needs logits of the same classes, but the student has {classes} and "
@@ -81,7 +76,7 @@ def check_fit(
             f"student.options.patch_drop_rate: {dropped}, which leaves patches out in training, "
             "but loss.feature compares all of them; expected 0, or loss.feature: null"
         )
-    last = num_layers(student) - 1
+    last = depth - 1
     fitting = {s.layer for s, t in zip(maps, teacher.maps, strict=True) if s.channels == t.channels}
     for s, t in zip(maps, teacher.maps, strict=True):
         pair = name_pair(s, t)
@@ -106,7 +101,40 @@ def check_fit(
                 f"{pair}: the student's map has {s.channels} channels, the teacher's {t.channels}: "
                 "the wider map is pooled (loss.projector trains a projector instead)"
             )
-    return maps
+
+
+def matched_tokens(
+    student: Sequence[LayerShape], teacher: Sequence[LayerShape], notes: list[str]
+) -> tuple[int, ...]:
+    """Tokens of each teacher map after it is resized to the grid of the student's map.
+
+    Args:
+        student, teacher: one map per layer pair, in the same order.
+        notes: a note is appended for each map that is resized.
+
+    Raises:
+        RecipeError: a map has no square grid.
+    """
+    for s, t in zip(student, teacher, strict=True):
+        if s.tokens == t.tokens:
+            continue
+        sides = []
+        for model, shape in (("student", s), ("teacher", t)):
+            side = math.isqrt(shape.tokens)
+            if side * side != shape.tokens:
+                raise RecipeError(
+                    f"loss.pairs: {name_pair(s, t)}: the {model}'s map has "
+                    f"{shape.tokens} tokens, which are no square grid and can't be resized, and "
+                    f"the other {t.tokens if shape is s else s.tokens}; expected image and patch "
+                    "sizes that give the same grid"
+                )
+            sides.append(side)
+        own, its = sides
+        notes.append(
+            f"{name_pair(s, t)}: the teacher's map of {its} x {its} tokens is "
+            f"resized to the student's {own} x {own}"
+        )
+    return tuple(shape.tokens for shape in student)
 
 
 def is_projected(recipe: Recipe, student: LayerShape, teacher: LayerShape) -> bool:

@@ -89,7 +89,7 @@ class Teacher:
         context: this process.
         logits: whether to return logits.
         adapter: maps the student's images to the teacher's; None if they are the same.
-        shapes: the model's output shapes with the maps of `layers`; None runs an image through it.
+        shapes: the model's output shapes with the maps of `layers`.
         tokens: number of tokens to which each map is resized; None resizes none.
     """
 
@@ -102,12 +102,11 @@ class Teacher:
         *,
         logits: bool,
         adapter: ImageAdapter | None = None,
-        shapes: OutputShapes | None = None,
+        shapes: OutputShapes,
         tokens: tuple[int, ...] | None = None,
     ) -> None:
         self.model = model
         self.layers = layers
-        shapes = shapes or output_shapes("teacher", model, layers, recipe, context)
         self.shapes = shapes if tokens is None else shapes.resized(tokens)
         self._amp = recipe.amp
         self._device = context.device

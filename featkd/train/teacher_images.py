@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from featkd.cache import LayerShape
 from featkd.models.adapters import ImageAdapter, same_values
 from featkd.models.base import pretrained_config
 from featkd.runtime.remote import Location, locate
@@ -110,37 +107,3 @@ def image_adapter(
                 f"but timm's weights of {teacher.name} have {list(mean)} and {list(std)}"
             )
     return adapter if adapter.renormalises or adapter.new_size else None
-
-
-def matched_tokens(
-    student: Sequence[LayerShape], teacher: Sequence[LayerShape], notes: list[str]
-) -> tuple[int, ...]:
-    """Tokens of each teacher map after it is resized to the grid of the student's map.
-
-    Args:
-        student, teacher: one map per layer pair, in the same order.
-        notes: a note is appended for each map that is resized.
-
-    Raises:
-        RecipeError: a map has no square grid.
-    """
-    for s, t in zip(student, teacher, strict=True):
-        if s.tokens == t.tokens:
-            continue
-        sides = []
-        for model, shape in (("student", s), ("teacher", t)):
-            side = math.isqrt(shape.tokens)
-            if side * side != shape.tokens:
-                raise RecipeError(
-                    f"loss.pairs: layer pair [{s.layer}, {t.layer}]: the {model}'s map has "
-                    f"{shape.tokens} tokens, which are no square grid and can't be resized, and "
-                    f"the other {t.tokens if shape is s else s.tokens}; expected image and patch "
-                    "sizes that give the same grid"
-                )
-            sides.append(side)
-        own, its = sides
-        notes.append(
-            f"layer pair [{s.layer}, {t.layer}]: the teacher's map of {its} x {its} tokens is "
-            f"resized to the student's {own} x {own}"
-        )
-    return tuple(shape.tokens for shape in student)

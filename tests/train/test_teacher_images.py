@@ -14,8 +14,9 @@ from PIL import Image
 from featkd.cache import CacheConfig, LayerShape
 from featkd.models.adapters import ImageAdapter, resize_map
 from featkd.train.build_cache import build_cache
+from featkd.train.layer_pairs import matched_tokens
 from featkd.train.recipe import LossConfig, Recipe, RecipeError, StudentConfig, TeacherConfig
-from featkd.train.teacher_images import matched_tokens, teacher_size
+from featkd.train.teacher_images import teacher_size
 from featkd.train.trainer import Trainer
 from tests.conftest import TEACHER
 from tests.train.runs import CPU, NOTHING_DRAWN, run

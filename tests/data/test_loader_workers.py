@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import shutil
@@ -119,6 +120,11 @@ def test_workers_run_until_their_rank_ends(
         assert time.monotonic() < killed + 2, f"workers {workers} live on"
         time.sleep(0.02)
     process.wait()
+
+
+def test_only_the_server_process_ignores_sigterm() -> None:
+    importlib.import_module("featkd.data.worker_server")  # as a collection of doctests does
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def parent(process: str) -> int:

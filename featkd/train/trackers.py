@@ -9,6 +9,7 @@ Neither uses the network unless the environment asks for it.
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import json
 import os
@@ -80,11 +81,12 @@ class WandbRun:
         self._first = self._run.step  # the server has the steps before
         self.identity = {"run": self._run.id}
         place = Path(self._run.dir).parent.absolute()
-        for earlier in place.parent.glob(f"offline-run-*-{self._run.id}"):
+        for earlier in place.parent.glob(f"offline-run-*-{glob.escape(self._run.id)}"):
             if earlier.absolute() != place:
                 shutil.rmtree(earlier, ignore_errors=True)
         where = f"{place}; `wandb sync` uploads it" if offline else str(self._run.url)
-        self.description = f"run {self._run.id} in {where}"
+        disabled = mode == "disabled"
+        self.description = f"WANDB_MODE={mode}" if disabled else f"run {self._run.id} in {where}"
 
     def log(self, points: Mapping[str, float], update: int) -> None:
         if update >= self._first:

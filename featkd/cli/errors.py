@@ -25,10 +25,11 @@ def described(error: Exception) -> tuple[str, int] | None:
     from featkd.runtime.heartbeat import ProcessLost
     from featkd.train.checkpoint import CheckpointError
     from featkd.train.meter import TrainingDiverged
+    from featkd.train.trackers import TrackerError
 
     failures = (
         *DATA_ERRORS, CacheError, CheckpointError, EvaluationError, ExportError, ProcessLost,
-        StateError, TrainingDiverged, UnreadableError,
+        StateError, TrackerError, TrainingDiverged, UnreadableError,
     )  # fmt: skip
     if isinstance(error, failures):  # first: some are ValueErrors
         return str(error), 1

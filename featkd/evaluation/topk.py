@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featkd.data import Loader
+from featkd.data import Batch
 from featkd.models.features import FeatureModel
 
 
@@ -37,7 +37,7 @@ def _sums(logits: Tensor, targets: Tensor) -> Tensor:
 
 def evaluate(
     models: Mapping[str, FeatureModel],
-    loader: Loader,
+    loader: Iterable[Batch],
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> dict[str, Evaluation]:

@@ -40,7 +40,7 @@ from featkd.train.student_forward import (
 )
 from featkd.train.teacher import OutputShapes, Teacher, create_teacher_model, output_shapes
 from featkd.train.teacher_checks import check_cached_classifier, check_teacher
-from featkd.train.validation import describe_validation
+from featkd.train.validation import computes_knn, describe_validation
 
 _CreatedTeacher = tuple[FeatureModel, ImageAdapter | None]
 
@@ -165,9 +165,9 @@ def build(
                 f"student: {plural(len(frozen), 'tensor')} are frozen, because the loss does not "
                 f"reach them: {listed(frozen, 3)}"
             )
+        if computes_knn(recipe, val_loader):  # needs the pooled feature
+            output_shapes("student", student, (POOLED,), recipe, context)
         if recipe.data.labels == "none":
-            if val_loader.classes:  # kNN needs the pooled feature
-                output_shapes("student", student, (POOLED,), recipe, context)
             notes.append(describe_validation(val_loader, student, teacher))
         if compiled:
             mode = recipe.compile_mode_on(

@@ -1,4 +1,4 @@
-"""Logs of a run: CSV files, TensorBoard and a progress bar.
+"""Logs of a run: CSV files, TensorBoard, trackers and a progress bar.
 
 Object stores can't append. Behind a URL, rows and events are therefore buffered and uploaded with
 each checkpoint. A resumed run drops later rows in any case.
@@ -11,8 +11,8 @@ import io
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from featkd.runtime.files import atomic_link, atomic_write
 from featkd.runtime.names import plural, printable_lines
 from featkd.runtime.remote import Location
+from featkd.train.trackers import Tracker, one_line
 
 
 class CsvLog:
@@ -32,6 +33,7 @@ class CsvLog:
         start: existing rows of later updates are dropped; the resumed run writes them again.
 
     Attributes:
+        kept: rows of the file that this one continues.
         note: message for the user if the file holds other content than rows of this log; it is
             then kept under another name.
     """
@@ -43,11 +45,11 @@ class CsvLog:
         if stray:
             aside = _set_aside(path)
             self.note = f"{path}: {stray}; the file is kept as {aside}, its other rows are used"
-        rows = [row for row in found if int(row[columns[0]]) <= start]
+        self.kept = [row for row in found if int(row[columns[0]]) <= start]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(self.kept)
         with atomic_write(path) as file:
             file.write(text.getvalue().encode())
         self._file: IO[str] = path.open("a", newline="") if isinstance(path, Path) else text
@@ -141,7 +143,7 @@ class EventLog:
         self._local = Path(self._temporary.name if self._temporary else str(folder))
         self._board = SummaryWriter(str(self._local), purge_step=start + 1)
 
-    def add(self, name: str, value: float | int | str, update: int) -> None:
+    def add(self, name: str, value: float, update: int) -> None:
         """Adds a point to the curve `name`."""
         with _naming(self._folder):
             self._board.add_scalar(name, value, update)
@@ -179,7 +181,7 @@ TRAIN_COLUMNS = (
     *("update", "epoch", "lr", "loss", "logits_loss", "feature_loss", "images_per_s"),
     "pooled_loss",
 )
-# The last four are those of a run without labels, which has no top1 and top5.
+# A run without labels has no top1 and top5; only such a run has the last three.
 EVAL_COLUMNS = (
     *("update", "epoch", "weights", "top1", "top5", "loss", "images"),
     *("knn_top1", "logits_loss", "feature_loss", "pooled_loss"),
@@ -203,6 +205,8 @@ class RunLog:
         quiet: write the files, but print warnings only.
         evaluation_pending: drop rows of an interrupted evaluation at `start`, which is repeated.
             Its TensorBoard points are not dropped: that would drop training points as well.
+        trackers: they receive the rows of both files, first those of earlier sessions. One that
+            fails receives no more; the run goes on.
     """
 
     def __init__(
@@ -213,11 +217,13 @@ class RunLog:
         quiet: bool = False,
         *,
         evaluation_pending: bool = False,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         self.active = folder is not None
         self.quiet = quiet
         self.total = total
         self.notes: list[str] = []  # for the user
+        self._trackers = [*trackers]
         if folder is None:
             return
         self._train = CsvLog(folder / "metrics.csv", TRAIN_COLUMNS, start)
@@ -232,6 +238,11 @@ class RunLog:
             disable=True if quiet else None,  # None: no bar unless stderr is a terminal
             file=sys.stderr,
         )
+        if trackers:
+            rows = [(int(row["update"]), _train_points(row)) for row in self._train.kept]
+            rows += [(int(row["update"]), _eval_points(row)) for row in self._eval.kept]
+            for update, points in sorted(rows, key=lambda pair: pair[0]):
+                self._track(points, update)
 
     def advance(self) -> None:
         """Advances the bar by one update."""
@@ -243,8 +254,7 @@ class RunLog:
         if not self.active:
             return
         self._train.write(row)
-        for name in TRAIN_COLUMNS[2:]:
-            self._board.add(f"train/{name}", row[name], int(row["update"]))
+        self._add(_train_points(row), int(row["update"]))
         summary = f"{row['images_per_s']} images/s, loss {float(row['loss']):.4f}"
         if self._bar.disable:
             self.message(f"update {row['update']} of {self.total}: {summary}")
@@ -256,14 +266,29 @@ class RunLog:
         if not self.active:
             return
         self._eval.write(row)
-        for name in EVAL_COLUMNS[3:]:
-            if name in row and name != "images":
-                self._board.add(f"eval/{row['weights']}/{name}", row[name], int(row["update"]))
+        self._add(_eval_points(row), int(row["update"]))
         texts = [text.format(row[name]) for name, text in _EVAL_TEXTS.items() if name in row]
         self.message(
             f"epoch {row['epoch']} {row['weights']}: {', '.join(texts)} "
             f"({plural(int(row['images']), 'image')})"
         )
+
+    def _add(self, points: Mapping[str, float], update: int) -> None:
+        for name, value in points.items():
+            self._board.add(name, value, update)
+        self._track(points, update)
+
+    def _track(self, points: Mapping[str, float], update: int) -> None:
+        for tracker in [*self._trackers]:
+            try:
+                tracker.log(points, update)
+            except Exception as error:  # a tracker's, of any type
+                self._trackers.remove(tracker)
+                self.message(
+                    f"{tracker.name}: gets no rows from update {update} on: {one_line(error)}; the "
+                    "run goes on, and sends them when it is resumed",
+                    warning=True,
+                )
 
     def message(self, text: str, *, warning: bool = False) -> None:
         """Prints a line above the bar; only warnings if `quiet` is set."""
@@ -276,8 +301,12 @@ class RunLog:
             for log in (self._train, self._eval, self._board):
                 log.publish()
 
-    def close(self) -> None:
-        """Closes the files; errors are printed, so as not to hide one that ended the run."""
+    def close(self, *, complete: bool = True) -> None:
+        """Closes the files; errors are printed, so as not to hide one that ended the run.
+
+        Args:
+            complete: the run has reached its last epoch.
+        """
         if not self.active:
             return
         self._bar.close()
@@ -286,3 +315,30 @@ class RunLog:
                 step()
             except OSError as error:
                 self.message(f"the end of the logs is missing: {error}", warning=True)
+        for tracker in self._trackers:
+            try:
+                tracker.close(complete=complete)
+            except Exception as error:
+                self.message(f"{tracker.name}: {one_line(error)}", warning=True)
+
+
+def _train_points(row: Mapping[str, float | int | str]) -> dict[str, float]:
+    """Points of the training curves in a row of TRAIN_COLUMNS."""
+    return _points("train", row, TRAIN_COLUMNS[1:])
+
+
+def _eval_points(row: Mapping[str, float | int | str]) -> dict[str, float]:
+    """Points of the evaluation curves in a row of EVAL_COLUMNS."""
+    names = [name for name in EVAL_COLUMNS[3:] if name != "images"]
+    return _points(f"eval/{row['weights']}", row, names)
+
+
+def _points(
+    prefix: str, row: Mapping[str, float | int | str], names: Sequence[str]
+) -> dict[str, float]:
+    """Values of a row by curve; without those that are missing, or text in an edited file."""
+    points = {}
+    for name in names:
+        with suppress(ValueError):
+            points[f"{prefix}/{name}"] = float(row.get(name, ""))
+    return points

@@ -13,6 +13,8 @@ from featkd.data.config import DataConfig
 from featkd.train.recipe_sections import (
     Arch,
     CheckpointConfig,
+    EvalConfig,
+    LogConfig,
     LossConfig,
     OptimConfig,
     PooledConfig,
@@ -26,6 +28,8 @@ __all__ = [
     "NO_FASTEST",
     "Arch",
     "CheckpointConfig",
+    "EvalConfig",
+    "LogConfig",
     "LossConfig",
     "OptimConfig",
     "PooledConfig",
@@ -58,6 +62,8 @@ class Recipe:
         data: images and augmentation.
         optim: optimizer and schedule.
         checkpoint: checkpoints that are saved and kept.
+        eval: evaluations during training.
+        log: trackers.
         ema_decay: decay of the weight average, which is also evaluated; null for no average.
         amp: automatic mixed precision: "off", "bf16" or "fp16" (with loss scaling).
         compile: use torch.compile for student and teacher; "auto": on a GPU only.
@@ -82,6 +88,8 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     ema_decay: float | None = 0.99996
     amp: Literal["off", "bf16", "fp16"] = "bf16"
     compile: bool | Literal["auto"] = "auto"

@@ -11,7 +11,10 @@ from featkd.runtime.remote import Location
 from featkd.train.recipe import NO_FASTEST, Recipe, RecipeError, TeacherConfig, to_dict
 
 # Fields that only set where and how often something is written, or what is allowed.
-_SILENT = ("out", "log_every", "checkpoint", "device", "data.workers", "teacher.random")
+_SILENT = (
+    *("out", "log_every", "checkpoint", "eval", "log", "device", "data.workers"),
+    "teacher.random",
+)
 # Fields that may change, with a note: position and speed, images that are found elsewhere.
 _NOTED = (
     *("batch_size", "optim.accumulate", "amp", "compile", "compile_mode", "cache", "cache_epochs"),

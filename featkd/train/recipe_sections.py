@@ -1,4 +1,4 @@
-"""Sections of a recipe: student, teacher, loss, optimizer, checkpoints."""
+"""Sections of a recipe: student, teacher, loss, optimizer, checkpoints, evaluation, logs."""
 
 from __future__ import annotations
 
@@ -253,6 +253,36 @@ class CheckpointConfig:
             raise RecipeError(
                 f"checkpoint.keep_every: {self.keep_every}, but checkpoint.every_epochs saves only "
                 f"every {self.every_epochs} epochs; expected a multiple of {self.every_epochs}"
+            )
+
+
+@dataclass
+class EvalConfig:
+    """Evaluations during training.
+
+    Args:
+        knn: with labels, also compute kNN top-1 of the pooled features, leave-one-out among the
+            validation images. Without labels it is computed whenever these have classes.
+    """
+
+    knn: bool = False
+
+
+@dataclass
+class LogConfig:
+    """Logs beside the CSV files and TensorBoard.
+
+    Args:
+        trackers: "wandb" (Weights & Biases) and "mlflow", which receive the rows of the CSV files;
+            they need featkd's extras of the same names.
+    """
+
+    trackers: list[Literal["wandb", "mlflow"]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if {*self.trackers} - {"wandb", "mlflow"} or len({*self.trackers}) < len(self.trackers):
+            raise RecipeError(
+                f"log.trackers: expected wandb, mlflow or both, each once; got {self.trackers!r}"
             )
 
 

@@ -30,8 +30,9 @@ from featkd.train.recipe import Recipe, to_dict
 from featkd.train.resume import check_same_position, find_checkpoint, restore
 from featkd.train.saving import BackgroundSaver, snapshot
 from featkd.train.stopwatch import Stopwatch
-from featkd.train.student_forward import StudentOutputs
+from featkd.train.student_forward import FeatureForward, StudentOutputs
 from featkd.train.teacher import begin_graph_step
+from featkd.train.trackers import Tracker, open_trackers
 from featkd.train.validation import log_scores, validate
 
 _CHANGED = "changed since that checkpoint"
@@ -114,6 +115,8 @@ class Trainer:
             CheckpointError: a checkpoint can't be written, read or used, or another run writes to
                 the output folder.
             RecipeError: the checkpoint belongs to another experiment.
+            TrackerError: a tracker can't be started.
+            ImportError: the package of a tracker is missing.
             TrainingDiverged: the loss or a weight is not finite; this state is not saved.
             featkd.data.BadImageError: an unreadable image under on_bad_image="error".
         """
@@ -124,15 +127,18 @@ class Trainer:
         loader = f"image loader: {self.components.train_loader.decoder}"
         messages = [loader, *self.components.notes, *self._resume(resume)]
         folder = self.folder if self.context.is_main else None
+        trackers = self._open_trackers()
+        messages += [f"{tracker.name}: {tracker.description}" for tracker in trackers]
         log = RunLog(
             *(folder, self.update, self.total_updates, quiet),
             evaluation_pending=self.evaluation_pending,
+            trackers=trackers,
         )
         for message in messages:
             log.message(message, warning=message.startswith(_CHANGED))
         for note in log.notes:
             log.message(note, warning=True)
-        stopped_by = None
+        stopped_by, complete = None, False
         try:
             with Interrupt() as interrupt, self._saver.finishing(log.message):
                 if self.evaluation_pending:
@@ -146,8 +152,9 @@ class Trainer:
                     log.message(
                         f"stopped by signal {stopped_by}; --resume auto continues from here"
                     )
+                complete = stopped_by is None
         finally:
-            log.close()
+            log.close(complete=complete)
             self.components.close()
         images = self._timed_updates * self.components.global_batch
         return Outcome(
@@ -158,6 +165,18 @@ class Trainer:
             bad_files=self.bad_files,
             interrupted_by=stopped_by,
         )
+
+    def _open_trackers(self) -> list[Tracker]:
+        """Starts or continues the runs of trackers; only the main process has them."""
+        trackers: list[Tracker] = []
+        resumed = self._last_checkpoint == self.store.last
+        recipe = to_dict(self.recipe)
+        self.context.on_main(
+            lambda: trackers.extend(
+                open_trackers(self.recipe.log.trackers, self.folder, recipe, resumed=resumed)
+            )
+        )
+        return trackers
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Micro-batches of an epoch from number `start` on; a cached teacher prefetches rows."""
@@ -210,9 +229,13 @@ class Trainer:
 
         The teacher's maps are used only if the student forms the loss.
         """
-        forward = forward or self.components.student_forward
+        forms_loss = self.components.student_forms_loss
+        if forward is None:
+            forward = self.components.student_forward
+        else:
+            forms_loss = not isinstance(forward, FeatureForward)
         with self._autocast():
-            if self.components.student_forms_loss:
+            if forms_loss:
                 logits, features, pooled = forward(images, teacher.maps)
                 return StudentOutputs(logits, [], features, pooled)
             return StudentOutputs(*forward(images))

@@ -1,8 +1,8 @@
-"""Evaluation of a run: accuracy with labels, else the losses and kNN of the features."""
+"""Evaluation of a run: accuracy with labels, else the losses; kNN of the pooled features."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,7 +13,7 @@ from featkd.cache import TeacherOutputs
 from featkd.data import Batch, Loader
 from featkd.evaluation import EvaluationError, evaluate, knn_predict
 from featkd.losses import DistillationTerms
-from featkd.models.features import POOLED, FeatureModel
+from featkd.models.features import POOLED, FeatureModel, Layer
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.names import plural
 from featkd.runtime.scores import rank
@@ -77,8 +77,8 @@ def validate(
 
     Returns:
         Weights ("model", "ema") -> scores, with the number of "images". With labels "top1", "top5"
-        and "loss". Without labels the losses if the teacher's model is there, and "knn_top1" if
-        the validation images have classes; empty if neither.
+        and "loss", and "knn_top1" if `eval.knn` is set. Without labels the losses if the teacher's
+        model is there, and "knn_top1" if the validation images have classes; empty if neither.
 
     Raises:
         EvaluationError: no image could be read.
@@ -88,10 +88,21 @@ def validate(
         models["ema"] = components.ema.module
     projectors = cast("list[FeatureModel]", [*components.projectors.values()])
     with gathered([*models.values(), *projectors]):
+        knn = _Knn(models) if computes_knn(recipe, components.val_loader) else None
         if recipe.data.labels == "none":
-            return _validate_unlabelled(recipe, components, context, models, autocast, terms)
-        found = evaluate(models, components.val_loader, context.device, autocast)
-    return {name: vars(scores) for name, scores in found.items()}
+            return _validate_unlabelled(recipe, components, context, models, knn, autocast, terms)
+        loader = components.val_loader
+        if knn is None:
+            found = evaluate(models, loader, context.device, autocast)
+            return {name: {**vars(scores)} for name, scores in found.items()}
+        found = evaluate(knn.models, knn.watched(loader), context.device, autocast)
+        top1 = knn.top1(len(loader.classes), context)
+    return {name: {**vars(scores), "knn_top1": top1[name]} for name, scores in found.items()}
+
+
+def computes_knn(recipe: Recipe, loader: Loader) -> bool:
+    """Checks whether evaluations on a loader compute kNN."""
+    return bool(loader.classes) and (recipe.eval.knn or recipe.data.labels == "none")
 
 
 def log_scores(
@@ -119,27 +130,29 @@ def _validate_unlabelled(
     recipe: Recipe,
     components: RunComponents,
     context: ProcessContext,
-    models: dict[str, FeatureModel],
+    models: Mapping[str, FeatureModel],
+    knn: _Knn | None,
     autocast: Callable[[], AbstractContextManager[object]],
     terms: Terms,
 ) -> dict[str, Scores]:
-    loader, teacher = components.val_loader, components.teacher
-    runs_teacher, has_classes = isinstance(teacher, Teacher), bool(loader.classes)
-    if not (runs_teacher or has_classes):
+    teacher = components.teacher
+    runs_teacher = isinstance(teacher, Teacher)
+    if not runs_teacher and knn is None:
         return {}
+    batches: Iterable[Batch] = components.val_loader
+    if knn is not None:
+        models, batches = knn.models, knn.watched(batches)
     forwards = {
         name: create_student_forward(recipe, model, components.pairs, components.projectors)
         for name, model in models.items()
     }
     sums = torch.zeros(len(models), len(_LOSSES), dtype=torch.float64, device=context.device)
     count = torch.zeros((), dtype=torch.float64, device=context.device)
-    pooled: dict[str, list[Tensor]] = {name: [] for name in models}
-    images, targets = [], []
     modes = {name: model.training for name, model in models.items()}
     for model in models.values():
         model.eval()
     with torch.no_grad():
-        for batch in loader:
+        for batch in batches:
             size = len(batch.targets)
             count += size
             if runs_teacher:
@@ -149,53 +162,104 @@ def _validate_unlabelled(
                     found = terms(forward, batch, outputs)
                     losses = [getattr(found, term) for term in _LOSSES.values()]
                     sums[number] += size * torch.stack(losses).double()
-            if has_classes:
-                images.append(batch.keys[:, 1])
-                targets.append(batch.targets.cpu())
-                for name, model in models.items():
+            else:
+                for model in models.values():
                     with autocast():
-                        (feature,) = model.forward_maps(batch.images, [POOLED])
-                    pooled[name].append(feature[:, 0].float().cpu())
+                        model.forward_maps(batch.images, [])
     for name, model in models.items():
         model.train(modes[name])
     images_seen = int(context.sum(count).item())
     if images_seen == 0:
         raise EvaluationError("evaluation: none of the images could be read")
     means = (context.sum(sums) / images_seen).tolist()
+    top1 = {} if knn is None else knn.top1(len(components.val_loader.classes), context)
     scores: dict[str, Scores] = {}
-    for (name, features), losses in zip(pooled.items(), means, strict=True):
+    for name, losses in zip(models, means, strict=True):
         scores[name] = {"images": images_seen}
-        if has_classes:
-            scores[name]["knn_top1"] = _knn_top1(images, targets, features, loader, context)
+        if name in top1:
+            scores[name]["knn_top1"] = top1[name]
         if runs_teacher:
             scores[name] |= zip(_LOSSES, losses, strict=True)
     return scores
 
 
-def _knn_top1(
-    images: list[Tensor],
-    targets: list[Tensor],
-    features: list[Tensor],
-    loader: Loader,
-    context: ProcessContext,
-) -> float:
-    """Leave-one-out kNN accuracy in per cent over the images of all processes.
+class _Tapped:
+    """A model that keeps the pooled features of its forward passes."""
 
-    The main process computes it, in the order of the images, which does not depend on the number of
-    processes.
+    def __init__(self, model: FeatureModel) -> None:
+        self._model = model
+        self.kept: list[Tensor] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.forward_with_features(images, [])[0]
+
+    def forward_with_features(
+        self, images: Tensor, layers: Sequence[Layer]
+    ) -> tuple[Tensor, list[Tensor]]:
+        logits, maps = self._model.forward_with_features(images, [*layers, POOLED])
+        self.kept.append(maps.pop()[:, 0].float().cpu())
+        return logits, maps
+
+    def forward_maps(self, images: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
+        maps = self._model.forward_maps(images, [*layers, POOLED])
+        self.kept.append(maps.pop()[:, 0].float().cpu())
+        return maps
+
+
+class _Knn:
+    """kNN scores of models, from the forward passes that an evaluation does in any case.
+
+    Args:
+        models: models by name.
+
+    Attributes:
+        models: the models that the evaluation must call, once for each batch.
     """
-    own = tuple(torch.cat(parts) for parts in (images, targets, features)) if images else None
-    parts = [part for part in context.gather(own) if part is not None]
 
-    def compute() -> float:
-        order = torch.cat([part[0] for part in parts]).argsort()
-        labels, bank = (
-            torch.cat([part[i] for part in parts])[order].to(context.device) for i in (1, 2)
-        )
-        if len(bank) < 2 or not torch.isfinite(bank).all():
-            return float("nan")
-        classes = len(loader.classes)
-        predicted = knn_predict(bank, bank, labels, num_classes=classes, leave_one_out=True)
-        return 100 * (predicted == labels).double().mean().item()
+    def __init__(self, models: Mapping[str, FeatureModel]) -> None:
+        self._tapped = {name: _Tapped(model) for name, model in models.items()}
+        self.models = cast("dict[str, FeatureModel]", self._tapped)
+        self._images: list[Tensor] = []
+        self._labels: list[Tensor] = []
 
-    return context.on_main(compute)
+    def watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yields the batches, and keeps the images' indices and labels."""
+        for batch in batches:
+            self._images.append(batch.keys[:, 1])
+            self._labels.append(batch.targets.cpu())
+            yield batch
+
+    def top1(self, num_classes: int, context: ProcessContext) -> Scores:
+        """Leave-one-out accuracies in per cent over the images of all processes; a collective.
+
+        The main process computes them, in the order of the images, which does not depend on the
+        number of processes.
+        """
+        own = None
+        if self._images:
+            features = [torch.cat(tapped.kept) for tapped in self._tapped.values()]
+            own = torch.cat(self._images), torch.cat(self._labels), *features
+        parts = [part for part in context.gather(own) if part is not None]
+
+        def compute() -> Scores:
+            order = torch.cat([part[0] for part in parts]).argsort()
+            labels, *banks = (
+                torch.cat([part[i] for part in parts])[order].to(context.device)
+                for i in range(1, 2 + len(self._tapped))
+            )
+            return {
+                name: _leave_one_out(bank, labels, num_classes)
+                for name, bank in zip(self._tapped, banks, strict=True)
+            }
+
+        return context.on_main(compute)
+
+
+def _leave_one_out(bank: Tensor, labels: Tensor, num_classes: int) -> float:
+    if len(bank) < 2 or not torch.isfinite(bank).all():
+        return float("nan")
+    predicted = knn_predict(bank, bank, labels, num_classes=num_classes, leave_one_out=True)
+    return 100 * (predicted == labels).double().mean().item()

@@ -95,10 +95,10 @@ def test_processes_share_the_images(checkpoint, images, tmp_path, server):
     common = ("evaluate", checkpoint, "--data", data, "--on-bad", "skip", "--device", "cpu")
     common = (*common, "--workers", "0", "--images", "11", "--batch-size", "2", "--json")
     assert server.call(*common, tmp_path / "1.json").returncode == 0
-    for rank in server.ranks(2, *common, tmp_path / "2.json"):
+    for rank in server.ranks(3, *common, tmp_path / "3.json"):
         assert rank.wait() == 0, rank.stderr
-    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
-    assert one == two
+    one, three = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 3))
+    assert one == three
     (row,) = one["models"]
     assert (row["images"], row["bank_images"]) == (10, 11)
     assert [*row["left_out"]] == [str(data / "val" / "green" / "1.png")]

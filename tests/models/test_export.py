@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import timm
 import torch
-from timm.models import save_for_hf
+from timm.models import push_to_hf_hub, save_for_hf
 
 from featkd.models import create_student, create_teacher, export_model, load_exported
 from featkd.models import export as module
 from featkd.models.export import ExportError, exported_folder
 from featkd.models.model_card import render_card
+from featkd.models.registered import default_cfgs
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3}
@@ -64,6 +67,35 @@ def test_every_student_goes_through_the_hub_twice(
     assert other(torch.randn(1, 3, 32, 32)).shape == (1, 5)
     kept = student.state_dict()["blocks.0.attn.proj.weight"]
     assert torch.equal(other.state_dict()["blocks.0.attn.proj.weight"], kept)
+
+
+@pytest.mark.parametrize("name", default_cfgs)
+def test_registered_students_are_pushed_to_the_hub_and_created_from_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is a folder here."""
+
+    class Hub:
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        def create_repo(self, repo_id: str, **_: Any) -> Any:
+            return SimpleNamespace(repo_id=repo_id)
+
+        def file_exists(self, **_: Any) -> bool:
+            return False
+
+        def upload_folder(self, *, repo_id: str, folder_path: str, **_: Any) -> None:
+            shutil.copytree(folder_path, tmp_path / repo_id)
+
+    monkeypatch.setattr("timm.models._hub.HfApi", Hub)
+    student = timm.create_model(name, img_size=32, depth=2, num_classes=3).eval()
+    push_to_hf_hub(student, "me/student")
+    again = timm.create_model(f"local-dir:{tmp_path / 'me/student'}", pretrained=True).eval()
+    assert type(again) is type(student)
+    assert again.pretrained_cfg["architecture"] == name
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again(images), student(images))
 
 
 def test_lift_on_a_saved_base_is_not_taken_for_its_base(tmp_path: Path) -> None:

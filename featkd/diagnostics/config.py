@@ -108,7 +108,6 @@ class DiagnoseConfig:
             again, or, for feature files, omit the captured energies.
         budget_gib: maximum disk space in GiB for kept features, over all processes.
         on_bad: error stops at an unusable image; skip leaves it out.
-        compile: use torch.compile for elementwise and FFT parts; auto: on a GPU.
         resume: auto continues from the state in out, if any; never starts again.
         save_seconds: minimum time between two saved states.
         settings: definitions and sample sizes of the figures.
@@ -154,7 +153,6 @@ class DiagnoseConfig:
     keep: Literal["fp32", "bf16", "never"] = "fp32"
     budget_gib: float = 8.0
     on_bad: Literal["error", "skip"] = "error"
-    compile: Literal["auto", "on", "off"] = "auto"
     resume: Literal["auto", "never"] = "auto"
     save_seconds: float = 30.0
     settings: Settings = Settings()

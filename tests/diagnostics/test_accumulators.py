@@ -307,12 +307,3 @@ def test_bad_input_raises():
     one = SpectrumStats()
     with pytest.raises(ValueError, match="no image was added"):
         one.result()
-
-
-def test_compiled_sep():
-    maps = feature_maps(3, 9, 16)
-    plain, compiled = SEP(), SEP(compiled=True)
-    for stats in (plain, compiled):
-        stats.update(maps)
-    assert (plain.result().mean - compiled.result().mean).abs().max() < 1e-6
-    assert (plain.result().std - compiled.result().std).abs().max() < 1e-5

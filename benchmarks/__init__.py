@@ -5,7 +5,6 @@
 - results, table, plot, compare: its rows on disk, and the commands that read them
 - loader, step, train_step: `featkd bench loader`, `step` and `train`
 - spectrum: `featkd.linalg` against torch and numpy
-- cached_features: sizes and errors of a teacher's cached maps
 - gpu/, report/: `make gpu` and `make report`, in a checkout only
 
 Imports within this folder are relative: it is featkd.benchmarks if installed, and benchmarks in a

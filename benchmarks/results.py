@@ -245,11 +245,6 @@ def write_json(path: Path, meta: Mapping[str, object], rows: Iterable[Measured])
         file.write(json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
 
 
-def versions_of(run: Mapping[str, str]) -> str:
-    """Returns versions and day of a `describe_run()` as text."""
-    return f"torch {run['torch']}, featkd {run['commit'][:10]}, {run['time'][:10]}"
-
-
 def meta_of(run: Mapping[str, str] | Row) -> dict[str, object]:
     """Returns the "meta" of the JSON form for a `describe_run()` or a row."""
     found = asdict(run) if isinstance(run, Row) else run

@@ -51,13 +51,6 @@ def pivot(title: str, figures: Sequence[Measured]) -> str:
     return aligned((title, "", *header), lines, numbers=True)
 
 
-def grid(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table; all columns but the first are right-aligned."""
-    rows = "".join(f"| {' | '.join(line)} |\n" for line in (header, *lines))
-    head, _, body = rows.partition("\n")
-    return f"{head}\n|---|{'--:|' * (len(header) - 1)}\n{body}"
-
-
 def markdown(rows: Sequence[Row]) -> str:
     """Returns the newest figures of every case that has all variants, with a line on their origin.
 

@@ -34,7 +34,6 @@ class Settings:
         permutations: random orders of the channels in the permutation test.
         k: dimensions of the subspaces that rotation compares (default: the median energy rank at
             the threshold nearest to 0.9).
-        centred: subtract the data set's mean token before the PCA.
         seed: random seed of the sample, the permutations, the Gaussian tokens and random weights.
 
     Raises:
@@ -47,7 +46,6 @@ class Settings:
     permuted: int = 16
     permutations: int = 100
     k: int | None = None
-    centred: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -108,7 +106,6 @@ class DiagnoseConfig:
             again, or, for feature files, omit the captured energies.
         budget_gib: maximum disk space in GiB for kept features, over all processes.
         on_bad: error stops at an unusable image; skip leaves it out.
-        compile: use torch.compile for elementwise and FFT parts; auto: on a GPU.
         resume: auto continues from the state in out, if any; never starts again.
         save_seconds: minimum time between two saved states.
         settings: definitions and sample sizes of the figures.
@@ -154,7 +151,6 @@ class DiagnoseConfig:
     keep: Literal["fp32", "bf16", "never"] = "fp32"
     budget_gib: float = 8.0
     on_bad: Literal["error", "skip"] = "error"
-    compile: Literal["auto", "on", "off"] = "auto"
     resume: Literal["auto", "never"] = "auto"
     save_seconds: float = 30.0
     settings: Settings = Settings()
@@ -177,10 +173,6 @@ class DiagnoseConfig:
         for name in ("budget_gib", "save_seconds"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}")
-        if self.settings.centred and self.student is not None:
-            raise ValueError(
-                "centred: got true together with a student, whose reach needs uncentred axes"
-            )
         self._check_out()
         if self.features is not None:
             self._check_files()

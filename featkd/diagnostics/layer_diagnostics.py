@@ -57,7 +57,6 @@ class LayerDiagnostics:
 
     Args:
         settings: definitions and sample sizes of the figures.
-        compiled: use torch.compile for the elementwise and FFT parts.
 
     Example:
         >>> from featkd.diagnostics import Settings
@@ -70,11 +69,11 @@ class LayerDiagnostics:
         (4, 5)
     """
 
-    def __init__(self, settings: Settings | None = None, compiled: bool = False) -> None:
+    def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
         self._spectrum = SpectrumStats(self.settings.thresholds)
         self._pca = DatasetPCA()
-        self._sep = SEP(compiled)
+        self._sep = SEP()
         self._sample = FeatureSample(self.settings.sample, self.settings.seed)
         self._shape: tuple[int, int] | None = None
         self._seen = 0
@@ -149,7 +148,7 @@ class LayerDiagnostics:
 
     def pca(self) -> PCAResult:
         """Axes of the tokens so far, for the second pass."""
-        return self._pca.result(self.settings.centred)
+        return self._pca.result()
 
     def result(self) -> LayerResult:
         """Figures over the images so far.

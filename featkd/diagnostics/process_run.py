@@ -72,7 +72,7 @@ class ProcessRun:
             remove_leftovers(folder)
         self._state_path = state_path(folder, context.rank, context.world_size)
         self._chunk_numbers = range(context.rank, num_chunks(source), context.world_size)
-        self._stats = {layer: self._new_stats() for layer in source.layers}
+        self._stats = {layer: LayerDiagnostics(config.settings) for layer in source.layers}
         self._kept: KeptFeatures | None = None
         if config.keep != "never":
             self._kept = KeptFeatures(folder, context.rank, config.keep)
@@ -217,9 +217,9 @@ class ProcessRun:
         for layer, stats in self._stats.items():
             states = self.context.gather(stats.state_dict())
             if states:
-                merged[layer] = self._new_stats()
+                merged[layer] = LayerDiagnostics(self.config.settings)
             for state in states:
-                part = self._new_stats()
+                part = LayerDiagnostics(self.config.settings)
                 part.load_state_dict(state)
                 merged[layer].merge(part)
         return merged
@@ -359,12 +359,6 @@ class ProcessRun:
             self._captured_states = dict(zip(self.source.layers, state["captured"], strict=True))
 
     # Counting.
-
-    def _new_stats(self) -> LayerDiagnostics:
-        compiled = self.config.compile == "on"
-        if self.config.compile == "auto":
-            compiled = self.context.device.type == "cuda"
-        return LayerDiagnostics(self.config.settings, compiled)
 
     def _images_counted(self) -> int:
         return next(iter(self._stats.values())).images

@@ -8,7 +8,7 @@ middle for any token, and noise gives the diagonal. Compare it with the null mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,13 +66,9 @@ class SEP:
     Only the one-sided cumulative shares c are computed, and the sums of c, c^2 and c_0 c kept.
     The full curve is c up to the middle and 1 + c_0 - c, mirrored, after it; the folded curve is
     2 c - c_0.
-
-    Args:
-        compiled: use torch.compile for the transform and the sums.
     """
 
-    def __init__(self, compiled: bool = False) -> None:
-        self._moments = _compiled() if compiled else cumulative_moments
+    def __init__(self) -> None:
         self._channels = 0
         self._sums: ExactSum | None = None  # (3, D // 2 + 1)
         self._tokens = 0
@@ -96,7 +92,9 @@ class SEP:
         total = tokens.new_zeros((3, channels // 2 + 1), dtype=torch.float64)
         missing = 0
         for block in torch.split(tokens, size):
-            sums, zero = self._moments(block.to(wide) * scale if scale != 1 else block.to(wide))
+            sums, zero = cumulative_moments(
+                block.to(wide) * scale if scale != 1 else block.to(wide)
+            )
             total += sums
             missing += int(zero)
         self._sums.add(total)
@@ -175,16 +173,6 @@ def cumulative_moments(tokens: Tensor) -> tuple[Tensor, Tensor]:
     c = (power / torch.where(zero, 1, total)).cumsum(1)
     sums = [c, c.square(), c * c[:, :1]]
     return torch.stack([part.sum(0) for part in sums]).double(), zero.sum()
-
-
-_COMPILED: list[Callable[[Tensor], tuple[Tensor, Tensor]]] = []
-
-
-def _compiled() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Compiles `cumulative_moments` once per process."""
-    if not _COMPILED:
-        _COMPILED.append(torch.compile(cumulative_moments))
-    return _COMPILED[0]
 
 
 def first_reaching(curve: Tensor, shares: Sequence[float]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from featkd.models.features import (
     with_features,
 )
 from featkd.models.lift import Lift
-from featkd.models.published import load_published, to_published
+from featkd.models.published import load_published
 from featkd.models.students import ARCHS, create_student
 from featkd.models.teacher import create_teacher
 from featkd.models.weights import CheckpointMismatch, read_state_dict
@@ -35,6 +35,5 @@ __all__ = [
     "num_layers",
     "read_state_dict",
     "resolve_layers",
-    "to_published",
     "with_features",
 ]

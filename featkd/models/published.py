@@ -16,12 +16,11 @@ from __future__ import annotations
 import math
 import re
 from os import PathLike
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
 from featkd.models.features import FeatureModel
-from featkd.models.lift import Lift
 from featkd.models.students import create_student
 from featkd.models.weights import (
     CheckpointMismatch,
@@ -30,7 +29,7 @@ from featkd.models.weights import (
     mismatch,
     read_state_dict,
 )
-from featkd.models.widelast import SCHEDULES, WideLast, schedule
+from featkd.models.widelast import SCHEDULES, schedule
 
 _LIFT_PREFIX = "base_model."
 _DEAD = ("norm.weight", "norm.bias", "head.weight", "head.bias")
@@ -103,31 +102,6 @@ def load_published(
     load_strictly(cast(nn.Module, model), state, path, f"the {found} student of its shapes")
     model.eval()
     return model
-
-
-def to_published(model: nn.Module | FeatureModel) -> dict[str, Tensor]:
-    """Student's state dict in the published layout: the inverse of `load_published`.
-
-    The published Lift's unused tensors (`base_model.norm.*`, `base_model.head.*`) don't exist here
-    and are left out.
-
-    Args:
-        model: a Lift or a WideLast student.
-
-    Returns:
-        Name to tensor; the tensors are the model's own, not copies.
-
-    Raises:
-        TypeError: `model` is of another class.
-    """
-    if not isinstance(model, (Lift, WideLast)):
-        raise TypeError(f"model: expected a Lift or a WideLast, got {type(model).__name__}")
-    state: dict[str, Tensor] = dict(cast(Any, model).state_dict())
-    if isinstance(model, WideLast):
-        return state
-    outer = _lift_names(len(cast(Any, model).blocks) - 1)
-    names = {ours: theirs for theirs, ours in outer.items()}
-    return {names.get(name, f"{_LIFT_PREFIX}{name}"): value for name, value in state.items()}
 
 
 def _lift_names(last: int) -> dict[str, str]:

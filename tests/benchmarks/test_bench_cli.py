@@ -77,7 +77,8 @@ MISTAKES = {
     ),
     "no op": (
         ["run", "--ops", "softkd"],
-        "ops: expected projected_feature_kd, widelast_projection",
+        "ops: expected projected_feature_kd, widelast_projection, lift_head, soft_kd, "
+        "talking_heads_attention; got 'softkd'; did you mean 'soft_kd'?",
     ),
     "no shapes": (
         ["run", "--shapes", "tiny"],
@@ -89,6 +90,7 @@ MISTAKES = {
     ),
     "no direction": (["run", "--directions", "back"], "directions: expected forward, backward, bo"),
     "batch sizes": (["run", "--batch-sizes", "many"], "--batch-sizes: expected a whole number"),
+    "no batch": (["run", "--batch-sizes", "7"], "the chosen problems have 1, 4 images; got 7"),
     "seconds": (["run", "--min-seconds=-1"], "--min-seconds: expected a finite number > 0, got -1"),
     "device": (["run", "--device", "tpu"], "--device: expected auto, cpu or cuda; got 'tpu'"),
     "ending": (["run", "--out", "x.txt"], "--out: expected a name that ends in .csv, got x.txt"),

@@ -39,24 +39,6 @@ def test_published_and_large_sizes():
     assert {c.problem.batch for c in only} == {64}
 
 
-@pytest.mark.parametrize(
-    ("choice", "message"),
-    [
-        ({"ops": ["soft_kdd"]}, "ops: expected .*; got 'soft_kdd'; did you mean 'soft_kd'?"),
-        (
-            {"shapes": "big"},
-            "shapes: expected small, published, large, grids, all; got 'big'",
-        ),
-        ({"dtypes": ["fp8"]}, "dtypes: expected fp32, bf16, fp16, autocast-bf16, .*; got 'fp8'"),
-        ({"directions": []}, "directions: expected at least one of forward, backward, both"),
-        ({"batches": [7]}, "batches: the chosen problems have 1, 4 images; got 7"),
-    ],
-)
-def test_unknown_choices(choice, message):
-    with pytest.raises(ValueError, match=message):
-        select(**choice)
-
-
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("direction", DIRECTIONS)

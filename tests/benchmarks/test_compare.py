@@ -69,14 +69,6 @@ def test_cases_that_are_gone_are_named(files, make_row):
     assert compare(old, new, 0.15).missing == ("soft_kd/indices/32x1000/bf16/both",)
 
 
-def test_another_machine_is_refused(files, make_row):
-    old, new = files
-    results.append(old, [make_row()])
-    results.append(new, [make_row(cores="8")])
-    with pytest.raises(ResultsError, match="different machines \\(cores: 2 and 8\\)"):
-        compare(old, new, 0.15)
-
-
 def test_nothing_in_common_is_no_success(files, make_row):
     old, new = files
     results.append(old, [make_row(), make_row(variant="eager", dtype="bf16")])

@@ -119,9 +119,13 @@ def test_the_loss_takes_the_product_of_the_stored_factors(recipe, tmp_path, amp)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"store": "int8"}, {"features": "lowrank", "store": "fp16", "rank": 4}]
+    ("options", "amp"),
+    [
+        ({}, "off"),
+        ({"store": "int8"}, "bf16"),
+        ({"features": "lowrank", "store": "fp16", "rank": 4}, "bf16"),
+    ],
 )
-@pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_pooled_features_are_stored_whole(recipe, tmp_path, options, amp):
     """Whatever the form of the maps, and with a projector for these."""
     student = replace(recipe.student, arch="plain")

@@ -229,6 +229,7 @@ import multiprocessing, os, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from featkd.data.workers import end_with_parent
 server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["featkd.data.workers"])  # otherwise each process imports torch
 pools = [ProcessPoolExecutor(1, server, initializer=end_with_parent) for _ in range(2)]
 print(*(pool.submit(os.getpid).result() for pool in pools), flush=True)
 time.sleep(60)

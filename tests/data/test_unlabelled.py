@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from featkd.data import BadImageError, DataConfig, ImageSet, SampleKey
+from featkd.data import DataConfig, ImageSet, SampleKey
 from featkd.data.shards import ShardError
 from tests.data.conftest import MakeSet, save_noise
 from tests.data.loading import loading, same
@@ -116,25 +116,6 @@ def test_shards_without_labels(make_set: MakeSet, tmp_path: Path, backend: str) 
     pack(other / "train/1.tar", {"x.json": b"{}"})
     with pytest.raises(ShardError, match=r"expected one image per sample, found x\.json"):
         names(other)
-
-
-def test_bad_images(make_set: MakeSet, spoil: Any) -> None:
-    root = make_set()
-    spoil(root / "train/class0/000.jpg", "text")
-    with pytest.raises(BadImageError, match="000"):
-        ImageSet(config(root), "train")[SampleKey(0, 0, 0)]
-    sample = ImageSet(config(root, on_bad_image="skip"), "train")[SampleKey(0, 0, 0)]
-    assert (sample.source_index, len(sample.bad)) == (1, 1)
-
-
-def test_the_fingerprint_covers_names_and_contents(make_set: MakeSet) -> None:
-    root = make_set()
-    digests = [ImageSet(config(root), "train").fingerprint()]
-    (root / "train/class0").rename(root / "train/other")
-    digests.append(ImageSet(config(root), "train").fingerprint())
-    save_noise(root / "train/class1/004.jpg", seed=99)
-    digests.append(ImageSet(config(root), "train").fingerprint())
-    assert len(set(digests)) == 3
 
 
 def test_unusable_folders(tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics.pairwise import cosine_distances
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import Normalizer
 
 from featkd.evaluation import knn, knn_predict
 
@@ -23,13 +24,13 @@ def clusters(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (centres[labels] + torch.randn(count, 8, generator=generator)) * lengths, labels
 
 
-def classifier(k: int, temperature: float) -> KNeighborsClassifier:
-    def weights(distance: np.ndarray) -> np.ndarray:
-        return np.exp((1 - distance) / temperature)
+def classifier(k: int, temperature: float) -> Pipeline:
+    """By Euclidean distances d of unit vectors, whose cosine is 1 - d^2 / 2."""
 
-    return KNeighborsClassifier(
-        k, weights=weights, metric=lambda a, b: cosine_distances([a], [b])[0, 0]
-    )
+    def weights(distance: np.ndarray) -> np.ndarray:
+        return np.exp((1 - distance**2 / 2) / temperature)
+
+    return make_pipeline(Normalizer(), KNeighborsClassifier(k, weights=weights))
 
 
 @pytest.mark.parametrize("rows", [1 << 24, 7])

@@ -78,21 +78,29 @@ def jacobi(family: str, device: torch.device) -> None:
         assert ((shown - x).abs().amax((1, 2)) / largest[:, 0]).max() < 1e-12, f"{shape}: product"
 
 
-def leading_vectors(device: torch.device) -> None:
-    """`svd(k=8)` and `svd()` give the leading singular values and products."""
-    for shape in _shapes(device)[:1] if device.type == "cpu" else ((196, 384), (300, 200)):
-        x = matrices("features", *shape).float()
-        u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
-        for k in (8, None):
-            found = linalg.svd(x.to(device), k)
-            count = k or min(shape)
-            assert found.S.shape == (2, count)
-            error = (found.S.cpu().double() - s[:, :count]).abs() / s[:, :1]
-            assert error.max() < 1e-5, f"{shape} k={k}: values off by {error.max():.1e}"
-            shown = ((found.U * found.S.unsqueeze(-2)) @ found.Vh).cpu().double()
-            want = (u * s.unsqueeze(-2))[..., :count] @ vh[:, :count]
-            gap = (shown - want).norm() / want.norm()
-            assert gap < 1e-4, f"{shape} k={k}: product off by {gap:.1e}"
+def leading_vectors(family: str, device: torch.device) -> None:
+    """`svd(k)` gives the leading singular values and orthonormal vectors of a family."""
+    for shape in SMALL if device.type == "cpu" else ((196, 384), (300, 200), (40, 33)):
+        for dtype, allowed, tilt in ((torch.float64, 1e-7, 1e-12), (torch.float32, 1e-5, 1e-5)):
+            x = matrices(family, *shape).to(dtype).double()
+            k = min(20, *shape)
+            u, s, vh = (y.cpu().double() for y in linalg.svd(x.to(device, dtype), k))
+            assert featkd.last_backend("svd") == ("cuda" if device.type == "cuda" else "reference")
+            values = torch.from_numpy(lapack(x.numpy()).values)
+            largest = values[:, :1].clamp_min(1e-300)
+            assert ((s - values[:, :k]).abs() / largest).max() < allowed, f"{shape}: values"
+            for part in (u, vh.mT):
+                gap = (part.mT @ part - torch.eye(k, dtype=part.dtype)).abs().max()
+                assert gap < tilt, f"{shape}: not orthonormal"
+            error = (x @ vh.mT - u * s.unsqueeze(-2)).abs().amax((1, 2)) / largest[:, 0]
+            assert error.max() < allowed, f"{shape}: product"
+
+
+def angles(device: torch.device) -> None:
+    """`principal_angles` agrees with the CPU."""
+    one, other = (torch.randn(4, 60, k, dtype=torch.float64) for k in (9, 12))
+    found = linalg.principal_angles(one.to(device), other.to(device)).cpu()
+    torch.testing.assert_close(found, linalg.principal_angles(one, other), rtol=1e-9, atol=1e-12)
 
 
 def many_matrices(device: torch.device) -> None:
@@ -155,7 +163,9 @@ def captured(name: str, device: torch.device) -> None:
         "svdvals": linalg.svdvals,
         "energy_ranks": linalg.energy_ranks,
         "curve": linalg.energy_curve,
+        "svd": lambda x: linalg.svd(x, 9).S,
         "jacobi": lambda x: linalg.svd(x, method="jacobi").S,
+        "angles": lambda x: linalg.principal_angles(x[..., :5], x[..., 3:9]),
     }
     run = work[name]
     dtype = torch.float64 if name == "jacobi" else torch.float32
@@ -190,8 +200,9 @@ def cases(*, small: bool = False) -> dict[str, Check]:
         name = family.replace(" ", "-")
         found[f"spectra/{name}"] = partial(spectra, family)
         found[f"jacobi/{name}"] = partial(jacobi, family)
-    for alone in (leading_vectors, many_matrices, bad_matrix, side_stream):
+        found[f"leading_vectors/{name}"] = partial(leading_vectors, family)
+    for alone in (angles, many_matrices, bad_matrix, side_stream):
         found[alone.__name__] = alone
-    for op in ("svdvals", "energy_ranks", "curve", "jacobi"):
+    for op in ("svdvals", "energy_ranks", "curve", "svd", "jacobi", "angles"):
         found[f"captured/{op}"] = partial(captured, op)
     return found

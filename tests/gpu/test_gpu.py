@@ -1,4 +1,4 @@
-"""The checks on a GPU, and a few of each on the CPU, so that they stay correct."""
+"""The checks on a GPU. test_script.py runs small cases of them on a CPU, as parts of `make gpu`."""
 
 from __future__ import annotations
 
@@ -27,13 +27,6 @@ def test_as_exact_as_eager(form: str, precision: str):
         accuracy.check(accuracy.Case(FORMS[form], sizes, precision), GPU)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "autocast-bf16"])
-@pytest.mark.parametrize("form", FORMS)
-def test_as_exact_as_eager_on_a_cpu(form: str, precision: str):
-    sizes = accuracy.sizes_of(FORMS[form], small=True)[0]
-    accuracy.check(accuracy.Case(FORMS[form], sizes, precision), CPU)
-
-
 @pytest.mark.parametrize("slip", ["output", "gradient", "scale"])
 def test_a_wrong_result_is_noticed(slip: str):
     form = FORMS["lift_head/mse"]
@@ -52,28 +45,14 @@ def test_a_wrong_result_is_noticed(slip: str):
         accuracy.check(accuracy.Case(replace(form, ours=wrong), sizes, "fp32"), CPU)
 
 
-def _behave(check: behaviour.Check, form: str, device: torch.device) -> None:
-    try:
-        check(FORMS[form], device)
-    except NotHere as error:
-        pytest.skip(str(error))
-
-
 @on_gpu
 @pytest.mark.parametrize("form", MAIN)
 @pytest.mark.parametrize("check", ALL, ids=lambda c: c.__name__)
 def test_behaviour(check: behaviour.Check, form: str):
-    _behave(check, form, GPU)
-
-
-@pytest.mark.parametrize("form", MAIN)
-@pytest.mark.parametrize(
-    "check",
-    [behaviour.views, behaviour.expanded, behaviour.not_a_number, behaviour.beyond_32_bits],
-    ids=lambda c: c.__name__,
-)
-def test_behaviour_on_a_cpu(check: behaviour.Check, form: str):
-    _behave(check, form, CPU)
+    try:
+        check(FORMS[form], GPU)
+    except NotHere as error:
+        pytest.skip(str(error))
 
 
 @on_gpu
@@ -82,25 +61,9 @@ def test_batches(check):
     check(GPU)
 
 
-@pytest.mark.parametrize("check", batches.CHECKS, ids=lambda c: c.__name__)
-def test_batches_on_a_cpu(check):
-    try:
-        check(CPU)
-    except NotHere as error:
-        pytest.skip(str(error))
-
-
 @on_gpu
 @pytest.mark.parametrize("name", decompositions.cases())
 def test_linalg(name: str):
     assert not extension.missing()
     assert extension.has_kernel("featkd::spectrum", "cuda"), "csrc is built without CUDA"
     decompositions.cases()[name](GPU)
-
-
-@pytest.mark.parametrize("name", decompositions.cases(small=True))
-def test_linalg_on_a_cpu(name: str):
-    try:
-        decompositions.cases(small=True)[name](CPU)
-    except NotHere as error:
-        pytest.skip(str(error))

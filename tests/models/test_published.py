@@ -17,7 +17,6 @@ from featkd.models import (
     WideLast,
     create_student,
     load_published,
-    to_published,
 )
 
 PlainVit = Callable[..., list[Tensor]]
@@ -127,39 +126,6 @@ def test_published_wide_students_match_equations(
     torch.testing.assert_close(features, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("unused", [True, False])
-def test_lift_round_trip(tmp_path: Path, unused: bool) -> None:
-    state = lift_tensors()
-    used = {
-        name: value
-        for name, value in state.items()
-        if not name.startswith(("base_model.norm.", "base_model.head."))
-    }
-    back = to_published(load_published(saved(tmp_path, state if unused else used)))
-    assert set(back) == set(used)
-    assert all(torch.equal(back[name], used[name]) for name in used)
-
-
-@pytest.mark.parametrize("arch", WIDE)
-def test_wide_students_round_trip(arch: str, tmp_path: Path) -> None:
-    state = vit_tensors(WIDE[arch][0])
-    back = to_published(load_published(saved(tmp_path, state), arch=arch))
-    assert set(back) == set(state)
-    assert all(torch.equal(back[name], state[name]) for name in state)
-
-
-@pytest.mark.parametrize("arch", ["lift", "widelast"])
-def test_to_published_round_trip(
-    arch: str, tmp_path: Path, tiny: dict[str, Any], perturb: Any
-) -> None:
-    student: Any = perturb(create_student("deit_tiny_patch16_224", arch, 96, **tiny)).eval()
-    again: Any = load_published(saved(tmp_path, to_published(student)))
-    images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(again(images), student(images))
-    with pytest.raises(TypeError, match="model: expected a Lift or a WideLast, got Linear"):
-        to_published(torch.nn.Linear(1, 1))
-
-
 def test_published_sizes_of_deit_tiny(tmp_path: Path) -> None:
     meta: Any = create_student(arch="widelast", device="meta")
     state = {name: torch.zeros(value.shape) for name, value in meta.state_dict().items()}
@@ -174,9 +140,9 @@ def test_default_is_last_weights(tmp_path: Path) -> None:
     averaged = {name: value + 1 for name, value in last.items()}
     path = tmp_path / "both.pth"
     torch.save({"model": last, "model_ema": averaged}, path)
-    assert torch.equal(to_published(load_published(path))["head.bias"], last["head.bias"])
-    chosen = to_published(load_published(path, weights="model_ema"))
-    assert torch.equal(chosen["head.bias"], averaged["head.bias"])
+    for weights, expected in (({}, last), ({"weights": "model_ema"}, averaged)):
+        found: Any = load_published(path, **weights)
+        assert torch.equal(found.head.bias, expected["head.bias"])
 
 
 def test_num_heads_argument(tmp_path: Path) -> None:
@@ -189,25 +155,23 @@ def test_num_heads_argument(tmp_path: Path) -> None:
     assert lift.blocks[0].attn.num_heads == 4
 
 
-@pytest.mark.parametrize("name", list(lift_tensors()))
-def test_lift_missing_tensor_raises(name: str, tmp_path: Path) -> None:
-    state = lift_tensors()
-    del state[name]
-    path = saved(tmp_path, state)
-    if name.startswith(("base_model.norm.", "base_model.head.")):
-        load_published(path)
-        return
-    with pytest.raises(CheckpointMismatch) as caught:
-        load_published(path)
-    assert f"1 missing: {name.removeprefix('base_model.')}" in str(caught.value)
-
-
-@pytest.mark.parametrize("name", list(vit_tensors([24, 48])))
-def test_widelast_missing_tensor_raises(name: str, tmp_path: Path) -> None:
-    state = vit_tensors([24, 48])
-    del state[name]
-    with pytest.raises(CheckpointMismatch, match=rf"1 missing: {name}$"):
-        load_published(saved(tmp_path, state))
+def test_missing_tensors_raise(tmp_path: Path) -> None:
+    """One of each kind: sizes, blocks, a projection, what only the Lift has."""
+    common = ("pos_embed", "cls_token", "blocks.1.norm1.weight", "blocks.0.attn.qkv.bias")
+    of_lift = ("projections.2.weight", "layer_norms.2.bias", "head.weight")
+    wide = (*common, "blocks.1.proj_in.weight", "norm.weight", "head.weight")
+    for state, names in (
+        (lift_tensors(), (*of_lift, *(f"base_model.{name}" for name in common))),
+        (vit_tensors([24, 48]), wide),
+    ):
+        for name in names:
+            path = saved(tmp_path, {n: x for n, x in state.items() if n != name})
+            missing = name.removeprefix("base_model.")
+            with pytest.raises(CheckpointMismatch, match=rf"1 missing: {missing}"):
+                load_published(path)
+    unused = ("base_model.norm.", "base_model.head.")
+    used = {n: x for n, x in lift_tensors().items() if not n.startswith(unused)}
+    load_published(saved(tmp_path, used))
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def test_shared_tensors_are_copied_and_own_ones_new(
         wanted = fresh if name.startswith(OWN[arch]) else weights
         assert torch.equal(value, wanted[name]), name
     assert started.training
+    assert ("file" in started.pretrained_cfg) == (source == "pretrained" and arch == "plain")
     (note,) = notes
     copied = {"widelast": 6, "fixed_step": 6, "heads_linear": 5, "fixed_linear": 5}
     if arch in copied:

@@ -34,6 +34,7 @@ class Settings:
         permutations: random orders of the channels in the permutation test.
         k: dimensions of the subspaces that rotation compares (default: the median energy rank at
             the threshold nearest to 0.9).
+        centred: subtract the data set's mean token before the PCA.
         seed: random seed of the sample, the permutations, the Gaussian tokens and random weights.
 
     Raises:
@@ -46,6 +47,7 @@ class Settings:
     permuted: int = 16
     permutations: int = 100
     k: int | None = None
+    centred: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -173,6 +175,10 @@ class DiagnoseConfig:
         for name in ("budget_gib", "save_seconds"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}")
+        if self.settings.centred and self.student is not None:
+            raise ValueError(
+                "centred: got true together with a student, whose reach needs uncentred axes"
+            )
         self._check_out()
         if self.features is not None:
             self._check_files()

@@ -148,7 +148,7 @@ class LayerDiagnostics:
 
     def pca(self) -> PCAResult:
         """Axes of the tokens so far, for the second pass."""
-        return self._pca.result()
+        return self._pca.result(self.settings.centred)
 
     def result(self) -> LayerResult:
         """Figures over the images so far.

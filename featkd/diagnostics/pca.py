@@ -31,6 +31,7 @@ class PCAResult:
         vectors: (D, D) float64, the axes as columns, by descending eigenvalue.
         mean: (D,) float64, the mean token.
         tokens: number of tokens.
+        centred: True if the mean token was subtracted.
         spread: (D,) float64, cumulative share of the energy in the leading axes.
     """
 
@@ -38,6 +39,7 @@ class PCAResult:
     vectors: Tensor
     mean: Tensor
     tokens: int
+    centred: bool
     spread: Tensor
 
 
@@ -113,8 +115,11 @@ class DatasetPCA:
         products, total = (ExactSum.from_state_dict(state[k]) for k in ("products", "total"))
         self._sums, self._tokens = (state["pilot"], products, total), state["tokens"]
 
-    def result(self) -> PCAResult:
-        """Eigenvectors and eigenvalues of the uncentred second moment, by eigh in float64.
+    def result(self, centred: bool = False) -> PCAResult:
+        """Eigenvectors and eigenvalues of the second moment, by torch.linalg.eigh in float64.
+
+        Args:
+            centred: subtract the mean token; the published definition does not.
 
         Raises:
             ValueError: no token was added.
@@ -124,8 +129,11 @@ class DatasetPCA:
         pilot = self._sums[0].double()
         # second moment about the pilot, and the mean's offset from it
         moment, offset = (part.value() / self._tokens for part in self._sums[1:])
-        cross = torch.outer(offset, pilot)
-        moment = moment + cross + cross.T + torch.outer(pilot, pilot)
+        if centred:
+            moment = moment - torch.outer(offset, offset)
+        else:
+            cross = torch.outer(offset, pilot)
+            moment = moment + cross + cross.T + torch.outer(pilot, pilot)
         values, vectors = torch.linalg.eigh(moment)
         values = values.flip(0).clamp(min=0)
         total = values.sum()
@@ -134,6 +142,7 @@ class DatasetPCA:
             vectors=_fixed_signs(vectors.flip(1)),
             mean=pilot + offset,
             tokens=self._tokens,
+            centred=centred,
             spread=values.cumsum(0) / torch.where(total == 0, 1, total),
         )
 
@@ -193,13 +202,14 @@ class CapturedEnergy:
     threshold is projected again in float64.
 
     Args:
-        pca: axes of the data set.
+        pca: axes of the data set; features are centred if the PCA is.
         thresholds: shares of energy in (0, 1] at which dimensions are taken.
     """
 
     def __init__(self, pca: PCAResult, thresholds: Sequence[float] = linalg.THRESHOLDS) -> None:
         self.thresholds = tuple(thresholds)
         self._vectors = pca.vectors
+        self._mean = pca.mean if pca.centred else None
         self._curves = CurveStats(len(pca.vectors), len(self.thresholds))
 
     def update(self, features: Tensor, images: Tensor) -> None:
@@ -216,11 +226,13 @@ class CapturedEnergy:
     def _captured(self, features: Tensor, dtype: torch.dtype) -> Tensor:
         """Cumulative shares (B, D) in float64."""
         vectors = self._vectors.to(features.device, dtype)
+        mean = None if self._mean is None else self._mean.to(features.device, dtype)
         on_cpu = features.device.type == "cpu"
         size = max(1, _CPU_TOKENS // features.shape[1]) if on_cpu else len(features)
         parts = []
         for part in torch.split(features, size):
-            parts.append((_in_range(part.to(dtype)) @ vectors).square_().sum(1).double())
+            x = part.to(dtype) if mean is None else part.to(dtype) - mean
+            parts.append((_in_range(x) @ vectors).square_().sum(1).double())
         energy = torch.cat(parts)
         total = energy.sum(1, keepdim=True)
         return energy.cumsum(1) / torch.where(total == 0, 1, total)

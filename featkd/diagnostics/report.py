@@ -53,6 +53,7 @@ def write_report(out: Path, findings: Findings) -> Path:
             sep_rows=[_sep_row(layer, r) for layer, r in findings.layers.items()],
             shares=[f"{format_percent(s)} %" for s in any_layer.sep.shares],
             about=findings.about,
+            centred=any_layer.pca.centred,
         )
     )
     path = out / "report.html"

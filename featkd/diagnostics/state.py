@@ -51,8 +51,6 @@ def load_state(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StateError(f"resume: {path} is no state of featkd diagnose: {reason}") from error
-    if there.get("centred") is False:  # an option of earlier versions, off by default
-        del there["centred"]
     here = {"format": FORMAT, **identity}
     different = [
         f"{name}: {_as_lists(there.get(name))} there, {_as_lists(here.get(name))} here"

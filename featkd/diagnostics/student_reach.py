@@ -48,10 +48,15 @@ def student_reach(teacher: Layer, result: LayerResult, channels: int) -> Student
 
     Args:
         teacher: the layer.
-        result: its figures.
+        result: its figures, with an uncentred PCA.
         channels: r.
+
+    Raises:
+        ValueError: the PCA is centred.
     """
     pca = result.pca
+    if pca.centred:
+        raise ValueError("result: expected an uncentred PCA, got a centred one")
     d = result.channels
     values, vectors = pca.eigenvalues, pca.vectors
     total = float(values.sum())

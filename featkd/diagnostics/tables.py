@@ -82,6 +82,7 @@ def _layer_summary(layer: Layer, r: LayerResult) -> dict[str, Any]:
         "svd_gaussian": _summaries(levels, r.gaussian_spectrum.summaries),
         "zero_images": r.spectrum.zero_images,
         "pca": None if r.captured is None else _summaries(levels, r.captured.summaries),
+        "pca_centred": r.pca.centred,
         "pca_of_all_tokens": dict(zip(levels, dims.tolist(), strict=True)),
         "unsolved": r.spectrum.unsolved,
         "sep": {

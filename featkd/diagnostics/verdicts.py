@@ -44,9 +44,10 @@ def subspace_verdict(r: LayerResult) -> str:
     if r.captured is None:
         text += " The number of the data set's axes that an image needs was not measured."
     else:
+        centred = " (centred, unlike the ranks)" if r.pca.centred else ""
         text += (
             f" They need {r.captured.summaries[level].percentile99} of the axes that all images "
-            f"share; Gaussian maps need about {round(threshold * r.channels)}."
+            f"share{centred}; Gaussian maps need about {round(threshold * r.channels)}."
         )
     if r.rotation is not None:
         found = r.rotation

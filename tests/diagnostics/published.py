@@ -20,18 +20,20 @@ def spectrum(features, thresholds):
     return np.array(ranks), np.array(curves)
 
 
-def dataset_pca(features):
+def dataset_pca(features, centred=False):
     """Eigenvalues and axes of the second moment of all tokens, largest first."""
     tokens = features.reshape(-1, features.shape[-1]).astype(np.float64)
+    if centred:
+        tokens = tokens - tokens.mean(0)
     values, vectors = np.linalg.eigh(tokens.T @ tokens / len(tokens))
     return values[::-1], vectors[:, ::-1]
 
 
-def captured(features, vectors, thresholds):
+def captured(features, vectors, thresholds, mean=0.0):
     """Dimensions (M, T) and curves (M, D) of each image's energy in the leading axes."""
     curves = []
     for x in features:
-        energy = ((x.astype(np.float64) @ vectors) ** 2).sum(0)
+        energy = (((x.astype(np.float64) - mean) @ vectors) ** 2).sum(0)
         curves.append(np.cumsum(energy) / energy.sum())
     return np.array([[reaching(c, t) for t in thresholds] for c in curves]), np.array(curves)
 

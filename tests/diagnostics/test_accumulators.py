@@ -77,9 +77,17 @@ def test_large_mean_token_keeps_accuracy():
     stats = DatasetPCA()
     for part in maps.split(8):
         stats.update(part)
-    values, _ = published.dataset_pca(maps.numpy())
-    found = stats.result().eigenvalues.numpy()
-    assert np.abs(found - values)[1:].max() < 2e-6 * values[1]
+    for centred in (False, True):
+        values, _ = published.dataset_pca(maps.numpy(), centred)
+        found = stats.result(centred).eigenvalues.numpy()
+        assert np.abs(found - values)[1:].max() < 2e-6 * values[1]
+    pca = stats.result(centred=True)
+    second = CapturedEnergy(pca, THRESHOLDS)
+    second.update(maps.double(), torch.arange(30))
+    mean = maps.double().numpy().reshape(-1, 24).mean(0)
+    _, vectors = published.dataset_pca(maps.numpy(), True)
+    dims, _ = published.captured(maps.numpy(), vectors, THRESHOLDS, mean)
+    assert np.array_equal(second.result().dims, dims)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
@@ -152,7 +160,8 @@ def test_sep_of_extreme_scales():
 
 
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**55])
-def test_pca_of_extreme_scales(scale):
+@pytest.mark.parametrize("centred", [False, True])
+def test_pca_of_extreme_scales(scale, centred):
     """In float32 the square of 1e-30 is zero, and the square of 1e17 approaches the maximum."""
     maps = feature_maps(12, 9, 16)
     found = []
@@ -160,7 +169,7 @@ def test_pca_of_extreme_scales(scale):
         stats = DatasetPCA()
         stats.update(maps[:6] * factor)
         stats.update(maps[6:] * factor)
-        pca = stats.result()
+        pca = stats.result(centred)
         second = CapturedEnergy(pca, THRESHOLDS)
         second.update(maps * factor, torch.arange(12))
         found.append((pca.eigenvalues / factor**2, second.result()))

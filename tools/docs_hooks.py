@@ -80,9 +80,8 @@ def _shown(path: Path) -> str:
         return f"```{LANGUAGES.get(path.suffix, 'text')}\n{path.read_text().rstrip()}\n```"
     cells = json.loads(path.read_text())["cells"]
     sources = [("".join(cell["source"]), cell["cell_type"]) for cell in cells]
-    return "\n\n".join(
-        f"```python\n{text}\n```" if kind == "code" else text for text, kind in sources
-    )
+    shown = [f"```python\n{text}\n```" if kind == "code" else text for text, kind in sources]
+    return re.sub(r"\A# .*\n", "", "\n\n".join(shown))  # without its title
 
 
 def _sections(found: griffe.Object, prefix: str = "") -> Iterator[str]:

@@ -20,7 +20,11 @@ import griffe
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-PROJECT = ("CONTRIBUTING.md",)  # pages of the site that no page links to
+PROJECT = (
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+)  # pages of the site that no page links to
 # A link out of docs/: `../` as often as the page is deep. The page's depth is checked apart.
 OUTSIDE = re.compile(r"\]\(((?:\.\./)+)(?=\w)([^)#]+)")
 ALONE = re.compile(r"^(\[[^]]+\]\((?:\.\./)+([^)#]+)\))$", re.MULTILINE)

@@ -19,7 +19,7 @@ GPU_ARGS ?=
 MODULE ?= kernels/two_layer_norms.py
 MUTANTS ?= 20
 
-.PHONY: env demo test compat gpu mutate report bench lint types format clean
+.PHONY: env demo test compat gpu mutate report bench docs lint types format clean
 
 env: $(STAMP)
 
@@ -60,6 +60,9 @@ bench: $(STAMP)
 report: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.report
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 lint: $(STAMP)
 	git ls-files 'csrc/*' 'tests/csrc/*.cpp' 'tools/*.h' 'tools/*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/ruff check .
@@ -74,4 +77,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-compat-* build featkd/_csrc.so *.egg-info tools/*/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-compat-* build site featkd/_csrc.so *.egg-info tools/*/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import featkd
 
@@ -143,3 +144,10 @@ def test_instruction_set_objects_share_no_weak_symbol(built: Path, isa: str, fil
     weak = {line.split()[-1] for line in table.splitlines() if line.split()[-2] in "VWvwu"}
     # the namespace of an instruction set is part of its names
     assert [x for x in weak if isa not in x] == []
+
+
+def test_one_version_everywhere():
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{featkd.__version__}"' in pyproject
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == featkd.__version__
+    assert f"\n## {featkd.__version__}" in (ROOT / "CHANGELOG.md").read_text()

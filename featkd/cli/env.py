@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from featkd.cli.arguments import Parser, add_json, check_folders
+
+# environment variables that change what featkd does
+_SETTINGS = re.compile("FEATKD_|OMP_|CUDA_VISIBLE_DEVICES$|TORCHINDUCTOR_|TRITON_")
 
 
 def env(words: Sequence[str]) -> int:
@@ -26,8 +31,9 @@ def env(words: Sequence[str]) -> int:
 
 
 def environment_facts() -> dict[str, str]:
-    """Return versions, devices, backends and the state of the compiled extension."""
-    from importlib.util import find_spec
+    """Return versions, devices, backends, the compiled extension and environment variables."""
+    import platform
+    from importlib import metadata
 
     import torch
 
@@ -35,29 +41,35 @@ def environment_facts() -> dict[str, str]:
     from featkd.runtime import environment, interrupt
 
     interrupt.loading_done()
-    facts = {**environment.versions(), "commit": environment.commit(), **environment.machine()}
+    facts = {**environment.versions(), "commit": environment.commit()}
+    if environment.has_changes():
+        facts["commit"] += ", with changes"
+    facts |= {**environment.machine(), "libc": " ".join(platform.libc_ver()).strip() or "unknown"}
     for number in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(number)
         name = torch.cuda.get_device_name(number)
         facts[f"cuda:{number}"] = f"{name}, compute capability {major}.{minor}"
     facts["cuda of torch"] = torch.version.cuda or "none"
+    facts["cudnn"] = str(torch.backends.cudnn.version() or "none")
     facts["backend"] = backends.wanted_backend()
-    facts["dali"] = "installed" if find_spec("nvidia.dali") is not None else "not installed"
+    found = metadata.distributions()
+    dali = (x.version for x in found if x.name.startswith("nvidia-dali"))
+    facts["dali"] = next(dali, "not installed")
     why_not = extension.missing()
     facts["csrc"] = why_not or f"loaded from {extension.LIBRARY}"
     if not why_not:
         for device in ("cpu", "cuda"):
             there = extension.has_kernel(extension.PROBE, device)
             facts[f"csrc for {device}"] = "built" if there else "not built"
-    return facts
+    return facts | {name: os.environ[name] for name in sorted(os.environ) if _SETTINGS.match(name)}
 
 
 def parser() -> Parser:
     """Return the parser of `featkd env`."""
     parser = Parser(
         prog="featkd env",
-        description="Print versions, devices, backends and the state of the compiled extension "
-        "csrc, for bug reports.",
+        description="Print versions, devices, backends, the state of the compiled extension csrc "
+        "and environment variables, for bug reports.",
         examples=("featkd env", "featkd env --json environment.json"),
     )
     add_json(parser)

@@ -29,7 +29,7 @@ COMMANDS = {
 }
 _OPTIONS = {
     "--help": "print this help",
-    "--version": "print the version",
+    "--version": "print the versions of featkd, torch and Triton, and the backends",
     "--print-completion SHELL": "print a completion script for bash or zsh",
 }
 
@@ -74,7 +74,7 @@ def _run(words: list[str]) -> int:
         print(_help(), end="")
         return 0 if words else 2
     if word == "--version":
-        print(featkd.__version__)
+        print(_versions())
         return 0
     if word.partition("=")[0] == "--print-completion":
         from featkd.cli.completion import completion_script
@@ -92,6 +92,23 @@ def _run(words: list[str]) -> int:
     if word.startswith("-"):
         kind, known = "option", [name.split()[0] for name in _OPTIONS]
     return _fail(f"no {kind} {words[0]!r}{suggestion(word, known)} (see featkd --help)", 2)
+
+
+def _versions() -> str:
+    """Return versions and backends as installed; `featkd env` loads torch and knows more."""
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    from featkd.runtime.environment import versions
+
+    found = versions()
+    backends = ["reference"]
+    if find_spec("triton"):
+        backends.append("triton (for CUDA tensors)")
+    if Path(featkd.__file__).with_name("_csrc.so").exists():
+        backends.append("csrc")
+    names = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "triton"))
+    return f"featkd {found['featkd']}\n{names}\nbackends: {', '.join(backends)}"
 
 
 def _help() -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import featkd
 from featkd.cli import (
     bench,
     cache,
@@ -35,7 +36,7 @@ from featkd.train.recipe import Recipe
 from featkd.train.recipe_file import field_types
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +73,20 @@ def test_help_lists_every_command_and_loads_no_torch():
         assert f"  {name:8}  {text}" in lines
 
 
-def test_version_and_no_command(capsys):
-    assert main(["--version"]) == 0
-    assert re.fullmatch(r"\d+\.\d+\.\d+\n", capsys.readouterr().out)
+def test_version_loads_no_torch():
+    code = "import sys; from featkd.cli.main import main; main(['--version']); "
+    code += "print('torch' in sys.modules, 'triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    own, others, backends, loaded = done.stdout.splitlines()
+    assert own == f"featkd {featkd.__version__}"
+    version = torch.__version__.partition("+")[0]
+    assert re.fullmatch(rf"python 3\S+, torch {version}\S*, triton .+", others)
+    assert backends.startswith("backends: reference")
+    assert ("csrc" in backends) == extension.LIBRARY.exists()
+    assert loaded == "False False", done.stderr
+
+
+def test_no_command(capsys):
     assert main([]) == 2
     assert "distill" in capsys.readouterr().out
 
@@ -277,10 +289,12 @@ def test_a_missing_optional_dependency_is_named(monkeypatch, tmp_path, capsys):
 
 def test_env_says_why_the_extension_is_missing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(extension, "LIBRARY", tmp_path / "_csrc.so")
+    monkeypatch.setenv("FEATKD_JOIN_SECONDS", "300")
     assert main(["env", "--json", str(tmp_path / "env.json")]) == 0
     facts = json.loads((tmp_path / "env.json").read_text())
     printed = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert facts["torch"] == printed["torch"]
+    assert facts["FEATKD_JOIN_SECONDS"] == "300"
     assert torch.__version__.startswith(facts["torch"])
     assert facts["csrc"].startswith(
         "csrc is not built, because torch or a C++ compiler was missing"

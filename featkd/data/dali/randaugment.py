@@ -1,6 +1,6 @@
 """RandAugment's operations as DALI operators, with their arguments as tensors.
 
-They compute what Pillow's functions, called by timm, compute. `docs/training.md` lists the
+They compute what Pillow's functions, called by timm, compute. `docs/loaders.md` lists the
 differences in pixels. Pillow truncates fractions and DALI rounds, so `_TRUNCATE` is added before
 DALI rounds.
 """

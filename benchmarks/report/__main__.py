@@ -14,14 +14,14 @@ from ..problem import DTYPES
 from ..results import Measured
 
 try:
-    from . import chips, compiled, csrc_kernels, traffic
+    from . import chips, compiled, csrc_kernels, launches, traffic
 except ModuleNotFoundError as error:
     if error.name != "ptx_emulator":
         raise
     sys.exit("benchmarks.report needs ptx_emulator: run pip install --editable tools/ptx_emulator")
 
 OPS = (*cases.ROW_OPS, "spectrum")
-PARTS = ("compiled", "traffic")
+PARTS = ("compiled", "traffic", "launches")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -56,6 +56,11 @@ def main(words: Sequence[str] | None = None) -> int:
         moved = traffic.moved(row_ops)
         show("bytes over the floor", [x for row in moved for x in row.figures()])
         check(moved)
+    if "launches" in parts:
+        asked = compiled.questions(row_ops, "small", ("bf16", compiled.ONE_DTYPE))
+        forms = (*compiled.FORMS, "mse")
+        found = [x for q in asked if q.case.problem.form in forms for x in launches.count(q.case)]
+        show("launches", [x for row in found for x in row.figures()])
     if options.json is not None:
         meta = results.meta_of(results.describe_run("cpu"))
         results.write_json(options.json, meta, figures)
@@ -66,8 +71,8 @@ def main(words: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report",
-        description="Compiles every kernel for sm_80, sm_90 and sm_100, counts its traffic "
-        "and checks the rules.",
+        description="Compiles every kernel for sm_80, sm_90 and sm_100, counts its traffic and "
+        "launches, and checks the rules.",
     )
     archs = [chip.arch for chip in chips.CHIPS]
     known: dict[str, Sequence[Any]] = {

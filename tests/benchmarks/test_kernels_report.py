@@ -12,7 +12,7 @@ import triton.language as tl
 
 from benchmarks import cases
 from benchmarks.problem import DTYPES
-from benchmarks.report import aot, compiled, traffic
+from benchmarks.report import aot, compiled, launches, traffic
 from benchmarks.report.__main__ import main
 from benchmarks.report.chips import CHIPS, chip_of
 from ptx_emulator import run_triton
@@ -179,6 +179,23 @@ def test_broken_traffic_rules_are_named():
     assert replace(good, moved=106).broken == ["moves 1.060 x the floor, more than 1.05"]
     assert replace(good, moved=106, direction="backward").broken == []
     assert replace(good, moved=106, counted=False).broken == []
+
+
+def test_launches_of_an_op():
+    """One row kernel per direction, one reduction, the products, and nothing else."""
+    (case,) = (
+        c
+        for c in cases.select(["lift_head"], "small", ["bf16"], ["both"])
+        if c.problem.form == "spectral"
+    )
+    forward, backward = launches.count(case)
+    assert forward.kernels == ("distance_forward", "sum_partials")
+    assert backward.kernels == ("distance_backward", "sum_partials")
+    assert (forward.products, backward.products) == (1, 2)
+    assert (forward.others, backward.others) == ({}, {})
+    mixed = launches.count(replace(case, dtype="autocast-bf16"))
+    # autocast casts student and weight, and their gradients
+    assert [x.others for x in mixed] == [{"copy_": 2}, {"copy_": 2}]
 
 
 def test_every_launch_is_timed():

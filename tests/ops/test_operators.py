@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from featkd.kernels.launch import redirect
@@ -134,29 +133,3 @@ def test_soft_kd(launched, problem, cast):
         assert ours == {"featkd.soft_kd.default": 1, "featkd.soft_kd_backward.default": 1}
         assert launched == ["soft_kd_rows", "sum_partials", "soft_kd_rows"]
         launched.clear()
-
-
-@pytest.mark.parametrize(("rows", "cast", "casts"), [(BF16, None, 0), (F32, BF16, 4)], ids=str)
-@pytest.mark.usefixtures("triton")
-def test_eager_mode(launched, rows, cast, casts):
-    """Without a dispatch mode an op is a plain autograd function, which the profiler watches."""
-    problem = FeatureProblem(2, 12, 10, 4, student=6, pooled=True)
-    inputs = {n: x.requires_grad_(n != "teacher") for n, x in problem.inputs(rows).items()}
-    leaves = [x for x in inputs.values() if x.requires_grad]
-    with autocast(cast), profile(activities=[ProfilerActivity.CPU]) as recorded:
-        outputs = list(problem.fused(**inputs).values())
-        torch.autograd.grad(outputs, leaves, [torch.empty_like(x) for x in outputs])
-    views = {"as_strided", "empty", "empty_strided", "resolve_conj", "to", "view", "_unsafe_view"}
-    found = Counter(
-        event.name.removeprefix("aten::")
-        for event in recorded.events()
-        if event.name == "aten::mm"
-        or (
-            event.name.startswith("aten::")
-            and not any("aten" in x.name for x in event.cpu_children)
-        )
-    )
-    assert {n: count for n, count in found.items() if n not in views} == {
-        "mm": 3, **({"copy_": casts} if casts else {})
-    }  # fmt: skip
-    assert launched == ["distance_forward", "sum_partials", "distance_backward", "sum_partials"]

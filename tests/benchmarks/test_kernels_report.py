@@ -12,7 +12,7 @@ import triton.language as tl
 
 from benchmarks import cases
 from benchmarks.problem import DTYPES
-from benchmarks.report import aot, compiled, launches, traffic
+from benchmarks.report import aot, compiled, host, modelled, traffic
 from benchmarks.report.__main__ import main
 from benchmarks.report.chips import CHIPS, chip_of
 from ptx_emulator import run_triton
@@ -188,14 +188,36 @@ def test_launches_of_an_op():
         for c in cases.select(["lift_head"], "small", ["bf16"], ["both"])
         if c.problem.form == "spectral"
     )
-    forward, backward = launches.count(case)
+    forward, backward = host.count(case)
     assert forward.kernels == ("distance_forward", "sum_partials")
     assert backward.kernels == ("distance_backward", "sum_partials")
     assert (forward.products, backward.products) == (1, 2)
     assert (forward.others, backward.others) == ({}, {})
-    mixed = launches.count(replace(case, dtype="autocast-bf16"))
+    mixed = host.count(replace(case, dtype="autocast-bf16"))
     # autocast casts student and weight, and their gradients
     assert [x.others for x in mixed] == [{"copy_": 2}, {"copy_": 2}]
+
+
+def test_host_times_come_in_pairs():
+    found = host.measure(rounds=3)
+    assert {x.op.partition("/")[0] for x in found} == set(cases.ROW_OPS)
+    assert all(x.us > 0 and x.plain_us > 0 for x in found)
+    (text,) = host.HostTime("op", 201, 100).broken
+    assert text == "2.01 times plain torch's host time, more than 2"
+    assert host.HostTime("op", 199, 100).broken == []
+
+
+def test_modelled_time_of_the_plain_mse():
+    """Every pass takes its bytes at 4 TB/s."""
+    found = {x.case: x for x in modelled.model()}
+    mse = found["projected_feature_kd/mse-widelast/256x196x384to384/bf16"]
+    map_us = 256 * 196 * 384 * 2 / 4e6
+    assert mse.eager == pytest.approx(7 * map_us, rel=1e-3)  # 4 forward, 3 backward
+    assert mse.compiled == mse.featkd == pytest.approx(5 * map_us, rel=1e-3)
+    lift = found["projected_feature_kd/mse-lift/256x196x192to384/bf16"]
+    product_us = 256 * 196 * (192 + 384) * 2 / 4e6  # and W, which is small
+    assert lift.featkd == pytest.approx(3 * product_us + 5 * map_us, rel=0.05)
+    assert lift.featkd < lift.compiled < lift.eager
 
 
 def test_every_launch_is_timed():
@@ -212,12 +234,13 @@ def test_every_launch_is_timed():
 def test_command_prints_and_writes_the_figures(tmp_path, capsys):
     file = tmp_path / "report.json"
     words = ["--ops", "soft_kd", "--dtypes", "fp32", "--archs", "90", "--json", str(file)]
-    assert main([*words, "--parts", "compiled"]) == 0
+    assert main([*words, "--parts", "compiled", "modelled"]) == 0
     printed = capsys.readouterr().out
     assert "3 kernels compiled" in printed
     assert "0 broken rules" in printed
+    assert "modelled for an H200, not measured" in printed
     content = json.loads(file.read_text())
-    assert {"commit", "versions", "machine"} <= set(content["meta"])
+    assert {"commit", "versions", "machine", "chips"} <= set(content["meta"])
     assert {"name", "variant", "metric", "unit", "value"} == set(content["rows"][0])
     assert sum(row["variant"] == "sm_90" for row in content["rows"]) == 3 * 9
 

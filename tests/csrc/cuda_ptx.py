@@ -3,57 +3,21 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.report.csrc_kernels import SOURCE, WARPS, jacobi_bytes, scratch_bytes
+from benchmarks.report import csrc_counts
+from benchmarks.report.csrc_counts import Results
+from benchmarks.report.csrc_kernels import WARPS, jacobi_bytes
 from ptx_emulator import Emulator, Launch
 from tests.spectra import THRESHOLDS
 
 _MARK = r"// featkd barrier (\d+)\n"
-KERNELS: dict[type[np.floating[Any]], str] = {
-    np.float32: "featkd_spectrum_float32",
-    np.float64: "featkd_spectrum_float64",
-}
-_TYPES = {np.dtype(np.float32): 0, np.dtype(np.float64): 1, np.dtype(np.uint16): 2}  # 2: bfloat16
 # index of the spectrum kernels' argument `only_resolved`; tests pass a barrier to skip in it
 ONLY_RESOLVED = 17
 JACOBI = {np.float64: "featkd_jacobi_float64"}
-
-
-def compile_ptx(folder: Path) -> str:
-    """Compiles all kernels with nvcc and returns their PTX."""
-    target = folder / "cuda.ptx"
-    command = ["nvcc", "-std=c++17", "-O3", "-ptx", "-lineinfo", "-arch=compute_80"]
-    subprocess.run([*command, str(SOURCE), "-o", str(target)], check=True)
-    return target.read_text()
-
-
-def entry(ptx: str, kernel: str) -> str:
-    """Returns the PTX without the other kernels, which is much faster to translate."""
-    starts = [m.start() for m in re.finditer(r"^\t?\.visible \.entry ", ptx, flags=re.M)]
-    ends = [*starts[1:], ptx.index("\n\t.file", starts[-1])]
-    kept = ptx[: starts[0]] + ptx[ends[-1] :]
-    for start, end in zip(starts, ends, strict=True):
-        if kernel in ptx[start : start + 100]:
-            kept = ptx[: starts[0]] + ptx[start:end] + ptx[ends[-1] :]
-    return kept
-
-
-@dataclass
-class Results:
-    """Arrays that a launch fills, one row per matrix."""
-
-    values: np.ndarray
-    curve: np.ndarray
-    ranks: np.ndarray
-    info: np.ndarray
-    resolved: np.ndarray
-    launch: Launch
 
 
 def with_argument(ptx: str, kernel: str, number: int) -> str:
@@ -91,39 +55,16 @@ def solve(
     blocks: int = 2,
     seed: int = 1,
     dropped: int = 0,
-    in_shared: bool = True,
+    **options: Any,
 ) -> Results:
-    """Runs a spectrum kernel on the CPU, with poisoned outputs.
+    """Calls `csrc_counts.launch` with poisoned outputs.
 
     Args:
-        x: matrices (B, N, D), also strided; bfloat16 as its bits.
-        real: np.float32 or np.float64, the kernel's own type.
         dropped: number of the barrier to skip, for PTX by `with_switches`; 0 skips none.
-        in_shared: puts the scratch in shared memory, otherwise in global memory.
     """
-    batch, rows, columns = x.shape
-    turned, n = rows > columns, min(rows, columns)
-    strides = [s // x.itemsize for s in x.strides]
-    values, curve = np.zeros((2, batch, n), np.float64 if x.dtype == np.float64 else np.float32)
-    ranks = np.zeros((batch, len(THRESHOLDS)), np.int64)
-    info, resolved = np.zeros(batch, np.int32), np.ones(batch, np.int32)
-    scratch = scratch_bytes(n, np.dtype(real).itemsize)
-    workspace = None if in_shared else np.zeros(-(-scratch // 256) * 256 * blocks, np.uint8)
-    done = emulator.launch(
-        KERNELS[real],
-        [
-            *(x, _TYPES[x.dtype], batch, max(rows, columns), strides[0]),
-            *(strides[1 + turned], strides[2 - turned], n, 0.0, values, curve),
-            *(np.array(THRESHOLDS), len(THRESHOLDS), ranks, info, np.zeros(batch), resolved),
-            *(dropped, scratch, workspace),
-        ],
-        blocks,
-        32 * WARPS,
-        shared_bytes=scratch if in_shared else 0,
-        outputs=[9, 10, 13, 14, 15, *([16] if dropped == 0 else [])],
-        seed=seed,
-    )
-    return Results(values, curve, ranks, info, resolved, done)
+    outputs = [9, 10, 13, 14, 15, *([16] if dropped == 0 else [])]
+    options |= {"outputs": outputs, "seed": seed, "blocks": blocks, "only_resolved": dropped}
+    return csrc_counts.launch(emulator, x, real, THRESHOLDS, **options)
 
 
 @dataclass

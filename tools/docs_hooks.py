@@ -42,7 +42,7 @@ def on_files(files: Files, config: Any) -> Files:
         for ups, target in OUTSIDE.findall(page.content_string):
             if ups.count("/") == _depth(page):
                 wanted.add(target)
-    for target in sorted(wanted):
+    for target in sorted(x for x in wanted if (ROOT / x).is_file()):  # mkdocs reports the others
         files.append(File.generated(config, target, abs_src_path=str(ROOT / target)))
     return files
 

@@ -193,11 +193,15 @@ SIZE = "plain_wide, which has about as many"
         (0.998, {"plain_wide": [75, 76]}, f"{NONE}."),
         (0.85, {"lift": [75.0, 76.0]}, f"{SOME}; and indeed {AHEAD}."),
         (0.85, {"lift": [69.0, 70.1]}, f"{SOME}; and yet {SAME}."),
-        (0.85, {"lift": [69.0, 70.1], "widelast": [75, 76]}, f"{SOME}; and indeed {LARGE}."),
+        (
+            0.85,
+            {"lift": [69.0, 70.1], "widelast": [75, 76]},
+            f"{SOME}; and indeed {LARGE}; not ahead: lift -0.95 points.",
+        ),
         (
             0.85,
             {"widelast": [75, 76], "plain_wide": [75.5, 75.5]},
-            f"{SOME}; and indeed {LARGE}, but not of {SIZE}.",
+            f"{SOME}; and {LARGE}, but not of {SIZE}: its size may explain it.",
         ),
         (
             0.85,
@@ -350,10 +354,22 @@ def test_maps_are_measured_once(short: Recipe, in_process: None, monkeypatch):
     assert plain.overlap == pytest.approx(layer.rotation.pair_mean, abs=1e-4)
     assert plain.used == pytest.approx(layer.bandwidth.channels90_mean, abs=1e-4)
 
-    monkeypatch.setattr(LayerDiagnostics, "update", None)  # not called again
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerDiagnostics, "update", None)  # not called again
+        again = compare(short, "plain,lift", seeds=1, quiet=True)
+    assert (again.analysis, again.teacher) == (found.analysis, found.teacher)
+
+    # a file written before maps were measured
+    path = Path(short.out) / "results.json"
+    state = json.loads(path.read_text())
+    del state["teacher_map"]
+    for run in state["runs"]:
+        del run["map"]
+    path.write_text(json.dumps(state))
+    written = Path(checkpoint).stat().st_mtime_ns
     again = compare(short, "plain,lift", seeds=1, quiet=True)
-    assert again.analysis == found.analysis
-    assert again.teacher == found.teacher
+    assert (again.analysis, again.teacher) == (found.analysis, found.teacher)
+    assert Path(checkpoint).stat().st_mtime_ns == written
 
 
 def test_images_without_augmentation_are_cached_once(short: Recipe, in_process: None):

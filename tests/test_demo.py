@@ -181,6 +181,11 @@ def test_a_second_signal_ends_the_demo_at_once(number: int, message: str):
     assert "Traceback" not in errors
 
 
+def test_zero_seeds_raise(tmp_path: Path):
+    with pytest.raises(ValueError, match="seeds: expected a whole number >= 1, got 0"):
+        run_demo(tmp_path, seeds=0)
+
+
 def test_curves_come_from_the_logs(tmp_path: Path):
     (tmp_path / "eval.csv").write_text(
         "update,epoch,weights,top1\n5,1,model,50.0\n5,1,ema,40.0\n9,2,model,75.0\n"

@@ -126,19 +126,24 @@ def _find(
     if plain.top1.count == 1:
         return f"{premise}; one seed per arm does not show if a remedy is ahead."
     ahead = [arm for arm in tried if _is_ahead(arm.difference)]
+    behind = ", ".join(f"{arm.name} {_signed(arm)}" for arm in tried if arm not in ahead)
     link = "and" if expected is None else "and indeed" if bool(ahead) == expected else "and yet"
     if not ahead:
-        found = ", ".join(f"{arm.name} {_signed(arm.difference)}" for arm in tried)
-        return f"{premise}; {link} no remedy is ahead of {REFERENCE} ({found} points)."
+        return f"{premise}; {link} no remedy is ahead of {REFERENCE} ({behind} points)."
     texts = []
     for arm in ahead:
-        text = f"{arm.name} is ahead of {REFERENCE} by {_signed(arm.difference)} points"
+        text = f"{arm.name} is ahead of {REFERENCE} by {_signed(arm)} points"
         if (ratio := arm.parameters / plain.parameters) > 1.02:
             text += f" with {ratio:.1f} times as many parameters"
         if arm.name == CONTROLLED and controlled is not None:
-            also = "and also" if _is_ahead(controlled) else "but not"
-            text += f", {also} of {CONTROL}, which has about as many"
+            if _is_ahead(controlled):
+                text += f", and also of {CONTROL}, which has about as many"
+            else:
+                link = "and"  # for another reason
+                text += f", but not of {CONTROL}, which has about as many: its size may explain it"
         texts.append(text)
+    if behind:
+        texts.append(f"not ahead: {behind} points")
     return f"{premise}; {link} {'; '.join(texts)}."
 
 
@@ -168,5 +173,5 @@ def _is_ahead(found: Interval | None) -> bool:
     return found is not None and found.excludes_zero and found.mean > 0
 
 
-def _signed(found: Interval | None) -> str:
-    return "-" if found is None else f"{found.mean:+.2f}"
+def _signed(arm: ArmResult) -> str:
+    return "-" if arm.difference is None else f"{arm.difference.mean:+.2f}"

@@ -183,19 +183,11 @@ def _finding_plot(arms: Sequence[ArmResult], teacher: TeacherMap | None) -> str:
     (plain,) = (arm for arm in arms if arm.name == REFERENCE)
     if teacher is not None:
         left.plot(range(1, len(teacher.reach) + 1), teacher.reach, color="#3a86c8")
-    if plain.map is not None:
-        left.axvline(plain.map.width, color=GREY, linestyle=":")
-        if teacher is not None:
-            reach = teacher.reach_of(plain.map.width)
-            left.plot([plain.map.width], [reach], "o", color="#3a86c8")
-            left.annotate(
-                f"student: {plain.map.width:.0f} channels, {100 * reach:.1f} %",
-                (plain.map.width, reach),
-                xytext=(8, -16),
-                textcoords="offset points",
-                color=GREY,
-                fontsize=9,
-            )
+    if teacher is not None and plain.map is not None:
+        width, reach = plain.map.width, teacher.reach_of(plain.map.width)
+        label = f"student: {width:.0f} channels, {100 * reach:.1f} %"
+        left.plot([width], [reach], "o", color="#3a86c8", label=label)
+        legend(left, loc="lower right")
     left.set_ylim(0, 1.04)
     others = [arm for arm in arms if arm.difference is not None]
     for place, arm in enumerate(others):

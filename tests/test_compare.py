@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from scipy import stats
 
 from featkd.cli import compare as command
@@ -16,11 +17,17 @@ from featkd.cli.main import main
 from featkd.compare import compare
 from featkd.compare.analysis import analyse
 from featkd.compare.arms import ARMS, arm_recipe, choose_arms, wide_width
+from featkd.compare.mismatch import MapFigures, TeacherMap
 from featkd.compare.pool import devices, train
 from featkd.compare.results import RunResult
 from featkd.compare.statistics import interval, t_quantile
+from featkd.diagnostics import DiagnoseConfig, LayerDiagnostics, diagnose
 from featkd.models import create_student
+from featkd.runtime.distributed import start
+from featkd.train.components import build
+from featkd.train.logs import read_csv
 from featkd.train.recipe import LossConfig, Recipe, to_yaml
+from featkd.train.recipe_file import find_recipe, load_recipe
 from tests.conftest import TINY
 from tests.forking import Server
 from tests.page import Page
@@ -119,10 +126,13 @@ def test_arms_that_a_recipe_has_no_terms_for_are_left_out_with_a_note(recipe: Re
     assert notes == ["arm soft_kd is left out: loss.alpha is 0"]
 
 
+PLAIN = MapFigures(32, 32, 5, 13, 0.5, 0.1, 0.4, 0.5)
+
+
 def results(tmp_path: Path, **top1: list[float]) -> list[RunResult]:
-    sizes = {"plain": 1000, "lift": 1010, "widelast": 1500}
+    sizes = {"plain": 1000, "lift": 1010, "widelast": 1500, "plain_wide": 1510}
     return [
-        RunResult(name, seed, sizes[name], 0.5, value, 10.0, tmp_path)
+        RunResult(name, seed, sizes[name], 0.5, value, 10.0, tmp_path, PLAIN)
         for name, values in top1.items()
         for seed, value in enumerate(values)
     ]
@@ -131,28 +141,83 @@ def results(tmp_path: Path, **top1: list[float]) -> list[RunResult]:
 def test_differences_are_paired_by_seed(tmp_path: Path):
     plain, lift, wide = [70.0, 75.0, 80.0], [71.0, 76.1, 80.9], [71.0, 72.0, 84.0]
     runs = results(tmp_path, plain=plain, lift=lift, widelast=wide)
-    first, second, third = analyse(["plain", "lift", "widelast"], runs[::-1])
-    assert first.difference is None
-    assert first.conclusion == ""
-    assert second.difference is not None
+    found = analyse(["plain", "lift", "widelast"], runs[::-1], None)
+    assert found.arms[0].difference is None
+    difference = found.arms[1].difference
+    assert difference is not None
     gaps = [b - a for a, b in zip(plain, lift, strict=True)]
     low, high = stats.t.interval(0.95, 2, stats.tmean(gaps), stats.sem(gaps))
-    assert (second.difference.low, second.difference.high) == pytest.approx((low, high))
-    assert second.conclusion == (
+    assert (difference.low, difference.high) == pytest.approx((low, high))
+    first, second = found.conclusions
+    assert first == (
         "lift is 1.00 points above plain (95 % interval +0.75 to +1.25, 3 paired seeds): the "
         "interval excludes 0, so the choice of seed alone does not explain it."
     )
-    assert "contains 0, so these seeds do not tell the two apart" in third.conclusion
+    assert "contains 0, so these seeds do not tell the two apart" in second
 
 
 def test_sentences_name_one_seed_and_unequal_parameters(tmp_path: Path):
-    _, one = analyse(["plain", "lift"], results(tmp_path, plain=[70.0], lift=[69.0]))
-    assert one.conclusion == (
+    one = analyse(["plain", "lift"], results(tmp_path, plain=[70.0], lift=[69.0]), None)
+    assert one.conclusions == [
         "lift is 1.00 points below plain with one seed, which gives no interval: nothing can be "
         "concluded."
-    )
-    _, more = analyse(["plain", "widelast"], results(tmp_path, plain=[70, 71], widelast=[75, 76]))
-    assert more.conclusion.endswith("the student's 1.50 times as many parameters may.")
+    ]
+    runs = results(tmp_path, plain=[70, 71], widelast=[75, 76])
+    more = analyse(["plain", "widelast"], runs, None)
+    assert more.conclusions[0].endswith("the student's 1.50 times as many parameters may.")
+
+
+def test_widelast_is_also_compared_with_a_plain_student_of_its_size(tmp_path: Path):
+    runs = results(tmp_path, plain=[70, 71], widelast=[75, 76], plain_wide=[75.5, 74.5])
+    found = analyse(["plain", "widelast", "plain_wide"], runs, None)
+    assert found.conclusions[2].startswith("widelast is 0.50 points above plain_wide (95 %")
+
+
+NONE = (
+    "No mismatch here: one linear projector for all images, from the student's 32 channels, "
+    "reaches 99.8 % of the energy of the teacher's 64, so there is nothing to mend"
+)
+SOME = NONE.replace("No", "A").replace("99.8", "85.0").replace("nothing", "something")
+SAME = "no remedy is ahead of plain (lift -0.95 points)"
+AHEAD = "lift is ahead of plain by +5.00 points"
+LARGE = "widelast is ahead of plain by +5.00 points with 1.5 times as many parameters"
+SIZE = "plain_wide, which has about as many"
+
+
+@pytest.mark.parametrize(
+    ("reach", "tops", "expected"),
+    [
+        (0.998, {"lift": [69.0, 70.1]}, f"{NONE}; and indeed {SAME}."),
+        (0.998, {"lift": [75.0, 76.0]}, f"{NONE}; and yet {AHEAD}."),
+        (0.998, {"lift": [75.0]}, f"{NONE}; one seed per arm does not show if a remedy is ahead."),
+        (0.998, {"plain_wide": [75, 76]}, f"{NONE}."),
+        (0.85, {"lift": [75.0, 76.0]}, f"{SOME}; and indeed {AHEAD}."),
+        (0.85, {"lift": [69.0, 70.1]}, f"{SOME}; and yet {SAME}."),
+        (
+            0.85,
+            {"lift": [69.0, 70.1], "widelast": [75, 76]},
+            f"{SOME}; and indeed {LARGE}; not ahead: lift -0.95 points.",
+        ),
+        (
+            0.85,
+            {"widelast": [75, 76], "plain_wide": [75.5, 75.5]},
+            f"{SOME}; and {LARGE}, but not of {SIZE}: its size may explain it.",
+        ),
+        (
+            0.85,
+            {"widelast": [75, 76], "plain_wide": [70, 71]},
+            f"{SOME}; and indeed {LARGE}, and also of {SIZE}.",
+        ),
+        (None, {"lift": [75, 76]}, f"The mismatch could not be measured; and {AHEAD}."),
+    ],
+)
+def test_the_finding_follows_from_reach_and_differences(reach, tops, expected, tmp_path: Path):
+    seeds = len(next(iter(tops.values())))
+    runs = results(tmp_path, plain=[70.0, 71.0][:seeds], **tops)
+    teacher = None
+    if reach is not None:
+        teacher = TeacherMap(replace(PLAIN, channels=64), (*[reach] * 63, 1.0), 9)
+    assert analyse(["plain", *tops], runs, teacher).finding == expected
 
 
 def test_each_gpu_or_core_trains_a_run(monkeypatch: pytest.MonkeyPatch):
@@ -226,23 +291,27 @@ def test_a_killed_comparison_resumes_to_the_same_table(
 
 def test_a_comparison_of_all_arms(short: Recipe, in_process: None, capsys):
     short.student.options = {**TINY}
-    found = compare(short, seeds=1, quiet=True)
-    assert [arm.name for arm in found] == list(ARMS)
+    short.ema_decay = None
+    found = compare(short, seeds=1, quiet=True).analysis
+    assert [arm.name for arm in found.arms] == list(ARMS)
     out = Path(short.out)
     state = json.loads((out / "results.json").read_text())
     assert state["teacher"] == "cached"
+    assert state["finding"] == found.finding
     assert {run["folder"] for run in state["runs"]} == {f"{name}-seed0" for name in ARMS}
     text = (out / "report.html").read_text()
     page = Page()
     page.feed(text)
     assert page.external == []
+    assert page.open == []
     printed = capsys.readouterr().out
-    for arm in found:
-        assert f"<td>{arm.name}</td>" in text
+    assert printed.startswith(f"{found.finding}\n\n")
+    for arm in found.arms:
+        assert text.count(f"<td>{arm.name}</td>") == 3
         assert f"{arm.parameters:,}" in text
-        (row,) = re.findall(rf"^{arm.name} +[\d,]+ .*$", printed, re.MULTILINE)
+        row, _ = re.findall(rf"^{arm.name} +[\d,]+ .*$", printed, re.MULTILINE)
         assert f"{arm.top1.mean:.2f}" in row
-    assert printed.count("nothing can be concluded") == len(ARMS) - 1
+    assert printed.count("nothing can be concluded") == len(ARMS)
 
     # the same arms without a cache train to the same weights
     alone = arm_recipe(short, "widelast", 0, out.parent / "alone", None)
@@ -253,6 +322,71 @@ def test_a_comparison_of_all_arms(short: Recipe, in_process: None, capsys):
     changed = replace(short, batch_size=4)
     with pytest.raises(ValueError, match=r"another comparison: batch_size: 8 -> 4; expected"):
         compare(changed, seeds=1)
+
+
+def test_maps_are_measured_once(short: Recipe, in_process: None, monkeypatch):
+    short.ema_decay = None
+    found = compare(short, "plain,lift", seeds=1, quiet=True)
+    assert found.teacher is not None
+
+    # the teacher's reach, from one singular value decomposition of all its tokens
+    components = build(arm_recipe(short, "plain", 0, Path(short.out), None), start("cpu"))
+    model = components.teacher_model
+    assert model is not None
+    with torch.no_grad():
+        maps = [model.forward_maps(batch.images, [-1])[0] for batch in components.val_loader]
+    components.close()
+    energy = torch.linalg.svdvals(torch.cat(maps).flatten(0, 1).double()).square()
+    reach = energy.cumsum(0) / energy.sum()
+    assert found.teacher.reach == pytest.approx(reach.tolist(), abs=1e-6)
+    assert (found.teacher.images, found.teacher.figures.channels) == (12, 24)
+
+    plain, lift = (arm.map for arm in found.analysis.arms)
+    assert plain is not None
+    assert lift is not None
+    assert (plain.width, plain.channels, lift.width, lift.channels) == (12, 12, 12, 24)
+    checkpoint = str(Path(short.out) / "plain-seed0" / "last.pt")
+    images = str(Path(short.data.path) / "val")
+    config = DiagnoseConfig(model=checkpoint, data=images, workers=0, layers=[-1], device="cpu")
+    (layer,) = diagnose(config, quiet=True).layers.values()
+    assert plain.rank == layer.spectrum.summaries[1].percentile99
+    assert layer.rotation is not None
+    assert plain.overlap == pytest.approx(layer.rotation.pair_mean, abs=1e-4)
+    assert plain.used == pytest.approx(layer.bandwidth.channels90_mean, abs=1e-4)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerDiagnostics, "update", None)  # not called again
+        again = compare(short, "plain,lift", seeds=1, quiet=True)
+    assert (again.analysis, again.teacher) == (found.analysis, found.teacher)
+
+    # a file written before maps were measured
+    path = Path(short.out) / "results.json"
+    state = json.loads(path.read_text())
+    del state["teacher_map"]
+    for run in state["runs"]:
+        del run["map"]
+    path.write_text(json.dumps(state))
+    written = Path(checkpoint).stat().st_mtime_ns
+    again = compare(short, "plain,lift", seeds=1, quiet=True)
+    assert (again.analysis, again.teacher) == (found.analysis, found.teacher)
+    assert Path(checkpoint).stat().st_mtime_ns == written
+
+
+def test_images_without_augmentation_are_cached_once(short: Recipe, in_process: None):
+    augment = load_recipe(find_recipe("demo")).data.augment
+    short.data = replace(short.data, augment=augment)
+    short.optim = replace(short.optim, epochs=2)
+    short.student.options = {**TINY}
+    compare(short, "plain", seeds=1, quiet=True)
+    out = Path(short.out)
+    assert json.loads((out / "cache" / "seed-0" / "manifest.json").read_text())["views"] == 1
+    alone = arm_recipe(short, "plain", 0, out.parent / "alone", None)
+    train("plain", alone)
+    assert read_losses(Path(alone.out)) == pytest.approx(read_losses(out / "plain-seed0"), rel=1e-5)
+
+
+def read_losses(folder: Path) -> list[float]:
+    return [float(row["loss"]) for row in read_csv(folder / "metrics.csv")]
 
 
 def test_the_teacher_runs_if_images_are_mixed(short: Recipe, in_process: None, capsys):

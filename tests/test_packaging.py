@@ -63,8 +63,7 @@ def test_wheel_contents(wheel: Path):
     }
     for folder in ("kernels", "benchmarks"):
         expected |= {f"featkd/{folder}/{p.name}" for p in (ROOT / folder).glob("*.py")}
-    expected |= {"featkd/py.typed", "featkd/demo/templates/report.html"}
-    expected |= {f"featkd/compare/templates/{name}.html" for name in ("page", "report")}
+    expected |= {"featkd/py.typed", "featkd/compare/templates/report.html"}
     expected |= {"featkd/models/templates/model_card.md"}
     assert expected <= names
     assert "featkd/_csrc.so" in names

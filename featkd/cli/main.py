@@ -25,7 +25,7 @@ COMMANDS = {
     "diagnose": "measure the mismatch between feature maps of a student and a teacher",
     "bench": "time the ops, the loaders and training updates",
     "env": "print versions, devices and backends, for bug reports",
-    "demo": "train a teacher and four students on scikit-learn's digits",
+    "demo": "compare students with and without a mismatch, on digits",
 }
 _OPTIONS = {
     "--help": "print this help",

@@ -10,6 +10,7 @@ from featkd.train.recipe import Arch, LossConfig, Recipe, RecipeError
 from featkd.train.student import build_student
 
 REFERENCE = "plain"  # arm that the differences are to
+CONTROL, CONTROLLED = "plain_wide", "widelast"  # students of about equal parameters
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Arm:
         teaches: parts of the loss that use the teacher: none, its logits alone, or the recipe's.
         projector: `loss.projector`; None keeps the recipe's.
         wide: widen the student to the parameters of the widelast arm.
+        remedy: a student that is made for a mismatch.
     """
 
     about: str
@@ -29,6 +31,7 @@ class Arm:
     teaches: Literal["nothing", "logits", "all"] = "all"
     projector: Literal["none", "linear_norm"] | None = None
     wide: bool = False
+    remedy: bool = False
 
 
 ARMS: dict[str, Arm] = {
@@ -40,8 +43,8 @@ ARMS: dict[str, Arm] = {
     "plain_projector": Arm(
         "plain student, feature loss through a trained projector", projector="linear_norm"
     ),
-    "lift": Arm("Lift student, feature loss", arch="lift"),
-    "widelast": Arm("WideLast student, feature loss", arch="widelast"),
+    "lift": Arm("Lift student, feature loss", arch="lift", remedy=True),
+    "widelast": Arm("WideLast student, feature loss", arch="widelast", remedy=True),
     "plain_wide": Arm(
         "as plain, but widened to about the parameters of widelast", projector="none", wide=True
     ),
@@ -123,7 +126,11 @@ def arm_recipe(recipe: Recipe, name: str, seed: int, out: Path, width: int | Non
     student = replace(recipe.student, arch=arm.arch, options=options)
     loss = replace(old, projector=arm.projector or old.projector)
     if arm.teaches != "all":
-        loss = LossConfig(tau=old.tau, label_smoothing=old.label_smoothing)
+        loss = LossConfig(
+            tau=old.tau,
+            label_smoothing=old.label_smoothing,
+            pairs=old.pairs,  # not compared, but the maps are measured
+        )
     if arm.teaches == "logits":
         loss = replace(loss, alpha=old.alpha)
     teacher = None if arm.teaches == "nothing" else recipe.teacher

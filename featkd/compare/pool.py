@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from featkd.compare.mismatch import measure_student
 from featkd.compare.results import RunResult, throughput, weights_scored
 from featkd.data.workers import end_with_parent
 from featkd.runtime import distributed
@@ -36,12 +37,13 @@ def train(name: str, recipe: Recipe) -> RunResult:
     global _stopped
     if _stopped:
         raise KeyboardInterrupt
-    trainer = Trainer(recipe, distributed.start(_device))
+    context = distributed.start(_device)
+    trainer = Trainer(recipe, context)
     outcome = trainer.run(quiet=True)
     if outcome.interrupted_by is not None:
         _stopped = True
         raise KeyboardInterrupt
-    student = trainer.components.student
+    student, ema = trainer.components.student, trainer.components.ema
     return RunResult(
         name=name,
         seed=recipe.seed,
@@ -50,6 +52,7 @@ def train(name: str, recipe: Recipe) -> RunResult:
         top1=outcome.scores[weights_scored(recipe)]["top1"],
         images_per_s=throughput(Path(recipe.out)),
         folder=Path(recipe.out),
+        map=measure_student(recipe, student if ema is None else ema.module, context.device),
     )
 
 

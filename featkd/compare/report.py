@@ -1,17 +1,20 @@
-"""Table and report page of a comparison; parts of them are shared with the demo."""
+"""Tables, figures and the report page of comparisons."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader
+from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from featkd.compare.analysis import ArmResult
+from featkd.compare.analysis import Analysis, ArmResult
 from featkd.compare.arms import ARMS, REFERENCE
-from featkd.compare.results import RunResult, spread, weights_scored
+from featkd.compare.mismatch import MapFigures, TeacherMap
+from featkd.compare.results import RunResult, weights_scored
 from featkd.compare.statistics import Interval
 from featkd.runtime import environment
 from featkd.runtime.files import atomic_write
@@ -19,12 +22,39 @@ from featkd.runtime.names import printable_lines
 from featkd.runtime.plots import GREY, as_svg, axes_for, legend
 from featkd.train.recipe import Recipe, to_yaml
 
-Curve = list[tuple[int, float]]
+Row = dict[str, str]
 _COLOURS = ("#8c8c8c", "#b08900", "#d1495b", "#8a5fbf", "#3a86c8", "#2a9d6f", "#c46a1b")
 
 
-def rows(results: Sequence[ArmResult]) -> list[dict[str, str]]:
-    """Rows of the table, one per arm."""
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison.
+
+    Attributes:
+        recipe: the recipe that the arms change.
+        runs: all runs.
+        teacher: figures of the teacher's map; None if they can't be measured.
+        analysis: what the runs show.
+        notes: facts about how it was done.
+    """
+
+    recipe: Recipe
+    runs: Sequence[RunResult]
+    teacher: TeacherMap | None
+    analysis: Analysis
+    notes: Sequence[str]
+
+    def text(self) -> str:
+        """The finding, the tables, the conclusions and the notes, for a terminal."""
+        found = self.analysis
+        accuracies, maps = as_table(result_rows(found.arms)), as_table(map_rows(self))
+        lists = "\n".join(found.conclusions), "\n".join(self.notes)
+        parts = found.finding, accuracies, lists[0], maps, lists[1]
+        return "\n\n".join(filter(None, parts))
+
+
+def result_rows(arms: Sequence[ArmResult]) -> list[Row]:
+    """Rows of the table of accuracies, one per arm."""
     return [
         {
             "arm": arm.name,
@@ -37,7 +67,7 @@ def rows(results: Sequence[ArmResult]) -> list[dict[str, str]]:
             f"minus {REFERENCE}": "-" if arm.difference is None else f"{arm.difference.mean:+.2f}",
             "its 95 % interval": _ends(arm.difference, "+"),
         }
-        for arm in results
+        for arm in arms
     ]
 
 
@@ -45,6 +75,41 @@ def _ends(found: Interval | None, sign: str = "") -> str:
     if found is None or found.low is None or found.high is None:
         return "-"
     return f"{found.low:{sign}.2f} to {found.high:{sign}.2f}"
+
+
+def map_rows(found: Comparison) -> list[Row]:
+    """Rows of the table of mismatch diagnostics: the teacher's map, then each arm's."""
+    teacher = found.teacher
+    rows = [_map_row("teacher", None if teacher is None else teacher.figures, "-")]
+    for arm in found.analysis.arms:
+        reach = "-"
+        if teacher is not None and arm.map is not None:
+            reach = f"{100 * teacher.reach_of(arm.map.width):.1f}"
+        rows.append(_map_row(arm.name, arm.map, reach))
+    return rows
+
+
+def _map_row(name: str, figures: MapFigures | None, reach: str) -> Row:
+    def beside(value: float | None, null: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:.{digits}f} / {null:.{digits}f}"
+
+    columns = ["-"] * 4
+    if figures is not None:
+        width = "" if figures.width == figures.channels else f"{figures.width:.0f} to "
+        columns = [
+            f"{width}{figures.channels:.0f}",
+            beside(figures.rank, figures.gaussian_rank, 0),
+            beside(figures.overlap, figures.random_overlap, 2),
+            beside(100 * figures.used, 100 * figures.gaussian_used, 0),
+        ]
+    return {
+        "map of": name,
+        "channels": columns[0],
+        "reach %": reach,
+        "rank / noise": columns[1],
+        "overlap / random": columns[2],
+        "channels used % / noise": columns[3],
+    }
 
 
 def as_table(table: Sequence[Mapping[str, str]]) -> str:
@@ -60,78 +125,95 @@ def as_table(table: Sequence[Mapping[str, str]]) -> str:
     )
 
 
-def write_report(
-    path: Path,
-    recipe: Recipe,
-    results: Sequence[ArmResult],
-    runs: Sequence[RunResult],
-    notes: Sequence[str],
+def write_page(
+    path: Path, title: str, intro: str, cases: Mapping[str, tuple[str, Comparison]]
 ) -> None:
-    """Writes the page of a comparison: table, conclusions, curves, recipe and versions."""
-    weights = weights_scored(recipe)
-    curves = {arm.name: [r.curve(weights) for r in runs if r.name == arm.name] for arm in results}
-    write_page(
-        *(path, "featkd.compare", recipe),
-        rows=rows(results),
-        arms={arm.name: ARMS[arm.name].about for arm in results},
-        conclusions=[arm.conclusion for arm in results if arm.conclusion],
-        notes=notes,
-        weights="their average" if weights == "ema" else "the weights",
-        accuracy=curves_plot(curves, _COLOURS),
-        reference=REFERENCE,
-    )
-
-
-def write_page(path: Path, package: str, recipe: Recipe, **content: Any) -> Path:
-    """Writes a self-contained page from the template `report.html` of a package.
+    """Writes a self-contained page: findings and figures first, then tables, recipes, versions.
 
     Args:
         path: the page.
-        package: "featkd.compare" or "featkd.demo".
-        recipe: the recipe that is shown.
-        content: variables of the template; strings that begin with <svg are not escaped.
+        title, intro: heading and first paragraph.
+        cases: comparisons with a paragraph about each, by name; a single one may have no name.
     """
-    loader = ChoiceLoader([PackageLoader(package), PackageLoader("featkd.compare")])
     facts = {
         **environment.versions(),
         "commit": environment.commit(),
         **environment.machine(),
     }
-    figures = {
-        name: Markup(value)
-        for name, value in content.items()
-        if isinstance(value, str) and value.startswith("<svg")
-    }
-    template = Environment(loader=loader, autoescape=True).get_template("report.html")
-    page = template.render(recipe=to_yaml(recipe), facts=facts, **{**content, **figures})
+    template = Environment(loader=PackageLoader("featkd.compare"), autoescape=True)
+    page = template.get_template("report.html").render(
+        title=title,
+        intro=intro,
+        cases=[_case(name, about, found) for name, (about, found) in cases.items()],
+        reference=REFERENCE,
+        facts=facts,
+    )
     with atomic_write(path) as file:
         file.write(printable_lines(page).encode())
-    return path
 
 
-def curves_plot(
-    curves: Mapping[str, Sequence[Curve]], colours: Sequence[str], teacher: float | None = None
-) -> str:
-    """Plots accuracy over epochs: mean over seeds, shaded from the lowest to the highest.
+def _case(name: str, about: str, found: Comparison) -> dict[str, Any]:
+    """Variables of the template for one comparison."""
+    weights, arms = weights_scored(found.recipe), found.analysis.arms
+    curves = {
+        arm.name: [run.curve(weights) for run in found.runs if run.name == arm.name] for arm in arms
+    }
+    return {
+        "name": name,
+        "about": about,
+        "finding": found.analysis.finding,
+        "figure": Markup(_finding_plot(arms, found.teacher)),
+        "conclusions": found.analysis.conclusions,
+        "rows": result_rows(arms),
+        "map_rows": map_rows(found),
+        "images": None if found.teacher is None else found.teacher.images,
+        "weights": "their average" if weights == "ema" else "the weights",
+        "curves": Markup(_curves_plot(curves)),
+        "arms": {arm.name: ARMS[arm.name].about for arm in arms},
+        "notes": found.notes,
+        "recipe": to_yaml(found.recipe),
+    }
 
-    Args:
-        curves: points (epoch, top-1 in per cent) of each seed, by name.
-        colours: a colour per name.
-        teacher: accuracy of the teacher, drawn as a line.
-    """
+
+def _finding_plot(arms: Sequence[ArmResult], teacher: TeacherMap | None) -> str:
+    """Plots the reach by width beside the differences to the reference arm."""
+    figure, (left, right) = axes_for(
+        [("channels", "share of the teacher's energy"), (f"points above {REFERENCE}", "")]
+    )
+    (plain,) = (arm for arm in arms if arm.name == REFERENCE)
+    if teacher is not None:
+        left.plot(range(1, len(teacher.reach) + 1), teacher.reach, color="#3a86c8")
+    if teacher is not None and plain.map is not None:
+        width, reach = plain.map.width, teacher.reach_of(plain.map.width)
+        label = f"student: {width:.0f} channels, {100 * reach:.1f} %"
+        left.plot([width], [reach], "o", color="#3a86c8", label=label)
+        legend(left, loc="lower right")
+    left.set_ylim(0, 1.04)
+    others = [arm for arm in arms if arm.difference is not None]
+    for place, arm in enumerate(others):
+        found, colour = arm.difference, _COLOURS[arms.index(arm) % len(_COLOURS)]
+        assert found is not None
+        right.plot([found.mean], [place], "o", color=colour)
+        if found.low is not None:
+            right.plot([found.low, found.high], [place, place], color=colour)
+    right.set_yticks(range(len(others)), [arm.name for arm in others])
+    right.set_ylim(max(len(others), 1) - 0.5, -0.5)
+    right.axvline(0, color=GREY, linewidth=1)
+    return as_svg(figure)
+
+
+def _curves_plot(curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> str:
+    """Plots accuracy over epochs: mean over seeds, shaded from the lowest to the highest."""
     figure, (axes,) = axes_for([("epoch", "validation top-1 (%)")])
-    best = 0.0 if teacher is None else teacher
-    for colour, (name, seeds) in zip(colours, curves.items(), strict=False):
+    best = 0.0
+    for colour, (name, seeds) in zip(_COLOURS, curves.items(), strict=False):
         epochs = [epoch for epoch, _ in seeds[0]]
         columns = list(zip(*([value for _, value in curve] for curve in seeds), strict=True))
-        middle = [spread(list(column))[0] for column in columns]
         marker = "o" if len(epochs) == 1 else None
-        axes.plot(epochs, middle, color=colour, label=name, marker=marker)
+        axes.plot(epochs, list(map(fmean, columns)), color=colour, label=name, marker=marker)
         low, high = ([f(column) for column in columns] for f in (min, max))
         axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
         best = max(best, *(curve[-1][1] for curve in seeds))
-    if teacher is not None:
-        axes.axhline(teacher, color=GREY, linestyle=":", label="teacher, last epoch")
     axes.set_ylim(max(0.0, best - 30), min(100.0, best + 2))
     legend(axes)
     return as_svg(figure)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median
 
+from featkd.compare.mismatch import MapFigures
 from featkd.train.logs import read_csv
 from featkd.train.recipe import Recipe
 
@@ -15,13 +16,15 @@ class RunResult:
     """Results of one finished run.
 
     Attributes:
-        name: arm of the comparison, or the demo's name of the model.
+        name: arm of the comparison.
         seed: random seed of the run.
         parameters: number of parameters of the model, without projectors.
         gmacs: billions of multiply-adds of one image's forward pass.
         top1: validation accuracy of the last weights, or of their average, in per cent.
         images_per_s: median training throughput.
         folder: folder of the run.
+        map: figures of the student's map that is compared with the teacher's; None if they can't
+            be measured.
     """
 
     name: str
@@ -31,21 +34,12 @@ class RunResult:
     top1: float
     images_per_s: float
     folder: Path
+    map: MapFigures | None = None
 
     def curve(self, weights: str = "model") -> list[tuple[int, float]]:
         """Points (epoch, top-1 in per cent) of all evaluations of the "model" or "ema" weights."""
         rows = read_csv(self.folder / "eval.csv")
         return [(int(r["epoch"]), float(r["top1"])) for r in rows if r["weights"] == weights]
-
-    def feature_losses(self) -> list[tuple[int, float]]:
-        """Points (update, feature loss) of all logged rows."""
-        rows = read_csv(self.folder / "metrics.csv")
-        return [(int(r["update"]), float(r["feature_loss"])) for r in rows]
-
-
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; 0 for one value."""
-    return mean(values), stdev(values) if len(values) > 1 else 0.0
 
 
 def weights_scored(recipe: Recipe) -> str:

@@ -15,10 +15,11 @@ import torch
 from featkd.cache import CacheConfig
 from featkd.cache.config import Store as StorageType
 from featkd.cache.estimate import as_size
-from featkd.compare.analysis import ArmResult, analyse
+from featkd.compare.analysis import analyse
 from featkd.compare.arms import ARMS, REFERENCE, arm_recipe, choose_arms, wide_width
+from featkd.compare.mismatch import measure_teacher
 from featkd.compare.pool import train_all
-from featkd.compare.report import as_table, rows, write_report
+from featkd.compare.report import Comparison, write_page
 from featkd.compare.store import Store
 from featkd.runtime import distributed
 from featkd.runtime.distributed import ProcessContext
@@ -31,13 +32,14 @@ from featkd.train.recipe import Recipe, RecipeError, check_local
 # Uncompressed, so that a cached teacher teaches what a running one does.
 _STORAGE: dict[str, StorageType] = {"off": "fp32", "bf16": "bf16", "fp16": "fp16"}
 _CACHED = "cached"
+_ABOUT = "Students trained on the same images with the same seeds and the same number of updates."
 _Jobs = dict[tuple[str, int], Recipe]
 
 
 def compare(
     recipe: Recipe, arms: str | None = None, seeds: int = 3, *, quiet: bool = False
-) -> list[ArmResult]:
-    """Trains the arms with several seeds, prints a table and writes `recipe.out/report.html`.
+) -> Comparison:
+    """Trains the arms with several seeds, prints what they show, writes `recipe.out/report.html`.
 
     All arms train on the same images in the same order, with the same seeds and number of updates.
     Finished runs in the folder are kept and unfinished ones are resumed.
@@ -48,9 +50,6 @@ def compare(
             has terms for.
         seeds: seeds per arm.
         quiet: show no progress bars.
-
-    Returns:
-        The result of each arm.
 
     Raises:
         ValueError: an argument or a field of the recipe can't be used.
@@ -74,14 +73,13 @@ def compare(
             jobs = _prepare(recipe, pending, store, seeds, quiet)
             train_all(jobs, "training the arms", quiet, recipe.device, store.add)
         runs = [store.runs[key] for key in chosen]
-        results = analyse(names, runs)
+        analysis = analyse(names, runs, store.teacher_map)
+        store.save(analysis)
         notes.append(_teacher_note(store))
-        store.save(results)
-        page = out / "report.html"
-        write_report(page, recipe, results, runs, notes)
-    sentences = [arm.conclusion for arm in results if arm.conclusion]
-    print("\n".join((as_table(rows(results)), "", *sentences, *notes, f"report: {page}")))
-    return results
+        found = Comparison(recipe, runs, store.teacher_map, analysis, notes)
+        write_page(out / "report.html", "featkd compare", _ABOUT, {"": ("", found)})
+    print(f"{found.text()}\nreport: {out / 'report.html'}")
+    return found
 
 
 def _prepare(
@@ -98,6 +96,9 @@ def _prepare(
     # An arm that can't be trained is refused before the others have trained for days.
     for job in {name: job for (name, _), job in jobs.items()}.values():
         _check(job, context)
+    if store.teacher_map is None:
+        plain = arm_recipe(recipe, REFERENCE, recipe.seed, out, None)
+        store.teacher_map = measure_teacher(plain, context)
     taught = sorted({seed for (_, seed), job in jobs.items() if job.teacher is not None})
     if store.teacher is None:
         store.teacher = _decide(recipe, out, seeds, context)
@@ -106,7 +107,7 @@ def _prepare(
         for seed in taught:
             _cache(recipe, out, seed, context, quiet)
         jobs = {
-            key: job if job.teacher is None else replace(job, cache=str(_folder(out, key[1])))
+            key: job if job.teacher is None else _with_cache(job, _folder(out, key[1]))
             for key, job in jobs.items()
         }
     if context.device.type == "cuda":
@@ -125,8 +126,15 @@ def _folder(out: Path, seed: int) -> Path:
     return out / "cache" / f"seed-{seed}"
 
 
+def _with_cache(job: Recipe, folder: Path) -> Recipe:
+    return replace(job, cache=str(folder), cache_epochs="cycle")
+
+
 def _cache_config(recipe: Recipe) -> CacheConfig:
-    return CacheConfig(recipe.optim.epochs, logits_top="all", store=_STORAGE[recipe.amp])
+    augment = recipe.data.augment
+    same_each_epoch = not augment.is_random and augment.repeats == 1
+    views = 1 if same_each_epoch else recipe.optim.epochs
+    return CacheConfig(views, logits_top="all", store=_STORAGE[recipe.amp])
 
 
 def _decide(recipe: Recipe, out: Path, seeds: int, context: ProcessContext) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from featkd.compare.analysis import ArmResult
+from featkd.compare.analysis import Analysis
+from featkd.compare.mismatch import MapFigures, TeacherMap
 from featkd.compare.results import RunResult
 from featkd.runtime import environment
 from featkd.runtime.files import atomic_write
@@ -32,6 +32,8 @@ class Store:
         runs: finished runs by (arm, seed).
         width: width of the plain_wide arm; None until it is known.
         teacher: "cached" or the reason to run the teacher; None until it is decided.
+        teacher_map: figures of the teacher's map; None until they are measured, or if that is
+            impossible.
 
     Raises:
         CheckpointError: the folder holds something else, or the file can't be read.
@@ -43,6 +45,7 @@ class Store:
         self.runs: dict[tuple[str, int], RunResult] = {}
         self.width: int | None = None
         self.teacher: str | None = None
+        self.teacher_map: TeacherMap | None = None
         if not self._path.exists():
             others = sorted(x.name for x in out.iterdir() if not x.name.startswith("."))
             if others:
@@ -57,8 +60,13 @@ class Store:
             if state["format"] != _FORMAT:
                 raise ValueError(f"format {state['format']}, expected {_FORMAT}")
             self.width, self.teacher = state["plain_wide_width"], state["teacher"]
+            self.teacher_map = _teacher_map(state.get("teacher_map"))
             for run in state["runs"]:
-                result = RunResult(**{**run, "folder": out / run["folder"]})
+                if "map" not in run:  # written before maps were measured: the run is opened again
+                    continue
+                result = RunResult(
+                    **{**run, "folder": out / run["folder"], "map": _figures(run["map"])}
+                )
                 self.runs[result.name, result.seed] = result
             changes = changed_fields(state["recipe"], recipe)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -80,13 +88,14 @@ class Store:
         self.runs[result.name, result.seed] = result
         self.save()
 
-    def save(self, results: Sequence[ArmResult] = ()) -> None:
-        """Writes the file; with `results` of a finished comparison, also what it found."""
+    def save(self, found: Analysis | None = None) -> None:
+        """Writes the file; of a finished comparison, also what it found."""
         state: dict[str, Any] = {
             "format": _FORMAT,
-            "finished": bool(results),
-            "arms": [dataclasses.asdict(arm) for arm in results],
+            "finished": found is not None,
+            **dataclasses.asdict(found or Analysis("", [], [])),
             "teacher": self.teacher,
+            "teacher_map": self.teacher_map and dataclasses.asdict(self.teacher_map),
             "plain_wide_width": self.width,
             "runs": [
                 {**dataclasses.asdict(run), "folder": run.folder.name} for run in self._sorted()
@@ -99,3 +108,15 @@ class Store:
 
     def _sorted(self) -> list[RunResult]:
         return [self.runs[key] for key in sorted(self.runs)]
+
+
+def _figures(stored: dict[str, Any] | None) -> MapFigures | None:
+    return None if stored is None else MapFigures(**stored)
+
+
+def _teacher_map(stored: dict[str, Any] | None) -> TeacherMap | None:
+    if stored is None:
+        return None
+    return TeacherMap(
+        MapFigures(**stored["figures"]), tuple(stored["reach"]), int(stored["images"])
+    )

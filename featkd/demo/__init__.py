@@ -1,4 +1,4 @@
-"""`featkd demo`: a teacher and four students on the digits that ship with scikit-learn."""
+"""`featkd demo`: comparisons on the digits that ship with scikit-learn."""
 
 from featkd.demo.run import run_demo
 

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,8 @@ import pytest
 from featkd.benchmarks import step
 from featkd.cli.main import main
 from featkd.cli.output import PrintableStream
-from featkd.compare.results import RunResult
-from featkd.demo.report import STUDENTS
 from tests.diagnostics.commands import QUICK
-from tests.test_demo import InProcessPool
+from tests.test_demo import InProcessPool, write_few_digits
 
 NAME, SHOWN = os.fsdecode(b"\x1b]0;owned\x07caf\xe9"), r"\x1b]0;owned\x07caf\xe9"
 MODEL = ("--model", "vit_tiny_patch16_224", "--img-size", "16", "--model-options")
@@ -122,13 +119,8 @@ def test_quiet_prints_warnings_and_errors_only(
     command, broken, images, recipe_file, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(PrintableStream, "isatty", lambda _: True, raising=False)  # for bars
-    result = RunResult("teacher", 0, 1, 0.1, 75.0, 1.0, tmp_path)
-    students = [replace(result, name=name) for name in STUDENTS]
-    runs = iter([result, *students])
     monkeypatch.setattr("featkd.compare.pool.ProcessPoolExecutor", InProcessPool)
-    monkeypatch.setattr("featkd.compare.pool.train", lambda *_: next(runs))
-    monkeypatch.setattr("featkd.demo.run.write_report", lambda out, *_: out)
-    monkeypatch.setattr("featkd.demo.run.compare_maps", lambda *_: 0)
+    monkeypatch.setattr("featkd.demo.run.write_digits", write_few_digits)
     data = broken if command in SKIP else images
     words = words_of(command, recipe_file, data, tmp_path / "out")
     assert main([*words, *SKIP.get(command, ()), "--quiet"]) == 0

@@ -78,7 +78,9 @@ def test_demo_end_to_end(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
     page = Page()
     page.feed(text)
     assert (page.external, page.open) == ([], [])
-    assert page.tags.count("svg") == 4
+    figures = [path.read_text() for path in (tmp_path / "figures").glob("*.svg")]
+    assert len(figures) == page.tags.count("svg") == 4
+    assert all(figure.startswith("<svg") and figure in text for figure in figures)
     teacher = load(tmp_path / "teacher" / "last.pt")
     assert teacher["recipe"]["student"]["options"]["embed_dim"] == 64
     runs = 0

@@ -130,6 +130,8 @@ def write_page(
 ) -> None:
     """Writes a self-contained page: findings and figures first, then tables, recipes, versions.
 
+    The figures are also written as SVG files, to `figures/` beside the page.
+
     Args:
         path: the page.
         title, intro: heading and first paragraph.
@@ -140,11 +142,17 @@ def write_page(
         "commit": environment.commit(),
         **environment.machine(),
     }
+    described = [_case(name, about, found) for name, (about, found) in cases.items()]
+    (path.parent / "figures").mkdir(exist_ok=True)
+    for case in described:
+        for kind in ("finding", "curves"):
+            with atomic_write(path.parent / case["files"][kind]) as file:
+                file.write(case[kind].encode())
     template = Environment(loader=PackageLoader("featkd.compare"), autoescape=True)
     page = template.get_template("report.html").render(
         title=title,
         intro=intro,
-        cases=[_case(name, about, found) for name, (about, found) in cases.items()],
+        cases=described,
         reference=REFERENCE,
         facts=facts,
     )
@@ -158,11 +166,13 @@ def _case(name: str, about: str, found: Comparison) -> dict[str, Any]:
     curves = {
         arm.name: [run.curve(weights) for run in found.runs if run.name == arm.name] for arm in arms
     }
+    prefix = "".join(c if c.isalnum() else "-" for c in f"{name} " if name).lower()
     return {
         "name": name,
         "about": about,
-        "finding": found.analysis.finding,
-        "figure": Markup(_finding_plot(arms, found.teacher)),
+        "sentence": found.analysis.finding,
+        "finding": Markup(_finding_plot(arms, found.teacher)),
+        "files": {kind: f"figures/{prefix}{kind}.svg" for kind in ("finding", "curves")},
         "conclusions": found.analysis.conclusions,
         "rows": result_rows(arms),
         "map_rows": map_rows(found),

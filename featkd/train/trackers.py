@@ -19,8 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.files import atomic_write
 from featkd.runtime.remote import Location
+from featkd.train.recipe import Recipe, to_dict
 
 FILE = "trackers.json"
 
@@ -189,36 +191,43 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 def open_trackers(
-    names: Sequence[str], folder: Location, recipe: dict[str, Any], *, resumed: bool
+    recipe: Recipe, folder: Location, context: ProcessContext, *, resumed: bool
 ) -> list[Tracker]:
-    """Starts the runs of trackers; called by the main process alone.
+    """Starts the runs of a recipe's trackers; a collective.
 
     Args:
-        names: "wandb" and "mlflow".
+        recipe: the recipe.
         folder: the run's folder; `trackers.json` in it names the runs.
-        recipe: the recipe as a plain dict.
+        context: this process.
         resumed: the run continues from the last checkpoint in `folder`, so its runs are continued.
+
+    Returns:
+        The runs on process 0; none on the others.
 
     Raises:
         ImportError: a package is missing; names the extra of featkd that has it.
         TrackerError: a tracker can't be started, or `trackers.json` can't be read.
     """
-    check_installed(names)
-    saved = _read(folder / FILE) if resumed else {}
     found: list[Tracker] = []
-    for name in names:
-        try:
-            found.append(_KINDS[name](saved.get(name, {}), folder, recipe))
-        except Exception as error:
-            for tracker in found:
-                tracker.close(complete=False)
-            raise TrackerError(
-                f"log.trackers: {name} can't be started: {one_line(error)}"
-            ) from error
-        saved[name] = found[-1].identity
-    if found:
+
+    def start() -> None:
+        saved = _read(folder / FILE) if resumed else {}
+        for name in recipe.log.trackers:
+            try:
+                found.append(_KINDS[name](saved.get(name, {}), folder, to_dict(recipe)))
+            except Exception as error:
+                for tracker in found:
+                    tracker.close(complete=False)
+                raise TrackerError(
+                    f"log.trackers: {name} can't be started: {one_line(error)}"
+                ) from error
+            saved[name] = found[-1].identity
         with atomic_write(folder / FILE) as file:
             file.write(json.dumps(saved, indent=2).encode() + b"\n")
+
+    if recipe.log.trackers:
+        check_installed(recipe.log.trackers)
+        context.on_main(start)
     return found
 
 

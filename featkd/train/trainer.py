@@ -32,7 +32,7 @@ from featkd.train.saving import BackgroundSaver, snapshot
 from featkd.train.stopwatch import Stopwatch
 from featkd.train.student_forward import FeatureForward, StudentOutputs
 from featkd.train.teacher import begin_graph_step
-from featkd.train.trackers import Tracker, open_trackers
+from featkd.train.trackers import open_trackers
 from featkd.train.validation import log_scores, validate
 
 _CHANGED = "changed since that checkpoint"
@@ -127,7 +127,8 @@ class Trainer:
         loader = f"image loader: {self.components.train_loader.decoder}"
         messages = [loader, *self.components.notes, *self._resume(resume)]
         folder = self.folder if self.context.is_main else None
-        trackers = self._open_trackers()
+        resumed = self._last_checkpoint == self.store.last
+        trackers = open_trackers(self.recipe, self.folder, self.context, resumed=resumed)
         messages += [f"{tracker.name}: {tracker.description}" for tracker in trackers]
         log = RunLog(
             *(folder, self.update, self.total_updates, quiet),
@@ -165,18 +166,6 @@ class Trainer:
             bad_files=self.bad_files,
             interrupted_by=stopped_by,
         )
-
-    def _open_trackers(self) -> list[Tracker]:
-        """Starts or continues the runs of trackers; only the main process has them."""
-        trackers: list[Tracker] = []
-        resumed = self._last_checkpoint == self.store.last
-        recipe = to_dict(self.recipe)
-        self.context.on_main(
-            lambda: trackers.extend(
-                open_trackers(self.recipe.log.trackers, self.folder, recipe, resumed=resumed)
-            )
-        )
-        return trackers
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Micro-batches of an epoch from number `start` on; a cached teacher prefetches rows."""

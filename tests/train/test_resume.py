@@ -236,7 +236,7 @@ def test_a_run_in_an_object_store_resumes_bit_for_bit(recipe, store, monkeypatch
         log(self, *args)
 
     monkeypatch.setattr(Trainer, "_log", die_at_nine)
-    monkeypatch.setattr(RunLog, "close", lambda _: None)  # nothing runs after a kill
+    monkeypatch.setattr(RunLog, "close", lambda *_, **__: None)  # nothing runs after a kill
     with pytest.raises(KeyboardInterrupt):
         run(store)
     assert rows == [0] * 6 + [6] * 3  # uploaded with each checkpoint

@@ -117,7 +117,7 @@ def die_at(monkeypatch: pytest.MonkeyPatch, moment: str, epoch: int) -> None:
     monkeypatch.setattr(trainer, "validate", score)
     monkeypatch.setattr(RunLog, "evaluation", write)
     monkeypatch.setattr(CheckpointStore, "save", keep)
-    monkeypatch.setattr(RunLog, "close", lambda _: None)  # nothing runs after a kill
+    monkeypatch.setattr(RunLog, "close", lambda *_, **__: None)  # nothing runs after a kill
 
 
 @pytest.mark.parametrize(

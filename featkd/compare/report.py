@@ -224,6 +224,7 @@ def _curves_plot(curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) ->
         low, high = ([f(column) for column in columns] for f in (min, max))
         axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
         best = max(best, *(curve[-1][1] for curve in seeds))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(max(0.0, best - 30), min(100.0, best + 2))
     legend(axes)
     return as_svg(figure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ def average(maps: Sequence[MapFigures | None]) -> MapFigures | None:
     if len(known) < len(maps):
         return None
 
-    def over_runs(name: str) -> float | None:
+    def over_runs(name: str) -> Any:
         values = [getattr(figures, name) for figures in known]
         return None if None in values else fmean(values)
 

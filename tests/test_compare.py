@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -258,35 +259,42 @@ def table(out: Path) -> dict[str, object]:
     return state
 
 
-def test_a_killed_comparison_resumes_to_the_same_table(
+def test_a_comparison_killed_twice_resumes_to_the_same_table(
     short: Recipe, tmp_path: Path, server: Server, in_process: None, capsys
 ):
-    file = tmp_path / "recipe.yaml"
+    short.checkpoint.every_updates = 1
+    file, out = tmp_path / "recipe.yaml", tmp_path / "killed"
     file.write_text(to_yaml(short))
     words = ("compare", file, "--arms", "plain,ce", "--seeds", "2", "--out")
-    killed = server.start(*words, tmp_path / "killed", script=_IN_A_THREAD)
-    runs: list[object] = []
-    deadline = time.monotonic() + 300
-    while not runs:
-        assert killed.poll() is None, killed.stderr
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-        path = tmp_path / "killed" / "results.json"
-        runs = json.loads(path.read_text())["runs"] if path.exists() else []
-    killed.kill()
-    killed.wait()
-    finished = {run["folder"] for run in json.loads(path.read_text())["runs"]}
-    before = {name: (path.parent / name / "last.pt").stat().st_mtime_ns for name in finished}
 
-    assert main([*map(str, words), str(path.parent)]) == 0
+    def finished() -> list[str]:
+        path = out / "results.json"
+        state = json.loads(path.read_text()) if path.exists() else {"runs": []}
+        return [run["folder"] for run in state["runs"]]
+
+    def kill_when(ready: Callable[[], object]) -> None:
+        process = server.start(*words, out, script=_IN_A_THREAD)
+        deadline = time.monotonic() + 300
+        while not ready():
+            assert process.poll() is None, process.stderr
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+
+    kill_when(lambda: list(out.glob("*-seed0/last.pt")))  # within the first run
+    kill_when(finished)  # within the second
+    before = {name: (out / name / "last.pt").stat().st_mtime_ns for name in finished()}
+
+    assert main([*map(str, words), str(out)]) == 0
     assert main([*map(str, words), str(tmp_path / "whole")]) == 0
-    assert table(path.parent) == table(tmp_path / "whole")
+    assert table(out) == table(tmp_path / "whole")
     for name, written in before.items():
-        assert (path.parent / name / "last.pt").stat().st_mtime_ns == written
+        assert (out / name / "last.pt").stat().st_mtime_ns == written
     capsys.readouterr()
-    assert main([*map(str, words), str(path.parent)]) == 0  # nothing is left to train
+    assert main([*map(str, words), str(out)]) == 0  # nothing is left to train
     assert "paired seeds" in capsys.readouterr().out
-    assert table(path.parent) == table(tmp_path / "whole")
+    assert table(out) == table(tmp_path / "whole")
 
 
 def test_a_comparison_of_all_arms(short: Recipe, in_process: None, capsys):

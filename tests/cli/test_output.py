@@ -121,6 +121,7 @@ def test_quiet_prints_warnings_and_errors_only(
     monkeypatch.setattr(PrintableStream, "isatty", lambda _: True, raising=False)  # for bars
     monkeypatch.setattr("featkd.compare.pool.ProcessPoolExecutor", InProcessPool)
     monkeypatch.setattr("featkd.demo.run.write_digits", write_few_digits)
+    monkeypatch.setattr("featkd.demo.run.CASES", {"demo": "plain"})
     data = broken if command in SKIP else images
     words = words_of(command, recipe_file, data, tmp_path / "out")
     assert main([*words, *SKIP.get(command, ()), "--quiet"]) == 0

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -22,11 +23,13 @@ from featkd.compare.results import RunResult
 from featkd.demo import run_demo
 from featkd.demo.digits import write_digits
 from featkd.demo.run import CASES
-from featkd.train.checkpoint import load
-from featkd.train.recipe import Recipe
+from featkd.runtime.environment import versions
+from featkd.train.checkpoint import FORMAT, load
+from featkd.train.recipe import Recipe, to_dict
 from featkd.train.recipe_file import find_recipe, load_recipe
 from featkd.train.trainer import Outcome
 from tests.page import Page
+from tests.train.runs import empty_state
 
 
 def test_digits_equal_scikit_learns(tmp_path: Path):
@@ -60,6 +63,20 @@ class InProcessPool:
         future: Future[object] = Future()
         future.set_result(work(*arguments))
         return future
+
+
+def test_a_folder_of_other_epochs_is_refused_before_the_teacher_trains(tmp_path: Path):
+    recipe = load_recipe(find_recipe("demo_teacher"))
+    last = tmp_path / Path(recipe.out).name / "last.pt"
+    last.parent.mkdir()
+    state = empty_state(recipe=to_dict(recipe), versions=versions())
+    torch.save({**state, "format": FORMAT}, last)
+    before = last.stat().st_mtime_ns
+    with pytest.raises(
+        ValueError, match=f"epochs: {tmp_path} holds a demo whose teacher .*, not 2"
+    ):
+        run_demo(tmp_path, epochs=2)
+    assert (last.stat().st_mtime_ns, [*tmp_path.iterdir()]) == (before, [last.parent])
 
 
 def write_few_digits(folder: Path) -> None:

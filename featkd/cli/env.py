@@ -54,7 +54,7 @@ def environment_facts() -> dict[str, str]:
     facts["cudnn"] = str(cudnn or "none")
     facts["backend"] = backends.wanted_backend()
     found = metadata.distributions()
-    dali = (x.version for x in found if x.name.startswith("nvidia-dali"))
+    dali = (x.version for x in found if (x.name or "").startswith("nvidia-dali"))
     facts["dali"] = next(dali, "not installed")
     why_not = extension.missing()
     facts["csrc"] = why_not or f"loaded from {extension.LIBRARY}"

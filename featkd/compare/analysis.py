@@ -154,7 +154,7 @@ def _mismatch(plain: ArmResult, teacher: TeacherMap | None) -> tuple[str, bool |
     width, channels = round(plain.map.width), round(teacher.figures.channels)
     if width >= channels:
         return (
-            f"No mismatch here: the student's {width} channels are as many as the teacher's",
+            f"No mismatch here: the student's {width} channels are no fewer than the teacher's",
             False,
         )
     reach = teacher.reach_of(width)

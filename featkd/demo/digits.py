@@ -27,7 +27,9 @@ def write_digits(folder: Path) -> None:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise ImportError("the demo needs scikit-learn: pip install 'featkd[demo]'") from error
+        raise ImportError(
+            "the demo needs scikit-learn: pip install '/path/to/featkd[demo]'"
+        ) from error
     digits = load_digits()
     numbers = np.arange(len(digits.target))
     train, val = train_test_split(

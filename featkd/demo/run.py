@@ -11,6 +11,7 @@ from featkd.compare.pool import train_all
 from featkd.compare.report import write_page
 from featkd.demo.digits import write_digits
 from featkd.runtime.names import plural
+from featkd.train.checkpoint import load
 from featkd.train.recipe import Recipe
 from featkd.train.recipe_file import find_recipe, load_recipe
 
@@ -46,8 +47,9 @@ def run_demo(out: Path, seeds: int = 3, epochs: int | None = None, *, quiet: boo
     if seeds < 1:  # before the teacher trains
         raise ValueError(f"seeds: expected a whole number >= 1, got {seeds}")
     started = time.perf_counter()
-    write_digits(out / "digits")
     teacher = _recipe("demo_teacher", out, epochs)
+    _check_epochs(Path(teacher.out) / "last.pt", teacher.optim.epochs)
+    write_digits(out / "digits")
     (trained,) = train_all({("teacher", teacher.seed): teacher}, "training the teacher", quiet)
     cases = {}
     for name, arms in CASES.items():
@@ -57,7 +59,8 @@ def run_demo(out: Path, seeds: int = 3, epochs: int | None = None, *, quiet: boo
         recipe = replace(recipe, teacher=replace(recipe.teacher, checkpoint=weights))
         width = recipe.student.options["embed_dim"]
         print(f"student of {width} channels\n")
-        about = _SEARCHED if name == "demo_mismatch" else ""
+        searched = name == "demo_mismatch" and epochs is None  # other teachers have another reach
+        about = _SEARCHED if searched else ""
         cases[f"A student of {width} channels"] = about, compare(recipe, arms, seeds, quiet=quiet)
         print()
     intro = (
@@ -69,6 +72,17 @@ def run_demo(out: Path, seeds: int = 3, epochs: int | None = None, *, quiet: boo
     page, seconds = out / "report.html", time.perf_counter() - started
     write_page(page, "featkd demo", intro, cases)
     print(f"{seconds:.0f} s in total; report: {page}")
+
+
+def _check_epochs(path: Path, epochs: int) -> None:
+    """Refuses a folder whose teacher has another number of epochs, before it is trained on."""
+    if path.is_file():
+        found = load(path)["recipe"]["optim"]["epochs"]
+        if found != epochs:
+            raise ValueError(
+                f"epochs: {path.parent.parent} holds a demo whose teacher trains for "
+                f"{plural(found, 'epoch')}, not {epochs}; use the same number, or another --out"
+            )
 
 
 def _recipe(name: str, out: Path, epochs: int | None) -> Recipe:

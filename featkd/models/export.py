@@ -158,7 +158,8 @@ def check_request(form: Form, out: str | os.PathLike[str], precision: Precision 
             import_module(package)
         except ImportError as error:
             raise ImportError(
-                f"--to onnx: needs {package}, which is not installed: pip install 'featkd[export]'"
+                f"--to onnx: needs {package}, which is not installed: "
+                "pip install '/path/to/featkd[export]'"
             ) from error
 
 

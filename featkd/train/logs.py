@@ -224,6 +224,7 @@ class RunLog:
         self.total = total
         self.notes: list[str] = []  # for the user
         self._trackers = [*trackers]
+        self._failed: set[str] = set()  # trackers that get no more rows
         if folder is None:
             return
         self._train = CsvLog(folder / "metrics.csv", TRAIN_COLUMNS, start)
@@ -279,11 +280,13 @@ class RunLog:
         self._track(points, update)
 
     def _track(self, points: Mapping[str, float], update: int) -> None:
-        for tracker in [*self._trackers]:
+        for tracker in self._trackers:
+            if tracker.name in self._failed:
+                continue
             try:
                 tracker.log(points, update)
             except Exception as error:  # a tracker's, of any type
-                self._trackers.remove(tracker)
+                self._failed.add(tracker.name)
                 self.message(
                     f"{tracker.name}: gets no rows from update {update} on: {one_line(error)}; the "
                     "run goes on, and sends them when it is resumed",
@@ -317,7 +320,7 @@ class RunLog:
                 self.message(f"the end of the logs is missing: {error}", warning=True)
         for tracker in self._trackers:
             try:
-                tracker.close(complete=complete)
+                tracker.close(complete=complete and tracker.name not in self._failed)
             except Exception as error:
                 self.message(f"{tracker.name}: {one_line(error)}", warning=True)
 

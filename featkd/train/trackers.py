@@ -13,6 +13,7 @@ import glob
 import importlib.util
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -108,8 +109,10 @@ class MlflowRun:
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
-        store = os.environ.get("MLFLOW_TRACKING_URI") or saved.get("store")
-        self._client, self._metric = MlflowClient(store), Metric
+        # A store of the environment is not saved: it may be a server, and hold a password.
+        asked = os.environ.get("MLFLOW_TRACKING_URI")
+        self._client, self._metric = MlflowClient(asked or saved.get("store")), Metric
+        self._store = without_password(self._client.tracking_uri)
         params = {key: text[:6000] for key, text in flattened(recipe).items()}  # MLflow's limit
         self._last: dict[str, int] = {}  # the last step of each metric
         if saved:
@@ -121,8 +124,10 @@ class MlflowRun:
             rows = [Param(*pair) for pair in params.items()]
             for first in range(0, len(rows), 100):  # the limit of a request
                 self._client.log_batch(self._id, params=rows[first : first + 100])
-        self.identity = {"run": self._id, "store": self._client.tracking_uri}
-        self.description = f"run {self._id} in {self._client.tracking_uri}"
+        self.identity = {"run": self._id}
+        if not asked:
+            self.identity["store"] = self._client.tracking_uri
+        self.description = f"run {self._id} in {self._store}"
 
     def _experiment(self) -> str:
         """Returns the id of the experiment, which is created if it is missing."""
@@ -148,7 +153,7 @@ class MlflowRun:
             data = self._client.get_run(self._id).data
         except MlflowException as error:
             raise TrackerError(
-                f"{self._client.tracking_uri} has no run {self._id}, which {folder / FILE} names; "
+                f"{self._store} has no run {self._id}, which {folder / FILE} names; "
                 "set MLFLOW_TRACKING_URI to its store, or delete that file to send the whole run "
                 f"to a new one ({error})"
             ) from error
@@ -186,7 +191,7 @@ def check_installed(names: Sequence[str]) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ImportError(
-                f"log.trackers: {name} is not installed: pip install 'featkd[{name}]'"
+                f"log.trackers: {name} is not installed: pip install '/path/to/featkd[{name}]'"
             )
 
 
@@ -254,6 +259,16 @@ def flattened(section: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             fields[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
     return fields
+
+
+def without_password(url: str) -> str:
+    """Returns a URL without its user and password.
+
+    Example:
+        >>> without_password("postgresql://me:secret@host/runs")
+        'postgresql://host/runs'
+    """
+    return re.sub("//[^/@]*@", "//", url)
 
 
 def one_line(error: Exception) -> str:

@@ -173,7 +173,7 @@ def test_a_tracker_that_fails_is_named_and_gets_the_rows_later(tracked, kept, ca
     run(tracked)  # nothing is left to train
     check_same(curves_of(kept), out)
     assert kept.saved == [{}, {"run": "0"}]
-    assert kept.closed == [True]
+    assert kept.closed == [False, True]
 
 
 def test_a_tracker_added_later_gets_the_whole_run(alone, tracked, kept):
@@ -218,7 +218,7 @@ def test_a_missing_package_is_named_at_the_start(recipe_file, tmp_path, capsys, 
         assert main(["distill", str(recipe_file), "--log.trackers", "[wandb]", *words]) == 1
         said = capsys.readouterr()
         assert said.err == (
-            "featkd: log.trackers: wandb is not installed: pip install 'featkd[wandb]'\n"
+            "featkd: log.trackers: wandb is not installed: pip install '/path/to/featkd[wandb]'\n"
         )
     assert not (tmp_path / "run").exists()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from featkd.runtime import checks
@@ -36,13 +38,22 @@ class LinearProbe:
 
     def predict(self, features: Tensor) -> Tensor:
         """Predicts classes, (N, C) -> (N,) int64."""
-        weight, bias = self.weight.float(), self.bias.float()
-        size = _chunk_size(features, len(bias))
+        return torch.cat([logits.argmax(1) for logits in self._logits(features)])
+
+    def loss(self, features: Tensor, labels: Tensor) -> float:
+        """Mean cross-entropy of features (N, C) with classes (N,)."""
+        targets = labels.split(_chunk_size(features, len(self.bias)))
         parts = [
-            (_standardised(x, self.mean, self.scale) @ weight.T + bias).argmax(1)
-            for x in torch.split(features, size)
+            F.cross_entropy(logits, target, reduction="none").sum(dtype=torch.float64)
+            for logits, target in zip(self._logits(features), targets, strict=True)
         ]
-        return torch.cat(parts)
+        return torch.stack(parts).sum().item() / len(labels)
+
+    def _logits(self, features: Tensor) -> Iterator[Tensor]:
+        """Logits (n, K) of one chunk after the other."""
+        weight, bias = self.weight.float(), self.bias.float()
+        for x in features.split(_chunk_size(features, len(bias))):
+            yield _standardised(x, self.mean, self.scale) @ weight.T + bias
 
 
 def linear_probe(
@@ -60,8 +71,9 @@ def linear_probe(
     the biases. It is the objective of scikit-learn's `LogisticRegression` on the output of its
     `StandardScaler`, with C = 1 / (penalty N).
 
-    Of several penalties, the one with the best accuracy on a tenth of the images (the larger of
-    equal ones), which are left out of those fits, is used to fit all images.
+    Of several penalties, the one with the smallest cross-entropy on a tenth of the images, which
+    are left out of those fits, is used to fit all images. Accuracies would tie, and rounding of the
+    features would then choose.
 
     Args:
         features: (N, C), floating.
@@ -108,13 +120,12 @@ def linear_probe(
     chosen = penalties[0]
     if len(penalties) > 1:
         fitted, held_out = _split(labels, seed)
-        target = labels[held_out]
-        best, start = -1.0, None
+        best, start = math.inf, None
         for penalty in sorted(penalties, reverse=True):
             start = _fit(features, labels, fitted, num_classes, penalty, max_iter, start)
-            accuracy = (start.predict(features[held_out]) == target).double().mean().item()
-            if accuracy > best:
-                best, chosen = accuracy, penalty
+            loss = start.loss(features[held_out], labels[held_out])
+            if loss < best:
+                best, chosen = loss, penalty
     return _fit(features, labels, None, num_classes, chosen, max_iter, None)
 
 

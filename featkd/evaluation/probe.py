@@ -42,7 +42,7 @@ class LinearProbe:
 
     def loss(self, features: Tensor, labels: Tensor) -> float:
         """Mean cross-entropy of features (N, C) with classes (N,)."""
-        targets = labels.split(_chunk_size(features, len(self.bias)))
+        targets = torch.split(labels, _chunk_size(features, len(self.bias)))
         parts = [
             F.cross_entropy(logits, target, reduction="none").sum(dtype=torch.float64)
             for logits, target in zip(self._logits(features), targets, strict=True)
@@ -52,7 +52,7 @@ class LinearProbe:
     def _logits(self, features: Tensor) -> Iterator[Tensor]:
         """Logits (n, K) of one chunk after the other."""
         weight, bias = self.weight.float(), self.bias.float()
-        for x in features.split(_chunk_size(features, len(bias))):
+        for x in torch.split(features, _chunk_size(features, len(bias))):
             yield _standardised(x, self.mean, self.scale) @ weight.T + bias
 
 

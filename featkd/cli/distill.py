@@ -35,11 +35,9 @@ def distill(words: Sequence[str]) -> int:
 def _train(recipe: Recipe, options: Namespace) -> int:
     from featkd.runtime import distributed, interrupt
     from featkd.train.dryrun import dry_run
-    from featkd.train.trackers import check_installed
     from featkd.train.trainer import Trainer
 
     interrupt.loading_done()
-    check_installed(recipe.log.trackers)
     with distributed.joined(recipe.device) as context:
         if options.dry_run:
             report = dry_run(recipe, context)

@@ -43,7 +43,7 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What a comparison found.
+    """Findings of a comparison.
 
     Attributes:
         finding: sentence on the mismatch and on the arms made for it.

@@ -28,7 +28,6 @@ from featkd.train.build_cache import build_cache
 from featkd.train.checkpoint import CheckpointError
 from featkd.train.components import build
 from featkd.train.recipe import Recipe, RecipeError, check_local
-from featkd.train.trackers import check_installed
 
 # Uncompressed, so that a cached teacher teaches what a running one does.
 _STORAGE: dict[str, StorageType] = {"off": "fp32", "bf16": "bf16", "fp16": "fp16"}
@@ -62,7 +61,6 @@ def compare(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("compare: started by torchrun, but it starts its own processes")
     check_local("out", recipe.out)
-    check_installed(recipe.log.trackers)
     names, notes = choose_arms(recipe, arms)
     out = Path(recipe.out)
     with output_folder(out, CheckpointError):

@@ -30,8 +30,8 @@ _SEARCHED = (
 def run_demo(out: Path, seeds: int = 3, epochs: int | None = None, *, quiet: bool = False) -> None:
     """Compares students with and without a mismatch to their teacher, on real digits.
 
-    Prints both comparisons and writes `out/report.html`. What has finished in `out` is kept, and
-    what was interrupted goes on.
+    Prints both comparisons and writes `out/report.html`. Finished runs in `out` are kept, and
+    interrupted ones continue.
 
     Args:
         out: folder for the images, the runs and the report.

@@ -40,6 +40,7 @@ from featkd.train.student_forward import (
 )
 from featkd.train.teacher import OutputShapes, Teacher, create_teacher_model, output_shapes
 from featkd.train.teacher_checks import check_cached_classifier, check_teacher
+from featkd.train.trackers import check_installed
 from featkd.train.validation import computes_knn, describe_validation
 
 _CreatedTeacher = tuple[FeatureModel, ImageAdapter | None]
@@ -122,7 +123,9 @@ def build(
     Raises:
         RecipeError: components do not fit each other; names the fields.
         ValueError: an error of a component (data folders, layers, model names, checkpoints).
+        ImportError: the package of a tracker is missing.
     """
+    check_installed(recipe.log.trackers)  # first, because building takes long
     notes: list[str] = []
     train_loader = _loader(recipe, context, "train", cache_views(recipe))
     val_loader = _loader(recipe, context, "val")

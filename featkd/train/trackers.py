@@ -210,7 +210,6 @@ def open_trackers(
         The runs on process 0; none on the others.
 
     Raises:
-        ImportError: a package is missing; names the extra of featkd that has it.
         TrackerError: a tracker can't be started, or `trackers.json` can't be read.
     """
     found: list[Tracker] = []
@@ -231,7 +230,6 @@ def open_trackers(
             file.write(json.dumps(saved, indent=2).encode() + b"\n")
 
     if recipe.log.trackers:
-        check_installed(recipe.log.trackers)
         context.on_main(start)
     return found
 

@@ -116,7 +116,6 @@ class Trainer:
                 the output folder.
             RecipeError: the checkpoint belongs to another experiment.
             TrackerError: a tracker can't be started.
-            ImportError: the package of a tracker is missing.
             TrainingDiverged: the loss or a weight is not finite; this state is not saved.
             featkd.data.BadImageError: an unreadable image under on_bad_image="error".
         """

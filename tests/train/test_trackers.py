@@ -19,7 +19,7 @@ import torch
 
 from featkd.cli.main import main
 from featkd.runtime.distributed import ProcessContext
-from featkd.train import trackers
+from featkd.train import components, trackers
 from featkd.train.logs import EVAL_COLUMNS, TRAIN_COLUMNS, read_csv
 from featkd.train.recipe import LogConfig, Recipe, RecipeError, to_dict
 from featkd.train.trackers import MlflowRun, TrackerError, WandbRun
@@ -145,7 +145,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Replaces wandb by a tracker in memory."""
     kind = type("Kept", (Kept,), {"saved": [], "closed": [], "points": {}})
     monkeypatch.setattr(trackers, "_KINDS", {"wandb": kind})
-    monkeypatch.setattr(trackers, "check_installed", lambda names: None)
+    monkeypatch.setattr(components, "check_installed", lambda names: None)
     return kind
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -49,7 +50,8 @@ def find_checkpoint(
     if found and context.job is not None and checkpoint.load(store.last)["job"] == context.job:
         return store.last
     if resume != "never":
-        return locate(resume, "resume")
+        asked = locate(resume, "resume")
+        return store.last if _identity(asked) == _identity(store.last) else asked
     kept = store.last if found else store.best
     if context.any_true(kept.exists()):
         # A first save that was cut short leaves the job's best.pt without last.pt.
@@ -61,6 +63,11 @@ def find_checkpoint(
             f"--out for a new run{way}"
         )
     return None
+
+
+def _identity(place: Location) -> object:
+    """Value that is the same for all spellings of a place."""
+    return place.resolve() if isinstance(place, Path) else (place.fs, place.path)
 
 
 def check_same_position(context: ProcessContext, place: str) -> None:

@@ -57,13 +57,17 @@ class WandbRun:
 
     An offline run is a folder that `wandb sync` uploads. A resumed run gets a new one that holds
     all rows, so the earlier ones are removed.
+
+    A server takes the points of an update once, and none of an earlier one. All points of an update
+    are therefore sent together, when the next update or the end of the whole run follows: a resumed
+    run may repeat the evaluation after the last update.
     """
 
     name = "wandb"
 
     def __init__(self, saved: Mapping[str, str], folder: Location, recipe: dict[str, Any]) -> None:
         mode: Any = os.environ.get("WANDB_MODE") or "offline"
-        offline = mode in ("offline", "dryrun", "disabled")
+        self._offline = offline = mode in ("offline", "dryrun", "disabled")
         if offline:  # error reports are sent in these modes too
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
@@ -82,6 +86,7 @@ class WandbRun:
             settings=wandb.Settings(console="off", quiet=True, silent=offline),
         )
         self._first = self._run.step  # the server has the steps before
+        self._update, self._points = 0, dict[str, float]()  # not sent yet
         self.identity = {"run": self._run.id}
         place = Path(self._run.dir).parent.absolute()
         for earlier in place.parent.glob(f"offline-run-*-{glob.escape(self._run.id)}"):
@@ -92,10 +97,20 @@ class WandbRun:
         self.description = f"WANDB_MODE={mode}" if disabled else f"run {self._run.id} in {where}"
 
     def log(self, points: Mapping[str, float], update: int) -> None:
+        if update != self._update:
+            self._send()
         if update >= self._first:
-            self._run.log(dict(points), step=update)
+            self._update = update
+            self._points |= points
+
+    def _send(self) -> None:
+        if self._points:
+            self._run.log(self._points, step=self._update)
+            self._points = {}
 
     def close(self, *, complete: bool) -> None:
+        if complete or self._offline:
+            self._send()
         self._run.finish(exit_code=0 if complete else 1)
 
 

@@ -193,6 +193,21 @@ def test_another_checkpoint_begins_another_run(tracked, kept, tmp_path):
     assert json.loads((tmp_path / "more" / "trackers.json").read_text())["wandb"]["run"] == "1"
 
 
+def test_a_checkpoint_spelled_in_another_way_goes_on_with_the_run(
+    tracked, kept, tmp_path, monkeypatch
+):
+    run(tracked)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for folder, last in (("", "./run/last.pt"), ("run", "last.pt"), ("run", "../link/last.pt")):
+        monkeypatch.chdir(tmp_path / folder)
+        run(tracked, last)
+    assert kept.saved == [{}] + 3 * [{"run": "0"}]
+    url = replace(tracked, out="memory://tracked/run")
+    run(url)
+    run(url, "memory:///tracked/run/last.pt")
+    assert kept.saved[4:] == [{}, {"run": "4"}]
+
+
 def test_only_the_first_process_has_trackers(tracked, kept, tmp_path):
     second = ProcessContext(1, 1, torch.device("cpu"))
     assert trackers.open_trackers(tracked, tmp_path, second, resumed=False) == []
@@ -243,11 +258,16 @@ def test_trackers_that_cannot_be_started(tracked, kept, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["online", "offline", None])
 def test_wandb_is_online_if_the_environment_says_so(recipe, tmp_path, monkeypatch, mode):
-    """Online, the server has the steps of earlier sessions, and its run is resumed."""
+    """Online, the server has the steps of earlier sessions, and its run is resumed.
+
+    It takes each step once, so the last one of a run that is not complete is sent when that goes
+    on: with the evaluation that is then repeated.
+    """
     sent: list[Any] = []
     made = types.SimpleNamespace(
         id="abc", step=5 if mode == "online" else 0, dir=str(tmp_path / "wandb/now/files"),
-        url="https://server/abc", log=lambda points, step: sent.append((points, step)),
+        url="https://server/abc", log=lambda points, step: sent.append((step, points)),
+        finish=lambda exit_code: sent.append(exit_code),
     )  # fmt: skip
     options: dict[str, Any] = {}
 
@@ -266,14 +286,18 @@ def test_wandb_is_online_if_the_environment_says_so(recipe, tmp_path, monkeypatc
     other = tmp_path / "wandb/offline-run-20260101_000000-xyz"
     for folder in (earlier, other):
         folder.mkdir(parents=True)
-    tracker = WandbRun({"run": "abc"}, tmp_path, to_dict(recipe))
-    for update in (4, 5):
-        tracker.log({"train/loss": 1.0}, update)
     online = mode == "online"
+    for complete in (False, True):
+        tracker = WandbRun({"run": "abc"}, tmp_path, to_dict(recipe))
+        for name, update in (("a", 4), ("a", 5), ("a", 6), ("b", 6)):
+            tracker.log({name: 1.0}, update)
+        tracker.close(complete=complete)
+        expected = [(4, {"a": 1.0}), (5, {"a": 1.0}), (6, {"a": 1.0, "b": 1.0})]
+        assert sent == [*expected[online : 3 if complete or not online else 2], int(not complete)]
+        sent.clear()
     assert options["mode"] == (mode or "offline")
     assert options["resume"] == ("allow" if online else None)
     assert (options["id"], options["dir"]) == ("abc", str(tmp_path))
-    assert [step for _, step in sent] == ([5] if online else [4, 5])
     assert ("https://server/abc" in tracker.description) == online
     assert (earlier.exists(), other.exists()) == (False, True)
     assert ("WANDB_ERROR_REPORTING" in os.environ) != online

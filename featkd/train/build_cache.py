@@ -132,11 +132,11 @@ def build_cache(
         del student
         layers = every if stores_maps else pooled
         teacher = Teacher(
-            *(model, layers, recipe, context),
+            *(model, recipe, context),
             logits=True,
             adapter=adapter,
             shapes=shapes.of(layers),
-            tokens=tuple(tokens[layer] for layer in layers),
+            tokens=[tokens[layer] for layer in layers],
         )
         manifest = Manifest(
             subject=cache_subject(recipe, loader, context),

@@ -32,7 +32,6 @@ from featkd.train.precision import AMP_DTYPES
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.student import build_student
 from featkd.train.student_forward import (
-    FeatureForward,
     create_projectors,
     create_student_forward,
     feature_grids,
@@ -50,16 +49,14 @@ _CreatedTeacher = tuple[FeatureModel, ImageAdapter | None]
 class RunComponents:
     """Everything that a run works with.
 
-    `student_forward` is the module that the training loop calls. It returns logits and feature
-    maps; if `student_forms_loss`, it also takes the teacher's maps and returns logits, the feature
-    loss and the pooled loss. `projectors` are the parts of it that have trained projectors.
+    `student_forward` is the module that the training loop calls with images and the teacher's maps;
+    it returns the fields of `StudentOutputs`. `projectors` are its losses with trained projectors.
     """
 
     train_loader: Loader
     val_loader: Loader
     student: FeatureModel
     student_forward: nn.Module
-    student_forms_loss: bool
     projectors: nn.ModuleDict
     teacher: Teacher | CachedTeacher | None
     pairs: LayerPairs
@@ -162,7 +159,6 @@ def build(
             notes.append("distributed: fsdp has no effect on a run of one process")
         ema = _average(recipe, student, sharded)
         student_forward = create_student_forward(recipe, student, pairs, projectors)
-        student_forms_loss = not isinstance(student_forward, FeatureForward)
         if frozen := freeze_unreached(recipe, student, pairs, context.device):
             notes.append(
                 f"student: {plural(len(frozen), 'tensor')} are frozen, because the loss does not "
@@ -195,7 +191,6 @@ def build(
         val_loader=val_loader,
         student=student,
         student_forward=student_forward,
-        student_forms_loss=student_forms_loss,
         projectors=projectors,
         teacher=teacher,
         pairs=pairs,
@@ -254,37 +249,24 @@ def _teacher(
     notes: list[str],
 ) -> tuple[Teacher | CachedTeacher | None, LayerPairs, OutputShapes]:
     """Prepares the teacher's outputs; resolves layer pairs and the shapes of the student's maps."""
-
-    def student_shapes(pairs: LayerPairs) -> OutputShapes:
-        return output_shapes("student", student, pairs.student, recipe, context)
-
+    pairs = LayerPairs()
+    if source is not None and recipe.loss.feature is not None:
+        depth = source.manifest.depth if isinstance(source, TeacherCache) else num_layers(source[0])
+        pairs = resolve_layer_pairs(recipe, num_layers(student), depth)
+    if recipe.loss.pooled is not None:
+        pairs = pairs.with_pooled()
+    own = output_shapes("student", student, pairs.student, recipe, context)
     if source is None:
-        pairs = LayerPairs()
-        return None, pairs, student_shapes(pairs)
-
-    def pairs_for(teacher_depth: int) -> LayerPairs:
-        pairs = LayerPairs()
-        if recipe.loss.feature is not None:
-            pairs = resolve_layer_pairs(recipe, num_layers(student), teacher_depth)
-        return pairs if recipe.loss.pooled is None else pairs.with_pooled()
-
+        return None, pairs, own
     if isinstance(source, TeacherCache):
-        pairs = pairs_for(source.manifest.depth)
-        image_name = train_loader.dataset.name
-        cached = CachedTeacher(source, pairs.teacher, context.device, image_name)
-        return cached, pairs, student_shapes(pairs)
+        names = train_loader.dataset.name
+        return CachedTeacher(source, pairs.teacher, context.device, names), pairs, own
     model, adapter = source
-    pairs = pairs_for(num_layers(model))
-    own = student_shapes(pairs)
     shapes = output_shapes("teacher", model, pairs.teacher, recipe, context)
     tokens = matched_tokens(own.maps, shapes.maps, notes)
     logits = recipe.loss.alpha > 0
     teacher = Teacher(
-        *(model, pairs.teacher, recipe, context),
-        logits=logits,
-        adapter=adapter,
-        shapes=shapes,
-        tokens=tokens,
+        *(model, recipe, context), logits=logits, adapter=adapter, shapes=shapes, tokens=tokens
     )
     return teacher, pairs, own
 

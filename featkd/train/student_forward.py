@@ -31,32 +31,51 @@ class StudentOutputs(NamedTuple):
     pooled_loss: Tensor | None = None
 
 
-class FeatureForward(nn.Module):
-    """Logits and feature maps of a student as a module's forward; the loss is computed after it.
+_Outputs = tuple[Tensor | None, list[Tensor], Tensor | None, Tensor | None]
+"""Fields of `StudentOutputs`."""
+
+
+class StudentForward(nn.Module):
+    """A student and the losses that have trained projectors, as one module.
 
     Args:
         model: the student.
         layers: its layers that are compared, as in `LayerPairs.student`.
         logits: whether to compute logits; without them, nothing runs after the deepest layer.
+        feature_loss: loss of the feature maps if it has projectors; None if it is computed later.
+        pooled_loss: loss of the pooled features, whose map is the last; None for none.
     """
 
-    def __init__(self, model: FeatureModel, layers: tuple[Layer, ...], logits: bool = True) -> None:
+    def __init__(
+        self,
+        model: FeatureModel,
+        layers: tuple[Layer, ...],
+        logits: bool,
+        feature_loss: FeatureLoss | None = None,
+        pooled_loss: PooledFeatureKD | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.layers = layers
         self.logits = logits
+        self.feature_loss = feature_loss
+        self.pooled_loss = pooled_loss
 
-    def forward(self, images: Tensor) -> tuple[Tensor | None, list[Tensor]]:
-        return _run(self.model, images, self.layers, self.logits)
-
-
-def _run(
-    model: FeatureModel, images: Tensor, layers: tuple[Layer, ...], logits: bool
-) -> tuple[Tensor | None, list[Tensor]]:
-    """Computes the maps of `layers`, and logits if they are asked for."""
-    if logits:
-        return model.forward_with_features(images, layers)
-    return None, model.forward_maps(images, layers)
+    def forward(self, images: Tensor, teacher_maps: list[Tensor]) -> _Outputs:
+        """Returns logits, feature maps and losses; the teacher's maps are used by losses only."""
+        if self.logits:
+            logits, maps = self.model.forward_with_features(images, self.layers)
+        else:
+            logits, maps = None, self.model.forward_maps(images, self.layers)
+        if self.feature_loss is None and self.pooled_loss is None:
+            return logits, maps, None, None
+        features = pooled = None
+        if self.pooled_loss is not None:
+            pooled = self.pooled_loss(maps[-1].squeeze(1), teacher_maps[-1].squeeze(1))
+            maps, teacher_maps = maps[:-1], teacher_maps[:-1]
+        if self.feature_loss is not None:
+            features = self.feature_loss(maps, teacher_maps)
+        return logits, [], features, pooled
 
 
 class LiftForward(nn.Module):
@@ -68,55 +87,13 @@ class LiftForward(nn.Module):
         self.metric: Metric = metric
         self.grid = feature_grid(model)
 
-    def forward(
-        self, images: Tensor, teacher_maps: list[Tensor]
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Returns logits, feature loss, and no pooled loss."""
+    def forward(self, images: Tensor, teacher_maps: list[Tensor]) -> _Outputs:
+        """Returns logits and feature loss, as `StudentForward` does."""
         (teacher_map,) = teacher_maps
         logits, loss = self.model.forward_with_loss(
             images, teacher_map, metric=self.metric, grid=self.grid
         )
-        return logits, loss, None
-
-
-class ProjectedForward(nn.Module):
-    """A student and the losses that have trained projectors, as one module.
-
-    Args:
-        model: the student.
-        layers: its layers that are compared, as in `LayerPairs.student`.
-        feature_loss: loss of the feature maps; None for none.
-        pooled_loss: loss of the pooled features, whose map is the last; None for none.
-        logits: whether to compute logits; without them, nothing runs after the deepest layer.
-    """
-
-    def __init__(
-        self,
-        model: FeatureModel,
-        layers: tuple[Layer, ...],
-        feature_loss: FeatureLoss | None,
-        pooled_loss: PooledFeatureKD | None,
-        logits: bool = True,
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.layers = layers
-        self.logits = logits
-        self.feature_loss = feature_loss
-        self.pooled_loss = pooled_loss
-
-    def forward(
-        self, images: Tensor, teacher_maps: list[Tensor]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Returns logits, feature loss and pooled loss."""
-        logits, maps = _run(self.model, images, self.layers, self.logits)
-        features = pooled = None
-        if self.pooled_loss is not None:
-            pooled = self.pooled_loss(maps[-1].squeeze(1), teacher_maps[-1].squeeze(1))
-            maps, teacher_maps = maps[:-1], teacher_maps[:-1]
-        if self.feature_loss is not None:
-            features = self.feature_loss(maps, teacher_maps)
-        return logits, features, pooled
+        return logits, [], loss, None
 
 
 def create_projectors(
@@ -180,18 +157,14 @@ def create_student_forward(
     whose last map alone is compared: then the map is not stored.
     """
     metric, last = recipe.loss.feature, num_layers(student) - 1
-    if projectors:
-        losses: dict[str, Any] = dict(projectors.items())
-        pooled_loss = losses.pop(POOLED, None)
-        own = {int(number): loss for number, loss in losses.items()}
-        grids = feature_grids(student, pairs)
-        feature_loss = None if metric is None else FeatureLoss(metric, grids, own)
-        return ProjectedForward(
-            *(student, pairs.student, feature_loss, pooled_loss), recipe.uses_logits
-        )
-    if metric is not None and isinstance(student, LiftStudent) and pairs.student == (last,):
+    losses: dict[str, Any] = dict(projectors.items())
+    if not losses and metric and isinstance(student, LiftStudent) and pairs.student == (last,):
         return LiftForward(student, metric)
-    return FeatureForward(student, pairs.student, recipe.uses_logits)
+    pooled_loss, feature_loss = losses.pop(POOLED, None), None
+    if projectors and metric is not None:
+        own = {int(number): loss for number, loss in losses.items()}
+        feature_loss = FeatureLoss(metric, feature_grids(student, pairs), own)
+    return StudentForward(student, pairs.student, recipe.uses_logits, feature_loss, pooled_loss)
 
 
 def feature_grids(student: FeatureModel, pairs: LayerPairs) -> list[tuple[int, int] | None]:

@@ -37,90 +37,63 @@ def begin_graph_step(device: torch.device) -> None:
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
 
-class TeacherForward(nn.Module):
-    """Logits and feature maps of a frozen model as a module's forward, for torch.compile.
-
-    Args:
-        model: the teacher.
-        layers: layers whose feature maps are returned.
-        logits: whether to compute logits; without them, nothing runs after the deepest layer.
-        adapter: maps the student's images to the teacher's; None if they are the same.
-        tokens: number of tokens to which each map is resized; None resizes none.
-    """
-
-    def __init__(
-        self,
-        model: FeatureModel,
-        layers: tuple[Layer, ...],
-        logits: bool,
-        adapter: ImageAdapter | None = None,
-        tokens: tuple[int, ...] | None = None,
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.layers = layers
-        self.logits = logits
-        self.adapter = adapter
-        self.tokens = tokens
-
-    def forward(self, images: Tensor) -> tuple[Tensor | None, list[Tensor]]:
-        if self.adapter is not None:
-            images = self.adapter(images)
-        logits = None
-        if self.logits:
-            logits, maps = self.model.forward_with_features(images, self.layers)
-        else:
-            maps = self.model.forward_maps(images, self.layers)
-        if self.tokens is not None:
-            maps = [
-                x if x.shape[1] == tokens else resize_map(x, math.isqrt(tokens))
-                for x, tokens in zip(maps, self.tokens, strict=True)
-            ]
-        return logits, maps
-
-
-class Teacher:
+class Teacher(nn.Module):
     """Runs the frozen teacher; returns its logits and feature maps.
 
     Args:
         model: from `create_teacher_model`.
-        layers: layers whose feature maps are returned, in this order.
         recipe: the run, for its precision and torch.compile settings.
         context: this process.
-        logits: whether to return logits.
+        logits: whether to compute logits; without them, nothing runs after the deepest layer.
         adapter: maps the student's images to the teacher's; None if they are the same.
-        shapes: the model's output shapes with the maps of `layers`.
-        tokens: number of tokens to which each map is resized; None resizes none.
+        shapes: the model's output shapes with the maps that are returned, in this order.
+        tokens: number of tokens to which each map is resized.
     """
 
     def __init__(
         self,
         model: FeatureModel,
-        layers: tuple[Layer, ...],
         recipe: Recipe,
         context: ProcessContext,
         *,
         logits: bool,
-        adapter: ImageAdapter | None = None,
+        adapter: ImageAdapter | None,
         shapes: OutputShapes,
-        tokens: tuple[int, ...] | None = None,
+        tokens: Sequence[int],
     ) -> None:
+        super().__init__()
         self.model = model
-        self.layers = layers
-        self.shapes = shapes if tokens is None else shapes.resized(tokens)
+        self.layers = tuple(shape.layer for shape in shapes.maps)
+        self.shapes = shapes.resized(tokens)
+        self._tokens = tuple(tokens)
+        self._logits = logits
+        self._adapter = adapter
         self._amp = recipe.amp
         self._device = context.device
-        self._forward = TeacherForward(model, layers, logits, adapter, tokens)
         if recipe.compiles_on(context.device.type):
             # Static shapes: after a partial batch, dynamo would run whole batches on kernels for
             # any size, and a cache's bytes would depend on the order of its shards.
             mode = recipe.compile_mode_on(context.device.type)
-            self._forward.compile(mode=mode, dynamic=False)
+            self.compile(mode=mode, dynamic=False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+        """Logits and feature maps of a batch of the student's images."""
+        if self._adapter is not None:
+            images = self._adapter(images)
+        logits = None
+        if self._logits:
+            logits, maps = self.model.forward_with_features(images, self.layers)
+        else:
+            maps = self.model.forward_maps(images, self.layers)
+        return logits, [
+            x if x.shape[1] == tokens else resize_map(x, math.isqrt(tokens))
+            for x, tokens in zip(maps, self._tokens, strict=True)
+        ]
 
     def outputs(self, batch: Batch) -> TeacherOutputs:
         """Computes the outputs for a batch whose images are on the device."""
         with torch.no_grad(), autocast(self._amp, self._device):
-            return TeacherOutputs(*self._forward(batch.images))
+            return TeacherOutputs(*self(batch.images))
 
 
 def create_teacher_model(

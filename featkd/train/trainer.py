@@ -30,7 +30,7 @@ from featkd.train.recipe import Recipe, to_dict
 from featkd.train.resume import check_same_position, find_checkpoint, restore
 from featkd.train.saving import BackgroundSaver, snapshot
 from featkd.train.stopwatch import Stopwatch
-from featkd.train.student_forward import FeatureForward, StudentOutputs
+from featkd.train.student_forward import StudentOutputs
 from featkd.train.teacher import begin_graph_step
 from featkd.train.trackers import open_trackers
 from featkd.train.validation import log_scores, validate
@@ -213,20 +213,10 @@ class Trainer:
     def student_forward(
         self, images: Tensor, teacher: TeacherOutputs, forward: nn.Module | None = None
     ) -> StudentOutputs:
-        """Runs the student, or another forward module of its kind, such as that of the average.
-
-        The teacher's maps are used only if the student forms the loss.
-        """
-        forms_loss = self.components.student_forms_loss
-        if forward is None:
-            forward = self.components.student_forward
-        else:
-            forms_loss = not isinstance(forward, FeatureForward)
+        """Runs the student, or another forward module of its kind, such as that of the average."""
+        forward = forward or self.components.student_forward
         with self._autocast():
-            if forms_loss:
-                logits, features, pooled = forward(images, teacher.maps)
-                return StudentOutputs(logits, [], features, pooled)
-            return StudentOutputs(*forward(images))
+            return StudentOutputs(*forward(images, teacher.maps))
 
     def compute_loss(
         self, student: StudentOutputs, targets: Tensor, teacher: TeacherOutputs

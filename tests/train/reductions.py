@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from featkd.runtime import distributed
 from featkd.train.recipe_file import load_recipe
-from featkd.train.teacher import TeacherForward
+from featkd.train.teacher import Teacher
 from featkd.train.trainer import Trainer
 
 UPDATES = 3  # DDP arranges its buckets after the first
@@ -25,7 +25,7 @@ def main() -> None:
 
     def compile_fast(module: torch.nn.Module, **_: object) -> None:
         """Stands in for Inductor, which takes minutes; forms the same graphs."""
-        if not isinstance(module, TeacherForward):
+        if not isinstance(module, Teacher):
             compile_module(module, backend="aot_eager")
 
     torch.nn.Module.compile = compile_fast

@@ -26,8 +26,8 @@ from featkd.train.recipe import (
     TeacherConfig,
     to_dict,
 )
-from featkd.train.student_forward import FeatureForward
-from featkd.train.teacher import TeacherForward
+from featkd.train.student_forward import StudentForward
+from featkd.train.teacher import Teacher
 from featkd.train.trainer import Trainer
 from tests.train.runs import CPU, column, run
 
@@ -75,7 +75,8 @@ def test_losses_are_the_published_objective(recipe, arch, layers):
     components = trainer.components
     components.student.eval()  # no drop-path
     batch = next(iter(components.val_loader))
-    assert components.student_forms_loss == (arch == "lift" and layers == [-1])
+    fused = type(components.student_forward).__name__ == "LiftForward"
+    assert fused == (arch == "lift" and layers == [-1])
     terms = trainer.losses(batch)
     assert components.teacher_model is not None
     logits, maps = components.student.forward_with_features(batch.images, layers)
@@ -357,8 +358,8 @@ def test_student_and_teacher_are_compiled_in_the_mode_asked_for(recipe, monkeypa
     )
     Trainer(replace(recipe, compile=True, compile_mode="reduce-overhead"), CPU)
     assert sorted(asked, key=str) == [
-        (FeatureForward, {"mode": "reduce-overhead"}),
-        (TeacherForward, {"mode": "reduce-overhead", "dynamic": False}),
+        (StudentForward, {"mode": "reduce-overhead"}),
+        (Teacher, {"mode": "reduce-overhead", "dynamic": False}),
     ]
 
 

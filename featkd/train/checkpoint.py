@@ -14,7 +14,7 @@ from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.files import atomic_write, remove_leftovers
 from featkd.runtime.lock import FolderInUse, locked
 from featkd.runtime.remote import AnyPath, Location, locate, seekable
-from featkd.runtime.scores import describe, rank
+from featkd.runtime.scores import rank
 from featkd.train.checkpoint_layout import find_fault
 
 FORMAT = 2
@@ -44,20 +44,9 @@ class CheckpointStore:
         self.last = folder / "last.pt"
         self.best = folder / "best.pt"
 
-    def create_folder(self) -> None:
-        """Creates the folder if it is missing.
-
-        Raises:
-            CheckpointError: the path is a file.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise CheckpointError(f"out: {self.folder} is a file, expected a folder") from error
-
     @contextmanager
     def opened(self, context: ProcessContext) -> Iterator[None]:
-        """Locks the folder for this run and removes temporary files; all processes must call it.
+        """Creates and locks the folder, removes temporary files; all processes must call it.
 
         Raises:
             CheckpointError: the path is a file, or another run writes to the folder; raised on all
@@ -66,9 +55,12 @@ class CheckpointStore:
         with ExitStack() as lock:
 
             def open_folder() -> None:
-                self.create_folder()
                 try:
+                    self.folder.mkdir(parents=True, exist_ok=True)
                     lock.enter_context(locked(self.folder))
+                except (FileExistsError, NotADirectoryError) as error:
+                    message = f"out: {self.folder} is a file, expected a folder"
+                    raise CheckpointError(message) from error
                 except FolderInUse as error:
                     raise CheckpointError(f"out: {error}") from error
                 remove_leftovers(self.folder)
@@ -138,29 +130,18 @@ class CheckpointStore:
         kept: dict[str, Any] = load(self.best)["best"] if self.best.is_file() else {}
         if not score or (kept and rank(kept) >= rank(score)):
             return kept
-        source: Location = path if score["update"] == state["update"] else path.with_name("best.pt")
+        if score["update"] != state["update"]:
+            source: Location = path.with_name("best.pt")
+            state = load(source) if source.is_file() else {"best": {}}
+            if state["best"] != score:
+                return kept
         try:
-            if source != path:
-                found = load(source) if source.is_file() else {"best": {}}
-                if found["best"] != score:
-                    return kept
-                state = found
             self._save_best(state)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-            own = isinstance(error, CheckpointError)
-            if own or (isinstance(error, RuntimeError) and is_worker_error(error)):
+            if isinstance(error, RuntimeError) and is_worker_error(error):
                 raise
             raise CheckpointError(f"could not save {self.best}: {error}") from error
         return score
-
-    def differing_best(self, kept: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-        """Message for the user if `best.pt` holds another score than the checkpoint names."""
-        if kept == saved:
-            return []
-        return [
-            f"{self.best}: the best score is {describe(kept)}, not {describe(saved)} as in that "
-            "checkpoint"
-        ]
 
 
 def load(path: AnyPath) -> dict[str, Any]:
@@ -189,8 +170,8 @@ def load(path: AnyPath) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: checkpoint format {state['format']}, this featkd reads {FORMAT}"
         )
-    if "due" in state:  # the key's name in earlier versions
-        state["evaluation_pending"] = state.pop("due")
+    # Missing in earlier versions, or under another name.
+    state.setdefault("evaluation_pending", state.pop("due", False))
     fault = find_fault(state)
     if fault is not None:
         raise CheckpointError(f"{path}: damaged: {fault}")

@@ -22,9 +22,9 @@ class Means(NamedTuple):
     """Mean losses over the micro-batches of all processes."""
 
     loss: float
-    logits: float
-    features: float
-    pooled: float
+    logits_loss: float
+    feature_loss: float
+    pooled_loss: float
 
 
 class Meter:
@@ -86,8 +86,8 @@ class Meter:
         means = Means(*(x / batches for x in sums.tolist()))
         if not math.isfinite(means.loss):
             raise TrainingDiverged(
-                f"the loss is {means.loss} {when} (logits {means.logits}, features "
-                f"{means.features}, pooled {means.pooled})"
+                f"the loss is {means.loss} {when} (logits {means.logits_loss}, features "
+                f"{means.feature_loss}, pooled {means.pooled_loss})"
             )
         return means
 

@@ -28,13 +28,14 @@ class BackgroundSaver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def start(self, save: Callable[[], None]) -> None:
-        """Starts `save`, after `wait`."""
+    def start(self, *steps: Callable[[], None]) -> None:
+        """Starts the steps of a save, one after another; waits for the save before."""
         self.wait()
 
         def run() -> None:
             try:
-                save()
+                for step in steps:
+                    step()
             except BaseException as error:  # raised again by `check` or `wait`
                 self._error = error
 

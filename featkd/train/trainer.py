@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from featkd.runtime import environment
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.interrupt import Interrupt
 from featkd.runtime.remote import Location, locate
+from featkd.runtime.scores import describe, rank
 from featkd.runtime.seeding import derive_seed
 from featkd.train.cached_teacher import CachedTeacher
 from featkd.train.checkpoint import CheckpointStore
@@ -33,7 +34,7 @@ from featkd.train.stopwatch import Stopwatch
 from featkd.train.student_forward import StudentOutputs
 from featkd.train.teacher import begin_graph_step
 from featkd.train.trackers import open_trackers
-from featkd.train.validation import log_scores, validate
+from featkd.train.validation import validate
 
 _CHANGED = "changed since that checkpoint"
 
@@ -41,8 +42,7 @@ _CHANGED = "changed since that checkpoint"
 class Trainer:
     """Runs one training run in this process.
 
-    An update never waits for the device: losses are summed there, and read every `log_every`
-    updates.
+    An update never waits for the device, whose losses are read every `log_every` updates.
 
     Args:
         recipe: the run.
@@ -79,8 +79,7 @@ class Trainer:
         self._last_checkpoint: Location | None = None  # saved by this run, or resumed from
         self._saver = BackgroundSaver()
         self._meter = Meter(context)
-        self._seconds = 0.0
-        self._timed_updates = 0
+        self._stopwatch = Stopwatch()
 
     @property
     def total_updates(self) -> int:
@@ -120,51 +119,49 @@ class Trainer:
             featkd.data.BadImageError: an unreadable image under on_bad_image="error".
         """
         with self.store.opened(self.context):
-            return self._run(resume, quiet=quiet)
-
-    def _run(self, resume: str, *, quiet: bool) -> Outcome:
-        loader = f"image loader: {self.components.train_loader.decoder}"
-        messages = [loader, *self.components.notes, *self._resume(resume)]
-        folder = self.folder if self.context.is_main else None
-        resumed = self._last_checkpoint == self.store.last
-        trackers = open_trackers(self.recipe, self.folder, self.context, resumed=resumed)
-        messages += [f"{tracker.name}: {tracker.description}" for tracker in trackers]
-        log = RunLog(
-            *(folder, self.update, self.total_updates, quiet),
-            evaluation_pending=self.evaluation_pending,
-            trackers=trackers,
-        )
-        for message in messages:
-            log.message(message, warning=message.startswith(_CHANGED))
-        for note in log.notes:
-            log.message(note, warning=True)
-        stopped_by, complete = None, False
-        try:
-            with Interrupt() as interrupt, self._saver.finishing(log.message):
-                if self.evaluation_pending:
-                    self._evaluate_and_save(log)
-                while self.epoch < self.recipe.optim.epochs and stopped_by is None:
-                    stopped_by = self._train_epoch(log, interrupt)
+            log = self._open_log(self._resume(resume), quiet=quiet)
+            stopped_by, complete = None, False
+            try:
+                with Interrupt() as interrupt, self._saver.finishing(log.message):
+                    if self.evaluation_pending:
+                        self._evaluate_and_save(log)
+                    while self.epoch < self.recipe.optim.epochs and stopped_by is None:
+                        stopped_by = self._train_epoch(log, interrupt)
+                    if stopped_by is not None:
+                        self._save(log)
+                    self.finish_saving()
                 if stopped_by is not None:
-                    self._save(log)
-                self.finish_saving()
-                if stopped_by is not None:
-                    log.message(
-                        f"stopped by signal {stopped_by}; --resume auto continues from here"
-                    )
+                    text = f"stopped by signal {stopped_by}; --resume auto continues from here"
+                    log.message(text)
                 complete = stopped_by is None
-        finally:
-            log.close(complete=complete)
-            self.components.close()
-        images = self._timed_updates * self.components.global_batch
+            finally:
+                log.close(complete=complete)
+                self.components.close()
         return Outcome(
             updates=self.update,
             scores=self.scores,
             best=self.best,
-            images_per_s=images / self._seconds if self._seconds else math.nan,
+            images_per_s=self._stopwatch.updates_per_s * self.components.global_batch,
             bad_files=self.bad_files,
             interrupted_by=stopped_by,
         )
+
+    def _open_log(self, resume_messages: list[str], *, quiet: bool) -> RunLog:
+        """Opens the logs at the run's position, and prints what the user should know."""
+        loader = f"image loader: {self.components.train_loader.decoder}"
+        messages = [loader, *self.components.notes, *resume_messages]
+        resumed = self._last_checkpoint == self.store.last
+        trackers = open_trackers(self.recipe, self.folder, self.context, resumed=resumed)
+        messages += [f"{tracker.name}: {tracker.description}" for tracker in trackers]
+        log = RunLog(
+            self.folder if self.context.is_main else None,
+            *(self.update, self.total_updates, quiet),
+            evaluation_pending=self.evaluation_pending,
+            trackers=trackers,
+        )
+        for message in (*messages, *log.notes):
+            log.message(message, warning=message.startswith(_CHANGED) or message in log.notes)
+        return log
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Micro-batches of an epoch from number `start` on; a cached teacher prefetches rows."""
@@ -178,10 +175,12 @@ class Trainer:
 
     def step(self, batches: list[Batch]) -> DistillationTerms:
         """Runs one update on `accumulate` micro-batches; returns the loss terms of the last."""
-        components, recipe = self.components, self.recipe
+        components = self.components
         # Seeded by the update, so that a resumed run repeats drop-path exactly.
-        torch.manual_seed(derive_seed(recipe.seed, self.update, self.context.rank))
-        self._set_lr()
+        torch.manual_seed(derive_seed(self.recipe.seed, self.update, self.context.rank))
+        # timm ignores the one of the two that `optim.step_on` does not name.
+        components.scheduler.step(self.epoch)
+        components.scheduler.step_update(self._schedule_update)
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with nullcontext() if last else without_reduction(components.student_forward):
@@ -224,12 +223,11 @@ class Trainer:
         """Computes the loss terms; without labels, the targets are not read."""
         labels = None if self.recipe.data.labels == "none" else targets
         with self._autocast():
-            terms = self.components.loss(
+            terms: DistillationTerms = self.components.loss(
                 *(student.logits, labels, teacher.logits, student.maps, teacher.maps),
                 feature_loss=student.feature_loss,
                 pooled_loss=student.pooled_loss,
             )
-        assert isinstance(terms, DistillationTerms)
         return terms
 
     def apply_gradients(self) -> None:
@@ -250,7 +248,7 @@ class Trainer:
         components.student.train()
         last_batch = components.updates_per_epoch * recipe.optim.accumulate
         pending: list[Batch] = []
-        watch = Stopwatch()
+        self._stopwatch.start()
         for batch in self.batches(self.epoch, self.batch):
             self._report_bad_images(components.train_loader.bad_images, log)
             pending.append(batch)
@@ -258,10 +256,10 @@ class Trainer:
                 continue
             self.step(pending)
             pending = []
-            watch.updates += 1
+            self._stopwatch.updates += 1
             log.advance()
             if self.update % recipe.log_every == 0 or self.batch == last_batch:
-                self._log(log, watch)
+                self._log(log)
                 self._saver.check()
             if self.batch == last_batch:
                 continue  # exhausts the loader: a DALI pipeline starts its next epoch only then
@@ -270,7 +268,7 @@ class Trainer:
                 return stopped_by
             every = recipe.checkpoint.every_updates
             if every is not None and self.update % every == 0:
-                with watch.paused():
+                with self._stopwatch.paused():
                     self._save(log)
         self.epoch += 1
         self.batch = 0
@@ -283,32 +281,21 @@ class Trainer:
             self._evaluate_and_save(log)
         return None if ended else interrupt.stop_signal(self.context.any_true)
 
-    def _set_lr(self) -> None:
-        if self.recipe.optim.step_on == "epoch":
-            self.components.scheduler.step(self.epoch)
-        else:
-            self.components.scheduler.step_update(self._schedule_update)
-
     def _autocast(self) -> AbstractContextManager[object]:
         return autocast(self.recipe.amp, self.context.device)
 
-    def _log(self, log: RunLog, watch: Stopwatch) -> None:
+    def _log(self, log: RunLog) -> None:
         """Reads and logs the mean losses; the only place where training waits for the device."""
         means = self._meter.means(self._position)
         self._meter.clear()
-        seconds, updates = watch.lap()
-        self._seconds += seconds
-        self._timed_updates += updates
+        updates_per_s = self._stopwatch.lap()
         log.train(
             {
                 "update": self.update,
                 "epoch": self.epoch,
                 "lr": max(group["lr"] for group in self.components.optimizer.param_groups),
-                "loss": means.loss,
-                "logits_loss": means.logits,
-                "feature_loss": means.features,
-                "pooled_loss": means.pooled,
-                "images_per_s": round(updates * self.components.global_batch / seconds, 1),
+                **means._asdict(),
+                "images_per_s": round(updates_per_s * self.components.global_batch, 1),
             }
         )
 
@@ -320,27 +307,30 @@ class Trainer:
 
     def _evaluate(self, log: RunLog) -> bool:
         """Evaluates the weights and their average; returns True for a new best score."""
-        found = validate(
+        before = self.best
+        for weights, found in validate(
             *(self.recipe, self.components, self.context, self._autocast),
             lambda forward, batch, teacher: self.compute_loss(
                 self.student_forward(batch.images, teacher, forward), batch.targets, teacher
             ),
-        )
-        for weights, scores in found.items():
-            self.scores[weights] = {k: v for k, v in scores.items() if k != "images"}
-        better = log_scores(found, self.update, self.epoch, self.best, log)
-        self.best = better or self.best
+        ).items():
+            row: dict[str, Any] = {"update": self.update, "epoch": self.epoch}
+            row |= {"weights": weights, **found}
+            log.evaluation(row)
+            del row["images"]
+            self.scores[weights] = {k: v for k, v in found.items() if k != "images"}
+            if not self.best or rank(row) > rank(self.best):
+                self.best = row
         self._report_bad_images(self.components.val_loader.bad_images, log)
         self._report_bad_images(self.context.merge_dicts(self.bad_files), log)
-        return better is not None
+        return self.best is not before
 
     def _report_bad_images(self, files: Mapping[str, str], log: RunLog) -> None:
         """Reports each unreadable image once (under on_bad_image="skip")."""
         for path, cause in files.items():
             if path not in self.bad_files:
                 self.bad_files[path] = cause
-                count = len(self.bad_files)
-                text = f"unreadable image no. {count}, left out: {path}: {cause}"
+                text = f"unreadable image no. {len(self.bad_files)}, left out: {path}: {cause}"
                 log.message(text, warning=True)
 
     def _save(self, log: RunLog, *, is_best: bool = False, ended_epoch: int | None = None) -> None:
@@ -367,12 +357,8 @@ class Trainer:
             keep=self.context.is_main,
         )
         if self.context.is_main:
-
-            def save() -> None:
-                log.publish()
-                self.store.save(state, is_best=is_best, ended_epoch=ended_epoch)
-
-            self._saver.start(save)
+            save = partial(self.store.save, state, is_best=is_best, ended_epoch=ended_epoch)
+            self._saver.start(log.publish, save)
         self._last_checkpoint = self.store.last
 
     def finish_saving(self) -> None:
@@ -396,7 +382,7 @@ class Trainer:
         position = self.components.train_loader.state_dict()
         self.update, self.epoch, self.batch = state["update"], position["epoch"], position["batch"]
         self._last_checkpoint = path
-        self.evaluation_pending = state.get("evaluation_pending", False)
+        self.evaluation_pending = state["evaluation_pending"]
         place = f"{path} after update {self.update} (epoch {self.epoch}, batch {self.batch})"
         pending = ", to be evaluated" if self.evaluation_pending else ""
         check_same_position(self.context, f"{place}{pending}")
@@ -405,7 +391,9 @@ class Trainer:
         self.bad_files = state["bad_files"]
         self._meter.load_state_dict(state)
         messages = [f"resumed from {path} after update {self.update} (epoch {self.epoch})"]
-        messages += self.store.differing_best(self.best, state["best"])
+        if self.best != state["best"]:
+            scores = f"{describe(self.best)}, not {describe(state['best'])} as in that checkpoint"
+            messages.append(f"{self.store.best}: the best score is {scores}")
         if changed:
             messages.append(f"{_CHANGED}: {'; '.join(changed)}")
         return messages

@@ -16,9 +16,7 @@ from featkd.losses import DistillationTerms
 from featkd.models.features import POOLED, FeatureModel, Layer
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.names import plural
-from featkd.runtime.scores import rank
 from featkd.train.cached_teacher import CachedTeacher
-from featkd.train.logs import RunLog
 from featkd.train.parallel import gathered
 from featkd.train.recipe import Recipe
 from featkd.train.student_forward import create_student_forward
@@ -105,27 +103,6 @@ def computes_knn(recipe: Recipe, loader: Loader) -> bool:
     return bool(loader.classes) and (recipe.eval.knn or recipe.data.labels == "none")
 
 
-def log_scores(
-    found: dict[str, Scores], update: int, epoch: int, best: dict[str, Any], log: RunLog
-) -> dict[str, Any] | None:
-    """Logs scores; returns the best of them if it is better than `best`, else None.
-
-    Args:
-        found: result of `validate`.
-        update, epoch: position of the run.
-        best: best scores so far, empty if there are none.
-        log: receives one row for each kind of weights.
-    """
-    better = None
-    for weights, scores in found.items():
-        row: dict[str, Any] = {"update": update, "epoch": epoch, "weights": weights, **scores}
-        log.evaluation(row)
-        known = better or best
-        if not known or rank(row) > rank(known):
-            better = {name: value for name, value in row.items() if name != "images"}
-    return better
-
-
 def _validate_unlabelled(
     recipe: Recipe,
     components: RunComponents,
@@ -135,9 +112,8 @@ def _validate_unlabelled(
     autocast: Callable[[], AbstractContextManager[object]],
     terms: Terms,
 ) -> dict[str, Scores]:
-    teacher = components.teacher
-    runs_teacher = isinstance(teacher, Teacher)
-    if not runs_teacher and knn is None:
+    teacher = components.teacher if isinstance(components.teacher, Teacher) else None
+    if teacher is None and knn is None:
         return {}
     batches: Iterable[Batch] = components.val_loader
     if knn is not None:
@@ -155,9 +131,9 @@ def _validate_unlabelled(
         for batch in batches:
             size = len(batch.targets)
             count += size
-            if runs_teacher:
+            if teacher is not None:
                 begin_graph_step(context.device)
-                outputs = cast(Teacher, teacher).outputs(batch)
+                outputs = teacher.outputs(batch)
                 for number, forward in enumerate(forwards.values()):
                     found = terms(forward, batch, outputs)
                     losses = [getattr(found, term) for term in _LOSSES.values()]
@@ -178,7 +154,7 @@ def _validate_unlabelled(
         scores[name] = {"images": images_seen}
         if name in top1:
             scores[name]["knn_top1"] = top1[name]
-        if runs_teacher:
+        if teacher is not None:
             scores[name] |= zip(_LOSSES, losses, strict=True)
     return scores
 

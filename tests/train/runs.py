@@ -27,6 +27,7 @@ def run(recipe: Recipe, resume: str = "auto") -> Outcome:
 
 def save(trainer: Trainer, **options: Any) -> None:
     """Saves the trainer's state, and waits until it is written."""
+    trainer.folder.mkdir(exist_ok=True)
     trainer._save(RunLog(None, 0, 0), **options)
     trainer.finish_saving()
 

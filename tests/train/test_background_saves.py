@@ -76,7 +76,6 @@ def test_training_goes_on_during_an_upload(remote, monkeypatch, name):
 
 def test_a_failed_upload_ends_the_run_by_the_next_log(remote, monkeypatch):
     trainer = Trainer(remote, CPU)
-    trainer.store.create_folder()
     save(trainer)
 
     def step(batches: list[Batch]) -> DistillationTerms:

@@ -20,7 +20,6 @@ def saved(recipe: Recipe) -> Trainer:
     trainer = Trainer(recipe, CPU)
     trainer.components.student.train()
     trainer.step([next(iter(trainer.components.train_loader))])
-    trainer.store.create_folder()
     save(trainer)
     return trainer
 

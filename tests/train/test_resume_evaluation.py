@@ -179,7 +179,6 @@ def test_a_broken_validation_image_costs_no_update(
 def test_processes_that_disagree_on_a_pending_evaluation_are_stopped(alone, monkeypatch):
     """One process reads the state before the evaluation, the other the state after it."""
     trainer = Trainer(alone, CPU)
-    trainer.store.create_folder()
     trainer.evaluation_pending = True
     save(trainer)
     last = trainer.store.last

@@ -23,7 +23,6 @@ def stop_within_an_epoch(recipe: Recipe, updates: int) -> Path:
     trainer.components.student.train()
     for batch in islice(trainer.components.train_loader, updates):
         trainer.step([batch])
-    trainer.store.create_folder()
     save(trainer)
     return trainer.store.last
 

@@ -53,7 +53,6 @@ def test_a_diverged_state_is_not_saved(alone, monkeypatch, stopped):
 def test_weights_that_overflowed_are_not_saved(alone):
     """The loss of that update was finite, and the next loss is not read yet."""
     trainer = Trainer(alone, CPU)
-    trainer.store.create_folder()
     save(trainer)
     with torch.no_grad():
         next(trainer.components.student.parameters()).view(-1)[0] = math.inf
@@ -83,7 +82,7 @@ def folder(request, tmp_path, monkeypatch) -> Iterator[Location]:
 def test_a_kill_between_two_names_leaves_none_missing(folder, monkeypatch):
     """After a kill before each of the moves, best.pt is not older than last.pt."""
     store = CheckpointStore(folder, keep_every=1)
-    store.create_folder()
+    store.folder.mkdir(parents=True)
     store.save(scored(1, 10.0), is_best=True, ended_epoch=1)
     moves = {"os.replace": os.replace, "memory": MemoryFileSystem.mv}
     left = 0
@@ -118,7 +117,7 @@ def test_a_kill_between_two_names_leaves_none_missing(folder, monkeypatch):
 
 def test_a_link_that_fails_leaves_last(folder, monkeypatch):
     store = CheckpointStore(folder, keep_every=1)
-    store.create_folder()
+    store.folder.mkdir(parents=True)
     store.save(scored(1, 10.0), ended_epoch=1)
 
     def full(*_):
@@ -135,13 +134,13 @@ def test_a_link_that_fails_leaves_last(folder, monkeypatch):
 def test_the_best_state_is_restored(folder, tmp_path):
     """In another folder, from the checkpoint or the best.pt beside it; and after a loss."""
     old = CheckpointStore(folder)
-    old.create_folder()
+    old.folder.mkdir(parents=True)
     old.save(scored(1, 10.0), is_best=True)
     for name, last in ("same", scored(1, 10.0)), ("later", scored(2, 5.0, scored(1, 10.0)["best"])):
         old.save(last)
         for place in (tmp_path / name, locate(f"memory://other/{name}")):
             new = CheckpointStore(place)
-            new.create_folder()
+            new.folder.mkdir(parents=True)
             assert new.restore_best(old.last, last) == last["best"]
             assert load(new.best)["update"] == 1
     for there, at_best in itertools.product((None, 7.0, 30.0), (True, False)):
@@ -163,10 +162,9 @@ def test_the_best_state_is_restored(folder, tmp_path):
 def test_a_run_resumed_elsewhere_has_its_best(alone, tmp_path):
     first = Trainer(alone, CPU)
     first.best = {"update": 0, "epoch": 0, "weights": "model", "top1": 50.0}
-    first.store.create_folder()
     save(first, is_best=True)
     trainer = Trainer(replace(alone, out=str(tmp_path / "elsewhere")), CPU)
-    trainer.store.create_folder()
+    trainer.folder.mkdir()
     last = first.store.last
     assert trainer._resume(str(last)) == [f"resumed from {last} after update 0 (epoch 0)"]
     assert trainer.best == first.best == load(trainer.store.best)["best"]
@@ -347,7 +345,7 @@ STRAY = {
 @pytest.mark.parametrize("kind", STRAY)
 def test_a_stray_row_in_a_log_is_set_aside(folder, kind):
     content, message = STRAY[kind]
-    CheckpointStore(folder).create_folder()
+    folder.mkdir(parents=True)
     log = RunLog(folder, 0, 9, quiet=True)
     for update in (1, 2, 3):
         log.train({**dict.fromkeys(TRAIN_COLUMNS, 1), "update": update})

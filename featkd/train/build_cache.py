@@ -6,7 +6,8 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -164,7 +165,9 @@ def build_cache(
 
             manifest = context.on_main(prepare)
             writer = CacheWriter(folder, manifest)
-            with _progress_bar(manifest, context.is_main and not quiet) as bar:
+            total, hidden = manifest.views * manifest.rows, quiet or not context.is_main
+            # None: no bar unless stderr is a terminal
+            with tqdm(total=total, unit="image", disable=True if hidden else None) as bar:
 
                 def say(message: str) -> None:
                     if not quiet:
@@ -204,31 +207,23 @@ def _stored_tokens(
     return found
 
 
+@dataclass
 class _Build:
     """Runs batches through the teacher and writes shards."""
 
-    def __init__(
-        self,
-        writer: CacheWriter,
-        teacher: Teacher,
-        loader: Loader,
-        sampler: RangeSampler,
-        context: ProcessContext,
-        interrupt: Interrupt,
-        bar: Any,
-        say: Callable[[str], None],
-    ) -> None:
-        self._writer = writer
-        self._teacher = teacher
-        self._loader = loader
-        self._sampler = sampler
-        self._context = context
-        self._interrupt = interrupt
-        self._bar = bar
-        self._say = say
-        self.background = BackgroundWriter(writer, context.device)
-        self.damaged = 0  # found by all processes
-        self.bad_files: dict[str, str] = {}
+    writer: CacheWriter
+    teacher: Teacher
+    loader: Loader
+    sampler: RangeSampler
+    context: ProcessContext
+    interrupt: Interrupt
+    bar: Any
+    say: Callable[[str], None]
+    damaged: int = 0  # found by all processes
+    bad_files: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.background = BackgroundWriter(self.writer, self.context.device)
 
     def write_view(self, view: int) -> int | None:
         """Writes the missing shards of a view; returns the signal that stopped it, if any.
@@ -236,62 +231,54 @@ class _Build:
         The processes take the missing shards in turns and synchronise before each. None waits for
         long, and a signal to one of them stops all.
         """
-        rank, world_size = self._context.rank, self._context.world_size
+        rank, world_size = self.context.rank, self.context.world_size
         missing = self._missing(view)
-        ranges = [self._writer.manifest.positions(shard) for shard in missing]
-        self._bar.update(self._writer.manifest.rows - sum(map(len, ranges)))
-        self._sampler.set_ranges(view, own := ranges[rank::world_size])
-        batches = iter(self._loader) if own else iter(())
+        ranges = [self.writer.manifest.positions(shard) for shard in missing]
+        self.bar.update(self.writer.manifest.rows - sum(map(len, ranges)))
+        self.sampler.set_ranges(view, own := ranges[rank::world_size])
+        batches = iter(self.loader) if own else iter(())
         for first in range(0, len(missing), world_size):
-            if (stopped_by := self._interrupt.stop_signal(self._context.any_true)) is not None:
+            if (stopped_by := self.interrupt.stop_signal(self.context.any_true)) is not None:
                 return stopped_by
             turn = range(first, min(first + world_size, len(missing)))
             if first + rank in turn:
                 self._write_shard(view, missing[first + rank], batches)
-            self._bar.update(sum(len(ranges[i]) for i in turn if i != first + rank))
-        return self._interrupt.stop_signal(self._context.any_true)
+            self.bar.update(sum(len(ranges[i]) for i in turn if i != first + rank))
+        return self.interrupt.stop_signal(self.context.any_true)
 
     def _missing(self, view: int) -> list[int]:
         """Missing or damaged shards of a view; each process checks a part of the view."""
-        context = self._context
-        part = range(context.rank, self._writer.manifest.shards, context.world_size)
-        missing = []
-        known = len(self._writer.damaged)
-        for shard, intact in zip(part, self._writer.intact(view, part), strict=True):
-            if self._interrupt.signal is not None:
-                break
-            if not intact:
-                missing.append(shard)
-        damaged = _gather(self._writer.damaged[known:], context)
+        context = self.context
+        part = range(context.rank, self.writer.manifest.shards, context.world_size)
+        known = len(self.writer.damaged)
+        checked = zip(part, self.writer.intact(view, part), strict=True)
+        unstopped = takewhile(lambda _: self.interrupt.signal is None, checked)
+        missing = [shard for shard, intact in unstopped if not intact]
+        damaged = _gather(self.writer.damaged[known:], context)
         for message in damaged:
             if context.is_main:
-                self._say(message)
+                self.say(message)
         self.damaged += len(damaged)
         return sorted(_gather(missing, context))
 
     def _write_shard(self, view: int, shard: int, batches: Iterator[Batch]) -> None:
         """Writes a shard from the next batches; after a signal, no further batch begins."""
-        manifest = self._writer.manifest
+        manifest = self.writer.manifest
         for batch in islice(batches, -(-len(manifest.positions(shard)) // manifest.batch_size)):
-            if self._interrupt.signal is not None:
+            if self.interrupt.signal is not None:
                 return
             self.background.add(batch.keys, batch.source_index, self._outputs(batch))
-            self._bar.update(len(batch.keys))
-            self._report_bad_images()
+            self.bar.update(len(batch.keys))
+            for path, cause in self.loader.bad_images.items():
+                if path not in self.bad_files:
+                    self.bad_files[path] = cause
+                    text = "unreadable image, its rows are computed from the next one"
+                    self.say(f"{text}: {path}: {cause}")
         self.background.end_shard(view, shard)
 
-    def _report_bad_images(self) -> None:
-        """Reports each unreadable image once (under on_bad_image="skip")."""
-        for path, cause in self._loader.bad_images.items():
-            if path not in self.bad_files:
-                self.bad_files[path] = cause
-                self._say(
-                    f"unreadable image, its rows are computed from the next one: {path}: {cause}"
-                )
-
     def _outputs(self, batch: Batch) -> TeacherOutputs:
-        begin_graph_step(self._context.device)
-        logits, maps = self._teacher.outputs(batch)
+        begin_graph_step(self.context.device)
+        logits, maps = self.teacher.outputs(batch)
         assert logits is not None
         if batch.images.is_cuda:  # the next replay of a CUDA graph writes to the same memory
             logits, maps = logits.clone(), [x.clone() for x in maps]
@@ -301,12 +288,6 @@ class _Build:
 def _gather(found: Sequence[Found], context: ProcessContext) -> list[Found]:
     """Concatenates the lists of all processes, on all of them."""
     return [x for part in context.all_gather(found) for x in part]
-
-
-def _progress_bar(manifest: Manifest, shown: bool) -> Any:
-    """Progress bar over the rows of the cache."""
-    total = manifest.views * manifest.rows
-    return tqdm(total=total, unit="image", disable=None if shown else True)
 
 
 def _weights_sha256(model: nn.Module) -> str:

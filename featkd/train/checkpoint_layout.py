@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class _Entry(NamedTuple):
-    expected: str
-    """Description of the allowed values, for the error."""
-    fits: Callable[[Any], bool]
-    required: bool = True
+_Check = Callable[[Any], bool]
+_MISSING = object()
 
 
 def find_fault(state: Mapping[str, Any]) -> str | None:
@@ -24,18 +20,15 @@ def find_fault(state: Mapping[str, Any]) -> str | None:
     Args:
         state: content of a checkpoint. The names that earlier versions used are already replaced.
     """
-    for name, entry in _ENTRIES.items():
+    for name, (expected, fits) in _ENTRIES.items():
         value: Any = state
         for key in name.split("."):
-            missing = not isinstance(value, Mapping) or key not in value
-            if missing:
-                break
-            value = value[key]
-        if missing:
-            if entry.required:
-                return f"has no entry {name}; expected {entry.expected}"
-        elif not entry.fits(value):
-            return f"entry {name}: expected {entry.expected}, got {_describe(value)}"
+            value = value.get(key, _MISSING) if isinstance(value, Mapping) else _MISSING
+        if value is _MISSING:
+            if name not in _OPTIONAL:
+                return f"has no entry {name}; expected {expected}"
+        elif not fits(value):
+            return f"entry {name}: expected {expected}, got {_describe(value)}"
     return None
 
 
@@ -95,6 +88,25 @@ def _describe(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
+def _is(kind: Any) -> _Check:
+    return lambda value: isinstance(value, kind)
+
+
+def _or_null(fits: _Check) -> _Check:
+    return lambda value: value is None or fits(value)
+
+
+def _list_of(fits: _Check) -> _Check:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+def _mapping_of(key_fits: _Check, fits: _Check) -> _Check:
+    return lambda value: (
+        isinstance(value, Mapping)
+        and all(key_fits(key) and fits(inner) for key, inner in value.items())
+    )
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -103,119 +115,77 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _is_str(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_mapping(value: object) -> bool:
-    return isinstance(value, Mapping)
-
-
 def _is_plain_tensor(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex()
 
 
-def _is_state_dict(value: object) -> bool:
-    return isinstance(value, Mapping) and all(
-        isinstance(name, str) and _is_plain_tensor(x) for name, x in value.items()
-    )
-
-
-def _is_optional(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or fits(value)
-
-
-def _is_optimizer_state(value: object) -> bool:
-    return isinstance(value, Mapping) and all(
-        _is_int(number) and _is_mapping(state) for number, state in value.items()
-    )
-
-
-def _is_groups(value: object) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(group, Mapping)
-        and isinstance(group.get("params"), list)
-        and all(map(_is_int, group["params"]))
-        for group in value
-    )
-
-
-def _is_scaler(value: object) -> bool:
+def _is_scaler(value: Any) -> bool:
     names = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
-    return isinstance(value, Mapping) and (
-        not value or all(_is_number(value.get(name)) for name in names)
+    return value == {} or (
+        _is_mapping(value) and all(_is_number(value.get(name)) for name in names)
     )
 
 
-def _has_score(value: Mapping[str, Any]) -> bool:
+def _has_score(value: Any) -> bool:
     """Checks for the score by which evaluations are compared (`featkd.runtime.scores.rank`)."""
-    return any(_is_number(value.get(name)) for name in ("top1", "knn_top1", "loss"))
+    names = ("top1", "knn_top1", "loss")
+    return _is_mapping(value) and any(_is_number(value.get(name)) for name in names)
 
 
-def _is_best(value: object) -> bool:
-    return isinstance(value, Mapping) and (
-        not value
-        or (
-            all(_is_int(value.get(name)) for name in ("update", "epoch"))
-            and _is_str(value.get("weights"))
-            and _has_score(value)
-        )
+def _is_best(value: Any) -> bool:
+    return value == {} or (
+        _has_score(value)
+        and all(_is_int(value.get(name)) for name in ("update", "epoch"))
+        and _is_str(value.get("weights"))
     )
 
 
-def _is_scores(value: object) -> bool:
-    return isinstance(value, Mapping) and all(
-        isinstance(scores, Mapping) and _has_score(scores) and all(map(_is_number, scores.values()))
-        for scores in value.values()
-    )
-
-
-def _is_strings(value: object) -> bool:
-    return isinstance(value, Mapping) and all(map(_is_str, (*value, *value.values())))
-
-
-_INT = _Entry("a whole number, 0 or more", _is_int)
-_POSITIVE = _Entry("a whole number above 0", lambda value: _is_int(value) and value > 0)
-_STR = _Entry("a string", _is_str)
-_MAPPING = _Entry("a mapping", _is_mapping)
-_MAPPING_OR_NULL = _Entry("a mapping, or null", _is_optional(_is_mapping))
-_ENTRIES = {
-    "model": _Entry("names and tensors", _is_state_dict),
-    "model_ema": _Entry("names and tensors, or null", _is_optional(_is_state_dict)),
-    "projectors": _Entry("names and tensors", _is_state_dict, required=False),
+_is_str, _is_mapping = _is(str), _is(Mapping)
+_INT = ("a whole number, 0 or more", _is_int)
+_POSITIVE = ("a whole number above 0", lambda value: _is_int(value) and value > 0)
+_NUMBER = ("a number", _is_number)
+_STR = ("a string", _is_str)
+_MAPPING = ("a mapping", _is_mapping)
+_TENSORS = _mapping_of(_is_str, _is_plain_tensor)
+_ENTRIES: dict[str, tuple[str, _Check]] = {
+    "model": ("names and tensors", _TENSORS),
+    "model_ema": ("names and tensors, or null", _or_null(_TENSORS)),
+    "projectors": ("names and tensors", _TENSORS),
     "optimizer": _MAPPING,
-    "optimizer.state": _Entry("a mapping for each parameter's number", _is_optimizer_state),
-    "optimizer.param_groups": _Entry("groups with their parameters' numbers", _is_groups),
-    "scaler": _Entry("the five numbers of a GradScaler, or an empty mapping", _is_scaler),
+    "optimizer.state": ("a mapping for each parameter's number", _mapping_of(_is_int, _is_mapping)),
+    "optimizer.param_groups": (
+        "groups with their parameters' numbers",
+        _list_of(lambda group: _is_mapping(group) and _list_of(_is_int)(group.get("params"))),
+    ),
+    "scaler": ("the five numbers of a GradScaler, or an empty mapping", _is_scaler),
     "loader": _MAPPING,
     **{
         f"loader.{name}": _INT
         for name in ("epoch", "batch", "batch_size", "world_size", "seed", "repeats", "num_images")
     },
-    "loader.shuffle_epoch": _INT._replace(required=False),
-    "loader.ordered_as": _INT._replace(required=False),
-    "loader.augmentation_version": _INT._replace(required=False),
-    "pixels": _STR._replace(required=False),
-    "classes": _Entry(
-        "a list of names", lambda value: isinstance(value, list) and all(map(_is_str, value))
-    ),
+    "loader.shuffle_epoch": _INT,
+    "loader.ordered_as": _INT,
+    "loader.augmentation_version": _INT,
+    "pixels": _STR,
+    "classes": ("a list of names", _list_of(_is_str)),
     "num_classes": _INT,
-    "meter": _Entry(
+    "meter": (
         "a tensor of shape (4,)",
         lambda value: _is_plain_tensor(value) and value.shape in ((3,), (4,)),
     ),
     "metered": _INT,
     "update": _INT,
     "epoch": _INT,
-    "best": _Entry("update, epoch, weights and a score, or an empty mapping", _is_best),
-    "scores": _Entry("a mapping of scores for each kind of weights", _is_scores),
-    "evaluation_pending": _Entry(
-        "true or false", lambda value: isinstance(value, bool), required=False
+    "best": ("update, epoch, weights and a score, or an empty mapping", _is_best),
+    "scores": (
+        "a mapping of scores for each kind of weights",
+        _mapping_of(lambda _: True, lambda x: _has_score(x) and all(map(_is_number, x.values()))),
     ),
-    "bad_files": _Entry("a mapping from file names to causes", _is_strings),
+    "evaluation_pending": ("true or false", _is(bool)),
+    "bad_files": ("a mapping from file names to causes", _mapping_of(_is_str, _is_str)),
     "recipe": _MAPPING,
     **{f"recipe.{name}": _MAPPING for name in ("student", "loss", "data", "optim", "checkpoint")},
-    "recipe.teacher": _MAPPING_OR_NULL,
+    "recipe.teacher": ("a mapping, or null", _or_null(_is_mapping)),
     "recipe.batch_size": _POSITIVE,
     "recipe.student.base": _STR,
     "recipe.student.arch": _STR,
@@ -223,9 +193,13 @@ _ENTRIES = {
     "recipe.student.options": _MAPPING,
     "recipe.data.img_size": _POSITIVE,
     "recipe.optim.optimizer": _STR,
-    "recipe.optim.weight_decay": _Entry("a number", _is_number),
+    "recipe.optim.weight_decay": _NUMBER,
     "recipe.optim.accumulate": _POSITIVE,
     "versions": _MAPPING,
     "world_size": _POSITIVE,
-    "job": _Entry("a string, or null", _is_optional(_is_str)),
+    "job": ("a string, or null", _or_null(_is_str)),
+}
+_OPTIONAL = {
+    *("projectors", "pixels"),
+    *("loader.shuffle_epoch", "loader.ordered_as", "loader.augmentation_version"),
 }

@@ -68,14 +68,14 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
     finally:
         components.close()
 
-    student = components.student
+    student, name = components.student, f"{recipe.student.base} ({recipe.student.arch})"
     if isinstance(student, FSDPModule):  # can't be copied to count its operations
         student = build_student(recipe, components.num_classes)
     total = trainer.total_updates
     slower = max(seconds, components.global_batch / loading)
     config = recipe.optim
     lines = [
-        ("student", _describe(student, recipe)),
+        ("student", _describe(name, student, recipe.data.img_size)),
         ("teacher", _describe_teacher(components, recipe)),
         ("data", _describe_data(trainer)),
         ("objective", _describe_loss(recipe)),
@@ -142,42 +142,28 @@ def _load(trainer: Trainer, need: int) -> tuple[list[Batch], float]:
 
 
 def _describe_teacher(components: RunComponents, recipe: Recipe) -> str:
-    if components.teacher_model is not None:
-        return _describe(components.teacher_model, recipe)
-    return "none" if recipe.cache is None else f"rows of {recipe.cache}"
+    model, config = components.teacher_model, recipe.teacher
+    if model is None or config is None:
+        return "none" if recipe.cache is None else f"rows of {recipe.cache}"
+    weights = "timm's weights" if config.pretrained else config.checkpoint or "random weights"
+    return _describe(f"{config.name} ({weights})", model, teacher_size(recipe))
 
 
-def _describe(model: FeatureModel, recipe: Recipe) -> str:
-    config = recipe.teacher if not any(p.requires_grad for p in model.parameters()) else None
-    if config is None:
-        name = f"{recipe.student.base} ({recipe.student.arch})"
-    elif config.pretrained:
-        name = f"{config.name} (timm's weights)"
-    else:
-        name = f"{config.name} ({config.checkpoint or 'random weights'})"
+def _describe(name: str, model: FeatureModel, size: int) -> str:
     parameters = sum(p.numel() for p in model.parameters())
-    size = recipe.data.img_size if config is None else teacher_size(recipe)
     macs = forward_macs(model, size)
     return f"{name}, {parameters:,} parameters, {macs / 1e9:.3f} GMACs per image"
 
 
 def forward_macs(model: FeatureModel, size: int) -> int:
     """Multiply-adds of the matrix products in the forward pass of one image."""
-    return count_flops(model, size) // 2
-
-
-def count_flops(model: FeatureModel, size: int, *, backward: bool = False) -> int:
-    """Floating-point operations of the matrix products in one image's forward (and backward)."""
     # On the meta device nothing is computed. float32, as a teacher can hold weights in bf16.
     shape = copy.deepcopy(cast(nn.Module, model)).to("meta", torch.float32).eval()
     counter = FlopCounterMode(display=False)
     # The counter does not know fused operations (the CPU's attention, featkd's ops).
-    with counter, use_backend("reference"), sdpa_kernel(SDPBackend.MATH):
-        with torch.set_grad_enabled(backward):
-            logits = shape(torch.empty(1, 3, size, size, device="meta"))
-        if backward:
-            torch.autograd.backward(logits.sum())
-    return int(counter.get_total_flops())
+    with counter, use_backend("reference"), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        shape(torch.empty(1, 3, size, size, device="meta"))
+    return int(counter.get_total_flops()) // 2
 
 
 def _describe_data(trainer: Trainer) -> str:

@@ -29,7 +29,7 @@ class CsvLog:
 
     Args:
         path: the file.
-        columns: columns; the first is the update after which the row was written.
+        columns: columns; "update" is the one after which the row was written.
         start: existing rows of later updates are dropped; the resumed run writes them again.
 
     Attributes:
@@ -45,7 +45,7 @@ class CsvLog:
         if stray:
             aside = _set_aside(path)
             self.note = f"{path}: {stray}; the file is kept as {aside}, its other rows are used"
-        self.kept = [row for row in found if int(row[columns[0]]) <= start]
+        self.kept = [row for row in found if int(row["update"]) <= start]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
@@ -73,19 +73,16 @@ class CsvLog:
 
 
 def read_csv(path: Location) -> list[dict[str, str]]:
-    """Reads the rows of a CSV file; none if it is missing, and without a truncated last line."""
-    if not path.is_file():
-        return []
-    text = io.StringIO(path.read_bytes().decode(), newline="")
-    return [row for row in csv.DictReader(text) if None not in row.values()]
+    """Reads the rows of a log; none if it is missing, and without a truncated last line."""
+    return _read_rows(path)[0]
 
 
-def _read_rows(path: Location, columns: tuple[str, ...]) -> tuple[list[dict[str, str]], str]:
+def _read_rows(path: Location, columns: Sequence[str] = ()) -> tuple[list[dict[str, str]], str]:
     """Reads the rows of a log that a user or another program may have edited.
 
     Returns:
-        The rows whose first column is a number, and a description of the first other line; ""
-        without one. A truncated last line, which a killed run leaves, is dropped.
+        The rows whose update is a number, and a description of the first other line; "" without
+        one. A truncated last line, which a killed run leaves, is dropped.
     """
     if not path.is_file():
         return [], ""
@@ -94,7 +91,7 @@ def _read_rows(path: Location, columns: tuple[str, ...]) -> tuple[list[dict[str,
     if not lines:
         return [], ""
     header = next(csv.reader(lines[:1]), [])
-    if columns[0] not in header:
+    if "update" not in header:
         return [], f"line 1 is {lines[0][:60]!r}, expected {','.join(columns)!r}"
     rows, stray = [], ""
     for number, line in enumerate(lines[1:], 2):
@@ -103,11 +100,11 @@ def _read_rows(path: Location, columns: tuple[str, ...]) -> tuple[list[dict[str,
         except csv.Error:  # a field of more than 128 KB
             values = []
         row = dict(zip(header, values, strict=False))
-        update = row.get(columns[0], "")
+        update = row.get("update", "")
         if len(values) == len(header) and update.isascii() and update.isdigit():
             rows.append(row)
         else:
-            expected = f"{len(header)} values, {columns[0]} a whole number"
+            expected = f"{len(header)} values, update a whole number"
             stray = stray or f"line {number} is {line[:60]!r}, expected {expected}"
     return rows, stray
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
@@ -108,6 +109,7 @@ def open_cache(
         CacheError: the cache is damaged or unfinished.
     """
     assert recipe.cache is not None
+    teacher = recipe.required_teacher
     check_no_mixing(recipe)
     # Views beyond this run's epochs may still be missing.
     cache = TeacherCache(Path(recipe.cache), views=recipe.optim.epochs)
@@ -115,20 +117,19 @@ def open_cache(
     held, asked = dict(manifest.subject), cache_subject(recipe, loader, context)
     name = checkpoint_name(recipe)
     if name is not None and asked["teacher.checkpoint"] is None:
-        assert recipe.teacher is not None
         if name != manifest.checkpoint:  # the name may be mistyped
             raise RecipeError(
-                f"teacher.checkpoint: no file {recipe.teacher.checkpoint!r}, and {recipe.cache} "
+                f"teacher.checkpoint: no file {teacher.checkpoint!r}, and {recipe.cache} "
                 f"was made from {manifest.checkpoint or 'no checkpoint'}; expected an existing "
                 "file, or that file's name"
             )
         notes.append(
-            f"cache: no file {recipe.teacher.checkpoint!r}: the teacher of {recipe.cache} was "
+            f"cache: no file {teacher.checkpoint!r}: the teacher of {recipe.cache} was "
             "compared by file name only"
         )
         del held["teacher.checkpoint"], asked["teacher.checkpoint"]
         for field in ("teacher.mean", "teacher.std"):  # the file knows them
-            if getattr(recipe.teacher, field.removeprefix("teacher.")) is None:
+            if getattr(teacher, field.removeprefix("teacher.")) is None:
                 held.pop(field, None)
     different = differing(held, asked)
     if different:
@@ -190,8 +191,7 @@ def checkpoint_name(recipe: Recipe) -> str | None:
 
 def cache_subject(recipe: Recipe, loader: Loader, context: ProcessContext) -> dict[str, Any]:
     """Everything that a cache's rows depend on, as plain values; all processes must call it."""
-    teacher, data = recipe.teacher, recipe.data
-    assert teacher is not None
+    teacher, data = recipe.required_teacher, recipe.data
     checkpoint = teacher.checkpoint
     found: dict[str, Any] = {
         "teacher.name": teacher.name,
@@ -255,10 +255,7 @@ def _versions(decoder: str) -> Mapping[str, str]:
 
 def _sha256(file: Location) -> str:
     digest = hashlib.sha256()
-    if not isinstance(file, Path):
-        digest.update(file.read_bytes())
-        return digest.hexdigest()
-    with file.open("rb") as content:
+    with file.open("rb") if isinstance(file, Path) else io.BytesIO(file.read_bytes()) as content:
         while chunk := content.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

@@ -236,11 +236,9 @@ class RunLog:
             disable=True if quiet else None,  # None: no bar unless stderr is a terminal
             file=sys.stderr,
         )
-        if trackers:
-            rows = [(int(row["update"]), _train_points(row)) for row in self._train.kept]
-            rows += [(int(row["update"]), _eval_points(row)) for row in self._eval.kept]
-            for update, points in sorted(rows, key=lambda pair: pair[0]):
-                self._track(points, update)
+        kept = [*self._train.kept, *self._eval.kept]
+        for row in sorted(kept, key=lambda row: int(row["update"])):
+            self._track(_points(row), int(row["update"]))
 
     def advance(self) -> None:
         """Advances the bar by one update."""
@@ -252,7 +250,7 @@ class RunLog:
         if not self.active:
             return
         self._train.write(row)
-        self._add(_train_points(row), int(row["update"]))
+        self._add(row)
         summary = f"{row['images_per_s']} images/s, loss {float(row['loss']):.4f}"
         if self._bar.disable:
             self.message(f"update {row['update']} of {self.total}: {summary}")
@@ -264,14 +262,15 @@ class RunLog:
         if not self.active:
             return
         self._eval.write(row)
-        self._add(_eval_points(row), int(row["update"]))
+        self._add(row)
         texts = [text.format(row[name]) for name, text in _EVAL_TEXTS.items() if name in row]
         self.message(
             f"epoch {row['epoch']} {row['weights']}: {', '.join(texts)} "
             f"({plural(int(row['images']), 'image')})"
         )
 
-    def _add(self, points: Mapping[str, float], update: int) -> None:
+    def _add(self, row: Mapping[str, float | int | str]) -> None:
+        points, update = _points(row), int(row["update"])
         for name, value in points.items():
             self._board.add(name, value, update)
         self._track(points, update)
@@ -322,21 +321,12 @@ class RunLog:
                 self.message(f"{tracker.name}: {one_line(error)}", warning=True)
 
 
-def _train_points(row: Mapping[str, float | int | str]) -> dict[str, float]:
-    """Points of the training curves in a row of TRAIN_COLUMNS."""
-    return _points("train", row, TRAIN_COLUMNS[1:])
-
-
-def _eval_points(row: Mapping[str, float | int | str]) -> dict[str, float]:
-    """Points of the evaluation curves in a row of EVAL_COLUMNS."""
-    names = [name for name in EVAL_COLUMNS[3:] if name != "images"]
-    return _points(f"eval/{row['weights']}", row, names)
-
-
-def _points(
-    prefix: str, row: Mapping[str, float | int | str], names: Sequence[str]
-) -> dict[str, float]:
+def _points(row: Mapping[str, float | int | str]) -> dict[str, float]:
     """Values of a row by curve; without those that are missing, or text in an edited file."""
+    prefix, names = "train", [*TRAIN_COLUMNS[1:]]
+    if "weights" in row:
+        prefix, names = f"eval/{row['weights']}", [*EVAL_COLUMNS[3:]]
+        names.remove("images")
     points = {}
     for name in names:
         with suppress(ValueError):

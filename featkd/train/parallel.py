@@ -64,12 +64,12 @@ def shard(
 
 
 @contextmanager
-def gathered(models: Iterable[FeatureModel]) -> Iterator[None]:
+def gathered(models: Iterable[nn.Module]) -> Iterator[None]:
     """Holds all weights of sharded models on each rank, so that a forward pass needs no other rank.
 
     Ranks may evaluate different numbers of batches.
     """
-    sharded = [m for model in models for m in _modules(model) if isinstance(m, FSDPModule)]
+    sharded = [m for model in models for m in model.modules() if isinstance(m, FSDPModule)]
     for module in sharded:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -77,11 +77,6 @@ def gathered(models: Iterable[FeatureModel]) -> Iterator[None]:
     for module in sharded:
         module.set_reshard_after_forward(True, recurse=False)
         module.reshard()
-
-
-def _modules(model: FeatureModel) -> Iterator[nn.Module]:
-    assert isinstance(model, nn.Module)
-    return model.modules()
 
 
 def without_reduction(student_forward: nn.Module) -> AbstractContextManager[object]:

@@ -159,6 +159,12 @@ class Recipe:
             )
 
     @property
+    def required_teacher(self) -> TeacherConfig:
+        """The teacher, which must not be null."""
+        assert self.teacher is not None
+        return self.teacher
+
+    @property
     def uses_logits(self) -> bool:
         """True if the loss uses the student's logits."""
         return self.data.labels == "folders" or self.loss.alpha > 0

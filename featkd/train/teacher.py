@@ -120,8 +120,7 @@ def create_teacher_model(
         RecipeError: the model can't be created, or its weights don't fit the run (see
             `featkd.train.teacher_checks`).
     """
-    config = recipe.teacher
-    assert config is not None
+    config = recipe.required_teacher
     options = {**config.options, "img_size": teacher_size(recipe)}
     checkpoint = None
     if config.checkpoint is not None:
@@ -224,8 +223,7 @@ def output_shapes(
     image = torch.zeros(1, 3, size, size, device=context.device)
     training = model.training
     model.eval()
-    config = recipe.teacher if is_teacher else recipe.student
-    assert config is not None
+    config = recipe.required_teacher if is_teacher else recipe.student
     described = f"{field}.options: {config.options}: the {field} fails on an image of {name} {size}"
     with naming(described), torch.no_grad(), autocast(recipe.amp, context.device):
         try:

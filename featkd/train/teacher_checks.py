@@ -35,8 +35,7 @@ def check_teacher(
         RecipeError: the teacher has no weights and `teacher.random` is false; or it is a
             checkpoint of featkd that was trained on other classes and the loss uses its logits.
     """
-    teacher = recipe.teacher
-    assert teacher is not None
+    teacher = recipe.required_teacher
     try:
         check_timm_name("teacher.name", teacher.name)
     except ValueError as error:
@@ -70,8 +69,7 @@ def check_classifier(recipe: Recipe, model: FeatureModel) -> None:
     Raises:
         RecipeError: the model has no classifier, or a new one beside pretrained weights.
     """
-    teacher, alpha = recipe.teacher, recipe.loss.alpha
-    assert teacher is not None
+    teacher, alpha = recipe.required_teacher, recipe.loss.alpha
     if alpha == 0:
         return
     classes = getattr(model, "num_classes", None)
@@ -99,8 +97,7 @@ def check_cached_classifier(recipe: Recipe, trained_classes: int | None) -> None
     Raises:
         RecipeError: it has none, as far as its checkpoint or timm's record of the model tells.
     """
-    teacher = recipe.teacher
-    assert teacher is not None
+    teacher = recipe.required_teacher
     classes = teacher.options.get("num_classes", trained_classes)
     if classes is None and (record := get_pretrained_cfg(teacher.name)) is not None:
         classes = record.num_classes
@@ -109,9 +106,8 @@ def check_cached_classifier(recipe: Recipe, trained_classes: int | None) -> None
 
 
 def _no_classifier(recipe: Recipe) -> RecipeError:
-    assert recipe.teacher is not None
     return RecipeError(
-        f"teacher: {recipe.teacher.name} has no classifier, but loss.alpha is "
+        f"teacher: {recipe.required_teacher.name} has no classifier, but loss.alpha is "
         f"{recipe.loss.alpha:g}; expected a teacher with a classifier, or loss.alpha: 0"
     )
 
@@ -129,16 +125,15 @@ def check_synsets(
     Raises:
         RecipeError: they are 1000 other synsets, or in another order, and the loss uses logits.
     """
-    assert recipe.teacher is not None
     if recipe.loss.alpha == 0 or infer_imagenet_subset(pretrained_cfg) != "imagenet-1k":
         return
     trained = ImageNetInfo("imagenet-1k").label_names()
     are_synsets = all(re.fullmatch(r"n\d{8}", name) for name in classes)
     if are_synsets and len(classes) == len(trained) and list(classes) != trained:
         raise RecipeError(
-            f"teacher.pretrained: {recipe.teacher.name} was trained on ImageNet's classes, and "
-            f"{_first_difference(trained, classes)}; expected the 1000 synsets in sorted order, or "
-            "loss.alpha: 0"
+            f"teacher.pretrained: {recipe.required_teacher.name} was trained on ImageNet's "
+            f"classes, and {_first_difference(trained, classes)}; expected the 1000 synsets in "
+            "sorted order, or loss.alpha: 0"
         )
 
 
@@ -148,8 +143,7 @@ def check_finite(recipe: Recipe, model: FeatureModel) -> None:
     Raises:
         RecipeError: a value is NaN or infinite; names the file and the tensor.
     """
-    teacher = recipe.teacher
-    assert teacher is not None
+    teacher = recipe.required_teacher
     if not teacher.has_weights:
         return
     module: Any = model

@@ -31,8 +31,7 @@ def teacher_statistics(recipe: Recipe, checkpoint: Location | None = None) -> Im
         recipe: the run; its teacher is not null.
         checkpoint: location of `teacher.checkpoint` if it is known.
     """
-    teacher, data = recipe.teacher, recipe.data
-    assert teacher is not None
+    teacher, data = recipe.required_teacher, recipe.data
     known: dict[str, Any] = {}
     source = _UNKNOWN
     if teacher.pretrained:
@@ -58,8 +57,7 @@ def teacher_statistics(recipe: Recipe, checkpoint: Location | None = None) -> Im
 
 def teacher_size(recipe: Recipe) -> int:
     """Height and width of the teacher's images."""
-    teacher = recipe.teacher
-    assert teacher is not None
+    teacher = recipe.required_teacher
     asked = teacher.img_size or teacher.options.get("img_size") or recipe.data.img_size
     sides = {asked} if isinstance(asked, int) else {*asked}
     if len(sides) != 1 or not isinstance(size := sides.pop(), int) or size < 1:
@@ -80,8 +78,7 @@ def image_adapter(
         checkpoint: location of `teacher.checkpoint` if it is known.
         notes: notes on the differences are appended here.
     """
-    teacher, data = recipe.teacher, recipe.data
-    assert teacher is not None
+    teacher, data = recipe.required_teacher, recipe.data
     wanted, size = teacher_statistics(recipe, checkpoint), teacher_size(recipe)
     adapter = ImageAdapter(
         *(data.mean, data.std, wanted.mean, wanted.std), size=data.img_size, new_size=size

@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.files import atomic_write
@@ -32,28 +32,8 @@ class TrackerError(RuntimeError):
     """A tracker can't be started."""
 
 
-class Tracker(Protocol):
-    """A run of a tracker.
-
-    Attributes:
-        name: the tracker, as in the recipe.
-        description: the run and its place, for the user.
-        identity: values by which a resumed run finds it.
-    """
-
-    name: str
-    description: str
-    identity: dict[str, str]
-
-    def log(self, points: Mapping[str, float], update: int) -> None:
-        """Sends the points of curves at an update, unless the tracker has them."""
-
-    def close(self, *, complete: bool) -> None:
-        """Ends the session; `complete` if the run has reached its last epoch."""
-
-
 class WandbRun:
-    """A run of Weights & Biases; see `Tracker`.
+    """A run of Weights & Biases.
 
     An offline run is a folder that `wandb sync` uploads. A resumed run gets a new one that holds
     all rows, so the earlier ones are removed.
@@ -61,6 +41,11 @@ class WandbRun:
     A server takes the points of an update once, and none of an earlier one. All points of an update
     are therefore sent together, when the next update or the end of the whole run follows: a resumed
     run may repeat the evaluation after the last update.
+
+    Attributes:
+        name: the tracker, as in the recipe.
+        description: the run and its place, for the user.
+        identity: values by which a resumed run finds it.
     """
 
     name = "wandb"
@@ -97,6 +82,7 @@ class WandbRun:
         self.description = f"WANDB_MODE={mode}" if disabled else f"run {self._run.id} in {where}"
 
     def log(self, points: Mapping[str, float], update: int) -> None:
+        """Sends the points of curves at an update, unless the tracker has them."""
         if update != self._update:
             self._send()
         if update >= self._first:
@@ -109,13 +95,14 @@ class WandbRun:
             self._points = {}
 
     def close(self, *, complete: bool) -> None:
+        """Ends the session; `complete` if the run has reached its last epoch."""
         if complete or self._offline:
             self._send()
         self._run.finish(exit_code=0 if complete else 1)
 
 
 class MlflowRun:
-    """A run of MLflow; see `Tracker`. Without MLFLOW_TRACKING_URI it lies in MLflow's default."""
+    """A run of MLflow, as `WandbRun` is; without MLFLOW_TRACKING_URI in MLflow's default store."""
 
     name = "mlflow"
 
@@ -194,6 +181,7 @@ class MlflowRun:
         self._client.set_terminated(self._id, "FINISHED" if complete else "KILLED")
 
 
+Tracker = WandbRun | MlflowRun
 _KINDS: Mapping[str, Callable[..., Tracker]] = {"wandb": WandbRun, "mlflow": MlflowRun}
 
 

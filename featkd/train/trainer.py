@@ -214,7 +214,7 @@ class Trainer:
     ) -> StudentOutputs:
         """Runs the student, or another forward module of its kind, such as that of the average."""
         forward = forward or self.components.student_forward
-        with self._autocast():
+        with self.autocast():
             return StudentOutputs(*forward(images, teacher.maps))
 
     def compute_loss(
@@ -222,7 +222,7 @@ class Trainer:
     ) -> DistillationTerms:
         """Computes the loss terms; without labels, the targets are not read."""
         labels = None if self.recipe.data.labels == "none" else targets
-        with self._autocast():
+        with self.autocast():
             terms: DistillationTerms = self.components.loss(
                 *(student.logits, labels, teacher.logits, student.maps, teacher.maps),
                 feature_loss=student.feature_loss,
@@ -281,7 +281,8 @@ class Trainer:
             self._evaluate_and_save(log)
         return None if ended else interrupt.stop_signal(self.context.any_true)
 
-    def _autocast(self) -> AbstractContextManager[object]:
+    def autocast(self) -> AbstractContextManager[object]:
+        """Context of the run's precision."""
         return autocast(self.recipe.amp, self.context.device)
 
     def _log(self, log: RunLog) -> None:
@@ -308,12 +309,7 @@ class Trainer:
     def _evaluate(self, log: RunLog) -> bool:
         """Evaluates the weights and their average; returns True for a new best score."""
         before = self.best
-        for weights, found in validate(
-            *(self.recipe, self.components, self.context, self._autocast),
-            lambda forward, batch, teacher: self.compute_loss(
-                self.student_forward(batch.images, teacher, forward), batch.targets, teacher
-            ),
-        ).items():
+        for weights, found in validate(self).items():
             row: dict[str, Any] = {"update": self.update, "epoch": self.epoch}
             row |= {"weights": weights, **found}
             log.evaluation(row)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from featkd.cache import TeacherOutputs
 from featkd.data import Batch, Loader
 from featkd.evaluation import EvaluationError, evaluate, knn_predict
-from featkd.losses import DistillationTerms
 from featkd.models.features import POOLED, FeatureModel, Layer
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.names import plural
@@ -23,10 +20,9 @@ from featkd.train.student_forward import create_student_forward
 from featkd.train.teacher import Teacher, begin_graph_step
 
 if TYPE_CHECKING:
-    from featkd.train.components import RunComponents
+    from featkd.train.trainer import Trainer
 
 Scores = dict[str, float]
-Terms = Callable[[nn.Module, Batch, TeacherOutputs], DistillationTerms]
 _LOSSES = {
     "loss": "total",
     "logits_loss": "logits",
@@ -57,21 +53,8 @@ def describe_validation(
     return f"{text} ({'; '.join(missing)})" if missing else text
 
 
-def validate(
-    recipe: Recipe,
-    components: RunComponents,
-    context: ProcessContext,
-    autocast: Callable[[], AbstractContextManager[object]],
-    terms: Terms,
-) -> dict[str, Scores]:
+def validate(trainer: Trainer) -> dict[str, Scores]:
     """Scores the student's weights and their average; all processes must call it.
-
-    Args:
-        recipe: the run.
-        components: its components.
-        context: this process.
-        autocast: returns the precision context.
-        terms: loss terms of a student's forward module on a batch, for a run without labels.
 
     Returns:
         Weights ("model", "ema") -> scores, with the number of "images". With labels "top1", "top5"
@@ -81,21 +64,24 @@ def validate(
     Raises:
         EvaluationError: no image could be read.
     """
+    components, context = trainer.components, trainer.context
     models: dict[str, FeatureModel] = {"model": components.student}
     if components.ema is not None:
         models["ema"] = components.ema.module
-    projectors = cast("list[FeatureModel]", [*components.projectors.values()])
-    with gathered([*models.values(), *projectors]):
-        knn = _Knn(models) if computes_knn(recipe, components.val_loader) else None
-        if recipe.data.labels == "none":
-            return _validate_unlabelled(recipe, components, context, models, knn, autocast, terms)
-        loader = components.val_loader
-        if knn is None:
-            found = evaluate(models, loader, context.device, autocast)
-            return {name: {**vars(scores)} for name, scores in found.items()}
-        found = evaluate(knn.models, knn.watched(loader), context.device, autocast)
-        top1 = knn.top1(len(loader.classes), context)
-    return {name: {**vars(scores), "knn_top1": top1[name]} for name, scores in found.items()}
+    modules = cast("list[nn.Module]", [*models.values(), *components.projectors.values()])
+    with gathered(modules):
+        loader: Iterable[Batch] = components.val_loader
+        knn = _Knn(models) if computes_knn(trainer.recipe, components.val_loader) else None
+        if knn is not None:
+            models, loader = knn.models, knn.watched(loader)
+        if trainer.recipe.data.labels == "none":
+            return _validate_unlabelled(trainer, models, loader, knn)
+        found = evaluate(models, loader, context.device, trainer.autocast)
+        scores = {name: {**vars(each)} for name, each in found.items()}
+        if knn is not None:
+            for name, top1 in knn.top1(len(components.val_loader.classes), context).items():
+                scores[name]["knn_top1"] = top1
+    return scores
 
 
 def computes_knn(recipe: Recipe, loader: Loader) -> bool:
@@ -104,46 +90,39 @@ def computes_knn(recipe: Recipe, loader: Loader) -> bool:
 
 
 def _validate_unlabelled(
-    recipe: Recipe,
-    components: RunComponents,
-    context: ProcessContext,
-    models: Mapping[str, FeatureModel],
-    knn: _Knn | None,
-    autocast: Callable[[], AbstractContextManager[object]],
-    terms: Terms,
+    trainer: Trainer, models: Mapping[str, FeatureModel], loader: Iterable[Batch], knn: _Knn | None
 ) -> dict[str, Scores]:
+    components, context = trainer.components, trainer.context
     teacher = components.teacher if isinstance(components.teacher, Teacher) else None
     if teacher is None and knn is None:
         return {}
-    batches: Iterable[Batch] = components.val_loader
-    if knn is not None:
-        models, batches = knn.models, knn.watched(batches)
-    forwards = {
-        name: create_student_forward(recipe, model, components.pairs, components.projectors)
-        for name, model in models.items()
-    }
+    forwards = [
+        create_student_forward(trainer.recipe, model, components.pairs, components.projectors)
+        for model in models.values()
+    ]
     sums = torch.zeros(len(models), len(_LOSSES), dtype=torch.float64, device=context.device)
     count = torch.zeros((), dtype=torch.float64, device=context.device)
-    modes = {name: model.training for name, model in models.items()}
+    modes = [model.training for model in models.values()]
     for model in models.values():
         model.eval()
     with torch.no_grad():
-        for batch in batches:
+        for batch in loader:
             size = len(batch.targets)
             count += size
             if teacher is not None:
                 begin_graph_step(context.device)
                 outputs = teacher.outputs(batch)
-                for number, forward in enumerate(forwards.values()):
-                    found = terms(forward, batch, outputs)
-                    losses = [getattr(found, term) for term in _LOSSES.values()]
+                for number, forward in enumerate(forwards):
+                    student = trainer.student_forward(batch.images, outputs, forward)
+                    terms = trainer.compute_loss(student, batch.targets, outputs)
+                    losses = [getattr(terms, term) for term in _LOSSES.values()]
                     sums[number] += size * torch.stack(losses).double()
             else:
                 for model in models.values():
-                    with autocast():
+                    with trainer.autocast():
                         model.forward_maps(batch.images, [])
-    for name, model in models.items():
-        model.train(modes[name])
+    for model, mode in zip(models.values(), modes, strict=True):
+        model.train(mode)
     images_seen = int(context.sum(count).item())
     if images_seen == 0:
         raise EvaluationError("evaluation: none of the images could be read")

@@ -128,16 +128,13 @@ def build_cache(
         shapes = output_shapes("teacher", model, every, recipe, context)
         own = output_shapes("student", student, pairs.student, recipe, context)
         tokens = _stored_tokens(pairs, own, shapes, notes)
-        fitted = shapes.resized([tokens[layer] for layer in every]).of(compared.teacher)
+        shapes = shapes.resized([tokens[layer] for layer in every])
+        fitted = shapes.of(compared.teacher)
         check_fit(recipe, num_layers(student), own.of(compared.student), fitted, notes)
         del student
         layers = every if stores_maps else pooled
         teacher = Teacher(
-            *(model, recipe, context),
-            logits=True,
-            adapter=adapter,
-            shapes=shapes.of(layers),
-            tokens=[tokens[layer] for layer in layers],
+            *(model, recipe, context), logits=True, adapter=adapter, shapes=shapes.of(layers)
         )
         manifest = Manifest(
             subject=cache_subject(recipe, loader, context),

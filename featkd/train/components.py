@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -124,8 +125,16 @@ def build(
     """
     check_installed(recipe.log.trackers)  # first, because building takes long
     notes: list[str] = []
-    train_loader = _loader(recipe, context, "train", cache_views(recipe))
-    val_loader = _loader(recipe, context, "val")
+    load = partial(
+        build_loader,
+        recipe.data,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        rank=context.rank,
+        world_size=context.world_size,
+        device=context.device,
+    )
+    train_loader, val_loader = load(split="train", views=cache_views(recipe)), load(split="val")
     notes += {loader.note: None for loader in (train_loader, val_loader) if loader.note}
     try:
         num_classes = count_classes(recipe, train_loader.classes, notes, strict=strict_classes)
@@ -144,8 +153,12 @@ def build(
             check_fit(recipe, num_layers(student), shapes, teacher.shapes, notes)
             maps = shapes.maps, teacher.shapes.maps
             projectors = create_projectors(recipe, student, *maps, context.device, notes)
-        notes += _precision_notes(recipe, context.device)
-
+        dtype = AMP_DTYPES.get(recipe.amp)
+        if dtype is not None and (speedup := product_speedup(dtype, context.device)) < 0.9:
+            notes.append(
+                f"amp: a matrix product in {recipe.amp} takes {1 / speedup:.1f} times as long as "
+                "in float32 on this device (measured); --amp off is faster"
+            )
         updates_per_epoch = len(train_loader) // recipe.optim.accumulate
         if updates_per_epoch == 0:
             raise RecipeError(
@@ -157,7 +170,10 @@ def build(
         sharded = recipe.distributed == "fsdp" and context.world_size > 1
         if recipe.distributed == "fsdp" and not sharded:
             notes.append("distributed: fsdp has no effect on a run of one process")
-        ema = _average(recipe, student, sharded)
+        ema = None
+        if recipe.ema_decay is not None:
+            # timm averages buffers and parameters together, which are of two kinds when sharded.
+            ema = ModelEmaV3(student, decay=recipe.ema_decay, exclude_buffers=sharded)
         student_forward = create_student_forward(recipe, student, pairs, projectors)
         if frozen := freeze_unreached(recipe, student, pairs, context.device):
             notes.append(
@@ -207,21 +223,6 @@ def build(
     )
 
 
-def _loader(
-    recipe: Recipe, context: ProcessContext, split: str, views: int | None = None
-) -> Loader:
-    return build_loader(
-        recipe.data,
-        split="train" if split == "train" else "val",
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
-        rank=context.rank,
-        world_size=context.world_size,
-        device=context.device,
-        views=views,
-    )
-
-
 def _open_teacher(
     recipe: Recipe,
     num_classes: int | None,
@@ -263,23 +264,10 @@ def _teacher(
         return CachedTeacher(source, pairs.teacher, context.device, names), pairs, own
     model, adapter = source
     shapes = output_shapes("teacher", model, pairs.teacher, recipe, context)
-    tokens = matched_tokens(own.maps, shapes.maps, notes)
+    shapes = shapes.resized(matched_tokens(own.maps, shapes.maps, notes))
     logits = recipe.loss.alpha > 0
-    teacher = Teacher(
-        *(model, recipe, context), logits=logits, adapter=adapter, shapes=shapes, tokens=tokens
-    )
+    teacher = Teacher(model, recipe, context, logits=logits, adapter=adapter, shapes=shapes)
     return teacher, pairs, own
-
-
-def _precision_notes(recipe: Recipe, device: torch.device) -> list[str]:
-    """Notes on a precision that is slower than float32 on this device."""
-    dtype = AMP_DTYPES.get(recipe.amp)
-    if dtype is None or (speedup := product_speedup(dtype, device)) >= 0.9:
-        return []
-    return [
-        f"amp: a matrix product in {recipe.amp} takes {1 / speedup:.1f} times as long as in "
-        "float32 on this device (measured); --amp off is faster"
-    ]
 
 
 def unfuse_attention(student: nn.Module, context: ProcessContext) -> None:
@@ -293,13 +281,6 @@ def unfuse_attention(student: nn.Module, context: ProcessContext) -> None:
         for module in student.modules():
             if isinstance(getattr(module, "fused_attn", None), bool):
                 module.fused_attn = False  # type: ignore[assignment]
-
-
-def _average(recipe: Recipe, student: FeatureModel, sharded: bool) -> Any:
-    if recipe.ema_decay is None:
-        return None
-    # timm averages buffers and parameters together, which are of two kinds in a sharded model.
-    return ModelEmaV3(student, decay=recipe.ema_decay, exclude_buffers=sharded)
 
 
 def _loss(recipe: Recipe, student: FeatureModel, pairs: LayerPairs) -> DistillationLoss:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -142,7 +142,14 @@ def _images(
         **{key: value for key, value in recipe.items() if key in known}
         | {"img_size": record["input_size"][-1], "mean": record["mean"], "std": record["std"]}
     )
-    transform, wanted = build_transform(config), range(count)
+    transform = build_transform(config)
+
+    def load(files: Any, read: Callable[[Any], tuple[bytes, str]]) -> Tensor:
+        """Images spread evenly over the files, as many as there are."""
+        number = min(count, len(files))
+        chosen = (files[i * len(files) // number] for i in range(number))
+        return torch.stack([transform(decode_image(*read(file))) for file in chosen])
+
     if folder is not None:
         if not os.path.isdir(folder):
             raise FileNotFoundError(f"data: expected a folder of images, got {folder}")
@@ -154,23 +161,19 @@ def _images(
                 "none"
             )
         files.sort()
-        names = [files[i * len(files) // count] for i in wanted[: len(files)]]
-        found = [transform(decode_image(read_file(name), name)) for name in names]
-        return torch.stack(found), os.fspath(folder), []
+        return load(files, lambda name: (read_file(name), name)), os.fspath(folder), []
     try:
         source = open_source(config, "val")
     except (FileNotFoundError, ValueError, *DATA_ERRORS) as error:
         random = torch.randn(count, *record["input_size"], generator=torch.Generator())
         return random, "random", [f"compared on random images; --data DIR names others: {error}"]
-    indices = [i * len(source) // count for i in wanted[: len(source)]]
-    found = [transform(decode_image(source.read(i)[0], source.name(i))) for i in indices]
-    return torch.stack(found), source.folder, []
+    found = load(range(len(source)), lambda i: (source.read(i)[0], source.name(i)))
+    return found, source.folder, []
 
 
 def _scores(state: Mapping[str, Any], chosen: str) -> dict[str, float]:
     """Scores of the chosen weights; empty if this checkpoint was not evaluated."""
-    found: Mapping[str, float] = state["scores"].get(chosen.replace("model_ema", "ema"), {})
-    return dict(found)
+    return dict(state["scores"].get(chosen.replace("model_ema", "ema"), {}))
 
 
 def card_fields(
@@ -198,6 +201,7 @@ def card_fields(
     count = sum(p.numel() for p in student.parameters())
     path = recipe["data"].get("path") or NOT_GIVEN
     channels, height, across = record["input_size"]
+    mean, std = (", ".join(f"{x:g}" for x in record[name]) for name in ("mean", "std"))
     ema = f"exponential average over the updates (decay {recipe.get('ema_decay')})"
     batch = recipe["batch_size"] * state["world_size"] * optim["accumulate"]
     lr = f"{optim.get('lr', NOT_GIVEN)} per {optim.get('lr_batch', NOT_GIVEN)} images"
@@ -212,7 +216,7 @@ def card_fields(
             "parameters": f"{count:,}",
             "input": f"{channels} x {height} x {across}",
             "preprocessing": f"central crop {record['crop_pct']}, {record['interpolation']}, mean "
-            f"{_numbers(record['mean'])}, std {_numbers(record['std'])}",
+            f"{mean}, std {std}",
             "output": f"logits of {plural(state['num_classes'], 'class')}: {listed(classes)}"
             if state["num_classes"]
             else f"features, {plural(cast(Any, student).num_features, 'channel')}",
@@ -245,11 +249,7 @@ _SCORES = {
 def _described_teacher(teacher: Mapping[str, Any] | None) -> str:
     if teacher is None:
         return "none"
-    if teacher.get("checkpoint"):
-        return f"{teacher['name']}, weights {teacher['checkpoint']}"
-    pretrained = "timm's weights" if teacher.get("pretrained") else "random weights"
-    return f"{teacher['name']}, {pretrained}"
-
-
-def _numbers(values: Any) -> str:
-    return ", ".join(f"{value:g}" for value in values)
+    weights = "timm's weights" if teacher.get("pretrained") else "random weights"
+    if file := teacher.get("checkpoint"):
+        weights = f"weights {file}"
+    return f"{teacher['name']}, {weights}"

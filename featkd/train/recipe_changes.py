@@ -82,18 +82,14 @@ def changed_fields(saved: dict[str, Any], recipe: Recipe) -> list[str]:
 
 
 def _changes(saved: dict[str, Any], recipe: Recipe) -> list[_Change]:
-    _move_pretrained(saved["student"])
+    student = saved["student"]
+    if "pretrained" in student["options"]:  # its place in earlier versions
+        student["pretrained"] = bool(student["options"].pop("pretrained"))
     # Fields that the version that saved it did not have had their present defaults.
     before = _filled(saved, to_dict(Recipe()))
     if before["teacher"] is not None:
         before["teacher"] = _filled(before["teacher"], dataclasses.asdict(TeacherConfig()))
     return [c for c in _differences(before, to_dict(recipe)) if not c.is_below(_SILENT)]
-
-
-def _move_pretrained(student: dict[str, Any]) -> None:
-    """Moves `options.pretrained` of earlier versions to the field `pretrained`."""
-    if "pretrained" in student["options"]:
-        student["pretrained"] = bool(student["options"].pop("pretrained"))
 
 
 def another_experiment(path: Location, changes: list[str]) -> RecipeError:

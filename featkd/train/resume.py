@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from featkd.data import Loader
 from featkd.data.augment import AUGMENTATION_VERSION
 from featkd.models.weights import load_strictly
 from featkd.runtime.distributed import ProcessContext
@@ -140,8 +141,12 @@ def restore(
             f"{path}: was trained on other classes ({listed(state['classes'], 5)}) "
             f"than the class folders ({listed(components.train_loader.classes, 5)})"
         )
-    images = _image_changes(state, components)
-    _restore_position(path, state, components, recipe)
+    images, loader = [], components.train_loader
+    before, now = state["loader"]["num_images"], loader.num_samples
+    if before != now:
+        per_epoch = f"{components.updates_per_epoch} updates per epoch"
+        images = [f"training images: {before} -> {now} ({per_epoch})"]
+    _restore_position(path, state, loader, recipe.optim.accumulate)
     if images and not force:
         raise another_experiment(path, images)
     _load_weights(path, cast(nn.Module, components.student), state["model"])
@@ -151,13 +156,7 @@ def restore(
     _restore_optimizer(path, state, components.optimizer, recipe)
     if state["scaler"]:  # empty without loss scaling
         components.scaler.load_state_dict(state["scaler"])
-    changed = [
-        *changed,
-        *images,
-        *_loader_changes(state, components, recipe),
-        *_process_changes(state, components, recipe, world_size),
-    ]
-    return state, changed
+    return state, [*changed, *images, *_other_changes(state, components, recipe, world_size)]
 
 
 def _load_weights(path: Location, model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -210,34 +209,29 @@ def _restore_optimizer(
             f"resumed run can't turn weight decay on or off; expected "
             f"{'0' if before['weight_decay'] == 0 else 'more than 0'}"
         )
-    recipe_options = [
-        {name: group[name] for name in _RECIPE_OPTIONS if name in group}
-        for group in optimizer.param_groups
-    ]
     fault = find_optimizer_fault(optimizer, state["optimizer"])
     if fault is not None:
         raise CheckpointError(f"{path}: damaged: {fault}")
-    expected = [set(group) for group in optimizer.param_groups]
+    groups = [dict(group) for group in optimizer.param_groups]
     shard_optimizer_state(optimizer, state["optimizer"])
     optimizer.load_state_dict(state["optimizer"])
-    for number, (names, group) in enumerate(zip(expected, optimizer.param_groups, strict=True)):
-        if missing := sorted(names - set(group)):
+    for number, (own, group) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+        if missing := sorted(own.keys() - group.keys()):
             raise CheckpointError(
                 f"{path}: damaged: has no entry optimizer.param_groups.{number}.{missing[0]}"
             )
-    for group, options in zip(optimizer.param_groups, recipe_options, strict=True):
-        group.update(options)
+        group.update((name, own[name]) for name in _RECIPE_OPTIONS if name in own)
 
 
 def _restore_position(
-    path: Location, state: dict[str, Any], components: RunComponents, recipe: Recipe
+    path: Location, state: dict[str, Any], loader: Loader, accumulate: int
 ) -> None:
-    loader = components.train_loader
+    """Restores the loader's position, which within an epoch must follow a whole update."""
     try:
         loader.load_state_dict(state["loader"])
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    batch, accumulate = loader.state_dict()["batch"], recipe.optim.accumulate
+    batch = loader.state_dict()["batch"]
     if batch % accumulate:
         raise CheckpointError(
             f"{path}: was saved within an epoch, after {batch} micro-batches of the present size, "
@@ -246,18 +240,10 @@ def _restore_position(
         )
 
 
-def _image_changes(state: dict[str, Any], components: RunComponents) -> list[str]:
-    """Note on a changed number of training images; the loader refuses it within an epoch."""
-    before, now = state["loader"]["num_images"], components.train_loader.num_samples
-    if before == now:
-        return []
-    return [
-        f"training images: {before} -> {now} ({components.updates_per_epoch} updates per epoch)"
-    ]
-
-
-def _loader_changes(state: dict[str, Any], components: RunComponents, recipe: Recipe) -> list[str]:
-    """Notes on another image loader, which `data.backend: auto` may choose, and other draws."""
+def _other_changes(
+    state: dict[str, Any], components: RunComponents, recipe: Recipe, world_size: int
+) -> list[str]:
+    """Notes on another image loader (of `data.backend: auto`), other draws, other processes."""
     notes = []
     now = components.train_loader.decoder
     before = state.get("pixels", now)  # absent in earlier versions
@@ -270,16 +256,8 @@ def _loader_changes(state: dict[str, Any], components: RunComponents, recipe: Re
             "(the same images in the same order, with other crops, flips, operations and erased "
             "boxes)"
         )
-    return notes
-
-
-def _process_changes(
-    state: dict[str, Any], components: RunComponents, recipe: Recipe, world_size: int
-) -> list[str]:
-    """Note on a changed number of processes."""
-    before = state["world_size"]
-    if before == world_size:
-        return []
+    if (before := state["world_size"]) == world_size:
+        return notes
     batch = state["recipe"]["batch_size"] * before * state["recipe"]["optim"]["accumulate"]
     if batch == components.global_batch:
         draws = "drop-path and mixing draws" if recipe.data.augment.mixes else "drop-path draws"
@@ -290,4 +268,4 @@ def _process_changes(
             f"{peak_lr(recipe, batch):.3g} -> {peak_lr(recipe, components.global_batch):.3g}, "
             f"{components.updates_per_epoch} updates per epoch"
         )
-    return [f"processes: {before} -> {world_size} ({what})"]
+    return [*notes, f"processes: {before} -> {world_size} ({what})"]

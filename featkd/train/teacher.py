@@ -46,8 +46,8 @@ class Teacher(nn.Module):
         context: this process.
         logits: whether to compute logits; without them, nothing runs after the deepest layer.
         adapter: maps the student's images to the teacher's; None if they are the same.
-        shapes: the model's output shapes with the maps that are returned, in this order.
-        tokens: number of tokens to which each map is resized.
+        shapes: output shapes with the maps that are returned, in this order; each map is resized
+            to its number of tokens.
     """
 
     def __init__(
@@ -59,13 +59,12 @@ class Teacher(nn.Module):
         logits: bool,
         adapter: ImageAdapter | None,
         shapes: OutputShapes,
-        tokens: Sequence[int],
     ) -> None:
         super().__init__()
         self.model = model
         self.layers = tuple(shape.layer for shape in shapes.maps)
-        self.shapes = shapes.resized(tokens)
-        self._tokens = tuple(tokens)
+        self.shapes = shapes
+        self._tokens = tuple(shape.tokens for shape in shapes.maps)
         self._logits = logits
         self._adapter = adapter
         self._amp = recipe.amp
@@ -80,11 +79,10 @@ class Teacher(nn.Module):
         """Logits and feature maps of a batch of the student's images."""
         if self._adapter is not None:
             images = self._adapter(images)
-        logits = None
         if self._logits:
             logits, maps = self.model.forward_with_features(images, self.layers)
         else:
-            maps = self.model.forward_maps(images, self.layers)
+            logits, maps = None, self.model.forward_maps(images, self.layers)
         return logits, [
             x if x.shape[1] == tokens else resize_map(x, math.isqrt(tokens))
             for x, tokens in zip(maps, self._tokens, strict=True)

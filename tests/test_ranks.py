@@ -23,7 +23,7 @@ from featkd.train.logs import read_csv
 from featkd.train.recipe_file import load_recipe
 from featkd.train.trainer import Trainer
 from tests.forking import Forked, Server
-from tests.train.runs import CPU, same_weights
+from tests.train.runs import CPU, changed, same_weights
 
 EQUAL = ("--student.options.drop_path_rate", 0, "--data.augment.random_erasing", 0)
 
@@ -70,7 +70,7 @@ def test_each_rank_mixes_its_images_with_its_own_draws(recipe_file, server, tmp_
     found = float(read_csv(Path(recipe.out) / "metrics.csv")[0]["loss"])
     recipe.student.options["drop_path_rate"] = 0.0
     augment = replace(recipe.data.augment, mixup=0.8, cutmix=1.0, random_erasing=0.0)
-    trainer = Trainer(replace(recipe, data=replace(recipe.data, augment=augment)), CPU)
+    trainer = Trainer(changed(recipe, data=dict(augment=augment)), CPU)
 
     def loss(rank: int, drawn_by: int) -> float:
         loader = build_loader(

@@ -22,7 +22,7 @@ from featkd.train.logs import read_csv
 from featkd.train.recipe import PooledConfig, Recipe, RecipeError
 from featkd.train.recipe_file import load_recipe
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, NOTHING_DRAWN, column, run, same_weights
+from tests.train.runs import CPU, NOTHING_DRAWN, changed, column, interrupt, run, same_weights
 
 EXACT = {"views": 2, "shard_rows": 16, "logits_top": "all", "features": "full", "store": "fp32"}
 
@@ -45,12 +45,12 @@ def test_an_exact_cache_gives_the_losses_and_weights_bit_for_bit(
     recipe, tmp_path, arch, repeats, amp
 ):
     augment = replace(recipe.data.augment, repeats=repeats)
-    recipe = replace(
+    recipe = changed(
         recipe,
         amp=amp,
-        student=replace(recipe.student, arch=arch),
-        data=replace(recipe.data, augment=augment),
-        loss=replace(recipe.loss, pairs=[(-1, -1)] if arch == "lift" else [(0, -1), (1, 0)]),
+        student=dict(arch=arch),
+        data=dict(augment=augment),
+        loss=dict(pairs=[(-1, -1)] if arch == "lift" else [(0, -1), (1, 0)]),
     )
     cached = with_cache(recipe, tmp_path / "cache")
     run(recipe)
@@ -183,22 +183,12 @@ def test_a_cached_run_on_two_processes_has_the_losses_of_the_teachers(
 
 def test_a_cached_run_resumes_within_an_epoch(recipe, tmp_path):
     """Under cache_epochs: cycle, in the second epoch on the only view."""
-    recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, every_updates=4))
+    recipe = changed(recipe, checkpoint=dict(every_updates=4))
     cached = with_cache(recipe, tmp_path / "cache", views=1)
     whole = replace(cached, cache_epochs="cycle", out=str(tmp_path / "whole"))
     run(whole)
     broken = replace(whole, out=str(tmp_path / "broken"))
-    trainer = Trainer(broken, CPU)
-    step, left = trainer.step, iter(range(9))
-
-    def stop(batches):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return step(batches)
-
-    trainer.step = stop  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run(quiet=True)
+    interrupt(Trainer(broken, CPU), 9)
     run(broken)
     assert column(broken, "loss") == column(whole, "loss")
     assert same_weights(Path(broken.out) / "last.pt", Path(whole.out) / "last.pt")
@@ -234,9 +224,7 @@ def test_a_run_needs_only_its_own_views(recipe, tmp_path):
     (tmp_path / "cache" / "view-00002" / "shard-00001.safetensors").unlink()
     assert Trainer(cached, CPU).run(quiet=True).updates == 12
     for epochs, policy in ((3, "error"), (4, "cycle")):
-        longer = replace(
-            cached, optim=replace(cached.optim, epochs=epochs), cache_epochs=policy, out="nowhere"
-        )
+        longer = changed(cached, optim=dict(epochs=epochs), cache_epochs=policy, out="nowhere")
         with pytest.raises(CacheError, match=r"1 of the 9 shards .* view-00002/shard-00001"):
             Trainer(longer, CPU)
 
@@ -244,7 +232,7 @@ def test_a_run_needs_only_its_own_views(recipe, tmp_path):
 def test_an_epoch_in_another_order_is_refused(recipe, tmp_path):
     """Within an epoch, from a run without views to one that repeats the order of view 0."""
     augment = replace(recipe.data.augment, repeats=3)
-    recipe = replace(recipe, data=replace(recipe.data, augment=augment))
+    recipe = changed(recipe, data=dict(augment=augment))
     cached = replace(with_cache(recipe, tmp_path / "cache", views=1), cache_epochs="cycle")
     plain, other = (Trainer(x, CPU).components.train_loader for x in (recipe, cached))
     for epoch in (0, 1):
@@ -259,16 +247,16 @@ def test_an_epoch_in_another_order_is_refused(recipe, tmp_path):
 def test_a_cache_of_something_else_is_refused_by_every_field(recipe, images, tmp_path, monkeypatch):
     checkpoint = tmp_path / "teacher" / "last.pt"
     run(
-        replace(
+        changed(
             recipe,
             out=str(checkpoint.parent),
             teacher=None,
-            student=replace(recipe.student, arch="plain", options=recipe.teacher.options),
-            loss=replace(recipe.loss, alpha=0, feature=None),
-            optim=replace(recipe.optim, epochs=1, warmup_epochs=0),
+            student=dict(arch="plain", options=recipe.teacher.options),
+            loss=dict(alpha=0, feature=None),
+            optim=dict(epochs=1, warmup_epochs=0),
         )
     )
-    recipe = replace(recipe, teacher=replace(recipe.teacher, checkpoint=str(checkpoint)))
+    recipe = changed(recipe, teacher=dict(checkpoint=str(checkpoint)))
     cached = with_cache(recipe, tmp_path / "cache")
 
     def refused(other: Recipe, message: str) -> None:
@@ -356,7 +344,7 @@ def test_a_cache_of_earlier_draws_fits_only_where_nothing_is_drawn(recipe, tmp_p
     """Version 1 drew the augmentation otherwise, and pixels without augmentation alike."""
     caches = []
     for name, augment in (("drawn", recipe.data.augment), ("fixed", NOTHING_DRAWN)):
-        one = replace(recipe, data=replace(recipe.data, augment=augment))
+        one = changed(recipe, data=dict(augment=augment))
         with monkeypatch.context() as patch:
             patch.setattr("featkd.train.cached_teacher.AUGMENTATION_VERSION", 1)
             caches.append(with_cache(one, tmp_path / name, views=1))
@@ -390,20 +378,20 @@ def test_versions_of_everything_that_determines_the_pixels(monkeypatch):
 
 def test_a_cache_without_the_needed_layers_is_refused(recipe, tmp_path):
     cached = with_cache(recipe, tmp_path / "cache")
-    other = replace(cached, loss=replace(cached.loss, pairs=[(-1, 0)]))
+    other = changed(cached, loss=dict(pairs=[(-1, 0)]))
     with pytest.raises(
         RecipeError, match=r"maps of layers \[1\] of the teacher's 2, .* needs \[0\]"
     ):
         Trainer(other, CPU)
-    wrong = replace(cached, student=replace(cached.student, teacher_dim=48))
+    wrong = changed(cached, student=dict(teacher_dim=48))
     with pytest.raises(
         RecipeError, match=r"student.teacher_dim: 48, but the teacher's layer 1 has 24"
     ):
         Trainer(wrong, CPU)
-    alone = replace(cached, loss=replace(cached.loss, feature=None), teacher=cached.teacher)
+    alone = changed(cached, loss=dict(feature=None), teacher=cached.teacher)
     assert Trainer(alone, CPU).components.teacher.shapes.maps == ()
     with pytest.raises(RecipeError, match=r"cache: .* teacher is null"):
-        replace(cached, loss=replace(cached.loss, alpha=0, feature=None), teacher=None)
+        changed(cached, loss=dict(alpha=0, feature=None), teacher=None)
     with pytest.raises(RecipeError, match="cache: expected a folder on this machine"):
         replace(cached, cache="s3://bucket/cache")
     with pytest.raises(CacheError, match="nowhere: not a featkd cache"):
@@ -432,7 +420,7 @@ def test_a_batch_past_the_end_of_a_view_is_refused(recipe, tmp_path, monkeypatch
     images = tmp_path / "images"
     shutil.copytree(recipe.data.path, images)
     shutil.copy(images / "train" / "red" / "0.png", images / "train" / "red" / "more.png")
-    odd = replace(recipe, data=replace(recipe.data, path=str(images)), batch_size=5)
+    odd = changed(recipe, data=dict(path=str(images)), batch_size=5)
     cached = with_cache(odd, tmp_path / "cache")
     monkeypatch.setattr(ProcessContext, "broadcast", lambda _, value: value)
     with pytest.raises(
@@ -445,7 +433,7 @@ def test_a_batch_past_the_end_of_a_view_is_refused(recipe, tmp_path, monkeypatch
     ("top", "tau", "noted"), [(1, 2.0, True), (1, 1.0, False), ("all", 2.0, False)]
 )
 def test_a_temperature_with_few_stored_logits_is_noted(recipe, tmp_path, top, tau, noted):
-    recipe = replace(recipe, loss=replace(recipe.loss, tau=tau))
+    recipe = changed(recipe, loss=dict(tau=tau))
     cached = with_cache(recipe, tmp_path / "cache", logits_top=top)
     notes = build(cached, CPU).notes
     assert any("keeps 1 of 3 classes" in note and "loss.tau 2" in note for note in notes) == noted

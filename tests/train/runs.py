@@ -2,27 +2,71 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
+from sklearn.model_selection import LeaveOneOut, cross_val_predict
+from sklearn.neighbors import KNeighborsClassifier
 
 from featkd.data import AugmentConfig
 from featkd.runtime.distributed import ProcessContext
 from featkd.train.checkpoint import load
 from featkd.train.logs import RunLog, read_csv
 from featkd.train.outcome import Outcome
-from featkd.train.recipe import Recipe, to_dict
+from featkd.train.recipe import LossConfig, Recipe, StudentConfig, to_dict
 from featkd.train.trainer import Trainer
 
 CPU = ProcessContext(0, 1, torch.device("cpu"))
+ONE_EPOCH = {"epochs": 1, "warmup_epochs": 0}
 NOTHING_DRAWN = AugmentConfig(
     rand_augment=None, scale=(1, 1), ratio=(1, 1), hflip=0, random_erasing=0, repeats=1
 )
 
 
+def changed(config: Any, **fields: Any) -> Any:
+    """Copies a recipe or a section of it with other fields; a dict changes fields of a section."""
+    for name, value in fields.items():
+        section = getattr(config, name)
+        if isinstance(value, dict) and is_dataclass(section):
+            fields[name] = changed(section, **value)
+    return replace(config, **fields)
+
+
 def run(recipe: Recipe, resume: str = "auto") -> Outcome:
     return Trainer(recipe, CPU).run(resume, quiet=True)
+
+
+def interrupt(trainer: Trainer, updates: int) -> None:
+    """Runs some updates, and ends by an error in the next one."""
+    step, left = trainer.step, iter(range(updates))
+
+    def stop(batches: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return step(batches)
+
+    trainer.step = stop  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(quiet=True)
+
+
+def train_teacher(recipe: Recipe, **fields: Any) -> str:
+    """Trains the model of a recipe's teacher for one epoch; returns its checkpoint."""
+    student = StudentConfig(base=recipe.teacher.name, options=dict(recipe.teacher.options))
+    teacher = {"out": recipe.out + "-teacher", "teacher": None, "loss": LossConfig()}
+    run(changed(recipe, **teacher, student=student, optim=ONE_EPOCH, **fields))
+    return f"{recipe.out}-teacher/last.pt"
+
+
+def copy_images(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe on a copy of its images."""
+    shutil.copytree(recipe.data.path, folder)
+    return changed(recipe, data=dict(path=str(folder)))
 
 
 def save(trainer: Trainer, **options: Any) -> None:
@@ -39,6 +83,15 @@ def column(recipe: Recipe, name: str) -> list[str]:
 def same_weights(one: Path, other: Path) -> bool:
     a, b = load(one)["model"], load(other)["model"]
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def knn_accuracy(features: torch.Tensor, labels: torch.Tensor) -> float:
+    """Leave-one-out accuracy of 11 neighbours in per cent, by scikit-learn."""
+    knn = KNeighborsClassifier(
+        11, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07), algorithm="brute"
+    )
+    bank, truth = features.double().numpy(), labels.numpy()
+    return 100 * float((cross_val_predict(knn, bank, truth, cv=LeaveOneOut()) == truth).mean())
 
 
 def empty_state(**changes: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import featkd
 from featkd.ops import backends
 from featkd.train.recipe import Recipe
 from tests.kernels.conftest import cache, executing  # noqa: F401
-from tests.train.runs import column, run
+from tests.train.runs import changed, column, run
 
 UPDATES = 12
 
@@ -32,12 +32,7 @@ def losses(recipe: Recipe) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize(("arch", "metric"), [("widelast", "spectral"), ("lift", "mse")])
 def test_the_kernels_train_as_the_reference_does(recipe, arch, metric, ran):
-    recipe = replace(
-        recipe,
-        student=replace(recipe.student, arch=arch),
-        loss=replace(recipe.loss, feature=metric),
-        ema_decay=None,
-    )
+    recipe = changed(recipe, student=dict(arch=arch), loss=dict(feature=metric), ema_decay=None)
     with executing(check=False) as executed, featkd.use_backend("triton"):
         fused = losses(recipe)
     # a Lift student computes the loss with its pooled map

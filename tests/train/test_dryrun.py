@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import pytest
 
 from featkd.models import create_student
 from featkd.train.dryrun import dry_run, forward_macs
-from tests.train.runs import CPU
+from tests.train.runs import CPU, changed
 
 
 @pytest.mark.parametrize(
@@ -22,8 +21,8 @@ def test_forward_macs_are_the_published_ones(arch, published):
 
 
 def test_a_dry_run_needs_no_weights_of_the_teacher(recipe):
-    recipe = replace(recipe, teacher=replace(recipe.teacher, random=False, img_size=20))
-    recipe = replace(recipe, optim=replace(recipe.optim, epochs=1, warmup_epochs=0))
+    recipe = changed(recipe, teacher=dict(random=False, img_size=20))
+    recipe = changed(recipe, optim=dict(epochs=1, warmup_epochs=0))
     report = dry_run(recipe, CPU)
     assert re.findall(r"(?<!\.)\b1 (?!x )[a-z]+s\b", report.replace("1 process ", "")) == []
     assert "its images are resized from 16 to 20 pixels" in report

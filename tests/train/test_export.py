@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from featkd.cli.main import main
 from featkd.train.export import without_places
 from featkd.train.trained import load_trained
 from tests.conftest import CLASSES
-from tests.train.runs import run
+from tests.train.runs import changed, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,14 +69,14 @@ np.savez(f"{root}/found.npz", **found)
 def three_updates(recipe, arch="lift"):
     """Trains a student; returns its checkpoint."""
     run(
-        replace(
+        changed(
             recipe,
             out=f"{recipe.out}-{arch}",
             batch_size=16,
-            student=replace(recipe.student, arch=arch),
-            optim=replace(recipe.optim, epochs=1, warmup_epochs=0),
+            student=dict(arch=arch),
+            optim=dict(epochs=1, warmup_epochs=0),
             # a plain student's map has another width than the teacher's
-            loss=replace(recipe.loss, feature=None if arch == "plain" else "mse"),
+            loss=dict(feature=None if arch == "plain" else "mse"),
         )
     )
     return f"{recipe.out}-{arch}/last.pt"
@@ -192,7 +191,7 @@ def test_the_weights_asked_for_are_exported(trained, tmp_path):
     assert not torch.equal(*logits)
 
 
-def changed(path, **changes):
+def edited(path, **changes):
     """Changes entries of a checkpoint."""
     state = torch.load(path, weights_only=True)
     torch.save({**state, **changes}, path)
@@ -205,7 +204,7 @@ def test_images_to_compare_on(trained, images, tmp_path, capsys):
     assert f"on 3 images of {images / 'train'}\n" in capsys.readouterr().out
     recipe = torch.load(trained, weights_only=True)["recipe"]
     recipe["data"]["path"] = str(tmp_path / "moved")
-    changed(trained, recipe=recipe)
+    edited(trained, recipe=recipe)
     assert export(trained, "--to", "safetensors", "--out", tmp_path / "b") == 0
     said = capsys.readouterr()
     assert said.out.endswith(" on 10 random images\n")
@@ -217,7 +216,7 @@ def test_student_without_classifier_exports_features(trained, tmp_path, capsys):
     state = torch.load(trained, weights_only=True)
     for key in ("model", "model_ema"):
         state[key] = {k: v for k, v in state[key].items() if not k.startswith("head.")}
-    changed(
+    edited(
         trained,
         **{key: state[key] for key in ("model", "model_ema")},
         num_classes=0,

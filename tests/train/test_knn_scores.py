@@ -7,17 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from sklearn.model_selection import LeaveOneOut, cross_val_predict
-from sklearn.neighbors import KNeighborsClassifier
 
 from featkd.train import load_trained
 from featkd.train.logs import RunLog, read_csv
 from featkd.train.recipe import EvalConfig, LossConfig, PooledConfig, Recipe
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, run
+from tests.train.runs import CPU, changed, knn_accuracy, run
 
 
 def test_labelled_run_has_knn_beside_its_other_scores(recipe: Recipe) -> None:
@@ -37,12 +34,7 @@ def test_labelled_run_has_knn_beside_its_other_scores(recipe: Recipe) -> None:
     images, labels = (torch.cat([b[i] for b in batches]) for i in (0, 1))
     with torch.no_grad():
         (features,) = student.forward_maps(images, ["pooled"])
-    knn = KNeighborsClassifier(
-        11, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07), algorithm="brute"
-    )
-    bank = features[:, 0].double().numpy()
-    predicted = cross_val_predict(knn, bank, labels.numpy(), cv=LeaveOneOut())
-    assert scored["knn_top1"] == pytest.approx(100 * (predicted == labels.numpy()).mean())
+    assert scored["knn_top1"] == pytest.approx(knn_accuracy(features[:, 0], labels))
 
 
 @pytest.mark.parametrize("arch", ["plain", "lift", "widelast"])
@@ -57,10 +49,10 @@ def test_each_image_passes_through_the_student_once(recipe: Recipe, arch: Any, l
     }[loss]
     labels: Any = "folders" if loss == "labelled" else "none"
     trainer = Trainer(
-        replace(
+        changed(
             recipe,
-            student=replace(recipe.student, arch=arch),
-            data=replace(recipe.data, labels=labels),
+            student=dict(arch=arch),
+            data=dict(labels=labels),
             loss=config,
             eval=EvalConfig(True),
         ),

@@ -9,7 +9,7 @@ import torch
 
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, column, run
+from tests.train.runs import CPU, changed, column, run
 
 
 def mixing(recipe: Recipe, **fields: float | str) -> Recipe:
@@ -17,7 +17,7 @@ def mixing(recipe: Recipe, **fields: float | str) -> Recipe:
     data = recipe.data
     if "backend" in fields:
         data = replace(data, backend=fields.pop("backend"))
-    return replace(recipe, data=replace(data, augment=replace(data.augment, **fields)))
+    return replace(recipe, data=changed(data, augment=dict(**fields)))
 
 
 @pytest.mark.parametrize("backend", ["timm", "dali"])
@@ -25,7 +25,7 @@ def test_teacher_and_student_see_the_mixed_batch(recipe, backend):
     """Each micro-batch is mixed once, seeded by its number in the epoch; evaluation is not."""
     if backend == "dali":
         pytest.importorskip("nvidia.dali")
-    recipe = replace(recipe, optim=replace(recipe.optim, accumulate=2))
+    recipe = changed(recipe, optim=dict(accumulate=2))
     trainer = Trainer(mixing(recipe, mixup=0.8, cutmix=1.0, backend=backend), CPU)
     components, mixer = trainer.components, trainer.components.mixer
     places, mixed, teacher_images, student_images, targets = [], [], [], [], []

@@ -17,7 +17,7 @@ from featkd.train.trainer import Trainer
 from tests.forking import Server
 from tests.test_ranks import succeed
 from tests.train import reductions
-from tests.train.runs import CPU
+from tests.train.runs import CPU, changed
 
 REDUCE = "from tests.train.reductions import main; main()"
 
@@ -29,7 +29,7 @@ def test_gradients_are_reduced_during_a_compiled_backward_pass(recipe, server: S
     teacher = replace(
         recipe.teacher, options=recipe.teacher.options | {"embed_dim": 256, "num_heads": 4}
     )
-    data = replace(recipe.data, augment=replace(recipe.data.augment, random_erasing=0.0))
+    data = changed(recipe.data, augment=dict(random_erasing=0.0))
     # Adam's first updates follow the signs of gradients, also of those that are noise.
     optim = replace(recipe.optim, optimizer="sgd", lr=0.1, warmup_epochs=0)
     recipe = replace(recipe, student=student, teacher=teacher, data=data, optim=optim, compile=True)
@@ -58,7 +58,7 @@ def test_every_parameter_gets_a_gradient(recipe, arch, feature):
     """DDP would wait forever for a gradient that does not come."""
     teacher = None if feature is None or arch == "plain" else recipe.teacher
     loss = LossConfig() if teacher is None else LossConfig(feature=feature)
-    recipe = replace(recipe, student=replace(recipe.student, arch=arch), teacher=teacher, loss=loss)
+    recipe = changed(recipe, student=dict(arch=arch), teacher=teacher, loss=loss)
     trainer = Trainer(recipe, CPU)
     trainer.apply_gradients = lambda: None
     trainer.step([next(trainer.batches(0))])

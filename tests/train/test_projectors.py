@@ -26,15 +26,16 @@ from featkd.train.recipe import (
     to_yaml,
 )
 from featkd.train.recipe_file import load_recipe
+from featkd.train.student_forward import LiftForward
 from featkd.train.trained import load_trained
 from featkd.train.trainer import Trainer
 from tests.test_ranks import EQUAL, succeed
-from tests.train.runs import CPU, column, run, same_weights
+from tests.train.runs import CPU, changed, column, interrupt, run, same_weights
 
 
 def with_loss(recipe: Recipe, arch: str = "plain", **fields) -> Recipe:
     student = replace(recipe.student, arch=arch)
-    return replace(recipe, student=student, loss=replace(recipe.loss, **fields))
+    return changed(recipe, student=student, loss=dict(**fields))
 
 
 @pytest.fixture
@@ -66,6 +67,10 @@ def distance(error: Tensor, metric: str) -> Tensor:
             ["0", "1", "pooled"],
         ),
         ("plain", [-1], {"feature": None, "pooled": PooledConfig(3.0)}, ["pooled"]),
+        ("widelast", [-1], {"feature": "spectral"}, []),
+        ("widelast", [0, -1], {"feature": "mse"}, []),
+        ("lift", [-1], {"feature": "spectral"}, []),
+        ("lift", [0, -1], {"feature": "spectral"}, []),
     ],
 )
 def test_losses_and_gradients_against_plain_torch_in_float64(
@@ -77,6 +82,8 @@ def test_losses_and_gradients_against_plain_torch_in_float64(
     trainer = Trainer(recipe, CPU)
     components, loss = trainer.components, recipe.loss
     assert list(components.projectors) == projectors
+    fused = isinstance(components.student_forward, LiftForward)
+    assert fused == (arch == "lift" and layers == [-1] and not projectors)
     components.student.eval()  # no drop-path
     batch = next(iter(components.val_loader))
     terms = trainer.losses(batch)
@@ -100,6 +107,8 @@ def test_losses_and_gradients_against_plain_torch_in_float64(
             mean, var = s.mean(-1, keepdim=True), s.var(-1, correction=0, keepdim=True)
             s = (s - mean) / (var + 1e-5).sqrt()
             s = s * ours[f"{key}.norm.weight"] + ours[f"{key}.norm.bias"]
+        if s.shape != t.shape:
+            t = F.avg_pool1d(t, 2)
         if layer != "pooled":
             distances.append(distance(s - t, loss.feature))
         elif loss.pooled.metric == "mse":
@@ -117,39 +126,40 @@ def test_losses_and_gradients_against_plain_torch_in_float64(
     found = (terms.total, terms.features, terms.pooled)
     for x, expected in zip(found, (total, features, pooled), strict=True):
         torch.testing.assert_close(x.double(), expected.double(), rtol=1e-5, atol=1e-6)
-    total.backward()
+    if ours:
+        total.backward()
     for name, p in ours.items():
         torch.testing.assert_close(trained[name].grad.double(), p.grad, rtol=1e-4, atol=1e-7)
     assert [n for n, p in components.student.named_parameters() if p.grad is None] == []
 
 
-def test_pairs_of_several_widths_and_grids(recipe):
+@pytest.mark.parametrize(("projector", "widths"), [("linear", 16), ("none", 12)])
+def test_pairs_of_several_widths_and_grids(recipe, projector, widths):
     """A Swin student and teacher, whose stages differ in both."""
     small = {
         "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (1, 1), "num_heads": (2, 2),
     }  # fmt: skip
     swin = "swin_tiny_patch4_window7_224"
-    loss = {"pairs": [(0, 0), (1, 1)], "projector": "linear", "feature": "spectral"}
-    recipe = replace(
+    recipe = changed(
         recipe,
         student=StudentConfig(base=swin, options=dict(small)),
-        teacher=TeacherConfig(swin, random=True, options=small | {"embed_dim": 16}),
-        loss=replace(recipe.loss, **loss),
+        teacher=TeacherConfig(swin, random=True, options=small | {"embed_dim": widths}),
+        loss=dict(pairs=[(0, 0), (1, 1)], projector=projector, feature="spectral"),
     )
     trainer = Trainer(recipe, CPU)
-    projectors = trainer.components.projectors
-    assert [(p.proj.in_features, p.proj.out_features) for p in projectors.values()] == [
-        (12, 16),
-        (24, 32),
-    ]
-    assert [p.grid for p in projectors.values()] == [(8, 8), (4, 4)]
+    projectors, grids = trainer.components.projectors, trainer.components.loss.features.grids
+    found = [(p.proj.in_features, p.proj.out_features, p.grid) for p in projectors.values()]
+    if projector == "linear":
+        assert found == [(12, 16, (8, 8)), (24, 32, (4, 4))]
+    else:
+        assert (found, grids) == ([], [(8, 8), (4, 4)])
     assert trainer.losses(next(iter(trainer.components.val_loader))).total.isfinite()
 
 
 def test_a_teacher_of_another_grid_and_width_is_resized_then_compared(recipe):
     """Maps of 2 x 2 tokens, for a student of 4 x 4."""
     options = recipe.teacher.options | {"patch_size": 8}
-    recipe = replace(recipe, teacher=replace(recipe.teacher, options=options))
+    recipe = changed(recipe, teacher=dict(options=options))
     loss = {"pairs": [(0, 0), (1, 1)], "projector": "linear", "pooled": PooledConfig()}
     recipe = with_loss(recipe, feature="mse", **loss)
     trainer = Trainer(recipe, CPU)
@@ -182,25 +192,23 @@ def test_projectors_depend_on_the_seed_alone(projected):
     assert not torch.equal(first, weights(replace(projected, seed=1)))
 
 
-def test_the_optimizer_decays_the_matrices_of_projectors(projected):
-    loss = replace(projected.loss, pairs=[(0, 0), (1, 1)])
-    trainer = Trainer(replace(projected, loss=loss), CPU)
-    components = trainer.components
-    names = {id(p): name for name, p in components.projectors.named_parameters()}
-    names |= {id(p): name for name, p in components.student.named_parameters()}
-    decayed = {
-        names[id(p)]: group["weight_decay"] > 0
-        for group in components.optimizer.param_groups
-        for p in group["params"]
-    }
-    assert len(decayed) == len(components.parameters)
-    assert {name for name in decayed if name[0] in "01"} == {
-        f"{n}.{p}" for n in "01" for p in ("proj.weight", "norm.weight", "norm.bias")
-    }
-    assert decayed["1.proj.weight"]
-    assert decayed["pooled.proj.weight"]
-    spared = ("0.norm.weight", "0.norm.bias", "pooled.proj.bias", "pos_embed", "cls_token")
-    assert not any(decayed[name] for name in spared)
+def test_the_optimizer_decays_matrices_alone(projected):
+    """Of the student and of the projectors; not the embeddings."""
+    recipe = with_loss(projected, "widelast", pairs=[(0, 0), (1, 1)])
+    components = Trainer(recipe, CPU).components
+    modules = (components.projectors, components.student)
+    names = {id(p): name for module in modules for name, p in module.named_parameters()}
+    decayed, spared = set(), set()
+    for group in components.optimizer.param_groups:
+        assert group["weight_decay"] in (0.0, 0.05)
+        (decayed if group["weight_decay"] else spared).update(names[id(p)] for p in group["params"])
+    assert decayed | spared == set(names.values())
+    assert len(names) == len(components.parameters)
+    assert all(name.endswith("weight") and "norm" not in name for name in decayed)
+    assert {"blocks.1.proj_in.weight", "head.weight", "patch_embed.proj.weight"} <= decayed
+    assert {"0.proj.weight", "pooled.proj.weight"} <= decayed
+    assert {"0.norm.weight", "0.norm.bias", "pooled.proj.bias", "head.bias"} <= spared
+    assert {"pos_embed", "cls_token", "norm.weight"} <= spared
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
@@ -220,9 +228,9 @@ def test_projectors_are_trained_clipped_and_checked(projected, amp):
     components.student.train()
     batch = next(iter(components.train_loader))
     terms = [trainer.step([batch]) for _ in range(12)]
-    assert [norm for norm in norms if math.isfinite(norm)] == pytest.approx(
-        [1e-2] * sum(map(math.isfinite, norms)), rel=1e-2
-    )
+    norms = [norm for norm in norms if math.isfinite(norm)]  # fp16: until none overflows
+    assert norms == pytest.approx([1e-2] * len(norms), rel=1e-2)
+    assert len(norms) > 5
     after = list(components.projectors.parameters())
     assert {p.dtype for p in after} == {torch.float32}
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -248,7 +256,7 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(projected, monkeypatch):
             compile_module(module, backend="aot_eager", fullgraph=True)
 
     monkeypatch.setattr(nn.Module, "compile", compile_fast)
-    recipe = replace(projected, optim=replace(projected.optim, epochs=1, warmup_epochs=0))
+    recipe = changed(projected, optim=dict(epochs=1, warmup_epochs=0))
     found = []
     for compile in (True, False):
         trainer = Trainer(replace(recipe, compile=compile), CPU)
@@ -283,25 +291,12 @@ def test_two_processes_train_the_projectors_of_one(projected, server, tmp_path, 
 
 def test_a_resumed_run_is_bit_equal_and_the_student_is_saved_without(projected, tmp_path):
     loss = replace(projected.loss, pairs=[(0, 1), (-1, -1)], projector="linear")
-    projected = replace(
-        projected,
-        loss=loss,
-        optim=replace(projected.optim, accumulate=2),
-        checkpoint=replace(projected.checkpoint, every_updates=2),
+    projected = changed(
+        projected, loss=loss, optim=dict(accumulate=2), checkpoint=dict(every_updates=2)
     )
     whole = replace(projected, out=str(tmp_path / "whole"))
     run(whole)
-    trainer = Trainer(projected, CPU)
-    step, left = trainer.step, iter(range(5))
-
-    def stop(batches):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return step(batches)
-
-    trainer.step = stop
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run(quiet=True)
+    interrupt(Trainer(projected, CPU), 5)
     run(projected)
     for name in ("loss", "feature_loss", "pooled_loss"):
         assert column(projected, name) == column(whole, name)
@@ -335,9 +330,9 @@ def test_a_resumed_run_is_bit_equal_and_the_student_is_saved_without(projected, 
     ],
 )
 def test_other_projectors_are_another_experiment(projected, change, field, forced):
-    run(replace(projected, optim=replace(projected.optim, epochs=1, warmup_epochs=0)))
-    other = replace(projected, loss=replace(projected.loss, **change))
-    other = replace(other, optim=replace(other.optim, warmup_epochs=0))
+    run(changed(projected, optim=dict(epochs=1, warmup_epochs=0)))
+    other = changed(projected, loss=dict(**change))
+    other = changed(other, optim=dict(warmup_epochs=0))
     with pytest.raises(RecipeError, match=f"another experiment: {field}"):
         run(other)
     with pytest.raises(CheckpointError, match=forced):
@@ -345,23 +340,30 @@ def test_other_projectors_are_another_experiment(projected, change, field, force
 
 
 def test_a_run_of_an_earlier_version_continues(recipe):
-    """Its checkpoint has three mean losses and other recipe fields, its CSV one column less."""
-    recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, every_updates=4), log_every=3)
-    run(replace(recipe, optim=replace(recipe.optim, epochs=2)))
-    last, metrics = Path(recipe.out) / "last.pt", Path(recipe.out) / "metrics.csv"
+    """Its checkpoint has three mean losses and other recipe fields, its tables fewer columns."""
+    recipe = changed(recipe, checkpoint=dict(every_updates=4), log_every=3)
+    run(changed(recipe, optim=dict(epochs=2)))
+    last = Path(recipe.out) / "last.pt"
     state = torch.load(last)
     assert "projectors" not in state
     state["meter"] = state["meter"][:3]
     for name in ("projector", "pooled"):
         del state["recipe"]["loss"][name]
     torch.save(state, last)
-    lines = [line.split(",") for line in metrics.read_text().splitlines()]
-    at = lines[0].index("pooled_loss")
-    metrics.write_text("".join(",".join(x[:at] + x[at + 1 :]) + "\n" for x in lines))
-    run(replace(recipe, optim=replace(recipe.optim, epochs=3)))
-    rows = read_csv(metrics)
+    tables = [Path(recipe.out) / "metrics.csv", Path(recipe.out) / "eval.csv"]
+    for table in tables:  # the last columns of metrics.csv and of eval.csv are of later versions
+        lines = [line.split(",")[:7] for line in table.read_text().splitlines()]
+        table.write_text("".join(",".join(line) + "\n" for line in lines))
+    before = [read_csv(table) for table in tables]
+    assert [len(row) for rows in before for row in rows] == [7] * 8
+    run(changed(recipe, optim=dict(epochs=3)))
+    rows, scores = map(read_csv, tables)
     assert [row["update"] for row in rows] == ["3", "6", "9", "12", "15", "18"]
     assert [row["pooled_loss"] for row in rows] == [""] * 4 + ["0.0"] * 2
+    assert [row["weights"] for row in scores] == ["model", "ema"] * 3
+    for old, new in zip(before, (rows, scores), strict=True):
+        for row, kept in zip(old, new, strict=False):
+            assert kept | row == kept
     assert not list(Path(recipe.out).glob("*.bak"))
 
 
@@ -381,8 +383,8 @@ def test_a_projector_that_nothing_needs_is_noted(recipe):
 
 
 def test_a_last_map_of_another_width_than_asked_for_is_refused(recipe):
-    wrong = replace(recipe, student=replace(recipe.student, teacher_dim=36))
-    wrong = replace(wrong, loss=replace(wrong.loss, projector="linear"))
+    wrong = changed(recipe, student=dict(teacher_dim=36))
+    wrong = changed(wrong, loss=dict(projector="linear"))
     with pytest.raises(RecipeError, match=r"student.teacher_dim: 36, .* 24 channels; expected 24"):
         Trainer(wrong, CPU)
 
@@ -414,7 +416,7 @@ def test_a_model_that_does_not_pool_is_refused(projected, side):
     if side == "student":
         options.pop("num_classes")
     projected = replace(projected, **{side: replace(config, options=options)})
-    projected = replace(projected, loss=replace(projected.loss, alpha=0.0))
+    projected = changed(projected, loss=dict(alpha=0.0))
     with pytest.raises(RecipeError, match=rf"loss.pooled: .*{side}"):
         Trainer(projected, CPU)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +13,20 @@ from fsspec.implementations.memory import MemoryFileSystem
 from featkd.runtime.remote import locate
 from featkd.train.checkpoint import CheckpointError, load
 from featkd.train.logs import RunLog, read_csv
-from featkd.train.recipe import Recipe, RecipeError, StudentConfig
+from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.trained import load_trained
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, column, run, same_weights, save
+from tests.train.runs import (
+    CPU,
+    changed,
+    column,
+    copy_images,
+    interrupt,
+    run,
+    same_weights,
+    save,
+    train_teacher,
+)
 
 
 @pytest.mark.parametrize("every_updates", [None, 4, 5])
@@ -26,32 +35,16 @@ def test_resuming_repeats_the_unbroken_run_bit_for_bit(recipe, every_updates, tm
     augment = recipe.data.augment
     if every_updates == 5:  # the other cases are without mixing
         augment = replace(augment, mixup=0.8, cutmix=1.0)
-    recipe = replace(
+    recipe = changed(
         recipe,
-        data=replace(recipe.data, augment=augment),
-        optim=replace(recipe.optim, accumulate=2, epochs=3),
-        checkpoint=replace(recipe.checkpoint, every_updates=every_updates),
+        data=dict(augment=augment),
+        optim=dict(accumulate=2, epochs=3),
+        checkpoint=dict(every_updates=every_updates),
         log_every=2,
     )
     whole = replace(recipe, out=str(tmp_path / "whole"))
     run(whole)
-    stopped = Trainer(recipe, CPU)
-    updates = 0
-    step = stopped.step
-
-    class Stop(Exception):
-        pass
-
-    def stop_after_five(batches):
-        nonlocal updates
-        if updates == 5:
-            raise Stop
-        updates += 1
-        return step(batches)
-
-    stopped.step = stop_after_five  # type: ignore[method-assign]
-    with pytest.raises(Stop):
-        stopped.run(quiet=True)
+    interrupt(Trainer(recipe, CPU), 5)
     state = load(Path(recipe.out) / "last.pt")
     assert (state["update"], state["loader"]["batch"]) == {None: (3, 0), 4: (4, 2), 5: (5, 4)}[
         every_updates
@@ -78,11 +71,7 @@ def test_a_finished_run_is_not_repeated(recipe):
 
 def test_checkpoints_are_kept_by_policy(recipe):
     """Evaluated every second epoch and at the end; every fourth is kept."""
-    recipe = replace(
-        recipe,
-        optim=replace(recipe.optim, epochs=5),
-        checkpoint=replace(recipe.checkpoint, keep_every=4, every_epochs=2),
-    )
+    recipe = changed(recipe, optim=dict(epochs=5), checkpoint=dict(keep_every=4, every_epochs=2))
     run(recipe)
     rows = read_csv(Path(recipe.out) / "eval.csv")
     assert [row["epoch"] for row in rows] == ["2", "2", "4", "4", "5", "5"]
@@ -93,7 +82,7 @@ def test_checkpoints_are_kept_by_policy(recipe):
 
 def test_another_student_is_refused(recipe, tmp_path):
     run(recipe)
-    other = replace(recipe, student=replace(recipe.student, arch="lift"))
+    other = changed(recipe, student=dict(arch="lift"))
     with pytest.raises(RecipeError, match=r"student.arch: 'widelast' -> 'lift'"):
         run(other)
     elsewhere = replace(other, out=str(tmp_path / "elsewhere"))
@@ -124,7 +113,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(recipe, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("featkd.runtime.files.os.fsync", full)
-    longer = replace(recipe, optim=replace(recipe.optim, epochs=3))
+    longer = changed(recipe, optim=dict(epochs=3))
     trainer = Trainer(longer, CPU)
     trainer._resume("auto")
     with pytest.raises(CheckpointError, match=r"could not save .*No space left.*unchanged"):
@@ -135,7 +124,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(recipe, monkeypatch):
 
 @pytest.mark.parametrize("arch", ["plain", "lift", "widelast"])
 def test_a_trained_student_comes_back_from_its_checkpoint(recipe, arch):
-    recipe = replace(recipe, student=replace(recipe.student, arch=arch))
+    recipe = changed(recipe, student=dict(arch=arch))
     trainer = Trainer(recipe, CPU)
     trainer.run(quiet=True)
     images = torch.randn(2, 3, 16, 16)
@@ -148,27 +137,20 @@ def test_a_trained_student_comes_back_from_its_checkpoint(recipe, arch):
         assert torch.equal(loaded(images), original.eval()(images))
 
 
-def test_a_student_of_featkd_becomes_a_teacher(alone, recipe):
-    teacher = replace(
-        alone,
-        out=alone.out + "-teacher",
-        student=StudentConfig(
-            base=recipe.teacher.name, arch="plain", options=dict(recipe.teacher.options)
-        ),
-    )
-    run(teacher)
-    checkpoint = Path(teacher.out) / "last.pt"
-    for weights, key in (("model", "model"), ("model_ema", "model_ema")):
-        config = replace(recipe.teacher, checkpoint=str(checkpoint), weights=weights)
-        trainer = Trainer(replace(recipe, teacher=config), CPU)
-        loaded, saved = trainer.components.teacher_model.state_dict(), load(checkpoint)[key]
-        assert all(torch.equal(loaded[k], saved[k]) for k in saved)
-        assert not any(p.requires_grad for p in trainer.components.teacher_model.parameters())
+def test_a_student_of_featkd_becomes_a_teacher(recipe):
+    checkpoint = train_teacher(recipe)
+    for weights in ("model", "model_ema"):
+        trainer = Trainer(
+            changed(recipe, teacher=dict(checkpoint=checkpoint, weights=weights)), CPU
+        )
+        model, saved = trainer.components.teacher_model, load(checkpoint)[weights]
+        assert all(torch.equal(model.state_dict()[k], saved[k]) for k in saved)
+        assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_auto_takes_the_weights_that_scored_better(alone):
     """After a short run, the published average is close to the initial weights."""
-    alone = replace(alone, ema_decay=0.99996, optim=replace(alone.optim, epochs=8))
+    alone = changed(alone, ema_decay=0.99996, optim=dict(epochs=8))
     alone.student.options["drop_path_rate"] = 0.0
     outcome = run(alone)
     assert outcome.scores["model"]["top1"] > outcome.scores["ema"]["top1"] + 20
@@ -180,11 +162,9 @@ def test_auto_takes_the_weights_that_scored_better(alone):
 
 def test_best_stays_when_the_last_is_worse(alone):
     """After a bad epoch, best.pt has the weights of the good one."""
-    alone = replace(alone, ema_decay=None, optim=replace(alone.optim, epochs=4))
+    alone = changed(alone, ema_decay=None, optim=dict(epochs=4))
     run(alone)
-    worse = replace(
-        alone, optim=replace(alone.optim, epochs=5, lr=3.0, step_on="epoch", min_lr=3.0)
-    )
+    worse = changed(alone, optim=dict(epochs=5, lr=3.0, step_on="epoch", min_lr=3.0))
     outcome = run(worse, "force")
     assert outcome.scores["model"]["top1"] < outcome.best["top1"]
     best, last = (load(Path(alone.out) / name) for name in ("best.pt", "last.pt"))
@@ -192,13 +172,11 @@ def test_best_stays_when_the_last_is_worse(alone):
     assert not same_weights(Path(alone.out) / "best.pt", Path(alone.out) / "last.pt")
 
 
-def test_other_classes_are_refused(recipe, images, tmp_path):
+def test_other_classes_are_refused(recipe, tmp_path):
     run(recipe)
-    renamed = tmp_path / "renamed"
-    shutil.copytree(images, renamed)
+    moved = copy_images(recipe, tmp_path / "renamed")
     for split in ("train", "val"):
-        (renamed / split / "blue").rename(renamed / split / "violet")
-    moved = replace(recipe, data=replace(recipe.data, path=str(renamed)))
+        (tmp_path / "renamed" / split / "blue").rename(tmp_path / "renamed" / split / "violet")
     with pytest.raises(CheckpointError, match=r"\(blue, green, red\) than .* \(green, red, violet"):
         run(moved)
 
@@ -206,7 +184,7 @@ def test_other_classes_are_refused(recipe, images, tmp_path):
 def test_another_image_size_is_refused(recipe):
     run(recipe)
     with pytest.raises(ValueError, match=r"last.pt does not fit .*pos_embed"):
-        run(replace(recipe, data=replace(recipe.data, img_size=32)), "force")
+        run(changed(recipe, data=dict(img_size=32)), "force")
 
 
 def test_out_that_is_a_file(recipe, tmp_path):
@@ -273,14 +251,14 @@ def test_a_store_that_fails_leaves_the_old_checkpoint(store, monkeypatch):
             raise ConnectionError("cut off")
 
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", half)
-    longer = replace(store, optim=replace(store.optim, epochs=3))
+    longer = changed(store, optim=dict(epochs=3))
     with pytest.raises(CheckpointError, match=r"could not save memory://.*cut off.*unchanged"):
         run(longer)
     assert last.read_bytes() == before
 
 
 def test_a_plain_student_of_another_width_is_pooled_with_a_note(recipe):
-    plain = replace(recipe, student=replace(recipe.student, arch="plain"))
+    plain = changed(recipe, student=dict(arch="plain"))
     trainer = Trainer(plain, CPU)
     assert trainer.components.notes[-1] == (
         "layer pair [1, 1]: the student's map has 12 channels, the teacher's 24: the wider map is "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,7 @@ from featkd.runtime.distributed import ProcessContext
 from featkd.train.checkpoint import CheckpointError
 from featkd.train.recipe import LossConfig, Recipe, RecipeError
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, run, save
+from tests.train.runs import CPU, changed, copy_images, run, save
 
 
 def saved(recipe: Recipe) -> Trainer:
@@ -63,17 +62,15 @@ def test_another_precision(alone, before, after):
 def test_an_optimizer_that_the_state_does_not_fit_is_refused(alone, change, message):
     saved(alone)
     with pytest.raises(CheckpointError, match=message):
-        Trainer(replace(alone, optim=replace(alone.optim, **change)), CPU)._resume("force")
+        Trainer(changed(alone, optim=dict(**change)), CPU)._resume("force")
 
 
-def test_another_number_of_images_is_refused_or_forced_between_epochs(alone, images, tmp_path):
-    fewer = tmp_path / "fewer"
-    shutil.copytree(images, fewer)
+def test_another_number_of_images_is_refused_or_forced_between_epochs(alone, tmp_path):
+    alone = with_field(alone, "optim.warmup_epochs", 0)
+    run(with_field(alone, "optim.epochs", 1))
+    there = copy_images(alone, tmp_path / "fewer")
     for number in range(8):
-        (fewer / "train" / "red" / f"{number}.png").unlink()
-    alone = changed(alone, "optim.warmup_epochs", 0)
-    run(changed(alone, "optim.epochs", 1))
-    there = replace(alone, data=replace(alone.data, path=str(fewer)))
+        (tmp_path / "fewer" / "train" / "red" / f"{number}.png").unlink()
     note = "training images: 48 -> 40 (5 updates per epoch)"
     with pytest.raises(RecipeError, match=r"another experiment: training images: 48 -> 40"):
         Trainer(there, CPU)._resume("auto")
@@ -114,12 +111,10 @@ def test_a_checkpoint_of_an_earlier_recipe_is_resumed(recipe, inference):
     assert len(messages) == 1 + len(notes)
 
 
-def changed(recipe: Recipe, field: str, value: object) -> Recipe:
+def with_field(recipe: Recipe, field: str, value: object) -> Recipe:
     """The recipe with one field, "section.name" or "name", set to another value."""
     section, _, name = field.rpartition(".")
-    if not section:
-        return replace(recipe, **{name: value})
-    return replace(recipe, **{section: replace(getattr(recipe, section), **{name: value})})
+    return changed(recipe, **{section: {name: value}} if section else {name: value})
 
 
 EXPERIMENT = {
@@ -139,7 +134,7 @@ EXPERIMENT = {
 
 def test_another_experiment_is_refused(recipe):
     """Every field that changes the experiment; the folder is left as it was."""
-    recipe = changed(recipe, "optim.epochs", 4)
+    recipe = with_field(recipe, "optim.epochs", 4)
     last = saved(recipe).store.last
 
     def content() -> tuple[bytes, list[str]]:
@@ -147,14 +142,14 @@ def test_another_experiment_is_refused(recipe):
 
     before = content()
     alone = replace(recipe, teacher=None, loss=LossConfig(alpha=0.0))
-    cases = [(changed(recipe, f, value), text) for f, (value, text) in EXPERIMENT.items()]
+    cases = [(with_field(recipe, f, value), text) for f, (value, text) in EXPERIMENT.items()]
     for other, text in [*cases, (alone, "teacher: 'vit_tiny_patch16_224' -> null")]:
         with pytest.raises(RecipeError, match=rf"last\.pt: .*{text}.*; expected another --out"):
             Trainer(other, CPU).run(quiet=True)
     assert content() == before
     for field in ("loss.alpha", "data.crop_pct"):
         value, text = EXPERIMENT[field]
-        assert text in Trainer(changed(recipe, field, value), CPU)._resume("force")[-1]
+        assert text in Trainer(with_field(recipe, field, value), CPU)._resume("force")[-1]
 
 
 ALLOWED = {
@@ -169,10 +164,10 @@ ALLOWED = {
 
 @pytest.mark.parametrize("field", ALLOWED)
 def test_a_change_within_the_experiment_goes_on(alone, field):
-    alone = changed(alone, "optim.epochs", 4)
+    alone = with_field(alone, "optim.epochs", 4)
     saved(alone)
     value, note = ALLOWED[field]
-    messages = Trainer(changed(alone, field, value), CPU)._resume("auto")
+    messages = Trainer(with_field(alone, field, value), CPU)._resume("auto")
     assert messages[0].startswith("resumed from")
     assert messages[1:] == ([f"changed since that checkpoint: {note}"] if note else [])
 
@@ -186,4 +181,4 @@ def test_fields_that_an_earlier_version_lacked_have_their_defaults(recipe):
     torch.save(state, last)
     assert len(Trainer(recipe, CPU)._resume("auto")) == 1
     with pytest.raises(RecipeError, match=r"loss.tau: 1.0 -> 2.0"):
-        Trainer(changed(recipe, "loss.tau", 2.0), CPU)._resume("auto")
+        Trainer(with_field(recipe, "loss.tau", 2.0), CPU)._resume("auto")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,7 +21,7 @@ from featkd.train.checkpoint import CheckpointError, CheckpointStore, load
 from featkd.train.logs import RunLog, read_csv
 from featkd.train.recipe import Recipe
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, run, save
+from tests.train.runs import CPU, copy_images, run, save
 
 
 class Killed(BaseException):
@@ -153,14 +152,10 @@ def test_a_kill_in_an_evaluation_costs_no_update(
     MemoryFileSystem.store.clear()
 
 
-def test_a_broken_validation_image_costs_no_update(
-    four_epochs, unbroken, images, tmp_path, monkeypatch
-):
+def test_a_broken_validation_image_costs_no_update(four_epochs, unbroken, tmp_path, monkeypatch):
     """Every restart fails at once, without training, until the image is repaired."""
-    folder = tmp_path / "images"
-    shutil.copytree(images, folder)
-    recipe = replace(four_epochs, data=replace(four_epochs.data, path=str(folder)))
-    path = folder / "val" / "green" / "2.png"
+    recipe = copy_images(four_epochs, tmp_path / "images")
+    path = tmp_path / "images" / "val" / "green" / "2.png"
     content = path.read_bytes()
     path.write_bytes(b"no picture")
     steps = []

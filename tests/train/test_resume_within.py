@@ -14,7 +14,7 @@ from featkd.data import factory
 from featkd.train.checkpoint import CheckpointError, load
 from featkd.train.recipe import Recipe
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, NOTHING_DRAWN, column, run, save
+from tests.train.runs import CPU, NOTHING_DRAWN, changed, column, run, save
 
 
 def stop_within_an_epoch(recipe: Recipe, updates: int) -> Path:
@@ -67,7 +67,7 @@ def test_an_epoch_in_another_order_is_refused(recipe, changes, message):
     repeats = changes.pop("repeats", 1)
     optim = replace(recipe.optim, accumulate=changes.pop("accumulate", 1))
     augment = replace(recipe.data.augment, repeats=repeats)
-    other = replace(recipe, optim=optim, data=replace(recipe.data, augment=augment), **changes)
+    other = changed(recipe, optim=optim, data=dict(augment=augment), **changes)
     with pytest.raises(CheckpointError, match=message):
         run(other, "force")
 
@@ -80,11 +80,11 @@ def test_another_number_of_processes_is_noted(recipe):
     state["recipe"]["batch_size"] = state["loader"]["batch_size"] = 4
     torch.save(state, last)
     trainer = Trainer(recipe, CPU)
-    _, changed = trainer._resume("auto")
+    _, notes = trainer._resume("auto")
     assert trainer.batch == 2
-    assert "processes: 2 -> 1 (8 images per update as before; drop-path draws" in changed
-    _, changed = Trainer(replace(recipe, batch_size=16), CPU)._resume("auto")
-    assert "8 -> 16 images per update: peak learning rate 0.002 -> 0.004, 3 updates per" in changed
+    assert "processes: 2 -> 1 (8 images per update as before; drop-path draws" in notes
+    _, notes = Trainer(replace(recipe, batch_size=16), CPU)._resume("auto")
+    assert "8 -> 16 images per update: peak learning rate 0.002 -> 0.004, 3 updates per" in notes
 
 
 def test_a_restart_by_torchrun_resumes_the_same_job(recipe):
@@ -142,7 +142,7 @@ def test_another_loader_is_noted(recipe, monkeypatch, capsys):
         lambda *a, **k: real(*a, **{**k, "device": torch.device("cuda")}),
     )
     with pytest.warns(UserWarning, match="timm loader instead of DALI: a library"):
-        trainer = Trainer(replace(recipe, data=replace(recipe.data, backend="auto")), CPU)
+        trainer = Trainer(changed(recipe, data=dict(backend="auto")), CPU)
     trainer.components.close()
     note = "using the timm loader instead of DALI: a library of it is missing"
     assert trainer.components.notes.count(note) == 1
@@ -160,7 +160,7 @@ def test_another_loader_is_noted(recipe, monkeypatch, capsys):
 def test_a_checkpoint_of_earlier_draws_continues_with_a_note(recipe, capsys, drawn):
     """Checkpoints of version 1 do not hold a version."""
     if not drawn:
-        recipe = replace(recipe, data=replace(recipe.data, augment=NOTHING_DRAWN))
+        recipe = changed(recipe, data=dict(augment=NOTHING_DRAWN))
     last = stop_within_an_epoch(recipe, 2)
     state = load(last)
     assert state["loader"].pop("augmentation_version") == 2

@@ -25,7 +25,7 @@ from featkd.train.checkpoint import CheckpointError, CheckpointStore, load
 from featkd.train.logs import TRAIN_COLUMNS, RunLog, read_csv
 from featkd.train.meter import TrainingDiverged
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, empty_state, run, save
+from tests.train.runs import CPU, changed, empty_state, run, save
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -213,7 +213,7 @@ def test_a_checkpoint_with_any_wrong_entry_is_named_and_changes_nothing(alone, t
     torch.save({k: v for k, v in state.items() if k != "optimizer"}, last)
     before[last] = last.read_bytes()
     with pytest.raises(CheckpointError, match=r"last.pt: damaged: has no entry optimizer"):
-        run(replace(alone, optim=replace(alone.optim, epochs=3)))
+        run(changed(alone, optim=dict(epochs=3)))
     assert before == {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
 
 
@@ -376,7 +376,7 @@ def test_a_run_goes_on_beside_a_stray_row(alone, capsys):
     rows = read_csv(metrics)
     with metrics.open("a") as file:
         file.write("mean,,0.5,,,,\n")
-    longer = replace(alone, optim=replace(alone.optim, epochs=3))
+    longer = changed(alone, optim=dict(epochs=3))
     Trainer(longer, CPU).run()
     assert f"{metrics}: line 14 is 'mean,,0.5,,,,'" in capsys.readouterr().err
     assert read_csv(metrics)[: len(rows)] == rows

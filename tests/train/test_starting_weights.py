@@ -19,16 +19,12 @@ from featkd.train.recipe import Recipe, RecipeError, StudentConfig, to_dict, to_
 from featkd.train.recipe_file import load_recipe
 from featkd.train.trainer import Trainer
 from tests.conftest import TINY
-from tests.train.runs import CPU, column, run, same_weights
+from tests.train.runs import CPU, changed, column, run, same_weights
 
 
 def short(recipe: Recipe, epochs: int = 1, **student: Any) -> Recipe:
     """`recipe` with other fields of its student, for one epoch of 6 updates."""
-    return replace(
-        recipe,
-        student=replace(recipe.student, **student),
-        optim=replace(recipe.optim, epochs=epochs, warmup_epochs=0),
-    )
+    return changed(recipe, student=dict(**student), optim=dict(epochs=epochs, warmup_epochs=0))
 
 
 @pytest.fixture(name="base")
@@ -62,12 +58,12 @@ def test_a_run_starts_from_a_checkpoint_of_featkd(recipe, base, arch):
 
 def test_a_resumed_run_does_not_read_its_starting_weights(recipe, base, capsys):
     whole = short(recipe, 2, checkpoint=str(base))
-    half = replace(whole, optim=replace(whole.optim, epochs=1))
+    half = changed(whole, optim=dict(epochs=1))
     run(half)
     base.unlink()
     assert run(whole).updates == 12
     last = Path(recipe.out) / "last.pt"
-    missing = replace(whole, optim=replace(whole.optim, epochs=3))
+    missing = changed(whole, optim=dict(epochs=3))
     without = short(missing, 3, checkpoint=None)
     capsys.readouterr()
     Trainer(without, CPU).run()
@@ -108,8 +104,8 @@ def test_other_statistics_of_the_starting_weights_are_noted(recipe, base):
 def test_another_number_of_heads_is_noted(recipe, base):
     """It shows in no tensor's shape."""
     options = {**recipe.student.options, "num_heads": 2, "drop_path_rate": 0.0}
-    for changed, noted in (({"options": options}, True), ({}, False)):
-        trainer = Trainer(short(recipe, checkpoint=str(base), **changed), CPU)
+    for fields, noted in (({"options": options}, True), ({}, False)):
+        trainer = Trainer(short(recipe, checkpoint=str(base), **fields), CPU)
         trainer.components.close()
         found = [x for x in trainer.components.notes if "was trained with student.base" in x]
         assert bool(found) == noted

@@ -18,10 +18,10 @@ from featkd.models import create_teacher
 from featkd.models.features import BlockFeatures
 from featkd.runtime.remote import locate
 from featkd.train.build_cache import build_cache
-from featkd.train.recipe import LossConfig, Recipe, RecipeError, StudentConfig, to_yaml
+from featkd.train.recipe import LossConfig, Recipe, RecipeError, to_yaml
 from featkd.train.teacher_checks import check_synsets
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, run
+from tests.train.runs import CPU, changed, copy_images, train_teacher
 
 
 def test_unused_logits_are_not_computed(recipe):
@@ -32,7 +32,7 @@ def test_unused_logits_are_not_computed(recipe):
 
     assert recipe.loss.feature is not None
     for alpha in (0.5, 0.0):
-        trainer = Trainer(replace(recipe, loss=replace(recipe.loss, alpha=alpha)), CPU)
+        trainer = Trainer(changed(recipe, loss=dict(alpha=alpha)), CPU)
         batch = next(iter(trainer.components.train_loader))
         model, layers = trainer.components.teacher_model, trainer.components.teacher.layers
         model.head.register_forward_hook(used)
@@ -57,30 +57,21 @@ def refuse(recipe: Recipe, message: str) -> None:
 
 
 @pytest.fixture
-def trained(alone: Recipe, recipe: Recipe) -> Recipe:
+def trained(recipe: Recipe) -> Recipe:
     """`recipe` with a checkpoint of featkd as teacher."""
-    teacher = replace(
-        alone,
-        out=alone.out + "-teacher",
-        student=StudentConfig(base=recipe.teacher.name, options=dict(recipe.teacher.options)),
-        optim=replace(alone.optim, epochs=1, warmup_epochs=0),
-    )
-    run(teacher)
-    checkpoint = f"{teacher.out}/last.pt"
-    return replace(recipe, teacher=replace(recipe.teacher, checkpoint=checkpoint, random=False))
+    return changed(recipe, teacher=dict(checkpoint=train_teacher(recipe), random=False))
 
 
-def test_a_teacher_of_other_classes_is_refused(trained, images, tmp_path):
+def test_a_teacher_of_other_classes_is_refused(trained, tmp_path):
     other = tmp_path / "other"
-    shutil.copytree(images, other)
+    there = copy_images(trained, other)
     for split in ("train", "val"):
         (other / split / "green").rename(other / split / "zebra")
-    there = replace(trained, data=replace(trained.data, path=str(other)))
     refuse(there, r"last\.pt: was trained on other classes .* class 1 is 'green' there and 'red'")
     for split in ("train", "val"):
         shutil.rmtree(other / split / "zebra")
     refuse(there, r"class 1 is 'green' there and 'red' here; loss.alpha is 0.5")
-    maps_only = replace(there, loss=replace(there.loss, alpha=0.0))
+    maps_only = changed(there, loss=dict(alpha=0.0))
     trainer = Trainer(maps_only, CPU)  # the logits are not used
     assert trainer.components.teacher_model.num_classes == 3
     Trainer(trained, CPU)
@@ -104,7 +95,7 @@ def test_a_teacher_is_downloaded_and_tried_once(trained, monkeypatch):
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", counted)
     monkeypatch.setattr(BlockFeatures, "forward_with_features", counted_forward)
-    there = replace(trained, teacher=replace(trained.teacher, checkpoint=str(place)))
+    there = changed(trained, teacher=dict(checkpoint=str(place)))
     Trainer(there, CPU).components.close()
     assert (len(downloads), len(tried)) == (1, 1)
     build_cache(there, CacheConfig(), CPU, Path(there.out) / "cache", quiet=True)
@@ -153,7 +144,7 @@ def test_a_teacher_without_classifier_has_no_classes(recipe):
 
 
 def test_a_teacher_without_weights_is_refused(recipe, capsys, tmp_path):
-    recipe = replace(recipe, teacher=replace(recipe.teacher, random=False))
+    recipe = changed(recipe, teacher=dict(random=False))
     refuse(recipe, r"vit_tiny_patch16_224 has no weights; expected teacher.checkpoint \(a file\)")
     file = tmp_path / "recipe.yaml"
     file.write_text(to_yaml(recipe))

@@ -15,11 +15,11 @@ from featkd.cache import CacheConfig, LayerShape
 from featkd.models.adapters import ImageAdapter, resize_map
 from featkd.train.build_cache import build_cache
 from featkd.train.layer_pairs import matched_tokens
-from featkd.train.recipe import LossConfig, Recipe, RecipeError, StudentConfig, TeacherConfig
+from featkd.train.recipe import LossConfig, Recipe, RecipeError, TeacherConfig
 from featkd.train.teacher_images import teacher_size
 from featkd.train.trainer import Trainer
 from tests.conftest import TEACHER
-from tests.train.runs import CPU, NOTHING_DRAWN, run
+from tests.train.runs import CPU, NOTHING_DRAWN, changed, train_teacher
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -28,7 +28,7 @@ HALF = (0.5, 0.5, 0.5)
 def still(recipe: Recipe) -> Recipe:
     """`recipe` without anything drawn: a sample's pixels are those of timm's evaluation."""
     data = replace(recipe.data, augment=NOTHING_DRAWN, crop_pct=1.0)
-    return replace(recipe, data=data, loss=replace(recipe.loss, feature="mse"))
+    return changed(recipe, data=data, loss=dict(feature="mse"))
 
 
 @pytest.fixture
@@ -89,33 +89,23 @@ def test_a_cache_holds_the_outputs_for_the_teachers_own_images(of_half: Recipe) 
         trainer.components.close()
     torch.testing.assert_close(outputs[1].logits, outputs[0].logits)
     torch.testing.assert_close(outputs[1].maps[0], outputs[0].maps[0])
-    other = replace(cached, teacher=replace(cached.teacher, mean=(0.4, 0.5, 0.5)))
+    other = changed(cached, teacher=dict(mean=(0.4, 0.5, 0.5)))
     message = r"cache: .* teacher.mean: \[0.5, 0.5, 0.5\], not \[0.4, 0.5, 0.5\]"
     with pytest.raises(RecipeError, match=message):
         Trainer(other, CPU)
 
 
-def test_a_checkpoint_of_featkd_brings_its_statistics(still: Recipe, alone: Recipe) -> None:
-    teacher = replace(
-        alone,
-        out=alone.out + "-teacher",
-        student=StudentConfig(base="vit_tiny_patch16_224", options=dict(TEACHER)),
-        data=replace(still.data, mean=(0.3, 0.4, 0.5), std=HALF),
-        optim=replace(alone.optim, epochs=1, warmup_epochs=0),
-    )
-    run(teacher)
-    config = TeacherConfig(
-        "vit_tiny_patch16_224", checkpoint=f"{teacher.out}/last.pt", options=dict(TEACHER)
-    )
-    trainer = Trainer(replace(still, teacher=config), CPU)
+def test_a_checkpoint_of_featkd_brings_its_statistics(still: Recipe) -> None:
+    checkpoint = train_teacher(still, data=dict(mean=(0.3, 0.4, 0.5), std=HALF))
+    still = changed(still, teacher=dict(checkpoint=checkpoint))
+    trainer = Trainer(still, CPU)
     batch = next(iter(trainer.batches(0)))
     want, _ = timms_outputs(
         *(trainer, batch), input_size=(3, 16, 16), mean=(0.3, 0.4, 0.5), std=HALF, crop_pct=1.0
     )
     got = trainer.teacher_forward(batch).logits
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    given = replace(config, mean=still.data.mean, std=still.data.std)
-    own = Trainer(replace(still, teacher=given), CPU)
+    own = Trainer(changed(still, teacher=dict(mean=still.data.mean, std=still.data.std)), CPU)
     assert torch.equal(
         own.teacher_forward(batch).logits, own.components.teacher_model(batch.images)
     )
@@ -213,8 +203,8 @@ def test_sizes_that_patches_do_not_divide_are_refused(
     still: Recipe, size: int, message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
-        Trainer(replace(still, teacher=replace(still.teacher, img_size=size)), CPU)
-    student = replace(still, data=replace(still.data, img_size=18))
+        Trainer(changed(still, teacher=dict(img_size=size)), CPU)
+    student = changed(still, data=dict(img_size=18))
     with pytest.raises(RecipeError, match=r"^data.img_size: 18 is not a multiple of the patch"):
         Trainer(student, CPU)
 
@@ -277,9 +267,9 @@ def test_unusable_fields_are_refused(fields: dict, message: str) -> None:
 def test_a_convolutional_teacher_of_any_size(still: Recipe) -> None:
     """`img_size` is not passed to a model that does not take it."""
     teacher = TeacherConfig("resnet18", random=True, img_size=32)
-    recipe = replace(
+    recipe = changed(
         still,
-        student=replace(still.student, arch="lift", teacher_dim=128),
+        student=dict(arch="lift", teacher_dim=128),
         teacher=teacher,
         loss=LossConfig(alpha=0.5, feature="mse", pairs=[(-1, 2)]),
     )

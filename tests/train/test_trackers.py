@@ -25,7 +25,7 @@ from featkd.train.recipe import LogConfig, Recipe, RecipeError, to_dict
 from featkd.train.trackers import MlflowRun, TrackerError, WandbRun
 from featkd.train.trainer import Trainer
 from tests.test_ranks import wait_for
-from tests.train.runs import CPU, run
+from tests.train.runs import CPU, changed, run
 
 MISSING = [name for name in ("wandb", "mlflow") if importlib.util.find_spec(name) is None]
 # An update that a resumed run repeats keeps its first value, and its speed differs.
@@ -177,12 +177,12 @@ def test_a_tracker_that_fails_is_named_and_gets_the_rows_later(tracked, kept, ca
 
 
 def test_a_tracker_added_later_gets_the_whole_run(alone, tracked, kept):
-    run(replace(alone, optim=replace(alone.optim, epochs=1, warmup_epochs=0)))
-    longer = replace(tracked, optim=replace(tracked.optim, warmup_epochs=0))
+    run(changed(alone, optim=dict(epochs=1, warmup_epochs=0)))
+    longer = changed(tracked, optim=dict(warmup_epochs=0))
     run(longer)
     assert len(kept.points["train/loss"]) == 12
     check_same(curves_of(kept), Path(alone.out))
-    run(replace(longer, optim=replace(longer.optim, epochs=3)), f"{alone.out}/last.pt")
+    run(changed(longer, optim=dict(epochs=3)), f"{alone.out}/last.pt")
     assert kept.saved == [{}, {"run": "0"}]
 
 

@@ -16,22 +16,18 @@ from featkd.data import build_transform
 from featkd.train.checkpoint import CheckpointError, load
 from featkd.train.trained import load_trained
 from tests.conftest import CLASSES
-from tests.train.runs import run
+from tests.train.runs import changed, run
 
 
 @pytest.mark.parametrize("arch", ["plain", "lift", "widelast"])
 def test_a_trained_student_describes_its_run(recipe, arch, images):
-    recipe = replace(
+    recipe = changed(
         recipe,
-        student=replace(recipe.student, arch=arch),
-        data=replace(
-            recipe.data,
-            mean=(0.1, 0.2, 0.3),
-            std=(0.4, 0.5, 0.6),
-            crop_pct=0.5,
-            interpolation="bilinear",
+        student=dict(arch=arch),
+        data=dict(
+            mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_pct=0.5, interpolation="bilinear"
         ),
-        optim=replace(recipe.optim, epochs=1, warmup_epochs=0),
+        optim=dict(epochs=1, warmup_epochs=0),
     )
     run(recipe)
     student = load_trained(f"{recipe.out}/best.pt")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,6 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image
-from sklearn.model_selection import LeaveOneOut, cross_val_predict
-from sklearn.neighbors import KNeighborsClassifier
 
 from featkd.cache import CacheConfig
 from featkd.cli.main import main
@@ -28,17 +24,14 @@ from featkd.train.logs import read_csv
 from featkd.train.recipe import LossConfig, PooledConfig, Recipe, RecipeError, to_dict, to_yaml
 from featkd.train.trainer import Trainer
 from tests.forking import Server
-from tests.train.runs import CPU, column, run, same_weights
+from tests.train.runs import CPU, changed, column, interrupt, knn_accuracy, run, same_weights
 
 
 @pytest.fixture
 def unlabelled(recipe: Recipe) -> Recipe:
     """A run of 2 epochs of 6 updates, with the feature loss alone; kNN over 3 classes."""
-    return replace(
-        recipe,
-        student=replace(recipe.student, arch="lift"),
-        data=replace(recipe.data, labels="none"),
-        loss=LossConfig(feature="mse"),
+    return changed(
+        recipe, student=dict(arch="lift"), data=dict(labels="none"), loss=LossConfig(feature="mse")
     )
 
 
@@ -53,7 +46,7 @@ def flat(unlabelled: Recipe, tmp_path: Path) -> Recipe:
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
     options: dict[str, Any] = {"path": str(root), "train_split": ".", "val_split": None}
     options["val_fraction"] = 0.2
-    return replace(unlabelled, data=replace(unlabelled.data, **options))
+    return changed(unlabelled, data=dict(**options))
 
 
 def scores_of(recipe: Recipe, name: str) -> list[float]:
@@ -112,12 +105,7 @@ def test_a_run_is_scored_by_the_losses_and_knn(unlabelled):
     assert scores["feature_loss"] == pytest.approx(F.mse_loss(found, wanted).item(), rel=1e-5)
     assert scores["loss"] == pytest.approx(0.2 * scores["feature_loss"])
     assert scores["logits_loss"] == 0
-    knn = KNeighborsClassifier(
-        11, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07), algorithm="brute"
-    )
-    predicted = cross_val_predict(knn, features.double().numpy(), labels.numpy(), cv=LeaveOneOut())
-    accuracy = 100 * (predicted == labels.numpy()).mean()
-    assert scores["knn_top1"] == pytest.approx(accuracy)
+    assert scores["knn_top1"] == pytest.approx(knn_accuracy(features, labels))
     assert scores["knn_top1"] > 60  # chance is 33; the colours are easy
     best = load(out / "best.pt")["best"]
     assert best == outcome.best
@@ -162,7 +150,7 @@ def test_a_cache_gives_the_same_losses_and_no_validation_loss(unlabelled, flat, 
         if has_classes:
             assert scores_of(cached, "knn_top1") == scores_of(recipe, "knn_top1")
             assert {r["loss"] for r in read_csv(Path(cached.out) / "eval.csv")} == {""}
-            labelled = replace(cached, data=replace(cached.data, labels="folders"))
+            labelled = changed(cached, data=dict(labels="folders"))
             with pytest.raises(RecipeError, match=r"data\.labels: 'none', not None"):
                 Trainer(labelled, CPU)
 
@@ -170,19 +158,7 @@ def test_a_cache_gives_the_same_losses_and_no_validation_loss(unlabelled, flat, 
 def test_resuming_repeats_the_unbroken_run(unlabelled, tmp_path):
     whole = replace(unlabelled, out=str(tmp_path / "whole"))
     run(whole)
-    stopped = Trainer(unlabelled, CPU)
-    evaluate = stopped._evaluate_and_save
-
-    class Stop(Exception):
-        pass
-
-    def stop(log: Any) -> None:
-        evaluate(log)
-        raise Stop
-
-    stopped._evaluate_and_save = stop  # type: ignore[method-assign]
-    with pytest.raises(Stop):
-        stopped.run(quiet=True)
+    interrupt(Trainer(unlabelled, CPU), 6)
     assert len(scores_of(unlabelled, "knn_top1")) == 2
     run(unlabelled)
     for name in ("knn_top1", "loss", "feature_loss"):
@@ -190,27 +166,8 @@ def test_resuming_repeats_the_unbroken_run(unlabelled, tmp_path):
     for file in ("last.pt", "best.pt"):
         assert same_weights(Path(unlabelled.out) / file, Path(whole.out) / file)
     with pytest.raises(RecipeError, match=r"data\.labels: 'none' -> 'folders'"):
-        run(replace(unlabelled, data=replace(unlabelled.data, labels="folders"),
+        run(changed(unlabelled, data=dict(labels="folders"),
             loss=LossConfig(feature="mse")))  # fmt: skip
-
-
-def test_an_earlier_versions_eval_csv_is_continued(recipe):
-    """Its rows have no columns for runs without labels."""
-    recipe = replace(recipe, optim=replace(recipe.optim, epochs=3))
-    short = replace(recipe, optim=replace(recipe.optim, epochs=2))
-    run(short)
-    path = Path(recipe.out) / "eval.csv"
-    rows = read_csv(path)
-    columns = ("update", "epoch", "weights", "top1", "top5", "loss", "images")
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    run(recipe)
-    found = read_csv(path)
-    assert found[:4] == rows
-    assert len(found) == 6
-    assert not list(path.parent.glob("*.bak"))
 
 
 @pytest.mark.parametrize(
@@ -240,20 +197,9 @@ def test_two_processes_equal_one(unlabelled, server: Server, tmp_path, arch, dis
         assert (float(a["pooled_loss"]) > 0) == projects
 
 
-def test_unreadable_images_are_left_out(unlabelled, images, tmp_path):
-    root = tmp_path / "broken"
-    shutil.copytree(images, root)
-    for name in ("train/red/0.png", "val/red/0.png"):
-        (root / name).write_bytes(b"no picture")
-    data = replace(unlabelled.data, path=str(root), on_bad_image="skip")
-    outcome = run(replace(unlabelled, data=data))
-    assert len(outcome.bad_files) == 2
-    assert {r["images"] for r in read_csv(Path(unlabelled.out) / "eval.csv")} == {"11"}
-
-
 def test_mixed_images_need_no_labels(unlabelled):
     augment = replace(unlabelled.data.augment, mixup=0.8, cutmix=1.0)
-    trainer = Trainer(replace(unlabelled, data=replace(unlabelled.data, augment=augment)), CPU)
+    trainer = Trainer(changed(unlabelled, data=dict(augment=augment)), CPU)
     seen = []
     trainer.components.student_forward.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     batch = next(iter(trainer.components.train_loader))
@@ -302,17 +248,17 @@ def test_unusable_recipes(unlabelled, tmp_path, capsys, changes, message):
 def test_a_cache_without_classifier_has_no_logits(unlabelled, tmp_path):
     """Its rows hold the pooled feature in place of logits."""
     options = unlabelled.teacher.options | {"num_classes": 0}
-    recipe = replace(unlabelled, teacher=replace(unlabelled.teacher, options=options))
+    recipe = changed(unlabelled, teacher=dict(options=options))
     build_cache(recipe, CacheConfig(views=2), CPU, tmp_path / "cache", quiet=True)
     run(replace(recipe, cache=str(tmp_path / "cache")))
-    soft = replace(recipe, cache=str(tmp_path / "cache"), loss=replace(recipe.loss, alpha=0.5))
+    soft = changed(recipe, cache=str(tmp_path / "cache"), loss=dict(alpha=0.5))
     with pytest.raises(RecipeError, match=r"has no classifier, but loss\.alpha is 0\.5"):
         Trainer(soft, CPU)
 
 
 def test_an_unlabelled_run_is_a_teacher(unlabelled, tmp_path):
     """Its checkpoint has no classifier, so that only its maps are of use."""
-    plain = replace(unlabelled, student=replace(unlabelled.student, arch="plain"))
+    plain = changed(unlabelled, student=dict(arch="plain"))
     run(plain)
     teacher = replace(
         plain.teacher, random=False, checkpoint=f"{plain.out}/last.pt",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nvidia.dali
 import pytest
@@ -22,7 +23,17 @@ from featkd.train.logs import read_csv
 from featkd.train.recipe import PooledConfig, Recipe, RecipeError
 from featkd.train.recipe_file import load_recipe
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, NOTHING_DRAWN, changed, column, interrupt, run, same_weights
+from tests.train.runs import (
+    CPU,
+    NOTHING_DRAWN,
+    changed,
+    column,
+    copy_images,
+    interrupt,
+    run,
+    same_weights,
+    train_teacher,
+)
 
 EXACT = {"views": 2, "shard_rows": 16, "logits_top": "all", "features": "full", "store": "fp32"}
 
@@ -128,9 +139,12 @@ def test_the_loss_takes_the_product_of_the_stored_factors(recipe, tmp_path, amp)
 )
 def test_pooled_features_are_stored_whole(recipe, tmp_path, options, amp):
     """Whatever the form of the maps, and with a projector for these."""
-    student = replace(recipe.student, arch="plain")
-    loss = replace(recipe.loss, projector="linear", pooled=PooledConfig(metric="mse"))
-    recipe = replace(recipe, student=student, loss=loss, amp=amp)
+    recipe = changed(
+        recipe,
+        student=dict(arch="plain"),
+        loss=dict(projector="linear", pooled=PooledConfig(metric="mse")),
+        amp=amp,
+    )
     cached = Trainer(with_cache(recipe, tmp_path / "cache", **options), CPU)
     plain = Trainer(recipe, CPU)
     for batch, same in zip(plain.batches(0), cached.batches(0), strict=True):
@@ -142,8 +156,7 @@ def test_pooled_features_are_stored_whole(recipe, tmp_path, options, amp):
 
 
 def test_a_cache_of_pooled_features_alone(recipe, tmp_path, capsys):
-    loss = replace(recipe.loss, feature=None, pooled=PooledConfig())
-    pooled = replace(recipe, loss=loss)
+    pooled = changed(recipe, loss=dict(feature=None, pooled=PooledConfig()))
     cached = with_cache(pooled, tmp_path / "cache", features=None, store=None)
     run(pooled)
     run(cached)
@@ -198,8 +211,7 @@ def test_cycled_epochs_have_the_pixels_of_a_view_in_another_order(recipe):
     """With repeats, in the order of the view: another order would have other images."""
 
     def keys(repeats: int, views: int | None, epoch: int) -> list[tuple[int, ...]]:
-        augment = replace(recipe.data.augment, repeats=repeats)
-        data = replace(recipe.data, augment=augment)
+        data = changed(recipe.data, augment=dict(repeats=repeats))
         loader = build_loader(data, split="train", batch_size=8, views=views)
         loader.set_epoch(epoch)
         return [tuple(key) for key in loader.sampler]
@@ -231,82 +243,59 @@ def test_a_run_needs_only_its_own_views(recipe, tmp_path):
 
 def test_an_epoch_in_another_order_is_refused(recipe, tmp_path):
     """Within an epoch, from a run without views to one that repeats the order of view 0."""
-    augment = replace(recipe.data.augment, repeats=3)
-    recipe = changed(recipe, data=dict(augment=augment))
+    recipe = changed(recipe, data=dict(augment=dict(repeats=3)))
     cached = replace(with_cache(recipe, tmp_path / "cache", views=1), cache_epochs="cycle")
     plain, other = (Trainer(x, CPU).components.train_loader for x in (recipe, cached))
-    for epoch in (0, 1):
-        plain.set_epoch(epoch, 1)
-        if epoch == 0:
-            other.load_state_dict(plain.state_dict())
-            continue
-        with pytest.raises(ValueError, match="shuffle_epoch: 1 when"):
-            other.load_state_dict(plain.state_dict())
+    plain.set_epoch(0, 1)
+    other.load_state_dict(plain.state_dict())
+    plain.set_epoch(1, 1)
+    with pytest.raises(ValueError, match="shuffle_epoch: 1 when"):
+        other.load_state_dict(plain.state_dict())
 
 
-def test_a_cache_of_something_else_is_refused_by_every_field(recipe, images, tmp_path, monkeypatch):
-    checkpoint = tmp_path / "teacher" / "last.pt"
-    run(
-        changed(
-            recipe,
-            out=str(checkpoint.parent),
-            teacher=None,
-            student=dict(arch="plain", options=recipe.teacher.options),
-            loss=dict(alpha=0, feature=None),
-            optim=dict(epochs=1, warmup_epochs=0),
-        )
-    )
+def test_a_cache_of_something_else_is_refused_by_every_field(recipe, tmp_path, monkeypatch):
+    checkpoint = Path(train_teacher(recipe))
     recipe = changed(recipe, teacher=dict(checkpoint=str(checkpoint)))
     cached = with_cache(recipe, tmp_path / "cache")
 
-    def refused(other: Recipe, message: str) -> None:
+    def refused(recipe: Recipe, message: str, **fields: Any) -> None:
         with pytest.raises(RecipeError, match=f"does not fit this run .*: {message}"):
-            Trainer(other, CPU)
+            Trainer(changed(recipe, **fields), CPU)
 
-    teacher, data, augment = cached.teacher, cached.data, cached.data.augment
-    refused(replace(cached, seed=5), "seed: 0, not 5$")
-    refused(replace(cached, amp="bf16"), "amp: 'off', not 'bf16'$")
-    refused(
-        replace(cached, teacher=replace(teacher, name="deit_tiny_patch16_224")),
-        "teacher.name: 'vit_tiny_patch16_224', not 'deit_tiny_patch16_224'$",
-    )
-    refused(
-        replace(cached, teacher=replace(teacher, options={**teacher.options, "depth": 3})),
-        "teacher.options: .*'depth': 2.*, not .*'depth': 3",
-    )
-    refused(replace(cached, teacher=replace(teacher, weights="model")), "teacher.weights: 'auto'")
-    refused(
-        replace(cached, teacher=replace(teacher, checkpoint=None)),
-        "teacher.checkpoint: '[0-9a-f]{64}', not None; teacher.weights: 'auto', not None$",
-    )
+    refused(cached, "seed: 0, not 5$", seed=5)
+    refused(cached, "amp: 'off', not 'bf16'$", amp="bf16")
+    refused(cached, "amp: 'off', not 'bf16'; seed: 0, not 5$", seed=5, amp="bf16")  # all at once
+    for field, value, message in (
+        ("name", "deit_tiny_patch16_224", "name: 'vit_tiny_patch16_224', not 'deit_tiny_.*'$"),
+        ("options", {**cached.teacher.options, "depth": 3}, "options: .*: 2.*, not .*'depth': 3"),
+        ("weights", "model", "weights: 'auto'"),
+        (
+            *("checkpoint", None),
+            "checkpoint: '[0-9a-f]{64}', not None; teacher.weights: 'auto', not None$",
+        ),
+    ):
+        refused(cached, f"teacher.{message}", teacher={field: value})
     for field, value in (
         ("img_size", 32), ("mean", (0.5, 0.5, 0.5)), ("std", (1.0, 1.0, 1.0)),
         ("interpolation", "bilinear"),
     ):  # fmt: skip
-        refused(replace(cached, data=replace(data, **{field: value})), f"data.{field}: .*, not ")
+        refused(cached, f"data.{field}: .*, not ", data={field: value})
     for field, value in (
         ("scale", (0.5, 1.0)), ("ratio", (1.0, 1.0)), ("hflip", 0.0), ("rand_augment", None),
         ("random_erasing", 0.0), ("repeats", 2),
     ):  # fmt: skip
-        other = replace(data, augment=replace(augment, **{field: value}))
-        refused(replace(cached, data=other), f"data.augment.{field}: .*, not ")
-    refused(
-        replace(cached, seed=5, amp="bf16"), "amp: 'off', not 'bf16'; seed: 0, not 5$"
-    )  # all at once
+        refused(cached, f"data.augment.{field}: .*, not ", data={"augment": {field: value}})
 
-    moved = tmp_path / "images"
-    shutil.copytree(images, moved)
-    elsewhere = replace(cached, data=replace(data, path=str(moved)))
+    elsewhere, red = copy_images(cached, tmp_path / "images"), tmp_path / "images" / "train" / "red"
     Trainer(elsewhere, CPU)
-    one = moved / "train" / "red" / "1.png"
-    content = one.read_bytes()
-    one.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # same name and size
+    content = (red / "1.png").read_bytes()
+    (red / "1.png").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # same name and size
     refused(elsewhere, "data.images_sha256: ")
-    one.write_bytes(content)
+    (red / "1.png").write_bytes(content)
     Trainer(elsewhere, CPU)
-    (moved / "train" / "red" / "0.png").rename(moved / "train" / "red" / "x.png")
+    (red / "0.png").rename(red / "x.png")
     refused(elsewhere, "data.images_sha256: ")
-    (moved / "train" / "red" / "x.png").unlink()
+    (red / "x.png").unlink()
     refused(elsewhere, "data.images: 48, not 47; .*data.images_sha256: ")
 
     with monkeypatch.context() as patch:
@@ -317,27 +306,23 @@ def test_a_cache_of_something_else_is_refused_by_every_field(recipe, images, tmp
         for name in ("torch", "numpy", "timm", "torchvision", "pillow"):
             refused(cached, rf".*versions.{name}: '.*', not '0.{len(name)}'")
 
-    named = replace(teacher, checkpoint=str(checkpoint.rename(tmp_path / "renamed.pt")))
-    Trainer(replace(cached, teacher=named), CPU)  # the content is compared
-    build_cache(
-        replace(recipe, teacher=named), CacheConfig(**EXACT), CPU, tmp_path / "cache", quiet=True
-    )
+    named = dict(checkpoint=str(checkpoint.rename(tmp_path / "renamed.pt")))
+    Trainer(changed(cached, teacher=named), CPU)  # the content is compared
+    with_cache(changed(recipe, teacher=named), tmp_path / "cache")
     (tmp_path / "renamed.pt").rename(checkpoint)
     checkpoint.write_bytes(checkpoint.read_bytes() + b"\0")
     refused(cached, "teacher.checkpoint: '[0-9a-f]{64}', not ")
     checkpoint.unlink()
     notes = Trainer(cached, CPU).components.notes
     assert any(note.startswith("cache: no file ") and "by file name only" in note for note in notes)
-    mistyped = replace(cached, teacher=replace(teacher, checkpoint=f"{checkpoint.parent}/lst.pt"))
     with pytest.raises(RecipeError, match=r"no file .*lst\.pt', and .* was made from last\.pt"):
-        Trainer(mistyped, CPU)
+        Trainer(changed(cached, teacher=dict(checkpoint=f"{checkpoint.parent}/lst.pt")), CPU)
 
 
 def test_a_missing_checkpoint_does_not_fit_a_cache_without_one(recipe, tmp_path):
     cached = with_cache(recipe, tmp_path / "cache")
-    missing = replace(cached.teacher, checkpoint=str(tmp_path / "last.pt"))
     with pytest.raises(RecipeError, match=r"no file .*last\.pt', .* made from no checkpoint"):
-        Trainer(replace(cached, teacher=missing), CPU)
+        Trainer(changed(cached, teacher=dict(checkpoint=str(tmp_path / "last.pt"))), CPU)
 
 
 def test_a_cache_of_earlier_draws_fits_only_where_nothing_is_drawn(recipe, tmp_path, monkeypatch):
@@ -417,11 +402,9 @@ def test_the_command_line_and_the_dry_run(recipe_file, tmp_path, capsys):
 
 def test_a_batch_past_the_end_of_a_view_is_refused(recipe, tmp_path, monkeypatch):
     """49 images on two processes: each takes 25, one image twice."""
-    images = tmp_path / "images"
-    shutil.copytree(recipe.data.path, images)
-    shutil.copy(images / "train" / "red" / "0.png", images / "train" / "red" / "more.png")
-    odd = changed(recipe, data=dict(path=str(images)), batch_size=5)
-    cached = with_cache(odd, tmp_path / "cache")
+    odd, red = copy_images(recipe, tmp_path / "images"), tmp_path / "images" / "train" / "red"
+    shutil.copy(red / "0.png", red / "more.png")
+    cached = with_cache(replace(odd, batch_size=5), tmp_path / "cache")
     monkeypatch.setattr(ProcessContext, "broadcast", lambda _, value: value)
     with pytest.raises(
         RecipeError, match=r"batch_size: 5 on 2 processes takes 50 .* 1 of them twice"

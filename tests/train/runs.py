@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,18 +42,32 @@ def run(recipe: Recipe, resume: str = "auto") -> Outcome:
     return Trainer(recipe, CPU).run(resume, quiet=True)
 
 
-def interrupt(trainer: Trainer, updates: int) -> None:
-    """Runs some updates, and ends by an error in the next one."""
-    step, left = trainer.step, iter(range(updates))
+def before_update(trainer: Trainer, done: int, action: Callable[[], object]) -> None:
+    """Makes a trainer call `action` when `done` updates are done and the next one begins."""
+    step = trainer.step
 
-    def stop(batches: Any) -> Any:
-        if next(left, None) is None:
-            raise KeyboardInterrupt
+    def acting(batches: Any) -> Any:
+        if trainer.update == done:
+            action()
         return step(batches)
 
-    trainer.step = stop  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
+    trainer.step = acting  # type: ignore[method-assign]
+
+
+def interrupt(trainer: Trainer, updates: int) -> None:
+    """Runs some updates, and ends by an error in the next one."""
+
+    def stop() -> None:
+        raise RuntimeError("cut")
+
+    before_update(trainer, updates, stop)
+    with pytest.raises(RuntimeError, match=r"^cut$"):  # it waits for a running save
         trainer.run(quiet=True)
+
+
+def full_disk(*_: Any) -> None:
+    """Stands in for a function that writes."""
+    raise OSError(28, "No space left on device")
 
 
 def train_teacher(recipe: Recipe, **fields: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from featkd.train.recipe import Recipe
 from featkd.train.trainer import Trainer
 from tests.forking import Server
 from tests.test_ranks import succeed, wait_for
-from tests.train.runs import CPU, save
+from tests.train.runs import CPU, before_update, changed, save
 
 SECONDS = 60  # a test that waits so long fails
 
@@ -28,8 +27,7 @@ SECONDS = 60  # a test that waits so long fails
 @pytest.fixture
 def remote(alone: Recipe) -> Iterator[Recipe]:
     """A run of 12 updates behind a URL, which saves every second one."""
-    policy = replace(alone.checkpoint, every_updates=2)
-    yield replace(alone, out="memory://slow/run", checkpoint=policy)
+    yield changed(alone, out="memory://slow/run", checkpoint=dict(every_updates=2))
     MemoryFileSystem.store.clear()
 
 
@@ -78,15 +76,10 @@ def test_a_failed_upload_ends_the_run_by_the_next_log(remote, monkeypatch):
     trainer = Trainer(remote, CPU)
     save(trainer)
 
-    def step(batches: list[Batch]) -> DistillationTerms:
-        if trainer.update == 2:
-            trainer._saver._thread.join()
-        return Trainer.step(trainer, batches)
-
     def fail() -> None:
         raise OSError("the store is gone")
 
-    monkeypatch.setattr(trainer, "step", step)
+    before_update(trainer, 2, lambda: trainer._saver._thread.join())
     on_upload(monkeypatch, "last.pt", fail)
     with pytest.raises(CheckpointError, match=r"could not save .*store is gone.* is unchanged"):
         trainer.run(quiet=True)
@@ -104,13 +97,11 @@ def test_an_upload_is_finished_when_an_error_ends_the_run(remote, monkeypatch, c
         if fails:
             raise OSError("the store is gone")
 
-    def step(batches: list[Batch]) -> DistillationTerms:
-        if trainer.update == 2:
-            ended.set()
-            raise RuntimeError("out of memory")
-        return Trainer.step(trainer, batches)
+    def fail() -> None:
+        ended.set()
+        raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(trainer, "step", step)
+    before_update(trainer, 2, fail)
     on_upload(monkeypatch, "last.pt", wait)
     with pytest.raises(RuntimeError, match=r"^out of memory$"):
         trainer.run()

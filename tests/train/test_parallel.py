@@ -25,14 +25,15 @@ REDUCE = "from tests.train.reductions import main; main()"
 def test_gradients_are_reduced_during_a_compiled_backward_pass(recipe, server: Server, tmp_path):
     """Most bytes are on their way before the last product; the updates equal those of one rank."""
     wide = recipe.student.options | {"embed_dim": 192, "drop_path_rate": 0.0}
-    student = replace(recipe.student, arch="lift", teacher_dim=256, options=wide)
-    teacher = replace(
-        recipe.teacher, options=recipe.teacher.options | {"embed_dim": 256, "num_heads": 4}
-    )
-    data = changed(recipe.data, augment=dict(random_erasing=0.0))
     # Adam's first updates follow the signs of gradients, also of those that are noise.
-    optim = replace(recipe.optim, optimizer="sgd", lr=0.1, warmup_epochs=0)
-    recipe = replace(recipe, student=student, teacher=teacher, data=data, optim=optim, compile=True)
+    recipe = changed(
+        recipe,
+        student=dict(arch="lift", teacher_dim=256, options=wide),
+        teacher=dict(options=recipe.teacher.options | {"embed_dim": 256, "num_heads": 4}),
+        data=dict(augment=dict(random_erasing=0.0)),
+        optim=dict(optimizer="sgd", lr=0.1, warmup_epochs=0),
+        compile=True,
+    )
     path = tmp_path / "recipe.yaml"
     path.write_text(to_yaml(recipe))
     succeed(server.ranks(2, path, tmp_path / "result", script=REDUCE))

@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 
 from featkd.train.recipe import (
-    CheckpointConfig,
-    LossConfig,
-    OptimConfig,
     Recipe,
     RecipeError,
     StudentConfig,
@@ -56,12 +53,15 @@ def test_published_values(name):
     assert (augment.mixup, augment.cutmix) == (0, 0)
 
 
+def load_text(text: str, folder: Path) -> Recipe:
+    (folder / "recipe.yaml").write_text(text)
+    return load_recipe(folder / "recipe.yaml")
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_shipped_recipes_survive_a_round_trip(name, tmp_path: Path):
     recipe = load_recipe(find_recipe(name))
-    copy = tmp_path / "copy.yaml"
-    copy.write_text(to_yaml(recipe))
-    again = load_recipe(copy)
+    again = load_text(to_yaml(recipe), tmp_path)
     assert to_dict(again) == to_dict(recipe)
     assert dataclasses.asdict(again) == dataclasses.asdict(recipe)
 
@@ -102,32 +102,36 @@ def test_shipped_recipes_survive_a_round_trip(name, tmp_path: Path):
             "{batch_size: 9, data: {augment: {mixup: 0.2}}}",
             "batch_size: 9 is odd, and data.augment.mixup and cutmix mix .*expected an even number",
         ),
-        ("teacher: {name: x}", "teacher: not used by the loss"),
+        ("teacher: {name: x}", "teacher: not used .*loss.feature and loss.pooled are null"),
+        (
+            "optim: {epochs: 5, warmup_epochs: 5}",
+            r"optim.warmup_epochs: expected fewer than optim.epochs \(5\), got 5",
+        ),
+        ("checkpoint: {keep_every: 0}", "checkpoint.keep_every: expected .* > 0, got 0"),
+        (
+            "checkpoint: {keep_every: 3, every_epochs: 2}",
+            "keep_every: 3, but .* only every 2 .* multiple of 2",
+        ),
+        ("batch_size: 0", "batch_size: expected .* > 0, got 0"),
+        ("ema_decay: 1.0", "ema_decay: expected null"),
+        ("teacher: {name: x}\nloss: {feature: mse, pairs: []}", "loss.pairs: empty"),
+        ("loss: {projector: linear}", r"loss.projector: 'linear' projects .* loss.feature is null"),
+        ("loss: {pooled: {weigth: 1}}", "'loss.pooled.weigth'; did you mean 'weight'"),
+        ("loss: {pooled: {}}", "loss.pooled: needs a teacher"),
     ],
 )
 def test_wrong_recipes(text, message, tmp_path: Path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(text)
     with pytest.raises(RecipeError, match=message):
-        load_recipe(path)
+        load_text(text, tmp_path)
 
 
-def test_out_of_range_values():
+def test_pooled_fields_are_refused_by_their_parser(tmp_path: Path):
     with pytest.raises(
-        RecipeError, match=r"optim.warmup_epochs: expected fewer than optim.epochs \(5\), got 5"
+        ValueError, match=r"loss.pooled.weight: expected a finite number > 0, got 0"
     ):
-        OptimConfig(epochs=5, warmup_epochs=5)
-    with pytest.raises(RecipeError, match=r"checkpoint.keep_every: expected .* > 0, got 0"):
-        CheckpointConfig(keep_every=0)
-    with pytest.raises(RecipeError, match=r"keep_every: 3, but .* only every 2 .* multiple of 2"):
-        CheckpointConfig(keep_every=3, every_epochs=2)
-    CheckpointConfig(keep_every=4, every_epochs=2)
-    with pytest.raises(RecipeError, match=r"batch_size: expected .* > 0, got 0"):
-        Recipe(batch_size=0)
-    with pytest.raises(RecipeError, match="ema_decay: expected null"):
-        Recipe(ema_decay=1.0)
-    with pytest.raises(RecipeError, match=r"loss.pairs: empty"):
-        Recipe(teacher=TeacherConfig(), loss=LossConfig(feature="mse", pairs=[]))
+        load_text("loss: {pooled: {weight: 0}}", tmp_path)
+    with pytest.raises(ValueError, match=r"loss.pooled"):
+        load_text("loss: {pooled: {metric: l1}}", tmp_path)
 
 
 @pytest.mark.parametrize("inference", ["recipe", "fastest"])
@@ -140,14 +144,12 @@ def test_out_of_range_values():
 )
 def test_recipes_with_teacher_inference_are_read(tmp_path, inference, style):
     """A removed field of earlier versions."""
-    path = tmp_path / "recipe.yaml"
     text = "loss: {alpha: 0.9}\noptim: {lr: 1e-5}\nteacher: "
-    path.write_text(text + style.format(inference))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        recipe = load_recipe(path)
+        recipe = load_text(text + style.format(inference), tmp_path)
     notes = [str(warning.message) for warning in caught]
-    expected = f"recipe {path}: teacher.inference: 'fastest' was removed"
+    expected = f"recipe {tmp_path / 'recipe.yaml'}: teacher.inference: 'fastest' was removed"
     assert [note.startswith(expected) for note in notes] == [True] * (inference == "fastest")
     assert recipe.teacher == TeacherConfig(name="x", options={"a": 0.1})
     assert (recipe.optim.lr, recipe.loss.alpha) == (1e-5, 0.9)
@@ -162,9 +164,7 @@ def test_recipes_with_teacher_inference_are_read(tmp_path, inference, style):
     ],
 )
 def test_words_that_yaml_takes_for_booleans(tmp_path, text, fields):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(text)
-    recipe = load_recipe(path)
+    recipe = load_text(text, tmp_path)
     assert {name: getattr(recipe, name) for name in fields} == fields
     assert recipe.data.path == ("no" if "path" in text else "")
     assert recipe.optim.lr == 1e-5
@@ -191,19 +191,13 @@ BOMB = "".join(
     ids=["billion laughs", "cycle", "depth", "size"],
 )
 def test_a_recipe_that_expands_without_bound_is_refused(tmp_path, text, message):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(text)
     with pytest.raises(RecipeError, match=rf"recipe .*recipe.yaml: can't be read .*{message}"):
-        load_recipe(path)
+        load_text(text, tmp_path)
 
 
 def test_aliases_of_a_bounded_size_are_read(tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        "student:\n  options: &o {drop_path_rate: 0.2}\nteacher:\n  options: *o\n"
-        "loss: {alpha: 0.5}\n"
-    )
-    recipe = load_recipe(path)
+    text = "student: {options: &o {drop_path_rate: 0.2}}\nteacher: {options: *o}\n"
+    recipe = load_text(text + "loss: {alpha: 0.5}\n", tmp_path)
     assert recipe.student.options == recipe.teacher.options == {"drop_path_rate": 0.2}
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from fsspec.implementations.memory import MemoryFileSystem
 
 from featkd.runtime.remote import locate
 from featkd.train.checkpoint import CheckpointError, load
 from featkd.train.logs import RunLog, read_csv
-from featkd.train.recipe import Recipe, RecipeError
+from featkd.train.recipe import RecipeError
 from featkd.train.trained import load_trained
 from featkd.train.trainer import Trainer
 from tests.train.runs import (
@@ -21,6 +19,7 @@ from tests.train.runs import (
     changed,
     column,
     copy_images,
+    full_disk,
     interrupt,
     run,
     same_weights,
@@ -103,23 +102,19 @@ def test_a_damaged_checkpoint_is_named(recipe, content):
         run(recipe)
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(recipe, monkeypatch):
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_full_disk_leaves_the_old_checkpoint(recipe, monkeypatch, exists):
     """The write fails half-way; the command line's tests have a real file-size limit."""
-    run(recipe)
-    last = Path(recipe.out) / "last.pt"
-    before = last.read_bytes()
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("featkd.runtime.files.os.fsync", full)
-    longer = changed(recipe, optim=dict(epochs=3))
-    trainer = Trainer(longer, CPU)
-    trainer._resume("auto")
-    with pytest.raises(CheckpointError, match=r"could not save .*No space left.*unchanged"):
+    trainer = Trainer(recipe, CPU)
+    if exists:
         save(trainer)
-    assert last.read_bytes() == before
-    assert not list(Path(recipe.out).glob(".*.tmp"))
+    before = [path.read_bytes() for path in trainer.folder.glob("*.pt")]
+    monkeypatch.setattr("featkd.runtime.files.os.fsync", full_disk)
+    kept = "the earlier checkpoint is unchanged" if exists else "there is no earlier checkpoint"
+    with pytest.raises(CheckpointError, match=rf"could not save .*No space left.*; {kept}$"):
+        save(trainer)
+    assert [path.read_bytes() for path in trainer.folder.glob("*.pt")] == before
+    assert not list(trainer.folder.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("arch", ["plain", "lift", "widelast"])
@@ -193,16 +188,10 @@ def test_out_that_is_a_file(recipe, tmp_path):
         run(replace(recipe, out=str(tmp_path / "file")))
 
 
-@pytest.fixture
-def store(recipe) -> Iterator[Recipe]:
-    """The recipe with its output in an object store in memory."""
-    yield replace(recipe, out="memory://bucket/run")
-    MemoryFileSystem.store.clear()
-
-
-def test_a_run_in_an_object_store_resumes_bit_for_bit(recipe, store, monkeypatch):
+def test_a_run_in_an_object_store_resumes_bit_for_bit(recipe, monkeypatch):
     """A kill within the second epoch loses its rows, which the resumed run writes again."""
     run(recipe)
+    store = replace(recipe, out="memory://resumed/run")
     out = locate(store.out)
     log = Trainer._log
     rows = []
@@ -233,28 +222,8 @@ def test_a_run_in_an_object_store_resumes_bit_for_bit(recipe, store, monkeypatch
         assert same_weights(out / name, Path(recipe.out) / name)
     trained = load_trained(f"{store.out}/best.pt", "model").state_dict()
     assert all(torch.equal(trained[k], v) for k, v in load(out / "best.pt")["model"].items())
-    teacher = replace(recipe.teacher, checkpoint="memory://bucket/none.pt")
-    with pytest.raises(RecipeError, match=r"teacher.checkpoint: no file 'memory://bucket/none"):
-        Trainer(replace(recipe, teacher=teacher), CPU)
-
-
-def test_a_store_that_fails_leaves_the_old_checkpoint(store, monkeypatch):
-    run(store)
-    last = locate(store.out) / "last.pt"
-    before = last.read_bytes()
-    pipe_file = MemoryFileSystem.pipe_file
-
-    def half(self, path, value, *args):
-        cut_off = "last.pt" in path
-        pipe_file(self, path, value[: len(value) // 2] if cut_off else value, *args)
-        if cut_off:
-            raise ConnectionError("cut off")
-
-    monkeypatch.setattr(MemoryFileSystem, "pipe_file", half)
-    longer = changed(store, optim=dict(epochs=3))
-    with pytest.raises(CheckpointError, match=r"could not save memory://.*cut off.*unchanged"):
-        run(longer)
-    assert last.read_bytes() == before
+    with pytest.raises(RecipeError, match=r"teacher.checkpoint: no file 'memory://resumed/none"):
+        Trainer(changed(recipe, teacher=dict(checkpoint="memory://resumed/none.pt")), CPU)
 
 
 def test_a_plain_student_of_another_width_is_pooled_with_a_note(recipe):

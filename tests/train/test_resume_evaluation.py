@@ -21,7 +21,7 @@ from featkd.train.checkpoint import CheckpointError, CheckpointStore, load
 from featkd.train.logs import RunLog, read_csv
 from featkd.train.recipe import Recipe
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, copy_images, run, save
+from tests.train.runs import CPU, changed, copy_images, run, save
 
 
 class Killed(BaseException):
@@ -31,9 +31,9 @@ class Killed(BaseException):
 @pytest.fixture
 def four_epochs(alone: Recipe) -> Recipe:
     """Two updates each; evaluated after epochs 2 and 4, whose states are kept."""
-    policy = replace(alone.checkpoint, every_epochs=2, keep_every=2)
-    optim = replace(alone.optim, epochs=4)
-    return replace(alone, batch_size=24, checkpoint=policy, optim=optim)
+    return changed(
+        alone, batch_size=24, checkpoint=dict(every_epochs=2, keep_every=2), optim=dict(epochs=4)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -65,9 +65,13 @@ def test_an_epoch_continues_in_other_batches(recipe, monkeypatch):
 def test_an_epoch_in_another_order_is_refused(recipe, changes, message):
     stop_within_an_epoch(recipe, 3)
     repeats = changes.pop("repeats", 1)
-    optim = replace(recipe.optim, accumulate=changes.pop("accumulate", 1))
     augment = replace(recipe.data.augment, repeats=repeats)
-    other = changed(recipe, optim=optim, data=dict(augment=augment), **changes)
+    other = changed(
+        recipe,
+        optim=dict(accumulate=changes.pop("accumulate", 1)),
+        data=dict(augment=augment),
+        **changes,
+    )
     with pytest.raises(CheckpointError, match=message):
         run(other, "force")
 

@@ -25,29 +25,37 @@ from featkd.train.checkpoint import CheckpointError, CheckpointStore, load
 from featkd.train.logs import TRAIN_COLUMNS, RunLog, read_csv
 from featkd.train.meter import TrainingDiverged
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, changed, empty_state, run, save
+from tests.train.runs import CPU, changed, empty_state, full_disk, run, save
 
 
-@pytest.mark.parametrize("stopped", [False, True])
-def test_a_diverged_state_is_not_saved(alone, monkeypatch, stopped):
-    """NaN in update 4, first read by the save at the epoch's end or by the stop."""
-    policy = replace(alone.checkpoint, every_updates=2)
-    trainer = Trainer(replace(alone, log_every=100, checkpoint=policy), CPU)
+@pytest.mark.parametrize(
+    ("first", "stopped", "message"),
+    [
+        (4, False, "by update 4; the last .*last.pt"),
+        (4, True, "by update 4; the last .*last.pt"),
+        (1, False, r"by update 1; no checkpoint was saved \("),
+    ],
+)
+def test_a_diverged_state_is_not_saved(alone, monkeypatch, first, stopped, message):
+    """NaN in an update; in the fourth, first read by the save at the epoch's end or the stop."""
+    log_every = 100 if first == 4 else 1
+    trainer = Trainer(changed(alone, log_every=log_every, checkpoint=dict(every_updates=2)), CPU)
     compute_loss = trainer.compute_loss
 
     def diverge(*args):
-        factor = math.nan if trainer.update == 3 else 1.0
+        factor = math.nan if trainer.update == first - 1 else 1.0
         return DistillationTerms(*(x * factor for x in compute_loss(*args)))
 
     monkeypatch.setattr(trainer, "compute_loss", diverge)
     monkeypatch.setattr(trainer, "apply_gradients", lambda: None)  # the weights stay finite
-    if stopped:
-        monkeypatch.setattr(
-            Interrupt, "stop_signal", lambda *_: 15 if trainer.update == 4 else None
-        )
-    with pytest.raises(TrainingDiverged, match=r"loss is nan by update 4; the last .*last.pt"):
+    signal = 15 if stopped else None
+    monkeypatch.setattr(
+        Interrupt, "stop_signal", lambda *_: signal if trainer.update == 4 else None
+    )
+    with pytest.raises(TrainingDiverged, match=f"loss is nan {message}"):
         trainer.run(quiet=True)
-    assert load(Path(alone.out) / "last.pt")["update"] == 2
+    last = trainer.store.last
+    assert load(last)["update"] == 2 if first == 4 else not last.exists()
 
 
 def test_weights_that_overflowed_are_not_saved(alone):
@@ -120,11 +128,8 @@ def test_a_link_that_fails_leaves_last(folder, monkeypatch):
     store.folder.mkdir(parents=True)
     store.save(scored(1, 10.0), ended_epoch=1)
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("featkd.runtime.files.atomic_link", full)
-    monkeypatch.setattr(MemoryFileSystem, "copy", full)
+    monkeypatch.setattr("featkd.runtime.files.atomic_link", full_disk)
+    monkeypatch.setattr(MemoryFileSystem, "copy", full_disk)
     with pytest.raises(CheckpointError, match=r"could not save .*last.pt: .*space.*unchanged"):
         store.save(scored(2, 20.0), ended_epoch=1)
     names = ("last.pt", "epoch-0001.pt")
@@ -193,11 +198,11 @@ def test_a_checkpoint_with_any_wrong_entry_is_named_and_changes_nothing(alone, t
             continue
         replacements = [{1: {}}, torch.zeros(2, 2), "text", -1, None, [{}]]
         for wrong in replacements:
-            if wrong is None and name in ("model_ema", "job"):
-                continue
-            if isinstance(wrong, str) and name in ("pixels", "job"):
-                continue
-            if isinstance(wrong, dict) and name == "versions":
+            fitting = {"model_ema": type(None), "job": (type(None), str)} | {
+                "pixels": str,
+                "versions": dict,
+            }
+            if isinstance(wrong, fitting.get(name, ())):
                 continue
             torch.save({**state, name: wrong}, broken)
             with pytest.raises(CheckpointError, match=rf"broken.pt: damaged: .*entry {name}"):
@@ -309,28 +314,6 @@ def test_a_disk_filled_by_the_logs_is_an_error_that_names_them(tmp_path, capsys,
     assert raised.value.errno == 28
     assert f"the end of the logs is missing: {raised.value}" in capsys.readouterr().err
     assert log._eval._file.closed
-
-
-def test_no_checkpoint_is_named_that_does_not_exist(alone, monkeypatch):
-    trainer = Trainer(alone, CPU)
-    compute_loss = trainer.compute_loss
-    monkeypatch.setattr(
-        trainer,
-        "compute_loss",
-        lambda *args: DistillationTerms(*(x * math.nan for x in compute_loss(*args))),
-    )
-    with pytest.raises(TrainingDiverged, match=r"by update 1; no checkpoint was saved \("):
-        trainer.run(quiet=True)
-    assert not trainer.store.last.exists()
-
-
-def test_a_first_save_that_fails_names_no_earlier_checkpoint(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("featkd.runtime.files.os.fsync", full)
-    with pytest.raises(CheckpointError, match=r"No space .*; there is no earlier checkpoint$"):
-        CheckpointStore(tmp_path).save({})
 
 
 STRAY = {

@@ -49,7 +49,6 @@ def test_a_run_starts_from_a_checkpoint_of_featkd(recipe, base, arch):
     assert ("new: " in note) == (arch != "plain")
     if arch == "widelast":
         assert "copied: blocks 0 to 0 and the embeddings; new: blocks.1, norm, head" in note
-    trainer.components.close()
     run(started)
     again = load(Path(started.out) / "last.pt")["model"]
     assert not torch.equal(again["blocks.0.mlp.fc1.weight"], weights["blocks.0.mlp.fc1.weight"])
@@ -98,7 +97,6 @@ def test_other_statistics_of_the_starting_weights_are_noted(recipe, base):
     trainer = Trainer(replace(short(recipe, checkpoint=str(base)), data=data), CPU)
     (note,) = [x for x in trainer.components.notes if "data.mean" in x]
     assert re.search(r"last.pt: was trained with data.mean \[0.485, .*has \[0.5, 0.5, 0.5\]", note)
-    trainer.components.close()
 
 
 def test_another_number_of_heads_is_noted(recipe, base):
@@ -106,7 +104,6 @@ def test_another_number_of_heads_is_noted(recipe, base):
     options = {**recipe.student.options, "num_heads": 2, "drop_path_rate": 0.0}
     for fields, noted in (({"options": options}, True), ({}, False)):
         trainer = Trainer(short(recipe, checkpoint=str(base), **fields), CPU)
-        trainer.components.close()
         found = [x for x in trainer.components.notes if "was trained with student.base" in x]
         assert bool(found) == noted
         assert not noted or re.search(r"'num_heads': 3}; this run has .*'num_heads': 2", found[0])
@@ -120,7 +117,6 @@ def test_starting_weights_behind_a_url(recipe, base):
     assert torch.equal(
         found["blocks.0.attn.qkv.weight"], load(base)["model"]["blocks.0.attn.qkv.weight"]
     )
-    trainer.components.close()
 
 
 @pytest.mark.parametrize(
@@ -130,9 +126,15 @@ def test_starting_weights_behind_a_url(recipe, base):
 def test_students_on_eva_are_trained_and_resumed(recipe, base, arch):
     options = {**TINY, "embed_dim": 24, "drop_path_rate": 0.2}
     student = {"base": base, "arch": arch, "teacher_dim": 48, "options": options}
-    teacher = replace(recipe.teacher, options={**recipe.teacher.options, "embed_dim": 48})
-    kept = replace(recipe.checkpoint, keep_every=1)
-    whole = short(replace(recipe, teacher=teacher, checkpoint=kept), 2, **student)
+    whole = short(
+        changed(
+            recipe,
+            teacher=dict(options={**recipe.teacher.options, "embed_dim": 48}),
+            checkpoint=dict(keep_every=1),
+        ),
+        2,
+        **student,
+    )
     run(whole)
     losses = column(whole, "loss")
     assert len(losses) == 12
@@ -154,7 +156,6 @@ def test_a_student_and_a_teacher_from_a_folder_of_timm(recipe, tmp_path):
         assert all(torch.equal(state[name], x) for name, x in model.state_dict().items())
     trainer.components.student.train()
     assert trainer.step([next(iter(trainer.components.train_loader))]).total.isfinite()
-    trainer.components.close()
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,6 @@ def test_unused_logits_are_not_computed(recipe):
             assert outputs.logits is None
             assert torch.equal(outputs.maps[0], model.forward_maps(batch.images, layers)[0])
             assert trainer.losses(batch).total.isfinite()
-        trainer.components.close()
 
 
 def refuse(recipe: Recipe, message: str) -> None:
@@ -96,7 +95,7 @@ def test_a_teacher_is_downloaded_and_tried_once(trained, monkeypatch):
     monkeypatch.setattr(MemoryFileSystem, "cat_file", counted)
     monkeypatch.setattr(BlockFeatures, "forward_with_features", counted_forward)
     there = changed(trained, teacher=dict(checkpoint=str(place)))
-    Trainer(there, CPU).components.close()
+    Trainer(there, CPU)
     assert (len(downloads), len(tried)) == (1, 1)
     build_cache(there, CacheConfig(), CPU, Path(there.out) / "cache", quiet=True)
     assert (len(downloads), len(tried)) == (3, 2)
@@ -114,8 +113,7 @@ def test_a_new_classifier_beside_pretrained_weights_is_refused(recipe, tmp_path)
         options = {**recipe.teacher.options, "pretrained_cfg_overlay": {**overlay, **cfg}}
         if num_classes is not None:
             options["num_classes"] = num_classes
-        teacher = replace(recipe.teacher, pretrained=True, random=False, options=options)
-        return replace(recipe, teacher=teacher)
+        return changed(recipe, teacher=dict(pretrained=True, random=False, options=options))
 
     refuse(pretrained(3), r"num_classes: 3, but the pretrained .* 1000 classes: .* random")
     refuse(pretrained(0), r"has no classifier, but loss.alpha is 0.5")
@@ -162,5 +160,7 @@ def test_a_teacher_that_is_not_finite_is_blamed(trained, value, tmp_path):
     state["blocks.1.norm1.weight"][3] = value
     for file in (tmp_path / "t.pth", tmp_path / "t.pt"):
         torch.save(state if file.suffix == ".pth" else {"model": state}, file)
-        teacher = replace(trained.teacher, checkpoint=str(file))
-        refuse(replace(trained, teacher=teacher), rf"{file}: 1 tensors .* blocks.1.norm1.weight")
+        refuse(
+            changed(trained, teacher=dict(checkpoint=str(file))),
+            rf"{file}: 1 tensors .* blocks.1.norm1.weight",
+        )

@@ -27,8 +27,7 @@ HALF = (0.5, 0.5, 0.5)
 @pytest.fixture
 def still(recipe: Recipe) -> Recipe:
     """`recipe` without anything drawn: a sample's pixels are those of timm's evaluation."""
-    data = replace(recipe.data, augment=NOTHING_DRAWN, crop_pct=1.0)
-    return changed(recipe, data=data, loss=dict(feature="mse"))
+    return changed(recipe, data=dict(augment=NOTHING_DRAWN, crop_pct=1.0), loss=dict(feature="mse"))
 
 
 @pytest.fixture
@@ -75,7 +74,6 @@ def test_a_pretrained_teacher_sees_images_in_its_own_statistics(of_half: Recipe)
     (note,) = (x for x in trainer.components.notes if "normalised" in x)
     assert "mean [0.5, 0.5, 0.5]" in note
     assert "timm's record of vit_tiny_patch16_224" in note
-    trainer.components.close()
 
 
 def test_a_cache_holds_the_outputs_for_the_teachers_own_images(of_half: Recipe) -> None:
@@ -86,7 +84,6 @@ def test_a_cache_holds_the_outputs_for_the_teachers_own_images(of_half: Recipe) 
     for each in (of_half, cached):
         trainer = Trainer(each, CPU)
         outputs.append(trainer.teacher_forward(next(iter(trainer.batches(0)))))
-        trainer.components.close()
     torch.testing.assert_close(outputs[1].logits, outputs[0].logits)
     torch.testing.assert_close(outputs[1].maps[0], outputs[0].maps[0])
     other = changed(cached, teacher=dict(mean=(0.4, 0.5, 0.5)))
@@ -130,8 +127,9 @@ def test_a_file_that_does_not_say_its_statistics_is_noted(still: Recipe, tmp_pat
 def test_a_map_on_another_grid_is_resized(still: Recipe, size: int | None, side: int) -> None:
     """Teacher patches of 2 pixels, student patches of 4: the student's grid is 4 x 4."""
     options = {**TEACHER, "patch_size": 2}
-    teacher = replace(still.teacher, img_size=size, options=options)
-    recipe = replace(still, teacher=teacher, loss=LossConfig(feature="spectral"))
+    recipe = changed(
+        still, teacher=dict(img_size=size, options=options), loss=LossConfig(feature="spectral")
+    )
     trainer = Trainer(recipe, CPU)
     batch = next(iter(trainer.batches(0)))
     (got,) = trainer.teacher_forward(batch).maps
@@ -235,7 +233,6 @@ def test_unused_logits_of_a_cache_may_have_other_classes(still: Recipe) -> None:
     build_cache(recipe, CacheConfig(views=2), CPU, folder, quiet=True)
     trainer = Trainer(replace(recipe, cache=str(folder)), CPU)
     assert trainer.step([next(iter(trainer.batches(0)))]).total.isfinite()
-    trainer.components.close()
     wrong = replace(teacher, name="vit_tiny_patch16_224.bad", pretrained=True)
     with pytest.raises(ValueError, match=r"^teacher.name: timm has no weights"):
         Trainer(replace(recipe, cache=str(folder), teacher=wrong), CPU)
@@ -243,9 +240,8 @@ def test_unused_logits_of_a_cache_may_have_other_classes(still: Recipe) -> None:
 
 def test_a_student_that_drops_patches_is_refused(still: Recipe) -> None:
     options = {**still.student.options, "patch_drop_rate": 0.5}
-    student = replace(still.student, arch="plain", options=options)
     with pytest.raises(RecipeError, match=r"^student.options.patch_drop_rate: 0.5, which leaves"):
-        Trainer(replace(still, student=student), CPU)
+        Trainer(changed(still, student=dict(arch="plain", options=options)), CPU)
 
 
 @pytest.mark.parametrize(

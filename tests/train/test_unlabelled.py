@@ -59,13 +59,11 @@ def test_losses_are_those_of_features_and_logits(unlabelled, arch, layers, alpha
     """One batch against the formula in plain torch; its labels would be an error if read."""
     pairs = [(layer, layer) for layer in layers]
     loss = LossConfig(feature="mse", beta=2.0, alpha=alpha, tau=3.0, pairs=pairs)
-    student = replace(unlabelled.student, arch=arch)
-    trainer = Trainer(replace(unlabelled, student=student, loss=loss), CPU)
+    trainer = Trainer(changed(unlabelled, student=dict(arch=arch), loss=loss), CPU)
     components = trainer.components
     components.student.eval()  # no drop-path
     batch = next(iter(components.train_loader))
     terms = trainer.losses(batch._replace(targets=torch.full((8,), -7)))
-    assert components.teacher_model is not None
     logits, maps = components.student.forward_with_features(batch.images, layers)
     t_logits, t_maps = components.teacher_model.forward_with_features(batch.images, layers)
     widths = [min(s.shape[2], t.shape[2]) for s, t in zip(maps, t_maps, strict=True)]
@@ -93,7 +91,6 @@ def test_a_run_is_scored_by_the_losses_and_knn(unlabelled):
     assert sum(losses[-3:]) < sum(losses[:3])
     # independently, from the stored weights
     trainer = Trainer(replace(unlabelled, out=f"{out}-other"), CPU)
-    assert trainer.components.teacher_model is not None
     teacher, student = trainer.components.teacher_model, load_trained(out / "last.pt", "model")
     assert student.pretrained_cfg["num_classes"] == 0  # type: ignore[attr-defined]
     batches = list(trainer.components.val_loader)
@@ -177,12 +174,11 @@ def test_resuming_repeats_the_unbroken_run(unlabelled, tmp_path):
 def test_two_processes_equal_one(unlabelled, server: Server, tmp_path, arch, distributed, projects):
     """A plain student's last norm gets no gradient, which DDP would wait for."""
     path = tmp_path / "recipe.yaml"
-    augment = replace(unlabelled.data.augment, random_erasing=0.0)
-    data = replace(unlabelled.data, augment=augment)
-    recipe = replace(unlabelled, data=data, distributed=distributed)
+    recipe = changed(
+        unlabelled, data=dict(augment=dict(random_erasing=0.0)), distributed=distributed
+    )
     if projects:
-        loss = replace(recipe.loss, projector="linear", pooled=PooledConfig(weight=0.5))
-        recipe = replace(recipe, loss=loss)
+        recipe = changed(recipe, loss=dict(projector="linear", pooled=PooledConfig(weight=0.5)))
     path.write_text(to_yaml(recipe))
     words = ["distill", str(path), "--student.arch", arch, "--student.options.drop_path_rate", "0"]
     assert main([*words, "--out", str(tmp_path / "one"), "--batch_size", "16"]) == 0
@@ -260,12 +256,14 @@ def test_an_unlabelled_run_is_a_teacher(unlabelled, tmp_path):
     """Its checkpoint has no classifier, so that only its maps are of use."""
     plain = changed(unlabelled, student=dict(arch="plain"))
     run(plain)
-    teacher = replace(
-        plain.teacher, random=False, checkpoint=f"{plain.out}/last.pt",
-        options=dict(plain.student.options),
-    )  # fmt: skip
-    student = replace(plain.student, arch="plain")
-    next_run = replace(plain, teacher=teacher, student=student, out=str(tmp_path / "next"))
+    next_run = changed(
+        plain,
+        teacher=dict(
+            random=False, checkpoint=f"{plain.out}/last.pt", options=dict(plain.student.options)
+        ),
+        student=dict(arch="plain"),
+        out=str(tmp_path / "next"),
+    )
     loader = build_loader(plain.data, split="val", batch_size=4)
     batch = next(iter(loader))
     trainer = Trainer(next_run, CPU)

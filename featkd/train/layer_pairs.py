@@ -118,18 +118,15 @@ def matched_tokens(
     for s, t in zip(student, teacher, strict=True):
         if s.tokens == t.tokens:
             continue
-        sides = []
-        for model, shape in (("student", s), ("teacher", t)):
-            side = math.isqrt(shape.tokens)
+        own, its = math.isqrt(s.tokens), math.isqrt(t.tokens)
+        for model, side, shape, other in (("student", own, s, t), ("teacher", its, t, s)):
             if side * side != shape.tokens:
                 raise RecipeError(
                     f"loss.pairs: {name_pair(s, t)}: the {model}'s map has "
                     f"{shape.tokens} tokens, which are no square grid and can't be resized, and "
-                    f"the other {t.tokens if shape is s else s.tokens}; expected image and patch "
-                    "sizes that give the same grid"
+                    f"the other {other.tokens}; expected image and patch sizes that give the same "
+                    "grid"
                 )
-            sides.append(side)
-        own, its = sides
         notes.append(
             f"{name_pair(s, t)}: the teacher's map of {its} x {its} tokens is "
             f"resized to the student's {own} x {own}"

@@ -88,8 +88,8 @@ def check_same_position(context: ProcessContext, place: str) -> None:
     if len(set(places.values())) == 1:
         return
     by_place: dict[str, list[str]] = {}
-    for rank, found in sorted(places.items(), key=lambda pair: int(pair[0])):
-        by_place.setdefault(found, []).append(rank)
+    for rank in sorted(places, key=int):
+        by_place.setdefault(places[rank], []).append(rank)
     described = "; ".join(
         f"{found} (process{'es' if len(ranks) > 1 else ''} {listed(ranks, 5)})"
         for found, ranks in by_place.items()

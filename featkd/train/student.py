@@ -12,9 +12,8 @@ from featkd.models import create_student
 from featkd.models.adapters import same_values
 from featkd.models.features import FeatureModel
 from featkd.models.weights import read_stored_recipe
-from featkd.runtime.remote import locate_once
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.teacher import naming
+from featkd.train.teacher import find_weights_file, naming
 
 # Arguments of `create_student` that are fields of the recipe's student; its errors name them first.
 _FIELDS = ("base", "arch", "teacher_dim", "num_classes", "pretrained", "checkpoint", "weights")
@@ -37,10 +36,7 @@ def build_student(recipe: Recipe, num_classes: int, notes: list[str] | None = No
     start: dict[str, Any] = {}
     checkpoint = None
     if notes is not None:
-        if config.checkpoint is not None:
-            checkpoint = locate_once(config.checkpoint, "student.checkpoint")
-            if not checkpoint.is_file():
-                raise RecipeError(f"student.checkpoint: no file {config.checkpoint!r}")
+        checkpoint = find_weights_file("student.checkpoint", config.checkpoint)
         start = {
             "pretrained": config.pretrained,
             "checkpoint": checkpoint,

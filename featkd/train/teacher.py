@@ -18,7 +18,7 @@ from featkd.models import create_teacher
 from featkd.models.adapters import ImageAdapter, resize_map
 from featkd.models.features import FeatureModel, Layer, NotPooledError
 from featkd.runtime.distributed import ProcessContext
-from featkd.runtime.remote import locate_once
+from featkd.runtime.remote import Location, locate_once
 from featkd.runtime.seeding import derive_seed
 from featkd.train.precision import AMP_DTYPES, autocast, cast_matmul_weights
 from featkd.train.recipe import Recipe, RecipeError
@@ -120,11 +120,7 @@ def create_teacher_model(
     """
     config = recipe.required_teacher
     options = {**config.options, "img_size": teacher_size(recipe)}
-    checkpoint = None
-    if config.checkpoint is not None:
-        checkpoint = locate_once(config.checkpoint, "teacher.checkpoint")
-        if not checkpoint.is_file():
-            raise RecipeError(f"teacher.checkpoint: no file {config.checkpoint!r}")
+    checkpoint = find_weights_file("teacher.checkpoint", config.checkpoint)
     trained_classes = check_teacher(recipe, classes, checkpoint)
     known = num_classes or None if trained_classes is None else trained_classes
     if not config.pretrained and known is not None:
@@ -151,6 +147,20 @@ def create_teacher_model(
     if recipe.amp in AMP_DTYPES:
         cast_matmul_weights(cast(nn.Module, model), AMP_DTYPES[recipe.amp])
     return model, None if adapter is None else adapter.to(context.device)
+
+
+def find_weights_file(field: str, name: str | None) -> Location | None:
+    """Finds the file that a field of the recipe names, downloaded at most once; None for null.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if name is None:
+        return None
+    file = locate_once(name, field)
+    if not file.is_file():
+        raise RecipeError(f"{field}: no file {name!r}")
+    return file
 
 
 # Not mistakes in a recipe: files, memory, and other processes.

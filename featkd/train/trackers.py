@@ -110,10 +110,12 @@ class MlflowRun:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
+        from mlflow.exceptions import MlflowException
 
         # A store of the environment is not saved: it may be a server, and hold a password.
         asked = os.environ.get("MLFLOW_TRACKING_URI")
         self._client, self._metric = MlflowClient(asked or saved.get("store")), Metric
+        self._error = MlflowException
         self._store = without_password(self._client.tracking_uri)
         params = {key: text[:6000] for key, text in flattened(recipe).items()}  # MLflow's limit
         self._last: dict[str, int] = {}  # the last step of each metric
@@ -133,15 +135,13 @@ class MlflowRun:
 
     def _experiment(self) -> str:
         """Returns the id of the experiment, which is created if it is missing."""
-        from mlflow.exceptions import MlflowException
-
         if number := os.environ.get("MLFLOW_EXPERIMENT_ID"):
             return number
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "featkd"
         if (found := self._client.get_experiment_by_name(name)) is None:
             try:
                 return str(self._client.create_experiment(name))
-            except MlflowException:
+            except self._error:
                 # Another process may just have created it.
                 if (found := self._client.get_experiment_by_name(name)) is None:
                     raise
@@ -149,11 +149,9 @@ class MlflowRun:
 
     def _reopen(self, folder: Location, params: Mapping[str, str]) -> None:
         """Continues a run; parameters can't be changed, so changed ones become tags."""
-        from mlflow.exceptions import MlflowException
-
         try:
             data = self._client.get_run(self._id).data
-        except MlflowException as error:
+        except self._error as error:
             raise TrackerError(
                 f"{self._store} has no run {self._id}, which {folder / FILE} names; "
                 "set MLFLOW_TRACKING_URI to its store, or delete that file to send the whole run "

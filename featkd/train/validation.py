@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -205,16 +206,13 @@ class _Knn:
                 torch.cat([part[i] for part in parts])[order].to(context.device)
                 for i in range(1, 2 + len(self._tapped))
             )
-            return {
-                name: _leave_one_out(bank, labels, num_classes)
-                for name, bank in zip(self._tapped, banks, strict=True)
-            }
+            scores = dict.fromkeys(self._tapped, math.nan)
+            for name, bank in zip(self._tapped, banks, strict=True):
+                if len(bank) > 1 and torch.isfinite(bank).all():
+                    predicted = knn_predict(
+                        bank, bank, labels, num_classes=num_classes, leave_one_out=True
+                    )
+                    scores[name] = 100 * (predicted == labels).double().mean().item()
+            return scores
 
         return context.on_main(compute)
-
-
-def _leave_one_out(bank: Tensor, labels: Tensor, num_classes: int) -> float:
-    if len(bank) < 2 or not torch.isfinite(bank).all():
-        return float("nan")
-    predicted = knn_predict(bank, bank, labels, num_classes=num_classes, leave_one_out=True)
-    return 100 * (predicted == labels).double().mean().item()

@@ -19,7 +19,7 @@ from featkd.runtime.distributed import ProcessContext
 from featkd.train.checkpoint import load
 from featkd.train.logs import RunLog, read_csv
 from featkd.train.outcome import Outcome
-from featkd.train.recipe import LossConfig, Recipe, StudentConfig, to_dict
+from featkd.train.recipe import LossConfig, Recipe, RecipeError, StudentConfig, to_dict
 from featkd.train.trainer import Trainer
 
 CPU = ProcessContext(0, 1, torch.device("cpu"))
@@ -93,6 +93,21 @@ def save(trainer: Trainer, **options: Any) -> None:
 
 def column(recipe: Recipe, name: str) -> list[str]:
     return [row[name] for row in read_csv(Path(recipe.out) / "metrics.csv")]
+
+
+def check_losses_close(one: Path, other: Path, *more: str) -> None:
+    """Checks that two runs logged the same updates, with losses that differ by rounding."""
+    for x, y in zip(*(read_csv(out / "metrics.csv") for out in (one, other)), strict=True):
+        for name in ("loss", "feature_loss", *more):
+            assert float(x[name]) == pytest.approx(float(y[name]), rel=1e-5), name
+
+
+def refuse(
+    recipe: Recipe, message: str, error: type[Exception] = RecipeError, **fields: Any
+) -> None:
+    """Checks that a trainer refuses a recipe with other fields."""
+    with pytest.raises(error, match=message):
+        Trainer(changed(recipe, **fields), CPU)
 
 
 def same_weights(one: Path, other: Path) -> bool:

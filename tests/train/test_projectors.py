@@ -29,7 +29,16 @@ from featkd.train.student_forward import LiftForward
 from featkd.train.trained import load_trained
 from featkd.train.trainer import Trainer
 from tests.test_ranks import EQUAL, succeed
-from tests.train.runs import CPU, changed, column, interrupt, run, same_weights
+from tests.train.runs import (
+    CPU,
+    changed,
+    check_losses_close,
+    column,
+    interrupt,
+    refuse,
+    run,
+    same_weights,
+)
 
 
 def with_loss(recipe: Recipe, arch: str = "plain", **fields) -> Recipe:
@@ -281,10 +290,7 @@ def test_two_processes_train_the_projectors_of_one(projected, server, tmp_path, 
         torch.testing.assert_close(b["projectors"][name], expected, rtol=1e-3, atol=2e-5)
     initial = Trainer(projected, CPU).components.projectors.state_dict()
     assert not any(torch.equal(initial[name], x) for name, x in a["projectors"].items())
-    rows = [read_csv(tmp_path / name / "metrics.csv") for name in ("one", "two")]
-    for x, y in zip(*rows, strict=True):
-        for name in ("loss", "feature_loss", "pooled_loss"):
-            assert float(x[name]) == pytest.approx(float(y[name]), rel=1e-5)
+    check_losses_close(tmp_path / "one", tmp_path / "two", "pooled_loss")
     succeed(server.ranks(2, *words, "--out", tmp_path / "two", "--optim.epochs", 2))
 
 
@@ -384,16 +390,15 @@ def test_a_projector_that_nothing_needs_is_noted(recipe):
 
 def test_a_last_map_of_another_width_than_asked_for_is_refused(recipe):
     wrong = changed(recipe, student=dict(teacher_dim=36), loss=dict(projector="linear"))
-    with pytest.raises(RecipeError, match=r"student.teacher_dim: 36, .* 24 channels; expected 24"):
-        Trainer(wrong, CPU)
+    refuse(wrong, r"student.teacher_dim: 36, .* 24 channels; expected 24")
 
 
 @pytest.mark.parametrize(("side", "more"), [("student", {}), ("teacher", {"num_classes": 0})])
 def test_a_model_that_does_not_pool_is_refused(projected, side, more):
     """Under timm's global_pool '' a head returns every token."""
     options = getattr(projected, side).options | {"global_pool": ""} | more
-    with pytest.raises(RecipeError, match=rf"loss.pooled: .*{side}"):
-        Trainer(changed(projected, loss=dict(alpha=0.0), **{side: dict(options=options)}), CPU)
+    fields = {side: dict(options=options), "loss": dict(alpha=0.0)}
+    refuse(projected, rf"loss.pooled: .*{side}", **fields)
 
 
 def test_pooled_features_alone_are_a_use_of_the_teacher():

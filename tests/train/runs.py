@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import is_dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,16 @@ def save(trainer: Trainer, **options: Any) -> None:
     trainer.folder.mkdir(exist_ok=True)
     trainer._save(RunLog(None, 0, 0), **options)
     trainer.finish_saving()
+
+
+def trained(recipe: Recipe, updates: int = 1) -> Trainer:
+    """Trains some updates of the first epoch, and saves."""
+    trainer = Trainer(recipe, CPU)
+    trainer.components.student.train()
+    for batch in islice(trainer.components.train_loader, updates):
+        trainer.step([batch])
+    save(trainer)
+    return trainer
 
 
 def column(recipe: Recipe, name: str) -> list[str]:

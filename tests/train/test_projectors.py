@@ -167,9 +167,9 @@ def test_a_teacher_of_another_grid_and_width_is_resized_then_compared(recipe):
     """Maps of 2 x 2 tokens, for a student of 4 x 4."""
     options = recipe.teacher.options | {"patch_size": 8}
     recipe = changed(recipe, teacher=dict(options=options))
-    loss = {"pairs": [(0, 0), (1, 1)], "projector": "linear", "pooled": PooledConfig()}
-    recipe = with_loss(recipe, feature="mse", **loss)
-    trainer = Trainer(recipe, CPU)
+    pairs = [(0, 0), (1, 1)]
+    loss = dict(feature="mse", pairs=pairs, projector="linear", pooled=PooledConfig())
+    trainer = Trainer(with_loss(recipe, **loss), CPU)
     assert list(trainer.components.projectors) == ["0", "1", "pooled"]
     trainer.components.student.eval()
     batch = next(iter(trainer.components.val_loader))
@@ -194,10 +194,8 @@ def test_projectors_depend_on_the_seed_alone(projected):
         return nn.utils.parameters_to_vector(projectors.parameters())
 
     first = weights(projected)
-    assert torch.equal(
-        first,
-        weights(changed(projected, teacher=dict(options=projected.teacher.options | {"depth": 3}))),
-    )
+    deeper = projected.teacher.options | {"depth": 3}
+    assert torch.equal(first, weights(changed(projected, teacher=dict(options=deeper))))
     assert not torch.equal(first, weights(replace(projected, seed=1)))
 
 

@@ -11,22 +11,13 @@ from featkd.runtime.distributed import ProcessContext
 from featkd.train.checkpoint import CheckpointError
 from featkd.train.recipe import LossConfig, Recipe, RecipeError
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, changed, copy_images, run, save
-
-
-def saved(recipe: Recipe) -> Trainer:
-    """Runs one update and saves."""
-    trainer = Trainer(recipe, CPU)
-    trainer.components.student.train()
-    trainer.step([next(iter(trainer.components.train_loader))])
-    save(trainer)
-    return trainer
+from tests.train.runs import CPU, changed, copy_images, run, trained
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion"])
 def test_another_weight_decay_and_eps_are_used(alone, optimizer):
     optim = replace(alone.optim, optimizer=optimizer)
-    before = saved(replace(alone, optim=optim)).components.optimizer.param_groups
+    before = trained(replace(alone, optim=optim)).components.optimizer.param_groups
     assert [group["weight_decay"] for group in before] == [0.0, 0.05]
     other = replace(alone, optim=replace(optim, weight_decay=0.2, eps=1e-6))
     trainer = Trainer(other, CPU)
@@ -39,7 +30,7 @@ def test_another_weight_decay_and_eps_are_used(alone, optimizer):
 
 @pytest.mark.parametrize(("before", "after"), [("bf16", "fp16"), ("fp16", "off"), ("fp16", "fp16")])
 def test_another_precision(alone, before, after):
-    scaler = saved(replace(alone, amp=before)).components.scaler
+    scaler = trained(replace(alone, amp=before)).components.scaler
     trainer = Trainer(replace(alone, amp=after), CPU)
     fresh = trainer.components.scaler.state_dict()
     trainer._resume("auto")
@@ -60,7 +51,7 @@ def test_another_precision(alone, before, after):
     ],
 )
 def test_an_optimizer_that_the_state_does_not_fit_is_refused(alone, change, message):
-    saved(alone)
+    trained(alone)
     with pytest.raises(CheckpointError, match=message):
         Trainer(changed(alone, optim=dict(**change)), CPU)._resume("force")
 
@@ -76,7 +67,7 @@ def test_another_number_of_images_is_refused_or_forced_between_epochs(alone, tmp
         Trainer(there, CPU)._resume("auto")
     assert note in Trainer(there, CPU)._resume("force")[1]
     assert "training images" not in Trainer(alone, CPU)._resume("auto")[1]
-    saved(alone)
+    trained(alone)
     with pytest.raises(CheckpointError, match=r"last.pt: num_images: 48 when .*, now 40"):
         Trainer(there, CPU)._resume("force")
 
@@ -85,7 +76,7 @@ def test_processes_that_read_different_files_are_stopped(alone, monkeypatch):
     """All of three processes raise an error that lists the positions."""
     others: dict[str, str] = {}
     monkeypatch.setattr(ProcessContext, "merge_dicts", lambda _, facts: facts | others)
-    last = saved(alone).store.last
+    last = trained(alone).store.last
     ours = f"{last} after update 1 (epoch 0, batch 1)"
     others = {"1": ours, "2": ours}
     Trainer(alone, CPU)._resume("auto")
@@ -122,7 +113,7 @@ EXPERIMENT = {
 def test_another_experiment_is_refused(recipe):
     """Every field that changes the experiment; the folder is left as it was."""
     recipe = with_field(recipe, "optim.epochs", 4)
-    last = saved(recipe).store.last
+    last = trained(recipe).store.last
 
     def content() -> tuple[bytes, list[str]]:
         return last.read_bytes(), sorted(p.name for p in last.parent.iterdir() if p.name != ".lock")
@@ -152,7 +143,7 @@ ALLOWED = {
 @pytest.mark.parametrize("field", ALLOWED)
 def test_a_change_within_the_experiment_goes_on(alone, field):
     alone = with_field(alone, "optim.epochs", 4)
-    saved(alone)
+    trained(alone)
     value, note = ALLOWED[field]
     messages = Trainer(with_field(alone, field, value), CPU)._resume("auto")
     assert messages[0].startswith("resumed from")
@@ -162,7 +153,7 @@ def test_a_change_within_the_experiment_goes_on(alone, field):
 @pytest.mark.parametrize("inference", ["recipe", "fastest"])
 def test_a_checkpoint_of_an_earlier_recipe_is_resumed(recipe, inference):
     """With a field that recipes no longer have, and without fields that they did not have."""
-    last = saved(recipe).store.last
+    last = trained(recipe).store.last
     state = torch.load(last)
     state["recipe"]["teacher"]["inference"] = inference
     for section, field in (("data", "on_bad_image"), ("teacher", "random"), ("loss", "tau")):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -12,19 +11,8 @@ import torch
 
 from featkd.data import factory
 from featkd.train.checkpoint import CheckpointError, load
-from featkd.train.recipe import Recipe
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, NOTHING_DRAWN, changed, column, run, save
-
-
-def stop_within_an_epoch(recipe: Recipe, updates: int) -> Path:
-    """Trains some updates of the first epoch and saves; returns the checkpoint."""
-    trainer = Trainer(recipe, CPU)
-    trainer.components.student.train()
-    for batch in islice(trainer.components.train_loader, updates):
-        trainer.step([batch])
-    save(trainer)
-    return trainer.store.last
+from tests.train.runs import CPU, NOTHING_DRAWN, changed, column, run, trained
 
 
 def test_an_epoch_continues_in_other_batches(recipe, monkeypatch):
@@ -37,7 +25,7 @@ def test_an_epoch_continues_in_other_batches(recipe, monkeypatch):
         return losses(self, batch, number)
 
     monkeypatch.setattr(Trainer, "losses", noting)
-    stop_within_an_epoch(recipe, 2)
+    trained(recipe, 2)
     assert len(seen) == 16
     run(replace(recipe, batch_size=4))
     first_epoch = [image.numpy().tobytes() for image in seen[:48]]
@@ -63,7 +51,7 @@ def test_an_epoch_continues_in_other_batches(recipe, monkeypatch):
     ],
 )
 def test_an_epoch_in_another_order_is_refused(recipe, changes, message):
-    stop_within_an_epoch(recipe, 3)
+    trained(recipe, 3)
     repeats = changes.pop("repeats", 1)
     augment = replace(recipe.data.augment, repeats=repeats)
     other = changed(
@@ -78,7 +66,7 @@ def test_an_epoch_in_another_order_is_refused(recipe, changes, message):
 
 def test_another_number_of_processes_is_noted(recipe):
     """One process resumes a run of two, with the same global batch and with a larger one."""
-    last = stop_within_an_epoch(recipe, 2)
+    last = trained(recipe, 2).store.last
     state = load(last)
     state["world_size"] = state["loader"]["world_size"] = 2
     state["recipe"]["batch_size"] = state["loader"]["batch_size"] = 4
@@ -93,7 +81,7 @@ def test_another_number_of_processes_is_noted(recipe):
 
 def test_a_restart_by_torchrun_resumes_the_same_job(recipe):
     """It resumes from the job's last checkpoint, whatever --resume was given."""
-    first = stop_within_an_epoch(replace(recipe, out=recipe.out + "-first"), 1)
+    first = trained(replace(recipe, out=recipe.out + "-first"), 1).store.last
     job = replace(CPU, job="17")
     trainer = Trainer(recipe, job)
     assert trainer._resume(str(first))[0].startswith(f"resumed from {first}")
@@ -151,7 +139,7 @@ def test_another_loader_is_noted(recipe, monkeypatch, capsys):
     note = "using the timm loader instead of DALI: a library of it is missing"
     assert trainer.components.notes.count(note) == 1
     monkeypatch.undo()
-    last = stop_within_an_epoch(recipe, 2)
+    last = trained(recipe, 2).store.last
     torch.save({**load(last), "pixels": "dali on cuda"}, last)
     Trainer(recipe, CPU).run()
     output = capsys.readouterr().err
@@ -165,7 +153,7 @@ def test_a_checkpoint_of_earlier_draws_continues_with_a_note(recipe, capsys, dra
     """Checkpoints of version 1 do not hold a version."""
     if not drawn:
         recipe = changed(recipe, data=dict(augment=NOTHING_DRAWN))
-    last = stop_within_an_epoch(recipe, 2)
+    last = trained(recipe, 2).store.last
     state = load(last)
     assert state["loader"].pop("augmentation_version") == 2
     torch.save(state, last)

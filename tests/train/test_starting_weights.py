@@ -92,31 +92,35 @@ def test_pretrained_and_checkpoint_draw_the_same_numbers(recipe, tmp_path):
     assert same_weights(Path(one.out) / "last.pt", Path(other.out) / "last.pt")
 
 
-def test_other_statistics_of_the_starting_weights_are_noted(recipe, base):
-    data = replace(recipe.data, mean=(0.5, 0.5, 0.5))
-    trainer = Trainer(replace(short(recipe, checkpoint=str(base)), data=data), CPU)
-    (note,) = [x for x in trainer.components.notes if "data.mean" in x]
-    assert re.search(r"last.pt: was trained with data.mean \[0.485, .*has \[0.5, 0.5, 0.5\]", note)
-
-
-def test_another_number_of_heads_is_noted(recipe, base):
-    """It shows in no tensor's shape."""
-    options = {**recipe.student.options, "num_heads": 2, "drop_path_rate": 0.0}
-    for fields, noted in (({"options": options}, True), ({}, False)):
-        trainer = Trainer(short(recipe, checkpoint=str(base), **fields), CPU)
-        found = [x for x in trainer.components.notes if "was trained with student.base" in x]
-        assert bool(found) == noted
-        assert not noted or re.search(r"'num_heads': 3}; this run has .*'num_heads': 2", found[0])
+@pytest.mark.parametrize(
+    ("fields", "start", "note"),
+    [
+        ({}, "data.mean", None),
+        ({}, "student.base", None),
+        (
+            *({"data": {"mean": (0.5, 0.5, 0.5)}}, "data.mean"),
+            r"data.mean \[0.485, .*has \[0.5, 0.5, 0.5\]",
+        ),
+        (  # shows in no tensor's shape
+            *({"student": {"options": TINY | {"num_heads": 2}}}, "student.base"),
+            "'num_heads': 3}; this run has .*'num_heads': 2",
+        ),
+    ],
+)
+def test_another_origin_of_the_starting_weights_is_noted(recipe, base, fields, start, note):
+    recipe = changed(short(recipe, checkpoint=str(base)), **fields)
+    notes = Trainer(recipe, CPU).components.notes
+    found = [x for x in notes if f"last.pt: was trained with {start}" in x]
+    assert len(found) == (note is not None)
+    assert note is None or re.search(note, found[0])
 
 
 def test_starting_weights_behind_a_url(recipe, base):
     place = locate("memory://starts/last.pt")
     place.replace_with(base.read_bytes())
     trainer = Trainer(short(recipe, checkpoint=str(place), weights="model"), CPU)
-    found = trainer.components.student.state_dict()
-    assert torch.equal(
-        found["blocks.0.attn.qkv.weight"], load(base)["model"]["blocks.0.attn.qkv.weight"]
-    )
+    found, name = trainer.components.student.state_dict(), "blocks.0.attn.qkv.weight"
+    assert torch.equal(found[name], load(base)["model"][name])
 
 
 @pytest.mark.parametrize(

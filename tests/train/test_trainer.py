@@ -56,11 +56,8 @@ def test_a_run_learns_and_writes_its_files(recipe):
 
 def test_an_update_reads_nothing_from_the_device(recipe):
     """On the meta device every read (item, bool, copy to the CPU) is an error."""
-    data, optim = (
-        changed(recipe.data, augment=dict(mixup=0.8, cutmix=1.0)),
-        replace(recipe.optim, clip_grad=1.0),
-    )
-    recipe = replace(recipe, ema_decay=None, data=data, optim=optim)
+    mixing = dict(augment=dict(mixup=0.8, cutmix=1.0))
+    recipe = changed(recipe, ema_decay=None, data=mixing, optim=dict(clip_grad=1.0))
     trainer = Trainer(recipe, ProcessContext(0, 1, torch.device("meta")))
     trainer.components.student.train()
     for batch in trainer.components.train_loader:
@@ -127,14 +124,8 @@ def test_the_weight_average_is_the_closed_form(alone):
 
 def test_learning_rate_by_epoch_is_warm_up_and_cosine(alone):
     """The published schedule, constant within an epoch; 2 of 6 epochs are warm-up."""
-    run(
-        changed(
-            alone,
-            optim=dict(
-                step_on="epoch", epochs=6, warmup_epochs=2, lr=4e-3, lr_batch=16, min_lr=1e-5
-            ),
-        )
-    )
+    fields = dict(step_on="epoch", epochs=6, warmup_epochs=2, lr=4e-3, lr_batch=16, min_lr=1e-5)
+    run(changed(alone, optim=fields))
     peak = 4e-3 * 8 / 16
     expected = [1e-6, 1e-6 + (peak - 1e-6) / 2] + [
         1e-5 + (peak - 1e-5) * (1 + math.cos(math.pi * epoch / 6)) / 2 for epoch in (2, 3, 4, 5)
@@ -155,10 +146,9 @@ def test_teacher_is_not_trained(recipe):
     trainer = Trainer(recipe, CPU)
     before = {k: v.clone() for k, v in trainer.components.teacher_model.state_dict().items()}
     trainer.run(quiet=True)
-    assert all(
-        torch.equal(before[k], v) for k, v in trainer.components.teacher_model.state_dict().items()
-    )
-    assert not trainer.components.teacher_model.training
+    teacher = trainer.components.teacher_model
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+    assert not teacher.training
 
 
 @pytest.mark.parametrize("labels", ["folders", "none"])

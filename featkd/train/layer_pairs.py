@@ -47,11 +47,7 @@ def resolve_layer_pairs(recipe: Recipe, student_depth: int, teacher_depth: int) 
 
 
 def check_fit(
-    recipe: Recipe,
-    depth: int,
-    student: OutputShapes,
-    teacher: OutputShapes,
-    notes: list[str],
+    recipe: Recipe, depth: int, student: OutputShapes, teacher: OutputShapes, notes: list[str]
 ) -> None:
     """Checks that the student's logits, tokens and channels fit the teacher's.
 

@@ -101,12 +101,7 @@ def check_same_position(context: ProcessContext, place: str) -> None:
 
 
 def restore(
-    path: Location,
-    components: RunComponents,
-    recipe: Recipe,
-    world_size: int,
-    *,
-    force: bool,
+    path: Location, components: RunComponents, recipe: Recipe, world_size: int, *, force: bool
 ) -> tuple[dict[str, Any], list[str]]:
     """Restores the components of a run from a checkpoint.
 

@@ -22,12 +22,7 @@ from featkd.runtime.remote import Location, locate_once
 from featkd.runtime.seeding import derive_seed
 from featkd.train.precision import AMP_DTYPES, autocast, cast_matmul_weights
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.teacher_checks import (
-    check_classifier,
-    check_finite,
-    check_synsets,
-    check_teacher,
-)
+from featkd.train.teacher_checks import check_classifier, check_finite, check_synsets, check_teacher
 from featkd.train.teacher_images import image_adapter, teacher_size
 
 

@@ -11,12 +11,11 @@ import nvidia.dali
 import pytest
 import torch
 
-from featkd.cache import CacheConfig, CacheError, TeacherCache
+from featkd.cache import CacheError, TeacherCache
 from featkd.cli.main import main
 from featkd.data import SampleKey, build_loader
 from featkd.runtime.distributed import ProcessContext
 from featkd.train import cached_teacher
-from featkd.train.build_cache import build_cache
 from featkd.train.components import build
 from featkd.train.dryrun import dry_run
 from featkd.train.logs import read_csv
@@ -36,15 +35,8 @@ from tests.train.runs import (
     run,
     same_weights,
     train_teacher,
+    with_cache,
 )
-
-EXACT = {"views": 2, "shard_rows": 16, "logits_top": "all", "features": "full", "store": "fp32"}
-
-
-def with_cache(recipe: Recipe, folder: Path, **options) -> Recipe:
-    """Builds a cache of the recipe; returns the recipe on it."""
-    build_cache(recipe, CacheConfig(**{**EXACT, **options}), CPU, folder, quiet=True)
-    return replace(recipe, cache=str(folder), out=f"{recipe.out}-cached")
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ import torch
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 
+from featkd.cache import CacheConfig
 from featkd.data import AugmentConfig
 from featkd.runtime.distributed import ProcessContext
+from featkd.train.build_cache import build_cache
 from featkd.train.checkpoint import load
 from featkd.train.logs import RunLog, read_csv
 from featkd.train.outcome import Outcome
@@ -83,6 +85,13 @@ def copy_images(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe on a copy of its images."""
     shutil.copytree(recipe.data.path, folder)
     return changed(recipe, data=dict(path=str(folder)))
+
+
+def with_cache(recipe: Recipe, folder: Path, **options: Any) -> Recipe:
+    """Builds a cache, an exact one unless options differ; returns the recipe on it."""
+    exact = dict(views=2, shard_rows=16, logits_top="all", features="full", store="fp32")
+    build_cache(recipe, CacheConfig(**(exact | options)), CPU, folder, quiet=True)
+    return replace(recipe, cache=str(folder), out=f"{recipe.out}-cached")
 
 
 def save(trainer: Trainer, **options: Any) -> None:

@@ -8,14 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from featkd.train.recipe import (
-    Recipe,
-    RecipeError,
-    StudentConfig,
-    TeacherConfig,
-    to_dict,
-    to_yaml,
-)
+from featkd.train.recipe import Recipe, RecipeError, StudentConfig, TeacherConfig, to_dict, to_yaml
 from featkd.train.recipe_file import find_recipe, load_recipe, shipped_recipes
 
 # [EM26] by way of design/method.md section 4: arch, alpha, feature loss

@@ -124,8 +124,7 @@ def test_starting_weights_behind_a_url(recipe, base):
 
 
 @pytest.mark.parametrize(
-    ("base", "arch"),
-    [("vit_small_patch16_dinov3", "widelast"), ("eva02_tiny_patch14_224", "lift")],
+    ("base", "arch"), [("vit_small_patch16_dinov3", "widelast"), ("eva02_tiny_patch14_224", "lift")]
 )
 def test_students_on_eva_are_trained_and_resumed(recipe, base, arch):
     options = {**TINY, "embed_dim": 24, "drop_path_rate": 0.2}

@@ -11,15 +11,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from featkd.cache import CacheConfig, LayerShape
+from featkd.cache import LayerShape
 from featkd.models.adapters import ImageAdapter, resize_map
-from featkd.train.build_cache import build_cache
 from featkd.train.layer_pairs import matched_tokens
 from featkd.train.recipe import LossConfig, Recipe, RecipeError, TeacherConfig
 from featkd.train.teacher_images import teacher_size
 from featkd.train.trainer import Trainer
 from tests.conftest import TEACHER
-from tests.train.runs import CPU, NOTHING_DRAWN, changed, refuse, train_teacher
+from tests.train.runs import CPU, NOTHING_DRAWN, changed, refuse, train_teacher, with_cache
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -77,18 +76,15 @@ def test_a_pretrained_teacher_sees_images_in_its_own_statistics(of_half: Recipe)
 
 
 def test_a_cache_holds_the_outputs_for_the_teachers_own_images(of_half: Recipe) -> None:
-    folder = Path(of_half.out) / "cache"
-    build_cache(of_half, CacheConfig(views=2, store="fp32"), CPU, folder, quiet=True)
-    cached = replace(of_half, cache=str(folder))
+    cached = with_cache(of_half, Path(of_half.out) / "cache")
     outputs = []
     for each in (of_half, cached):
         trainer = Trainer(each, CPU)
         outputs.append(trainer.teacher_forward(next(iter(trainer.batches(0)))))
     torch.testing.assert_close(outputs[1].logits, outputs[0].logits)
     torch.testing.assert_close(outputs[1].maps[0], outputs[0].maps[0])
-    other = changed(cached, teacher=dict(mean=(0.4, 0.5, 0.5)))
     message = r"cache: .* teacher.mean: \[0.5, 0.5, 0.5\], not \[0.4, 0.5, 0.5\]"
-    refuse(other, message)
+    refuse(cached, message, teacher=dict(mean=(0.4, 0.5, 0.5)))
 
 
 def test_a_checkpoint_of_featkd_brings_its_statistics(still: Recipe) -> None:
@@ -144,9 +140,7 @@ def test_a_map_on_another_grid_is_resized(still: Recipe, size: int | None, side:
     notes = trainer.components.notes
     assert any(f"teacher's map of {side} x {side} tokens is resized to" in x for x in notes)
     assert trainer.step([batch]).total.isfinite()
-    folder = Path(recipe.out) / "cache"
-    build_cache(recipe, CacheConfig(store="fp32"), CPU, folder, quiet=True)
-    cached = Trainer(replace(recipe, cache=str(folder), cache_epochs="cycle"), CPU)
+    cached = Trainer(with_cache(recipe, Path(recipe.out) / "cache"), CPU)
     (again,) = cached.teacher_forward(next(iter(cached.batches(0)))).maps
     torch.testing.assert_close(again, got)
 
@@ -223,13 +217,11 @@ def test_a_pair_as_image_size_of_the_options(still: Recipe) -> None:
 def test_unused_logits_of_a_cache_may_have_other_classes(still: Recipe) -> None:
     teacher = replace(still.teacher, options={**TEACHER, "num_classes": 7})
     recipe = replace(still, teacher=teacher, loss=LossConfig(feature="mse"))
-    folder = Path(recipe.out) / "cache"
-    build_cache(recipe, CacheConfig(views=2), CPU, folder, quiet=True)
-    trainer = Trainer(replace(recipe, cache=str(folder)), CPU)
+    cached = with_cache(recipe, Path(recipe.out) / "cache")
+    trainer = Trainer(cached, CPU)
     assert trainer.step([next(iter(trainer.batches(0)))]).total.isfinite()
     wrong = replace(teacher, name="vit_tiny_patch16_224.bad", pretrained=True)
-    with pytest.raises(ValueError, match=r"^teacher.name: timm has no weights"):
-        Trainer(replace(recipe, cache=str(folder), teacher=wrong), CPU)
+    refuse(cached, r"^teacher.name: timm has no weights", ValueError, teacher=wrong)
 
 
 def test_a_student_that_drops_patches_is_refused(still: Recipe) -> None:

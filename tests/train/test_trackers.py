@@ -25,7 +25,7 @@ from featkd.train.recipe import LogConfig, Recipe, RecipeError, to_dict
 from featkd.train.trackers import MlflowRun, TrackerError, WandbRun
 from featkd.train.trainer import Trainer
 from tests.test_ranks import wait_for
-from tests.train.runs import CPU, changed, run
+from tests.train.runs import CPU, changed, interrupt, run
 
 MISSING = [name for name in ("wandb", "mlflow") if importlib.util.find_spec(name) is None]
 # An update that a resumed run repeats keeps its first value, and its speed differs.
@@ -215,15 +215,8 @@ def test_only_the_first_process_has_trackers(tracked, kept, tmp_path):
     assert not (tmp_path / trackers.FILE).exists()
 
 
-def test_a_run_that_ends_early_is_not_complete(tracked, kept, monkeypatch):
-    trainer = Trainer(tracked, CPU)
-
-    def fail(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer, "_evaluate", fail)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run(quiet=True)
+def test_a_run_that_ends_early_is_not_complete(tracked, kept):
+    interrupt(Trainer(tracked, CPU), 3)
     assert kept.closed == [False]
 
 

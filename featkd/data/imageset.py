@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from PIL import Image
 from torch import Tensor
@@ -14,10 +14,11 @@ from torch.utils.data import Dataset
 
 from featkd.data.augment import TrainTransform, build_transform
 from featkd.data.config import DataConfig
-from featkd.data.folder import FolderSource, ImageFiles, images_in, split_folder
+from featkd.data.folder import FolderSource, images_in, split_folder
 from featkd.data.images import BadImageError, decode_image
 from featkd.data.sampler import SampleKey
 from featkd.data.shards import ShardError, TarSource, tar_files
+from featkd.data.source import ImageSource
 from featkd.data.splits import shared_images_note
 from featkd.data.unlabelled import UnlabelledFolder
 from featkd.data.walk import subfolders
@@ -37,37 +38,7 @@ DATA_ERRORS = (BadImageError, ShardError)
 Decoded = TypeVar("Decoded")
 
 
-class ImageSource(Protocol):
-    """Interface of a storage of numbered images with classes; must be picklable.
-
-    Attributes:
-        classes: class names, which targets index; empty without labels, and targets are 0.
-        folder: folder of the files.
-    """
-
-    classes: list[str]
-    folder: str
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """Returns the name of image `index`, 0 <= index < len(self), as errors print it."""
-        ...
-
-    def file_size(self, index: int) -> int:
-        """Returns the size of the image's file in bytes, -1 if the file is missing."""
-        ...
-
-    def read(self, index: int) -> tuple[bytes, int]:
-        """Returns the content of the image's file, and its class index.
-
-        Raises:
-            BadImageError: the file cannot be read.
-        """
-        ...
-
-
-def open_source(config: DataConfig, split: Literal["train", "val"]) -> ImageFiles | TarSource:
+def open_source(config: DataConfig, split: Literal["train", "val"]) -> ImageSource:
     """Opens the images of a split: tar shards if its folder holds any, otherwise image files.
 
     Raises:
@@ -153,9 +124,8 @@ class ImageSet(Dataset[Sample]):
         source = open_source(config, split)
         if split == "val" and (note := shared_images_note(config, source)):
             warnings.warn(note, stacklevel=2)
-        self._source: ImageSource = source
-        self.classes = self._source.classes
-        self.folder = self._source.folder
+        self._source = source
+        self.classes, self.folder = source.classes, source.folder
         self.training = split == "train" if training is None else training
         self.seed = seed
         self.skip = config.on_bad_image == "skip"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 
 from featkd.data.config import DataConfig
-from featkd.data.folder import ImageFiles, split_folder
+from featkd.data.folder import split_folder
 from featkd.data.shards import TarSource, tar_files
+from featkd.data.source import ImageSource
 from featkd.data.walk import is_hidden
 from featkd.runtime.files import open_regular
 from featkd.runtime.names import listed, printable
@@ -15,7 +16,7 @@ _MAX_COMPARED = 1000  # files, evenly spaced in the list
 _COMPARED_BYTES = 2**20
 
 
-def shared_images_note(config: DataConfig, validation: ImageFiles | TarSource) -> str:
+def shared_images_note(config: DataConfig, validation: ImageSource) -> str:
     """Describes validation images that are also trained on; "" if none are found.
 
     Compares up to 1000 validation files (or shards) with the training files of the same names.

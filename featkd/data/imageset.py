@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -34,8 +34,6 @@ FINGERPRINT_CONTENTS = 64
 # Errors in the data itself, which the command line prints without a traceback.
 DataError = BadImageError | ShardError
 DATA_ERRORS = (BadImageError, ShardError)
-
-Decoded = TypeVar("Decoded")
 
 
 def open_source(config: DataConfig, split: Literal["train", "val"]) -> ImageSource:
@@ -77,14 +75,15 @@ class Sample(NamedTuple):
     """One sample of a data set.
 
     Attributes:
-        image: (3, H, W) uint8, not normalized, or None if the image was unreadable and is left out.
+        image: (3, H, W) uint8, not normalized (or what `ImageSet.decode` was asked for); None if
+            the image was unreadable and is left out.
         target: class index.
         bad: errors of the unreadable files that were tried.
         key: key of the sample.
         source_index: index of the image that was loaded; see `Batch.source_index`.
     """
 
-    image: Tensor | None
+    image: Any
     target: int
     bad: list[BadImageError]
     key: SampleKey
@@ -106,6 +105,7 @@ class ImageSet(Dataset[Sample]):
     Attributes:
         classes: class names, which targets index; empty without labels, and targets are 0.
         folder: folder of the split.
+        config, seed, training: see the arguments.
 
     Raises:
         FileNotFoundError: a folder is missing or holds no images.
@@ -126,6 +126,7 @@ class ImageSet(Dataset[Sample]):
             warnings.warn(note, stacklevel=2)
         self._source = source
         self.classes, self.folder = source.classes, source.folder
+        self.config = config
         self.training = split == "train" if training is None else training
         self.seed = seed
         self.skip = config.on_bad_image == "skip"
@@ -172,24 +173,18 @@ class ImageSet(Dataset[Sample]):
             BadImageError: an image is unreadable with on_bad_image="error", or MAX_TRIES images in
                 a row are unreadable.
         """
-        decoded, bad = self.decode(key, decode_image)
-        if decoded is None:
-            return Sample(None, 0, bad, key, key.image)
-        image, target, index = decoded
-        return Sample(self._transformed(image, index, key), target, bad, key, index)
+        sample = self.decode(key, decode_image)
+        if sample.image is None:
+            return sample
+        return sample._replace(image=self._transformed(sample.image, sample.source_index, key))
 
-    def decode(
-        self, key: SampleKey, decoder: Callable[[bytes, str], Decoded]
-    ) -> tuple[tuple[Decoded, int, int] | None, list[BadImageError]]:
+    def decode(self, key: SampleKey, decoder: Callable[[bytes, str], Any]) -> Sample:
         """Decodes the image of a key, or the next readable one; see `__getitem__`.
 
         Args:
             key: key of the sample.
-            decoder: called with a file's content and name; raises BadImageError.
-
-        Returns:
-            The result of `decoder`, the class and the index of the image, or None if the sample is
-            left out; and the errors of the unreadable images before it.
+            decoder: returns the sample's image for a file's content and name, or raises
+                BadImageError.
 
         Raises:
             BadImageError: see `__getitem__`.
@@ -200,7 +195,7 @@ class ImageSet(Dataset[Sample]):
             index = (key.image + offset) % len(self)
             try:
                 content, target = self._source.read(index)
-                return (decoder(content, self.name(index)), target, index), bad
+                return Sample(decoder(content, self.name(index)), target, bad, key, index)
             except BadImageError as error:
                 if not self.skip:
                     raise
@@ -209,7 +204,7 @@ class ImageSet(Dataset[Sample]):
             raise BadImageError(
                 bad[0].path, f"{bad[0].cause} (and so are the {tries - 1} images after it)"
             )
-        return None, bad
+        return Sample(None, 0, bad, key, key.image)
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[Sample] | DataError:
         """Returns the samples of a batch; torch's DataLoader calls this method if it exists.

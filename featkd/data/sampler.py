@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,9 +138,10 @@ class EpochSampler(Sampler[SampleKey]):
 
     def __iter__(self) -> Iterator[SampleKey]:
         steps = range(self.start, len(self))
-        return self._keys(self.rank + step * self.world_size for step in steps)
+        return self.keys(self.rank + step * self.world_size for step in steps)
 
-    def _keys(self, positions: Iterable[int]) -> Iterator[SampleKey]:
+    def keys(self, positions: Iterable[int]) -> Iterator[SampleKey]:
+        """Yields the keys at some positions of the epoch, whatever the rank."""
         view, n, repeats = self.view(self.epoch), self.num_images, self.repeats
         order = self.order(self.epoch)
         # A generator, because a million tuples in a list take 150 MB.
@@ -176,7 +178,7 @@ class RangeSampler(EpochSampler):
         self._ranges = ranges
 
     def __iter__(self) -> Iterator[SampleKey]:
-        return self._keys(position for positions in self._ranges for position in positions)
+        return self.keys(chain.from_iterable(self._ranges))
 
 
 class SpreadSampler(EpochSampler):

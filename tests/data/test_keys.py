@@ -67,7 +67,7 @@ def test_ranges_equal_those_of_the_whole_epoch(make_set: MakeSet, config) -> Non
     whole.close()
     sampler = RangeSampler(22, repeats=1, seed=3)
     loader = build_loader_for(
-        ImageSet(options, "train", 3), options, sampler, batch_size=4, device=torch.device("cpu")
+        ImageSet(options, "train", 3), sampler, batch_size=4, device=torch.device("cpu")
     )
     sampler.set_ranges(4, [range(4, 12), range(16, 22)])
     batches = list(loader)

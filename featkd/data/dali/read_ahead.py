@@ -10,29 +10,24 @@ from typing import Any, NamedTuple
 
 from featkd.data.dali.files import File, load, load_decodable
 from featkd.data.images import BadImageError
-from featkd.data.imageset import DATA_ERRORS, DataError, ImageSet
+from featkd.data.imageset import DATA_ERRORS, DataError, ImageSet, Sample
 from featkd.data.sampler import SampleKey
 
 _BATCHES_AHEAD = 2
 _FILES_PER_TASK = 8  # handing over a task takes about as long as checking a file
-
-# result of ImageSet.decode
-DecodedFile = tuple[tuple[File, int, int] | None, list[BadImageError]]
 
 
 class FedBatch(NamedTuple):
     """A batch that the pipeline holds.
 
     Attributes:
-        keys, targets, source_index: per image of the batch.
+        samples: samples of the batch, without their files.
         errors: unreadable files met for this batch and for the empty batches before it.
         requested: the keys requested for the empty batches before it, and for this batch.
         decodable: whether Pillow has decoded all its files.
     """
 
-    keys: list[SampleKey]
-    targets: list[int]
-    source_index: list[int]
+    samples: list[Sample]
     errors: list[BadImageError]
     requested: list[list[SampleKey]]
     decodable: bool
@@ -40,12 +35,12 @@ class FedBatch(NamedTuple):
 
 class _PendingBatch(NamedTuple):
     keys: list[SampleKey]
-    files: list[Future[list[DecodedFile]]]  # of consecutive keys
+    samples: list[Future[list[Sample]]]  # of consecutive keys
     decodable: bool
 
 
 class EpochReader:
-    """Iterates over the batches of an epoch: (key, decoded file) pairs, and their `decodable` flag.
+    """Iterates over the batches of an epoch: samples with `File`s, and their `decodable` flag.
 
     Args:
         dataset: the images.
@@ -70,20 +65,19 @@ class EpochReader:
         self._threads = ThreadPoolExecutor(self._count, "featkd-read")
         self._pending: deque[_PendingBatch] = deque()
 
-    def __iter__(self) -> Iterator[tuple[list[tuple[SampleKey, DecodedFile]], bool]]:
+    def __iter__(self) -> Iterator[tuple[list[Sample], bool]]:
         return self
 
-    def __next__(self) -> tuple[list[tuple[SampleKey, DecodedFile]], bool]:
+    def __next__(self) -> tuple[list[Sample], bool]:
         while self.failure is None and len(self._pending) <= _BATCHES_AHEAD:
             if (keys := next(self._batches, None)) is None:
                 break
             self._pending.append(self._submit(keys))
         if not self._pending:
             raise StopIteration
-        keys, parts, decodable = self._pending.popleft()
+        _, parts, decodable = self._pending.popleft()
         try:
-            files = [file for part in parts for file in part.result()]
-            return list(zip(keys, files, strict=True)), decodable
+            return [sample for part in parts for sample in part.result()], decodable
         except DATA_ERRORS as error:
             self.failure = error
             self._pending.clear()
@@ -107,7 +101,5 @@ class EpochReader:
         parts = [keys[start : start + size] for start in range(0, len(keys), size)]
         return _PendingBatch(keys, [self._threads.submit(read, part) for part in parts], check)
 
-    def _read(
-        self, keys: list[SampleKey], decoder: Callable[[bytes, str], File]
-    ) -> list[DecodedFile]:
+    def _read(self, keys: list[SampleKey], decoder: Callable[[bytes, str], File]) -> list[Sample]:
         return [self._dataset.decode(key, decoder) for key in keys]

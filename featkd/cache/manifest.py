@@ -6,13 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from featkd.cache.rows import LayerShape, Layout
 from featkd.data import EpochSampler, SampleKey
-from featkd.data.sampler import RangeSampler
 from featkd.runtime.files import atomic_write, read_regular
 
 SCHEMA = 2
@@ -91,12 +90,11 @@ class Manifest:
 
     def keys(self, view: int, shards: Sequence[int]) -> Iterator[list[SampleKey]]:
         """Yields the keys of the rows of some shards of a view, shard by shard."""
-        seed = int(self.subject["seed"])
-        sampler = RangeSampler(self.images, repeats=self.repeats, seed=seed)
-        stretches = [self.positions(shard) for shard in shards]
-        sampler.set_ranges(view, stretches)
-        keys = iter(sampler)  # shuffles the view once for all shards
-        return (list(islice(keys, len(stretch))) for stretch in stretches)
+        ranges = [self.positions(shard) for shard in shards]
+        sampler = self.sampler()
+        sampler.set_epoch(view)
+        keys = sampler.keys(chain.from_iterable(ranges))  # shuffles the view once for all shards
+        return (list(islice(keys, len(positions))) for positions in ranges)
 
     def most_shard_bytes(self, shard: int) -> int:
         """Upper bound of the size of a shard's file."""
@@ -184,44 +182,36 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _out_of_bounds(manifest: Manifest) -> str:
     """Returns which number of a manifest is out of bounds, or ""."""
-    layout = manifest.layout
-    whole = {
-        "data.images": (manifest.subject["data.images"], 1, _MOST_ROWS),
-        "data.augment.repeats": (manifest.subject["data.augment.repeats"], 1, _MOST_ROWS),
-        "seed": (manifest.subject["seed"], -(2**63), None),
-        "depth": (manifest.depth, 1, None),
-        "rows": (manifest.rows, 1, _MOST_ROWS),
-        "shard_rows": (manifest.shard_rows, 1, _MOST_ROWS),
-        "batch_size": (manifest.batch_size, 1, None),
-        "views": (manifest.views, 1, _MOST_SHARDS),
-        "layout.classes": (layout.classes, 1, _MOST_ROW_BYTES),
-    }
+    subject, layout = manifest.subject, manifest.layout
+    bounds = [
+        ("seed", subject["seed"], 0, 2**63 - 1),
+        ("depth", manifest.depth, 1, _MOST_ROWS),
+        ("rows", manifest.rows, 1, _MOST_ROWS),
+        ("shard_rows", manifest.shard_rows, 1, _MOST_ROWS),
+        ("batch_size", manifest.batch_size, 1, _MOST_ROWS),
+        ("views", manifest.views, 1, _MOST_SHARDS),
+        ("layout.classes", layout.classes, 1, _MOST_ROW_BYTES),
+    ]
+    bounds += [(x, subject[x], 1, _MOST_ROWS) for x in ("data.images", "data.augment.repeats")]
     if layout.logits_top is not None:
-        whole["layout.logits_top"] = (layout.logits_top, 1, layout.classes)
+        bounds.append(("layout.logits_top", layout.logits_top, 1, layout.classes))
     for shape in layout.layers:
+        name = f"layer {shape.layer!r}"
         if not shape.is_pooled:
-            whole[f"layer {shape.layer!r}"] = (shape.layer, 0, manifest.depth - 1)
-        for name in ("tokens", "channels"):
-            size = getattr(shape, name)
-            whole[f"layer {shape.layer!r}: {name}"] = (size, 1, _MOST_ROW_BYTES)
-    for name, (value, least, most) in whole.items():
-        if type(value) is not int or value < least or (most is not None and value > most):
-            allowed = f">= {least}" if most is None else f"from {least} to {most}"
-            return f"{name}: expected a whole number {allowed}, got {value!r}"
-    if manifest.views * manifest.shards > _MOST_SHARDS:
-        return (
-            f"views, rows, shard_rows: expected at most {_MOST_SHARDS} shards, got "
-            f"{manifest.views * manifest.shards}"
-        )
-    if layout.most_row_bytes > _MOST_ROW_BYTES:
-        return (
-            f"layout: expected at most {_MOST_ROW_BYTES} bytes per row, got {layout.most_row_bytes}"
-        )
-    if manifest.rows > manifest.images * manifest.repeats:
-        return (
-            f"rows: expected at most {manifest.images * manifest.repeats}, the images and their "
-            f"copies, got {manifest.rows}"
-        )
+            bounds.append((name, shape.layer, 0, manifest.depth - 1))
+        bounds.append((f"{name}: tokens", shape.tokens, 1, _MOST_ROW_BYTES))
+        bounds.append((f"{name}: channels", shape.channels, 1, _MOST_ROW_BYTES))
+    for name, value, least, most in bounds:
+        if type(value) is not int or not least <= value <= most:
+            return f"{name}: expected a whole number from {least} to {most}, got {value!r}"
+    images, shards = manifest.images * manifest.repeats, manifest.views * manifest.shards
+    for name, value, most, unit in (
+        ("views, rows, shard_rows", shards, _MOST_SHARDS, " shards"),
+        ("layout", layout.most_row_bytes, _MOST_ROW_BYTES, " bytes per row"),
+        ("rows", manifest.rows, images, ", the images and their copies"),
+    ):
+        if value > most:
+            return f"{name}: expected at most {most}{unit}, got {value}"
     return ""
 
 

@@ -152,8 +152,7 @@ def quantise(x: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     checks.check_floating("x", x)
     if x.dim() < 2:
         raise ValueError(f"x: expected at least 2 dimensions, got shape {tuple(x.shape)}")
-    if form not in FORMS:
-        raise ValueError(f"form: expected one of {', '.join(FORMS)}; got {form!r}")
+    checks.check_choice("form", form, FORMS)
     exact = x.detach().float()
     if not (exact.abs() <= LARGEST).all():
         raise ValueError(

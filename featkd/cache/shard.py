@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -77,10 +77,10 @@ def write_shard(
     content = memoryview(save(tensors, {_META: identity}))
     header, start = _header(path, content)
     place = start + _offsets(header["check"])[0]
-    index = b"".join(content[start + first : start + last] for first, last in _index(header))
+    digest = _digest(content[:start], header, lambda first, last: content[first:last])
     with atomic_write(path) as file:
         file.write(content[:place])
-        file.write(_digest(content[:start], index))
+        file.write(digest)
         file.write(content[place + _DIGEST :])
 
 
@@ -146,24 +146,6 @@ class Shard:
             )
         return row
 
-    def damages(self, keys: Sequence[SampleKey]) -> Iterator[str]:
-        """Checks every row; yields an error message for each damaged one.
-
-        Args:
-            keys: the keys that the rows must have.
-        """
-        if len(self) != len(keys):
-            yield f"{self.path}: damaged: has {len(self)} rows, not {len(keys)}"
-            return
-        for number, key in enumerate(keys):
-            if self.key(number) != key:  # the other rows are misplaced as well
-                yield f"{self.path}: damaged: row {number} is {self.key(number)}, not {key}"
-                return
-            try:
-                self.row(number)
-            except CacheError as error:
-                yield str(error)
-
     @staticmethod
     def _check(path: Path, most: int) -> None:
         """Raises CacheError if length, header or index are damaged."""
@@ -171,11 +153,11 @@ class Shard:
             head, header, start, size = _checked_header(path, file, most)
 
             def read(first: int, last: int) -> bytes:
-                file.seek(start + first)
+                file.seek(first)
                 return file.read(min(last - first, size))
 
-            index = b"".join(read(first, last) for first, last in _index(header))
-            if read(*_offsets(header["check"])) != _digest(head, index):
+            place = start + _offsets(header["check"])[0]
+            if read(place, place + _DIGEST) != _digest(head, header, read):
                 raise CacheError(f"{path}: damaged: header or index do not match their checksum")
 
     def _column(self, name: str, number: int) -> Tensor:
@@ -187,11 +169,27 @@ class Shard:
 
 
 def find_damage(path: Path, identity: str, keys: Sequence[SampleKey], most: int) -> list[str]:
-    """Checks a shard's file and every row; returns error messages, none for an intact file."""
+    """Checks a shard's file and every row; returns error messages, none for an intact file.
+
+    Args:
+        path, identity, most: see `Shard`.
+        keys: the keys that the rows must have.
+    """
+    found: list[str] = []
     try:
-        return list(Shard(path, identity, most).damages(keys))
+        shard = Shard(path, identity, most)
+        if len(shard) != len(keys):
+            raise CacheError(f"{path}: damaged: has {len(shard)} rows, not {len(keys)}")
+        for number, key in enumerate(keys):
+            if shard.key(number) != key:  # the other rows are misplaced as well
+                raise CacheError(f"{path}: damaged: row {number} is {shard.key(number)}, not {key}")
+            try:
+                shard.row(number)
+            except CacheError as error:
+                found.append(str(error))
     except CacheError as error:
-        return [str(error)]
+        found.append(str(error))
+    return found
 
 
 @contextmanager
@@ -249,12 +247,6 @@ def _header(path: Path, content: memoryview) -> tuple[dict[str, Any], int]:
     return header, start
 
 
-def _index(header: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Offsets of the index's tensors within the data."""
-    names = [name for name in header if name in _FIXED or name.endswith(_ENDS)]
-    return [_offsets(header[name]) for name in names]
-
-
 def _offsets(entry: Mapping[str, Any]) -> tuple[int, int]:
     """Start and end of a tensor's data; a flipped bit can merge the two numbers."""
     offsets = entry["data_offsets"]
@@ -264,8 +256,16 @@ def _offsets(entry: Mapping[str, Any]) -> tuple[int, int]:
     return first, last
 
 
-def _digest(head: bytes | memoryview, index: bytes) -> bytes:
-    return hashlib.sha256(bytes(head) + index).digest()
+def _digest(
+    head: bytes | memoryview, header: Mapping[str, Any], read: Callable[[int, int], Any]
+) -> bytes:
+    """SHA-256 of the header and the index, whose bytes `read` returns for offsets in the file."""
+    digest = hashlib.sha256(head)
+    for name in header:
+        if name in _FIXED or name.endswith(_ENDS):
+            first, last = _offsets(header[name])
+            digest.update(read(len(head) + first, len(head) + last))
+    return digest.digest()
 
 
 def _crc(row: Row, names: Iterable[str]) -> int:

@@ -146,10 +146,15 @@ def _check_number(name: str, value: object, allowed: str) -> None:
         raise TypeError(f"{name}: expected {allowed}, got {value!r}")
 
 
+def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Raises ValueError unless `value` is one of the allowed words."""
+    if value not in (allowed := tuple(allowed)):
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}")
+
+
 def check_metric(metric: str) -> None:
     """Raises ValueError unless `metric` names a feature distance."""
-    if metric not in METRICS:
-        raise ValueError(f"metric: expected one of {', '.join(METRICS)}; got {metric!r}")
+    check_choice("metric", metric, METRICS)
 
 
 def resolve_grid(metric: str, grid: tuple[int, int] | None, tokens: int) -> tuple[int, int] | None:

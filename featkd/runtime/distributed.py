@@ -224,11 +224,10 @@ def _rendezvous(rank: int) -> Store:
 def _resolve_device(device: str, local_rank: int, world_size: int) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    resolved = None
+    with suppress(RuntimeError):
         resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N; got {device!r}") from error
-    if resolved.type not in ("cpu", "cuda"):
+    if resolved is None or resolved.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N; got {device!r}")
     if resolved.type == "cuda":
         if not torch.cuda.is_available():

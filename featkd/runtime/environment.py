@@ -32,28 +32,25 @@ def versions() -> dict[str, str]:
 
 def commit() -> str:
     """Returns the Git commit of featkd's source tree, "unknown" outside a checkout."""
-    source = Path(featkd.__file__).resolve().parent
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(source), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return result.stdout.strip()
+    done = _git("rev-parse", "HEAD")
+    return "unknown" if done is None or done.returncode else done.stdout.strip()
 
 
 def has_changes() -> bool:
     """Checks whether tracked source files differ from `commit()`; False outside a checkout."""
-    source = Path(featkd.__file__).resolve().parent.parent
-    words = ["git", "-C", str(source), "diff", "--quiet", "HEAD", "--", "*.py", "*.cu", "*.cpp"]
+    done = _git("diff", "--quiet", "HEAD", "--", "*.py", "*.cu", "*.cpp")
+    return done is not None and done.returncode == 1
+
+
+def _git(*words: str) -> subprocess.CompletedProcess[str] | None:
+    """Runs Git in featkd's source tree; None if it can't be run."""
+    folder = str(Path(featkd.__file__).resolve().parent.parent)
     try:
-        return subprocess.run(words, capture_output=True, timeout=10).returncode == 1
+        return subprocess.run(
+            ["git", "-C", folder, *words], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
-        return False
+        return None
 
 
 def machine() -> dict[str, str]:

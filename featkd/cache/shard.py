@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -39,6 +39,8 @@ _META = "featkd"
 _ENDS = ".ends"
 _FIXED = ("keys", "shown", "crc")
 _MOST_BYTES = 1 << 40
+# errors of reading a damaged header
+_DAMAGE = (AttributeError, LookupError, RecursionError, TypeError, ValueError, SafetensorError)
 
 
 def write_shard(
@@ -75,12 +77,12 @@ def write_shard(
             tensors[name] = torch.stack(parts)
     # A single metadata entry: safetensors writes several in any order.
     content = memoryview(save(tensors, {_META: identity}))
-    header, start = _header(path, content)
+    start = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
+    header = json.loads(bytes(content[_LENGTH_BYTES:start]))
     place = start + _offsets(header["check"])[0]
-    digest = _digest(content[:start], header, lambda first, last: content[first:last])
     with atomic_write(path) as file:
         file.write(content[:place])
-        file.write(digest)
+        file.write(_digest(content[:start], header, tensors))
         file.write(content[place + _DIGEST :])
 
 
@@ -99,10 +101,14 @@ class Shard:
     def __init__(self, path: Path, identity: str, most: int = _MOST_BYTES) -> None:
         self.path = path
         with _as_cache_error(path):
-            self._check(path, most)
-            with safe_open(path, "pt") as file:
-                found, names = file.metadata()[_META], list(file.keys())
-                self._tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
+            with open_regular(path) as file:
+                head, header = _checked_header(path, file, most)
+            with safe_open(path, "pt") as opened:
+                names = [name for name in header if name != "__metadata__"]
+                self._tensors = {name: opened.get_tensor(name) for name in names}
+            if _bytes(self._tensors["check"]) != _digest(head, header, self._tensors):
+                raise CacheError(f"{path}: damaged: header or index do not match their checksum")
+            found = header["__metadata__"][_META]
         if found != identity:
             raise CacheError(
                 f"{path}: belongs to another cache ({found[:12]}, not {identity[:12]})"
@@ -146,20 +152,6 @@ class Shard:
             )
         return row
 
-    @staticmethod
-    def _check(path: Path, most: int) -> None:
-        """Raises CacheError if length, header or index are damaged."""
-        with open_regular(path) as file:
-            head, header, start, size = _checked_header(path, file, most)
-
-            def read(first: int, last: int) -> bytes:
-                file.seek(first)
-                return file.read(min(last - first, size))
-
-            place = start + _offsets(header["check"])[0]
-            if read(place, place + _DIGEST) != _digest(head, header, read):
-                raise CacheError(f"{path}: damaged: header or index do not match their checksum")
-
     def _column(self, name: str, number: int) -> Tensor:
         values = self._tensors[name]
         ends = self._ends.get(name)
@@ -197,7 +189,7 @@ def _as_cache_error(path: Path) -> Iterator[None]:
     """Turns errors of reading a damaged or missing file into CacheError."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, SafetensorError) as error:
+    except _DAMAGE as error:
         raise CacheError(f"{path}: damaged: {type(error).__name__}: {error}") from error
     except OSError as error:
         raise CacheError(f"{path}: can't be read: {error}") from error
@@ -213,10 +205,8 @@ def check_length(path: Path, most: int) -> None:
         _checked_header(path, file, most)
 
 
-def _checked_header(
-    path: Path, file: IO[bytes], most: int
-) -> tuple[bytes, dict[str, Any], int, int]:
-    """Reads and checks the header; returns its bytes, its content, the data's start, the size."""
+def _checked_header(path: Path, file: IO[bytes], most: int) -> tuple[bytes, dict[str, Any]]:
+    """Reads the header, and checks the file's size against it; returns its bytes and content."""
     size = os.fstat(file.fileno()).st_size
     if size > most:
         raise CacheError(f"{path}: damaged: has {size} bytes, expected at most {most}")
@@ -226,25 +216,13 @@ def _checked_header(
         raise CacheError(
             f"{path}: damaged: a header of {length} bytes, expected at most {MOST_HEADER_BYTES}"
         )
-    head += file.read(length)
-    header, start = _header(path, memoryview(head))
+    text = file.read(length)
+    header: dict[str, Any] = json.loads(text)
     entries = [entry for name, entry in header.items() if name != "__metadata__"]
-    end = start + max(_offsets(entry)[1] for entry in entries)
+    end = len(head + text) + max(_offsets(entry)[1] for entry in entries)
     if size != end:
         raise CacheError(f"{path}: damaged: has {size} bytes, expected {end} by its header")
-    return head, header, start, size
-
-
-def _header(path: Path, content: memoryview) -> tuple[dict[str, Any], int]:
-    """Parses a safetensors header; returns its content and the offset of the data."""
-    start = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
-    try:
-        header = json.loads(bytes(content[_LENGTH_BYTES:start]))
-    except (ValueError, RecursionError) as error:
-        raise CacheError(f"{path}: damaged: the header can't be read: {error}") from error
-    if len(content) < start or not isinstance(header, dict):
-        raise CacheError(f"{path}: damaged: truncated within the header")
-    return header, start
+    return head + text, header
 
 
 def _offsets(entry: Mapping[str, Any]) -> tuple[int, int]:
@@ -257,14 +235,13 @@ def _offsets(entry: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _digest(
-    head: bytes | memoryview, header: Mapping[str, Any], read: Callable[[int, int], Any]
+    head: bytes | memoryview, header: Iterable[str], tensors: Mapping[str, Tensor]
 ) -> bytes:
-    """SHA-256 of the header and the index, whose bytes `read` returns for offsets in the file."""
+    """SHA-256 of the header and the index, whose tensors are in the header's order."""
     digest = hashlib.sha256(head)
     for name in header:
         if name in _FIXED or name.endswith(_ENDS):
-            first, last = _offsets(header[name])
-            digest.update(read(len(head) + first, len(head) + last))
+            digest.update(_bytes(tensors[name]))
     return digest.digest()
 
 

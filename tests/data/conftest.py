@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from featkd.data import AugmentConfig
-from tests.data.loading import DEFAULTS, STRONG
+from tests.data.loading import DALI, DEFAULTS, STRONG
 
 MakeSet = Callable[..., Path]
 
@@ -85,12 +85,10 @@ def spoil() -> Callable[[Path, str], None]:
     return break_file
 
 
-@pytest.fixture(params=["timm", "dali"])
+@pytest.fixture(params=["timm", DALI])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test with each loader."""
-    chosen: str = request.param
-    if chosen == "dali":
-        pytest.importorskip("nvidia.dali")
+    if request.param == "dali":
         monkeypatch.setitem(DEFAULTS, "augment", replace(STRONG, rand_augment=None))
-    monkeypatch.setitem(DEFAULTS, "backend", chosen)
-    return chosen
+    monkeypatch.setitem(DEFAULTS, "backend", request.param)
+    return str(request.param)

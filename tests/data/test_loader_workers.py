@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from featkd.data import Batch
+from featkd.runtime.processes import start_time
 from tests.data.conftest import MakeSet
 from tests.data.loading import alive, loading
 from tests.forking import Forked, Server
@@ -115,10 +116,7 @@ def test_workers_run_until_their_rank_ends(
     more.touch()
     assert line(process, 2) == "9 9\n"
     process.kill()
-    killed = time.monotonic()
-    while any(lives(pid) for pid in workers):
-        assert time.monotonic() < killed + 2, f"workers {workers} live on"
-        time.sleep(0.02)
+    wait_for_end(workers, 2)
     process.wait()
 
 
@@ -130,8 +128,7 @@ def test_only_the_server_process_ignores_sigterm() -> None:
 
 
 def parent(process: str) -> int:
-    status = Path(f"/proc/{process}/status").read_text()
-    return int(status.partition("\nPPid:")[2].split()[0])
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @pytest.mark.parametrize("how", ["terminate", "close"])
@@ -164,12 +161,13 @@ def test_workers_outlive_the_thread_that_started_them(make_set: MakeSet) -> None
         assert len(list(started[0])) == 9
 
 
-def lives(process: str) -> bool:
-    """Checks whether a process runs; a zombie does not."""
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
-    except FileNotFoundError:
-        return False
+def wait_for_end(processes: list[str], seconds: float) -> None:
+    """Waits until none of the processes runs; a zombie does not."""
+    deadline = time.monotonic() + seconds
+    while processes:
+        assert time.monotonic() < deadline, f"processes {processes} live on"
+        processes = [pid for pid in processes if start_time(int(pid))]
+        time.sleep(0.02)
 
 
 ENDING = """
@@ -204,7 +202,7 @@ def test_an_end_within_an_epoch_leaves_nothing(make_set: MakeSet, server: Server
     process = server.start(make_set(train=256), how, str(temporary), script=ENDING)
     first = line(process, 0)
     assert list(temporary.glob("pymp-*"))
-    workers = [int(pid) for pid in first.split()]
+    workers = first.split()
     assert len(workers) == 2
     if how == "killed":
         process.kill()
@@ -218,10 +216,7 @@ def test_an_end_within_an_epoch_leaves_nothing(make_set: MakeSet, server: Server
         assert process.returncode != 0
         assert errors.count("Traceback") == 1
         assert ("KeyboardInterrupt" if how == "ctrl-c" else "out of the loop") in errors
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
-        assert time.monotonic() < deadline, f"workers {workers} live on"
-        time.sleep(0.05)
+    wait_for_end(workers, 10)
     assert not list(temporary.glob("pymp-*"))
     shutil.rmtree(temporary)
 
@@ -243,8 +238,5 @@ def test_processes_of_a_pool_end_with_their_parent(server: Server) -> None:
     process = server.start(script=POOL)
     pids = line(process, 0).split()
     process.kill()
-    killed = time.monotonic()
-    while any(lives(pid) for pid in pids):
-        assert time.monotonic() < killed + 2, f"processes {pids} live on"
-        time.sleep(0.02)
+    wait_for_end(pids, 2)
     process.wait()

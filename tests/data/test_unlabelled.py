@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import tarfile
 import warnings
@@ -16,6 +15,7 @@ from featkd.data import DataConfig, ImageSet, SampleKey
 from featkd.data.shards import ShardError
 from tests.data import loading
 from tests.data.conftest import MakeSet, save_noise
+from tests.data.test_shards import add
 
 
 def image_set(root: Path, split: Any = "train", **options: Any) -> ImageSet:
@@ -34,9 +34,7 @@ def pack(path: Path, files: dict[str, bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
+            add(archive, name, content)
 
 
 def test_all_images_below_the_split_folder_are_found(tmp_path: Path) -> None:

@@ -64,17 +64,12 @@ def load_decodable(content: bytes, name: str) -> File:
     return load(content, name)
 
 
-def is_whole_jpeg(content: bytes) -> bool:
-    """Checks whether a JPEG's segments are complete, from the first byte to the end marker.
+def _segments(content: bytes) -> list[_Segment] | None:
+    """Returns the segments up to the end marker; None if `content` is not a whole JPEG.
 
     Decoders fill lost parts of a scan with grey, and only some report it. This check reads only
     the headers and searches the scans for stray markers, so it is much faster than decoding.
     """
-    return _segments(content) is not None
-
-
-def _segments(content: bytes) -> list[_Segment] | None:
-    """Returns the segments up to the end marker; None if `content` is not a whole JPEG."""
     if not content.startswith(_START):
         return None
     view = memoryview(content)

@@ -104,7 +104,7 @@ class BackgroundWriter:
 
     def _write(self, view: int, shard: int) -> None:
         keys, source_index, rows = zip(*self._batches, strict=True)
-        keys, source_index = torch.cat(keys), torch.cat(source_index)
-        self._writer.write(view, shard, keys, source_index, list(chain.from_iterable(rows)))
+        every = list(chain.from_iterable(rows))
+        self._writer.write(view, shard, torch.cat(keys), torch.cat(source_index), every)
         self._batches = []
         self.written += 1

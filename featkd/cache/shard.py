@@ -105,7 +105,7 @@ class Shard:
                 head, header = _checked_header(path, file, most)
             with safe_open(path, "pt") as opened:
                 names = [name for name in header if name != "__metadata__"]
-                self._tensors = {name: opened.get_tensor(name) for name in names}
+                self._tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in names}
             if _bytes(self._tensors["check"]) != _digest(head, header, self._tensors):
                 raise CacheError(f"{path}: damaged: header or index do not match their checksum")
             found = header["__metadata__"][_META]

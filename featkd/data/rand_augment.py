@@ -48,11 +48,14 @@ _ARGUMENTS: dict[str, Callable[[Floats, Floats], Any]] = {
 
 
 def timm_rand_augment(config: DataConfig) -> RandAugment:
-    """Returns timm's RandAugment, as timm reads `config.augment.rand_augment`."""
+    """Returns timm's RandAugment, as timm reads `config.augment.rand_augment`.
+
+    Without one it is that of no operation.
+    """
     transform = create_transform(
         config.img_size,
         is_training=True,
-        auto_augment=config.augment.rand_augment,
+        auto_augment=config.augment.rand_augment or "rand-n0",
         interpolation=config.interpolation,
         mean=config.mean,
         std=config.std,

@@ -61,17 +61,18 @@ class TarSource(ImageSource):
         positions: list[tuple[int, ...]] = []
         for number, shard in enumerate(shards):
             offsets: dict[str, int] = {}
-            for sample in _tar_samples(os.path.join(folder, shard)):
-                image, label = _image_and_label(sample, os.path.join(folder, shard), labelled)
+            path = os.path.join(folder, shard)
+            for sample in _tar_samples(path):
+                parts = _image_and_label(sample, path, labelled)
+                name, offset, _ = parts[0]
                 # `tar --append` leaves both files in the archive, and either could be meant.
-                first = offsets.setdefault(image[0], image[1])
-                if first != image[1]:
+                if (first := offsets.setdefault(name, offset)) != offset:
                     raise ShardError(
-                        f"{os.path.join(folder, shard)}: has {image[0]} twice, at bytes {first} "
-                        f"and {image[1]}; expected each name once"
+                        f"{path}: has {name} twice, at bytes {first} and {offset}; expected each "
+                        "name once"
                     )
-                names.append(f"{shard}/{image[0]}")
-                positions.append((number, *image[1:], *(label[1:] if label else ())))
+                names.append(f"{shard}/{name}")
+                positions.append((number, *(x for part in parts for x in part[1:])))
         if not positions:
             raise ShardError(f"{printable(folder)}: no image in its {len(shards)} shards")
         kept = in_split(names, config, split, folder)
@@ -131,9 +132,7 @@ def _read_classes(config: DataConfig) -> list[str]:
 _Member = tuple[str, int, int]  # name, offset and size of a file in an archive
 
 
-def _image_and_label(
-    sample: Sequence[_Member], shard: str, labelled: bool
-) -> tuple[_Member, _Member | None]:
+def _image_and_label(sample: Sequence[_Member], shard: str, labelled: bool) -> list[_Member]:
     images = [part for part in sample if part[0].lower().endswith(IMG_EXTENSIONS)]
     labels = [part for part in sample if part[0].endswith(".cls")] if labelled else []
     if len(images) != 1 or len(labels) != labelled:
@@ -141,7 +140,7 @@ def _image_and_label(
             f"{shard}: expected one image{' and one .cls' if labelled else ''} per sample, found "
             f"{', '.join(name for name, _, _ in sample)}"
         )
-    return images[0], labels[0] if labelled else None
+    return images + labels
 
 
 def _is_hidden_member(name: str) -> bool:

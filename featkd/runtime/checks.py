@@ -198,13 +198,8 @@ def check_norm(
 
     Both are required, unless `optional` is set. Then both, only the weight, or neither are allowed.
     """
-    if not optional:
-        for name, x in zip(names, (norm_weight, norm_bias), strict=True):
-            check_floating(name, x)  # type: ignore[arg-type]
-    if norm_weight is None:
-        if norm_bias is not None:
-            raise ValueError(f"{names[1]}: given without {names[0]}; pass both or neither")
-        return
-    check_floating(names[0], norm_weight, (channels,))
-    if norm_bias is not None:
-        check_floating(names[1], norm_bias, (channels,))
+    if optional and norm_weight is None and norm_bias is not None:
+        raise ValueError(f"{names[1]}: given without {names[0]}; pass both or neither")
+    for name, x in zip(names, (norm_weight, norm_bias), strict=True):
+        if x is not None or not optional:
+            check_floating(name, x, (channels,))  # type: ignore[arg-type]

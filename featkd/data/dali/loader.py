@@ -33,9 +33,8 @@ class DaliLoader(Loader):
         return f"dali on {self._device.type}"
 
     @cached_property
-    def _param_sampler(self) -> AugmentParamSampler | None:
-        training = self.dataset.training
-        return AugmentParamSampler(self._config, self.dataset.seed) if training else None
+    def _param_sampler(self) -> AugmentParamSampler:
+        return AugmentParamSampler(self._config, self.dataset.seed)
 
     def __iter__(self) -> Iterator[Batch]:
         """See `Loader`."""
@@ -123,13 +122,13 @@ class DaliLoader(Loader):
             self._pipeline.reset()
 
     def _build_pipeline(self, feed: Callable[[], tuple[Any, ...]], batch_size: int) -> Any:
-        sampler = self._param_sampler
+        training = self.dataset.training
         return build_pipeline(
             self._config,
             feed,
             batch_size=batch_size,
-            num_ops=0 if sampler is None else sampler.num_ops,
-            fill_color=(0, 0, 0) if sampler is None else sampler.fill_color,
+            num_ops=self._param_sampler.num_ops if training else 0,
+            fill_color=self._param_sampler.fill_color if training else (0, 0, 0),
             device=self._device,
         )
 
@@ -155,12 +154,12 @@ class DaliLoader(Loader):
 
     def _inputs(self, samples: Sequence[Sample]) -> tuple[Any, ...]:
         """Returns the pipeline's inputs for samples with `File`s."""
-        config, sampler = self._config, self._param_sampler
+        config = self._config
         contents, sizes = zip(*(sample.image for sample in samples), strict=True)
-        if sampler is None:
-            params = evaluation_params(sizes, config.img_size, config.crop_pct)
+        if self.dataset.training:
+            params = self._param_sampler.sample(sizes, [sample.key for sample in samples])
         else:
-            params = sampler.sample(sizes, [sample.key for sample in samples])
+            params = evaluation_params(sizes, config.img_size, config.crop_pct)
         return pipeline_inputs(list(contents), params, config.img_size)
 
 

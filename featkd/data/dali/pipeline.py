@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -134,13 +135,5 @@ def _resize(
     return array
 
 
-def _bicubic(image: np.ndarray[Any, Any], size: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return _resize(image, size, "bicubic")
-
-
-def _bilinear(image: np.ndarray[Any, Any], size: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return _resize(image, size, "bilinear")
-
-
-# Functions of the module, because DALI rewrites functions defined while a pipeline is defined.
-_RESIZE = {"bicubic": _bicubic, "bilinear": _bilinear}
+# Made here, because DALI rewrites functions defined while a pipeline is defined.
+_RESIZE = {mode: partial(_resize, mode=mode) for mode in ("bicubic", "bilinear")}

@@ -126,11 +126,7 @@ def test_everything_off_gives_the_image_itself(no_augment: AugmentConfig) -> Non
     config = DataConfig(img_size=8, augment=no_augment)
     image = picture(8, 8)
     got = TrainTransform(config, 0)(image, SampleKey(0, 0, 0))
-    assert torch.equal(got.permute(1, 2, 0), _tensor(image))
-
-
-def _tensor(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image))
+    assert torch.equal(got.permute(1, 2, 0), torch.from_numpy(np.array(image)))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (3, 2), (8, 8), (32, 32), (1, 200), (300, 2)])

@@ -61,7 +61,7 @@ def test_a_folder_of_photographs_holds_out_a_tenth(tmp_path: Path) -> None:
     assert names(tmp_path, "val", **whole, val_fraction=0.1) == val
     for split in ("train", "val"):  # the folders are no classes
         assert image_set(tmp_path, split, **whole).classes == []
-    refused(ValueError, "use a larger", tmp_path, split="val", **whole, val_fraction=1e-9)
+    refused(ValueError, "use a larger fraction", tmp_path, split="val", **whole, val_fraction=1e-9)
 
 
 def test_only_validation_images_in_class_folders_have_classes(make_set: MakeSet) -> None:

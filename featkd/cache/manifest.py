@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from featkd.cache.rows import LayerShape, Layout
 from featkd.data import EpochSampler, SampleKey
@@ -25,8 +28,23 @@ MOST_HEADER_BYTES = 1 << 20  # of a shard
 _INDEX_BYTES = 256  # per row; more than its keys, source index, checksum and ends
 
 
+# errors of reading damaged JSON or safetensors
+_DAMAGE = (AttributeError, LookupError, RecursionError, TypeError, ValueError, SafetensorError)
+
+
 class CacheError(RuntimeError):
     """A cache can't be written, read or used; names the file or field, and the cause."""
+
+
+@contextmanager
+def as_cache_error(path: Path) -> Iterator[None]:
+    """Turns errors of reading a damaged or missing file into CacheError."""
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(f"{path}: can't be read: {error}") from error
+    except _DAMAGE as error:
+        raise CacheError(f"{path}: damaged: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -75,8 +93,8 @@ class Manifest:
 
     def sampler(self) -> EpochSampler:
         """Sampler whose epoch v yields the keys of view v, in the order of the rows."""
-        seed = int(self.subject["seed"])
-        return EpochSampler(self.images, training=True, repeats=self.repeats, seed=seed)
+        seed, repeats = self.subject["seed"], self.repeats
+        return EpochSampler(self.images, training=True, repeats=repeats, seed=int(seed))
 
     @property
     def shards(self) -> int:
@@ -155,12 +173,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise CacheError(
             f"{folder}: not a featkd cache: {NAME}: {error.strerror or error}"
         ) from error
-    try:
+    with as_cache_error(path):
         content = json.loads(written)
-        checksum = content.pop("checksum")
-        schema = content.pop("schema")
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CacheError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+        checksum, schema = content.pop("checksum"), content.pop("schema")
     # Compares bytes as well: changed white space leaves the content unchanged.
     whole = {"schema": schema, **content}
     if checksum != _checksum(whole) or written != _dump({**whole, "checksum": checksum}):
@@ -168,20 +183,16 @@ def read_manifest(folder: Path) -> Manifest:
     if schema != SCHEMA:
         raise CacheError(f"{path}: format {schema}, this featkd reads {SCHEMA}")
     # A checksum shows accidents; a manifest that was made up can have the right one.
-    try:
+    with as_cache_error(path):
         layout = content.pop("layout")
         layers = tuple(LayerShape(**layer) for layer in layout.pop("layers"))
         manifest = Manifest(layout=Layout(layers=layers, **layout), **content)
-        wrong = _out_of_bounds(manifest)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CacheError(f"{path}: damaged: {type(error).__name__}: {error}") from error
-    if wrong:
-        raise CacheError(f"{path}: damaged: {wrong}")
+        _check_bounds(manifest, path)
     return manifest
 
 
-def _out_of_bounds(manifest: Manifest) -> str:
-    """Returns which number of a manifest is out of bounds, or ""."""
+def _check_bounds(manifest: Manifest, path: Path) -> None:
+    """Raises CacheError if a number of a manifest is out of bounds."""
     subject, layout = manifest.subject, manifest.layout
     bounds = [
         ("seed", subject["seed"], 0, 2**63 - 1),
@@ -203,7 +214,10 @@ def _out_of_bounds(manifest: Manifest) -> str:
         bounds.append((f"{name}: channels", shape.channels, 1, _MOST_ROW_BYTES))
     for name, value, least, most in bounds:
         if type(value) is not int or not least <= value <= most:
-            return f"{name}: expected a whole number from {least} to {most}, got {value!r}"
+            raise CacheError(
+                f"{path}: damaged: {name}: expected a whole number from {least} to {most}, got "
+                f"{value!r}"
+            )
     images, shards = manifest.images * manifest.repeats, manifest.views * manifest.shards
     for name, value, most, unit in (
         ("views, rows, shard_rows", shards, _MOST_SHARDS, " shards"),
@@ -211,8 +225,7 @@ def _out_of_bounds(manifest: Manifest) -> str:
         ("rows", manifest.rows, images, ", the images and their copies"),
     ):
         if value > most:
-            return f"{name}: expected at most {most}{unit}, got {value}"
-    return ""
+            raise CacheError(f"{path}: damaged: {name}: expected at most {most}{unit}, got {value}")
 
 
 def _flat(content: Mapping[str, Any]) -> dict[str, Any]:

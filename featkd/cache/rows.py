@@ -217,7 +217,7 @@ def _decode_factors(
         for i, (row, rank) in enumerate(zip(rows, ranks, strict=True)):
             values[i, :, :rank] = row[f"{name}.{part}"].view(length, rank)
             scales[i, 0, :rank] = row[f"{name}.{part}_scales"]
-        found.append(dequantise(_to_device(values, device), _to_device(scales, device)))
+        found.append(dequantise(*(x.to(device, non_blocking=True) for x in (values, scales))))
     return LowRank(*found)
 
 
@@ -236,7 +236,7 @@ def _refuse(bad: Tensor, cause: str) -> None:
 def _batched(rows: Sequence[Row], name: str, device: torch.device) -> Tensor:
     parts = [row[name] for row in rows]
     held = _host_memory((len(parts), *parts[0].shape), parts[0].dtype, device)
-    return _to_device(torch.stack(parts, out=held), device)
+    return torch.stack(parts, out=held).to(device, non_blocking=True)
 
 
 def _host_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -249,7 +249,3 @@ def _to_host(x: Tensor) -> Tensor:
     if not x.is_cuda:
         return x
     return _host_memory(x.shape, x.dtype, x.device).copy_(x, non_blocking=True)
-
-
-def _to_device(x: Tensor, device: torch.device) -> Tensor:
-    return x.to(device, non_blocking=device.type == "cuda")

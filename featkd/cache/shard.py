@@ -18,17 +18,16 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from featkd.cache.manifest import MOST_HEADER_BYTES, CacheError
+from featkd.cache.manifest import MOST_HEADER_BYTES, CacheError, as_cache_error
 from featkd.cache.rows import Row
 from featkd.data import SampleKey
 from featkd.runtime.files import atomic_write, open_regular
@@ -39,8 +38,6 @@ _META = "featkd"
 _ENDS = ".ends"
 _FIXED = ("keys", "shown", "crc")
 _MOST_BYTES = 1 << 40
-# errors of reading a damaged header
-_DAMAGE = (AttributeError, LookupError, RecursionError, TypeError, ValueError, SafetensorError)
 
 
 def write_shard(
@@ -100,7 +97,7 @@ class Shard:
 
     def __init__(self, path: Path, identity: str, most: int = _MOST_BYTES) -> None:
         self.path = path
-        with _as_cache_error(path):
+        with as_cache_error(path):
             with open_regular(path) as file:
                 head, header = _checked_header(path, file, most)
             with safe_open(path, "pt") as opened:
@@ -184,24 +181,13 @@ def find_damage(path: Path, identity: str, keys: Sequence[SampleKey], most: int)
     return found
 
 
-@contextmanager
-def _as_cache_error(path: Path) -> Iterator[None]:
-    """Turns errors of reading a damaged or missing file into CacheError."""
-    try:
-        yield
-    except _DAMAGE as error:
-        raise CacheError(f"{path}: damaged: {type(error).__name__}: {error}") from error
-    except OSError as error:
-        raise CacheError(f"{path}: can't be read: {error}") from error
-
-
 def check_length(path: Path, most: int) -> None:
     """Checks a file's length against its header.
 
     Raises:
         CacheError: the header can't be read, the length differs or is more than `most`.
     """
-    with _as_cache_error(path), open_regular(path) as file:
+    with as_cache_error(path), open_regular(path) as file:
         _checked_header(path, file, most)
 
 

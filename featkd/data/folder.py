@@ -12,7 +12,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from featkd.data.config import DataConfig
 from featkd.data.images import read_file
 from featkd.data.source import ImageSource, in_split
-from featkd.data.walk import find_files, is_hidden, subfolders, warn_of_repeated_links
+from featkd.data.walk import find_files, is_visible, subfolders, warn_of_repeated_links
 from featkd.runtime.names import listed, printable
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
@@ -70,9 +70,7 @@ def split_folder(config: DataConfig, split: Literal["train", "val"]) -> str:
 
 def images_in(folder: str) -> list[str]:
     """Returns the sorted names of the images directly in a folder."""
-    with os.scandir(folder) as entries:
-        names = [e.name for e in entries if not is_hidden(e.name)]
-    return sorted(name for name in names if name.lower().endswith(IMG_EXTENSIONS))
+    return sorted(name for name in os.listdir(folder) if is_visible(name, IMG_EXTENSIONS))
 
 
 def describe_files(folder: str) -> str:
@@ -82,9 +80,7 @@ def describe_files(folder: str) -> str:
             f"; found {len(images)} image file(s) directly in it ({listed(images, 3)}), which "
             "belong in one folder per class"
         )
-    with os.scandir(folder) as entries:
-        archives = sorted(e.name for e in entries if e.name.lower().endswith(_ARCHIVES))
-    if archives:
+    if archives := sorted(x for x in os.listdir(folder) if x.lower().endswith(_ARCHIVES)):
         return f"; found {listed(archives, 3)}, but shards must be uncompressed tar files, *.tar"
     return ""
 

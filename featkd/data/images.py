@@ -45,10 +45,9 @@ def read_file(path: str) -> bytes:
     try:
         with open_regular(path) as file:
             return file.read()
-    except SpecialFileError as error:
-        raise BadImageError(path, str(error)) from error
     except OSError as error:
-        raise BadImageError(path, f"{type(error).__name__}: {error}") from error
+        kind = "" if isinstance(error, SpecialFileError) else f"{type(error).__name__}: "
+        raise BadImageError(path, f"{kind}{error}") from error
 
 
 def read_image(path: str) -> Image.Image:

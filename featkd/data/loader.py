@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -107,11 +107,7 @@ class Loader:
         self._config = dataset.config
         self._device = device
         # torch annotates the keys as int but passes on any type.
-        self._batches = BatchSampler(
-            sampler,  # type: ignore[arg-type]
-            batch_size,
-            drop_last=sampler.drop_last,
-        )
+        self._batches = BatchSampler(cast(Any, sampler), batch_size, sampler.drop_last)
         self._stage = DeviceStage(
             self._config, training=dataset.training, seed=dataset.seed, device=device
         )
@@ -302,17 +298,14 @@ class TorchLoader(Loader):
 
 def _raised(batches: Iterator[RawBatch | DataError]) -> Iterator[RawBatch]:
     """Raises the errors that workers returned, or that they died of."""
-    while True:
-        try:
-            batch = next(batches, None)
-        except (ConnectionError, EOFError, FileNotFoundError) as lost:
-            # A worker died before the main process had opened the shared memory of its batch.
-            raise RuntimeError("a DataLoader worker died.") from lost
-        if batch is None:
-            return
-        if isinstance(batch, DATA_ERRORS):
-            raise batch
-        yield batch
+    try:
+        for batch in batches:
+            if isinstance(batch, DATA_ERRORS):
+                raise batch
+            yield batch
+    except (ConnectionError, EOFError, FileNotFoundError) as lost:
+        # A worker died before the main process had opened the shared memory of its batch.
+        raise RuntimeError("a DataLoader worker died.") from lost
 
 
 def _collate(samples: list[Sample] | DataError) -> RawBatch | DataError:

@@ -15,13 +15,6 @@ from featkd.data.draws import normal
 
 Floats = NDArray[np.float64]
 
-OPERATIONS = (
-    *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd"),
-    *("Color", "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY"),
-    *("TranslateXRel", "TranslateYRel", "Desaturate", "GaussianBlur"),
-)
-"""timm's names without their suffixes; `RandAugmentSampler` returns positions in this tuple."""
-
 _PER_LAYER = 4  # numbers per layer after its operation: applied or not, two for the level, the sign
 
 
@@ -45,6 +38,10 @@ _ARGUMENTS: dict[str, Callable[[Floats, Floats], Any]] = {
     "Desaturate": lambda x, sign: np.clip(0.5 + 0.5 * x, 0.5, 1),
     "GaussianBlur": lambda x, sign: np.clip(0.1 + 1.9 * x, 0.1, 2),
 }
+
+
+OPERATIONS = tuple(name for name in _ARGUMENTS if not name.endswith("Increasing"))
+"""timm's names without their suffixes; `RandAugmentSampler` returns positions in this tuple."""
 
 
 def timm_rand_augment(config: DataConfig) -> RandAugment:

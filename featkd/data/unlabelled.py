@@ -41,17 +41,8 @@ class UnlabelledFolder(ImageFiles):
         classes: list[str] = []
         targets = [0] * len(names)
         if split == "val" and config.held_out is None and not images_in(folder):
-            classes, targets = _class_folders(names) or (classes, targets)
+            folders = [name.split(os.sep, 1)[0] for name in names]
+            found, numbers, counts = np.unique(folders, return_inverse=True, return_counts=True)
+            if (counts >= 2).sum() >= 2:
+                classes, targets = found.tolist(), numbers.tolist()
         super().__init__(folder, classes, names, targets)
-
-
-def _class_folders(names: list[str]) -> tuple[list[str], list[int]] | None:
-    """Returns the first folders of the names, sorted, and their index for each name.
-
-    None if fewer than two of them have two images.
-    """
-    folders = [name.split(os.sep, 1)[0] for name in names]
-    classes, targets, counts = np.unique(folders, return_inverse=True, return_counts=True)
-    if (counts >= 2).sum() < 2:
-        return None
-    return classes.tolist(), targets.tolist()

@@ -61,13 +61,14 @@ def find_files(
                 continue
             seen.add(number)
             for place, folders, files in os.walk(start, onerror=_raise):
-                if names := sorted(n for n in files if _is_wanted(n, endings)):
+                if names := sorted(n for n in files if is_visible(n, endings)):
                     found[place] = names
                 folders[:] = _new_folders(place, folders, seen, links)
     return [os.path.join(place, name) for place in sorted(found) for name in found[place]], repeated
 
 
-def _is_wanted(name: str, endings: tuple[str, ...]) -> bool:
+def is_visible(name: str, endings: tuple[str, ...]) -> bool:
+    """Checks if a name is not hidden and has one of the endings, given in lower case."""
     return not is_hidden(name) and name.lower().endswith(endings)
 
 

@@ -131,6 +131,7 @@ def test_exif_orientation_is_ignored(tmp_path: Path) -> None:
 def test_bad_images_name_file_and_cause_and_files_are_closed(tmp_path, spoil, how) -> None:
     path = tmp_path / "x.jpg"
     save_noise(path)
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ResourceWarning)

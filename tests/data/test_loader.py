@@ -209,14 +209,16 @@ def test_the_global_generators_are_unchanged(make_set: MakeSet, workers: int) ->
     def states() -> tuple[Any, str, Tensor]:
         return random.getstate(), repr(np.random.get_state()), torch.get_rng_state()
 
-    with loading(make_set(), workers=workers) as loader:
-        before = states()
-        for epoch in range(2):
-            loader.set_epoch(epoch)
-            list(loader)
-        after = states()
-    assert before[:2] == after[:2]
-    assert torch.equal(before[2], after[2])
+    jitter = {"augment": AugmentConfig(rand_augment=None, color_jitter=0.4), "backend": "timm"}
+    for options in ({}, jitter):
+        with loading(make_set(), workers=workers, **options) as loader:
+            before = states()
+            for epoch in range(2):
+                loader.set_epoch(epoch)
+                list(loader)
+            after = states()
+        assert before[:2] == after[:2]
+        assert torch.equal(before[2], after[2])
 
 
 @pytest.mark.usefixtures("backend")

@@ -67,13 +67,6 @@ def test_repeated_augmentation_equals_deits(n: int, world: int, repeats: int, ep
     assert len(set(order[:n])) == len(order[:n])
 
 
-def test_copies_of_an_image_go_to_different_ranks() -> None:
-    ranks = all_ranks(512, 4, training=True, repeats=3)
-    for image in range(512):
-        holders = [rank for rank, keys in enumerate(ranks) for key in keys if key.image == image]
-        assert len(holders) == len(set(holders))
-
-
 @pytest.mark.parametrize("options", [{"training": True}, {"training": True, "repeats": 3}])
 def test_world_sizes_share_one_sequence(options: dict[str, Any]) -> None:
     alone = interleaved(all_ranks(512, 1, **options))

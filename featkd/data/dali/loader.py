@@ -138,19 +138,9 @@ class DaliLoader(Loader):
         Raises:
             StopIteration: the epoch is over.
         """
-        reader = self._reader
-        if reader is None:
+        if self._reader is None:
             raise StopIteration
-        for batch, decodable in reader:
-            reader.errors += [error for sample in batch for error in sample.bad]
-            reader.requested.append([sample.key for sample in batch])
-            if not (present := [sample for sample in batch if sample.image is not None]):
-                continue
-            held = [sample._replace(image=None) for sample in present]
-            reader.fed.append(FedBatch(held, reader.errors, reader.requested, decodable))
-            reader.errors, reader.requested = [], []
-            return self._inputs(present)
-        raise StopIteration
+        return self._inputs(next(self._reader))
 
     def _inputs(self, samples: Sequence[Sample]) -> tuple[Any, ...]:
         """Returns the pipeline's inputs for samples with `File`s."""

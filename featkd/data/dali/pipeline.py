@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 
 from featkd.data.augment_params import AugmentParams
 from featkd.data.config import DataConfig
-from featkd.data.dali.randaugment import apply_op, encode_ops
+from featkd.data.dali.randaugment import NUM_VALUES, apply_op, encode_ops
 
 
 def build_pipeline(
@@ -110,9 +111,7 @@ def pipeline_inputs(files: list[Any], params: AugmentParams, side: int) -> tuple
     """
     b, num_ops = params.ops.shape
     kinds, values = encode_ops(params.ops.T.ravel(), params.arguments.T.ravel(), side)
-    operations: list[Any] = []
-    for layer in (slice(n * b, (n + 1) * b) for n in range(num_ops)):
-        operations += (kinds[layer], values[layer])
+    layers = zip(kinds.reshape(num_ops, b), values.reshape(num_ops, b, NUM_VALUES), strict=True)
     return (
         files,
         params.source_box[:, :2].copy(),  # DALI takes no strided arrays
@@ -120,7 +119,7 @@ def pipeline_inputs(files: list[Any], params: AugmentParams, side: int) -> tuple
         params.resize_to,
         params.crop_offset,
         params.flip.astype(np.int32),
-        *operations,
+        *chain.from_iterable(layers),
     )
 
 

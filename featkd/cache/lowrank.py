@@ -77,7 +77,11 @@ def compress(
     if energy is not None:
         checks.check_shares("energy", (energy,))
     else:
-        _check_rank(rank, min(tokens, channels))
+        most = min(tokens, channels)
+        if not isinstance(rank, int) or isinstance(rank, bool):
+            raise TypeError(f"rank: expected an int from 0 to {most}, got {rank!r}")
+        if not 0 <= rank <= most:
+            raise ValueError(f"rank: expected an int from 0 to {most}, min(N, C), got {rank}")
     x = features.detach()
     bad = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if bad:
@@ -112,13 +116,6 @@ def restore(factors: LowRank, dtype: torch.dtype = torch.float32) -> Tensor:
     left, right = factors
     with torch.autocast(left.device.type, enabled=False):
         return torch.bmm(left, right.mT).to(dtype)
-
-
-def _check_rank(rank: object, most: int) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool):
-        raise TypeError(f"rank: expected an int from 0 to {most}, got {rank!r}")
-    if not 0 <= rank <= most:
-        raise ValueError(f"rank: expected an int from 0 to {most}, min(N, C), got {rank}")
 
 
 def quantise(x: Tensor, form: Form) -> tuple[Tensor, Tensor]:

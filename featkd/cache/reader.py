@@ -151,11 +151,9 @@ def verify_cache(folder: Path) -> Iterator[str | None]:
     for view in range(manifest.views):
         for number, keys in zip(shards, manifest.keys(view, shards), strict=True):
             path = folder / manifest.shard_name(view, number)
-            if not path.exists():
-                yield f"{path}: missing"
-                continue
             most = manifest.most_shard_bytes(number)
-            yield "\n".join(find_damage(path, manifest.identity, keys, most)) or None
+            found = find_damage(path, manifest.identity, keys, most)
+            yield f"{path}: missing" if found is None else found or None
 
 
 def _read(places: Sequence[tuple[Shard, int]]) -> list[Row]:

@@ -140,7 +140,13 @@ class Shard:
         Raises:
             CacheError: it does not match its checksum.
         """
-        row = {name: self._column(name, number) for name in self._columns}
+        row = {}
+        for name in self._columns:
+            if (ends := self._ends.get(name)) is None:
+                row[name] = self._tensors[name][number]
+            else:
+                start = int(ends[number - 1]) if number else 0
+                row[name] = self._tensors[name][start : int(ends[number])]
         if _crc(row, self._columns) != self._crc[number]:
             key = self.key(number)
             raise CacheError(
@@ -149,21 +155,18 @@ class Shard:
             )
         return row
 
-    def _column(self, name: str, number: int) -> Tensor:
-        values = self._tensors[name]
-        ends = self._ends.get(name)
-        if ends is None:
-            return values[number]
-        return values[int(ends[number - 1]) if number else 0 : int(ends[number])]
 
+def find_damage(path: Path, identity: str, keys: Sequence[SampleKey], most: int) -> str | None:
+    """Checks a shard's file and every row; returns error messages, "" for an intact file.
 
-def find_damage(path: Path, identity: str, keys: Sequence[SampleKey], most: int) -> list[str]:
-    """Checks a shard's file and every row; returns error messages, none for an intact file.
+    None if the file is missing.
 
     Args:
         path, identity, most: see `Shard`.
         keys: the keys that the rows must have.
     """
+    if not path.exists():
+        return None
     found: list[str] = []
     try:
         shard = Shard(path, identity, most)
@@ -178,7 +181,7 @@ def find_damage(path: Path, identity: str, keys: Sequence[SampleKey], most: int)
                 found.append(str(error))
     except CacheError as error:
         found.append(str(error))
-    return found
+    return "\n".join(found)
 
 
 def check_length(path: Path, most: int) -> None:

@@ -80,13 +80,11 @@ class CacheWriter:
     def intact(self, view: int, shards: Sequence[int]) -> Iterator[bool]:
         """Checks some shards of a view; yields True for each that exists without damage."""
         for shard, keys in zip(shards, self.manifest.keys(view, shards), strict=True):
-            if not (path := self._path(view, shard)).exists():
-                yield False
-                continue
             most = self.manifest.most_shard_bytes(shard)
-            if found := find_damage(path, self._identity, keys, most):
-                self.damaged.append("\n".join(found))
-            yield not found
+            found = find_damage(self._path(view, shard), self._identity, keys, most)
+            if found:
+                self.damaged.append(found)
+            yield found == ""
 
     def write(
         self, view: int, shard: int, keys: Tensor, source_index: Tensor, rows: Sequence[Row]

@@ -109,7 +109,12 @@ class RandAugmentSampler:
         An operation is a position in `OPERATIONS`, or -1 if it is skipped. The argument is the one
         of timm's function, 0 if that has none.
         """
-        chosen = self._choose(numbers[:, : self._choices])
+        if self._weights is None:
+            chosen = (numbers[:, : self._choices] * len(self._ids)).astype(np.int64)
+        else:
+            # Without repeats: waiting times with the weights as rates, in the order of their ends.
+            ends = -np.log1p(-numbers[:, : self._choices]) / self._weights
+            chosen = np.argsort(ends, axis=1)[:, : self.num_ops]
         layers = numbers[:, self._choices :].reshape(len(numbers), self.num_ops, _PER_LAYER)
         if self._std == float("inf"):
             level = self._magnitude * layers[..., 1]
@@ -122,10 +127,3 @@ class RandAugmentSampler:
             where = chosen == choice
             arguments[where] = _ARGUMENTS[self._full_names[choice]](level[where], sign[where])
         return np.where(layers[..., 0] >= self._prob, -1, self._ids[chosen]), arguments
-
-    def _choose(self, numbers: Floats) -> NDArray[np.int64]:
-        if self._weights is None:
-            return (numbers * len(self._ids)).astype(np.int64)
-        # Without repeats: waiting times with the weights as rates, in the order of their ends.
-        ends = -np.log1p(-numbers) / self._weights
-        return np.argsort(ends, axis=1)[:, : self.num_ops]

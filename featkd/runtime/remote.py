@@ -173,10 +173,9 @@ def locate(where: AnyPath, name: str = "out") -> Location:
     try:
         fs, path = fsspec.url_to_fs(text)
     except (ImportError, ValueError) as error:
-        known = ", ".join(f"{p}://" for p in ("file", "s3", "gs", "abfs", "memory"))
         raise ValueError(
             f"{name}: {text!r} can't be used: {error}; expected a path or a URL that fsspec "
-            f"{fsspec.__version__} supports, such as {known}"
+            f"{fsspec.__version__} supports, such as file://, s3://, gs://, abfs://, memory://"
         ) from error
     return Path(path) if isinstance(fs, LocalFileSystem) else RemotePath(text, fs, path.rstrip("/"))
 

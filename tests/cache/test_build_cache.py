@@ -312,7 +312,7 @@ def test_a_full_disk_leaves_the_shards_written_before(recipe, unbroken, tmp_path
         (["--out", "x", "--viws", "2"], "no option '--viws'; did you mean '--views'?"),
         (
             ["--out", "x", *LOWRANK, "--rank", "17"],
-            "rank: .* 1 to 16, the lesser of the 16 tokens and",
+            "rank: expected 1 to 16, the lesser of the 16 tokens and",
         ),
         (["--out", "x", "--logits-top", "4"], "logits_top: expected 1 to 3, the teacher's classes"),
         (["--out", "x", "--store", "int4"], "--store: expected fp32, bf16, fp16, int8 or null"),

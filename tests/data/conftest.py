@@ -45,29 +45,26 @@ def no_augment() -> AugmentConfig:
     )
 
 
-def break_file(path: Path, how: str) -> None:
+def spoil(path: Path, how: str) -> None:
     """Makes an image unreadable; the last four kinds keep the start and end of a JPEG."""
     content = path.read_bytes()
-    if how == "truncated":
-        path.write_bytes(content[:-40])
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "text":
-        path.write_text("<html>404 not found</html>")
-    elif how == "no tables":
-        path.write_bytes(without_segment(content, 0xDB))
-    elif how == "other tables":  # present, but not those that the frame refers to
-        number = content.index(b"\xff\xdb") + 4
-        path.write_bytes(content[:number] + b"\3" + content[number + 1 :])
-    elif how == "no scan":
-        path.write_bytes(without_segment(content, 0xDA))
-    elif how == "hole":
-        middle = content.index(b"\xff\xda") + 60
-        assert len(content) > middle + 30
-        path.write_bytes(content[:middle] + b"\xff" * 20 + b"\2" + content[middle + 21 :])
-    else:
+    if how == "dangling":
         path.unlink()
         path.symlink_to("nowhere.jpg")
+        return
+    tables, middle = content.find(b"\xff\xdb") + 4, content.find(b"\xff\xda") + 60
+    assert how != "hole" or len(content) > middle + 30
+    spoilt = {
+        "truncated": content[:-40],
+        "empty": b"",
+        "text": b"<html>404 not found</html>",
+        "no tables": without_segment(content, 0xDB),
+        # present, but not those that the frame refers to
+        "other tables": content[:tables] + b"\3" + content[tables + 1 :],
+        "no scan": without_segment(content, 0xDA),
+        "hole": content[:middle] + b"\xff" * 20 + b"\2" + content[middle + 21 :],
+    }
+    path.write_bytes(spoilt[how])
 
 
 def without_segment(jpeg: bytes, code: int) -> bytes:
@@ -77,12 +74,6 @@ def without_segment(jpeg: bytes, code: int) -> bytes:
         end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
         jpeg = jpeg[:at] + jpeg[end if code != 0xDA else -2 :]
     return jpeg
-
-
-@pytest.fixture
-def spoil() -> Callable[[Path, str], None]:
-    """Returns `break_file`."""
-    return break_file
 
 
 @pytest.fixture(params=["timm", DALI])

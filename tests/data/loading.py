@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,6 @@ import torch
 
 from featkd.data import AugmentConfig, Batch, DataConfig, ImageSet, Loader, build_loader
 
-Spoil = Callable[[Path, str], None]
 Split = Literal["train", "val"]
 # Every augmentation is likely to be drawn.
 STRONG = AugmentConfig(random_erasing=0.5, repeats=1)

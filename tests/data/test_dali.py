@@ -20,7 +20,7 @@ from featkd.data.dali.pipeline import build_pipeline, pipeline_inputs
 from featkd.data.rand_augment import OPERATIONS
 from featkd.train.checkpoint import load
 from featkd.train.recipe import LossConfig
-from tests.data.conftest import MakeSet, break_file, save_noise, without_segment
+from tests.data.conftest import MakeSet, save_noise, spoil, without_segment
 from tests.data.loading import config, loading
 from tests.train.runs import run
 
@@ -331,7 +331,7 @@ def test_a_pipeline_that_fails_on_good_files_raises(make_set: MakeSet, monkeypat
     """The files are checked and fed again once, not endlessly."""
     root = make_set(val=4, classes=1)
     path = sorted((root / "val").rglob("*.jpg"))[2]
-    break_file(path, "other tables")
+    spoil(path, "other tables")
     monkeypatch.setattr(read_ahead, "load_decodable", files.load)  # as if Pillow decoded it
     with pytest.raises(
         RuntimeError,
@@ -340,7 +340,7 @@ def test_a_pipeline_that_fails_on_good_files_raises(make_set: MakeSet, monkeypat
         batches(root, "val", "dali")
 
 
-def test_a_new_pipeline_continues_without_a_difference(make_set: MakeSet, spoil):
+def test_a_new_pipeline_continues_without_a_difference(make_set: MakeSet):
     """Batches, states and bad files equal those of timm's loader, whatever was in flight."""
     root = make_set(val=28, train=40, classes=1)
     for split, numbers in (("train", (5, 6, 30)), ("val", (0, 4, 5, 9, 20, 26, 27))):

@@ -20,8 +20,8 @@ from PIL import Image
 
 from featkd.data import AugmentConfig, BadImageError, ImageSet, SampleKey, read_image
 from featkd.data.imageset import MAX_TRIES
-from tests.data.conftest import MakeSet, save_noise
-from tests.data.loading import Spoil, config, image_set, loading
+from tests.data.conftest import MakeSet, save_noise, spoil
+from tests.data.loading import config, image_set, loading
 
 HOWS = {
     "truncated": "OSError: image file is truncated",
@@ -128,7 +128,7 @@ def test_exif_orientation_is_ignored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [None, *HOWS])
-def test_bad_images_name_file_and_cause_and_files_are_closed(tmp_path, spoil, how) -> None:
+def test_bad_images_name_file_and_cause_and_files_are_closed(tmp_path, how) -> None:
     path = tmp_path / "x.jpg"
     save_noise(path)
     gc.collect()
@@ -154,7 +154,7 @@ def test_bad_images_name_file_and_cause_and_files_are_closed(tmp_path, spoil, ho
 
 @pytest.mark.parametrize("how", HOWS)
 def test_training_takes_the_next_readable_image(
-    make_set: MakeSet, spoil: Spoil, no_augment: AugmentConfig, how: str
+    make_set: MakeSet, no_augment: AugmentConfig, how: str
 ) -> None:
     """It has its own target and the augmentation of the requested key; the list wraps around."""
     root = make_set()
@@ -175,7 +175,7 @@ def test_training_takes_the_next_readable_image(
     assert torch.equal(one, augmented[SampleKey(0, 10, 0)].image)
 
 
-def test_errors_under_error(make_set: MakeSet, spoil: Spoil) -> None:
+def test_errors_under_error(make_set: MakeSet) -> None:
     dataset = image_set(make_set())
     spoil(Path(dataset.name(3)), "empty")
     with pytest.raises(BadImageError, match="the file is empty"):
@@ -186,9 +186,7 @@ def test_errors_under_error(make_set: MakeSet, spoil: Spoil) -> None:
 
 
 @pytest.mark.parametrize("count", [20, 3])
-def test_sixteen_or_all_unreadable_images_are_an_error(
-    make_set: MakeSet, spoil: Spoil, count: int
-) -> None:
+def test_sixteen_or_all_unreadable_images_are_an_error(make_set: MakeSet, count: int) -> None:
     root, bad = make_set(train=count, val=count, classes=1), min(count, MAX_TRIES)
     train, val = (image_set(root, split, on_bad_image="skip") for split in ("train", "val"))
     for index in range(bad):

@@ -12,12 +12,12 @@ from featkd.data import EpochSampler
 from featkd.data.factory import build_loader_for
 from featkd.data.loader import as_tensor
 from featkd.data.sampler import RangeSampler
-from tests.data.conftest import MakeSet
-from tests.data.loading import Spoil, image_set, loading
+from tests.data.conftest import MakeSet, spoil
+from tests.data.loading import image_set, loading
 
 
 @pytest.mark.usefixtures("backend")
-def test_batches_have_their_keys(make_set: MakeSet, spoil: Spoil) -> None:
+def test_batches_have_their_keys(make_set: MakeSet) -> None:
     """In training an unreadable image keeps its key, and another image takes its place."""
     root = make_set(train=22, val=7)
     for number in (1, 2, 4):

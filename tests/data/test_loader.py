@@ -16,6 +16,10 @@ from tests.data.conftest import MakeSet
 from tests.data.loading import DEFAULTS, Split, alive, config, loading, same
 
 
+def pixels(batches: list[Batch]) -> list[bytes]:
+    return [image.numpy().tobytes() for batch in batches for image in batch.images]
+
+
 @pytest.mark.usefixtures("backend")
 def test_a_batch(make_set: MakeSet) -> None:
     with loading(make_set(train=14)) as loader:
@@ -70,8 +74,8 @@ def test_the_number_of_ranks_changes_no_pixel(make_set: MakeSet, repeats: int) -
         for rank in range(world_size):
             with loading(root, rank=rank, world_size=world_size, augment=augment) as loader:
                 loader.set_epoch(3)
-                images += [image for batch in loader for image in batch.images]
-        unions.append(sorted(image.numpy().tobytes() for image in images))
+                images += pixels(list(loader))
+        unions.append(sorted(images))
     assert len(unions[0]) == len(set(unions[0])) == 16
     assert unions[0] == unions[1] == unions[2]
 
@@ -141,10 +145,6 @@ def test_a_state_serves_other_batches_and_ranks(make_set: MakeSet, repeats: int)
     """12 images on 1 rank and the rest on 1, 2 or 3 ranks cover each image once."""
     root = make_set(train=36)
     augment = replace(DEFAULTS["augment"], repeats=repeats)
-
-    def pixels(batches: list[Batch]) -> list[bytes]:
-        return [image.numpy().tobytes() for batch in batches for image in batch.images]
-
     with loading(root, augment=augment) as loader:
         loader.set_epoch(2)
         whole = pixels(list(loader))

@@ -5,29 +5,23 @@ from __future__ import annotations
 import shutil
 import tarfile
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from featkd.data import DataConfig, ImageSet, SampleKey
+from featkd.data import DataConfig, SampleKey
 from featkd.data.shards import ShardError
 from tests.data import loading
 from tests.data.conftest import MakeSet, save_noise
 from tests.data.test_shards import add
 
-
-def image_set(root: Path, split: Any = "train", **options: Any) -> ImageSet:
-    return loading.image_set(root, split, labels="none", **options)
-
-
-def names(root: Path, split: Any = "train", **options: Any) -> list[str]:
-    return loading.names(root, split, labels="none", **options)
-
-
-def refused(error: type[Exception], message: str, root: Path, **options: Any) -> None:
-    loading.refused(error, message, root, labels="none", **options)
+image_set, names, refused = (
+    partial(function, labels="none")
+    for function in (loading.image_set, loading.names, loading.refused)
+)
 
 
 def pack(path: Path, files: dict[str, bytes]) -> None:

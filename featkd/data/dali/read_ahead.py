@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from featkd.data.dali.files import File, load, load_decodable
+from featkd.data.dali.files import load, load_decodable
 from featkd.data.images import BadImageError
 from featkd.data.imageset import DATA_ERRORS, DataError, ImageSet, Sample
 from featkd.data.sampler import SampleKey
@@ -103,10 +103,11 @@ class EpochReader:
         self._threads.shutdown(cancel_futures=True)
 
     def _submit(self, keys: list[SampleKey], *, check: bool = False) -> _PendingBatch:
+        decoder = load_decodable if check else load
+
+        def read(part: list[SampleKey]) -> list[Sample]:
+            return [self._dataset.decode(key, decoder) for key in part]
+
         size = max(1, min(_FILES_PER_TASK, len(keys) // self._count))
         parts = [keys[start : start + size] for start in range(0, len(keys), size)]
-        decoder = load_decodable if check else load
-        return keys, [self._threads.submit(self._read, part, decoder) for part in parts], check
-
-    def _read(self, keys: list[SampleKey], decoder: Callable[[bytes, str], File]) -> list[Sample]:
-        return [self._dataset.decode(key, decoder) for key in keys]
+        return keys, [self._threads.submit(read, part) for part in parts], check

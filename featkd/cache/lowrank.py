@@ -83,8 +83,7 @@ def compress(
         if not 0 <= rank <= most:
             raise ValueError(f"rank: expected an int from 0 to {most}, min(N, C), got {rank}")
     x = features.detach()
-    bad = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-    if bad:
+    if bad := (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist():
         raise ValueError(f"features: image {bad[0]} of the batch holds NaN or Inf")
     ranks = torch.zeros(batch, dtype=torch.int64, device=x.device)
     if energy is not None and x.numel():

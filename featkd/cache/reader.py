@@ -46,8 +46,7 @@ class TeacherCache:
         self.folder = folder
         self.manifest = read_manifest(folder)
         needed = min(views or self.manifest.views, self.manifest.views)
-        missing = list(self._missing(needed))
-        if missing:
+        if missing := list(self._missing(needed)):
             raise CacheError(
                 f"{folder}: {len(missing)} of the {needed * self.manifest.shards} shards of views "
                 f"0 to {needed - 1} are missing, such as {missing[0]}; run the same featkd cache "

@@ -217,7 +217,8 @@ def _decode_factors(
         for i, (row, rank) in enumerate(zip(rows, ranks, strict=True)):
             values[i, :, :rank] = row[f"{name}.{part}"].view(length, rank)
             scales[i, 0, :rank] = row[f"{name}.{part}_scales"]
-        found.append(dequantise(*(x.to(device, non_blocking=True) for x in (values, scales))))
+        values, scales = (x.to(device, non_blocking=True) for x in (values, scales))
+        found.append(dequantise(values, scales))
     return LowRank(*found)
 
 

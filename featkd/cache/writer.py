@@ -46,8 +46,7 @@ def prepare_folder(folder: Path, manifest: Manifest) -> Manifest:
     """
     held = read_manifest(folder) if (folder / manifests.NAME).exists() else None
     if held is not None:
-        different = held.differences(manifest)
-        if different:
+        if different := held.differences(manifest):
             raise CacheError(f"out: {folder} holds another cache: {'; '.join(different)}")
         if manifest.views < held.views:
             raise CacheError(

@@ -58,17 +58,19 @@ def _check_unambiguous(config: DataConfig, folder: str, tars: Sequence[str]) -> 
         return
     folders = subfolders(folder)
     images = any(images_in(os.path.join(folder, name)) for name in folders)
-    if not labelled and (images or images_in(folder)):
-        raise ValueError(
-            f"{printable(folder)}: found tar files ({listed(tars, 3)}) beside images; expected "
-            "either shards or images; move the others away"
+    if not images and (labelled or not images_in(folder)):
+        return
+    beside, advice = "images", "either shards or images; move the others away"
+    if labelled:
+        beside = f"folders ({listed(folders, 3)})"
+        advice = (
+            "either class folders (then move the tar files away) or shards (then write the class "
+            "names to <data.path>/classes.txt, one per line)"
         )
-    if labelled and images:
-        raise ValueError(
-            f"{printable(folder)}: found tar files ({listed(tars, 3)}) beside folders "
-            f"({listed(folders, 3)}); expected either class folders (then move the tar files away) "
-            "or shards (then write the class names to <data.path>/classes.txt, one per line)"
-        )
+    raise ValueError(
+        f"{printable(folder)}: found tar files ({listed(tars, 3)}) beside {beside}; expected "
+        f"{advice}"
+    )
 
 
 class Sample(NamedTuple):

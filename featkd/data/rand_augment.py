@@ -79,8 +79,7 @@ class RandAugmentSampler:
 
     def __init__(self, timms: RandAugment) -> None:
         full_names = [op.name for op in timms.ops]
-        unknown = [name for name in full_names if name not in _ARGUMENTS]
-        if unknown:
+        if unknown := [name for name in full_names if name not in _ARGUMENTS]:
             raise ValueError(
                 f"data.augment.rand_augment: this timm chooses from {', '.join(unknown)}, which "
                 f"featkd does not know; allowed: {', '.join(_ARGUMENTS)}; set it to null"

@@ -88,19 +88,18 @@ class TarSource(ImageSource):
         """See `ImageSource`."""
         name = self.name(index)
         shard, offset, size, *label = self._positions[index].tolist()
-        if not label:
-            return self._read_bytes(shard, offset, size, name), 0
-        text = self._read_bytes(shard, label[0], label[1], name)
-        try:
-            number = int(text)
-        except ValueError as error:
-            raise ShardError(f"{name}: expected a number as its .cls, got {text!r}") from error
-        target = number - self._first_label
-        if not 0 <= target < len(self.classes):
-            raise ShardError(
-                f"{name}: has class {number}; classes.txt has {len(self.classes)} lines and "
-                f"data.first_label is {self._first_label}"
-            )
+        target = 0
+        if label:
+            text = self._read_bytes(shard, label[0], label[1], name)
+            try:
+                target = int(text) - self._first_label
+            except ValueError as error:
+                raise ShardError(f"{name}: expected a number as its .cls, got {text!r}") from error
+            if not 0 <= target < len(self.classes):
+                raise ShardError(
+                    f"{name}: has class {int(text)}; classes.txt has {len(self.classes)} lines and "
+                    f"data.first_label is {self._first_label}"
+                )
         return self._read_bytes(shard, offset, size, name), target
 
     def _read_bytes(self, shard: int, offset: int, size: int, name: str) -> bytes:

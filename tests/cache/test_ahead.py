@@ -11,9 +11,7 @@ from torch.utils.data import DataLoader
 
 from featkd.cache import CacheError, TeacherCache
 from featkd.cache.ahead import ReadAhead
-from featkd.data import build_loader
 from featkd.train.trainer import Trainer
-from tests.cache.made import FULL, keys_of, manifest, write
 from tests.cache.test_cached_runs import with_cache
 from tests.train.runs import CPU
 
@@ -59,36 +57,6 @@ def test_an_error_is_raised_at_its_own_batch():
     with pytest.raises(CacheError, match="image 1"):
         ahead.read(KEYS[1])
     assert ahead.read(KEYS[2]) == 2
-
-
-def test_a_cache_read_ahead_gives_the_same_rows(tmp_path):
-    head = manifest(FULL)
-    write(tmp_path, head)
-    cache = TeacherCache(tmp_path)
-    ahead = ReadAhead(lambda keys: cache.read(keys, [1])[0])
-    for view in range(2):
-        batches = keys_of(head, view).split(3)
-        ahead.prefetch(iter(batches))
-        for keys in batches:
-            found, want = ahead.read(keys), TeacherCache(tmp_path).read(keys, [1])[0]
-            assert torch.equal(found.logits, want.logits)
-            assert torch.equal(found.maps[0], want.maps[0])
-
-
-@pytest.mark.parametrize("backend", ["dali", "timm"])
-def test_loaders_list_upcoming_batches(recipe, backend):
-    """The keys of the epoch's batches, from the first one after a resume."""
-    data = replace(recipe.data, backend=backend)
-    loader = build_loader(data, split="train", batch_size=8)
-    try:
-        for epoch, start in ((0, 0), (1, 2)):
-            loader.set_epoch(epoch, start)
-            upcoming = list(loader.upcoming())
-            batches = [batch.keys for batch in loader]
-            assert len(upcoming) == len(loader) - start
-            assert all(map(torch.equal, upcoming, batches))
-    finally:
-        loader.close()
 
 
 def test_a_run_prefetches_its_batches(recipe, tmp_path, monkeypatch):

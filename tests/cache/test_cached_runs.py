@@ -10,9 +10,8 @@ import nvidia.dali
 import pytest
 import torch
 
-from featkd.cache import CacheConfig, CacheError, TeacherCache
+from featkd.cache import CacheConfig, CacheError
 from featkd.cli.main import main
-from featkd.data import SampleKey, build_loader
 from featkd.runtime.distributed import ProcessContext
 from featkd.train import cached_teacher
 from featkd.train.build_cache import build_cache
@@ -95,32 +94,6 @@ def test_compressed_forms_are_within_their_error(recipe, tmp_path, options, logi
         errors.append([abs(x.item() / y.item() - 1) for x, y in pairs])
     for error, allowed in zip(map(max, zip(*errors, strict=True)), (logits, features), strict=True):
         assert allowed / 1000 <= error <= allowed + 1e-6
-
-
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_the_loss_takes_the_product_of_the_stored_factors(recipe, tmp_path, amp):
-    """Maps have the dtype of the teacher's maps, which is float32 in a ViT under amp too."""
-    recipe = replace(recipe, amp=amp)
-    cached = Trainer(with_cache(recipe, tmp_path / "cache", features="lowrank", store="int8"), CPU)
-    cache = TeacherCache(tmp_path / "cache")
-    batch = next(cached.batches(0))
-    read = cached.teacher_forward(batch)
-    maps = []
-    for key in batch.keys:
-        shard, offset = cache._place(SampleKey(*key.tolist()))
-        row = shard.row(offset)
-        left, right = (
-            row[f"features.1.{part}"].reshape(size, -1).double() * row[f"features.1.{part}_scales"]
-            for part, size in (("left", 16), ("right", 24))
-        )
-        maps.append(left @ right.mT)
-    assert read.maps[0].dtype == Trainer(recipe, CPU).teacher_forward(batch).maps[0].dtype
-    want = read._replace(maps=[torch.stack(maps).float()])
-    student = cached.student_forward(batch.images, read)
-    found, expected = (
-        cached.compute_loss(student, batch.targets, x).features for x in (read, want)
-    )
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -206,24 +179,6 @@ def test_a_cached_run_resumes_within_an_epoch(recipe, tmp_path):
     assert same_weights(Path(broken.out) / "last.pt", Path(whole.out) / "last.pt")
 
 
-def test_cycled_epochs_have_the_pixels_of_a_view_in_another_order(recipe):
-    """With repeats, in the order of the view: another order would have other images."""
-
-    def keys(repeats: int, views: int | None, epoch: int) -> list[tuple[int, ...]]:
-        augment = replace(recipe.data.augment, repeats=repeats)
-        data = replace(recipe.data, augment=augment)
-        loader = build_loader(data, split="train", batch_size=8, views=views)
-        loader.set_epoch(epoch)
-        return [tuple(key) for key in loader.sampler]
-
-    assert keys(1, 2, 1) == keys(1, None, 1)
-    third, first = keys(1, 2, 2), keys(1, None, 0)
-    assert third != first
-    assert sorted(third) == sorted(first)
-    assert [image for _, image, _ in third] == [image for _, image, _ in keys(1, None, 2)]
-    assert keys(3, 2, 2) == keys(3, None, 0)
-
-
 def test_more_epochs_than_views_need_a_policy(recipe, tmp_path):
     cached = with_cache(recipe, tmp_path / "cache", views=1)
     refused(cached, r"optim.epochs is 2, but .* 1 views; .*cycle")
@@ -239,19 +194,6 @@ def test_a_run_needs_only_its_own_views(recipe, tmp_path):
             cached, optim=replace(cached.optim, epochs=epochs), cache_epochs=policy, out="nowhere"
         )
         refused(longer, r"1 of the 9 shards .* view-00002/shard-00001", CacheError)
-
-
-def test_an_epoch_in_another_order_is_refused(recipe, tmp_path):
-    """Within an epoch, from a run without views to one that repeats the order of view 0."""
-    augment = replace(recipe.data.augment, repeats=3)
-    recipe = replace(recipe, data=replace(recipe.data, augment=augment))
-    cached = replace(with_cache(recipe, tmp_path / "cache", views=1), cache_epochs="cycle")
-    plain, other = (Trainer(x, CPU).components.train_loader for x in (recipe, cached))
-    plain.set_epoch(0, 1)
-    other.load_state_dict(plain.state_dict())
-    plain.set_epoch(1, 1)
-    with pytest.raises(ValueError, match="shuffle_epoch: 1 when"):
-        other.load_state_dict(plain.state_dict())
 
 
 def test_a_cache_of_something_else_is_refused_by_every_field(recipe, images, tmp_path, monkeypatch):

@@ -53,10 +53,3 @@ def test_numbers_are_uniform_and_uncorrelated_between_neighbouring_keys(seed: in
     for other in others:
         correlation = np.corrcoef(drawn.ravel(), other.ravel())[0, 1]
         assert abs(correlation) < 5 / drawn.size**0.5
-
-
-def test_all_samples_of_a_run_differ() -> None:
-    drawn = np.concatenate(
-        [uniforms(seed, KEYS, 1, purpose=name) for seed in (0, 1) for name in ("crop", "erase")]
-    )
-    assert len(np.unique(drawn)) == len(drawn)

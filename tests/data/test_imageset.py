@@ -175,16 +175,6 @@ def test_training_takes_the_next_readable_image(
     assert torch.equal(one, augmented[SampleKey(0, 10, 0)].image)
 
 
-def test_errors_under_error(make_set: MakeSet) -> None:
-    dataset = image_set(make_set())
-    spoil(Path(dataset.name(3)), "empty")
-    with pytest.raises(BadImageError, match="the file is empty"):
-        dataset[SampleKey(0, 3, 0)]
-    got = dataset.__getitems__([SampleKey(0, 2, 0), SampleKey(0, 3, 0)])
-    assert isinstance(got, BadImageError)
-    assert got.path == dataset.name(3)
-
-
 @pytest.mark.parametrize("count", [20, 3])
 def test_sixteen_or_all_unreadable_images_are_an_error(make_set: MakeSet, count: int) -> None:
     root, bad = make_set(train=count, val=count, classes=1), min(count, MAX_TRIES)

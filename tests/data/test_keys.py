@@ -28,7 +28,10 @@ def test_batches_have_their_keys(make_set: MakeSet) -> None:
         for start in (0, 1):
             loader.set_epoch(5, start)
             sampler.set_epoch(5, 4 * start)
+            upcoming = list(loader.upcoming())
             batches = list(loader)
+            assert len(upcoming) == len(batches)
+            assert all(map(torch.equal, upcoming, (batch.keys for batch in batches)))
             keys = torch.cat([batch.keys for batch in batches])
             assert keys.dtype == torch.int64
             assert torch.equal(keys, as_tensor(list(sampler))[: len(keys)])

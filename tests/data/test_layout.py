@@ -33,14 +33,6 @@ def test_classes_are_the_training_folders_in_text_order(tmp_path: Path) -> None:
     assert [val[SampleKey(0, i, 0)].target for i in range(len(val))] == [1]
 
 
-def test_validation_on_the_training_images_is_said(make_set: MakeSet) -> None:
-    root = make_set() / "train"
-    with pytest.warns(UserWarning, match=r"data\.val_split: .* is the folder of the training imag"):
-        dataset = image_set(root, "val", train_split=".", val_split=".")
-    assert dataset.classes == ["class0", "class1", "class2"]
-    assert len(dataset) == 12
-
-
 def test_shared_images_of_two_splits_are_said(make_set: MakeSet) -> None:
     root = make_set(train=12, val=6)
     with warnings.catch_warnings():

@@ -80,21 +80,6 @@ def test_the_number_of_ranks_changes_no_pixel(make_set: MakeSet, repeats: int) -
     assert unions[0] == unions[1] == unions[2]
 
 
-def test_copies_of_an_image_are_augmented_differently_on_each_rank(make_set: MakeSet) -> None:
-    """Flips and crops can coincide on a small picture, but the noise of random erasing cannot."""
-    root = make_set(train=12, classes=12)
-    augment = AugmentConfig(random_erasing=1.0, repeats=3)
-    ranks = []
-    for rank in range(3):
-        with loading(root, rank=rank, world_size=3, augment=augment) as loader:
-            (batch,) = loader
-            ranks.append(batch)
-    for first, second in ((0, 1), (0, 2), (1, 2)):
-        assert torch.equal(ranks[first].targets, ranks[second].targets)  # copies of one image
-        for a, b in zip(ranks[first].images, ranks[second].images, strict=True):
-            assert not torch.equal(a, b)
-
-
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -173,6 +158,17 @@ def test_a_state_of_another_order_is_refused(make_set: MakeSet) -> None:
     message = r"after 12 images .* batches of 8 on 1 ranks; .* divide 12"
     with loading(make_set(train=20), "train", 8) as other, pytest.raises(ValueError, match=message):
         other.load_state_dict(state)
+
+
+def test_an_epoch_in_another_order_is_refused(make_set: MakeSet) -> None:
+    """Within an epoch, from a run without views to one that repeats the order of view 0."""
+    root, augment = make_set(train=20), replace(DEFAULTS["augment"], repeats=3)
+    with loading(root, augment=augment) as plain, loading(root, augment=augment, views=1) as other:
+        plain.set_epoch(0, 1)
+        other.load_state_dict(plain.state_dict())
+        plain.set_epoch(1, 1)
+        with pytest.raises(ValueError, match="shuffle_epoch: 1 when"):
+            other.load_state_dict(plain.state_dict())
 
 
 def test_states_of_older_versions_are_read(make_set: MakeSet) -> None:

@@ -88,15 +88,3 @@ def test_a_split_of_bad_images_gives_no_batch(make_set: MakeSet) -> None:
         assert list(loader) == []
         assert set(loader.bad_images.values()) == {"the file is empty"}
         assert len(loader.bad_images) == 3
-
-
-@pytest.mark.usefixtures("backend")
-def test_a_disk_of_bad_images_ends_the_training(make_set: MakeSet) -> None:
-    root = make_set(train=40, classes=1)
-    for path in (root / "train/class0").iterdir():
-        spoil(path, "text")
-    with (
-        loading(root, on_bad_image="skip", workers=2) as loader,
-        pytest.raises(BadImageError, match="the 15 images after it"),
-    ):
-        list(loader)

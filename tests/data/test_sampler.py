@@ -104,6 +104,20 @@ def test_order_depends_only_on_seed_and_epoch() -> None:
     assert orders[0] != list(range(40))
 
 
+def test_cycled_epochs_have_the_pixels_of_a_view_in_another_order() -> None:
+    """With repeats, in the order of the view: another order would have other images."""
+
+    def keys(epoch: int, **options: Any) -> list[SampleKey]:
+        return all_ranks(48, 1, epoch, training=True, **options)[0]
+
+    assert keys(1, views=2) == keys(1)
+    third, first = keys(2, views=2), keys(0)
+    assert third != first
+    assert sorted(third) == sorted(first)
+    assert [key.image for key in third] == [key.image for key in keys(2)]
+    assert keys(2, views=2, repeats=3) == keys(0, repeats=3)
+
+
 def test_an_iterator_keeps_its_epoch() -> None:
     sampler = EpochSampler(5, training=False)
     running = iter(sampler)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,8 @@ _SCAN, _TABLES, _RESTARTS = 0xDA, 0xDB, 0xDD
 _FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive, with Huffman codes
 _HUFFMAN, _COMMENT = 0xC4, 0xFE
 _JFIF, _ADOBE = 0xE0, 0xEE
+_Segment = tuple[int, memoryview]  # marker and content
 _MOST_PIXELS = 1 << 26  # Pillow warns about larger images, or refuses them
-
-
-class _Segment(NamedTuple):
-    code: int
-    content: memoryview
 
 
 def load(content: bytes, name: str) -> File:
@@ -88,7 +84,7 @@ def _segments(content: bytes) -> list[_Segment] | None:
         if code == _RESTARTS:
             ends = None
         seen.add(code)
-        found.append(_Segment(code, view[at + 4 : at + 2 + length]))
+        found.append((code, view[at + 4 : at + 2 + length]))
         at += 2 + length
         if code == _SCAN:
             if ends is None:

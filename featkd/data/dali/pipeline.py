@@ -43,8 +43,7 @@ def build_pipeline(
 
     on_gpu = device.type == "cuda"
     filters = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
-    kinds = [types.UINT8, types.INT32, types.INT32, types.INT32, types.INT32, types.INT32]
-    kinds += [types.INT32, types.FLOAT] * num_ops
+    kinds = [types.UINT8] + [types.INT32] * 5 + [types.INT32, types.FLOAT] * num_ops
 
     @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
     def define() -> Any:

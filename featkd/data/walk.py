@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 from featkd.runtime.names import listed
 
@@ -92,14 +93,10 @@ def _raise(error: OSError) -> None:
 
 
 def _folders_above(folder: str) -> set[_FolderId]:
-    found = set()
-    above = os.path.realpath(folder)
-    while above != (above := os.path.dirname(above)):
-        found.add(_folder_id(above))
-    return found
+    return {_folder_id(above) for above in Path(folder).resolve().parents}
 
 
-def _folder_id(folder: str) -> _FolderId:
+def _folder_id(folder: str | Path) -> _FolderId:
     status = os.stat(folder)
     return status.st_dev, status.st_ino
 

@@ -26,11 +26,8 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path):
     (tmp_path / ".mine.tmp").touch()
     (tmp_path / f".other.{os.getpid()}.tmp").touch()  # of a running process
     remove_leftovers(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "file",
-        ".mine.tmp",
-        f".other.{os.getpid()}.tmp",
-    }
+    kept = {"file", ".mine.tmp", f".other.{os.getpid()}.tmp"}
+    assert {p.name for p in tmp_path.iterdir()} == kept
 
 
 def test_link_copies_if_the_file_system_has_no_links(tmp_path: Path, monkeypatch):

@@ -14,6 +14,7 @@ from featkd.data.dali.pipeline import build_pipeline, pipeline_inputs
 from featkd.data.dali.read_ahead import EpochReader, FedBatch
 from featkd.data.imageset import Sample
 from featkd.data.loader import NO_IMAGES, Batch, Loader, RawBatch, raw_batch
+from featkd.data.sampler import SampleKey
 from featkd.runtime.names import printable
 
 
@@ -60,7 +61,7 @@ class DaliLoader(Loader):
             fed = reader.fed.popleft()
             # Not a copy: DALI reuses the memory once the tensor is freed.
             images = torch.utils.dlpack.from_dlpack(output.as_tensor())
-            yield raw_batch(images, fed.samples, fed.errors, len(fed.requested))
+            yield fed.batch._replace(images=images)
         reader.close()
         self._reader = None
         yield raw_batch(NO_IMAGES, [], reader.errors, len(reader.requested))
@@ -95,7 +96,8 @@ class DaliLoader(Loader):
 
     def _find_failing(self, fed: Iterable[FedBatch]) -> str:
         """Describes the image that a pipeline fails on, found by halving the batches."""
-        decoded = [self.dataset.decode(x.key, load) for batch in fed for x in batch.samples]
+        keys = [SampleKey(*key) for each in fed for key in each.batch.keys.tolist()]
+        decoded = [self.dataset.decode(key, load) for key in keys]
         samples = [sample for sample in decoded if sample.image is not None]
         count = len(samples)
         while len(samples) > 1:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from featkd.data.dali.files import load, load_decodable
 from featkd.data.images import BadImageError
 from featkd.data.imageset import DATA_ERRORS, DataError, ImageSet, Sample
+from featkd.data.loader import NO_IMAGES, RawBatch, raw_batch
 from featkd.data.sampler import SampleKey
 
 _BATCHES_AHEAD = 2
@@ -24,14 +25,12 @@ class FedBatch(NamedTuple):
     """A batch that the pipeline holds.
 
     Attributes:
-        samples: samples of the batch, without their files.
-        errors: unreadable files met for this batch and for the empty batches before it.
+        batch: the batch, without its images.
         requested: the keys requested for the empty batches before it, and for this batch.
         decodable: whether Pillow has decoded all its files.
     """
 
-    samples: list[Sample]
-    errors: list[BadImageError]
+    batch: RawBatch
     requested: list[list[SampleKey]]
     decodable: bool
 
@@ -85,8 +84,8 @@ class EpochReader:
             self.requested.append(keys)
             self.errors += [error for sample in samples for error in sample.bad]
             if present := [sample for sample in samples if sample.image is not None]:
-                held = [sample._replace(image=None) for sample in present]
-                self.fed.append(FedBatch(held, self.errors, self.requested, decodable))
+                batch = raw_batch(NO_IMAGES, present, self.errors, len(self.requested))
+                self.fed.append(FedBatch(batch, self.requested, decodable))
                 self.requested, self.errors = [], []
                 return present
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..results import Measured
-from .chips import chip_of
+from .chips import CHIPS
 
 SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "linalg" / "cuda.cu"
 WARPS = 8
@@ -53,7 +53,7 @@ class Kernel:
 
     def blocks(self, rows: int) -> int:
         """Returns the blocks that a multiprocessor holds; 0 if the scratch is in global memory."""
-        chip = chip_of(self.arch)
+        chip = CHIPS[self.arch]
         if self.shared(rows) > chip.shared_bytes:
             return 0
         return chip.blocks(self.registers, WARPS, self.shared(rows))

@@ -68,13 +68,13 @@ def main(words: Sequence[str] | None = None) -> int:
         for row in times:  # no broken rule: a busy machine can cause it
             print("".join(f"{row.name}: {text}\n" for text in row.broken), end="")
     if "modelled" in parts and row_ops:
-        show("whole ops", [x for row in modelled.model() for x in row.figures()])
+        show("whole ops", modelled.model())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if "measured" in parts and device == "cuda":
         published = compiled.questions(row_ops, "published", options.dtypes)
         variant = f"{torch.cuda.get_device_name()} measured"
         timed = aot.measure([q.case for q in published])
-        show("launch", [(f"{x.case}/{x.kernel}", variant, "time", "us", x.us) for x in timed])
+        show("launch", [(launch, variant, "time", "us", us) for launch, us in timed])
     if options.json is not None:
         meta = results.meta_of(results.describe_run(device))
         results.write_json(options.json, meta, figures)

@@ -82,13 +82,14 @@ class _Process:
     environment: dict[str, str]
     file: Path | None
     log: Path
-    started: float
+    started: float = 0.0
     handle: subprocess.Popen[bytes] | None = None
     restarts: int = 0
     problem: str = ""
     ended: float | None = None
 
     def start(self) -> None:
+        self.started = self.started or time.monotonic()  # a restart does not begin its time anew
         with self.log.open("ab") as log:
             self.handle = subprocess.Popen(
                 self.command,
@@ -147,7 +148,6 @@ def run(
         chosen = [part for part in wave if not only or part.name in only]
         processes = [p for part in chosen for p in _processes(part, device, folder, gpus)]
         for process in processes:
-            process.started = time.monotonic()
             process.start()
         try:
             at_work = list(processes)
@@ -174,8 +174,8 @@ def run(
 def _processes(part: Part, device: str, folder: Path, gpus: list[Any]) -> list[_Process]:
     log = folder / f"{part.name}.log"
     if part.name == "build":
-        known = facts.build_environment(gpus)
-        return [_Process(part, facts.build_command(), known, None, log, 0.0)]
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        return [_Process(part, command, facts.build_environment(gpus), None, log)]
     cores = len(os.sched_getaffinity(0))
     count = max(1, int(part.share * cores)) if device == "cuda" else 1
     folders = (facts.ROOT, facts.ROOT / "tools" / "ptx_emulator")
@@ -189,7 +189,7 @@ def _processes(part: Part, device: str, folder: Path, gpus: list[Any]) -> list[_
         file = folder / f"{part.name}.{shard}.jsonl"
         words = [part.name, device, str(shard), str(count), str(file)]
         command = [sys.executable, "-m", "benchmarks.gpu.part", *words]
-        found.append(_Process(part, command, known, file, log, 0.0))
+        found.append(_Process(part, command, known, file, log))
     return found
 
 

@@ -124,11 +124,9 @@ def test_items_are_told_apart(tmp_path: Path):
 
 def _started(code: str, tmp_path: Path, limit: int) -> schedule._Process:
     file = tmp_path / "items"
-    made = schedule.Part("made", "", limit)
-    process = schedule._Process(
-        made, [sys.executable, "-c", code, str(file)], {}, file, tmp_path / "log", time.monotonic()
-    )
-    process.environment = {"PYTHONPATH": str(facts.ROOT)}
+    made, environment = schedule.Part("made", "", limit), {"PYTHONPATH": str(facts.ROOT)}
+    command = [sys.executable, "-c", code, str(file)]
+    process = schedule._Process(made, command, environment, file, tmp_path / "log")
     process.start()
     while process.look(time.monotonic() + 60):
         time.sleep(0.02)

@@ -36,10 +36,13 @@ RUN = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in part.PARTS if name != "linalg"])
+PARTS = {part.name: part.work for wave in schedule.WAVES for part in wave if part.work}
+
+
+@pytest.mark.parametrize("name", [name for name in PARTS if name != "linalg"])
 def test_a_part_runs_on_a_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(facts.ROOT)
-    part.main([name, "cpu", "0", "1", str(tmp_path / "items")])
+    part.main([PARTS[name], "cpu", "0", "1", str(tmp_path / "items")])
     items = read(tmp_path / "items")
     assert items
     for item in items:
@@ -68,11 +71,6 @@ def test_another_precision_is_noticed(name: str):
     )
     with pytest.raises(AssertionError, match=r"torch\.float32, not|differs by"):
         behaviour.assert_close(got, want, behaviour.close(precision, CPU, 1e-4))
-
-
-def test_every_part_is_known():
-    names = {part.name for wave in schedule.WAVES for part in wave}
-    assert names == {"build", *part.PARTS}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -17,7 +17,6 @@ from featkd.kernels.launch import redirect
 from tests.ops.comparing import Tensors, differentiate
 from tests.ops.feature_cases import Problem as FeatureProblem
 from tests.ops.norms_cases import Problem as NormsProblem
-from tests.ops.soft_kd_cases import CONSTANT
 from tests.ops.soft_kd_cases import Problem as LogitsProblem
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -92,12 +91,10 @@ PAIRS = [
 @pytest.mark.usefixtures("triton")
 def test_feature_distance(launched, problem, rows, parameters, cast):
     inputs = problem.inputs(parameters) | {"student": problem.inputs(rows)["student"]}
-    upstream = {"pooled": torch.ones(2, 10), "loss": torch.tensor(3.0)}
     with autocast(cast):
-        outputs = problem.fused(**inputs)
-        upstream = {n: upstream[n].to(x.dtype) for n, x in outputs.items()}
+        upstream = problem.fused(**inputs)
         launched.clear()
-        ours = operators(problem.fused, inputs, upstream, ("teacher",))
+        ours = operators(problem.fused, inputs, upstream, problem.constant)
         product = {n: x for n, x in inputs.items() if n in ("student", "weight", "bias")}
         theirs = operators(linear, product, {"out": linear(**product)["out"]})
     extra = {"featkd.feature_distance.default": 1, "featkd.feature_distance_backward.default": 1}
@@ -127,9 +124,10 @@ def test_two_layer_norms(launched, rows, parameters, cast):
 @pytest.mark.usefixtures("triton")
 def test_soft_kd(launched, problem, cast):
     for dtype, others in ((F32, F32), (BF16, F32), (F16, F16)):
-        inputs, upstream = problem.inputs(dtype, others), {"loss": torch.tensor(3.0)}
+        inputs = problem.inputs(dtype, others)
+        upstream = problem.upstream(inputs)
         with autocast(cast):
-            ours = operators(problem.fused, inputs, upstream, CONSTANT)
+            ours = operators(problem.fused, inputs, upstream, problem.constant)
         assert ours == {"featkd.soft_kd.default": 1, "featkd.soft_kd_backward.default": 1}
         assert launched == ["soft_kd_rows", "sum_partials", "soft_kd_rows"]
         launched.clear()

@@ -213,19 +213,3 @@ def _dali_decoder(paths: Sequence[str]) -> Callable[[], object]:
     pipeline = decode()
     pipeline.build()
     return pipeline.run  # type: ignore[no-any-return]
-
-
-def busiest(rates: Sequence[Rate], form: str, workers: int) -> tuple[str, dict[str, float]]:
-    """Returns the stage that takes most of the timm loader's time, and the share of each stage.
-
-    A worker's time per image is workers / (images/s of the loader). Time that decoding and
-    augmenting alone do not explain is stacking, handing over, normalizing, and waiting for a core.
-    """
-    known = {(rate.name, rate.variant): rate for rate in rates}
-    whole = max(workers, 1) / known["loader", f"timm/{form}"].images_per_s
-    shares = {
-        "decode": 1 / known["decode", "timm"].images_per_s / whole,
-        "augment": 1 / known["augment", f"timm/{form}"].images_per_s / whole,
-    }
-    shares["hand over"] = max(0.0, 1 - sum(shares.values()))
-    return max(shares, key=lambda name: shares[name]), shares

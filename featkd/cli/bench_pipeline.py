@@ -65,7 +65,6 @@ def loader(options: Namespace) -> int:
         stages += loader.measure_overhead(
             photos, batch_size=options.batch_size, rounds=options.rounds
         )
-        about = photos.about
     for variant, why in refused.items():
         print(f"{variant} is left out: {why}")
     known = {rate.variant: rate for rate in rates}
@@ -75,19 +74,8 @@ def loader(options: Namespace) -> int:
         ratio = "" if beside is None else f"{_ratio(beside, rate):.2f}"
         lines.append((f"{rate.name} {rate.variant}", f"{rate.images_per_s:.1f}", ratio))
     print(table.aligned(("", "images/s", "speedup over timm"), lines, numbers=True))
-    bottlenecks = {}
-    for form in loader.FORMS:
-        if f"timm/{form}" in known:
-            name, shares = loader.busiest([*rates, *stages], form, options.workers)
-            bottlenecks[f"timm/{form}"] = name
-            listed = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
-            print(f"timm/{form}: a worker spends {listed}; the bottleneck is {name}")
-    _write_json(
-        options,
-        "cpu",
-        {"images": about, "refused": refused, "bottleneck": bottlenecks},
-        throughput.figures([*rates, *stages]),
-    )
+    figures = throughput.figures([*rates, *stages])
+    _write_json(options, "cpu", {"images": photos.about, "refused": refused}, figures)
     return 0
 
 

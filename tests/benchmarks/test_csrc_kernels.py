@@ -45,19 +45,9 @@ def test_usage_is_read_and_a_spill_is_a_broken_rule(monkeypatch: pytest.MonkeyPa
         csrc_kernels.compile_for(90)
 
 
-def test_blocks_of_a_multiprocessor():
-    narrow, wide = (
-        Kernel("spectrum", "float32", 90, 128, 0, 0),
-        Kernel("spectrum", "float64", 90, 192, 0, 0),
-    )
+def test_shared_memory_of_a_block():
     # a triangle of 196 rows, d and e2, 22 vectors of 224, 16 doubles and 8 slots
+    narrow = Kernel("spectrum", "float32", 90, 128, 0, 0)
     assert narrow.shared(196) == 4 * (19312 + 2 * 224 + 22 * 224 + 32) + 64
-    assert narrow.blocks(196) == 2
-    assert Kernel("spectrum", "float32", 80, 152, 0, 0).blocks(196) == 1
-    assert wide.blocks(196) == 1
-    assert wide.blocks(256) == 0  # 263 KB and more
-    assert narrow.blocks(64) == 2  # the registers hold no third
     jacobi = Kernel("jacobi", "float64", 80, 128, 0, 0)
     assert jacobi.shared(196) == 64 + 6 * 8 * 224 * 8  # three bands and their turns
-    assert (jacobi.blocks(196), jacobi.blocks(64), jacobi.blocks(512)) == (1, 2, 0)
-    assert Kernel("jacobi", "float64", 90, 126, 0, 0).blocks(196) == 2

@@ -100,7 +100,6 @@ def test_loader_reports_what_could_not_be_built(images, tmp_path, monkeypatch, c
     figures = bench(*words, "--json", str(report))
     meta = json.loads(report.read_text())["meta"]
     assert meta["refused"] == {"dali/plain": "no such thing here"}
-    assert meta["bottleneck"].keys() == {"timm/plain"}
     assert str(images) in meta["images"]
     said = capsys.readouterr().out
     assert "dali/plain is left out: no such thing here" in said
@@ -145,13 +144,6 @@ def test_every_loader_augments_alike():
         assert {"RandomResizedCrop", "RandomHorizontalFlip", "RandomErasing"} <= set(names)
         assert (config.augment.rand_augment is not None) == bool(count)
         assert config.augment.repeats == 1
-
-
-def test_the_slowest_stage_is_named():
-    rates = [Rate("loader", "timm/plain", 100, [1.0]), Rate("decode", "timm", 100, [0.5])]
-    name, shares = loader.busiest([*rates, Rate("augment", "timm/plain", 100, [1.2])], "plain", 2)
-    assert name == "augment"
-    assert shares == pytest.approx({"decode": 0.25, "augment": 0.6, "hand over": 0.15})
 
 
 @pytest.mark.parametrize("arch", ["widelast", "lift"])  # Lift computes its feature loss itself

@@ -150,6 +150,11 @@ def config(channels: int, itemsize: int) -> Config:
     return Config(count, block, max(4, min(16, block * itemsize // 1024)))
 
 
+def _named(*parameters: Tensor) -> dict[str, Tensor]:
+    names = ("gamma_p", "beta_p", "gamma_1", "beta_1")
+    return {n: channels_adjacent(p) for n, p in zip(names, parameters, strict=True)}
+
+
 def forward(
     h: Tensor,
     gamma_p: Tensor,
@@ -180,10 +185,7 @@ def forward(
             (-(-count // chosen.rows),),
             {
                 "h": h,
-                "gamma_p": channels_adjacent(gamma_p),
-                "beta_p": channels_adjacent(beta_p),
-                "gamma_1": channels_adjacent(gamma_1),
-                "beta_1": channels_adjacent(beta_1),
+                **_named(gamma_p, beta_p, gamma_1, beta_1),
                 "residual": residual,
                 "normed": normed,
                 "row_count": count,
@@ -236,10 +238,7 @@ def backward(
         (programs,),
         {
             "h": h,
-            "gamma_p": channels_adjacent(gamma_p),
-            "beta_p": channels_adjacent(beta_p),
-            "gamma_1": channels_adjacent(gamma_1),
-            "beta_1": channels_adjacent(beta_1),
+            **_named(gamma_p, beta_p, gamma_1, beta_1),
             "d_residual": d_residual,
             "d_normed": d_normed,
             "d_h": d_h,

@@ -28,7 +28,6 @@ COMMANDS = {
     "compare": "compare two results files; fail if featkd became slower, larger, or fell back",
     "loader": "time featkd's loaders, torchvision's, and the stages of loading",
     "step": "time a training update and its parts: teacher, student, loss, optimizer",
-    "train": "time updates and loading together; name the bottleneck of a run",
 }
 _EXAMPLES = {
     "run": (
@@ -54,10 +53,6 @@ _EXAMPLES = {
     "step": (
         "featkd bench step --batch-size 8 --device cpu",
         "featkd bench step cifar10_widelast --variants eager_fp32 featkd --json step.json",
-    ),
-    "train": (
-        "featkd bench train --data PHOTOGRAPHS",
-        "featkd bench train cifar10_widelast --data CIFAR --loader dali --workers 4",
     ),
 }
 
@@ -102,7 +97,7 @@ def _parser_of(name: str) -> Parser:
 
 def _help() -> str:
     commands = "".join(f"  {name:8} {text}\n" for name, text in COMMANDS.items())
-    examples = "".join(f"  {_EXAMPLES[name][0]}\n" for name in ("run", "train"))
+    examples = "".join(f"  {_EXAMPLES[name][0]}\n" for name in ("run", "step"))
     return (
         "usage: featkd bench SUBCOMMAND [arguments]\n\n"
         f"subcommands:\n{commands}\n"
@@ -278,5 +273,4 @@ _PARTS: dict[str, tuple[Callable[[ArgumentParser], None], Callable[[Namespace], 
     "compare": (_add_compare, _compare),
     "loader": (bench_pipeline.add_loader, bench_pipeline.loader),
     "step": (bench_pipeline.add_step, bench_pipeline.step),
-    "train": (bench_pipeline.add_train, bench_pipeline.train),
 }

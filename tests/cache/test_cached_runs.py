@@ -5,38 +5,40 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import nvidia.dali
 import pytest
 import torch
 
-from featkd.cache import CacheError, TeacherCache
+from featkd.cache import CacheConfig, CacheError
 from featkd.cli.main import main
-from featkd.data import SampleKey, build_loader
 from featkd.runtime.distributed import ProcessContext
 from featkd.train import cached_teacher
+from featkd.train.build_cache import build_cache
 from featkd.train.components import build
 from featkd.train.dryrun import dry_run
 from featkd.train.logs import read_csv
 from featkd.train.recipe import PooledConfig, Recipe, RecipeError
 from featkd.train.recipe_file import load_recipe
 from featkd.train.trainer import Trainer
-from tests.test_ranks import succeed
-from tests.train.runs import (
-    CPU,
-    NOTHING_DRAWN,
-    changed,
-    check_losses_close,
-    column,
-    copy_images,
-    interrupt,
-    refuse,
-    run,
-    same_weights,
-    train_teacher,
-    with_cache,
-)
+from tests.train.runs import CPU, NOTHING_DRAWN, column, run, same_weights
+
+EXACT = {"views": 2, "shard_rows": 16, "logits_top": "all", "features": "full", "store": "fp32"}
+
+
+def with_cache(recipe: Recipe, folder: Path, **options) -> Recipe:
+    """Builds a cache of the recipe; returns the recipe on it."""
+    build_cache(recipe, CacheConfig(**{**EXACT, **options}), CPU, folder, quiet=True)
+    return replace(recipe, cache=str(folder), out=f"{recipe.out}-cached")
+
+
+def refused(recipe: Recipe, message: str, error: type[Exception] = RecipeError) -> None:
+    with pytest.raises(error, match=message):
+        Trainer(recipe, CPU)
+
+
+def losses(recipe: Recipe, name: str = "loss") -> list[float]:
+    return list(map(float, column(recipe, name)))
 
 
 @pytest.mark.parametrize(
@@ -46,19 +48,20 @@ from tests.train.runs import (
 def test_an_exact_cache_gives_the_losses_and_weights_bit_for_bit(
     recipe, tmp_path, arch, repeats, amp
 ):
-    recipe = changed(
+    augment = replace(recipe.data.augment, repeats=repeats)
+    recipe = replace(
         recipe,
         amp=amp,
-        student=dict(arch=arch),
-        data=dict(augment=dict(repeats=repeats)),
-        loss=dict(pairs=[(-1, -1)] if arch == "lift" else [(0, -1), (1, 0)]),
+        student=replace(recipe.student, arch=arch),
+        data=replace(recipe.data, augment=augment),
+        loss=replace(recipe.loss, pairs=[(-1, -1)] if arch == "lift" else [(0, -1), (1, 0)]),
     )
     cached = with_cache(recipe, tmp_path / "cache")
     run(recipe)
     trainer = Trainer(cached, CPU)
     assert trainer.components.teacher_model is None
     trainer.run(quiet=True)
-    assert len(column(recipe, "loss")) == 12
+    assert len(losses(recipe)) == 12
     for name in ("loss", "logits_loss", "feature_loss"):
         assert column(cached, name) == column(recipe, name)
     assert same_weights(Path(cached.out) / "last.pt", Path(recipe.out) / "last.pt")
@@ -93,32 +96,6 @@ def test_compressed_forms_are_within_their_error(recipe, tmp_path, options, logi
         assert allowed / 1000 <= error <= allowed + 1e-6
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_the_loss_takes_the_product_of_the_stored_factors(recipe, tmp_path, amp):
-    """Maps have the dtype of the teacher's maps, which is float32 in a ViT under amp too."""
-    recipe = replace(recipe, amp=amp)
-    cached = Trainer(with_cache(recipe, tmp_path / "cache", features="lowrank", store="int8"), CPU)
-    cache = TeacherCache(tmp_path / "cache")
-    batch = next(cached.batches(0))
-    read = cached.teacher_forward(batch)
-    maps = []
-    for key in batch.keys:
-        shard, offset = cache._place(SampleKey(*key.tolist()))
-        row = shard.row(offset)
-        left, right = (
-            row[f"features.1.{part}"].reshape(size, -1).double() * row[f"features.1.{part}_scales"]
-            for part, size in (("left", 16), ("right", 24))
-        )
-        maps.append(left @ right.mT)
-    assert read.maps[0].dtype == Trainer(recipe, CPU).teacher_forward(batch).maps[0].dtype
-    want = read._replace(maps=[torch.stack(maps).float()])
-    student = cached.student_forward(batch.images, read)
-    found, expected = (
-        cached.compute_loss(student, batch.targets, x).features for x in (read, want)
-    )
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
-
-
 @pytest.mark.parametrize(
     ("options", "amp"),
     [
@@ -129,12 +106,9 @@ def test_the_loss_takes_the_product_of_the_stored_factors(recipe, tmp_path, amp)
 )
 def test_pooled_features_are_stored_whole(recipe, tmp_path, options, amp):
     """Whatever the form of the maps, and with a projector for these."""
-    recipe = changed(
-        recipe,
-        student=dict(arch="plain"),
-        loss=dict(projector="linear", pooled=PooledConfig(metric="mse")),
-        amp=amp,
-    )
+    student = replace(recipe.student, arch="plain")
+    loss = replace(recipe.loss, projector="linear", pooled=PooledConfig(metric="mse"))
+    recipe = replace(recipe, student=student, loss=loss, amp=amp)
     cached = Trainer(with_cache(recipe, tmp_path / "cache", **options), CPU)
     plain = Trainer(recipe, CPU)
     for batch, same in zip(plain.batches(0), cached.batches(0), strict=True):
@@ -146,7 +120,8 @@ def test_pooled_features_are_stored_whole(recipe, tmp_path, options, amp):
 
 
 def test_a_cache_of_pooled_features_alone(recipe, tmp_path, capsys):
-    pooled = changed(recipe, loss=dict(feature=None, pooled=PooledConfig()))
+    loss = replace(recipe.loss, feature=None, pooled=PooledConfig())
+    pooled = replace(recipe, loss=loss)
     cached = with_cache(pooled, tmp_path / "cache", features=None, store=None)
     run(pooled)
     run(cached)
@@ -154,9 +129,11 @@ def test_a_cache_of_pooled_features_alone(recipe, tmp_path, capsys):
         assert column(cached, name) == column(pooled, name)
     assert main(["cache", "--verify", str(tmp_path / "cache")]) == 0
     without = with_cache(recipe, tmp_path / "without")
-    needed = r"\(loss.pairs, loss.pooled\) needs \['pooled'\] too"
-    refuse(pooled, rf"holds the maps of layers \[1\] .* {needed}", cache=without.cache)
-    refuse(recipe, r"layers \['pooled'\] .* needs \[1\] too", cache=cached.cache)
+    message = (
+        r"holds the maps of layers \[1\] .* \(loss.pairs, loss.pooled\) needs \['pooled'\] too"
+    )
+    refused(replace(pooled, cache=without.cache), message)
+    refused(replace(recipe, cache=cached.cache), r"layers \['pooled'\] .* needs \[1\] too")
 
 
 def test_a_cached_run_on_two_processes_has_the_losses_of_the_teachers(
@@ -170,44 +147,41 @@ def test_a_cached_run_on_two_processes_has_the_losses_of_the_teachers(
     words = ["distill", recipe_file, "--out", tmp_path / "one", "--batch_size", 16, *same]
     assert main(list(map(str, words))) == 0
     words = ["distill", recipe_file, "--out", tmp_path / "two", "--batch_size", 8, *same]
-    succeed(server.ranks(2, *words, "--cache", folder))
-    check_losses_close(tmp_path / "one", tmp_path / "two", "logits_loss")
-    assert len(read_csv(tmp_path / "two" / "metrics.csv")) == 6
+    for rank in server.ranks(2, *words, "--cache", folder):
+        assert rank.wait() == 0, rank.stderr
+    one, two = (read_csv(tmp_path / name / "metrics.csv") for name in ("one", "two"))
+    assert len(one) == len(two) == 6
+    for x, y in zip(one, two, strict=True):
+        for name in ("loss", "logits_loss", "feature_loss"):
+            assert float(y[name]) == pytest.approx(float(x[name]), rel=1e-5)
 
 
 def test_a_cached_run_resumes_within_an_epoch(recipe, tmp_path):
     """Under cache_epochs: cycle, in the second epoch on the only view."""
-    recipe = changed(recipe, checkpoint=dict(every_updates=4))
+    recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, every_updates=4))
     cached = with_cache(recipe, tmp_path / "cache", views=1)
     whole = replace(cached, cache_epochs="cycle", out=str(tmp_path / "whole"))
     run(whole)
     broken = replace(whole, out=str(tmp_path / "broken"))
-    interrupt(Trainer(broken, CPU), 9)
+    trainer = Trainer(broken, CPU)
+    step, left = trainer.step, iter(range(9))
+
+    def stop(batches):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return step(batches)
+
+    trainer.step = stop  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(quiet=True)
     run(broken)
     assert column(broken, "loss") == column(whole, "loss")
     assert same_weights(Path(broken.out) / "last.pt", Path(whole.out) / "last.pt")
 
 
-def test_cycled_epochs_have_the_pixels_of_a_view_in_another_order(recipe):
-    """With repeats, in the order of the view: another order would have other images."""
-
-    def keys(repeats: int, views: int | None, epoch: int) -> list[tuple[int, ...]]:
-        data = changed(recipe.data, augment=dict(repeats=repeats))
-        loader = build_loader(data, split="train", batch_size=8, views=views)
-        loader.set_epoch(epoch)
-        return [tuple(key) for key in loader.sampler]
-
-    assert keys(1, 2, 1) == keys(1, None, 1)
-    third, first = keys(1, 2, 2), keys(1, None, 0)
-    assert third != first
-    assert sorted(third) == sorted(first)
-    assert [image for _, image, _ in third] == [image for _, image, _ in keys(1, None, 2)]
-    assert keys(3, 2, 2) == keys(3, None, 0)
-
-
 def test_more_epochs_than_views_need_a_policy(recipe, tmp_path):
     cached = with_cache(recipe, tmp_path / "cache", views=1)
-    refuse(cached, r"optim.epochs is 2, but .* 1 views; .*cycle")
+    refused(cached, r"optim.epochs is 2, but .* 1 views; .*cycle")
 
 
 def test_a_run_needs_only_its_own_views(recipe, tmp_path):
@@ -216,112 +190,112 @@ def test_a_run_needs_only_its_own_views(recipe, tmp_path):
     (tmp_path / "cache" / "view-00002" / "shard-00001.safetensors").unlink()
     assert Trainer(cached, CPU).run(quiet=True).updates == 12
     for epochs, policy in ((3, "error"), (4, "cycle")):
-        longer = changed(cached, optim=dict(epochs=epochs), cache_epochs=policy, out="nowhere")
-        refuse(longer, r"1 of the 9 shards .* view-00002/shard-00001", CacheError)
+        longer = replace(
+            cached, optim=replace(cached.optim, epochs=epochs), cache_epochs=policy, out="nowhere"
+        )
+        refused(longer, r"1 of the 9 shards .* view-00002/shard-00001", CacheError)
 
 
-def test_an_epoch_in_another_order_is_refused(recipe, tmp_path):
-    """Within an epoch, from a run without views to one that repeats the order of view 0."""
-    recipe = changed(recipe, data=dict(augment=dict(repeats=3)))
-    cached = replace(with_cache(recipe, tmp_path / "cache", views=1), cache_epochs="cycle")
-    plain, other = (Trainer(x, CPU).components.train_loader for x in (recipe, cached))
-    plain.set_epoch(0, 1)
-    other.load_state_dict(plain.state_dict())
-    plain.set_epoch(1, 1)
-    with pytest.raises(ValueError, match="shuffle_epoch: 1 when"):
-        other.load_state_dict(plain.state_dict())
-
-
-def test_a_cache_of_something_else_is_refused_by_every_field(recipe, tmp_path, monkeypatch):
-    checkpoint = Path(train_teacher(recipe))
-    recipe = changed(recipe, teacher=dict(checkpoint=str(checkpoint)))
+def test_a_cache_of_something_else_is_refused_by_every_field(recipe, images, tmp_path, monkeypatch):
+    checkpoint = tmp_path / "teacher" / "last.pt"
+    run(
+        replace(
+            recipe,
+            out=str(checkpoint.parent),
+            teacher=None,
+            student=replace(recipe.student, arch="plain", options=recipe.teacher.options),
+            loss=replace(recipe.loss, alpha=0, feature=None),
+            optim=replace(recipe.optim, epochs=1, warmup_epochs=0),
+        )
+    )
+    recipe = replace(recipe, teacher=replace(recipe.teacher, checkpoint=str(checkpoint)))
     cached = with_cache(recipe, tmp_path / "cache")
 
-    def refused(recipe: Recipe, message: str, **fields: Any) -> None:
-        refuse(recipe, f"does not fit this run .*: {message}", **fields)
+    def unfit(other: Recipe, message: str) -> None:
+        refused(other, f"does not fit this run .*: {message}")
 
-    refused(cached, "seed: 0, not 5$", seed=5)
-    refused(cached, "amp: 'off', not 'bf16'$", amp="bf16")
-    refused(cached, "amp: 'off', not 'bf16'; seed: 0, not 5$", seed=5, amp="bf16")  # all at once
-    for field, value, message in (
-        ("name", "deit_tiny_patch16_224", "name: 'vit_tiny_patch16_224', not 'deit_tiny_.*'$"),
-        ("options", {**cached.teacher.options, "depth": 3}, "options: .*: 2.*, not .*'depth': 3"),
-        ("weights", "model", "weights: 'auto'"),
-        (
-            *("checkpoint", None),
-            "checkpoint: '[0-9a-f]{64}', not None; teacher.weights: 'auto', not None$",
-        ),
+    teacher, data, augment = cached.teacher, cached.data, cached.data.augment
+    unfit(replace(cached, seed=5), "seed: 0, not 5$")
+    unfit(replace(cached, amp="bf16"), "amp: 'off', not 'bf16'$")
+    name, depth = "deit_tiny_patch16_224", {"options": {**teacher.options, "depth": 3}}
+    for change, message in (
+        ({"name": name}, f"name: 'vit_tiny_patch16_224', not '{name}'$"),
+        (depth, "options: .*'depth': 2.*, not .*'depth': 3"),
+        ({"weights": "model"}, "weights: 'auto'"),
+        ({"checkpoint": None}, "checkpoint: '[0-9a-f]{64}', not None; .*: 'auto', not None$"),
     ):
-        refused(cached, f"teacher.{message}", teacher={field: value})
-    for field, value in (
-        ("img_size", 32), ("mean", (0.5, 0.5, 0.5)), ("std", (1.0, 1.0, 1.0)),
-        ("interpolation", "bilinear"),
-    ):  # fmt: skip
-        refused(cached, f"data.{field}: .*, not ", data={field: value})
-    for field, value in (
-        ("scale", (0.5, 1.0)), ("ratio", (1.0, 1.0)), ("hflip", 0.0), ("rand_augment", None),
-        ("random_erasing", 0.0), ("repeats", 2),
-    ):  # fmt: skip
-        refused(cached, f"data.augment.{field}: .*, not ", data={"augment": {field: value}})
+        unfit(replace(cached, teacher=replace(teacher, **change)), f"teacher.{message}")
+    pixels = {"img_size": 32, "mean": (0.5,) * 3, "std": (1.0,) * 3, "interpolation": "bilinear"}
+    for field, value in pixels.items():
+        unfit(replace(cached, data=replace(data, **{field: value})), f"data.{field}: .*, not ")
+    drawn = {"scale": (0.5, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0, "rand_augment": None}
+    for field, value in {**drawn, "random_erasing": 0.0, "repeats": 2}.items():
+        other = replace(data, augment=replace(augment, **{field: value}))
+        unfit(replace(cached, data=other), f"data.augment.{field}: .*, not ")
+    both = replace(cached, seed=5, amp="bf16")
+    unfit(both, "amp: 'off', not 'bf16'; seed: 0, not 5$")
 
-    elsewhere, red = copy_images(cached, tmp_path / "images"), tmp_path / "images" / "train" / "red"
+    moved = tmp_path / "images"
+    shutil.copytree(images, moved)
+    elsewhere = replace(cached, data=replace(data, path=str(moved)))
     Trainer(elsewhere, CPU)
-    content = (red / "1.png").read_bytes()
-    (red / "1.png").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # same name and size
-    refused(elsewhere, "data.images_sha256: ")
-    (red / "1.png").write_bytes(content)
+    one = moved / "train" / "red" / "1.png"
+    content = one.read_bytes()
+    one.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # same name and size
+    unfit(elsewhere, "data.images_sha256: ")
+    one.write_bytes(content)
     Trainer(elsewhere, CPU)
-    (red / "0.png").rename(red / "x.png")
-    refused(elsewhere, "data.images_sha256: ")
-    (red / "x.png").unlink()
-    refused(elsewhere, "data.images: 48, not 47; .*data.images_sha256: ")
+    (moved / "train" / "red" / "0.png").rename(moved / "train" / "red" / "x.png")
+    unfit(elsewhere, "data.images_sha256: ")
+    (moved / "train" / "red" / "x.png").unlink()
+    unfit(elsewhere, "data.images: 48, not 47; .*data.images_sha256: ")
 
     with monkeypatch.context() as patch:
         patch.setattr("featkd.train.cached_teacher.AUGMENTATION_VERSION", 3)
-        refused(cached, r"augmentation_version: 2, not 3 \(.*expected a cache that it has made\)$")
+        unfit(cached, r"augmentation_version: 2, not 3 \(.*expected a cache that it has made\)$")
     with monkeypatch.context() as patch:
         patch.setattr("featkd.train.cached_teacher.metadata.version", lambda name: f"0.{len(name)}")
         for name in ("torch", "numpy", "timm", "torchvision", "pillow"):
-            refused(cached, rf".*versions.{name}: '.*', not '0.{len(name)}'")
+            unfit(cached, rf".*versions.{name}: '.*', not '0.{len(name)}'")
 
-    named = dict(checkpoint=str(checkpoint.rename(tmp_path / "renamed.pt")))
-    Trainer(changed(cached, teacher=named), CPU)  # the content is compared
-    with_cache(changed(recipe, teacher=named), tmp_path / "cache")
+    named = replace(teacher, checkpoint=str(checkpoint.rename(tmp_path / "renamed.pt")))
+    Trainer(replace(cached, teacher=named), CPU)  # the content is compared
+    build_cache(
+        replace(recipe, teacher=named), CacheConfig(**EXACT), CPU, tmp_path / "cache", quiet=True
+    )
     (tmp_path / "renamed.pt").rename(checkpoint)
     checkpoint.write_bytes(checkpoint.read_bytes() + b"\0")
-    refused(cached, "teacher.checkpoint: '[0-9a-f]{64}', not ")
+    unfit(cached, "teacher.checkpoint: '[0-9a-f]{64}', not ")
     checkpoint.unlink()
     notes = Trainer(cached, CPU).components.notes
     assert any(note.startswith("cache: no file ") and "by file name only" in note for note in notes)
-    mistyped = dict(checkpoint=f"{checkpoint.parent}/lst.pt")
-    refuse(cached, r"no file .*lst\.pt', and .* was made from last\.pt", teacher=mistyped)
+    mistyped = replace(cached, teacher=replace(teacher, checkpoint=f"{checkpoint.parent}/lst.pt"))
+    refused(mistyped, r"no file .*lst\.pt', and .* was made from last\.pt")
 
 
 def test_a_missing_checkpoint_does_not_fit_a_cache_without_one(recipe, tmp_path):
     cached = with_cache(recipe, tmp_path / "cache")
-    missing = dict(checkpoint=str(tmp_path / "last.pt"))
-    refuse(cached, r"no file .*last\.pt', .* made from no checkpoint", teacher=missing)
+    missing = replace(cached.teacher, checkpoint=str(tmp_path / "last.pt"))
+    refused(replace(cached, teacher=missing), r"no file .*last\.pt', .* made from no checkpoint")
 
 
 def test_a_cache_of_earlier_draws_fits_only_where_nothing_is_drawn(recipe, tmp_path, monkeypatch):
     """Version 1 drew the augmentation otherwise, and pixels without augmentation alike."""
     caches = []
     for name, augment in (("drawn", recipe.data.augment), ("fixed", NOTHING_DRAWN)):
-        one = changed(recipe, data=dict(augment=augment))
+        one = replace(recipe, data=replace(recipe.data, augment=augment))
         with monkeypatch.context() as patch:
             patch.setattr("featkd.train.cached_teacher.AUGMENTATION_VERSION", 1)
             caches.append(with_cache(one, tmp_path / name, views=1))
     drawn, fixed = (replace(cached, cache_epochs="cycle") for cached in caches)
     explained = r"augmentation_version: 1, not 2 \(this version of featkd draws other crops"
-    refuse(drawn, rf"{drawn.cache} does not fit this run .*{explained}")
+    refused(drawn, rf"{drawn.cache} does not fit this run .*{explained}")
     with pytest.raises(CacheError, match=rf"holds another cache: .*{explained}"):
         with_cache(replace(drawn, cache=None), tmp_path / "drawn")
-    Trainer(fixed, CPU)
-    for change in (
-        {"scale": (0.5, 1)}, {"ratio": (1, 2)}, {"hflip": 0.5}, {"random_erasing": 0.1},
-        {"color_jitter": 0.1}, {"rand_augment": "rand-m9"},
-    ):  # fmt: skip
-        assert replace(NOTHING_DRAWN, **change).is_random
+    Trainer(fixed, CPU).components.close()
+    drawn = {"scale": (0.5, 1), "ratio": (1, 2), "hflip": 0.5, "random_erasing": 0.1}
+    for field, value in {**drawn, "color_jitter": 0.1, "rand_augment": "rand-m9"}.items():
+        assert replace(NOTHING_DRAWN, **{field: value}).is_random
     assert not NOTHING_DRAWN.is_random
 
 
@@ -340,16 +314,19 @@ def test_versions_of_everything_that_determines_the_pixels(monkeypatch):
 
 def test_a_cache_without_the_needed_layers_is_refused(recipe, tmp_path):
     cached = with_cache(recipe, tmp_path / "cache")
-    message = r"maps of layers \[1\] of the teacher's 2, .* needs \[0\]"
-    refuse(cached, message, loss=dict(pairs=[(-1, 0)]))
-    message = "student.teacher_dim: 48, but the teacher's layer 1 has 24"
-    refuse(cached, message, student=dict(teacher_dim=48))
-    alone = changed(cached, loss=dict(feature=None))
+    other = replace(cached, loss=replace(cached.loss, pairs=[(-1, 0)]))
+    refused(other, r"maps of layers \[1\] of the teacher's 2, .* needs \[0\]")
+    wrong = replace(cached, student=replace(cached.student, teacher_dim=48))
+    refused(wrong, r"student.teacher_dim: 48, but the teacher's layer 1 has 24")
+    alone = replace(cached, loss=replace(cached.loss, feature=None), teacher=cached.teacher)
     assert Trainer(alone, CPU).components.teacher.shapes.maps == ()
-    with_none = dict(loss=dict(alpha=0, feature=None), teacher=None)
-    refuse(cached, r"cache: .* teacher is null", **with_none)
-    refuse(cached, "cache: expected a folder on this machine", cache="s3://bucket/cache")
-    refuse(cached, "nowhere: not a featkd cache", CacheError, cache=str(tmp_path / "nowhere"))
+    with pytest.raises(RecipeError, match=r"cache: .* teacher is null"):
+        replace(cached, loss=replace(cached.loss, alpha=0, feature=None), teacher=None)
+    with pytest.raises(RecipeError, match="cache: expected a folder on this machine"):
+        replace(cached, cache="s3://bucket/cache")
+    refused(
+        replace(cached, cache=str(tmp_path / "nowhere")), "nowhere: not a featkd cache", CacheError
+    )
 
 
 def test_the_command_line_and_the_dry_run(recipe_file, tmp_path, capsys):
@@ -371,12 +348,15 @@ def test_the_command_line_and_the_dry_run(recipe_file, tmp_path, capsys):
 
 def test_a_batch_past_the_end_of_a_view_is_refused(recipe, tmp_path, monkeypatch):
     """49 images on two processes: each takes 25, one image twice."""
-    odd, red = copy_images(recipe, tmp_path / "images"), tmp_path / "images" / "train" / "red"
-    shutil.copy(red / "0.png", red / "more.png")
-    cached = with_cache(replace(odd, batch_size=5), tmp_path / "cache")
+    images = tmp_path / "images"
+    shutil.copytree(recipe.data.path, images)
+    shutil.copy(images / "train" / "red" / "0.png", images / "train" / "red" / "more.png")
+    odd = replace(recipe, data=replace(recipe.data, path=str(images)), batch_size=5)
+    cached = with_cache(odd, tmp_path / "cache")
     monkeypatch.setattr(ProcessContext, "broadcast", lambda _, value: value)
-    message = r"batch_size: 5 on 2 processes takes 50 .* 1 of them twice"
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(
+        RecipeError, match=r"batch_size: 5 on 2 processes takes 50 .* 1 of them twice"
+    ):
         build(cached, ProcessContext(0, 2, CPU.device))
 
 
@@ -384,7 +364,7 @@ def test_a_batch_past_the_end_of_a_view_is_refused(recipe, tmp_path, monkeypatch
     ("top", "tau", "noted"), [(1, 2.0, True), (1, 1.0, False), ("all", 2.0, False)]
 )
 def test_a_temperature_with_few_stored_logits_is_noted(recipe, tmp_path, top, tau, noted):
-    recipe = changed(recipe, loss=dict(tau=tau))
+    recipe = replace(recipe, loss=replace(recipe.loss, tau=tau))
     cached = with_cache(recipe, tmp_path / "cache", logits_top=top)
     notes = build(cached, CPU).notes
     assert any("keeps 1 of 3 classes" in note and "loss.tau 2" in note for note in notes) == noted

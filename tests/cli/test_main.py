@@ -149,15 +149,14 @@ def test_every_option_has_one_name(parsers):
     """What several commands take: output, images, batch size, device, figures."""
     options = {name: set(parser._option_string_actions) for name, parser in parsers.items()}
     for common, commands in {
-        "--out": {*options}
-        - {"env", "evaluate", "bench compare", "bench loader", "bench step", "bench train"},
+        "--out": {*options} - {"env", "evaluate", "bench compare", "bench loader", "bench step"},
         "--data": {
             *("distill", "cache", "compare", "export", "evaluate", "predict", "diagnose"),
-            *("bench loader", "bench step", "bench train"),
+            *("bench loader", "bench step"),
         },
         "--batch_size": {
             *("distill", "cache", "compare", "evaluate", "predict", "diagnose"),
-            *("bench loader", "bench step", "bench train"),
+            *("bench loader", "bench step"),
         },
         "--device": {*options}
         - {"demo", "env", "export", *(f"bench {x}" for x in ("plot", "table", "compare"))}
@@ -231,7 +230,7 @@ def test_options_of_a_mapping_take_any_key(parsers):
         (["distill", "demo", "DATA"], "expected one recipe, got 'demo' and 'DATA'; the folder of"),
         (["distill", "demo", "--teacher.help"], "no option '--teacher.help'"),
         (["distill", "--config", "x.yaml"], "no option '--config'"),
-        (["bench", "rum"], "bench: expected one of run, plot, table, compare, loader, step, train"),
+        (["bench", "rum"], "bench: expected one of run, plot, table, compare, loader, step"),
         (["bench", "step", "--batch-size", "0"], "--batch-size: expected a finite number > 0"),
         (["--print-completion", "fish"], "--print-completion: expected bash or zsh, got 'fish'"),
     ],

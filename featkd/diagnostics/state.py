@@ -10,7 +10,7 @@ import torch
 
 from featkd.runtime.files import atomic_write
 
-FORMAT = 1
+FORMAT = 2
 STATE_FILES = "process-*-of-*.pt"
 
 

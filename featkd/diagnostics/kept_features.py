@@ -44,11 +44,12 @@ class KeptFeatures:
         if not self._layers:
             self._layers = list(maps)
             self._shapes = [tuple(m.shape[1:]) for m in maps.values()]
+        mode = "ab" if self._images else "wb"  # of a run that ended before its first state
         for position, m in enumerate(maps.values()):
             values = m.detach().to("cpu", self._dtype).contiguous()
             path = self._path(position)
             try:
-                with path.open("ab") as file:
+                with path.open(mode) as file:
                     file.write(values.view(torch.uint8).numpy().data)
             except OSError as error:  # a short write does not name the file
                 raise OSError(error.errno, error.strerror, str(path)) from error
@@ -105,11 +106,6 @@ class KeptFeatures:
                     "resume never"
                 )
             os.truncate(path, size)
-
-    def remove(self) -> None:
-        """Deletes this process's files."""
-        for path in self._folder.glob(f"kept-*-of-process-{self._process}.bin"):
-            path.unlink()
 
     def _path(self, position: int) -> Path:
         return self._folder / f"kept-{position}-of-process-{self._process}.bin"

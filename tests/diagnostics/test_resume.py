@@ -12,8 +12,7 @@ import torch
 
 from featkd.cli import diagnose
 from featkd.cli.main import main
-from featkd.diagnostics import process_run, run
-from featkd.runtime.distributed import ProcessContext
+from featkd.diagnostics import process_run
 from tests.diagnostics.commands import arguments, copy_with_bad_value, figures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,17 +121,6 @@ def test_interrupted_run_is_resumed(features, uninterrupted, tmp_path, capsys, m
     assert torch.load(tmp_path / "state" / "process-0-of-1.pt")["state"]["done"] == 3
     assert main(arguments(features, tmp_path)) == 0
     assert figures(tmp_path) == figures(uninterrupted)
-
-
-def test_progress_bar_of_a_resumed_run(monkeypatch):
-    """Images of the earlier run must not count into the rate."""
-    bars = []
-    tqdm = run.tqdm
-    monkeypatch.setattr(run, "tqdm", lambda **k: bars.append(k) or tqdm(**k))
-    with run._progress_bar(ProcessContext(0, 1, torch.device("cpu")), quiet=False) as progress:
-        for number, done in ((1, 40), (1, 44), (2, 0), (2, 4)):
-            progress(number, done, 60)
-    assert [bar["initial"] for bar in bars] == [40, 0]
 
 
 @pytest.mark.parametrize(

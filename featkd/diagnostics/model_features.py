@@ -36,7 +36,7 @@ class MeasuredModel:
 
     name: str
     model: FeatureModel
-    layers: tuple[int, ...] | None
+    layers: Sequence[int] | None
     identity: dict[str, Any]
     adapter: ImageAdapter | None = None
 
@@ -53,6 +53,7 @@ class ModelFeatures:
         limit: maximum number of images, spread evenly over the folder; None for all.
         chunk_size: images per forward pass.
         on_bad: "error" raises at an unreadable image; "skip" leaves it out.
+        notes: facts that affect how the figures are to be read.
 
     Raises:
         FileNotFoundError: the folder does not exist or holds no image.
@@ -72,27 +73,22 @@ class ModelFeatures:
         limit: int | None = None,
         chunk_size: int = 16,
         on_bad: Literal["error", "skip"] = "error",
+        notes: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         self._files = _Images(_find_images(folder, limit), config, chunk_size, on_bad == "skip")
         self.num_images = len(self._files.paths)
         self.chunk_size = chunk_size
-        self.notes: list[str] = []
+        self.notes = list(notes)
         self._config = config
         self._device = device
         self._bf16 = bf16
-        self._models = [
-            (
-                each,
-                tuple(range(num_layers(each.model)))
-                if each.layers is None
-                else resolve_layers(each.layers, num_layers(each.model)),
-            )
-            for each in models
-        ]
-        self.layers = tuple(
-            Layer(each.name, index) for each, layers in self._models for index in layers
-        )
+        self._models = []
+        for each in models:
+            depth = num_layers(each.model)
+            chosen = range(depth) if each.layers is None else each.layers
+            self._models.append((each, resolve_layers(chosen, depth)))
+        self.layers = tuple(Layer(each.name, i) for each, layers in self._models for i in layers)
 
     def model(self, name: str) -> FeatureModel:
         """Model of this name."""
@@ -111,11 +107,8 @@ class ModelFeatures:
             "data": str(self.folder.resolve()),
             "images": f"{self.num_images} ({fingerprint(self._files.paths)})",
             "preprocessing": {
-                "img_size": config.img_size,
-                "crop_pct": config.crop_pct,
-                "interpolation": config.interpolation,
-                "mean": list(config.mean),
-                "std": list(config.std),
+                name: getattr(config, name)
+                for name in ("img_size", "crop_pct", "interpolation", "mean", "std")
             },
             "precision": "bf16" if self._bf16 else "fp32",
             "chunk": self.chunk_size,
@@ -146,7 +139,7 @@ class ModelFeatures:
             own = images if each.adapter is None else each.adapter(images)
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
                 maps = each.model.forward_maps(own, layers)
-            found.update(zip([Layer(each.name, index) for index in layers], maps, strict=True))
+            found.update({Layer(each.name, i): m for i, m in zip(layers, maps, strict=True)})
         return found
 
 

@@ -17,7 +17,6 @@ from timm.models import push_to_hf_hub, save_for_hf
 from featkd.models import create_student, create_teacher, export_model, load_exported
 from featkd.models import export as module
 from featkd.models.export import ExportError, exported_folder
-from featkd.models.model_card import render_card
 from featkd.models.registered import default_cfgs
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
@@ -216,8 +215,3 @@ def test_names_that_stand_for_folders(tmp_path: Path, monkeypatch: pytest.Monkey
     assert exported_folder("local-dir:resnet18") == Path("resnet18")
     for name in ("resnet18", "nowhere", "hf-hub:a/b"):
         assert exported_folder(name) is None
-
-
-def test_missing_fields_of_a_card_are_named() -> None:
-    with pytest.raises(ValueError, match="no field license, scores; expected license, model, name"):
-        render_card(dict.fromkeys(("name", "task", "summary", "needs_featkd", "model", "training")))

@@ -7,7 +7,7 @@ import json
 import time
 from copy import deepcopy
 from dataclasses import asdict, replace
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,9 +79,7 @@ class ProcessRun:
         self._state_path = state_path(folder, context.rank, context.world_size)
         self._chunk_numbers = range(context.rank, num_chunks(source), context.world_size)
         self._stats = {layer: LayerDiagnostics(config.settings) for layer in source.layers}
-        self._kept: KeptFeatures | None = None
-        if config.keep != "never":
-            self._kept = KeptFeatures(folder, context.rank, config.keep)
+        self._kept = None if config.keep == "never" else KeptFeatures(folder, config.keep)
         self._captured: dict[Layer, CapturedEnergy] = {}
         self._captured_states: list[Any] = []  # resumed, until the axes are known
         self._left_out: dict[str, str] = {}
@@ -150,11 +148,10 @@ class ProcessRun:
             for chunk in chain(ahead, self.source.chunks(numbers[len(ahead) :])):
                 self._left_out.update(chunk.left_out)
                 images, maps = self._usable(chunk)
-                if len(images):
-                    for layer, m in maps.items():
-                        self._stats[layer].update(m, images)
-                    if self._kept is not None:
-                        self._kept.append(maps, images)
+                for layer, m in maps.items():
+                    self._stats[layer].update(m, images)
+                if self._kept is not None:
+                    self._kept.write(chunk.number, images, maps)
                 self._chunk_done(bar, interrupt)
         self._pass, self._chunks_done = 2, 0
         self._save()
@@ -233,13 +230,13 @@ class ProcessRun:
             return
         for captured, state in zip(self._captured.values(), self._captured_states, strict=False):
             captured.load_state_dict(state)
+        numbers = self._chunk_numbers[self._chunks_done :]
         if self._kept is not None:
-            parts = self._kept.read(self._chunks_done)
+            parts = map(self._kept.read, numbers, repeat(self.source.layers))
         else:
-            chunks = self.source.chunks(self._chunk_numbers[self._chunks_done :])
-            parts = ((maps, images) for images, maps in map(self._usable, chunks))
+            parts = map(self._usable, self.source.chunks(numbers))
         with self._progress_bar() as bar:
-            for maps, images in parts:
+            for images, maps in parts:
                 for layer, m in maps.items():  # empty if no image of the chunk can be used
                     self._captured[layer].update(m, images)
                 self._chunk_done(bar, interrupt)
@@ -316,7 +313,7 @@ class ProcessRun:
             "bad": self._left_out,
             "notes": self._notes,
             "layers": [stats.state_dict() for stats in self._stats.values()],
-            "kept": None if self._kept is None else self._kept.state_dict(),
+            "kept": self._kept is not None,
             "captured": [part.state_dict() for part in self._captured.values()],
         }
         save_state(self._state_path, self.identity(), state)
@@ -330,10 +327,8 @@ class ProcessRun:
         self._calibration = state["calibration"]
         for stats, part in zip(self._stats.values(), state["layers"], strict=True):
             stats.load_state_dict(part)
-        if state["kept"] is None:
+        if not state["kept"]:
             self._kept = None
-        elif self._kept is not None:
-            self._kept.load_state_dict(state["kept"])
         self._captured_states = state["captured"]
 
     # Counting.

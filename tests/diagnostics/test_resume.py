@@ -12,7 +12,7 @@ import torch
 
 from featkd.cli import diagnose
 from featkd.cli.main import main
-from featkd.diagnostics import process_run
+from featkd.diagnostics import kept_features, process_run
 from tests.diagnostics.commands import arguments, copy_with_bad_value, figures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,20 +73,31 @@ def test_state_of_another_run_is_refused(features, tmp_path, capsys, monkeypatch
     assert main(arguments(features, tmp_path, "--resume", "never", "--layers", "[1]")) == 0
 
 
-def test_full_disk_keeps_the_saved_state(features, uninterrupted, tmp_path, server):
-    """Writing a kept map fails half-way; with more room the same command continues."""
+@pytest.mark.usefixtures("no_figures")
+def test_full_disk_keeps_the_saved_state(
+    features, uninterrupted, tmp_path, server, capsys, monkeypatch
+):
+    """Writing kept maps fails half-way; with more room the same command continues."""
     words = arguments(features, tmp_path, "--save-seconds", "0", "--device", "cpu")
-    size = 80_000  # more than a state, half of a layer's kept features
-    failed = server.call(*words, file_size=size)
+    failed = server.call(*words, file_size=10_000)  # less than the maps of a chunk
     assert failed.returncode == 1
-    message = f"File too large: '{tmp_path}/state/kept-0-of-process-0.bin'"
+    message = f"could not write {tmp_path}/state/kept-0.safetensors: "
     assert message in failed.stderr.splitlines()[-1]
     assert "Traceback" not in failed.stderr
-    kept = (tmp_path / "state" / "kept-0-of-process-0.bin").stat().st_size
-    state = torch.load(tmp_path / "state" / "process-0-of-1.pt")["state"]
-    seen = sum(state["kept"]["lengths"])
-    assert seen * 25 * 24 * 4 < kept == size  # the failed write left a part
-    assert server.call(*words).returncode == 0
+    save_file = kept_features.save_file
+
+    def fail_late(tensors, path):
+        if path.name == "kept-3.safetensors":
+            path.write_bytes(b"half of")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kept_features, "save_file", fail_late)
+        assert main(words) == 1
+    assert "kept-3.safetensors: [Errno 28] No space left" in capsys.readouterr().err
+    assert 0 < torch.load(tmp_path / "state" / "process-0-of-1.pt")["state"]["done"] < 4
+    assert main(words) == 0
     assert figures(tmp_path) == figures(uninterrupted)
 
 

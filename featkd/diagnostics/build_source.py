@@ -34,16 +34,7 @@ def build_source(config: DiagnoseConfig, device: torch.device) -> Source:
         ValueError: a field does not fit the models or files.
     """
     if config.features is not None:
-        return FeatureFiles(
-            Path(config.features),
-            config.layers,
-            limit=config.images,
-            allow_pickle=config.allow_pickle,
-            prefix_tokens=config.prefix_tokens,
-            chunk_size=config.batch_size,
-            on_bad=config.on_bad,
-        )
-    assert config.data is not None  # checked by DiagnoseConfig
+        return FeatureFiles(config)
     loaded = {name: _load(config, name) for name in config.models}
     overrides = {k: getattr(config, k) for k in _OVERRIDES if getattr(config, k) is not None}
     _, last, _ = loaded[config.models[-1]]
@@ -82,17 +73,7 @@ def build_source(config: DiagnoseConfig, device: torch.device) -> Source:
                 adapter.to(device) if changed else None,
             )
         )
-    return ModelFeatures(
-        measured,
-        Path(config.data),
-        data,
-        device=device,
-        bf16=config.amp == "bf16",
-        limit=config.images,
-        chunk_size=config.batch_size,
-        on_bad=config.on_bad,
-        notes=notes,
-    )
+    return ModelFeatures(config, measured, data, device, notes)
 
 
 # A model, its own preprocessing, and the values that identify its weights.

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 import safetensors.torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from featkd.data.sampler import spread_evenly
 from featkd.data.walk import is_hidden
+from featkd.diagnostics.config import DiagnoseConfig
 from featkd.diagnostics.source import Chunk, Layer, UnreadableError, fingerprint
 from featkd.models import resolve_layers
 from featkd.runtime.files import open_regular
@@ -33,36 +34,23 @@ class FeatureFiles:
     - `.npz`, `.safetensors`: one named array (tokens, channels) per layer, sorted by name with
       numbers by value; or one array as in .npy.
 
+    With `prefix_tokens` "auto", as few of 0, 1, 2 or 5 tokens are removed from the front of each
+    map as leave a square number, as published.
+
     Args:
-        folder: folder of the files.
-        layers: layer indices, negative ones from the end; None for all.
-        allow_pickle: read object arrays. This executes code from the files.
-        prefix_tokens: class and other extra tokens to remove from the front of each map; "auto"
-            removes as few of 0, 1, 2 or 5 as leave a square number, as published.
-        limit: maximum number of files, spread evenly over the folder; None for all.
-        chunk_size: files read at once.
-        on_bad: "error" raises at an unusable file; "skip" leaves it out.
+        config: configuration of the run: its folder `features`, and how to read it.
 
     Raises:
         FileNotFoundError: the folder does not exist, or holds no feature files or several kinds.
-        NotADirectoryError: `folder` is a file.
-        UnreadableError: the first file cannot be used (with "skip": no file can).
+        NotADirectoryError: `features` is a file.
+        UnreadableError: the first file cannot be used (with on_bad "skip": no file can).
         ValueError: a layer is out of range.
     """
 
     repeatable = False  # no file is read twice
 
-    def __init__(
-        self,
-        folder: Path,
-        layers: Sequence[int] | None = None,
-        *,
-        allow_pickle: bool = False,
-        prefix_tokens: int | Literal["auto"] = "auto",
-        limit: int | None = None,
-        chunk_size: int = 16,
-        on_bad: Literal["error", "skip"] = "error",
-    ) -> None:
+    def __init__(self, config: DiagnoseConfig) -> None:
+        self.folder = folder = Path(config.features or "")
         if not folder.is_dir():
             kind = NotADirectoryError if folder.exists() else FileNotFoundError
             raise kind(f"features: expected a folder of feature files, got {folder}")
@@ -75,22 +63,19 @@ class FeatureFiles:
                 f"{', '.join(suffixes) or 'none'}"
             )
         paths = kinds[suffixes[0]]
-        self.folder = folder
-        self._paths = [paths[position] for position in spread_evenly(len(paths), limit)]
+        self._config = config
+        self._paths = [paths[position] for position in spread_evenly(len(paths), config.images)]
         self.num_images = len(self._paths)
-        self.chunk_size = chunk_size
-        self._allow_pickle = allow_pickle
-        self._on_bad = on_bad
+        self.chunk_size = config.batch_size
         self._first_image, self._first_maps = self._first_readable()
         self._shapes = [tuple(m.shape) for m in self._first_maps]
         depth = len(self._shapes)
-        self._chosen = resolve_layers(range(depth) if layers is None else layers, depth)
+        chosen = range(depth) if config.layers is None else config.layers
+        self._chosen = resolve_layers(chosen, depth)
         self.layers = tuple(Layer("", index) for index in self._chosen)
+        fixed = config.prefix_tokens
         self._prefix = {
-            index: _count_prefix(self._shapes[index][0])
-            if prefix_tokens == "auto"
-            else prefix_tokens
-            for index in self._chosen
+            n: _count_prefix(self._shapes[n][0]) if fixed == "auto" else fixed for n in self._chosen
         }
         for index, prefix in self._prefix.items():
             if not 0 <= prefix < self._shapes[index][0]:
@@ -98,7 +83,7 @@ class FeatureFiles:
                     f"prefix_tokens: expected fewer than the {self._shapes[index][0]} tokens "
                     f"of layer {index}, got {prefix}"
                 )
-        self.notes = self._prefix_notes() if prefix_tokens == "auto" else []
+        self.notes = self._prefix_notes() if fixed == "auto" else []
 
     def _prefix_notes(self) -> list[str]:
         """Notes on the extra tokens removed, and on token counts that form no square."""
@@ -119,9 +104,9 @@ class FeatureFiles:
         """Index and maps of the first readable file, which sets the shapes."""
         for image, path in enumerate(self._paths):
             try:
-                return image, _read(path, self._allow_pickle)
+                return image, _read(path, self._config.allow_pickle)
             except UnreadableError:
-                if self._on_bad == "error" or path is self._paths[-1]:
+                if self._config.on_bad == "error" or path is self._paths[-1]:
                     raise
         raise AssertionError("the folder has files, and the last one returned or raised")
 
@@ -148,7 +133,7 @@ class FeatureFiles:
                     rows.append(self._maps(image))
                     kept.append(image)
                 except UnreadableError as error:
-                    if self._on_bad == "error":
+                    if self._config.on_bad == "error":
                         raise
                     left_out[self.name(image)] = str(error)
             maps = {
@@ -163,7 +148,7 @@ class FeatureFiles:
         if image == self._first_image and self._first_maps:
             found, self._first_maps = self._first_maps, []
         else:
-            found = _read(self._paths[image], self._allow_pickle)
+            found = _read(self._paths[image], self._config.allow_pickle)
         if [tuple(m.shape) for m in found] != self._shapes:
             raise UnreadableError(
                 f"features: {self._paths[image]} has maps of {_format_shapes(found)}, but "

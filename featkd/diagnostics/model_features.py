@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from featkd.data import BadImageError, DataConfig, build_transform, read_image
 from featkd.data.sampler import spread_evenly
 from featkd.data.walk import find_files, warn_of_repeated_links
 from featkd.data.workers import worker_options
+from featkd.diagnostics.config import DiagnoseConfig
 from featkd.diagnostics.source import Chunk, Layer, fingerprint
 from featkd.models import FeatureModel, num_layers, resolve_layers
 from featkd.models.adapters import ImageAdapter
@@ -45,14 +46,10 @@ class ModelFeatures:
     """Feature maps of one or more models on the same images.
 
     Args:
+        config: configuration of the run: its folder `data`, and how to read it.
         models: the models.
-        folder: folder with images at any depth, sorted by path.
-        config: image size, crop, interpolation, mean and std; its folders are ignored.
+        images: image size, crop, interpolation, mean and std; its folders are ignored.
         device: device of the models.
-        bf16: run the models in bfloat16 by autocast.
-        limit: maximum number of images, spread evenly over the folder; None for all.
-        chunk_size: images per forward pass.
-        on_bad: "error" raises at an unreadable image; "skip" leaves it out.
         notes: facts that affect how the figures are to be read.
 
     Raises:
@@ -64,25 +61,21 @@ class ModelFeatures:
 
     def __init__(
         self,
+        config: DiagnoseConfig,
         models: Sequence[MeasuredModel],
-        folder: Path,
-        config: DataConfig,
-        *,
+        images: DataConfig,
         device: torch.device,
-        bf16: bool = False,
-        limit: int | None = None,
-        chunk_size: int = 16,
-        on_bad: Literal["error", "skip"] = "error",
         notes: Sequence[str] = (),
     ) -> None:
-        self.folder = folder
-        self._files = _Images(_find_images(folder, limit), config, chunk_size, on_bad == "skip")
-        self.num_images = len(self._files.paths)
-        self.chunk_size = chunk_size
+        self.folder = Path(config.data or "")
+        self.chunk_size = config.batch_size
+        paths = _find_images(self.folder, config.images)
+        self._files = _Images(paths, images, self.chunk_size, config.on_bad == "skip")
+        self.num_images = len(paths)
         self.notes = list(notes)
-        self._config = config
+        self._images = images
         self._device = device
-        self._bf16 = bf16
+        self._bf16 = config.amp == "bf16"
         self._models = []
         for each in models:
             depth = num_layers(each.model)
@@ -98,7 +91,6 @@ class ModelFeatures:
         return self._files.paths[image]
 
     def identity(self) -> dict[str, Any]:
-        config = self._config
         return {
             **{
                 each.name or "model": {**each.identity, "layers": list(layers)}
@@ -107,7 +99,7 @@ class ModelFeatures:
             "data": str(self.folder.resolve()),
             "images": f"{self.num_images} ({fingerprint(self._files.paths)})",
             "preprocessing": {
-                name: getattr(config, name)
+                name: getattr(self._images, name)
                 for name in ("img_size", "crop_pct", "interpolation", "mean", "std")
             },
             "precision": "bf16" if self._bf16 else "fp32",
@@ -116,7 +108,7 @@ class ModelFeatures:
 
     def chunks(self, numbers: Sequence[int]) -> Iterator[Chunk]:
         """See `Source`."""
-        workers = min(self._config.workers, len(numbers))
+        workers = min(self._images.workers, len(numbers))
         loader = DataLoader(
             self._files,
             batch_size=None,

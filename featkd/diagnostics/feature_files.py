@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,8 +68,10 @@ class FeatureFiles:
         self._paths = [paths[position] for position in spread_evenly(len(paths), config.images)]
         self.num_images = len(self._paths)
         self.chunk_size = config.batch_size
-        self._first_image, self._first_maps = self._first_readable()
-        self._shapes = [tuple(m.shape) for m in self._first_maps]
+        # keeps one file's maps: the first file, which sets the shapes, is read once
+        self._read = lru_cache(1)(partial(_read, allow_pickle=config.allow_pickle))
+        self._first, first_maps = self._first_readable()
+        self._shapes = [tuple(m.shape) for m in first_maps]
         depth = len(self._shapes)
         chosen = range(depth) if config.layers is None else config.layers
         self._chosen = resolve_layers(chosen, depth)
@@ -100,11 +103,11 @@ class FeatureFiles:
             if math.isqrt(tokens - prefix) ** 2 != tokens - prefix
         ]
 
-    def _first_readable(self) -> tuple[int, list[Tensor]]:
-        """Index and maps of the first readable file, which sets the shapes."""
-        for image, path in enumerate(self._paths):
+    def _first_readable(self) -> tuple[Path, list[Tensor]]:
+        """The first readable file, and its maps."""
+        for path in self._paths:
             try:
-                return image, _read(path, self._config.allow_pickle)
+                return path, self._read(path)
             except UnreadableError:
                 if self._config.on_bad == "error" or path is self._paths[-1]:
                     raise
@@ -145,14 +148,11 @@ class FeatureFiles:
 
     def _maps(self, image: int) -> list[Tensor]:
         """Patch tokens (N, D) of one image, for each chosen layer."""
-        if image == self._first_image and self._first_maps:
-            found, self._first_maps = self._first_maps, []
-        else:
-            found = _read(self._paths[image], self._config.allow_pickle)
+        found = self._read(self._paths[image])
         if [tuple(m.shape) for m in found] != self._shapes:
             raise UnreadableError(
                 f"features: {self._paths[image]} has maps of {_format_shapes(found)}, but "
-                f"{self._paths[self._first_image]} has {', '.join(map(str, self._shapes))}"
+                f"{self._first} has {', '.join(map(str, self._shapes))}"
             )
         return [found[index][self._prefix[index] :] for index in self._chosen]
 

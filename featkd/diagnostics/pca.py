@@ -12,7 +12,7 @@ from featkd import linalg
 from featkd.diagnostics.accumulator import Accumulator
 from featkd.diagnostics.exact_sum import ExactSum
 from featkd.diagnostics.per_image import CurveResult, CurveStats
-from featkd.diagnostics.scaling import safe_scale, safe_scales
+from featkd.diagnostics.scaling import in_range, safe_scale
 from featkd.ops import reference
 from featkd.runtime import checks
 from featkd.runtime.dtypes import accumulation_dtype
@@ -193,7 +193,7 @@ class CapturedEnergy(CurveStats):
         parts = []
         for part in torch.split(features, size):
             x = part.to(dtype) if mean is None else part.to(dtype) - mean
-            parts.append((_in_range(x) @ vectors).square_().sum(1).double())
+            parts.append((in_range(x) @ vectors).square_().sum(1).double())
         energy = torch.cat(parts)
         total = energy.sum(1, keepdim=True)
         return energy.cumsum(1) / torch.where(total == 0, 1, total)
@@ -212,15 +212,6 @@ def _tokens(features: Tensor) -> Tensor:
     checks.check_shape("features", features, ("B", "N", "D"))
     wide = accumulation_dtype(features.dtype)
     return features.detach().flatten(0, 1).to(wide)
-
-
-def _in_range(maps: Tensor) -> Tensor:
-    """Scales each of the maps (B, N, D) whose squares are out of range by a power of two.
-
-    Shares of a map's energy do not depend on its scale.
-    """
-    scales = safe_scales(maps)
-    return maps if scales is None else maps * scales.view(-1, 1, 1)
 
 
 def _fixed_signs(vectors: Tensor) -> Tensor:

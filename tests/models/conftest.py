@@ -11,14 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TINY = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 48,
-    "depth": 4,
-    "num_heads": 3,
-    "num_classes": 10,
-}
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
+TINY: dict[str, Any] = {**SIZES, "num_classes": 10}
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +21,14 @@ def _one_thread(one_thread: None) -> None:
 
 
 @pytest.fixture
-def tiny() -> dict[str, object]:
+def tiny() -> dict[str, Any]:
     """timm arguments of a ViT with 16 patches, 4 blocks, 48 channels and 3 heads."""
     return dict(TINY)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
@@ -54,8 +53,11 @@ def perturb() -> Callable[[nn.Module], nn.Module]:
     return apply
 
 
+PlainVit = Callable[..., list[Tensor]]
+
+
 @pytest.fixture
-def plain_vit() -> Callable[..., list[Tensor]]:
+def plain_vit() -> PlainVit:
     """Function that computes each block's output (B, 1 + N, C) from a state dict of timm."""
 
     def run(

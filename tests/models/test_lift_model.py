@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,19 +11,13 @@ from torch import Tensor
 
 import featkd
 from featkd.models import Lift, create_student, feature_grid
-
-PlainVit = Callable[..., list[Tensor]]
+from tests.models.conftest import PlainVit
 
 
 @pytest.fixture
 def lift(tiny: dict[str, Any], perturb: Any) -> Any:
     torch.manual_seed(0)
     return perturb(create_student("deit_tiny_patch16_224", "lift", 96, **tiny)).eval()
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 # A small W makes the variance comparable to eps, so that a wrong eps shows.
@@ -212,12 +205,3 @@ def test_compiles_without_a_graph_break(lift: Any, images: Tensor) -> None:
     ):
         compiled: Any = torch.compile(function, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(*arguments), function(*arguments), rtol=1e-4, atol=1e-4)
-
-
-def test_bad_arguments(tiny: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"teacher_dim: expected an int >= 1, got 0"):
-        create_student("deit_tiny_patch16_224", "lift", 0, **tiny)
-    with pytest.raises(ValueError, match=r"base: arch 'lift' needs .* got VisionTransformerDist"):
-        create_student("deit_tiny_distilled_patch16_224", "lift", 96, **tiny)
-    with pytest.raises(ValueError, match=r"base: arch 'lift' needs .* got ResNet"):
-        create_student("resnet10t", "lift", 96)

@@ -12,24 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from featkd.models import feature_grid, num_layers, resolve_layers, with_features
+from tests.models.conftest import TINY
 
-VIT = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 48,
-    "depth": 4,
-    "num_heads": 3,
-    "num_classes": 10,
-}
-SWIN = {
-    "img_size": 32,
-    "patch_size": 2,
-    "window_size": 2,
-    "embed_dim": 24,
-    "depths": (1, 2, 1),
-    "num_heads": (1, 2, 3),
-    "num_classes": 10,
-}
+VIT = TINY
+SWIN = {"img_size": 32, "patch_size": 2, "window_size": 2, "embed_dim": 24, "num_classes": 10}
+SWIN |= {"depths": (1, 2, 1), "num_heads": (1, 2, 3)}
 # family: timm name, arguments, number of prefix tokens
 FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "deit": ("deit_tiny_patch16_224", VIT, 1),
@@ -49,11 +36,6 @@ def family(request: pytest.FixtureRequest, perturb: Any) -> tuple[nn.Module, int
     name, options, prefix = FAMILIES[request.param]
     torch.manual_seed(0)
     return perturb(timm.create_model(name, **options)).eval(), prefix
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 def hooked(model: nn.Module, images: Tensor, prefix: int) -> tuple[Tensor, list[Tensor]]:
@@ -99,9 +81,11 @@ def test_forward_maps_stops_at_deepest_layer(family: tuple[nn.Module, int], imag
         stage.register_forward_hook(lambda *_, index=index: calls.append(index))
     for layers in ([0], [1, 0, 1], [-1], []):
         want = model.forward_with_features(images, layers)[1]
+        assert calls == list(range(len(stages)))  # each once
         calls.clear()
         got = model.forward_maps(images, layers)
         assert calls == list(range(max(resolve_layers(layers, len(stages)), default=-1) + 1))
+        calls.clear()
         assert len(got) == len(want)
         assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
@@ -132,16 +116,6 @@ def test_gradients_flow_through_maps_and_logits(
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         torch.testing.assert_close(parameter.grad, wanted[name].grad)
-
-
-def test_runs_each_block_once(family: tuple[nn.Module, int], images: Tensor) -> None:
-    model: Any = with_features(family[0])
-    calls: list[int] = []
-    stages = model.layers if hasattr(model, "layers") else model.blocks
-    for stage in stages:
-        stage.register_forward_hook(lambda *_: calls.append(1))
-    model.forward_with_features(images, [0, -1, 0])
-    assert len(calls) == len(stages)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -215,12 +189,7 @@ OTHERS: list[tuple[str, dict[str, Any], tuple[int, int], tuple[int, int]]] = [
     ("beitv2_base_patch16_224", {**SMALL, "img_size": 64}, (16, 48), (16, 48)),
     ("naflexvit_base_patch16_gap", SMALL, (16, 48), (16, 48)),
     ("xcit_nano_12_p16_224", {"depth": 2, "img_size": 64, "num_classes": 10}, (16, 128), (16, 128)),
-    (
-        "swinv2_tiny_window8_256",
-        {**SWIN, "img_size": 64, "patch_size": 4, "num_classes": 10},
-        (256, 24),
-        (16, 96),
-    ),
+    ("swinv2_tiny_window8_256", {**SWIN, "img_size": 64, "patch_size": 4}, (256, 24), (16, 96)),
     ("convnext_atto", {"num_classes": 10}, (256, 40), (4, 320)),
     ("resnet18", {"num_classes": 10}, (1024, 64), (4, 512)),
     ("mobilenetv4_conv_small", {"num_classes": 10}, (1024, 32), (4, 960)),
@@ -273,6 +242,8 @@ def test_layer_out_of_range_raises(layer: int, images: Tensor) -> None:
     model: Any = with_features(timm.create_model("deit_tiny_patch16_224", **{**VIT, "depth": 12}))
     with pytest.raises(ValueError, match=message):
         model.forward_with_features(images, [layer])
+    with pytest.raises(ValueError, match=message):
+        feature_grid(model, layer)
 
 
 @pytest.mark.parametrize("layers", [[1.0], ["1"], [True], [None], 3, "12"])
@@ -316,12 +287,6 @@ def test_feature_grid(
 def test_feature_grid_is_none_for_dynamic_sizes(name: str, options: dict[str, Any]) -> None:
     model = with_features(timm.create_model(name, **options))
     assert feature_grid(model) is None
-
-
-def test_feature_grid_layer_out_of_range_raises() -> None:
-    model = with_features(timm.create_model("swin_tiny_patch4_window7_224", **SWIN))
-    with pytest.raises(ValueError, match=r"layers: 3 is out of range for a model with 3 layers"):
-        feature_grid(model, 3)
 
 
 def test_dynamic_image_size() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from featkd.models import (
-    CheckpointMismatch,
-    Lift,
-    WideLast,
-    create_student,
-    load_published,
-)
+from featkd.models import CheckpointMismatch, Lift, WideLast, create_student, load_published
+from tests.models.conftest import PlainVit
 
-PlainVit = Callable[..., list[Tensor]]
 CLASSES, PATCH, GRID, CHANNELS = 10, 8, 3, 3
 
 

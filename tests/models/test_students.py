@@ -94,6 +94,10 @@ def test_plain_student_of_each_family(base: str, options: dict[str, Any], layers
     assert student(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
+DISTILLED = {"base": "deit_tiny_distilled_patch16_224"}
+PARALLEL = {"base": "vit_small_patch16_18x2_224"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -103,6 +107,11 @@ def test_plain_student_of_each_family(base: str, options: dict[str, Any], layers
         ({"base": "diet_tiny_patch16_224"}, r"base: .* did you mean 'deit_tiny_patch16_224'\?"),
         ({"base": "vit_tiny_patch16_224.augreg_in1"}, r"mean 'vit_tiny_patch16_224.augreg_in21k"),
         ({"base": "resnet10t", "arch": "lift"}, r"base: arch 'lift' needs .* got ResNet"),
+        (DISTILLED | {"arch": "lift"}, r"base: arch 'lift' needs .* got VisionTransformerDist"),
+        (DISTILLED | {"arch": "widelast"}, r"got VisionTransformerDistilled"),
+        ({"base": "cait_xxs24_224", "arch": "widelast"}, r"base: .*'widelast' needs .* got Cait"),
+        (PARALLEL | {"arch": "widelast"}, r"base: .* standard Block, .* ParallelThingsBlock"),
+        ({"arch": "lift", "teacher_dim": 0}, r"teacher_dim: expected an int >= 1, got 0"),
         ({"features_only": True}, r"features_only: True is not supported"),
         ({"arch": "widelast", "teacher_dim": 100}, r"teacher_dim: .* got 100"),
         ({"arch": "fixed_step", "embed_dim": 200}, r"embed_dim=200, .*divisible by num_heads"),

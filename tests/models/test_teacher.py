@@ -12,16 +12,10 @@ import timm
 import torch
 
 from featkd.models import CheckpointMismatch, create_student, create_teacher, download
+from tests.models.conftest import TINY
 
 NAME = "cait_xxs24_224"
-SIZE: dict[str, Any] = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 4,
-    "num_classes": 10,
-}
+SIZE: dict[str, Any] = {**TINY, "embed_dim": 32, "depth": 2, "num_heads": 4}
 
 
 @pytest.fixture(name="source")

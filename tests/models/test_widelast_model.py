@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,8 +12,7 @@ from torch import Tensor
 
 from featkd.models import create_student
 from featkd.models.widelast import SCHEDULES, WideBlock, schedule
-
-PlainVit = Callable[..., list[Tensor]]
+from tests.models.conftest import TINY, PlainVit
 
 PUBLISHED = {  # [EM26]: widths and heads of DeiT-Tiny's 12 blocks
     "widelast": ([192] * 11 + [384], [3] * 11 + [6]),
@@ -29,19 +27,7 @@ SIZES = {
     "heads_linear": ([24] * 6 + [56, 96], [3] * 6 + [7, 12]),
     "fixed_linear": ([24] * 6 + [48, 96], [3] * 8),
 }
-SMALL = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 24,
-    "depth": 8,
-    "num_heads": 3,
-    "num_classes": 10,
-}
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+SMALL = {**TINY, "embed_dim": 24, "depth": 8}
 
 
 def student(arch: str, **options: Any) -> Any:
@@ -82,10 +68,7 @@ def test_schedules_for_other_sizes(
     ("arguments", "message"),
     [
         (("wide", 192, 3, 12, 384), r"arch: expected one of widelast, .*; got 'wide'"),
-        (
-            ("widelast", 200, 3, 12, 384),
-            r"embed_dim: expected a multiple of num_heads \(3\), got 200",
-        ),
+        (("widelast", 200, 3, 12, 384), r"embed_dim: .* multiple of num_heads \(3\), got 200"),
         (("widelast", 192, 3, 12, 100), r"teacher_dim: .* more than the student's 192, got 100"),
         (("widelast", 192, 3, 12, 192), r"teacher_dim: .* more than the student's 192, got 192"),
         (("widelast", 192, 3, 12, 400), r"teacher_dim: .* a multiple of 64; got 400"),
@@ -241,16 +224,3 @@ def test_compiles_without_a_graph_break(images: Tensor) -> None:
     compiled: Any = torch.compile(function, fullgraph=True, backend="aot_eager")
     found, expected = (call(images, (0, -1)) for call in (compiled, function))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("base", "options", "message"),
-    [
-        ("cait_xxs24_224", SMALL, r"base: arch 'widelast' needs .* got Cait"),
-        ("deit_tiny_distilled_patch16_224", SMALL, r"got VisionTransformerDistilled"),
-        ("vit_small_patch16_18x2_224", SMALL, r"base: .* standard Block, .* ParallelThingsBlock"),
-    ],
-)
-def test_unsupported_base_raises(base: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        create_student(base, "widelast", 96, **options)

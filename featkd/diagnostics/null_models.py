@@ -98,8 +98,7 @@ def permutation_test(
         ValueError: all features are zero.
     """
     d = features.shape[2]
-    x = features.float()
-    x = x * safe_scale(x)
+    x = (features * safe_scale(features)).float()
     generator = torch.Generator().manual_seed(seed)
     per_image = [_mean_curve(image) for image in x]
     curves, tokens = (torch.stack(part) for part in zip(*per_image, strict=True))  # (M, D), (M,)

@@ -5,10 +5,32 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from featkd.diagnostics import CapturedEnergy, LayerDiagnostics
+from featkd.diagnostics import CapturedEnergy, DatasetPCA, LayerDiagnostics
 from tests.diagnostics import published
+from tests.diagnostics.maps import QUICK
 
 THRESHOLDS = (0.8, 0.9, 0.95, 0.99)
+
+
+def measure(maps, settings=QUICK):
+    """Result of a layer with these maps (M, N, D)."""
+    stats = LayerDiagnostics(settings)
+    stats.update(maps)
+    return stats.result()
+
+
+def axes(parts, centred=False):
+    """Dataset PCA of chunks of maps."""
+    stats = DatasetPCA()
+    for part in parts:
+        stats.update(part)
+    return stats.result(centred)
+
+
+def capture(maps, pca):
+    second = CapturedEnergy(pca, THRESHOLDS)
+    second.update(maps, torch.arange(len(maps)))
+    return second.result()
 
 
 def assert_published(maps, settings, chunk):

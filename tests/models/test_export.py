@@ -21,19 +21,18 @@ from featkd.models.registered import default_cfgs
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3}
-EVA = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+EVA = {**SMALL, "embed_dim": 24}
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_code_of_docs_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = re.findall(
-        r"^```python\n(.*?)^```$", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL
-    )
+    (block,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(compile(block, str(PAGE), "exec"), {})
-    assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == [
-        "config.json",
-        "model.onnx",
-    ]
+    assert names_in(tmp_path / "exported") == ["config.json", "model.onnx"]
 
 
 @pytest.mark.parametrize(
@@ -133,12 +132,8 @@ def test_exported_folder_is_loaded_in_evaluation_mode(student: Any, tmp_path: Pa
     _, (features,) = again.forward_with_features(images, [-1])
     assert features.shape == (4, 16, 24)
     stored = json.loads((tmp_path / "a/b/config.json").read_text())["featkd"]
-    assert stored == {
-        "form": "safetensors",
-        "file": "model.safetensors",
-        "x": [1],
-        "output": "logits",
-    }
+    file = {"form": "safetensors", "file": "model.safetensors"}
+    assert stored == {**file, "x": [1], "output": "logits"}
 
 
 def test_one_image_is_enough_for_a_dynamic_batch(student: Any, tmp_path: Path) -> None:
@@ -153,16 +148,13 @@ def test_nothing_is_written_if_outputs_differ(
     student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: Any
 ) -> None:
     monkeypatch.setattr(module, "_open", lambda *_: lambda images: wrong(student(images)))
+    images = torch.randn(2, 3, 16, 16)
     with pytest.raises(ExportError, match=r"--to timm: .* logits differ .* nothing was written"):
-        export_model(student, "timm", tmp_path / "out", torch.randn(2, 3, 16, 16))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_outputs_that_are_not_finite_are_named(student: Any, tmp_path: Path) -> None:
+        export_model(student, "timm", tmp_path / "out", images)
     with torch.no_grad():
         student.head.bias.fill_(torch.nan)
     with pytest.raises(ExportError, match="own outputs are not finite"):
-        export_model(student, "timm", tmp_path / "out", torch.randn(2, 3, 16, 16))
+        export_model(student, "timm", tmp_path / "out", images)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -185,11 +177,7 @@ def test_leftovers_of_a_killed_export_are_replaced(student: Any, tmp_path: Path)
     (leftover / "junk").touch()
     (tmp_path / "out").mkdir()
     export_model(student, "timm", tmp_path / "out", torch.randn(2, 3, 16, 16), card="# A card\n")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "README.md",
-        "config.json",
-        "model.safetensors",
-    ]
+    assert names_in(tmp_path / "out") == ["README.md", "config.json", "model.safetensors"]
     assert not leftover.exists()
 
 

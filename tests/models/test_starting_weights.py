@@ -160,17 +160,9 @@ def test_pretrained_weights_of_another_image_size_are_noted(
 @pytest.mark.parametrize(
     ("arch", "options", "message"),
     [
-        (
-            "plain",
-            {"depth": 3},
-            r"checkpoint: \S+ does not fit deit_tiny\S+; 12 unexpected: blocks.3.",
-        ),
+        ("plain", {"depth": 3}, r"checkpoint: \S+ does not fit deit\S+; 12 unexpected: blocks.3."),
         ("lift", {"depth": 6}, r"24 missing: blocks\.4\.norm1\.weight, "),
-        (
-            "widelast",
-            {"embed_dim": 24},
-            r"of another shape: cls_token \(1, 1, 48\) instead of \(1, 1, 24",
-        ),
+        ("widelast", {"embed_dim": 24}, r"other shape: cls_token \(1, 1, 48\) inst.* \(1, 1, 24"),
     ],
 )
 def test_other_mismatches_are_errors(arch, options, message, tiny, tmp_path):
@@ -182,16 +174,14 @@ def test_other_mismatches_are_errors(arch, options, message, tiny, tmp_path):
 
 
 def test_bad_sources(tiny, tmp_path):
-    with pytest.raises(ValueError, match=r"checkpoint: x.pth given together with pretrained: True"):
-        create_student(VIT, pretrained=True, checkpoint="x.pth")
-    with pytest.raises(
-        ValueError, match=r"base: 'local-dir:/nowhere': no file /nowhere/config.json"
+    for base, options, message in (
+        (VIT, {"checkpoint": "x.pth"}, "checkpoint: x.pth given together with pretrained: True"),
+        ("local-dir:/nowhere", {}, "base: 'local-dir:/nowhere': no file /nowhere/config.json"),
+        ("hub:timm/resnet18", {}, "base: Unknown model source 'hub'"),
+        ("vit_giant_patch14_224", tiny, "pretrained: timm has no weights for 'vit_giant_patch14"),
     ):
-        create_student("local-dir:/nowhere")
-    with pytest.raises(ValueError, match=r"base: Unknown model source 'hub'"):
-        create_student("hub:timm/resnet18")
-    with pytest.raises(ValueError, match=r"pretrained: timm has no weights for 'vit_giant_patch14"):
-        create_student("vit_giant_patch14_224", pretrained=True, **tiny)
+        with pytest.raises(ValueError, match=message):
+            create_student(base, pretrained=True, **options)
     save_for_hf(
         timm.create_model(VIT, **tiny), tmp_path / "hub", model_args=tiny, safe_serialization=True
     )

@@ -66,4 +66,9 @@ def assert_published(maps, settings, chunk):
     assert np.abs(result.sep.std.numpy() - std).max() < 1e-4
     expected = tuple(published.reaching(mean, share) for share in result.sep.shares)
     assert result.sep.bandwidth == expected
+
+    if result.channels > 1:
+        bases = [plain[image] for image in result.rotation.images]
+        overlaps = [[published.overlap(x, y, result.rotation.k) for y in bases] for x in bases]
+        assert np.abs(result.rotation.overlap.numpy() - overlaps).max() < 1e-6
     return result

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
 from featkd.models import create_student
-from tests.diagnostics import published
 from tests.diagnostics.compare import assert_published, measure
 from tests.diagnostics.maps import QUICK
 
@@ -48,13 +47,7 @@ def maps():
 
 @pytest.mark.parametrize("layer", range(3))
 def test_published_definitions(maps, layer):
-    plain = maps[layer].numpy()
-    rotation = assert_published(maps[layer], QUICK, chunk=17).rotation
-    chosen = rotation.images.tolist()
-    for row, i in enumerate(chosen):
-        for column, j in enumerate(chosen):
-            expected = published.overlap(plain[i], plain[j], 3)
-            assert rotation.overlap[row, column].item() == pytest.approx(expected, abs=1e-6)
+    assert_published(maps[layer], QUICK, chunk=17)
 
 
 def test_maps_are_not_noise(maps):

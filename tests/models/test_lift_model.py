@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import Tensor
 
 import featkd
-from featkd.models import Lift, create_student, feature_grid
-from tests.models.conftest import PlainVit
+from featkd.models import Lift, create_student
 
 
 @pytest.fixture
@@ -22,9 +20,7 @@ def lift(tiny: dict[str, Any], perturb: Any) -> Any:
 
 # A small W makes the variance comparable to eps, so that a wrong eps shows.
 @pytest.mark.parametrize("scale", [1.0, 2e-3])
-def test_maps_and_logits_match_equations(
-    lift: Any, images: Tensor, plain_vit: PlainVit, layer_norm: Any, scale: float
-) -> None:
+def test_maps_and_logits_match_equations(lift, images, plain_vit, layer_norm, scale):
     lift, images = lift.double(), images.double()
     with torch.no_grad():
         lift.projection.weight.mul_(scale)
@@ -46,9 +42,7 @@ def test_maps_and_logits_match_equations(
     torch.testing.assert_close(lift.forward_features(images), z, rtol=1e-9, atol=1e-9)
 
 
-def test_gradients_match_equations(
-    lift: Any, images: Tensor, plain_vit: PlainVit, layer_norm: Any
-) -> None:
+def test_gradients_match_equations(lift, images, plain_vit, layer_norm):
     lift, images = lift.double(), images.double()
     state = dict(lift.named_parameters())
     first, *_, last = plain_vit(state, images, heads=(3, 3, 3, 3))
@@ -70,9 +64,7 @@ def test_gradients_match_equations(
                 torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
-def test_logits_do_not_form_lifted_map(
-    lift: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_do_not_form_lifted_map(lift, images, monkeypatch):
     """Neither forward nor the maps of earlier layers need the lifted map."""
     lift.head_drop.p = 0.5
     torch.manual_seed(3)
@@ -93,9 +85,7 @@ def test_logits_do_not_form_lifted_map(
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("metric", ["mse", "spectral"])
-def test_forward_with_loss_does_not_form_lifted_map(
-    lift: Any, images: Tensor, metric: Any, fused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_forward_with_loss_does_not_form_lifted_map(lift, images, metric, fused, monkeypatch):
     lift, images = lift.double(), images.double()
     generator = torch.Generator().manual_seed(2)
     teacher = torch.randn(2, 16, 96, dtype=torch.float64, generator=generator)
@@ -121,21 +111,21 @@ def test_forward_with_loss_does_not_form_lifted_map(
 
 
 @pytest.mark.filterwarnings("ignore")  # tracer warnings about sizes
-def test_jit_trace_has_no_custom_ops(lift: Any, images: Tensor) -> None:
+def test_jit_trace_has_no_custom_ops(lift, images):
     jit: Any = torch.jit
     traced = jit.trace(lift, images)
     assert "featkd::" not in str(traced.inlined_graph)
     torch.testing.assert_close(traced(images), lift(images), rtol=1e-5, atol=1e-5)
 
 
-def test_forward_maps(lift: Any, images: Tensor) -> None:
+def test_forward_maps(lift, images):
     for layers in ([0], [-1, 0], [-1]):
         want = lift.forward_with_features(images, layers)[1]
         got = lift.forward_maps(images, layers)
         assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
-def test_adopt_keeps_blocks_and_replaces_head(tiny: dict[str, Any]) -> None:
+def test_adopt_keeps_blocks_and_replaces_head(tiny):
     base = timm.create_model("deit_tiny_patch16_224", **tiny)
     before = {name: value.clone() for name, value in base.state_dict().items()}
     student = Lift.adopt(base, 96)
@@ -154,7 +144,7 @@ def test_adopt_keeps_blocks_and_replaces_head(tiny: dict[str, Any]) -> None:
     assert not after["head.bias"].any()
 
 
-def test_forward_intermediates(lift: Any, images: Tensor) -> None:
+def test_forward_intermediates(lift, images):
     _, (z, first) = lift.forward_with_features(images, [-1, 0])
     final, maps = lift.forward_intermediates(images, indices=[0], output_fmt="NLC")
     assert torch.equal(final, z)
@@ -165,7 +155,7 @@ def test_forward_intermediates(lift: Any, images: Tensor) -> None:
     assert torch.equal(alone[0], first)
 
 
-def test_reset_classifier(lift: Any, images: Tensor) -> None:
+def test_reset_classifier(lift, images):
     pooled = lift.forward_head(lift.forward_features(images), pre_logits=True)
     assert lift.get_classifier() is lift.head
     lift.reset_classifier(5)
@@ -178,24 +168,8 @@ def test_reset_classifier(lift: Any, images: Tensor) -> None:
         lift.reset_classifier(5, "token")
 
 
-@pytest.mark.parametrize(
-    ("base", "prefix"),
-    [("vit_small_patch14_reg4_dinov2", 5), ("vit_base_patch16_siglip_224", 0)],
-)
-def test_prefix_tokens_are_dropped(base: str, prefix: int, tiny: dict[str, Any]) -> None:
-    student: Any = create_student(base, "lift", 64, **tiny).eval()
-    tokens: list[Tensor] = []
-    student.blocks[-1].register_forward_hook(lambda _m, _i, output: tokens.append(output))
-    _, (z,) = student.forward_with_features(torch.randn(2, 3, 32, 32), [-1])
-    assert torch.equal(z, student.lift(tokens[0][:, prefix:]))
-    assert z.shape == (2, 16, 64)
-    assert feature_grid(student) == (4, 4)
-    names = {name.partition(".")[0] for name in student.state_dict()}
-    assert not names & {"norm", "fc_norm", "attn_pool"}
-
-
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiles_without_a_graph_break(lift: Any, images: Tensor) -> None:
+def test_compiles_without_a_graph_break(lift, images):
     """tests/train/test_trainer.py::test_compiled_run compares a run compiled by Inductor."""
     teacher = torch.randn(2, 17, 96)[:, 1:]
     for function, arguments in (

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from featkd.models import CheckpointMismatch, Lift, WideLast, create_student, load_published
-from tests.models.conftest import PlainVit
 
 CLASSES, PATCH, GRID, CHANNELS = 10, 8, 3, 3
 
@@ -83,9 +82,7 @@ def saved(tmp_path: Path, state: dict[str, Tensor]) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_published_lift_matches_equations(
-    tmp_path: Path, suffix: str, images: Tensor, plain_vit: PlainVit, layer_norm: Any
-) -> None:
+def test_published_lift_matches_equations(tmp_path, suffix, images, plain_vit, layer_norm):
     state = lift_tensors()
     path = saved(tmp_path, state)
     if suffix == "safetensors":
@@ -105,9 +102,7 @@ def test_published_lift_matches_equations(
 
 
 @pytest.mark.parametrize("arch", WIDE)
-def test_published_wide_students_match_equations(
-    arch: str, tmp_path: Path, images: Tensor, plain_vit: PlainVit
-) -> None:
+def test_published_wide_students_match_equations(arch, tmp_path, images, plain_vit):
     widths, heads = WIDE[arch]
     state = vit_tensors(widths)
     chosen = "fixed_step" if arch == "fixed_step" else None  # the others are detected
@@ -120,7 +115,7 @@ def test_published_wide_students_match_equations(
     torch.testing.assert_close(features, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_published_sizes_of_deit_tiny(tmp_path: Path) -> None:
+def test_published_sizes_of_deit_tiny(tmp_path):
     meta: Any = create_student(arch="widelast", device="meta")
     state = {name: torch.zeros(value.shape) for name, value in meta.state_dict().items()}
     model: Any = load_published(saved(tmp_path, state))
@@ -129,7 +124,7 @@ def test_published_sizes_of_deit_tiny(tmp_path: Path) -> None:
     assert sum(p.numel() for p in model.parameters()) == 7_313_896
 
 
-def test_default_is_last_weights(tmp_path: Path) -> None:
+def test_default_is_last_weights(tmp_path):
     last = vit_tensors([24, 48])
     averaged = {name: value + 1 for name, value in last.items()}
     path = tmp_path / "both.pth"
@@ -139,7 +134,7 @@ def test_default_is_last_weights(tmp_path: Path) -> None:
         assert torch.equal(found.head.bias, expected["head.bias"])
 
 
-def test_num_heads_argument(tmp_path: Path) -> None:
+def test_num_heads_argument(tmp_path):
     path = saved(tmp_path, vit_tensors([24, 24, 24, 48]))
     model: Any = load_published(path, num_heads=2)
     assert [size.heads for size in model.sizes] == [2, 2, 2, 4]
@@ -149,7 +144,7 @@ def test_num_heads_argument(tmp_path: Path) -> None:
     assert lift.blocks[0].attn.num_heads == 4
 
 
-def test_missing_tensors_raise(tmp_path: Path) -> None:
+def test_missing_tensors_raise(tmp_path):
     """One of each kind: sizes, blocks, a projection, what only the Lift has."""
     common = ("pos_embed", "cls_token", "blocks.1.norm1.weight", "blocks.0.attn.qkv.bias")
     of_lift = ("projections.2.weight", "layer_norms.2.bias", "head.weight")
@@ -172,7 +167,7 @@ def test_missing_tensors_raise(tmp_path: Path) -> None:
     "odd",
     ["extra", "base_model.extra", "projections.0.weight", "layer_norms.2.extra", "norm.weight"],
 )
-def test_lift_unexpected_name_raises(odd: str, tmp_path: Path) -> None:
+def test_lift_unexpected_name_raises(odd, tmp_path):
     state = {**lift_tensors(), odd: torch.zeros(1)}
     with pytest.raises(
         CheckpointMismatch, match=f"1 unexpected: {odd.removeprefix('base_model.')}"
@@ -180,7 +175,7 @@ def test_lift_unexpected_name_raises(odd: str, tmp_path: Path) -> None:
         load_published(saved(tmp_path, state))
 
 
-def test_widelast_unexpected_names_and_shapes_raise(tmp_path: Path) -> None:
+def test_widelast_unexpected_names_and_shapes_raise(tmp_path):
     state = vit_tensors([24, 48])
     with pytest.raises(CheckpointMismatch, match=r"1 unexpected: blocks\.0\.proj_in\.weight"):
         load_published(saved(tmp_path, {**state, "blocks.0.proj_in.weight": torch.zeros(24, 24)}))
@@ -192,7 +187,7 @@ def test_widelast_unexpected_names_and_shapes_raise(tmp_path: Path) -> None:
         load_published(saved(tmp_path, {**state, "pos_embed": torch.zeros(1, 7, 24)}))
 
 
-def test_unsupported_models_and_widths_raise(tmp_path: Path) -> None:
+def test_unsupported_models_and_widths_raise(tmp_path):
     with pytest.raises(CheckpointMismatch, match=r"1 missing: blocks\.0\.\*"):
         load_published(saved(tmp_path, {"conv.weight": torch.zeros(1)}))
     with pytest.raises(CheckpointMismatch, match=r"widths 24/24/24, which are no schedule's"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ def _source(perturb: Any) -> Any:
     return perturb(timm.create_model(NAME, **SIZE)).eval()
 
 
-def test_frozen_and_in_evaluation_mode() -> None:
+def test_frozen_and_in_evaluation_mode():
     teacher: Any = create_teacher(NAME, **SIZE, drop_rate=0.5)
     assert not any(module.training for module in teacher.modules())
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -34,7 +33,7 @@ def test_frozen_and_in_evaluation_mode() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-def test_loads_weight_file(source: Any, tmp_path: Path, suffix: str) -> None:
+def test_loads_weight_file(source, tmp_path, suffix):
     path = tmp_path / f"teacher.{suffix}"
     if suffix == "safetensors":
         safetensors.torch.save_file(source.state_dict(), path)
@@ -48,7 +47,7 @@ def test_loads_weight_file(source: Any, tmp_path: Path, suffix: str) -> None:
     torch.testing.assert_close(teacher(images), source(images).detach())
 
 
-def test_loads_last_or_averaged_weights(source: Any, tmp_path: Path) -> None:
+def test_loads_last_or_averaged_weights(source, tmp_path):
     path = tmp_path / "run.pth"
     averaged = {name: value + 1 for name, value in source.state_dict().items()}
     torch.save({"model": source.state_dict(), "model_ema": averaged}, path)
@@ -58,7 +57,7 @@ def test_loads_last_or_averaged_weights(source: Any, tmp_path: Path) -> None:
         assert all(torch.equal(state[name], wanted[name]) for name in wanted)
 
 
-def test_loads_pretrained_timm_weights(source: Any, tmp_path: Path) -> None:
+def test_loads_pretrained_timm_weights(source, tmp_path):
     path = tmp_path / "timm.pth"
     torch.save(source.state_dict(), path)
     # timm reads this file instead of downloading the weights
@@ -68,7 +67,7 @@ def test_loads_pretrained_timm_weights(source: Any, tmp_path: Path) -> None:
     assert all(torch.equal(state[name], value) for name, value in source.state_dict().items())
 
 
-def test_mismatched_checkpoint_raises(source: Any, tmp_path: Path) -> None:
+def test_mismatched_checkpoint_raises(source, tmp_path):
     path = tmp_path / "teacher.pth"
     torch.save(source.state_dict(), path)
     message = r"teacher\.pth does not fit cait_xxs24_224; 2 of another shape: head\.weight \(10, 32"
@@ -80,7 +79,7 @@ def test_mismatched_checkpoint_raises(source: Any, tmp_path: Path) -> None:
         create_teacher(NAME, checkpoint=path, **{**SIZE, "depth": 3})
 
 
-def test_student_as_teacher(tmp_path: Path, tiny: dict[str, Any], perturb: Any) -> None:
+def test_student_as_teacher(tmp_path, tiny, perturb):
     student: Any = perturb(create_student("deit_tiny_patch16_224", "lift", 384, **tiny)).eval()
     path = tmp_path / "student.pth"
     torch.save({"model": student.state_dict()}, path)
@@ -91,7 +90,7 @@ def test_student_as_teacher(tmp_path: Path, tiny: dict[str, Any], perturb: Any) 
     torch.testing.assert_close(got, wanted.detach())
 
 
-def test_bad_arguments(tmp_path: Path) -> None:
+def test_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match=r"name: timm has no model .* did you mean 'cait_s24_224'"):
         create_teacher("cait_s24_242")
     with pytest.raises(ValueError, match=r"checkpoint: .* together with pretrained=True"):

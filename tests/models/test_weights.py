@@ -56,13 +56,13 @@ DEIT_ARGUMENTS = argparse.Namespace(lr=5e-4, model="deit_tiny_patch16_224")
         (MIXED, "auto", MIXED),  # a prefix on some names only is kept
     ],
 )
-def test_files_of_torch(tmp_path: Path, content: Any, weights: Any, wanted: Any) -> None:
+def test_files_of_torch(tmp_path, content, weights, wanted):
     path = saved(tmp_path, content)
     for name in (path, str(path)):
         assert same(read_state_dict(name, weights), wanted)
 
 
-def test_safetensors(tmp_path: Path) -> None:
+def test_safetensors(tmp_path):
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(AVERAGED, path)
     assert same(read_state_dict(path), AVERAGED)
@@ -77,7 +77,7 @@ class _Harmful:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_pickled_code_is_not_run(tmp_path: Path, zipped: bool) -> None:
+def test_pickled_code_is_not_run(tmp_path, zipped):
     victim = tmp_path / "made by the file"
     path = tmp_path / "harmful.pth"
     content = {"model": LAST, "args": _Harmful(victim)}
@@ -91,7 +91,7 @@ def test_pickled_code_is_not_run(tmp_path: Path, zipped: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["damaged.pth", "damaged.safetensors"])
-def test_damaged_file_raises(tmp_path: Path, name: str) -> None:
+def test_damaged_file_raises(tmp_path, name):
     path = tmp_path / name
     for content in (b"", b"nothing like a weight file" * 9):
         path.write_bytes(content)
@@ -118,20 +118,18 @@ def test_damaged_file_raises(tmp_path: Path, name: str) -> None:
         (LAST, "ema", "weights: expected one of .*, got 'ema'"),
     ],
 )
-def test_files_without_these_weights_raise(
-    tmp_path: Path, content: Any, weights: Any, message: str
-) -> None:
+def test_files_without_these_weights_raise(tmp_path, content, weights, message):
     with pytest.raises(ValueError, match=message):
         read_state_dict(saved(tmp_path, content), weights)
 
 
-def test_missing_file_raises(tmp_path: Path) -> None:
+def test_missing_file_raises(tmp_path):
     for name in ("none.pth", "none.safetensors"):
         with pytest.raises(FileNotFoundError):
             read_state_dict(tmp_path / name)
 
 
-def test_mismatch_raises_and_leaves_model_unchanged() -> None:
+def test_mismatch_raises_and_leaves_model_unchanged():
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = {name: value + 1 for name, value in before.items()}
@@ -147,7 +145,7 @@ def test_mismatch_raises_and_leaves_model_unchanged() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_long_name_lists_are_shortened() -> None:
+def test_long_name_lists_are_shortened():
     state = {f"odd.{index}": torch.zeros(1) for index in range(25)}
     with pytest.raises(CheckpointMismatch, match=r"25 unexpected: odd\.0, .*odd\.2, and 22"):
         load_strictly(nn.Linear(1, 1), state, "x.pth", "net")

@@ -189,8 +189,6 @@ class ProcessRun:
 
     def _usable(self, chunk: Chunk) -> tuple[Tensor, dict[Layer, Tensor]]:
         """Images and maps of a chunk, without images that have NaN, Inf or huge values."""
-        if not len(chunk.images):
-            return chunk.images, {}
         usable = torch.ones(len(chunk.images), dtype=torch.bool)
         for layer, m in chunk.maps.items():
             largest = m.detach().flatten(1).abs().amax(1)

@@ -87,9 +87,7 @@ class SEP(Accumulator):
         total = tokens.new_zeros((3, channels // 2 + 1), dtype=torch.float64)
         missing = 0
         for block in torch.split(tokens, size):
-            sums, zero = cumulative_moments(
-                block.to(wide) * scale if scale != 1 else block.to(wide)
-            )
+            sums, zero = cumulative_moments(block.to(wide) * scale)
             total += sums
             missing += int(zero)
         self._sums.add(total)

@@ -8,9 +8,9 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     filter_pretrained_cfg,
     generate_default_cfgs,
@@ -39,21 +39,9 @@ _STUDENTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # arch, and timm's a
 }
 
 # DeiT-Tiny's data settings, which timm's loaders read. No model here has weights to download.
+_NO_WEIGHTS = dict.fromkeys(("url", "hf_hub_id", "license", "architecture", "tag"))
 default_cfgs = generate_default_cfgs(
-    {
-        name: {
-            "num_classes": 1000,
-            "input_size": (3, 224, 224),
-            "fixed_input_size": True,
-            "crop_pct": 0.9,
-            "interpolation": "bicubic",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        }
-        for name in _STUDENTS
-    }
+    {name: replace(resolve_pretrained_cfg(_BASE), **_NO_WEIGHTS) for name in _STUDENTS}
 )
 
 

@@ -20,45 +20,34 @@ def lift(tiny: dict[str, Any], perturb: Any) -> Any:
 
 # A small W makes the variance comparable to eps, so that a wrong eps shows.
 @pytest.mark.parametrize("scale", [1.0, 2e-3])
-def test_maps_and_logits_match_equations(lift, images, plain_vit, layer_norm, scale):
+def test_maps_logits_and_gradients_match_equations(lift, images, plain_vit, layer_norm, scale):
     lift, images = lift.double(), images.double()
     with torch.no_grad():
         lift.projection.weight.mul_(scale)
-    state = lift.state_dict()
-    blocks = plain_vit(state, images, heads=(3, 3, 3, 3))
-    projected = blocks[-1][:, 1:] @ state["projection.weight"].T
+    state = dict(lift.named_parameters())
+    first, *_, last = (x[:, 1:] for x in plain_vit(state, images, heads=(3, 3, 3, 3)))
+    projected = last @ state["projection.weight"].T
     norm = state["projection_norm.weight"], state["projection_norm.bias"]
     z = layer_norm(projected, *norm, 1e-5)
-    expected = z.mean(dim=1) @ state["head.weight"].T + state["head.bias"]
+    logits = z.mean(dim=1) @ state["head.weight"].T + state["head.bias"]
     if scale < 1:
         assert not torch.allclose(z, layer_norm(projected, *norm, 1e-6), rtol=1e-3)
-    logits, (last, first, again, pooled) = lift.forward_with_features(images, [-1, 0, 3, "pooled"])
-    torch.testing.assert_close(pooled, z.mean(dim=1, keepdim=True), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(last, z, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(first, blocks[0][:, 1:], rtol=1e-9, atol=1e-9)
-    assert again is last
-    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(lift(images), expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(lift.forward_features(images), z, rtol=1e-9, atol=1e-9)
-
-
-def test_gradients_match_equations(lift, images, plain_vit, layer_norm):
-    lift, images = lift.double(), images.double()
-    state = dict(lift.named_parameters())
-    first, *_, last = plain_vit(state, images, heads=(3, 3, 3, 3))
-    projected = last[:, 1:] @ state["projection.weight"].T
-    z = layer_norm(projected, state["projection_norm.weight"], state["projection_norm.bias"], 1e-5)
-    logits = z.mean(dim=1) @ state["head.weight"].T + state["head.bias"]
-    got_logits, (got_first, got_z) = lift.forward_with_features(images, [0, -1])
-    pairs = ((logits, got_logits), (first[:, 1:], got_first), (z, got_z))
-    for wanted, got in pairs:  # separately, so that a detached map shows
+    got_logits, (got_z, got_first, again, pooled) = lift.forward_with_features(
+        images, [-1, 0, 3, "pooled"]
+    )
+    assert again is got_z
+    pairs = ((logits, got_logits), (first, got_first), (z, got_z))
+    equal = ((z.mean(dim=1, keepdim=True), pooled), (logits, lift(images)))
+    for wanted, got in (*pairs, *equal, (z, lift.forward_features(images))):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+    for pair in pairs:  # separately, so that a detached map shows
         gradients = [
             torch.autograd.grad(
                 output.sin().sum(), list(state.values()), retain_graph=True, allow_unused=True
             )
-            for output in (wanted, got)
+            for output in pair
         ]
-        for name, ours, theirs in zip(state, *reversed(gradients), strict=True):
+        for name, theirs, ours in zip(state, *gradients, strict=True):
             assert (ours is None) == (theirs is None), name
             if ours is not None:
                 torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)

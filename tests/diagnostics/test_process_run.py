@@ -33,7 +33,6 @@ class SimulatedContext:
     sent: list[Any] = field(default_factory=list)
     states: list[Any] = field(default_factory=list)
     world_size = 2
-    device = torch.device("cpu")
 
     @property
     def is_main(self) -> bool:
@@ -41,9 +40,6 @@ class SimulatedContext:
 
     def any_true(self, flag: bool) -> bool:
         return True
-
-    def barrier(self) -> None:
-        pass
 
     def broadcast(self, value: object) -> Any:
         self.sent.append(value)

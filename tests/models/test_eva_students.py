@@ -69,14 +69,6 @@ def normed(x: Tensor, norm: Any) -> Tensor:
     return kind(x, x.shape[-1:], norm.weight, *bias, eps=norm.eps)
 
 
-def without_projection(model: Any) -> dict[str, Tensor]:
-    return {
-        name: x
-        for name, x in model.state_dict().items()
-        if "proj_in" not in name and "proj_norm" not in name
-    }
-
-
 @pytest.fixture(name="images")
 def _images() -> Tensor:
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
@@ -117,12 +109,9 @@ def test_lift_equals_its_equations(base, images, perturb):
 def test_widelast_equals_a_wide_model_of_timm(base, images, perturb):
     model = build(base, "widelast", perturb)
     wide = reference(base, embed_dim=WIDTH, num_heads=HEADS)
-    own = without_projection(model)
-    part = {
-        n: x
-        for n, x in own.items()
-        if n.startswith(("blocks.2.", "norm.", "fc_norm.", "attn_pool.", "head."))
-    }
+    of_last = ("blocks.2.", "norm.", "fc_norm.", "attn_pool.", "head.")
+    own = model.state_dict().items()
+    part = {n: x for n, x in own if n.startswith(of_last) and ".proj_" not in n}
     assert not wide.load_state_dict(part, strict=False).unexpected_keys
     x, more = embedded(model, images)
     for block in model.blocks[:2]:

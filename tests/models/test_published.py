@@ -163,42 +163,32 @@ def test_missing_tensors_raise(tmp_path):
     load_published(saved(tmp_path, used))
 
 
+LIFT, TWO = lift_tensors(), vit_tensors([24, 48])
+EIGHT = vit_tensors([24] * 6 + [56, 96])
+
+
 @pytest.mark.parametrize(
-    "odd",
-    ["extra", "base_model.extra", "projections.0.weight", "layer_norms.2.extra", "norm.weight"],
+    ("state", "added", "arch", "message"),
+    [
+        (LIFT, {"extra": (1,)}, None, "1 unexpected: extra"),
+        (LIFT, {"base_model.extra": (1,)}, None, "1 unexpected: extra"),
+        (LIFT, {"projections.0.weight": (1,)}, None, "1 unexpected: projections.0.weight"),
+        (LIFT, {"layer_norms.2.extra": (1,)}, None, "1 unexpected: layer_norms.2.extra"),
+        (LIFT, {"norm.weight": (1,)}, None, "1 unexpected: norm.weight"),
+        (TWO, {"blocks.0.proj_in.weight": (24, 24)}, None, r"1 unexpected: blocks\.0\.proj_in\.w"),
+        (TWO, {"cls_token": (1, 1, 7)}, None, r"1 of another shape: cls_token \(1, 1, 7\)"),
+        (TWO, {"pos_embed": (5, 24)}, None, r"1 of another rank: pos_embed \(5, 24\)"),
+        (TWO, {"pos_embed": (1, 7, 24)}, None, "has 6 patch positions, which form no square"),
+        ({}, {"conv.weight": (1,)}, None, r"1 missing: blocks\.0\.\*"),
+        (vit_tensors([24, 24, 24]), {}, None, r"widths 24/24/24, which are no schedule's"),
+        (vit_tensors([24, 48, 48]), {}, None, r"widths 24/48/48, .*widelast: has 24/24/48"),
+        (EIGHT, {}, "fixed_linear", "fixed_linear: has 24/24/24/24/24/24/48/96"),
+        (TWO, {}, "heads_step", r"arch: expected one of widelast, .* got 'heads_step'"),
+        (LIFT, {}, "widelast", r"arch: .* holds a Lift student, got 'widelast'"),
+    ],
 )
-def test_lift_unexpected_name_raises(odd, tmp_path):
-    state = {**lift_tensors(), odd: torch.zeros(1)}
-    with pytest.raises(
-        CheckpointMismatch, match=f"1 unexpected: {odd.removeprefix('base_model.')}"
-    ):
-        load_published(saved(tmp_path, state))
-
-
-def test_widelast_unexpected_names_and_shapes_raise(tmp_path):
-    state = vit_tensors([24, 48])
-    with pytest.raises(CheckpointMismatch, match=r"1 unexpected: blocks\.0\.proj_in\.weight"):
-        load_published(saved(tmp_path, {**state, "blocks.0.proj_in.weight": torch.zeros(24, 24)}))
-    with pytest.raises(CheckpointMismatch, match=r"1 of another shape: cls_token \(1, 1, 7\)"):
-        load_published(saved(tmp_path, {**state, "cls_token": torch.zeros(1, 1, 7)}))
-    with pytest.raises(CheckpointMismatch, match=r"1 of another rank: pos_embed \(5, 24\)"):
-        load_published(saved(tmp_path, {**state, "pos_embed": torch.zeros(5, 24)}))
-    with pytest.raises(CheckpointMismatch, match="has 6 patch positions, which form no square"):
-        load_published(saved(tmp_path, {**state, "pos_embed": torch.zeros(1, 7, 24)}))
-
-
-def test_unsupported_models_and_widths_raise(tmp_path):
-    with pytest.raises(CheckpointMismatch, match=r"1 missing: blocks\.0\.\*"):
-        load_published(saved(tmp_path, {"conv.weight": torch.zeros(1)}))
-    with pytest.raises(CheckpointMismatch, match=r"widths 24/24/24, which are no schedule's"):
-        load_published(saved(tmp_path, vit_tensors([24, 24, 24])))
-    with pytest.raises(CheckpointMismatch, match=r"widths 24/48/48, .*widelast: has 24/24/48"):
-        load_published(saved(tmp_path, vit_tensors([24, 48, 48])))
-    path = saved(tmp_path, vit_tensors([24, 48]))
-    with pytest.raises(ValueError, match=r"arch: expected one of widelast, .* got 'heads_step'"):
-        load_published(path, arch="heads_step")
-    with pytest.raises(ValueError, match=r"arch: .* holds a Lift student, got 'widelast'"):
-        load_published(saved(tmp_path, lift_tensors()), arch="widelast")
-    eight = saved(tmp_path, vit_tensors([24] * 6 + [56, 96]))
-    with pytest.raises(CheckpointMismatch, match="fixed_linear: has 24/24/24/24/24/24/48/96"):
-        load_published(eight, arch="fixed_linear")
+def test_bad_files_raise(state, added, arch, message, tmp_path):
+    error = ValueError if message.startswith("arch") else CheckpointMismatch
+    path = saved(tmp_path, state | {name: torch.zeros(shape) for name, shape in added.items()})
+    with pytest.raises(error, match=message):
+        load_published(path, arch=arch)

@@ -36,15 +36,6 @@ def test_published_parameter_counts(name):
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_create_student_matches_registered_models(arch):
-    student: Any = create_student(arch=arch, device="meta")
-    name = "deit_tiny_patch16_224" if arch == "plain" else f"deit_tiny_{arch}384_patch16_224"
-    registered = timm.create_model(name, device="meta")
-    shapes = {name: value.shape for name, value in student.state_dict().items()}
-    assert shapes == {name: value.shape for name, value in registered.state_dict().items()}
-
-
 @pytest.mark.parametrize("name", REGISTERED)
 def test_registered_students(name):
     model = timm.create_model(name, num_classes=10, drop_path_rate=0.1, img_size=32, depth=4)
@@ -52,6 +43,8 @@ def test_registered_students(name):
     assert logits.shape == (2, 10)
     width = int(name.split("_w")[1][:3]) if "_w2" in name else 384
     assert features.shape == (2, 4, width)
+    heads = 6 if name.startswith(("deit_tiny_widelast", "deit_tiny_heads")) else 3
+    assert model.blocks[-1].attn.num_heads == heads
     assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
     config = resolve_model_data_config(model)
     assert config == resolve_model_data_config(timm.create_model("deit_tiny_patch16_224", depth=1))

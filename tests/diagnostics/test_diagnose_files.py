@@ -104,12 +104,7 @@ def test_nan_features(features, tmp_path, capsys):
 
 @pytest.mark.usefixtures("no_figures")
 def test_layer_of_zeros_is_left_out(features, tmp_path, capsys):
-    folder = tmp_path / "features"
-    folder.mkdir()
-    for path in sorted(features.glob("*.npy"))[:6]:
-        m = np.load(path)
-        m[0] = 0
-        np.save(folder / path.name, m)
+    folder = copy_with_bad_value(features, tmp_path / "features", "*", count=6, at=0, value=0)
     assert main(arguments(folder, tmp_path / "out")) == 0
     assert "Layer 0 is left out: features: all of them are zero" in capsys.readouterr().out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

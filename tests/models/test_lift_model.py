@@ -107,26 +107,14 @@ def test_jit_trace_has_no_custom_ops(lift, images):
     torch.testing.assert_close(traced(images), lift(images), rtol=1e-5, atol=1e-5)
 
 
-def test_forward_maps(lift, images):
-    for layers in ([0], [-1, 0], [-1]):
-        want = lift.forward_with_features(images, layers)[1]
-        got = lift.forward_maps(images, layers)
-        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
-
-
 def test_adopt_keeps_blocks_and_replaces_head(tiny):
     base = timm.create_model("deit_tiny_patch16_224", **tiny)
     before = {name: value.clone() for name, value in base.state_dict().items()}
     student = Lift.adopt(base, 96)
     after = student.state_dict()
     kept = set(before) - {"norm.weight", "norm.bias", "head.weight", "head.bias"}
-    assert set(after) - kept == {
-        "projection.weight",
-        "projection_norm.weight",
-        "projection_norm.bias",
-        "head.weight",
-        "head.bias",
-    }
+    norm = {"projection_norm.weight", "projection_norm.bias"}
+    assert set(after) - kept == {"projection.weight", *norm, "head.weight", "head.bias"}
     assert all(torch.equal(after[name], before[name]) for name in kept)
     assert 0.018 < float(after["projection.weight"].std()) < 0.022
     assert 0.015 < float(after["head.weight"].std()) < 0.025
@@ -142,6 +130,8 @@ def test_forward_intermediates(lift, images):
     assert torch.equal(as_dict["image_features"], z)
     alone = lift.forward_intermediates(images, [0], output_fmt="NLC", intermediates_only=True)
     assert torch.equal(alone[0], first)
+    for layers, wanted in (([0], [first]), ([-1, 0], [z, first]), ([-1], [z])):
+        assert all(map(torch.equal, lift.forward_maps(images, layers), wanted))
 
 
 def test_reset_classifier(lift, images):

@@ -57,7 +57,12 @@ def hooked(model: nn.Module, images: Tensor, prefix: int) -> tuple[Tensor, list[
 def test_maps_and_logits_match_timm(family, images):
     untouched, prefix = family
     logits, maps = hooked(untouched, images, prefix)
-    model: Any = with_features(untouched)  # shares the tensors, so results are bitwise equal
+    before, kind = copy.deepcopy(untouched.state_dict()), type(untouched)
+    model: Any = with_features(untouched)  # in place, so results are bitwise equal
+    assert model is with_features(model) is untouched
+    assert isinstance(model, kind)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     depth = len(maps)
     layers = [-1, 0, 1, depth - 1, 0, -depth]
     got_logits, got = model.forward_with_features(images, layers)
@@ -88,17 +93,6 @@ def test_forward_maps_stops_at_deepest_layer(family, images):
         calls.clear()
         assert len(got) == len(want)
         assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
-
-
-def test_with_features_is_in_place_and_keeps_state(family):
-    untouched, _ = family
-    before = {name: value.clone() for name, value in untouched.state_dict().items()}
-    model: Any = with_features(untouched)
-    assert model is untouched
-    assert isinstance(model, type(untouched).__mro__[2])
-    assert list(model.state_dict()) == list(before)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert with_features(model) is model
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

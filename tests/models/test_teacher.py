@@ -35,26 +35,20 @@ def test_frozen_and_in_evaluation_mode():
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_loads_weight_file(source, tmp_path, suffix):
     path = tmp_path / f"teacher.{suffix}"
+    last = source.state_dict()
+    averaged = {name: value + 1 for name, value in last.items()}
     if suffix == "safetensors":
-        safetensors.torch.save_file(source.state_dict(), path)
+        safetensors.torch.save_file(last, path)
     else:
-        torch.save({f"module.{name}": v for name, v in source.state_dict().items()}, path)
-    teacher = create_teacher(NAME, checkpoint=path, **SIZE)
-    state = teacher.state_dict()
-    assert list(state) == list(source.state_dict())
-    assert all(torch.equal(state[name], value) for name, value in source.state_dict().items())
+        wrapped = {f"module.{name}": value for name, value in last.items()}
+        torch.save({"model": wrapped, "model_ema": averaged}, path)
+    for weights, wanted in (("auto", averaged if suffix == "pth" else last), ("model", last)):
+        teacher: Any = create_teacher(NAME, checkpoint=path, weights=weights, **SIZE)
+        state = teacher.state_dict()
+        assert list(state) == list(wanted)
+        assert all(torch.equal(state[name], wanted[name]) for name in wanted)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(teacher(images), source(images).detach())
-
-
-def test_loads_last_or_averaged_weights(source, tmp_path):
-    path = tmp_path / "run.pth"
-    averaged = {name: value + 1 for name, value in source.state_dict().items()}
-    torch.save({"model": source.state_dict(), "model_ema": averaged}, path)
-    for weights, wanted in (("auto", averaged), ("model", source.state_dict())):
-        teacher = create_teacher(NAME, checkpoint=path, weights=weights, **SIZE)  # type: ignore[arg-type]
-        state = teacher.state_dict()
-        assert all(torch.equal(state[name], wanted[name]) for name in wanted)
 
 
 def test_loads_pretrained_timm_weights(source, tmp_path):

@@ -13,9 +13,10 @@ feature maps that your own code computes.
 from __future__ import annotations
 
 from featkd.diagnostics.config import DiagnoseConfig, Settings
+from featkd.diagnostics.findings import Findings
 from featkd.diagnostics.layer_diagnostics import LayerDiagnostics, LayerResult
 from featkd.diagnostics.pca import CapturedEnergy, DatasetPCA
-from featkd.diagnostics.run import Findings, diagnose
+from featkd.diagnostics.run import diagnose
 from featkd.diagnostics.singular_spectrum import SpectrumStats
 from featkd.diagnostics.spectral_energy_pattern import SEP
 

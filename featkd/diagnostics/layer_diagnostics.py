@@ -103,7 +103,6 @@ class LayerDiagnostics(Accumulator):
         if not torch.isfinite(features).all():
             raise ValueError("features: hold NaN or Inf; leave such images out")
         self._keep_shape("features", tuple(features.shape[1:]))
-        features = features.detach()
         self._spectrum.update(features, images)
         self._pca.update(features)
         self._sep.update(features)

@@ -19,10 +19,8 @@ from featkd.diagnostics.spectral_energy_pattern import (
 )
 from featkd.ops import reference
 
-_GAUSSIAN_TOKENS = 4096
 
-
-def gaussian_tokens(channels: int, seed: int = 0, tokens: int = _GAUSSIAN_TOKENS) -> Tensor:
+def gaussian_tokens(channels: int, seed: int = 0, tokens: int = 4096) -> Tensor:
     """Standard normal tokens (tokens, channels), float32."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tokens, channels, generator=generator)

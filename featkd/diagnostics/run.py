@@ -20,8 +20,6 @@ from featkd.models.lift import LiftStudent
 from featkd.runtime import distributed, environment
 from featkd.runtime.distributed import ProcessContext
 
-__all__ = ["Findings", "diagnose"]
-
 
 def diagnose(config: DiagnoseConfig, *, quiet: bool = False) -> Findings:
     """Measures the mismatch of feature maps in two passes over the images.

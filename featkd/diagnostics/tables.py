@@ -20,7 +20,6 @@ from featkd.ops import reference
 from featkd.runtime.files import atomic_write, write_csv
 
 SCHEMA = 1
-SUMMARY = "summary.json"
 _SUMMARY = ("percentile99", "mean", "std", "median", "smallest", "largest")
 
 
@@ -36,7 +35,7 @@ def write_tables(out: Path, findings: Findings) -> None:
         "layers": [_layer_summary(layer, r) for layer, r in findings.layers.items()],
         "reach": [{**asdict(r), "teacher": str(r.teacher)} for r in findings.reach],
     }
-    with atomic_write(out / SUMMARY) as file:
+    with atomic_write(out / "summary.json") as file:
         file.write(json.dumps(summary, indent=1, allow_nan=False).encode())
     layers = findings.layers.items()
     write = partial(write_csv, digits=9)

@@ -34,8 +34,7 @@ def images() -> Tensor:
 @pytest.fixture
 def fresh_compiler() -> None:
     """Resets torch.compile, so that graph breaks of earlier tests do not count."""
-    reset: Any = torch.compiler.reset  # untyped in torch
-    reset()
+    torch.compiler.reset()
 
 
 @pytest.fixture
@@ -53,11 +52,8 @@ def perturb() -> Callable[[nn.Module], nn.Module]:
     return apply
 
 
-PlainVit = Callable[..., list[Tensor]]
-
-
 @pytest.fixture
-def plain_vit() -> PlainVit:
+def plain_vit() -> Callable[..., list[Tensor]]:
     """Function that computes each block's output (B, 1 + N, C) from a state dict of timm."""
 
     def run(
@@ -98,12 +94,7 @@ def plain_vit() -> PlainVit:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the last dimension, by its definition."""
     centred = x - x.mean(dim=-1, keepdim=True)
     variance = centred.square().mean(dim=-1, keepdim=True)
     return centred / (variance + eps).sqrt() * weight + bias
-
-
-@pytest.fixture(name="layer_norm")
-def _layer_norm() -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
-    """LayerNorm over the last dimension, by its definition."""
-    return layer_norm

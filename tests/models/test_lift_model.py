@@ -10,6 +10,7 @@ import torch
 
 import featkd
 from featkd.models import Lift, create_student
+from tests.models.conftest import layer_norm
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def lift(tiny: dict[str, Any], perturb: Any) -> Any:
 
 # A small W makes the variance comparable to eps, so that a wrong eps shows.
 @pytest.mark.parametrize("scale", [1.0, 2e-3])
-def test_maps_logits_and_gradients_match_equations(lift, images, plain_vit, layer_norm, scale):
+def test_maps_logits_and_gradients_match_equations(lift, images, plain_vit, scale):
     lift, images = lift.double(), images.double()
     with torch.no_grad():
         lift.projection.weight.mul_(scale)
@@ -101,8 +102,7 @@ def test_forward_with_loss_does_not_form_lifted_map(lift, images, metric, fused,
 
 @pytest.mark.filterwarnings("ignore")  # tracer warnings about sizes
 def test_jit_trace_has_no_custom_ops(lift, images):
-    jit: Any = torch.jit
-    traced = jit.trace(lift, images)
+    traced = torch.jit.trace(lift, images)
     assert "featkd::" not in str(traced.inlined_graph)
     torch.testing.assert_close(traced(images), lift(images), rtol=1e-5, atol=1e-5)
 

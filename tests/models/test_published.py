@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from featkd.models import CheckpointMismatch, Lift, WideLast, create_student, load_published
+from tests.models.conftest import layer_norm
 
 CLASSES, PATCH, GRID, CHANNELS = 10, 8, 3, 3
 
@@ -82,7 +83,7 @@ def saved(tmp_path: Path, state: dict[str, Tensor]) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_published_lift_matches_equations(tmp_path, suffix, images, plain_vit, layer_norm):
+def test_published_lift_matches_equations(tmp_path, suffix, images, plain_vit):
     state = lift_tensors()
     path = saved(tmp_path, state)
     if suffix == "safetensors":

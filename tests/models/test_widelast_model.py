@@ -12,7 +12,7 @@ from torch import Tensor
 
 from featkd.models import create_student
 from featkd.models.widelast import SCHEDULES, WideBlock, schedule
-from tests.models.conftest import TINY
+from tests.models.conftest import TINY, layer_norm
 
 PUBLISHED = {  # [EM26]: widths and heads of DeiT-Tiny's 12 blocks
     "widelast": ([192] * 11 + [384], [3] * 11 + [6]),
@@ -81,7 +81,7 @@ def test_bad_schedule_sizes_raise(arguments, message):
 
 
 @pytest.mark.parametrize("arch", SCHEDULES)
-def test_maps_logits_and_gradients_match_equations(arch, images, plain_vit, layer_norm, perturb):
+def test_maps_logits_and_gradients_match_equations(arch, images, plain_vit, perturb):
     widths, heads = SIZES[arch]
     model = perturb(student(arch)).double().eval()
     images = images.double()
@@ -183,10 +183,6 @@ def test_classifier_and_timm_metadata(images):
     assert model(images).shape == (2, 7)
     model.reset_classifier(0)
     assert model(images).shape == (2, 96)
-
-
-def test_set_input_size():
-    model = student("widelast")
     model.set_input_size(img_size=(48, 32))
     assert model.forward_with_features(torch.zeros(1, 3, 48, 32), [-1])[1][0].shape == (1, 24, 96)
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from featkd.diagnostics.source import Layer
@@ -39,9 +39,9 @@ class KeptFeatures:
         """
         path = self._path(number)
         values = {str(la): m.detach().to("cpu", self._dtype).contiguous() for la, m in maps.items()}
-        try:
-            save_file({"images": images.contiguous(), **values}, path)
-        except (OSError, SafetensorError) as error:
+        try:  # as bytes: safetensors opens no path that is not UTF-8
+            path.write_bytes(save({"images": images.contiguous(), **values}))
+        except OSError as error:
             raise OSError(f"could not write {path}: {error}") from error
         self._unsynced.append(path)
 
@@ -53,7 +53,7 @@ class KeptFeatures:
         """
         path = self._path(number)
         try:
-            found = load_file(path)
+            found = load(path.read_bytes())
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"resume: {path} is missing or damaged ({error}); start again with resume never"

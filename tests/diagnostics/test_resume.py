@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from featkd.cli import diagnose
 from featkd.cli.main import main
-from featkd.diagnostics import kept_features, process_run
+from featkd.diagnostics import process_run
 from tests.diagnostics.commands import arguments, copy_with_bad_value, figures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,16 +85,16 @@ def test_full_disk_keeps_the_saved_state(
     message = f"could not write {tmp_path}/state/kept-0.safetensors: "
     assert message in failed.stderr.splitlines()[-1]
     assert "Traceback" not in failed.stderr
-    save_file = kept_features.save_file
+    write = Path.write_bytes
 
-    def fail_late(tensors, path):
-        if path.name == "kept-3.safetensors":
-            path.write_bytes(b"half of")
+    def fail_late(self, content):
+        if self.name == "kept-3.safetensors":
+            write(self, content[:100])
             raise OSError(28, "No space left on device")
-        save_file(tensors, path)
+        write(self, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(kept_features, "save_file", fail_late)
+        patch.setattr(Path, "write_bytes", fail_late)
         assert main(words) == 1
     assert "kept-3.safetensors: [Errno 28] No space left" in capsys.readouterr().err
     assert 0 < torch.load(tmp_path / "state" / "process-0-of-1.pt")["state"]["done"] < 4

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from featkd.diagnostics.source import Layer
@@ -39,7 +39,7 @@ class KeptFeatures:
         """
         path = self._path(number)
         values = {str(la): m.detach().to("cpu", self._dtype).contiguous() for la, m in maps.items()}
-        try:  # as bytes: safetensors opens no path that is not UTF-8
+        try:
             path.write_bytes(save({"images": images.contiguous(), **values}))
         except OSError as error:
             raise OSError(f"could not write {path}: {error}") from error
@@ -53,7 +53,8 @@ class KeptFeatures:
         """
         path = self._path(number)
         try:
-            found = load(path.read_bytes())
+            with path.open("rb") as file:  # safetensors opens no path that is not UTF-8
+                found = load_file(f"/proc/self/fd/{file.fileno()}")  # maps it, without a copy
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"resume: {path} is missing or damaged ({error}); start again with resume never"

@@ -41,8 +41,6 @@ def parser() -> Parser:
     out.metavar, out.help = "DIR", "folder of the runs and the report (default: none)"
     parser.add_argument(
         "--arms",
-        type=str | None,
-        default=None,
         metavar="ARM,ARM",
         help="some of ce, soft_kd, plain, plain_projector, lift, widelast, plain_wide; plain must "
         "be among them (default: all that the recipe has terms for)",

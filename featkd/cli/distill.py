@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from featkd.cli.arguments import Parser, add_quiet
-from featkd.cli.output import results_unless
+from featkd.cli.output import results_unless, warn
 from featkd.cli.recipe_arguments import parse_recipe, recipe_parser
 from featkd.runtime.names import plural
 from featkd.runtime.scores import describe
@@ -54,9 +53,9 @@ def _train(recipe: Recipe, options: Namespace) -> int:
             outcome = trainer.run(options.resume, quiet=options.quiet)
         if outcome.interrupted_by is not None:
             if options.quiet and context.is_main:
-                hint = f"--resume auto continues from the last checkpoint in {recipe.out}"
-                print(
-                    f"featkd: stopped by signal {outcome.interrupted_by}; {hint}", file=sys.stderr
+                warn(
+                    f"stopped by signal {outcome.interrupted_by}; --resume auto continues from the "
+                    f"last checkpoint in {recipe.out}"
                 )
             return 128 + outcome.interrupted_by
         if context.is_main:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from featkd.cli.arguments import Parser, add_json, check_folders
+from featkd.cli.output import write_json
 
 # environment variables that change what featkd does
 _SETTINGS = re.compile("FEATKD_|OMP_|CUDA_VISIBLE_DEVICES$|TORCHINDUCTOR_|TRITON_")
@@ -17,16 +16,12 @@ _SETTINGS = re.compile("FEATKD_|OMP_|CUDA_VISIBLE_DEVICES$|TORCHINDUCTOR_|TRITON
 def env(words: Sequence[str]) -> int:
     """Run `featkd env` and return the exit code."""
     options = parser().parse_args(words)
-    check_folders(options, ("json",))
+    check_folders(options)
     facts = environment_facts()
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:{width}}  {value}")
-    if options.json is not None:
-        from featkd.runtime.files import atomic_write
-
-        with atomic_write(Path(options.json)) as file:
-            file.write(json.dumps(facts, indent=2).encode() + b"\n")
+    write_json(options.json, facts)
     return 0
 
 

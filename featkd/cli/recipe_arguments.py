@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
 
 from jsonargparse import Namespace
 
-from featkd.cli.arguments import Parser, UsageError, is_group_of_fields
+from featkd.cli.arguments import Parser, UsageError, from_options, is_group_of_fields
+from featkd.cli.output import warn
 from featkd.train.recipe import PooledConfig, Recipe, RecipeError, TeacherConfig
 from featkd.train.recipe_file import find_recipe, read_recipe_config, shipped_recipes
 
@@ -90,7 +89,7 @@ def parse_recipe(parser: Parser, words: Sequence[str]) -> tuple[Recipe, Namespac
             warnings.simplefilter("always")
             words = [_CONFIG, read_recipe_config(find_recipe(words[0])), *words[1:]]
         for note in notes:  # without the line of source that warnings are shown with
-            print(f"featkd: {note.message}", file=sys.stderr)
+            warn(str(note.message))
     options = parser.parse_args(words)
     try:
         built = parser.instantiate(options)
@@ -99,7 +98,7 @@ def parse_recipe(parser: Parser, words: Sequence[str]) -> tuple[Recipe, Namespac
         if cause is None:
             raise
         raise RecipeError(cause[1]) from error
-    return Recipe(**{field.name: built[field.name] for field in fields(Recipe)}), options
+    return from_options(Recipe, built), options
 
 
 def _long_option(word: str) -> str:

@@ -17,6 +17,7 @@ from featkd.diagnostics.source import Source, fingerprint
 from featkd.models import FeatureModel, create_teacher
 from featkd.models.adapters import ImageAdapter
 from featkd.models.export import exported_folder, load_exported
+from featkd.models.preprocessing import read_preprocessing
 from featkd.models.students import check_timm_name
 from featkd.train.trained import load_trained
 
@@ -25,10 +26,11 @@ _OVERRIDES = ("img_size", "mean", "std", "crop_pct")
 
 @dataclass(frozen=True)
 class _LoadedModel:
-    """A model with its own preprocessing and the values that identify its weights."""
+    """A model with its own preprocessing, a note on it, and what identifies its weights."""
 
     model: FeatureModel
     preprocessing: dict[str, Any]
+    note: str
     identity: dict[str, Any]
 
 
@@ -78,6 +80,8 @@ def build_source(config: DiagnoseConfig, device: torch.device) -> Source:
             identity["images"] = changed
             values = ", ".join(f"{k} {value}" for k, value in changed.items())
             notes.append(f"images of the {name} have its own {values}")
+        if each.note:
+            notes.append(f"{name}: {each.note}")
         for k in ("crop_pct", "interpolation"):
             if own[k] != getattr(data, k):
                 notes.append(
@@ -125,7 +129,7 @@ def _load(config: DiagnoseConfig, name: str) -> _LoadedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.settings.seed)
         model: Any = create_teacher(word, pretrained=pretrained, checkpoint=file, **options)
-    preprocessing = _preprocessing(model)
+    preprocessing, note = read_preprocessing(model)
     if "img_size" in options:
         preprocessing["img_size"] = options["img_size"]
     weights = "pretrained" if pretrained else f"random, seed {config.settings.seed}"
@@ -134,19 +138,7 @@ def _load(config: DiagnoseConfig, name: str) -> _LoadedModel:
         "weights": fingerprint([file]) if file else weights,
         "options": {k: str(v) for k, v in options.items()},
     }
-    return _LoadedModel(model, preprocessing, identity)
-
-
-def _preprocessing(model: Any) -> dict[str, Any]:
-    """Preprocessing that timm's record of a model describes."""
-    record = model.pretrained_cfg
-    return {
-        "img_size": record["input_size"][-1],
-        "mean": tuple(record["mean"]),
-        "std": tuple(record["std"]),
-        "crop_pct": record["crop_pct"],
-        "interpolation": record["interpolation"],
-    }
+    return _LoadedModel(model, preprocessing, note, identity)
 
 
 def _load_trained(config: DiagnoseConfig, name: str, word: str) -> _LoadedModel:
@@ -176,10 +168,10 @@ def _complete(
         )
     if file:
         raise ValueError(f"checkpoint: got {file} together with {word}, which holds the weights")
-    preprocessing = _preprocessing(model)
+    preprocessing, note = read_preprocessing(model)
     if config.img_size not in (None, preprocessing["img_size"]):
         raise ValueError(
             f"img_size: got {config.img_size} together with {word}, which expects "
             f"{preprocessing['img_size']}"
         )
-    return _LoadedModel(model, preprocessing, {"name": word, "weights": fingerprint(files)})
+    return _LoadedModel(model, preprocessing, note, {"name": word, "weights": fingerprint(files)})

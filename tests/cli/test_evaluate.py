@@ -23,6 +23,7 @@ from featkd.train.checkpoint import load
 from featkd.train.recipe import Recipe
 from featkd.train.trained import load_trained
 from tests.conftest import CLASSES, TINY
+from tests.diagnostics.commands import QUICK
 from tests.train.runs import run
 
 TIMM = ("--model", "vit_tiny_patch16_224", "--model-options", json.dumps(TINY | {"img_size": 16}))
@@ -131,6 +132,18 @@ def test_folders_that_differ(checkpoint, images, tmp_path, capsys):
     assert row["outputs"] == [*CLASSES]
     hits = np.diag(np.array(row["scores"]["head"]["confusion"])[:, 1:]).sum()
     assert row["scores"]["head"]["top1"] == pytest.approx(100 * hits / 8)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "diagnose"])
+def test_another_crop_than_timms_record_is_noted(command, images, tmp_path, capsys):
+    options = TINY | {"img_size": 16, "pretrained_cfg_overlay": {"crop_mode": "squash"}}
+    words = [command, *TIMM[:-1], json.dumps(options), "--data", images, "--workers", "0"]
+    words += {"evaluate": [], "predict": ["--out", tmp_path / "table.csv"]}.get(
+        command, ["--out", tmp_path / "report", *QUICK]
+    )
+    assert main([*map(str, words), "--device", "cpu"]) == 0
+    note = "crop_mode: timm's record has squash, but the images are cropped at their centre"
+    assert note in "".join(capsys.readouterr())
 
 
 def test_bad_input_is_one_line(images, tmp_path, capsys):

@@ -7,7 +7,9 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from scipy import stats
 
 from featkd.cli import compare as command
 from featkd.cli.main import main
-from featkd.compare import compare
+from featkd.compare import compare, mismatch
 from featkd.compare.analysis import analyse
 from featkd.compare.arms import ARMS, arm_recipe, choose_arms, wide_width
 from featkd.compare.mismatch import MapFigures, TeacherMap
@@ -378,6 +380,36 @@ def test_maps_are_measured_once(short: Recipe, in_process: None, monkeypatch):
     again = compare(short, "plain,lift", seeds=1, quiet=True)
     assert (again.analysis, again.teacher) == (found.analysis, found.teacher)
     assert Path(checkpoint).stat().st_mtime_ns == written
+
+
+def test_the_reason_is_shown_if_maps_cannot_be_measured(
+    short: Recipe, in_process: None, monkeypatch, capsys
+):
+    def fails(*_: object) -> None:
+        raise ValueError("features: hold NaN or Inf")
+
+    measured = []
+
+    def measure_teacher(*arguments: Any) -> object:
+        measured.append(arguments)
+        return mismatch.measure_teacher(*arguments)
+
+    monkeypatch.setattr(LayerDiagnostics, "update", fails)
+    monkeypatch.setattr("featkd.compare.run.measure_teacher", measure_teacher)
+    for seeds in (2, 3):
+        found = compare(short, "plain", seeds=seeds)
+        assert (found.teacher, found.analysis.arms[0].map, len(measured)) == (None, None, 1)
+        said = capsys.readouterr()
+        page = unescape((Path(short.out) / "report.html").read_text())
+        for name in ("the teacher", *(f"plain, seed {seed}" for seed in range(seeds))):
+            reason = f"the map of {name} could not be measured: features: hold NaN or Inf"
+            assert (said.out.count(reason), page.count(reason)) == (1, 1)
+        # the notes of the cache are equal for all seeds
+        assert said.err.count("teacher's outputs for seed") == {2: 2, 3: 1}[seeds]
+        assert said.err.count("size of the cache") == 1
+    state = json.loads((Path(short.out) / "results.json").read_text())
+    stored = [state["teacher_map"], *(run["map"] for run in state["runs"])]
+    assert stored == ["features: hold NaN or Inf"] * 4
 
 
 def test_images_without_augmentation_are_cached_once(short: Recipe, in_process: None):

@@ -17,9 +17,10 @@ from featkd.cache.config import Store as StorageType
 from featkd.cache.estimate import as_size
 from featkd.compare.analysis import analyse
 from featkd.compare.arms import ARMS, REFERENCE, arm_recipe, choose_arms, wide_width
-from featkd.compare.mismatch import measure_teacher
+from featkd.compare.mismatch import TeacherMap, measure_teacher
 from featkd.compare.pool import train_all
 from featkd.compare.report import Comparison, write_page
+from featkd.compare.results import RunResult
 from featkd.compare.store import Store
 from featkd.runtime import distributed
 from featkd.runtime.distributed import ProcessContext
@@ -73,10 +74,11 @@ def compare(
             jobs = _prepare(recipe, pending, store, seeds, quiet)
             train_all(jobs, "training the arms", quiet, recipe.device, store.add)
         runs = [store.runs[key] for key in chosen]
-        analysis = analyse(names, runs, store.teacher_map)
+        teacher = store.teacher_map if isinstance(store.teacher_map, TeacherMap) else None
+        analysis = analyse(names, runs, teacher)
         store.save(analysis)
-        notes.append(_teacher_note(store))
-        found = Comparison(recipe, runs, store.teacher_map, analysis, notes)
+        notes += [_teacher_note(store), *_unmeasured(store.teacher_map, runs)]
+        found = Comparison(recipe, runs, teacher, analysis, notes)
         write_page(out / "report.html", "featkd compare", _ABOUT, {"": ("", found)})
     print(f"{found.text()}\nreport: {out / 'report.html'}")
     return found
@@ -105,11 +107,11 @@ def _prepare(
     store.save()
     if store.teacher == _CACHED:
         for seed in taught:
-            _cache(recipe, out, seed, context, quiet)
-        jobs = {
-            key: job if job.teacher is None else _with_cache(job, _folder(out, key[1]))
-            for key, job in jobs.items()
-        }
+            _cache(recipe, out, seed, context, quiet, notes=seed == taught[0])
+        for (name, seed), job in jobs.items():
+            if job.teacher is not None:
+                folder = str(_folder(out, seed))
+                jobs[name, seed] = replace(job, cache=folder, cache_epochs="cycle")
     if context.device.type == "cuda":
         torch.cuda.empty_cache()
     return jobs
@@ -124,10 +126,6 @@ def _check(recipe: Recipe, context: ProcessContext) -> int:
 
 def _folder(out: Path, seed: int) -> Path:
     return out / "cache" / f"seed-{seed}"
-
-
-def _with_cache(job: Recipe, folder: Path) -> Recipe:
-    return replace(job, cache=str(folder), cache_epochs="cycle")
 
 
 def _cache_config(recipe: Recipe) -> CacheConfig:
@@ -153,15 +151,19 @@ def _decide(recipe: Recipe, out: Path, seeds: int, context: ProcessContext) -> s
     return _CACHED
 
 
-def _cache(recipe: Recipe, out: Path, seed: int, context: ProcessContext, quiet: bool) -> None:
-    """Writes what is missing of a seed's cache.
+def _cache(
+    recipe: Recipe, out: Path, seed: int, context: ProcessContext, quiet: bool, notes: bool
+) -> None:
+    """Writes what is missing of a seed's cache; `notes`, equal for all seeds, are optional.
 
     The images that an epoch shows depend on the seed, and so do a random teacher's weights.
     """
     job = arm_recipe(recipe, REFERENCE, seed, out, None)
     if not quiet:
         print(f"teacher's outputs for seed {seed}: {_folder(out, seed)}", file=sys.stderr)
-    built = build_cache(job, _cache_config(recipe), context, _folder(out, seed), quiet=quiet)
+    built = build_cache(
+        *(job, _cache_config(recipe), context, _folder(out, seed)), quiet=quiet, show_notes=notes
+    )
     if built.interrupted_by is not None:
         signal.raise_signal(built.interrupted_by)
 
@@ -170,3 +172,13 @@ def _teacher_note(store: Store) -> str:
     if store.teacher == _CACHED:
         return "teacher: its outputs were computed once per seed and read by all arms (OUT/cache)"
     return f"teacher: ran in every update, because {store.teacher}"
+
+
+def _unmeasured(teacher: TeacherMap | str | None, runs: Sequence[RunResult]) -> list[str]:
+    """Notes on the maps whose mismatch diagnostics can't be measured."""
+    maps = {"the teacher": teacher, **{f"{run.name}, seed {run.seed}": run.map for run in runs}}
+    return [
+        f"the map of {name} could not be measured: {reason}"
+        for name, reason in maps.items()
+        if isinstance(reason, str)
+    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,13 +11,11 @@ from jsonargparse import ArgumentParser, Namespace
 
 from featkd.cli import bench_pipeline
 from featkd.cli.arguments import Parser, UsageError, add_json, add_quiet, add_words, check_folders
-from featkd.cli.output import results_unless
+from featkd.cli.output import results_unless, warn
 from featkd.runtime import interrupt
 from featkd.runtime.suggest import suggestion
 
 if TYPE_CHECKING:
-    import torch
-
     from featkd.benchmarks.results import Measured, Row
 
 COMMANDS = {
@@ -124,25 +121,24 @@ def _add_run(parser: ArgumentParser) -> None:
     )
     add_words(parser, "dtypes", tuple(DTYPES), ("fp32",))
     add_words(parser, "directions", DIRECTIONS, ("forward", "both"))
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--min-seconds", type=float, default=1.0, help="time spent on each variant of each case"
     )
-    parser.add_argument(
-        "--out", type=str, default=None, metavar="FILE.csv", help="results file to append to"
-    )
+    parser.add_argument("--out", metavar="FILE.csv", help="results file to append to")
 
 
 def _run(options: Namespace) -> int:
     from featkd.benchmarks import cases, results, run
     from featkd.benchmarks.variants import Disagreement
+    from featkd.runtime import distributed
     from featkd.runtime.checks import check_positive
 
     check_positive("--min-seconds", options.min_seconds)
     chosen = cases.select(
         *(options.ops, options.shapes, options.dtypes, options.directions, options.batch_sizes)
     )
-    device = _device(options.device)
+    device = distributed.start(options.device).device
     out = None if options.out is None else Path(options.out)
     if out is not None:
         if out.suffix != ".csv":
@@ -157,25 +153,13 @@ def _run(options: Namespace) -> int:
             if out is not None:  # after each case, so that an interrupted run keeps its results
                 results.append(out, measured)
     except Disagreement as error:
-        print(f"featkd: {error}", file=sys.stderr)
+        warn(str(error))
         return 1
     if options.json is not None:
         backends = {row.case: row.backend for row in rows if row.variant == "featkd"}
-        meta = {**results.meta_of(rows[0]), "device": str(device), "backends": backends}
+        meta = {**results.meta_of(rows[0]), "device": device.type, "backends": backends}
         results.write_json(Path(options.json), meta, results.measured(rows))
     return 0
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected auto, cpu or cuda; got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: got cuda, but torch finds no CUDA device; use cpu or auto")
-    return torch.device(name)
 
 
 def _summary(measured: Sequence[Row]) -> str:
@@ -187,14 +171,13 @@ def _summary(measured: Sequence[Row]) -> str:
 
 
 def _add_results(parser: ArgumentParser) -> None:
-    parser.add_argument("csv", type=str, metavar="FILE.csv", help="results file")
+    parser.add_argument("csv", metavar="FILE.csv", help="results file")
 
 
 def _add_plot(parser: ArgumentParser) -> None:
     _add_results(parser)
-    parser.add_argument(
-        "--out", type=str, required=True, metavar="FILE", help="picture to write: .svg or .png"
-    )
+    text = "picture to write: .svg or .png"
+    parser.add_argument("--out", required=True, metavar="FILE", help=text)
 
 
 def _plot(options: Namespace) -> int:
@@ -211,8 +194,6 @@ def _add_table(parser: ArgumentParser) -> None:
     _add_results(parser)
     parser.add_argument(
         "--out",
-        type=str,
-        default=None,
         metavar="FILE.md",
         help="document with the marks '<!-- bench NAME -->' and '<!-- end bench NAME -->' for "
         "NAME.csv (default: print the table)",
@@ -234,10 +215,8 @@ def _table(options: Namespace) -> int:
 
 
 def _add_compare(parser: ArgumentParser) -> None:
-    parser.add_argument("old", type=str, metavar="OLD.csv", help="stored results file")
-    parser.add_argument(
-        "new", type=str, metavar="NEW.csv", help="new results file of the same machine"
-    )
+    parser.add_argument("old", metavar="OLD.csv", help="stored results file")
+    parser.add_argument("new", metavar="NEW.csv", help="new results file of the same machine")
     parser.add_argument(
         "--tolerance", type=float, default=0.15, help="relative growth that is no failure"
     )

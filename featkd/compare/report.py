@@ -83,7 +83,7 @@ def _ends(found: Interval | None, sign: str = "") -> str:
 def map_rows(found: Comparison) -> list[Row]:
     """Rows of the table of mismatch diagnostics: the teacher's map, then each arm's."""
     teacher = found.teacher
-    rows = [_map_row("teacher", teacher and teacher.figures, None)]
+    rows = [_map_row("teacher", None if teacher is None else teacher.figures, None)]
     return rows + [_map_row(arm.name, arm.map, teacher) for arm in found.analysis.arms]
 
 

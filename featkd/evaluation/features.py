@@ -42,7 +42,7 @@ class ImageOutputs:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Returns the tensors in the order of the fields."""
-        return self.images, self.labels, self.features, self.ranking, self.probabilities
+        return tuple(vars(self).values())
 
 
 def extract_features(

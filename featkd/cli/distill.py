@@ -37,30 +37,27 @@ def _train(recipe: Recipe, options: Namespace) -> int:
     from featkd.train.trainer import Trainer
 
     interrupt.loading_done()
-    with distributed.joined(recipe.device) as context:
+    hint = f"--resume auto continues from the last checkpoint in {recipe.out}"
+    remedy = f"{hint}, if one was saved; torchrun --max-restarts does so by itself"
+    with (
+        distributed.joined(recipe.device) as context,
+        distributed.explain_lost_processes(remedy),
+    ):
         if options.dry_run:
             report = dry_run(recipe, context)
             if context.is_main:
                 print(report)
             return 0
-        remedy = (
-            f"--resume auto continues from the last checkpoint in {recipe.out}, if one was saved; "
-            "torchrun --max-restarts does so by itself"
-        )
-        with distributed.explain_lost_processes(remedy):
-            resumes = options.resume not in ("auto", "force", "never")
-            trainer = Trainer(recipe, context, resumes=resumes)
-            outcome = trainer.run(options.resume, quiet=options.quiet)
-        if outcome.interrupted_by is not None:
-            if options.quiet and context.is_main:
-                warn(
-                    f"stopped by signal {outcome.interrupted_by}; --resume auto continues from the "
-                    f"last checkpoint in {recipe.out}"
-                )
-            return 128 + outcome.interrupted_by
-        if context.is_main:
-            print(f"{recipe.out}: {_summary(outcome)}")
-        return 0
+        resumes = options.resume not in ("auto", "force", "never")
+        trainer = Trainer(recipe, context, resumes=resumes)
+        outcome = trainer.run(options.resume, quiet=options.quiet)
+    if outcome.interrupted_by is not None:
+        if options.quiet and context.is_main:
+            warn(f"stopped by signal {outcome.interrupted_by}; {hint}")
+        return 128 + outcome.interrupted_by
+    if context.is_main:
+        print(f"{recipe.out}: {_summary(outcome)}")
+    return 0
 
 
 def _summary(outcome: Outcome) -> str:

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from featkd.benchmarks.table import aligned
 from featkd.cache import CacheConfig
 from featkd.data import AugmentConfig, DataConfig
 from featkd.models import create_teacher
 from featkd.runtime.distributed import ProcessContext
-from featkd.runtime.names import aligned
 from featkd.train.build_cache import build_cache
 from featkd.train.recipe import LossConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig
 from featkd.train.trainer import Trainer

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from featkd.runtime.names import aligned
 from featkd.runtime.suggest import suggestion
 
 if TYPE_CHECKING:
@@ -22,31 +21,40 @@ IMAGES = 1024
 
 def add_loader(parser: ArgumentParser) -> None:
     """Add the arguments of `featkd bench loader`."""
-    _add_timing(parser, 64, "time only these, for example dali/plain")
     _add_loading(parser)
-
-
-def _add_timing(parser: ArgumentParser, batch_size: int, variants: str) -> None:
-    parser.add_argument("--batch-size", type=int, default=batch_size, help="images per batch")
-    parser.add_argument("--variants", nargs="+", type=str, default=[], help=variants)
+    parser.add_argument("--batch-size", type=int, default=64, help="images per batch")
+    parser.add_argument("--images", type=int, default=IMAGES, help="images per epoch, at least")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        type=str,
+        default=[],
+        help="time only these, for example dali/plain",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after a warm-up round")
 
 
 def _add_loading(parser: ArgumentParser) -> None:
     _add_data(parser, "generated images")
-    parser.add_argument("--images", type=int, default=IMAGES, help="images per epoch, at least")
-    text = "worker processes (0: none), or threads of DALI"
-    parser.add_argument("--workers", type=int, default=2, help=text)
+    parser.add_argument(
+        "--workers", type=int, default=2, help="worker processes (0: none), or threads of DALI"
+    )
 
 
 def _add_data(parser: ArgumentParser, otherwise: str) -> None:
-    text = "folder with class folders of photographs, or with such a folder 'train'"
-    parser.add_argument("--data", metavar="DIR", help=f"{text} (default: {otherwise})")
+    parser.add_argument(
+        "--data",
+        type=str,
+        default=None,
+        metavar="DIR",
+        help="folder with class folders of photographs, or with such a folder 'train' "
+        f"(default: {otherwise})",
+    )
 
 
 def loader(options: Namespace) -> int:
     """Run `featkd bench loader` and return the exit code."""
-    from featkd.benchmarks import loader, throughput
+    from featkd.benchmarks import loader, table, throughput
     from featkd.benchmarks.photographs import photographs
     from featkd.data import DataConfig
 
@@ -67,7 +75,7 @@ def loader(options: Namespace) -> int:
         beside = known.get(f"timm/{rate.variant.split('/')[-1]}") if rate in rates else None
         ratio = "" if beside is None else f"{_ratio(beside, rate):.2f}"
         lines.append((f"{rate.name} {rate.variant}", f"{rate.images_per_s:.1f}", ratio))
-    print(aligned(("", "images/s", "speedup over timm"), lines, numbers=True))
+    print(table.aligned(("", "images/s", "speedup over timm"), lines, numbers=True))
     bottlenecks = {}
     for form in loader.FORMS:
         if f"timm/{form}" in known:
@@ -75,12 +83,8 @@ def loader(options: Namespace) -> int:
             bottlenecks[f"timm/{form}"] = name
             listed = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
             print(f"timm/{form}: a worker spends {listed}; the bottleneck is {name}")
-    _write_json(
-        options,
-        "cpu",
-        {"images": about, "refused": refused, "bottleneck": bottlenecks},
-        throughput.figures([*rates, *stages]),
-    )
+    meta = {"images": about, "refused": refused, "bottleneck": bottlenecks}
+    _write_json(options, "cpu", meta, throughput.figures([*rates, *stages]))
     return 0
 
 
@@ -132,47 +136,59 @@ def add_step(parser: ArgumentParser) -> None:
 
 
 def _add_updates(parser: ArgumentParser) -> None:
-    text = "recipe file or name; its teacher gets random weights"
-    default = "widelast_imagenet_softkd_mse"
-    parser.add_argument("recipe", nargs="?", default=default, metavar="RECIPE", help=text)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    _add_timing(
-        parser,
-        8,
-        "time only these, for example eager_fp32 featkd cached; docs/benchmarks.md lists them "
+    parser.add_argument(
+        "recipe",
+        type=str,
+        nargs="?",
+        default="widelast_imagenet_softkd_mse",
+        metavar="RECIPE",
+        help="recipe file or name; its teacher gets random weights",
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="images per batch")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        type=str,
+        default=[],
+        help="time only these, for example eager_fp32 featkd cached; docs/benchmarks.md lists them "
         "(default: all except featkd_bf16; train also leaves out cached)",
     )
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after a warm-up round")
 
 
 def add_train(parser: ArgumentParser) -> None:
     """Add the arguments of `featkd bench train`."""
     _add_updates(parser)
     _add_loading(parser)
-    parser.add_argument("--loader", default="timm", help="loader: timm, dali or auto")
+    parser.add_argument("--loader", type=str, default="timm", help="loader: timm, dali or auto")
+    parser.add_argument("--images", type=int, default=IMAGES, help="images per epoch, at least")
     parser.add_argument("--updates", type=int, default=4, help="updates per round")
 
 
 def step(options: Namespace) -> int:
     """Run `featkd bench step` and return the exit code."""
-    from featkd.runtime import distributed
-
     _check_counts(options, "batch_size", "rounds")
-    with distributed.joined(options.device) as context:
-        return _updates(context, options, None)
+    return _updates(options, None)
 
 
 def train(options: Namespace) -> int:
     """Run `featkd bench train` and return the exit code."""
+    _check_counts(options, "batch_size", "rounds", "images", "updates")
+    return _updates(options, options.loader)
+
+
+def _updates(options: Namespace, backend: Any) -> int:
+    """Time the update and its parts; with a loader's name, also loading and both together."""
     from featkd.runtime import distributed
 
-    _check_counts(options, "batch_size", "rounds", "images", "updates")
     with distributed.joined(options.device) as context:
-        return _updates(context, options, options.loader)
+        return _updates_on(context, options, backend)
 
 
-def _updates(context: ProcessContext, options: Namespace, backend: Any) -> int:
-    """Time the update and its parts; with a loader's name, also loading and both together."""
-    from featkd.benchmarks import step, throughput, train_step
+def _updates_on(context: ProcessContext, options: Namespace, backend: Any) -> int:
+    """Time the update and its parts in this process of a run."""
+    from featkd.benchmarks import step, table, throughput, train_step
     from featkd.benchmarks.photographs import photographs
     from featkd.train.recipe_file import find_recipe, load_recipe
 
@@ -212,7 +228,7 @@ def _updates(context: ProcessContext, options: Namespace, backend: Any) -> int:
     if together is not None:
         found += [together.loader, *together.train.values()]
         waiting = together.waiting
-    print(aligned(*_beside(found, shares), numbers=True))
+    print(table.aligned(*_beside(found, shares), numbers=True))
     bottlenecks = {name: train_step.bottleneck(waiting[name], shares[name]) for name in names}
     for name in names:
         waits = f" (waiting for the loader: {waiting[name]:.1%})" if together else ""
@@ -250,13 +266,7 @@ def _beside(
     for rate in rates:
         share = shares.get(rate.variant, {}).get(rate.name)
         ratio = _speedup(rate, rates)
-        lines.append(
-            (
-                f"{rate.name} {rate.variant}",
-                f"{rate.images_per_s:.2f}",
-                f"{rate.ms_per_image:.2f}",
-                "" if share is None else f"{share:.1%}",
-                "" if ratio is None else f"{ratio:.2f}",
-            )
-        )
+        speed = f"{rate.images_per_s:.2f}", f"{rate.ms_per_image:.2f}"
+        beside = "" if share is None else f"{share:.1%}", "" if ratio is None else f"{ratio:.2f}"
+        lines.append((f"{rate.name} {rate.variant}", *speed, *beside))
     return ("", "images/s", "ms/image", "share of the update", "speedup over eager"), lines

@@ -106,9 +106,8 @@ def parser() -> Parser:
             "featkd cache --verify CACHE",
         ),
         other_usages=("featkd cache --verify DIR",),
+        out=("CACHE", "folder of the cache on this machine"),
     )
-    (out,) = (action for action in parser._actions if action.dest == "out")
-    out.metavar, out.help = "CACHE", "folder of the cache on this machine (default: none)"
     text = "check every byte of the cache in DIR instead; takes no other argument"
     parser.add_argument("--verify", metavar="DIR", help=text)
     parser.add_options_of(CacheConfig)

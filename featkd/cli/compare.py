@@ -36,9 +36,8 @@ def parser() -> Parser:
             "featkd compare cifar10_widelast --data CIFAR --out runs/lift --arms plain,lift "
             "--seeds 5",
         ),
+        out=("DIR", "folder of the runs and the report"),
     )
-    (out,) = (action for action in parser._actions if action.dest == "out")
-    out.metavar, out.help = "DIR", "folder of the runs and the report (default: none)"
     parser.add_argument(
         "--arms",
         metavar="ARM,ARM",

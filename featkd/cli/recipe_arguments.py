@@ -18,7 +18,11 @@ _CONFIG = "--recipe_file"  # internal; a user names the recipe as the first argu
 
 
 def recipe_parser(
-    command: str, purpose: str, examples: Sequence[str], other_usages: Sequence[str] = ()
+    command: str,
+    purpose: str,
+    examples: Sequence[str],
+    other_usages: Sequence[str] = (),
+    out: tuple[str, str] | None = None,
 ) -> Parser:
     """Return the parser of a command with an option for every field of a recipe.
 
@@ -27,6 +31,7 @@ def recipe_parser(
         purpose: sentence that the description begins with.
         examples: see `Parser`.
         other_usages: further lines of the usage.
+        out: metavar and help of `--out`, if it is not the folder of a run.
     """
     parser = Parser(
         prog=f"featkd {command}",
@@ -37,13 +42,15 @@ def recipe_parser(
     )
     parser.add_argument(_CONFIG, action="config", help=argparse.SUPPRESS)
     parser.add_class_arguments(Recipe)
+    texts = {
+        "data": ("DIR", "short for --data.path"),
+        "teacher": ("null", "train the student alone"),
+        "loss.pooled": ("null", "compare no pooled features"),
+        **({} if out is None else {"out": (out[0], f"{out[1]} (default: none)")}),
+    }
     for action in parser._actions:
-        if action.dest == "data":
-            action.metavar, action.help = "DIR", "short for --data.path"
-        elif action.dest == "teacher":
-            action.metavar, action.help = "null", "train the student alone"
-        elif action.dest == "loss.pooled":
-            action.metavar, action.help = "null", "compare no pooled features"
+        if action.dest in texts:
+            action.metavar, action.help = texts[action.dest]
         elif is_group_of_fields(action):
             action.help = argparse.SUPPRESS
     # jsonargparse describes no fields of a dataclass that may be null.

@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from featkd.compare.analysis import Analysis, ArmResult
@@ -18,7 +17,8 @@ from featkd.compare.results import RunResult, weights_scored
 from featkd.compare.statistics import Interval
 from featkd.runtime import environment
 from featkd.runtime.files import atomic_write
-from featkd.runtime.names import aligned, printable_lines
+from featkd.runtime.names import aligned
+from featkd.runtime.pages import render_page
 from featkd.runtime.plots import GREY, as_svg, axes_for, legend
 from featkd.train.recipe import Recipe, to_yaml
 
@@ -129,12 +129,8 @@ def write_page(
         for kind in ("finding", "curves"):
             with atomic_write(path.parent / case["files"][kind]) as file:
                 file.write(case[kind].encode())
-    template = Environment(loader=PackageLoader("featkd.compare"), autoescape=True)
-    page = template.get_template("report.html").render(
-        title=title, intro=intro, cases=described, reference=REFERENCE, facts=facts
-    )
-    with atomic_write(path) as file:
-        file.write(printable_lines(page).encode())
+    about = {"title": title, "intro": intro, "reference": REFERENCE, "facts": facts}
+    render_page(path, "featkd.compare", cases=described, **about)
 
 
 def _case(name: str, about: str, found: Comparison) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def compare(
         teacher = store.teacher_map if isinstance(store.teacher_map, TeacherMap) else None
         analysis = analyse(names, runs, teacher)
         store.save(analysis)
-        notes += [_teacher_note(store), *_unmeasured(store.teacher_map, runs)]
+        notes += _notes(store, runs)
         found = Comparison(recipe, runs, teacher, analysis, notes)
         write_page(out / "report.html", "featkd compare", _ABOUT, {"": ("", found)})
     print(f"{found.text()}\nreport: {out / 'report.html'}")
@@ -89,9 +89,9 @@ def _prepare(
 ) -> _Jobs:
     """Returns the recipes of the runs, once each arm can be built and the caches are written."""
     out, context = Path(recipe.out), distributed.start(recipe.device)
+    plain = arm_recipe(recipe, REFERENCE, recipe.seed, out, None)
     if store.width is None and any(ARMS[name].wide for name, _ in pending):
-        classes = _check(arm_recipe(recipe, REFERENCE, recipe.seed, out, None), context)
-        store.width = wide_width(recipe, classes)
+        store.width = wide_width(recipe, _check(plain, context))
     jobs = {
         (name, seed): arm_recipe(recipe, name, seed, out, store.width) for name, seed in pending
     }
@@ -99,19 +99,17 @@ def _prepare(
     for job in {name: job for (name, _), job in jobs.items()}.values():
         _check(job, context)
     if store.teacher_map is None:
-        plain = arm_recipe(recipe, REFERENCE, recipe.seed, out, None)
         store.teacher_map = measure_teacher(plain, context)
-    taught = sorted({seed for (_, seed), job in jobs.items() if job.teacher is not None})
     if store.teacher is None:
-        store.teacher = _decide(recipe, out, seeds, context)
+        store.teacher = _decide(plain, out, seeds, context)
     store.save()
     if store.teacher == _CACHED:
-        for seed in taught:
-            _cache(recipe, out, seed, context, quiet, notes=seed == taught[0])
-        for (name, seed), job in jobs.items():
-            if job.teacher is not None:
-                folder = str(_folder(out, seed))
-                jobs[name, seed] = replace(job, cache=folder, cache_epochs="cycle")
+        taught = {key: job for key, job in jobs.items() if job.teacher is not None}
+        for number, seed in enumerate(sorted({seed for _, seed in taught})):
+            _cache(recipe, out, seed, context, quiet, notes=number == 0)
+        for (name, seed), job in taught.items():
+            folder = str(_folder(out, seed))
+            jobs[name, seed] = replace(job, cache=folder, cache_epochs="cycle")
     if context.device.type == "cuda":
         torch.cuda.empty_cache()
     return jobs
@@ -135,14 +133,13 @@ def _cache_config(recipe: Recipe) -> CacheConfig:
     return CacheConfig(views, logits_top="all", store=_STORAGE[recipe.amp])
 
 
-def _decide(recipe: Recipe, out: Path, seeds: int, context: ProcessContext) -> str:
+def _decide(plain: Recipe, out: Path, seeds: int, context: ProcessContext) -> str:
     """Returns "cached" if the outputs for all epochs and seeds fit, otherwise the reason."""
-    if recipe.data.augment.mixes:
+    if plain.data.augment.mixes:
         return "mixup and CutMix mix images, and a cache holds single ones"
-    job = arm_recipe(recipe, REFERENCE, recipe.seed, out, None)
-    config = _cache_config(recipe)
+    folder = _folder(out, plain.seed)
     try:
-        found = build_cache(job, config, context, _folder(out, recipe.seed), dry_run=True)
+        found = build_cache(plain, _cache_config(plain), context, folder, dry_run=True)
     except RecipeError as error:  # of caches alone, as the run itself has been built
         return str(error)
     size, free = found.size.total * seeds, shutil.disk_usage(out).free
@@ -168,17 +165,12 @@ def _cache(
         signal.raise_signal(built.interrupted_by)
 
 
-def _teacher_note(store: Store) -> str:
-    if store.teacher == _CACHED:
-        return "teacher: its outputs were computed once per seed and read by all arms (OUT/cache)"
-    return f"teacher: ran in every update, because {store.teacher}"
-
-
-def _unmeasured(teacher: TeacherMap | str | None, runs: Sequence[RunResult]) -> list[str]:
-    """Notes on the maps whose mismatch diagnostics can't be measured."""
-    maps = {"the teacher": teacher, **{f"{run.name}, seed {run.seed}": run.map for run in runs}}
-    return [
-        f"the map of {name} could not be measured: {reason}"
-        for name, reason in maps.items()
-        if isinstance(reason, str)
-    ]
+def _notes(store: Store, runs: Sequence[RunResult]) -> list[str]:
+    """Notes on the teacher, and on the maps that can't be measured."""
+    note = "teacher: its outputs were computed once per seed and read by all arms (OUT/cache)"
+    if store.teacher != _CACHED:
+        note = f"teacher: ran in every update, because {store.teacher}"
+    maps: dict[str, object] = {f"{run.name}, seed {run.seed}": run.map for run in runs}
+    reasons = {"the teacher": store.teacher_map, **maps}.items()
+    unmeasured = ((name, reason) for name, reason in reasons if isinstance(reason, str))
+    return [note, *(f"the map of {name} could not be measured: {x}" for name, x in unmeasured)]

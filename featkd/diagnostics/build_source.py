@@ -26,11 +26,10 @@ _OVERRIDES = ("img_size", "mean", "std", "crop_pct")
 
 @dataclass(frozen=True)
 class _LoadedModel:
-    """A model with its own preprocessing, a note on it, and what identifies its weights."""
+    """A model with its own preprocessing and the values that identify its weights."""
 
     model: FeatureModel
     preprocessing: dict[str, Any]
-    note: str
     identity: dict[str, Any]
 
 
@@ -80,8 +79,8 @@ def build_source(config: DiagnoseConfig, device: torch.device) -> Source:
             identity["images"] = changed
             values = ", ".join(f"{k} {value}" for k, value in changed.items())
             notes.append(f"images of the {name} have its own {values}")
-        if each.note:
-            notes.append(f"{name}: {each.note}")
+        if note := read_preprocessing(each.model)[1]:
+            notes.append(f"{name}: {note}")
         for k in ("crop_pct", "interpolation"):
             if own[k] != getattr(data, k):
                 notes.append(
@@ -129,7 +128,7 @@ def _load(config: DiagnoseConfig, name: str) -> _LoadedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.settings.seed)
         model: Any = create_teacher(word, pretrained=pretrained, checkpoint=file, **options)
-    preprocessing, note = read_preprocessing(model)
+    preprocessing = _preprocessing(model)
     if "img_size" in options:
         preprocessing["img_size"] = options["img_size"]
     weights = "pretrained" if pretrained else f"random, seed {config.settings.seed}"
@@ -138,7 +137,12 @@ def _load(config: DiagnoseConfig, name: str) -> _LoadedModel:
         "weights": fingerprint([file]) if file else weights,
         "options": {k: str(v) for k, v in options.items()},
     }
-    return _LoadedModel(model, preprocessing, note, identity)
+    return _LoadedModel(model, preprocessing, identity)
+
+
+def _preprocessing(model: Any) -> dict[str, Any]:
+    """Preprocessing that timm's record of a model describes."""
+    return read_preprocessing(model)[0]
 
 
 def _load_trained(config: DiagnoseConfig, name: str, word: str) -> _LoadedModel:
@@ -168,10 +172,10 @@ def _complete(
         )
     if file:
         raise ValueError(f"checkpoint: got {file} together with {word}, which holds the weights")
-    preprocessing, note = read_preprocessing(model)
+    preprocessing = _preprocessing(model)
     if config.img_size not in (None, preprocessing["img_size"]):
         raise ValueError(
             f"img_size: got {config.img_size} together with {word}, which expects "
             f"{preprocessing['img_size']}"
         )
-    return _LoadedModel(model, preprocessing, note, {"name": word, "weights": fingerprint(files)})
+    return _LoadedModel(model, preprocessing, {"name": word, "weights": fingerprint(files)})

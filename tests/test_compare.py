@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -86,9 +85,8 @@ def test_the_wide_arm_has_about_the_parameters_of_widelast(recipe: Recipe):
     recipe = replace(recipe, student=replace(recipe.student, teacher_dim=64, options=options))
 
     def parameters(arch: str, width: int) -> int:
-        model = create_student(
-            "vit_tiny_patch16_224", arch, 64, 3, **{**options, "img_size": 16, "embed_dim": width}
-        )
+        own = {**options, "img_size": 16, "embed_dim": width}
+        model = create_student("vit_tiny_patch16_224", arch, 64, 3, **own)
         return sum(p.numel() for p in model.parameters())
 
     wanted = parameters("widelast", 32)
@@ -139,7 +137,6 @@ def test_differences_are_paired_by_seed(tmp_path: Path):
     found = analyse(["plain", "lift", "widelast"], runs[::-1], None)
     assert found.arms[0].difference is None
     difference = found.arms[1].difference
-    assert difference is not None
     paired = stats.ttest_rel(lift, plain).confidence_interval(0.95)
     assert (difference.low, difference.high) == pytest.approx((paired.low, paired.high))
     first, second = found.conclusions
@@ -258,11 +255,7 @@ def test_a_comparison_killed_twice_resumes_to_the_same_table(
 
     def kill_when(ready: Callable[[], object]) -> None:
         process = server.start(*words, out, script=_IN_A_THREAD)
-        deadline = time.monotonic() + 300
-        while not ready():
-            assert process.poll() is None, process.stderr
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        process.wait_until(ready, 300)
         process.kill()
         process.wait()
 
@@ -311,27 +304,21 @@ def test_a_comparison_of_all_arms(short: Recipe, in_process: None, capsys):
 def test_maps_are_measured_once(short: Recipe, in_process: None, monkeypatch):
     short.ema_decay = None
     found = compare(short, "plain,lift", seeds=1, quiet=True)
-    assert found.teacher is not None
-
     # the teacher's reach, from one singular value decomposition of all its tokens
-    with closing(build(arm_recipe(short, "plain", 0, Path(short.out), None), start("cpu"))) as run:
-        assert run.teacher_model is not None
-        with torch.no_grad():
-            maps = [run.teacher_model.forward_maps(x.images, [-1])[0] for x in run.val_loader]
+    own = arm_recipe(short, "plain", 0, Path(short.out), None)
+    with closing(build(own, start("cpu"))) as run, torch.no_grad():
+        maps = [run.teacher_model.forward_maps(x.images, [-1])[0] for x in run.val_loader]
     energy = torch.linalg.svdvals(torch.cat(maps).flatten(0, 1).double()).square()
     reach = energy.cumsum(0) / energy.sum()
     assert found.teacher.reach == pytest.approx(reach.tolist(), abs=1e-6)
     assert (found.teacher.images, found.teacher.figures.channels) == (12, 24)
 
     plain, lift = (arm.map for arm in found.analysis.arms)
-    assert plain
-    assert lift
     assert (plain.width, plain.channels, lift.width, lift.channels) == (12, 12, 12, 24)
     checkpoint = str(Path(short.out) / "plain-seed0" / "last.pt")
     images = str(Path(short.data.path) / "val")
     config = DiagnoseConfig(model=checkpoint, data=images, workers=0, layers=[-1], device="cpu")
     (layer,) = diagnose(config, quiet=True).layers.values()
-    assert layer.rotation is not None
     assert plain.rank == layer.spectrum.summaries[1].percentile99
     assert plain.overlap == pytest.approx(layer.rotation.pair_mean, abs=1e-4)
     assert plain.used == pytest.approx(layer.bandwidth.channels90_mean, abs=1e-4)
@@ -400,7 +387,9 @@ def test_the_teacher_runs_if_images_are_mixed(short: Recipe, in_process: None, c
     assert not (Path(short.out) / "cache").exists()
 
 
-def test_a_folder_with_other_files_is_refused(short: Recipe, tmp_path: Path, capsys):
+def test_another_folder_or_none_is_refused_and_help_lists_every_arm(
+    short: Recipe, tmp_path: Path, capsys
+):
     file = tmp_path / "recipe.yaml"
     file.write_text(to_yaml(short))
     assert main(["compare", str(file), "--out", str(tmp_path)]) == 1
@@ -408,7 +397,4 @@ def test_a_folder_with_other_files_is_refused(short: Recipe, tmp_path: Path, cap
     assert said.startswith(f"featkd: out: {tmp_path} holds recipe.yaml; expected a comparison")
     assert main(["compare", str(file)]) == 2
     assert "--out: expected the folder of the comparison" in capsys.readouterr().err
-
-
-def test_help_lists_every_arm():
     assert all(name in command.parser().format_help() for name in ARMS)

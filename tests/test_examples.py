@@ -6,7 +6,6 @@ The scripts run as they are, on few small images, with small models of random we
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import re
 import runpy
@@ -33,30 +32,23 @@ TEACHER = {"name": "cait_s24_224", "depth": 1}
 
 def example(name: str) -> Any:
     """A script as a module, with small models."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.STUDENT, module.TEACHER = STUDENT, TEACHER
+    module = types.ModuleType(f"example_{name}")
+    path = EXAMPLES / f"{name}.py"
+    exec(compile(path.read_text(), path, "exec"), vars(module))
+    module.STUDENT, module.TEACHER = STUDENT, TEACHER  # type: ignore[attr-defined]
     return module
-
-
-def write_images(folder: Path) -> None:
-    """16 images of 32 x 32 pixels; their brightness tells the class."""
-    random = np.random.default_rng(0)
-    for number in range(16):
-        label = number % CLASSES
-        place = folder / f"class {label}"
-        place.mkdir(parents=True, exist_ok=True)
-        pixels = random.integers(60 * label, 60 * label + 60, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(place / f"{number}.png")
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    write_images(folder)
+    """16 images of 32 x 32 pixels; their brightness tells the class."""
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for number in range(16):
+        label = number % CLASSES
+        place = folder / f"class {label}"
+        place.mkdir(exist_ok=True)
+        pixels = random.integers(60 * label, 60 * label + 60, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{number}.png")
     return folder
 
 

@@ -58,9 +58,7 @@ def _build(recipe: Recipe, options: Namespace) -> int:
     if options.dry_run:
         print(f"{_described(built.manifest)}: {built.size.describe(out)}")
     elif code:
-        warn(
-            f"stopped by signal {built.interrupted_by}; the same command continues from here",
-        )
+        warn(f"stopped by signal {built.interrupted_by}; the same command continues from here")
     else:
         if built.bad_files:
             warn(

@@ -7,14 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featkd.cli.arguments import Parser, UsageError, add_json, add_quiet, add_words, check_folders
+from featkd.cli.arguments import (
+    Parser,
+    UsageError,
+    add_json,
+    add_quiet,
+    add_words,
+    check_folders,
+    from_options,
+)
 from featkd.cli.model_arguments import (
     LoadedModel,
     ModelOptions,
     add_models,
     check_count,
     load_model,
-    model_options,
 )
 from featkd.cli.output import results_unless, warn, write_json
 from featkd.runtime.names import aligned, listed, plural, printable
@@ -36,7 +43,7 @@ def evaluate(words: Sequence[str]) -> int:
     """Run `featkd evaluate` with the arguments of a command line; return the exit code."""
     args = parser().parse_args(words)
     check_folders(args)
-    options = model_options(args)
+    options = from_options(ModelOptions, args)
     check_count("k", args.k)
     if unknown := [score for score in args.scores if score not in _SCORES]:
         raise UsageError(f"--scores: expected {', '.join(_SCORES)}; got {unknown[0]}")

@@ -6,12 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from featkd.cli.arguments import Parser, UsageError, from_options, with_dashes
+from featkd.cli.arguments import Parser, UsageError, with_dashes
 from featkd.runtime.names import printable
 
 if TYPE_CHECKING:
-    from jsonargparse import Namespace
-
     from featkd.data import DataConfig
     from featkd.models import FeatureModel
 
@@ -104,11 +102,6 @@ def add_models(parser: Parser) -> None:
         "--model", type=str, nargs="+", default=[], help="timm models instead, or beside them"
     )
     parser.add_options_of(ModelOptions, skip=("checkpoints", "model"))
-
-
-def model_options(args: Namespace) -> ModelOptions:
-    """Return the options of `add_models`; raises UsageError if they contradict each other."""
-    return from_options(ModelOptions, args)
 
 
 def check_count(name: str, value: int | None) -> None:

@@ -12,8 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featkd.cli.arguments import Parser, UsageError, add_quiet, check_folders
-from featkd.cli.model_arguments import add_models, check_count, load_model, model_options
+from featkd.cli.arguments import Parser, UsageError, add_quiet, check_folders, from_options
+from featkd.cli.model_arguments import ModelOptions, add_models, check_count, load_model
 from featkd.cli.output import results_unless, warn
 from featkd.runtime.names import listed, plural
 
@@ -33,7 +33,7 @@ _SUFFIXES = (".npy", ".safetensors")
 def predict(words: Sequence[str]) -> int:
     """Run `featkd predict` with the arguments of a command line; return the exit code."""
     args = parser().parse_args(words)
-    options = model_options(args)
+    options = from_options(ModelOptions, args)
     _check(args, options.names)
     from featkd.data.factory import build_evaluation_loader
     from featkd.evaluation import extract_features

@@ -9,7 +9,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from featkd.cli.main import COMMANDS, main
 from featkd.cli.recipe_arguments import parse_recipe
 from featkd.ops import extension
 from featkd.train.recipe import Recipe
-from featkd.train.recipe_file import field_types
+from tests.test_docs import fields_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -102,25 +101,19 @@ def test_command_lines_in_documents_have_known_options(parsers, page):
 
 def test_every_option_has_one_name(parsers):
     """What several commands take: output, images, batch size, device, figures."""
-    options = {name: set(parser._option_string_actions) for name, parser in parsers.items()}
-    for common, commands in {
-        "--out": {*options}
-        - {"env", "evaluate", "bench compare", "bench loader", "bench step", "bench train"},
-        "--data": {
-            *("distill", "cache", "compare", "export", "evaluate", "predict", "diagnose"),
-            *("bench loader", "bench step", "bench train"),
-        },
-        "--batch_size": {
-            *("distill", "cache", "compare", "evaluate", "predict", "diagnose"),
-            *("bench loader", "bench step", "bench train"),
-        },
-        "--device": {*options}
-        - {"demo", "env", "export", *(f"bench {x}" for x in ("plot", "table", "compare"))}
-        - {"bench loader"},
-        "--json": {*options} - {"distill", "cache", "compare", "predict", "demo"},
-        "--quiet": {*options} - {"env"},
-    }.items():
-        assert {name for name, found in options.items() if common in found} == commands, common
+    files, timed = {"bench plot", "bench table", "bench compare"}, {"bench loader", "bench step"}
+    timed |= {"bench train"} & {*parsers}
+    without = {
+        "--out": {"env", "evaluate", "bench compare", *timed},
+        "--data": {"demo", "env", "bench run", *files},
+        "--batch_size": {"demo", "env", "export", "bench run", *files},
+        "--device": {"demo", "env", "export", "bench loader", *files},
+        "--json": {"distill", "cache", "compare", "predict", "demo"},
+        "--quiet": {"env"},
+    }
+    for common, commands in without.items():
+        found = {name for name, x in parsers.items() if common not in x._option_string_actions}
+        assert found == commands, common
 
 
 @pytest.mark.parametrize(
@@ -194,26 +187,17 @@ def test_options_of_a_mapping_take_any_key(parsers):
         (["--print-completion", "fish"], "--print-completion: expected bash or zsh, got 'fish'"),
     ],
 )
-def test_bad_arguments_get_one_line(words, message, capsys):
-    assert main(words) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith(f"featkd: {message}")
-    assert said.err.count("\n") == 1
+def test_bad_arguments_get_one_line(words, message, fails):
+    fails(words, 2, f"featkd: {message}")
 
 
 @pytest.mark.parametrize("command", ["distill", "cache"])
 def test_help_lists_every_field_of_a_recipe(parsers, command):
-    def fields_of(kind: type, prefix: str) -> Iterator[str]:
-        for name, inner in field_types(kind).items():
-            if inner is None:
-                yield f"--{prefix}{name}".replace("_", "-")
-            else:
-                yield from fields_of(inner, f"{prefix}{name}.")
-
     printed = parsers[command].format_help()
     listed = set(re.findall(r"^  (--[\w.-]+)", printed, re.MULTILINE))
-    assert set(fields_of(Recipe, "")) - listed == set()
+    fields = [f"--{name}".replace("_", "-") for name in fields_of(Recipe)]
+    sections = {name.rpartition(".")[0] for name in fields}
+    assert {*fields} - sections <= listed
     assert "--teacher.name" in listed
     assert "--teacher.help" not in printed
     assert not re.search(r"Optional\[|Literal\[|Union\[|--[\w.-]+\+|default: \)", printed)
@@ -260,33 +244,25 @@ def test_env_says_why_the_extension_is_missing(monkeypatch, tmp_path, capsys):
     assert extension.REBUILD in facts["csrc"]
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_completion_scripts_hold_commands_and_dashed_options(shell, capsys):
-    assert main(["--print-completion", shell]) == 0
-    script = capsys.readouterr().out
-    for word in (*COMMANDS, *bench.COMMANDS, "--optim.warmup-epochs", "--batch-sizes"):
-        assert word in script
-    assert "--optim.warmup_epochs" not in script
-
-
-@pytest.mark.parametrize(
-    ("words", "completed"),
-    [
-        (["featkd", "dis"], ["distill"]),
-        (["featkd", "bench", "comp"], ["compare"]),
-        (["featkd", "distill", "--optim.warmup-e"], ["--optim.warmup-epochs"]),
-    ],
-)
-def test_bash_completes(words, completed, tmp_path, capsys):
-    assert main(["--print-completion", "bash"]) == 0
-    script = tmp_path / "featkd"
-    script.write_text(capsys.readouterr().out)
-    code = f"""source {script}
-COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}
+def test_completion_scripts_hold_commands_and_dashed_options(tmp_path, capsys):
+    for shell in ("bash", "zsh"):
+        assert main(["--print-completion", shell]) == 0
+        script = capsys.readouterr().out
+        (tmp_path / shell).write_text(script)
+        for word in (*COMMANDS, *bench.COMMANDS, "--optim.warmup-epochs", "--batch-sizes"):
+            assert word in script
+        assert "--optim.warmup_epochs" not in script
+    for words, completed in (
+        ("dis", "distill"),
+        ("bench comp", "compare"),
+        ("distill --optim.warmup-e", "--optim.warmup-epochs"),
+    ):
+        code = f"""source {tmp_path / "bash"}
+COMP_WORDS=(featkd {words}); COMP_CWORD={len(words.split())}
 $(complete -p featkd | sed 's/.*-F \\([^ ]*\\).*/\\1/')
 echo "${{COMPREPLY[@]}}" """
-    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == completed, done.stderr
+        done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60)
+        assert done.stdout.split() == [completed], done.stderr
 
 
 def test_no_bars_and_no_colours_where_output_is_no_terminal(recipe_file, tmp_path, capfd):

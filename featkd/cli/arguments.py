@@ -104,10 +104,13 @@ class Parser(ArgumentParser):
 
         Raises:
             UsageError: an unknown option or a bad value; one line that names it.
+            FileNotFoundError: there is no folder for the file of `--json`.
         """
         words = [_with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
         self.check_options(words)
-        return super().parse_args(list(self._with_brackets(words)), **kwargs)
+        options = super().parse_args(list(self._with_brackets(words)), **kwargs)
+        check_folders(options, "json")
+        return options
 
     def _with_brackets(self, words: Iterable[str]) -> Iterator[str]:
         """Write numbers as a list where an option takes one: `--layers -1`, `--layers 0,-1`."""
@@ -281,7 +284,7 @@ def from_options(kind: Callable[..., Built], options: Namespace, **others: Any) 
     return kind(**given, **others)
 
 
-def check_folders(options: Namespace, names: Sequence[str] = ("json",)) -> None:
+def check_folders(options: Namespace, *names: str) -> None:
     """Raise FileNotFoundError if the folder of an output file does not exist."""
     for name in names:
         value = options.get(name)

@@ -27,34 +27,22 @@ COMMANDS = {
     "step": "time a training update and its parts: teacher, student, loss, optimizer",
     "train": "time updates and loading together; name the bottleneck of a run",
 }
-_EXAMPLES = {
+_EXAMPLES = {  # arguments
     "run": (
-        "featkd bench run --ops soft_kd --out mine.csv",
-        "featkd bench run --shapes published --dtypes fp32 bf16 --batch-sizes 32",
+        "--ops soft_kd --out mine.csv",
+        "--shapes published --dtypes fp32 bf16 --batch-sizes 32",
     ),
-    "plot": (
-        "featkd bench plot mine.csv --out mine.svg",
-        "featkd bench plot mine.csv --out mine.png --json mine.json",
-    ),
-    "table": (
-        "featkd bench table mine.csv",
-        "featkd bench table mine.csv --out page.md",
-    ),
-    "compare": (
-        "featkd bench compare stored.csv mine.csv",
-        "featkd bench compare stored.csv mine.csv --tolerance 0.1 --json changes.json",
-    ),
-    "loader": (
-        "featkd bench loader --data PHOTOGRAPHS",
-        "featkd bench loader --variants timm/plain dali/plain --workers 4",
-    ),
+    "plot": ("mine.csv --out mine.svg", "mine.csv --out mine.png --json mine.json"),
+    "table": ("mine.csv", "mine.csv --out page.md"),
+    "compare": ("stored.csv mine.csv", "stored.csv mine.csv --tolerance 0.1 --json changes.json"),
+    "loader": ("--data PHOTOGRAPHS", "--variants timm/plain dali/plain --workers 4"),
     "step": (
-        "featkd bench step --batch-size 8 --device cpu",
-        "featkd bench step cifar10_widelast --variants eager_fp32 featkd --json step.json",
+        "--batch-size 8 --device cpu",
+        "cifar10_widelast --variants eager_fp32 featkd --json step.json",
     ),
     "train": (
-        "featkd bench train --data PHOTOGRAPHS",
-        "featkd bench train cifar10_widelast --data CIFAR --loader dali --workers 4",
+        "--data PHOTOGRAPHS",
+        "cifar10_widelast --data CIFAR --loader dali --workers 4",
     ),
 }
 
@@ -76,7 +64,7 @@ def bench(words: Sequence[str]) -> int:
         near = suggestion(name, COMMANDS)
         raise UsageError(f"bench: expected one of {', '.join(COMMANDS)}; got {name!r}{near}")
     options = _parser_of(name).parse_args(words[1:])
-    check_folders(options, ("json", "out"))
+    check_folders(options, "out")
     interrupt.loading_done()
     with results_unless(options.quiet):
         return _PARTS[name][1](options)
@@ -88,10 +76,10 @@ def parsers() -> dict[str, Parser]:
 
 
 def _parser_of(name: str) -> Parser:
-    add_arguments, _ = _PARTS[name]
-    text = f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}."
-    parser = Parser(prog=f"featkd bench {name}", description=text, examples=_EXAMPLES[name])
-    add_arguments(parser)
+    prog, text = f"featkd bench {name}", f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}."
+    examples = [f"{prog} {words}" for words in _EXAMPLES[name]]
+    parser = Parser(prog=prog, description=text, examples=examples)
+    _PARTS[name][0](parser)
     add_json(parser)
     add_quiet(parser)
     return parser
@@ -99,7 +87,7 @@ def _parser_of(name: str) -> Parser:
 
 def _help() -> str:
     commands = "".join(f"  {name:8} {text}\n" for name, text in COMMANDS.items())
-    examples = "".join(f"  {_EXAMPLES[name][0]}\n" for name in ("run", "train"))
+    examples = "".join(f"  featkd bench {x} {_EXAMPLES[x][0]}\n" for x in ("run", "train"))
     return (
         "usage: featkd bench SUBCOMMAND [arguments]\n\n"
         f"subcommands:\n{commands}\n"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from featkd.runtime.names import aligned
 from featkd.runtime.suggest import suggestion
 
 if TYPE_CHECKING:
@@ -21,40 +22,31 @@ IMAGES = 1024
 
 def add_loader(parser: ArgumentParser) -> None:
     """Add the arguments of `featkd bench loader`."""
+    _add_timing(parser, 64, "time only these, for example dali/plain")
     _add_loading(parser)
-    parser.add_argument("--batch-size", type=int, default=64, help="images per batch")
-    parser.add_argument("--images", type=int, default=IMAGES, help="images per epoch, at least")
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        type=str,
-        default=[],
-        help="time only these, for example dali/plain",
-    )
+
+
+def _add_timing(parser: ArgumentParser, batch_size: int, variants: str) -> None:
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="images per batch")
+    parser.add_argument("--variants", nargs="+", type=str, default=[], help=variants)
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after a warm-up round")
 
 
 def _add_loading(parser: ArgumentParser) -> None:
     _add_data(parser, "generated images")
-    parser.add_argument(
-        "--workers", type=int, default=2, help="worker processes (0: none), or threads of DALI"
-    )
+    parser.add_argument("--images", type=int, default=IMAGES, help="images per epoch, at least")
+    text = "worker processes (0: none), or threads of DALI"
+    parser.add_argument("--workers", type=int, default=2, help=text)
 
 
 def _add_data(parser: ArgumentParser, otherwise: str) -> None:
-    parser.add_argument(
-        "--data",
-        type=str,
-        default=None,
-        metavar="DIR",
-        help="folder with class folders of photographs, or with such a folder 'train' "
-        f"(default: {otherwise})",
-    )
+    text = "folder with class folders of photographs, or with such a folder 'train'"
+    parser.add_argument("--data", metavar="DIR", help=f"{text} (default: {otherwise})")
 
 
 def loader(options: Namespace) -> int:
     """Run `featkd bench loader` and return the exit code."""
-    from featkd.benchmarks import loader, table, throughput
+    from featkd.benchmarks import loader, throughput
     from featkd.benchmarks.photographs import photographs
     from featkd.data import DataConfig
 
@@ -69,22 +61,22 @@ def loader(options: Namespace) -> int:
         stages += loader.measure_overhead(photos, batch_size=batch_size, rounds=rounds)
     for variant, why in refused.items():
         print(f"{variant} is left out: {why}")
-    known = {rate.variant: rate for rate in rates}
+    known, everything = {rate.variant: rate for rate in rates}, [*rates, *stages]
     lines = []
-    for rate in [*rates, *stages]:
+    for rate in everything:
         beside = known.get(f"timm/{rate.variant.split('/')[-1]}") if rate in rates else None
         ratio = "" if beside is None else f"{_ratio(beside, rate):.2f}"
         lines.append((f"{rate.name} {rate.variant}", f"{rate.images_per_s:.1f}", ratio))
-    print(table.aligned(("", "images/s", "speedup over timm"), lines, numbers=True))
+    print(aligned(("", "images/s", "speedup over timm"), lines, numbers=True))
     bottlenecks = {}
     for form in loader.FORMS:
         if f"timm/{form}" in known:
-            name, shares = loader.busiest([*rates, *stages], form, options.workers)
+            name, shares = loader.busiest(everything, form, options.workers)
             bottlenecks[f"timm/{form}"] = name
             listed = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
             print(f"timm/{form}: a worker spends {listed}; the bottleneck is {name}")
     meta = {"images": about, "refused": refused, "bottleneck": bottlenecks}
-    _write_json(options, "cpu", meta, throughput.figures([*rates, *stages]))
+    _write_json(options, "cpu", meta, throughput.figures(everything))
     return 0
 
 
@@ -136,59 +128,47 @@ def add_step(parser: ArgumentParser) -> None:
 
 
 def _add_updates(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "recipe",
-        type=str,
-        nargs="?",
-        default="widelast_imagenet_softkd_mse",
-        metavar="RECIPE",
-        help="recipe file or name; its teacher gets random weights",
-    )
-    parser.add_argument("--batch-size", type=int, default=8, help="images per batch")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        type=str,
-        default=[],
-        help="time only these, for example eager_fp32 featkd cached; docs/benchmarks.md lists them "
+    text = "recipe file or name; its teacher gets random weights"
+    default = "widelast_imagenet_softkd_mse"
+    parser.add_argument("recipe", nargs="?", default=default, metavar="RECIPE", help=text)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    _add_timing(
+        parser,
+        8,
+        "time only these, for example eager_fp32 featkd cached; docs/benchmarks.md lists them "
         "(default: all except featkd_bf16; train also leaves out cached)",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after a warm-up round")
 
 
 def add_train(parser: ArgumentParser) -> None:
     """Add the arguments of `featkd bench train`."""
     _add_updates(parser)
     _add_loading(parser)
-    parser.add_argument("--loader", type=str, default="timm", help="loader: timm, dali or auto")
-    parser.add_argument("--images", type=int, default=IMAGES, help="images per epoch, at least")
+    parser.add_argument("--loader", default="timm", help="loader: timm, dali or auto")
     parser.add_argument("--updates", type=int, default=4, help="updates per round")
 
 
 def step(options: Namespace) -> int:
     """Run `featkd bench step` and return the exit code."""
+    from featkd.runtime import distributed
+
     _check_counts(options, "batch_size", "rounds")
-    return _updates(options, None)
+    with distributed.joined(options.device) as context:
+        return _updates(context, options, None)
 
 
 def train(options: Namespace) -> int:
     """Run `featkd bench train` and return the exit code."""
-    _check_counts(options, "batch_size", "rounds", "images", "updates")
-    return _updates(options, options.loader)
-
-
-def _updates(options: Namespace, backend: Any) -> int:
-    """Time the update and its parts; with a loader's name, also loading and both together."""
     from featkd.runtime import distributed
 
+    _check_counts(options, "batch_size", "rounds", "images", "updates")
     with distributed.joined(options.device) as context:
-        return _updates_on(context, options, backend)
+        return _updates(context, options, options.loader)
 
 
-def _updates_on(context: ProcessContext, options: Namespace, backend: Any) -> int:
-    """Time the update and its parts in this process of a run."""
-    from featkd.benchmarks import step, table, throughput, train_step
+def _updates(context: ProcessContext, options: Namespace, backend: Any) -> int:
+    """Time the update and its parts; with a loader's name, also loading and both together."""
+    from featkd.benchmarks import step, throughput, train_step
     from featkd.benchmarks.photographs import photographs
     from featkd.train.recipe_file import find_recipe, load_recipe
 
@@ -202,8 +182,8 @@ def _updates_on(context: ProcessContext, options: Namespace, backend: Any) -> in
         names = [name for name in known if name not in optional]
     variants = {name: known[name] for name in names}
     together = None
-    wanted = options.batch_size if backend is None else options.images
-    with photographs(options.data, recipe.data, max(wanted, options.batch_size)) as photos:
+    count = options.batch_size if backend is None else max(options.images, options.batch_size)
+    with photographs(options.data, recipe.data, count) as photos:
         data = replace(photos.data, workers=0)
         if backend is not None:
             data = replace(data, workers=options.workers, backend=backend)
@@ -218,17 +198,12 @@ def _updates_on(context: ProcessContext, options: Namespace, backend: Any) -> in
             together = train_step.measure(
                 recipe, context, variants, updates=options.updates, rounds=options.rounds
             )
-        meta: dict[str, object] = {
-            "images": images,
-            "ways": {name: way.about for name, way in variants.items()},
-        }
-    found = list(rates)
+    found, waiting = list(rates), dict.fromkeys(names, 0.0)
     shares = {name: step.shares(rates, name) for name in names}
-    waiting = dict.fromkeys(names, 0.0)
     if together is not None:
         found += [together.loader, *together.train.values()]
         waiting = together.waiting
-    print(table.aligned(*_beside(found, shares), numbers=True))
+    print(aligned(*_beside(found, shares), numbers=True))
     bottlenecks = {name: train_step.bottleneck(waiting[name], shares[name]) for name in names}
     for name in names:
         waits = f" (waiting for the loader: {waiting[name]:.1%})" if together else ""
@@ -246,7 +221,9 @@ def _updates_on(context: ProcessContext, options: Namespace, backend: Any) -> in
     ]
     if together is not None:
         figures += [("train", n, "waiting_share", "ratio", x) for n, x in waiting.items()]
-    _write_json(options, context.device.type, {**meta, "bottleneck": bottlenecks}, figures)
+    ways = {name: way.about for name, way in variants.items()}
+    meta = {"images": images, "ways": ways, "bottleneck": bottlenecks}
+    _write_json(options, context.device.type, meta, figures)
     return 0
 
 

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from featkd.cli.arguments import Parser, add_json, add_quiet, check_folders, from_options
+from featkd.cli.arguments import Parser, add_json, add_quiet, from_options
 from featkd.cli.output import results_unless, warn
 from featkd.diagnostics import DiagnoseConfig, Settings
 from featkd.diagnostics import diagnose as run_diagnose
@@ -26,7 +26,6 @@ def diagnose(words: Sequence[str]) -> int:
     """Runs `featkd diagnose` with the arguments of a command line; returns the exit code."""
     args = parser().parse_args(words)
     interrupt.loading_done()
-    check_folders(args)
     settings = from_options(Settings, args)
     config = from_options(DiagnoseConfig, args, settings=settings, command=_command(words))
     is_main = os.environ.get("RANK", "0") == "0"

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from featkd.cli.arguments import Parser, add_json, check_folders
+from featkd.cli.arguments import Parser, add_json
 from featkd.cli.output import write_json
 
 # environment variables that change what featkd does
@@ -16,7 +16,6 @@ _SETTINGS = re.compile("FEATKD_|OMP_|CUDA_VISIBLE_DEVICES$|TORCHINDUCTOR_|TRITON
 def env(words: Sequence[str]) -> int:
     """Run `featkd env` and return the exit code."""
     options = parser().parse_args(words)
-    check_folders(options)
     facts = environment_facts()
     width = max(map(len, facts))
     for name, value in facts.items():

@@ -7,15 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featkd.cli.arguments import (
-    Parser,
-    UsageError,
-    add_json,
-    add_quiet,
-    add_words,
-    check_folders,
-    from_options,
-)
+from featkd.cli.arguments import Parser, UsageError, add_json, add_quiet, add_words, from_options
 from featkd.cli.model_arguments import (
     LoadedModel,
     ModelOptions,
@@ -42,7 +34,6 @@ _SCORES = ("head", "knn", "probe")  # of featkd.evaluation.scoring, which loads 
 def evaluate(words: Sequence[str]) -> int:
     """Run `featkd evaluate` with the arguments of a command line; return the exit code."""
     args = parser().parse_args(words)
-    check_folders(args)
     options = from_options(ModelOptions, args)
     check_count("k", args.k)
     if unknown := [score for score in args.scores if score not in _SCORES]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from featkd.cli.arguments import Parser, add_json, add_quiet, check_folders, from_options
+from featkd.cli.arguments import Parser, add_json, add_quiet, from_options
 from featkd.cli.output import results_unless, warn, write_json
 from featkd.models.export import Form
 from featkd.runtime import interrupt
@@ -20,7 +20,6 @@ on images; nothing is written if they differ."""
 def export(words: Sequence[str]) -> int:
     """Run `featkd export CHECKPOINT --to FORM --out DIR`; return the exit code."""
     args = parser().parse_args(words)
-    check_folders(args)
     interrupt.loading_done()
     found = from_options(export_checkpoint, args, path=args.checkpoint, form=args.to)
     for note in found.notes:

@@ -83,7 +83,7 @@ def predict(words: Sequence[str]) -> int:
 def _check(args: Namespace, names: Sequence[str]) -> None:
     """Raise an error if an option can't be used."""
     check_count("top", args.top)
-    check_folders(args, ("out", "features"))
+    check_folders(args, "out", "features")
     if len(names) > 1:
         raise UsageError(f"expected one model, got {listed(names)}")
     if args.features is not None and not args.features.endswith(_SUFFIXES):

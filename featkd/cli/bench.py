@@ -101,18 +101,15 @@ def _add_run(parser: ArgumentParser) -> None:
     from featkd.benchmarks.problem import DIRECTIONS, DTYPES
 
     add_words(parser, "ops", tuple(cases.OPS), tuple(cases.OPS))
-    parser.add_argument(
-        "--shapes", type=str, default="small", help=f"set of shapes: {', '.join(sizes.SETS)} or all"
-    )
-    parser.add_argument(
-        "--batch-sizes", nargs="+", type=int, default=[], help="only shapes with these batch sizes"
-    )
+    text = f"set of shapes: {', '.join(sizes.SETS)} or all"
+    parser.add_argument("--shapes", default="small", help=text)
+    text = "only shapes with these batch sizes"
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[], help=text)
     add_words(parser, "dtypes", tuple(DTYPES), ("fp32",))
     add_words(parser, "directions", DIRECTIONS, ("forward", "both"))
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--min-seconds", type=float, default=1.0, help="time spent on each variant of each case"
-    )
+    text = "time spent on each variant of each case"
+    parser.add_argument("--min-seconds", type=float, default=1.0, help=text)
     parser.add_argument("--out", metavar="FILE.csv", help="results file to append to")
 
 

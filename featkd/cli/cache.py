@@ -83,12 +83,13 @@ def _verify(folder: Path) -> int:
     from featkd.cache.manifest import read_manifest
 
     manifest = read_manifest(folder)
-    found = list(verify_cache(folder))
-    damaged = list(filter(None, found))
-    for damage in damaged:
-        warn(damage)
+    shards, damaged = 0, 0
+    for shards, damage in enumerate(verify_cache(folder), 1):
+        if damage is not None:
+            damaged += 1
+            warn(damage)
     if damaged:
-        warn(f"{folder}: {len(damaged)} of {len(found)} shards are damaged or missing")
+        warn(f"{folder}: {damaged} of {shards} shards are damaged or missing")
         return 1
     print(f"{folder}: {_described(manifest)}, all whole")
     return 0
@@ -103,8 +104,8 @@ def parser() -> Parser:
             "featkd cache widelast_imagenet_softkd_mse --data /data/imagenet --out CACHE --views 4",
             "featkd cache --verify CACHE",
         ),
-        other_usages=("featkd cache --verify DIR",),
-        out=("CACHE", "folder of the cache on this machine"),
+        usage="featkd cache --verify DIR",
+        out=("CACHE", "folder of the cache on this machine (default: none)"),
     )
     text = "check every byte of the cache in DIR instead; takes no other argument"
     parser.add_argument("--verify", metavar="DIR", help=text)

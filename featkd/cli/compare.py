@@ -36,7 +36,7 @@ def parser() -> Parser:
             "featkd compare cifar10_widelast --data CIFAR --out runs/lift --arms plain,lift "
             "--seeds 5",
         ),
-        out=("DIR", "folder of the runs and the report"),
+        out=("DIR", "folder of the runs and the report (default: none)"),
     )
     parser.add_argument(
         "--arms",

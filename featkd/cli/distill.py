@@ -68,10 +68,8 @@ def _summary(outcome: Outcome) -> str:
         facts.append(
             f"best {describe(best)} (best.pt: {best['weights']} weights, epoch {best['epoch']})"
         )
-    if math.isnan(outcome.images_per_s):
-        facts.append("nothing was left to train")
-    else:
-        facts.append(f"{outcome.images_per_s:.1f} images/s")
+    speed = outcome.images_per_s
+    facts.append("nothing was left to train" if math.isnan(speed) else f"{speed:.1f} images/s")
     if outcome.bad_files:
         facts.append(f"{plural(len(outcome.bad_files), 'unreadable image')} left out")
     return ", ".join(facts)

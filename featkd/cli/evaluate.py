@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Score models on DIR/val: top-1 and top-5 of the classifier, kNN and a linear probe of the frozen
 features (from the images in DIR/train). Under torchrun the processes share the images."""
+_DATA = (  # fields in the JSON file
+    *("train_split", "val_split", "val_fraction", "img_size", "mean", "std", "crop_pct"),
+    "interpolation",
+)
 _SCORES = ("head", "knn", "probe")  # of featkd.evaluation.scoring, which loads torch
 
 
@@ -51,7 +55,9 @@ def evaluate(words: Sequence[str]) -> int:
         for name in options.names:
             loaded = load_model(name, options, context.device.type)
             found = _score(loaded, options, args, context)
-            rows.append(_row(name, loaded, found))
+            data = {key: getattr(loaded.data, key) for key in _DATA}
+            about = {"name": name, "weights": loaded.weights, "amp": loaded.amp, "data": data}
+            rows.append({**about, **vars(found)})
             for note in found.notes if context.is_main else ():
                 warn(f"{name}: {note}")
             if found.left_out and context.is_main:
@@ -59,8 +65,8 @@ def evaluate(words: Sequence[str]) -> int:
                 warn(f"{name}: {count} left out: {listed([*found.left_out], 3)}")
     if not context.is_main:
         return 0
-    about = {"data": args.data, "limit": args.images}
-    content = {**about, "models": rows, "versions": environment.versions()}
+    images = {"data": args.data, "limit": args.images}
+    content = {**images, "models": rows, "versions": environment.versions()}
     write_json(args.json, content, indent=None)
     with results_unless(args.quiet):
         print(_table(rows))
@@ -115,17 +121,6 @@ def _with_splits(data: DataConfig, args: Namespace) -> tuple[DataConfig, list[An
     if "head" not in args.scores:
         raise FileNotFoundError(f"--scores: {' and '.join(args.scores)}: {note}")
     return data, ["head"], f"{' and '.join(left_out)} left out: {note}"
-
-
-def _row(name: str, loaded: LoadedModel, found: ModelScores) -> dict[str, Any]:
-    keys = ("train_split", "val_split", "val_fraction", "img_size", "mean", "std", "crop_pct")
-    return {
-        "name": name,
-        "weights": loaded.weights,
-        "amp": loaded.amp,
-        "data": {key: getattr(loaded.data, key) for key in (*keys, "interpolation")},
-        **vars(found),
-    }
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -34,7 +34,14 @@ def predict(words: Sequence[str]) -> int:
     """Run `featkd predict` with the arguments of a command line; return the exit code."""
     args = parser().parse_args(words)
     options = from_options(ModelOptions, args)
-    _check(args, options.names)
+    check_count("top", args.top)
+    check_folders(args, "out", "features")
+    if len(options.names) > 1:
+        raise UsageError(f"expected one model, got {listed(options.names)}")
+    if args.features is not None and not args.features.endswith(_SUFFIXES):
+        raise UsageError(
+            f"--features: expected a file ending in {' or '.join(_SUFFIXES)}, got {args.features}"
+        )
     from featkd.data.factory import build_evaluation_loader
     from featkd.evaluation import extract_features
     from featkd.runtime import distributed, interrupt
@@ -78,18 +85,6 @@ def predict(words: Sequence[str]) -> int:
         with results_unless(args.quiet):
             print(f"{args.out}: {plural(len(found), 'image')}")
     return 0
-
-
-def _check(args: Namespace, names: Sequence[str]) -> None:
-    """Raise an error if an option can't be used."""
-    check_count("top", args.top)
-    check_folders(args, "out", "features")
-    if len(names) > 1:
-        raise UsageError(f"expected one model, got {listed(names)}")
-    if args.features is not None and not args.features.endswith(_SUFFIXES):
-        raise UsageError(
-            f"--features: expected a file ending in {' or '.join(_SUFFIXES)}, got {args.features}"
-        )
 
 
 def _write(args: Namespace, found: ImageOutputs, loader: Loader, model: FeatureModel) -> None:

@@ -18,11 +18,7 @@ _CONFIG = "--recipe_file"  # internal; a user names the recipe as the first argu
 
 
 def recipe_parser(
-    command: str,
-    purpose: str,
-    examples: Sequence[str],
-    other_usages: Sequence[str] = (),
-    out: tuple[str, str] | None = None,
+    command: str, purpose: str, examples: Sequence[str], usage: str = "", **texts: tuple[str, str]
 ) -> Parser:
     """Return the parser of a command with an option for every field of a recipe.
 
@@ -30,24 +26,22 @@ def recipe_parser(
         command: name of the command.
         purpose: sentence that the description begins with.
         examples: see `Parser`.
-        other_usages: further lines of the usage.
-        out: metavar and help of `--out`, if it is not the folder of a run.
+        usage: further line of the usage.
+        **texts: metavars and help texts of options, in place of those of the recipe's fields.
     """
+    first = f"featkd {command} RECIPE [--option value ...]"
     parser = Parser(
         prog=f"featkd {command}",
-        usage="\n       ".join((f"featkd {command} RECIPE [--option value ...]", *other_usages)),
+        usage="\n       ".join(filter(None, (first, usage))),
         description=f"{purpose} RECIPE is a YAML file or the name of a recipe that ships with "
         f"featkd: {', '.join(shipped_recipes())}. An option overrides a field of the recipe.",
         examples=examples,
     )
     parser.add_argument(_CONFIG, action="config", help=argparse.SUPPRESS)
     parser.add_class_arguments(Recipe)
-    texts = {
-        "data": ("DIR", "short for --data.path"),
-        "teacher": ("null", "train the student alone"),
-        "loss.pooled": ("null", "compare no pooled features"),
-        **({} if out is None else {"out": (out[0], f"{out[1]} (default: none)")}),
-    }
+    texts["data"] = "DIR", "short for --data.path"
+    texts["teacher"] = "null", "train the student alone"
+    texts["loss.pooled"] = "null", "compare no pooled features"
     for action in parser._actions:
         if action.dest in texts:
             action.metavar, action.help = texts[action.dest]

@@ -150,10 +150,8 @@ def _mismatch(plain: ArmResult, teacher: TeacherMap | None) -> tuple[str, bool |
         return "The mismatch could not be measured", None
     width, channels = round(plain.map.width), round(teacher.figures.channels)
     if width >= channels:
-        return (
-            f"No mismatch here: the student's {width} channels are no fewer than the teacher's",
-            False,
-        )
+        share = f"the student's {width} channels are no fewer than the teacher's"
+        return f"No mismatch here: {share}", False
     reach = teacher.reach_of(width)
     share = (
         f"one linear projector for all images, from the student's {width} channels, reaches "

@@ -143,17 +143,14 @@ def _case(name: str, about: str, found: Comparison) -> dict[str, Any]:
     return {
         "name": name,
         "about": about,
-        "sentence": found.analysis.finding,
+        "found": found,
         "finding": Markup(_finding_plot(arms, found.teacher)),
         "files": {kind: f"figures/{prefix}{kind}.svg" for kind in ("finding", "curves")},
-        "conclusions": found.analysis.conclusions,
         "rows": result_rows(arms),
         "map_rows": map_rows(found),
-        "images": None if found.teacher is None else found.teacher.images,
         "weights": "their average" if weights == "ema" else "the weights",
         "curves": Markup(_curves_plot(curves)),
         "arms": {arm.name: ARMS[arm.name].about for arm in arms},
-        "notes": found.notes,
         "recipe": to_yaml(found.recipe),
     }
 

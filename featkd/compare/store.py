@@ -16,7 +16,6 @@ from featkd.train.checkpoint import CheckpointError
 from featkd.train.recipe import Recipe, RecipeError, to_dict
 from featkd.train.recipe_changes import changed_fields
 
-NAME = "results.json"
 _FORMAT = 1
 
 
@@ -40,14 +39,13 @@ class Store:
     """
 
     def __init__(self, out: Path, recipe: Recipe) -> None:
-        self._path, self._out, self._recipe = out / NAME, out, recipe
+        self._path, self._recipe = out / "results.json", recipe
         self.runs: dict[tuple[str, int], RunResult] = {}
         self.width: int | None = None
         self.teacher: str | None = None
         self.teacher_map: TeacherMap | str | None = None
         if not self._path.exists():
-            others = sorted(x.name for x in out.iterdir() if not x.name.startswith("."))
-            if others:
+            if others := sorted(x.name for x in out.iterdir() if not x.name.startswith(".")):
                 raise CheckpointError(
                     f"out: {out} holds {listed(others, 5)}; expected a comparison or an empty "
                     "folder"

@@ -109,10 +109,7 @@ def score_model(
         found.classes = loader.classes
         total = len(loader.sampler)
         hidden = True if quiet or not context.is_main else None  # None: on terminals only
-        with (
-            closing(loader),
-            tqdm(total=total, desc=task, unit=" images", disable=hidden) as bar,
-        ):
+        with closing(loader), tqdm(total=total, desc=task, unit=" images", disable=hidden) as bar:
             features = extract_features(
                 model, loader, context, autocast=autocast, progress=bar.update
             )

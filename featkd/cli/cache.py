@@ -84,7 +84,8 @@ def _verify(folder: Path) -> int:
 
     manifest = read_manifest(folder)
     shards, damaged = 0, 0
-    for shards, damage in enumerate(verify_cache(folder), 1):
+    for damage in verify_cache(folder):
+        shards += 1
         if damage is not None:
             damaged += 1
             warn(damage)

@@ -44,8 +44,7 @@ def environment_facts() -> dict[str, str]:
         name = torch.cuda.get_device_name(number)
         facts[f"cuda:{number}"] = f"{name}, compute capability {major}.{minor}"
     facts["cuda of torch"] = torch.version.cuda or "none"
-    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-    facts["cudnn"] = str(cudnn or "none")
+    facts["cudnn"] = str(torch.backends.cudnn.version() or "none")  # type: ignore[no-untyped-call]
     facts["backend"] = backends.wanted_backend()
     found = metadata.distributions()
     dali = (x.version for x in found if (x.name or "").startswith("nvidia-dali"))

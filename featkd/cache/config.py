@@ -23,9 +23,10 @@ class CacheConfig:
 
     Args:
         views: number of epochs of the recipe to store the samples of.
-        logits_top: store the largest log-probabilities of each image, so many, in fp16, and the
-            sum of the rest; all: the whole logits in the teacher's dtype (default: all if feature
-            maps are stored, otherwise 10, or all if there are fewer classes).
+        logits_top: number of classes whose log-probabilities are stored in fp16, the largest ones
+            of each image, with the sum of the rest; all: the whole logits in the teacher's dtype
+            (default: all if feature maps are stored, otherwise 10, or all if there are fewer
+            classes).
         features: maps of the teacher's layers in loss.pairs: full maps, the leading singular
             directions of each image's map (lowrank), or none; pooled features are stored whole if
             the loss compares them (default: full if the loss compares maps, otherwise none).

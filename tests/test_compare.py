@@ -227,8 +227,7 @@ sys.exit(main())
 
 def stored(out: Path | str) -> dict[str, Any]:
     """The content of results.json."""
-    found: dict[str, Any] = json.loads((Path(out) / "results.json").read_text())
-    return found
+    return json.loads((Path(out) / "results.json").read_text())
 
 
 def table(out: Path) -> dict[str, Any]:

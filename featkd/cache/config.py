@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from featkd.cache.rows import LayerShape, Layout
-from featkd.runtime.checks import check_shares
+from featkd.runtime.checks import check_choice, check_shares
 
 DEFAULT_TOP = 10  # classes whose log-probabilities are stored if no maps are
 DEFAULT_ENERGY = 0.99
@@ -52,10 +52,8 @@ class CacheConfig:
         for name in ("views", "shard_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
-        if self.features is not None and self.features not in get_args(Features):
-            raise ValueError(
-                f"features: expected one of {', '.join(get_args(Features))}; got {self.features!r}"
-            )
+        if self.features is not None:
+            check_choice("features", self.features, get_args(Features))
         if self.energy is not None:
             check_shares("energy", (self.energy,))
             if self.rank is not None:
@@ -83,10 +81,9 @@ class CacheConfig:
                 f"store: expected {' or '.join(allowed) or 'nothing'} for features: {features}; "
                 f"got {self.store!r}"
             )
-        energy = self.energy
-        if features == "lowrank" and self.rank is None and energy is None:
-            energy = DEFAULT_ENERGY
-        store = self.store if self.store or not allowed else _DEFAULT_STORE
+        default = DEFAULT_ENERGY if features == "lowrank" and self.rank is None else None
+        energy = default if self.energy is None else self.energy
+        store = self.store or (_DEFAULT_STORE if allowed else None)
         return replace(self, features=features, energy=energy, store=store)
 
     def layout(self, classes: int, logits_dtype: str, layers: tuple[LayerShape, ...]) -> Layout:
@@ -114,12 +111,13 @@ class CacheConfig:
                     f"rank: expected 1 to {most}, the lesser of the {shape.tokens} tokens and "
                     f"{shape.channels} channels of layer {shape.layer}; got {self.rank}"
                 )
-        options: Any = {"features": self.features, "energy": self.energy, "rank": self.rank}
         return Layout(
             classes=classes,
             logits_dtype=logits_dtype,
             logits_top=None if top in ("all", classes) else int(top),
+            features=str(self.features),
+            energy=self.energy,
+            rank=self.rank,
             store=self.store,
             layers=layers,
-            **options,
         )

@@ -25,7 +25,6 @@ COMMANDS = {
     "compare": "compare two results files; fail if featkd became slower, larger, or fell back",
     "loader": "time featkd's loaders, torchvision's, and the stages of loading",
     "step": "time a training update and its parts: teacher, student, loss, optimizer",
-    "train": "time updates and loading together; name the bottleneck of a run",
 }
 _EXAMPLES = {  # arguments
     "run": (
@@ -39,10 +38,6 @@ _EXAMPLES = {  # arguments
     "step": (
         "--batch-size 8 --device cpu",
         "cifar10_widelast --variants eager_fp32 featkd --json step.json",
-    ),
-    "train": (
-        "--data PHOTOGRAPHS",
-        "cifar10_widelast --data CIFAR --loader dali --workers 4",
     ),
 }
 
@@ -87,7 +82,7 @@ def _parser_of(name: str) -> Parser:
 
 def _help() -> str:
     commands = "".join(f"  {name:8} {text}\n" for name, text in COMMANDS.items())
-    examples = "".join(f"  featkd bench {x} {_EXAMPLES[x][0]}\n" for x in ("run", "train"))
+    examples = "".join(f"  featkd bench {x} {_EXAMPLES[x][0]}\n" for x in ("run", "step"))
     return (
         "usage: featkd bench SUBCOMMAND [arguments]\n\n"
         f"subcommands:\n{commands}\n"
@@ -242,5 +237,4 @@ _PARTS: dict[str, tuple[Callable[[ArgumentParser], None], Callable[[Namespace], 
     "compare": (_add_compare, _compare),
     "loader": (bench_pipeline.add_loader, bench_pipeline.loader),
     "step": (bench_pipeline.add_step, bench_pipeline.step),
-    "train": (bench_pipeline.add_train, bench_pipeline.train),
 }

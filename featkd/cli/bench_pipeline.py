@@ -1,11 +1,11 @@
-"""`featkd bench loader`, `step` and `train`: arguments, printed tables, JSON."""
+"""`featkd bench loader` and `step`: arguments, printed tables, JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -16,32 +16,21 @@ if TYPE_CHECKING:
     from featkd.benchmarks.throughput import Rate
     from featkd.runtime.distributed import ProcessContext
 
-IMAGES = 1024
-"""Images per epoch of the loaders."""
-
 
 def add_loader(parser: ArgumentParser) -> None:
     """Add the arguments of `featkd bench loader`."""
-    _add_timing(parser, 64, "time only these, for example dali/plain")
-    _add_loading(parser)
+    _add_timing(parser, 64, "generated images", "time only these, for example dali/plain")
+    text = "worker processes (0: none), or threads of DALI"
+    parser.add_argument("--workers", type=int, default=2, help=text)
+    parser.add_argument("--images", type=int, default=1024, help="images per epoch, at least")
 
 
-def _add_timing(parser: ArgumentParser, batch_size: int, variants: str) -> None:
+def _add_timing(parser: ArgumentParser, batch_size: int, images: str, variants: str) -> None:
+    text = "folder with class folders of photographs, or with such a folder 'train'"
+    parser.add_argument("--data", metavar="DIR", help=f"{text} (default: {images})")
     parser.add_argument("--batch-size", type=int, default=batch_size, help="images per batch")
     parser.add_argument("--variants", nargs="+", type=str, default=[], help=variants)
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after a warm-up round")
-
-
-def _add_loading(parser: ArgumentParser) -> None:
-    _add_data(parser, "generated images")
-    parser.add_argument("--images", type=int, default=IMAGES, help="images per epoch, at least")
-    text = "worker processes (0: none), or threads of DALI"
-    parser.add_argument("--workers", type=int, default=2, help=text)
-
-
-def _add_data(parser: ArgumentParser, otherwise: str) -> None:
-    text = "folder with class folders of photographs, or with such a folder 'train'"
-    parser.add_argument("--data", metavar="DIR", help=f"{text} (default: {otherwise})")
 
 
 def loader(options: Namespace) -> int:
@@ -55,28 +44,21 @@ def loader(options: Namespace) -> int:
     data = DataConfig(workers=options.workers)
     with photographs(options.data, data, max(options.images, options.batch_size)) as photos:
         print(f"{photos.about}; {options.workers} workers or threads, batch {options.batch_size}")
-        batch_size, rounds, about = options.batch_size, options.rounds, photos.about
+        batch_size, rounds = options.batch_size, options.rounds
         rates, refused = loader.measure(photos, variants, batch_size=batch_size, rounds=rounds)
         stages = loader.measure_stages(photos, images=min(options.images, 128), rounds=rounds)
         stages += loader.measure_overhead(photos, batch_size=batch_size, rounds=rounds)
     for variant, why in refused.items():
         print(f"{variant} is left out: {why}")
-    known, everything = {rate.variant: rate for rate in rates}, [*rates, *stages]
+    known = {rate.variant: rate for rate in rates}
     lines = []
-    for rate in everything:
+    for rate in [*rates, *stages]:
         beside = known.get(f"timm/{rate.variant.split('/')[-1]}") if rate in rates else None
         ratio = "" if beside is None else f"{_ratio(beside, rate):.2f}"
         lines.append((f"{rate.name} {rate.variant}", f"{rate.images_per_s:.1f}", ratio))
     print(aligned(("", "images/s", "speedup over timm"), lines, numbers=True))
-    bottlenecks = {}
-    for form in loader.FORMS:
-        if f"timm/{form}" in known:
-            name, shares = loader.busiest(everything, form, options.workers)
-            bottlenecks[f"timm/{form}"] = name
-            listed = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
-            print(f"timm/{form}: a worker spends {listed}; the bottleneck is {name}")
-    meta = {"images": about, "refused": refused, "bottleneck": bottlenecks}
-    _write_json(options, "cpu", meta, throughput.figures(everything))
+    figures = throughput.figures([*rates, *stages])
+    _write_json(options, "cpu", {"images": photos.about, "refused": refused}, figures)
     return 0
 
 
@@ -123,29 +105,12 @@ def _write_json(
 
 def add_step(parser: ArgumentParser) -> None:
     """Add the arguments of `featkd bench step`."""
-    _add_updates(parser)
-    _add_data(parser, "normal noise")
-
-
-def _add_updates(parser: ArgumentParser) -> None:
     text = "recipe file or name; its teacher gets random weights"
     default = "widelast_imagenet_softkd_mse"
     parser.add_argument("recipe", nargs="?", default=default, metavar="RECIPE", help=text)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    _add_timing(
-        parser,
-        8,
-        "time only these, for example eager_fp32 featkd cached; docs/benchmarks.md lists them "
-        "(default: all except featkd_bf16; train also leaves out cached)",
-    )
-
-
-def add_train(parser: ArgumentParser) -> None:
-    """Add the arguments of `featkd bench train`."""
-    _add_updates(parser)
-    _add_loading(parser)
-    parser.add_argument("--loader", default="timm", help="loader: timm, dali or auto")
-    parser.add_argument("--updates", type=int, default=4, help="updates per round")
+    text = "time only these, for example eager_fp32 featkd cached; docs/benchmarks.md lists them "
+    _add_timing(parser, 8, "normal noise", f"{text}(default: all except featkd_bf16)")
 
 
 def step(options: Namespace) -> int:
@@ -154,61 +119,36 @@ def step(options: Namespace) -> int:
 
     _check_counts(options, "batch_size", "rounds")
     with distributed.joined(options.device) as context:
-        return _updates(context, options, None)
+        return _step_on(context, options)
 
 
-def train(options: Namespace) -> int:
-    """Run `featkd bench train` and return the exit code."""
-    from featkd.runtime import distributed
-
-    _check_counts(options, "batch_size", "rounds", "images", "updates")
-    with distributed.joined(options.device) as context:
-        return _updates(context, options, options.loader)
-
-
-def _updates(context: ProcessContext, options: Namespace, backend: Any) -> int:
-    """Time the update and its parts; with a loader's name, also loading and both together."""
-    from featkd.benchmarks import step, throughput, train_step
+def _step_on(context: ProcessContext, options: Namespace) -> int:
+    """Time the update and its parts in this process of a run."""
+    from featkd.benchmarks import step, throughput
     from featkd.benchmarks.photographs import photographs
     from featkd.train.recipe_file import find_recipe, load_recipe
 
     recipe = load_recipe(find_recipe(options.recipe))
     known = step.ways(context.device)
     names = options.variants and _chosen("variants", options.variants, tuple(known))
-    if not names:  # slow bf16 and filling a cache take many minutes
-        optional = {"featkd_bf16"}
-        if backend is not None or recipe.teacher is None:
-            optional.add(step.CACHED)
+    if not names:  # slow bf16 takes many minutes
+        optional = {"featkd_bf16", *((step.CACHED,) if recipe.teacher is None else ())}
         names = [name for name in known if name not in optional]
     variants = {name: known[name] for name in names}
-    together = None
-    count = options.batch_size if backend is None else max(options.images, options.batch_size)
-    with photographs(options.data, recipe.data, count) as photos:
+    with photographs(options.data, recipe.data, options.batch_size) as photos:
         data = replace(photos.data, workers=0)
-        if backend is not None:
-            data = replace(data, workers=options.workers, backend=backend)
         recipe = replace(recipe, data=data, batch_size=options.batch_size)
-        noise = options.data is None
-        images = "normal noise" if noise and backend is None else photos.about
+        images = "normal noise" if options.data is None else photos.about
         print(f"{options.recipe}, batch {options.batch_size} on {context.device}, images: {images}")
         print("\n".join(f"  {name}: {way.about}" for name, way in variants.items()), flush=True)
-        batch_of = step.random_batch if noise else step.first_batch
+        batch_of = step.random_batch if options.data is None else step.first_batch
         rates = step.measure(recipe, context, variants, options.rounds, batch_of)
-        if backend is not None:
-            together = train_step.measure(
-                recipe, context, variants, updates=options.updates, rounds=options.rounds
-            )
-    found, waiting = list(rates), dict.fromkeys(names, 0.0)
     shares = {name: step.shares(rates, name) for name in names}
-    if together is not None:
-        found += [together.loader, *together.train.values()]
-        waiting = together.waiting
-    print(aligned(*_beside(found, shares), numbers=True))
-    bottlenecks = {name: train_step.bottleneck(waiting[name], shares[name]) for name in names}
-    for name in names:
-        waits = f" (waiting for the loader: {waiting[name]:.1%})" if together else ""
-        print(f"{name}: the bottleneck is the {bottlenecks[name]}{waits}")
-    figures = throughput.figures(found)
+    print(aligned(*_beside(rates, shares), numbers=True))
+    bottlenecks = {name: max(parts, key=lambda part: parts[part]) for name, parts in shares.items()}
+    for name, part in bottlenecks.items():
+        print(f"{name}: the bottleneck is the {part}")
+    figures = throughput.figures(rates)
     figures += [
         (part, name, "share_of_step", "ratio", share)
         for name, parts in shares.items()
@@ -216,14 +156,11 @@ def _updates(context: ProcessContext, options: Namespace, backend: Any) -> int:
     ]
     figures += [
         (rate.name, rate.variant, "speedup", "ratio", ratio)
-        for rate in found
-        if (ratio := _speedup(rate, found)) is not None
+        for rate in rates
+        if (ratio := _speedup(rate, rates)) is not None
     ]
-    if together is not None:
-        figures += [("train", n, "waiting_share", "ratio", x) for n, x in waiting.items()]
-    ways = {name: way.about for name, way in variants.items()}
-    meta = {"images": images, "ways": ways, "bottleneck": bottlenecks}
-    _write_json(options, context.device.type, meta, figures)
+    meta = {"images": images, "ways": {name: way.about for name, way in variants.items()}}
+    _write_json(options, context.device.type, {**meta, "bottleneck": bottlenecks}, figures)
     return 0
 
 

@@ -106,9 +106,7 @@ def build_cache(
     dataset = ImageSet(recipe.data, "train", recipe.seed)
     repeats = recipe.data.augment.repeats
     sampler = RangeSampler(len(dataset), repeats=repeats, seed=recipe.seed)
-    loader = build_loader_for(
-        dataset, recipe.data, sampler, batch_size=recipe.batch_size, device=context.device
-    )
+    loader = build_loader_for(dataset, sampler, batch_size=recipe.batch_size, device=context.device)
     notes: list[str] = []
     try:
         classes = count_classes(recipe, dataset.classes, notes, strict=strict_classes)

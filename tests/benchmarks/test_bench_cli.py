@@ -73,7 +73,7 @@ def test_a_wrong_variant_ends_the_run(tiny, monkeypatch, capsys):
 MISTAKES = {
     "no command": (
         ["rum"],
-        "bench: expected one of run, plot, table, compare, loader, step, train; got",
+        "bench: expected one of run, plot, table, compare, loader, step; got",
     ),
     "no op": (
         ["run", "--ops", "softkd"],

@@ -103,7 +103,7 @@ def test_command_lines_in_documents_have_known_options(parsers, page):
 def test_every_option_has_one_name(parsers):
     """What several commands take: output, images, batch size, device, figures."""
     files = {"bench plot", "bench table", "bench compare"}
-    timed = {"bench loader", "bench step", "bench train"}
+    timed = {"bench loader", "bench step"}
     without = {
         "--out": {"env", "evaluate", "bench compare", *timed},
         "--data": {"demo", "env", "bench run", *files},
@@ -183,7 +183,7 @@ def test_options_of_a_mapping_take_any_key(parsers):
         (["distill", "demo", "DATA"], "expected one recipe, got 'demo' and 'DATA'; the folder of"),
         (["distill", "demo", "--teacher.help"], "no option '--teacher.help'"),
         (["distill", "--config", "x.yaml"], "no option '--config'"),
-        (["bench", "rum"], "bench: expected one of run, plot, table, compare, loader, step, train"),
+        (["bench", "rum"], "bench: expected one of run, plot, table, compare, loader, step"),
         (["bench", "step", "--batch-size", "0"], "--batch-size: expected a finite number > 0"),
         (["--print-completion", "fish"], "--print-completion: expected bash or zsh, got 'fish'"),
     ],

@@ -52,6 +52,23 @@ class Change:
         """True if the peak memory, which has no noise, grew by more than the tolerance."""
         return self.new.peak_bytes > self.old.peak_bytes * (1 + self.tolerance) + 4096
 
+    @property
+    def problems(self) -> list[str]:
+        """Describes how the case became slower or larger, or fell back to the reference."""
+        found = []
+        if self.fell_back:
+            found.append(f"runs on the reference, ran on {self.old.backend}")
+        if self.is_slower:
+            busy = [row.load for row in (self.old, self.new) if row.was_busy]
+            found.append(
+                f"takes {self.new.median_ms:.3g} ms, took {self.old.median_ms:.3g} "
+                f"(x {self.ratio:.2f}, x {self.ratio_to_eager:.2f} beside eager)"
+                + (f", but at a load of {max(busy):.1f}: measure again" if busy else "")
+            )
+        if self.holds_more:
+            found.append(f"holds {self.new.peak_bytes} bytes, held {self.old.peak_bytes}")
+        return found
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -62,39 +79,22 @@ class Comparison:
 
     @property
     def failures(self) -> list[str]:
-        """Describes each case that became slower or larger, or fell back to the reference."""
-        lines = []
-        for change in self.changes:
-            why = []
-            if change.fell_back:
-                why.append(f"runs on the reference, ran on {change.old.backend}")
-            if change.is_slower:
-                busy = [row.load for row in (change.old, change.new) if row.was_busy]
-                why.append(
-                    f"takes {change.new.median_ms:.3g} ms, took {change.old.median_ms:.3g} "
-                    f"(x {change.ratio:.2f}, x {change.ratio_to_eager:.2f} beside eager)"
-                    + (f", but at a load of {max(busy):.1f}: measure again" if busy else "")
-                )
-            if change.holds_more:
-                why.append(f"holds {change.new.peak_bytes} bytes, held {change.old.peak_bytes}")
-            if why:
-                lines.append(f"{change.new.case}: {'; '.join(why)}")
-        return lines
+        """Describes each case that became worse."""
+        return [f"{c.new.case}: {'; '.join(c.problems)}" for c in self.changes if c.problems]
 
     def measured(self) -> list[Measured]:
         """Returns the figures in the JSON form."""
-        rows: list[Measured] = []
-        for c in self.changes:
-            for metric, value in (
-                ("time_ratio", c.ratio),
-                ("time_ratio_to_eager", c.ratio_to_eager),
-                ("is_slower", float(c.is_slower)),
-                ("fell_back", float(c.fell_back)),
-                ("holds_more", float(c.holds_more)),
-            ):
-                unit = "ratio" if metric.startswith("time") else "flag"
-                rows.append((c.new.case, _VARIANT, metric, unit, value))
-        return rows
+        return [
+            (change.new.case, _VARIANT, metric, unit, value)
+            for change in self.changes
+            for metric, unit, value in (
+                ("time_ratio", "ratio", change.ratio),
+                ("time_ratio_to_eager", "ratio", change.ratio_to_eager),
+                ("is_slower", "flag", float(change.is_slower)),
+                ("fell_back", "flag", float(change.fell_back)),
+                ("holds_more", "flag", float(change.holds_more)),
+            )
+        ]
 
 
 def compare(old: Path, new: Path, tolerance: float) -> Comparison:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from featkd.functional import Metric, lift_head
 
 from .problem import Normal, Problem, Tensors
-from .projected_feature_kd import LIFT_PARAMETERS, distance, lift_tensors
+from .projected_feature_kd import LIFT_PARAMETERS, distance, lift_tensors, projected
 from .sizes import Maps, Sizes
 
 Form = Literal["mse", "spectral", "pool"]
@@ -25,7 +24,6 @@ def problems(sizes: Sizes) -> list[Problem]:
 def _head(maps: Maps, form: Form) -> Problem:
     """Mean over the tokens of z = LN(f W^T), and for training the distance of z from T."""
     metric: Metric = "spectral" if form == "spectral" else "mse"
-    grid = maps.grid if metric == "spectral" else None
 
     def tensors(normal: Normal) -> Tensors:
         drawn = lift_tensors(maps, normal)
@@ -34,25 +32,22 @@ def _head(maps: Maps, form: Form) -> Problem:
         return drawn
 
     def eager(x: Tensors) -> tuple[Tensor, ...]:
-        z = F.linear(x["student"], x["weight"])
-        z = F.layer_norm(z, (maps.teacher,), x["norm_weight"], x["norm_bias"], 1e-5)
-        pooled = z.mean(1)
+        z = projected(x)
         if form == "pool":
-            return (pooled,)
-        return pooled, distance(z, x["teacher"], metric, maps.grid)
+            return (z.mean(1),)
+        return z.mean(1), distance(z, x["teacher"], metric, maps.grid)
 
     def ours(x: Tensors) -> tuple[Tensor, ...]:
         parameters = (x["weight"], x["norm_weight"], x["norm_bias"])
         pooled, loss = lift_head(
-            x["student"], *parameters, x.get("teacher"), metric=metric, grid=grid
+            x["student"], *parameters, x.get("teacher"), metric=metric, grid=maps.grid
         )
         return (pooled,) if loss is None else (pooled, loss)
 
     return Problem(
-        op="lift_head",
-        form=form,
-        shape=str(maps),
-        batch=maps.batch,
+        "lift_head",
+        form,
+        str(maps),
         differentiable=LIFT_PARAMETERS,
         multiply_adds=maps.multiply_adds,
         tensors=tensors,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import partial
-from itertools import cycle, islice
+from itertools import count, cycle, islice
 from typing import Any
 
 import torch
@@ -30,9 +29,6 @@ FORMS = ("plain", "randaugment")
 VARIANTS = tuple(f"{library}/{form}" for form in FORMS for library in LIBRARIES)
 RAND_AUGMENT = "rand-m9-n2-mstd0.5-inc1"
 
-Epoch = Callable[[], int]
-"""Runs one epoch and returns its number of images."""
-
 
 def measure(
     photos: Photographs, variants: Sequence[str], *, batch_size: int, rounds: int
@@ -50,49 +46,65 @@ def measure(
     Returns:
         (rates, reason by variant for those that cannot be built).
     """
-    counts: dict[str, int] = {}
-
-    def counted(name: str) -> None:
-        counts[name] = epochs[name]()
-
+    # loaded first: no DataLoader may fork beside DALI's threads
+    with suppress(ImportError):
+        import nvidia.dali  # noqa: F401
+    loaders: dict[str, Any] = {}
+    refused: dict[str, str] = {}
     with ExitStack() as closing:
-        epochs, refused = _build(photos.data, variants, batch_size, closing)
-        seconds = _in_turns({name: partial(counted, name) for name in epochs}, rounds)
-    return [Rate("loader", name, counts[name], seconds[name]) for name in epochs], refused
+        for variant in variants:
+            library, form = variant.split("/")
+            config = with_form(photos.data, form)
+            if library == "torchvision":
+                loaders[variant] = _torchvision_loader(config, batch_size)
+                closing.callback(shut_down_workers, loaders[variant])
+                continue
+            backend: Any = library
+            try:
+                loader = build_loader(
+                    replace(config, backend=backend), split="train", batch_size=batch_size
+                )
+            except ValueError as error:
+                refused[variant] = str(error)
+                continue
+            loaders[variant] = loader
+            closing.callback(loader.close)
+        return _epochs("loader", loaders, batch_size, rounds), refused
+
+
+def measure_overhead(photos: Photographs, *, batch_size: int, rounds: int) -> list[Rate]:
+    """Times whole epochs of the DALI loader's own work, in turns; see `overhead_loader`."""
+    with ExitStack() as closing:
+        loaders = {}
+        for form in FORMS:
+            loader = overhead_loader(with_form(photos.data, form), batch_size)
+            closing.callback(loader.close)
+            loaders[f"dali/{form}"] = loader
+        return _epochs("overhead", loaders, batch_size, rounds)
+
+
+def _epochs(name: str, loaders: Mapping[str, Any], batch_size: int, rounds: int) -> list[Rate]:
+    """Times epochs of loaders that drop the last, partial batch, in turns."""
+    seconds = _in_turns({v: _epoch(loader) for v, loader in loaders.items()}, rounds)
+    return [Rate(name, v, len(x) * batch_size, seconds[v]) for v, x in loaders.items()]
+
+
+def _epoch(loader: Any) -> Callable[[], None]:
+    numbers = count()
+
+    def epoch() -> None:
+        if not isinstance(loader, DataLoader):
+            loader.set_epoch(next(numbers))
+        for _ in loader:
+            pass
+
+    return epoch
 
 
 def _in_turns(work: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Returns the seconds of each by round, after one round to warm up."""
     steps = {name: step_of(run) for name, run in work.items()}
-    clock = timing.clock_for(torch.device("cpu"))
-    return timing.take_turns(steps, clock, min_rounds=rounds)
-
-
-def _build(
-    data: DataConfig, variants: Sequence[str], batch_size: int, closing: ExitStack
-) -> tuple[dict[str, Epoch], dict[str, str]]:
-    # loaded first: no DataLoader may fork beside DALI's threads
-    with suppress(ImportError):
-        import nvidia.dali  # noqa: F401
-    epochs: dict[str, Epoch] = {}
-    refused: dict[str, str] = {}
-    for variant in variants:
-        library, form = variant.split("/")
-        config = with_form(data, form)
-        if library == "torchvision":
-            epochs[variant] = _torchvision_epoch(config, batch_size, closing)
-            continue
-        backend: Any = library
-        try:
-            loader = build_loader(
-                replace(config, backend=backend), split="train", batch_size=batch_size
-            )
-        except ValueError as error:
-            refused[variant] = str(error)
-            continue
-        closing.callback(loader.close)
-        epochs[variant] = _epoch(loader)
-    return epochs, refused
+    return timing.take_turns(steps, timing.wall_clock(torch.device("cpu")), min_rounds=rounds)
 
 
 def with_form(data: DataConfig, form: str) -> DataConfig:
@@ -102,29 +114,16 @@ def with_form(data: DataConfig, form: str) -> DataConfig:
     return replace(data, augment=augment)
 
 
-def _epoch(loader: Any) -> Epoch:
-    numbers = iter(range(1_000_000))
-
-    def epoch() -> int:
-        loader.set_epoch(next(numbers))
-        return sum(len(batch.targets) for batch in loader)
-
-    return epoch
-
-
-def _torchvision_epoch(config: DataConfig, batch_size: int, closing: ExitStack) -> Epoch:
+def _torchvision_loader(config: DataConfig, batch_size: int) -> Any:
     """Builds torchvision's data set and transforms in torch's DataLoader, as its users do."""
-    workers = config.workers
-    loader = DataLoader(
+    return DataLoader(
         datasets.ImageFolder(config.path, torchvision_transform(config)),
         batch_size=batch_size,
         shuffle=True,
         drop_last=True,
-        persistent_workers=workers > 0,
-        **worker_options(workers),
+        persistent_workers=config.workers > 0,
+        **worker_options(config.workers),
     )
-    closing.callback(shut_down_workers, loader)
-    return lambda: sum(len(targets) for _, targets in loader)
 
 
 def torchvision_transform(config: DataConfig) -> Callable[[Image.Image], torch.Tensor]:
@@ -185,19 +184,6 @@ def measure_stages(photos: Photographs, *, images: int, rounds: int) -> list[Rat
     return [Rate(part, variant, images, seconds[n]) for n, (part, _, variant) in split.items()]
 
 
-def measure_overhead(photos: Photographs, *, batch_size: int, rounds: int) -> list[Rate]:
-    """Times whole epochs of the DALI loader's own work, in turns; see `overhead_loader`."""
-    with ExitStack() as closing:
-        epochs: dict[str, Epoch] = {}
-        for form in FORMS:
-            loader = overhead_loader(with_form(photos.data, form), batch_size)
-            closing.callback(loader.close)
-            epochs[f"dali/{form}"] = _epoch(loader)
-        images = len(loader) * batch_size
-        seconds = _in_turns(epochs, rounds)
-    return [Rate("overhead", name, images, seconds[name]) for name in epochs]
-
-
 def _over(
     transform: Callable[[Image.Image], torch.Tensor], pictures: Iterable[Image.Image]
 ) -> Callable[[], object]:
@@ -205,7 +191,7 @@ def _over(
 
 
 def _with_new_keys(transform: TrainTransform) -> Callable[[Image.Image], torch.Tensor]:
-    numbers = iter(range(1_000_000))
+    numbers = count()
     return lambda image: transform(image, SampleKey(0, next(numbers), 0))
 
 
@@ -227,19 +213,3 @@ def _dali_decoder(paths: Sequence[str]) -> Callable[[], object]:
     pipeline = decode()
     pipeline.build()
     return pipeline.run  # type: ignore[no-any-return]
-
-
-def busiest(rates: Sequence[Rate], form: str, workers: int) -> tuple[str, dict[str, float]]:
-    """Returns the stage that takes most of the timm loader's time, and the share of each stage.
-
-    A worker's time per image is workers / (images/s of the loader). Time that decoding and
-    augmenting alone do not explain is stacking, handing over, normalizing, and waiting for a core.
-    """
-    known = {(rate.name, rate.variant): rate for rate in rates}
-    whole = max(workers, 1) / known["loader", f"timm/{form}"].images_per_s
-    shares = {
-        "decode": 1 / known["decode", "timm"].images_per_s / whole,
-        "augment": 1 / known["augment", f"timm/{form}"].images_per_s / whole,
-    }
-    shares["hand over"] = max(0.0, 1 - sum(shares.values()))
-    return max(shares, key=lambda name: shares[name]), shares

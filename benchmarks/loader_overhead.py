@@ -9,8 +9,8 @@ import torch
 
 from featkd.data import DataConfig, ImageSet
 from featkd.data.dali.loader import DaliLoader
-from featkd.data.imageset import ImageSource
 from featkd.data.sampler import EpochSampler
+from featkd.data.source import ImageSource
 
 
 def overhead_loader(config: DataConfig, batch_size: int) -> DaliLoader:
@@ -25,9 +25,9 @@ def overhead_loader(config: DataConfig, batch_size: int) -> DaliLoader:
         batch_size: images per batch.
     """
     dataset = ImageSet(config, "train")
-    dataset._source = _Memory(dataset._source)
+    dataset._source = _Memory(dataset._source)  # type: ignore[assignment]
     sampler = EpochSampler(len(dataset), training=True)
-    loader = _Stubbed(dataset, config, sampler, batch_size=batch_size, device=torch.device("cpu"))
+    loader = _Stubbed(dataset, sampler, batch_size=batch_size, device=torch.device("cpu"))
     loader._stage.finish = lambda sent: (sent.images, sent.targets)  # type: ignore[method-assign]
     return loader
 

@@ -15,12 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMATS = (".svg", ".png")
-_COLOURS = {
-    "eager": "#777777",
-    "compile": "#c06010",
-    "reference": "#208040",
-    "featkd": "#1060c0",
-}
+_COLOURS = {"eager": "#777777", "compile": "#c06010", "reference": "#208040", "featkd": "#1060c0"}
 _MARKS = {"eager": "|", "compile": "s", "reference": "d", "featkd": "o"}
 
 Group = dict[str, dict[str, Row]]
@@ -55,8 +50,7 @@ def draw(rows: Sequence[Row], path: Path) -> list[Measured]:
             len(groups), 2, squeeze=False, height_ratios=heights, sharex="col", sharey="row"
         )
         for (title, cases), (left, right) in zip(groups.items(), panels, strict=True):
-            _draw_times(left, title, cases)
-            _draw_memory(right, cases)
+            _draw(left, right, title, cases)
         left, right = panels[-1]
         left.set_xlabel("time as a multiple of eager's")
         left.set_xscale("log")
@@ -94,37 +88,29 @@ def _groups(rows: Sequence[Row]) -> dict[str, Group]:
     return groups
 
 
-def _draw_times(axes: Axes, title: str, cases: Group) -> None:
+def _draw(left: Axes, right: Axes, title: str, cases: Group) -> None:
+    """Draws the times of a group on the left, its memory on the right."""
     for variant in VARIANTS:
-        there = [(y, by[variant]) for y, by in enumerate(cases.values()) if variant in by]
-        ratios = [1 / row.speedup for _, row in there]
+        places = [y for y, by in enumerate(cases.values()) if variant in by]
+        rows = [by[variant] for by in cases.values() if variant in by]
+        mark, colour = _MARKS[variant], _COLOURS[variant]
         spread = [
-            [(1 - row.q20_ms / row.median_ms) / row.speedup for _, row in there],
-            [(row.q80_ms / row.median_ms - 1) / row.speedup for _, row in there],
+            [(1 - row.q20_ms / row.median_ms) / row.speedup for row in rows],
+            [(row.q80_ms / row.median_ms - 1) / row.speedup for row in rows],
         ]
-        axes.errorbar(
-            ratios,
-            [y for y, _ in there],
+        left.errorbar(
+            [1 / row.speedup for row in rows],
+            places,
             xerr=spread,
-            fmt=_MARKS[variant],
+            fmt=mark,
             markersize=4,
             linewidth=1,
-            color=_COLOURS[variant],
+            color=colour,
             label=variant,
         )
-    axes.axvline(1, color=_COLOURS["eager"], linewidth=0.5)
-    axes.set_yticks(range(len(cases)), list(cases), fontsize=7)
-    axes.invert_yaxis()
-    axes.set_title(title, loc="left", fontsize=8)
-
-
-def _draw_memory(axes: Axes, cases: Group) -> None:
-    for variant in VARIANTS:
-        there = [(y, by[variant]) for y, by in enumerate(cases.values()) if variant in by]
-        axes.plot(
-            [row.peak_bytes / 2**20 for _, row in there],
-            [y for y, _ in there],
-            _MARKS[variant],
-            markersize=4,
-            color=_COLOURS[variant],
-        )
+        memory = [row.peak_bytes / 2**20 for row in rows]
+        right.plot(memory, places, mark, markersize=4, color=colour)
+    left.axvline(1, color=_COLOURS["eager"], linewidth=0.5)
+    left.set_yticks(range(len(cases)), list(cases), fontsize=7)
+    left.invert_yaxis()
+    left.set_title(title, loc="left", fontsize=8)

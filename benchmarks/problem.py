@@ -37,19 +37,22 @@ class Problem:
     form: str
     """Use of the op, for example "mse-lift"."""
     shape: str
-    """Sizes, for example "32x196x192to384"."""
-    batch: int
-    """Images."""
+    """Sizes, for example "32x196x192to384"; the first is the number of images."""
     differentiable: tuple[str, ...]
     """Names of the tensors that get a gradient."""
-    multiply_adds: int
-    """Multiply-adds of the forward pass; the gradients take twice as many."""
     tensors: Callable[[Normal], Tensors]
     """Draws the inputs by name."""
     eager: Function
     """Outputs in plain torch, written for speed."""
     featkd: Function
     """Outputs of featkd's public function."""
+    multiply_adds: int = 0
+    """Multiply-adds of the forward pass; the gradients take twice as many."""
+
+    @property
+    def batch(self) -> int:
+        """Number of images."""
+        return int(self.shape.partition("x")[0])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,7 @@ from .sizes import Maps, Sizes
 
 _OP = "projected_feature_kd"
 _METRICS: tuple[Metric, ...] = ("mse", "spectral")
+LIFT_PARAMETERS = ("student", "weight", "norm_weight", "norm_bias")
 
 
 def problems(sizes: Sizes) -> list[Problem]:
@@ -22,54 +25,45 @@ def problems(sizes: Sizes) -> list[Problem]:
     for maps in sizes.maps:
         found += [_lift(maps, metric) for metric in _METRICS] + [_eight_pairs(maps)]
     # WideLast's last block has the teacher's width, whatever the student's other widths
-    widths = {(maps.batch, maps.teacher): maps for maps in sizes.maps}
-    return found + [_widelast(m, metric) for m in widths.values() for metric in _METRICS]
+    widths = {(m.batch, m.teacher): Maps(m.batch, m.grid, m.teacher, m.teacher) for m in sizes.maps}
+    return found + [_widelast(maps, metric) for maps in widths.values() for metric in _METRICS]
 
 
 def _lift(maps: Maps, metric: Metric) -> Problem:
     """Distance of LN(S W^T) from T."""
-    grid = maps.grid if metric == "spectral" else None
-
-    def eager(x: Tensors) -> tuple[Tensor, ...]:
-        y = F.linear(x["student"], x["weight"])
-        y = F.layer_norm(y, (maps.teacher,), x["norm_weight"], x["norm_bias"], 1e-5)
-        return (distance(y, x["teacher"], metric, maps.grid),)
 
     def ours(x: Tensors) -> tuple[Tensor, ...]:
         parameters = (x["weight"], None, x["norm_weight"], x["norm_bias"])
-        loss = projected_feature_kd(
-            x["student"], x["teacher"], *parameters, metric=metric, grid=grid
+        return (
+            projected_feature_kd(
+                x["student"], x["teacher"], *parameters, metric=metric, grid=maps.grid
+            ),
         )
-        return (loss,)
 
     return Problem(
-        op=_OP,
-        form=f"{metric}-lift",
-        shape=str(maps),
-        batch=maps.batch,
+        _OP,
+        f"{metric}-lift",
+        str(maps),
         differentiable=LIFT_PARAMETERS,
         multiply_adds=maps.multiply_adds,
         tensors=lambda normal: lift_tensors(maps, normal),
-        eager=eager,
+        eager=lambda x: (distance(projected(x), x["teacher"], metric, maps.grid),),
         featkd=ours,
     )
 
 
 def _widelast(maps: Maps, metric: Metric) -> Problem:
     """Distance of two equally wide maps."""
-    grid = maps.grid if metric == "spectral" else None
     shape = (maps.batch, maps.tokens, maps.teacher)
 
     def ours(x: Tensors) -> tuple[Tensor, ...]:
-        return (projected_feature_kd(x["student"], x["teacher"], metric=metric, grid=grid),)
+        return (projected_feature_kd(x["student"], x["teacher"], metric=metric, grid=maps.grid),)
 
     return Problem(
-        op=_OP,
-        form=f"{metric}-widelast",
-        shape=str(Maps(maps.batch, maps.grid, maps.teacher, maps.teacher)),
-        batch=maps.batch,
+        _OP,
+        f"{metric}-widelast",
+        str(maps),
         differentiable=("student",),
-        multiply_adds=0,
         tensors=lambda normal: {"student": normal(*shape), "teacher": normal(*shape)},
         eager=lambda x: (distance(x["student"], x["teacher"], metric, maps.grid),),
         featkd=ours,
@@ -79,41 +73,34 @@ def _widelast(maps: Maps, metric: Metric) -> Problem:
 def _eight_pairs(maps: Maps) -> Problem:
     """Mean spectral distance over eight layer pairs, the teacher average-pooled to the student's
     width (SpectralKD on an unmodified student, [EM26])."""
+    students, teachers = ([f"{name}{i}" for i in range(8)] for name in ("student", "teacher"))
 
     def tensors(normal: Normal) -> Tensors:
-        drawn = {f"student{i}": normal(maps.batch, maps.tokens, maps.student) for i in range(8)}
-        for i in range(8):
-            drawn[f"teacher{i}"] = normal(maps.batch, maps.tokens, maps.teacher)
-        return drawn
+        widths = dict.fromkeys(students, maps.student) | dict.fromkeys(teachers, maps.teacher)
+        return {name: normal(maps.batch, maps.tokens, width) for name, width in widths.items()}
 
-    def eager(x: Tensors) -> tuple[Tensor, ...]:
-        terms = []
-        for i in range(8):
-            teacher = F.adaptive_avg_pool1d(x[f"teacher{i}"], maps.student)
-            terms.append(distance(x[f"student{i}"], teacher, "spectral", maps.grid))
+    def mean(x: Tensors, term: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
+        terms = [term(x[s], x[t]) for s, t in zip(students, teachers, strict=True)]
         return (torch.stack(terms).mean(),)
 
-    def ours(x: Tensors) -> tuple[Tensor, ...]:
-        terms = []
-        for i in range(8):
-            student, teacher = pool_channels(x[f"student{i}"], x[f"teacher{i}"])
-            terms.append(projected_feature_kd(student, teacher, metric="spectral", grid=maps.grid))
-        return (torch.stack(terms).mean(),)
+    def plain(student: Tensor, teacher: Tensor) -> Tensor:
+        return distance(
+            student, F.adaptive_avg_pool1d(teacher, maps.student), "spectral", maps.grid
+        )
+
+    def ours(student: Tensor, teacher: Tensor) -> Tensor:
+        pair = pool_channels(student, teacher)
+        return projected_feature_kd(*pair, metric="spectral", grid=maps.grid)
 
     return Problem(
-        op=_OP,
-        form="spectral-8pairs",
-        shape=str(maps),
-        batch=maps.batch,
-        differentiable=tuple(f"student{i}" for i in range(8)),
-        multiply_adds=0,
+        _OP,
+        "spectral-8pairs",
+        str(maps),
+        differentiable=tuple(students),
         tensors=tensors,
-        eager=eager,
-        featkd=ours,
+        eager=lambda x: mean(x, plain),
+        featkd=lambda x: mean(x, ours),
     )
-
-
-LIFT_PARAMETERS = ("student", "weight", "norm_weight", "norm_bias")
 
 
 def lift_tensors(maps: Maps, normal: Normal) -> Tensors:
@@ -125,6 +112,12 @@ def lift_tensors(maps: Maps, normal: Normal) -> Tensors:
         "norm_weight": normal(maps.teacher, scale=0.1, mean=1),
         "norm_bias": normal(maps.teacher, scale=0.1),
     }
+
+
+def projected(x: Tensors) -> Tensor:
+    """Computes LN(S W^T) in plain torch."""
+    y = F.linear(x["student"], x["weight"])
+    return F.layer_norm(y, y.shape[-1:], x["norm_weight"], x["norm_bias"], 1e-5)
 
 
 def distance(y: Tensor, teacher: Tensor, metric: Metric, grid: tuple[int, int]) -> Tensor:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 
 from featkd.runtime import environment
-from featkd.runtime.files import atomic_write
+from featkd.runtime.files import atomic_write, write_csv
 
 _VERSIONS = ("featkd", "python", "torch", "triton")
 
@@ -204,17 +203,7 @@ def append(path: Path, rows: Sequence[Row]) -> None:
     for row in rows[:1]:
         check_same_machine(path, row.machine)
     known = read(path) if path.is_file() else []
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(_texts(row) for row in [*known, *rows])
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
-
-
-def _texts(row: Row) -> dict[str, str]:
-    values = asdict(row).items()
-    return {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in values}
+    write_csv(path, COLUMNS, map(astuple, [*known, *rows]), digits=6)
 
 
 Measured = tuple[str, str, str, str, float]

@@ -46,12 +46,10 @@ def _loss(batch: int, classes: int, form: Form) -> Problem:
         return (soft_kd(x["student"], x["teacher"], x["target"], alpha=_ALPHA, tau=_TAU),)
 
     return Problem(
-        op="soft_kd",
-        form=form,
-        shape=f"{batch}x{classes}",
-        batch=batch,
+        "soft_kd",
+        form,
+        f"{batch}x{classes}",
         differentiable=("student",),
-        multiply_adds=0,
         tensors=tensors,
         eager=eager,
         featkd=ours,

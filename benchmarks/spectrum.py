@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,24 +29,6 @@ SHAPES = (
     *((49, 768), (64, 64), (32, 32), (16, 16)),
 )
 NUMBERS_PER_CALL = 1_000_000  # elements of all matrices of a call: a dozen of the larger matrices
-
-
-@dataclass(frozen=True)
-class Timed:
-    """Times of one variant at one size, in milliseconds per matrix."""
-
-    shape: str
-    matrices: int
-    variant: str
-    q20_ms: float
-    median_ms: float
-    q80_ms: float
-    over_ranks: float
-    """Median over the rounds of this time / that of featkd's energy_ranks."""
-    over_svdvals: float
-    """Median over the rounds of this time / that of featkd's svdvals."""
-    load: float
-    rounds: int
 
 
 def feature_maps(tokens: int, channels: int, count: int) -> Tensor:
@@ -74,25 +56,31 @@ VARIANTS: dict[str, Callable[[Tensor], object]] = {
 }
 
 
-def measure(min_seconds: float) -> Iterator[list[Timed]]:
-    """Yields the variants of each size, as they are measured."""
-    for tokens, channels in SHAPES:
-        count = max(2, min(128, NUMBERS_PER_CALL // (tokens * channels)))
-        x = feature_maps(tokens, channels, count)
-        steps = {name: step_of(partial(function, x)) for name, function in VARIANTS.items()}
-        times = timing.take_turns(
-            steps, timing.clock_for(x.device), min_seconds=min_seconds, min_rounds=5
-        )
-        if featkd.last_backend("spectrum") != "cpu":
-            raise RuntimeError("featkd.linalg runs on torch.linalg here: build csrc first")
-        load = os.getloadavg()[0]
-        rows = []
-        for name, seconds in times.items():
-            low, median, high = (1e3 * s / count for s in timing.quantiles(seconds))
-            ranks, values = (timing.speedup(seconds, times[our]) for our in list(VARIANTS)[:2])
-            shape, rounds = f"{tokens}x{channels}", len(seconds)
-            rows.append(Timed(shape, count, name, low, median, high, ranks, values, load, rounds))
-        yield rows
+def measure(tokens: int, channels: int, min_seconds: float) -> Iterator[dict[str, Any]]:
+    """Times the variants at one size; yields the columns of each, times in ms per matrix."""
+    count = max(2, min(128, NUMBERS_PER_CALL // (tokens * channels)))
+    x = feature_maps(tokens, channels, count)
+    steps = {name: step_of(partial(function, x)) for name, function in VARIANTS.items()}
+    clock = timing.wall_clock(x.device)
+    times = timing.take_turns(steps, clock, min_seconds=min_seconds, min_rounds=5)
+    if featkd.last_backend("spectrum") != "cpu":
+        raise RuntimeError("featkd.linalg runs on torch.linalg here: build csrc first")
+    load = os.getloadavg()[0]
+    for name, seconds in times.items():
+        low, median, high = (1e3 * s / count for s in timing.quantiles(seconds))
+        yield {
+            "shape": f"{tokens}x{channels}",
+            "matrices": count,
+            "variant": name,
+            "q20_ms": low,
+            "median_ms": median,
+            "q80_ms": high,
+            # medians over the rounds of this time / featkd's
+            "over_ranks": timing.speedup(seconds, times["featkd energy_ranks"]),
+            "over_svdvals": timing.speedup(seconds, times["featkd svdvals"]),
+            "load": load,
+            "rounds": len(seconds),
+        }
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -104,19 +92,17 @@ def main(words: Sequence[str] | None = None) -> None:
     if options.out is not None and not options.out.absolute().parent.is_dir():
         parser.error(f"--out: no folder {options.out.parent} to write {options.out} in")
     about = results.describe_run("cpu")
-    rows: list[Timed] = []
-    for several in measure(options.min_seconds):
-        for row in several:
+    rows = []
+    for shape in SHAPES:
+        for row in measure(*shape, options.min_seconds):
             print(
-                f"{row.shape:9} {row.variant:22} {row.median_ms:8.4f} ms per matrix, "
-                f"{row.over_ranks:6.2f} x energy_ranks, {row.over_svdvals:6.2f} x svdvals",
+                f"{row['shape']:9} {row['variant']:22} {row['median_ms']:8.4f} ms per matrix, "
+                f"{row['over_ranks']:6.2f} x energy_ranks, {row['over_svdvals']:6.2f} x svdvals",
                 flush=True,
             )
-        rows += several
+            rows.append({**about, **row})
     if options.out is not None:
-        names = [*about, *Timed.__dataclass_fields__]
-        lines = ((*about.values(), *vars(row).values()) for row in rows)
-        write_csv(options.out, names, lines, digits=6)
+        write_csv(options.out, list(rows[0]), [tuple(row.values()) for row in rows], digits=6)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, clone
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import featkd
 from featkd.cache import CacheConfig, TeacherCache, TeacherOutputs
@@ -22,6 +23,7 @@ from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.environment import has_fast_bf16
 from featkd.train.build_cache import build_cache
 from featkd.train.recipe import Recipe
+from featkd.train.student_forward import StudentOutputs
 from featkd.train.teacher import begin_graph_step
 from featkd.train.trainer import Trainer
 
@@ -153,24 +155,17 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
     components.student.train()
     with way.in_use():
         begin_graph_step(trainer.context.device)
-        logits, maps = trainer.teacher_forward(batch)
         # Copies: the next replay of a CUDA graph overwrites its outputs.
-        teacher = TeacherOutputs(None if logits is None else logits.clone(), [*map(clone, maps)])
+        teacher = tree_map_only(Tensor, clone, TeacherOutputs(*trainer.teacher_forward(batch)))
         outputs = trainer.student_forward(batch.images, teacher)
-        leaves = outputs._replace(
-            logits=None if outputs.logits is None else _leaf(outputs.logits),
-            maps=[_leaf(x) for x in outputs.maps],
-            feature_loss=None if outputs.feature_loss is None else _leaf(outputs.feature_loss),
-            pooled_loss=None if outputs.pooled_loss is None else _leaf(outputs.pooled_loss),
-        )
+        leaves = tree_map_only(Tensor, lambda x: x.detach().clone().requires_grad_(), outputs)
         total = trainer.compute_loss(leaves, batch.targets, teacher).total
         torch.autograd.backward(components.scaler.scale(total))
-        tensors, inputs = _tensors(outputs), _tensors(leaves)
-        used = [(y, x.grad) for y, x in zip(tensors, inputs, strict=True) if x.grad is not None]
-        torch.autograd.backward([y for y, _ in used], [g for _, g in used])
-    upstream = [None if x.grad is None else x.grad.clone() for x in inputs]
+        inputs = _tensors(leaves)
+        upstream = [None if x.grad is None else x.grad.clone() for x in inputs]
+        _backward(outputs, upstream)
     gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
-    del outputs, tensors, used
+    del outputs
 
     def forget() -> tuple[Tensor, ...]:
         for x in (*parameters, *inputs):
@@ -183,9 +178,7 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
         return ()
 
     def student() -> None:
-        found = _tensors(trainer.student_forward(batch.images, teacher))
-        pairs = [(y, g) for y, g in zip(found, upstream, strict=True) if g is not None]
-        torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
+        _backward(trainer.student_forward(batch.images, teacher), upstream)
 
     def loss() -> None:
         torch.autograd.backward(trainer.compute_loss(leaves, batch.targets, teacher).total)
@@ -218,13 +211,15 @@ def _storing(trainer: Trainer, batch: Batch) -> Step:
     return step_of(store)
 
 
-def _leaf(x: Tensor) -> Tensor:
-    return x.detach().clone().requires_grad_()
+def _tensors(outputs: StudentOutputs) -> list[Tensor]:
+    return [x for x in tree_leaves(outputs) if x is not None]
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
-    found = [outputs.logits, *outputs.maps, outputs.feature_loss, outputs.pooled_loss]
-    return [x for x in found if x is not None]
+def _backward(outputs: StudentOutputs, gradients: Sequence[Tensor | None]) -> None:
+    """Runs the backward pass from the outputs that have a gradient."""
+    pairs = zip(_tensors(outputs), gradients, strict=True)
+    used = [(y, g) for y, g in pairs if g is not None]
+    torch.autograd.backward([y for y, _ in used], [g for _, g in used])
 
 
 def _run(

@@ -43,10 +43,9 @@ def _attention(batch: int, heads: int, tokens: int, dim: int) -> Problem:
         return (out.transpose(1, 2).reshape(batch, tokens, heads * dim),)
 
     return Problem(
-        op="talking_heads_attention",
-        form="cait",
-        shape=f"{batch}x{heads}x{tokens}x{dim}",
-        batch=batch,
+        "talking_heads_attention",
+        "cait",
+        f"{batch}x{heads}x{tokens}x{dim}",
         differentiable=(),
         # two products per head, and two mixes of all heads
         multiply_adds=2 * batch * tokens * tokens * heads * (dim + heads),

@@ -81,7 +81,8 @@ def take_turns(
         start = time.perf_counter()
         rounds = 0
         while rounds < _MOST_ROUNDS:
-            for name in rotated(names, rounds):
+            first = rounds % len(names) if names else 0
+            for name in names[first:] + names[:first]:
                 times[name].append(clock(steps[name]))
             rounds += 1
             spent = time.perf_counter() - start
@@ -91,12 +92,6 @@ def take_turns(
         if collecting:
             gc.enable()
     return times
-
-
-def rotated(names: Sequence[str], number: int) -> list[str]:
-    """Returns the names in the order of a round, which starts at another name each round."""
-    first = number % len(names) if names else 0
-    return [*names[first:], *names[:first]]
 
 
 def quantiles(seconds: Sequence[float]) -> tuple[float, float, float]:

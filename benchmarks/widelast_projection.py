@@ -10,7 +10,7 @@ from featkd.functional import widelast_projection
 from .problem import Normal, Problem, Tensors
 from .sizes import Maps, Sizes
 
-_PARAMETERS = ("weight", "proj_norm_weight", "proj_norm_bias", "norm1_weight", "norm1_bias")
+_NORMS = ("proj_norm_weight", "proj_norm_bias", "norm1_weight", "norm1_bias")
 
 
 def problems(sizes: Sizes) -> list[Problem]:
@@ -23,14 +23,13 @@ def _projection(maps: Maps) -> Problem:
     width = (maps.teacher,)
 
     def tensors(normal: Normal) -> Tensors:
-        return {
+        found = {
             "x": normal(maps.batch, maps.tokens, maps.student),
             "weight": normal(maps.teacher, maps.student, scale=maps.student**-0.5),
-            "proj_norm_weight": normal(maps.teacher, scale=0.1, mean=1),
-            "proj_norm_bias": normal(maps.teacher, scale=0.1),
-            "norm1_weight": normal(maps.teacher, scale=0.1, mean=1),
-            "norm1_bias": normal(maps.teacher, scale=0.1),
         }
+        for name in _NORMS:
+            found[name] = normal(maps.teacher, scale=0.1, mean=name.endswith("weight"))
+        return found
 
     def eager(x: Tensors) -> tuple[Tensor, ...]:
         h = F.linear(x["x"], x["weight"])
@@ -39,13 +38,12 @@ def _projection(maps: Maps) -> Problem:
         return residual, normed
 
     return Problem(
-        op="widelast_projection",
-        form="two-norms",
-        shape=str(maps),
-        batch=maps.batch,
-        differentiable=("x", *_PARAMETERS),
+        "widelast_projection",
+        "two-norms",
+        str(maps),
+        differentiable=("x", "weight", *_NORMS),
         multiply_adds=maps.multiply_adds,
         tensors=tensors,
         eager=eager,
-        featkd=lambda x: widelast_projection(x["x"], *(x[name] for name in _PARAMETERS)),
+        featkd=lambda x: widelast_projection(x["x"], x["weight"], *(x[name] for name in _NORMS)),
     )

@@ -110,15 +110,9 @@ def projected_feature_kd(
     )
     if weight is not None:
         student = support.project(student, weight, bias)
-    loss, _ = feature_distance(
-        "projected_feature_kd",
-        student,
-        teacher,
-        norm_weight,
-        norm_bias,
-        eps=eps,
-        grid=checks.resolve_grid(metric, grid, tokens),
-    )
+    tensors = (student, teacher, norm_weight, norm_bias)
+    grid = checks.resolve_grid(metric, grid, tokens)
+    loss, _ = feature_distance("projected_feature_kd", *tensors, eps=eps, grid=grid)
     return cast(Tensor, loss)
 
 
@@ -245,12 +239,11 @@ def lift_head(
     batch, tokens, channels = features.shape
     checks.check_floating("weight", weight, ("Ct", channels))
     checks.check_norm(norm_weight, norm_bias, weight.shape[0])
-    if teacher is not None:
+    if teacher is not None or batch:  # the mean over the tokens of no image is an empty map
         checks.check_not_empty("features", features)
+    if teacher is not None:
         checks.check_teacher_map(teacher, (batch, tokens, weight.shape[0]))
         checks.warn_of_class_token(metric, grid, tokens)
-    elif batch:  # the mean over the tokens of no image is an empty map, as in torch
-        checks.check_not_empty("features", features)
     checks.check_same_device(
         features=features,
         weight=weight,
@@ -258,15 +251,10 @@ def lift_head(
         norm_bias=norm_bias,
         teacher=teacher,
     )
+    tensors = (support.project(features, weight), teacher, norm_weight, norm_bias)
+    grid = None if teacher is None else checks.resolve_grid(metric, grid, tokens)
     loss, pooled = feature_distance(
-        "lift_head",
-        support.project(features, weight),
-        teacher,
-        norm_weight,
-        norm_bias,
-        eps=eps,
-        grid=None if teacher is None else checks.resolve_grid(metric, grid, tokens),
-        pooled_dtype=features.dtype,
+        "lift_head", *tensors, eps=eps, grid=grid, pooled_dtype=features.dtype
     )
     return cast(Tensor, pooled), loss
 

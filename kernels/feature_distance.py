@@ -168,13 +168,12 @@ def forward(
     teacher: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
-    *,
     eps: float,
     width: int,
     pooled_dtype: torch.dtype | None,
-    need_statistics: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Returns loss, pooled map and statistics; each is None if not requested.
+    needed: bool,
+) -> tuple[Tensor, ...]:
+    """Returns loss, pooled map and statistics for `backward`; each is empty if not requested.
 
     Tensors whose channels are not adjacent are copied.
 
@@ -185,8 +184,7 @@ def forward(
         eps: LayerNorm's epsilon.
         width: columns of the patch grid for the spectral metric, 0 for the mse.
         pooled_dtype: dtype of the mean of Y over the tokens, (B, C); None for no pooled map.
-        need_statistics: return the (4, B, N) statistics that `backward` takes; only with a
-            LayerNorm.
+        needed: a gradient will be needed: with a LayerNorm, returns statistics (4, B, N).
     """
     feature = channels_adjacent(feature)
     teacher, gamma, beta = (
@@ -205,7 +203,7 @@ def forward(
     if pool:
         pooled_partial = feature.new_empty(images, programs[1], channels, dtype=acc)
         pooled = feature.new_empty(images, channels, dtype=pooled_dtype)
-    if need_statistics:
+    if needed and gamma is not None:
         statistics = feature.new_empty(4, images, tokens, dtype=acc)
     launch(
         distance_forward,
@@ -223,22 +221,23 @@ def forward(
         **options,
     )
     add_up(pooled_partial, pooled, loss_partial, loss, weight=gamma, bias=beta, divisor=tokens)
-    return loss, pooled, statistics
+    return tuple(feature.new_empty(0) if x is None else x for x in (loss, pooled, statistics))
 
 
 def backward(
+    d_loss: Tensor | None,
+    d_pooled: Tensor | None,
     feature: Tensor,
     teacher: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
-    statistics: Tensor | None,
-    d_loss: Tensor | None,
-    d_pooled: Tensor | None,
-    *,
+    statistics: Tensor,
     width: int,
     need_norm: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Returns gradients of the feature map and, if `need_norm`, of gamma and beta, (1 or 2, C).
+) -> tuple[Tensor, Tensor]:
+    """Returns gradients of the feature map and of gamma and beta, (1 or 2, C).
+
+    The second one is empty without `need_norm` or without a norm.
 
     Args:
         d_loss: (), any floating dtype; None if the loss has no gradient.
@@ -246,6 +245,7 @@ def backward(
         others: as for `forward`, with the statistics that it returned.
     """
     feature = channels_adjacent(feature)
+    teacher = None if d_loss is None else teacher
     teacher, gamma, beta, d_pooled = (
         None if x is None else channels_adjacent(x) for x in (teacher, gamma, beta, d_pooled)
     )
@@ -265,7 +265,7 @@ def backward(
             **shared,
             "gamma": gamma,
             "beta": beta,
-            "statistics": statistics,
+            "statistics": None if gamma is None else statistics,
             "d_loss": d_loss,
             "d_pooled": d_pooled,
             "d_feature": d_feature,
@@ -275,6 +275,6 @@ def backward(
         },
         **options,
     )
-    return d_feature, None if partial is None else norm_gradients(
-        partial, widest_dtype(*parameters)
-    )
+    if partial is None:
+        return d_feature, feature.new_empty(0)
+    return d_feature, norm_gradients(partial, widest_dtype(*parameters))

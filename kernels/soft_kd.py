@@ -197,12 +197,7 @@ def _float32_parts(value: float, acc: torch.dtype) -> tuple[float, float | None]
 
 
 def forward(
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor | None,
-    *,
-    alpha: float,
-    tau: float,
+    student: Tensor, teacher: Tensor | None, target: Tensor | None, alpha: float, tau: float
 ) -> Tensor:
     """Returns the loss, a scalar. Tensors whose classes are not adjacent are copied.
 
@@ -221,11 +216,10 @@ def forward(
 
 
 def backward(
+    upstream: Tensor,
     student: Tensor,
     teacher: Tensor | None,
     target: Tensor | None,
-    upstream: Tensor,
-    *,
     alpha: float,
     tau: float,
 ) -> Tensor:

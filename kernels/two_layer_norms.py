@@ -150,15 +150,17 @@ def config(channels: int, itemsize: int) -> Config:
     return Config(count, block, max(4, min(16, block * itemsize // 1024)))
 
 
-def _named(parameters: tuple[Tensor, Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+def _named(*parameters: Tensor) -> dict[str, Tensor]:
     names = ("gamma_p", "beta_p", "gamma_1", "beta_1")
     return {n: channels_adjacent(p) for n, p in zip(names, parameters, strict=True)}
 
 
 def forward(
     h: Tensor,
-    parameters: tuple[Tensor, Tensor, Tensor, Tensor],
-    *,
+    gamma_p: Tensor,
+    beta_p: Tensor,
+    gamma_1: Tensor,
+    beta_1: Tensor,
     eps: float,
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
@@ -168,7 +170,7 @@ def forward(
 
     Args:
         h: (B, N, C).
-        parameters: gamma_p, beta_p, gamma_1, beta_1, (C,) each.
+        gamma_p, beta_p, gamma_1, beta_1: (C,) each.
         eps: epsilon of both norms.
     """
     h = h.contiguous()
@@ -183,7 +185,7 @@ def forward(
             (-(-count // chosen.rows),),
             {
                 "h": h,
-                **_named(parameters),
+                **_named(gamma_p, beta_p, gamma_1, beta_1),
                 "residual": residual,
                 "normed": normed,
                 "row_count": count,
@@ -199,22 +201,27 @@ def forward(
 
 
 def backward(
-    h: Tensor,
-    parameters: tuple[Tensor, Tensor, Tensor, Tensor],
     d_residual: Tensor | None,
     d_normed: Tensor | None,
-    *,
+    h: Tensor,
+    gamma_p: Tensor,
+    beta_p: Tensor,
+    gamma_1: Tensor,
+    beta_1: Tensor,
     eps: float,
     need_norms: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Returns gradients of h and, if `need_norms`, of the four parameters, (4, C).
+) -> tuple[Tensor, Tensor]:
+    """Returns gradients of h and of the four parameters, (4, C); (0, C) without `need_norms`.
 
     Args:
         d_residual, d_normed: (B, N, C), any floating dtype and strides; None for no gradient.
-        others: as for `forward`; not empty.
+        others: as for `forward`.
     """
     h = h.contiguous()
     images, tokens, channels = h.shape
+    dtype = widest_dtype(gamma_p, beta_p, gamma_1, beta_1)
+    if not h.numel():
+        return torch.empty_like(h), h.new_zeros(4 if need_norms else 0, channels, dtype=dtype)
     d_residual = None if d_residual is None else channels_adjacent(d_residual)
     d_normed = None if d_normed is None else channels_adjacent(d_normed)
     acc = accumulation_dtype(h.dtype)
@@ -231,7 +238,7 @@ def backward(
         (programs,),
         {
             "h": h,
-            **_named(parameters),
+            **_named(gamma_p, beta_p, gamma_1, beta_1),
             "d_residual": d_residual,
             "d_normed": d_normed,
             "d_h": d_h,
@@ -251,4 +258,6 @@ def backward(
         num_warps=chosen.num_warps,
         threads=_THREADS,
     )
-    return d_h, None if partial is None else norm_gradients(partial, widest_dtype(*parameters))
+    if partial is None:
+        return d_h, h.new_empty(0, channels, dtype=dtype)
+    return d_h, norm_gradients(partial, dtype)

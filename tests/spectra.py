@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 THRESHOLDS = (0.8, 0.9, 0.95, 0.99, 0.999)
 Rng = np.random.Generator
@@ -135,3 +137,22 @@ def lapack(x: np.ndarray, thresholds: tuple[float, ...] = THRESHOLDS) -> Expecte
     reached = curve[:, :, None] >= np.array(thresholds) - 1e-10
     ranks = np.where(total > 0, reached.argmax(1) + 1, 0)
     return Expected(values, curve, ranks)
+
+
+def matrices(family: str, rows: int, columns: int, count: int = 2) -> Tensor:
+    """Matrices (count, rows, columns) in float64, the same in each call."""
+    rng = np.random.default_rng([rows, columns, *family.encode()])
+    return torch.from_numpy(np.stack([FAMILIES[family](rows, columns, rng) for _ in range(count)]))
+
+
+def svd_errors(x: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> tuple[float, float, float]:
+    """Errors of all singular values, of orthonormality, and of U S Vh, for x in float64.
+
+    The first and the last one are relative to the largest singular value of each matrix.
+    """
+    values = torch.from_numpy(lapack(x.numpy()).values)
+    largest = values[:, :1].clamp_min(1e-300)
+    eye = torch.eye(s.shape[-1], dtype=s.dtype)
+    gaps = torch.stack([(part.mT @ part - eye).abs().max() for part in (u, vh.mT)])
+    product = ((u * s.unsqueeze(-2)) @ vh - x).abs().amax((1, 2)) / largest[:, 0]
+    return float(((s - values).abs() / largest).max()), float(gaps.max()), float(product.max())

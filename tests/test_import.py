@@ -73,23 +73,26 @@ def row(module: str) -> int:
     return next(n for n, names in enumerate(LAYERS) if module in names)
 
 
-def imports_of(path: Path) -> set[str]:
-    """Returns the names below featkd that a file imports, anywhere in it."""
-    found = set()
+def imported(path: Path) -> list[str]:
+    """Returns the full names that a file imports, anywhere in it."""
+    found = []
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            parts = node.module.split(".")
-            if parts == ["featkd"]:
-                found |= {alias.name for alias in node.names if (PACKAGE / alias.name).is_dir()}
-                found |= {a.name for a in node.names if (PACKAGE / f"{a.name}.py").is_file()}
-            elif parts[0] == "featkd":
-                found.add(parts[1])
-        elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("featkd.")}
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.ImportFrom):  # mypy knows benchmarks/ by that name alone
             assert (path.parent.name, node.level) == ("benchmarks", 1), f"relative: {path}"
-            found.add("benchmarks")
+            found.append("featkd.benchmarks")
     return found
+
+
+def imports_of(path: Path) -> set[str]:
+    """Returns the folders and modules below featkd that a file imports."""
+    below = {name.split(".")[1] for name in imported(path) if name.startswith("featkd.")}
+    return {
+        name for name in below if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists()
+    }
 
 
 def modules() -> dict[Path, str]:
@@ -109,10 +112,7 @@ def test_imports_only_go_down(path, module):
 
 def uses(path: Path, name: str) -> bool:
     """Checks if a file imports a package."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
-    found = [x.module or "" for x in nodes if isinstance(x, ast.ImportFrom) and x.level == 0]
-    found += [alias.name for x in nodes if isinstance(x, ast.Import) for alias in x.names]
-    return any(x.split(".")[0] == name for x in found)
+    return any(found.split(".")[0] == name for found in imported(path))
 
 
 def test_the_ptx_emulator_is_independent_of_featkd():

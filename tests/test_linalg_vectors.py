@@ -12,7 +12,7 @@ from torch import Tensor
 import featkd
 from featkd import linalg
 from featkd.ops import jacobi, orthonormal
-from tests.test_linalg import matrices
+from tests.spectra import matrices
 
 
 @pytest.fixture(params=["cpu", "gpu"])

@@ -117,16 +117,25 @@ def test_gradient_reaches_the_student_through_pooling():
     torch.testing.assert_close(s.grad, expected.repeat_interleave(2, -1))
 
 
-def test_feature_loss_argument_replaces_maps():
-    loss = DistillationLoss(beta=3.0, w_feat=0.2, feature="mse")
+@pytest.mark.parametrize(
+    ("settings", "term", "weight"),
+    [
+        ({"beta": 3.0, "w_feat": 0.2, "feature": "mse"}, "features", 0.6),
+        ({"pooled": 2.0}, "pooled", 2.0),
+    ],
+)
+def test_terms_computed_elsewhere_are_added_with_their_weights(settings, term, weight):
+    """A feature loss takes the place of the maps."""
     logits, target = torch.randn(2, 5), torch.tensor([1, 4])
     formed = torch.tensor(0.75, requires_grad=True)
-    terms = loss(logits, target, feature_loss=formed)
-    torch.testing.assert_close(terms.total, F.cross_entropy(logits, target) + 0.6 * 0.75)
-    assert terms.features == 0.75
-    assert not terms.features.requires_grad
+    name = {"features": "feature_loss", "pooled": "pooled_loss"}[term]
+    terms = DistillationLoss(**settings)(logits, target, **{name: formed})
+    torch.testing.assert_close(terms.total, F.cross_entropy(logits, target) + weight * 0.75)
+    assert getattr(terms, term) == 0.75
+    assert terms.features + terms.pooled == 0.75
+    assert not getattr(terms, term).requires_grad
     (gradient,) = torch.autograd.grad(terms.total, formed)
-    torch.testing.assert_close(gradient, torch.tensor(0.6))
+    torch.testing.assert_close(gradient, torch.tensor(weight))
 
 
 def test_projected_feature_kd_module_trains_its_projector():
@@ -219,16 +228,6 @@ def test_pooled_feature_kd_in_half_precision_and_on_bad_input():
             module(*wrong)
     with pytest.raises(ValueError, match=r"metric: expected one of cosine, mse; got 'l1'"):
         PooledFeatureKD(3, 5, metric="l1")
-
-
-def test_pooled_loss_is_added_with_its_weight():
-    logits, target = torch.randn(2, 5), torch.tensor([1, 4])
-    formed = torch.tensor(0.75, requires_grad=True)
-    terms = DistillationLoss(pooled=2.0)(logits, target, pooled_loss=formed)
-    torch.testing.assert_close(terms.total, F.cross_entropy(logits, target) + 1.5)
-    assert (terms.pooled, terms.features) == (0.75, 0)
-    assert not terms.pooled.requires_grad
-    assert torch.autograd.grad(terms.total, formed) == (2.0,)
 
 
 @pytest.mark.parametrize(

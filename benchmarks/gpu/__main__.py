@@ -41,22 +41,19 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"missing: {line}")
     if "torch_error" in found or "torch" in found["missing"]:
         why = found.get("torch_error", "no torch")
-        print(f"{sys.executable}: no usable torch: {why}. Set GPU_PYTHON=...", file=sys.stderr)
-        return NO_GPU
-    if not found["gpus"] and not options.cpu_parts:
-        print(
+        problem = f"{sys.executable}: no usable torch: {why}. Set GPU_PYTHON=..."
+    elif not found["gpus"] and not options.cpu_parts:
+        problem = (
             f"no CUDA device is visible to torch {found['torch']} of {sys.executable}: nothing was "
-            "run. Use a machine with a GPU (see GPU_PYTHON, CUDA_VISIBLE_DEVICES), or --cpu-parts",
-            file=sys.stderr,
+            "run. Use a machine with a GPU (see GPU_PYTHON, CUDA_VISIBLE_DEVICES), or --cpu-parts"
         )
-        return NO_GPU
-    unlinked = facts.link()
-    if unlinked:
-        print(unlinked, file=sys.stderr)
+    else:
+        problem = facts.link()
+    if problem:
+        print(problem, file=sys.stderr)
         return NO_GPU
     device = "cpu" if options.cpu_parts else "cuda"
-    gpus = [] if options.cpu_parts else found["gpus"]
-    found["gpus"] = gpus
+    gpus = found["gpus"] = [] if options.cpu_parts else found["gpus"]
     name = re.sub(r"[^A-Za-z0-9]+", "-", gpus[0][0] if gpus else "cpu").strip("-").lower()
     print(page.origin(found), flush=True)
     waves = schedule.CPU_WAVES if options.cpu_parts else schedule.WAVES

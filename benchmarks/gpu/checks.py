@@ -25,7 +25,7 @@ def ops(recorder: Recorder, device: torch.device, shard: int, shards: int) -> No
     }
     items |= _behaviour(behaviour.QUICK, device)
     items |= {str(case): partial(_measured, case, device) for case in cases}
-    _deal(recorder, items, shard, shards)
+    recorder.run_share(items, shard, shards)
 
 
 def compiled(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
@@ -33,7 +33,7 @@ def compiled(recorder: Recorder, device: torch.device, shard: int, shards: int) 
     items = _behaviour(behaviour.COMPILED, device)
     if device.type == "cpu":
         items = {k: v for k, v in items.items() if k.startswith("lift_head/spectral/compiled")}
-    _deal(recorder, items, shard, shards)
+    recorder.run_share(items, shard, shards)
 
 
 def large(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
@@ -48,7 +48,7 @@ def linalg(recorder: Recorder, device: torch.device, shard: int, shards: int) ->
     """Checks the operators of csrc."""
     checks = decompositions.cases(small=device.type == "cpu")
     items: dict[str, Work] = {name: partial(check, device) for name, check in checks.items()}
-    _deal(recorder, items, shard, shards)
+    recorder.run_share(items, shard, shards)
 
 
 def _behaviour(checks: Sequence[behaviour.Check], device: torch.device) -> dict[str, Work]:
@@ -57,12 +57,6 @@ def _behaviour(checks: Sequence[behaviour.Check], device: torch.device) -> dict[
         for check in checks
         for form in MAIN
     }
-
-
-def _deal(recorder: Recorder, items: dict[str, Work], shard: int, shards: int) -> None:
-    for number, (name, work) in enumerate(items.items()):
-        if number % shards == shard:
-            recorder.run(name, work)
 
 
 def _measured(case: accuracy.Case, device: torch.device) -> list[Figure]:

@@ -77,14 +77,16 @@ def look() -> dict[str, Any]:
         found: dict[str, Any] = json.loads(line.removeprefix("FACTS"))
     except (subprocess.TimeoutExpired, StopIteration, ValueError) as error:
         found = {"missing": [], "gpus": [], "torch_error": f"{type(error).__name__}: {error}"}
-    found["missing"] += too_old(found)
+    setuptools = found.get("setuptools", "none").partition(".")[0]
+    if setuptools.isdigit() and int(setuptools) < _SETUPTOOLS:
+        found["missing"].append("setuptools")
     if "ninja" in found["missing"] and shutil.which("ninja"):
         found["missing"].remove("ninja")
     driver = _output(
         "nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"
     )
     found["driver"] = driver.splitlines()[0] if driver else "unknown"
-    found["nvcc"] = (_output(nvcc() or "nvcc", "--version").splitlines() or ["none"])[-1]
+    found["nvcc"] = (_output(cuda_tool("nvcc") or "nvcc", "--version").splitlines() or ["none"])[-1]
     commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     found["commit"] = (commit or "unknown") + ("+changes" if changed else "")
@@ -100,21 +102,15 @@ def _output(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def nvcc() -> str | None:
-    """Returns the CUDA compiler on the path or in CUDA_HOME."""
+def cuda_tool(name: str) -> str | None:
+    """Returns the path of a CUDA tool on the path or in CUDA_HOME."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    return shutil.which(name) or shutil.which(name, path=f"{home}/bin")
 
 
 def carry(missing: list[str]) -> list[str]:
     """Returns a line for each wheel to bring."""
     return [f"{NEEDED[name][0]}: needed for {NEEDED[name][1]}" for name in missing]
-
-
-def too_old(found: dict[str, Any]) -> list[str]:
-    """Returns the modules whose version is too old."""
-    old = found.get("setuptools", "none").partition(".")[0]
-    return ["setuptools"] if old.isdigit() and int(old) < _SETUPTOOLS else []
 
 
 def link() -> str:
@@ -125,18 +121,12 @@ def link() -> str:
     """
     for name in LINKS:
         place = ROOT / "featkd" / name
-        if place.exists():
-            continue
         try:
-            place.symlink_to(Path("..") / name, target_is_directory=True)
+            if not place.exists():
+                place.symlink_to(Path("..") / name, target_is_directory=True)
         except OSError as error:
             return f"{place}: cannot link to ../{name}: {error}"
     return ""
-
-
-def build_command() -> list[str]:
-    """Returns the command that compiles csrc/ in place."""
-    return [sys.executable, "setup.py", "build_ext", "--inplace"]
 
 
 def build_environment(gpus: list[Any]) -> dict[str, str]:

@@ -7,46 +7,40 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .recorder import Item
 from .schedule import Outcome
 
 MARK = "gpu"
+_COLUMNS = ("name", "variant", "metric", "unit", "value")
 
 
 def content(found: Mapping[str, Any], outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Returns {"meta", "parts", "rows"}; rows have "name", "variant", "metric", "unit", "value"."""
     rows = [
-        {
-            "name": f"{outcome.part.name}/{item.name}",
-            "variant": variant,
-            "metric": metric,
-            "unit": unit,
-            "value": value,
-        }
+        dict(zip(_COLUMNS, (f"{outcome.part.name}/{item.name}", *figure), strict=True))
         for outcome in outcomes
         for item in outcome.items
-        for variant, metric, unit, value in item.figures
+        for figure in item.figures
     ]
-    parts = [
-        {
-            "name": outcome.part.name,
-            "about": outcome.part.about,
-            "good": outcome.is_good,
-            "seconds": round(outcome.seconds, 1),
-            "problem": outcome.problem,
-            "passed": outcome.count("passed"),
-            "failed": [_entry(x) for x in outcome.items if x.status in ("failed", "begun")],
-            "cut": [_entry(item) for item in outcome.items if item.status == "cut"],
-            "skipped": [_entry(item) for item in outcome.items if item.status == "skipped"],
-            "log": outcome.log if not outcome.is_good else "",
-        }
-        for outcome in outcomes
-    ]
-    return {"meta": dict(found), "parts": parts, "rows": rows}
+    return {"meta": dict(found), "parts": [_part(x) for x in outcomes], "rows": rows}
 
 
-def _entry(item: Item) -> dict[str, str]:
-    return {"name": item.name, "message": item.message}
+def _part(outcome: Outcome) -> dict[str, Any]:
+    def items(*statuses: str) -> list[dict[str, str]]:
+        found = [x for x in outcome.items if x.status in statuses]
+        return [{"name": x.name, "message": x.message} for x in found]
+
+    return {
+        "name": outcome.part.name,
+        "about": outcome.part.about,
+        "good": outcome.is_good,
+        "seconds": round(outcome.seconds, 1),
+        "problem": outcome.problem,
+        "passed": outcome.count("passed"),
+        "failed": items("failed", "begun"),
+        "cut": items("cut"),
+        "skipped": items("skipped"),
+        "log": outcome.log if not outcome.is_good else "",
+    }
 
 
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -73,33 +67,24 @@ def page(results: Mapping[str, Any]) -> str:
         text.append("\nMissing packages, to be brought as wheels:\n")
         text += [f"\n- {line}" for line in meta["carry"]]
         text.append("\n")
-    lines = [
-        (
-            part["name"],
-            "yes" if part["good"] else "**no**",
-            str(part["passed"]),
-            str(len(part["failed"])),
-            str(len(part["cut"])),
-            str(len(part["skipped"])),
-            f"{part['seconds']:.0f}",
-        )
-        for part in results["parts"]
-    ]
-    text.append("\n" + _table(("part", "good", "passed", "failed", "cut", "skipped", "s"), lines))
+    kinds = ("failed", "cut", "skipped")
+    lines = []
+    for part in results["parts"]:
+        good = "yes" if part["good"] else "**no**"
+        counts = (part["passed"], *(len(part[kind]) for kind in kinds))
+        lines.append((part["name"], good, *map(str, counts), f"{part['seconds']:.0f}"))
+    text.append("\n" + _table(("part", "good", "passed", *kinds, "s"), lines))
     for part in results["parts"]:
         if part["problem"]:
             text.append(f"\n**{part['name']}**: {_short(part['problem'])}\n")
-        for kind in ("failed", "cut", "skipped"):
+        for kind in kinds:
             reasons: dict[str, list[str]] = {}
             for item in part[kind]:
-                reasons.setdefault(_short(item["message"]) or "did not end", []).append(
-                    item["name"]
-                )
-            text += [
-                f"\n- {part['name']}, {kind}: {', '.join(names[:6])}"
-                f"{f' and {len(names) - 6} more' if len(names) > 6 else ''}: {reason}"
-                for reason, names in reasons.items()
-            ]
+                reason = _short(item["message"]) or "did not end"
+                reasons.setdefault(reason, []).append(item["name"])
+            for reason, names in reasons.items():
+                more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+                text.append(f"\n- {part['name']}, {kind}: {', '.join(names[:6])}{more}: {reason}")
     return "".join([*text, "\n\n", tables(results)])
 
 
@@ -109,11 +94,12 @@ def _short(text: str) -> str:
 
 def tables(results: Mapping[str, Any]) -> str:
     """Returns the tables of ops, updates and launches."""
-    by_name: dict[str, dict[tuple[str, str], float]] = {}
+    parts: dict[str, dict[str, dict[tuple[str, str], float]]] = {}
     for row in results["rows"]:
-        by_name.setdefault(row["name"], {})[row["variant"], row["metric"]] = row["value"]
+        part, _, name = row["name"].partition("/")
+        values = parts.setdefault(part, {}).setdefault(name, {})
+        values[row["variant"], row["metric"]] = row["value"]
     text = []
-    speed = {k.removeprefix("speed/"): v for k, v in by_name.items() if k.startswith("speed/")}
     names = ("eager", "compile", "reference", "featkd")
     for metric, title in (
         ("gpu_us", "GPU time, us (launched from Python, L2 flushed before)"),
@@ -121,34 +107,27 @@ def tables(results: Mapping[str, Any]) -> str:
         ("host_us", "Host time, us"),
     ):
         lines = []
-        for case, values in speed.items():
-            cells = [values.get((name, metric)) for name in names]
-            if any(cell is not None for cell in cells):
-                ours, others = cells[-1], [x for x in cells[:-1] if x is not None]
-                ratio = f"{min(others) / ours:.2f}" if ours and others else ""
+        for case, values in parts.get("speed", {}).items():
+            *others, ours = cells = [values.get((name, metric)) for name in names]
+            known = [x for x in others if x is not None]
+            if ours or known:
+                ratio = f"{min(known) / ours:.2f}" if ours and known else ""
                 shown = [f"{x:.1f}" if x is not None else "failed" for x in cells]
                 lines.append((case, *shown, ratio))
         if lines:
             header = ("forward and backward", *names, "best of the others / featkd")
             text.append(f"{title}:\n\n{_table(header, lines)}\n")
+    metrics = {"update": ".1f", "images_per_s": ".0f", "first_loss": ".3f", "last_loss": ".3f"}
     updates = [
-        (
-            case.removeprefix("updates/"),
-            f"{values['featkd', 'update']:.1f}",
-            f"{values['featkd', 'images_per_s']:.0f}",
-            f"{values['featkd', 'first_loss']:.3f}",
-            f"{values['featkd', 'last_loss']:.3f}",
-        )
-        for case, values in by_name.items()
-        if case.startswith("updates/")
+        (case, *(f"{values['featkd', metric]:{digits}}" for metric, digits in metrics.items()))
+        for case, values in parts.get("updates", {}).items()
     ]
     if updates:
         columns = ("update of the trainer", "ms", "images/s", "first loss", "last loss")
         text.append(_table(columns, updates) + "\n")
     launches = [
         (variant, f"{value:.1f}")
-        for case, values in by_name.items()
-        if case.startswith("launches/")
+        for values in parts.get("launches", {}).values()
         for (variant, metric), value in values.items()
         if metric == "time"
     ]

@@ -6,10 +6,9 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 # (variant, metric, unit, value) as in the JSON form, whose name is the item's
 Figure = tuple[str, str, str, float]
@@ -39,9 +38,9 @@ class Item:
     name: str
     status: str
     """One of passed, failed, skipped, cut (by its time limit), and begun (which did not end)."""
-    seconds: float
-    message: str
-    figures: tuple[Figure, ...]
+    seconds: float = 0.0
+    message: str = ""
+    figures: tuple[Figure, ...] = ()
 
 
 class Recorder:
@@ -55,7 +54,7 @@ class Recorder:
         """Runs an item; a failure is recorded and does not end the process."""
         if name in self._begun:
             return
-        self._write({"name": name, "status": "begun"})
+        self._write(Item(name, "begun"))
         started = time.monotonic()
         figures: Sequence[Figure] = ()
         status, message, broken = "passed", "", False
@@ -72,22 +71,21 @@ class Recorder:
                 traceback.print_exc()
                 broken = "CUDA error" in message or "CUDA driver error" in message
         seconds = time.monotonic() - started
-        self._write(
-            {
-                "name": name,
-                "status": status,
-                "seconds": round(seconds, 3),
-                "message": message,
-                "figures": list(figures),
-            }
-        )
+        self._write(Item(name, status, round(seconds, 3), message, tuple(figures)))
         print(f"{status:8} {seconds:7.2f} s  {name}  {message[:200]}", flush=True)
         if broken:
             sys.exit(BROKEN)
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def run_share(
+        self, items: Mapping[str, Callable[[], Sequence[Figure] | None]], shard: int, shards: int
+    ) -> None:
+        """Runs every `shards`-th item."""
+        for name in list(items)[shard::shards]:
+            self.run(name, items[name])
+
+    def _write(self, item: Item) -> None:
         with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(asdict(item)) + "\n")
 
 
 def read(path: Path) -> list[Item]:
@@ -98,10 +96,6 @@ def read(path: Path) -> list[Item]:
             line = json.loads(text)
         except ValueError:  # the process was killed while it wrote the line
             continue
-        figures = tuple(
-            (str(v), str(m), str(u), float(x)) for v, m, u, x in line.get("figures", ())
-        )
-        found[line["name"]] = Item(
-            line["name"], line["status"], line.get("seconds", 0.0), line.get("message", ""), figures
-        )
+        line["figures"] = tuple(map(tuple, line["figures"]))
+        found[line["name"]] = Item(**line)
     return list(found.values())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import triton.language as tl
 from tests.gpu import accuracy
 from tests.gpu.forms import FORMS, MAIN, Sizes
 
-from . import schedule
+from . import facts, schedule
 from .recorder import Cut, NotHere, Recorder
 
 TOOLS = ("memcheck", "racecheck")
@@ -58,9 +57,7 @@ def command_of(name: str, tool: str, device: torch.device, limit: float) -> list
     case = [sys.executable, "-m", "benchmarks.gpu.sanitizer", name, device.type, f"{limit:.0f}"]
     if tool == "none":
         return case
-    path = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
-    )
+    path = facts.cuda_tool("compute-sanitizer")
     if path is None:
         raise NotHere("compute-sanitizer is neither on the path nor in CUDA_HOME")
     # torch asks the driver for functions that it may lack, which is no error

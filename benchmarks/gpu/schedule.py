@@ -27,6 +27,8 @@ class Part:
     name: str
     about: str
     limit: int
+    work: str = ""
+    """Module and function that run the part."""
     share: float = 0.0
     """Share of the cores that get a process each; 0 is one process."""
 
@@ -35,19 +37,19 @@ class Part:
 WAVES: tuple[tuple[Part, ...], ...] = (
     (
         Part("build", "csrc with its CUDA half", 230),
-        Part("ops", "accuracy and behaviour of the fused ops", 230, 0.5),
-        Part("warm", "compilation of what is timed later", 200, 0.3),
+        Part("ops", "accuracy and behaviour of the fused ops", 230, "checks:ops", 0.5),
+        Part("warm", "compilation of what is timed later", 200, "speed:warm", 0.3),
     ),
-    (Part("speed", "ops against plain torch", 150),),
+    (Part("speed", "ops against plain torch", 150, "speed:ops"),),
     (
-        Part("linalg", "featkd.linalg", 120, 0.1),
-        Part("large", "maps of more than 2^31 elements", 120),
-        Part("compiled", "the fused ops in torch.compile's modes", 170, 0.3),
-        Part("updates", "30 updates of the trainer in each mode", 170, 0.4),
-        Part("tools", "cache, distill --cache, distill, diagnose", 150, 0.2),
-        Part("sanitizer", "compute-sanitizer", 170, 0.3),
+        Part("linalg", "featkd.linalg", 120, "checks:linalg", 0.1),
+        Part("large", "maps of more than 2^31 elements", 120, "checks:large"),
+        Part("compiled", "the fused ops in torch.compile's modes", 170, "checks:compiled", 0.3),
+        Part("updates", "30 updates of the trainer in each mode", 170, "training:updates", 0.4),
+        Part("tools", "cache, distill --cache, distill, diagnose", 150, "training:tools", 0.2),
+        Part("sanitizer", "compute-sanitizer", 170, "sanitizer:checks", 0.3),
     ),
-    (Part("launches", "compiled kernels and launch times", 100),),
+    (Part("launches", "compiled kernels and launch times", 100, "launches:kernels"),),
 )
 CPU_WAVES: tuple[tuple[Part, ...], ...] = tuple(
     (part,) for wave in WAVES for part in wave if part.name not in ("build", "warm")
@@ -82,13 +84,14 @@ class _Process:
     environment: dict[str, str]
     file: Path | None
     log: Path
-    started: float
+    started: float = 0.0
     handle: subprocess.Popen[bytes] | None = None
     restarts: int = 0
     problem: str = ""
     ended: float | None = None
 
     def start(self) -> None:
+        self.started = self.started or time.monotonic()  # a restart does not begin its time anew
         with self.log.open("ab") as log:
             self.handle = subprocess.Popen(
                 self.command,
@@ -147,7 +150,6 @@ def run(
         chosen = [part for part in wave if not only or part.name in only]
         processes = [p for part in chosen for p in _processes(part, device, folder, gpus)]
         for process in processes:
-            process.started = time.monotonic()
             process.start()
         try:
             at_work = list(processes)
@@ -173,9 +175,9 @@ def run(
 
 def _processes(part: Part, device: str, folder: Path, gpus: list[Any]) -> list[_Process]:
     log = folder / f"{part.name}.log"
-    if part.name == "build":
-        known = facts.build_environment(gpus)
-        return [_Process(part, facts.build_command(), known, None, log, 0.0)]
+    if not part.work:
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        return [_Process(part, command, facts.build_environment(gpus), None, log)]
     cores = len(os.sched_getaffinity(0))
     count = max(1, int(part.share * cores)) if device == "cuda" else 1
     folders = (facts.ROOT, facts.ROOT / "tools" / "ptx_emulator")
@@ -187,9 +189,9 @@ def _processes(part: Part, device: str, folder: Path, gpus: list[Any]) -> list[_
     found = []
     for shard in range(count):
         file = folder / f"{part.name}.{shard}.jsonl"
-        words = [part.name, device, str(shard), str(count), str(file)]
+        words = [part.work, device, str(shard), str(count), str(file)]
         command = [sys.executable, "-m", "benchmarks.gpu.part", *words]
-        found.append(_Process(part, command, known, file, log, 0.0))
+        found.append(_Process(part, command, known, file, log))
     return found
 
 

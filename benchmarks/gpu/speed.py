@@ -37,9 +37,8 @@ def ops(recorder: Recorder, device: torch.device, shard: int, shards: int) -> No
 
 def warm(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
     """Runs the cases without timing, in several processes, to fill the compilers' disk caches."""
-    for number, case in enumerate(_cases(device)):
-        if number % shards == shard:
-            recorder.run(case.title, partial(_run_once, case, device))
+    items = {case.title: partial(_run_once, case, device) for case in _cases(device)}
+    recorder.run_share(items, shard, shards)
 
 
 def _run_once(case: Case, device: torch.device) -> None:

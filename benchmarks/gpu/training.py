@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import chain, count, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,18 +18,11 @@ from PIL import Image
 
 import featkd
 from featkd.cache import CacheConfig
-from featkd.data import AugmentConfig, Batch, DataConfig
+from featkd.data import AugmentConfig, DataConfig
 from featkd.diagnostics import DiagnoseConfig, Settings, diagnose
 from featkd.runtime.distributed import ProcessContext
 from featkd.train.build_cache import build_cache
-from featkd.train.recipe import (
-    CheckpointConfig,
-    LossConfig,
-    OptimConfig,
-    Recipe,
-    StudentConfig,
-    TeacherConfig,
-)
+from featkd.train.recipe import LossConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig
 from featkd.train.trainer import Trainer
 
 from .recorder import Figure, Recorder
@@ -71,27 +64,26 @@ def updates(recorder: Recorder, device: torch.device, shard: int, shards: int) -
     small = device.type == "cpu"
     amps: tuple[Literal["off", "bf16", "fp16"], ...] = ("off",) if small else ("bf16", "fp16")
     modes = ("off",) if small else ("off", "default", "reduce-overhead")
+    items = {}
     with images(_size(device)) as folder:
-        for number, (arch, amp, mode) in enumerate(product(_OPS, amps, modes)):
-            if number % shards == shard:
-                recipe = recipe_for(folder, arch, device)
-                recipe.amp = amp
-                recipe.compile = mode != "off"
-                recipe.compile_mode = "reduce-overhead" if mode == "reduce-overhead" else "default"
-                recorder.run(f"{arch}/{amp}/compile-{mode}", partial(_updates, recipe, device))
+        for arch, amp, mode in product(_OPS, amps, modes):
+            recipe = recipe_for(folder, arch, device)
+            recipe.amp = amp
+            recipe.compile = mode != "off"
+            recipe.compile_mode = "reduce-overhead" if mode == "reduce-overhead" else "default"
+            items[f"{arch}/{amp}/compile-{mode}"] = partial(_updates, recipe, device)
+        recorder.run_share(items, shard, shards)
 
 
 def tools(recorder: Recorder, device: torch.device, shard: int, shards: int) -> None:
     """Runs the cache, a run from it, a whole run, and diagnostics, all with random weights."""
-    items: dict[str, Callable[[Path, torch.device], None]] = {
-        "cache and distill --cache": _cached,
-        "distill, evaluate, resume": _whole,
-        "diagnose": _diagnose,
-    }
     with images(_size(device)) as folder:
-        for number, (name, work) in enumerate(items.items()):
-            if number % shards == shard:
-                recorder.run(name, partial(work, folder, device))
+        items = {
+            "cache and distill --cache": partial(_cached, folder, device),
+            "distill, evaluate, resume": partial(_whole, folder, device),
+            "diagnose": partial(_diagnose, folder, device),
+        }
+        recorder.run_share(items, shard, shards)
 
 
 def _size(device: torch.device) -> Size:
@@ -108,11 +100,11 @@ def images(size: Size) -> Iterator[Path]:
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(prefix="featkd-gpu-") as name:
         root = Path(name)
-        for split, count in (("train", 40), ("val", 8)):
+        for split, each in (("train", 40), ("val", 8)):
             for label in range(_CLASSES):
                 folder = root / "images" / split / f"class{label}"
                 folder.mkdir(parents=True)
-                for number in range(count):
+                for number in range(each):
                     pixels = rng.integers(0, 160, (size.pixels, size.pixels, 3), dtype=np.uint8)
                     pixels[..., label] += 90
                     Image.fromarray(pixels).save(folder / f"{number}.jpg")
@@ -138,7 +130,6 @@ def recipe_for(folder: Path, arch: Any, device: torch.device) -> Recipe:
             augment=AugmentConfig(rand_augment=None, repeats=1),
         ),
         optim=OptimConfig(lr=1e-3, lr_batch=size.batch, epochs=2, warmup_epochs=0),
-        checkpoint=CheckpointConfig(),
         ema_decay=0.9,
         amp="off",
         device=str(_context(device).device),
@@ -155,7 +146,7 @@ def _updates(recipe: Recipe, device: torch.device) -> list[Figure]:
     try:
         trainer.components.student.train()
         totals, seconds = [], []
-        batches = _batches(trainer, size.updates)
+        batches = chain.from_iterable(map(trainer.batches, count()))
         for number in range(size.updates):
             if cuda:
                 torch.cuda.synchronize()
@@ -185,17 +176,6 @@ def _updates(recipe: Recipe, device: torch.device) -> list[Figure]:
         ("featkd", "first_loss", "1", totals[0]),
         ("featkd", "last_loss", "1", totals[-1]),
     ]
-
-
-def _batches(trainer: Trainer, count: int) -> Iterator[Batch]:
-    """Yields `count` batches, over as many epochs as needed."""
-    epoch = 0
-    while count > 0:
-        for batch in trainer.batches(epoch):
-            if count > 0:
-                yield batch
-            count -= 1
-        epoch += 1
 
 
 def _cached(folder: Path, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from ..problem import DTYPES
 from ..results import Measured
 
 try:
-    from . import aot, chips, compiled, csrc_counts, csrc_kernels, host, modelled, traffic
+    from . import aot, chips, compiled, csrc_kernels, host, modelled, traffic
 except ModuleNotFoundError as error:
     if error.name != "ptx_emulator":
         raise
@@ -44,7 +44,6 @@ def main(words: Sequence[str] | None = None) -> int:
     def check(rows: Sequence[Any]) -> None:
         broken.extend(f"{row.name}: {text}" for row in rows for text in row.broken)
 
-    own: list[csrc_kernels.Kernel] = []
     if "compiled" in parts:
         jobs = compiled.default_jobs(row_ops, options.dtypes, options.archs)
         kernels = list(compiled.compile_all(jobs, len(os.sched_getaffinity(0))))
@@ -59,9 +58,6 @@ def main(words: Sequence[str] | None = None) -> int:
         moved = traffic.moved(row_ops)
         show("bytes over the floor", [x for row in moved for x in row.figures()])
         check(moved)
-        counted = [csrc_counts.count(*shape) for shape in csrc_counts.SHAPES] if own else []
-        show("one matrix", [x for row in counted for x in row.counted()])
-        show("one matrix", [x for row in counted for x in row.modelled(own)])
     if "host" in parts and row_ops:
         asked = compiled.questions(row_ops, "small", ("bf16", compiled.ONE_DTYPE))
         forms = (*compiled.FORMS, "mse")
@@ -72,17 +68,16 @@ def main(words: Sequence[str] | None = None) -> int:
         for row in times:  # no broken rule: a busy machine can cause it
             print("".join(f"{row.name}: {text}\n" for text in row.broken), end="")
     if "modelled" in parts and row_ops:
-        show("whole ops", [x for row in modelled.model() for x in row.figures()])
+        show("whole ops", modelled.model())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if "measured" in parts and device == "cuda":
         published = compiled.questions(row_ops, "published", options.dtypes)
         variant = f"{torch.cuda.get_device_name()} measured"
         timed = aot.measure([q.case for q in published])
-        show("launch", [(f"{x.case}/{x.kernel}", variant, "time", "us", x.us) for x in timed])
+        show("launch", [(launch, variant, "time", "us", us) for launch, us in timed])
     if options.json is not None:
         meta = results.meta_of(results.describe_run(device))
-        sources = {chip.name: chip.source for chip in chips.CHIPS}
-        results.write_json(options.json, {**meta, "chips": sources}, figures)
+        results.write_json(options.json, meta, figures)
     print("\n".join([*broken, f"{len(broken)} broken rules"]))
     return 1 if broken else 0
 
@@ -93,9 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Compiles every kernel for sm_80, sm_90 and sm_100, counts its traffic and "
         "launches, checks the rules, models whole ops, and times each launch if there is a GPU.",
     )
-    archs = [chip.arch for chip in chips.CHIPS]
     known: dict[str, Sequence[Any]] = {
-        "ops": OPS, "dtypes": tuple(DTYPES), "archs": archs, "parts": PARTS
+        "ops": OPS, "dtypes": tuple(DTYPES), "archs": tuple(chips.CHIPS), "parts": PARTS
     }  # fmt: skip
     for name, choices in known.items():
         kind = type(choices[0])

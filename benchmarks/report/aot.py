@@ -139,20 +139,10 @@ def _tool(name: str, option: str, binary: bytes) -> str:
     return done.stdout
 
 
-@dataclass(frozen=True)
-class Timed:
-    """Time of one launch of a case."""
-
-    case: str
-    kernel: str
-    us: float
-    """Median of many launches, the cache flushed before each."""
-
-
 def on_gpu(
     kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, Any]
 ) -> float:
-    """Times a launch in microseconds. A launch writes the same results each time."""
+    """Returns the median microseconds of many launches, the cache flushed before each."""
     from triton.testing import do_bench
 
     median = do_bench(lambda: kernel[grid](**arguments, **options), return_mode="median")
@@ -161,18 +151,18 @@ def on_gpu(
 
 def measure(
     cases: Sequence[Case], device: str = "cuda", timer: Callable[..., float] = on_gpu
-) -> list[Timed]:
-    """Times each launch of the cases' forward and backward passes.
+) -> list[tuple[str, float]]:
+    """Times each launch of the cases' forward and backward passes: (case/kernel, microseconds).
 
     Args:
         timer: takes kernel, grid, arguments and options, runs the launch at least once and returns
             microseconds.
     """
-    found: list[Timed] = []
+    found: list[tuple[str, float]] = []
     for case in cases:
 
         def launcher(kernel: Any, *launch: Any, title: str = case.title) -> None:
-            found.append(Timed(title, str(kernel.fn.__name__), timer(kernel, *launch)))
+            found.append((f"{title}/{kernel.fn.__name__}", timer(kernel, *launch)))
 
         run(case, launcher, device)
     return found

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 
+from featkd.runtime.names import aligned
+
 from .. import cases
 from ..problem import AUTOCAST, Case
 from ..results import Measured
 from ..sizes import Maps, Sizes
-from ..table import aligned
 from . import aot
-from .chips import REGISTERS, block_registers, chip_of
+from .chips import CHIPS, REGISTERS, block_registers
 
 # ptxas keeps a few addresses that no loop changes on the stack, in order to fit another block
 _MOST_STACK = 32
@@ -41,12 +42,12 @@ class Compiled:
     @property
     def blocks(self) -> int:
         """Blocks that a multiprocessor holds at once."""
-        return chip_of(self.arch).blocks(self.code.registers, self.code.warps, self.code.shared)
+        return CHIPS[self.arch].blocks(self.code.registers, self.code.warps, self.code.shared)
 
     @property
     def broken(self) -> list[str]:
         """Rules of docs/kernels.md that the kernel breaks."""
-        code, chip = self.code, chip_of(self.arch)
+        code, chip = self.code, CHIPS[self.arch]
         taken = block_registers(code.registers, code.warps)
         checks = {
             f"{taken} registers per block, more than {REGISTERS}": taken > REGISTERS,

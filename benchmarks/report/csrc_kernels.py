@@ -1,4 +1,4 @@
-"""csrc's CUDA kernels, compiled ahead of time: registers, spills and blocks per multiprocessor."""
+"""csrc's CUDA kernels, compiled ahead of time: registers, spills and shared memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..results import Measured
-from .chips import chip_of
 
 SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "linalg" / "cuda.cu"
 WARPS = 8
@@ -51,13 +50,6 @@ class Kernel:
             return jacobi_bytes(_up(rows, 32), size)
         return scratch_bytes(rows, size)
 
-    def blocks(self, rows: int) -> int:
-        """Returns the blocks that a multiprocessor holds; 0 if the scratch is in global memory."""
-        chip = chip_of(self.arch)
-        if self.shared(rows) > chip.shared_bytes:
-            return 0
-        return chip.blocks(self.registers, WARPS, self.shared(rows))
-
     @property
     def broken(self) -> list[str]:
         """Rules of docs/linalg.md that the kernel breaks."""
@@ -66,20 +58,19 @@ class Kernel:
 
     def figures(self) -> list[Measured]:
         """Returns the figures in the JSON form."""
-        variant = f"sm_{self.arch}"
-        found: list[Measured] = [
-            (self.name, variant, "registers", "count", self.registers),
-            (self.name, variant, "stack", "bytes", self.stack),
-            (self.name, variant, "spills", "bytes", self.spills),
-            (self.name, variant, "broken_rules", "count", len(self.broken)),
+        return [
+            (self.name, f"sm_{self.arch}", metric, unit, value)
+            for metric, unit, value in (
+                ("registers", "count", self.registers),
+                ("stack", "bytes", self.stack),
+                ("spills", "bytes", self.spills),
+                ("broken_rules", "count", len(self.broken)),
+                *((f"shared at {n} rows", "bytes", self.shared(n)) for n in _ROWS),
+            )
         ]
-        for n in _ROWS:
-            found.append((self.name, variant, f"shared at {n} rows", "bytes", self.shared(n)))
-            found.append((self.name, variant, f"blocks at {n} rows", "count", self.blocks(n)))
-        return found
 
 
-def scratch_bytes(rows: int, size: int, groups: int = WARPS) -> int:
+def scratch_bytes(rows: int, size: int) -> int:
     """Returns the bytes of Scratch in csrc/linalg/spectrum.h.
 
     It holds sums, slots, the largest of slab, vectors and counts.
@@ -88,13 +79,13 @@ def scratch_bytes(rows: int, size: int, groups: int = WARPS) -> int:
         size: bytes per number.
     """
     length = _up(rows, 32)
-    vectors = length * (6 + 2 * groups) + 2 * _up(groups, 8) * 8 // size
+    vectors = length * (6 + 2 * WARPS) + 2 * _up(WARPS, 8) * 8 // size
     shared = max(-(-rows // 64) * 16 * 65, vectors, 2 * length)
     numbers = _up(rows * (rows + 1) // 2, 16) + 2 * length + shared
-    return 8 * _up(groups, 8) + _up(numbers, 16) * size
+    return 8 * _up(WARPS, 8) + _up(numbers, 16) * size
 
 
-def jacobi_bytes(length: int, size: int, groups: int = WARPS) -> int:
+def jacobi_bytes(length: int, size: int) -> int:
     """Returns the bytes of JacobiScratch in csrc/linalg/jacobi.h.
 
     It holds flags, three bands of rows and three of rotations.
@@ -103,7 +94,7 @@ def jacobi_bytes(length: int, size: int, groups: int = WARPS) -> int:
         length: numbers per row, a multiple of 32.
         size: bytes per number.
     """
-    return 4 * _up(groups, 16) + 3 * 2 * _BAND * length * size
+    return 4 * _up(WARPS, 16) + 3 * 2 * _BAND * length * size
 
 
 def _up(x: int, to: int) -> int:

@@ -99,14 +99,10 @@ def _operators(recorded: Any) -> list[str]:
 class HostTime:
     """Microseconds of a call, forward and backward, without its launches."""
 
-    op: str
+    name: str
     us: float
     plain_us: float
     """Microseconds of the same in plain torch, which computes on tensors of a few elements."""
-
-    @property
-    def name(self) -> str:
-        return self.op
 
     @property
     def ratio(self) -> float:
@@ -122,9 +118,9 @@ class HostTime:
     def figures(self) -> list[Measured]:
         """Returns the figures in the JSON form."""
         return [
-            (self.op, "launches left out", "featkd", "us", self.us),
-            (self.op, "launches left out", "torch", "us", self.plain_us),
-            (self.op, "launches left out", "ratio", "ratio", self.ratio),
+            (self.name, "launches left out", "featkd", "us", self.us),
+            (self.name, "launches left out", "torch", "us", self.plain_us),
+            (self.name, "launches left out", "ratio", "ratio", self.ratio),
         ]
 
 
@@ -155,10 +151,9 @@ def _pairs() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
             if problem.form in ("mse-lift", "mse", "two-norms", "indices"):
                 inputs = Case(problem, "fp32", "both").inputs(torch.device("cpu"))
                 leaves = [inputs[name] for name in problem.differentiable]
-                ours, plain = problem.featkd, problem.eager
                 found[f"{op}/{problem.form}"] = (
-                    _call(ours, inputs, leaves),
-                    _call(plain, inputs, leaves),
+                    _call(problem.featkd, inputs, leaves),
+                    _call(problem.eager, inputs, leaves),
                 )
     rows, gamma, beta = torch.randn(2, 4, 16), torch.ones(16), torch.zeros(16)
     leaves = [x.requires_grad_() for x in (rows, gamma, beta)]

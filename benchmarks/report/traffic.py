@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import featkd
-from featkd.kernels.launch import Launcher, redirect
+from featkd.kernels.launch import redirect
 from featkd.ops.feature_distance import feature_distance
 from featkd.ops.soft_kd import soft_kd
 from featkd.ops.two_layer_norms import two_layer_norms
@@ -68,32 +68,8 @@ class Rows:
         size = f"{self.images}{tokens}x{self.channels}"
         return f"{self.op}/{self.form}/{size}/{self.dtype}/{self.processors} processors"
 
-    def run(self, launcher: Launcher, make: Callable[..., Tensor]) -> int:
-        """Runs the forward and backward pass; returns the number of the forward pass's launches.
-
-        Args:
-            launcher: receives every launch.
-            make: torch.randn or torch.empty.
-        """
-        made = 0
-
-        def launch(*arguments: Any) -> None:
-            nonlocal made
-            made += 1
-            launcher(*arguments)
-
-        with ExitStack() as stack:
-            stack.enter_context(featkd.use_backend("triton"))
-            stack.enter_context(redirect(launch))
-            for module in ("feature_distance", "two_layer_norms"):
-                name = f"featkd.kernels.{module}.processors"
-                stack.enter_context(patch(name, lambda device: self.processors))
-            outputs, leaves = self._forward(make)
-            first = made
-            torch.autograd.grad(outputs, leaves, [make(x.shape, dtype=x.dtype) for x in outputs])
-        return first
-
-    def _forward(self, make: Callable[..., Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, make: Callable[..., Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Runs the forward pass on tensors of `make`; returns its outputs and the leaves."""
         wide = DTYPES[self.dtype]  # of the parameters
         half = AUTOCAST.get(self.dtype, wide)  # of the rows, which are results of a product
         if self.form == "soft_kd":
@@ -160,31 +136,52 @@ class Traffic:
 
 def count(rows: Rows) -> list[Traffic]:
     """Counts the bytes of the compiled kernels, which run on the CPU."""
-    moved: list[int] = []
-    floors: list[int] = []
 
-    def execute(kernel: Any, grid: Any, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    def execute(kernel: Any, grid: Any, arguments: dict[str, Any], options: dict[str, Any]) -> int:
         launch = run_triton(
             kernel, grid, check=False, count=True, time_limit=600, **arguments, **options
         )
         counters = launch.counters
         assert counters is not None
-        moved.append(counters.distinct_read_bytes + counters.distinct_write_bytes)
-        floors.append(_bytes(arguments, _ROWS))
+        return counters.distinct_read_bytes + counters.distinct_write_bytes
 
-    return _by_direction(rows, rows.run(execute, torch.randn), moved, floors, counted=True)
+    return _by_direction(rows, execute, torch.randn, counted=True)
 
 
 def add_up(rows: Rows) -> list[Traffic]:
     """Adds up the bytes of the launches' tensors; nothing runs, and no memory is touched."""
+
+    def look(kernel: Any, grid: Any, arguments: dict[str, Any], options: object) -> int:
+        return _bytes(arguments, arguments)
+
+    return _by_direction(rows, look, torch.empty, counted=False)
+
+
+def _by_direction(
+    rows: Rows, launcher: Callable[..., int], make: Callable[..., Tensor], *, counted: bool
+) -> list[Traffic]:
+    """Runs both passes; `launcher` receives every launch and returns its bytes."""
     moved: list[int] = []
     floors: list[int] = []
 
-    def look(kernel: Any, grid: Any, arguments: dict[str, Any], options: object) -> None:
-        moved.append(_bytes(arguments, arguments))
+    def launch(kernel: Any, grid: Any, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+        moved.append(launcher(kernel, grid, arguments, options))
         floors.append(_bytes(arguments, _ROWS))
 
-    return _by_direction(rows, rows.run(look, torch.empty), moved, floors, counted=False)
+    with ExitStack() as stack:
+        stack.enter_context(featkd.use_backend("triton"))
+        stack.enter_context(redirect(launch))
+        for module in ("feature_distance", "two_layer_norms"):
+            name = f"featkd.kernels.{module}.processors"
+            stack.enter_context(patch(name, lambda device: rows.processors))
+        outputs, leaves = rows.forward(make)
+        first = len(moved)
+        torch.autograd.grad(outputs, leaves, [make(x.shape, dtype=x.dtype) for x in outputs])
+    parts = {"forward": slice(0, first), "backward": slice(first, None)}
+    return [
+        Traffic(rows, direction, sum(moved[part]), sum(floors[part]), counted)
+        for direction, part in parts.items()
+    ]
 
 
 def moved(ops: Sequence[str]) -> list[Traffic]:
@@ -205,13 +202,3 @@ def moved(ops: Sequence[str]) -> list[Traffic]:
 
 def _bytes(arguments: dict[str, Any], names: Any) -> int:
     return sum(x.nbytes for k, x in arguments.items() if isinstance(x, Tensor) and k in names)
-
-
-def _by_direction(
-    rows: Rows, first: int, moved: list[int], floors: list[int], *, counted: bool
-) -> list[Traffic]:
-    parts = {"forward": slice(0, first), "backward": slice(first, None)}
-    return [
-        Traffic(rows, direction, sum(moved[part]), sum(floors[part]), counted)
-        for direction, part in parts.items()
-    ]

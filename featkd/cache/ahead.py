@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,11 +14,6 @@ from torch import Tensor
 _BATCHES = 2
 
 Found = TypeVar("Found")
-
-
-class _Ahead(NamedTuple, Generic[Found]):
-    keys: Tensor
-    rows: Future[Found]
 
 
 class ReadAhead(Generic[Found]):
@@ -34,12 +29,12 @@ class ReadAhead(Generic[Found]):
         self._read = read
         self._thread = ThreadPoolExecutor(1, "featkd-cache-ahead")
         self._upcoming: Iterator[Tensor] = iter(())
-        self._ahead: deque[_Ahead[Found]] = deque()
+        self._ahead: deque[tuple[Tensor, Future[Found]]] = deque()  # keys and rows
 
     def prefetch(self, upcoming: Iterator[Tensor]) -> None:
         """Starts reading the batches with these keys, in place of those expected before."""
-        for batch in self._ahead:
-            batch.rows.cancel()
+        for _, rows in self._ahead:
+            rows.cancel()
         self._ahead.clear()
         self._upcoming = upcoming
         self._fill()
@@ -53,8 +48,8 @@ class ReadAhead(Generic[Found]):
         Raises:
             CacheError: a row of this batch is damaged; raised here, not when it was read ahead.
         """
-        if self._ahead and torch.equal(self._ahead[0].keys, keys):
-            found = self._ahead.popleft().rows
+        if self._ahead and torch.equal(self._ahead[0][0], keys):
+            _, found = self._ahead.popleft()
             self._fill()
         else:
             self.prefetch(iter(()))
@@ -63,4 +58,4 @@ class ReadAhead(Generic[Found]):
 
     def _fill(self) -> None:
         for keys in islice(self._upcoming, _BATCHES - len(self._ahead)):
-            self._ahead.append(_Ahead(keys, self._thread.submit(self._read, keys)))
+            self._ahead.append((keys, self._thread.submit(self._read, keys)))

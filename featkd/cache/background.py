@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -34,10 +35,8 @@ class BackgroundWriter:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        # of the shard being filled; used by the thread alone
-        self._rows: list[Row] = []
-        self._keys: list[Tensor] = []
-        self._source_index: list[Tensor] = []
+        # keys, source index and rows of the shard being filled; used by the thread alone
+        self._batches: list[tuple[Tensor, Tensor, list[Row]]] = []
         self.written = 0
         """Shards written."""
 
@@ -95,17 +94,17 @@ class BackgroundWriter:
             with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
                 if ready is not None:
                     ready.wait()
-                self._rows += self._writer.manifest.layout.encode(outputs)
+                rows = self._writer.manifest.layout.encode(outputs)
         except NotStorable as error:
             epoch, image, copy = keys[error.index].tolist()
             raise CacheError(
                 f"image {image}, copy {copy} of view {epoch}: {error.cause}; try another amp"
             ) from error
-        self._keys.append(keys)
-        self._source_index.append(source_index)
+        self._batches.append((keys, source_index, rows))
 
     def _write(self, view: int, shard: int) -> None:
-        keys, source_index = torch.cat(self._keys), torch.cat(self._source_index)
-        self._writer.write(view, shard, keys, source_index, self._rows)
-        self._rows, self._keys, self._source_index = [], [], []
+        keys, source_index, rows = zip(*self._batches, strict=True)
+        every = list(chain.from_iterable(rows))
+        self._writer.write(view, shard, torch.cat(keys), torch.cat(source_index), every)
+        self._batches = []
         self.written += 1

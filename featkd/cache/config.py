@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from featkd.cache.rows import LayerShape, Layout
-from featkd.runtime.checks import check_shares
+from featkd.runtime.checks import check_choice, check_shares
 
 DEFAULT_TOP = 10  # classes whose log-probabilities are stored if no maps are
 DEFAULT_ENERGY = 0.99
@@ -22,21 +22,19 @@ class CacheConfig:
     """Selects the teacher outputs that are stored.
 
     Args:
-        views: number of epochs of the recipe whose samples are stored.
-        logits_top: number of classes whose log-probabilities are stored in fp16, the largest ones,
-            with the sum of the rest; "all" stores all logits in the teacher's dtype. None: "all"
-            with maps, else 10 (or "all" if there are no more classes).
-        features: maps of the teacher's layers in loss.pairs: "full" stores them whole, "lowrank"
-            the leading singular directions of each image (`featkd.cache.lowrank.compress`), "none"
-            no maps. None: "full" if the loss compares maps, else "none". Pooled features are
-            stored whole if the loss compares them.
-        energy: for lowrank: share of each map's energy that is kept. None: 0.99 unless `rank` is
-            given.
-        rank: for lowrank: number of directions, in place of `energy`.
-        store: "fp16" or "int8" with one scale per channel or direction
-            (`featkd.cache.lowrank.quantise`); for full also "fp32" and "bf16", without scales.
-            None: "int8".
-        shard_rows: rows per file; rounded up to whole batches.
+        views: number of epochs of the recipe to store the samples of.
+        logits_top: number of classes whose log-probabilities are stored in fp16, the largest ones
+            of each image, with the sum of the rest; all: the whole logits in the teacher's dtype
+            (default: all if feature maps are stored, otherwise 10, or all if there are fewer
+            classes).
+        features: maps of the teacher's layers in loss.pairs: full maps, the leading singular
+            directions of each image's map (lowrank), or none; pooled features are stored whole if
+            the loss compares them (default: full if the loss compares maps, otherwise none).
+        energy: lowrank: share of each map's energy to store (default: 0.99).
+        rank: lowrank: number of directions to store, instead of energy.
+        store: storage type of maps: fp16 or int8, with one scale per channel or direction; for
+            full maps also fp32 and bf16 (default: int8).
+        shard_rows: rows per file, rounded up to whole batches.
 
     Raises:
         ValueError: a field is out of its range.
@@ -54,10 +52,8 @@ class CacheConfig:
         for name in ("views", "shard_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
-        if self.features is not None and self.features not in get_args(Features):
-            raise ValueError(
-                f"features: expected one of {', '.join(get_args(Features))}; got {self.features!r}"
-            )
+        if self.features is not None:
+            check_choice("features", self.features, get_args(Features))
         if self.energy is not None:
             check_shares("energy", (self.energy,))
             if self.rank is not None:
@@ -85,10 +81,9 @@ class CacheConfig:
                 f"store: expected {' or '.join(allowed) or 'nothing'} for features: {features}; "
                 f"got {self.store!r}"
             )
-        energy = self.energy
-        if features == "lowrank" and self.rank is None and energy is None:
-            energy = DEFAULT_ENERGY
-        store = self.store if self.store or not allowed else _DEFAULT_STORE
+        default = DEFAULT_ENERGY if features == "lowrank" and self.rank is None else None
+        energy = default if self.energy is None else self.energy
+        store = self.store or (_DEFAULT_STORE if allowed else None)
         return replace(self, features=features, energy=energy, store=store)
 
     def layout(self, classes: int, logits_dtype: str, layers: tuple[LayerShape, ...]) -> Layout:
@@ -116,12 +111,13 @@ class CacheConfig:
                     f"rank: expected 1 to {most}, the lesser of the {shape.tokens} tokens and "
                     f"{shape.channels} channels of layer {shape.layer}; got {self.rank}"
                 )
-        options: Any = {"features": self.features, "energy": self.energy, "rank": self.rank}
         return Layout(
             classes=classes,
             logits_dtype=logits_dtype,
             logits_top=None if top in ("all", classes) else int(top),
+            features=str(self.features),
+            energy=self.energy,
+            rank=self.rank,
             store=self.store,
             layers=layers,
-            **options,
         )

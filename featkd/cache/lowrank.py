@@ -77,10 +77,13 @@ def compress(
     if energy is not None:
         checks.check_shares("energy", (energy,))
     else:
-        _check_rank(rank, min(tokens, channels))
+        most = min(tokens, channels)
+        if not isinstance(rank, int) or isinstance(rank, bool):
+            raise TypeError(f"rank: expected an int from 0 to {most}, got {rank!r}")
+        if not 0 <= rank <= most:
+            raise ValueError(f"rank: expected an int from 0 to {most}, min(N, C), got {rank}")
     x = features.detach()
-    bad = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-    if bad:
+    if bad := (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist():
         raise ValueError(f"features: image {bad[0]} of the batch holds NaN or Inf")
     ranks = torch.zeros(batch, dtype=torch.int64, device=x.device)
     if energy is not None and x.numel():
@@ -114,13 +117,6 @@ def restore(factors: LowRank, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.bmm(left, right.mT).to(dtype)
 
 
-def _check_rank(rank: object, most: int) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool):
-        raise TypeError(f"rank: expected an int from 0 to {most}, got {rank!r}")
-    if not 0 <= rank <= most:
-        raise ValueError(f"rank: expected an int from 0 to {most}, min(N, C), got {rank}")
-
-
 def quantise(x: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Quantises a factor or a map to half precision or 8 bits, with one scale per column.
 
@@ -152,8 +148,7 @@ def quantise(x: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     checks.check_floating("x", x)
     if x.dim() < 2:
         raise ValueError(f"x: expected at least 2 dimensions, got shape {tuple(x.shape)}")
-    if form not in FORMS:
-        raise ValueError(f"form: expected one of {', '.join(FORMS)}; got {form!r}")
+    checks.check_choice("form", form, FORMS)
     exact = x.detach().float()
     if not (exact.abs() <= LARGEST).all():
         raise ValueError(

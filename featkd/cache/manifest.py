@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from featkd.cache.rows import LayerShape, Layout
 from featkd.data import EpochSampler, SampleKey
-from featkd.data.sampler import RangeSampler
 from featkd.runtime.files import atomic_write, read_regular
 
 SCHEMA = 2
@@ -26,8 +28,23 @@ MOST_HEADER_BYTES = 1 << 20  # of a shard
 _INDEX_BYTES = 256  # per row; more than its keys, source index, checksum and ends
 
 
+# errors of reading damaged JSON or safetensors
+_DAMAGE = (AttributeError, LookupError, RecursionError, TypeError, ValueError, SafetensorError)
+
+
 class CacheError(RuntimeError):
     """A cache can't be written, read or used; names the file or field, and the cause."""
+
+
+@contextmanager
+def as_cache_error(path: Path) -> Iterator[None]:
+    """Turns errors of reading a damaged or missing file into CacheError."""
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(f"{path}: can't be read: {error}") from error
+    except _DAMAGE as error:
+        raise CacheError(f"{path}: damaged: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -76,8 +93,8 @@ class Manifest:
 
     def sampler(self) -> EpochSampler:
         """Sampler whose epoch v yields the keys of view v, in the order of the rows."""
-        seed = int(self.subject["seed"])
-        return EpochSampler(self.images, training=True, repeats=self.repeats, seed=seed)
+        seed, repeats = self.subject["seed"], self.repeats
+        return EpochSampler(self.images, training=True, repeats=repeats, seed=int(seed))
 
     @property
     def shards(self) -> int:
@@ -91,12 +108,11 @@ class Manifest:
 
     def keys(self, view: int, shards: Sequence[int]) -> Iterator[list[SampleKey]]:
         """Yields the keys of the rows of some shards of a view, shard by shard."""
-        seed = int(self.subject["seed"])
-        sampler = RangeSampler(self.images, repeats=self.repeats, seed=seed)
-        stretches = [self.positions(shard) for shard in shards]
-        sampler.set_ranges(view, stretches)
-        keys = iter(sampler)  # shuffles the view once for all shards
-        return (list(islice(keys, len(stretch))) for stretch in stretches)
+        ranges = [self.positions(shard) for shard in shards]
+        sampler = self.sampler()
+        sampler.set_epoch(view)
+        keys = sampler.keys(chain.from_iterable(ranges))  # shuffles the view once for all shards
+        return (list(islice(keys, len(positions))) for positions in ranges)
 
     def most_shard_bytes(self, shard: int) -> int:
         """Upper bound of the size of a shard's file."""
@@ -157,12 +173,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise CacheError(
             f"{folder}: not a featkd cache: {NAME}: {error.strerror or error}"
         ) from error
-    try:
+    with as_cache_error(path):
         content = json.loads(written)
-        checksum = content.pop("checksum")
-        schema = content.pop("schema")
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CacheError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+        checksum, schema = content.pop("checksum"), content.pop("schema")
     # Compares bytes as well: changed white space leaves the content unchanged.
     whole = {"schema": schema, **content}
     if checksum != _checksum(whole) or written != _dump({**whole, "checksum": checksum}):
@@ -170,59 +183,49 @@ def read_manifest(folder: Path) -> Manifest:
     if schema != SCHEMA:
         raise CacheError(f"{path}: format {schema}, this featkd reads {SCHEMA}")
     # A checksum shows accidents; a manifest that was made up can have the right one.
-    try:
+    with as_cache_error(path):
         layout = content.pop("layout")
         layers = tuple(LayerShape(**layer) for layer in layout.pop("layers"))
         manifest = Manifest(layout=Layout(layers=layers, **layout), **content)
-        wrong = _out_of_bounds(manifest)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CacheError(f"{path}: damaged: {type(error).__name__}: {error}") from error
-    if wrong:
-        raise CacheError(f"{path}: damaged: {wrong}")
+        _check_bounds(manifest, path)
     return manifest
 
 
-def _out_of_bounds(manifest: Manifest) -> str:
-    """Returns which number of a manifest is out of bounds, or ""."""
-    layout = manifest.layout
-    whole = {
-        "data.images": (manifest.subject["data.images"], 1, _MOST_ROWS),
-        "data.augment.repeats": (manifest.subject["data.augment.repeats"], 1, _MOST_ROWS),
-        "seed": (manifest.subject["seed"], -(2**63), None),
-        "depth": (manifest.depth, 1, None),
-        "rows": (manifest.rows, 1, _MOST_ROWS),
-        "shard_rows": (manifest.shard_rows, 1, _MOST_ROWS),
-        "batch_size": (manifest.batch_size, 1, None),
-        "views": (manifest.views, 1, _MOST_SHARDS),
-        "layout.classes": (layout.classes, 1, _MOST_ROW_BYTES),
-    }
+def _check_bounds(manifest: Manifest, path: Path) -> None:
+    """Raises CacheError if a number of a manifest is out of bounds."""
+    subject, layout = manifest.subject, manifest.layout
+    bounds = [
+        ("seed", subject["seed"], 0, 2**63 - 1),
+        ("depth", manifest.depth, 1, _MOST_ROWS),
+        ("rows", manifest.rows, 1, _MOST_ROWS),
+        ("shard_rows", manifest.shard_rows, 1, _MOST_ROWS),
+        ("batch_size", manifest.batch_size, 1, _MOST_ROWS),
+        ("views", manifest.views, 1, _MOST_SHARDS),
+        ("layout.classes", layout.classes, 1, _MOST_ROW_BYTES),
+    ]
+    bounds += [(x, subject[x], 1, _MOST_ROWS) for x in ("data.images", "data.augment.repeats")]
     if layout.logits_top is not None:
-        whole["layout.logits_top"] = (layout.logits_top, 1, layout.classes)
+        bounds.append(("layout.logits_top", layout.logits_top, 1, layout.classes))
     for shape in layout.layers:
+        name = f"layer {shape.layer!r}"
         if not shape.is_pooled:
-            whole[f"layer {shape.layer!r}"] = (shape.layer, 0, manifest.depth - 1)
-        for name in ("tokens", "channels"):
-            size = getattr(shape, name)
-            whole[f"layer {shape.layer!r}: {name}"] = (size, 1, _MOST_ROW_BYTES)
-    for name, (value, least, most) in whole.items():
-        if type(value) is not int or value < least or (most is not None and value > most):
-            allowed = f">= {least}" if most is None else f"from {least} to {most}"
-            return f"{name}: expected a whole number {allowed}, got {value!r}"
-    if manifest.views * manifest.shards > _MOST_SHARDS:
-        return (
-            f"views, rows, shard_rows: expected at most {_MOST_SHARDS} shards, got "
-            f"{manifest.views * manifest.shards}"
-        )
-    if layout.most_row_bytes > _MOST_ROW_BYTES:
-        return (
-            f"layout: expected at most {_MOST_ROW_BYTES} bytes per row, got {layout.most_row_bytes}"
-        )
-    if manifest.rows > manifest.images * manifest.repeats:
-        return (
-            f"rows: expected at most {manifest.images * manifest.repeats}, the images and their "
-            f"copies, got {manifest.rows}"
-        )
-    return ""
+            bounds.append((name, shape.layer, 0, manifest.depth - 1))
+        bounds.append((f"{name}: tokens", shape.tokens, 1, _MOST_ROW_BYTES))
+        bounds.append((f"{name}: channels", shape.channels, 1, _MOST_ROW_BYTES))
+    for name, value, least, most in bounds:
+        if type(value) is not int or not least <= value <= most:
+            raise CacheError(
+                f"{path}: damaged: {name}: expected a whole number from {least} to {most}, got "
+                f"{value!r}"
+            )
+    images, shards = manifest.images * manifest.repeats, manifest.views * manifest.shards
+    for name, value, most, unit in (
+        ("views, rows, shard_rows", shards, _MOST_SHARDS, " shards"),
+        ("layout", layout.most_row_bytes, _MOST_ROW_BYTES, " bytes per row"),
+        ("rows", manifest.rows, images, ", the images and their copies"),
+    ):
+        if value > most:
+            raise CacheError(f"{path}: damaged: {name}: expected at most {most}{unit}, got {value}")
 
 
 def _flat(content: Mapping[str, Any]) -> dict[str, Any]:

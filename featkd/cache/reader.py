@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,29 +46,21 @@ class TeacherCache:
         self.folder = folder
         self.manifest = read_manifest(folder)
         needed = min(views or self.manifest.views, self.manifest.views)
-        missing = list(self._missing(needed))
-        if missing:
+        if missing := list(self._missing(needed)):
             raise CacheError(
                 f"{folder}: {len(missing)} of the {needed * self.manifest.shards} shards of views "
                 f"0 to {needed - 1} are missing, such as {missing[0]}; run the same featkd cache "
                 "command again to complete the cache"
             )
         self._identity = self.manifest.identity
-        self._shards: OrderedDict[tuple[int, int], Shard] = OrderedDict()
-        self._positions: OrderedDict[int, _Positions] = OrderedDict()
         self._sampler = self.manifest.sampler()
+        self._order = lru_cache(_CACHED_ORDERS)(self._inverse_order)
+        self._shard = lru_cache(_OPEN_SHARDS)(self._open_shard)
         # Checksums and page faults release the interpreter lock.
         self._readers = min(_MOST_READERS, len(os.sched_getaffinity(0)))
         self._threads = ThreadPoolExecutor(self._readers, "featkd-cache")
-        needed_files = [
-            (
-                folder / self.manifest.shard_name(view, number),
-                self.manifest.most_shard_bytes(number),
-            )
-            for view in range(needed)
-            for number in range(self.manifest.shards)
-        ]
-        for _ in self._threads.map(lambda file: check_length(*file), needed_files):
+        files = product(range(needed), range(self.manifest.shards))
+        for _ in self._threads.map(lambda file: check_length(*self._file(*file)), files):
             pass
 
     def read(
@@ -118,14 +111,7 @@ class TeacherCache:
         """Position of a key's row within its view."""
         manifest = self.manifest
         if 0 <= key.epoch < manifest.views and 0 <= key.image < manifest.images:
-            if key.epoch not in self._positions:
-                order = self._sampler.order(key.epoch)
-                inverse = np.empty_like(order)
-                inverse[order] = np.arange(len(order))
-                self._positions[key.epoch] = inverse
-                if len(self._positions) > _CACHED_ORDERS:
-                    self._positions.popitem(last=False)
-            position = int(self._positions[key.epoch][key.image]) * manifest.repeats + key.copy
+            position = int(self._order(key.epoch)[key.image]) * manifest.repeats + key.copy
             if 0 <= key.copy < manifest.repeats and position < manifest.rows:
                 return position
         raise CacheError(
@@ -133,18 +119,23 @@ class TeacherCache:
             f"{manifest.rows} rows, of {manifest.images} images in {manifest.repeats} copies"
         )
 
-    def _shard(self, view: int, number: int) -> Shard:
-        name = (view, number)
-        if name in self._shards:
-            self._shards.move_to_end(name)
-            return self._shards[name]
+    def _inverse_order(self, view: int) -> _Positions:
+        """Place of each image in the order of a view."""
+        order = self._sampler.order(view)
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order))
+        return inverse
+
+    def _file(self, view: int, number: int) -> tuple[Path, int]:
+        """Path of a shard, and the upper bound of its size."""
         path = self.folder / self.manifest.shard_name(view, number)
-        shard = Shard(path, self._identity, self.manifest.most_shard_bytes(number))
+        return path, self.manifest.most_shard_bytes(number)
+
+    def _open_shard(self, view: int, number: int) -> Shard:
+        path, most = self._file(view, number)
+        shard = Shard(path, self._identity, most)
         if len(shard) != (rows := len(self.manifest.positions(number))):
             raise CacheError(f"{path}: damaged: has {len(shard)} rows, not {rows}")
-        self._shards[name] = shard
-        if len(self._shards) > _OPEN_SHARDS:
-            self._shards.popitem(last=False)
         return shard
 
 
@@ -159,11 +150,9 @@ def verify_cache(folder: Path) -> Iterator[str | None]:
     for view in range(manifest.views):
         for number, keys in zip(shards, manifest.keys(view, shards), strict=True):
             path = folder / manifest.shard_name(view, number)
-            if not path.exists():
-                yield f"{path}: missing"
-                continue
             most = manifest.most_shard_bytes(number)
-            yield "\n".join(find_damage(path, manifest.identity, keys, most)) or None
+            found = find_damage(path, manifest.identity, keys, most)
+            yield f"{path}: missing" if found is None else found or None
 
 
 def _read(places: Sequence[tuple[Shard, int]]) -> list[Row]:

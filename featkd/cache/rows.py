@@ -117,22 +117,21 @@ class Layout:
         columns: dict[str, Tensor | list[Tensor]] = dict(self._encode_logits(outputs.logits))
         for shape, x in zip(self.layers, outputs.maps, strict=True):
             name = f"features.{shape.layer}"
-            _check_finite(x, f"the map of layer {shape.layer}")
+            what = f"the map of layer {shape.layer}"
+            _refuse(~x.isfinite(), f"{what} is not finite")
             if shape.is_pooled:
                 columns[name] = _to_host(x)
-                continue
-            if self.features == "lowrank":
+            elif self.features == "lowrank":
                 # A singular value is at most sqrt(N C) times the largest value.
                 most = LARGEST / math.sqrt(shape.tokens * shape.channels)
-                _check_quantisable(x, most, shape.layer)
+                _refuse(x.abs() > most, f"{what} has values above {most:g}")
                 columns |= {f"{name}.{part}": y for part, y in self._encode_factors(x).items()}
-                continue
-            if self.store in _DTYPES:
+            elif self.store in _DTYPES:
                 columns[name] = _to_host(_narrow(x, _DTYPES[self.store]))
-                continue
-            _check_quantisable(x, LARGEST, shape.layer)
-            values, scales = quantise(x, cast(Form, self.store))
-            columns[name], columns[f"{name}.scales"] = _to_host(values), _to_host(scales[:, 0])
+            else:
+                _refuse(x.abs() > LARGEST, f"{what} has values above {LARGEST:g}")
+                values, scales = quantise(x, cast(Form, self.store))
+                columns[name], columns[f"{name}.scales"] = _to_host(values), _to_host(scales[:, 0])
         if outputs.logits.is_cuda:
             torch.cuda.current_stream(outputs.logits.device).synchronize()  # the copies
         return [{name: x[i] for name, x in columns.items()} for i in range(len(outputs.logits))]
@@ -157,20 +156,15 @@ class Layout:
         device = torch.device(device)
         maps: list[Tensor] = []
         for layer in layers:
-            name, dtype = f"features.{layer}", getattr(torch, shapes[layer].dtype)
-            if shapes[layer].is_pooled:
-                maps.append(_batched(rows, name, device))
-                continue
-            if self.features == "lowrank":
-                factors = _decode_factors(rows, name, shapes[layer], device)
-                maps.append(restore(factors, dtype))
-                continue
-            held = _batched(rows, name, device)
-            if self.store in _DTYPES:
-                maps.append(held.to(dtype))
+            shape, name = shapes[layer], f"features.{layer}"
+            dtype = getattr(torch, shape.dtype)
+            if shape.is_pooled or self.store in _DTYPES:
+                maps.append(_batched(rows, name, device).to(dtype))
+            elif self.features == "lowrank":
+                maps.append(restore(_decode_factors(rows, name, shape, device), dtype))
             else:
-                scales = _batched(rows, f"{name}.scales", device)
-                maps.append(dequantise(held, scales[:, None], dtype))
+                scales = _batched(rows, f"{name}.scales", device)[:, None]
+                maps.append(dequantise(_batched(rows, name, device), scales, dtype))
         return TeacherOutputs(self._decode_logits(rows, device), maps)
 
     def _encode_factors(self, x: Tensor) -> dict[str, list[Tensor]]:
@@ -185,7 +179,7 @@ class Layout:
         return found
 
     def _encode_logits(self, logits: Tensor) -> dict[str, Tensor]:
-        _check_finite(logits, "logits")
+        _refuse(~logits.isfinite(), "logits is not finite")
         if self.logits_top is None:
             return {"logits": _to_host(logits)}
         # The rest is stored as well: 1 minus the rounded others could be negative, and has few
@@ -223,7 +217,8 @@ def _decode_factors(
         for i, (row, rank) in enumerate(zip(rows, ranks, strict=True)):
             values[i, :, :rank] = row[f"{name}.{part}"].view(length, rank)
             scales[i, 0, :rank] = row[f"{name}.{part}_scales"]
-        found.append(dequantise(_to_device(values, device), _to_device(scales, device)))
+        values, scales = (x.to(device, non_blocking=True) for x in (values, scales))
+        found.append(dequantise(values, scales))
     return LowRank(*found)
 
 
@@ -233,25 +228,16 @@ def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp(-most, most).to(dtype)
 
 
-def _check_quantisable(x: Tensor, most: float, layer: Layer) -> None:
-    """Refuses values whose scale or factors could exceed float32's range."""
-    bad = (x.abs() > most).flatten(1).any(1)
+def _refuse(bad: Tensor, cause: str) -> None:
+    """Raises NotStorable for the first image with a True in `bad`, (B, ...)."""
     if bad.any():
-        raise NotStorable(
-            int(bad.nonzero()[0]), f"the map of layer {layer} has values above {most:g}"
-        )
-
-
-def _check_finite(x: Tensor, what: str) -> None:
-    bad = (~x.isfinite()).flatten(1).any(1)
-    if bad.any():
-        raise NotStorable(int(bad.nonzero()[0]), f"{what} is not finite")
+        raise NotStorable(int(bad.flatten(1).any(1).nonzero()[0]), cause)
 
 
 def _batched(rows: Sequence[Row], name: str, device: torch.device) -> Tensor:
     parts = [row[name] for row in rows]
     held = _host_memory((len(parts), *parts[0].shape), parts[0].dtype, device)
-    return _to_device(torch.stack(parts, out=held), device)
+    return torch.stack(parts, out=held).to(device, non_blocking=True)
 
 
 def _host_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -264,7 +250,3 @@ def _to_host(x: Tensor) -> Tensor:
     if not x.is_cuda:
         return x
     return _host_memory(x.shape, x.dtype, x.device).copy_(x, non_blocking=True)
-
-
-def _to_device(x: Tensor, device: torch.device) -> Tensor:
-    return x.to(device, non_blocking=device.type == "cuda")

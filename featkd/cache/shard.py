@@ -18,17 +18,16 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from featkd.cache.manifest import MOST_HEADER_BYTES, CacheError
+from featkd.cache.manifest import MOST_HEADER_BYTES, CacheError, as_cache_error
 from featkd.cache.rows import Row
 from featkd.data import SampleKey
 from featkd.runtime.files import atomic_write, open_regular
@@ -75,12 +74,12 @@ def write_shard(
             tensors[name] = torch.stack(parts)
     # A single metadata entry: safetensors writes several in any order.
     content = memoryview(save(tensors, {_META: identity}))
-    header, start = _header(path, content)
+    start = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
+    header = json.loads(bytes(content[_LENGTH_BYTES:start]))
     place = start + _offsets(header["check"])[0]
-    index = b"".join(content[start + first : start + last] for first, last in _index(header))
     with atomic_write(path) as file:
         file.write(content[:place])
-        file.write(_digest(content[:start], index))
+        file.write(_digest(content[:start], header, tensors))
         file.write(content[place + _DIGEST :])
 
 
@@ -98,11 +97,15 @@ class Shard:
 
     def __init__(self, path: Path, identity: str, most: int = _MOST_BYTES) -> None:
         self.path = path
-        with _as_cache_error(path):
-            self._check(path, most)
-            with safe_open(path, "pt") as file:
-                found, names = file.metadata()[_META], list(file.keys())
-                self._tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
+        with as_cache_error(path):
+            with open_regular(path) as file:
+                head, header = _checked_header(path, file, most)
+            with safe_open(path, "pt") as opened:
+                names = [name for name in header if name != "__metadata__"]
+                self._tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in names}
+            if _bytes(self._tensors["check"]) != _digest(head, header, self._tensors):
+                raise CacheError(f"{path}: damaged: header or index do not match their checksum")
+            found = header["__metadata__"][_META]
         if found != identity:
             raise CacheError(
                 f"{path}: belongs to another cache ({found[:12]}, not {identity[:12]})"
@@ -137,7 +140,13 @@ class Shard:
         Raises:
             CacheError: it does not match its checksum.
         """
-        row = {name: self._column(name, number) for name in self._columns}
+        row = {}
+        for name in self._columns:
+            if (ends := self._ends.get(name)) is None:
+                row[name] = self._tensors[name][number]
+            else:
+                start = int(ends[number - 1]) if number else 0
+                row[name] = self._tensors[name][start : int(ends[number])]
         if _crc(row, self._columns) != self._crc[number]:
             key = self.key(number)
             raise CacheError(
@@ -146,63 +155,33 @@ class Shard:
             )
         return row
 
-    def damages(self, keys: Sequence[SampleKey]) -> Iterator[str]:
-        """Checks every row; yields an error message for each damaged one.
 
-        Args:
-            keys: the keys that the rows must have.
-        """
-        if len(self) != len(keys):
-            yield f"{self.path}: damaged: has {len(self)} rows, not {len(keys)}"
-            return
+def find_damage(path: Path, identity: str, keys: Sequence[SampleKey], most: int) -> str | None:
+    """Checks a shard's file and every row; returns error messages, "" for an intact file.
+
+    None if the file is missing.
+
+    Args:
+        path, identity, most: see `Shard`.
+        keys: the keys that the rows must have.
+    """
+    if not path.exists():
+        return None
+    found: list[str] = []
+    try:
+        shard = Shard(path, identity, most)
+        if len(shard) != len(keys):
+            raise CacheError(f"{path}: damaged: has {len(shard)} rows, not {len(keys)}")
         for number, key in enumerate(keys):
-            if self.key(number) != key:  # the other rows are misplaced as well
-                yield f"{self.path}: damaged: row {number} is {self.key(number)}, not {key}"
-                return
+            if shard.key(number) != key:  # the other rows are misplaced as well
+                raise CacheError(f"{path}: damaged: row {number} is {shard.key(number)}, not {key}")
             try:
-                self.row(number)
+                shard.row(number)
             except CacheError as error:
-                yield str(error)
-
-    @staticmethod
-    def _check(path: Path, most: int) -> None:
-        """Raises CacheError if length, header or index are damaged."""
-        with open_regular(path) as file:
-            head, header, start, size = _checked_header(path, file, most)
-
-            def read(first: int, last: int) -> bytes:
-                file.seek(start + first)
-                return file.read(min(last - first, size))
-
-            index = b"".join(read(first, last) for first, last in _index(header))
-            if read(*_offsets(header["check"])) != _digest(head, index):
-                raise CacheError(f"{path}: damaged: header or index do not match their checksum")
-
-    def _column(self, name: str, number: int) -> Tensor:
-        values = self._tensors[name]
-        ends = self._ends.get(name)
-        if ends is None:
-            return values[number]
-        return values[int(ends[number - 1]) if number else 0 : int(ends[number])]
-
-
-def find_damage(path: Path, identity: str, keys: Sequence[SampleKey], most: int) -> list[str]:
-    """Checks a shard's file and every row; returns error messages, none for an intact file."""
-    try:
-        return list(Shard(path, identity, most).damages(keys))
+                found.append(str(error))
     except CacheError as error:
-        return [str(error)]
-
-
-@contextmanager
-def _as_cache_error(path: Path) -> Iterator[None]:
-    """Turns errors of reading a damaged or missing file into CacheError."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, SafetensorError) as error:
-        raise CacheError(f"{path}: damaged: {type(error).__name__}: {error}") from error
-    except OSError as error:
-        raise CacheError(f"{path}: can't be read: {error}") from error
+        found.append(str(error))
+    return "\n".join(found)
 
 
 def check_length(path: Path, most: int) -> None:
@@ -211,14 +190,12 @@ def check_length(path: Path, most: int) -> None:
     Raises:
         CacheError: the header can't be read, the length differs or is more than `most`.
     """
-    with _as_cache_error(path), open_regular(path) as file:
+    with as_cache_error(path), open_regular(path) as file:
         _checked_header(path, file, most)
 
 
-def _checked_header(
-    path: Path, file: IO[bytes], most: int
-) -> tuple[bytes, dict[str, Any], int, int]:
-    """Reads and checks the header; returns its bytes, its content, the data's start, the size."""
+def _checked_header(path: Path, file: IO[bytes], most: int) -> tuple[bytes, dict[str, Any]]:
+    """Reads the header, and checks the file's size against it; returns its bytes and content."""
     size = os.fstat(file.fileno()).st_size
     if size > most:
         raise CacheError(f"{path}: damaged: has {size} bytes, expected at most {most}")
@@ -228,31 +205,13 @@ def _checked_header(
         raise CacheError(
             f"{path}: damaged: a header of {length} bytes, expected at most {MOST_HEADER_BYTES}"
         )
-    head += file.read(length)
-    header, start = _header(path, memoryview(head))
+    text = file.read(length)
+    header: dict[str, Any] = json.loads(text)
     entries = [entry for name, entry in header.items() if name != "__metadata__"]
-    end = start + max(_offsets(entry)[1] for entry in entries)
+    end = len(head + text) + max(_offsets(entry)[1] for entry in entries)
     if size != end:
         raise CacheError(f"{path}: damaged: has {size} bytes, expected {end} by its header")
-    return head, header, start, size
-
-
-def _header(path: Path, content: memoryview) -> tuple[dict[str, Any], int]:
-    """Parses a safetensors header; returns its content and the offset of the data."""
-    start = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
-    try:
-        header = json.loads(bytes(content[_LENGTH_BYTES:start]))
-    except (ValueError, RecursionError) as error:
-        raise CacheError(f"{path}: damaged: the header can't be read: {error}") from error
-    if len(content) < start or not isinstance(header, dict):
-        raise CacheError(f"{path}: damaged: truncated within the header")
-    return header, start
-
-
-def _index(header: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Offsets of the index's tensors within the data."""
-    names = [name for name in header if name in _FIXED or name.endswith(_ENDS)]
-    return [_offsets(header[name]) for name in names]
+    return head + text, header
 
 
 def _offsets(entry: Mapping[str, Any]) -> tuple[int, int]:
@@ -264,8 +223,15 @@ def _offsets(entry: Mapping[str, Any]) -> tuple[int, int]:
     return first, last
 
 
-def _digest(head: bytes | memoryview, index: bytes) -> bytes:
-    return hashlib.sha256(bytes(head) + index).digest()
+def _digest(
+    head: bytes | memoryview, header: Iterable[str], tensors: Mapping[str, Tensor]
+) -> bytes:
+    """SHA-256 of the header and the index, whose tensors are in the header's order."""
+    digest = hashlib.sha256(head)
+    for name in header:
+        if name in _FIXED or name.endswith(_ENDS):
+            digest.update(_bytes(tensors[name]))
+    return digest.digest()
 
 
 def _crc(row: Row, names: Iterable[str]) -> int:

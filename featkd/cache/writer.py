@@ -12,7 +12,6 @@ from featkd.cache import manifest as manifests
 from featkd.cache.manifest import CacheError, Manifest, read_manifest
 from featkd.cache.rows import Row
 from featkd.cache.shard import find_damage, write_shard
-from featkd.data import SampleKey
 from featkd.runtime.files import remove_leftovers
 from featkd.runtime.lock import output_folder
 from featkd.runtime.names import listed
@@ -26,7 +25,12 @@ def lock_folder(folder: Path) -> Iterator[None]:
         CacheError: another process has locked it, it holds something other than a cache, or the
             path is a file. Nothing is changed then.
     """
-    _refuse_foreign(folder)
+    if folder.is_dir() and not (folder / manifests.NAME).exists():
+        others = sorted(p.name for p in folder.iterdir() if p.name[0] != ".")
+        if others:
+            raise CacheError(
+                f"out: {folder} holds {listed(others, 5)}; expected a cache or an empty folder"
+            )
     with output_folder(folder, CacheError):
         yield
 
@@ -42,8 +46,7 @@ def prepare_folder(folder: Path, manifest: Manifest) -> Manifest:
     """
     held = read_manifest(folder) if (folder / manifests.NAME).exists() else None
     if held is not None:
-        different = held.differences(manifest)
-        if different:
+        if different := held.differences(manifest):
             raise CacheError(f"out: {folder} holds another cache: {'; '.join(different)}")
         if manifest.views < held.views:
             raise CacheError(
@@ -56,15 +59,6 @@ def prepare_folder(folder: Path, manifest: Manifest) -> Manifest:
         manifest.write(folder)
         return manifest
     return held
-
-
-def _refuse_foreign(folder: Path) -> None:
-    if folder.is_dir() and not (folder / manifests.NAME).exists():
-        others = sorted(p.name for p in folder.iterdir() if p.name[0] != ".")
-        if others:
-            raise CacheError(
-                f"out: {folder} holds {listed(others, 5)}; expected a cache or an empty folder"
-            )
 
 
 class CacheWriter:
@@ -85,7 +79,11 @@ class CacheWriter:
     def intact(self, view: int, shards: Sequence[int]) -> Iterator[bool]:
         """Checks some shards of a view; yields True for each that exists without damage."""
         for shard, keys in zip(shards, self.manifest.keys(view, shards), strict=True):
-            yield self._is_intact(view, shard, keys)
+            most = self.manifest.most_shard_bytes(shard)
+            found = find_damage(self._path(view, shard), self._identity, keys, most)
+            if found:
+                self.damaged.append(found)
+            yield found == ""
 
     def write(
         self, view: int, shard: int, keys: Tensor, source_index: Tensor, rows: Sequence[Row]
@@ -109,13 +107,3 @@ class CacheWriter:
 
     def _path(self, view: int, shard: int) -> Path:
         return self.folder / self.manifest.shard_name(view, shard)
-
-    def _is_intact(self, view: int, shard: int, keys: Sequence[SampleKey]) -> bool:
-        path = self._path(view, shard)
-        if not path.exists():
-            return False
-        most = self.manifest.most_shard_bytes(shard)
-        found = find_damage(path, self._identity, keys, most)
-        if found:
-            self.damaged.append("\n".join(found))
-        return not found

@@ -1,60 +1,41 @@
-"""`featkd bench loader`, `step` and `train`: arguments, printed tables, JSON."""
+"""`featkd bench loader` and `step`: arguments, printed tables, JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
+from featkd.runtime.names import aligned
 from featkd.runtime.suggest import suggestion
 
 if TYPE_CHECKING:
     from featkd.benchmarks.throughput import Rate
     from featkd.runtime.distributed import ProcessContext
 
-IMAGES = 1024
-"""Images per epoch of the loaders."""
-
 
 def add_loader(parser: ArgumentParser) -> None:
     """Add the arguments of `featkd bench loader`."""
-    _add_loading(parser)
-    parser.add_argument("--batch-size", type=int, default=64, help="images per batch")
-    parser.add_argument("--images", type=int, default=IMAGES, help="images per epoch, at least")
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        type=str,
-        default=[],
-        help="time only these, for example dali/plain",
-    )
+    _add_timing(parser, 64, "generated images", "time only these, for example dali/plain")
+    text = "worker processes (0: none), or threads of DALI"
+    parser.add_argument("--workers", type=int, default=2, help=text)
+    parser.add_argument("--images", type=int, default=1024, help="images per epoch, at least")
+
+
+def _add_timing(parser: ArgumentParser, batch_size: int, images: str, variants: str) -> None:
+    text = "folder with class folders of photographs, or with such a folder 'train'"
+    parser.add_argument("--data", metavar="DIR", help=f"{text} (default: {images})")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="images per batch")
+    parser.add_argument("--variants", nargs="+", type=str, default=[], help=variants)
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after a warm-up round")
-
-
-def _add_loading(parser: ArgumentParser) -> None:
-    _add_data(parser, "generated images")
-    parser.add_argument(
-        "--workers", type=int, default=2, help="worker processes (0: none), or threads of DALI"
-    )
-
-
-def _add_data(parser: ArgumentParser, otherwise: str) -> None:
-    parser.add_argument(
-        "--data",
-        type=str,
-        default=None,
-        metavar="DIR",
-        help="folder with class folders of photographs, or with such a folder 'train' "
-        f"(default: {otherwise})",
-    )
 
 
 def loader(options: Namespace) -> int:
     """Run `featkd bench loader` and return the exit code."""
-    from featkd.benchmarks import loader, table, throughput
+    from featkd.benchmarks import loader, throughput
     from featkd.benchmarks.photographs import photographs
     from featkd.data import DataConfig
 
@@ -63,16 +44,10 @@ def loader(options: Namespace) -> int:
     data = DataConfig(workers=options.workers)
     with photographs(options.data, data, max(options.images, options.batch_size)) as photos:
         print(f"{photos.about}; {options.workers} workers or threads, batch {options.batch_size}")
-        rates, refused = loader.measure(
-            photos, variants, batch_size=options.batch_size, rounds=options.rounds
-        )
-        stages = loader.measure_stages(
-            photos, images=min(options.images, 128), rounds=options.rounds
-        )
-        stages += loader.measure_overhead(
-            photos, batch_size=options.batch_size, rounds=options.rounds
-        )
-        about = photos.about
+        batch_size, rounds = options.batch_size, options.rounds
+        rates, refused = loader.measure(photos, variants, batch_size=batch_size, rounds=rounds)
+        stages = loader.measure_stages(photos, images=min(options.images, 128), rounds=rounds)
+        stages += loader.measure_overhead(photos, batch_size=batch_size, rounds=rounds)
     for variant, why in refused.items():
         print(f"{variant} is left out: {why}")
     known = {rate.variant: rate for rate in rates}
@@ -81,20 +56,9 @@ def loader(options: Namespace) -> int:
         beside = known.get(f"timm/{rate.variant.split('/')[-1]}") if rate in rates else None
         ratio = "" if beside is None else f"{_ratio(beside, rate):.2f}"
         lines.append((f"{rate.name} {rate.variant}", f"{rate.images_per_s:.1f}", ratio))
-    print(table.aligned(("", "images/s", "speedup over timm"), lines, numbers=True))
-    bottlenecks = {}
-    for form in loader.FORMS:
-        if f"timm/{form}" in known:
-            name, shares = loader.busiest([*rates, *stages], form, options.workers)
-            bottlenecks[f"timm/{form}"] = name
-            listed = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
-            print(f"timm/{form}: a worker spends {listed}; the bottleneck is {name}")
-    _write_json(
-        options,
-        "cpu",
-        {"images": about, "refused": refused, "bottleneck": bottlenecks},
-        throughput.figures([*rates, *stages]),
-    )
+    print(aligned(("", "images/s", "speedup over timm"), lines, numbers=True))
+    figures = throughput.figures([*rates, *stages])
+    _write_json(options, "cpu", {"images": photos.about, "refused": refused}, figures)
     return 0
 
 
@@ -141,109 +105,50 @@ def _write_json(
 
 def add_step(parser: ArgumentParser) -> None:
     """Add the arguments of `featkd bench step`."""
-    _add_updates(parser)
-    _add_data(parser, "normal noise")
-
-
-def _add_updates(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "recipe",
-        type=str,
-        nargs="?",
-        default="widelast_imagenet_softkd_mse",
-        metavar="RECIPE",
-        help="recipe file or name; its teacher gets random weights",
-    )
-    parser.add_argument("--batch-size", type=int, default=8, help="images per batch")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        type=str,
-        default=[],
-        help="time only these, for example eager_fp32 featkd cached; docs/benchmarks.md lists them "
-        "(default: all except featkd_bf16; train also leaves out cached)",
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after a warm-up round")
-
-
-def add_train(parser: ArgumentParser) -> None:
-    """Add the arguments of `featkd bench train`."""
-    _add_updates(parser)
-    _add_loading(parser)
-    parser.add_argument("--loader", type=str, default="timm", help="loader: timm, dali or auto")
-    parser.add_argument("--images", type=int, default=IMAGES, help="images per epoch, at least")
-    parser.add_argument("--updates", type=int, default=4, help="updates per round")
+    text = "recipe file or name; its teacher gets random weights"
+    default = "widelast_imagenet_softkd_mse"
+    parser.add_argument("recipe", nargs="?", default=default, metavar="RECIPE", help=text)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    text = "time only these, for example eager_fp32 featkd cached; docs/benchmarks.md lists them "
+    _add_timing(parser, 8, "normal noise", f"{text}(default: all except featkd_bf16)")
 
 
 def step(options: Namespace) -> int:
     """Run `featkd bench step` and return the exit code."""
-    _check_counts(options, "batch_size", "rounds")
-    return _updates(options, None)
-
-
-def train(options: Namespace) -> int:
-    """Run `featkd bench train` and return the exit code."""
-    _check_counts(options, "batch_size", "rounds", "images", "updates")
-    return _updates(options, options.loader)
-
-
-def _updates(options: Namespace, backend: Any) -> int:
-    """Time the update and its parts; with a loader's name, also loading and both together."""
     from featkd.runtime import distributed
 
+    _check_counts(options, "batch_size", "rounds")
     with distributed.joined(options.device) as context:
-        return _updates_on(context, options, backend)
+        return _step_on(context, options)
 
 
-def _updates_on(context: ProcessContext, options: Namespace, backend: Any) -> int:
+def _step_on(context: ProcessContext, options: Namespace) -> int:
     """Time the update and its parts in this process of a run."""
-    from featkd.benchmarks import step, table, throughput, train_step
+    from featkd.benchmarks import step, throughput
     from featkd.benchmarks.photographs import photographs
     from featkd.train.recipe_file import find_recipe, load_recipe
 
     recipe = load_recipe(find_recipe(options.recipe))
     known = step.ways(context.device)
     names = options.variants and _chosen("variants", options.variants, tuple(known))
-    if not names:  # slow bf16 and filling a cache take many minutes
-        optional = {"featkd_bf16"}
-        if backend is not None or recipe.teacher is None:
-            optional.add(step.CACHED)
+    if not names:  # slow bf16 takes many minutes
+        optional = {"featkd_bf16", *((step.CACHED,) if recipe.teacher is None else ())}
         names = [name for name in known if name not in optional]
     variants = {name: known[name] for name in names}
-    together = None
-    wanted = options.batch_size if backend is None else options.images
-    with photographs(options.data, recipe.data, max(wanted, options.batch_size)) as photos:
+    with photographs(options.data, recipe.data, options.batch_size) as photos:
         data = replace(photos.data, workers=0)
-        if backend is not None:
-            data = replace(data, workers=options.workers, backend=backend)
         recipe = replace(recipe, data=data, batch_size=options.batch_size)
-        noise = options.data is None
-        images = "normal noise" if noise and backend is None else photos.about
+        images = "normal noise" if options.data is None else photos.about
         print(f"{options.recipe}, batch {options.batch_size} on {context.device}, images: {images}")
         print("\n".join(f"  {name}: {way.about}" for name, way in variants.items()), flush=True)
-        batch_of = step.random_batch if noise else step.first_batch
+        batch_of = step.random_batch if options.data is None else step.first_batch
         rates = step.measure(recipe, context, variants, options.rounds, batch_of)
-        if backend is not None:
-            together = train_step.measure(
-                recipe, context, variants, updates=options.updates, rounds=options.rounds
-            )
-        meta: dict[str, object] = {
-            "images": images,
-            "ways": {name: way.about for name, way in variants.items()},
-        }
-    found = list(rates)
     shares = {name: step.shares(rates, name) for name in names}
-    waiting = dict.fromkeys(names, 0.0)
-    if together is not None:
-        found += [together.loader, *together.train.values()]
-        waiting = together.waiting
-    print(table.aligned(*_beside(found, shares), numbers=True))
-    bottlenecks = {name: train_step.bottleneck(waiting[name], shares[name]) for name in names}
-    for name in names:
-        waits = f" (waiting for the loader: {waiting[name]:.1%})" if together else ""
-        print(f"{name}: the bottleneck is the {bottlenecks[name]}{waits}")
-    figures = throughput.figures(found)
+    print(aligned(*_beside(rates, shares), numbers=True))
+    bottlenecks = {name: max(parts, key=lambda part: parts[part]) for name, parts in shares.items()}
+    for name, part in bottlenecks.items():
+        print(f"{name}: the bottleneck is the {part}")
+    figures = throughput.figures(rates)
     figures += [
         (part, name, "share_of_step", "ratio", share)
         for name, parts in shares.items()
@@ -251,11 +156,10 @@ def _updates_on(context: ProcessContext, options: Namespace, backend: Any) -> in
     ]
     figures += [
         (rate.name, rate.variant, "speedup", "ratio", ratio)
-        for rate in found
-        if (ratio := _speedup(rate, found)) is not None
+        for rate in rates
+        if (ratio := _speedup(rate, rates)) is not None
     ]
-    if together is not None:
-        figures += [("train", n, "waiting_share", "ratio", x) for n, x in waiting.items()]
+    meta = {"images": images, "ways": {name: way.about for name, way in variants.items()}}
     _write_json(options, context.device.type, {**meta, "bottleneck": bottlenecks}, figures)
     return 0
 
@@ -276,13 +180,7 @@ def _beside(
     for rate in rates:
         share = shares.get(rate.variant, {}).get(rate.name)
         ratio = _speedup(rate, rates)
-        lines.append(
-            (
-                f"{rate.name} {rate.variant}",
-                f"{rate.images_per_s:.2f}",
-                f"{rate.ms_per_image:.2f}",
-                "" if share is None else f"{share:.1%}",
-                "" if ratio is None else f"{ratio:.2f}",
-            )
-        )
+        speed = f"{rate.images_per_s:.2f}", f"{rate.ms_per_image:.2f}"
+        beside = "" if share is None else f"{share:.1%}", "" if ratio is None else f"{ratio:.2f}"
+        lines.append((f"{rate.name} {rate.variant}", *speed, *beside))
     return ("", "images/s", "ms/image", "share of the update", "speedup over eager"), lines

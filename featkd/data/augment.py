@@ -71,7 +71,6 @@ class TrainTransform:
         self._seed = seed
         self._sampler = AugmentParamSampler(config, seed)
         self._filter = InterpolationMode(config.interpolation)
-        self._op_options = self._sampler.op_options
 
     def __call__(self, image: Image.Image, key: SampleKey) -> Tensor:
         config = self._config
@@ -90,7 +89,7 @@ class TrainTransform:
             image = F.hflip(image)
         for op, argument in zip(params.ops[0].tolist(), params.arguments[0].tolist(), strict=True):
             if op >= 0:
-                image = apply_op(image, OPERATIONS[op], argument, self._op_options)
+                image = apply_op(image, OPERATIONS[op], argument, self._sampler.op_options)
         return image
 
 

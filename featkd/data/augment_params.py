@@ -57,15 +57,10 @@ class AugmentParamSampler:
     def __init__(self, config: DataConfig, seed: int) -> None:
         self._config = config
         self._seed = seed
-        self._rand_augment: RandAugmentSampler | None = None
-        self.op_names: list[str] = []
-        self.num_ops = 0
-        self.op_options: dict[str, Any] = {}
-        if config.augment.rand_augment is not None:
-            timms = timm_rand_augment(config)
-            self._rand_augment = RandAugmentSampler(timms)
-            self.op_names, self.num_ops = self._rand_augment.names, self._rand_augment.num_ops
-            self.op_options = timms.ops[0].kwargs
+        timms = timm_rand_augment(config)
+        self._rand_augment = RandAugmentSampler(timms)
+        self.op_names, self.num_ops = self._rand_augment.names, self._rand_augment.num_ops
+        self.op_options: dict[str, Any] = timms.ops[0].kwargs
 
     @property
     def fill_color(self) -> tuple[int, int, int]:
@@ -80,14 +75,11 @@ class AugmentParamSampler:
             sizes: (B, 2), width and height of each stored image.
             keys: (B, 3), the `SampleKey` of each.
         """
-        config, rand_augment = self._config, self._rand_augment
-        count = _CROP + 1 + (0 if rand_augment is None else rand_augment.count)
+        config = self._config
+        count = _CROP + 1 + self._rand_augment.count
         numbers = uniforms(self._seed, keys, count, purpose="augment")
         side, b = config.img_size, len(numbers)
-        if rand_augment is None:
-            ops, arguments = np.empty((b, 0), np.int64), np.empty((b, 0))
-        else:
-            ops, arguments = rand_augment.sample(numbers[:, _CROP + 1 :])
+        ops, arguments = self._rand_augment.sample(numbers[:, _CROP + 1 :])
         return AugmentParams(
             draw_crops(
                 np.asarray(sizes, np.float64).reshape(b, 2),

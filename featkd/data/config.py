@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
-from featkd.runtime.checks import check_fraction, check_positive
+from featkd.runtime.checks import check_choice, check_fraction, check_positive
 
 _RAND_AUGMENT = re.compile(
     r"rand(-(m\d+|n\d+|p\d+(\.\d+)?|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3aw?)))*"
@@ -77,8 +77,7 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         _check_range("augment.scale", self.scale, 1.0)
         _check_range("augment.ratio", self.ratio, float("inf"))
-        check_fraction("augment.hflip", self.hflip)
-        for name in ("random_erasing", "mixup_prob", "mixup_switch_prob"):
+        for name in ("hflip", "random_erasing", "mixup_prob", "mixup_switch_prob"):
             check_fraction(f"augment.{name}", getattr(self, name))
         for name in ("mixup", "cutmix"):
             if not 0 <= getattr(self, name) < float("inf"):
@@ -185,17 +184,8 @@ class DataConfig:
             check_positive("data.std", value)
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"data.crop_pct: expected 0 < crop_pct <= 1, got {self.crop_pct!r}")
-        for name, allowed in (
-            ("labels", ("folders", "none")),
-            ("interpolation", ("bicubic", "bilinear")),
-            ("backend", ("auto", "timm", "dali")),
-            ("on_bad_image", ("error", "skip")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"data.{name}: expected one of {', '.join(allowed)}; "
-                    f"got {getattr(self, name)!r}"
-                )
+        for name in ("labels", "interpolation", "backend", "on_bad_image"):
+            check_choice(f"data.{name}", getattr(self, name), get_args(_HINTS[name]))
 
     @property
     def held_out(self) -> float | None:
@@ -207,18 +197,19 @@ class DataConfig:
     def _check_val_fraction(self) -> None:
         """Raises ValueError if val_fraction does not fit val_split."""
         fraction = self.val_fraction
-        if self.val_split is not None:
-            if fraction is not None:
-                raise ValueError(
-                    f"data.val_fraction: got {fraction!r} together with "
-                    f"data.val_split={self.val_split!r}; set data.val_split to null to hold out a "
-                    "fraction of the training images"
-                )
-            return
-        if fraction is None and self.labels == "none":
+        if self.val_split is not None and fraction is not None:
+            raise ValueError(
+                f"data.val_fraction: got {fraction!r} together with "
+                f"data.val_split={self.val_split!r}; set data.val_split to null to hold out a "
+                "fraction of the training images"
+            )
+        if self.val_split is not None or (fraction is None and self.labels == "none"):
             return
         if not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
             raise ValueError(
                 "data.val_fraction: expected 0 < val_fraction < 1 with data.val_split=null, got "
                 f"{fraction!r}"
             )
+
+
+_HINTS = get_type_hints(DataConfig)

@@ -49,10 +49,8 @@ class DeviceStage:
         self._device = device
         self._channels_last = config.channels_last
         self._statistics = torch.tensor((config.mean, config.std))
-        erasing = training and config.augment.random_erasing > 0
-        self._eraser = (
-            Eraser(config.augment.random_erasing, config.img_size, seed) if erasing else None
-        )
+        probability = config.augment.random_erasing if training else 0
+        self._eraser = Eraser(probability, config.img_size, seed) if probability > 0 else None
         self._noise: Tensor | None = None
         self._compute: Callable[..., Tensor] | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -96,8 +94,7 @@ class DeviceStage:
         self._statistics = self._statistics.to(self._device)
         if self._eraser is not None:
             self._noise = self._eraser.noise().to(self._device)
-        on_cpu = self._device.type == "cpu"
-        self._compute = normalize_and_erase_each if on_cpu else normalize_and_erase
+        self._compute = normalize_and_erase_each
         if self._device.type == "cuda":
             self._compute = torch.compile(normalize_and_erase)
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]

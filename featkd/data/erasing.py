@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ _TRIES = 10  # boxes as large as the image are drawn again
 _POOL = 1 << 18  # positions at which an image's noise can begin
 
 
+@dataclass(frozen=True)
 class Eraser:
     """Draws the boxes of timm's `RandomErasing` in "pixel" mode with one box per image.
 
@@ -30,10 +32,9 @@ class Eraser:
         seed: seed of the run.
     """
 
-    def __init__(self, probability: float, side: int, seed: int) -> None:
-        self._probability = probability
-        self._side = side
-        self._seed = seed
+    probability: float
+    side: int
+    seed: int
 
     def boxes(self, keys: NDArray[Any]) -> NDArray[np.int32]:
         """Draws the boxes of a batch.
@@ -44,17 +45,17 @@ class Eraser:
         Returns:
             (B, 5) int32: top, left, height, width, offset of the noise; height 0 without a box.
         """
-        drawn = uniforms(self._seed, keys, 4 + 2 * _TRIES, purpose="erase")
+        drawn = uniforms(self.seed, keys, 4 + 2 * _TRIES, purpose="erase")
         erased, offset, top, left = drawn[:, :4].T
-        area = _between(*_AREA, drawn[:, 4 : 4 + _TRIES]) * self._side**2
+        area = _between(*_AREA, drawn[:, 4 : 4 + _TRIES]) * self.side**2
         aspect = np.exp(_between(*_LOG_ASPECT, drawn[:, 4 + _TRIES :]))
         heights, widths = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-        fits = (heights < self._side) & (widths < self._side)
+        fits = (heights < self.side) & (widths < self.side)
         rows, chosen = np.arange(len(keys)), fits.argmax(1)
         height, width = heights[rows, chosen], widths[rows, chosen]
-        height = np.where((erased < self._probability) & fits[rows, chosen], height, 0)
+        height = np.where((erased < self.probability) & fits[rows, chosen], height, 0)
         # truncated below to whole numbers from 0 to side - length
-        top, left = top * (self._side - height + 1), left * (self._side - width + 1)
+        top, left = top * (self.side - height + 1), left * (self.side - width + 1)
         return np.stack((top, left, height, width, offset * _POOL), axis=1).astype(np.int32)
 
     def noise(self) -> Tensor:
@@ -62,8 +63,8 @@ class Eraser:
 
         Not by a generator of torch or NumPy, whose numbers may differ between versions.
         """
-        length = _POOL + 3 * self._side**2
-        pairs = uniforms(self._seed, np.arange(length)[:, None], 2, purpose="noise").T
+        length = _POOL + 3 * self.side**2
+        pairs = uniforms(self.seed, np.arange(length)[:, None], 2, purpose="noise").T
         return torch.from_numpy(normal(*pairs).astype(np.float32))
 
 

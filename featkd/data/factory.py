@@ -77,9 +77,7 @@ def build_loader(
             f"this rank ({len(dataset)} images in {dataset.folder}, world_size {world_size}); "
             f"expected at most {len(sampler)}"
         )
-    return build_loader_for(
-        dataset, config, sampler, batch_size=batch_size, device=torch.device(device)
-    )
+    return build_loader_for(dataset, sampler, batch_size=batch_size, device=device)
 
 
 def build_evaluation_loader(
@@ -101,27 +99,21 @@ def build_evaluation_loader(
     """
     dataset = ImageSet(config, split, training=False)
     sampler = SpreadSampler(len(dataset), limit, rank=rank, world_size=world_size)
-    return build_loader_for(
-        dataset, config, sampler, batch_size=batch_size, device=torch.device(device)
-    )
+    return build_loader_for(dataset, sampler, batch_size=batch_size, device=device)
 
 
 def build_loader_for(
-    dataset: ImageSet,
-    config: DataConfig,
-    sampler: EpochSampler,
-    *,
-    batch_size: int,
-    device: torch.device,
+    dataset: ImageSet, sampler: EpochSampler, *, batch_size: int, device: torch.device | str
 ) -> Loader:
     """Builds the loader for the keys of `sampler`; see `build_loader` for the arguments."""
+    config, device = dataset.config, torch.device(device)
     reason = _reason_against_dali(config, dataset.training, device)
     if reason is None:
         from featkd.data.dali import DaliLoader
 
-        return DaliLoader(dataset, config, sampler, batch_size=batch_size, device=device)
+        return DaliLoader(dataset, sampler, batch_size=batch_size, device=device)
     note = "; ".join(filter(None, (reason, _excess_of_workers(config.workers))))
-    return TorchLoader(dataset, config, sampler, batch_size=batch_size, device=device, note=note)
+    return TorchLoader(dataset, sampler, batch_size=batch_size, device=device, note=note)
 
 
 def _excess_of_workers(workers: int) -> str:

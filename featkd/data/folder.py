@@ -11,8 +11,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from featkd.data.config import DataConfig
 from featkd.data.images import read_file
-from featkd.data.names import PackedNames, is_held_out
-from featkd.data.walk import find_files, is_hidden, subfolders, warn_of_repeated_links
+from featkd.data.source import ImageSource, in_split
+from featkd.data.walk import find_files, is_visible, subfolders, warn_of_repeated_links
 from featkd.runtime.names import listed, printable
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
@@ -70,9 +70,7 @@ def split_folder(config: DataConfig, split: Literal["train", "val"]) -> str:
 
 def images_in(folder: str) -> list[str]:
     """Returns the sorted names of the images directly in a folder."""
-    with os.scandir(folder) as entries:
-        names = [e.name for e in entries if not is_hidden(e.name)]
-    return sorted(name for name in names if name.lower().endswith(IMG_EXTENSIONS))
+    return sorted(name for name in os.listdir(folder) if is_visible(name, IMG_EXTENSIONS))
 
 
 def describe_files(folder: str) -> str:
@@ -82,9 +80,7 @@ def describe_files(folder: str) -> str:
             f"; found {len(images)} image file(s) directly in it ({listed(images, 3)}), which "
             "belong in one folder per class"
         )
-    with os.scandir(folder) as entries:
-        archives = sorted(e.name for e in entries if e.name.lower().endswith(_ARCHIVES))
-    if archives:
+    if archives := sorted(x for x in os.listdir(folder) if x.lower().endswith(_ARCHIVES)):
         return f"; found {listed(archives, 3)}, but shards must be uncompressed tar files, *.tar"
     return ""
 
@@ -122,7 +118,7 @@ def find_classes(config: DataConfig) -> list[str]:
     return classes
 
 
-class ImageFiles:
+class ImageFiles(ImageSource):
     """`ImageSource` for files below a folder.
 
     Args:
@@ -135,17 +131,8 @@ class ImageFiles:
     def __init__(
         self, folder: str, classes: list[str], names: Sequence[str], targets: Sequence[int]
     ) -> None:
-        self.folder = folder
-        self.classes = classes
-        self._names = PackedNames(names)
+        super().__init__(folder, classes, names)
         self._targets = np.array(targets, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._targets)
-
-    def name(self, index: int) -> str:
-        """See `ImageSource`."""
-        return os.path.join(self.folder, self._names[index])
 
     def file_size(self, index: int) -> int:
         """See `ImageSource`."""
@@ -173,55 +160,37 @@ class FolderSource(ImageFiles):
     """
 
     def __init__(self, config: DataConfig, split: Literal["train", "val"]) -> None:
-        self.classes = find_classes(config)
-        self.folder = split_folder(config, split)
-        names, targets = self._find_images(config, training=split == "train")
-        super().__init__(self.folder, self.classes, names, targets)
-
-    def _find_images(self, config: DataConfig, *, training: bool) -> tuple[list[str], list[int]]:
-        """Returns the files, relative to the split folder and sorted, and their class indices."""
-        unknown = sorted(set(subfolders(self.folder)) - set(self.classes))
-        if unknown:
+        classes, folder = find_classes(config), split_folder(config, split)
+        if unknown := sorted(set(subfolders(folder)) - set(classes)):
             raise ValueError(
-                f"{printable(self.folder)} has {len(unknown)} classes that the training split "
+                f"{printable(folder)} has {len(unknown)} classes that the training split "
                 f"lacks: {listed(unknown)}; every class needs a folder in the training split"
             )
-        found: list[tuple[str, int]] = []
+        names: list[str] = []
+        targets: list[int] = []
         links: list[str] = []
-        for target, name in enumerate(self.classes):
-            folder = os.path.join(self.folder, name)
-            if os.path.isdir(folder):
-                paths, repeated = find_files(folder, IMG_EXTENSIONS, self.folder)
-                found += [(os.path.relpath(path, self.folder), target) for path in paths]
+        for target, name in enumerate(classes):
+            if os.path.isdir(place := os.path.join(folder, name)):
+                paths, repeated = find_files(place, IMG_EXTENSIONS, folder)
+                names += [os.path.relpath(path, folder) for path in paths]
+                targets += [target] * len(paths)
                 links += repeated
         warn_of_repeated_links(links)
-        self._check_classes(config, found, training)
-        if (fraction := config.held_out) is not None:
-            found = [x for x in found if is_held_out(x[0], fraction) != training]
-            self._check_held_out(found, fraction, training)
-        return [name for name, _ in found], [target for _, target in found]
-
-    def _check_classes(
-        self, config: DataConfig, found: list[tuple[str, int]], training: bool
-    ) -> None:
-        """Raises FileNotFoundError if there are no images, or a class has none in training."""
-        empty = self._without_images(found) if found and training else []
-        if empty or not found:
-            where = f"the class folders {listed(empty)} of " if found else ""
-            raise no_images(config, self.folder, where)
-
-    def _check_held_out(
-        self, found: list[tuple[str, int]], fraction: float, training: bool
-    ) -> None:
-        """Raises ValueError if data.val_fraction leaves a split or a training class empty."""
-        empty = self._without_images(found) if training else []
-        if empty or not found:
-            where = f"training images of the classes {listed(empty)}" if training else "image"
+        if not names:
+            raise no_images(config, folder)
+        if split == "train" and (empty := _missing_classes(classes, targets)):
+            raise no_images(config, folder, f"the class folders {listed(empty)} of ")
+        kept = in_split(names, config, split, folder)
+        names, targets = [names[i] for i in kept], [targets[i] for i in kept]
+        if split == "train" and (empty := _missing_classes(classes, targets)):
             raise ValueError(
-                f"data.val_fraction: {fraction:g} leaves no {where} of {printable(self.folder)}; "
-                f"use a {'smaller' if training else 'larger'} fraction, or folders for both splits"
+                f"data.val_fraction: {config.held_out:g} leaves no training images of the classes "
+                f"{listed(empty)} of {printable(folder)}; use a smaller fraction, or folders for "
+                "both splits"
             )
+        super().__init__(folder, classes, names, targets)
 
-    def _without_images(self, found: list[tuple[str, int]]) -> list[str]:
-        counts = np.bincount([target for _, target in found], minlength=len(self.classes))
-        return [name for name, count in zip(self.classes, counts, strict=True) if count == 0]
+
+def _missing_classes(classes: list[str], targets: list[int]) -> list[str]:
+    present = set(targets)
+    return [name for target, name in enumerate(classes) if target not in present]

@@ -45,10 +45,9 @@ def read_file(path: str) -> bytes:
     try:
         with open_regular(path) as file:
             return file.read()
-    except SpecialFileError as error:
-        raise BadImageError(path, str(error)) from error
     except OSError as error:
-        raise BadImageError(path, f"{type(error).__name__}: {error}") from error
+        kind = "" if isinstance(error, SpecialFileError) else f"{type(error).__name__}: "
+        raise BadImageError(path, f"{kind}{error}") from error
 
 
 def read_image(path: str) -> Image.Image:
@@ -78,26 +77,25 @@ def decode_image(content: bytes, name: str) -> Image.Image:
     """
     try:
         with open_image(content) as image:
+            mode = image.mode
             # A TIFF in mode I has signed or 32-bit integers. Other files in mode I have 16 bits.
-            if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-                kind = "floating-point" if image.mode == "F" else "signed or 32-bit integer"
-                raise BadImageError(
-                    name,
-                    f"{kind} pixels, whose black and white are not defined; expected 8-bit or "
-                    "unsigned 16-bit pixels; convert the file",
-                )
-            if image.mode.startswith("I"):
-                # For 16-bit grey Pillow's convert would clip all values above 255 to white.
-                grey = np.clip(np.asarray(image), 0, 65535) // 256
-                return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-            rgb: Image.Image = image.convert("RGB")
-            return rgb
+            if mode != "F" and not (mode == "I" and image.format == "TIFF"):
+                if mode.startswith("I"):
+                    # For 16-bit grey Pillow's convert would clip all values above 255 to white.
+                    grey = np.clip(np.asarray(image), 0, 65535) // 256
+                    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+                rgb: Image.Image = image.convert("RGB")
+                return rgb
     except UnidentifiedImageError as error:
         size, allowed = len(content), ", ".join(IMAGE_FORMATS)
         cause = f"no image of a supported format ({size} bytes; supported: {allowed})"
         raise BadImageError(name, cause if size else "the file is empty") from error
-    except BadImageError:
-        raise
     # Pillow's decoders raise SyntaxError, struct.error, zlib.error, IndexError and others.
     except Exception as error:
         raise BadImageError(name, f"{type(error).__name__}: {error}") from error
+    kind = "floating-point" if mode == "F" else "signed or 32-bit integer"
+    raise BadImageError(
+        name,
+        f"{kind} pixels, whose black and white are not defined; expected 8-bit or unsigned 16-bit "
+        "pixels; convert the file",
+    )

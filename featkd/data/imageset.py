@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -14,10 +14,11 @@ from torch.utils.data import Dataset
 
 from featkd.data.augment import TrainTransform, build_transform
 from featkd.data.config import DataConfig
-from featkd.data.folder import FolderSource, ImageFiles, images_in, split_folder
+from featkd.data.folder import FolderSource, images_in, split_folder
 from featkd.data.images import BadImageError, decode_image
 from featkd.data.sampler import SampleKey
 from featkd.data.shards import ShardError, TarSource, tar_files
+from featkd.data.source import ImageSource
 from featkd.data.splits import shared_images_note
 from featkd.data.unlabelled import UnlabelledFolder
 from featkd.data.walk import subfolders
@@ -34,40 +35,8 @@ FINGERPRINT_CONTENTS = 64
 DataError = BadImageError | ShardError
 DATA_ERRORS = (BadImageError, ShardError)
 
-Decoded = TypeVar("Decoded")
 
-
-class ImageSource(Protocol):
-    """Interface of a storage of numbered images with classes; must be picklable.
-
-    Attributes:
-        classes: class names, which targets index; empty without labels, and targets are 0.
-        folder: folder of the files.
-    """
-
-    classes: list[str]
-    folder: str
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """Returns the name of image `index`, 0 <= index < len(self), as errors print it."""
-        ...
-
-    def file_size(self, index: int) -> int:
-        """Returns the size of the image's file in bytes, -1 if the file is missing."""
-        ...
-
-    def read(self, index: int) -> tuple[bytes, int]:
-        """Returns the content of the image's file, and its class index.
-
-        Raises:
-            BadImageError: the file cannot be read.
-        """
-        ...
-
-
-def open_source(config: DataConfig, split: Literal["train", "val"]) -> ImageFiles | TarSource:
+def open_source(config: DataConfig, split: Literal["train", "val"]) -> ImageSource:
     """Opens the images of a split: tar shards if its folder holds any, otherwise image files.
 
     Raises:
@@ -89,31 +58,34 @@ def _check_unambiguous(config: DataConfig, folder: str, tars: Sequence[str]) -> 
         return
     folders = subfolders(folder)
     images = any(images_in(os.path.join(folder, name)) for name in folders)
-    if not labelled and (images or images_in(folder)):
-        raise ValueError(
-            f"{printable(folder)}: found tar files ({listed(tars, 3)}) beside images; expected "
-            "either shards or images; move the others away"
+    if not images and (labelled or not images_in(folder)):
+        return
+    beside, advice = "images", "either shards or images; move the others away"
+    if labelled:
+        beside = f"folders ({listed(folders, 3)})"
+        advice = (
+            "either class folders (then move the tar files away) or shards (then write the class "
+            "names to <data.path>/classes.txt, one per line)"
         )
-    if labelled and images:
-        raise ValueError(
-            f"{printable(folder)}: found tar files ({listed(tars, 3)}) beside folders "
-            f"({listed(folders, 3)}); expected either class folders (then move the tar files away) "
-            "or shards (then write the class names to <data.path>/classes.txt, one per line)"
-        )
+    raise ValueError(
+        f"{printable(folder)}: found tar files ({listed(tars, 3)}) beside {beside}; expected "
+        f"{advice}"
+    )
 
 
 class Sample(NamedTuple):
     """One sample of a data set.
 
     Attributes:
-        image: (3, H, W) uint8, not normalized, or None if the image was unreadable and is left out.
+        image: (3, H, W) uint8, not normalized (or what `ImageSet.decode` was asked for); None if
+            the image was unreadable and is left out.
         target: class index.
         bad: errors of the unreadable files that were tried.
         key: key of the sample.
         source_index: index of the image that was loaded; see `Batch.source_index`.
     """
 
-    image: Tensor | None
+    image: Any
     target: int
     bad: list[BadImageError]
     key: SampleKey
@@ -135,6 +107,7 @@ class ImageSet(Dataset[Sample]):
     Attributes:
         classes: class names, which targets index; empty without labels, and targets are 0.
         folder: folder of the split.
+        config, seed, training: see the arguments.
 
     Raises:
         FileNotFoundError: a folder is missing or holds no images.
@@ -153,9 +126,9 @@ class ImageSet(Dataset[Sample]):
         source = open_source(config, split)
         if split == "val" and (note := shared_images_note(config, source)):
             warnings.warn(note, stacklevel=2)
-        self._source: ImageSource = source
-        self.classes = self._source.classes
-        self.folder = self._source.folder
+        self._source = source
+        self.classes, self.folder = source.classes, source.folder
+        self.config = config
         self.training = split == "train" if training is None else training
         self.seed = seed
         self.skip = config.on_bad_image == "skip"
@@ -202,24 +175,18 @@ class ImageSet(Dataset[Sample]):
             BadImageError: an image is unreadable with on_bad_image="error", or MAX_TRIES images in
                 a row are unreadable.
         """
-        decoded, bad = self.decode(key, decode_image)
-        if decoded is None:
-            return Sample(None, 0, bad, key, key.image)
-        image, target, index = decoded
-        return Sample(self._transformed(image, index, key), target, bad, key, index)
+        sample = self.decode(key, decode_image)
+        if sample.image is None:
+            return sample
+        return sample._replace(image=self._transformed(sample.image, sample.source_index, key))
 
-    def decode(
-        self, key: SampleKey, decoder: Callable[[bytes, str], Decoded]
-    ) -> tuple[tuple[Decoded, int, int] | None, list[BadImageError]]:
+    def decode(self, key: SampleKey, decoder: Callable[[bytes, str], Any]) -> Sample:
         """Decodes the image of a key, or the next readable one; see `__getitem__`.
 
         Args:
             key: key of the sample.
-            decoder: called with a file's content and name; raises BadImageError.
-
-        Returns:
-            The result of `decoder`, the class and the index of the image, or None if the sample is
-            left out; and the errors of the unreadable images before it.
+            decoder: returns the sample's image for a file's content and name, or raises
+                BadImageError.
 
         Raises:
             BadImageError: see `__getitem__`.
@@ -230,7 +197,7 @@ class ImageSet(Dataset[Sample]):
             index = (key.image + offset) % len(self)
             try:
                 content, target = self._source.read(index)
-                return (decoder(content, self.name(index)), target, index), bad
+                return Sample(decoder(content, self.name(index)), target, bad, key, index)
             except BadImageError as error:
                 if not self.skip:
                     raise
@@ -239,7 +206,7 @@ class ImageSet(Dataset[Sample]):
             raise BadImageError(
                 bad[0].path, f"{bad[0].cause} (and so are the {tries - 1} images after it)"
             )
-        return None, bad
+        return Sample(None, 0, bad, key, key.image)
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[Sample] | DataError:
         """Returns the samples of a batch; torch's DataLoader calls this method if it exists.

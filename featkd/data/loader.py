@@ -1,12 +1,11 @@
-"""The `Loader` protocol, and its implementation with torch's DataLoader, timm and Pillow."""
+"""The base class of the loaders, and the one with torch's DataLoader, timm and Pillow."""
 
 from __future__ import annotations
 
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.dataloader import default_collate
 
 from featkd.data.augment import AUGMENTATION_VERSION
-from featkd.data.config import DataConfig
 from featkd.data.device import DeviceStage, SentBatch
 from featkd.data.images import BadImageError
 from featkd.data.imageset import DATA_ERRORS, DataError, ImageSet, Sample
@@ -22,7 +20,7 @@ from featkd.data.sampler import EpochSampler, SampleKey
 from featkd.data.workers import shut_down_workers, worker_options
 
 _BATCHES_AHEAD = 1  # on the device, besides the one that is returned
-_NO_IMAGES = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
+NO_IMAGES = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
 
 
 class Batch(NamedTuple):
@@ -66,8 +64,17 @@ class RawBatch(NamedTuple):
     covered: int
 
 
-class Loader(Protocol):
-    """Interface of the image loaders.
+class Loader:
+    """Batches of the samples of an `EpochSampler`, made by `build_loader`; tracks the position.
+
+    One batch is copied to the device ahead of the one that is returned.
+
+    Args:
+        dataset: the images.
+        sampler: the order of the samples.
+        batch_size: images per batch; the last, partial batch of a training epoch is dropped.
+        device: device of the batches.
+        note: reason why another loader than the preferred one is used; "" if there is none.
 
     Attributes:
         classes: class names; targets index them.
@@ -77,102 +84,59 @@ class Loader(Protocol):
         sampler: the order of the samples.
         decoder: name of the library that decodes and transforms, with its device. Loaders with
             different decoders return pixels that differ by rounding.
-        note: reason why another loader than the preferred one is used; "" if there is none.
+        note: see the argument.
     """
 
-    classes: list[str]
-    num_samples: int
-    bad_images: dict[str, str]
-    dataset: ImageSet
-    sampler: EpochSampler
     decoder: str
-    note: str
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Iterates over the epoch chosen by `set_epoch`; invalidates earlier iterators.
-
-        On a GPU, take all batches of an iteration on one CUDA stream.
-        """
-        ...
-
-    def __len__(self) -> int:
-        """Returns the number of batches of a whole epoch on this rank."""
-        ...
-
-    def upcoming(self) -> Iterator[Tensor]:
-        """Iterates over the `Batch.keys` of the next iteration, assuming all files are readable."""
-        ...
-
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Makes the next iteration yield `epoch`, beginning with batch `start_batch`."""
-        ...
-
-    def state_dict(self) -> dict[str, int]:
-        """Returns the position: the epoch, its next batch, what its order depends on, and the
-        version of the random draws.
-        """
-        ...
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Makes the next iteration continue after the batches that `state` counts."""
-        ...
-
-    def close(self) -> None:
-        """Ends the loader's processes; the next iteration starts new ones."""
-        ...
-
-
-class SampledLoader:
-    """Base class of the loaders: groups an `EpochSampler`'s keys and tracks the position.
-
-    One batch is copied to the device ahead of the one that is returned.
-
-    Args:
-        dataset: the images.
-        config: statistics, augmentation and memory format.
-        sampler: the order of the samples.
-        batch_size: images per batch; the last, partial batch of a training epoch is dropped.
-        device: device of the batches.
-    """
 
     def __init__(
         self,
         dataset: ImageSet,
-        config: DataConfig,
         sampler: EpochSampler,
         *,
         batch_size: int,
         device: torch.device,
+        note: str = "",
     ) -> None:
         self.classes = dataset.classes
         self.num_samples = len(dataset)
         self.bad_images: dict[str, str] = {}
-        self.note = ""
+        self.note = note
         self.dataset = dataset
         self.sampler = sampler
+        self._config = dataset.config
+        self._device = device
         # torch annotates the keys as int but passes on any type.
-        self._batches = BatchSampler(
-            sampler,  # type: ignore[arg-type]
-            batch_size,
-            drop_last=sampler.drop_last,
-        )
+        self._batches = BatchSampler(cast(Any, sampler), batch_size, sampler.drop_last)
         self._stage = DeviceStage(
-            config, training=dataset.training, seed=dataset.seed, device=device
+            self._config, training=dataset.training, seed=dataset.seed, device=device
         )
         self._iteration = 0  # number of the newest iteration
         self._start_batch = 0  # first batch of the next iteration
         self._next_batch = 0  # next batch of the iteration whose position is tracked
         self._tracked_iteration = 1
 
+    def __iter__(self) -> Iterator[Batch]:
+        """Iterates over the epoch chosen by `set_epoch`; invalidates earlier iterators.
+
+        On a GPU, take all batches of an iteration on one CUDA stream.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Ends the loader's processes; the next iteration starts new ones."""
+        raise NotImplementedError
+
     def __len__(self) -> int:
+        """Returns the number of batches of a whole epoch on this rank."""
         return len(self._batches)
 
     def upcoming(self) -> Iterator[Tensor]:
-        """See `Loader`."""
+        """Iterates over the `Batch.keys` of the next iteration, assuming all files are readable."""
         return (as_tensor(cast("list[SampleKey]", keys)) for keys in self._batches)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """See `Loader`.
+        """Makes the next iteration yield `epoch`, beginning with batch `start_batch`.
 
         Raises:
             ValueError: `epoch` is negative or `start_batch` is outside 0..len(self).
@@ -186,9 +150,10 @@ class SampledLoader:
         self._tracked_iteration = self._iteration + 1
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the position; in training it is the same on all ranks.
+        """Returns the position: the epoch, its next batch, what its order depends on, and the
+        version of the random draws.
 
-        "batch" is the next batch to be returned. Batches that workers have prefetched do not count.
+        In training it is the same on all ranks. Batches that workers have prefetched do not count.
         """
         sampler = self.sampler
         return {
@@ -252,7 +217,8 @@ class SampledLoader:
         bad: list[str] = []
         more = True
         while True:
-            self._check_newest(iteration)
+            if iteration != self._iteration:
+                raise RuntimeError("a newer iteration of this loader has begun; this one is over")
             self._advance(iteration, 0)
             while more and len(pending) <= _BATCHES_AHEAD:
                 pending.append(self._send_next(raw_batches))
@@ -286,12 +252,7 @@ class SampledLoader:
             return None
         has_images = len(raw.targets) > 0
         sent = self._stage.send(raw.images, raw.targets, raw.keys) if has_images else None
-        return raw._replace(images=_NO_IMAGES), sent
-
-    def _check_newest(self, iteration: int) -> None:
-        """Raises RuntimeError if a newer iteration than `iteration` has begun."""
-        if iteration != self._iteration:
-            raise RuntimeError("a newer iteration of this loader has begun; this one is over")
+        return raw._replace(images=NO_IMAGES), sent
 
     def _advance(self, iteration: int, batches: int) -> None:
         """Moves the position by `batches`, if it is that of `iteration`."""
@@ -301,43 +262,29 @@ class SampledLoader:
             self._next_batch += batches
 
 
-class TorchLoader(SampledLoader):
-    """`Loader` with torch's DataLoader and timm's transforms; made by `build_loader`."""
+class TorchLoader(Loader):
+    """`Loader` with torch's DataLoader and timm's transforms."""
 
     decoder = "timm"
-
-    def __init__(
-        self,
-        dataset: ImageSet,
-        config: DataConfig,
-        sampler: EpochSampler,
-        *,
-        batch_size: int,
-        device: torch.device,
-        note: str = "",
-    ) -> None:
-        super().__init__(dataset, config, sampler, batch_size=batch_size, device=device)
-        self.note = note
-        self._workers = config.workers
-        self._make = partial(
-            DataLoader,
-            dataset,
-            batch_sampler=self._batches,
-            collate_fn=_collate,
-            pin_memory=device.type == "cuda",
-            persistent_workers=config.workers > 0,
-            # DataLoader draws a base seed for its workers. Without this it would advance the
-            # global generator, which training uses.
-            generator=torch.Generator(),
-        )
-        self._loader: DataLoader[Sample] | None = None
+    _loader: DataLoader[Sample] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
+        """See `Loader`."""
         self._iteration += 1
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "This DataLoader will create")  # see self.note
             if self._loader is None:  # the options depend on whether DALI has been imported by now
-                self._loader = self._make(**worker_options(self._workers))
+                self._loader = DataLoader(
+                    self.dataset,
+                    batch_sampler=self._batches,
+                    collate_fn=_collate,
+                    pin_memory=self._device.type == "cuda",
+                    persistent_workers=self._config.workers > 0,
+                    # DataLoader draws a base seed for its workers. Without this it would advance
+                    # the global generator, which training uses.
+                    generator=torch.Generator(),
+                    **worker_options(self._config.workers),
+                )
             batches = iter(self._loader)
         return self._ready(_raised(batches), self._iteration)
 
@@ -351,33 +298,38 @@ class TorchLoader(SampledLoader):
 
 def _raised(batches: Iterator[RawBatch | DataError]) -> Iterator[RawBatch]:
     """Raises the errors that workers returned, or that they died of."""
-    while True:
-        try:
-            batch = next(batches, None)
-        except (ConnectionError, EOFError, FileNotFoundError) as lost:
-            # A worker died before the main process had opened the shared memory of its batch.
-            raise RuntimeError("a DataLoader worker died.") from lost
-        if batch is None:
-            return
-        if isinstance(batch, DATA_ERRORS):
-            raise batch
-        yield batch
+    try:
+        for batch in batches:
+            if isinstance(batch, DATA_ERRORS):
+                raise batch
+            yield batch
+    except (ConnectionError, EOFError, FileNotFoundError) as lost:
+        # A worker died before the main process had opened the shared memory of its batch.
+        raise RuntimeError("a DataLoader worker died.") from lost
 
 
 def _collate(samples: list[Sample] | DataError) -> RawBatch | DataError:
     """Stacks the samples that have an image; in a worker directly into shared memory."""
     if isinstance(samples, DATA_ERRORS):
         return samples
-    present = [(sample, sample.image) for sample in samples if sample.image is not None]
+    present = [sample for sample in samples if sample.image is not None]
     # as Pillow's memory has them: stacking in another order takes ten times as long
-    images = [x.permute(1, 2, 0) for _, x in present]
+    images = [sample.image.permute(1, 2, 0) for sample in present]
+    bad = [error for sample in samples for error in sample.bad]
+    return raw_batch(default_collate(images) if images else NO_IMAGES, present, bad, covered=1)
+
+
+def raw_batch(
+    images: Tensor, samples: Sequence[Sample], errors: list[BadImageError], covered: int
+) -> RawBatch:
+    """Assembles a batch of the samples that have an image."""
     return RawBatch(
-        default_collate(images) if images else _NO_IMAGES,
-        torch.tensor([sample.target for sample, _ in present], dtype=torch.int64),
-        as_tensor([sample.key for sample, _ in present]),
-        torch.tensor([sample.source_index for sample, _ in present], dtype=torch.int64),
-        [error for sample in samples for error in sample.bad],
-        covered=1,
+        images,
+        torch.tensor([sample.target for sample in samples], dtype=torch.int64),
+        as_tensor([sample.key for sample in samples]),
+        torch.tensor([sample.source_index for sample in samples], dtype=torch.int64),
+        errors,
+        covered,
     )
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from timm.data import Mixup
@@ -84,17 +81,11 @@ class Mixer:
         # A copy, because timm mixes in place and the batch belongs to the caller.
         images = batch.images.to(self._device, non_blocking=True, copy=True)
         targets = batch.targets.to(self._device, non_blocking=True)
-        with _numpy_seeded(self._seed, epoch, number, rank, _SEED_PART):
+        # timm's `Mixup` draws from numpy's global generator.
+        state = np.random.get_state()
+        try:
+            np.random.seed(derive_seed(self._seed, epoch, number, rank, _SEED_PART) & 0xFFFFFFFF)
             images, targets = self._mixup(images, targets)
+        finally:
+            np.random.set_state(state)
         return batch._replace(images=images, targets=targets)
-
-
-@contextlib.contextmanager
-def _numpy_seeded(*parts: int) -> Iterator[None]:
-    """Seeds `numpy.random`, from which timm's `Mixup` draws, and restores it on exit."""
-    state = np.random.get_state()
-    try:
-        np.random.seed(derive_seed(*parts) & 0xFFFFFFFF)
-        yield
-    finally:
-        np.random.set_state(state)

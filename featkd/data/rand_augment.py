@@ -15,55 +15,44 @@ from featkd.data.draws import normal
 
 Floats = NDArray[np.float64]
 
-OPERATIONS = (
-    *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd"),
-    *("Color", "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY"),
-    *("TranslateXRel", "TranslateYRel", "Desaturate", "GaussianBlur"),
-)
-"""timm's names without their suffixes; `RandAugmentSampler` returns positions in this tuple."""
-
 _PER_LAYER = 4  # numbers per layer after its operation: applied or not, two for the level, the sign
-
-
-def _level_only(argument: Callable[[Floats], Any]) -> Callable[[Floats, Floats], Any]:
-    return lambda level, sign: argument(level)
-
-
-def _signed(largest: float) -> Callable[[Floats, Floats], Any]:
-    return lambda level, sign: largest * level * sign
-
-
-def _increasing_factor(level: Floats, sign: Floats) -> Any:
-    return np.maximum(0.1, 1 + 0.9 * level * sign)
 
 
 _FACTORS = ("Color", "Contrast", "Brightness", "Sharpness")
 # timm's name -> argument, given the level (1 at magnitude 10) and a random sign
 _ARGUMENTS: dict[str, Callable[[Floats, Floats], Any]] = {
-    **dict.fromkeys(("AutoContrast", "Equalize", "Invert"), _level_only(np.zeros_like)),
-    "Rotate": _signed(30),
-    "Posterize": _level_only(lambda level: np.floor(4 * level)),
-    "PosterizeIncreasing": _level_only(lambda level: 4 - np.floor(4 * level)),
-    "Solarize": _level_only(lambda level: np.minimum(256, np.floor(256 * level))),
-    "SolarizeIncreasing": _level_only(lambda level: np.maximum(0, 256 - np.floor(256 * level))),
-    "SolarizeAdd": _level_only(lambda level: np.minimum(128, np.floor(110 * level))),
-    **dict.fromkeys(_FACTORS, _level_only(lambda level: 0.1 + 1.8 * level)),
-    **dict.fromkeys([f"{name}Increasing" for name in _FACTORS], _increasing_factor),
-    "ShearX": _signed(0.3),
-    "ShearY": _signed(0.3),
-    "TranslateXRel": _signed(0.45),
-    "TranslateYRel": _signed(0.45),
-    "Desaturate": _level_only(lambda level: np.clip(0.5 + 0.5 * level, 0.5, 1)),
-    "GaussianBlur": _level_only(lambda level: np.clip(0.1 + 1.9 * level, 0.1, 2)),
+    **dict.fromkeys(("AutoContrast", "Equalize", "Invert"), lambda x, sign: np.zeros_like(x)),
+    "Rotate": lambda x, sign: 30 * x * sign,
+    "Posterize": lambda x, sign: np.floor(4 * x),
+    "PosterizeIncreasing": lambda x, sign: 4 - np.floor(4 * x),
+    "Solarize": lambda x, sign: np.minimum(256, np.floor(256 * x)),
+    "SolarizeIncreasing": lambda x, sign: np.maximum(0, 256 - np.floor(256 * x)),
+    "SolarizeAdd": lambda x, sign: np.minimum(128, np.floor(110 * x)),
+    **dict.fromkeys(_FACTORS, lambda x, sign: 0.1 + 1.8 * x),
+    **dict.fromkeys(
+        [f"{name}Increasing" for name in _FACTORS],
+        lambda x, sign: np.maximum(0.1, 1 + 0.9 * x * sign),
+    ),
+    **dict.fromkeys(("ShearX", "ShearY"), lambda x, sign: 0.3 * x * sign),
+    **dict.fromkeys(("TranslateXRel", "TranslateYRel"), lambda x, sign: 0.45 * x * sign),
+    "Desaturate": lambda x, sign: np.clip(0.5 + 0.5 * x, 0.5, 1),
+    "GaussianBlur": lambda x, sign: np.clip(0.1 + 1.9 * x, 0.1, 2),
 }
 
 
+OPERATIONS = tuple(name for name in _ARGUMENTS if not name.endswith("Increasing"))
+"""timm's names without their suffixes; `RandAugmentSampler` returns positions in this tuple."""
+
+
 def timm_rand_augment(config: DataConfig) -> RandAugment:
-    """Returns timm's RandAugment, as timm reads `config.augment.rand_augment`."""
+    """Returns timm's RandAugment, as timm reads `config.augment.rand_augment`.
+
+    Without one it is that of no operation.
+    """
     transform = create_transform(
         config.img_size,
         is_training=True,
-        auto_augment=config.augment.rand_augment,
+        auto_augment=config.augment.rand_augment or "rand-n0",
         interpolation=config.interpolation,
         mean=config.mean,
         std=config.std,
@@ -90,8 +79,7 @@ class RandAugmentSampler:
 
     def __init__(self, timms: RandAugment) -> None:
         full_names = [op.name for op in timms.ops]
-        unknown = [name for name in full_names if name not in _ARGUMENTS]
-        if unknown:
+        if unknown := [name for name in full_names if name not in _ARGUMENTS]:
             raise ValueError(
                 f"data.augment.rand_augment: this timm chooses from {', '.join(unknown)}, which "
                 f"featkd does not know; allowed: {', '.join(_ARGUMENTS)}; set it to null"
@@ -120,27 +108,21 @@ class RandAugmentSampler:
         An operation is a position in `OPERATIONS`, or -1 if it is skipped. The argument is the one
         of timm's function, 0 if that has none.
         """
-        chosen = self._choose(numbers[:, : self._choices])
+        if self._weights is None:
+            chosen = (numbers[:, : self._choices] * len(self._ids)).astype(np.int64)
+        else:
+            # Without repeats: waiting times with the weights as rates, in the order of their ends.
+            ends = -np.log1p(-numbers[:, : self._choices]) / self._weights
+            chosen = np.argsort(ends, axis=1)[:, : self.num_ops]
         layers = numbers[:, self._choices :].reshape(len(numbers), self.num_ops, _PER_LAYER)
-        skipped = layers[..., 0] >= self._prob
-        level = self._level(layers[..., 1], layers[..., 2]) / 10
+        if self._std == float("inf"):
+            level = self._magnitude * layers[..., 1]
+        else:
+            level = self._magnitude + self._std * normal(layers[..., 1], layers[..., 2])
+        level = np.clip(level, 0.0, self._upper) / 10
         sign = np.where(layers[..., 3] < 0.5, -1.0, 1.0)
         arguments = np.empty_like(level)
         for choice in set(chosen.ravel().tolist()):
             where = chosen == choice
             arguments[where] = _ARGUMENTS[self._full_names[choice]](level[where], sign[where])
-        return np.where(skipped, -1, self._ids[chosen]), arguments
-
-    def _choose(self, numbers: Floats) -> NDArray[np.int64]:
-        if self._weights is None:
-            return (numbers * len(self._ids)).astype(np.int64)
-        # Without repeats: waiting times with the weights as rates, in the order of their ends.
-        ends = -np.log1p(-numbers) / self._weights
-        return np.argsort(ends, axis=1)[:, : self.num_ops]
-
-    def _level(self, first: Floats, second: Floats) -> Floats:
-        if self._std == float("inf"):
-            level = self._magnitude * first
-        else:
-            level = self._magnitude + self._std * normal(first, second)
-        return np.clip(level, 0.0, self._upper)
+        return np.where(layers[..., 0] >= self._prob, -1, self._ids[chosen]), arguments

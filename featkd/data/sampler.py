@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +27,7 @@ class SampleKey(NamedTuple):
     copy: int
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler[SampleKey]):
     """Yields the keys of one rank in one epoch, in order.
 
@@ -66,36 +69,30 @@ class EpochSampler(Sampler[SampleKey]):
         [SampleKey(epoch=0, image=1, copy=0), SampleKey(epoch=0, image=3, copy=0)]
     """
 
-    def __init__(
-        self,
-        num_images: int,
-        *,
-        training: bool,
-        repeats: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        views: int | None = None,
-    ) -> None:
-        counts = {"num_images": num_images, "world_size": world_size, "views": views}
-        for name, value in counts.items():
+    num_images: int
+    _: KW_ONLY
+    training: bool
+    repeats: int = 1
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    views: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "world_size", "views"):
+            value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected >= 1, got {value}")
-        if repeats < 1 or (repeats > 1 and not training):
-            allowed = "a whole number >= 1" if training else "1 in evaluation"
-            raise ValueError(f"repeats: expected {allowed}, got {repeats}")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed: expected 0 <= seed < 2**63, got {seed}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank: expected 0 <= rank < world_size = {world_size}, got {rank}")
-        self.num_images = num_images
-        self.training = training
-        self.repeats = repeats
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.views = views
-        self.drop_last = training
+        if self.repeats < 1 or (self.repeats > 1 and not self.training):
+            allowed = "a whole number >= 1" if self.training else "1 in evaluation"
+            raise ValueError(f"repeats: expected {allowed}, got {self.repeats}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected 0 <= seed < 2**63, got {self.seed}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(
+                f"rank: expected 0 <= rank < world_size = {self.world_size}, got {self.rank}"
+            )
+        self.drop_last = self.training
         self.epoch = 0
         self.start = 0
 
@@ -137,9 +134,10 @@ class EpochSampler(Sampler[SampleKey]):
 
     def __iter__(self) -> Iterator[SampleKey]:
         steps = range(self.start, len(self))
-        return self._keys(self.rank + step * self.world_size for step in steps)
+        return self.keys(self.rank + step * self.world_size for step in steps)
 
-    def _keys(self, positions: Iterable[int]) -> Iterator[SampleKey]:
+    def keys(self, positions: Iterable[int]) -> Iterator[SampleKey]:
+        """Yields the keys at some positions of the epoch, whatever the rank."""
         view, n, repeats = self.view(self.epoch), self.num_images, self.repeats
         order = self.order(self.epoch)
         # A generator, because a million tuples in a list take 150 MB.
@@ -176,7 +174,7 @@ class RangeSampler(EpochSampler):
         self._ranges = ranges
 
     def __iter__(self) -> Iterator[SampleKey]:
-        return self._keys(position for positions in self._ranges for position in positions)
+        return self.keys(chain.from_iterable(self._ranges))
 
 
 class SpreadSampler(EpochSampler):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from featkd.data.config import DataConfig
 from featkd.data.images import BadImageError
-from featkd.data.names import PackedNames, is_held_out
+from featkd.data.source import ImageSource, in_split
 from featkd.data.walk import is_hidden
 from featkd.runtime.files import open_regular
 from featkd.runtime.names import printable
@@ -31,7 +32,7 @@ def tar_files(folder: str) -> list[str]:
     return sorted(n for n in os.listdir(folder) if n.endswith(".tar") and not is_hidden(n))
 
 
-class TarSource:
+class TarSource(ImageSource):
     """`ImageSource` for WebDataset tar files; a sample is `x.jpg` and `x.cls`, its class number.
 
     With data.labels "none" only the image of a sample is read.
@@ -41,9 +42,6 @@ class TarSource:
         split: "train" or "val".
         folder: folder of the shards.
         shards: names of the shards.
-
-    Attributes:
-        classes, folder: see `ImageSource`.
 
     Raises:
         FileNotFoundError: the list of classes is missing.
@@ -55,47 +53,32 @@ class TarSource:
     def __init__(
         self, config: DataConfig, split: Literal["train", "val"], folder: str, shards: Sequence[str]
     ) -> None:
-        self.folder = folder
         labelled = config.labels == "folders"
-        self.classes = _read_classes(config) if labelled else []
+        classes = _read_classes(config) if labelled else []
         self._first_label = config.first_label
         self._shards = list(shards)
         names: list[str] = []
         positions: list[tuple[int, ...]] = []
         for number, shard in enumerate(shards):
             offsets: dict[str, int] = {}
-            for sample in _visible_samples(os.path.join(folder, shard)):
-                image, label = _image_and_label(sample, os.path.join(folder, shard), labelled)
+            path = os.path.join(folder, shard)
+            for sample in _tar_samples(path):
+                parts = _image_and_label(sample, path, labelled)
+                name, offset, _ = parts[0]
                 # `tar --append` leaves both files in the archive, and either could be meant.
-                first = offsets.setdefault(image[0], image[1])
-                if first != image[1]:
+                if (first := offsets.setdefault(name, offset)) != offset:
                     raise ShardError(
-                        f"{os.path.join(folder, shard)}: has {image[0]} twice, at bytes {first} "
-                        f"and {image[1]}; expected each name once"
+                        f"{path}: has {name} twice, at bytes {first} and {offset}; expected each "
+                        "name once"
                     )
-                names.append(f"{shard}/{image[0]}")
-                positions.append((number, *image[1:], *(label[1:] if label else ())))
+                names.append(f"{shard}/{name}")
+                positions.append((number, *(x for part in parts for x in part[1:])))
         if not positions:
             raise ShardError(f"{printable(folder)}: no image in its {len(shards)} shards")
-        if (fraction := config.held_out) is not None:
-            training = split == "train"
-            kept = [i for i, name in enumerate(names) if is_held_out(name, fraction) != training]
-            if not kept:
-                raise ValueError(
-                    f"data.val_fraction: {fraction:g} leaves no image of the {len(names)} in "
-                    f"{printable(folder)}; use a {'smaller' if training else 'larger'} fraction"
-                )
-            names, positions = [names[i] for i in kept], [positions[i] for i in kept]
-        self._names = PackedNames(names)
+        kept = in_split(names, config, split, folder)
+        super().__init__(folder, classes, [names[i] for i in kept])
         # columns: shard, offset and size of the image; with labels, offset and size of the label
-        self._positions = np.array(positions, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def name(self, index: int) -> str:
-        """See `ImageSource`."""
-        return os.path.join(self.folder, self._names[index])
+        self._positions = np.array([positions[i] for i in kept], dtype=np.int64)
 
     def file_size(self, index: int) -> int:
         """See `ImageSource`."""
@@ -105,19 +88,18 @@ class TarSource:
         """See `ImageSource`."""
         name = self.name(index)
         shard, offset, size, *label = self._positions[index].tolist()
-        if not label:
-            return self._read_bytes(shard, offset, size, name), 0
-        text = self._read_bytes(shard, label[0], label[1], name)
-        try:
-            number = int(text)
-        except ValueError as error:
-            raise ShardError(f"{name}: expected a number as its .cls, got {text!r}") from error
-        target = number - self._first_label
-        if not 0 <= target < len(self.classes):
-            raise ShardError(
-                f"{name}: has class {number}; classes.txt has {len(self.classes)} lines and "
-                f"data.first_label is {self._first_label}"
-            )
+        target = 0
+        if label:
+            text = self._read_bytes(shard, label[0], label[1], name)
+            try:
+                target = int(text) - self._first_label
+            except ValueError as error:
+                raise ShardError(f"{name}: expected a number as its .cls, got {text!r}") from error
+            if not 0 <= target < len(self.classes):
+                raise ShardError(
+                    f"{name}: has class {int(text)}; classes.txt has {len(self.classes)} lines and "
+                    f"data.first_label is {self._first_label}"
+                )
         return self._read_bytes(shard, offset, size, name), target
 
     def _read_bytes(self, shard: int, offset: int, size: int, name: str) -> bytes:
@@ -149,9 +131,7 @@ def _read_classes(config: DataConfig) -> list[str]:
 _Member = tuple[str, int, int]  # name, offset and size of a file in an archive
 
 
-def _image_and_label(
-    sample: Sequence[_Member], shard: str, labelled: bool
-) -> tuple[_Member, _Member | None]:
+def _image_and_label(sample: Sequence[_Member], shard: str, labelled: bool) -> list[_Member]:
     images = [part for part in sample if part[0].lower().endswith(IMG_EXTENSIONS)]
     labels = [part for part in sample if part[0].endswith(".cls")] if labelled else []
     if len(images) != 1 or len(labels) != labelled:
@@ -159,17 +139,11 @@ def _image_and_label(
             f"{shard}: expected one image{' and one .cls' if labelled else ''} per sample, found "
             f"{', '.join(name for name, _, _ in sample)}"
         )
-    return images[0], labels[0] if labelled else None
-
-
-def _visible_samples(path: str) -> Iterator[list[_Member]]:
-    """Yields the samples of a shard without hidden files, such as those that macOS adds."""
-    for sample in _tar_samples(path):
-        if visible := [part for part in sample if not _is_hidden_member(part[0])]:
-            yield visible
+    return images + labels
 
 
 def _is_hidden_member(name: str) -> bool:
+    """Checks for hidden names, such as those of the files that macOS adds."""
     return any(is_hidden(part) for part in name.split("/") if part not in (".", ".."))
 
 
@@ -179,20 +153,17 @@ def _tar_samples(path: str) -> Iterator[list[_Member]]:
     if os.path.isfile(index):
         yield from _tar_index(index, path)
         return
-    sample: list[_Member] = []
     try:
         with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                if not member.isfile() or _is_hidden_member(member.name):
-                    continue
-                if sample and _stem(sample[0][0]) != _stem(member.name):
-                    yield sample
-                    sample = []
-                sample.append((member.name, member.offset_data, member.size))
+            members = (
+                (member.name, member.offset_data, member.size)
+                for member in archive
+                if member.isfile() and not _is_hidden_member(member.name)
+            )
+            for _, sample in groupby(members, lambda member: _stem(member[0])):
+                yield list(sample)
     except (tarfile.TarError, OSError) as error:
         raise ShardError(f"{path}: not a readable tar file: {error}") from error
-    if sample:
-        yield sample
 
 
 def _stem(name: str) -> str:
@@ -215,7 +186,7 @@ def _tar_index(path: str, archive: str) -> Iterator[list[_Member]]:
             try:
                 if not words or len(words) % 4:
                     raise ValueError
-                sample = [
+                members = [
                     (words[i + 3].removeprefix("./"), int(words[i + 1]), int(words[i + 2]))
                     for i in range(0, len(words), 4)
                 ]
@@ -224,8 +195,9 @@ def _tar_index(path: str, archive: str) -> Iterator[list[_Member]]:
                     f"{path}, line {count + 1}: expected extension, offset, size, name; got "
                     f"{line.strip()[:80]!r}"
                 ) from error
-            end = max(end, *(offset + size for _, offset, size in sample))
-            yield sample
+            end = max(end, *(offset + size for _, offset, size in members))
+            if sample := [member for member in members if not _is_hidden_member(member[0])]:
+                yield sample
     if count != int(header[1]):
         raise ShardError(f"{path}: has {count} lines, its header says {header[1]}")
     _check_tar_end(path, archive, end)

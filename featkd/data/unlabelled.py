@@ -10,9 +10,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from featkd.data.config import DataConfig
 from featkd.data.folder import ImageFiles, images_in, no_images, split_folder
-from featkd.data.names import is_held_out
+from featkd.data.source import in_split
 from featkd.data.walk import find_files, warn_of_repeated_links
-from featkd.runtime.names import printable
 
 
 class UnlabelledFolder(ImageFiles):
@@ -38,28 +37,12 @@ class UnlabelledFolder(ImageFiles):
         if not paths:
             raise no_images(config, folder)
         names = [os.path.relpath(path, folder) for path in paths]
-        if (fraction := config.held_out) is not None:
-            training = split == "train"
-            names = [name for name in names if is_held_out(name, fraction) != training]
-            if not names:
-                raise ValueError(
-                    f"data.val_fraction: {fraction:g} leaves no image of the {len(paths)} in "
-                    f"{printable(folder)}; use a {'smaller' if training else 'larger'} fraction"
-                )
+        names = [names[i] for i in in_split(names, config, split, folder)]
         classes: list[str] = []
         targets = [0] * len(names)
-        if split == "val" and fraction is None and not images_in(folder):
-            classes, targets = _class_folders(names) or (classes, targets)
+        if split == "val" and config.held_out is None and not images_in(folder):
+            folders = [name.split(os.sep, 1)[0] for name in names]
+            found, numbers, counts = np.unique(folders, return_inverse=True, return_counts=True)
+            if (counts >= 2).sum() >= 2:
+                classes, targets = found.tolist(), numbers.tolist()
         super().__init__(folder, classes, names, targets)
-
-
-def _class_folders(names: list[str]) -> tuple[list[str], list[int]] | None:
-    """Returns the first folders of the names, sorted, and their index for each name.
-
-    None if fewer than two of them have two images.
-    """
-    folders = [name.split(os.sep, 1)[0] for name in names]
-    classes, targets, counts = np.unique(folders, return_inverse=True, return_counts=True)
-    if (counts >= 2).sum() < 2:
-        return None
-    return classes.tolist(), targets.tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 from featkd.runtime.names import listed
 
@@ -60,47 +61,42 @@ def find_files(
                 repeated.append(start)
                 continue
             seen.add(number)
-            _read_folders(start, endings, seen, found, links)
+            for place, folders, files in os.walk(start, onerror=_raise):
+                if names := sorted(n for n in files if is_visible(n, endings)):
+                    found[place] = names
+                folders[:] = _new_folders(place, folders, seen, links)
     return [os.path.join(place, name) for place in sorted(found) for name in found[place]], repeated
 
 
-def _read_folders(
-    start: str,
-    endings: tuple[str, ...],
-    seen: set[_FolderId],
-    found: dict[str, list[str]],
-    links: list[str],
-) -> None:
-    """Reads a folder and the real folders below it; extends `seen`, `found` and `links`."""
-    pending = [start]
-    while pending:
-        place = pending.pop()
-        names = []
-        with os.scandir(place) as entries:
-            for entry in entries:
-                if is_hidden(entry.name):
-                    continue
-                if not _is_folder(entry):
-                    if entry.name.lower().endswith(endings):
-                        names.append(entry.name)
-                elif entry.is_symlink():
-                    links.append(entry.path)
-                elif (number := _folder_id(entry.path)) not in seen:
-                    seen.add(number)
-                    pending.append(entry.path)
-        if names:
-            found[place] = sorted(names)
+def is_visible(name: str, endings: tuple[str, ...]) -> bool:
+    """Checks if a name is not hidden and has one of the endings, given in lower case."""
+    return not is_hidden(name) and name.lower().endswith(endings)
+
+
+def _new_folders(place: str, names: list[str], seen: set[_FolderId], links: list[str]) -> list[str]:
+    """Returns the real folders that were not read; extends `seen`, and `links` by the others."""
+    new = []
+    for name in names:
+        path = os.path.join(place, name)
+        if is_hidden(name):
+            continue
+        if os.path.islink(path):
+            links.append(path)
+        elif (number := _folder_id(path)) not in seen:
+            seen.add(number)
+            new.append(name)
+    return new
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _folders_above(folder: str) -> set[_FolderId]:
-    found = set()
-    above = os.path.realpath(folder)
-    while above != (above := os.path.dirname(above)):
-        found.add(_folder_id(above))
-    return found
+    return {_folder_id(above) for above in Path(folder).resolve().parents}
 
 
-def _folder_id(folder: str) -> _FolderId:
+def _folder_id(folder: str | Path) -> _FolderId:
     status = os.stat(folder)
     return status.st_dev, status.st_ino
 

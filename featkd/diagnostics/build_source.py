@@ -15,6 +15,7 @@ from featkd.diagnostics.source import Source, fingerprint
 from featkd.models import create_teacher
 from featkd.models.adapters import ImageAdapter
 from featkd.models.export import exported_folder, load_exported
+from featkd.models.preprocessing import read_preprocessing
 from featkd.models.students import check_timm_name
 from featkd.train.trained import load_trained
 
@@ -58,6 +59,8 @@ def build_source(config: DiagnoseConfig, device: torch.device) -> Source:
             identity["images"] = changed
             values = ", ".join(f"{k} {value}" for k, value in changed.items())
             notes.append(f"images of the {name} have its own {values}")
+        if note := read_preprocessing(model)[1]:
+            notes.append(f"{name}: {note}")
         notes += [
             f"images are preprocessed for the teacher ({k} {getattr(data, k)}), not for the {name} "
             f"({own[k]})"
@@ -93,7 +96,7 @@ def _load(config: DiagnoseConfig, name: str) -> _Loaded:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.settings.seed)
         model: Any = create_teacher(word, pretrained=pretrained, checkpoint=file, **options)
-    preprocessing = _preprocessing(model)
+    preprocessing, _ = read_preprocessing(model)
     preprocessing["img_size"] = options.get("img_size", preprocessing["img_size"])
     weights = "pretrained" if pretrained else f"random, seed {config.settings.seed}"
     identity = {
@@ -126,22 +129,10 @@ def _load_whole(config: DiagnoseConfig, name: str) -> _Loaded:
         )
     if file:
         raise ValueError(f"checkpoint: got {file} together with {word}, which holds the weights")
-    preprocessing = _preprocessing(model)
+    preprocessing, _ = read_preprocessing(model)
     if config.img_size not in (None, preprocessing["img_size"]):
         raise ValueError(
             f"img_size: got {config.img_size} together with {word}, which expects "
             f"{preprocessing['img_size']}"
         )
     return model, preprocessing, {"name": word, "weights": fingerprint(files)}
-
-
-def _preprocessing(model: Any) -> dict[str, Any]:
-    """Preprocessing that timm's record of a model describes."""
-    record = model.pretrained_cfg
-    return {
-        "img_size": record["input_size"][-1],
-        "mean": tuple(record["mean"]),
-        "std": tuple(record["std"]),
-        "crop_pct": record["crop_pct"],
-        "interpolation": record["interpolation"],
-    }

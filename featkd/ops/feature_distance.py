@@ -54,40 +54,8 @@ def feature_distance(
     return loss if teacher is not None else None, pooled if pooled_dtype is not None else None
 
 
-def _run(
-    feature: Tensor,
-    teacher: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-    width: int,
-    pooled_dtype: torch.dtype | None,
-    needed: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns loss, pooled map and statistics for `_backward`; empty if not requested."""
-    from featkd.kernels import feature_distance as kernels
-
-    results = kernels.forward(
-        *(feature, teacher, gamma, beta),
-        eps=eps,
-        width=width,
-        pooled_dtype=pooled_dtype,
-        need_statistics=needed and gamma is not None,
-    )
-    loss, pooled, statistics = (feature.new_empty(0) if x is None else x for x in results)
-    return loss, pooled, statistics
-
-
-def _fake(
-    feature: Tensor,
-    teacher: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-    width: int,
-    pooled_dtype: torch.dtype | None,
-    needed: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    feature, teacher, gamma, _, _, _, pooled_dtype, needed = arguments
     batch, tokens, channels = feature.shape
     acc = accumulation_dtype(feature.dtype)
     loss, pooled, statistics = (feature.new_empty(0) for _ in range(3))
@@ -100,45 +68,8 @@ def _fake(
     return loss, pooled, statistics
 
 
-def _run_backward(
-    d_loss: Tensor | None,
-    d_pooled: Tensor | None,
-    feature: Tensor,
-    teacher: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    statistics: Tensor,
-    width: int,
-    need_norm: bool,
-) -> tuple[Tensor, Tensor]:
-    """Returns gradients of the feature map and of the norm's parameters, (1 or 2, C) or empty."""
-    from featkd.kernels import feature_distance as kernels
-
-    d_feature, d_norm = kernels.backward(
-        feature,
-        None if d_loss is None else teacher,
-        gamma,
-        beta,
-        None if gamma is None else statistics,
-        d_loss,
-        d_pooled,
-        width=width,
-        need_norm=need_norm,
-    )
-    return d_feature, feature.new_empty(0) if d_norm is None else d_norm
-
-
-def _fake_backward(
-    d_loss: Tensor | None,
-    d_pooled: Tensor | None,
-    feature: Tensor,
-    teacher: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    statistics: Tensor,
-    width: int,
-    need_norm: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    _, _, feature, _, gamma, beta, _, _, need_norm = arguments
     d_norm = feature.new_empty(0)
     if gamma is not None and need_norm:
         dtype = widest_dtype(gamma, beta)
@@ -177,7 +108,7 @@ def _differentiate(ctx: Any, d_loss: Tensor | None, d_pooled: Tensor | None, _: 
 _forward = support.define(
     "feature_distance(Tensor feature, Tensor? teacher, Tensor? gamma, Tensor? beta, float eps, "
     "int width, ScalarType? pooled_dtype, bool needed) -> (Tensor, Tensor, Tensor)",
-    _run,
+    "feature_distance:forward",
     _fake,
     backward=_differentiate,
     setup_context=_setup_context,
@@ -186,6 +117,6 @@ _backward = support.define(
     "feature_distance_backward(Tensor? d_loss, Tensor? d_pooled, Tensor feature, Tensor? teacher, "
     "Tensor? gamma, Tensor? beta, Tensor statistics, int width, bool need_norm) "
     "-> (Tensor, Tensor)",
-    _run_backward,
+    "feature_distance:backward",
     _fake_backward,
 )

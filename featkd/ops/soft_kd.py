@@ -31,43 +31,11 @@ def soft_kd(
     return loss
 
 
-def _run(
-    student: Tensor, teacher: Tensor | None, target: Tensor | None, alpha: float, tau: float
-) -> Tensor:
-    from featkd.kernels import soft_kd as kernels
-
-    loss: Tensor = kernels.forward(student, teacher, target, alpha=alpha, tau=tau)
-    return loss
-
-
-def _fake(
-    student: Tensor, teacher: Tensor | None, target: Tensor | None, alpha: float, tau: float
-) -> Tensor:
+def _fake(student: Tensor, *_: Any) -> Tensor:
     return student.new_empty((), dtype=accumulation_dtype(student.dtype))
 
 
-def _run_backward(
-    upstream: Tensor,
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor | None,
-    alpha: float,
-    tau: float,
-) -> Tensor:
-    from featkd.kernels import soft_kd as kernels
-
-    gradient: Tensor = kernels.backward(student, teacher, target, upstream, alpha=alpha, tau=tau)
-    return gradient
-
-
-def _fake_backward(
-    upstream: Tensor,
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor | None,
-    alpha: float,
-    tau: float,
-) -> Tensor:
+def _fake_backward(upstream: Tensor, student: Tensor, *_: Any) -> Tensor:
     return student.new_empty(student.shape)
 
 
@@ -84,11 +52,11 @@ def _differentiate(ctx: Any, upstream: Tensor) -> Any:
 _TENSORS = "Tensor student, Tensor? teacher, Tensor? target, float alpha, float tau"
 _forward = support.define(
     f"soft_kd({_TENSORS}) -> Tensor",
-    _run,
+    "soft_kd:forward",
     _fake,
     backward=_differentiate,
     setup_context=_setup_context,
 )
 _backward = support.define(
-    f"soft_kd_backward(Tensor upstream, {_TENSORS}) -> Tensor", _run_backward, _fake_backward
+    f"soft_kd_backward(Tensor upstream, {_TENSORS}) -> Tensor", "soft_kd:backward", _fake_backward
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -82,7 +84,7 @@ def is_autocast_on(x: Tensor) -> bool:
 
 def define(
     schema: str,
-    run: Callable[..., Any],
+    kernel: str,
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
@@ -94,12 +96,22 @@ def define(
 
     Args:
         schema: name and schema, as for `torch.library.define`.
-        run: implementation for all devices.
+        kernel: module and function of featkd.kernels that take the arguments, "soft_kd:forward";
+            imported at the first call, because kernels need Triton.
         fake: implementation for fake tensors: shapes and dtypes only.
         backward, setup_context: as for `torch.library.register_autograd`; without them,
             differentiating the op is an error.
     """
     name = schema.partition("(")[0]
+
+    @cache
+    def implementation() -> Callable[..., Any]:
+        found: Callable[..., Any] = pkgutil.resolve_name(f"featkd.kernels.{kernel}")
+        return found
+
+    def run(*arguments: Any) -> Any:
+        return implementation()(*arguments)
+
     _library.define(schema)
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"featkd::{name}", fake, lib=_library)
@@ -112,7 +124,7 @@ def define(
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
-            # no setup_context method: torch would inspect the signature of run at each call
+            # no setup_context method: torch would inspect the signature of forward at each call
             output = run(*arguments)
             setup(ctx, arguments, output)
             return output

@@ -146,10 +146,15 @@ def _check_number(name: str, value: object, allowed: str) -> None:
         raise TypeError(f"{name}: expected {allowed}, got {value!r}")
 
 
+def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Raises ValueError unless `value` is one of the allowed words."""
+    if value not in (allowed := tuple(allowed)):
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}")
+
+
 def check_metric(metric: str) -> None:
     """Raises ValueError unless `metric` names a feature distance."""
-    if metric not in METRICS:
-        raise ValueError(f"metric: expected one of {', '.join(METRICS)}; got {metric!r}")
+    check_choice("metric", metric, METRICS)
 
 
 def resolve_grid(metric: str, grid: tuple[int, int] | None, tokens: int) -> tuple[int, int] | None:
@@ -193,13 +198,8 @@ def check_norm(
 
     Both are required, unless `optional` is set. Then both, only the weight, or neither are allowed.
     """
-    if not optional:
-        for name, x in zip(names, (norm_weight, norm_bias), strict=True):
-            check_floating(name, x)  # type: ignore[arg-type]
-    if norm_weight is None:
-        if norm_bias is not None:
-            raise ValueError(f"{names[1]}: given without {names[0]}; pass both or neither")
-        return
-    check_floating(names[0], norm_weight, (channels,))
-    if norm_bias is not None:
-        check_floating(names[1], norm_bias, (channels,))
+    if optional and norm_weight is None and norm_bias is not None:
+        raise ValueError(f"{names[1]}: given without {names[0]}; pass both or neither")
+    for name, x in zip(names, (norm_weight, norm_bias), strict=True):
+        if x is not None or not optional:
+            check_floating(name, x, (channels,))  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -76,18 +76,16 @@ class ProcessContext:
 
     def on_main(self, work: Callable[[], Result]) -> Result:
         """Calls `work` on rank 0; all ranks return its result or raise its error; a collective."""
-        result: Any = None
-        failed: Exception | None = None
+        outcome: tuple[Any, Exception | None] = None, None
         if self.is_main:
             try:
-                result = work()
+                outcome = work(), None
             except Exception as error:
-                failed = error
-        result, failed = self.broadcast((result, failed))
+                outcome = None, error
+        result, failed = self.broadcast(outcome)
         if failed is not None:
             raise failed
-        found: Result = result
-        return found
+        return cast(Result, result)
 
     def sum(self, x: Tensor) -> Tensor:
         """Returns the sum of `x` over all ranks, as a new tensor; a collective."""
@@ -224,11 +222,10 @@ def _rendezvous(rank: int) -> Store:
 def _resolve_device(device: str, local_rank: int, world_size: int) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    resolved = None
+    with suppress(RuntimeError):
         resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N; got {device!r}") from error
-    if resolved.type not in ("cpu", "cuda"):
+    if resolved is None or resolved.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N; got {device!r}")
     if resolved.type == "cuda":
         if not torch.cuda.is_available():

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,28 +33,25 @@ def versions() -> dict[str, str]:
 
 def commit() -> str:
     """Returns the Git commit of featkd's source tree, "unknown" outside a checkout."""
-    source = Path(featkd.__file__).resolve().parent
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(source), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return result.stdout.strip()
+    done = _git("rev-parse", "HEAD")
+    return "unknown" if done is None or done.returncode else done.stdout.strip()
 
 
 def has_changes() -> bool:
     """Checks whether tracked source files differ from `commit()`; False outside a checkout."""
-    source = Path(featkd.__file__).resolve().parent.parent
-    words = ["git", "-C", str(source), "diff", "--quiet", "HEAD", "--", "*.py", "*.cu", "*.cpp"]
+    done = _git("diff", "--quiet", "HEAD", "--", "*.py", "*.cu", "*.cpp")
+    return done is not None and done.returncode == 1
+
+
+def _git(*words: str) -> subprocess.CompletedProcess[str] | None:
+    """Runs Git in featkd's source tree; None if it can't be run."""
+    folder = str(Path(featkd.__file__).resolve().parent.parent)
     try:
-        return subprocess.run(words, capture_output=True, timeout=10).returncode == 1
+        return subprocess.run(
+            ["git", "-C", folder, *words], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
-        return False
+        return None
 
 
 def machine() -> dict[str, str]:
@@ -72,12 +70,11 @@ def machine() -> dict[str, str]:
 
 
 def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
 
 
 @functools.cache

@@ -88,7 +88,7 @@ def atomic_write(path: Location, also: Sequence[Location] = ()) -> Iterator[IO[b
 
 
 def write_csv(
-    path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]], digits: int | None = None
+    path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]], digits: int
 ) -> None:
     """Writes a CSV file atomically.
 
@@ -97,14 +97,13 @@ def write_csv(
         columns: the header.
         rows: values in the order of the columns; file names as os.fsdecode returns them keep
             their bytes.
-        digits: significant digits of floats; None writes all.
+        digits: significant digits of floats.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
-        short = digits is not None
-        writer.writerow([f"{v:.{digits}g}" if short and isinstance(v, float) else v for v in row])
+        writer.writerow([f"{x:.{digits}g}" if isinstance(x, float) else x for x in row])
     with atomic_write(path) as file:
         file.write(text.getvalue().encode(errors="surrogateescape"))
 
@@ -153,10 +152,8 @@ def remove_leftovers(folder: Location) -> None:
 def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:  # another user's process can't be signalled
+        return not isinstance(error, ProcessLookupError)
     return True
 
 

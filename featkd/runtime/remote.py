@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -81,15 +81,10 @@ class RemotePath:
         systems rename it. After an error the path has its old content or, if only the reply was
         lost, the new content, and never a part of it.
         """
-        with self._translated_errors():
-            try:
-                self.fs.pipe_file(self._temporary, content)
-                for other in also:
-                    other._copy_from(self._temporary)
-                self._move_temporary()
-            except BaseException:
-                self._remove_temporary()
-                raise
+        with self._replaced():
+            self.fs.pipe_file(self._temporary, content)
+            for other in also:
+                other._copy_from(self._temporary)
 
     def copy_to(self, other: RemotePath) -> None:
         """Lets the store copy the file to `other`, atomically as in `replace_with`."""
@@ -97,23 +92,25 @@ class RemotePath:
 
     def _copy_from(self, path: str) -> None:
         """Replaces the content with that of `path` in the same file system."""
+        with self._replaced():
+            self.fs.copy(path, self._temporary)
+
+    @contextmanager
+    def _replaced(self) -> Iterator[None]:
+        """Moves the temporary file, which the block writes, to the path; removes it on an error."""
+        from fsspec.spec import AbstractFileSystem
+
         with self._translated_errors():
             try:
-                self.fs.copy(path, self._temporary)
-                self._move_temporary()
+                yield
+                if type(self.fs).mv is AbstractFileSystem.mv:  # cannot rename, only copy and delete
+                    self.fs.copy(self._temporary, self.path)
+                    self._remove_temporary()  # the replacement is complete even if this fails
+                else:
+                    self.fs.mv(self._temporary, self.path)
             except BaseException:
                 self._remove_temporary()
                 raise
-
-    def _move_temporary(self) -> None:
-        """Replaces the content with that of the temporary file."""
-        from fsspec.spec import AbstractFileSystem
-
-        if type(self.fs).mv is AbstractFileSystem.mv:  # cannot rename, only copy and delete
-            self.fs.copy(self._temporary, self.path)
-            self._remove_temporary()  # the replacement is complete even if this fails
-        else:
-            self.fs.mv(self._temporary, self.path)
 
     @property
     def _temporary(self) -> str:
@@ -122,11 +119,9 @@ class RemotePath:
 
     def _remove_temporary(self) -> None:
         """Removes the temporary file, if the file system allows it."""
-        try:
+        with suppress(Exception):  # the next write replaces it
             if self.fs.exists(self._temporary):
                 self.fs.rm(self._temporary)
-        except Exception:  # the next write replaces it
-            return
 
     @contextmanager
     def _translated_errors(self) -> Iterator[None]:
@@ -178,10 +173,9 @@ def locate(where: AnyPath, name: str = "out") -> Location:
     try:
         fs, path = fsspec.url_to_fs(text)
     except (ImportError, ValueError) as error:
-        known = ", ".join(f"{p}://" for p in ("file", "s3", "gs", "abfs", "memory"))
         raise ValueError(
             f"{name}: {text!r} can't be used: {error}; expected a path or a URL that fsspec "
-            f"{fsspec.__version__} supports, such as {known}"
+            f"{fsspec.__version__} supports, such as file://, s3://, gs://, abfs://, memory://"
         ) from error
     return Path(path) if isinstance(fs, LocalFileSystem) else RemotePath(text, fs, path.rstrip("/"))
 

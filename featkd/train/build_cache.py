@@ -74,6 +74,7 @@ def build_cache(
     folder: Path,
     *,
     quiet: bool = False,
+    show_notes: bool = True,
     strict_classes: bool = True,
     dry_run: bool = False,
 ) -> CacheBuild:
@@ -88,6 +89,7 @@ def build_cache(
         context: this process.
         folder: folder of the cache; created if missing.
         quiet: print nothing.
+        show_notes: print the notes on the recipe and the cache's size.
         strict_classes: refuse a student with more outputs than there are class folders.
         dry_run: run the teacher on the first batch only, to estimate the size; write nothing.
 
@@ -104,9 +106,7 @@ def build_cache(
     dataset = ImageSet(recipe.data, "train", recipe.seed)
     repeats = recipe.data.augment.repeats
     sampler = RangeSampler(len(dataset), repeats=repeats, seed=recipe.seed)
-    loader = build_loader_for(
-        dataset, recipe.data, sampler, batch_size=recipe.batch_size, device=context.device
-    )
+    loader = build_loader_for(dataset, sampler, batch_size=recipe.batch_size, device=context.device)
     notes: list[str] = []
     try:
         classes = count_classes(recipe, dataset.classes, notes, strict=strict_classes)
@@ -170,7 +170,7 @@ def build_cache(
                     if not quiet:
                         bar.write(printable_lines(message), file=sys.stderr)
 
-                for note in notes if context.is_main else ():
+                for note in notes if context.is_main and show_notes else ():
                     say(note)
                 build = _Build(writer, teacher, loader, sampler, context, interrupt, bar, say)
                 with closing(build.background):

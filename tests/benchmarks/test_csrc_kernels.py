@@ -8,10 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.report import csrc_kernels
-from benchmarks.report.chips import CHIPS, chip_of
-from benchmarks.report.csrc_counts import Counted
 from benchmarks.report.csrc_kernels import Kernel
-from ptx_emulator import Counters
 
 PTXAS = """
 ptxas info    : Compiling entry function 'featkd_spectrum_float64' for 'sm_90'
@@ -48,65 +45,9 @@ def test_usage_is_read_and_a_spill_is_a_broken_rule(monkeypatch: pytest.MonkeyPa
         csrc_kernels.compile_for(90)
 
 
-def test_blocks_of_a_multiprocessor():
-    narrow, wide = (
-        Kernel("spectrum", "float32", 90, 128, 0, 0),
-        Kernel("spectrum", "float64", 90, 192, 0, 0),
-    )
+def test_shared_memory_of_a_block():
     # a triangle of 196 rows, d and e2, 22 vectors of 224, 16 doubles and 8 slots
+    narrow = Kernel("spectrum", "float32", 90, 128, 0, 0)
     assert narrow.shared(196) == 4 * (19312 + 2 * 224 + 22 * 224 + 32) + 64
-    assert narrow.blocks(196) == 2
-    assert Kernel("spectrum", "float32", 80, 152, 0, 0).blocks(196) == 1
-    assert wide.blocks(196) == 1
-    assert wide.blocks(256) == 0  # 263 KB and more
-    assert narrow.blocks(64) == 2  # the registers hold no third
     jacobi = Kernel("jacobi", "float64", 80, 128, 0, 0)
     assert jacobi.shared(196) == 64 + 6 * 8 * 224 * 8  # three bands and their turns
-    assert (jacobi.blocks(196), jacobi.blocks(64), jacobi.blocks(512)) == (1, 2, 0)
-    assert Kernel("jacobi", "float64", 90, 126, 0, 0).blocks(196) == 2
-
-
-COUNTED = Counted(
-    196,
-    384,
-    Counters(
-        instructions={"fma.f32": 256 * 4000, "div.f64": 256 * 500, "move": 10**9, "integer": 256},
-        distinct_read_bytes=4 * 196 * 384,
-        shared_wavefronts=2 * 108 * 1410,
-        shared_conflicts=108,
-        barriers=1674,
-    ),
-)
-
-
-@pytest.mark.parametrize(("chip", "ghz"), [("A100", 1.41), ("H100", 1.98), ("B200", 2.11)])
-def test_the_clock_is_the_one_that_the_rate_implies(chip, ghz):
-    (found,) = (c for c in CHIPS if c.name == chip)
-    assert found.ghz == pytest.approx(ghz, rel=0.003)
-
-
-def test_modelled_times_by_hand():
-    chip = chip_of(80)
-    rates = COUNTED.rates_ms(chip)
-    assert rates["memory"] == pytest.approx(4 * 196 * 384 / 2039e9 * 1e3)
-    assert rates["fp32"] == pytest.approx(2 * 256 * 4000 / 19.5e12 * 1e3)
-    assert rates["fp64"] == pytest.approx(2 * 256 * 500 / 9.7e12 * 1e3)
-    assert rates["shared memory"] == pytest.approx(2e-3, rel=1e-3)  # 1,410 a us and multiprocessor
-    assert rates["schedulers"] == pytest.approx(4501 * 8 / 4 / (108 * 1.41e6), rel=1e-3)
-    one, two = (COUNTED.waiting_ms(chip, blocks) for blocks in (1, 2))
-    assert one == pytest.approx(4501 * 4 / (108 * 1.41e6), rel=1e-3)
-    assert one == pytest.approx(2 * two)
-    assert COUNTED.waiting_ms(chip, 0) == two  # the scratch is in global memory
-
-
-def test_figures_name_what_is_modelled():
-    kernels = [
-        Kernel("spectrum", "float32", 80, 152, 0, 0),
-        Kernel("spectrum", "float64", 80, 193, 0, 0),
-    ]
-    counted = {metric: value for _, _, metric, _, value in COUNTED.counted()}
-    assert (counted["over_floor"], counted["barriers"]) == (1, 1674)
-    modelled = COUNTED.modelled(kernels)
-    assert {variant for _, variant, *_ in modelled} == {"A100 modelled, not measured"}
-    times = {metric: value for _, _, metric, _, value in modelled}
-    assert times["all wait"] == COUNTED.waiting_ms(chip_of(80), kernels[0].blocks(196))

@@ -1,23 +1,21 @@
-"""`featkd bench loader`, `step` and `train`: their figures, output and errors."""
+"""`featkd bench loader` and `step`: their figures, output and errors."""
 
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from featkd.benchmarks import loader, step, train_step
+from featkd.benchmarks import loader, step
 from featkd.benchmarks.loader_overhead import overhead_loader
 from featkd.benchmarks.photographs import photographs
 from featkd.benchmarks.throughput import Rate
 from featkd.cli.main import main
-from featkd.data import Batch, DataConfig
+from featkd.data import DataConfig
 from featkd.data.dali.loader import DaliLoader
 from featkd.train.recipe import to_yaml
 from featkd.train.trainer import Trainer
@@ -102,7 +100,6 @@ def test_loader_reports_what_could_not_be_built(images, tmp_path, monkeypatch, c
     figures = bench(*words, "--json", str(report))
     meta = json.loads(report.read_text())["meta"]
     assert meta["refused"] == {"dali/plain": "no such thing here"}
-    assert meta["bottleneck"].keys() == {"timm/plain"}
     assert str(images) in meta["images"]
     said = capsys.readouterr().out
     assert "dali/plain is left out: no such thing here" in said
@@ -147,13 +144,6 @@ def test_every_loader_augments_alike():
         assert {"RandomResizedCrop", "RandomHorizontalFlip", "RandomErasing"} <= set(names)
         assert (config.augment.rand_augment is not None) == bool(count)
         assert config.augment.repeats == 1
-
-
-def test_the_slowest_stage_is_named():
-    rates = [Rate("loader", "timm/plain", 100, [1.0]), Rate("decode", "timm", 100, [0.5])]
-    name, shares = loader.busiest([*rates, Rate("augment", "timm/plain", 100, [1.2])], "plain", 2)
-    assert name == "augment"
-    assert shares == pytest.approx({"decode": 0.25, "augment": 0.6, "hand over": 0.15})
 
 
 @pytest.mark.parametrize("arch", ["widelast", "lift"])  # Lift computes its feature loss itself
@@ -237,39 +227,6 @@ def test_step_trains_on_the_images_of_a_folder(recipe_file, images, tmp_path, mo
     assert not torch.equal(photographs, noise)
 
 
-def test_train_times_loader_and_updates_together(recipe_file, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(step, "ways", lambda device: {"eager_fp32": EAGER})
-    words = ["train", recipe_file, "--batch-size", "8", "--rounds", "1", "--device", "cpu"]
-    words += ["--updates", "2", "--workers", "0", "--images", "48", "--data", str(images)]
-    report = tmp_path / "train.json"
-    figures = bench(*words, "--json", str(report))
-    assert 0 <= figures["train", "eager_fp32", "waiting_share"] <= 1
-    for name, variant in (("loader", "timm"), ("train", "eager_fp32"), ("step", "eager_fp32")):
-        assert figures[name, variant, "images_per_s"] > 0
-    assert json.loads(report.read_text())["meta"]["bottleneck"].keys() == {"eager_fp32"}
-
-
-def test_waiting_for_batches_is_told_from_computing():
-    def slow(epoch):
-        time.sleep(0.06)
-        yield Batch(torch.zeros(1), torch.zeros(1), [], torch.zeros(1, 3), torch.zeros(1))
-
-    def one_step(batches):
-        time.sleep(0.02)
-        return SimpleNamespace(total=torch.zeros(()))
-
-    student = SimpleNamespace(train=lambda: None)
-    trainer = SimpleNamespace(
-        components=SimpleNamespace(student=student), batches=slow, step=one_step
-    )
-    run = train_step._Run(trainer, EAGER)
-    spent, waiting = run.go(3)
-    assert spent >= 0.24
-    assert 0.6 < waiting / spent < 0.9
-    assert train_step.bottleneck(waiting / spent, {"teacher": 0.9, "loss": 0.1}) == "loader"
-    assert train_step.bottleneck(0.2, {"teacher": 0.9, "loss": 0.1}) == "teacher"
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -279,7 +236,6 @@ def test_waiting_for_batches_is_told_from_computing():
         (["step", "widelast_imagnet"], "did you mean 'widelast_imagenet"),
         (["step", "--variants", "eager"], "--variants: expected some of eager_fp32, "),
         (["step", "--device", "tpu"], "device: expected auto, cpu, cuda or cuda:N; got 'tpu'"),
-        (["train", "--updates", "0"], "--updates: expected a finite number > 0, got 0"),
     ],
 )
 def test_mistakes_get_one_clear_message(words, message, capsys):

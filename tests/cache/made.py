@@ -40,11 +40,10 @@ def write(folder: Path, head: Manifest, seed: int = 0) -> TeacherOutputs:
         for view in range(head.views):
             keys = keys_of(head, view)
             for shard in range(head.shards):
-                at = head.positions(shard)
-                first = view * head.rows
-                part = rows[first + at.start : first + at.stop]
-                own = keys[at.start : at.stop]
-                writer.write(view, shard, own, own[:, 1], part)
+                positions = head.positions(shard)
+                at = slice(positions.start, positions.stop)
+                own = rows[view * head.rows :][at]
+                writer.write(view, shard, keys[at], keys[at, 1], own)
     return stored
 
 

@@ -26,9 +26,9 @@ def started(folder: Path, layout: Layout = FULL) -> BackgroundWriter:
 
 def batch(number: int, layout: Layout = FULL) -> tuple[torch.Tensor, torch.Tensor, TeacherOutputs]:
     """Batch `number` of the outputs that `write` stores, 4 rows each."""
-    keys = keys_of(manifest(layout), 0)[4 * number : 4 * number + 4]
-    logits, (x,) = outputs(20)
     part = slice(4 * number, 4 * number + 4)
+    keys = keys_of(manifest(layout), 0)[part]
+    logits, (x,) = outputs(20)
     return keys, keys[:, 1], TeacherOutputs(logits[part], [x[part]])
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from featkd import linalg
 from featkd.cache.lowrank import FORMS, LowRank, compress, dequantise, quantise, restore
 
+ZEROS = torch.zeros(2, 5, 7)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -105,20 +106,15 @@ def test_no_gradient_no_change_of_the_input_and_bitwise_repeatable():
 @pytest.mark.parametrize(
     ("x", "options", "error", "message"),
     [
-        (torch.zeros(2, 5, 7), {"rank": 6}, ValueError, r"rank: .* 0 to 5, min\(N, C\), got 6"),
-        (torch.zeros(2, 5, 7), {"rank": -1}, ValueError, "rank: .*got -1"),
-        (torch.zeros(2, 5, 7), {"rank": 2.0}, TypeError, "rank: expected an int .*got 2.0"),
-        (torch.zeros(2, 5, 7), {"rank": True}, TypeError, "rank: expected an int"),
-        (torch.zeros(2, 5, 7), {"energy": 0}, ValueError, "energy: .*got 0"),
-        (torch.zeros(2, 5, 7), {"energy": 1.5}, ValueError, "energy: .*got 1.5"),
-        (torch.zeros(2, 5, 7), {"energy": "all"}, TypeError, "energy: .*got 'all'"),
-        (
-            torch.zeros(2, 5, 7),
-            {},
-            ValueError,
-            "energy, rank: expected exactly one of them, got None",
-        ),
-        (torch.zeros(2, 5, 7), {"energy": 0.9, "rank": 2}, ValueError, "energy, rank: .*0.9 and 2"),
+        (ZEROS, {"rank": 6}, ValueError, r"rank: .* 0 to 5, min\(N, C\), got 6"),
+        (ZEROS, {"rank": -1}, ValueError, "rank: .*got -1"),
+        (ZEROS, {"rank": 2.0}, TypeError, "rank: expected an int .*got 2.0"),
+        (ZEROS, {"rank": True}, TypeError, "rank: expected an int"),
+        (ZEROS, {"energy": 0}, ValueError, "energy: .*got 0"),
+        (ZEROS, {"energy": 1.5}, ValueError, "energy: .*got 1.5"),
+        (ZEROS, {"energy": "all"}, TypeError, "energy: .*got 'all'"),
+        (ZEROS, {}, ValueError, "energy, rank: expected exactly one of them, got None"),
+        (ZEROS, {"energy": 0.9, "rank": 2}, ValueError, "energy, rank: .*0.9 and 2"),
         (torch.zeros(5, 7), {"rank": 2}, ValueError, r"features: expected shape \(B, N, C\)"),
         (torch.zeros(2, 5, 7).int(), {"rank": 2}, TypeError, "features: .*floating"),
         (torch.tensor([[[0.0]], [[torch.nan]]]), {"energy": 0.9}, ValueError, "image 1 of the"),

@@ -69,6 +69,13 @@ def test_factors_keep_the_energy_with_the_smallest_rank(store, error, dtype):
     assert len(rows[4]["features.1.left_scales"]) == 0
     _, (found,) = layout.decode(rows, [1])
     assert found.dtype == getattr(torch, dtype)
+    for restored, row in zip(found.double(), rows, strict=True):
+        left, right = (
+            row[f"features.1.{part}"].reshape(size, -1).double() * row[f"features.1.{part}_scales"]
+            for part, size in (("left", TOKENS), ("right", CHANNELS))
+        )
+        eps = torch.finfo(found.dtype).eps
+        torch.testing.assert_close(restored, left @ right.mT, rtol=eps, atol=1e-6)
     left_out = (found - x).square().sum((1, 2)) / x.square().sum((1, 2)).clamp(min=1e-30)
     assert (left_out <= 0.1 + error).all()
     assert left_out.max() > 0.03

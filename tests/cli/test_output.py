@@ -26,7 +26,7 @@ SKIP = {
     "cache": ("--data.on-bad-image", "skip"),
     "diagnose": ("--on-bad", "skip"),
 }
-TIMING = ("--images", "8", "--batch-size", "4", "--rounds", "1", "--workers", "0")
+TIMING = ("--batch-size", "4", "--rounds", "1")
 
 
 def words_of(command: str, recipe_file: Path, data: Path, out: Path) -> list[str]:
@@ -37,8 +37,18 @@ def words_of(command: str, recipe_file: Path, data: Path, out: Path) -> list[str
         "distill": (*recipe, *short, "--out", out),
         "cache": (*recipe, "--out", out),
         "diagnose": (*MODEL, OPTIONS, "--data", data, "--workers", "0", *QUICK, "--out", out),
-        "bench loader": ("--data", data, "--variants", "timm/plain", *TIMING),
-        "bench train": (recipe_file, "--data", data, "--device", "cpu", "--updates", "2", *TIMING),
+        "bench loader": (
+            "--data",
+            data,
+            "--variants",
+            "timm/plain",
+            "--images",
+            "8",
+            "--workers",
+            "0",
+            *TIMING,
+        ),
+        "bench step": (recipe_file, "--data", data, "--device", "cpu", *TIMING),
         "demo": ("--seeds", "1", "--epochs", "1", "--out", out),
     }
     return [*command.split(), *map(str, words[command])]
@@ -62,7 +72,7 @@ def broken(images: Path, tmp_path: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("command", ["distill", "cache", "diagnose", "bench loader", "bench train"])
+@pytest.mark.parametrize("command", ["distill", "cache", "diagnose", "bench loader", "bench step"])
 def test_names_are_printed_with_escapes(command, broken, recipe_file, one_way, capsys):
     out = broken.parent / f"{NAME}-out"
     words = words_of(command, recipe_file, broken, out)

@@ -8,18 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.report import csrc_counts
-from benchmarks.report.csrc_counts import KERNELS
 from featkd import linalg
 from featkd.ops import extension
 from ptx_emulator import Emulator
 from tests.csrc import cuda_ptx
-from tests.csrc.cuda_ptx import solve
+from tests.csrc.cuda_ptx import JACOBI, SPECTRUM, entry, solve
 from tests.csrc.test_teams import JACOBI_BARRIERS, SPECTRUM_BARRIERS
 from tests.spectra import FAMILIES, THRESHOLDS, lapack
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, not found")
-JACOBI = cuda_ptx.JACOBI[np.float64]
 SAME = [name for name in FAMILIES if name not in ("tiny", "huge")]
 
 
@@ -30,21 +27,21 @@ def cache(compiled_kernels):
 
 @pytest.fixture(scope="module")
 def ptx(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return csrc_counts.compile_ptx(tmp_path_factory.mktemp("ptx"))
+    return cuda_ptx.compile_ptx(tmp_path_factory.mktemp("ptx"))
 
 
 @pytest.fixture(scope="module")
 def emulators(ptx: str) -> dict[type, Emulator]:
     return {
-        real: Emulator(csrc_counts.entry(ptx, name), count=real == np.float32)
-        for real, name in KERNELS.items()
+        real: Emulator(entry(ptx, name), count=real == np.float32)
+        for real, name in SPECTRUM.items()
     }
 
 
 @pytest.fixture(scope="module")
 def switchable(ptx: str) -> Emulator:
-    kernel = KERNELS[np.float32]
-    return Emulator(cuda_ptx.with_switches(csrc_counts.entry(ptx, kernel), kernel))
+    kernel = SPECTRUM[np.float32]
+    return Emulator(cuda_ptx.with_switches(entry(ptx, kernel), kernel))
 
 
 def family(names: list[str], rows: int, columns: int, dtype: type = np.float32) -> np.ndarray:
@@ -76,12 +73,13 @@ def test_64x64_matrices_and_instruction_counts(emulators):
     found = solve(emulators[np.float32], x, np.float32, seed=3)
     assert found.launch.reports == ()
     assert np.abs(found.curve - lapack(x).curve).max() <= 5e-7
-    counted = csrc_counts.Counted(64, 64, found.launch.counters)
+    counters = found.launch.counters
     # per matrix: 2 for the scale, 2 per 16 packed columns, 4 per row, 3 between the steps
-    assert counted.counters.barriers == 2 * (2 + 2 * 4 + 4 * 64 + 3)
-    assert counted.bytes >= 2 * 4 * 64 * 64
+    assert counters.barriers == 2 * (2 + 2 * 4 + 4 * 64 + 3)
+    assert counters.distinct_read_bytes + counters.distinct_write_bytes >= 2 * 4 * 64 * 64
+    operations = sum(n for name, n in counters.instructions.items() if name.endswith("f32"))
     # half of the Gram matrix with its diagonal, one multiply-add per term
-    assert counted.operations("f32") >= 2 * 64 * (64 + 1) // 2 * 64
+    assert operations >= 2 * 64 * (64 + 1) // 2 * 64
 
 
 def test_element_types_strides_and_scratch_in_global_memory(emulators):
@@ -111,8 +109,8 @@ def test_nonfinite_matrix_does_not_affect_others(emulators):
 
 
 def test_ptx_of_the_spectrum_kernels_contains_every_barrier(ptx: str, switchable):
-    for kernel in KERNELS.values():
-        assert cuda_ptx.barriers(csrc_counts.entry(ptx, kernel)) == set(SPECTRUM_BARRIERS)
+    for kernel in SPECTRUM.values():
+        assert cuda_ptx.barriers(entry(ptx, kernel)) == set(SPECTRUM_BARRIERS)
     x = family(["features", "zero"], 20, 9)
     assert solve(switchable, x, np.float32, blocks=1).launch.reports == ()
 
@@ -127,7 +125,7 @@ def test_skipped_barrier_of_a_spectrum_kernel_is_reported(switchable, number: in
 @pytest.fixture(scope="module")
 def jacobi(ptx: str) -> Emulator:
     """Emulator of PTX with one more argument: a barrier to skip, 0 for none."""
-    more = cuda_ptx.with_argument(csrc_counts.entry(ptx, JACOBI), JACOBI, 8)
+    more = cuda_ptx.with_argument(entry(ptx, JACOBI), JACOBI, 8)
     return Emulator(cuda_ptx.with_switches(more, JACOBI, 8))
 
 
@@ -203,7 +201,7 @@ def test_jacobi_with_scratch_in_global_memory_and_several_bands(jacobi):
 
 
 def test_ptx_of_the_jacobi_kernel_contains_every_barrier(ptx: str):
-    assert cuda_ptx.barriers(csrc_counts.entry(ptx, JACOBI)) == set(JACOBI_BARRIERS)
+    assert cuda_ptx.barriers(entry(ptx, JACOBI)) == set(JACOBI_BARRIERS)
 
 
 @pytest.mark.parametrize("number", JACOBI_BARRIERS)

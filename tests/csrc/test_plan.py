@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.report.csrc_kernels import WARPS, jacobi_bytes
+from benchmarks.report.csrc_kernels import jacobi_bytes
 from tests.csrc.test_teams import CSRC, compiler
 
 SOURCE = """
@@ -79,7 +79,7 @@ def test_launch_plans(planner: Path, scratch, batch, device, blocks, in_shared):
 )
 def test_jacobi_launch_plans(planner: Path, length, device, blocks, in_shared):
     scratch = int(run(planner, length))
-    assert scratch == jacobi_bytes(length, 8, WARPS)
+    assert scratch == jacobi_bytes(length, 8)
     found = [int(x) for x in run(planner, scratch, 5000, *device).split()]
     assert found[:2] == [blocks, scratch if in_shared else 0]
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from featkd.data import AugmentConfig
-from tests.data.loading import DEFAULTS, STRONG
+from tests.data.loading import DALI, DEFAULTS, STRONG
 
 MakeSet = Callable[..., Path]
 
@@ -45,29 +45,26 @@ def no_augment() -> AugmentConfig:
     )
 
 
-def break_file(path: Path, how: str) -> None:
+def spoil(path: Path, how: str) -> None:
     """Makes an image unreadable; the last four kinds keep the start and end of a JPEG."""
     content = path.read_bytes()
-    if how == "truncated":
-        path.write_bytes(content[:-40])
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "text":
-        path.write_text("<html>404 not found</html>")
-    elif how == "no tables":
-        path.write_bytes(without_segment(content, 0xDB))
-    elif how == "other tables":  # present, but not those that the frame refers to
-        number = content.index(b"\xff\xdb") + 4
-        path.write_bytes(content[:number] + b"\3" + content[number + 1 :])
-    elif how == "no scan":
-        path.write_bytes(without_segment(content, 0xDA))
-    elif how == "hole":
-        middle = content.index(b"\xff\xda") + 60
-        assert len(content) > middle + 30
-        path.write_bytes(content[:middle] + b"\xff" * 20 + b"\2" + content[middle + 21 :])
-    else:
+    if how == "dangling":
         path.unlink()
         path.symlink_to("nowhere.jpg")
+        return
+    tables, middle = content.find(b"\xff\xdb") + 4, content.find(b"\xff\xda") + 60
+    assert how != "hole" or len(content) > middle + 30
+    spoilt = {
+        "truncated": content[:-40],
+        "empty": b"",
+        "text": b"<html>404 not found</html>",
+        "no tables": without_segment(content, 0xDB),
+        # present, but not those that the frame refers to
+        "other tables": content[:tables] + b"\3" + content[tables + 1 :],
+        "no scan": without_segment(content, 0xDA),
+        "hole": content[:middle] + b"\xff" * 20 + b"\2" + content[middle + 21 :],
+    }
+    path.write_bytes(spoilt[how])
 
 
 def without_segment(jpeg: bytes, code: int) -> bytes:
@@ -79,18 +76,10 @@ def without_segment(jpeg: bytes, code: int) -> bytes:
     return jpeg
 
 
-@pytest.fixture
-def spoil() -> Callable[[Path, str], None]:
-    """Returns `break_file`."""
-    return break_file
-
-
-@pytest.fixture(params=["timm", "dali"])
+@pytest.fixture(params=["timm", DALI])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test with each loader."""
-    chosen: str = request.param
-    if chosen == "dali":
-        pytest.importorskip("nvidia.dali")
+    if request.param == "dali":
         monkeypatch.setitem(DEFAULTS, "augment", replace(STRONG, rand_augment=None))
-    monkeypatch.setitem(DEFAULTS, "backend", chosen)
-    return chosen
+    monkeypatch.setitem(DEFAULTS, "backend", request.param)
+    return str(request.param)

@@ -4,23 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 
-from featkd.data import AugmentConfig, Batch, DataConfig, Loader, build_loader
+from featkd.data import AugmentConfig, Batch, DataConfig, ImageSet, Loader, build_loader
 
-Spoil = Callable[[Path, str], None]
 Split = Literal["train", "val"]
 # Every augmentation is likely to be drawn.
 STRONG = AugmentConfig(random_erasing=0.5, repeats=1)
 DEFAULTS: dict[str, Any] = {"augment": STRONG}
 
 
+DALI = pytest.param("dali", marks=pytest.mark.skipif(not find_spec("nvidia"), reason="no DALI"))
+
+
 def config(root: Path, **options: Any) -> DataConfig:
-    return DataConfig(str(root), img_size=16, workers=0, **options)
+    return DataConfig(str(root), **{"img_size": 16, "workers": 0, **options})
+
+
+def image_set(root: Path, split: Split = "train", **options: Any) -> ImageSet:
+    return ImageSet(config(root, **options), split)
+
+
+def names(root: Path, split: Split = "train", **options: Any) -> list[str]:
+    """Names of the images, relative to the root."""
+    dataset = image_set(root, split, **options)
+    return [os.path.relpath(dataset.name(i), root) for i in range(len(dataset))]
+
+
+def refused(error: type[Exception], message: str, *args: Any, **options: Any) -> str:
+    """Checks that `image_set` raises an error; returns its text."""
+    with pytest.raises(error, match=message) as raised:
+        image_set(*args, **options)
+    return str(raised.value)
 
 
 @contextlib.contextmanager
@@ -29,7 +51,7 @@ def loading(
 ) -> Iterator[Loader]:
     names = ("seed", "rank", "world_size", "device", "views")
     call = {name: options.pop(name) for name in names if name in options}
-    data = DataConfig(str(root), **{"img_size": 16, "workers": 0, **DEFAULTS, **options})
+    data = config(root, **{**DEFAULTS, **options})
     loader = build_loader(data, split=split, batch_size=batch_size, **call)
     try:
         yield loader

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import permutations
 from typing import Any
 
@@ -61,10 +62,7 @@ def test_windows_are_distributed_as_timms(size: tuple[int, int], augment: Augmen
     assert (top + height).max() <= size[1]
     assert (left + width).max() <= size[0]
     for measure in (
-        lambda box: box[:, 0],
-        lambda box: box[:, 1],
-        lambda box: box[:, 2],
-        lambda box: box[:, 3],
+        *(partial(np.take, indices=column, axis=1) for column in range(4)),
         lambda box: box[:, 2] * box[:, 3],
         lambda box: box[:, 3] / box[:, 2],
         lambda box: box[:, 0] / np.maximum(1, size[1] - box[:, 2]),

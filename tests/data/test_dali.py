@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from dataclasses import replace
 
@@ -13,20 +14,14 @@ from PIL import Image
 from featkd.data import AugmentConfig, BadImageError, DataConfig, build_loader
 from featkd.data.augment import apply_op
 from featkd.data.augment_params import AugmentParamSampler, evaluation_params
-from featkd.data.dali import (
-    as_png,
-    build_pipeline,
-    files,
-    is_whole_jpeg,
-    read_ahead,
-    support,
-    unsupported_reason,
-)
+from featkd.data.dali import files, read_ahead, support, unsupported_reason
+from featkd.data.dali.files import as_png
+from featkd.data.dali.pipeline import build_pipeline, pipeline_inputs
 from featkd.data.rand_augment import OPERATIONS
 from featkd.train.checkpoint import load
 from featkd.train.recipe import LossConfig
-from tests.data.conftest import MakeSet, break_file, save_noise, without_segment
-from tests.data.dali_pixels import LIKELY_OPS, through_dali
+from tests.data.conftest import MakeSet, save_noise, spoil, without_segment
+from tests.data.loading import config, loading
 from tests.train.runs import run
 
 pytest.importorskip("nvidia.dali")
@@ -35,11 +30,19 @@ PLAIN = AugmentConfig(rand_augment=None, random_erasing=0.5, repeats=1)
 
 
 def batches(root, split, backend, **options):
-    config = DataConfig(str(root), **{"img_size": 32, "augment": PLAIN, "workers": 0, **options})
-    loader = build_loader(replace(config, backend=backend), split=split, batch_size=4, seed=3)
-    found = list(loader)
-    loader.close()
+    options = {"img_size": 32, "augment": PLAIN, "seed": 3, **options}
+    with loading(root, split, backend=backend, **options) as loader:
+        found = list(loader)
     return torch.cat([b.images for b in found]), torch.cat([b.targets for b in found])
+
+
+def levels(root, split, **options):
+    """Mean difference of DALI's and timm's pixels per image, in levels of 255."""
+    (ours, targets), (theirs, expected) = (
+        batches(root, split, backend, **options) for backend in ("dali", "timm")
+    )
+    assert torch.equal(targets, expected)
+    return (ours - theirs).abs().mean((1, 2, 3)) * 255 * 0.225
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -49,13 +52,9 @@ def test_close_to_timm(make_set: MakeSet, split, interpolation):
     root = make_set(train=12, val=8)
     for number, path in enumerate(sorted(root.rglob("*.jpg"))):
         save_noise(path, (90 + 7 * number, 150 - 5 * number), number)
-    options = {"interpolation": interpolation}
-    ours, targets = batches(root, split, "dali", **options)
-    theirs, expected = batches(root, split, "timm", **options)
-    assert torch.equal(targets, expected)
-    levels = (ours - theirs).abs().mean((1, 2, 3)) * 255 * 0.225
-    assert len(ours) == (12 if split == "train" else 8)
-    assert levels.max() < 0.6
+    apart = levels(root, split, interpolation=interpolation)
+    assert len(apart) == (12 if split == "train" else 8)
+    assert apart.max() < 0.6
 
 
 def test_unusual_files_are_read_as_timm_reads_them(make_set: MakeSet):
@@ -71,12 +70,24 @@ def test_unusual_files_are_read_as_timm_reads_them(make_set: MakeSet):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees, which timm ignores
     smooth.save(paths[5], "JPEG", exif=exif, quality=95)
-    ours, _ = batches(root, "val", "dali")
-    theirs, _ = batches(root, "val", "timm")
-    assert len(ours) == 6
-    assert ((ours - theirs).abs().mean((1, 2, 3)) * 255 * 0.225).max() < 0.7
+    apart = levels(root, "val")
+    assert len(apart) == 6
+    assert apart.max() < 0.7
 
 
+# arguments near the levels that rand-m9-mstd0.5-inc1 draws, both signs
+LIKELY = {
+    **dict.fromkeys(("AutoContrast", "Equalize", "Invert"), (0.0,)),
+    "Rotate": (27.0, -25.0),
+    "Posterize": (1.0, 0.0),
+    "Solarize": (26.0,),
+    "SolarizeAdd": (99.0,),
+    **dict.fromkeys(("Color", "Contrast", "Brightness", "Sharpness"), (1.81, 0.19)),
+    "ShearX": (0.27,),
+    "ShearY": (-0.27,),
+    "TranslateXRel": (0.405,),
+    "TranslateYRel": (-0.405,),
+}
 # largest difference in levels of 255; DALI's affine operations are bilinear, Pillow's bicubic
 _LARGEST = {"AutoContrast": 1, "Color": 1, "Contrast": 1, "Equalize": 3}
 _MEAN = {"Rotate": 2.0, "Shear": 2.0, "Translate": 2.0, "Sharpness": 0.6}
@@ -84,30 +95,33 @@ _MEAN = {"Rotate": 2.0, "Shear": 2.0, "Translate": 2.0, "Sharpness": 0.6}
 
 def test_each_operation_is_close_to_timms():
     """One batch holds all operations, one per image."""
-    config = DataConfig(img_size=64)
-    sampler = AugmentParamSampler(config, seed=0)
-    assert {name for name, _ in LIKELY_OPS} == set(sampler.op_names)
+    data = DataConfig(img_size=64)
+    sampler = AugmentParamSampler(data, seed=0)
+    assert LIKELY.keys() == set(sampler.op_names)
+    likely = [(name, argument) for name, arguments in LIKELY.items() for argument in arguments]
     rng = np.random.default_rng(1)
     coarse = Image.fromarray(rng.integers(30, 220, (9, 9, 3), dtype=np.uint8))
     image = coarse.resize((64, 64), Image.Resampling.BICUBIC)
-    count = len(LIKELY_OPS)
-    whole = evaluation_params([image.size] * count, 64, 1.0)
-    ours = through_dali(
-        config,
-        [as_png(image)] * count,
-        whole._replace(
-            ops=np.array([[OPERATIONS.index(name)] for name, _ in LIKELY_OPS]),
-            arguments=np.array([[argument] for _, argument in LIKELY_OPS]),
-        ),
-        fill_color=(124, 116, 104),
+    params = evaluation_params([image.size] * len(likely), 64, 1.0)._replace(
+        ops=np.array([[OPERATIONS.index(name)] for name, _ in likely]),
+        arguments=np.array([[argument] for _, argument in likely]),
     )
-    for (name, argument), found in zip(LIKELY_OPS, ours, strict=True):
+    inputs = pipeline_inputs([as_png(image)] * len(likely), params, 64)
+    pipeline = build_pipeline(
+        *(data, lambda: inputs),
+        batch_size=len(likely),
+        num_ops=1,
+        fill_color=(124, 116, 104),
+        device=torch.device("cpu"),
+    )
+    (ours,) = pipeline.run()
+    ours = np.array(ours.as_tensor()).astype(np.float32)
+    for (name, argument), found in zip(likely, ours, strict=True):
         theirs = np.asarray(apply_op(image, name, argument, sampler.op_options), np.float32)
         apart = np.abs(found - theirs)
         mean = next((m for start, m in _MEAN.items() if name.startswith(start)), None)
         if mean is not None:
-            assert apart.mean() < mean, name
-            assert apart.mean() > 0, name  # otherwise the operation was not applied
+            assert 0 < apart.mean() < mean, name  # 0 if the operation was not applied
         else:
             assert apart.max() <= _LARGEST.get(name, 0), name
         assert np.abs(theirs - np.asarray(image)).mean() > 0.3, name
@@ -119,39 +133,33 @@ def test_operations_follow_the_flip_and_each_other(make_set: MakeSet):
     for number, path in enumerate(sorted(root.rglob("*.jpg"))):
         save_noise(path, (80, 70), number)
     augment = replace(PLAIN, rand_augment="rand-m9-n2-mstd0.5-inc1")
-    ours, _ = batches(root, "train", "dali", augment=augment)
-    theirs, _ = batches(root, "train", "timm", augment=augment)
-    levels = (ours - theirs).abs().mean((1, 2, 3)) * 255 * 0.225
+    apart = levels(root, "train", augment=augment)
     # no bound on the worst image: solarize or posterize can turn one level into a hundred
-    assert levels.median() < 1
-    assert levels.quantile(0.8) < 3
+    assert apart.median() < 1
+    assert apart.quantile(0.8) < 3
 
 
-def test_channels_last_changes_only_the_memory_format(make_set: MakeSet):
+@pytest.mark.parametrize("backend", ["dali", "timm"])
+def test_channels_last_changes_only_the_memory_format(make_set: MakeSet, backend):
     root = make_set(train=8)
-    for backend in ("dali", "timm"):
-        plain, _ = batches(root, "train", backend)
-        last, _ = batches(root, "train", backend, channels_last=True)
-        assert torch.equal(plain, last)
-    config = DataConfig(str(root), img_size=32, augment=PLAIN, workers=0, channels_last=True)
-    for backend in ("dali", "timm"):
-        loader = build_loader(replace(config, backend=backend), split="train", batch_size=4)
-        first = next(iter(loader)).images
-        assert first.is_contiguous(memory_format=torch.channels_last)
-        loader.close()
+    plain, _ = batches(root, "train", backend)
+    options = {"img_size": 32, "augment": PLAIN, "seed": 3, "channels_last": True}
+    with loading(root, backend=backend, **options) as loader:
+        found = [batch.images for batch in loader]
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in found)
+    assert torch.equal(plain, torch.cat(found))
 
 
 def test_batches_are_not_overwritten_by_later_ones(make_set: MakeSet):
     """The pipeline's own output, which one batch waits in while the next is decoded."""
-    config = DataConfig(str(make_set(train=40)), img_size=32, augment=PLAIN, workers=0)
-    loader = build_loader(replace(config, backend="dali"), split="train", batch_size=4)
     kept, copies = [], []
-    for _ in range(2):  # the second epoch reuses the pipeline of the first
-        loader.close()
-        for raw in loader._run():
-            if len(raw.targets):  # the last one only ends the epoch
-                kept.append(raw.images)
-                copies.append(raw.images.clone())
+    with loading(make_set(train=40), backend="dali", augment=PLAIN) as loader:
+        for _ in range(2):  # the second epoch reuses the pipeline of the first
+            loader.close()
+            for raw in loader._run():
+                if len(raw.targets):  # the last one only ends the epoch
+                    kept.append(raw.images)
+                    copies.append(raw.images.clone())
     assert len(kept) == 20
     assert all(torch.equal(*pair) for pair in zip(kept, copies, strict=True))
     assert torch.equal(torch.stack(kept[:10]), torch.stack(kept[10:]))  # the same epoch twice
@@ -187,23 +195,21 @@ def test_the_pipeline_of_a_gpu_can_be_defined(make_set: MakeSet, monkeypatch, de
 
 
 def test_unsupported_configurations_are_refused_or_use_timm(make_set: MakeSet):
-    root = make_set()
     blur = AugmentConfig(rand_augment="rand-m9-t3a")
-    config = DataConfig(str(root), img_size=16, workers=0, backend="dali", augment=blur)
+    data = config(make_set(), backend="dali", augment=blur)
     with pytest.raises(ValueError, match=r'data.backend: "dali" can\'t be used: .*GaussianBlur'):
-        build_loader(config, split="train", batch_size=4)
+        build_loader(data, split="train", batch_size=4)
     jitter = AugmentConfig(rand_augment=None, color_jitter=0.3)
-    assert "color_jitter" in unsupported_reason(replace(config, augment=jitter), training=True)
-    assert not unsupported_reason(replace(config, augment=jitter), training=False)
-    assert not unsupported_reason(replace(config, augment=AugmentConfig()), training=True)
+    assert "color_jitter" in unsupported_reason(replace(data, augment=jitter), training=True)
+    assert not unsupported_reason(replace(data, augment=jitter), training=False)
+    assert not unsupported_reason(replace(data, augment=AugmentConfig()), training=True)
+    auto = replace(data, backend="auto")
     with pytest.warns(UserWarning, match="timm loader instead of DALI: .*GaussianBlur"):
-        loader = build_loader(
-            replace(config, backend="auto"), split="train", batch_size=4, device="cuda"
-        )
+        loader = build_loader(auto, split="train", batch_size=4, device="cuda")
     assert loader.decoder == "timm"
     assert "GaussianBlur" in loader.note
     with pytest.raises(ValueError, match=r"data.backend: expected one of auto, timm, dali"):
-        replace(config, backend="DALI")  # type: ignore[arg-type]
+        replace(data, backend="DALI")
 
 
 def test_a_run_builds_a_pipeline_once_for_each_split(recipe, monkeypatch):
@@ -229,17 +235,17 @@ def test_a_run_builds_a_pipeline_once_for_each_split(recipe, monkeypatch):
 
 
 def test_a_broken_installation_of_dali_is_reported(make_set: MakeSet, monkeypatch):
-    config = DataConfig(str(make_set()), img_size=16, workers=0, backend="dali", augment=PLAIN)
+    data = config(make_set(), backend="dali", augment=PLAIN)
 
     def fails(name: str) -> None:
         raise OSError("libdali.so: cannot open shared object file")
 
     monkeypatch.setattr(support, "import_module", fails)
     with pytest.raises(ValueError, match=r"used: nvidia-dali can't be imported: OSError: libdali"):
-        build_loader(config, split="val", batch_size=4)
+        build_loader(data, split="val", batch_size=4)
     monkeypatch.setattr(support, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="can't be used: nvidia-dali is not installed"):
-        build_loader(config, split="val", batch_size=4)
+        build_loader(data, split="val", batch_size=4)
 
 
 def save_jpeg(**options) -> bytes:
@@ -249,22 +255,29 @@ def save_jpeg(**options) -> bytes:
     return file.getvalue()
 
 
+def is_kept(content: bytes) -> bool:
+    """Checks if DALI gets the file itself: not an error, and not Pillow's pixels."""
+    with contextlib.suppress(BadImageError):
+        return files.load(content, "x")[0].tobytes() == content
+    return False
+
+
 JPEGS = [{}, {"progressive": True}, {"restart_marker_blocks": 1}, {"comment": "\xff"}]
 
 
 @pytest.mark.parametrize("options", JPEGS, ids=str)
-def test_is_whole_jpeg_detects_damage(options):
+def test_damaged_jpegs_are_not_given_to_dali(options):
     content = save_jpeg(**options)
-    assert is_whole_jpeg(content)
-    assert is_whole_jpeg(content + b"more")
+    assert is_kept(content)
+    assert is_kept(content + b"more")
     for cut in range(0, len(content) - 2, 97):
-        assert not is_whole_jpeg(content[:cut])
+        assert not is_kept(content[:cut])
     scan = content.index(b"\xff\xda")
     for cut in range(0, scan + 10, 3):
-        assert not is_whole_jpeg(content[:cut] + b"\xff\xd9")
-    assert not is_whole_jpeg(content[: scan + 90] + b"\xff" * 9 + b"\2" + content[scan + 100 :])
+        assert not is_kept(content[:cut] + b"\xff\xd9")
+    assert not is_kept(content[: scan + 90] + b"\xff" * 9 + b"\2" + content[scan + 100 :])
     for code in (0xDA, 0xDB, 0xC2 if "progressive" in options else 0xC0):
-        assert not is_whole_jpeg(without_segment(content, code))
+        assert not is_kept(without_segment(content, code))
 
 
 def test_headers_read_without_pillow_are_those_that_pillow_reads(monkeypatch):
@@ -318,7 +331,7 @@ def test_a_pipeline_that_fails_on_good_files_raises(make_set: MakeSet, monkeypat
     """The files are checked and fed again once, not endlessly."""
     root = make_set(val=4, classes=1)
     path = sorted((root / "val").rglob("*.jpg"))[2]
-    break_file(path, "other tables")
+    spoil(path, "other tables")
     monkeypatch.setattr(read_ahead, "load_decodable", files.load)  # as if Pillow decoded it
     with pytest.raises(
         RuntimeError,
@@ -327,7 +340,7 @@ def test_a_pipeline_that_fails_on_good_files_raises(make_set: MakeSet, monkeypat
         batches(root, "val", "dali")
 
 
-def test_a_new_pipeline_continues_without_a_difference(make_set: MakeSet, spoil):
+def test_a_new_pipeline_continues_without_a_difference(make_set: MakeSet):
     """Batches, states and bad files equal those of timm's loader, whatever was in flight."""
     root = make_set(val=28, train=40, classes=1)
     for split, numbers in (("train", (5, 6, 30)), ("val", (0, 4, 5, 9, 20, 26, 27))):
@@ -337,15 +350,11 @@ def test_a_new_pipeline_continues_without_a_difference(make_set: MakeSet, spoil)
     for split, size in (("train", 4), ("val", 2)):
         seen = []
         for backend in ("dali", "timm"):
-            config = DataConfig(
-                str(root), img_size=16, augment=PLAIN, workers=0, on_bad_image="skip",
-                backend=backend,
-            )  # fmt: skip
-            loader = build_loader(config, split=split, batch_size=size, seed=1)
-            seen.append(
-                [(b.keys.tolist(), b.bad, loader.state_dict()["batch"]) for b in loader]
-                + [(sorted(loader.bad_images), loader.state_dict())]
-            )
-            loader.close()
+            options = {"augment": PLAIN, "on_bad_image": "skip", "backend": backend, "seed": 1}
+            with loading(root, split, size, **options) as loader:
+                seen.append(
+                    [(b.keys.tolist(), b.bad, loader.state_dict()["batch"]) for b in loader]
+                    + [(sorted(loader.bad_images), loader.state_dict())]
+                )
         assert seen[0] == seen[1]
         assert len(seen[0][-1][0]) == (3 if split == "train" else 7)

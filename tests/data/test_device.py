@@ -9,14 +9,13 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
-from torch import Tensor
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from featkd.data import AugmentConfig, DataConfig, build_loader
+from featkd.data import AugmentConfig, DataConfig
 from featkd.data.device import DeviceStage, normalize_and_erase
 from featkd.data.erasing import Eraser
 from tests.data.conftest import MakeSet
-from tests.data.loading import loading, same
+from tests.data.loading import DALI, loading
 
 CPU = torch.device("cpu")
 ERASING = AugmentConfig(rand_augment=None, random_erasing=0.5, repeats=1)
@@ -39,22 +38,15 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.filterwarnings("ignore:data.val_split")
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("backend", ["timm", "dali"])
+@pytest.mark.parametrize("backend", ["timm", DALI])
 def test_evaluation_pixels_equal_timms(
     photographs: Path, backend: str, channels_last: bool
 ) -> None:
     """DALI's equal the normalization of its own levels, which are close to Pillow's."""
-    if backend == "dali":
-        pytest.importorskip("nvidia.dali")
-    config = DataConfig(
-        str(photographs),
-        workers=0,
-        backend=backend,
-        channels_last=channels_last,  # type: ignore[arg-type]
-    )
-    loader = build_loader(config, split="val", batch_size=4)
-    images = torch.cat([batch.images for batch in loader])
-    loader.close()
+    options = {"img_size": 224, "backend": backend, "channels_last": channels_last}
+    with loading(photographs, "val", **options) as loader:
+        images = torch.cat([batch.images for batch in loader])
+    config = DataConfig()
     assert images.is_contiguous(
         memory_format=torch.channels_last if channels_last else torch.contiguous_format
     )
@@ -137,17 +129,3 @@ def test_the_next_batch_is_sent_before_one_is_returned(
         *("send", "send", "finish", "use"),
         *("send", "finish", "use", "finish", "use"),
     ]
-
-
-@pytest.mark.usefixtures("backend")
-def test_pixels_do_not_depend_on_the_batch_size(make_set: MakeSet) -> None:
-    images: dict[int, Tensor] = {}
-    root = make_set(train=12)
-    for size in (2, 3, 12):
-        with loading(root, batch_size=size, augment=ERASING) as loader:
-            first = list(loader)
-            images[size] = torch.cat([batch.images for batch in first])
-            loader.set_epoch(0)
-            assert same(list(loader), first)
-    assert torch.equal(images[2], images[12])
-    assert torch.equal(images[3], images[12])

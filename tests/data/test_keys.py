@@ -3,72 +3,53 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from featkd.data import AugmentConfig, DataConfig, EpochSampler, ImageSet, build_loader
+from featkd.data import EpochSampler
 from featkd.data.factory import build_loader_for
 from featkd.data.loader import as_tensor
 from featkd.data.sampler import RangeSampler
-from tests.data.conftest import MakeSet
-
-Spoil = Callable[[Path, str], None]
-
-
-@pytest.fixture(params=["timm", "dali"])
-def config(request: pytest.FixtureRequest) -> Callable[..., DataConfig]:
-    """config(root, **fields) for each loader."""
-    if request.param == "dali":
-        pytest.importorskip("nvidia.dali")
-    augment = AugmentConfig(rand_augment=None, repeats=1)
-
-    def make(root: Path, **fields: Any) -> DataConfig:
-        fields = {"img_size": 16, "workers": 0, "augment": augment, **fields}
-        return DataConfig(str(root), backend=request.param, **fields)
-
-    return make
+from tests.data.conftest import MakeSet, spoil
+from tests.data.loading import image_set, loading
 
 
-def test_batches_have_their_keys(make_set: MakeSet, spoil: Spoil, config) -> None:
+@pytest.mark.usefixtures("backend")
+def test_batches_have_their_keys(make_set: MakeSet) -> None:
     """In training an unreadable image keeps its key, and another image takes its place."""
     root = make_set(train=22, val=7)
     for number in (1, 2, 4):
         spoil(root / "train" / "class0" / f"00{number}.jpg", "text")
     spoil(root / "val" / "class0" / "001.jpg", "text")
-    options = config(root, on_bad_image="skip")
-    loader = build_loader(options, split="train", batch_size=4, seed=3)
     sampler = EpochSampler(22, training=True, seed=3)
-    for start in (0, 1):
-        loader.set_epoch(5, start)
-        sampler.set_epoch(5, 4 * start)
-        batches = list(loader)
-        keys = torch.cat([batch.keys for batch in batches])
-        assert keys.dtype == torch.int64
-        assert torch.equal(keys, as_tensor(list(sampler))[: len(keys)])
-        assert [len(batch.keys) for batch in batches] == [4] * (5 - start)
-    loader.close()
-    assert loader.bad_images
-    loader = build_loader(options, split="val", batch_size=4)
-    assert torch.cat([batch.keys for batch in loader])[:, 1].tolist() == [0, 2, 3, 4, 5, 6]
-    loader.close()
+    with loading(root, seed=3, on_bad_image="skip") as loader:
+        for start in (0, 1):
+            loader.set_epoch(5, start)
+            sampler.set_epoch(5, 4 * start)
+            upcoming = list(loader.upcoming())
+            batches = list(loader)
+            assert len(upcoming) == len(batches)
+            assert all(map(torch.equal, upcoming, (batch.keys for batch in batches)))
+            keys = torch.cat([batch.keys for batch in batches])
+            assert keys.dtype == torch.int64
+            assert torch.equal(keys, as_tensor(list(sampler))[: len(keys)])
+            assert [len(batch.keys) for batch in batches] == [4] * (5 - start)
+        assert loader.bad_images
+    with loading(root, "val", on_bad_image="skip") as loader:
+        assert torch.cat([batch.keys for batch in loader])[:, 1].tolist() == [0, 2, 3, 4, 5, 6]
 
 
-def test_ranges_equal_those_of_the_whole_epoch(make_set: MakeSet, config) -> None:
+def test_ranges_equal_those_of_the_whole_epoch(make_set: MakeSet, backend: str) -> None:
     root = make_set(train=22)
-    options = config(root)
-    whole = build_loader(options, split="train", batch_size=2, seed=3)
-    whole.set_epoch(4)
-    images = torch.cat([batch.images for batch in whole])
-    keys = torch.cat([batch.keys for batch in whole])
-    whole.close()
-    sampler = RangeSampler(22, repeats=1, seed=3)
-    loader = build_loader_for(
-        ImageSet(options, "train", 3), options, sampler, batch_size=4, device=torch.device("cpu")
-    )
+    with loading(root, batch_size=2, seed=3) as whole:
+        whole.set_epoch(4)
+        batches = list(whole)
+        images = torch.cat([batch.images for batch in batches])
+        keys = torch.cat([batch.keys for batch in batches])
+        sampler = RangeSampler(22, repeats=1, seed=3)
+        loader = build_loader_for(whole.dataset, sampler, batch_size=4, device="cpu")
     sampler.set_ranges(4, [range(4, 12), range(16, 22)])
     batches = list(loader)
     loader.close()
@@ -83,25 +64,22 @@ def test_a_fingerprint_covers_names_sizes_classes_and_some_contents(
 ) -> None:
     root = make_set(train=6)
 
-    def fingerprint(folder: Path) -> str:
-        return ImageSet(DataConfig(str(folder)), "train").fingerprint()
-
-    before = fingerprint(root)
+    before = image_set(root).fingerprint()
     moved = tmp_path / "moved"
     root.rename(moved)
-    assert fingerprint(moved) == before
+    assert image_set(moved).fingerprint() == before
     image = moved / "train" / "class1" / "002.jpg"
     found = {before}
     content = image.read_bytes()
     image.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    found.add(fingerprint(moved))
+    found.add(image_set(moved).fingerprint())
     with image.open("ab") as file:
         file.write(b"\0")
-    found.add(fingerprint(moved))
+    found.add(image_set(moved).fingerprint())
     image.rename(image.with_name("2.jpg"))
-    found.add(fingerprint(moved))
+    found.add(image_set(moved).fingerprint())
     os.symlink("nowhere.jpg", image)  # dangling, which the fingerprint must not fail on
-    found.add(fingerprint(moved))
+    found.add(image_set(moved).fingerprint())
     (moved / "train" / "class2").rename(moved / "train" / "class3")
-    found.add(fingerprint(moved))
+    found.add(image_set(moved).fingerprint())
     assert len(found) == 6

@@ -8,17 +8,15 @@ from typing import Any
 import pytest
 
 from featkd.data import BadImageError
-from tests.data.conftest import MakeSet
-from tests.data.loading import Spoil, loading, same
+from tests.data.conftest import MakeSet, spoil
+from tests.data.loading import loading, same
 
 # ways to spoil a file, and workers
 SPOILT = [(how, workers) for how in ("truncated", "empty", "text") for workers in (0, 2)]
 SPOILT += [(how, 0) for how in ("no tables", "other tables", "no scan", "hole")]
 
 
-def test_batches_without_a_readable_image_count(
-    backend: str, make_set: MakeSet, spoil: Spoil
-) -> None:
+def test_batches_without_a_readable_image_count(backend: str, make_set: MakeSet) -> None:
     """Evaluation skips them between other batches and at the end."""
     root = make_set(val=14)
     images = sorted((root / "val").rglob("*.jpg"))
@@ -40,7 +38,7 @@ def test_batches_without_a_readable_image_count(
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("how", "workers"), SPOILT)
-def test_a_bad_image_under_error(make_set: MakeSet, spoil: Spoil, workers: int, how: str) -> None:
+def test_a_bad_image_under_error(make_set: MakeSet, workers: int, how: str) -> None:
     root = make_set(val=8, classes=1)
     bad = root / "val/class0/005.jpg"
     content = bad.read_bytes()
@@ -57,7 +55,7 @@ def test_a_bad_image_under_error(make_set: MakeSet, spoil: Spoil, workers: int, 
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("how", "workers"), SPOILT)
-def test_bad_images_under_skip(make_set: MakeSet, spoil: Spoil, workers: int, how: str) -> None:
+def test_bad_images_under_skip(make_set: MakeSet, workers: int, how: str) -> None:
     root = make_set(train=8, val=9, classes=1)
     for name in ("train/class0/007", "val/class0/000", "val/class0/001", "val/class0/003"):
         spoil(root / f"{name}.jpg", how)
@@ -82,7 +80,7 @@ def test_bad_images_under_skip(make_set: MakeSet, spoil: Spoil, workers: int, ho
 
 
 @pytest.mark.usefixtures("backend")
-def test_a_split_of_bad_images_gives_no_batch(make_set: MakeSet, spoil: Spoil) -> None:
+def test_a_split_of_bad_images_gives_no_batch(make_set: MakeSet) -> None:
     root = make_set(val=3, classes=1)
     for path in (root / "val/class0").iterdir():
         spoil(path, "empty")
@@ -90,15 +88,3 @@ def test_a_split_of_bad_images_gives_no_batch(make_set: MakeSet, spoil: Spoil) -
         assert list(loader) == []
         assert set(loader.bad_images.values()) == {"the file is empty"}
         assert len(loader.bad_images) == 3
-
-
-@pytest.mark.usefixtures("backend")
-def test_a_disk_of_bad_images_ends_the_training(make_set: MakeSet, spoil: Spoil) -> None:
-    root = make_set(train=40, classes=1)
-    for path in (root / "train/class0").iterdir():
-        spoil(path, "text")
-    with (
-        loading(root, on_bad_image="skip", workers=2) as loader,
-        pytest.raises(BadImageError, match="the 15 images after it"),
-    ):
-        list(loader)

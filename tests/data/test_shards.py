@@ -7,28 +7,31 @@ import os
 import subprocess
 import sys
 import tarfile
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from featkd.data import AugmentConfig, BadImageError, DataConfig, ImageSet, SampleKey, build_loader
+from featkd.data import AugmentConfig, BadImageError, SampleKey
 from featkd.data.shards import ShardError
 from tests.data.conftest import MakeSet
+from tests.data.loading import DALI, image_set, loading, names, refused, same
 
 PLAIN = AugmentConfig(rand_augment=None, repeats=1)
 
 
-def write_tar(path: Path, files: list[tuple[Path, int]]) -> None:
-    labels = path.parent / "labels"
-    labels.mkdir(exist_ok=True)
+def write_tar(path: Path, files: list[tuple[Path, int | str]]) -> None:
     with tarfile.open(path, "w") as archive:
-        for number, (file, target) in enumerate(files):
-            label = labels / "x.cls"
-            label.write_text(f"{target}\n")
+        for number, (file, label) in enumerate(files):
             archive.add(file, f"{path.stem}/{number:04d}.jpg")
-            archive.add(label, f"{path.stem}/{number:04d}.cls")
+            add(archive, f"{path.stem}/{number:04d}.cls", f"{label}\n".encode())
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
 
 
 @pytest.fixture
@@ -42,135 +45,99 @@ def both(make_set: MakeSet, tmp_path: Path) -> tuple[Path, Path]:
     return root, other
 
 
-def files_of(root: Path, split: str) -> list[tuple[Path, int]]:
-    dataset = ImageSet(DataConfig(str(root), img_size=8), split)  # type: ignore[arg-type]
-    classes = dataset.classes
-    names = [Path(dataset.name(i)) for i in range(len(dataset))]
-    return [(name, classes.index(name.parent.name)) for name in names]
-
-
-def fill(root: Path, other: Path) -> None:
+@pytest.fixture
+def shards(both: tuple[Path, Path]) -> Path:
+    """Root of the set in shards, two for each split."""
+    root, other = both
     for split in ("train", "val"):
         files = files_of(root, split)
         for number, part in enumerate((files[:3], files[3:])):
             write_tar(other / split / f"{split}-{number:03d}.tar", part)
+    return other
 
 
-@pytest.mark.parametrize("backend", ["timm", "dali"])
-def test_batches_equal_those_of_the_folders(both, backend):
-    if backend == "dali":
-        pytest.importorskip("nvidia.dali")
-    root, other = both
-    fill(root, other)
-    config = DataConfig(str(root), img_size=16, workers=0, augment=PLAIN, backend=backend)
-    for split in ("train", "val"):
-        loaders = [
-            build_loader(c, split=split, batch_size=3)
-            for c in (config, replace(config, path=str(other)))
-        ]
-        assert loaders[0].classes == loaders[1].classes
-        for ours, theirs in zip(*loaders, strict=True):
-            assert torch.equal(ours.images, theirs.images)
-            assert torch.equal(ours.targets, theirs.targets)
-        for loader in loaders:
-            loader.close()
+def files_of(root: Path, split: Any = "val") -> list[tuple[Path, int]]:
+    files = [root / name for name in names(root, split)]
+    return [(file, int(file.parent.name[-1])) for file in files]
 
 
-def test_dalis_index_files_are_used(both):
+@pytest.mark.parametrize("backend", ["timm", DALI])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_batches_equal_those_of_the_folders(both, shards, backend, split):
+    options = {"batch_size": 3, "augment": PLAIN, "backend": backend}
+    with loading(both[0], split, **options) as folders, loading(shards, split, **options) as tars:
+        assert folders.classes == tars.classes
+        assert same(list(folders), list(tars))
+
+
+def test_dalis_index_files_are_used(shards):
     """The tar headers are damaged, so only the index can locate the samples."""
     pytest.importorskip("nvidia.dali")
-    root, other = both
-    fill(root, other)
-    config = DataConfig(str(other), img_size=8)
-    expected = [ImageSet(config, "val")[SampleKey(0, i, 0)] for i in range(5)]
+    expected = [image_set(shards, "val")[SampleKey(0, i, 0)] for i in range(5)]
     tool = Path(sys.executable).parent / "wds2idx"
-    for shard in sorted((other / "val").glob("*.tar")):
+    for shard in sorted((shards / "val").glob("*.tar")):
         index = shard.with_suffix(".idx")
         subprocess.run([sys.executable, tool, shard, index], check=True, capture_output=True)
         content = bytearray(shard.read_bytes())
         content[:8] = b"\xff" * 8
         shard.write_bytes(content)
-    dataset = ImageSet(config, "val")
+    dataset = image_set(shards, "val")
     for number, sample in enumerate(expected):
         found = dataset[SampleKey(0, number, 0)]
         assert torch.equal(found.image, sample.image)
         assert found.target == sample.target
 
 
-def test_bad_images_in_shards_are_named(both):
-    root, other = both
-    fill(root, other)
-    config = DataConfig(str(other), img_size=8)
-    shard = other / "val" / "val-001.tar"
+def test_bad_images_in_shards_are_named(shards):
+    shard = shards / "val" / "val-001.tar"
     content = shard.read_bytes()
     with tarfile.open(shard) as archive:
         place = archive.getmember("val-001/0001.jpg").offset_data
     shard.write_bytes(content[:place] + b"no image" + content[place + 8 :])
+    dataset = image_set(shards, "val")
     with pytest.raises(BadImageError, match=r"val-001/0001.jpg: no image of a supported format"):
-        ImageSet(config, "val")[SampleKey(0, 4, 0)]
-    dataset = ImageSet(config, "val")
+        dataset[SampleKey(0, 4, 0)]
     shard.write_bytes(content[: place + 10])
     with pytest.raises(BadImageError, match=r"0001.jpg: the shard ends \d+ bytes before it does"):
         dataset[SampleKey(0, 4, 0)]
-    skipped = ImageSet(replace(config, on_bad_image="skip"), "train")
-    assert len(skipped) == 12
-    with pytest.raises(ShardError, match=r"val-001.tar: not a readable tar file"):
-        ImageSet(config, "val")
+    assert len(names(shards, on_bad_image="skip")) == 12
+    refused(ShardError, r"val-001.tar: not a readable tar file", shards, "val")
 
 
 def test_labels_count_from_first_label(both):
     root, other = both
-    files = files_of(root, "val")
+    files = files_of(root)
     write_tar(other / "val" / "a.tar", [(file, target + 1) for file, target in files])
-    dataset = ImageSet(DataConfig(str(other), img_size=8, first_label=1), "val")
+    dataset = image_set(other, "val", first_label=1)
     assert [dataset[SampleKey(0, i, 0)].target for i in range(5)] == [target for _, target in files]
 
 
-def test_unusable_shards_are_refused_by_name(both):
-    root, other = both
-    fill(root, other)
-    config = DataConfig(str(other), img_size=8)
-
+def test_unusable_shards_are_refused_by_name(both, shards):
     with pytest.raises(ShardError, match=r"has class 0; classes.txt has 3 lines.*first_label is 5"):
-        ImageSet(replace(config, first_label=5), "val")[SampleKey(0, 0, 0)]
-    (other / "classes.txt").write_text("a\na\n")
-    with pytest.raises(
-        ShardError, match=r"classes.txt: expected one class name per line, each once"
-    ):
-        ImageSet(config, "val")
-    (other / "classes.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no file .*classes.txt; shards need one"):
-        ImageSet(config, "val")
-    (other / "classes.txt").write_text("a\nb\nc\n")
+        image_set(shards, "val", first_label=5)[SampleKey(0, 0, 0)]
+    (shards / "classes.txt").write_text("a\na\n")
+    refused(ShardError, "classes.txt: expected one class name per line, each once", shards, "val")
+    (shards / "classes.txt").unlink()
+    refused(FileNotFoundError, r"no file .*classes.txt; shards need one", shards, "val")
+    (shards / "classes.txt").write_text("a\nb\nc\n")
 
-    with tarfile.open(other / "train" / "b.tar", "w") as archive:
-        archive.add(files_of(root, "val")[0][0], "b/0.jpg")
-    with pytest.raises(
-        ShardError, match=r"train/b.tar: expected one image and one .cls per sample"
-    ):
-        ImageSet(config, "train")
-    (other / "train" / "b.idx").write_text("v1.1 1\njpg 512 3\n")
-    with pytest.raises(ShardError, match=r"b.idx: expected a wds2idx index of version v1.2"):
-        ImageSet(config, "train")
-    (other / "train" / "b.idx").unlink()
-    write_tar(other / "train" / "b.tar", [])
-    label = other / "train" / "labels" / "x.cls"
-    label.write_text("one")
-    with tarfile.open(other / "train" / "b.tar", "w") as archive:
-        archive.add(files_of(root, "val")[0][0], "b/0.jpg")
-        archive.add(label, "b/0.cls")
-    dataset = ImageSet(config, "train")
-    with pytest.raises(
-        ShardError, match=r"b.tar/b/0.jpg: expected a number as its .cls, got b'one'"
-    ):
-        dataset[SampleKey(0, 0, 0)]
+    picture, _ = files_of(both[0])[0]
+    with tarfile.open(shards / "train" / "b.tar", "w") as archive:
+        archive.add(picture, "b/0.jpg")
+    refused(ShardError, r"train/b.tar: expected one image and one .cls per sample", shards)
+    (shards / "train" / "b.idx").write_text("v1.1 1\njpg 512 3\n")
+    refused(ShardError, r"b.idx: expected a wds2idx index of version v1.2", shards)
+    (shards / "train" / "b.idx").unlink()
+    write_tar(shards / "train" / "b.tar", [(picture, "one")])
+    message = r"b.tar/b/0000.jpg: expected a number as its .cls, got b'one\\n'"
+    with pytest.raises(ShardError, match=message):
+        image_set(shards)[SampleKey(0, 0, 0)]
 
 
 def test_an_index_of_another_archive_is_refused(both):
     root, other = both
     shard = other / "val" / "a.tar"
-    write_tar(shard, files_of(root, "val"))
-    config = DataConfig(str(other), img_size=8)
+    write_tar(shard, files_of(root))
     lines = []
     with tarfile.open(shard) as archive:
         members = archive.getmembers()
@@ -179,7 +146,7 @@ def test_an_index_of_another_archive_is_refused(both):
         lines.append(" ".join(str(word) for part in words for word in part) + "\n")
     index = shard.with_suffix(".idx")
     index.write_text("".join(["v1.2 5\n", *lines]))
-    assert len(ImageSet(config, "val")) == 5
+    assert len(names(other, "val")) == 5
     longer = lines[4].replace(str(members[-1].offset_data), str(shard.stat().st_size))
     for wrong, message in {
         "v1.2 0\n": "a.idx: its samples end at byte 0, but .*a.tar, of .* goes on; rebuild",
@@ -190,93 +157,69 @@ def test_an_index_of_another_archive_is_refused(both):
         "v1.2 1\njpg x 3 0.jpg\n": "a.idx, line 2: expected extension, offset, size, name; got",
     }.items():
         index.write_text(wrong)
-        with pytest.raises(ShardError, match=message):
-            ImageSet(config, "val")
+        refused(ShardError, message, other, "val")
 
 
 def test_a_duplicate_name_is_refused(both):
     """`tar --append` leaves both files in the archive, and either could be meant."""
     root, other = both
-    files = files_of(root, "val")
+    files = files_of(root)
     shard = other / "val" / "a.tar"
     write_tar(shard, files)
-    label = other / "val" / "labels" / "x.cls"
     with tarfile.open(shard, "a") as archive:
-        archive.add(files[0][0], "a/0001.jpg")
-        archive.add(label, "a/0001.cls")
-    config = DataConfig(str(other), img_size=8)
-    with pytest.raises(ShardError, match=r"a.tar: has a/0001.jpg twice, at bytes \d+ and \d+; exp"):
-        ImageSet(config, "val")
+        add(archive, "a/0001.jpg", b"another")
+        add(archive, "a/0001.cls", b"1")
+    refused(ShardError, r"a.tar: has a/0001.jpg twice, at bytes \d+ and \d+; exp", other, "val")
     with tarfile.open(shard, "w") as archive:
         for name in ("b.jpg", "b.cls", "b.jpg"):
-            archive.add(label if name == "b.cls" else files[0][0], name)
-    with pytest.raises(ShardError, match=r"one .cls per sample, found b.jpg, b.cls, b.jpg"):
-        ImageSet(config, "val")
+            add(archive, name, b"1")
+    refused(ShardError, r"one .cls per sample, found b.jpg, b.cls, b.jpg", other, "val")
 
 
 def test_shards_without_an_image_are_refused(both):
-    _, other = both
-    with tarfile.open(other / "train" / "a.tar", "w"):
-        pass
-    with pytest.raises(ShardError, match=r"train: no image in its 1 shards"):
-        ImageSet(DataConfig(str(other), img_size=8), "train")
+    write_tar(both[1] / "train" / "a.tar", [])
+    refused(ShardError, r"train: no image in its 1 shards", both[1])
 
 
-@pytest.mark.parametrize(("backend", "workers"), [("timm", 0), ("timm", 1), ("dali", 1)])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_in_a_shard_reads_the_same_from_any_loader(both, backend, workers):
     """From a worker too: without the worker's traceback, and after the preceding batches."""
-    if backend == "dali":
-        pytest.importorskip("nvidia.dali")
     root, other = both
-    files = files_of(root, "val")
+    files = files_of(root)
     write_tar(other / "val" / "a.tar", [*files[:2], (files[2][0], 7)])
     write_tar(other / "train" / "a.tar", files)
-    config = DataConfig(str(other), img_size=8, workers=workers, backend=backend)
-    loader = build_loader(config, split="val", batch_size=1)
-    batches = iter(loader)
-    assert [next(batches).targets.tolist() for _ in range(2)] == [[0], [0]]
-    with pytest.raises(ShardError) as raised:
-        next(batches)
-    loader.close()
+    with loading(other, "val", 1, workers=workers) as loader:
+        batches = iter(loader)
+        assert [next(batches).targets.tolist() for _ in range(2)] == [[0], [0]]
+        with pytest.raises(ShardError) as raised:
+            next(batches)
     assert str(raised.value) == (
         f"{other}/val/a.tar/a/0002.jpg: has class 7; classes.txt has 3 lines and "
         "data.first_label is 0"
     )
 
 
-def test_hidden_files_and_fifos_beside_samples(both: tuple[Path, Path]) -> None:
+def test_hidden_files_and_fifos_beside_samples(shards) -> None:
     """macOS adds `._x.jpg` next to `x.jpg` to an archive."""
-    root, other = both
-    fill(root, other)
-    config = DataConfig(str(other), img_size=8)
-    expected = ImageSet(config, "val")
-    names = [expected.name(index) for index in range(len(expected))]
-    shard = other / "val/val-001.tar"
+    expected = names(shards, "val")
+    shard = shards / "val/val-001.tar"
     with tarfile.open(shard) as archive:
-        members = [(m, archive.extractfile(m).read()) for m in archive]  # type: ignore[union-attr]
+        members = [(member.name, archive.extractfile(member).read()) for member in archive]
     with tarfile.open(shard, "w") as archive:
-        for member, content in members:
-            folder, _, name = member.name.rpartition("/")
-            for stored in (f"{folder}/._{name}", f"./{folder}/{name}"):
-                member.name = stored
-                archive.addfile(member, io.BytesIO(content))
-    (other / "val/.hidden.tar").write_bytes(b"no archive")
-    again = ImageSet(config, "val")
-    assert [again.name(index).replace("/./", "/") for index in range(len(again))] == names
-    os.mkfifo(other / "val/z.tar")
-    with pytest.raises(ShardError, match=r"z\.tar: not a readable tar file: a FIFO, not a regular"):
-        ImageSet(config, "val")
+        for path, content in members:
+            folder, _, name = path.rpartition("/")
+            add(archive, f"{folder}/._{name}", content)
+            add(archive, f"./{folder}/{name}", content)
+    (shards / "val/.hidden.tar").write_bytes(b"no archive")
+    assert names(shards, "val") == expected
+    os.mkfifo(shards / "val/z.tar")
+    message = r"z\.tar: not a readable tar file: a FIFO, not a regular"
+    refused(ShardError, message, shards, "val")
 
 
-def test_held_out_samples(both: tuple[Path, Path]) -> None:
-    root, other = both
-    fill(root, other)
-    held = DataConfig(str(other), img_size=8, val_split=None, val_fraction=0.4)
-    both_splits = []
-    for split in ("train", "val"):
-        dataset = ImageSet(held, split)  # type: ignore[arg-type]
-        both_splits.append({dataset.name(index) for index in range(len(dataset))})
-    assert all(both_splits)
-    assert len(both_splits[0]) + len(both_splits[1]) == len(both_splits[0] | both_splits[1]) == 12
-    with pytest.raises(ValueError, match=r"data\.val_fraction: 1e-09 .* use a larger fraction"):
-        ImageSet(replace(held, val_fraction=1e-9), "val")
+def test_held_out_samples(shards) -> None:
+    train, val = (names(shards, x, val_split=None, val_fraction=0.4) for x in ("train", "val"))
+    assert all((train, val))
+    assert sorted(train + val) == names(shards)
+    message = r"data\.val_fraction: 1e-09 .* use a larger fraction"
+    refused(ValueError, message, shards, "val", val_split=None, val_fraction=1e-9)

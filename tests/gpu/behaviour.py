@@ -102,22 +102,23 @@ def expanded(form: Form, device: torch.device) -> None:
     copies = {k: x.clone() for k, x in views.items()}
     want = run_ours(form, leaves_of(form, copies), sizes)
     assert_close(run_ours(form, leaves_of(form, views), sizes), want)
-    names = [name for name in tensors if name not in form.constant]
-    leaves = [tensors[name] for name in names]
+    leaves = _leaves(form, tensors)
     with _backend(device):
         outputs = form.ours(tensors, sizes)
         summed = torch.autograd.grad([y.sum() for y in outputs], leaves)
         outputs = form.ours(tensors, sizes)
         ones = [torch.ones_like(y) for y in outputs]
         plain = torch.autograd.grad(outputs, leaves, ones)
-    assert_close(dict(zip(names, summed, strict=True)), dict(zip(names, plain, strict=True)), 1e-4)
+    assert_close(*({str(n): x for n, x in enumerate(found)} for found in (summed, plain)), 1e-4)
 
 
 def not_a_number(form: Form, device: torch.device) -> None:
     """NaN in one element reaches the outputs, and so does a wrong class index on a GPU."""
     sizes = sizes_for(form, device)
-    for name in [k for k in ("student", "teacher", "features", "x") if k in _names(form, sizes)]:
+    for name in ("student", "teacher", "features", "x"):
         tensors = {k: x.detach() for k, x in inputs_of(form, sizes, FP32, device).items()}
+        if name not in tensors:
+            continue
         tensors[name][-1, -1] = float("nan")
         with _backend(device):
             outputs = form.ours(tensors, sizes)
@@ -130,8 +131,8 @@ def not_a_number(form: Form, device: torch.device) -> None:
         assert form.ours(tensors, sizes)[0].isnan(), "a class index out of range gives no NaN"
 
 
-def _names(form: Form, sizes: Sizes) -> set[str]:
-    return set(inputs_of(form, sizes, FP32, torch.device("cpu")))
+def _leaves(form: Form, tensors: Tensors) -> list[Tensor]:
+    return [x for name, x in tensors.items() if name not in form.constant]
 
 
 @contextmanager
@@ -150,13 +151,12 @@ def no_wait(form: Form, device: torch.device) -> None:
     _cuda(device)
     sizes = sizes_for(form, device)
     tensors = inputs_of(form, sizes, FP32, device)
-    names = [name for name in tensors if name not in form.constant]
     run_ours(form, tensors, sizes)  # kernels are compiled and loaded
     upstream = [torch.ones_like(y) for y in form.ours(tensors, sizes)]
     torch.cuda.set_sync_debug_mode("error")
     try:
         outputs = form.ours(tensors, sizes)
-        torch.autograd.grad(outputs, [tensors[name] for name in names], upstream)
+        torch.autograd.grad(outputs, _leaves(form, tensors), upstream)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -203,7 +203,7 @@ def cuda_graph(form: Form, device: torch.device, precision: Precision = FP32) ->
     _cuda(device)
     sizes = sizes_for(form, device)
     tensors = inputs_of(form, sizes, precision, device)
-    names = [name for name in tensors if name not in form.constant]
+    leaves = _leaves(form, tensors)
 
     def forward() -> tuple[Tensor, ...]:
         with precision.context(device):
@@ -215,23 +215,23 @@ def cuda_graph(form: Form, device: torch.device, precision: Precision = FP32) ->
         for _ in range(3):
             outputs = forward()
             upstream = [torch.full_like(y, 0.5) for y in outputs]
-            torch.autograd.grad(outputs, [tensors[k] for k in names], upstream)
+            torch.autograd.grad(outputs, leaves, upstream)
         del outputs
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = forward()
-        gradients = torch.autograd.grad(outputs, [tensors[k] for k in names], upstream)
+        gradients = torch.autograd.grad(outputs, leaves, upstream)
     recorded = [*(y.detach() for y in outputs), *gradients]
     for factor in (1.0, -0.5, 2.0):
         with torch.no_grad():
-            tensors[names[0]].mul_(factor)
+            leaves[0].mul_(factor)
         graph.replay()
         once = [x.clone() for x in recorded]
         graph.replay()
         fresh = forward()
         assert featkd.last_backend(form.op) == backend_on(device)
-        want = [*fresh, *torch.autograd.grad(fresh, [tensors[k] for k in names], upstream)]
+        want = [*fresh, *torch.autograd.grad(fresh, leaves, upstream)]
         for number, (x, y) in enumerate(zip(once, recorded, strict=True)):
             assert torch.equal(x, y), f"result {number} of a replay does not repeat bitwise"
             # in a graph, with another workspace, a product may use another algorithm
@@ -244,6 +244,8 @@ def compiled(
     form: Form, device: torch.device, mode: str = "default", precision: Precision = FP32
 ) -> None:
     """`torch.compile(fullgraph=True)` keeps the kernels, forward and backward."""
+    if mode != "default":
+        _cuda(device)
     sizes = sizes_for(form, device)
     want = run_ours(form, inputs_of(form, sizes, precision, device), sizes, precision)
     allowed = close(precision, device, 1e-4)
@@ -271,18 +273,6 @@ def compiled(
     assert unknown or ran == backend_on(device), f"ran on {ran}"
 
 
-def reduce_overhead(form: Form, device: torch.device) -> None:
-    """Checks `compiled` with CUDA graphs."""
-    _cuda(device)
-    compiled(form, device, "reduce-overhead")
-
-
-def max_autotune(form: Form, device: torch.device) -> None:
-    """Checks `compiled` with autotuned products and CUDA graphs."""
-    _cuda(device)
-    compiled(form, device, "max-autotune")
-
-
 def beyond_32_bits(form: Form, device: torch.device, elements: int = 2**31) -> None:
     """Maps of more than 2^31 elements give, for some images, the results of the plain form.
 
@@ -305,15 +295,12 @@ def beyond_32_bits(form: Form, device: torch.device, elements: int = 2**31) -> N
         if free < needed:
             raise NotHere(f"needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free")
     tensors = _repeated(form, one, batch, precision, device)
-    names = [name for name in tensors if name not in form.constant]
     with _backend(device):
         outputs = form.ours(tensors, sizes)
     assert featkd.last_backend(form.op) == backend_on(device)
-    first = next(k for k in ("student", "features", "x") if k in tensors)
+    first = next(k for k in tensors if k not in form.constant)  # the student's map
     ones = [torch.full_like(y, batch) if not y.dim() else torch.ones_like(y) for y in outputs]
-    gradients = dict(
-        zip(names, torch.autograd.grad(outputs, [tensors[k] for k in names], ones), strict=True)
-    )
+    gradient_of_first, *_ = torch.autograd.grad(outputs, _leaves(form, tensors), ones)
     tolerance = 0.02 if precision.student == BF16 else _CLOSE
     for image in (0, 1, batch // 2, batch - 1):
         mine = {
@@ -324,7 +311,7 @@ def beyond_32_bits(form: Form, device: torch.device, elements: int = 2**31) -> N
         want = form.plain(wide, one)
         upstream = [torch.ones_like(y) for y in want]
         (gradient,) = torch.autograd.grad(want, [wide[first]], upstream)
-        error = relative(gradients[first][image : image + 1], gradient)
+        error = relative(gradient_of_first[image : image + 1], gradient)
         assert error <= tolerance, f"gradient of image {image} of {batch}: error {error:.1e}"
         for number, y in enumerate(outputs):
             if y.dim():
@@ -358,14 +345,17 @@ def _repeated(
 Check = Callable[[Form, torch.device], None]
 
 
+def _named(name: str, check: Callable[..., None], **options: Any) -> Check:
+    """A check with options, under another name."""
+    named = update_wrapper(partial(check, **options), check)
+    named.__name__ = name  # type: ignore[attr-defined]
+    return named
+
+
 def _in_others(check: Callable[..., None]) -> tuple[Check, ...]:
     """A check in each of the other precisions, named after them."""
-    found = []
-    for name, precision in OTHERS.items():
-        named = update_wrapper(partial(check, precision=precision), check)
-        named.__name__ = f"{check.__name__}_{name}"  # type: ignore[attr-defined]
-        found.append(named)
-    return tuple(found)
+    name = check.__name__
+    return tuple(_named(f"{name}_{other}", check, precision=x) for other, x in OTHERS.items())
 
 
 QUICK: tuple[Check, ...] = (
@@ -373,5 +363,10 @@ QUICK: tuple[Check, ...] = (
     *_in_others(cuda_graph),
 )  # fmt: skip
 # the slowest come last: they are the first that a time limit cuts
-COMPILED: tuple[Check, ...] = (compiled, *_in_others(compiled), reduce_overhead, max_autotune)
+COMPILED: tuple[Check, ...] = (
+    compiled,
+    *_in_others(compiled),
+    _named("reduce_overhead", compiled, mode="reduce-overhead"),
+    _named("max_autotune", compiled, mode="max-autotune"),
+)
 LARGE: tuple[Check, ...] = (beyond_32_bits,)

@@ -12,16 +12,10 @@ from torch import Tensor
 import featkd
 from benchmarks.gpu.recorder import NotHere
 from featkd import linalg
-from tests.spectra import FAMILIES, THRESHOLDS, lapack
+from tests.spectra import FAMILIES, THRESHOLDS, lapack, matrices, svd_errors
 
 SHAPES = ((196, 192), (196, 384), (49, 96), (64, 64), (300, 200), (33, 20), (1, 7), (3, 1))
 SMALL = ((33, 20), (1, 7))
-
-
-def matrices(family: str, rows: int, columns: int, count: int = 2) -> Tensor:
-    """Draws float64 (count, rows, columns), equal in every call."""
-    rng = np.random.default_rng([rows, columns, *family.encode()])
-    return torch.from_numpy(np.stack([FAMILIES[family](rows, columns, rng) for _ in range(count)]))
 
 
 def _shapes(device: torch.device) -> tuple[tuple[int, int], ...]:
@@ -44,7 +38,7 @@ def spectra(family: str, device: torch.device) -> None:
             expected = lapack(x.numpy())
             moved = x.to(device)
             found = linalg.spectrum(moved, THRESHOLDS)
-            assert featkd.last_backend("spectrum") == _backend(device)
+            assert featkd.last_backend("spectrum") == device.type
             _repeats(partial(linalg.spectrum, moved, THRESHOLDS))
             for ranks in (found.ranks, linalg.energy_ranks(moved, THRESHOLDS)):
                 assert (ranks.cpu().numpy() == expected.ranks).all(), f"{shape} {dtype}: ranks"
@@ -65,17 +59,11 @@ def jacobi(family: str, device: torch.device) -> None:
     for shape in shapes:
         x = matrices(family, *shape)
         moved = x.to(device)
-        u, s, vh = _repeats(partial(linalg.svd, moved, method="jacobi"))
-        assert featkd.last_backend("svd") == _backend(device)
-        u, s, vh = u.cpu(), s.cpu(), vh.cpu()
-        values = torch.from_numpy(lapack(x.numpy()).values)
-        largest = values[:, :1].clamp_min(1e-300)
-        assert ((s - values).abs() / largest).max() < 1e-12, f"{shape}: values"
-        for part in (u, vh.mT):
-            eye = torch.eye(min(shape), dtype=part.dtype)
-            assert (part.mT @ part - eye).abs().max() < 1e-12, f"{shape}: not orthonormal"
-        shown = (u * s.unsqueeze(-2)) @ vh
-        assert ((shown - x).abs().amax((1, 2)) / largest[:, 0]).max() < 1e-12, f"{shape}: product"
+        found = _repeats(partial(linalg.svd, moved, method="jacobi"))
+        assert featkd.last_backend("svd") == device.type
+        errors = svd_errors(x, *(part.cpu() for part in found))
+        named = f"{shape}: values, orthonormality, product: {errors}"
+        assert all(error < 1e-12 for error in errors), named
 
 
 def leading_vectors(family: str, device: torch.device) -> None:
@@ -183,10 +171,6 @@ def captured(name: str, device: torch.device) -> None:
         x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
         graph.replay()
         assert torch.equal(found, run(x)), "a replay differs"
-
-
-def _backend(device: torch.device) -> str:
-    return device.type
 
 
 Check = Callable[[torch.device], None]

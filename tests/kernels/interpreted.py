@@ -5,7 +5,7 @@ python -m tests.kernels.interpreted
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from triton.runtime import interpreter
 import featkd
 from featkd.kernels import feature_distance, soft_kd, two_layer_norms
 from tests.ops import feature_cases, norms_cases, soft_kd_cases
-from tests.ops.comparing import Tensors
+from tests.ops.comparing import Comparable
 
 FEATURES = [
     feature_cases.Problem(9, 15, 40, 5, student=6, bias=True),
@@ -40,44 +40,40 @@ LOGITS = [
 
 def check_feature_distance() -> None:
     feature_distance.processors = lambda device: 1  # so that a program has several images and tiles
-    for problem in FEATURES:
-        inputs = problem.inputs(torch.float64)
-        problem.assert_exact(problem.run(inputs), inputs)
+    check(FEATURES)
     for width in (0, 2, 3):
-        problem = feature_cases.Problem(2, 6, 5, width, student=3, pooled=True)
-        inputs = problem.inputs(torch.float64)
-        gradcheck(problem.fused, inputs, ("teacher",))
+        gradcheck(feature_cases.Problem(2, 6, 5, width, student=3, pooled=True))
 
 
 def check_two_layer_norms() -> None:
     two_layer_norms.processors = lambda device: 1
-    for problem in NORMS:
-        inputs = problem.inputs(torch.float64)
-        problem.assert_exact(problem.run(inputs), inputs)
-    gradcheck(NORMS[1].fused, NORMS[1].inputs(torch.float64))
+    check(NORMS)
+    gradcheck(NORMS[1])
 
 
 def check_soft_kd() -> None:
     assert soft_kd.config(4096, torch.float64).block == 4096
-    for problem in LOGITS:
+    check(LOGITS)
+    small = [soft_kd_cases.Problem(3, 5, 0.3, 1.7, soft) for soft in (False, True)]
+    for problem in small:
+        gradcheck(problem)
+    soft_kd.config = lambda *_: soft_kd.Config(2, 4, num_warps=1)
+    check(small[1:])
+
+
+def check(problems: Sequence[Comparable]) -> None:
+    for problem in problems:
         inputs = problem.inputs(torch.float64)
         problem.assert_exact(problem.run(inputs), inputs)
-    for soft in (False, True):
-        problem = soft_kd_cases.Problem(3, 5, 0.3, 1.7, soft)
-        gradcheck(problem.fused, problem.inputs(torch.float64), soft_kd_cases.CONSTANT)
-    small, soft_kd.config = soft_kd.config, lambda *_: soft_kd.Config(2, 4, num_warps=1)
-    problem.assert_exact(problem.run(inputs := problem.inputs(torch.float64)), inputs)
-    soft_kd.config = small
 
 
-def gradcheck(
-    function: Callable[..., Tensors], inputs: Tensors, constant: tuple[str, ...] = ()
-) -> None:
-    """Runs gradcheck on a public function."""
+def gradcheck(problem: Comparable) -> None:
+    inputs = problem.inputs(torch.float64)
+    constant = problem.constant
     names = [n for n, x in inputs.items() if n not in constant and x.is_floating_point()]
 
     def outputs(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found = function(**inputs | dict(zip(names, leaves, strict=True)))
+        found = problem.fused(**inputs | dict(zip(names, leaves, strict=True)))
         return tuple(found.values())
 
     torch.autograd.gradcheck(outputs, [inputs[n].requires_grad_() for n in names], fast_mode=True)
@@ -121,8 +117,8 @@ if __name__ == "__main__":
         "widelast_projection": check_two_layer_norms,
         "soft_kd": check_soft_kd,
     }
-    for op, check in checks.items():
+    for op, work in checks.items():
         with featkd.use_backend("triton"):
-            check()
+            work()
         assert featkd.last_backend(op) == "triton"
         print(op)

@@ -71,14 +71,7 @@ def test_views_are_bitwise_equal(executed):
 
 def test_repeats_and_scaled_gradients_are_bitwise_equal(executed):
     """The order of threads differs between runs; scaling by a power of two is exact."""
-    inputs = SMALL.inputs(F32)
-    before = {n: x.clone() for n, x in inputs.items()}
-    loss = Problem(3, 12, 20, 4, student=12)
-    once = loss.run(inputs, 1.0)
-    assert_same_bits(loss.run(inputs, 1.0), once)
-    scaled = {n: x * (-0.125 if n.startswith("d_") else 1) for n, x in once.items()}
-    assert_same_bits(loss.run(inputs, -0.125), scaled)
-    assert_same_bits(inputs, before)
+    SMALL.assert_repeats_and_scales(SMALL.inputs(F32))
 
 
 @pytest.mark.parametrize("layout", ["tokens", "images"])

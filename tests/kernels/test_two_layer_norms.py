@@ -47,7 +47,8 @@ def test_error_at_published_widths(executed):
 
 
 def test_views_and_expanded_gradients_are_bitwise_equal(executed):
-    inputs, upstream = SMALL.inputs(BF16, F32), SMALL.upstream(BF16)
+    inputs = SMALL.inputs(BF16, F32)
+    upstream = SMALL.upstream(inputs)
     upstream["normed"] = upstream["normed"][:1, :, :1].expand(3, 6, 20)
     plain = SMALL.run(inputs, {n: x.contiguous() for n, x in upstream.items()})
     for name in ("sliced", "transposed"):
@@ -58,17 +59,13 @@ def test_views_and_expanded_gradients_are_bitwise_equal(executed):
 
 def test_repeats_and_scaled_gradients_are_bitwise_equal(executed):
     """The order of threads differs between runs; scaling by a power of two is exact."""
-    inputs, upstream = SMALL.inputs(F32), SMALL.upstream(F32)
-    once = SMALL.run(inputs, upstream)
-    assert_same_bits(SMALL.run(inputs, upstream), once)
-    eighth = SMALL.run(inputs, {n: -0.125 * x for n, x in upstream.items()})
-    scaled = {n: x * (-0.125 if n.startswith("d_") else 1) for n, x in once.items()}
-    assert_same_bits(eighth, scaled)
+    SMALL.assert_repeats_and_scales(SMALL.inputs(F32))
 
 
 def test_gradient_offsets_beyond_int32():
     problem = Problem(1, 3, 5, 20)
-    inputs, upstream = problem.inputs(BF16, F32), problem.upstream(BF16)
+    inputs = problem.inputs(BF16, F32)
+    upstream = problem.upstream(inputs)
     with executing(check=False):  # checks would need memory for the gaps
         far = problem.run(inputs, {n: tokens_far_apart(x) for n, x in upstream.items()})
         assert_same_bits(far, problem.run(inputs, upstream))
@@ -76,7 +73,8 @@ def test_gradient_offsets_beyond_int32():
 
 @pytest.mark.parametrize("name", ["x", "normed", "residual"])
 def test_nan_affects_only_its_row(executed, name):
-    inputs, upstream = SMALL.inputs(BF16, F32), SMALL.upstream(BF16)
+    inputs = SMALL.inputs(BF16, F32)
+    upstream = SMALL.upstream(inputs)
     (inputs | upstream)[name][1, 3, 2] = float("nan")
     got = SMALL.run(inputs, upstream)
     for output in ("residual", "normed", "d_x"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -67,6 +68,54 @@ def assert_same_bits(got: Tensors, want: Tensors) -> None:
     assert set(got) == set(want)
     for name, x in want.items():
         assert torch.equal(got[name], x), name
+
+
+class Comparable:
+    """Base of the test problems, with references in plain torch.
+
+    A problem has `inputs(rows, others)`, `upstream(inputs)`, and its outputs by name as functions
+    of the inputs: `fused` by featkd, `plain` by torch.
+    """
+
+    constant: ClassVar[tuple[str, ...]] = ()
+    """Inputs without a gradient."""
+    inputs: Callable[..., Tensors]
+    upstream: Callable[[Tensors], Tensors]
+    fused: Callable[..., Tensors]
+    plain: Callable[..., Tensors]
+
+    def run(
+        self, inputs: Tensors, upstream: Tensors | None = None, by_torch: bool = False
+    ) -> Tensors:
+        """Outputs and gradients."""
+        upstream = self.upstream(inputs) if upstream is None else upstream
+        function = self.plain if by_torch else self.fused
+        return differentiate(function, inputs, upstream, self.constant)
+
+    def assert_exact(self, got: Tensors, inputs: Tensors, upstream: Tensors | None = None) -> None:
+        upstream = self.upstream(inputs) if upstream is None else upstream
+        exact = self.run(double(inputs), double(upstream), by_torch=True)
+        assert_as_exact(got, self.run(inputs, upstream, by_torch=True), exact)
+
+    def assert_exact_in_all_dtypes(self) -> None:
+        for rows in DTYPES:
+            for others in {rows, torch.float32} if rows != torch.float64 else {rows}:
+                inputs = self.inputs(rows, others)
+                self.assert_exact(self.run(inputs), inputs)
+
+    def assert_repeats(self, inputs: Tensors) -> Tensors:
+        """Checks that a second run gives the same bits and leaves the inputs; returns results."""
+        before = {n: x.clone() for n, x in inputs.items()}
+        once = self.run(inputs)
+        assert_same_bits(self.run(inputs), once)
+        assert_same_bits(inputs, before)
+        return once
+
+    def assert_repeats_and_scales(self, inputs: Tensors) -> None:
+        """Checks also that gradients scale exactly with a power of two."""
+        once = self.assert_repeats(inputs)
+        eighth = self.run(inputs, {n: -0.125 * x for n, x in self.upstream(inputs).items()})
+        assert_same_bits(eighth, {n: x * (-0.125 if n[:2] == "d_" else 1) for n, x in once.items()})
 
 
 def views(x: Tensor) -> Tensors:

@@ -37,6 +37,14 @@ def launched() -> Iterator[list[str]]:
 
 
 @pytest.fixture
+def recorded() -> Iterator[list[str]]:
+    """Names of launched kernels, which do not run."""
+    names: list[str] = []
+    with redirect(lambda kernel, *_: names.append(kernel.fn.__name__)):
+        yield names
+
+
+@pytest.fixture
 def triton() -> Iterator[None]:
     with featkd.use_backend("triton"):
         yield

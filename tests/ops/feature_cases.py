@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from featkd.functional import lift_head, projected_feature_kd
-from tests.ops.comparing import Tensors, assert_as_exact, differentiate, double, normal
+from tests.ops.comparing import Comparable, Tensors, normal
 
 EPS = 1e-2  # large, so that an error in its use shows
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(Comparable):
     """Sizes and optional arguments.
 
     Attributes:
@@ -23,6 +24,8 @@ class Problem:
         student: channels of the student; 0 for no projector.
         pooled: call lift_head, which also returns the mean over the tokens.
     """
+
+    constant: ClassVar[tuple[str, ...]] = ("teacher",)
 
     batch: int
     tokens: int
@@ -61,12 +64,13 @@ class Problem:
         }
         return {name: x for name, x in tensors.items() if not absent.get(name)}
 
-    def upstream(self, outputs: Tensors, loss: float = 3.0) -> Tensors:
+    def upstream(self, inputs: Tensors) -> Tensors:
         """Gradients of the outputs, scaled so that both matter in the student's gradient."""
         g, size = torch.Generator().manual_seed(1), 1 / (self.batch * self.channels)
-        given = {"pooled": normal(g, self.batch, self.channels, scale=size)}
-        given["loss"] = torch.tensor(loss)
-        return {n: given[n].to(x.dtype) for n, x in outputs.items()}
+        pooled = normal(g, self.batch, self.channels, scale=size)
+        given = {"pooled": pooled, "loss": torch.tensor(3.0)}
+        with torch.no_grad():
+            return {n: given[n].to(x.dtype) for n, x in self.plain(**inputs).items()}
 
     def grid(self) -> tuple[int, int] | None:
         return (self.tokens // self.width, self.width) if self.width else None
@@ -86,8 +90,8 @@ class Problem:
             rows = F.linear(student, others["weight"], others.get("bias"))
         rows = rows if rows.dtype == torch.float64 else rows.float()
         if "norm_weight" in others:
-            weight, bias = (None if x is None else x.to(rows.dtype) for x in self._norm(others))
-            rows = F.layer_norm(rows, (self.channels,), weight, bias, EPS)
+            norm = [x.to(rows.dtype) for n, x in others.items() if n.startswith("norm_")]
+            rows = F.layer_norm(rows, (self.channels,), *norm, eps=EPS)
         found = {"pooled": rows.mean(1).to(student.dtype)} if self.pooled else {}
         if "teacher" in others:
             error = rows - others["teacher"].to(rows.dtype)
@@ -96,17 +100,3 @@ class Problem:
                 error = torch.view_as_real(torch.fft.rfft2(maps, norm="ortho"))
             found["loss"] = error.square().mean()
         return found
-
-    def _norm(self, others: Tensors) -> tuple[Tensor, Tensor | None]:
-        return others["norm_weight"], others.get("norm_bias")
-
-    def run(self, inputs: Tensors, loss: float = 3.0, by_torch: bool = False) -> Tensors:
-        """Outputs and gradients."""
-        function = self.plain if by_torch else self.fused
-        with torch.no_grad():
-            upstream = self.upstream(self.plain(**inputs), loss)
-        return differentiate(function, inputs, upstream, ("teacher",))
-
-    def assert_exact(self, got: Tensors, inputs: Tensors) -> None:
-        exact = self.run(double(inputs), by_torch=True)
-        assert_as_exact(got, self.run(inputs, by_torch=True), exact)

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featkd.functional import widelast_projection
-from tests.ops.comparing import Tensors, assert_as_exact, differentiate, double, normal
+from tests.ops.comparing import Comparable, Tensors, normal
 
 EPS = 1e-2  # large, so that an error in its use shows
 NORMS = ("proj_norm_weight", "proj_norm_bias", "norm1_weight", "norm1_bias")
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(Comparable):
     """Sizes, and the outputs that are used."""
 
     batch: int
@@ -39,8 +39,9 @@ class Problem:
             **dict(zip(NORMS, norms, strict=True)),
         }
 
-    def upstream(self, dtype: torch.dtype) -> Tensors:
-        g = torch.Generator().manual_seed(1)
+    def upstream(self, inputs: Tensors) -> Tensors:
+        """Gradients of the used outputs, in x's dtype."""
+        g, dtype = torch.Generator().manual_seed(1), inputs["x"].dtype
         shape = (self.batch, self.tokens, self.channels)
         both = {n: normal(g, *shape, mean=0.5).to(dtype) for n in ("residual", "normed")}
         return {n: both[n] for n in self.used}
@@ -58,15 +59,3 @@ class Problem:
         residual = F.layer_norm(rows, (self.channels,), p[0], p[1], EPS)
         normed = F.layer_norm(residual, (self.channels,), p[2], p[3], EPS)
         return {"residual": residual.to(x.dtype), "normed": normed.to(x.dtype)}
-
-    def run(
-        self, inputs: Tensors, upstream: Tensors | None = None, by_torch: bool = False
-    ) -> Tensors:
-        """Outputs and gradients."""
-        upstream = self.upstream(inputs["x"].dtype) if upstream is None else upstream
-        return differentiate(self.plain if by_torch else self.fused, inputs, upstream)
-
-    def assert_exact(self, got: Tensors, inputs: Tensors) -> None:
-        upstream = double(self.upstream(inputs["x"].dtype))
-        exact = self.run(double(inputs), upstream, by_torch=True)
-        assert_as_exact(got, self.run(inputs, by_torch=True), exact)

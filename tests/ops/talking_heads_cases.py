@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from tests.ops.comparing import relative
+
 NAMES = ("q", "k", "v", "pre_weight", "pre_bias", "post_weight", "post_bias")
 
 
@@ -50,11 +52,6 @@ def as_timm(x: dict[str, Tensor], scale: float) -> Tensor:
     shares = mixed.permute(0, 3, 1, 2).softmax(-1)
     mixed = linear(shares.permute(0, 2, 3, 1), x["post_weight"], x["post_bias"])
     return mixed.permute(0, 3, 1, 2) @ x["v"]
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    """||got - want|| / ||want||, in float64."""
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 def exact(x: dict[str, Tensor], scale: float) -> Tensor:

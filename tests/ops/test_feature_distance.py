@@ -7,7 +7,7 @@ import torch
 
 import featkd
 from featkd.functional import lift_head, projected_feature_kd
-from tests.ops.comparing import DTYPES, assert_same_bits, relative, views
+from tests.ops.comparing import relative, views
 from tests.ops.feature_cases import EPS, Problem
 
 PROBLEMS = [
@@ -24,22 +24,15 @@ PROBLEMS = [
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_error_is_at_most_twice_torchs(problem):
-    for rows in DTYPES:
-        for parameters in {rows, torch.float32} if rows != torch.float64 else {rows}:
-            inputs = problem.inputs(rows, parameters)
-            problem.assert_exact(problem.run(inputs), inputs)
-    assert featkd.last_backend("lift_head" if problem.pooled else "projected_feature_kd") == (
-        "reference"
-    )
+    problem.assert_exact_in_all_dtypes()
+    op = "lift_head" if problem.pooled else "projected_feature_kd"
+    assert featkd.last_backend(op) == "reference"
 
 
 @pytest.mark.parametrize("problem", [PROBLEMS[1], PROBLEMS[4], PROBLEMS[5]], ids=str)
 def test_views_repeatability_and_unchanged_inputs(problem):
     inputs = problem.inputs(torch.float32)
-    before = {n: x.clone() for n, x in inputs.items()}
-    plain = problem.run(inputs)
-    assert_same_bits(problem.run(inputs), plain)
-    assert_same_bits(inputs, before)
+    problem.assert_repeats(inputs)
     for name in ("sliced", "transposed"):
         viewed = {n: views(x)[name] if x.dim() == 3 else x for n, x in inputs.items()}
         problem.assert_exact(problem.run(viewed), inputs)
@@ -68,19 +61,15 @@ def test_gradient_of_one_output_only(output, executed, triton):
     inputs = {n: x.requires_grad_(n != "teacher") for n, x in problem.inputs(torch.float32).items()}
     leaves = [x for x in inputs.values() if x.requires_grad]
     options = {"eps": EPS, "metric": "spectral", "grid": (3, 4)}
+    others = {n: x for n, x in inputs.items() if n != "student"}
     found = {}
     for backend in ("triton", "reference"):
         with featkd.use_backend(backend):
-            used = lift_head(*_positional(inputs), **options)[output]
+            used = lift_head(inputs["student"], **others, **options)[output]
         found[backend] = torch.autograd.grad(used.sum() if output == 0 else used, leaves)
     assert len(executed) == 4
     for ours, theirs in zip(found["triton"], found["reference"], strict=True):
         assert relative(ours, theirs) < 2e-6
-
-
-def _positional(inputs):
-    names = ("student", "weight", "norm_weight", "norm_bias", "teacher")
-    return [inputs[n] for n in names]
 
 
 @pytest.mark.parametrize("name", ["student", "weight", "norm_weight", "norm_bias"])

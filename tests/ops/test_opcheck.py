@@ -58,7 +58,8 @@ def test_feature_distance(launched, problem, dtypes):
 @pytest.mark.parametrize("dtypes", [(F32, F32), (F16, F32)], ids=str)
 def test_two_layer_norms(launched, dtypes):
     problem = NormsProblem(2, 12, 10, 10)
-    inputs, upstream = problem.inputs(*dtypes), problem.upstream(dtypes[0])
+    inputs = problem.inputs(*dtypes)
+    upstream = problem.upstream(inputs)
     tensors = [inputs["x"].requires_grad_(), *(inputs[n].requires_grad_() for n in NORMS)]
     check(ops.two_layer_norms, *tensors, 0.1, F32)
     kept = [x.detach() for x in (views(inputs["x"])["transposed"], *tensors[1:])]

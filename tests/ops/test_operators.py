@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,11 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from featkd.kernels.launch import redirect
 from tests.ops.comparing import Tensors, differentiate
 from tests.ops.feature_cases import Problem as FeatureProblem
 from tests.ops.norms_cases import Problem as NormsProblem
-from tests.ops.soft_kd_cases import CONSTANT
 from tests.ops.soft_kd_cases import Problem as LogitsProblem
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -55,14 +53,6 @@ def operators(
     return Counter({n: count for n, count in called.names.items() if n not in FREE})
 
 
-@pytest.fixture
-def launched() -> Iterator[list[str]]:
-    """Names of launched kernels, which do not run."""
-    names: list[str] = []
-    with redirect(lambda kernel, *_: names.append(kernel.fn.__name__)):
-        yield names
-
-
 def linear(**inputs: Tensor) -> Tensors:
     x, weight, *bias = inputs.values()
     return {"out": F.linear(x, weight, *bias)}
@@ -90,46 +80,45 @@ PAIRS = [
     ids=str,
 )
 @pytest.mark.usefixtures("triton")
-def test_feature_distance(launched, problem, rows, parameters, cast):
+def test_feature_distance(recorded, problem, rows, parameters, cast):
     inputs = problem.inputs(parameters) | {"student": problem.inputs(rows)["student"]}
-    upstream = {"pooled": torch.ones(2, 10), "loss": torch.tensor(3.0)}
     with autocast(cast):
-        outputs = problem.fused(**inputs)
-        upstream = {n: upstream[n].to(x.dtype) for n, x in outputs.items()}
-        launched.clear()
-        ours = operators(problem.fused, inputs, upstream, ("teacher",))
+        upstream = problem.fused(**inputs)
+        recorded.clear()
+        ours = operators(problem.fused, inputs, upstream, problem.constant)
         product = {n: x for n, x in inputs.items() if n in ("student", "weight", "bias")}
         theirs = operators(linear, product, {"out": linear(**product)["out"]})
     extra = {"featkd.feature_distance.default": 1, "featkd.feature_distance_backward.default": 1}
     assert ours - theirs == extra
     back = ["distance_backward", "sum_partials"]
-    assert launched == ["distance_forward", "sum_partials", *back]
+    assert recorded == ["distance_forward", "sum_partials", *back]
 
 
 @pytest.mark.parametrize(("rows", "parameters", "cast"), PAIRS, ids=str)
 @pytest.mark.usefixtures("triton")
-def test_two_layer_norms(launched, rows, parameters, cast):
+def test_two_layer_norms(recorded, rows, parameters, cast):
     problem = NormsProblem(2, 12, 6, 10)
     inputs = problem.inputs(parameters) | {"x": problem.inputs(rows)["x"]}
     with autocast(cast):
         upstream = problem.fused(**inputs)
-        launched.clear()
+        recorded.clear()
         ours = operators(problem.fused, inputs, upstream)
         product = {n: x for n, x in inputs.items() if n in ("x", "weight")}
         theirs = operators(linear, product, {"out": linear(**product)["out"]})
     extra = {"featkd.two_layer_norms.default": 1, "featkd.two_layer_norms_backward.default": 1}
     assert ours - theirs == extra
-    assert launched == ["two_norms_forward", "two_norms_backward", "sum_partials"]
+    assert recorded == ["two_norms_forward", "two_norms_backward", "sum_partials"]
 
 
 @pytest.mark.parametrize("cast", [None, BF16, F16], ids=str)
 @pytest.mark.parametrize("problem", [LogitsProblem(4, 10), LogitsProblem(4, 10, 0.5, 2, True)])
 @pytest.mark.usefixtures("triton")
-def test_soft_kd(launched, problem, cast):
+def test_soft_kd(recorded, problem, cast):
     for dtype, others in ((F32, F32), (BF16, F32), (F16, F16)):
-        inputs, upstream = problem.inputs(dtype, others), {"loss": torch.tensor(3.0)}
+        inputs = problem.inputs(dtype, others)
+        upstream = problem.upstream(inputs)
         with autocast(cast):
-            ours = operators(problem.fused, inputs, upstream, CONSTANT)
+            ours = operators(problem.fused, inputs, upstream, problem.constant)
         assert ours == {"featkd.soft_kd.default": 1, "featkd.soft_kd_backward.default": 1}
-        assert launched == ["soft_kd_rows", "sum_partials", "soft_kd_rows"]
-        launched.clear()
+        assert recorded == ["soft_kd_rows", "sum_partials", "soft_kd_rows"]
+        recorded.clear()

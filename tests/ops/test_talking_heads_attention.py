@@ -10,13 +10,8 @@ import featkd
 from featkd.functional import talking_heads_attention
 from featkd.ops import extension
 from featkd.ops import talking_heads_attention as op
-from tests.ops.talking_heads_cases import (
-    Problem,
-    as_timm,
-    assert_as_exact_as_eager,
-    exact,
-    relative,
-)
+from tests.ops.comparing import relative
+from tests.ops.talking_heads_cases import Problem, as_timm, assert_as_exact_as_eager, exact
 
 PROBLEMS = [
     Problem(2, 8, 196, 48),  # CaiT-S24

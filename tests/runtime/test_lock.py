@@ -69,6 +69,11 @@ def record(place: Location) -> bytes:
     return (place / lock.NAME).read_bytes()
 
 
+def refused(place: Location, message: str) -> None:
+    with pytest.raises(FolderInUse, match=message), locked(place):
+        pass
+
+
 def test_a_lock_is_taken_again_after_its_release(place):
     for _ in range(2):
         with locked(place):
@@ -79,8 +84,7 @@ def test_a_lock_is_taken_again_after_its_release(place):
 def test_the_error_names_the_owner(tmp_path, start):
     owner = start()
     message = f"{tmp_path} is in use by process {owner.pid} on host {socket.gethostname()}; wait"
-    with pytest.raises(FolderInUse, match=message), locked(tmp_path):
-        pass
+    refused(tmp_path, message)
     assert owner.poll() is None
     owner.send_signal(signal.SIGKILL)
     owner.wait()
@@ -103,8 +107,7 @@ def test_a_suspended_owner_on_this_host_keeps_its_lock(tmp_path, start, monkeypa
     os.waitid(os.P_PID, owner.pid, os.WSTOPPED)
     if not locks:
         monkeypatch.setattr(fcntl, "lockf", unsupported)
-    with pytest.raises(FolderInUse, match=f"in use by process {owner.pid} on"), locked(tmp_path):
-        pass
+    refused(tmp_path, f"in use by process {owner.pid} on")
 
 
 def test_two_runs_of_one_process_do_not_share_a_folder(place, tmp_path):
@@ -116,8 +119,7 @@ def test_two_runs_of_one_process_do_not_share_a_folder(place, tmp_path):
     with locked(place):
         for _ in range(2):
             message = f"in use by process {os.getpid()} on host"
-            with pytest.raises(FolderInUse, match=message), locked(other):
-                pass
+            refused(other, message)
         if isinstance(place, Path):
             found = subprocess.run([sys.executable, "-c", HOLD, str(place)], capture_output=True)
             assert f"in use by process {os.getpid()} on".encode() in found.stderr
@@ -133,8 +135,7 @@ def test_an_owner_on_another_host_keeps_its_lock_while_it_runs(
     monkeypatch.setattr(lock, "_WATCH_SECONDS", 3.0)
     owner = start("elsewhere")
     monkeypatch.setattr(fcntl, "lockf", (lambda *_: None) if locks else unsupported)
-    with pytest.raises(FolderInUse, match=f"in use by process {owner.pid}"), locked(tmp_path):
-        pass
+    refused(tmp_path, f"in use by process {owner.pid}")
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     monkeypatch.setattr(lock, "_WATCH_SECONDS", 0.6)
@@ -147,12 +148,8 @@ def test_a_store_is_locked_by_the_record_alone(place, monkeypatch):
     """Held by this process, by a killed one, and by one on another host."""
     if isinstance(place, Path):
         monkeypatch.setattr(fcntl, "lockf", unsupported)
-    with (
-        locked(place),
-        pytest.raises(FolderInUse, match=f"in use by process {os.getpid()} on host"),
-        locked(place),
-    ):
-        pass
+    with locked(place):
+        refused(place, f"in use by process {os.getpid()} on host")
     owner = lock._Owner("node7", 2**22 - 1, lock.machine(), "1", "token")
     for left in (owner.encode(), b"not a record", b"[" * 4000, b'{"pid": "1"}'):
         path = place / lock.NAME
@@ -166,6 +163,5 @@ def test_of_two_simultaneous_starts_behind_a_url_one_ends(monkeypatch):
     other = lock._Owner("node7", 17, "elsewhere", "1", "token").encode()
     monkeypatch.setattr(time, "sleep", lambda _: (place / lock.NAME).replace_with(other))
     message = "memory://run is in use by process 17 on host node7"
-    with pytest.raises(FolderInUse, match=message), locked(place):
-        pass
+    refused(place, message)
     MemoryFileSystem.store.clear()

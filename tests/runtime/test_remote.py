@@ -12,28 +12,14 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from featkd.runtime.files import atomic_link, atomic_write, remove_leftovers
-from featkd.runtime.remote import RemotePath, locate
-
-
-class FailingStore(MemoryFileSystem):
-    """Fails within an upload and leaves a visible part of it, as SFTP can."""
-
-    protocol = "failing"
-    left = 1 << 30  # bytes that still fit
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return str(super()._strip_protocol(path.replace("failing://", "memory://")))
-
-    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
-        fits = value[: FailingStore.left]
-        super().pipe_file(path, fits, mode, **options)
-        if len(fits) < len(value):
-            raise RuntimeError("the quota is used up")
+from featkd.runtime.remote import Location, RemotePath, locate
 
 
 class Unsteady(MemoryFileSystem):
-    """Fails on chosen calls: "rm", "info", or "cp_file" to a path."""
+    """Store in memory that fails on chosen calls: "rm", "info", "cp_file" to a path, "pipe_file".
+
+    A failed upload leaves a visible part, as SFTP can.
+    """
 
     protocol = "unsteady"
     refused: ClassVar[dict[str, str]] = {}
@@ -41,6 +27,12 @@ class Unsteady(MemoryFileSystem):
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
         return str(super()._strip_protocol(path.replace("unsteady://", "memory://")))
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        if "pipe_file" in Unsteady.refused:
+            super().pipe_file(path, value[:4], mode, **options)
+            raise RuntimeError("the quota is used up")
+        super().pipe_file(path, value, mode, **options)
 
     def info(self, path: str, **options: Any) -> Any:
         if "info" in Unsteady.refused:
@@ -66,20 +58,21 @@ class Renaming(Unsteady):
 
 
 fsspec.register_implementation("unsteady", Unsteady, clobber=True)
-fsspec.register_implementation("failing", FailingStore, clobber=True)
 
 
-@pytest.fixture(params=["memory", "failing"])
-def folder(request: pytest.FixtureRequest) -> Iterator[RemotePath]:
-    place = locate(f"{request.param}://runs/one")
-    assert isinstance(place, RemotePath)
-    place.mkdir()
+@pytest.fixture(params=["disk", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Location]:
+    place = locate(tmp_path if request.param == "disk" else "memory://runs/one")
+    place.mkdir(exist_ok=True)
     yield place
-    place.fs.store.clear()
-    place.fs.pseudo_dirs[:] = [""]
+    if isinstance(place, RemotePath):
+        place.fs.store.clear()
+        place.fs.pseudo_dirs[:] = [""]
 
 
-def files(folder: RemotePath) -> set[str]:
+def files(folder: Location) -> set[str]:
+    if isinstance(folder, Path):
+        return {path.name for path in folder.iterdir()}
     return {path.rpartition("/")[2] for path in folder.fs.find(str(folder))}
 
 
@@ -103,7 +96,7 @@ def test_an_unusable_url_names_the_field_and_the_cause(
         locate(url, "resume")
 
 
-def test_write_replaces_and_leaves_nothing_else(folder: RemotePath) -> None:
+def test_write_replaces_and_leaves_nothing_else(folder: Location) -> None:
     last, best = folder / "last.pt", folder / "best.pt"
     assert not last.exists()
     for content in (b"one", b"two"):
@@ -118,10 +111,11 @@ def test_write_replaces_and_leaves_nothing_else(folder: RemotePath) -> None:
     assert not folder.is_file()
 
 
-def test_an_error_while_writing_leaves_the_old_file(folder: RemotePath) -> None:
+def test_an_error_while_writing_leaves_the_old_file(folder: Location) -> None:
     """fsspec's own files upload the part written so far when the block fails."""
     last = folder / "last.pt"
-    last.replace_with(b"old")
+    with atomic_write(last) as file:
+        file.write(b"old")
 
     def fail_half_way() -> None:
         with atomic_write(last) as file:
@@ -134,17 +128,6 @@ def test_an_error_while_writing_leaves_the_old_file(folder: RemotePath) -> None:
     assert files(folder) == {"last.pt"}
 
 
-def test_an_incomplete_upload_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    last = locate("failing://runs/half/last.pt")
-    assert isinstance(last, RemotePath)
-    last.replace_with(b"old content")
-    monkeypatch.setattr(FailingStore, "left", 4)
-    with pytest.raises(OSError, match=r"failing://runs/half/last.pt: RuntimeError: the quota is"):
-        last.replace_with(b"new content")
-    assert last.read_bytes() == b"old content"
-    assert last.fs.find("/runs/half") == ["/runs/half/last.pt"]
-
-
 @pytest.fixture
 def unsteady(monkeypatch: pytest.MonkeyPatch) -> Iterator[RemotePath]:
     """A folder with last.pt, on a file system that does not fail yet."""
@@ -154,6 +137,15 @@ def unsteady(monkeypatch: pytest.MonkeyPatch) -> Iterator[RemotePath]:
     (place / "last.pt").replace_with(b"old")
     yield place
     place.fs.store.clear()
+
+
+def test_an_incomplete_upload_leaves_the_old_file(unsteady: RemotePath) -> None:
+    Unsteady.refused["pipe_file"] = ""
+    last = unsteady / "last.pt"
+    with pytest.raises(OSError, match=r"unsteady://runs/two/last.pt: RuntimeError: the quota is"):
+        last.replace_with(b"new content")
+    assert last.read_bytes() == b"old"
+    assert files(unsteady) == {"last.pt"}
 
 
 def test_a_refused_deletion_is_no_failure(unsteady: RemotePath) -> None:
@@ -188,19 +180,18 @@ def test_renaming_is_used_if_implemented(unsteady: RemotePath) -> None:
     assert files(unsteady) == {"last.pt"}
 
 
-def test_the_next_upload_replaces_a_killed_one(folder: RemotePath) -> None:
-    folder.fs.pipe_file("/runs/one/.last.pt.tmp", b"half of wh")
-    remove_leftovers(folder)
-    (folder / "last.pt").replace_with(b"whole")
-    assert files(folder) == {"last.pt"}
+def test_the_next_upload_replaces_a_killed_one(unsteady: RemotePath) -> None:
+    unsteady.fs.pipe_file("/runs/two/.last.pt.tmp", b"half of wh")
+    remove_leftovers(unsteady)
+    (unsteady / "last.pt").replace_with(b"whole")
+    assert files(unsteady) == {"last.pt"}
 
 
-def test_errors_name_the_url(folder: RemotePath) -> None:
-    with pytest.raises(OSError, match=f"{folder}/none: FileNotFoundError"):
-        (folder / "none").read_bytes()
-    (folder / "file").replace_with(b"")
-    with pytest.raises(FileExistsError, match="file is a file, expected a folder"):
-        (folder / "file").mkdir()
+def test_errors_name_the_url(unsteady: RemotePath) -> None:
+    with pytest.raises(OSError, match=f"{unsteady}/none: FileNotFoundError"):
+        (unsteady / "none").read_bytes()
+    with pytest.raises(FileExistsError, match=r"last.pt is a file, expected a folder"):
+        (unsteady / "last.pt").mkdir()
 
 
 def test_a_lost_connection_is_not_an_absent_file(unsteady: RemotePath) -> None:

@@ -14,16 +14,7 @@ only by the rounding of decoders and filters.
 Importing this package does not import nvidia.dali.
 """
 
-from featkd.data.dali.files import as_png, is_whole_jpeg
 from featkd.data.dali.loader import DaliLoader
-from featkd.data.dali.pipeline import build_pipeline, pipeline_inputs
 from featkd.data.dali.support import unsupported_reason
 
-__all__ = [
-    "DaliLoader",
-    "as_png",
-    "build_pipeline",
-    "is_whole_jpeg",
-    "pipeline_inputs",
-    "unsupported_reason",
-]
+__all__ = ["DaliLoader", "unsupported_reason"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,8 @@ _SCAN, _TABLES, _RESTARTS = 0xDA, 0xDB, 0xDD
 _FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive, with Huffman codes
 _HUFFMAN, _COMMENT = 0xC4, 0xFE
 _JFIF, _ADOBE = 0xE0, 0xEE
+_Segment = tuple[int, memoryview]  # marker and content
 _MOST_PIXELS = 1 << 26  # Pillow warns about larger images, or refuses them
-
-
-class _Segment(NamedTuple):
-    code: int
-    content: memoryview
 
 
 def load(content: bytes, name: str) -> File:
@@ -64,17 +60,12 @@ def load_decodable(content: bytes, name: str) -> File:
     return load(content, name)
 
 
-def is_whole_jpeg(content: bytes) -> bool:
-    """Checks whether a JPEG's segments are complete, from the first byte to the end marker.
+def _segments(content: bytes) -> list[_Segment] | None:
+    """Returns the segments up to the end marker; None if `content` is not a whole JPEG.
 
     Decoders fill lost parts of a scan with grey, and only some report it. This check reads only
     the headers and searches the scans for stray markers, so it is much faster than decoding.
     """
-    return _segments(content) is not None
-
-
-def _segments(content: bytes) -> list[_Segment] | None:
-    """Returns the segments up to the end marker; None if `content` is not a whole JPEG."""
     if not content.startswith(_START):
         return None
     view = memoryview(content)
@@ -93,7 +84,7 @@ def _segments(content: bytes) -> list[_Segment] | None:
         if code == _RESTARTS:
             ends = None
         seen.add(code)
-        found.append(_Segment(code, view[at + 4 : at + 2 + length]))
+        found.append((code, view[at + 4 : at + 2 + length]))
         at += 2 + length
         if code == _SCAN:
             if ends is None:

@@ -3,55 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from featkd.data.augment_params import AugmentParamSampler, evaluation_params
-from featkd.data.config import DataConfig
-from featkd.data.dali.files import File, load
+from featkd.data.dali.files import load
 from featkd.data.dali.pipeline import build_pipeline, pipeline_inputs
 from featkd.data.dali.read_ahead import EpochReader, FedBatch
-from featkd.data.imageset import ImageSet
-from featkd.data.loader import Batch, RawBatch, SampledLoader, as_tensor
-from featkd.data.sampler import EpochSampler, SampleKey
+from featkd.data.imageset import Sample
+from featkd.data.loader import NO_IMAGES, Batch, Loader, RawBatch, raw_batch
+from featkd.data.sampler import SampleKey
 from featkd.runtime.names import printable
 
 
-class DaliLoader(SampledLoader):
-    """`Loader` with a DALI pipeline; made by `build_loader`.
+class DaliLoader(Loader):
+    """`Loader` with a DALI pipeline.
 
     Threads of this process read the files, and this process draws the augmentation parameters.
-    DALI does all work on pixels up to the `DeviceStage`.
-
-    Args:
-        dataset: the images.
-        config: sizes, filter, statistics and augmentation.
-        sampler: the order of the samples.
-        batch_size: images per batch.
-        device: device of the batches. On a CUDA device JPEGs are decoded there too.
+    DALI does all work on pixels up to the `DeviceStage`. On a CUDA device JPEGs are decoded there.
     """
 
-    def __init__(
-        self,
-        dataset: ImageSet,
-        config: DataConfig,
-        sampler: EpochSampler,
-        *,
-        batch_size: int,
-        device: torch.device,
-    ) -> None:
-        super().__init__(dataset, config, sampler, batch_size=batch_size, device=device)
-        self.decoder = f"dali on {device.type}"
-        self._config = config
-        self._device = device
-        self._param_sampler = (
-            AugmentParamSampler(config, dataset.seed) if dataset.training else None
-        )
-        self._reader: EpochReader | None = None
-        self._pipeline: Any = None
+    _reader: EpochReader | None = None
+    _pipeline: Any = None
+
+    @property
+    def decoder(self) -> str:  # type: ignore[override]
+        """See `Loader`."""
+        return f"dali on {self._device.type}"
+
+    @cached_property
+    def _param_sampler(self) -> AugmentParamSampler:
+        return AugmentParamSampler(self._config, self.dataset.seed)
 
     def __iter__(self) -> Iterator[Batch]:
+        """See `Loader`."""
         self.close()
         return self._ready(self._run(), self._iteration)
 
@@ -74,20 +61,10 @@ class DaliLoader(SampledLoader):
             fed = reader.fed.popleft()
             # Not a copy: DALI reuses the memory once the tensor is freed.
             images = torch.utils.dlpack.from_dlpack(output.as_tensor())
-            yield RawBatch(
-                images,
-                torch.tensor(fed.targets, dtype=torch.int64),
-                as_tensor(fed.keys),
-                torch.tensor(fed.source_index, dtype=torch.int64),
-                fed.errors,
-                len(fed.requested),
-            )
+            yield fed.batch._replace(images=images)
         reader.close()
         self._reader = None
-        nothing = torch.empty(0, dtype=torch.int64)
-        yield RawBatch(
-            *(nothing, nothing, as_tensor([]), nothing), reader.errors, len(reader.requested)
-        )
+        yield raw_batch(NO_IMAGES, [], reader.errors, len(reader.requested))
         if reader.failure is not None:
             raise reader.failure
 
@@ -119,24 +96,20 @@ class DaliLoader(SampledLoader):
 
     def _find_failing(self, fed: Iterable[FedBatch]) -> str:
         """Describes the image that a pipeline fails on, found by halving the batches."""
-        samples = []
-        for batch in fed:
-            for key in batch.keys:
-                decoded, _ = self.dataset.decode(key, load)
-                if decoded is not None:
-                    samples.append((decoded[0], key, decoded[2]))
+        keys = [SampleKey(*key) for each in fed for key in each.batch.keys.tolist()]
+        decoded = [self.dataset.decode(key, load) for key in keys]
+        samples = [sample for sample in decoded if sample.image is not None]
         count = len(samples)
         while len(samples) > 1:
             half = samples[: len(samples) // 2]
             samples = half if self._fails(half) else samples[len(half) :]
         if samples and self._fails(samples):
-            return f"{printable(self.dataset.name(samples[0][2]))}, which Pillow decodes"
+            return f"{printable(self.dataset.name(samples[0].source_index))}, which Pillow decodes"
         return f"a batch, but on none of its {count} images alone, all of which Pillow decodes"
 
-    def _fails(self, samples: Sequence[tuple[File, SampleKey, int]]) -> bool:
+    def _fails(self, samples: Sequence[Sample]) -> bool:
         """Checks if a new pipeline fails on these samples."""
-        files, keys = [file for file, _, _ in samples], [key for _, key, _ in samples]
-        inputs = iter([self._inputs(files, keys)])
+        inputs = iter([self._inputs(samples)])
         try:
             self._build_pipeline(lambda: next(inputs), len(samples)).run(_stream(self._device))
         except RuntimeError:
@@ -151,13 +124,13 @@ class DaliLoader(SampledLoader):
             self._pipeline.reset()
 
     def _build_pipeline(self, feed: Callable[[], tuple[Any, ...]], batch_size: int) -> Any:
-        sampler = self._param_sampler
+        training = self.dataset.training
         return build_pipeline(
             self._config,
             feed,
             batch_size=batch_size,
-            num_ops=0 if sampler is None else sampler.num_ops,
-            fill_color=(0, 0, 0) if sampler is None else sampler.fill_color,
+            num_ops=self._param_sampler.num_ops if training else 0,
+            fill_color=self._param_sampler.fill_color if training else (0, 0, 0),
             device=self._device,
         )
 
@@ -167,37 +140,19 @@ class DaliLoader(SampledLoader):
         Raises:
             StopIteration: the epoch is over.
         """
-        reader = self._reader
-        if reader is None:
+        if self._reader is None:
             raise StopIteration
-        for batch, decodable in reader:
-            files, keys, targets, source_index = [], [], [], []
-            for key, (decoded, errors) in batch:
-                reader.errors += errors
-                if decoded is not None:
-                    file, target, index = decoded
-                    files.append(file)
-                    targets.append(target)
-                    source_index.append(index)
-                    keys.append(key)
-            reader.requested.append([key for key, _ in batch])
-            if not files:
-                continue
-            errors, requested = reader.errors, reader.requested
-            reader.fed.append(FedBatch(keys, targets, source_index, errors, requested, decodable))
-            reader.errors, reader.requested = [], []
-            return self._inputs(files, keys)
-        raise StopIteration
+        return self._inputs(next(self._reader))
 
-    def _inputs(self, files: Sequence[File], keys: Sequence[SampleKey]) -> tuple[Any, ...]:
-        """Returns the pipeline's inputs for these files and keys."""
-        config, sampler = self._config, self._param_sampler
-        contents, sizes = [content for content, _ in files], [size for _, size in files]
-        if sampler is None:
-            params = evaluation_params(sizes, config.img_size, config.crop_pct)
+    def _inputs(self, samples: Sequence[Sample]) -> tuple[Any, ...]:
+        """Returns the pipeline's inputs for samples with `File`s."""
+        config = self._config
+        contents, sizes = zip(*(sample.image for sample in samples), strict=True)
+        if self.dataset.training:
+            params = self._param_sampler.sample(sizes, [sample.key for sample in samples])
         else:
-            params = sampler.sample(sizes, keys)
-        return pipeline_inputs(contents, params, config.img_size)
+            params = evaluation_params(sizes, config.img_size, config.crop_pct)
+        return pipeline_inputs(list(contents), params, config.img_size)
 
 
 def _reason(error: RuntimeError) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 
 from featkd.data.augment_params import AugmentParams
 from featkd.data.config import DataConfig
-from featkd.data.dali.randaugment import apply_op, encode_ops
+from featkd.data.dali.randaugment import NUM_VALUES, apply_op, encode_ops
 
 
 def build_pipeline(
@@ -41,8 +43,7 @@ def build_pipeline(
 
     on_gpu = device.type == "cuda"
     filters = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
-    kinds = [types.UINT8, types.INT32, types.INT32, types.INT32, types.INT32, types.INT32]
-    kinds += [types.INT32, types.FLOAT] * num_ops
+    kinds = [types.UINT8] + [types.INT32] * 5 + [types.INT32, types.FLOAT] * num_ops
 
     @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
     def define() -> Any:
@@ -109,9 +110,7 @@ def pipeline_inputs(files: list[Any], params: AugmentParams, side: int) -> tuple
     """
     b, num_ops = params.ops.shape
     kinds, values = encode_ops(params.ops.T.ravel(), params.arguments.T.ravel(), side)
-    operations: list[Any] = []
-    for layer in (slice(n * b, (n + 1) * b) for n in range(num_ops)):
-        operations += (kinds[layer], values[layer])
+    layers = zip(kinds.reshape(num_ops, b), values.reshape(num_ops, b, NUM_VALUES), strict=True)
     return (
         files,
         params.source_box[:, :2].copy(),  # DALI takes no strided arrays
@@ -119,7 +118,7 @@ def pipeline_inputs(files: list[Any], params: AugmentParams, side: int) -> tuple
         params.resize_to,
         params.crop_offset,
         params.flip.astype(np.int32),
-        *operations,
+        *chain.from_iterable(layers),
     )
 
 
@@ -134,13 +133,5 @@ def _resize(
     return array
 
 
-def _bicubic(image: np.ndarray[Any, Any], size: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return _resize(image, size, "bicubic")
-
-
-def _bilinear(image: np.ndarray[Any, Any], size: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return _resize(image, size, "bilinear")
-
-
-# Functions of the module, because DALI rewrites functions defined while a pipeline is defined.
-_RESIZE = {"bicubic": _bicubic, "bilinear": _bilinear}
+# Made here, because DALI rewrites functions defined while a pipeline is defined.
+_RESIZE = {mode: partial(_resize, mode=mode) for mode in ("bicubic", "bilinear")}

@@ -27,22 +27,18 @@ NONE, AFFINE, SATURATION, CONTRAST, BRIGHTNESS, INVERT = range(6)
 AUTOCONTRAST, EQUALIZE, POSTERIZE, SOLARIZE, ADD, SHARPNESS = range(6, 12)
 
 
-def _affine(arguments: Values, *entries: Any) -> Values:
+def _affine(*entries: Any) -> Values:
     """Stacks numbers and (K,) arrays into (K, 6), for K arguments.
 
     They map output to input coordinates: x' = a x + b y + c, y' = d x + e y + f.
     """
-    matrices = np.empty((len(arguments), 6))
-    for column, entry in enumerate(entries):
-        matrices[:, column] = entry
-    return matrices
+    return np.stack(np.broadcast_arrays(*entries), axis=1).astype(np.float64)
 
 
 def _rotation(side: int, degrees: Values) -> Values:
     angle, centre = np.radians(degrees), side / 2
     cos, sin = np.cos(angle), np.sin(angle)
     return _affine(
-        degrees,
         *(cos, -sin, centre - cos * centre + sin * centre),
         *(sin, cos, centre - sin * centre - cos * centre),
     )
@@ -80,10 +76,10 @@ _ENCODERS: dict[str, tuple[int, Callable[[int, Values], Values]]] = {
     "Contrast": (CONTRAST, _plain),
     "Brightness": (BRIGHTNESS, _plain),
     "Sharpness": (SHARPNESS, _sharpening),
-    "ShearX": (AFFINE, lambda side, x: _affine(x, 1, x, 0, 0, 1, 0)),
-    "ShearY": (AFFINE, lambda side, x: _affine(x, 1, 0, 0, x, 1, 0)),
-    "TranslateXRel": (AFFINE, lambda side, x: _affine(x, 1, 0, x * side, 0, 1, 0)),
-    "TranslateYRel": (AFFINE, lambda side, x: _affine(x, 1, 0, 0, 0, 1, x * side)),
+    "ShearX": (AFFINE, lambda side, x: _affine(1, x, 0, 0, 1, 0)),
+    "ShearY": (AFFINE, lambda side, x: _affine(1, 0, 0, x, 1, 0)),
+    "TranslateXRel": (AFFINE, lambda side, x: _affine(1, 0, x * side, 0, 1, 0)),
+    "TranslateYRel": (AFFINE, lambda side, x: _affine(1, 0, 0, 0, 1, x * side)),
 }
 
 

@@ -3,49 +3,40 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import Any, NamedTuple
 
-from featkd.data.dali.files import File, load, load_decodable
+from featkd.data.dali.files import load, load_decodable
 from featkd.data.images import BadImageError
-from featkd.data.imageset import DATA_ERRORS, DataError, ImageSet
+from featkd.data.imageset import DATA_ERRORS, DataError, ImageSet, Sample
+from featkd.data.loader import NO_IMAGES, RawBatch, raw_batch
 from featkd.data.sampler import SampleKey
 
 _BATCHES_AHEAD = 2
 _FILES_PER_TASK = 8  # handing over a task takes about as long as checking a file
 
-# result of ImageSet.decode
-DecodedFile = tuple[tuple[File, int, int] | None, list[BadImageError]]
+
+# keys, samples of consecutive keys, and whether Pillow decodes all files
+_PendingBatch = tuple[list[SampleKey], list[Future[list[Sample]]], bool]
 
 
 class FedBatch(NamedTuple):
     """A batch that the pipeline holds.
 
     Attributes:
-        keys, targets, source_index: per image of the batch.
-        errors: unreadable files met for this batch and for the empty batches before it.
+        batch: the batch, without its images.
         requested: the keys requested for the empty batches before it, and for this batch.
         decodable: whether Pillow has decoded all its files.
     """
 
-    keys: list[SampleKey]
-    targets: list[int]
-    source_index: list[int]
-    errors: list[BadImageError]
+    batch: RawBatch
     requested: list[list[SampleKey]]
     decodable: bool
 
 
-class _PendingBatch(NamedTuple):
-    keys: list[SampleKey]
-    files: list[Future[list[DecodedFile]]]  # of consecutive keys
-    decodable: bool
-
-
 class EpochReader:
-    """Iterates over the batches of an epoch: (key, decoded file) pairs, and their `decodable` flag.
+    """Iterates over the batches of an epoch that have a readable image.
 
     Args:
         dataset: the images.
@@ -53,9 +44,10 @@ class EpochReader:
         threads: number of reading threads.
 
     Attributes:
-        fed: batches that the pipeline holds, oldest first; filled by the caller.
-        requested: keys of the empty batches since the last fed batch; filled by the caller.
-        errors: unreadable files met in them; filled by the caller.
+        fed: the batches that were returned, oldest first; the caller removes those that the
+            pipeline no longer holds.
+        requested: keys of the empty batches since the last returned batch.
+        errors: unreadable files met in them.
         failure: the error that ended the epoch early, to be raised after the preceding batches.
     """
 
@@ -70,24 +62,32 @@ class EpochReader:
         self._threads = ThreadPoolExecutor(self._count, "featkd-read")
         self._pending: deque[_PendingBatch] = deque()
 
-    def __iter__(self) -> Iterator[tuple[list[tuple[SampleKey, DecodedFile]], bool]]:
+    def __iter__(self) -> Iterator[list[Sample]]:
         return self
 
-    def __next__(self) -> tuple[list[tuple[SampleKey, DecodedFile]], bool]:
-        while self.failure is None and len(self._pending) <= _BATCHES_AHEAD:
-            if (keys := next(self._batches, None)) is None:
-                break
-            self._pending.append(self._submit(keys))
-        if not self._pending:
-            raise StopIteration
-        keys, parts, decodable = self._pending.popleft()
-        try:
-            files = [file for part in parts for file in part.result()]
-            return list(zip(keys, files, strict=True)), decodable
-        except DATA_ERRORS as error:
-            self.failure = error
-            self._pending.clear()
-            raise StopIteration from error
+    def __next__(self) -> list[Sample]:
+        """Returns the readable samples of the next batch, with `File`s, and adds it to `fed`."""
+        while True:
+            while self.failure is None and len(self._pending) <= _BATCHES_AHEAD:
+                if (keys := next(self._batches, None)) is None:
+                    break
+                self._pending.append(self._submit(keys))
+            if not self._pending:
+                raise StopIteration
+            keys, parts, decodable = self._pending.popleft()
+            try:
+                samples = [sample for part in parts for sample in part.result()]
+            except DATA_ERRORS as error:
+                self.failure = error
+                self._pending.clear()
+                raise StopIteration from error
+            self.requested.append(keys)
+            self.errors += [error for sample in samples for error in sample.bad]
+            if present := [sample for sample in samples if sample.image is not None]:
+                batch = raw_batch(NO_IMAGES, present, self.errors, len(self.requested))
+                self.fed.append(FedBatch(batch, self.requested, decodable))
+                self.requested, self.errors = [], []
+                return present
 
     def retry_fed(self) -> None:
         """Puts the batches that the pipeline held back in front, each file checked with Pillow."""
@@ -102,12 +102,11 @@ class EpochReader:
         self._threads.shutdown(cancel_futures=True)
 
     def _submit(self, keys: list[SampleKey], *, check: bool = False) -> _PendingBatch:
-        read = partial(self._read, decoder=load_decodable if check else load)
+        decoder = load_decodable if check else load
+
+        def read(part: list[SampleKey]) -> list[Sample]:
+            return [self._dataset.decode(key, decoder) for key in part]
+
         size = max(1, min(_FILES_PER_TASK, len(keys) // self._count))
         parts = [keys[start : start + size] for start in range(0, len(keys), size)]
-        return _PendingBatch(keys, [self._threads.submit(read, part) for part in parts], check)
-
-    def _read(
-        self, keys: list[SampleKey], decoder: Callable[[bytes, str], File]
-    ) -> list[DecodedFile]:
-        return [self._dataset.decode(key, decoder) for key in keys]
+        return keys, [self._threads.submit(read, part) for part in parts], check

@@ -17,25 +17,15 @@ def unsupported_reason(config: DataConfig, training: bool) -> str:
     """
     if find_spec("nvidia") is None or find_spec("nvidia.dali") is None:
         return "nvidia-dali is not installed"
-    # The import comes last, because worker processes start more slowly once DALI is imported.
-    return (_unsupported_augmentation(config) if training else "") or _import_failure()
-
-
-def _unsupported_augmentation(config: DataConfig) -> str:
-    if config.augment.color_jitter is not None:
+    if training and config.augment.color_jitter is not None:
         return "data.augment.color_jitter is not supported by the DALI loader"
-    names = AugmentParamSampler(config, 0).op_names
-    unknown = [name for name in names if not is_supported(name)]
-    if unknown:
+    names = AugmentParamSampler(config, 0).op_names if training else []
+    if unknown := [name for name in names if not is_supported(name)]:
         return (
             f"data.augment.rand_augment: {', '.join(unknown)} of {config.augment.rand_augment!r} "
             "is not supported by the DALI loader"
         )
-    return ""
-
-
-def _import_failure() -> str:
-    try:
+    try:  # last, because worker processes start more slowly once DALI is imported
         import_module("nvidia.dali")
     except Exception as error:  # a broken installation raises errors of any type
         return f"nvidia-dali can't be imported: {type(error).__name__}: {error}"

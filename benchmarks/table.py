@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from featkd.runtime.files import atomic_write
+from featkd.runtime.names import aligned
 
 from .results import Measured, ResultsError, Row, newest, origin
 from .variants import VARIANTS
@@ -15,21 +16,6 @@ _HEAD = (
     "MiB, eager | compile | reference | featkd | roofline | backend |\n"
     "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|\n"
 )
-
-
-def aligned(
-    header: Sequence[str], lines: Sequence[Sequence[object]], *, numbers: bool = False
-) -> str:
-    """Returns a text table; with `numbers` all columns but the first are right-aligned."""
-    table = [list(header), *([str(cell) for cell in line] for line in lines)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if numbers and i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in table
-    )
 
 
 def pivot(title: str, figures: Sequence[Measured]) -> str:

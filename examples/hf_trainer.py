@@ -12,12 +12,7 @@ import torch
 from torch import nn
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from transformers import (
-    AutoImageProcessor,
-    Trainer,
-    TrainingArguments,
-    ViTForImageClassification,
-)
+from transformers import AutoImageProcessor, Trainer, TrainingArguments, ViTForImageClassification
 
 from featkd.losses import ProjectedFeatureKD
 

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -64,6 +65,14 @@ class Forked:
             assert time.monotonic() < deadline, self.stderr
             time.sleep(0.01)
         return code
+
+    def wait_until(self, ready: Callable[[], object], seconds: float = 60) -> None:
+        """Waits for something that the running command does."""
+        deadline = time.monotonic() + seconds
+        while not ready():
+            assert self.poll() is None, self.stderr
+            assert time.monotonic() < deadline, self.stderr
+            time.sleep(0.01)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)

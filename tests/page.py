@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html.parser import HTMLParser
+from pathlib import Path
 
 _EMPTY = ("meta", "br", "link", "img", "path", "use")  # tags that need not be closed
 
@@ -28,3 +29,11 @@ class Page(HTMLParser):
     def handle_endtag(self, tag):
         if tag not in _EMPTY:
             assert self.open.pop() == tag
+
+
+def read_page(path: Path) -> str:
+    """Reads a page; checks that it closes its tags and loads nothing."""
+    page, text = Page(), path.read_text()
+    page.feed(text)
+    assert (page.external, page.open) == ([], [])
+    return text

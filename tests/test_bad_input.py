@@ -49,11 +49,7 @@ TENSORS = [
     for argument, value in arguments(name).items()
     if isinstance(value, Tensor)
 ]
-TEACHERS = {
-    "projected_feature_kd": "teacher",
-    "lift_head": "teacher",
-    "soft_kd": "teacher_logits",
-}
+TEACHERS = {name: argument for name, argument in TENSORS if argument.startswith("teacher")}
 
 
 def call(name: str, **changes: Any) -> tuple[Tensor, ...]:
@@ -61,25 +57,28 @@ def call(name: str, **changes: Any) -> tuple[Tensor, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
-@pytest.mark.parametrize(("name", "argument"), TENSORS)
-def test_non_tensor_raises(name, argument):
+def fails(error: type[Exception], message: str, name: str, **changes: Any) -> None:
+    """Checks that a call raises an error whose message matches."""
+    with pytest.raises(error, match=message):
+        call(name, **changes)
+
+
+each_tensor = pytest.mark.parametrize(("name", "argument"), TENSORS)
+each_loss_of_maps = pytest.mark.parametrize("name", ["projected_feature_kd", "lift_head"])
+
+
+@each_tensor
+def test_non_tensors_and_other_dtypes_raise(name, argument):
     value = arguments(name)[argument]
     for other in (value.tolist(), value.numpy()):
         message = f"{argument}: expected a torch.Tensor, got {type(other).__name__}"
-        with pytest.raises(TypeError, match=message):
-            call(name, **{argument: other})
+        fails(TypeError, message, name, **{argument: other})
+    for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64):
+        message = f"{argument}: expected a floating-point tensor, got {dtype}"
+        fails(TypeError, message, name, **{argument: value.to(dtype)})
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
-@pytest.mark.parametrize(("name", "argument"), TENSORS)
-def test_non_floating_point_raises(name, argument, dtype):
-    value = arguments(name)[argument].to(dtype)
-    message = f"{argument}: expected a floating-point tensor, got {dtype}"
-    with pytest.raises(TypeError, match=message):
-        call(name, **{argument: value})
-
-
-@pytest.mark.parametrize(("name", "argument"), TENSORS)
+@each_tensor
 def test_wrong_shape_raises(name, argument):
     value = arguments(name)[argument]
     wrong = [value[..., None], value[0]]
@@ -92,12 +91,11 @@ def test_wrong_shape_raises(name, argument):
     for x in wrong:
         got = ", ".join(map(str, x.shape)) + ("," if x.dim() == 1 else "")
         message = rf"^{argument}: expected shape \(.+\).*, got \({got}\)"
-        with pytest.raises(ValueError, match=message):
-            call(name, **{argument: x})
+        fails(ValueError, message, name, **{argument: x})
 
 
 @pytest.mark.parametrize("most", ["cpu", "meta"])
-@pytest.mark.parametrize(("name", "argument"), TENSORS)
+@each_tensor
 def test_different_devices_raise(name, argument, most):
     """The error lists the device of each tensor."""
     given = {key: x.to(most) if isinstance(x, Tensor) else x for key, x in arguments(name).items()}
@@ -111,10 +109,13 @@ def test_different_devices_raise(name, argument, most):
 def test_teacher_requiring_grad_raises(name, argument):
     teacher = arguments(name)[argument].requires_grad_()
     message = f"{argument}: requires grad, .*no_grad.*{argument}.detach"
-    with pytest.raises(ValueError, match=message):
-        call(name, **{argument: teacher})
+    fails(ValueError, message, name, **{argument: teacher})
     with torch.no_grad():  # no gradient is lost
         assert torch.equal(call(name, **{argument: teacher})[-1], call(name)[-1])
+
+
+LOGITS = ("student_logits", "teacher_logits", "target")
+NO_CHANNELS = {"teacher": (2, 4, 0), "weight": (0, 3), "norm_weight": (0,), "norm_bias": (0,)}
 
 
 @pytest.mark.parametrize(
@@ -125,103 +126,68 @@ def test_teacher_requiring_grad_raises(name, argument):
         ("projected_feature_kd", {"student": (2, 4, 0), "weight": (6, 0)}, "student"),
         ("lift_head", {"features": (0, 4, 3), "teacher": (0, 4, 6)}, "features"),
         ("lift_head", {"features": (2, 0, 3), "teacher": (2, 0, 6)}, "features"),
-        (
-            "soft_kd",
-            dict.fromkeys(("student_logits", "teacher_logits", "target"), (0, 5)),
-            "student_logits",
-        ),
-        (
-            "soft_kd",
-            dict.fromkeys(("student_logits", "teacher_logits", "target"), (2, 0)),
-            "student_logits",
-        ),
+        ("soft_kd", dict.fromkeys(LOGITS, (0, 5)), "student_logits"),
+        ("soft_kd", dict.fromkeys(LOGITS, (2, 0)), "student_logits"),
+        ("projected_feature_kd", NO_CHANNELS | {"bias": (0,)}, "teacher"),
+        ("lift_head", NO_CHANNELS, "teacher"),
     ],
 )
 def test_mean_over_no_elements_raises(name, changes, argument):
     empty = {key: torch.zeros(shape) for key, shape in changes.items()}
     shape = ", ".join(map(str, changes[argument]))
-    with pytest.raises(ValueError, match=rf"{argument}: has no elements \(shape \({shape}\)\)"):
-        call(name, **empty)
+    fails(ValueError, rf"{argument}: has no elements \(shape \({shape}\)\)", name, **empty)
 
 
-def test_teacher_without_channels_raises():
-    none = torch.zeros(0)
-    with pytest.raises(ValueError, match="teacher: has no elements"):
-        projected_feature_kd(torch.zeros(2, 4, 3), torch.zeros(2, 4, 0), torch.zeros(0, 3))
-    with pytest.raises(ValueError, match="teacher: has no elements"):
-        lift_head(torch.zeros(2, 4, 3), torch.zeros(0, 3), none, none, torch.zeros(2, 4, 0))
-
-
-def test_widelast_projection_of_empty_batch():
-    residual, normed = call("widelast_projection", x=torch.zeros(0, 4, 3))
-    assert residual.shape == normed.shape == (0, 4, 6)
-
-
-NUMBERS = [
-    (name, argument)
-    for name in FUNCTIONS
-    for argument in ("eps", "alpha", "tau")
-    if argument in arguments(name)
-]
-
-
-@pytest.mark.parametrize(("name", "argument"), NUMBERS)
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [(name, x) for name in FUNCTIONS for x in ("eps", "alpha", "tau") if x in arguments(name)],
+)
 def test_bad_numbers_raise(name, argument):
     allowed = {"alpha": "a number from 0 to 1"}.get(argument, "a finite number > 0")
     for wrong in ("0.5", None, torch.tensor(0.5), 1j):
-        with pytest.raises(TypeError, match=f"{argument}: expected {allowed}, got"):
-            call(name, **{argument: wrong})
+        fails(TypeError, f"{argument}: expected {allowed}, got", name, **{argument: wrong})
     for wrong in (-1, math.nan, math.inf, -math.inf):
-        with pytest.raises(ValueError, match=f"{argument}: expected {allowed}, got {wrong}"):
-            call(name, **{argument: wrong})
+        fails(ValueError, f"{argument}: expected {allowed}, got {wrong}", name, **{argument: wrong})
     call(name, **{argument: np.float32(0.5)})
 
 
-@pytest.mark.parametrize("name", ["projected_feature_kd", "lift_head"])
+@each_loss_of_maps
 @pytest.mark.parametrize("metric", ["mse", "spectral"])
 def test_bad_grids_raise(name, metric):
     for wrong in ((2, 3), (0, 4), (-2, -2), (5, 1)):
         message = rf"grid: \({wrong[0]}, {wrong[1]}\) has .* have 4 tokens; expected .* == 4"
-        with pytest.raises(ValueError, match=message):
-            call(name, metric=metric, grid=wrong)
+        fails(ValueError, message, name, metric=metric, grid=wrong)
     for malformed in (4, (4,), (2, 2, 1), (2.0, 2.0), "22"):
-        with pytest.raises(TypeError, match="grid: expected None or a pair of ints"):
-            call(name, metric=metric, grid=malformed)
+        message = "grid: expected None or a pair of ints"
+        fails(TypeError, message, name, metric=metric, grid=malformed)
     for right in ((4, 1), [2, 2], torch.Size((1, 4)), (np.int64(2), np.int64(2)), None):
         assert call(name, metric=metric, grid=right)[-1].isfinite()
 
 
-@pytest.mark.parametrize("name", ["projected_feature_kd", "lift_head"])
+@each_loss_of_maps
 def test_bad_metric_or_missing_grid_raises(name):
     for wrong in ("l1", "MSE", None, 2):
-        with pytest.raises(
-            ValueError, match=f"metric: expected one of mse, spectral; got {wrong!r}"
-        ):
-            call(name, metric=wrong)
+        message = f"metric: expected one of mse, spectral; got {wrong!r}"
+        fails(ValueError, message, name, metric=wrong)
     maps = {MAPS[name]: torch.zeros(2, 6, 3), "teacher": torch.zeros(2, 6, 6)}
-    with pytest.raises(
-        ValueError, match=r"grid: 6 tokens do not form a square; pass grid=\(H, W\)"
-    ):
-        call(name, **maps, grid=None)
+    message = r"grid: 6 tokens do not form a square; pass grid=\(H, W\)"
+    fails(ValueError, message, name, **maps, grid=None)
 
 
 def test_incomplete_arguments_raise():
-    student, teacher = torch.zeros(2, 4, 3), torch.zeros(2, 4, 3)
-    with pytest.raises(ValueError, match="bias: given without weight"):
-        projected_feature_kd(student, teacher, bias=torch.zeros(3))
-    with pytest.raises(ValueError, match="norm_bias: given without norm_weight"):
-        projected_feature_kd(student, teacher, norm_bias=torch.zeros(3))
-    with pytest.raises(ValueError, match=r"teacher: expected shape \(2, 4, 3\), got \(2, 4, 6\)"):
-        projected_feature_kd(student, torch.zeros(2, 4, 6))
-    with pytest.raises(ValueError, match=r"teacher_logits: None, but alpha is 0.5"):
-        call("soft_kd", teacher_logits=None)
-    for name in ("lift_head", "widelast_projection"):  # the norm is required
-        for argument, value in arguments(name).items():
-            if isinstance(value, Tensor) and argument != "teacher":
-                with pytest.raises(
-                    TypeError, match=f"{argument}: expected a torch.Tensor, got None"
-                ):
-                    call(name, **{argument: None})
+    no_projector = dict.fromkeys(("weight", "bias", "norm_weight", "norm_bias"))
+    for changes, message in (
+        ({"bias": torch.zeros(3)}, "bias: given without weight"),
+        ({"norm_bias": torch.zeros(3)}, "norm_bias: given without norm_weight"),
+        ({"teacher": torch.zeros(2, 4, 6)}, r"expected shape \(2, 4, 3\), got \(2, 4, 6\)"),
+    ):
+        changes = {**no_projector, "teacher": torch.zeros(2, 4, 3), **changes}
+        fails(ValueError, message, "projected_feature_kd", **changes)
+    fails(ValueError, "teacher_logits: None, but alpha is 0.5", "soft_kd", teacher_logits=None)
+    for name, argument in TENSORS:
+        if name in ("lift_head", "widelast_projection") and argument != "teacher":
+            message = f"{argument}: expected a torch.Tensor, got None"  # the norm is required
+            fails(TypeError, message, name, **{argument: None})
 
 
 def test_swapped_maps_raise():
@@ -259,32 +225,29 @@ def test_class_token_warns_once(tokens, options, warns, monkeypatch):
         assert found[0].filename == __file__
 
 
-def test_lift_head_of_empty_batch():
-    norm = torch.ones(6), torch.zeros(6)
+def test_empty_batches():
+    residual, normed = call("widelast_projection", x=torch.zeros(0, 4, 3))
+    assert residual.shape == normed.shape == (0, 4, 6)
     for backend in ("auto", "triton"):
         with featkd.use_backend(backend):
-            pooled, loss = lift_head(torch.zeros(0, 4, 3), torch.zeros(6, 3), *norm)
-        assert pooled.shape == (0, 6)
-        assert loss is None
-    with pytest.raises(ValueError, match=r"^features: has no elements"):
-        lift_head(torch.zeros(2, 0, 3), torch.zeros(6, 3), *norm)
+            pooled, loss = call("lift_head", features=torch.zeros(0, 4, 3), teacher=None)
+        assert (pooled.shape, loss) == ((0, 6), None)
+    no_tokens = {"features": torch.zeros(2, 0, 3), "teacher": None}
+    fails(ValueError, "^features: has no elements", "lift_head", **no_tokens)
 
 
 def test_bad_class_indices_raise():
     for wrong in (torch.zeros(2), torch.zeros(2, dtype=torch.int32)):
-        with pytest.raises(
-            TypeError, match=f"target: class indices must be int64, got {wrong.dtype}"
-        ):
-            call("soft_kd", target=wrong)
-    with pytest.raises(ValueError, match=r"target: expected shape \(2\), got \(3,\)"):
-        call("soft_kd", target=torch.zeros(3, dtype=torch.int64))
+        message = f"target: class indices must be int64, got {wrong.dtype}"
+        fails(TypeError, message, "soft_kd", target=wrong)
+    three = torch.zeros(3, dtype=torch.int64)
+    fails(ValueError, r"target: expected shape \(2\), got \(3,\)", "soft_kd", target=three)
     shapes = r"target: expected shape \(2\) for class indices or \(2, 5\) for soft labels, got \(\)"
-    with pytest.raises(ValueError, match=shapes):
-        call("soft_kd", target=torch.tensor(0))
+    fails(ValueError, shapes, "soft_kd", target=torch.tensor(0))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize(("name", "argument"), TENSORS)
+@each_tensor
 def test_nan_and_inf_propagate(name, argument, bad):
     value = arguments(name)[argument].clone()
     value.view(-1)[1] = bad
@@ -328,46 +291,29 @@ def refuse(*_: Any) -> None:
     raise AssertionError("a kernel was launched")
 
 
-TOO_MUCH = {
-    "a patch grid of 129 columns, more than 128": dict(
-        student=torch.ones(1, 129, 2),
-        teacher=torch.zeros(1, 129, 2),
-        metric="spectral",
-        grid=(1, 129),
-    ),
-    "a tensor in torch.float8_e4m3fn": dict(
-        student=torch.ones(1, 4, 2), teacher=torch.zeros(1, 4, 2).to(torch.float8_e4m3fn)
-    ),
-}
-
-
-@pytest.mark.parametrize("why", TOO_MUCH)
-def test_unsupported_by_kernels_uses_reference_with_one_warning(why, monkeypatch):
+def test_unsupported_by_kernels_uses_reference_with_one_warning(monkeypatch):
     monkeypatch.setattr(backends, "_warned", set())
-    given = TOO_MUCH[why]
+    given = (torch.ones(1, 129, 2), torch.zeros(1, 129, 2))
+    options = {"metric": "spectral", "grid": (1, 129)}
+    why = "a patch grid of 129 columns, more than 128"
     with redirect(refuse), featkd.use_backend("triton"):  # pretends that there is a GPU
         message = f"featkd.projected_feature_kd runs on the reference backend: {why}"
         with pytest.warns(UserWarning, match=message) as caught:
-            loss = projected_feature_kd(**given)
+            loss = projected_feature_kd(*given, **options)
         assert [warning.filename for warning in caught] == [__file__]
         assert featkd.last_backend("projected_feature_kd") == "reference"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            projected_feature_kd(**given)
-            projected_feature_kd(**given)
-    if loss.device.type == "cpu":
-        with featkd.use_backend("reference"):
-            assert torch.equal(loss, projected_feature_kd(**given))
+            projected_feature_kd(*given, **options)
+            projected_feature_kd(*given, **options)
+    with featkd.use_backend("reference"):
+        assert torch.equal(loss, projected_feature_kd(*given, **options))
 
 
-OTHERS = [
-    (name, key)
-    for name, key in TENSORS
-    if key not in (next(iter(arguments(name))), "weight", "bias")
-]
-
-
-@pytest.mark.parametrize(("name", "argument"), OTHERS)
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [(n, x) for n, x in TENSORS if x not in (next(iter(arguments(n))), "weight", "bias")],
+)
 def test_float8_uses_reference(name, argument, monkeypatch):
     """Tests each tensor that a kernel reads; torch's linear layer reads the others."""
     monkeypatch.setattr(backends, "_warned", set())

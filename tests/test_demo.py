@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -28,7 +28,8 @@ from featkd.train.checkpoint import FORMAT, load
 from featkd.train.recipe import Recipe, to_dict
 from featkd.train.recipe_file import find_recipe, load_recipe
 from featkd.train.trainer import Outcome
-from tests.page import Page
+from tests.forking import Server
+from tests.page import read_page
 from tests.train.runs import empty_state
 
 
@@ -47,20 +48,14 @@ def test_digits_equal_scikit_learns(tmp_path: Path):
     assert len(seen) == 1797
 
 
-class InProcessPool:
+class InProcessPool(Executor):
     """Process pool that runs everything in this process, to save the start of others."""
 
-    def __init__(self, *_: object, **__: object) -> None:
+    def __init__(self, *_: object) -> None:
         pass
 
-    def __enter__(self) -> InProcessPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def submit(self, work: Callable[..., object], *arguments: object) -> Future[object]:
-        future: Future[object] = Future()
+    def submit(self, work: Callable[..., Any], /, *arguments: Any, **_: Any) -> Future[Any]:
+        future: Future[Any] = Future()
         future.set_result(work(*arguments))
         return future
 
@@ -91,12 +86,9 @@ def test_demo_end_to_end(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("featkd.demo.run.write_digits", write_few_digits)
     run_demo(tmp_path, seeds=1, epochs=1)
     printed = capsys.readouterr().out
-    text = (tmp_path / "report.html").read_text()
-    page = Page()
-    page.feed(text)
-    assert (page.external, page.open) == ([], [])
+    text = read_page(tmp_path / "report.html")
     figures = [path.read_text() for path in (tmp_path / "figures").glob("*.svg")]
-    assert len(figures) == page.tags.count("svg") == 4
+    assert len(figures) == text.count("<svg") == 4
     assert all(figure.startswith("<svg") and figure in text for figure in figures)
     teacher = load(tmp_path / "teacher" / "last.pt")
     assert teacher["recipe"]["student"]["options"]["embed_dim"] == 64
@@ -125,7 +117,6 @@ def test_the_recipes_differ_in_the_student():
     teacher, first, second = (load_recipe(find_recipe(n)) for n in ("demo_teacher", *CASES))
     assert first.data == second.data == teacher.data
     assert first.teacher == second.teacher
-    assert first.teacher is not None
     assert first.teacher.options == teacher.student.options
     assert second.student.options["embed_dim"] < first.student.options["embed_dim"]
     assert replace(second, student=first.student, out=first.out) == first
@@ -142,21 +133,14 @@ def test_no_progress_bar_without_a_terminal(
 
 
 def test_a_process_of_the_pool_starts_no_run_after_a_signal(monkeypatch: pytest.MonkeyPatch):
-    started = []
-
-    class Stopped:
-        def __init__(self, *_: object) -> None:
-            started.append(self)
-
-        def run(self, **_: object) -> Outcome:
-            return Outcome(4, {}, {}, 1.0, {}, interrupted_by=15)
-
-    monkeypatch.setattr("featkd.compare.pool.Trainer", Stopped)
+    trainer = Mock()
+    trainer.return_value.run.return_value = Outcome(4, {}, {}, 1.0, {}, interrupted_by=15)
+    monkeypatch.setattr("featkd.compare.pool.Trainer", trainer)
     monkeypatch.setattr("featkd.compare.pool._stopped", False)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             train("x", Recipe())
-    assert len(started) == 1
+    assert trainer.call_count == 1
 
 
 _ENDING = """
@@ -183,21 +167,14 @@ sys.exit(main(["demo"]))
 @pytest.mark.parametrize(
     ("number", "message"), [(signal.SIGINT, "featkd: interrupted\n"), (signal.SIGTERM, "")]
 )
-def test_a_second_signal_ends_the_demo_at_once(number: int, message: str):
-    pipe = subprocess.PIPE
-    words = [sys.executable, "-c", _ENDING]
-    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True) as demo:
-        try:
-            assert demo.stdout is not None
-            for state in ("running\n", "ending\n"):
-                assert demo.stdout.readline() == state
-                demo.send_signal(number)
-            _, errors = demo.communicate(timeout=30)
-        finally:
-            demo.kill()
-    assert demo.returncode == -number
-    assert errors.endswith(message)
-    assert "Traceback" not in errors
+def test_a_second_signal_ends_the_demo_at_once(number: int, message: str, server: Server):
+    demo = server.start(script=_ENDING)
+    for state in ("running\n", "running\nending\n"):
+        demo.wait_until(lambda expected=state: demo.stdout == expected)
+        demo.kill(number)
+    assert demo.wait(30) == -number
+    assert demo.stderr.endswith(message)
+    assert "Traceback" not in demo.stderr
 
 
 def test_zero_seeds_raise(tmp_path: Path):

@@ -6,7 +6,6 @@ The scripts run as they are, on few small images, with small models of random we
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import re
 import runpy
@@ -33,30 +32,23 @@ TEACHER = {"name": "cait_s24_224", "depth": 1}
 
 def example(name: str) -> Any:
     """A script as a module, with small models."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.STUDENT, module.TEACHER = STUDENT, TEACHER
+    module = types.ModuleType(f"example_{name}")
+    path = EXAMPLES / f"{name}.py"
+    exec(compile(path.read_text(), path, "exec"), vars(module))
+    module.STUDENT, module.TEACHER = STUDENT, TEACHER  # type: ignore[attr-defined]
     return module
-
-
-def write_images(folder: Path) -> None:
-    """16 images of 32 x 32 pixels; their brightness tells the class."""
-    random = np.random.default_rng(0)
-    for number in range(16):
-        label = number % CLASSES
-        place = folder / f"class {label}"
-        place.mkdir(parents=True, exist_ok=True)
-        pixels = random.integers(60 * label, 60 * label + 60, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(place / f"{number}.png")
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    write_images(folder)
+    """16 images of 32 x 32 pixels; their brightness tells the class."""
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for number in range(16):
+        label = number % CLASSES
+        place = folder / f"class {label}"
+        place.mkdir(exist_ok=True)
+        pixels = random.integers(60 * label, 60 * label + 60, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{number}.png")
     return folder
 
 
@@ -89,6 +81,11 @@ def assert_falls(losses: list[float], per_epoch: int) -> None:
     assert sum(losses[-per_epoch:]) < sum(losses[:per_epoch])
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
 WORDS = ["--img-size", "32", "--batch-size", "4", "--workers", "0"]
 
 
@@ -98,7 +95,6 @@ def test_plain_loop(images, tmp_path, monkeypatch):
     scaled = kept_calls(torch.amp.GradScaler, "scale", monkeypatch)
     epochs = kept_calls(module, "train_epoch", monkeypatch)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    torch.manual_seed(0)
     words = ["--epochs", "8", "--accumulate", "2", "--amp", "float16", "--compile"]
     module.main([str(images), *WORDS, *words, "--out", str(tmp_path / "student.pt")])
     assert len(epochs) == 8
@@ -119,7 +115,6 @@ def test_plain_loop_without_projector(arch, images, tmp_path, monkeypatch):
     module = example("plain_loop")
     epochs = kept_calls(module, "train_epoch", monkeypatch)
     losses = kept_calls(module.PublishedDistiller, "forward", monkeypatch)
-    torch.manual_seed(0)
     words = ["--arch", arch, "--epochs", "4", "--out", str(tmp_path / "student.pt")]
     module.main([str(images), *WORDS, *words])
     assert_falls([float(loss.detach()) for _, loss in losses], per_epoch=4)
@@ -207,7 +202,6 @@ def one_process_group(tmp_path):
 def test_timm_task(arch, monkeypatch, one_process_group):
     import timm
 
-    torch.manual_seed(0)
     options = {"img_size": 32, "num_classes": CLASSES}
     model = timm.create_model(
         "deit_tiny_patch16_224" if arch == "plain" else "deit_tiny_widelast384_patch16_224",
@@ -240,7 +234,6 @@ def test_lightning(images, tmp_path, monkeypatch):
     module = example("lightning_module")
     losses = kept_calls(module.Distillation, "training_step", monkeypatch)
     fits = kept_calls(lightning.Trainer, "fit", monkeypatch)
-    torch.manual_seed(0)
     module.main([str(images), *WORDS, "--epochs", "4", "--accumulate", "2"])
     assert_falls([float(loss.detach()) for _, loss in losses], per_epoch=4)
     (trainer, trained, _), _ = fits[0]
@@ -276,7 +269,6 @@ def test_hugging_face_trainer(images, tmp_path, monkeypatch):
     from transformers import Trainer, ViTForImageClassification
 
     module = example("hf_trainer")
-    torch.manual_seed(0)
     for name, width in (("STUDENT", 32), ("TEACHER", 48)):
         setattr(module, name, str(tmp_path / name))
         save_hugging_face_vit(tmp_path / name, width)

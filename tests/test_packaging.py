@@ -64,7 +64,7 @@ def test_wheel_contents(wheel: Path):
     for folder in ("kernels", "benchmarks"):
         expected |= {f"featkd/{folder}/{p.name}" for p in (ROOT / folder).glob("*.py")}
     expected |= {"featkd/py.typed", "featkd/compare/templates/report.html"}
-    expected |= {"featkd/models/templates/model_card.md"}
+    expected |= {"featkd/models/templates/model_card.md", "featkd/runtime/templates/page.html"}
     assert expected <= names
     assert "featkd/_csrc.so" in names
     assert wheel.name.startswith(f"featkd-{featkd.__version__}-py3-none-linux_")

@@ -20,11 +20,8 @@ import griffe
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-PROJECT = (
-    "CHANGELOG.md",
-    "CONTRIBUTING.md",
-    "SECURITY.md",
-)  # pages of the site that no page links to
+# pages of the site that no page links to
+PROJECT = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 # A link out of docs/: `../` as often as the page is deep. The page's depth is checked apart.
 OUTSIDE = re.compile(r"\]\(((?:\.\./)+)(?=\w)([^)#]+)")
 ALONE = re.compile(r"^(\[[^]]+\]\((?:\.\./)+([^)#]+)\))$", re.MULTILINE)

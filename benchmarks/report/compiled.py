@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 
+from featkd.runtime.names import aligned
+
 from .. import cases
 from ..problem import AUTOCAST, Case
 from ..results import Measured
 from ..sizes import Maps, Sizes
-from ..table import aligned
 from . import aot
 from .chips import CHIPS, REGISTERS, block_registers
 

@@ -22,21 +22,19 @@ class CacheConfig:
     """Selects the teacher outputs that are stored.
 
     Args:
-        views: number of epochs of the recipe whose samples are stored.
-        logits_top: number of classes whose log-probabilities are stored in fp16, the largest ones,
-            with the sum of the rest; "all" stores all logits in the teacher's dtype. None: "all"
-            with maps, else 10 (or "all" if there are no more classes).
-        features: maps of the teacher's layers in loss.pairs: "full" stores them whole, "lowrank"
-            the leading singular directions of each image (`featkd.cache.lowrank.compress`), "none"
-            no maps. None: "full" if the loss compares maps, else "none". Pooled features are
-            stored whole if the loss compares them.
-        energy: for lowrank: share of each map's energy that is kept. None: 0.99 unless `rank` is
-            given.
-        rank: for lowrank: number of directions, in place of `energy`.
-        store: "fp16" or "int8" with one scale per channel or direction
-            (`featkd.cache.lowrank.quantise`); for full also "fp32" and "bf16", without scales.
-            None: "int8".
-        shard_rows: rows per file; rounded up to whole batches.
+        views: number of epochs of the recipe to store the samples of.
+        logits_top: number of classes whose log-probabilities are stored in fp16, the largest ones
+            of each image, with the sum of the rest; all: the whole logits in the teacher's dtype
+            (default: all if feature maps are stored, otherwise 10, or all if there are fewer
+            classes).
+        features: maps of the teacher's layers in loss.pairs: full maps, the leading singular
+            directions of each image's map (lowrank), or none; pooled features are stored whole if
+            the loss compares them (default: full if the loss compares maps, otherwise none).
+        energy: lowrank: share of each map's energy to store (default: 0.99).
+        rank: lowrank: number of directions to store, instead of energy.
+        store: storage type of maps: fp16 or int8, with one scale per channel or direction; for
+            full maps also fp32 and bf16 (default: int8).
+        shard_rows: rows per file, rounded up to whole batches.
 
     Raises:
         ValueError: a field is out of its range.

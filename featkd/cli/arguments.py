@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
+from docstring_parser import parse
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from featkd.runtime.suggest import suggestion
+
+Built = TypeVar("Built")
 
 _NUMBERS = re.compile(r"-?[\d.]+(,-?[\d.]+)*")
 
@@ -35,9 +39,10 @@ class _HelpFormatter(DefaultHelpFormatter):
 
     def _get_type_str(self, action: argparse.Action) -> str | None:
         """Return a type as words to choose from: "mse | spectral | null"."""
-        text: str | None = super()._get_type_str(action)
+        text: str = super()._get_type_str(action) or ""
+        text = re.sub(r"(, | \| )PathLike\[str\]", "", text)
         text = re.sub(
-            r"Literal\[(.*?)\]", lambda x: x[1].replace("'", "").replace(", ", " | "), text or ""
+            r"Literal\[(.*?)\]", lambda x: x[1].replace("'", "").replace(", ", " | "), text
         )
         text = re.sub(r"^Optional\[(.*)\]$", r"\1 | null", text)
         text = re.sub(r"^Union\[(.*)\]$", lambda x: x[1].replace(", ", " | "), text)
@@ -65,6 +70,33 @@ class Parser(ArgumentParser):
         """Add an argument; see `argparse.ArgumentParser.add_argument`."""
         return super().add_argument(*map(_with_underscores, names), **kwargs)
 
+    def add_options_of(
+        self, source: Callable[..., Any], skip: Sequence[str] = (), required: Sequence[str] = ()
+    ) -> None:
+        """Add an option for each argument of a function or a dataclass.
+
+        Types and defaults are those of the signature, help texts those of the docstring; a bool
+        becomes a flag.
+
+        Args:
+            source: the function or dataclass.
+            skip: names of arguments without an option.
+            required: names of required options, besides the arguments without a default.
+        """
+        hints = typing.get_type_hints(source)
+        texts = {x.arg_name: x.description or "" for x in parse(source.__doc__ or "").params}
+        for name, argument in inspect.signature(source).parameters.items():
+            if name in skip:
+                continue
+            how: dict[str, Any] = {"type": hints[name], "default": argument.default}
+            if hints[name] is bool:
+                how = {"action": "store_true"}
+            elif name in required or argument.default is argument.empty:
+                how = {"type": hints[name], "required": True}
+            if (kinds := get_args(hints[name])) and get_origin(kinds[0]) is Literal:
+                how["metavar"] = "|".join(get_args(kinds[0]))  # jsonargparse lists no choices
+            self.add_argument(f"--{name}", help=texts[name].rstrip("."), **how)
+
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, **kwargs: Any
     ) -> Namespace:
@@ -72,10 +104,13 @@ class Parser(ArgumentParser):
 
         Raises:
             UsageError: an unknown option or a bad value; one line that names it.
+            FileNotFoundError: there is no folder for the file of `--json`.
         """
         words = [_with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
         self.check_options(words)
-        return super().parse_args(list(self._with_brackets(words)), **kwargs)
+        options = super().parse_args(list(self._with_brackets(words)), **kwargs)
+        check_folders(options, "json")
+        return options
 
     def _with_brackets(self, words: Iterable[str]) -> Iterator[str]:
         """Write numbers as a list where an option takes one: `--layers -1`, `--layers 0,-1`."""
@@ -235,9 +270,7 @@ def add_words(
 
 def add_json(parser: ArgumentParser) -> None:
     """Add `--json FILE`, an option of every command that reports figures."""
-    parser.add_argument(
-        "--json", type=str, default=None, metavar="FILE", help="write the figures as JSON"
-    )
+    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
 
 
 def add_quiet(parser: ArgumentParser) -> None:
@@ -245,7 +278,13 @@ def add_quiet(parser: ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
 
 
-def check_folders(options: Namespace, names: Sequence[str]) -> None:
+def from_options(kind: Callable[..., Built], options: Namespace, **others: Any) -> Built:
+    """Call a function or dataclass with the options that are named as its arguments."""
+    given = {name: options[name] for name in inspect.signature(kind).parameters if name in options}
+    return kind(**given, **others)
+
+
+def check_folders(options: Namespace, *names: str) -> None:
     """Raise FileNotFoundError if the folder of an output file does not exist."""
     for name in names:
         value = options.get(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,13 +11,11 @@ from jsonargparse import ArgumentParser, Namespace
 
 from featkd.cli import bench_pipeline
 from featkd.cli.arguments import Parser, UsageError, add_json, add_quiet, add_words, check_folders
-from featkd.cli.output import results_unless
+from featkd.cli.output import results_unless, warn
 from featkd.runtime import interrupt
 from featkd.runtime.suggest import suggestion
 
 if TYPE_CHECKING:
-    import torch
-
     from featkd.benchmarks.results import Measured, Row
 
 COMMANDS = {
@@ -29,30 +26,18 @@ COMMANDS = {
     "loader": "time featkd's loaders, torchvision's, and the stages of loading",
     "step": "time a training update and its parts: teacher, student, loss, optimizer",
 }
-_EXAMPLES = {
+_EXAMPLES = {  # arguments
     "run": (
-        "featkd bench run --ops soft_kd --out mine.csv",
-        "featkd bench run --shapes published --dtypes fp32 bf16 --batch-sizes 32",
+        "--ops soft_kd --out mine.csv",
+        "--shapes published --dtypes fp32 bf16 --batch-sizes 32",
     ),
-    "plot": (
-        "featkd bench plot mine.csv --out mine.svg",
-        "featkd bench plot mine.csv --out mine.png --json mine.json",
-    ),
-    "table": (
-        "featkd bench table mine.csv",
-        "featkd bench table mine.csv --out page.md",
-    ),
-    "compare": (
-        "featkd bench compare stored.csv mine.csv",
-        "featkd bench compare stored.csv mine.csv --tolerance 0.1 --json changes.json",
-    ),
-    "loader": (
-        "featkd bench loader --data PHOTOGRAPHS",
-        "featkd bench loader --variants timm/plain dali/plain --workers 4",
-    ),
+    "plot": ("mine.csv --out mine.svg", "mine.csv --out mine.png --json mine.json"),
+    "table": ("mine.csv", "mine.csv --out page.md"),
+    "compare": ("stored.csv mine.csv", "stored.csv mine.csv --tolerance 0.1 --json changes.json"),
+    "loader": ("--data PHOTOGRAPHS", "--variants timm/plain dali/plain --workers 4"),
     "step": (
-        "featkd bench step --batch-size 8 --device cpu",
-        "featkd bench step cifar10_widelast --variants eager_fp32 featkd --json step.json",
+        "--batch-size 8 --device cpu",
+        "cifar10_widelast --variants eager_fp32 featkd --json step.json",
     ),
 }
 
@@ -74,7 +59,7 @@ def bench(words: Sequence[str]) -> int:
         near = suggestion(name, COMMANDS)
         raise UsageError(f"bench: expected one of {', '.join(COMMANDS)}; got {name!r}{near}")
     options = _parser_of(name).parse_args(words[1:])
-    check_folders(options, ("json", "out"))
+    check_folders(options, "out")
     interrupt.loading_done()
     with results_unless(options.quiet):
         return _PARTS[name][1](options)
@@ -86,10 +71,10 @@ def parsers() -> dict[str, Parser]:
 
 
 def _parser_of(name: str) -> Parser:
-    add_arguments, _ = _PARTS[name]
-    text = f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}."
-    parser = Parser(prog=f"featkd bench {name}", description=text, examples=_EXAMPLES[name])
-    add_arguments(parser)
+    prog, text = f"featkd bench {name}", f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}."
+    examples = [f"{prog} {words}" for words in _EXAMPLES[name]]
+    parser = Parser(prog=prog, description=text, examples=examples)
+    _PARTS[name][0](parser)
     add_json(parser)
     add_quiet(parser)
     return parser
@@ -97,7 +82,7 @@ def _parser_of(name: str) -> Parser:
 
 def _help() -> str:
     commands = "".join(f"  {name:8} {text}\n" for name, text in COMMANDS.items())
-    examples = "".join(f"  {_EXAMPLES[name][0]}\n" for name in ("run", "step"))
+    examples = "".join(f"  featkd bench {x} {_EXAMPLES[x][0]}\n" for x in ("run", "step"))
     return (
         "usage: featkd bench SUBCOMMAND [arguments]\n\n"
         f"subcommands:\n{commands}\n"
@@ -111,33 +96,29 @@ def _add_run(parser: ArgumentParser) -> None:
     from featkd.benchmarks.problem import DIRECTIONS, DTYPES
 
     add_words(parser, "ops", tuple(cases.OPS), tuple(cases.OPS))
-    parser.add_argument(
-        "--shapes", type=str, default="small", help=f"set of shapes: {', '.join(sizes.SETS)} or all"
-    )
-    parser.add_argument(
-        "--batch-sizes", nargs="+", type=int, default=[], help="only shapes with these batch sizes"
-    )
+    text = f"set of shapes: {', '.join(sizes.SETS)} or all"
+    parser.add_argument("--shapes", default="small", help=text)
+    text = "only shapes with these batch sizes"
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[], help=text)
     add_words(parser, "dtypes", tuple(DTYPES), ("fp32",))
     add_words(parser, "directions", DIRECTIONS, ("forward", "both"))
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
-    parser.add_argument(
-        "--min-seconds", type=float, default=1.0, help="time spent on each variant of each case"
-    )
-    parser.add_argument(
-        "--out", type=str, default=None, metavar="FILE.csv", help="results file to append to"
-    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    text = "time spent on each variant of each case"
+    parser.add_argument("--min-seconds", type=float, default=1.0, help=text)
+    parser.add_argument("--out", metavar="FILE.csv", help="results file to append to")
 
 
 def _run(options: Namespace) -> int:
     from featkd.benchmarks import cases, results, run
     from featkd.benchmarks.variants import Disagreement
+    from featkd.runtime import distributed
     from featkd.runtime.checks import check_positive
 
     check_positive("--min-seconds", options.min_seconds)
     chosen = cases.select(
         *(options.ops, options.shapes, options.dtypes, options.directions, options.batch_sizes)
     )
-    device = _device(options.device)
+    device = distributed.start(options.device).device
     out = None if options.out is None else Path(options.out)
     if out is not None:
         if out.suffix != ".csv":
@@ -152,25 +133,13 @@ def _run(options: Namespace) -> int:
             if out is not None:  # after each case, so that an interrupted run keeps its results
                 results.append(out, measured)
     except Disagreement as error:
-        print(f"featkd: {error}", file=sys.stderr)
+        warn(str(error))
         return 1
     if options.json is not None:
         backends = {row.case: row.backend for row in rows if row.variant == "featkd"}
-        meta = {**results.meta_of(rows[0]), "device": str(device), "backends": backends}
+        meta = {**results.meta_of(rows[0]), "device": device.type, "backends": backends}
         results.write_json(Path(options.json), meta, results.measured(rows))
     return 0
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected auto, cpu or cuda; got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: got cuda, but torch finds no CUDA device; use cpu or auto")
-    return torch.device(name)
 
 
 def _summary(measured: Sequence[Row]) -> str:
@@ -182,14 +151,13 @@ def _summary(measured: Sequence[Row]) -> str:
 
 
 def _add_results(parser: ArgumentParser) -> None:
-    parser.add_argument("csv", type=str, metavar="FILE.csv", help="results file")
+    parser.add_argument("csv", metavar="FILE.csv", help="results file")
 
 
 def _add_plot(parser: ArgumentParser) -> None:
     _add_results(parser)
-    parser.add_argument(
-        "--out", type=str, required=True, metavar="FILE", help="picture to write: .svg or .png"
-    )
+    text = "picture to write: .svg or .png"
+    parser.add_argument("--out", required=True, metavar="FILE", help=text)
 
 
 def _plot(options: Namespace) -> int:
@@ -206,8 +174,6 @@ def _add_table(parser: ArgumentParser) -> None:
     _add_results(parser)
     parser.add_argument(
         "--out",
-        type=str,
-        default=None,
         metavar="FILE.md",
         help="document with the marks '<!-- bench NAME -->' and '<!-- end bench NAME -->' for "
         "NAME.csv (default: print the table)",
@@ -229,10 +195,8 @@ def _table(options: Namespace) -> int:
 
 
 def _add_compare(parser: ArgumentParser) -> None:
-    parser.add_argument("old", type=str, metavar="OLD.csv", help="stored results file")
-    parser.add_argument(
-        "new", type=str, metavar="NEW.csv", help="new results file of the same machine"
-    )
+    parser.add_argument("old", metavar="OLD.csv", help="stored results file")
+    parser.add_argument("new", metavar="NEW.csv", help="new results file of the same machine")
     parser.add_argument(
         "--tolerance", type=float, default=0.15, help="relative growth that is no failure"
     )

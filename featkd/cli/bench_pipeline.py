@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
+from featkd.runtime.names import aligned
 from featkd.runtime.suggest import suggestion
 
 if TYPE_CHECKING:
@@ -18,36 +19,23 @@ if TYPE_CHECKING:
 
 def add_loader(parser: ArgumentParser) -> None:
     """Add the arguments of `featkd bench loader`."""
-    _add_data(parser, "generated images")
-    parser.add_argument(
-        "--workers", type=int, default=2, help="worker processes (0: none), or threads of DALI"
-    )
-    parser.add_argument("--batch-size", type=int, default=64, help="images per batch")
+    _add_timing(parser, 64, "generated images", "time only these, for example dali/plain")
+    text = "worker processes (0: none), or threads of DALI"
+    parser.add_argument("--workers", type=int, default=2, help=text)
     parser.add_argument("--images", type=int, default=1024, help="images per epoch, at least")
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        type=str,
-        default=[],
-        help="time only these, for example dali/plain",
-    )
+
+
+def _add_timing(parser: ArgumentParser, batch_size: int, images: str, variants: str) -> None:
+    text = "folder with class folders of photographs, or with such a folder 'train'"
+    parser.add_argument("--data", metavar="DIR", help=f"{text} (default: {images})")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="images per batch")
+    parser.add_argument("--variants", nargs="+", type=str, default=[], help=variants)
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after a warm-up round")
-
-
-def _add_data(parser: ArgumentParser, otherwise: str) -> None:
-    parser.add_argument(
-        "--data",
-        type=str,
-        default=None,
-        metavar="DIR",
-        help="folder with class folders of photographs, or with such a folder 'train' "
-        f"(default: {otherwise})",
-    )
 
 
 def loader(options: Namespace) -> int:
     """Run `featkd bench loader` and return the exit code."""
-    from featkd.benchmarks import loader, table, throughput
+    from featkd.benchmarks import loader, throughput
     from featkd.benchmarks.photographs import photographs
     from featkd.data import DataConfig
 
@@ -56,15 +44,10 @@ def loader(options: Namespace) -> int:
     data = DataConfig(workers=options.workers)
     with photographs(options.data, data, max(options.images, options.batch_size)) as photos:
         print(f"{photos.about}; {options.workers} workers or threads, batch {options.batch_size}")
-        rates, refused = loader.measure(
-            photos, variants, batch_size=options.batch_size, rounds=options.rounds
-        )
-        stages = loader.measure_stages(
-            photos, images=min(options.images, 128), rounds=options.rounds
-        )
-        stages += loader.measure_overhead(
-            photos, batch_size=options.batch_size, rounds=options.rounds
-        )
+        batch_size, rounds = options.batch_size, options.rounds
+        rates, refused = loader.measure(photos, variants, batch_size=batch_size, rounds=rounds)
+        stages = loader.measure_stages(photos, images=min(options.images, 128), rounds=rounds)
+        stages += loader.measure_overhead(photos, batch_size=batch_size, rounds=rounds)
     for variant, why in refused.items():
         print(f"{variant} is left out: {why}")
     known = {rate.variant: rate for rate in rates}
@@ -73,7 +56,7 @@ def loader(options: Namespace) -> int:
         beside = known.get(f"timm/{rate.variant.split('/')[-1]}") if rate in rates else None
         ratio = "" if beside is None else f"{_ratio(beside, rate):.2f}"
         lines.append((f"{rate.name} {rate.variant}", f"{rate.images_per_s:.1f}", ratio))
-    print(table.aligned(("", "images/s", "speedup over timm"), lines, numbers=True))
+    print(aligned(("", "images/s", "speedup over timm"), lines, numbers=True))
     figures = throughput.figures([*rates, *stages])
     _write_json(options, "cpu", {"images": photos.about, "refused": refused}, figures)
     return 0
@@ -122,26 +105,12 @@ def _write_json(
 
 def add_step(parser: ArgumentParser) -> None:
     """Add the arguments of `featkd bench step`."""
-    parser.add_argument(
-        "recipe",
-        type=str,
-        nargs="?",
-        default="widelast_imagenet_softkd_mse",
-        metavar="RECIPE",
-        help="recipe file or name; its teacher gets random weights",
-    )
-    parser.add_argument("--batch-size", type=int, default=8, help="images per batch")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        type=str,
-        default=[],
-        help="time only these, for example eager_fp32 featkd cached; docs/benchmarks.md lists them "
-        "(default: all except featkd_bf16)",
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after a warm-up round")
-    _add_data(parser, "normal noise")
+    text = "recipe file or name; its teacher gets random weights"
+    default = "widelast_imagenet_softkd_mse"
+    parser.add_argument("recipe", nargs="?", default=default, metavar="RECIPE", help=text)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    text = "time only these, for example eager_fp32 featkd cached; docs/benchmarks.md lists them "
+    _add_timing(parser, 8, "normal noise", f"{text}(default: all except featkd_bf16)")
 
 
 def step(options: Namespace) -> int:
@@ -155,7 +124,7 @@ def step(options: Namespace) -> int:
 
 def _step_on(context: ProcessContext, options: Namespace) -> int:
     """Time the update and its parts in this process of a run."""
-    from featkd.benchmarks import step, table, throughput
+    from featkd.benchmarks import step, throughput
     from featkd.benchmarks.photographs import photographs
     from featkd.train.recipe_file import find_recipe, load_recipe
 
@@ -167,16 +136,15 @@ def _step_on(context: ProcessContext, options: Namespace) -> int:
         names = [name for name in known if name not in optional]
     variants = {name: known[name] for name in names}
     with photographs(options.data, recipe.data, options.batch_size) as photos:
-        recipe = replace(
-            recipe, data=replace(photos.data, workers=0), batch_size=options.batch_size
-        )
+        data = replace(photos.data, workers=0)
+        recipe = replace(recipe, data=data, batch_size=options.batch_size)
         images = "normal noise" if options.data is None else photos.about
         print(f"{options.recipe}, batch {options.batch_size} on {context.device}, images: {images}")
         print("\n".join(f"  {name}: {way.about}" for name, way in variants.items()), flush=True)
         batch_of = step.random_batch if options.data is None else step.first_batch
         rates = step.measure(recipe, context, variants, options.rounds, batch_of)
     shares = {name: step.shares(rates, name) for name in names}
-    print(table.aligned(*_beside(rates, shares), numbers=True))
+    print(aligned(*_beside(rates, shares), numbers=True))
     bottlenecks = {name: max(parts, key=lambda part: parts[part]) for name, parts in shares.items()}
     for name, part in bottlenecks.items():
         print(f"{name}: the bottleneck is the {part}")
@@ -212,13 +180,7 @@ def _beside(
     for rate in rates:
         share = shares.get(rate.variant, {}).get(rate.name)
         ratio = _speedup(rate, rates)
-        lines.append(
-            (
-                f"{rate.name} {rate.variant}",
-                f"{rate.images_per_s:.2f}",
-                f"{rate.ms_per_image:.2f}",
-                "" if share is None else f"{share:.1%}",
-                "" if ratio is None else f"{ratio:.2f}",
-            )
-        )
+        speed = f"{rate.images_per_s:.2f}", f"{rate.ms_per_image:.2f}"
+        beside = "" if share is None else f"{share:.1%}", "" if ratio is None else f"{ratio:.2f}"
+        lines.append((f"{rate.name} {rate.variant}", *speed, *beside))
     return ("", "images/s", "ms/image", "share of the update", "speedup over eager"), lines

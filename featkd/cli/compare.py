@@ -36,13 +36,10 @@ def parser() -> Parser:
             "featkd compare cifar10_widelast --data CIFAR --out runs/lift --arms plain,lift "
             "--seeds 5",
         ),
+        out=("DIR", "folder of the runs and the report (default: none)"),
     )
-    (out,) = (action for action in parser._actions if action.dest == "out")
-    out.metavar, out.help = "DIR", "folder of the runs and the report (default: none)"
     parser.add_argument(
         "--arms",
-        type=str | None,
-        default=None,
         metavar="ARM,ARM",
         help="some of ce, soft_kd, plain, plain_projector, lift, widelast, plain_wide; plain must "
         "be among them (default: all that the recipe has terms for)",

@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.util import find_spec
 
-from featkd.cli import (
-    bench,
-    cache,
-    compare,
-    demo,
-    diagnose,
-    distill,
-    env,
-    evaluate,
-    export,
-    predict,
-)
+from featkd.cli import bench
 from featkd.cli.arguments import Parser, UsageError, with_dashes
 
 SHELLS = ("bash", "zsh")
@@ -36,25 +26,14 @@ def completion_script(shell: str, commands: Mapping[str, str]) -> str:
         raise UsageError(f"--print-completion: expected {' or '.join(SHELLS)}, got {shell!r}")
     if find_spec("shtab") is None:
         raise UsageError("--print-completion: shtab is not installed; pip install shtab")
-    parsers = {
-        "distill": distill.parser(),
-        "cache": cache.parser(),
-        "compare": compare.parser(),
-        "export": export.parser(),
-        "evaluate": evaluate.parser(),
-        "predict": predict.parser(),
-        "diagnose": diagnose.parser(),
-        "bench": Parser(prog="featkd bench"),
-        "env": env.parser(),
-        "demo": demo.parser(),
-    }
-    parser = Parser(prog="featkd")
+    parser, of_bench = Parser(prog="featkd"), Parser(prog="featkd bench")
     parser.add_argument("--version", action="store_true", help="print the version")
     parser.add_argument("--print-completion", choices=SHELLS, help="print a completion script")
     subcommands = parser.add_subcommands()
     for name, text in commands.items():
-        subcommands.add_subcommand(name, parsers[name], help=text)
-    subcommands = parsers["bench"].add_subcommands()
-    for name, bench_parser in bench.parsers().items():
-        subcommands.add_subcommand(name, bench_parser, help=bench.COMMANDS[name])
+        own = of_bench if name == "bench" else import_module(f"featkd.cli.{name}").parser()
+        subcommands.add_subcommand(name, own, help=text)
+    subcommands = of_bench.add_subcommands()
+    for name, own in bench.parsers().items():
+        subcommands.add_subcommand(name, own, help=bench.COMMANDS[name])
     return with_dashes(parser.get_completion_script(f"shtab-{shell}"))

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
 
-from docstring_parser import parse
-
-from featkd.cli.arguments import Parser, add_json, add_quiet, check_folders
-from featkd.cli.output import results_unless
+from featkd.cli.arguments import Parser, add_json, add_quiet, from_options
+from featkd.cli.output import results_unless, warn
 from featkd.diagnostics import DiagnoseConfig, Settings
 from featkd.diagnostics import diagnose as run_diagnose
 from featkd.diagnostics.process_run import Interrupted
@@ -31,18 +26,15 @@ def diagnose(words: Sequence[str]) -> int:
     """Runs `featkd diagnose` with the arguments of a command line; returns the exit code."""
     args = parser().parse_args(words)
     interrupt.loading_done()
-    check_folders(args, ("json",))
-    settings = Settings(**{f.name: _as_tuple(args[f.name]) for f in fields(Settings)})
-    values = {field.name: args[field.name] for field in _option_fields()}
-    config = DiagnoseConfig(**values, settings=settings, command=_command(words))
+    settings = from_options(Settings, args)
+    config = from_options(DiagnoseConfig, args, settings=settings, command=_command(words))
     is_main = os.environ.get("RANK", "0") == "0"
     for name in config.random_models if is_main and not args.quiet else ():
-        print(f"featkd: {name} {args[name]} has random weights", file=sys.stderr)
+        warn(f"{name} {args[name]} has random weights")
     try:
         findings = run_diagnose(config, quiet=args.quiet)
     except Interrupted as stop:
-        hint = f"the same command continues from {args.out}/state"
-        print(f"featkd: {stop}; {hint}", file=sys.stderr)
+        warn(f"{stop}; the same command continues from {args.out}/state")
         return 128 + stop.signal
     if findings.layers:  # on process 0
         out = Path(args.out)
@@ -57,7 +49,7 @@ def diagnose(words: Sequence[str]) -> int:
             print(f"{plural(findings.images, 'image')}{pace}: {out / 'report.html'}")
         if args.quiet and findings.left_out:  # in the conclusions otherwise
             count = plural(len(findings.left_out), "image")
-            print(f"featkd: {count} left out, listed in {out}/summary.json", file=sys.stderr)
+            warn(f"{count} left out, listed in {out}/summary.json")
     return 0
 
 
@@ -72,15 +64,6 @@ def _command(words: Sequence[str]) -> str:
     return shlex.join([*launcher, "diagnose", *words])
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _option_fields() -> list[Any]:
-    """Fields of `DiagnoseConfig` that become options; those of `Settings` are added as a group."""
-    return [f for f in fields(DiagnoseConfig) if f.name not in ("settings", "command")]
-
-
 def parser() -> Parser:
     """Returns the parser; options, defaults and help texts are those of the dataclasses."""
     parser = Parser(
@@ -92,15 +75,7 @@ def parser() -> Parser:
             "--data PHOTOS --out report",
         ),
     )
-    hints = get_type_hints(DiagnoseConfig)
-    texts = {p.arg_name: p.description for p in parse(DiagnoseConfig.__doc__ or "").params}
-    for field in _option_fields():
-        how: dict[str, Any] = {"type": hints[field.name], "default": field.default}
-        if hints[field.name] is bool:
-            how = {"action": "store_true"}
-        if field.name == "out":
-            how = {"type": str, "required": True}
-        parser.add_argument(f"--{field.name}", help=texts[field.name], **how)
+    parser.add_options_of(DiagnoseConfig, skip=("settings", "command"), required=("out",))
     add_json(parser)
     add_quiet(parser)
     parser.add_class_arguments(Settings)

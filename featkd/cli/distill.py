@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from featkd.cli.arguments import Parser, add_quiet
-from featkd.cli.output import results_unless
+from featkd.cli.output import results_unless, warn
 from featkd.cli.recipe_arguments import parse_recipe, recipe_parser
 from featkd.runtime.names import plural
 from featkd.runtime.scores import describe
@@ -38,30 +37,27 @@ def _train(recipe: Recipe, options: Namespace) -> int:
     from featkd.train.trainer import Trainer
 
     interrupt.loading_done()
-    with distributed.joined(recipe.device) as context:
+    hint = f"--resume auto continues from the last checkpoint in {recipe.out}"
+    remedy = f"{hint}, if one was saved; torchrun --max-restarts does so by itself"
+    with (
+        distributed.joined(recipe.device) as context,
+        distributed.explain_lost_processes(remedy),
+    ):
         if options.dry_run:
             report = dry_run(recipe, context)
             if context.is_main:
                 print(report)
             return 0
-        remedy = (
-            f"--resume auto continues from the last checkpoint in {recipe.out}, if one was saved; "
-            "torchrun --max-restarts does so by itself"
-        )
-        with distributed.explain_lost_processes(remedy):
-            resumes = options.resume not in ("auto", "force", "never")
-            trainer = Trainer(recipe, context, resumes=resumes)
-            outcome = trainer.run(options.resume, quiet=options.quiet)
-        if outcome.interrupted_by is not None:
-            if options.quiet and context.is_main:
-                hint = f"--resume auto continues from the last checkpoint in {recipe.out}"
-                print(
-                    f"featkd: stopped by signal {outcome.interrupted_by}; {hint}", file=sys.stderr
-                )
-            return 128 + outcome.interrupted_by
-        if context.is_main:
-            print(f"{recipe.out}: {_summary(outcome)}")
-        return 0
+        resumes = options.resume not in ("auto", "force", "never")
+        trainer = Trainer(recipe, context, resumes=resumes)
+        outcome = trainer.run(options.resume, quiet=options.quiet)
+    if outcome.interrupted_by is not None:
+        if options.quiet and context.is_main:
+            warn(f"stopped by signal {outcome.interrupted_by}; {hint}")
+        return 128 + outcome.interrupted_by
+    if context.is_main:
+        print(f"{recipe.out}: {_summary(outcome)}")
+    return 0
 
 
 def _summary(outcome: Outcome) -> str:
@@ -72,10 +68,8 @@ def _summary(outcome: Outcome) -> str:
         facts.append(
             f"best {describe(best)} (best.pt: {best['weights']} weights, epoch {best['epoch']})"
         )
-    if math.isnan(outcome.images_per_s):
-        facts.append("nothing was left to train")
-    else:
-        facts.append(f"{outcome.images_per_s:.1f} images/s")
+    speed = outcome.images_per_s
+    facts.append("nothing was left to train" if math.isnan(speed) else f"{speed:.1f} images/s")
     if outcome.bad_files:
         facts.append(f"{plural(len(outcome.bad_files), 'unreadable image')} left out")
     return ", ".join(facts)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
-from featkd.cli.arguments import Parser, add_json, check_folders
+from featkd.cli.arguments import Parser, add_json
+from featkd.cli.output import write_json
 
 # environment variables that change what featkd does
 _SETTINGS = re.compile("FEATKD_|OMP_|CUDA_VISIBLE_DEVICES$|TORCHINDUCTOR_|TRITON_")
@@ -17,16 +16,11 @@ _SETTINGS = re.compile("FEATKD_|OMP_|CUDA_VISIBLE_DEVICES$|TORCHINDUCTOR_|TRITON
 def env(words: Sequence[str]) -> int:
     """Run `featkd env` and return the exit code."""
     options = parser().parse_args(words)
-    check_folders(options, ("json",))
     facts = environment_facts()
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:{width}}  {value}")
-    if options.json is not None:
-        from featkd.runtime.files import atomic_write
-
-        with atomic_write(Path(options.json)) as file:
-            file.write(json.dumps(facts, indent=2).encode() + b"\n")
+    write_json(options.json, facts)
     return 0
 
 
@@ -50,8 +44,7 @@ def environment_facts() -> dict[str, str]:
         name = torch.cuda.get_device_name(number)
         facts[f"cuda:{number}"] = f"{name}, compute capability {major}.{minor}"
     facts["cuda of torch"] = torch.version.cuda or "none"
-    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-    facts["cudnn"] = str(cudnn or "none")
+    facts["cudnn"] = str(torch.backends.cudnn.version() or "none")  # type: ignore[no-untyped-call]
     facts["backend"] = backends.wanted_backend()
     found = metadata.distributions()
     dali = (x.version for x in found if (x.name or "").startswith("nvidia-dali"))

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featkd.cli.arguments import Parser, UsageError, add_json, add_quiet, add_words, check_folders
+from featkd.cli.arguments import Parser, UsageError, add_json, add_quiet, add_words, from_options
 from featkd.cli.model_arguments import (
     LoadedModel,
+    ModelOptions,
     add_models,
     check_count,
-    check_models,
     load_model,
 )
-from featkd.cli.output import results_unless
-from featkd.runtime.names import listed, plural, printable
+from featkd.cli.output import results_unless, warn, write_json
+from featkd.runtime.names import aligned, listed, plural, printable
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -30,62 +28,54 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Score models on DIR/val: top-1 and top-5 of the classifier, kNN and a linear probe of the frozen
 features (from the images in DIR/train). Under torchrun the processes share the images."""
+_DATA = (  # fields in the JSON file
+    *("train_split", "val_split", "val_fraction", "img_size", "mean", "std", "crop_pct"),
+    "interpolation",
+)
 _SCORES = ("head", "knn", "probe")  # of featkd.evaluation.scoring, which loads torch
 
 
 def evaluate(words: Sequence[str]) -> int:
     """Run `featkd evaluate` with the arguments of a command line; return the exit code."""
     args = parser().parse_args(words)
-    check_folders(args, ("json",))
-    _check(args)
+    options = from_options(ModelOptions, args)
+    check_count("k", args.k)
+    if unknown := [score for score in args.scores if score not in _SCORES]:
+        raise UsageError(f"--scores: expected {', '.join(_SCORES)}; got {unknown[0]}")
+    if not 0 < args.temperature < float("inf"):
+        raise UsageError(f"--temperature: expected a finite number > 0, got {args.temperature}")
     from featkd.runtime import distributed, environment, interrupt
 
     interrupt.loading_done()
     rows: list[dict[str, Any]] = []
-    with distributed.joined(args.device) as context:
-        is_main = context.is_main
-        with distributed.explain_lost_processes("start the evaluation again"):
-            for name in (*args.checkpoints, *args.model):
-                loaded = load_model(name, args, context.device.type)
-                found = _score(loaded, args, context)
-                rows.append(_row(name, loaded, found))
-                for note in found.notes if is_main else ():
-                    print(f"featkd: {name}: {note}", file=sys.stderr)
-                if found.left_out and is_main:
-                    print(
-                        f"featkd: {name}: {plural(len(found.left_out), 'unreadable image')} left "
-                        f"out: {listed([*found.left_out], 3)}",
-                        file=sys.stderr,
-                    )
-    if not is_main:
+    with (
+        distributed.joined(args.device) as context,
+        distributed.explain_lost_processes("start the evaluation again"),
+    ):
+        for name in options.names:
+            loaded = load_model(name, options, context.device.type)
+            found = _score(loaded, options, args, context)
+            data = {key: getattr(loaded.data, key) for key in _DATA}
+            about = {"name": name, "weights": loaded.weights, "amp": loaded.amp, "data": data}
+            rows.append({**about, **vars(found)})
+            for note in found.notes if context.is_main else ():
+                warn(f"{name}: {note}")
+            if found.left_out and context.is_main:
+                count = plural(len(found.left_out), "unreadable image")
+                warn(f"{name}: {count} left out: {listed([*found.left_out], 3)}")
+    if not context.is_main:
         return 0
-    if args.json is not None:
-        from featkd.runtime.files import atomic_write
-
-        content = {
-            "data": args.data,
-            "limit": args.images,
-            "models": rows,
-            "versions": environment.versions(),
-        }
-        with atomic_write(Path(args.json)) as file:
-            file.write(json.dumps(content).encode() + b"\n")
+    images = {"data": args.data, "limit": args.images}
+    content = {**images, "models": rows, "versions": environment.versions()}
+    write_json(args.json, content, indent=None)
     with results_unless(args.quiet):
         print(_table(rows))
     return 0
 
 
-def _check(args: Namespace) -> None:
-    """Raise UsageError if options contradict each other."""
-    check_models(args)
-    check_count(args, "k")
-    if unknown := [score for score in args.scores if score not in _SCORES]:
-        raise UsageError(f"--scores: expected {', '.join(_SCORES)}; got {unknown[0]}")
-    if not 0 < args.temperature < float("inf"):
-        raise UsageError(f"--temperature: expected a finite number > 0, got {args.temperature}")
-
-
-def _score(loaded: LoadedModel, args: Namespace, context: ProcessContext) -> ModelScores:
+def _score(
+    loaded: LoadedModel, options: ModelOptions, args: Namespace, context: ProcessContext
+) -> ModelScores:
     from featkd.evaluation import score_model
     from featkd.train.precision import autocast
 
@@ -97,12 +87,12 @@ def _score(loaded: LoadedModel, args: Namespace, context: ProcessContext) -> Mod
         scores=scores,
         k=args.k,
         temperature=args.temperature,
-        batch_size=args.batch_size,
-        limit=args.images,
+        batch_size=options.batch_size,
+        limit=options.images,
         autocast=lambda: autocast(loaded.amp, context.device),
         quiet=args.quiet,
     )
-    found.notes += [note] if note else []
+    found.notes += filter(None, (note, loaded.note))
     return found
 
 
@@ -123,51 +113,26 @@ def _with_splits(data: DataConfig, args: Namespace) -> tuple[DataConfig, list[An
             f"--val-split: no folder {printable(folder / data.val_split)} with validation images; "
             f"expected DIR/<split>/<class>/*.jpg; folders there: {there}"
         )
-    if (folder / data.train_split).is_dir():
+    left_out = [score for score in args.scores if score != "head"]
+    if not left_out or (folder / data.train_split).is_dir():
         return data, args.scores, ""
-    rest = [score for score in args.scores if score == "head"]
     missing = printable(folder / data.train_split)
     note = f"no folder {missing} with training images (--train-split); folders there: {there}"
-    if not rest:
+    if "head" not in args.scores:
         raise FileNotFoundError(f"--scores: {' and '.join(args.scores)}: {note}")
-    left_out = [score for score in args.scores if score != "head"]
-    return data, rest, f"{' and '.join(left_out)} left out: {note}" if left_out else ""
-
-
-def _row(name: str, loaded: LoadedModel, found: ModelScores) -> dict[str, Any]:
-    data = loaded.data
-    fields = ("train_split", "val_split", "val_fraction", "img_size", "mean", "std", "crop_pct")
-    return {
-        "name": name,
-        "weights": loaded.weights,
-        "amp": loaded.amp,
-        "data": {key: getattr(data, key) for key in (*fields, "interpolation")},
-        **vars(found),
-    }
+    return data, ["head"], f"{' and '.join(left_out)} left out: {note}"
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
     """Scores of the models as text, one line for each."""
-    columns = {
-        "top-1": ("head", "top1"),
-        "top-5": ("head", "top5"),
-        "kNN": ("knn", "top1"),
-        "probe": ("probe", "top1"),
-    }
-    width = max(5, *(len(_label(row)) for row in rows))
-    lines = [f"{'model':{width}}" + "".join(f"{x:>8}" for x in (*columns, "images"))]
+    lines = []
     for row in rows:
-        cells = []
-        for score, key in columns.values():
-            value = row["scores"].get(score, {}).get(key)
-            cells.append("-" if value is None else f"{value:.2f}")
-        cells.append(str(row["images"]))
-        lines.append(f"{_label(row):{width}}" + "".join(f"{x:>8}" for x in cells))
-    return "\n".join(lines)
-
-
-def _label(row: dict[str, Any]) -> str:
-    return f"{row['name']} (random weights)" if row["weights"] == "random" else row["name"]
+        name = f"{row['name']} (random weights)" if row["weights"] == "random" else row["name"]
+        columns = (("head", "top1"), ("head", "top5"), ("knn", "top1"), ("probe", "top1"))
+        values = [row["scores"].get(score, {}).get(key) for score, key in columns]
+        cells = ("-" if value is None else f"{value:.2f}" for value in values)
+        lines.append((name, *cells, row["images"]))
+    return aligned(("model", "top-1", "top-5", "kNN", "probe", "images"), lines, numbers=True)
 
 
 def parser() -> Parser:
@@ -182,16 +147,9 @@ def parser() -> Parser:
         ),
     )
     add_models(parser)
-    parser.add_argument(
-        "--data", type=str | None, default=None, metavar="DIR", help="folder of the split folders"
-    )
     for split in ("train", "val"):
-        parser.add_argument(
-            f"--{split}-split",
-            type=str | None,
-            default=None,
-            help=f"folder below DIR (default: the checkpoint's, for a timm model {split})",
-        )
+        text = f"folder below --data (default: the checkpoint's, for a timm model {split})"
+        parser.add_argument(f"--{split}-split", help=text)
     add_words(parser, "scores", _SCORES, _SCORES)
     parser.add_argument("--k", type=int, default=20, help="neighbours of kNN")
     parser.add_argument("--temperature", type=float, default=0.07, help="temperature of kNN")

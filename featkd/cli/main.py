@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import featkd
-from featkd.cli.output import printable_streams
+from featkd.cli.output import printable_streams, warn
 from featkd.runtime import interrupt, openmp
 
 COMMANDS = {
@@ -127,5 +127,5 @@ def _table(lines: dict[str, str]) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"featkd: {message}", file=sys.stderr)
+    warn(message)
     return code

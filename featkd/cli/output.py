@@ -1,12 +1,14 @@
-"""Standard streams of the command line."""
+"""Standard streams and JSON files of the command line."""
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 from featkd.runtime.names import printable
@@ -63,6 +65,20 @@ def printable_streams(*, restore: bool) -> Iterator[None]:
     finally:
         if restore:
             sys.stdout, sys.stderr = streams
+
+
+def warn(message: str) -> None:
+    """Prints a line to stderr that begins with featkd's name."""
+    print(f"featkd: {message}", file=sys.stderr)
+
+
+def write_json(path: str | None, content: object, indent: int | None = 2) -> None:
+    """Writes the file of `--json`, if it is given."""
+    if path is not None:
+        from featkd.runtime.files import atomic_write
+
+        with atomic_write(Path(path)) as file:
+            file.write(json.dumps(content, indent=indent).encode() + b"\n")
 
 
 def results_unless(quiet: bool) -> AbstractContextManager[object]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
 
 from jsonargparse import Namespace
 
-from featkd.cli.arguments import Parser, UsageError, is_group_of_fields
+from featkd.cli.arguments import Parser, UsageError, from_options, is_group_of_fields
+from featkd.cli.output import warn
 from featkd.train.recipe import PooledConfig, Recipe, RecipeError, TeacherConfig
 from featkd.train.recipe_file import find_recipe, read_recipe_config, shipped_recipes
 
@@ -19,7 +18,7 @@ _CONFIG = "--recipe_file"  # internal; a user names the recipe as the first argu
 
 
 def recipe_parser(
-    command: str, purpose: str, examples: Sequence[str], other_usages: Sequence[str] = ()
+    command: str, purpose: str, examples: Sequence[str], usage: str = "", **texts: tuple[str, str]
 ) -> Parser:
     """Return the parser of a command with an option for every field of a recipe.
 
@@ -27,24 +26,25 @@ def recipe_parser(
         command: name of the command.
         purpose: sentence that the description begins with.
         examples: see `Parser`.
-        other_usages: further lines of the usage.
+        usage: further line of the usage.
+        **texts: metavars and help texts of options, in place of those of the recipe's fields.
     """
+    first = f"featkd {command} RECIPE [--option value ...]"
     parser = Parser(
         prog=f"featkd {command}",
-        usage="\n       ".join((f"featkd {command} RECIPE [--option value ...]", *other_usages)),
+        usage="\n       ".join(filter(None, (first, usage))),
         description=f"{purpose} RECIPE is a YAML file or the name of a recipe that ships with "
         f"featkd: {', '.join(shipped_recipes())}. An option overrides a field of the recipe.",
         examples=examples,
     )
     parser.add_argument(_CONFIG, action="config", help=argparse.SUPPRESS)
     parser.add_class_arguments(Recipe)
+    texts["data"] = "DIR", "short for --data.path"
+    texts["teacher"] = "null", "train the student alone"
+    texts["loss.pooled"] = "null", "compare no pooled features"
     for action in parser._actions:
-        if action.dest == "data":
-            action.metavar, action.help = "DIR", "short for --data.path"
-        elif action.dest == "teacher":
-            action.metavar, action.help = "null", "train the student alone"
-        elif action.dest == "loss.pooled":
-            action.metavar, action.help = "null", "compare no pooled features"
+        if action.dest in texts:
+            action.metavar, action.help = texts[action.dest]
         elif is_group_of_fields(action):
             action.help = argparse.SUPPRESS
     # jsonargparse describes no fields of a dataclass that may be null.
@@ -90,7 +90,7 @@ def parse_recipe(parser: Parser, words: Sequence[str]) -> tuple[Recipe, Namespac
             warnings.simplefilter("always")
             words = [_CONFIG, read_recipe_config(find_recipe(words[0])), *words[1:]]
         for note in notes:  # without the line of source that warnings are shown with
-            print(f"featkd: {note.message}", file=sys.stderr)
+            warn(str(note.message))
     options = parser.parse_args(words)
     try:
         built = parser.instantiate(options)
@@ -99,7 +99,7 @@ def parse_recipe(parser: Parser, words: Sequence[str]) -> tuple[Recipe, Namespac
         if cause is None:
             raise
         raise RecipeError(cause[1]) from error
-    return Recipe(**{field.name: built[field.name] for field in fields(Recipe)}), options
+    return from_options(Recipe, built), options
 
 
 def _long_option(word: str) -> str:

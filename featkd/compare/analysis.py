@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from featkd.compare.arms import ARMS, CONTROL, CONTROLLED, REFERENCE
@@ -14,7 +14,7 @@ from featkd.runtime.names import plural
 NO_MISMATCH = 0.99  # reach from which on there is next to nothing to mend
 MISMATCH = 0.90  # reach below which there is a mismatch
 
-_Runs = Mapping[int, RunResult]  # of one arm, by seed
+_Runs = dict[int, RunResult]  # of one arm, by seed
 
 
 @dataclass(frozen=True)
@@ -60,32 +60,31 @@ def analyse(
     names: Sequence[str], runs: Sequence[RunResult], teacher: TeacherMap | None
 ) -> Analysis:
     """Analyses the runs of the arms `names`, which all have the same seeds."""
-    by_arm: dict[str, _Runs] = {
-        name: {run.seed: run for run in sorted(runs, key=lambda r: r.seed) if run.name == name}
-        for name in names
-    }
+    by_arm: dict[str, _Runs] = {name: {} for name in names}
+    for run in sorted(runs, key=lambda run: run.seed):
+        by_arm[run.name][run.seed] = run
     reference = by_arm[REFERENCE]
-    arms, conclusions = [], []
-    for name, own in by_arm.items():
-        first = next(iter(own.values()))
-        arms.append(
-            ArmResult(
-                name,
-                interval([run.top1 for run in own.values()]),
-                None if name == REFERENCE else _difference(own, reference),
-                first.parameters,
-                first.gmacs,
-                sum(run.images_per_s for run in own.values()) / len(own),
-                average([run.map for run in own.values()]),
-            )
-        )
-        if name != REFERENCE:
-            conclusions.append(_conclude(own, reference))
+    arms = [_arm_result([*own.values()], reference) for own in by_arm.values()]
+    pairs = [(own, reference) for name, own in by_arm.items() if name != REFERENCE]
     controlled = None
     if {CONTROL, CONTROLLED} <= {*names}:
-        conclusions.append(_conclude(by_arm[CONTROLLED], by_arm[CONTROL]))
-        controlled = _difference(by_arm[CONTROLLED], by_arm[CONTROL])
+        pairs.append((by_arm[CONTROLLED], by_arm[CONTROL]))
+        controlled = _difference(*pairs[-1])
+    conclusions = [_conclude(*pair) for pair in pairs]
     return Analysis(_find(arms, teacher, controlled), conclusions, arms)
+
+
+def _arm_result(runs: Sequence[RunResult], reference: _Runs) -> ArmResult:
+    name = runs[0].name
+    return ArmResult(
+        name,
+        interval([run.top1 for run in runs]),
+        None if name == REFERENCE else _difference({run.seed: run for run in runs}, reference),
+        runs[0].parameters,
+        runs[0].gmacs,
+        sum(run.images_per_s for run in runs) / len(runs),
+        average([run.map for run in runs]),
+    )
 
 
 def _difference(own: _Runs, reference: _Runs) -> Interval:
@@ -94,10 +93,8 @@ def _difference(own: _Runs, reference: _Runs) -> Interval:
 
 def _conclude(own: _Runs, reference: _Runs) -> str:
     """Says in a sentence what a difference between two arms does and doesn't show."""
-    found, (run, other) = (
-        _difference(own, reference),
-        (next(iter(x.values())) for x in (own, reference)),
-    )
+    found = _difference(own, reference)
+    run, other = (next(iter(runs.values())) for runs in (own, reference))
     low, high = found.low, found.high
     side = "above" if found.mean >= 0 else "below"
     text = f"{run.name} is {abs(found.mean):.2f} points {side} {other.name}"
@@ -153,10 +150,8 @@ def _mismatch(plain: ArmResult, teacher: TeacherMap | None) -> tuple[str, bool |
         return "The mismatch could not be measured", None
     width, channels = round(plain.map.width), round(teacher.figures.channels)
     if width >= channels:
-        return (
-            f"No mismatch here: the student's {width} channels are no fewer than the teacher's",
-            False,
-        )
+        share = f"the student's {width} channels are no fewer than the teacher's"
+        return f"No mismatch here: {share}", False
     reach = teacher.reach_of(width)
     share = (
         f"one linear projector for all images, from the student's {width} channels, reaches "

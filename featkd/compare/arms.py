@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from featkd.train.recipe import Arch, LossConfig, Recipe, RecipeError
 from featkd.train.student import build_student
@@ -51,12 +51,8 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def impossible_arms(recipe: Recipe) -> dict[str, str]:
-    """Arms that the recipe has no terms for -> the reason.
-
-    Raises:
-        RecipeError: the recipe suits no comparison.
-    """
+def _impossible_arms(recipe: Recipe) -> dict[str, str]:
+    """Arms that the recipe has no terms for -> the reason; RecipeError if it suits none."""
     if recipe.data.labels == "none":
         raise RecipeError("data.labels: none, but compare needs accuracies; expected folders")
     if recipe.teacher is None:
@@ -73,8 +69,7 @@ def impossible_arms(recipe: Recipe) -> dict[str, str]:
     found = {}
     if recipe.loss.alpha == 0:
         found["soft_kd"] = "loss.alpha is 0"
-    starts = recipe.student.pretrained or recipe.student.checkpoint is not None
-    if starts:
+    if recipe.student.pretrained or recipe.student.checkpoint is not None:
         found["plain_wide"] = "the student's starting weights fit one width only"
     return found
 
@@ -90,7 +85,7 @@ def choose_arms(recipe: Recipe, asked: str | None) -> tuple[list[str], list[str]
         RecipeError: the recipe suits no comparison.
         ValueError: an arm is unknown, given twice, or impossible, or `plain` is missing.
     """
-    impossible = impossible_arms(recipe)
+    impossible = _impossible_arms(recipe)
     if asked is None:
         notes = [f"arm {name} is left out: {reason}" for name, reason in impossible.items()]
         return [name for name in ARMS if name not in impossible], notes
@@ -148,10 +143,13 @@ def wide_width(recipe: Recipe, num_classes: int) -> int:
         RecipeError: the base has no width or no heads to change.
     """
 
-    def build(name: str, width: int | None) -> Any:
-        return cast(Any, build_student(arm_recipe(recipe, name, 0, Path(), width), num_classes))
+    def build(name: str, width: int | None = None) -> Any:
+        return build_student(arm_recipe(recipe, name, 0, Path(), width), num_classes)
 
-    plain = build("plain", None)
+    def parameters(model: Any) -> int:
+        return sum(p.numel() for p in model.parameters())
+
+    plain = build("plain")
     try:
         width, step = int(plain.embed_dim), 4 * int(plain.blocks[0].attn.num_heads)
     except AttributeError as error:
@@ -159,13 +157,8 @@ def wide_width(recipe: Recipe, num_classes: int) -> int:
             f"student.base: {recipe.student.base} has no width to change for the arm plain_wide; "
             f"expected --arms without it"
         ) from error
-    wanted = _parameters(build("widelast", None))
-    base, below = width, _parameters(plain)
-    while (above := _parameters(build("plain_wide", width + step))) < wanted:
-        width, below = width + step, above
-    nearer = width > base and wanted - below < above - wanted
-    return width if nearer else width + step
-
-
-def _parameters(model: Any) -> int:
-    return sum(p.numel() for p in model.parameters())
+    wanted, sizes = parameters(build("widelast")), dict[int, int]()
+    while max(sizes.values(), default=0) < wanted:
+        width += step
+        sizes[width] = parameters(build("plain_wide", width))
+    return min(reversed(sizes), key=lambda width: abs(sizes[width] - wanted))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from statistics import fmean
 from typing import Any
@@ -72,18 +73,18 @@ class TeacherMap:
 
 def measure_student(
     recipe: Recipe, student: FeatureModel, device: torch.device
-) -> MapFigures | None:
-    """Measures the student's map of the last of `loss.pairs`; None if that is impossible."""
+) -> MapFigures | str:
+    """Measures the student's map of the last of `loss.pairs`; a text is why that is impossible."""
     layer = recipe.loss.pairs[-1][0]
     student.eval()
     result = _measure(recipe, lambda batch: student.forward_maps(batch.images, [layer])[0], device)
-    if result is None:
-        return None
+    if isinstance(result, str):
+        return result
     return _figures(result, student.embed_dim if isinstance(student, LiftStudent) else None)
 
 
-def measure_teacher(recipe: Recipe, context: ProcessContext) -> TeacherMap | None:
-    """Measures the teacher's map of the last of `loss.pairs`; None if that is impossible.
+def measure_teacher(recipe: Recipe, context: ProcessContext) -> TeacherMap | str:
+    """Measures the teacher's map of the last of `loss.pairs`; a text is why that is impossible.
 
     Args:
         recipe: a run with the teacher and without a cache.
@@ -95,14 +96,14 @@ def measure_teacher(recipe: Recipe, context: ProcessContext) -> TeacherMap | Non
     teacher, place = components.teacher, len(recipe.loss.pairs) - 1
     assert isinstance(teacher, Teacher)
     result = _measure(recipe, lambda batch: teacher.outputs(batch).maps[place], context.device)
-    if result is None:
-        return None
+    if isinstance(result, str):
+        return result
     return TeacherMap(_figures(result), tuple(result.pca.spread.tolist()), result.images)
 
 
-def average(maps: Sequence[MapFigures | None]) -> MapFigures | None:
+def average(maps: Sequence[MapFigures | str | None]) -> MapFigures | None:
     """Mean of the figures of several runs of one arm; None if one of them has none."""
-    known = [figures for figures in maps if figures is not None]
+    known = [figures for figures in maps if isinstance(figures, MapFigures)]
     if len(known) < len(maps):
         return None
 
@@ -115,21 +116,19 @@ def average(maps: Sequence[MapFigures | None]) -> MapFigures | None:
 
 def _measure(
     recipe: Recipe, maps: Callable[[Batch], Tensor], device: torch.device
-) -> LayerResult | None:
-    """Measures maps (B, N, C); None if they are all zero or not finite."""
+) -> LayerResult | str:
+    """Measures maps (B, N, C); a text is the reason why they have no figures, as NaN."""
     loader = build_evaluation_loader(
         recipe.data, split="val", batch_size=recipe.batch_size, device=device, limit=IMAGES
     )
     stats = LayerDiagnostics(_SETTINGS)
     try:
-        with torch.no_grad(), autocast(recipe.amp, device):
+        with closing(loader), torch.no_grad(), autocast(recipe.amp, device):
             for batch in loader:
                 stats.update(maps(batch))
         return stats.result()
-    except ValueError:  # the accuracies of a trained student count without it
-        return None
-    finally:
-        loader.close()
+    except ValueError as error:  # the accuracies of a trained student count without it
+        return str(error)
 
 
 def _figures(result: LayerResult, width: int | None = None) -> MapFigures:

@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from featkd.compare.analysis import Analysis, ArmResult
@@ -18,11 +17,16 @@ from featkd.compare.results import RunResult, weights_scored
 from featkd.compare.statistics import Interval
 from featkd.runtime import environment
 from featkd.runtime.files import atomic_write
-from featkd.runtime.names import printable_lines
+from featkd.runtime.names import aligned
+from featkd.runtime.pages import render_page
 from featkd.runtime.plots import GREY, as_svg, axes_for, legend
 from featkd.train.recipe import Recipe, to_yaml
 
 Row = dict[str, str]
+_MAP_COLUMNS = (
+    *("channels", "reach %", "rank / noise", "overlap / random"),
+    "channels used % / noise",
+)
 _COLOURS = ("#8c8c8c", "#b08900", "#d1495b", "#8a5fbf", "#3a86c8", "#2a9d6f", "#c46a1b")
 
 
@@ -47,10 +51,9 @@ class Comparison:
     def text(self) -> str:
         """The finding, the tables, the conclusions and the notes, for a terminal."""
         found = self.analysis
-        accuracies, maps = as_table(result_rows(found.arms)), as_table(map_rows(self))
-        lists = "\n".join(found.conclusions), "\n".join(self.notes)
-        parts = found.finding, accuracies, lists[0], maps, lists[1]
-        return "\n\n".join(filter(None, parts))
+        accuracies, maps = (_as_text(rows) for rows in (result_rows(found.arms), map_rows(self)))
+        conclusions, notes = "\n".join(found.conclusions), "\n".join(self.notes)
+        return "\n\n".join(filter(None, (found.finding, accuracies, conclusions, maps, notes)))
 
 
 def result_rows(arms: Sequence[ArmResult]) -> list[Row]:
@@ -80,49 +83,30 @@ def _ends(found: Interval | None, sign: str = "") -> str:
 def map_rows(found: Comparison) -> list[Row]:
     """Rows of the table of mismatch diagnostics: the teacher's map, then each arm's."""
     teacher = found.teacher
-    rows = [_map_row("teacher", None if teacher is None else teacher.figures, "-")]
-    for arm in found.analysis.arms:
-        reach = "-"
-        if teacher is not None and arm.map is not None:
-            reach = f"{100 * teacher.reach_of(arm.map.width):.1f}"
-        rows.append(_map_row(arm.name, arm.map, reach))
-    return rows
+    rows = [_map_row("teacher", None if teacher is None else teacher.figures, None)]
+    return rows + [_map_row(arm.name, arm.map, teacher) for arm in found.analysis.arms]
 
 
-def _map_row(name: str, figures: MapFigures | None, reach: str) -> Row:
+def _map_row(name: str, figures: MapFigures | None, teacher: TeacherMap | None) -> Row:
     def beside(value: float | None, null: float | None, digits: int) -> str:
         return "-" if value is None else f"{value:.{digits}f} / {null:.{digits}f}"
 
-    columns = ["-"] * 4
-    if figures is not None:
-        width = "" if figures.width == figures.channels else f"{figures.width:.0f} to "
-        columns = [
-            f"{width}{figures.channels:.0f}",
-            beside(figures.rank, figures.gaussian_rank, 0),
-            beside(figures.overlap, figures.random_overlap, 2),
-            beside(100 * figures.used, 100 * figures.gaussian_used, 0),
-        ]
-    return {
-        "map of": name,
-        "channels": columns[0],
-        "reach %": reach,
-        "rank / noise": columns[1],
-        "overlap / random": columns[2],
-        "channels used % / noise": columns[3],
-    }
-
-
-def as_table(table: Sequence[Mapping[str, str]]) -> str:
-    """Formats rows as text; the first column is left-aligned, numbers are right-aligned."""
-    names = list(table[0])
-    widths = {n: max(len(n), *(len(row[n]) for row in table)) for n in names}
-    lines = [{n: n for n in names}, {n: "-" * widths[n] for n in names}, *table]
-    return "\n".join(
-        "  ".join(
-            line[n].ljust(widths[n]) if n == names[0] else line[n].rjust(widths[n]) for n in names
-        )
-        for line in lines
+    row = {"map of": name, **dict.fromkeys(_MAP_COLUMNS, "-")}
+    if figures is None:
+        return row
+    width = "" if figures.width == figures.channels else f"{figures.width:.0f} to "
+    cells = (
+        f"{width}{figures.channels:.0f}",
+        "-" if teacher is None else f"{100 * teacher.reach_of(figures.width):.1f}",
+        beside(figures.rank, figures.gaussian_rank, 0),
+        beside(figures.overlap, figures.random_overlap, 2),
+        beside(100 * figures.used, 100 * figures.gaussian_used, 0),
     )
+    return {**row, **dict(zip(_MAP_COLUMNS, cells, strict=True))}
+
+
+def _as_text(rows: Sequence[Row]) -> str:
+    return aligned([*rows[0]], [[*row.values()] for row in rows], numbers=True)
 
 
 def write_page(
@@ -137,27 +121,16 @@ def write_page(
         title, intro: heading and first paragraph.
         cases: comparisons with a paragraph about each, by name; a single one may have no name.
     """
-    facts = {
-        **environment.versions(),
-        "commit": environment.commit(),
-        **environment.machine(),
-    }
+    commit = {"commit": environment.commit()}
+    facts = {**environment.versions(), **commit, **environment.machine()}
     described = [_case(name, about, found) for name, (about, found) in cases.items()]
     (path.parent / "figures").mkdir(exist_ok=True)
     for case in described:
         for kind in ("finding", "curves"):
             with atomic_write(path.parent / case["files"][kind]) as file:
                 file.write(case[kind].encode())
-    template = Environment(loader=PackageLoader("featkd.compare"), autoescape=True)
-    page = template.get_template("report.html").render(
-        title=title,
-        intro=intro,
-        cases=described,
-        reference=REFERENCE,
-        facts=facts,
-    )
-    with atomic_write(path) as file:
-        file.write(printable_lines(page).encode())
+    about = {"title": title, "intro": intro, "reference": REFERENCE, "facts": facts}
+    render_page(path, "featkd.compare", cases=described, **about)
 
 
 def _case(name: str, about: str, found: Comparison) -> dict[str, Any]:
@@ -170,17 +143,14 @@ def _case(name: str, about: str, found: Comparison) -> dict[str, Any]:
     return {
         "name": name,
         "about": about,
-        "sentence": found.analysis.finding,
+        "found": found,
         "finding": Markup(_finding_plot(arms, found.teacher)),
         "files": {kind: f"figures/{prefix}{kind}.svg" for kind in ("finding", "curves")},
-        "conclusions": found.analysis.conclusions,
         "rows": result_rows(arms),
         "map_rows": map_rows(found),
-        "images": None if found.teacher is None else found.teacher.images,
         "weights": "their average" if weights == "ema" else "the weights",
         "curves": Markup(_curves_plot(curves)),
         "arms": {arm.name: ARMS[arm.name].about for arm in arms},
-        "notes": found.notes,
         "recipe": to_yaml(found.recipe),
     }
 

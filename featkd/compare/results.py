@@ -23,8 +23,8 @@ class RunResult:
         top1: validation accuracy of the last weights, or of their average, in per cent.
         images_per_s: median training throughput.
         folder: folder of the run.
-        map: figures of the student's map that is compared with the teacher's; None if they can't
-            be measured.
+        map: figures of the student's map that is compared with the teacher's, or the reason why
+            they can't be measured; None if an earlier version stored none.
     """
 
     name: str
@@ -34,7 +34,7 @@ class RunResult:
     top1: float
     images_per_s: float
     folder: Path
-    map: MapFigures | None = None
+    map: MapFigures | str | None = None
 
     def curve(self, weights: str = "model") -> list[tuple[int, float]]:
         """Points (epoch, top-1 in per cent) of all evaluations of the "model" or "ema" weights."""

@@ -17,9 +17,10 @@ from featkd.cache.config import Store as StorageType
 from featkd.cache.estimate import as_size
 from featkd.compare.analysis import analyse
 from featkd.compare.arms import ARMS, REFERENCE, arm_recipe, choose_arms, wide_width
-from featkd.compare.mismatch import measure_teacher
+from featkd.compare.mismatch import TeacherMap, measure_teacher
 from featkd.compare.pool import train_all
 from featkd.compare.report import Comparison, write_page
+from featkd.compare.results import RunResult
 from featkd.compare.store import Store
 from featkd.runtime import distributed
 from featkd.runtime.distributed import ProcessContext
@@ -73,10 +74,11 @@ def compare(
             jobs = _prepare(recipe, pending, store, seeds, quiet)
             train_all(jobs, "training the arms", quiet, recipe.device, store.add)
         runs = [store.runs[key] for key in chosen]
-        analysis = analyse(names, runs, store.teacher_map)
+        teacher = store.teacher_map if isinstance(store.teacher_map, TeacherMap) else None
+        analysis = analyse(names, runs, teacher)
         store.save(analysis)
-        notes.append(_teacher_note(store))
-        found = Comparison(recipe, runs, store.teacher_map, analysis, notes)
+        notes += _notes(store, runs)
+        found = Comparison(recipe, runs, teacher, analysis, notes)
         write_page(out / "report.html", "featkd compare", _ABOUT, {"": ("", found)})
     print(f"{found.text()}\nreport: {out / 'report.html'}")
     return found
@@ -87,9 +89,9 @@ def _prepare(
 ) -> _Jobs:
     """Returns the recipes of the runs, once each arm can be built and the caches are written."""
     out, context = Path(recipe.out), distributed.start(recipe.device)
+    plain = arm_recipe(recipe, REFERENCE, recipe.seed, out, None)
     if store.width is None and any(ARMS[name].wide for name, _ in pending):
-        classes = _check(arm_recipe(recipe, REFERENCE, recipe.seed, out, None), context)
-        store.width = wide_width(recipe, classes)
+        store.width = wide_width(recipe, _check(plain, context))
     jobs = {
         (name, seed): arm_recipe(recipe, name, seed, out, store.width) for name, seed in pending
     }
@@ -97,19 +99,17 @@ def _prepare(
     for job in {name: job for (name, _), job in jobs.items()}.values():
         _check(job, context)
     if store.teacher_map is None:
-        plain = arm_recipe(recipe, REFERENCE, recipe.seed, out, None)
         store.teacher_map = measure_teacher(plain, context)
-    taught = sorted({seed for (_, seed), job in jobs.items() if job.teacher is not None})
     if store.teacher is None:
-        store.teacher = _decide(recipe, out, seeds, context)
+        store.teacher = _decide(plain, out, seeds, context)
     store.save()
     if store.teacher == _CACHED:
-        for seed in taught:
-            _cache(recipe, out, seed, context, quiet)
-        jobs = {
-            key: job if job.teacher is None else _with_cache(job, _folder(out, key[1]))
-            for key, job in jobs.items()
-        }
+        taught = {key: job for key, job in jobs.items() if job.teacher is not None}
+        for number, seed in enumerate(sorted({seed for _, seed in taught})):
+            _cache(recipe, out, seed, context, quiet, notes=number == 0)
+        for (name, seed), job in taught.items():
+            folder = str(_folder(out, seed))
+            jobs[name, seed] = replace(job, cache=folder, cache_epochs="cycle")
     if context.device.type == "cuda":
         torch.cuda.empty_cache()
     return jobs
@@ -126,10 +126,6 @@ def _folder(out: Path, seed: int) -> Path:
     return out / "cache" / f"seed-{seed}"
 
 
-def _with_cache(job: Recipe, folder: Path) -> Recipe:
-    return replace(job, cache=str(folder), cache_epochs="cycle")
-
-
 def _cache_config(recipe: Recipe) -> CacheConfig:
     augment = recipe.data.augment
     same_each_epoch = not augment.is_random and augment.repeats == 1
@@ -137,14 +133,13 @@ def _cache_config(recipe: Recipe) -> CacheConfig:
     return CacheConfig(views, logits_top="all", store=_STORAGE[recipe.amp])
 
 
-def _decide(recipe: Recipe, out: Path, seeds: int, context: ProcessContext) -> str:
+def _decide(plain: Recipe, out: Path, seeds: int, context: ProcessContext) -> str:
     """Returns "cached" if the outputs for all epochs and seeds fit, otherwise the reason."""
-    if recipe.data.augment.mixes:
+    if plain.data.augment.mixes:
         return "mixup and CutMix mix images, and a cache holds single ones"
-    job = arm_recipe(recipe, REFERENCE, recipe.seed, out, None)
-    config = _cache_config(recipe)
+    folder = _folder(out, plain.seed)
     try:
-        found = build_cache(job, config, context, _folder(out, recipe.seed), dry_run=True)
+        found = build_cache(plain, _cache_config(plain), context, folder, dry_run=True)
     except RecipeError as error:  # of caches alone, as the run itself has been built
         return str(error)
     size, free = found.size.total * seeds, shutil.disk_usage(out).free
@@ -153,20 +148,29 @@ def _decide(recipe: Recipe, out: Path, seeds: int, context: ProcessContext) -> s
     return _CACHED
 
 
-def _cache(recipe: Recipe, out: Path, seed: int, context: ProcessContext, quiet: bool) -> None:
-    """Writes what is missing of a seed's cache.
+def _cache(
+    recipe: Recipe, out: Path, seed: int, context: ProcessContext, quiet: bool, notes: bool
+) -> None:
+    """Writes what is missing of a seed's cache; `notes`, equal for all seeds, are optional.
 
     The images that an epoch shows depend on the seed, and so do a random teacher's weights.
     """
     job = arm_recipe(recipe, REFERENCE, seed, out, None)
     if not quiet:
         print(f"teacher's outputs for seed {seed}: {_folder(out, seed)}", file=sys.stderr)
-    built = build_cache(job, _cache_config(recipe), context, _folder(out, seed), quiet=quiet)
+    built = build_cache(
+        *(job, _cache_config(recipe), context, _folder(out, seed)), quiet=quiet, show_notes=notes
+    )
     if built.interrupted_by is not None:
         signal.raise_signal(built.interrupted_by)
 
 
-def _teacher_note(store: Store) -> str:
-    if store.teacher == _CACHED:
-        return "teacher: its outputs were computed once per seed and read by all arms (OUT/cache)"
-    return f"teacher: ran in every update, because {store.teacher}"
+def _notes(store: Store, runs: Sequence[RunResult]) -> list[str]:
+    """Notes on the teacher, and on the maps that can't be measured."""
+    note = "teacher: its outputs were computed once per seed and read by all arms (OUT/cache)"
+    if store.teacher != _CACHED:
+        note = f"teacher: ran in every update, because {store.teacher}"
+    maps: dict[str, object] = {f"{run.name}, seed {run.seed}": run.map for run in runs}
+    reasons = {"the teacher": store.teacher_map, **maps}.items()
+    unmeasured = ((name, reason) for name, reason in reasons if isinstance(reason, str))
+    return [note, *(f"the map of {name} could not be measured: {x}" for name, x in unmeasured)]

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-LEVEL = 0.95
-
 
 @dataclass(frozen=True)
 class Interval:
@@ -31,7 +29,7 @@ class Interval:
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
-def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+def interval(values: Sequence[float], level: float = 0.95) -> Interval:
     """Computes the mean and its two-sided t interval.
 
     Example:

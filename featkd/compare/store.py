@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from featkd.compare.analysis import Analysis
 from featkd.compare.mismatch import MapFigures, TeacherMap
@@ -17,7 +16,6 @@ from featkd.train.checkpoint import CheckpointError
 from featkd.train.recipe import Recipe, RecipeError, to_dict
 from featkd.train.recipe_changes import changed_fields
 
-NAME = "results.json"
 _FORMAT = 1
 
 
@@ -32,8 +30,8 @@ class Store:
         runs: finished runs by (arm, seed).
         width: width of the plain_wide arm; None until it is known.
         teacher: "cached" or the reason to run the teacher; None until it is decided.
-        teacher_map: figures of the teacher's map; None until they are measured, or if that is
-            impossible.
+        teacher_map: figures of the teacher's map, or the reason why they can't be measured; None
+            until then.
 
     Raises:
         CheckpointError: the folder holds something else, or the file can't be read.
@@ -41,14 +39,13 @@ class Store:
     """
 
     def __init__(self, out: Path, recipe: Recipe) -> None:
-        self._path, self._out, self._recipe = out / NAME, out, recipe
+        self._path, self._recipe = out / "results.json", recipe
         self.runs: dict[tuple[str, int], RunResult] = {}
         self.width: int | None = None
         self.teacher: str | None = None
-        self.teacher_map: TeacherMap | None = None
+        self.teacher_map: TeacherMap | str | None = None
         if not self._path.exists():
-            others = sorted(x.name for x in out.iterdir() if not x.name.startswith("."))
-            if others:
+            if others := sorted(x.name for x in out.iterdir() if not x.name.startswith(".")):
                 raise CheckpointError(
                     f"out: {out} holds {listed(others, 5)}; expected a comparison or an empty "
                     "folder"
@@ -64,10 +61,8 @@ class Store:
             for run in state["runs"]:
                 if "map" not in run:  # written before maps were measured: the run is opened again
                     continue
-                result = RunResult(
-                    **{**run, "folder": out / run["folder"], "map": _figures(run["map"])}
-                )
-                self.runs[result.name, result.seed] = result
+                own = {"folder": out / run["folder"], "map": _figures(run["map"])}
+                self.runs[run["name"], run["seed"]] = RunResult(**{**run, **own})
             changes = changed_fields(state["recipe"], recipe)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self._path}: not a comparison's results: {error}") from error
@@ -93,30 +88,27 @@ class Store:
         state: dict[str, Any] = {
             "format": _FORMAT,
             "finished": found is not None,
-            **dataclasses.asdict(found or Analysis("", [], [])),
+            **vars(found or Analysis("", [], [])),
             "teacher": self.teacher,
-            "teacher_map": self.teacher_map and dataclasses.asdict(self.teacher_map),
+            "teacher_map": self.teacher_map,
             "plain_wide_width": self.width,
             "runs": [
-                {**dataclasses.asdict(run), "folder": run.folder.name} for run in self._sorted()
+                {**vars(run), "folder": run.folder.name} for _, run in sorted(self.runs.items())
             ],
             "recipe": to_dict(self._recipe),
             "versions": environment.versions(),
         }
         with atomic_write(self._path) as file:
-            file.write((json.dumps(state, indent=2) + "\n").encode())
-
-    def _sorted(self) -> list[RunResult]:
-        return [self.runs[key] for key in sorted(self.runs)]
+            file.write((json.dumps(state, indent=2, default=vars) + "\n").encode())
 
 
-def _figures(stored: dict[str, Any] | None) -> MapFigures | None:
-    return None if stored is None else MapFigures(**stored)
+def _figures(stored: Any) -> MapFigures | str | None:
+    return MapFigures(**stored) if isinstance(stored, dict) else stored
 
 
-def _teacher_map(stored: dict[str, Any] | None) -> TeacherMap | None:
-    if stored is None:
-        return None
+def _teacher_map(stored: Any) -> TeacherMap | str | None:
+    if not isinstance(stored, dict):
+        return cast(str | None, stored)
     return TeacherMap(
         MapFigures(**stored["figures"]), tuple(stored["reach"]), int(stored["images"])
     )

@@ -12,16 +12,13 @@ feature maps that your own code computes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from featkd.diagnostics.config import DiagnoseConfig, Settings
+from featkd.diagnostics.findings import Findings
 from featkd.diagnostics.layer_diagnostics import LayerDiagnostics, LayerResult
 from featkd.diagnostics.pca import CapturedEnergy, DatasetPCA
+from featkd.diagnostics.run import diagnose
 from featkd.diagnostics.singular_spectrum import SpectrumStats
 from featkd.diagnostics.spectral_energy_pattern import SEP
-
-if TYPE_CHECKING:
-    from featkd.diagnostics.run import Findings, diagnose
 
 __all__ = [
     "SEP",
@@ -35,11 +32,3 @@ __all__ = [
     "SpectrumStats",
     "diagnose",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("Findings", "diagnose"):  # on first use: they load timm and the data pipeline
-        from featkd.diagnostics import run
-
-        return getattr(run, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,8 +11,6 @@ from featkd.diagnostics.spectral_energy_pattern import SHARES
 from featkd.models.export import exported_folder
 from featkd.runtime import checks
 
-_MODELS = ("model", "student", "teacher")
-
 
 def _check_at_least(least: int, config: Any, *names: str) -> None:
     """Raise ValueError unless these fields are None or whole numbers >= `least`."""
@@ -225,7 +223,7 @@ class DiagnoseConfig:
     @property
     def models(self) -> list[str]:
         """Names among "model", "student" and "teacher" that are set."""
-        return [name for name in _MODELS if getattr(self, name) is not None]
+        return [n for n in ("model", "student", "teacher") if getattr(self, n) is not None]
 
     @property
     def random_models(self) -> list[str]:

@@ -6,18 +6,20 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from featkd.data.sampler import spread_evenly
 from featkd.data.walk import is_hidden
+from featkd.diagnostics.config import DiagnoseConfig
 from featkd.diagnostics.source import Chunk, Layer, UnreadableError, fingerprint
+from featkd.models import resolve_layers
 from featkd.runtime.files import open_regular
 
 _SUFFIXES = (".npy", ".npz", ".safetensors")
@@ -33,36 +35,23 @@ class FeatureFiles:
     - `.npz`, `.safetensors`: one named array (tokens, channels) per layer, sorted by name with
       numbers by value; or one array as in .npy.
 
+    With `prefix_tokens` "auto", as few of 0, 1, 2 or 5 tokens are removed from the front of each
+    map as leave a square number, as published.
+
     Args:
-        folder: folder of the files.
-        layers: layer indices, negative ones from the end; None for all.
-        allow_pickle: read object arrays. This executes code from the files.
-        prefix_tokens: class and other extra tokens to remove from the front of each map; "auto"
-            removes as few of 0, 1, 2 or 5 as leave a square number, as published.
-        limit: maximum number of files, spread evenly over the folder; None for all.
-        chunk_size: files read at once.
-        on_bad: "error" raises at an unusable file; "skip" leaves it out.
+        config: configuration of the run: its folder `features`, and how to read it.
 
     Raises:
         FileNotFoundError: the folder does not exist, or holds no feature files or several kinds.
-        NotADirectoryError: `folder` is a file.
-        UnreadableError: the first file cannot be used (with "skip": no file can).
+        NotADirectoryError: `features` is a file.
+        UnreadableError: the first file cannot be used (with on_bad "skip": no file can).
         ValueError: a layer is out of range.
     """
 
     repeatable = False  # no file is read twice
 
-    def __init__(
-        self,
-        folder: Path,
-        layers: Sequence[int] | None = None,
-        *,
-        allow_pickle: bool = False,
-        prefix_tokens: int | Literal["auto"] = "auto",
-        limit: int | None = None,
-        chunk_size: int = 16,
-        on_bad: Literal["error", "skip"] = "error",
-    ) -> None:
+    def __init__(self, config: DiagnoseConfig) -> None:
+        self.folder = folder = Path(config.features or "")
         if not folder.is_dir():
             kind = NotADirectoryError if folder.exists() else FileNotFoundError
             raise kind(f"features: expected a folder of feature files, got {folder}")
@@ -75,55 +64,52 @@ class FeatureFiles:
                 f"{', '.join(suffixes) or 'none'}"
             )
         paths = kinds[suffixes[0]]
-        self.folder = folder
-        self._paths = [paths[position] for position in spread_evenly(len(paths), limit)]
+        self._config = config
+        self._paths = [paths[position] for position in spread_evenly(len(paths), config.images)]
         self.num_images = len(self._paths)
-        self.chunk_size = chunk_size
-        self._allow_pickle = allow_pickle
-        self._on_bad = on_bad
-        self._first_image, first = self._first_readable()
-        self._first_maps: list[Tensor] | None = first
-        depth = len(first)
-        chosen = range(depth) if layers is None else _resolve_layers(layers, depth)
-        self.layers = tuple(Layer("", index) for index in chosen)
-        self._prefix = [
-            _count_prefix(m.shape[0]) if prefix_tokens == "auto" else prefix_tokens for m in first
-        ]
-        for index in chosen:
-            if not 0 <= self._prefix[index] < first[index].shape[0]:
+        self.chunk_size = config.batch_size
+        # keeps one file's maps: the first file, which sets the shapes, is read once
+        self._read = lru_cache(1)(partial(_read, allow_pickle=config.allow_pickle))
+        self._first, first_maps = self._first_readable()
+        self._shapes = [tuple(m.shape) for m in first_maps]
+        depth = len(self._shapes)
+        chosen = range(depth) if config.layers is None else config.layers
+        self._chosen = resolve_layers(chosen, depth)
+        self.layers = tuple(Layer("", index) for index in self._chosen)
+        fixed = config.prefix_tokens
+        self._prefix = {
+            n: _count_prefix(self._shapes[n][0]) if fixed == "auto" else fixed for n in self._chosen
+        }
+        for index, prefix in self._prefix.items():
+            if not 0 <= prefix < self._shapes[index][0]:
                 raise ValueError(
-                    f"prefix_tokens: expected fewer than the {first[index].shape[0]} tokens "
-                    f"of layer {index}, got {self._prefix[index]}"
+                    f"prefix_tokens: expected fewer than the {self._shapes[index][0]} tokens "
+                    f"of layer {index}, got {prefix}"
                 )
-        self._shapes = [tuple(m.shape) for m in first]
-        self.notes = self._prefix_notes() if prefix_tokens == "auto" else []
+        self.notes = self._prefix_notes() if fixed == "auto" else []
 
     def _prefix_notes(self) -> list[str]:
         """Notes on the extra tokens removed, and on token counts that form no square."""
-        notes = []
-        tokens = {layer.index: self._shapes[layer.index][0] for layer in self.layers}
-        dropped = sorted({(tokens[n], self._prefix[n]) for n in tokens if self._prefix[n]})
-        for count, prefix in dropped:
-            notes.append(
-                f"of {count} tokens per map the first {prefix} are removed as class or other extra "
-                "tokens (prefix_tokens sets another number)"
-            )
-        left = {n: tokens[n] - self._prefix[n] for n in tokens}
-        odd = sorted({n for n in left.values() if math.isqrt(n) ** 2 != n})
-        for count in odd:
-            notes.append(
-                f"{count} tokens per map form no square, so extra tokens could not be recognised "
-                "and none were removed (prefix_tokens sets their number)"
-            )
-        return notes
+        counts = sorted({(self._shapes[n][0], prefix) for n, prefix in self._prefix.items()})
+        return [
+            f"of {tokens} tokens per map the first {prefix} are removed as class or other extra "
+            "tokens (prefix_tokens sets another number)"
+            for tokens, prefix in counts
+            if prefix
+        ] + [
+            f"{tokens} tokens per map form no square, so extra tokens could not be recognised "
+            "and none were removed (prefix_tokens sets their number)"
+            for tokens, prefix in counts
+            if math.isqrt(tokens - prefix) ** 2 != tokens - prefix
+        ]
 
-    def _first_readable(self) -> tuple[int, list[Tensor]]:
-        """Index and maps of the first readable file, which sets the shapes."""
-        for image in range(self.num_images):
+    def _first_readable(self) -> tuple[Path, list[Tensor]]:
+        """The first readable file, and its maps."""
+        for path in self._paths:
             try:
-                return image, _read(self._paths[image], self._allow_pickle)
+                return path, self._read(path)
             except UnreadableError:
-                if self._on_bad == "error" or image == self.num_images - 1:
+                if self._config.on_bad == "error" or path is self._paths[-1]:
                     raise
         raise AssertionError("the folder has files, and the last one returned or raised")
 
@@ -134,8 +120,8 @@ class FeatureFiles:
         return {
             "features": str(self.folder.resolve()),
             "files": f"{self.num_images} ({fingerprint(self._paths)})",
-            "layers": [layer.index for layer in self.layers],
-            "prefix tokens": [self._prefix[layer.index] for layer in self.layers],
+            "layers": list(self._chosen),
+            "prefix tokens": list(self._prefix.values()),
             "chunk": self.chunk_size,
         }
 
@@ -150,7 +136,7 @@ class FeatureFiles:
                     rows.append(self._maps(image))
                     kept.append(image)
                 except UnreadableError as error:
-                    if self._on_bad == "error":
+                    if self._config.on_bad == "error":
                         raise
                     left_out[self.name(image)] = str(error)
             maps = {
@@ -162,59 +148,38 @@ class FeatureFiles:
 
     def _maps(self, image: int) -> list[Tensor]:
         """Patch tokens (N, D) of one image, for each chosen layer."""
-        if image == self._first_image and self._first_maps is not None:
-            found, self._first_maps = self._first_maps, None
-        else:
-            found = _read(self._paths[image], self._allow_pickle)
+        found = self._read(self._paths[image])
         if [tuple(m.shape) for m in found] != self._shapes:
             raise UnreadableError(
                 f"features: {self._paths[image]} has maps of {_format_shapes(found)}, but "
-                f"{self._paths[self._first_image]} has {', '.join(map(str, self._shapes))}"
+                f"{self._first} has {', '.join(map(str, self._shapes))}"
             )
-        return [found[layer.index][self._prefix[layer.index] :] for layer in self.layers]
+        return [found[index][self._prefix[index] :] for index in self._chosen]
 
 
 def _read(path: Path, allow_pickle: bool) -> list[Tensor]:
     """Maps (tokens, channels) of a file, in the order of the layers."""
-    stages = False  # Swin's object arrays: (H, W, channels) is one map, not H layers
     try:
-        if path.suffix == ".safetensors":
-            open_regular(path).close()
-            named = safetensors.torch.load_file(path)
-            arrays = [named[name] for name in sorted(named, key=_natural)]
-        else:
-            with open_regular(path) as file:
-                _check_magic(path, file.read(6))
-                file.seek(0)
-                loaded = np.load(file, allow_pickle=allow_pickle)
-                if path.suffix == ".npz":
-                    parts = [loaded[name] for name in sorted(loaded.files, key=_natural)]
-                elif loaded.dtype == object:
-                    parts, stages = list(loaded), True
-                else:
-                    parts = [loaded]
-            arrays = [torch.from_numpy(np.ascontiguousarray(part)) for part in parts]
-    except safetensors.SafetensorError as error:
-        raise UnreadableError(
-            f"features: {path} is damaged or not a safetensors file: {error}"
-        ) from error
+        with open_regular(path) as file:
+            arrays, stages = _load(path, file, allow_pickle)
     except UnreadableError:
         raise
-    except ValueError as error:
-        if "allow_pickle" in str(error):
+    except OSError as error:
+        raise UnreadableError(f"features: could not read {path}: {error}") from error
+    except Exception as error:  # zipfile, pickle and zlib raise errors of their own
+        if isinstance(error, ValueError) and "allow_pickle" in str(error):
             raise UnreadableError(
                 f"features: {path} holds an object array, and reading it executes code from "
                 "the file; set allow_pickle if you trust it"
             ) from error
+        reason = f"{type(error).__name__}: {error}"
         raise UnreadableError(
-            f"features: {path} is damaged or not an array file: {error}"
+            f"features: {path} is damaged or not a {path.suffix} file: {reason}"
         ) from error
-    except (OSError, EOFError, TypeError) as error:
-        raise UnreadableError(f"features: could not read {path}: {error}") from error
-    except Exception as error:  # zipfile, pickle and zlib raise errors of their own
-        kind = type(error).__name__
-        raise UnreadableError(f"features: {path} is damaged: {kind}: {error}") from error
-    maps = _as_layers(arrays, stages)
+    if len(arrays) == 1 and arrays[0].dim() == 3 and not stages:
+        maps = list(arrays[0])
+    else:
+        maps = [a.flatten(0, 1) if a.dim() == 3 else a for a in arrays]  # (H, W, channels)
     if not maps or any(m.dim() != 2 or not m.numel() for m in maps):
         raise UnreadableError(
             f"features: expected (layers, tokens, channels) or (tokens, channels) in {path}, got "
@@ -227,29 +192,25 @@ def _read(path: Path, allow_pickle: bool) -> list[Tensor]:
     return maps
 
 
-def _check_magic(path: Path, start: bytes) -> None:
-    magic = _MAGIC[path.suffix]
-    if not start.startswith(magic):
+def _load(path: Path, file: IO[bytes], allow_pickle: bool) -> tuple[list[Tensor], bool]:
+    """Arrays of a file, and True if each is a stage of Swin: (H, W, channels) is one map then."""
+    if path.suffix == ".safetensors":
+        named = safetensors.torch.load(file.read())
+        return [named[name] for name in sorted(named, key=_natural)], False
+    start = file.read(6)
+    if not start.startswith(_MAGIC[path.suffix]):
         raise UnreadableError(
             f"features: {path} is damaged or not a {path.suffix} file: expected it to begin "
-            f"with {magic!r}, got {start!r}"
+            f"with {_MAGIC[path.suffix]!r}, got {start!r}"
         )
-
-
-def _as_layers(arrays: list[Tensor], stages: bool) -> list[Tensor]:
-    if len(arrays) == 1 and arrays[0].dim() == 3 and not stages:
-        return list(arrays[0])
-    return [a.flatten(0, 1) if a.dim() == 3 else a for a in arrays]  # Swin's (H, W, channels)
-
-
-def _resolve_layers(layers: Sequence[int], depth: int) -> list[int]:
-    for layer in layers:
-        if not -depth <= layer < depth:
-            raise ValueError(
-                f"layers: {layer} is out of range for files with {depth} layers "
-                f"(valid: {-depth}..{depth - 1})"
-            )
-    return [layer % depth for layer in layers]
+    file.seek(0)
+    loaded = np.load(file, allow_pickle=allow_pickle)
+    stages = path.suffix == ".npy" and loaded.dtype == object
+    if path.suffix == ".npz":
+        loaded = [loaded[name] for name in sorted(loaded.files, key=_natural)]
+    elif not stages:
+        loaded = [loaded]
+    return [torch.from_numpy(np.ascontiguousarray(part)) for part in loaded], stages
 
 
 def _count_prefix(tokens: int) -> int:

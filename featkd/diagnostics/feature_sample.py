@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from featkd.diagnostics.accumulator import Accumulator
 from featkd.runtime.seeding import derive_seed
 
 
-class FeatureSample:
+class FeatureSample(Accumulator):
     """Keeps the features of the `size` images with the smallest hashes of (seed, index).
 
     Each image is equally likely to be sampled, and two samples merge into the sample of both.
@@ -22,9 +23,9 @@ class FeatureSample:
         seed: random seed of the hash.
     """
 
+    _parts = ("_images", "_features")
+
     def __init__(self, size: int, seed: int = 0) -> None:
-        if size < 1:
-            raise ValueError(f"size: expected >= 1, got {size}")
         self.size = size
         self.seed = seed
         self._images = torch.empty(0, dtype=torch.int64)
@@ -58,12 +59,6 @@ class FeatureSample:
         if other._features is not None:
             self._add(other._features, other._images)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"images": self._images, "features": self._features}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._images, self._features = state["images"], state["features"]
-
     def first(self, count: int) -> Tensor:
         """Features of the `count` images with the smallest hashes.
 
@@ -85,5 +80,5 @@ class FeatureSample:
         return images, features[order]
 
 
-def _hashes(images: Tensor, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _hashes(images: Tensor, seed: int) -> Any:
     return np.array([derive_seed(seed, image) for image in images.tolist()], dtype=np.int64)

@@ -53,20 +53,21 @@ def save(figures: dict[str, Figure], folder: Path) -> dict[str, str]:
 
 
 def _ranks(r: LayerResult) -> Figure:
-    labels = [("energy rank of the image", "images")]
+    labels, tables = [("energy rank of the image", "images")], [r.spectrum.ranks]
     if r.captured is not None:
         labels.append(("dataset axes that the image needs", ""))
+        tables.append(r.captured.dims)
     figure, found = axes_for(labels)
-    tables = [r.spectrum.ranks, *([] if r.captured is None else [r.captured.dims])]
     for axes, table in zip(found, tables, strict=True):
         nonzero = table[table[:, 0] != 0].numpy()  # an image that is all zero has no rank
         edges = _bin_edges(int(nonzero.max()))
         highest = 0.0
-        colours = itertools.cycle(_COLOURS)
-        labels_of_columns = [f"{format_percent(t)} %" for t in r.spectrum.thresholds]
-        for colour, label, column in zip(colours, labels_of_columns, nonzero.T, strict=False):
+        levels = zip(r.spectrum.thresholds, nonzero.T, itertools.cycle(_COLOURS), strict=False)
+        for threshold, column, colour in levels:
             style: dict[str, Any] = {"histtype": "step", "color": colour, "linewidth": 1.5}
-            counts, _, _ = axes.hist(column, bins=edges, label=label, **style)
+            counts, _, _ = axes.hist(
+                column, bins=edges, label=f"{format_percent(threshold)} %", **style
+            )
             highest = max(highest, counts.max())
         axes.set_ylim(0, highest * (1.25 + 0.1 * len(r.spectrum.thresholds)))  # room for the legend
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -80,22 +81,28 @@ def _bin_edges(largest: int) -> Any:
     return np.arange(0, largest + width, width) + 0.5
 
 
+def _plot(
+    axes: Any, curve: Any, colour: int, label: str, line: str = "-", std: Any = None, width: int = 1
+) -> None:
+    """Plots a curve over 1 to n, or over shares of `width`, shaded by a standard deviation."""
+    x = np.arange(1, len(curve) + 1) / width
+    axes.plot(x, curve, line, color=_COLOURS[colour], label=label)
+    if std is not None:
+        shade = {"color": _COLOURS[colour], "alpha": 0.15, "linewidth": 0}
+        axes.fill_between(x, curve - std, curve + std, **shade)
+    axes.set_ylim(0, 1.02)
+
+
 def _energy(r: LayerResult) -> Figure:
     figure, (axes,) = axes_for([("leading channels", "share of the energy")])
-    curves = [("own subspace of each image", r.spectrum.curve_mean, r.spectrum.curve_std)]
-    if r.captured is not None:
-        curves.append(("each image, data set's axes", r.captured.curve_mean, r.captured.curve_std))
-    for colour, (label, mean, std) in zip(_COLOURS, curves, strict=False):
-        index = range(1, len(mean) + 1)
-        axes.plot(index, mean, color=colour, label=label)
-        axes.fill_between(index, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
-    d = r.channels
-    axes.plot(range(1, d + 1), r.pca.spread, color=_COLOURS[2], label="all tokens, data set's axes")
-    null = r.gaussian_spectrum.curve_mean
-    index = range(1, len(null) + 1)
-    axes.plot(index, null, color=_COLOURS[0], linestyle=":", label="Gaussian, own subspace")
-    axes.plot([0, d], [0, 1], color=_COLOURS[1], linestyle=":", label="Gaussian, the data set's")
-    axes.set_ylim(0, 1.02)
+    own, shared = r.spectrum, r.captured
+    _plot(axes, own.curve_mean, 0, "own subspace of each image", std=own.curve_std)
+    if shared is not None:
+        _plot(axes, shared.curve_mean, 1, "each image, data set's axes", std=shared.curve_std)
+    _plot(axes, r.pca.spread, 2, "all tokens, data set's axes")
+    _plot(axes, r.gaussian_spectrum.curve_mean, 0, "Gaussian, own subspace", ":")
+    diagonal = [0, r.channels], [0, 1]
+    axes.plot(*diagonal, color=_COLOURS[1], linestyle=":", label="Gaussian, the data set's")
     legend(axes)
     return figure
 
@@ -108,14 +115,9 @@ def _sep(r: LayerResult) -> Figure:
         (full, r.sep.mean, r.sep.std, r.gaussian.mean),
         (folded, r.sep.folded_mean, r.sep.folded_std, r.gaussian.folded_mean),
     ):
-        x = [(i + 1) / len(mean) for i in range(len(mean))]
-        axes.plot(x, mean, color=_COLOURS[0], label="these features")
-        axes.fill_between(x, mean - std, mean + std, color=_COLOURS[0], alpha=0.15, linewidth=0)
-        axes.plot(x, null, color=_COLOURS[1], linestyle="--", label="Gaussian tokens")
-        axes.set_ylim(0, 1.02)
-    x = [(i + 1) / r.channels for i in range(r.channels)]
-    permuted = r.permutation.permuted_curve
-    full.plot(x, permuted, color=_COLOURS[2], linestyle=":", label="permuted channels")
+        _plot(axes, mean, 0, "these features", std=std, width=len(mean))
+        _plot(axes, null, 1, "Gaussian tokens", "--", width=len(mean))
+    _plot(full, r.permutation.permuted_curve, 2, "permuted channels", ":", width=r.channels)
     legend(full)
     return figure
 
@@ -141,27 +143,22 @@ def _rotation(r: LayerResult) -> Figure:
 def _layers(findings: Findings) -> Figure:
     figure, (axes,) = axes_for([("layer", "dimensions (99th percentile over images)")])
     models = sorted({layer.model for layer in findings.layers})
-    for number, model in enumerate(models):
-        rows = {la.index: r for la, r in findings.layers.items() if la.model == model}
-        index = sorted(rows)
-        level = next(iter(rows.values())).spectrum.typical
-        percent = format_percent(next(iter(rows.values())).spectrum.thresholds[level])
-        ranks = [rows[i].spectrum.summaries[level].percentile99 for i in index]
-        mark: dict[str, Any] = {"marker": "o", "markersize": 3, "color": _COLOURS[number]}
+    for model, colour in zip(models, _COLOURS, strict=False):
+        found = {la.index: r for la, r in findings.layers.items() if la.model == model}
+        index = sorted(found)
+        rows = [found[i] for i in index]
+        level = rows[0].spectrum.typical
+        percent = format_percent(rows[0].spectrum.thresholds[level])
+        ranks = [r.spectrum.summaries[level].percentile99 for r in rows]
+        mark: dict[str, Any] = {"marker": "o", "markersize": 3, "color": colour}
         name = f"{model}, " if model else ""
         axes.plot(index, ranks, label=f"{name}image's own subspace, {percent} %", **mark)
-        dims = [r.captured.summaries[level].percentile99 for r in rows.values() if r.captured]
+        dims = [r.captured.summaries[level].percentile99 for r in rows if r.captured]
         if len(dims) == len(index):
             label = f"{name}data set's axes, {percent} %"
             axes.plot(index, dims, linestyle="--", label=label, **mark)
-        axes.plot(
-            index,
-            [rows[i].channels for i in index],
-            color=_COLOURS[number],
-            linestyle=":",
-            linewidth=1,
-            label=f"{name}width",
-        )
+        line: dict[str, Any] = {"color": colour, "linestyle": ":", "linewidth": 1}
+        axes.plot(index, [r.channels for r in rows], label=f"{name}width", **line)
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     legend(figure, loc="outside upper center", columns=len(models))  # beside the lines, not on them
@@ -171,20 +168,14 @@ def _layers(findings: Findings) -> Figure:
 def _reach(findings: Findings, found: StudentReach) -> Figure:
     r = findings.layers[found.teacher]
     figure, (axes,) = axes_for([("channels of the student", "share of the teacher's energy")])
-    d = range(1, r.channels + 1)
-    axes.plot(d, r.pca.spread, color=_COLOURS[0], label="one projector for all images")
-    for curve, style, label in (
-        (r.spectrum.curve_weighted, "-", "one projector per image"),
-        (r.gaussian_spectrum.curve_mean, ":", "one per Gaussian map"),
+    _plot(axes, r.pca.spread, 0, "one projector for all images")
+    _plot(axes, r.spectrum.curve_weighted, 2, "one projector per image")
+    _plot(axes, r.gaussian_spectrum.curve_mean, 2, "one per Gaussian map", ":")
+    for value, mark, colour, label in (
+        (found.shared_with_bias, "o", 0, "with a bias"),
+        (found.pooled, "s", 1, "pooled, no projector"),
     ):
-        axes.plot(range(1, len(curve) + 1), curve, style, color=_COLOURS[2], label=label)
-    axes.plot(
-        [found.channels], [found.shared_with_bias], "o", color=_COLOURS[0], label="with a bias"
-    )
-    axes.plot(
-        [found.channels], [found.pooled], "s", color=_COLOURS[1], label="pooled, no projector"
-    )
+        axes.plot([found.channels], [value], mark, color=_COLOURS[colour], label=label)
     axes.axvline(found.channels, color=GREY, linestyle=":", label=f"student: {found.channels}")
-    axes.set_ylim(0, 1.02)
     legend(axes)
     return figure

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from featkd.diagnostics import null_models
+from featkd.diagnostics.accumulator import Accumulator
 from featkd.diagnostics.config import Settings
 from featkd.diagnostics.feature_sample import FeatureSample
 from featkd.diagnostics.pca import CapturedResult, DatasetPCA, PCAResult
@@ -52,7 +52,7 @@ class LayerResult:
     captured: CapturedResult | None = None
 
 
-class LayerDiagnostics:
+class LayerDiagnostics(Accumulator):
     """Accumulates the diagnostics of one layer that need only one pass.
 
     Args:
@@ -69,13 +69,14 @@ class LayerDiagnostics:
         (4, 5)
     """
 
+    _parts = ("_spectrum", "_pca", "_sep", "_sample", "_seen")
+
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
         self._spectrum = SpectrumStats(self.settings.thresholds)
         self._pca = DatasetPCA()
         self._sep = SEP()
         self._sample = FeatureSample(self.settings.sample, self.settings.seed)
-        self._shape: tuple[int, int] | None = None
         self._seen = 0
 
     def calibrate(self, features: Tensor) -> None:
@@ -101,45 +102,12 @@ class LayerDiagnostics:
         checks.check_not_empty("features", features)
         if not torch.isfinite(features).all():
             raise ValueError("features: hold NaN or Inf; leave such images out")
-        self._shape = (features.shape[1], features.shape[2])
-        features = features.detach()
+        self._keep_shape("features", tuple(features.shape[1:]))
         self._spectrum.update(features, images)
         self._pca.update(features)
         self._sep.update(features)
         self._sample.update(features, images)
         self._seen += len(features)
-
-    def merge(self, other: LayerDiagnostics) -> None:
-        """Adds the images of an accumulator with the same settings; no image may be in both."""
-        if other._shape is None:
-            return
-        if self._shape is not None and self._shape != other._shape:
-            raise ValueError(f"other: expected maps of {self._shape}, got {other._shape}")
-        self._spectrum.merge(other._spectrum)
-        self._pca.merge(other._pca)
-        self._sep.merge(other._sep)
-        self._sample.merge(other._sample)
-        self._shape = other._shape
-        self._seen += other._seen
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values, which torch.load(weights_only=True) accepts."""
-        parts: dict[str, Any] = {name: part.state_dict() for name, part in self._parts()}
-        return {"shape": self._shape, "seen": self._seen, **parts}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a state of the same settings."""
-        self._shape, self._seen = state["shape"], state["seen"]
-        for name, part in self._parts():
-            part.load_state_dict(state[name])
-
-    def _parts(self) -> tuple[tuple[str, Any], ...]:
-        return (
-            ("spectrum", self._spectrum),
-            ("pca", self._pca),
-            ("sep", self._sep),
-            ("sample", self._sample),
-        )
 
     @property
     def images(self) -> int:

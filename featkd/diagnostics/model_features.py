@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from featkd.data import BadImageError, DataConfig, build_transform, read_image
 from featkd.data.sampler import spread_evenly
 from featkd.data.walk import find_files, warn_of_repeated_links
 from featkd.data.workers import worker_options
+from featkd.diagnostics.config import DiagnoseConfig
 from featkd.diagnostics.source import Chunk, Layer, fingerprint
 from featkd.models import FeatureModel, num_layers, resolve_layers
 from featkd.models.adapters import ImageAdapter
@@ -36,7 +37,7 @@ class MeasuredModel:
 
     name: str
     model: FeatureModel
-    layers: tuple[int, ...] | None
+    layers: Sequence[int] | None
     identity: dict[str, Any]
     adapter: ImageAdapter | None = None
 
@@ -45,14 +46,11 @@ class ModelFeatures:
     """Feature maps of one or more models on the same images.
 
     Args:
+        config: configuration of the run: its folder `data`, and how to read it.
         models: the models.
-        folder: folder with images at any depth, sorted by path.
-        config: image size, crop, interpolation, mean and std; its folders are ignored.
+        images: image size, crop, interpolation, mean and std; its folders are ignored.
         device: device of the models.
-        bf16: run the models in bfloat16 by autocast.
-        limit: maximum number of images, spread evenly over the folder; None for all.
-        chunk_size: images per forward pass.
-        on_bad: "error" raises at an unreadable image; "skip" leaves it out.
+        notes: facts that affect how the figures are to be read.
 
     Raises:
         FileNotFoundError: the folder does not exist or holds no image.
@@ -63,36 +61,27 @@ class ModelFeatures:
 
     def __init__(
         self,
+        config: DiagnoseConfig,
         models: Sequence[MeasuredModel],
-        folder: Path,
-        config: DataConfig,
-        *,
+        images: DataConfig,
         device: torch.device,
-        bf16: bool = False,
-        limit: int | None = None,
-        chunk_size: int = 16,
-        on_bad: Literal["error", "skip"] = "error",
+        notes: Sequence[str] = (),
     ) -> None:
-        self.folder = folder
-        self._files = _Images(_find_images(folder, limit), config, chunk_size, on_bad == "skip")
-        self.num_images = len(self._files.paths)
-        self.chunk_size = chunk_size
-        self.notes: list[str] = []
-        self._config = config
+        self.folder = Path(config.data or "")
+        self.chunk_size = config.batch_size
+        paths = _find_images(self.folder, config.images)
+        self._files = _Images(paths, images, self.chunk_size, config.on_bad == "skip")
+        self.num_images = len(paths)
+        self.notes = list(notes)
+        self._images = images
         self._device = device
-        self._bf16 = bf16
-        self._models = [
-            (
-                each,
-                tuple(range(num_layers(each.model)))
-                if each.layers is None
-                else resolve_layers(each.layers, num_layers(each.model)),
-            )
-            for each in models
-        ]
-        self.layers = tuple(
-            Layer(each.name, index) for each, layers in self._models for index in layers
-        )
+        self._bf16 = config.amp == "bf16"
+        self._models = []
+        for each in models:
+            depth = num_layers(each.model)
+            chosen = range(depth) if each.layers is None else each.layers
+            self._models.append((each, resolve_layers(chosen, depth)))
+        self.layers = tuple(Layer(each.name, i) for each, layers in self._models for i in layers)
 
     def model(self, name: str) -> FeatureModel:
         """Model of this name."""
@@ -102,7 +91,6 @@ class ModelFeatures:
         return self._files.paths[image]
 
     def identity(self) -> dict[str, Any]:
-        config = self._config
         return {
             **{
                 each.name or "model": {**each.identity, "layers": list(layers)}
@@ -111,11 +99,8 @@ class ModelFeatures:
             "data": str(self.folder.resolve()),
             "images": f"{self.num_images} ({fingerprint(self._files.paths)})",
             "preprocessing": {
-                "img_size": config.img_size,
-                "crop_pct": config.crop_pct,
-                "interpolation": config.interpolation,
-                "mean": list(config.mean),
-                "std": list(config.std),
+                name: getattr(self._images, name)
+                for name in ("img_size", "crop_pct", "interpolation", "mean", "std")
             },
             "precision": "bf16" if self._bf16 else "fp32",
             "chunk": self.chunk_size,
@@ -123,7 +108,7 @@ class ModelFeatures:
 
     def chunks(self, numbers: Sequence[int]) -> Iterator[Chunk]:
         """See `Source`."""
-        workers = min(self._config.workers, len(numbers))
+        workers = min(self._images.workers, len(numbers))
         loader = DataLoader(
             self._files,
             batch_size=None,
@@ -146,7 +131,7 @@ class ModelFeatures:
             own = images if each.adapter is None else each.adapter(images)
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
                 maps = each.model.forward_maps(own, layers)
-            found.update(zip([Layer(each.name, index) for index in layers], maps, strict=True))
+            found.update({Layer(each.name, i): m for i, m in zip(layers, maps, strict=True)})
         return found
 
 

@@ -19,10 +19,8 @@ from featkd.diagnostics.spectral_energy_pattern import (
 )
 from featkd.ops import reference
 
-_GAUSSIAN_TOKENS = 4096
 
-
-def gaussian_tokens(channels: int, seed: int = 0, tokens: int = _GAUSSIAN_TOKENS) -> Tensor:
+def gaussian_tokens(channels: int, seed: int = 0, tokens: int = 4096) -> Tensor:
     """Standard normal tokens (tokens, channels), float32."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tokens, channels, generator=generator)
@@ -98,8 +96,7 @@ def permutation_test(
         ValueError: all features are zero.
     """
     d = features.shape[2]
-    x = features.float()
-    x = x * safe_scale(x)
+    x = (features * safe_scale(features)).float()
     generator = torch.Generator().manual_seed(seed)
     per_image = [_mean_curve(image) for image in x]
     curves, tokens = (torch.stack(part) for part in zip(*per_image, strict=True))  # (M, D), (M,)

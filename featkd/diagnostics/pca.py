@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from featkd import linalg
+from featkd.diagnostics.accumulator import Accumulator
 from featkd.diagnostics.exact_sum import ExactSum
-from featkd.diagnostics.per_image import CurveStats, Summary
-from featkd.diagnostics.scaling import safe_scale, safe_scales
+from featkd.diagnostics.per_image import CurveResult, CurveStats
+from featkd.diagnostics.scaling import in_range, safe_scale
 from featkd.ops import reference
 from featkd.runtime import checks
 from featkd.runtime.dtypes import accumulation_dtype
@@ -43,7 +43,7 @@ class PCAResult:
     spread: Tensor
 
 
-class DatasetPCA:
+class DatasetPCA(Accumulator):
     """Accumulates C = sum_i X_i^T X_i / tokens ([EM26], Figure 2).
 
     Tokens are summed relative to a pilot mean, so a large common component costs no accuracy;
@@ -51,9 +51,11 @@ class DatasetPCA:
     own precision (at least float32); further sums are exact (`ExactSum`).
     """
 
+    _parts = ("_pilot", "_products", "_total", "_tokens")
+
     def __init__(self) -> None:
-        # pilot mean, and the sums of products and of tokens relative to it
-        self._sums: tuple[Tensor, ExactSum, ExactSum] | None = None
+        self._pilot: Tensor | None = None
+        self._products, self._total = ExactSum(), ExactSum()  # relative to the pilot mean
         self._tokens = 0
 
     def calibrate(self, features: Tensor) -> None:
@@ -62,58 +64,30 @@ class DatasetPCA:
         Accumulators that will be merged need the same pilot mean. Without a call, the first
         `update` sets it.
         """
-        d = features.shape[-1]
-        self._sums = mean_token(features), ExactSum((d, d)), ExactSum((d,))
+        self._pilot = mean_token(features)
 
     def update(self, features: Tensor) -> None:
         """Adds maps (B, N, D), floating and finite."""
         checks.check_floating("features", features)
-        if self._sums is None:
-            self.calibrate(features)
-        assert self._sums is not None
-        pilot, products, total = self._sums
-        if features.shape[-1] != len(pilot):
-            raise ValueError(
-                f"features: expected {len(pilot)} channels as before, got {features.shape[-1]}"
-            )
+        self._keep_shape("features", tuple(features.shape[-1:]))
         tokens = _tokens(features)
-        second, first = moments(tokens, pilot.to(tokens))
-        products.add(second)
-        total.add(first)
+        if self._pilot is None:
+            self.calibrate(features)
+        assert self._pilot is not None
+        second, first = moments(tokens, self._pilot.to(tokens))
+        self._products.add(second)
+        self._total.add(first)
         self._tokens += len(tokens)
 
     def merge(self, other: DatasetPCA) -> None:
         """Adds the tokens of another accumulator with the same pilot mean."""
-        if other._sums is None:
-            return
-        if self._sums is None:
-            self.load_state_dict(other.state_dict())
-            return
-        if not torch.equal(self._sums[0], other._sums[0]):
+        if self._pilot is None:
+            self._pilot = other._pilot
+        elif other._pilot is not None and not torch.equal(self._pilot, other._pilot):
             raise ValueError(
                 "other: expected the same pilot mean; call calibrate with the same features on both"
             )
-        for mine, theirs in zip(self._sums[1:], other._sums[1:], strict=True):
-            mine.merge(theirs)
-        self._tokens += other._tokens
-
-    def state_dict(self) -> dict[str, Any]:
-        if self._sums is None:
-            return {"pilot": None}
-        pilot, products, total = self._sums
-        return {
-            "pilot": pilot,
-            "products": products.state_dict(),
-            "total": total.state_dict(),
-            "tokens": self._tokens,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["pilot"] is None:
-            self._sums, self._tokens = None, 0
-            return
-        products, total = (ExactSum.from_state_dict(state[k]) for k in ("products", "total"))
-        self._sums, self._tokens = (state["pilot"], products, total), state["tokens"]
+        super().merge(other)
 
     def result(self, centred: bool = False) -> PCAResult:
         """Eigenvectors and eigenvalues of the second moment, by torch.linalg.eigh in float64.
@@ -124,11 +98,11 @@ class DatasetPCA:
         Raises:
             ValueError: no token was added.
         """
-        if not self._tokens or self._sums is None:
+        if not self._tokens or self._pilot is None:
             raise ValueError("features: no token was added, so there is no PCA")
-        pilot = self._sums[0].double()
+        pilot = self._pilot.double()
         # second moment about the pilot, and the mean's offset from it
-        moment, offset = (part.value() / self._tokens for part in self._sums[1:])
+        moment, offset = (x.value() / self._tokens for x in (self._products, self._total))
         if centred:
             moment = moment - torch.outer(offset, offset)
         else:
@@ -174,28 +148,16 @@ def moments(tokens: Tensor, pilot: Tensor) -> tuple[Tensor, Tensor]:
     return second, first / scale
 
 
-@dataclass(frozen=True)
-class CapturedResult:
-    """Captured energy of M images; summaries and curves are over nonzero images.
+class CapturedResult(CurveResult):
+    """Captured energy of M images: `CurveResult` with n = D."""
 
-    Attributes:
-        thresholds: the T shares of energy.
-        images: (M,) int64 indices, ascending.
-        dims: (M, T) int32, smallest d whose d leading axes hold the share; 0 if all features are
-            zero.
-        summaries: one per threshold.
-        curve_mean, curve_std: (D,) float64, share of an image's energy in the d leading axes.
-    """
-
-    thresholds: tuple[float, ...]
-    images: Tensor
-    dims: Tensor
-    summaries: tuple[Summary, ...]
-    curve_mean: Tensor
-    curve_std: Tensor
+    @property
+    def dims(self) -> Tensor:
+        """(M, T) int32, smallest d whose d leading axes hold the share; 0 for zero features."""
+        return self.reached
 
 
-class CapturedEnergy:
+class CapturedEnergy(CurveStats):
     """Accumulates captured_i(d) = ||X_i V_d||^2 / ||X_i||^2 of each image ([EM26], Figure 2).
 
     Features below float64 are projected in float32. An image with a share within 2e-6 of a
@@ -207,10 +169,9 @@ class CapturedEnergy:
     """
 
     def __init__(self, pca: PCAResult, thresholds: Sequence[float] = linalg.THRESHOLDS) -> None:
-        self.thresholds = tuple(thresholds)
+        super().__init__(thresholds)
         self._vectors = pca.vectors
         self._mean = pca.mean if pca.centred else None
-        self._curves = CurveStats(len(pca.vectors), len(self.thresholds))
 
     def update(self, features: Tensor, images: Tensor) -> None:
         """Adds the maps (B, N, D) of the images (B,)."""
@@ -221,7 +182,7 @@ class CapturedEnergy:
             curve[near] = self._captured(features[near], torch.float64)
         dims = reference.first_reaching(curve, levels)
         empty = curve[:, -1:] == 0
-        self._curves.add(images, torch.where(empty, 0, dims), curve)
+        self._add(images, torch.where(empty, 0, dims), curve)
 
     def _captured(self, features: Tensor, dtype: torch.dtype) -> Tensor:
         """Cumulative shares (B, D) in float64."""
@@ -232,20 +193,10 @@ class CapturedEnergy:
         parts = []
         for part in torch.split(features, size):
             x = part.to(dtype) if mean is None else part.to(dtype) - mean
-            parts.append((_in_range(x) @ vectors).square_().sum(1).double())
+            parts.append((in_range(x) @ vectors).square_().sum(1).double())
         energy = torch.cat(parts)
         total = energy.sum(1, keepdim=True)
         return energy.cumsum(1) / torch.where(total == 0, 1, total)
-
-    def merge(self, other: CapturedEnergy) -> None:
-        """Adds the images of another accumulator with the same axes."""
-        self._curves.merge(other._curves)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._curves.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._curves.load_state_dict(state)
 
     def result(self) -> CapturedResult:
         """Results over all images so far.
@@ -253,15 +204,7 @@ class CapturedEnergy:
         Raises:
             ValueError: no image was added, or all features are zero.
         """
-        found = self._curves.result()
-        return CapturedResult(
-            thresholds=self.thresholds,
-            images=found.images,
-            dims=found.reached,
-            summaries=found.summaries,
-            curve_mean=found.mean,
-            curve_std=found.std,
-        )
+        return CapturedResult(**vars(super().result()))
 
 
 def _tokens(features: Tensor) -> Tensor:
@@ -269,15 +212,6 @@ def _tokens(features: Tensor) -> Tensor:
     checks.check_shape("features", features, ("B", "N", "D"))
     wide = accumulation_dtype(features.dtype)
     return features.detach().flatten(0, 1).to(wide)
-
-
-def _in_range(maps: Tensor) -> Tensor:
-    """Scales each of the maps (B, N, D) whose squares are out of range by a power of two.
-
-    Shares of a map's energy do not depend on its scale.
-    """
-    scales = safe_scales(maps)
-    return maps if scales is None else maps * scales.view(-1, 1, 1)
 
 
 def _fixed_signs(vectors: Tensor) -> Tensor:

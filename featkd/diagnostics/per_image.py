@@ -1,7 +1,8 @@
-"""Integers per image and the mean of the images' curves, independent of the images' order."""
+"""One cumulative energy curve per image: where it reaches the thresholds, and the mean curve."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,54 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from featkd.diagnostics.accumulator import Accumulator
 from featkd.diagnostics.exact_sum import ExactSum
-
-
-class ImageTable:
-    """Rows of small integers by image index.
-
-    Args:
-        columns: integers per row.
-    """
-
-    def __init__(self, columns: int) -> None:
-        self.columns = columns
-        self._images: list[Tensor] = []
-        self._rows: list[Tensor] = []
-
-    def add(self, images: Tensor, rows: Tensor) -> None:
-        """Adds rows (B, columns) of the images (B,)."""
-        self._images.append(images.to("cpu", torch.int64))
-        self._rows.append(rows.to("cpu", torch.int32))
-
-    def merge(self, other: ImageTable) -> None:
-        self._images += other._images
-        self._rows += other._rows
-
-    def sorted(self) -> tuple[Tensor, Tensor]:
-        """Images (M,) int64 in ascending order, and their rows (M, columns) int32.
-
-        Raises:
-            ValueError: an image was added twice.
-        """
-        images = torch.cat([torch.empty(0, dtype=torch.int64), *self._images])
-        rows = torch.cat([torch.empty((0, self.columns), dtype=torch.int32), *self._rows])
-        images, order = images.sort(stable=True)
-        twice = images[1:][images[1:] == images[:-1]]
-        if len(twice):
-            raise ValueError(
-                f"images: expected each index once, got {len(twice)} twice, the first is "
-                f"{int(twice[0])}"
-            )
-        return images, rows[order]
-
-    def state_dict(self) -> dict[str, Any]:
-        images, rows = self.sorted()
-        self._images, self._rows = [images], [rows]
-        return {"images": images, "rows": rows}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._images, self._rows = [state["images"]], [state["rows"]]
 
 
 @dataclass(frozen=True)
@@ -95,56 +50,69 @@ class CurveResult:
     """Curves of M images; summaries and curves are over the images with nonzero features.
 
     Attributes:
+        thresholds: the T shares of energy.
         images: (M,) int64 indices, ascending.
         reached: (M, T) int32, position at which each image's curve reaches the thresholds; 0 if
             its features are all zero.
         summaries: one per threshold.
-        mean, std: (n,) float64, over the curves.
+        curve_mean, curve_std: (n,) float64, over the curves.
         zero_images: number of images whose features are all zero.
     """
 
+    thresholds: tuple[float, ...]
     images: Tensor
     reached: Tensor
     summaries: tuple[Summary, ...]
-    mean: Tensor
-    std: Tensor
+    curve_mean: Tensor
+    curve_std: Tensor
     zero_images: int
 
 
-class CurveStats:
+class CurveStats(Accumulator):
     """Accumulates one cumulative energy curve per image, and where it reaches the thresholds.
 
     Args:
-        length: n, points per curve.
-        thresholds: T, number of thresholds.
+        thresholds: T shares of energy in (0, 1].
     """
 
-    def __init__(self, length: int, thresholds: int) -> None:
-        self._table = ImageTable(thresholds)
-        self._sum, self._square = ExactSum((length,)), ExactSum((length,))
+    _parts: tuple[str, ...] = ("_images", "_reached", "_sum", "_square")
 
-    def add(self, images: Tensor, reached: Tensor, curves: Tensor) -> None:
+    def __init__(self, thresholds: Sequence[float]) -> None:
+        self.thresholds = tuple(thresholds)
+        self._images: list[Tensor] = []
+        self._reached: list[Tensor] = []
+        self._sum, self._square = ExactSum(), ExactSum()
+
+    def _add(self, images: Tensor, reached: Tensor, curves: Tensor) -> None:
         """Adds curves (B, n) float64 of the images (B,) and their positions (B, T)."""
-        self._table.add(images, reached)
+        self._keep_shape("curves", tuple(curves.shape[1:]))
+        self._images.append(images.to("cpu", torch.int64))
+        self._reached.append(reached.to("cpu", torch.int32))
         self._sum.add(curves.sum(0))
         self._square.add(curves.square().sum(0))
 
-    def merge(self, other: CurveStats) -> None:
-        self._table.merge(other._table)
-        self._sum.merge(other._sum)
-        self._square.merge(other._square)
+    def _sort(self) -> tuple[Tensor, Tensor]:
+        """Images (M,) in ascending order, and their positions (M, T), kept as one tensor each.
+
+        Raises:
+            ValueError: an image was added twice.
+        """
+        images = torch.cat([torch.empty(0, dtype=torch.int64), *self._images])
+        none = torch.empty((0, len(self.thresholds)), dtype=torch.int32)
+        reached = torch.cat([none, *self._reached])
+        images, order = images.sort(stable=True)
+        twice = images[1:][images[1:] == images[:-1]]
+        if len(twice):
+            raise ValueError(
+                f"images: expected each index once, got {len(twice)} twice, the first is "
+                f"{int(twice[0])}"
+            )
+        self._images, self._reached = [images], [reached[order]]
+        return images, reached[order]
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "table": self._table.state_dict(),
-            "sum": self._sum.state_dict(),
-            "square": self._square.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._table.load_state_dict(state["table"])
-        self._sum = ExactSum.from_state_dict(state["sum"])
-        self._square = ExactSum.from_state_dict(state["square"])
+        self._sort()
+        return super().state_dict()
 
     def result(self) -> CurveResult:
         """Results over all images so far.
@@ -152,7 +120,7 @@ class CurveStats:
         Raises:
             ValueError: no image was added, or all features are zero.
         """
-        images, reached = self._table.sorted()
+        images, reached = self._sort()
         nonzero = reached[reached[:, 0] != 0]
         if not len(nonzero):
             reason = "all of them are zero" if len(reached) else "no image was added"
@@ -160,10 +128,11 @@ class CurveStats:
         mean = self._sum.value() / len(nonzero)
         variance = self._square.value() / len(nonzero) - mean.square()
         return CurveResult(
+            thresholds=self.thresholds,
             images=images,
             reached=reached,
             summaries=tuple(summarise(column) for column in nonzero.T),
-            mean=mean,
-            std=variance.clamp(min=0).sqrt(),
+            curve_mean=mean,
+            curve_std=variance.clamp(min=0).sqrt(),
             zero_images=len(reached) - len(nonzero),
         )

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
-from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import asdict, replace
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import featkd
+from featkd.diagnostics.accumulator import Accumulator
 from featkd.diagnostics.config import DiagnoseConfig
 from featkd.diagnostics.findings import Findings
 from featkd.diagnostics.kept_features import KEPT_FILES, KeptFeatures
-from featkd.diagnostics.layer_diagnostics import LayerDiagnostics, LayerResult
-from featkd.diagnostics.pca import CapturedEnergy, PCAResult, mean_token
+from featkd.diagnostics.layer_diagnostics import LayerDiagnostics
+from featkd.diagnostics.pca import CapturedEnergy, mean_token
 from featkd.diagnostics.source import Chunk, Layer, Source, UnreadableError, num_chunks
 from featkd.diagnostics.state import STATE_FILES, load_state, save_state, state_path
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.files import remove_leftovers
 from featkd.runtime.interrupt import Interrupt
+
+_Part = TypeVar("_Part", bound=Accumulator)
 
 _GIB = 2**30
 _LARGEST = 1e17  # squares of larger values approach the maximum of float32
@@ -51,7 +57,7 @@ class ProcessRun:
         config: configuration of the run; its source, device and folders are not read here.
         folder: folder for states and kept features, created if missing and emptied at the end.
         context: this process.
-        progress: called with (pass, images done, images in total), both of this process.
+        quiet: show no progress bars.
     """
 
     def __init__(
@@ -60,12 +66,12 @@ class ProcessRun:
         config: DiagnoseConfig,
         folder: Path,
         context: ProcessContext,
-        progress: Callable[[int, int, int], None] = lambda *_: None,
+        quiet: bool = True,
     ) -> None:
         self.source = source
         self.config = config
         self.context = context
-        self.progress = progress
+        self.quiet = quiet
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         if context.is_main:
@@ -73,14 +79,13 @@ class ProcessRun:
         self._state_path = state_path(folder, context.rank, context.world_size)
         self._chunk_numbers = range(context.rank, num_chunks(source), context.world_size)
         self._stats = {layer: LayerDiagnostics(config.settings) for layer in source.layers}
-        self._kept: KeptFeatures | None = None
-        if config.keep != "never":
-            self._kept = KeptFeatures(folder, context.rank, config.keep)
+        self._kept = None if config.keep == "never" else KeptFeatures(folder, config.keep)
         self._captured: dict[Layer, CapturedEnergy] = {}
-        self._captured_states: dict[Layer, Any] = {}  # resumed, until the axes are known
+        self._captured_states: list[Any] = []  # resumed, until the axes are known
         self._left_out: dict[str, str] = {}
-        self._calibrated = False
-        self._read_ahead: list[Chunk] = []  # read for the calibration, not yet counted
+        # pilot means of the first usable chunk, and values per image of all layers
+        self._calibration: tuple[list[Tensor], int] | None = None
+        self._read_ahead: dict[int, Chunk] = {}  # read for the calibration, not yet counted
         self._pass = 1
         self._chunks_done = 0  # of this pass
         self._next_save = time.monotonic() + config.save_seconds
@@ -110,8 +115,11 @@ class ProcessRun:
             seconds, counted = time.monotonic() - started, self._images_counted() - before
             if not self.context.any_true(self._images_counted() > 0):
                 raise UnreadableError("none of the images could be used")
-            merged = self._merged()
-            self._second_pass(self._broadcast_axes(merged), interrupt)
+            merged = {layer: self._merged(stats) for layer, stats in self._stats.items()}
+            for layer, stats in merged.items():
+                pca = self.context.broadcast(None if stats is None else stats.pca())
+                self._captured[layer] = CapturedEnergy(pca, self.config.settings.thresholds)
+            self._second_pass(interrupt)
         return self._findings(merged, counted / seconds if counted else None)
 
     def clear(self) -> None:
@@ -134,36 +142,31 @@ class ProcessRun:
     # First pass.
 
     def _first_pass(self, interrupt: Interrupt) -> None:
-        self._report_progress()
-        for chunk in self._remaining_chunks():
-            self._left_out.update(chunk.left_out)
-            images, maps = self._usable(chunk)
-            if len(images):
+        numbers = self._chunk_numbers[self._chunks_done :]
+        ahead = [self._read_ahead.pop(n) for n in numbers if n in self._read_ahead]
+        with self._progress_bar() as bar:
+            for chunk in chain(ahead, self.source.chunks(numbers[len(ahead) :])):
+                self._left_out.update(chunk.left_out)
+                images, maps = self._usable(chunk)
                 for layer, m in maps.items():
                     self._stats[layer].update(m, images)
                 if self._kept is not None:
-                    self._kept.append(maps, images)
-            self._chunk_done(interrupt)
+                    self._kept.write(chunk.number, images, maps)
+                self._chunk_done(bar, interrupt)
         self._pass, self._chunks_done = 2, 0
         self._save()
 
-    def _remaining_chunks(self) -> Iterator[Chunk]:
-        """Yields this process's remaining chunks, first those that the calibration read."""
-        numbers = list(self._chunk_numbers[self._chunks_done + len(self._read_ahead) :])
-        while self._read_ahead:
-            yield self._read_ahead.pop(0)
-        yield from self.source.chunks(numbers)
-
     def _calibrate(self) -> None:
         """Gives all processes the pilot means of the first usable chunk, which process 0 reads."""
-        if not self.context.any_true(not self._calibrated):
+        was_calibrated = self._calibration is not None
+        if self.context.is_main and not was_calibrated:
+            self._calibration = self._first_usable()
+        calibration = self.context.broadcast(self._calibration)
+        if calibration is None or was_calibrated:
             return
-        first = self.context.broadcast(self._first_usable() if self.context.is_main else None)
-        if first is None or self._calibrated:
-            return
-        pilots, values_per_image = first
-        for layer, pilot in pilots.items():
-            self._stats[layer].calibrate(pilot)
+        self._calibration = pilots, values_per_image = calibration
+        for stats, pilot in zip(self._stats.values(), pilots, strict=True):
+            stats.calibrate(pilot)
         itemsize = {"fp32": 4, "bf16": 2, "never": 0}[self.config.keep]
         needed = self.source.num_images * itemsize * values_per_image / _GIB
         if needed > self.config.budget_gib:
@@ -172,27 +175,20 @@ class ProcessRun:
                 f"features are not kept: they take {needed:.3g} GiB, budget_gib is "
                 f"{self.config.budget_gib:g}"
             )
-        self._calibrated = True
 
-    def _first_usable(self) -> tuple[dict[Layer, Tensor], int] | None:
-        """Mean tokens (1, 1, D) of the first usable chunk, and the values per image.
-
-        Chunks of this process that it reads are kept for the first pass.
-        """
-        remaining = self._chunk_numbers[self._chunks_done :] if self._pass == 1 else range(0)
+    def _first_usable(self) -> tuple[list[Tensor], int] | None:
+        """Mean tokens (1, 1, D) of the first usable chunk, and the values per image."""
         for chunk in self.source.chunks(range(num_chunks(self.source))):
-            if chunk.number in remaining:
-                self._read_ahead.append(chunk)
+            if chunk.number in self._chunk_numbers:
+                self._read_ahead[chunk.number] = chunk
             _, maps = self._usable(chunk)
             if maps:
-                pilots = {layer: mean_token(m).view(1, 1, -1) for layer, m in maps.items()}
+                pilots = [mean_token(m).view(1, 1, -1) for m in maps.values()]
                 return pilots, sum(m[0].numel() for m in maps.values())
         return None
 
     def _usable(self, chunk: Chunk) -> tuple[Tensor, dict[Layer, Tensor]]:
         """Images and maps of a chunk, without images that have NaN, Inf or huge values."""
-        if not len(chunk.images):
-            return chunk.images, {}
         usable = torch.ones(len(chunk.images), dtype=torch.bool)
         for layer, m in chunk.maps.items():
             largest = m.detach().flatten(1).abs().amax(1)
@@ -211,62 +207,52 @@ class ProcessRun:
 
     # Between the passes.
 
-    def _merged(self) -> dict[Layer, LayerDiagnostics]:
-        """Merges the accumulators of all processes on process 0; empty on the others."""
-        merged = {}
-        for layer, stats in self._stats.items():
-            states = self.context.gather(stats.state_dict())
-            if states:
-                merged[layer] = LayerDiagnostics(self.config.settings)
-            for state in states:
-                part = LayerDiagnostics(self.config.settings)
-                part.load_state_dict(state)
-                merged[layer].merge(part)
-        return merged
-
-    def _broadcast_axes(self, merged: dict[Layer, LayerDiagnostics]) -> dict[Layer, PCAResult]:
-        return {
-            layer: self.context.broadcast(merged[layer].pca() if merged else None)
-            for layer in self.source.layers
-        }
+    def _merged(self, part: _Part) -> _Part | None:
+        """Merges an accumulator of all processes on process 0; None on the others."""
+        merged = deepcopy(part)  # the states of the second pass need this process's part
+        for state in self.context.gather(part.state_dict())[1:]:
+            other = deepcopy(part)
+            other.load_state_dict(state)
+            merged.merge(other)
+        return merged if self.context.is_main else None
 
     # Second pass.
 
-    def _second_pass(self, axes: dict[Layer, PCAResult], interrupt: Interrupt) -> None:
+    def _second_pass(self, interrupt: Interrupt) -> None:
         if self._kept is None and not self.source.repeatable:
             self._note(
                 "captured energies are omitted: they need the features a second time, which were "
                 "not kept, and no file is read twice; raise budget_gib or set keep to bf16"
             )
+            self._captured = {}
             return
-        for layer, pca in axes.items():
-            self._captured[layer] = CapturedEnergy(pca, self.config.settings.thresholds)
-            if layer in self._captured_states:
-                self._captured[layer].load_state_dict(self._captured_states[layer])
+        for captured, state in zip(self._captured.values(), self._captured_states, strict=False):
+            captured.load_state_dict(state)
+        numbers = self._chunk_numbers[self._chunks_done :]
         if self._kept is not None:
-            parts = self._kept.read(self._chunks_done)
+            parts = map(self._kept.read, numbers, repeat(self.source.layers))
         else:
-            chunks = self.source.chunks(list(self._chunk_numbers[self._chunks_done :]))
-            parts = ((maps, images) for images, maps in map(self._usable, chunks))
-        self._report_progress()
-        for maps, images in parts:
-            for layer, m in maps.items():  # empty if no image of the chunk can be used
-                self._captured[layer].update(m, images)
-            self._chunk_done(interrupt)
+            parts = map(self._usable, self.source.chunks(numbers))
+        with self._progress_bar() as bar:
+            for images, maps in parts:
+                for layer, m in maps.items():  # empty if no image of the chunk can be used
+                    self._captured[layer].update(m, images)
+                self._chunk_done(bar, interrupt)
         self._save()
 
     def _findings(
-        self, merged: dict[Layer, LayerDiagnostics], images_per_s: float | None
+        self, merged: dict[Layer, LayerDiagnostics | None], images_per_s: float | None
     ) -> Findings | None:
         layers = {}
-        for layer in self.source.layers:
-            states = (
-                self.context.gather(self._captured[layer].state_dict()) if self._captured else []
-            )
-            if not self.context.is_main:
+        for layer, stats in merged.items():
+            captured = self._merged(self._captured[layer]) if self._captured else None
+            if stats is None:
                 continue
             try:
-                layers[layer] = self._layer_result(merged[layer], states)
+                result = stats.result()
+                if captured is not None:
+                    result = replace(result, captured=captured.result())
+                layers[layer] = result
             except ValueError as error:  # the other layers are still reported
                 self._note(f"{layer} is left out: {error}")
         left_out = self.context.merge_dicts(self._left_out)
@@ -283,23 +269,11 @@ class ProcessRun:
             notes=[*self.source.notes, *self._notes],
         )
 
-    def _layer_result(self, stats: LayerDiagnostics, states: list[dict[str, Any]]) -> LayerResult:
-        """Results of one layer; `states` are the captured energies of all processes, if any."""
-        result = stats.result()
-        if not states:
-            return result
-        captured = CapturedEnergy(result.pca, self.config.settings.thresholds)
-        for state in states:
-            part = CapturedEnergy(result.pca, self.config.settings.thresholds)
-            part.load_state_dict(state)
-            captured.merge(part)
-        return replace(result, captured=captured.result())
-
     # States.
 
     def identity(self) -> dict[str, Any]:
         """Plain values that a state must share with this run to be resumed."""
-        return {
+        values = {
             **self.source.identity(),
             **asdict(self.config.settings),
             "keep": self.config.keep,
@@ -308,14 +282,16 @@ class ProcessRun:
             "featkd": featkd.__version__,
             "torch": str(torch.__version__),
         }
+        plain: dict[str, Any] = json.loads(json.dumps(values))  # the same for tuples and lists
+        return plain
 
-    def _chunk_done(self, interrupt: Interrupt) -> None:
+    def _chunk_done(self, bar: Any, interrupt: Interrupt) -> None:
         """Counts a chunk, saves the state if it is due, and raises Interrupted after a signal.
 
         No communication is needed: torchrun and a terminal signal every process.
         """
+        bar.update(self._images_of(self._chunk_numbers[self._chunks_done :][:1]))
         self._chunks_done += 1
-        self._report_progress()
         started = time.monotonic()
         if interrupt.signal is not None or started >= self._next_save:
             self._save()
@@ -331,11 +307,11 @@ class ProcessRun:
         state = {
             "pass": self._pass,
             "done": self._chunks_done,
-            "calibrated": self._calibrated,
+            "calibration": self._calibration,
             "bad": self._left_out,
             "notes": self._notes,
             "layers": [stats.state_dict() for stats in self._stats.values()],
-            "kept": None if self._kept is None else self._kept.state_dict(),
+            "kept": self._kept is not None,
             "captured": [part.state_dict() for part in self._captured.values()],
         }
         save_state(self._state_path, self.identity(), state)
@@ -343,20 +319,15 @@ class ProcessRun:
     def _resume(self) -> None:
         state = load_state(self._state_path, self.identity())
         if state is None:
-            if self._kept is not None:
-                self._kept.remove()  # of a run that ended before its first state
             return
         self._pass, self._chunks_done = state["pass"], state["done"]
         self._left_out, self._notes = state["bad"], state["notes"]
-        self._calibrated = state["calibrated"]
+        self._calibration = state["calibration"]
         for stats, part in zip(self._stats.values(), state["layers"], strict=True):
             stats.load_state_dict(part)
-        if state["kept"] is None:
+        if not state["kept"]:
             self._kept = None
-        elif self._kept is not None:
-            self._kept.load_state_dict(state["kept"])
-        if state["captured"]:
-            self._captured_states = dict(zip(self.source.layers, state["captured"], strict=True))
+        self._captured_states = state["captured"]
 
     # Counting.
 
@@ -368,9 +339,17 @@ class ProcessRun:
         missing = (last + 1) * size - self.source.num_images if last in chunk_numbers else 0
         return len(chunk_numbers) * size - missing
 
-    def _report_progress(self) -> None:
-        done = self._images_of(self._chunk_numbers[: self._chunks_done])
-        self.progress(self._pass, done, self._images_of(self._chunk_numbers))
+    def _progress_bar(self) -> Any:
+        """Bar of one pass of process 0, which counts this process's images."""
+        return tqdm(
+            total=self._images_of(self._chunk_numbers),
+            # images of a resumed run do not count into the rate
+            initial=self._images_of(self._chunk_numbers[: self._chunks_done]),
+            desc=("", "features", "captured energy")[self._pass],
+            unit=" images",
+            # None: no bar if stderr is no terminal
+            disable=self.quiet or not self.context.is_main or None,
+        )
 
     def _note(self, text: str) -> None:
         if text not in self._notes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from featkd.diagnostics import figures
@@ -13,8 +12,7 @@ from featkd.diagnostics.layer_diagnostics import LayerResult
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.student_reach import StudentReach
 from featkd.diagnostics.verdicts import layer_verdicts, reach_verdict, warnings
-from featkd.runtime.files import atomic_write
-from featkd.runtime.names import printable_lines
+from featkd.runtime.pages import render_page
 
 
 def write_report(out: Path, findings: Findings) -> Path:
@@ -36,29 +34,26 @@ def write_report(out: Path, findings: Findings) -> Path:
         }
         for layer, verdicts in texts.items()
     ]
-    page = (
-        Environment(loader=PackageLoader("featkd.diagnostics"), autoescape=True)
-        .get_template("report.html")
-        .render(
-            findings=findings,
-            warnings=warnings(findings),
-            reaches=[] if matched is None else [reach_verdict(matched)],
-            headlines=[verdicts[0] for verdicts in texts.values()],
-            reach_rows=[_reach_row(r) for r in findings.reach],
-            sections=sections,
-            layers_figure=pictures.get("layers"),
-            reach_figure=pictures.get("reach"),
-            thresholds=[f"{format_percent(t)} %" for t in any_layer.spectrum.thresholds],
-            rows=[_row(layer, r) for layer, r in findings.layers.items()],
-            sep_rows=[_sep_row(layer, r) for layer, r in findings.layers.items()],
-            shares=[f"{format_percent(s)} %" for s in any_layer.sep.shares],
-            about=findings.about,
-            centred=any_layer.pca.centred,
-        )
-    )
     path = out / "report.html"
-    with atomic_write(path) as file:
-        file.write(printable_lines(page).encode())
+    render_page(
+        path,
+        "featkd.diagnostics",
+        title="featkd diagnose",
+        findings=findings,
+        warnings=warnings(findings),
+        reaches=[] if matched is None else [reach_verdict(matched)],
+        headlines=[verdicts[0] for verdicts in texts.values()],
+        reach_rows=[_reach_row(r) for r in findings.reach],
+        sections=sections,
+        layers_figure=pictures.get("layers"),
+        reach_figure=pictures.get("reach"),
+        thresholds=[f"{format_percent(t)} %" for t in any_layer.spectrum.thresholds],
+        rows=[_row(layer, r) for layer, r in findings.layers.items()],
+        sep_rows=[_sep_row(layer, r) for layer, r in findings.layers.items()],
+        shares=[f"{format_percent(s)} %" for s in any_layer.sep.shares],
+        about=findings.about,
+        centred=any_layer.pca.centred,
+    )
     return path
 
 

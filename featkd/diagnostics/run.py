@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-from tqdm import tqdm
 
 from featkd.diagnostics.build_source import build_source
 from featkd.diagnostics.config import DiagnoseConfig
@@ -22,8 +19,6 @@ from featkd.diagnostics.student_reach import StudentReach, student_reach
 from featkd.models.lift import LiftStudent
 from featkd.runtime import distributed, environment
 from featkd.runtime.distributed import ProcessContext
-
-__all__ = ["Findings", "diagnose"]
 
 
 def diagnose(config: DiagnoseConfig, *, quiet: bool = False) -> Findings:
@@ -75,9 +70,8 @@ def diagnose(config: DiagnoseConfig, *, quiet: bool = False) -> Findings:
 
 def _run(config: DiagnoseConfig, context: ProcessContext, folder: Path, quiet: bool) -> Findings:
     source = build_source(config, context.device)
-    with _progress_bar(context, quiet) as progress:
-        run = ProcessRun(source, config, folder, context, progress)
-        findings = run.run()
+    run = ProcessRun(source, config, folder, context, quiet)
+    findings = run.run()
     if findings is not None:
         about = _about(config, source)
         findings = replace(findings, reach=_reach(findings, source), about=about)
@@ -112,32 +106,3 @@ def _about(config: DiagnoseConfig, source: Source) -> dict[str, Any]:
             "processes": os.environ.get("WORLD_SIZE", "1"),
         },
     }
-
-
-@contextmanager
-def _progress_bar(
-    context: ProcessContext, quiet: bool
-) -> Iterator[Callable[[int, int, int], None]]:
-    """Shows the progress of process 0: one bar per pass, counting this process's images."""
-    bars: dict[int, Any] = {}  # by pass
-
-    def update(number: int, done: int, total: int) -> None:
-        if not context.is_main:
-            return
-        if number not in bars:
-            for bar in bars.values():
-                bar.close()
-            bars[number] = tqdm(
-                total=total,
-                initial=done,  # images of a resumed run do not count into the rate
-                desc=("", "features", "captured energy")[number],
-                unit=" images",
-                disable=quiet or None,  # None: no bar if stderr is no terminal
-            )
-        bars[number].update(done - bars[number].n)
-
-    try:
-        yield update
-    finally:
-        for bar in bars.values():
-            bar.close()

@@ -19,16 +19,19 @@ def safe_scale(*tensors: Tensor) -> float:
     return math.ldexp(1.0, min(-math.frexp(largest)[1], _largest_exponent(tensors[0].dtype)))
 
 
-def safe_scales(maps: Tensor) -> Tensor | None:
-    """Scales (B,), one for each of the maps (B, N, D); None if all of them are 1."""
+def in_range(maps: Tensor) -> Tensor:
+    """Scales each of the maps (B, N, D) whose squares are out of range by a power of two.
+
+    Shares of a map's energy do not depend on its scale.
+    """
     low, high = maps.flatten(1).aminmax(dim=1)
     largest = torch.maximum(-low, high)
     unsafe = ((largest <= _SAFE[0]) | (largest >= _SAFE[1])) & (largest != 0)
     if not unsafe.any():
-        return None
+        return maps
     exponents = torch.where(unsafe, -torch.frexp(largest).exponent, 0)
     exponents = exponents.clamp(max=_largest_exponent(maps.dtype))
-    return torch.ldexp(torch.ones_like(largest), exponents)
+    return maps * torch.ldexp(torch.ones_like(largest), exponents).view(-1, 1, 1)
 
 
 def _largest_exponent(dtype: torch.dtype) -> int:

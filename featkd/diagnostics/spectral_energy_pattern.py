@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from featkd.diagnostics.accumulator import Accumulator
 from featkd.diagnostics.exact_sum import ExactSum
 from featkd.diagnostics.scaling import safe_scale
 from featkd.ops import reference
@@ -60,7 +60,7 @@ class SEPResult:
         return tuple(d / len(self.folded_mean) for d in self.folded_bandwidth)
 
 
-class SEP:
+class SEP(Accumulator):
     """Accumulates the cumulative spectra of all tokens.
 
     Only the one-sided cumulative shares c are computed, and the sums of c, c^2 and c_0 c kept.
@@ -68,23 +68,18 @@ class SEP:
     2 c - c_0.
     """
 
+    _parts = ("_sums", "_tokens", "_zero")
+
     def __init__(self) -> None:
-        self._channels = 0
-        self._sums: ExactSum | None = None  # (3, D // 2 + 1)
+        self._sums = ExactSum()  # (3, D // 2 + 1)
         self._tokens = 0
         self._zero = 0
 
     def update(self, features: Tensor) -> None:
         """Adds maps (..., D), floating and finite."""
         checks.check_floating("features", features)
+        self._keep_shape("features", tuple(features.shape[-1:]))
         channels = features.shape[-1]
-        if self._sums is None:
-            self._channels = channels
-            self._sums = ExactSum((3, channels // 2 + 1))
-        elif channels != self._channels:
-            raise ValueError(
-                f"features: expected {self._channels} channels as before, got {channels}"
-            )
         tokens = features.detach().reshape(-1, channels)
         scale = safe_scale(tokens)
         size = _CPU_TOKENS if tokens.device.type == "cpu" else max(1, len(tokens))
@@ -92,38 +87,12 @@ class SEP:
         total = tokens.new_zeros((3, channels // 2 + 1), dtype=torch.float64)
         missing = 0
         for block in torch.split(tokens, size):
-            sums, zero = cumulative_moments(
-                block.to(wide) * scale if scale != 1 else block.to(wide)
-            )
+            sums, zero = cumulative_moments(block.to(wide) * scale)
             total += sums
             missing += int(zero)
         self._sums.add(total)
         self._zero += missing
         self._tokens += len(tokens) - missing
-
-    def merge(self, other: SEP) -> None:
-        """Adds the tokens of another accumulator."""
-        if other._sums is None:
-            return
-        if self._sums is None:
-            self.load_state_dict(other.state_dict())
-            return
-        self._sums.merge(other._sums)
-        self._tokens += other._tokens
-        self._zero += other._zero
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "channels": self._channels,
-            "sums": None if self._sums is None else self._sums.state_dict(),
-            "tokens": self._tokens,
-            "zero": self._zero,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._channels, self._tokens, self._zero = state["channels"], state["tokens"], state["zero"]
-        sums = state["sums"]
-        self._sums = None if sums is None else ExactSum.from_state_dict(sums)
 
     def result(self, shares: Sequence[float] = SHARES) -> SEPResult:
         """Curves over all tokens so far.
@@ -131,11 +100,11 @@ class SEP:
         Raises:
             ValueError: no nonzero token was added.
         """
-        if self._sums is None or not self._tokens:
+        if not self._tokens or self._shape is None:
             raise ValueError("features: no token is nonzero, so there is no SEP")
         c, square, with_first = self._sums.value() / self._tokens
         first, first_square = c[0], with_first[0]
-        after = self._channels - len(c)  # frequencies past the middle
+        after = self._shape[0] - len(c)  # frequencies past the middle
         tail = slice(0, after)  # c_{D-1-d} for d = K..D-1, to be mirrored
         mean = torch.cat([c, (1 + first - c[tail]).flip(0)])
         second = 1 + first_square + square[tail] + 2 * first - 2 * c[tail] - 2 * with_first[tail]

@@ -10,7 +10,7 @@ import torch
 
 from featkd.runtime.files import atomic_write
 
-FORMAT = 1
+FORMAT = 2
 STATE_FILES = "process-*-of-*.pt"
 
 
@@ -53,9 +53,9 @@ def load_state(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         raise StateError(f"resume: {path} is no state of featkd diagnose: {reason}") from error
     here = {"format": FORMAT, **identity}
     different = [
-        f"{name}: {_as_lists(there.get(name))} there, {_as_lists(here.get(name))} here"
+        f"{name}: {there.get(name)} there, {here.get(name)} here"
         for name in sorted({*there, *here})
-        if _as_lists(there.get(name)) != _as_lists(here.get(name))
+        if there.get(name) != here.get(name)
     ]
     if different:
         raise _other_run(path, "; ".join(different))
@@ -77,10 +77,3 @@ def _other_run(path: Path, differences: str) -> StateError:
         f"resume: {path} is the state of another run ({differences}); set another out folder, or "
         "resume never to start again"
     )
-
-
-def _as_lists(value: Any) -> Any:
-    """Converts tuples to lists: a command line gives lists where the defaults are tuples."""
-    if isinstance(value, dict):
-        return {name: _as_lists(part) for name, part in value.items()}
-    return [_as_lists(part) for part in value] if isinstance(value, (list, tuple)) else value

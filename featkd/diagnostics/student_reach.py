@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from featkd.diagnostics.layer_diagnostics import LayerResult
 from featkd.diagnostics.source import Layer
@@ -58,31 +57,22 @@ def student_reach(teacher: Layer, result: LayerResult, channels: int) -> Student
     if pca.centred:
         raise ValueError("result: expected an uncentred PCA, got a centred one")
     d = result.channels
-    values, vectors = pca.eigenvalues, pca.vectors
-    total = float(values.sum())
     r = min(channels, d)
+    values, vectors, mean = pca.eigenvalues, pca.vectors, pca.mean
+    total = float(values.sum())
     moment = (vectors * values) @ vectors.T
+    # orthogonal projector (D, D) onto the subspace that adaptive pooling to r channels keeps
+    rows = F.adaptive_avg_pool1d(torch.eye(d, dtype=torch.float64), r).T  # (r, D)
+    pooling = rows.T @ torch.linalg.pinv(rows.T)
+    about_mean = torch.linalg.eigvalsh(moment - torch.outer(mean, mean)).clamp(min=0)  # ascending
     curve, null = result.spectrum.curve_weighted, result.gaussian_spectrum.curve_mean
     return StudentReach(
         teacher=teacher,
         channels=channels,
         teacher_channels=d,
-        pooled=float((_pooling_projector(d, r) @ moment).diagonal().sum()) / total,
+        pooled=float((pooling @ moment).diagonal().sum()) / total,
         shared=float(values[:r].sum()) / total,
-        shared_with_bias=1 - _energy_beyond_mean(moment, pca.mean, r) / total,
+        shared_with_bias=1 - float(about_mean[: d - r].sum()) / total,
         per_image=float(curve[min(r, len(curve)) - 1]),
         per_image_gaussian=float(null[min(r, len(null)) - 1]),
     )
-
-
-def _pooling_projector(d: int, r: int) -> Tensor:
-    """Orthogonal projector (D, D) onto the subspace that adaptive pooling to r channels keeps."""
-    rows = F.adaptive_avg_pool1d(torch.eye(d, dtype=torch.float64), r).T  # (r, D)
-    projector: Tensor = rows.T @ torch.linalg.pinv(rows.T)
-    return projector
-
-
-def _energy_beyond_mean(moment: Tensor, mean: Tensor, r: int) -> float:
-    """Energy outside of the mean token and the r leading axes about it."""
-    around = torch.linalg.eigvalsh(moment - torch.outer(mean, mean)).clamp(min=0)
-    return float(around[: len(around) - r].sum())

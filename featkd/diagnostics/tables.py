@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from featkd.ops import reference
 from featkd.runtime.files import atomic_write, write_csv
 
 SCHEMA = 1
-SUMMARY = "summary.json"
 _SUMMARY = ("percentile99", "mean", "std", "median", "smallest", "largest")
 
 
@@ -35,18 +35,20 @@ def write_tables(out: Path, findings: Findings) -> None:
         "layers": [_layer_summary(layer, r) for layer, r in findings.layers.items()],
         "reach": [{**asdict(r), "teacher": str(r.teacher)} for r in findings.reach],
     }
-    _write(out / SUMMARY, json.dumps(summary, indent=1, allow_nan=False).encode())
+    with atomic_write(out / "summary.json") as file:
+        file.write(json.dumps(summary, indent=1, allow_nan=False).encode())
     layers = findings.layers.items()
+    write = partial(write_csv, digits=9)
     names = ("model", "layer")
-    _write_table(out / "ranks.csv", (*names, "measure", "threshold", *_SUMMARY), _rank_rows(layers))
+    write(out / "ranks.csv", (*names, "measure", "threshold", *_SUMMARY), _rank_rows(layers))
     columns = (*names, "share", "d", "d_over_D", "folded_d", "folded_d_over_D")
     nulls = ("gaussian_d_over_D", "sample_d_over_D", "sample_low", "sample_high")
     permuted = ("permuted_mean", "permuted_low", "permuted_high", "p_value")
-    _write_table(out / "sep.csv", (*columns, *nulls, *permuted), _sep_rows(layers))
+    write(out / "sep.csv", (*columns, *nulls, *permuted), _sep_rows(layers))
     rotation = ("k", "pair_mean", "pair_std", "dataset_mean", "dataset_std", "random")
-    _write_table(out / "rotation.csv", (*names, *rotation), _rotation_rows(layers, rotation))
-    _write_table(out / "curves.csv", (*names, "curve", "index", "mean", "std"), _curve_rows(layers))
-    _write_table(out / "images.csv", ("index", "name"), enumerate(findings.names))
+    write(out / "rotation.csv", (*names, *rotation), _rotation_rows(layers, rotation))
+    write(out / "curves.csv", (*names, "curve", "index", "mean", "std"), _curve_rows(layers))
+    write(out / "images.csv", ("index", "name"), enumerate(findings.names))
     tensors = {}
     for layer, result in layers:
         name = f"{layer.model or 'model'}.{layer.index}"
@@ -57,7 +59,8 @@ def write_tables(out: Path, findings: Findings) -> None:
         if result.rotation is not None:
             for kind in ("images", "overlap", "overlap_dataset"):
                 tensors[f"{name}.rotation_{kind}"] = getattr(result.rotation, kind)
-    _write(out / "per_image.safetensors", safetensors.torch.save(tensors))
+    with atomic_write(out / "per_image.safetensors") as file:
+        file.write(safetensors.torch.save(tensors))
 
 
 def _layer_summary(layer: Layer, r: LayerResult) -> dict[str, Any]:
@@ -66,10 +69,11 @@ def _layer_summary(layer: Layer, r: LayerResult) -> dict[str, Any]:
     dims = reference.first_reaching(r.pca.spread, thresholds)
     rotation = None
     if r.rotation is not None:
-        fields = asdict(r.rotation).items()
-        rotation = {name: value for name, value in fields if not torch.is_tensor(value)}
-        rotation["angles_deg"] = r.rotation.angles_deg.tolist()
-        rotation["random_angles_deg"] = r.rotation.random_angles_deg.tolist()
+        rotation = asdict(r.rotation)
+        for name in ("images", "overlap", "overlap_dataset"):  # in per_image.safetensors
+            del rotation[name]
+        for name in ("angles_deg", "random_angles_deg"):
+            rotation[name] = rotation[name].tolist()
     permutation = asdict(r.permutation)
     del permutation["permuted_curve"]
     return {
@@ -109,11 +113,10 @@ _Layers = Iterable[tuple[Layer, LayerResult]]
 
 def _rank_rows(layers: _Layers) -> Iterable[Sequence[Any]]:
     for layer, r in layers:
-        kinds: list[tuple[str, Sequence[Summary]]] = [("svd", r.spectrum.summaries)]
-        if r.captured is not None:
-            kinds.append(("pca", r.captured.summaries))
-        for kind, summaries in kinds:
-            for threshold, s in zip(r.spectrum.thresholds, summaries, strict=True):
+        for kind, found in (("svd", r.spectrum), ("pca", r.captured)):
+            if found is None:
+                continue
+            for threshold, s in zip(found.thresholds, found.summaries, strict=True):
                 numbers = [getattr(s, n) for n in _SUMMARY]
                 yield layer.model, layer.index, kind, format_share(threshold), *numbers
 
@@ -121,10 +124,8 @@ def _rank_rows(layers: _Layers) -> Iterable[Sequence[Any]]:
 def _sep_rows(layers: _Layers) -> Iterable[Sequence[Any]]:
     for layer, r in layers:
         p = r.permutation
-        yield from zip(
-            [layer.model] * len(r.sep.shares),
-            [layer.index] * len(r.sep.shares),
-            map(format_share, r.sep.shares),
+        for share, *numbers in zip(
+            r.sep.shares,
             r.sep.bandwidth,
             r.sep.relative(),
             r.sep.folded_bandwidth,
@@ -133,7 +134,8 @@ def _sep_rows(layers: _Layers) -> Iterable[Sequence[Any]]:
             *(p.observed, p.low, p.high, p.permuted_mean, p.permuted_low, p.permuted_high),
             p.p_value,
             strict=True,
-        )
+        ):
+            yield layer.model, layer.index, format_share(share), *numbers
 
 
 def _rotation_rows(layers: _Layers, columns: Sequence[str]) -> Iterable[Sequence[Any]]:
@@ -148,26 +150,13 @@ def _curve_rows(layers: _Layers) -> Iterable[Sequence[Any]]:
             "svd": (r.spectrum.curve_mean, r.spectrum.curve_std),
             "svd_gaussian": (r.gaussian_spectrum.curve_mean, r.gaussian_spectrum.curve_std),
             "pca_of_all_tokens": (r.pca.spread, None),
-            "pca": (None, None)
-            if r.captured is None
-            else (r.captured.curve_mean, r.captured.curve_std),
+            **({"pca": (r.captured.curve_mean, r.captured.curve_std)} if r.captured else {}),
             "sep": (r.sep.mean, r.sep.std),
             "sep_folded": (r.sep.folded_mean, r.sep.folded_std),
             "sep_gaussian": (r.gaussian.mean, r.gaussian.std),
             "sep_permuted": (r.permutation.permuted_curve, None),
         }
         for name, (mean, std) in curves.items():
-            if mean is None:
-                continue
             deviations = [""] * len(mean) if std is None else std.tolist()
             for index, (m, s) in enumerate(zip(mean.tolist(), deviations, strict=True), 1):
                 yield layer.model, layer.index, name, index, m, s
-
-
-def _write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    write_csv(path, columns, rows, digits=9)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with atomic_write(path) as file:
-        file.write(content)

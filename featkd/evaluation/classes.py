@@ -37,39 +37,36 @@ def match_classes(model: FeatureModel, folders: Sequence[str]) -> ClassMatch:
         model: a model with `num_classes` outputs.
         folders: names of the class folders.
     """
-    timm_model = cast(Any, model)
-    count: int = timm_model.num_classes
+    count: int = cast(Any, model).num_classes
     if count == 0:
         return ClassMatch(None, [], "top-1 left out: the model has no classifier")
-    names = _names(timm_model)
-    output = {name: i for i, name in enumerate(names)}
-    missing = [folder for folder in folders if folder not in output]
-    if names and missing:
+    names = _names(model)
+    if not names and count == len(folders):
+        note = (
+            "the names of the model's classes are unknown; top-1 assumes that its outputs are in "
+            f"the order of the folders' names: {listed(folders, 3)}"
+        )
+        return ClassMatch([*range(count)], [*folders], note)
+    if not names:
+        note = f"top-1 left out: the model has {count} classes without names, and there are "
+        return ClassMatch(None, [], f"{note}{plural(len(folders), 'class folder')}")
+    place = {name: i for i, name in enumerate(names)}
+    if missing := [folder for folder in folders if folder not in place]:
         note = (
             f"top-1 left out: the model has no class for {plural(len(missing), 'class folder')} of "
             f"{len(folders)}: {listed(missing, 5)}; its {plural(count, 'class')}: "
             f"{listed(names, 3)}"
         )
         return ClassMatch(None, [], note)
-    if names:
-        rest = count - len(folders)
-        note = f"{plural(rest, 'class')} of the model without a folder" if rest else ""
-        return ClassMatch([output[folder] for folder in folders], output_names(model), note)
-    if count == len(folders):
-        note = (
-            "the names of the model's classes are unknown; top-1 assumes that its outputs are in "
-            f"the order of the folders' names: {listed(folders, 3)}"
-        )
-        return ClassMatch([*range(count)], [*folders], note)
-    note = f"top-1 left out: the model has {count} classes without names, and there are "
-    return ClassMatch(None, [], f"{note}{plural(len(folders), 'class folder')}")
+    rest = count - len(folders)
+    note = f"{plural(rest, 'class')} of the model without a folder" if rest else ""
+    return ClassMatch([place[folder] for folder in folders], output_names(model), note)
 
 
 def output_names(model: FeatureModel) -> list[str]:
     """Returns a name for each output: of its class, or "output 7" if that is unknown."""
-    timm_model = cast(Any, model)
-    names = _names(timm_model)
-    return names + [f"output {i}" for i in range(len(names), timm_model.num_classes)]
+    names = _names(model)
+    return names + [f"output {i}" for i in range(len(names), cast(Any, model).num_classes)]
 
 
 def _names(model: Any) -> list[str]:

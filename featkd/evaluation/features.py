@@ -42,7 +42,7 @@ class ImageOutputs:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Returns the tensors in the order of the fields."""
-        return self.images, self.labels, self.features, self.ranking, self.probabilities
+        return tuple(vars(self).values())
 
 
 def extract_features(
@@ -76,36 +76,9 @@ def extract_features(
         The features of all images are allocated once, on process 0, and those of its share on each
         other process.
     """
-    found = _own_outputs(model, loader, autocast, top, progress)
-    if context.world_size > 1:
-        found = _gathered(found, loader, context)
-
-    def check() -> None:
-        if found is None or not len(found):
-            raise EvaluationError("evaluation: none of the images could be read")
-        for first in range(0, len(found), _ROWS):
-            finite = torch.isfinite(found.features[first : first + _ROWS]).all(1)
-            if not finite.all():
-                image = int(found.images[first + int(finite.logical_not().nonzero()[0, 0])])
-                name = printable(loader.dataset.name(image))
-                raise EvaluationError(f"evaluation: NaN or Inf in the features of {name}")
-
-    context.on_main(check)
-    return found
-
-
-def _own_outputs(
-    model: FeatureModel,
-    loader: Loader,
-    autocast: Callable[[], AbstractContextManager[object]],
-    top: int,
-    progress: Callable[[int], object],
-) -> ImageOutputs | None:
-    """Outputs of this process's images; None if it has none."""
     has_head = getattr(model, "num_classes", 0) > 0
-    found: ImageOutputs | None = None
-    filled = 0
-    training = model.training
+    found: ImageOutputs | None = None  # of this process
+    filled, training = 0, model.training
     model.eval()
     try:
         with torch.no_grad():
@@ -115,8 +88,7 @@ def _own_outputs(
                 logits = logits.float()
                 ranking = logits.topk(min(top, logits.shape[1]) if has_head else 0).indices
                 probabilities = logits.softmax(1).gather(1, ranking)
-                keys, targets = batch.keys[:, 1], batch.targets
-                rows = (keys, targets, pooled[:, 0], ranking, probabilities)
+                rows = (batch.keys[:, 1], batch.targets, pooled[:, 0], ranking, probabilities)
                 if found is None:
                     found = _empty(len(loader.sampler), rows)
                 end = filled + len(batch.targets)
@@ -126,7 +98,21 @@ def _own_outputs(
                 progress(len(batch.targets))
     finally:
         model.train(training)
-    return found and ImageOutputs(*(x[:filled] for x in found.tensors()))
+    found = found and ImageOutputs(*(x[:filled] for x in found.tensors()))
+    if context.world_size > 1:
+        found = _gathered(found, loader, context)
+
+    def check() -> None:
+        if found is None or not len(found):
+            raise EvaluationError("evaluation: none of the images could be read")
+        chunks = zip(*(torch.split(x, _ROWS) for x in (found.images, found.features)), strict=True)
+        for images, features in chunks:
+            if len(bad := images[~features.isfinite().all(1)]):
+                name = printable(loader.dataset.name(int(bad[0])))
+                raise EvaluationError(f"evaluation: NaN or Inf in the features of {name}")
+
+    context.on_main(check)
+    return found
 
 
 def _empty(count: int, rows: Sequence[Tensor]) -> ImageOutputs:

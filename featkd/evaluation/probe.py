@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,9 +162,17 @@ def _fit(
 
     options: dict[str, Any] = {"dtype": torch.float64, "device": features.device}
     if start is None:
-        mean, scale = _statistics(chunks, count, torch.zeros(features.shape[1], **options))
         weight = torch.zeros(num_classes, features.shape[1], **options)
         bias = torch.zeros(num_classes, **options)
+        mean, variance = torch.zeros_like(weight[0]), torch.zeros_like(weight[0])
+        for x, _ in chunks():
+            mean += x.sum(0, dtype=torch.float64) / count
+        for x, _ in chunks():
+            variance += (x.double() - mean).square().sum(0) / count
+        scale = variance.sqrt()
+        # The values of a channel that differ by rounding alone are not blown up.
+        scale[scale <= 1e-6 * mean.abs()] = 1
+        mean, scale = mean.float(), scale.float()
     else:
         mean, scale = start.mean, start.scale
         weight, bias = start.weight.clone(), start.bias.clone()
@@ -197,21 +205,6 @@ def _fit(
     with torch.no_grad():
         optimizer.step(closure)  # type: ignore[no-untyped-call]
     return LinearProbe(weight, bias, mean, scale, penalty)
-
-
-def _statistics(
-    chunks: Callable[[], Iterator[tuple[Tensor, Tensor]]], count: int, zeros: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Mean and scale (C,) of the features, float32."""
-    mean, variance = zeros.clone(), zeros.clone()
-    for x, _ in chunks():
-        mean += x.sum(0, dtype=torch.float64) / count
-    for x, _ in chunks():
-        variance += (x.double() - mean).square().sum(0) / count
-    scale = variance.sqrt()
-    # The values of a channel that differ by rounding alone are not blown up.
-    scale[scale <= 1e-6 * mean.abs()] = 1
-    return mean.float(), scale.float()
 
 
 def _standardised(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -107,15 +107,12 @@ def score_model(
             limit=limit,
         )
         found.classes = loader.classes
-        try:
-            total = len(loader.sampler)
-            hidden = True if quiet or not context.is_main else None  # None: on terminals only
-            with tqdm(total=total, desc=task, unit=" images", disable=hidden) as bar:
-                features = extract_features(
-                    model, loader, context, autocast=autocast, progress=bar.update
-                )
-        finally:
-            loader.close()
+        total = len(loader.sampler)
+        hidden = True if quiet or not context.is_main else None  # None: on terminals only
+        with closing(loader), tqdm(total=total, desc=task, unit=" images", disable=hidden) as bar:
+            features = extract_features(
+                model, loader, context, autocast=autocast, progress=bar.update
+            )
         found.left_out |= context.merge_dicts(loader.bad_images)
         return features
 
@@ -128,65 +125,39 @@ def score_model(
             raise ValueError(f"scores: {note}; no other score is asked for")
     bank = outputs("train", "training") if needs_bank else None
 
+    def add(score: Score, predicted: Tensor, columns: int, **facts: object) -> None:
+        assert queries is not None
+        shape = len(found.classes), columns
+        counts = confusion_matrix(queries.labels, predicted, shape)
+        found.scores[score] = {**facts, "confusion": counts.tolist()}
+
     def compute() -> ModelScores:
         assert queries is not None
-        found.images = len(queries)
+        found.images, count = len(queries), len(found.classes)
         if index is not None:
-            targets = torch.tensor(index)[queries.labels]
-            hits = queries.ranking == targets[:, None]
-            found.scores["head"] = {
-                "top1": _per_cent(hits[:, 0]),
-                "top5": _per_cent(hits.any(1)),
-                "confusion": _confusion(queries, queries.ranking[:, 0], found, len(found.outputs)),
-            }
-        if bank is not None:
-            found.bank_images = len(bank)
-            _score_features(found, queries, bank, scores, k, temperature, context.device)
+            hits = queries.ranking == torch.tensor(index)[queries.labels, None]
+            top1, top5 = _per_cent(hits[:, 0]), _per_cent(hits.any(1))
+            add("head", queries.ranking[:, 0], len(found.outputs), top1=top1, top5=top5)
+        if bank is None:
+            return found
+        found.bank_images = len(bank)
+        tensors = bank.features, bank.labels, queries.features
+        x, labels, new = (tensor.to(context.device) for tensor in tensors)
+        if "knn" in scores:
+            options: dict[str, Any] = {"k": k, "temperature": temperature}
+            predicted = knn_predict(new, x, labels, num_classes=count, **options).cpu()
+            add("knn", predicted, count, top1=_per_cent(predicted == queries.labels), **options)
+        if "probe" in scores:
+            probe = linear_probe(x, labels, num_classes=count)
+            predicted, facts = probe.predict(new).cpu(), {"penalty": probe.penalty}
+            add("probe", predicted, count, top1=_per_cent(predicted == queries.labels), **facts)
         return found
 
     return context.on_main(compute)
 
 
-def _score_features(
-    found: ModelScores,
-    queries: ImageOutputs,
-    bank: ImageOutputs,
-    scores: Sequence[Score],
-    k: int,
-    temperature: float,
-    device: torch.device,
-) -> None:
-    """Adds the scores of kNN and of the linear probe."""
-    classes = len(found.classes)
-    x, labels, new = (t.to(device) for t in (bank.features, bank.labels, queries.features))
-    if "knn" in scores:
-        predicted = knn_predict(
-            new, x, labels, k=k, temperature=temperature, num_classes=classes
-        ).cpu()
-        found.scores["knn"] = {
-            "top1": _per_cent(predicted == queries.labels),
-            "k": k,
-            "temperature": temperature,
-            "confusion": _confusion(queries, predicted, found, classes),
-        }
-    if "probe" in scores:
-        probe = linear_probe(x, labels, num_classes=classes)
-        predicted = probe.predict(new).cpu()
-        found.scores["probe"] = {
-            "top1": _per_cent(predicted == queries.labels),
-            "penalty": probe.penalty,
-            "confusion": _confusion(queries, predicted, found, classes),
-        }
-
-
 def _per_cent(hits: Tensor) -> float:
     return 100 * hits.double().mean().item()
-
-
-def _confusion(
-    queries: ImageOutputs, predicted: Tensor, found: ModelScores, columns: int
-) -> list[list[int]]:
-    return confusion_matrix(queries.labels, predicted, (len(found.classes), columns)).tolist()
 
 
 def confusion_matrix(labels: Tensor, predicted: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -57,7 +57,7 @@ def evaluate(
     """
     totals = {name: torch.zeros(3, dtype=torch.float64, device=device) for name in models}
     count = torch.zeros((), dtype=torch.float64, device=device)
-    modes = {name: model.training for name, model in models.items()}
+    in_training = [model for model in models.values() if model.training]
     for model in models.values():
         model.eval()
     with torch.no_grad():
@@ -67,8 +67,8 @@ def evaluate(
                     logits = model(batch.images)
                 totals[name] += _sums(logits.float(), batch.targets)
             count += len(batch.targets)
-    for name, model in models.items():
-        model.train(modes[name])
+    for model in in_training:
+        model.train()
     sums = torch.cat((count[None], *totals.values()))
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)

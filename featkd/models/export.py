@@ -113,16 +113,8 @@ def export_model(
     try:
         with torch.no_grad(), _replacing(folder) as partial:
             _write_config(module, form, partial, {**(details or {}), "output": name})
-            path = partial / _FILES[form]
-            if form == "onnx":
-                _write_onnx(module, images, path, name, precision)
-            elif form == "pt2":
-                program = _traced(
-                    lambda: torch.export.export(
-                        module, (_at_least_two(images),), dynamic_shapes=(_BATCH,)
-                    )
-                )
-                torch.export.save(program, path)
+            if form in ("onnx", "pt2"):
+                _write_graph(module, form, images, partial / _FILES[form], name, precision)
             if card is not None:
                 (partial / "README.md").write_text(card, encoding="utf-8")
             error, largest = _compare(module, _open(form, partial), images)
@@ -203,9 +195,6 @@ def load_exported(folder: str | os.PathLike[str]) -> FeatureModel:
     return cast(FeatureModel, with_features(model).eval())
 
 
-_BATCH = {0: torch.export.Dim("batch")}
-
-
 class _HalfPrecision(nn.Module):
     """A copy of a model in float16, with float32 images and outputs."""
 
@@ -229,40 +218,36 @@ def _write_config(model: nn.Module, form: Form, folder: Path, details: Mapping[s
         (folder / "model.safetensors").unlink()
 
 
-def _write_onnx(
-    model: nn.Module, images: Tensor, path: Path, output: str, precision: Precision
+def _write_graph(
+    model: nn.Module, form: Form, images: Tensor, path: Path, output: str, precision: Precision
 ) -> None:
-    module = _HalfPrecision(model) if precision == "fp16" else model
-    size = sum(x.numel() * x.element_size() for x in module.state_dict().values())
-    _traced(
-        lambda: torch.onnx.export(
-            module,
-            (_at_least_two(images),),
-            path,
-            dynamo=True,
-            dynamic_shapes=(_BATCH,),
-            input_names=["images"],
-            output_names=[output],
-            external_data=size > _ONNX_LIMIT,
-            verbose=False,
-        )
-    )
-
-
-def _traced(export: Callable[[], Any]) -> Any:
-    """Calls an exporter of torch; its errors, which can be of any type, become one line."""
+    """Writes model.onnx or model.pt2, with a dynamic batch size."""
+    # torch can't make a batch of one dynamic
+    example = (images[:2] if len(images) > 1 else images.expand(2, -1, -1, -1).contiguous(),)
+    shapes = ({0: torch.export.Dim("batch")},)
+    program: Any = None
     try:
-        return export()
-    except Exception as error:
+        if form == "pt2":
+            program = torch.export.export(model, example, dynamic_shapes=shapes)
+        else:
+            module = _HalfPrecision(model) if precision == "fp16" else model
+            size = sum(x.numel() * x.element_size() for x in module.state_dict().values())
+            torch.onnx.export(
+                *(module, example, path),
+                dynamo=True,
+                dynamic_shapes=shapes,
+                input_names=["images"],
+                output_names=[output],
+                external_data=size > _ONNX_LIMIT,
+                verbose=False,
+            )
+    except Exception as error:  # of any type; their texts can be pages
         text = " ".join(str(error).split())[:300]
         raise ExportError(
             f"torch can't export this model: {type(error).__name__}: {text}; nothing was written"
         ) from error
-
-
-def _at_least_two(images: Tensor) -> Tensor:
-    """Images to trace with: torch can't make a batch of one dynamic."""
-    return images[:2] if len(images) > 1 else images.expand(2, -1, -1, -1).contiguous()
+    if program is not None:
+        torch.export.save(program, path)
 
 
 def _open(form: Form, folder: Path) -> Forward:

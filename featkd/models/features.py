@@ -116,42 +116,34 @@ class BlockFeatures:
         self: Any, images: Tensor, layers: Sequence[Layer]
     ) -> tuple[Tensor, list[Tensor]]:
         """Computes logits and the raw patch tokens (B, N, C) of `layers`; see `FeatureModel`."""
-        wanted = resolve_layers(layers, num_layers(self))
-        features, found = self._run(images, wanted)
-        return self.forward_head(features), [found[layer] for layer in wanted]
+        features, maps = self._run(images, resolve_layers(layers, num_layers(self)))
+        return self.forward_head(features), maps
 
     def forward_maps(self: Any, images: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
         """Computes the maps of `layers` only, up to the deepest; see `FeatureModel`."""
         wanted = resolve_layers(layers, num_layers(self))
-        if not wanted:
-            return []
-        if POOLED in wanted:
-            found = self._run(images, wanted)[1]
-            return [found[layer] for layer in wanted]
-        distinct = sorted(set(wanted))
-        maps = self.forward_intermediates(
-            images,
-            indices=distinct,
-            output_fmt=self.map_format,
-            stop_early=True,
-            intermediates_only=True,
-        )
-        found = dict(zip(distinct, map(_as_tokens, maps), strict=True))
-        return [found[layer] for layer in wanted]
+        maps: list[Tensor] = self._run(images, wanted, POOLED not in wanted)[1] if wanted else []
+        return maps
 
-    def _run(self: Any, images: Tensor, wanted: Sequence[Layer]) -> tuple[Any, dict[Layer, Tensor]]:
-        """Output of timm's `forward_features`, and the maps of the wanted layers by layer."""
+    def _run(
+        self: Any, images: Tensor, wanted: Sequence[Layer], stop_early: bool = False
+    ) -> tuple[Any, list[Tensor]]:
+        """Output of timm's `forward_features`, None with `stop_early`, and the wanted maps."""
         distinct = sorted({layer for layer in wanted if layer != POOLED})
+        features, maps = None, []
         if distinct:  # timm returns each layer once, in the layers' order
-            features, maps = self.forward_intermediates(
-                images, indices=distinct, output_fmt=self.map_format
-            )
+            options = {"indices": distinct, "output_fmt": self.map_format}
+            if stop_early:
+                options |= {"stop_early": True, "intermediates_only": True}
+                maps = self.forward_intermediates(images, **options)
+            else:
+                features, maps = self.forward_intermediates(images, **options)
         else:  # forward_intermediates takes no empty selection
-            features, maps = self.forward_features(images), []
+            features = self.forward_features(images)
         found: dict[Layer, Tensor] = dict(zip(distinct, map(_as_tokens, maps), strict=True))
         if POOLED in wanted:
             found[POOLED] = self._pooled(features)
-        return features, found
+        return features, [found[layer] for layer in wanted]
 
     def _pooled(self: Any, features: Any) -> Tensor:
         """Pooled feature (B, 1, C) of the output of timm's `forward_features`."""

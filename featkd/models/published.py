@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 from os import PathLike
-from typing import NamedTuple, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -34,17 +34,6 @@ from featkd.models.widelast import SCHEDULES, schedule
 _LIFT_PREFIX = "base_model."
 _DEAD = ("norm.weight", "norm.bias", "head.weight", "head.bias")
 _PUBLISHED_HEADS = 3  # DeiT-Tiny's; head counts leave no trace in the shapes of the weights
-
-
-class _Shape(NamedTuple):
-    """Architecture and sizes of a student, read from its tensors."""
-
-    widths: tuple[int, ...]
-    patch_size: tuple[int, int]
-    grid: int
-    in_chans: int
-    mlp_ratio: float
-    num_classes: int
 
 
 def load_published(
@@ -74,56 +63,36 @@ def load_published(
     state = read_state_dict(path, weights)
     is_lift = any(name.startswith(_LIFT_PREFIX) for name in state)
     state = _from_published_lift(state, path) if is_lift else state
-    shape = _shape(state, path, "lift" if is_lift else "widelast")
+    widths, sizes = _sizes(state, path, "lift" if is_lift else "widelast")
     heads = _PUBLISHED_HEADS if num_heads is None else num_heads
-    if heads < 1 or shape.widths[0] % heads:
+    if heads < 1 or widths[0] % heads:
         raise ValueError(
-            f"num_heads: expected a divisor of the width of {path}, {shape.widths[0]}; got {heads}"
+            f"num_heads: expected a divisor of the width of {path}, {widths[0]}; got {heads}"
         )
     if is_lift:
         if arch not in (None, "lift"):
             raise ValueError(f"arch: {path} holds a Lift student, got {arch!r}; allowed: 'lift'")
         found, teacher_dim = "lift", state["projection.weight"].shape[0]
     else:
-        found, teacher_dim = _matching_schedule(shape.widths, heads, arch, path), shape.widths[-1]
-    model = create_student(
-        "deit_tiny_patch16_224",
-        found,
-        teacher_dim,
-        shape.num_classes,
-        img_size=(shape.grid * shape.patch_size[0], shape.grid * shape.patch_size[1]),
-        patch_size=shape.patch_size,
-        in_chans=shape.in_chans,
-        embed_dim=shape.widths[0],
-        depth=len(shape.widths),
-        num_heads=heads,
-        mlp_ratio=shape.mlp_ratio,
-    )
+        found, teacher_dim = _matching_schedule(widths, heads, arch, path), widths[-1]
+    model = create_student("deit_tiny_patch16_224", found, teacher_dim, num_heads=heads, **sizes)
     load_strictly(cast(nn.Module, model), state, path, f"the {found} student of its shapes")
     model.eval()
     return model
 
 
-def _lift_names(last: int) -> dict[str, str]:
-    """Published names outside `base_model.` of a Lift with last block `last`, to our names."""
-    return {
+def _from_published_lift(state: dict[str, Tensor], path: str | PathLike[str]) -> dict[str, Tensor]:
+    """Renames the tensors of a published Lift to our names and drops unused ones."""
+    outer = {name: value for name, value in state.items() if not name.startswith(_LIFT_PREFIX)}
+    inner = {name.removeprefix(_LIFT_PREFIX): state[name] for name in state if name not in outer}
+    last = _depth(inner, path, "lift") - 1
+    names = {
         f"projections.{last}.weight": "projection.weight",
         f"layer_norms.{last}.weight": "projection_norm.weight",
         f"layer_norms.{last}.bias": "projection_norm.bias",
         "head.weight": "head.weight",
         "head.bias": "head.bias",
     }
-
-
-def _from_published_lift(state: dict[str, Tensor], path: str | PathLike[str]) -> dict[str, Tensor]:
-    """Renames the tensors of a published Lift to our names and drops unused ones."""
-    inner = {
-        name.removeprefix(_LIFT_PREFIX): value
-        for name, value in state.items()
-        if name.startswith(_LIFT_PREFIX)
-    }
-    names = _lift_names(_depth(inner, path, "lift") - 1)
-    outer = {name: value for name, value in state.items() if not name.startswith(_LIFT_PREFIX)}
     problems = {
         "missing": [name for name in names if name not in outer],
         "unexpected": [name for name in outer if name not in names],
@@ -141,17 +110,14 @@ def _depth(state: dict[str, Tensor], path: str | PathLike[str], model_name: str)
     return 1 + max(int(match[1]) for match in found)
 
 
-def _shape(state: dict[str, Tensor], path: str | PathLike[str], model_name: str) -> _Shape:
-    """Infers a student's architecture and sizes from tensors with our names."""
+def _sizes(
+    state: dict[str, Tensor], path: str | PathLike[str], model_name: str
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Infers the blocks' widths, and timm's arguments, from tensors with our names."""
     depth = _depth(state, path, model_name)
     norms = [f"blocks.{index}.norm1.weight" for index in range(depth)]
-    patches, positions, classifier, hidden = (
-        "patch_embed.proj.weight",
-        "pos_embed",
-        "head.weight",
-        "blocks.0.mlp.fc1.weight",
-    )
-    needed = {**dict.fromkeys(norms, 1), patches: 4, positions: 3, classifier: 2, hidden: 2}
+    patches, hidden = "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"
+    needed = {**dict.fromkeys(norms, 1), patches: 4, "pos_embed": 3, "head.weight": 2, hidden: 2}
     if "projection_norm.weight" in state:  # a Lift
         needed["projection.weight"] = 2
     problems = {
@@ -164,7 +130,7 @@ def _shape(state: dict[str, Tensor], path: str | PathLike[str], model_name: str)
     }
     if any(problems.values()):
         raise mismatch(path, f"a published {model_name} student", problems)
-    tokens = state[positions].shape[1] - 1  # one of the positions is the class token's
+    tokens = state["pos_embed"].shape[1] - 1  # one of the positions is the class token's
     grid = math.isqrt(max(tokens, 0))
     if grid < 1 or grid * grid != tokens:
         raise CheckpointMismatch(
@@ -172,14 +138,15 @@ def _shape(state: dict[str, Tensor], path: str | PathLike[str], model_name: str)
         )
     widths = tuple(state[name].shape[0] for name in norms)
     _, in_chans, *patch_size = state[patches].shape
-    return _Shape(
-        widths=widths,
-        patch_size=(patch_size[0], patch_size[1]),
-        grid=grid,
-        in_chans=in_chans,
-        mlp_ratio=state[hidden].shape[0] / widths[0],
-        num_classes=state[classifier].shape[0],
-    )
+    return widths, {
+        "num_classes": state["head.weight"].shape[0],
+        "img_size": tuple(grid * side for side in patch_size),
+        "patch_size": tuple(patch_size),
+        "in_chans": in_chans,
+        "embed_dim": widths[0],
+        "depth": depth,
+        "mlp_ratio": state[hidden].shape[0] / widths[0],
+    }
 
 
 def _matching_schedule(

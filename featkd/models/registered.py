@@ -7,10 +7,10 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     filter_pretrained_cfg,
     generate_default_cfgs,
@@ -26,95 +26,47 @@ from torch import nn
 from featkd.models.features import FeatureModel
 from featkd.models.students import GENERAL_NAME, create_student
 
-_register: Callable[[Callable[..., FeatureModel]], Callable[..., FeatureModel]] = register_model
-
-_NAMES = (
-    "deit_tiny_lift384_patch16_224",
-    "deit_tiny_widelast384_patch16_224",
-    "deit_tiny_heads_linear384_patch16_224",
-    "deit_tiny_fixed_linear384_patch16_224",
-    "deit_tiny_fixed_step384_patch16_224",
-    "deit_tiny_w204_patch16_224",
-    "deit_tiny_w219_patch16_224",
-)
-
 _BASE = "deit_tiny_patch16_224"
+_STUDENTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # arch, and timm's arguments
+    "deit_tiny_lift384_patch16_224": ("lift", {}),
+    "deit_tiny_widelast384_patch16_224": ("widelast", {}),
+    "deit_tiny_heads_linear384_patch16_224": ("heads_linear", {}),
+    "deit_tiny_fixed_linear384_patch16_224": ("fixed_linear", {}),
+    "deit_tiny_fixed_step384_patch16_224": ("fixed_step", {}),
+    # controls: as many parameters, 204 or 219 channels throughout
+    "deit_tiny_w204_patch16_224": ("plain", {"embed_dim": 204}),
+    "deit_tiny_w219_patch16_224": ("plain", {"embed_dim": 219}),
+}
 
 # DeiT-Tiny's data settings, which timm's loaders read. No model here has weights to download.
+_NO_WEIGHTS = dict.fromkeys(("url", "hf_hub_id", "license", "architecture", "tag"))
 default_cfgs = generate_default_cfgs(
-    {
-        name: {
-            "num_classes": 1000,
-            "input_size": (3, 224, 224),
-            "fixed_input_size": True,
-            "crop_pct": 0.9,
-            "interpolation": "bicubic",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        }
-        for name in _NAMES
-    }
+    {name: replace(resolve_pretrained_cfg(_BASE), **_NO_WEIGHTS) for name in _STUDENTS}
 )
 
 
-@_register
-def deit_tiny_lift384_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
-    """DeiT-Tiny with the Lift to 384 channels."""
-    return _create("deit_tiny_lift384_patch16_224", _BASE, "lift", 384, pretrained, kwargs)
+def _register(name: str, arch: str, options: Mapping[str, Any]) -> None:
+    """Registers a student of DeiT-Tiny and a teacher of 384 channels with timm."""
+
+    def student(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
+        return _create(name, _BASE, arch, 384, pretrained, {**options, **kwargs})
+
+    student.__name__ = student.__qualname__ = name  # timm's name of the model
+    globals()[name] = register_model(student)
 
 
-@_register
-def deit_tiny_widelast384_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
-    """DeiT-Tiny with a last block of 384 channels and 6 heads."""
-    return _create("deit_tiny_widelast384_patch16_224", _BASE, "widelast", 384, pretrained, kwargs)
+for _name, (_arch, _options) in _STUDENTS.items():
+    _register(_name, _arch, _options)
 
 
-@_register
-def deit_tiny_heads_linear384_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
-    """DeiT-Tiny whose last blocks have 256, 320, 384 channels and 4, 5, 6 heads."""
-    return _create(
-        "deit_tiny_heads_linear384_patch16_224", _BASE, "heads_linear", 384, pretrained, kwargs
-    )
-
-
-@_register
-def deit_tiny_fixed_linear384_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
-    """DeiT-Tiny whose last blocks have 240, 312, 384 channels and 3 heads each."""
-    return _create(
-        "deit_tiny_fixed_linear384_patch16_224", _BASE, "fixed_linear", 384, pretrained, kwargs
-    )
-
-
-@_register
-def deit_tiny_fixed_step384_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
-    """DeiT-Tiny with a last block of 384 channels and 3 heads."""
-    return _create(
-        "deit_tiny_fixed_step384_patch16_224", _BASE, "fixed_step", 384, pretrained, kwargs
-    )
-
-
-@_register
-def deit_tiny_w204_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
-    """Control: DeiT-Tiny, 204 channels wide throughout."""
-    kwargs.setdefault("embed_dim", 204)
-    return _create("deit_tiny_w204_patch16_224", _BASE, "plain", 384, pretrained, kwargs)
-
-
-@_register
-def deit_tiny_w219_patch16_224(pretrained: bool = False, **kwargs: Any) -> FeatureModel:
-    """Control: DeiT-Tiny, 219 channels wide throughout."""
-    kwargs.setdefault("embed_dim", 219)
-    return _create("deit_tiny_w219_patch16_224", _BASE, "plain", 384, pretrained, kwargs)
-
-
-@_register
 def featkd_student(
     pretrained: bool = False, *, base: str, arch: str, teacher_dim: int = 384, **kwargs: Any
 ) -> FeatureModel:
     """Any student of `create_student`; config.json has its base, arch and width in model_args."""
     return _create(GENERAL_NAME, base, arch, teacher_dim, pretrained, kwargs)
+
+
+register_model(featkd_student)
 
 
 def _create(

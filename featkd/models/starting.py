@@ -66,12 +66,15 @@ def load_starting_weights(
     if checkpoint is None:
         field, source = "pretrained", f"timm's weights of {base}"
         classes = model.pretrained_cfg["num_classes"]
-        before = _shapes_at_timm(base, timm_kwargs)
+        before = {}
+        if not (timm_kwargs.get("pretrained_cfg") or timm_kwargs.get("pretrained_cfg_overlay")):
+            # timm's weights have the shapes of the base without options; others are the caller's
+            before = build_timm(base, device="meta").state_dict()
     else:
         field, source = "checkpoint", str(checkpoint)
         file = read_state_dict(checkpoint, weights)
         classes = next((len(file[x]) for head in heads if (x := f"{head}.weight") in file), 0)
-        before = {name: tuple(x.shape) for name, x in file.items()}
+        before = file
         overlay = timm_kwargs.get("pretrained_cfg_overlay") or {}
         overlay = {**overlay, **_NO_SOURCE, "state_dict": file, "num_classes": classes}
         given["pretrained_cfg_overlay"] = overlay
@@ -135,14 +138,6 @@ def _described(error: Exception, base: str) -> CheckpointMismatch:
     return mismatch("", base, problems)
 
 
-def _shapes_at_timm(base: str, timm_kwargs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of timm's weights, which are those of the base without options."""
-    if timm_kwargs.get("pretrained_cfg") or timm_kwargs.get("pretrained_cfg_overlay"):
-        return {}  # weights of the caller's
-    state = build_timm(base, device="meta").state_dict()
-    return {name: tuple(x.shape) for name, x in state.items()}
-
-
 def _is_in(name: str, modules: Collection[str]) -> bool:
     """Checks whether a tensor belongs to one of these modules."""
     return any(name.startswith(f"{module}.") for module in modules)
@@ -150,7 +145,7 @@ def _is_in(name: str, modules: Collection[str]) -> bool:
 
 def _changes(
     own: Mapping[str, Tensor],
-    before: Mapping[str, tuple[int, ...]],
+    before: Mapping[str, Tensor],
     new: Collection[str],
     heads: Collection[str],
     classes: int,
@@ -171,9 +166,9 @@ def _changes(
     if described:
         text += f"; new: {', '.join(described)}"
     resampled = [
-        f"{name} {before[name]} -> {tuple(x.shape)}"
+        f"{name} {tuple(before[name].shape)} -> {tuple(x.shape)}"
         for name, x in own.items()
-        if name in before and before[name] != tuple(x.shape) and not _is_in(name, new)
+        if name in before and before[name].shape != x.shape and not _is_in(name, new)
     ]
     return text + (f"; resampled by timm: {listed(resampled, 3)}" if resampled else "")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,7 +65,7 @@ def create_student(
     """
     if arch not in ARCHS:
         raise ValueError(
-            f"arch: unknown {arch!r}{suggestion(arch, ARCHS)}; allowed: {_names(ARCHS)}"
+            f"arch: unknown {arch!r}{suggestion(arch, ARCHS)}; allowed: {', '.join(ARCHS)}"
         )
     check_timm_name("base", base)
     if timm_kwargs.get("features_only"):
@@ -130,7 +129,3 @@ def check_timm_name(argument: str, name: str) -> None:
     except RuntimeError as error:
         near = suggestion(name, timm.list_models(f"{name.partition('.')[0]}.*", include_tags=True))
         raise ValueError(f"{argument}: timm has no weights {name!r}{near}") from error
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(names)

@@ -145,7 +145,11 @@ def find_weights(content: Any, weights: Weights, path: AnyPath) -> str | None:
             f"checkpoint: {path} holds a {type(content).__name__}, expected a dict of tensors"
         )
     inside = [key for key in (*_EMA_KEYS, *_MODEL_KEYS) if isinstance(content.get(key), Mapping)]
-    last_first = _scored_last_weights_higher(content)
+    # A long average over a short run is close to the initial weights, so scores decide if known.
+    scores = content.get("scores")
+    last_first = isinstance(scores, Mapping) and (
+        rank(scores.get("model", {})) >= rank(scores.get("ema", {}))
+    )
     both = (*_MODEL_KEYS, *_EMA_KEYS) if last_first else (*_EMA_KEYS, *_MODEL_KEYS)
     allowed = {"auto": both, "model_ema": _EMA_KEYS, "model": _MODEL_KEYS}
     for key in allowed[weights]:
@@ -155,18 +159,6 @@ def find_weights(content: Any, weights: Weights, path: AnyPath) -> str | None:
         found = ", ".join(inside) or "a plain state dict"
         raise ValueError(f"weights: {weights!r} is not in {path}, which holds {found}")
     return None
-
-
-def _scored_last_weights_higher(content: Mapping[str, Any]) -> bool:
-    """Compares the scores of last and averaged weights in a featkd checkpoint.
-
-    A long average over a short run is close to the initial weights, so it isn't always better.
-    """
-    scores = content.get("scores")
-    if not isinstance(scores, Mapping):
-        return False
-    model, ema = (rank(scores.get(key, {})) for key in ("model", "ema"))
-    return model >= ema
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:

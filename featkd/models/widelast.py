@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
-from timm.layers import LayerNorm, get_device_dtype
+from timm.layers import get_device_dtype
 from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -108,7 +108,14 @@ class ProjectedInput:
 
     proj_in: nn.Module
     proj_norm: nn.Module
-    norm1: nn.Module
+    norm1: Any
+
+    def add_projection(self, in_dim: int) -> None:
+        """Adds the projection and its norm, which is like the block's first one."""
+        norm, weight = self.norm1, self.norm1.weight
+        like = {"device": weight.device, "dtype": weight.dtype}
+        self.proj_in = nn.Linear(in_dim, len(weight), bias=False, **like)
+        self.proj_norm = type(norm)(len(weight), eps=norm.eps, **like)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Projects x (B, N, in_dim) to the residual stream r and norm1(r), both (B, N, dim).
@@ -133,24 +140,12 @@ class WideBlock(ProjectedInput, Block):  # type: ignore[misc]
 
     Args:
         in_dim: width of the previous block.
-        dim: width of this block.
-        norm_layer: class of all its norms.
-        device, dtype: device and dtype of the parameters.
-        options: other arguments of timm's Block.
+        options: arguments of timm's Block; `dim` is the width of this one.
     """
 
-    def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        norm_layer: type[nn.Module] = LayerNorm,
-        device: Any = None,
-        dtype: Any = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(dim=dim, norm_layer=norm_layer, device=device, dtype=dtype, **options)
-        self.proj_in = nn.Linear(in_dim, dim, bias=False, device=device, dtype=dtype)
-        self.proj_norm = norm_layer(dim, device=device, dtype=dtype)
+    def __init__(self, in_dim: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_projection(in_dim)
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -170,10 +165,7 @@ class WideEvaBlock(ProjectedInput, EvaBlock):  # type: ignore[misc]
     def adopt(cls, block: Any, in_dim: int) -> WideEvaBlock:
         """Adds the projection to an EvaBlock, in place."""
         block.__class__ = cls
-        norm, like = block.norm1, block.norm1.weight
-        dim = len(like)
-        block.proj_in = nn.Linear(in_dim, dim, bias=False, device=like.device, dtype=like.dtype)
-        block.proj_norm = type(norm)(dim, eps=norm.eps, device=like.device, dtype=like.dtype)
+        block.add_projection(in_dim)
         return cast(WideEvaBlock, block)
 
     def forward(
@@ -195,22 +187,19 @@ def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
     return x if gamma is None else gamma * x
 
 
-class BlockFactory:
+def _block_factory(sizes: Sequence[BlockSize]) -> Callable[..., nn.Module]:
     """timm's `block_fn`: each call creates the next block of a schedule."""
+    remaining, before = iter(sizes), 0
 
-    def __init__(self, sizes: Sequence[BlockSize]) -> None:
-        self._sizes = tuple(sizes)
-        self._made = 0
+    def create(*, dim: int, num_heads: int, **options: Any) -> nn.Module:
+        nonlocal before
+        in_dim = before or dim
+        before, heads = next(remaining)  # instead of the model's `dim` and `num_heads`
+        if in_dim == before:
+            return cast(nn.Module, Block(dim=before, num_heads=heads, **options))
+        return WideBlock(in_dim=in_dim, dim=before, num_heads=heads, **options)
 
-    def __call__(self, *, dim: int, num_heads: int, **options: Any) -> nn.Module:
-        """Creates the next block; the schedule overrides the model's `dim` and `num_heads`."""
-        del num_heads
-        before = self._sizes[self._made - 1].width if self._made else dim
-        width, heads = self._sizes[self._made]
-        self._made += 1
-        if width == before:
-            return cast(nn.Module, Block(dim=width, num_heads=heads, **options))
-        return WideBlock(in_dim=before, dim=width, num_heads=heads, **options)
+    return create
 
 
 class WideStudent(OwnHead):
@@ -293,7 +282,7 @@ class WideLast(WideStudent, StudentVisionTransformer):
             model.__class__ = WideLastEva
             model._widen_blocks(sizes, widened)
         else:
-            model = build_timm(base, **timm_kwargs, block_fn=BlockFactory(sizes))
+            model = build_timm(base, **timm_kwargs, block_fn=_block_factory(sizes))
             model._model_args.pop("block_fn", None)  # timm writes these into exported config files
             model.__class__ = WideLast
         model.sizes = sizes

@@ -1,4 +1,4 @@
-"""Names and numbers in messages."""
+"""Names, numbers and tables in messages."""
 
 from __future__ import annotations
 
@@ -51,3 +51,18 @@ def listed(names: Sequence[object], most: int = 10, separator: str = ", ") -> st
     if len(names) > most:
         parts.append(f"and {len(names) - most} more")
     return separator.join(parts)
+
+
+def aligned(
+    header: Sequence[str], lines: Sequence[Sequence[object]], *, numbers: bool = False
+) -> str:
+    """Returns a text table; with `numbers` all columns but the first are right-aligned."""
+    table = [list(header), *([str(cell) for cell in line] for line in lines)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if numbers and i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    )

@@ -70,6 +70,7 @@ def build_cache(
     folder: Path,
     *,
     quiet: bool = False,
+    show_notes: bool = True,
     strict_classes: bool = True,
     dry_run: bool = False,
 ) -> CacheBuild:
@@ -84,6 +85,7 @@ def build_cache(
         context: this process.
         folder: folder of the cache; created if missing.
         quiet: print nothing.
+        show_notes: print the notes on the recipe and the cache's size.
         strict_classes: refuse a student with more outputs than there are class folders.
         dry_run: run the teacher on the first batch only, to estimate the size; write nothing.
 
@@ -163,7 +165,7 @@ def build_cache(
                     if not quiet:
                         bar.write(printable_lines(message), file=sys.stderr)
 
-                for note in notes if context.is_main else ():
+                for note in notes if context.is_main and show_notes else ():
                     say(note)
                 build = _Build(writer, teacher, loader, sampler, context, interrupt, bar, say)
                 with closing(build.background):

@@ -68,12 +68,14 @@ def export_checkpoint(
         path: checkpoint of `featkd distill`, or its URL.
         form: "safetensors", "timm", "onnx" or "pt2".
         out: a new or an empty folder.
-        weights: as in `load_trained`.
-        data: folder with images at any depth, on which the exported model is compared with the
-            checkpoint's; None for the recipe's validation images, or random images without them.
+        weights: weights of the last update (model), their average (model_ema), or the ones with
+            the better score (auto).
+        data: folder of images to compare the exported model on with the checkpoint's, at any depth
+            (default: the recipe's validation images, or random ones without them).
         images: number of images to compare on, spread evenly over the folder.
-        precision: "fp16" runs an ONNX model in float16.
-        license: license of the weights for the model card of "timm", as an SPDX identifier.
+        precision: precision of an ONNX model; its inputs and outputs remain float32.
+        license: license of the weights for the model card of timm, as an SPDX identifier
+            (default: not given).
 
     Raises:
         CheckpointError: not a readable featkd checkpoint.

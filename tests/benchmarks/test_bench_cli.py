@@ -92,7 +92,7 @@ MISTAKES = {
     "batch sizes": (["run", "--batch-sizes", "many"], "--batch-sizes: expected a whole number"),
     "no batch": (["run", "--batch-sizes", "7"], "the chosen problems have 1, 4 images; got 7"),
     "seconds": (["run", "--min-seconds=-1"], "--min-seconds: expected a finite number > 0, got -1"),
-    "device": (["run", "--device", "tpu"], "--device: expected auto, cpu or cuda; got 'tpu'"),
+    "device": (["run", "--device", "tpu"], "device: expected auto, cpu, cuda or cuda:N; got 'tpu'"),
     "ending": (["run", "--out", "x.txt"], "--out: expected a name that ends in .csv, got x.txt"),
     "folder": (["run", "--json", "/no/such/x.json"], "--json: no folder /no/such to write"),
     "option": (["run", "--opps", "soft_kd"], "opps"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,11 @@ from timm.data import create_transform, resolve_model_data_config
 
 from featkd.cli.main import main
 from featkd.train.checkpoint import load
-from featkd.train.recipe import Recipe
 from featkd.train.trained import load_trained
 from tests.conftest import CLASSES, TINY
-from tests.train.runs import run
+from tests.diagnostics.commands import QUICK
 
 TIMM = ("--model", "vit_tiny_patch16_224", "--model-options", json.dumps(TINY | {"img_size": 16}))
-
-
-@pytest.fixture
-def checkpoint(alone: Recipe) -> Path:
-    run(replace(alone, optim=replace(alone.optim, epochs=1, warmup_epochs=0)))
-    return Path(alone.out) / "last.pt"
 
 
 def evaluate(tmp_path: Path, *words: object) -> list[dict[str, Any]]:
@@ -59,11 +51,10 @@ def features_of(checkpoint: Path, folder: Path) -> tuple[np.ndarray, np.ndarray,
 def test_scores_are_those_of_training_and_of_scikit_learn(checkpoint, images, tmp_path, capsys):
     state = load(checkpoint)
     for weights, key in (("model", "model"), ("model_ema", "ema")):
-        (row,) = evaluate(
-            tmp_path, checkpoint, "--data", images, "--scores", "head", "--weights", weights
-        )
-        assert row["scores"]["head"]["top1"] == pytest.approx(state["scores"][key]["top1"])
-        assert row["scores"]["head"]["top5"] == pytest.approx(state["scores"][key]["top5"])
+        words = (checkpoint, "--data", images, "--scores", "head", "--weights", weights)
+        (row,) = evaluate(tmp_path, *words)
+        for score in ("top1", "top5"):
+            assert row["scores"]["head"][score] == pytest.approx(state["scores"][key][score])
         assert (row["images"], row["bank_images"]) == (12, 0)
     capsys.readouterr()
     (row,) = evaluate(tmp_path, checkpoint, "--data", images)
@@ -133,7 +124,19 @@ def test_folders_that_differ(checkpoint, images, tmp_path, capsys):
     assert row["scores"]["head"]["top1"] == pytest.approx(100 * hits / 8)
 
 
-def test_bad_input_is_one_line(images, tmp_path, capsys):
+@pytest.mark.parametrize("command", ["evaluate", "predict", "diagnose"])
+def test_another_crop_than_timms_record_is_noted(command, images, tmp_path, capsys):
+    options = TINY | {"img_size": 16, "pretrained_cfg_overlay": {"crop_mode": "squash"}}
+    words = [command, *TIMM[:-1], json.dumps(options), "--data", images, "--workers", "0"]
+    words += {"evaluate": [], "predict": ["--out", tmp_path / "table.csv"]}.get(
+        command, ["--out", tmp_path / "report", *QUICK]
+    )
+    assert main([*map(str, words), "--device", "cpu"]) == 0
+    note = "crop_mode: timm's record has squash, but the images are cropped at their centre"
+    assert note in "".join(capsys.readouterr())
+
+
+def test_bad_input_is_one_line(images, tmp_path, fails):
     weights, empty = tmp_path / "weights.pt", tmp_path / "empty"
     torch.save({"weight": torch.zeros(2)}, weights)
     for name in ("train", "val"):
@@ -149,10 +152,7 @@ def test_bad_input_is_one_line(images, tmp_path, capsys):
         ((*TIMM, "--data", images, "--k", "0"), 2, "--k: expected >= 1"),
         ((*TIMM, "--data", images, "--checkpoint", weights, "--pretrained"), 2, "--checkpoint: "),
     ):
-        assert main(["evaluate", *map(str, words), "--device", "cpu", "--workers", "0"]) == code
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1, error
+        fails(("evaluate", *words, "--device", "cpu", "--workers", "0"), code, message)
 
 
 def test_an_exported_student_scores_as_its_checkpoint(checkpoint, images, tmp_path):

@@ -67,11 +67,7 @@ def _children(pid: int) -> list[int]:
 def test_ctrl_c_while_the_fork_server_imports_is_one_line(server: Server, tmp_path):
     words = ("demo", "--out", tmp_path, "--epochs", 1, "--seeds", 1)
     demo = server.start(*words, script=_DEMO)
-    deadline = time.monotonic() + 300
-    while not any(b"forkserver" in _command(pid) for pid in _children(demo.pid)):
-        assert demo.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    demo.wait_until(lambda: any(b"forkserver" in _command(pid) for pid in _children(demo.pid)), 300)
     time.sleep(0.3)  # Python itself has started
     os.killpg(demo.pid, signal.SIGINT)
     assert demo.wait() == 130

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import shutil
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,16 +14,8 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
 from featkd.cli.main import main
-from featkd.train.recipe import Recipe
 from featkd.train.trained import load_trained
 from tests.conftest import CLASSES
-from tests.train.runs import run
-
-
-@pytest.fixture
-def checkpoint(alone: Recipe) -> Path:
-    run(replace(alone, optim=replace(alone.optim, epochs=1, warmup_epochs=0)))
-    return Path(alone.out) / "last.pt"
 
 
 def test_classes_probabilities_and_features(checkpoint, images, tmp_path, server, capsys):
@@ -64,7 +54,7 @@ def test_classes_probabilities_and_features(checkpoint, images, tmp_path, server
     np.testing.assert_allclose(shared, features, atol=1e-6)
 
 
-def test_bad_input_is_one_line(checkpoint, images, tmp_path, capsys):
+def test_bad_input_is_one_line(checkpoint, images, tmp_path, fails):
     (tmp_path / "empty").mkdir()
     for words, message in (
         ((checkpoint, "--data", tmp_path / "empty", "--out", tmp_path / "x.csv"), "no images in"),
@@ -72,8 +62,5 @@ def test_bad_input_is_one_line(checkpoint, images, tmp_path, capsys):
         ((checkpoint, "--data", images, "--out", tmp_path / "no" / "x.csv"), "--out: no folder"),
         ((checkpoint, "--data", images, "--out", tmp_path / "x.csv", "--top", 0), "--top: expect"),
     ):
-        assert main(["predict", *map(str, words), "--device", "cpu", "--workers", "0"]) == 2
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1, error
+        fails(("predict", *words, "--device", "cpu", "--workers", "0"), 2, message)
         assert not (tmp_path / "x.csv").exists()

@@ -24,11 +24,12 @@ def figures(out):
 
 
 def copy_with_bad_value(features, folder, name, count=None, at=(0, 7, 3), value=np.nan):
-    """Copies the first `count` files to another folder and sets one value of file `name`."""
+    """Copies the first `count` files to another folder and sets values of the files `name`."""
     folder.mkdir()
     for path in sorted(features.glob("*.npy"))[:count]:
         shutil.copy(path, folder)
-    m = np.load(folder / name)
-    m[at] = value
-    np.save(folder / name, m)
+    for path in folder.glob(name):
+        m = np.load(path)
+        m[at] = value
+        np.save(path, m)
     return folder

@@ -5,10 +5,32 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from featkd.diagnostics import CapturedEnergy, LayerDiagnostics
+from featkd.diagnostics import CapturedEnergy, DatasetPCA, LayerDiagnostics
 from tests.diagnostics import published
+from tests.diagnostics.maps import QUICK
 
 THRESHOLDS = (0.8, 0.9, 0.95, 0.99)
+
+
+def measure(maps, settings=QUICK):
+    """Result of a layer with these maps (M, N, D)."""
+    stats = LayerDiagnostics(settings)
+    stats.update(maps)
+    return stats.result()
+
+
+def axes(parts, centred=False):
+    """Dataset PCA of chunks of maps."""
+    stats = DatasetPCA()
+    for part in parts:
+        stats.update(part)
+    return stats.result(centred)
+
+
+def capture(maps, pca):
+    second = CapturedEnergy(pca, THRESHOLDS)
+    second.update(maps, torch.arange(len(maps)))
+    return second.result()
 
 
 def assert_published(maps, settings, chunk):
@@ -44,4 +66,9 @@ def assert_published(maps, settings, chunk):
     assert np.abs(result.sep.std.numpy() - std).max() < 1e-4
     expected = tuple(published.reaching(mean, share) for share in result.sep.shares)
     assert result.sep.bandwidth == expected
+
+    if result.channels > 1:
+        bases = [plain[image] for image in result.rotation.images]
+        overlaps = [[published.overlap(x, y, result.rotation.k) for y in bases] for x in bases]
+        assert np.abs(result.rotation.overlap.numpy() - overlaps).max() < 1e-6
     return result

@@ -3,45 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from featkd.diagnostics import (
-    SEP,
-    CapturedEnergy,
-    DatasetPCA,
-    LayerDiagnostics,
-    Settings,
-    SpectrumStats,
-)
+from featkd.diagnostics import SEP, CapturedEnergy, LayerDiagnostics, Settings, SpectrumStats
 from featkd.diagnostics.exact_sum import ExactSum
 from featkd.diagnostics.feature_sample import FeatureSample
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.student_reach import student_reach
 from tests.diagnostics import published
-from tests.diagnostics.compare import THRESHOLDS, assert_published
+from tests.diagnostics.compare import THRESHOLDS, assert_published, axes, capture, measure
 from tests.diagnostics.maps import QUICK, feature_maps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def assert_same(a, b, where=""):
-    """Asserts bitwise equality of dataclasses, tuples and tensors."""
-    if is_dataclass(a):
-        for field in fields(a):
-            assert_same(getattr(a, field.name), getattr(b, field.name), f"{where}.{field.name}")
-    elif isinstance(a, Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, tuple):
-        assert len(a) == len(b)
-        for number, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{number}]")
-    else:
-        assert a == b, where
+def plain(result):
+    """Fields of a result, to be compared bit by bit."""
+    return tree_map(lambda x: x.tolist() if isinstance(x, Tensor) else x, asdict(result))
 
 
 @pytest.mark.parametrize(
@@ -61,12 +45,10 @@ def test_published_definitions(tokens, channels, dtype):
 def test_folded_curve_is_the_one_sided_spectrum():
     for channels in (12, 13):
         maps = feature_maps(3, 5, channels)
-        stats = SEP()
-        stats.update(maps)
+        found = measure(maps).sep
         power = np.abs(np.fft.rfft(maps.double().numpy().reshape(-1, channels))) ** 2
         power[:, 1 : (channels + 1) // 2] *= 2
         curves = np.cumsum(power, -1) / power.sum(-1, keepdims=True)
-        found = stats.result()
         assert np.abs(found.folded_mean.numpy() - curves.mean(0)).max() < 1e-6
         assert np.abs(found.folded_std.numpy() - curves.std(0)).max() < 1e-5
 
@@ -74,20 +56,13 @@ def test_folded_curve_is_the_one_sided_spectrum():
 def test_large_mean_token_keeps_accuracy():
     """The tokens' mean is a thousand times their spread."""
     maps = feature_maps(30, 25, 24) + 3e3
-    stats = DatasetPCA()
-    for part in maps.split(8):
-        stats.update(part)
     for centred in (False, True):
-        values, _ = published.dataset_pca(maps.numpy(), centred)
-        found = stats.result(centred).eigenvalues.numpy()
-        assert np.abs(found - values)[1:].max() < 2e-6 * values[1]
-    pca = stats.result(centred=True)
-    second = CapturedEnergy(pca, THRESHOLDS)
-    second.update(maps.double(), torch.arange(30))
+        values, vectors = published.dataset_pca(maps.numpy(), centred)
+        pca = axes(maps.split(8), centred)
+        assert np.abs(pca.eigenvalues.numpy() - values)[1:].max() < 2e-6 * values[1]
     mean = maps.double().numpy().reshape(-1, 24).mean(0)
-    _, vectors = published.dataset_pca(maps.numpy(), True)
     dims, _ = published.captured(maps.numpy(), vectors, THRESHOLDS, mean)
-    assert np.array_equal(second.result().dims, dims)
+    assert np.array_equal(capture(maps.double(), pca).dims, dims)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
@@ -107,15 +82,15 @@ def test_merge_is_bitwise_equal_in_any_order(processes):
     for part in parts[1:]:
         parts[0].merge(part)
     merged = parts[0].result()
-    assert_same(alone, merged)
+    assert plain(alone) == plain(merged)
 
-    second = CapturedEnergy(alone.pca, THRESHOLDS), CapturedEnergy(alone.pca, THRESHOLDS)
+    halves = CapturedEnergy(alone.pca, THRESHOLDS), CapturedEnergy(alone.pca, THRESHOLDS)
     whole = CapturedEnergy(alone.pca, THRESHOLDS)
     for number, chunk in enumerate(chunks):
-        second[number % 2].update(*chunk)
+        halves[number % 2].update(*chunk)
         whole.update(*chunk)
-    second[1].merge(second[0])
-    assert_same(whole.result(), second[1].result())
+    halves[1].merge(halves[0])
+    assert plain(whole.result()) == plain(halves[1].result())
 
 
 def test_state_dict_round_trip(tmp_path):
@@ -128,21 +103,17 @@ def test_state_dict_round_trip(tmp_path):
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for stats in (whole, resumed):
         stats.update(maps[10:])
-    assert_same(whole.result(), resumed.result())
+    assert plain(whole.result()) == plain(resumed.result())
 
 
 def test_zero_tokens_and_images():
     maps = feature_maps(6, 9, 16)
     maps[2] = 0
     maps[3, :4] = 0
-    stats = LayerDiagnostics(QUICK)
-    stats.update(maps)
-    found = stats.result()
+    found = measure(maps)
     assert (found.sep.tokens, found.sep.zero_tokens) == (6 * 9 - 13, 13)
     assert found.spectrum.ranks[2].tolist() == [0, 0, 0, 0]
-    second = CapturedEnergy(found.pca, THRESHOLDS)
-    second.update(maps, torch.arange(6))
-    assert second.result().dims[2].tolist() == [0, 0, 0, 0]
+    assert capture(maps, found.pca).dims[2].tolist() == [0, 0, 0, 0]
     keep = maps.flatten(0, 1)[maps.flatten(0, 1).abs().amax(1) > 0]
     mean, _ = published.sep(keep[None].numpy())
     assert np.abs(found.sep.mean.numpy() - mean).max() < 1e-6
@@ -150,13 +121,12 @@ def test_zero_tokens_and_images():
 
 def test_sep_of_extreme_scales():
     maps = feature_maps(4, 9, 16).double()
-    found = []
-    for scale in (1e-200, 1.0, 1e200):
-        stats = SEP()
-        stats.update(maps * scale)
-        found.append(stats.result().mean)
-    assert (found[0] - found[1]).abs().max() < 1e-9
-    assert (found[2] - found[1]).abs().max() < 1e-9
+    stats = [SEP() for _ in range(3)]
+    for one, scale in zip(stats, (1e-200, 1.0, 1e200), strict=True):
+        one.update(maps * scale)
+    tiny, found, huge = (one.result().mean for one in stats)
+    assert (tiny - found).abs().max() < 1e-9
+    assert (huge - found).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**55])
@@ -164,17 +134,10 @@ def test_sep_of_extreme_scales():
 def test_pca_of_extreme_scales(scale, centred):
     """In float32 the square of 1e-30 is zero, and the square of 1e17 approaches the maximum."""
     maps = feature_maps(12, 9, 16)
-    found = []
-    for factor in (1.0, scale):
-        stats = DatasetPCA()
-        stats.update(maps[:6] * factor)
-        stats.update(maps[6:] * factor)
-        pca = stats.result(centred)
-        second = CapturedEnergy(pca, THRESHOLDS)
-        second.update(maps * factor, torch.arange(12))
-        found.append((pca.eigenvalues / factor**2, second.result()))
-    (plain, captured), (scaled, same) = found
-    assert (plain - scaled).abs().max() < 1e-6 * plain[0]
+    plain, scaled = (axes((maps * factor).split(6), centred) for factor in (1.0, scale))
+    difference = plain.eigenvalues - scaled.eigenvalues / scale**2
+    assert difference.abs().max() < 1e-6 * plain.eigenvalues[0]
+    captured, same = capture(maps, plain), capture(maps * scale, scaled)
     assert torch.equal(captured.dims, same.dims)
     assert (captured.curve_mean - same.curve_mean).abs().max() < 1e-6
 
@@ -182,30 +145,20 @@ def test_pca_of_extreme_scales(scale, centred):
 def test_smallest_numbers_of_float32():
     """A scale that brings them to 1 would be infinite."""
     maps = feature_maps(6, 9, 16) * 2.0**-140
-    stats = LayerDiagnostics(QUICK)
-    stats.update(maps)
-    found = stats.result()
+    found = measure(maps)
     mean, _ = published.sep(maps.numpy())
     assert np.abs(found.sep.mean.numpy() - mean).max() < 1e-6
-    second = CapturedEnergy(found.pca, THRESHOLDS)
-    second.update(maps, torch.arange(6))
     _, vectors = published.dataset_pca(maps.numpy())
     dims, _ = published.captured(maps.numpy(), vectors, THRESHOLDS)
-    assert np.array_equal(second.result().dims, dims)
+    assert np.array_equal(capture(maps, found.pca).dims, dims)
 
 
 def test_captured_energy_of_images_of_very_different_scale():
     maps = feature_maps(6, 9, 16)
-    stats = DatasetPCA()
-    stats.update(maps)
+    pca = axes([maps])
     faint = maps.clone()
     faint[2] *= 2.0**-100
-    dims = []
-    for some in (maps, faint):
-        second = CapturedEnergy(stats.result(), THRESHOLDS)
-        second.update(some, torch.arange(6))
-        dims.append(second.result().dims)
-    assert torch.equal(*dims)
+    assert torch.equal(capture(maps, pca).dims, capture(faint, pca).dims)
 
 
 def test_sample_is_uniform_and_independent_of_order():
@@ -226,19 +179,23 @@ def test_sample_is_uniform_and_independent_of_order():
     assert counts.max() <= 12  # 3 are expected
 
 
+def exact_sum(values):
+    total = ExactSum()
+    for value in values:
+        total.add(value)
+    return total
+
+
 def test_exact_sum_is_independent_of_order_and_scale():
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(60, 3, dtype=torch.float64, generator=generator)
     values *= 10.0 ** torch.randint(-200, 200, (60, 1), generator=generator).double()
-    forward, backward, halves = ExactSum((3,)), ExactSum((3,)), [ExactSum((3,)), ExactSum((3,))]
-    for number, value in enumerate(values):
-        forward.add(value)
-        halves[number % 2].add(value)
-    for value in values.flip(0):
-        backward.add(value)
-    halves[1].merge(halves[0])
+    forward, backward, even, odd = (
+        exact_sum(part) for part in (values, values.flip(0), values[::2], values[1::2])
+    )
+    odd.merge(even)
     assert torch.equal(forward.value(), backward.value())
-    assert torch.equal(forward.value(), halves[1].value())
+    assert torch.equal(forward.value(), odd.value())
     exact = [math.fsum(column) for column in values.T.tolist()]
     assert np.allclose(forward.value(), exact, rtol=1e-11)
     for value in values:
@@ -247,9 +204,8 @@ def test_exact_sum_is_independent_of_order_and_scale():
     with pytest.raises(ValueError, match="NaN or Inf"):
         forward.add(torch.full((3,), torch.nan, dtype=torch.float64))
     with pytest.raises(ValueError, match="expected shape"):
-        forward.merge(ExactSum((2,)))
-    full = ExactSum(())
-    full.add(torch.tensor(0.3, dtype=torch.float64))
+        forward.add(torch.zeros(2, dtype=torch.float64))
+    full = exact_sum(torch.tensor([0.3], dtype=torch.float64))
     assert 2**62 // full._bounds[-40] == 2**21  # as documented
     full._bounds[-40] = 2**62
     with pytest.raises(OverflowError, match="additions"):
@@ -260,19 +216,14 @@ def test_pca_of_chunks_of_very_different_scale():
     maps = feature_maps(12, 16, 20)
     maps[:4] *= 1e-9
     maps[4:8] *= 1e9
-    stats = DatasetPCA()
-    for part in maps.split(4):
-        stats.update(part)
     values, _ = published.dataset_pca(maps.numpy())
-    assert np.abs(stats.result().eigenvalues.numpy() - values).max() < 1e-6 * values[0]
+    assert np.abs(axes(maps.split(4)).eigenvalues.numpy() - values).max() < 1e-6 * values[0]
 
 
 def test_student_reach_definitions():
     maps = feature_maps(40, 25, 24)
     maps[3] *= 20  # images are weighted by their energy
-    stats = LayerDiagnostics(QUICK)
-    stats.update(maps)
-    found = student_reach(Layer("teacher", 0), stats.result(), 6)
+    found = student_reach(Layer("teacher", 0), measure(maps), 6)
     tokens = maps.double().reshape(-1, 24).numpy()
     total = (tokens**2).sum()
     s = np.linalg.svd(tokens, compute_uv=False)
@@ -304,6 +255,6 @@ def test_bad_input_raises():
     for wrong in ({"k": 0}, {"thresholds": (0.0,)}, {"sample": 1}, {"shares": ()}, {"seed": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Settings(**wrong)
-    one = SpectrumStats()
-    with pytest.raises(ValueError, match="no image was added"):
-        one.result()
+    for one, message in ((SpectrumStats(), "no image was added"), (SEP(), "no token is nonzero")):
+        with pytest.raises(ValueError, match=message):
+            one.result()

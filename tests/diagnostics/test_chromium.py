@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featkd.diagnostics import DiagnoseConfig, Settings, diagnose
-from tests.diagnostics.maps import feature_maps
+from featkd.diagnostics import DiagnoseConfig, diagnose
+from tests.diagnostics.maps import QUICK, feature_maps
 
 _CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(_CHROMIUM is None, reason="chromium is not installed")
@@ -43,12 +43,8 @@ def report(tmp_path_factory) -> Path:
     (folder / "features").mkdir()
     for number, maps in enumerate(feature_maps(12, 20, 16).numpy()):
         np.save(folder / "features" / f"image_{number}_with_a_name_that_is_long.npy", maps)
-    settings = Settings(sample=5, permutations=2, k=3)
-    diagnose(
-        DiagnoseConfig(
-            features=str(folder / "features"), out=str(folder / "out"), settings=settings
-        )
-    )
+    features, out = str(folder / "features"), str(folder / "out")
+    diagnose(DiagnoseConfig(features=features, out=out, settings=QUICK))
     return folder / "out" / "report.html"
 
 

@@ -31,14 +31,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_student_and_teacher(images, tmp_path, capsys, layers, request):
     if layers is not None:  # the same figures
         request.getfixturevalue("no_figures")
-    options = '{"patch_size": 4, "depth": 2, "num_heads": 3, "embed_dim": 12}'
-    words = ("--student", "vit_tiny_patch16_224", "--teacher", "vit_tiny_patch16_224")
-    wide = '{"patch_size": 4, "depth": 2, "num_heads": 3, "embed_dim": 24}'
-    shared = ("--data", images, "--img-size", "16", "--workers", "0", *QUICK)
+    words = ["--data", images, "--img-size", "16", "--workers", "0", *QUICK]
+    for name, width in (("student", 12), ("teacher", 24)):
+        options = {"patch_size": 4, "depth": 2, "num_heads": 3, "embed_dim": width}
+        words += [f"--{name}", "vit_tiny_patch16_224", f"--{name}-options", json.dumps(options)]
     if layers is not None:
-        shared += ("--layers", layers)
-    options = ("--student-options", options, "--teacher-options", wide)
-    call = [str(w) for w in ("diagnose", *words, *options, *shared, "--out", tmp_path)]
+        words += ["--layers", layers]
+    call = [str(word) for word in ("diagnose", *words, "--out", tmp_path)]
     assert main(call) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     order = (0, 1) if layers is None else (1, 0)

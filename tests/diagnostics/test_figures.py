@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from featkd.diagnostics import LayerDiagnostics, Settings, figures
+from featkd.diagnostics import Settings, figures
 from featkd.diagnostics.source import Layer
+from tests.diagnostics.compare import measure
 from tests.diagnostics.maps import feature_maps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+SETTINGS = Settings(sample=3, permuted=1, permutations=1)
 
 
 @pytest.mark.parametrize("largest", [1, 2, 39, 40, 41, 55, 80, 81, 384])
@@ -30,10 +33,7 @@ def test_bins_hold_equally_many_integers(largest):
 def test_legend_of_ranks_covers_no_outline(thresholds):
     maps = feature_maps(120, 25, 24)
     maps[5] = 0
-    stats = LayerDiagnostics(Settings(thresholds, sample=3, permuted=1, permutations=1))
-    stats.update(maps)
-    result = stats.result()
-    figure = figures._ranks(result)
+    figure = figures._ranks(measure(maps, replace(SETTINGS, thresholds=thresholds)))
     figure.canvas.draw()
     (axes,) = figure.axes
     box = axes.get_legend().get_window_extent()
@@ -47,9 +47,8 @@ def test_legend_of_ranks_covers_no_outline(thresholds):
 
 
 def test_legend_of_layers_is_beside_the_lines():
-    stats = LayerDiagnostics(Settings(sample=3, permuted=1, permutations=1))
-    stats.update(feature_maps(6, 25, 24))
-    layers = {Layer(model, index): stats.result() for model in ("a", "b") for index in (0, 1)}
+    result = measure(feature_maps(6, 25, 24), SETTINGS)
+    layers = {Layer(model, index): result for model in ("a", "b") for index in (1, 0)}
     figure = figures._layers(SimpleNamespace(layers=layers))
     figure.draw_without_rendering()
     (axes,), (legend,) = figure.axes, figure.legends

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from featkd.diagnostics import DiagnoseConfig, Settings
+from featkd.diagnostics import DiagnoseConfig, Settings, process_run
 from featkd.diagnostics.process_run import ProcessRun
 from featkd.diagnostics.source import Chunk, Layer
 from tests.diagnostics.maps import feature_maps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYER = Layer("", 0)
+SETTINGS = Settings(sample=2, permuted=1, permutations=1)
 
 
 class FirstPassEnded(Exception):
@@ -31,7 +33,6 @@ class SimulatedContext:
     sent: list[Any] = field(default_factory=list)
     states: list[Any] = field(default_factory=list)
     world_size = 2
-    device = torch.device("cpu")
 
     @property
     def is_main(self) -> bool:
@@ -39,9 +40,6 @@ class SimulatedContext:
 
     def any_true(self, flag: bool) -> bool:
         return True
-
-    def barrier(self) -> None:
-        pass
 
     def broadcast(self, value: object) -> Any:
         self.sent.append(value)
@@ -82,14 +80,30 @@ class RecordingSource:
         return {}
 
 
-def first_pass(source, context, folder, progress=lambda *_: None):
+def first_pass(source, context, folder):
     """State of a process at the end of its first pass."""
-    settings = Settings(sample=2, permuted=1, permutations=1)
-    config = DiagnoseConfig(features="unused", on_bad="skip", settings=settings)
-    run = ProcessRun(source, config, folder, context, progress)
+    config = DiagnoseConfig(features="unused", on_bad="skip", settings=SETTINGS)
+    run = ProcessRun(source, config, folder, context)
     with pytest.raises(FirstPassEnded):
         run.run()
     return context.states[0]
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """Progress bars of a run, as [initial, done, total]."""
+    made = []
+
+    class Bar(contextlib.nullcontext):
+        def __init__(self, *, initial, total, **_):
+            super().__init__(self)
+            made.append([initial, initial, total])
+
+        def update(self, images):
+            made[-1][1] += images
+
+    monkeypatch.setattr(process_run, "tqdm", Bar)
+    return made
 
 
 @pytest.mark.parametrize("unusable", [(), (0,), (0, 1, 2)])
@@ -98,9 +112,8 @@ def test_only_process_0_reads_ahead_to_calibrate(tmp_path, unusable):
     main = SimulatedContext(0)
     one = first_pass(sources[0], main, tmp_path)
     first = len(unusable)
-    ahead = [
-        number for number in range(first + 1) if number % 2
-    ]  # only if the first chunks are unusable
+    # chunks of the other process, only if the first chunks are unusable
+    ahead = [number for number in range(first + 1) if number % 2]
     assert sorted(sources[0].read) == sorted([0, 2, 4, *ahead])
     other = SimulatedContext(1, received=main.sent[0])
     two = first_pass(sources[1], other, tmp_path)
@@ -112,22 +125,35 @@ def test_only_process_0_reads_ahead_to_calibrate(tmp_path, unusable):
     assert one["seen"] + two["seen"] == 12 - 2 * first
 
 
-def test_process_0_resumes_and_broadcasts_the_pilots_again(tmp_path):
-    """Another process may have lost its state. Process 0 counts no image twice."""
-    main = SimulatedContext(0)
+def test_process_0_resumes_and_broadcasts_the_pilots_again(tmp_path, bars):
+    """Another process may have lost its state. Process 0 reads and counts no image twice."""
+    main, again = SimulatedContext(0), SimulatedContext(0)
     before = first_pass(RecordingSource(), main, tmp_path)
-    source, again = RecordingSource(), SimulatedContext(0)
-    calls = []
-    after = first_pass(source, again, tmp_path, lambda *call: calls.append(call))
-    assert source.read == [0]
+    assert len(bars) == 1
+    source = RecordingSource()
+    after = first_pass(source, again, tmp_path)
+    assert source.read == []
     assert after["seen"] == before["seen"] == 6
-    pilots, numbers = again.sent[0]
-    assert torch.equal(pilots[LAYER].flatten(), main.sent[0][0][LAYER].flatten())
+    (pilots, numbers), (first, _) = again.sent[0], main.sent[0]
+    assert torch.equal(pilots[0], first[0])
     assert numbers == 9 * 8
-    assert calls == []
+    assert len(bars) == 1
 
 
-def test_progress_calls(tmp_path):
-    calls = []
-    first_pass(RecordingSource(), SimulatedContext(0), tmp_path, lambda *call: calls.append(call))
-    assert calls == [(1, 0, 6), (1, 2, 6), (1, 4, 6), (1, 6, 6)]
+def test_progress_of_a_resumed_run(tmp_path, bars, monkeypatch):
+    """Images of the earlier run must not count into the rate."""
+    update = process_run.LayerDiagnostics.update
+
+    def interrupt(self, *arguments):
+        update(self, *arguments)
+        if self.images == 4:
+            raise KeyboardInterrupt
+
+    config = DiagnoseConfig(features="unused", save_seconds=0, settings=SETTINGS)
+    for error in (KeyboardInterrupt, FirstPassEnded):
+        monkeypatch.setattr(process_run.LayerDiagnostics, "update", interrupt)
+        run = ProcessRun(RecordingSource(), config, tmp_path, SimulatedContext(0))
+        with pytest.raises(error):
+            run.run()
+        interrupt = update
+    assert bars == [[0, 2, 6], [2, 6, 6]]

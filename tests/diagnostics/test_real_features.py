@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
-from featkd.diagnostics import LayerDiagnostics, Settings
 from featkd.models import create_student
-from tests.diagnostics import published
-from tests.diagnostics.compare import assert_published
+from tests.diagnostics.compare import assert_published, measure
+from tests.diagnostics.maps import QUICK
 
 IMAGES = 120
 
@@ -48,21 +47,12 @@ def maps():
 
 @pytest.mark.parametrize("layer", range(3))
 def test_published_definitions(maps, layer):
-    plain = maps[layer].numpy()
-    settings = Settings(sample=6, permuted=3, permutations=3, k=3)
-    rotation = assert_published(maps[layer], settings, chunk=17).rotation
-    chosen = rotation.images.tolist()
-    for row, i in enumerate(chosen):
-        for column, j in enumerate(chosen):
-            expected = published.overlap(plain[i], plain[j], 3)
-            assert rotation.overlap[row, column].item() == pytest.approx(expected, abs=1e-6)
+    assert_published(maps[layer], QUICK, chunk=17)
 
 
 def test_maps_are_not_noise(maps):
     """Otherwise this file adds nothing to the tests on made-up maps."""
-    stats = LayerDiagnostics(Settings(sample=6, permuted=3, permutations=20))
-    stats.update(maps[-1])
-    found = stats.result()
+    found = measure(maps[-1])
     rank, null = (s.summaries[1].mean for s in (found.spectrum, found.gaussian_spectrum))
     assert rank < 0.8 * null
     assert found.pca.spread[0] > 0.2

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from featkd.diagnostics import DatasetPCA, LayerDiagnostics, Settings
 from featkd.diagnostics.subspace_rotation import measure_rotation
-from tests.diagnostics import published
+from tests.diagnostics.compare import axes, measure
 from tests.diagnostics.maps import QUICK, feature_maps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_rotation():
-    maps = feature_maps(8, 25, 32)
-    stats = LayerDiagnostics(QUICK)
-    stats.update(maps)
-    found = stats.result().rotation
-    chosen = found.images.tolist()
-    assert len(chosen) == 6
-    for i in range(6):
-        for j in range(6):
-            expected = published.overlap(maps[chosen[i]].numpy(), maps[chosen[j]].numpy(), 3)
-            assert found.overlap[i, j].item() == pytest.approx(expected, abs=1e-6)
+def test_images_of_one_subspace():
+    scales = torch.arange(1, 6).view(5, 1, 1)
+    found = measure(feature_maps(1, 25, 32).expand(5, -1, -1) * scales).rotation
     assert found.random == 3 / 32
-    same = LayerDiagnostics(QUICK)
-    same.update(maps[:1].expand(5, -1, -1) * torch.arange(1, 6).view(5, 1, 1))
-    assert same.result().rotation.pair_mean == pytest.approx(1)
-    assert same.result().rotation.dataset_mean == pytest.approx(1)
-    assert float(same.result().rotation.angles_deg.max()) < 1e-3
+    assert found.pair_mean == pytest.approx(1)
+    assert found.dataset_mean == pytest.approx(1)
+    assert float(found.angles_deg.max()) < 1e-3
 
 
 class LargestTensor(TorchDispatchMode):
@@ -52,10 +43,9 @@ class LargestTensor(TorchDispatchMode):
 def test_rotation_memory():
     images, tokens, channels, k = 60, 25, 32, 20
     maps = feature_maps(images, tokens, channels)
-    stats = DatasetPCA()
-    stats.update(maps)
+    pca = axes([maps])
     with LargestTensor() as largest:
-        found = measure_rotation(maps, torch.arange(images), stats.result(), k)
+        found = measure_rotation(maps, torch.arange(images), pca, k)
     assert (found.k, found.left_out) == (k, 0)
     assert largest.elements <= 128 * k * channels  # the pairs whose angles are taken
     assert largest.elements < (images * k) ** 2 / 10
@@ -64,14 +54,12 @@ def test_rotation_memory():
 
 def test_rotation_leaves_out_images_of_low_rank():
     """k is limited by the median rank; images of lower rank are left out."""
+    settings = replace(QUICK, k=4)
     line = torch.randn(6, 16, 1) @ torch.randn(1, 20)
-    stats = LayerDiagnostics(Settings(sample=6, permuted=2, permutations=5, k=4))
-    stats.update(line)
-    found = stats.result().rotation
+    found = measure(line, settings).rotation
     assert (found.k, found.left_out) == (1, 0)
     assert found.pair_mean == pytest.approx(1)
     mixed = feature_maps(6, 16, 20)
     mixed[0] = line[0]
-    stats = LayerDiagnostics(Settings(sample=6, permuted=2, permutations=5, k=4))
-    stats.update(mixed)
-    assert (stats.result().rotation.k, stats.result().rotation.left_out) == (4, 1)
+    found = measure(mixed, settings).rotation
+    assert (found.k, found.left_out) == (4, 1)

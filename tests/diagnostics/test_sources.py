@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from featkd.data import DataConfig
+from featkd.diagnostics import DiagnoseConfig
 from featkd.diagnostics.feature_files import FeatureFiles
 from featkd.diagnostics.model_features import MeasuredModel, ModelFeatures, _find_images
 from featkd.diagnostics.source import Layer, UnreadableError, fingerprint, num_chunks
@@ -25,6 +26,10 @@ from tests.diagnostics.maps import feature_maps
 def maps():
     """(images, layers, tokens, channels): five images, three layers, 4 x 4 tokens and a class."""
     return feature_maps(15, 17, 8).unflatten(0, (5, 3))
+
+
+def feature_files(folder, **options):
+    return FeatureFiles(DiagnoseConfig(features=str(folder), **options))
 
 
 def write_npy(folder, maps):
@@ -39,12 +44,12 @@ def all_maps(source, layer):
 
 def test_published_layout(tmp_path, maps):
     write_npy(tmp_path, maps)
-    source = FeatureFiles(tmp_path, chunk_size=2)
+    source = feature_files(tmp_path, batch_size=2)
     assert source.layers == (Layer("", 0), Layer("", 1), Layer("", 2))
     found, images = all_maps(source, Layer("", 1))
     assert torch.equal(found, maps[:, 1, 1:])  # without the class token
     assert images.tolist() == [0, 1, 2, 3, 4]
-    chosen = FeatureFiles(tmp_path, [-1], prefix_tokens=0)
+    chosen = feature_files(tmp_path, layers=[-1], prefix_tokens=0)
     assert torch.equal(all_maps(chosen, Layer("", 2))[0], maps[:, 2])
 
 
@@ -53,7 +58,7 @@ def test_each_file_is_opened_once(tmp_path, maps, monkeypatch):
     opened = []
     load = np.load
     monkeypatch.setattr(np, "load", lambda f, **k: (opened.append(f.name), load(f, **k))[1])
-    all_maps(FeatureFiles(tmp_path, chunk_size=2), Layer("", 0))
+    all_maps(feature_files(tmp_path, batch_size=2), Layer("", 0))
     assert len(opened) == len(set(opened)) == 5
 
 
@@ -69,7 +74,7 @@ def test_named_layers_of_several_widths(tmp_path, suffix):
             np.savez(tmp_path / f"{number}.npz", **{k: v.numpy() for k, v in parts.items()})
         else:
             safetensors.torch.save_file(parts, tmp_path / f"{number}.safetensors")
-    source = FeatureFiles(tmp_path)
+    source = feature_files(tmp_path)
     for position in (0, 1):
         found, _ = all_maps(source, Layer("", position))
         assert torch.equal(found, torch.stack([image[position] for image in stored]))
@@ -77,14 +82,14 @@ def test_named_layers_of_several_widths(tmp_path, suffix):
 
 def test_notes_on_prefix_tokens(tmp_path, maps):
     write_npy(tmp_path, maps)
-    (note,) = FeatureFiles(tmp_path).notes
+    (note,) = feature_files(tmp_path).notes
     assert note.startswith("of 17 tokens per map the first 1 are removed as class")
-    assert FeatureFiles(tmp_path, prefix_tokens=1).notes == []
+    assert feature_files(tmp_path, prefix_tokens=1).notes == []
     for path in tmp_path.iterdir():
         np.save(path, np.ones((3, 15, 8), np.float32))
-    (note,) = FeatureFiles(tmp_path).notes
+    (note,) = feature_files(tmp_path).notes
     assert note.startswith("15 tokens per map form no square")
-    assert FeatureFiles(tmp_path, limit=2).num_images == 2
+    assert feature_files(tmp_path, images=2).num_images == 2
 
 
 def test_object_arrays_need_allow_pickle(tmp_path):
@@ -93,8 +98,8 @@ def test_object_arrays_need_allow_pickle(tmp_path):
     stages[1] = np.ones((2, 2, 6), np.float32)
     np.save(tmp_path / "0.npy", stages)
     with pytest.raises(UnreadableError, match=r"0.npy holds an object array.*allow_pickle"):
-        FeatureFiles(tmp_path)
-    source = FeatureFiles(tmp_path, allow_pickle=True)
+        feature_files(tmp_path)
+    source = feature_files(tmp_path, allow_pickle=True)
     (chunk,) = source.chunks([0])
     assert [tuple(m.shape) for m in chunk.maps.values()] == [(1, 16, 3), (1, 4, 6)]
 
@@ -112,8 +117,8 @@ def test_bad_file_is_named_or_skipped(tmp_path, maps, kind):
     else:
         np.save(path, np.ones((3, 17, 9) if kind == "width" else (3, 26, 8), np.float32))
     with pytest.raises(UnreadableError, match=r"003\.npy"):
-        all_maps(FeatureFiles(tmp_path), Layer("", 0))
-    source = FeatureFiles(tmp_path, on_bad="skip", chunk_size=2)
+        all_maps(feature_files(tmp_path), Layer("", 0))
+    source = feature_files(tmp_path, on_bad="skip", batch_size=2)
     chunks = list(source.chunks(range(3)))
     assert torch.cat([c.images for c in chunks]).tolist() == [0, 1, 2, 4]
     assert [*chunks[1].left_out] == [str(path)]
@@ -128,7 +133,7 @@ def test_other_file_types_are_not_called_object_arrays(tmp_path, suffix, content
     """The error for a failed download must not suggest allow_pickle."""
     (tmp_path / f"0{suffix}").write_bytes(content)
     with pytest.raises(UnreadableError) as caught:
-        FeatureFiles(tmp_path, allow_pickle=allow_pickle)
+        feature_files(tmp_path, allow_pickle=allow_pickle)
     assert f"0{suffix} is damaged or not a {suffix} file: expected" in str(caught.value)
     assert str(caught.value).endswith(f"got {content[:6]!r}")
     assert "pickle" not in str(caught.value).split("got")[0]
@@ -136,30 +141,32 @@ def test_other_file_types_are_not_called_object_arrays(tmp_path, suffix, content
 
 def test_bad_folders_and_layers(tmp_path, maps):
     with pytest.raises(FileNotFoundError, match="features: expected a folder"):
-        FeatureFiles(tmp_path / "none")
+        feature_files(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match=r"expected files of one of \.npy.*got none"):
-        FeatureFiles(tmp_path)
+        feature_files(tmp_path)
     write_npy(tmp_path, maps)
     with pytest.raises(ValueError, match=r"layers: 3 is out of range .*valid: -3\.\.2"):
-        FeatureFiles(tmp_path, [3])
+        feature_files(tmp_path, layers=[3])
     with pytest.raises(ValueError, match="prefix_tokens: expected fewer than the 17 tokens"):
-        FeatureFiles(tmp_path, prefix_tokens=17)
+        feature_files(tmp_path, prefix_tokens=17)
 
 
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 3, "num_heads": 3}
 
 
-def test_models_on_images(images):
-    model = create_teacher("vit_tiny_patch16_224", **TINY)
-    config = DataConfig(img_size=16, workers=0)
-    source = ModelFeatures(
-        [MeasuredModel("", model, (-1, 0), {})],
-        images,
-        config,
-        device=torch.device("cpu"),
-        chunk_size=25,
-        limit=50,
+def model_features(folder, *layers, model=None, **options):
+    """A small model on a folder of images."""
+    model = model or create_teacher("vit_tiny_patch16_224", **TINY)
+    return ModelFeatures(
+        DiagnoseConfig(model="vit_tiny_patch16_224", data=str(folder), **options),
+        [MeasuredModel("", model, layers or None, {})],
+        DataConfig(img_size=16, workers=0),
+        torch.device("cpu"),
     )
+
+
+def test_models_on_images(images):
+    source = model_features(images, -1, 0, batch_size=25, images=50)
     assert source.num_images == 50
     assert source.layers == (Layer("", 2), Layer("", 0))
     chunk = next(source.chunks([1]))
@@ -175,14 +182,7 @@ def test_blocks_after_the_deepest_layer_are_not_run(images):
     model = create_teacher("vit_tiny_patch16_224", **TINY)
     for unused in (model.blocks[2], model.norm, model.head):
         unused.register_forward_hook(lambda *_: pytest.fail("this module is not needed"))
-    source = ModelFeatures(
-        [MeasuredModel("", model, (1, 0), {})],
-        images,
-        DataConfig(img_size=16, workers=0),
-        device=torch.device("cpu"),
-        limit=2,
-    )
-    (chunk,) = source.chunks([0])
+    (chunk,) = model_features(images, 1, 0, model=model, images=2).chunks([0])
     assert list(chunk.maps) == [Layer("", 1), Layer("", 0)]
     assert len(chunk.images) == 2
 
@@ -191,20 +191,13 @@ def test_unreadable_images(tmp_path):
     for number in range(3):
         Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / f"{number}.png")
     (tmp_path / "1.png").write_bytes(b"")
-    model = create_teacher("vit_tiny_patch16_224", **TINY)
-
-    def source(**options):
-        subjects = [MeasuredModel("", model, None, {})]
-        config = DataConfig(img_size=16, workers=0)
-        return ModelFeatures(subjects, tmp_path, config, device=torch.device("cpu"), **options)
-
     with pytest.raises(Exception, match=r"1\.png: the file is empty"):
-        next(source().chunks([0]))
-    chunk = next(source(on_bad="skip").chunks([0]))
+        next(model_features(tmp_path).chunks([0]))
+    chunk = next(model_features(tmp_path, on_bad="skip").chunks([0]))
     assert chunk.images.tolist() == [0, 2]
     assert [*chunk.left_out.values()] == ["the file is empty"]
     with pytest.raises(FileNotFoundError, match="data: expected a folder"):
-        ModelFeatures([], tmp_path / "none", DataConfig(), device=torch.device("cpu"))
+        model_features(tmp_path / "none")
 
 
 def test_links_hidden_files_and_other_names(images, tmp_path):
@@ -231,5 +224,5 @@ def test_hidden_and_special_feature_files(tmp_path, maps, suffix):
     (tmp_path / ".0.npy").write_bytes(b"")  # hidden, so not of another kind
     (tmp_path / "._0.npz").write_bytes(b"")
     with pytest.raises(UnreadableError, match="a FIFO, not a regular file") as raised:
-        FeatureFiles(tmp_path)
+        feature_files(tmp_path)
     assert str(raised.value).isprintable()

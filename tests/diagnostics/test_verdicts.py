@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from featkd.diagnostics import LayerDiagnostics, Settings
+from featkd.diagnostics import Settings
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.verdicts import pca_warning, sep_verdict
+from tests.diagnostics.compare import measure
 from tests.diagnostics.maps import feature_maps
 
 QUICK = Settings(sample=4, permuted=2, permutations=20, k=3)
@@ -16,9 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def result(maps):
-    stats = LayerDiagnostics(QUICK)
-    stats.update(maps)
-    return stats.result()
+    return measure(maps, QUICK)
 
 
 @pytest.mark.parametrize("channels", [24, 64])

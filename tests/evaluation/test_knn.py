@@ -78,7 +78,5 @@ def test_few_neighbours_small_temperatures_and_no_queries():
 def test_bad_arguments(changes, message):
     bank, labels = clusters(4, 3)
     arguments = {"features": bank[:2], "bank": bank, "bank_labels": labels, "num_classes": CLASSES}
-    arguments |= changes
-    features, held = arguments.pop("features"), arguments.pop("bank")
     with pytest.raises(ValueError, match=message):
-        knn_predict(features, held, arguments.pop("bank_labels"), **arguments)
+        knn_predict(**{**arguments, **changes})

@@ -81,7 +81,5 @@ def test_the_chosen_penalty_is_best_on_left_out_images():
 )
 def test_bad_arguments(changes, message):
     arguments = {"features": torch.zeros(12, 3), "labels": torch.tensor([0, 1, 2] * 4)}
-    arguments |= {"num_classes": CLASSES} | changes
-    features, labels = arguments.pop("features"), arguments.pop("labels")
     with pytest.raises(ValueError, match=message):
-        linear_probe(features, labels, **arguments)
+        linear_probe(**{**arguments, "num_classes": CLASSES, **changes})

@@ -11,14 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TINY = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 48,
-    "depth": 4,
-    "num_heads": 3,
-    "num_classes": 10,
-}
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
+TINY: dict[str, Any] = {**SIZES, "num_classes": 10}
 
 
 @pytest.fixture(autouse=True)
@@ -27,16 +21,20 @@ def _one_thread(one_thread: None) -> None:
 
 
 @pytest.fixture
-def tiny() -> dict[str, object]:
+def tiny() -> dict[str, Any]:
     """timm arguments of a ViT with 16 patches, 4 blocks, 48 channels and 3 heads."""
     return dict(TINY)
 
 
 @pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
 def fresh_compiler() -> None:
     """Resets torch.compile, so that graph breaks of earlier tests do not count."""
-    reset: Any = torch.compiler.reset  # untyped in torch
-    reset()
+    torch.compiler.reset()
 
 
 @pytest.fixture
@@ -96,12 +94,7 @@ def plain_vit() -> Callable[..., list[Tensor]]:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the last dimension, by its definition."""
     centred = x - x.mean(dim=-1, keepdim=True)
     variance = centred.square().mean(dim=-1, keepdim=True)
     return centred / (variance + eps).sqrt() * weight + bias
-
-
-@pytest.fixture(name="layer_norm")
-def _layer_norm() -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
-    """LayerNorm over the last dimension, by its definition."""
-    return layer_norm

@@ -69,25 +69,18 @@ def normed(x: Tensor, norm: Any) -> Tensor:
     return kind(x, x.shape[-1:], norm.weight, *bias, eps=norm.eps)
 
 
-def without_projection(model: Any) -> dict[str, Tensor]:
-    return {
-        name: x
-        for name, x in model.state_dict().items()
-        if "proj_in" not in name and "proj_norm" not in name
-    }
-
-
 @pytest.fixture(name="images")
 def _images() -> Tensor:
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_lift_equals_its_equations(base: str, images: Tensor, perturb: Any) -> None:
+def test_lift_equals_its_equations(base, images, perturb):
     lift = build(base, "lift", perturb)
-    assert isinstance(lift, LiftEva) == isinstance(reference(base), Eva)
     plain = reference(base)
+    assert isinstance(lift, LiftEva) == isinstance(plain, Eva)
     own = lift.state_dict()
+    assert not {name.partition(".")[0] for name in own} & {"norm", "fc_norm", "attn_pool"}
     plain.load_state_dict(
         {n: own[n] for n in own if not n.startswith(("proj", "head"))}, strict=False
     )
@@ -113,15 +106,12 @@ def test_lift_equals_its_equations(base: str, images: Tensor, perturb: Any) -> N
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_widelast_equals_a_wide_model_of_timm(base: str, images: Tensor, perturb: Any) -> None:
+def test_widelast_equals_a_wide_model_of_timm(base, images, perturb):
     model = build(base, "widelast", perturb)
     wide = reference(base, embed_dim=WIDTH, num_heads=HEADS)
-    own = without_projection(model)
-    part = {
-        n: x
-        for n, x in own.items()
-        if n.startswith(("blocks.2.", "norm.", "fc_norm.", "attn_pool.", "head."))
-    }
+    of_last = ("blocks.2.", "norm.", "fc_norm.", "attn_pool.", "head.")
+    own = model.state_dict().items()
+    part = {n: x for n, x in own if n.startswith(of_last) and ".proj_" not in n}
     assert not wide.load_state_dict(part, strict=False).unexpected_keys
     x, more = embedded(model, images)
     for block in model.blocks[:2]:
@@ -141,7 +131,7 @@ def test_widelast_equals_a_wide_model_of_timm(base: str, images: Tensor, perturb
 
 
 @pytest.mark.parametrize("base", ["vit_small_patch16_dinov3", "vit_pe_core_tiny_patch16_384"])
-def test_heads_linear_widens_two_of_eight_blocks(base: str, images: Tensor, perturb: Any) -> None:
+def test_heads_linear_widens_two_of_eight_blocks(base, images, perturb):
     model = build(base, "heads_linear", perturb, depth=8)
     assert [type(block) for block in model.blocks] == [EvaBlock] * 6 + [WideEvaBlock] * 2
     assert [block.attn.num_heads for block in model.blocks] == [4] * 6 + [6, 8]
@@ -152,7 +142,7 @@ def test_heads_linear_widens_two_of_eight_blocks(base: str, images: Tensor, pert
 
 @pytest.mark.parametrize("arch", ["lift", "widelast"])
 @pytest.mark.parametrize("base", ["vit_small_patch16_dinov3", "eva02_tiny_patch14_224"])
-def test_training_state_and_copies(base: str, arch: str, images: Tensor, perturb: Any) -> None:
+def test_training_state_and_copies(base, arch, images, perturb):
     model = build(base, arch, perturb).train()
     logits, (features,) = model.forward_with_features(images, [-1])
     (logits.square().mean() + features.sin().mean()).backward()
@@ -171,7 +161,7 @@ def test_training_state_and_copies(base: str, arch: str, images: Tensor, perturb
     assert model(images).shape == (2, 7)
 
 
-def test_wide_eva_block_starts_as_those_of_timm() -> None:
+def test_wide_eva_block_starts_as_those_of_timm():
     """Same scales of the weights as in a timm model of the last width; new values for each seed."""
     options = {**SMALL, "embed_dim": 96, "num_heads": 3, "init_values": 0.1, "drop_path_rate": 0.2}
     base = "vit_small_patch16_dinov3"
@@ -199,13 +189,13 @@ def test_wide_eva_block_starts_as_those_of_timm() -> None:
         ("vit_small_patch16_dinov3", "widelast", r"teacher_dim: .* multiple of 16; got 100"),
     ],
 )
-def test_bases_that_cannot_be_changed(base: str, arch: str, message: str) -> None:
+def test_bases_that_cannot_be_changed(base, arch, message):
     sizes = {name: SMALL[name] for name in ("embed_dim", "depth", "num_heads")}
     with pytest.raises(ValueError, match=message):
         create_student(base, arch, 100 if "100" in message else WIDTH, **sizes)
 
 
-def test_no_rotary_embeddings_allow_wider_heads(images: Tensor, perturb: Any) -> None:
+def test_no_rotary_embeddings_allow_wider_heads(images, perturb):
     model = build("eva_giant_patch14_224", "fixed_step", perturb)
     assert model.blocks[2].attn.num_heads == 4
     assert model(images).shape == (2, CLASSES)

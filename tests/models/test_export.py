@@ -17,24 +17,22 @@ from timm.models import push_to_hf_hub, save_for_hf
 from featkd.models import create_student, create_teacher, export_model, load_exported
 from featkd.models import export as module
 from featkd.models.export import ExportError, exported_folder
-from featkd.models.model_card import render_card
 from featkd.models.registered import default_cfgs
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3}
-EVA = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+EVA = {**SMALL, "embed_dim": 24}
 
 
-def test_code_of_docs_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = re.findall(
-        r"^```python\n(.*?)^```$", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL
-    )
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_code_of_docs_page_runs(tmp_path, monkeypatch):
+    (block,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(compile(block, str(PAGE), "exec"), {})
-    assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == [
-        "config.json",
-        "model.onnx",
-    ]
+    assert names_in(tmp_path / "exported") == ["config.json", "model.onnx"]
 
 
 @pytest.mark.parametrize(
@@ -48,9 +46,7 @@ def test_code_of_docs_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("deit_tiny_w204_patch16_224", "plain", {"img_size": 16, "patch_size": 4, "depth": 1}),
     ],
 )
-def test_every_student_goes_through_the_hub_twice(
-    base: str, arch: str, options: dict[str, Any], tmp_path: Path, perturb: Any
-) -> None:
+def test_every_student_goes_through_the_hub_twice(base, arch, options, tmp_path, perturb):
     student: Any = perturb(create_student(base, arch, 384, 3, **options)).eval()
     images = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
@@ -70,9 +66,7 @@ def test_every_student_goes_through_the_hub_twice(
 
 
 @pytest.mark.parametrize("name", default_cfgs)
-def test_registered_students_are_pushed_to_the_hub_and_created_from_it(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_registered_students_are_pushed_to_the_hub_and_created_from_it(name, tmp_path, monkeypatch):
     """The hub is a folder here."""
 
     class Hub:
@@ -98,7 +92,7 @@ def test_registered_students_are_pushed_to_the_hub_and_created_from_it(
     assert torch.equal(again(images), student(images))
 
 
-def test_lift_on_a_saved_base_is_not_taken_for_its_base(tmp_path: Path) -> None:
+def test_lift_on_a_saved_base_is_not_taken_for_its_base(tmp_path):
     save_for_hf(create_student("vit_tiny_patch16_224", **SMALL), tmp_path / "base")
     student: Any = create_student(f"local-dir:{tmp_path / 'base'}", "lift", 24, 3).eval()
     save_for_hf(student, tmp_path / "lift")
@@ -108,7 +102,7 @@ def test_lift_on_a_saved_base_is_not_taken_for_its_base(tmp_path: Path) -> None:
     assert torch.equal(again(images), student(images))
 
 
-def test_general_architecture_has_no_weights_of_its_base() -> None:
+def test_general_architecture_has_no_weights_of_its_base():
     options: dict[str, Any] = {"base": "vit_tiny_patch16_224", "arch": "lift", "teacher_dim": 24}
     model = timm.create_model("featkd_student", **options, **SMALL)
     assert model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
@@ -122,7 +116,7 @@ def student() -> Any:
     return create_student("vit_tiny_patch16_224", "lift", 24, 3, **SMALL)
 
 
-def test_exported_folder_is_loaded_in_evaluation_mode(student: Any, tmp_path: Path) -> None:
+def test_exported_folder_is_loaded_in_evaluation_mode(student, tmp_path):
     images = torch.randn(4, 3, 16, 16)
     found = export_model(student, "safetensors", tmp_path / "a/b", images, details={"x": [1]})
     assert (found.output, found.error, found.images) == ("logits", 0.0, 4)
@@ -134,15 +128,11 @@ def test_exported_folder_is_loaded_in_evaluation_mode(student: Any, tmp_path: Pa
     _, (features,) = again.forward_with_features(images, [-1])
     assert features.shape == (4, 16, 24)
     stored = json.loads((tmp_path / "a/b/config.json").read_text())["featkd"]
-    assert stored == {
-        "form": "safetensors",
-        "file": "model.safetensors",
-        "x": [1],
-        "output": "logits",
-    }
+    file = {"form": "safetensors", "file": "model.safetensors"}
+    assert stored == {**file, "x": [1], "output": "logits"}
 
 
-def test_one_image_is_enough_for_a_dynamic_batch(student: Any, tmp_path: Path) -> None:
+def test_one_image_is_enough_for_a_dynamic_batch(student, tmp_path):
     export_model(student, "pt2", tmp_path / "pt2", torch.randn(1, 3, 16, 16))
     program: Any = torch.export.load(tmp_path / "pt2/model.pt2").module()
     images = torch.randn(3, 3, 16, 16)
@@ -150,26 +140,19 @@ def test_one_image_is_enough_for_a_dynamic_batch(student: Any, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("wrong", [lambda x: x + 1e-4, lambda x: x[:1], lambda x: x * torch.nan])
-def test_nothing_is_written_if_outputs_differ(
-    student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: Any
-) -> None:
+def test_nothing_is_written_if_outputs_differ(student, tmp_path, monkeypatch, wrong):
     monkeypatch.setattr(module, "_open", lambda *_: lambda images: wrong(student(images)))
+    images = torch.randn(2, 3, 16, 16)
     with pytest.raises(ExportError, match=r"--to timm: .* logits differ .* nothing was written"):
-        export_model(student, "timm", tmp_path / "out", torch.randn(2, 3, 16, 16))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_outputs_that_are_not_finite_are_named(student: Any, tmp_path: Path) -> None:
+        export_model(student, "timm", tmp_path / "out", images)
     with torch.no_grad():
         student.head.bias.fill_(torch.nan)
     with pytest.raises(ExportError, match="own outputs are not finite"):
-        export_model(student, "timm", tmp_path / "out", torch.randn(2, 3, 16, 16))
+        export_model(student, "timm", tmp_path / "out", images)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_model_that_torch_cannot_trace(
-    student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_model_that_torch_cannot_trace(student, tmp_path, monkeypatch):
     class Odd(type(student)):  # type: ignore[misc]
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) * (2 if float(x.mean()) > 9 else 1)
@@ -180,21 +163,17 @@ def test_model_that_torch_cannot_trace(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_leftovers_of_a_killed_export_are_replaced(student: Any, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_export_are_replaced(student, tmp_path):
     leftover = tmp_path / ".out.partial"
     leftover.mkdir()
     (leftover / "junk").touch()
     (tmp_path / "out").mkdir()
     export_model(student, "timm", tmp_path / "out", torch.randn(2, 3, 16, 16), card="# A card\n")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "README.md",
-        "config.json",
-        "model.safetensors",
-    ]
+    assert names_in(tmp_path / "out") == ["README.md", "config.json", "model.safetensors"]
     assert not leftover.exists()
 
 
-def test_folders_that_hold_no_model(student: Any, tmp_path: Path) -> None:
+def test_folders_that_hold_no_model(student, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json there; expected a folder of"):
         load_exported(tmp_path)
     folder = tmp_path / "out"
@@ -208,7 +187,7 @@ def test_folders_that_hold_no_model(student: Any, tmp_path: Path) -> None:
         load_exported(folder)
 
 
-def test_names_that_stand_for_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_stand_for_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("resnet18", "mine"):
         Path(name).mkdir()
@@ -216,8 +195,3 @@ def test_names_that_stand_for_folders(tmp_path: Path, monkeypatch: pytest.Monkey
     assert exported_folder("local-dir:resnet18") == Path("resnet18")
     for name in ("resnet18", "nowhere", "hf-hub:a/b"):
         assert exported_folder(name) is None
-
-
-def test_missing_fields_of_a_card_are_named() -> None:
-    with pytest.raises(ValueError, match="no field license, scores; expected license, model, name"):
-        render_card(dict.fromkeys(("name", "task", "summary", "needs_featkd", "model", "training")))

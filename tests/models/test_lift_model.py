@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import timm
 import torch
-from torch import Tensor
 
 import featkd
-from featkd.models import Lift, create_student, feature_grid
-
-PlainVit = Callable[..., list[Tensor]]
+from featkd.models import Lift, create_student
+from tests.models.conftest import layer_norm
 
 
 @pytest.fixture
@@ -22,64 +19,42 @@ def lift(tiny: dict[str, Any], perturb: Any) -> Any:
     return perturb(create_student("deit_tiny_patch16_224", "lift", 96, **tiny)).eval()
 
 
-@pytest.fixture
-def images() -> Tensor:
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
 # A small W makes the variance comparable to eps, so that a wrong eps shows.
 @pytest.mark.parametrize("scale", [1.0, 2e-3])
-def test_maps_and_logits_match_equations(
-    lift: Any, images: Tensor, plain_vit: PlainVit, layer_norm: Any, scale: float
-) -> None:
+def test_maps_logits_and_gradients_match_equations(lift, images, plain_vit, scale):
     lift, images = lift.double(), images.double()
     with torch.no_grad():
         lift.projection.weight.mul_(scale)
-    state = lift.state_dict()
-    blocks = plain_vit(state, images, heads=(3, 3, 3, 3))
-    projected = blocks[-1][:, 1:] @ state["projection.weight"].T
+    state = dict(lift.named_parameters())
+    first, *_, last = (x[:, 1:] for x in plain_vit(state, images, heads=(3, 3, 3, 3)))
+    projected = last @ state["projection.weight"].T
     norm = state["projection_norm.weight"], state["projection_norm.bias"]
     z = layer_norm(projected, *norm, 1e-5)
-    expected = z.mean(dim=1) @ state["head.weight"].T + state["head.bias"]
+    logits = z.mean(dim=1) @ state["head.weight"].T + state["head.bias"]
     if scale < 1:
         assert not torch.allclose(z, layer_norm(projected, *norm, 1e-6), rtol=1e-3)
-    logits, (last, first, again, pooled) = lift.forward_with_features(images, [-1, 0, 3, "pooled"])
-    torch.testing.assert_close(pooled, z.mean(dim=1, keepdim=True), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(last, z, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(first, blocks[0][:, 1:], rtol=1e-9, atol=1e-9)
-    assert again is last
-    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(lift(images), expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(lift.forward_features(images), z, rtol=1e-9, atol=1e-9)
-
-
-def test_gradients_match_equations(
-    lift: Any, images: Tensor, plain_vit: PlainVit, layer_norm: Any
-) -> None:
-    lift, images = lift.double(), images.double()
-    state = dict(lift.named_parameters())
-    first, *_, last = plain_vit(state, images, heads=(3, 3, 3, 3))
-    projected = last[:, 1:] @ state["projection.weight"].T
-    z = layer_norm(projected, state["projection_norm.weight"], state["projection_norm.bias"], 1e-5)
-    logits = z.mean(dim=1) @ state["head.weight"].T + state["head.bias"]
-    got_logits, (got_first, got_z) = lift.forward_with_features(images, [0, -1])
-    pairs = ((logits, got_logits), (first[:, 1:], got_first), (z, got_z))
-    for wanted, got in pairs:  # separately, so that a detached map shows
+    got_logits, (got_z, got_first, again, pooled) = lift.forward_with_features(
+        images, [-1, 0, 3, "pooled"]
+    )
+    assert again is got_z
+    pairs = ((logits, got_logits), (first, got_first), (z, got_z))
+    equal = ((z.mean(dim=1, keepdim=True), pooled), (logits, lift(images)))
+    for wanted, got in (*pairs, *equal, (z, lift.forward_features(images))):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+    for pair in pairs:  # separately, so that a detached map shows
         gradients = [
             torch.autograd.grad(
                 output.sin().sum(), list(state.values()), retain_graph=True, allow_unused=True
             )
-            for output in (wanted, got)
+            for output in pair
         ]
-        for name, ours, theirs in zip(state, *reversed(gradients), strict=True):
+        for name, theirs, ours in zip(state, *gradients, strict=True):
             assert (ours is None) == (theirs is None), name
             if ours is not None:
                 torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
-def test_logits_do_not_form_lifted_map(
-    lift: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_do_not_form_lifted_map(lift, images, monkeypatch):
     """Neither forward nor the maps of earlier layers need the lifted map."""
     lift.head_drop.p = 0.5
     torch.manual_seed(3)
@@ -100,9 +75,7 @@ def test_logits_do_not_form_lifted_map(
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("metric", ["mse", "spectral"])
-def test_forward_with_loss_does_not_form_lifted_map(
-    lift: Any, images: Tensor, metric: Any, fused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_forward_with_loss_does_not_form_lifted_map(lift, images, metric, fused, monkeypatch):
     lift, images = lift.double(), images.double()
     generator = torch.Generator().manual_seed(2)
     teacher = torch.randn(2, 16, 96, dtype=torch.float64, generator=generator)
@@ -128,40 +101,27 @@ def test_forward_with_loss_does_not_form_lifted_map(
 
 
 @pytest.mark.filterwarnings("ignore")  # tracer warnings about sizes
-def test_jit_trace_has_no_custom_ops(lift: Any, images: Tensor) -> None:
-    jit: Any = torch.jit
-    traced = jit.trace(lift, images)
+def test_jit_trace_has_no_custom_ops(lift, images):
+    traced = torch.jit.trace(lift, images)
     assert "featkd::" not in str(traced.inlined_graph)
     torch.testing.assert_close(traced(images), lift(images), rtol=1e-5, atol=1e-5)
 
 
-def test_forward_maps(lift: Any, images: Tensor) -> None:
-    for layers in ([0], [-1, 0], [-1]):
-        want = lift.forward_with_features(images, layers)[1]
-        got = lift.forward_maps(images, layers)
-        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
-
-
-def test_adopt_keeps_blocks_and_replaces_head(tiny: dict[str, Any]) -> None:
+def test_adopt_keeps_blocks_and_replaces_head(tiny):
     base = timm.create_model("deit_tiny_patch16_224", **tiny)
     before = {name: value.clone() for name, value in base.state_dict().items()}
     student = Lift.adopt(base, 96)
     after = student.state_dict()
     kept = set(before) - {"norm.weight", "norm.bias", "head.weight", "head.bias"}
-    assert set(after) - kept == {
-        "projection.weight",
-        "projection_norm.weight",
-        "projection_norm.bias",
-        "head.weight",
-        "head.bias",
-    }
+    norm = {"projection_norm.weight", "projection_norm.bias"}
+    assert set(after) - kept == {"projection.weight", *norm, "head.weight", "head.bias"}
     assert all(torch.equal(after[name], before[name]) for name in kept)
     assert 0.018 < float(after["projection.weight"].std()) < 0.022
     assert 0.015 < float(after["head.weight"].std()) < 0.025
     assert not after["head.bias"].any()
 
 
-def test_forward_intermediates(lift: Any, images: Tensor) -> None:
+def test_forward_intermediates(lift, images):
     _, (z, first) = lift.forward_with_features(images, [-1, 0])
     final, maps = lift.forward_intermediates(images, indices=[0], output_fmt="NLC")
     assert torch.equal(final, z)
@@ -170,9 +130,11 @@ def test_forward_intermediates(lift: Any, images: Tensor) -> None:
     assert torch.equal(as_dict["image_features"], z)
     alone = lift.forward_intermediates(images, [0], output_fmt="NLC", intermediates_only=True)
     assert torch.equal(alone[0], first)
+    for layers, wanted in (([0], [first]), ([-1, 0], [z, first]), ([-1], [z])):
+        assert all(map(torch.equal, lift.forward_maps(images, layers), wanted))
 
 
-def test_reset_classifier(lift: Any, images: Tensor) -> None:
+def test_reset_classifier(lift, images):
     pooled = lift.forward_head(lift.forward_features(images), pre_logits=True)
     assert lift.get_classifier() is lift.head
     lift.reset_classifier(5)
@@ -185,24 +147,8 @@ def test_reset_classifier(lift: Any, images: Tensor) -> None:
         lift.reset_classifier(5, "token")
 
 
-@pytest.mark.parametrize(
-    ("base", "prefix"),
-    [("vit_small_patch14_reg4_dinov2", 5), ("vit_base_patch16_siglip_224", 0)],
-)
-def test_prefix_tokens_are_dropped(base: str, prefix: int, tiny: dict[str, Any]) -> None:
-    student: Any = create_student(base, "lift", 64, **tiny).eval()
-    tokens: list[Tensor] = []
-    student.blocks[-1].register_forward_hook(lambda _m, _i, output: tokens.append(output))
-    _, (z,) = student.forward_with_features(torch.randn(2, 3, 32, 32), [-1])
-    assert torch.equal(z, student.lift(tokens[0][:, prefix:]))
-    assert z.shape == (2, 16, 64)
-    assert feature_grid(student) == (4, 4)
-    names = {name.partition(".")[0] for name in student.state_dict()}
-    assert not names & {"norm", "fc_norm", "attn_pool"}
-
-
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiles_without_a_graph_break(lift: Any, images: Tensor) -> None:
+def test_compiles_without_a_graph_break(lift, images):
     """tests/train/test_trainer.py::test_compiled_run compares a run compiled by Inductor."""
     teacher = torch.randn(2, 17, 96)[:, 1:]
     for function, arguments in (
@@ -212,12 +158,3 @@ def test_compiles_without_a_graph_break(lift: Any, images: Tensor) -> None:
     ):
         compiled: Any = torch.compile(function, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(*arguments), function(*arguments), rtol=1e-4, atol=1e-4)
-
-
-def test_bad_arguments(tiny: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"teacher_dim: expected an int >= 1, got 0"):
-        create_student("deit_tiny_patch16_224", "lift", 0, **tiny)
-    with pytest.raises(ValueError, match=r"base: arch 'lift' needs .* got VisionTransformerDist"):
-        create_student("deit_tiny_distilled_patch16_224", "lift", 96, **tiny)
-    with pytest.raises(ValueError, match=r"base: arch 'lift' needs .* got ResNet"):
-        create_student("resnet10t", "lift", 96)

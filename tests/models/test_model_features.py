@@ -12,24 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from featkd.models import feature_grid, num_layers, resolve_layers, with_features
+from tests.models.conftest import TINY
 
-VIT = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 48,
-    "depth": 4,
-    "num_heads": 3,
-    "num_classes": 10,
-}
-SWIN = {
-    "img_size": 32,
-    "patch_size": 2,
-    "window_size": 2,
-    "embed_dim": 24,
-    "depths": (1, 2, 1),
-    "num_heads": (1, 2, 3),
-    "num_classes": 10,
-}
+VIT = TINY
+SWIN = {"img_size": 32, "patch_size": 2, "window_size": 2, "embed_dim": 24, "num_classes": 10}
+SWIN |= {"depths": (1, 2, 1), "num_heads": (1, 2, 3)}
 # family: timm name, arguments, number of prefix tokens
 FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "deit": ("deit_tiny_patch16_224", VIT, 1),
@@ -51,11 +38,6 @@ def family(request: pytest.FixtureRequest, perturb: Any) -> tuple[nn.Module, int
     return perturb(timm.create_model(name, **options)).eval(), prefix
 
 
-@pytest.fixture
-def images() -> Tensor:
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
 def hooked(model: nn.Module, images: Tensor, prefix: int) -> tuple[Tensor, list[Tensor]]:
     """Logits and the patch tokens of each layer, by hooks on timm's modules."""
     maps: list[Tensor] = []
@@ -72,10 +54,15 @@ def hooked(model: nn.Module, images: Tensor, prefix: int) -> tuple[Tensor, list[
     return logits, maps
 
 
-def test_maps_and_logits_match_timm(family: tuple[nn.Module, int], images: Tensor) -> None:
+def test_maps_and_logits_match_timm(family, images):
     untouched, prefix = family
     logits, maps = hooked(untouched, images, prefix)
-    model: Any = with_features(untouched)  # shares the tensors, so results are bitwise equal
+    before, kind = copy.deepcopy(untouched.state_dict()), type(untouched)
+    model: Any = with_features(untouched)  # in place, so results are bitwise equal
+    assert model is with_features(model) is untouched
+    assert isinstance(model, kind)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     depth = len(maps)
     layers = [-1, 0, 1, depth - 1, 0, -depth]
     got_logits, got = model.forward_with_features(images, layers)
@@ -90,7 +77,7 @@ def test_maps_and_logits_match_timm(family: tuple[nn.Module, int], images: Tenso
     assert nothing == []
 
 
-def test_forward_maps_stops_at_deepest_layer(family: tuple[nn.Module, int], images: Tensor) -> None:
+def test_forward_maps_stops_at_deepest_layer(family, images):
     untouched, _ = family
     model: Any = with_features(copy.deepcopy(untouched))
     stages = model.layers if hasattr(model, "layers") else model.blocks
@@ -99,54 +86,34 @@ def test_forward_maps_stops_at_deepest_layer(family: tuple[nn.Module, int], imag
         stage.register_forward_hook(lambda *_, index=index: calls.append(index))
     for layers in ([0], [1, 0, 1], [-1], []):
         want = model.forward_with_features(images, layers)[1]
+        assert calls == list(range(len(stages)))  # each once
         calls.clear()
         got = model.forward_maps(images, layers)
         assert calls == list(range(max(resolve_layers(layers, len(stages)), default=-1) + 1))
+        calls.clear()
         assert len(got) == len(want)
         assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
-def test_with_features_is_in_place_and_keeps_state(family: tuple[nn.Module, int]) -> None:
-    untouched, _ = family
-    before = {name: value.clone() for name, value in untouched.state_dict().items()}
-    model: Any = with_features(untouched)
-    assert model is untouched
-    assert isinstance(model, type(untouched).__mro__[2])
-    assert list(model.state_dict()) == list(before)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert with_features(model) is model
-
-
-def test_gradients_flow_through_maps_and_logits(
-    family: tuple[nn.Module, int], images: Tensor
-) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_flow_through_maps_and_logits(family, images, checkpointing):
     untouched, prefix = family[0].double(), family[1]
     images = images.double()
     model: Any = with_features(copy.deepcopy(untouched))
-    logits, maps = hooked(untouched, images, prefix)
-    wanted_loss = logits.square().sum() + maps[0].square().sum() + maps[-1].sin().sum()
-    torch.autograd.backward(wanted_loss)
+    model.set_grad_checkpointing(checkpointing)
+    wanted_logits, maps = hooked(untouched, images, prefix)
     logits, got = model.forward_with_features(images, [0, -1])
-    (logits.square().sum() + got[0].square().sum() + got[1].sin().sum()).backward()
+    for y, first, last in ((wanted_logits, maps[0], maps[-1]), (logits, *got)):
+        (y.square().sum() + first.square().sum() + last.sin().sum()).backward()
     wanted = dict(untouched.named_parameters())
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         torch.testing.assert_close(parameter.grad, wanted[name].grad)
 
 
-def test_runs_each_block_once(family: tuple[nn.Module, int], images: Tensor) -> None:
-    model: Any = with_features(family[0])
-    calls: list[int] = []
-    stages = model.layers if hasattr(model, "layers") else model.blocks
-    for stage in stages:
-        stage.register_forward_hook(lambda *_: calls.append(1))
-    model.forward_with_features(images, [0, -1, 0])
-    assert len(calls) == len(stages)
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("family", ["deit_distilled", "cait", "swin"], indirect=True)
-def test_compiles_without_a_graph_break(family: tuple[nn.Module, int], images: Tensor) -> None:
+def test_compiles_without_a_graph_break(family, images):
     model: Any = with_features(family[0])
     compiled: Any = torch.compile(model.forward_with_features, fullgraph=True, backend="eager")
     for layers in ((0, -1), ()):
@@ -157,25 +124,7 @@ def test_compiles_without_a_graph_break(family: tuple[nn.Module, int], images: T
         assert all(torch.equal(a, b) for a, b in zip(got, maps, strict=True))
 
 
-def test_gradient_checkpointing_keeps_gradients(
-    family: tuple[nn.Module, int], images: Tensor
-) -> None:
-    def gradients(model: Any) -> dict[str, Tensor]:
-        logits, maps = model.forward_with_features(images.double(), [0, -1])
-        (logits.square().sum() + maps[0].sum() + maps[1].square().sum()).backward()
-        return {name: p.grad for name, p in model.named_parameters()}
-
-    plain: Any = with_features(family[0].double())
-    saving = copy.deepcopy(plain)
-    saving.set_grad_checkpointing(True)
-    wanted = gradients(plain)
-    for name, gradient in gradients(saving).items():
-        torch.testing.assert_close(gradient, wanted[name])
-
-
-def test_autocast_and_training_mode_match_forward(
-    family: tuple[nn.Module, int], images: Tensor
-) -> None:
+def test_autocast_and_training_mode_match_forward(family, images):
     model: Any = with_features(family[0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(model.forward_with_features(images, [-1])[0], model(images))
@@ -190,16 +139,7 @@ def test_autocast_and_training_mode_match_forward(
     assert not torch.equal(model(images), logits)  # the forward pass is random
 
 
-def test_pickle_and_deepcopy(family: tuple[nn.Module, int], images: Tensor) -> None:
-    model: Any = with_features(family[0])
-    logits, (features,) = model.forward_with_features(images, [-1])
-    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
-        got_logits, (got,) = twin.forward_with_features(images, [-1])
-        torch.testing.assert_close(got_logits, logits)
-        torch.testing.assert_close(got, features)
-
-
-def test_distilled_training_returns_two_logits(images: Tensor) -> None:
+def test_distilled_training_returns_two_logits(images):
     model: Any = with_features(timm.create_model(FAMILIES["deit_distilled"][0], **VIT))
     model.set_distilled_training(True)
     logits, (features,) = model.forward_with_features(images, [-1])
@@ -215,12 +155,7 @@ OTHERS: list[tuple[str, dict[str, Any], tuple[int, int], tuple[int, int]]] = [
     ("beitv2_base_patch16_224", {**SMALL, "img_size": 64}, (16, 48), (16, 48)),
     ("naflexvit_base_patch16_gap", SMALL, (16, 48), (16, 48)),
     ("xcit_nano_12_p16_224", {"depth": 2, "img_size": 64, "num_classes": 10}, (16, 128), (16, 128)),
-    (
-        "swinv2_tiny_window8_256",
-        {**SWIN, "img_size": 64, "patch_size": 4, "num_classes": 10},
-        (256, 24),
-        (16, 96),
-    ),
+    ("swinv2_tiny_window8_256", {**SWIN, "img_size": 64, "patch_size": 4}, (256, 24), (16, 96)),
     ("convnext_atto", {"num_classes": 10}, (256, 40), (4, 320)),
     ("resnet18", {"num_classes": 10}, (1024, 64), (4, 512)),
     ("mobilenetv4_conv_small", {"num_classes": 10}, (1024, 32), (4, 960)),
@@ -230,9 +165,7 @@ OTHERS: list[tuple[str, dict[str, Any], tuple[int, int], tuple[int, int]]] = [
 @pytest.mark.parametrize(
     ("name", "options", "first", "last"), OTHERS, ids=[name for name, *_ in OTHERS]
 )
-def test_models_of_other_classes_give_maps(
-    name: str, options: dict[str, Any], first: tuple[int, int], last: tuple[int, int]
-) -> None:
+def test_models_of_other_classes_give_maps(name, options, first, last):
     torch.manual_seed(0)
     untouched: Any = timm.create_model(name, **options).eval()
     images = torch.randn(2, 3, 64, 64)
@@ -244,39 +177,42 @@ def test_models_of_other_classes_give_maps(
         depth = num_layers(model)
         logits, got = model.forward_with_features(images, ["pooled", *range(depth)])
         (alone,) = model.forward_maps(images, [0])
-        (again,) = pickle.loads(pickle.dumps(model)).forward_maps(images, [0])
+        twins = pickle.loads(pickle.dumps(model)), copy.deepcopy(model)
     assert torch.equal(logits, want)
     assert torch.equal(got[0], pooled[:, None])
     assert len(maps) == depth
     for tokens, x in zip(got[1:], maps, strict=True):
         assert torch.equal(tokens, x.flatten(2).transpose(1, 2))
     assert torch.equal(alone, got[1])
-    assert torch.equal(again, got[1])
+    for twin in twins:
+        assert torch.equal(twin.forward_maps(images, [0])[0], got[1])
     assert (got[1].shape[1:], got[-1].shape[1:]) == (first, last)
 
 
-def test_a_model_without_maps_raises() -> None:
+def test_a_model_without_maps_raises():
     with pytest.raises(ValueError, match=r"^model: Linear gives no feature maps: it has no forwar"):
         with_features(nn.Linear(2, 2))
 
 
-def test_resolve_layers() -> None:
+def test_resolve_layers():
     assert resolve_layers([0, 11, -1, -12, 3, 3], 12) == (0, 11, 11, 0, 3, 3)
     assert resolve_layers((), 12) == ()
 
 
 @pytest.mark.parametrize("layer", [12, -13])
-def test_layer_out_of_range_raises(layer: int, images: Tensor) -> None:
+def test_layer_out_of_range_raises(layer, images):
     message = rf"^layers: {layer} is out of range for a model with 12 layers \(valid: -12\.\.11\)$"
     with pytest.raises(ValueError, match=message):
         resolve_layers([0, layer], 12)
     model: Any = with_features(timm.create_model("deit_tiny_patch16_224", **{**VIT, "depth": 12}))
     with pytest.raises(ValueError, match=message):
         model.forward_with_features(images, [layer])
+    with pytest.raises(ValueError, match=message):
+        feature_grid(model, layer)
 
 
 @pytest.mark.parametrize("layers", [[1.0], ["1"], [True], [None], 3, "12"])
-def test_layers_of_wrong_type_raise(layers: Any) -> None:
+def test_layers_of_wrong_type_raise(layers):
     with pytest.raises(TypeError, match=r"^layers: expected"):
         resolve_layers(layers, 12)
 
@@ -294,9 +230,7 @@ def test_layers_of_wrong_type_raise(layers: Any) -> None:
         ("vit_small_patch14_dinov2", {**VIT, "patch_size": 14, "img_size": 56}, -1, (4, 4)),
     ],
 )
-def test_feature_grid(
-    name: str, options: dict[str, Any], layer: int, grid: tuple[int, int]
-) -> None:
+def test_feature_grid(name, options, layer, grid):
     model: Any = with_features(timm.create_model(name, **options))
     assert feature_grid(model, layer) == grid
     size = options["img_size"]
@@ -313,18 +247,12 @@ def test_feature_grid(
         ("swin_tiny_patch4_window7_224", {**SWIN, "dynamic_img_size": True}),
     ],
 )
-def test_feature_grid_is_none_for_dynamic_sizes(name: str, options: dict[str, Any]) -> None:
+def test_feature_grid_is_none_for_dynamic_sizes(name, options):
     model = with_features(timm.create_model(name, **options))
     assert feature_grid(model) is None
 
 
-def test_feature_grid_layer_out_of_range_raises() -> None:
-    model = with_features(timm.create_model("swin_tiny_patch4_window7_224", **SWIN))
-    with pytest.raises(ValueError, match=r"layers: 3 is out of range for a model with 3 layers"):
-        feature_grid(model, 3)
-
-
-def test_dynamic_image_size() -> None:
+def test_dynamic_image_size():
     options = {**VIT, "dynamic_img_size": True}
     model: Any = with_features(timm.create_model("deit_tiny_patch16_224", **options))
     _, (features,) = model.forward_with_features(torch.zeros(1, 3, 16, 48), [-1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from featkd.models import (
-    CheckpointMismatch,
-    Lift,
-    WideLast,
-    create_student,
-    load_published,
-)
+from featkd.models import CheckpointMismatch, Lift, WideLast, create_student, load_published
+from tests.models.conftest import layer_norm
 
-PlainVit = Callable[..., list[Tensor]]
 CLASSES, PATCH, GRID, CHANNELS = 10, 8, 3, 3
 
 
@@ -89,9 +83,7 @@ def saved(tmp_path: Path, state: dict[str, Tensor]) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_published_lift_matches_equations(
-    tmp_path: Path, suffix: str, images: Tensor, plain_vit: PlainVit, layer_norm: Any
-) -> None:
+def test_published_lift_matches_equations(tmp_path, suffix, images, plain_vit):
     state = lift_tensors()
     path = saved(tmp_path, state)
     if suffix == "safetensors":
@@ -111,9 +103,7 @@ def test_published_lift_matches_equations(
 
 
 @pytest.mark.parametrize("arch", WIDE)
-def test_published_wide_students_match_equations(
-    arch: str, tmp_path: Path, images: Tensor, plain_vit: PlainVit
-) -> None:
+def test_published_wide_students_match_equations(arch, tmp_path, images, plain_vit):
     widths, heads = WIDE[arch]
     state = vit_tensors(widths)
     chosen = "fixed_step" if arch == "fixed_step" else None  # the others are detected
@@ -126,7 +116,7 @@ def test_published_wide_students_match_equations(
     torch.testing.assert_close(features, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_published_sizes_of_deit_tiny(tmp_path: Path) -> None:
+def test_published_sizes_of_deit_tiny(tmp_path):
     meta: Any = create_student(arch="widelast", device="meta")
     state = {name: torch.zeros(value.shape) for name, value in meta.state_dict().items()}
     model: Any = load_published(saved(tmp_path, state))
@@ -135,7 +125,7 @@ def test_published_sizes_of_deit_tiny(tmp_path: Path) -> None:
     assert sum(p.numel() for p in model.parameters()) == 7_313_896
 
 
-def test_default_is_last_weights(tmp_path: Path) -> None:
+def test_default_is_last_weights(tmp_path):
     last = vit_tensors([24, 48])
     averaged = {name: value + 1 for name, value in last.items()}
     path = tmp_path / "both.pth"
@@ -145,7 +135,7 @@ def test_default_is_last_weights(tmp_path: Path) -> None:
         assert torch.equal(found.head.bias, expected["head.bias"])
 
 
-def test_num_heads_argument(tmp_path: Path) -> None:
+def test_num_heads_argument(tmp_path):
     path = saved(tmp_path, vit_tensors([24, 24, 24, 48]))
     model: Any = load_published(path, num_heads=2)
     assert [size.heads for size in model.sizes] == [2, 2, 2, 4]
@@ -155,7 +145,7 @@ def test_num_heads_argument(tmp_path: Path) -> None:
     assert lift.blocks[0].attn.num_heads == 4
 
 
-def test_missing_tensors_raise(tmp_path: Path) -> None:
+def test_missing_tensors_raise(tmp_path):
     """One of each kind: sizes, blocks, a projection, what only the Lift has."""
     common = ("pos_embed", "cls_token", "blocks.1.norm1.weight", "blocks.0.attn.qkv.bias")
     of_lift = ("projections.2.weight", "layer_norms.2.bias", "head.weight")
@@ -174,42 +164,32 @@ def test_missing_tensors_raise(tmp_path: Path) -> None:
     load_published(saved(tmp_path, used))
 
 
+LIFT, TWO = lift_tensors(), vit_tensors([24, 48])
+EIGHT = vit_tensors([24] * 6 + [56, 96])
+
+
 @pytest.mark.parametrize(
-    "odd",
-    ["extra", "base_model.extra", "projections.0.weight", "layer_norms.2.extra", "norm.weight"],
+    ("state", "added", "arch", "message"),
+    [
+        (LIFT, {"extra": (1,)}, None, "1 unexpected: extra"),
+        (LIFT, {"base_model.extra": (1,)}, None, "1 unexpected: extra"),
+        (LIFT, {"projections.0.weight": (1,)}, None, "1 unexpected: projections.0.weight"),
+        (LIFT, {"layer_norms.2.extra": (1,)}, None, "1 unexpected: layer_norms.2.extra"),
+        (LIFT, {"norm.weight": (1,)}, None, "1 unexpected: norm.weight"),
+        (TWO, {"blocks.0.proj_in.weight": (24, 24)}, None, r"1 unexpected: blocks\.0\.proj_in\.w"),
+        (TWO, {"cls_token": (1, 1, 7)}, None, r"1 of another shape: cls_token \(1, 1, 7\)"),
+        (TWO, {"pos_embed": (5, 24)}, None, r"1 of another rank: pos_embed \(5, 24\)"),
+        (TWO, {"pos_embed": (1, 7, 24)}, None, "has 6 patch positions, which form no square"),
+        ({}, {"conv.weight": (1,)}, None, r"1 missing: blocks\.0\.\*"),
+        (vit_tensors([24, 24, 24]), {}, None, r"widths 24/24/24, which are no schedule's"),
+        (vit_tensors([24, 48, 48]), {}, None, r"widths 24/48/48, .*widelast: has 24/24/48"),
+        (EIGHT, {}, "fixed_linear", "fixed_linear: has 24/24/24/24/24/24/48/96"),
+        (TWO, {}, "heads_step", r"arch: expected one of widelast, .* got 'heads_step'"),
+        (LIFT, {}, "widelast", r"arch: .* holds a Lift student, got 'widelast'"),
+    ],
 )
-def test_lift_unexpected_name_raises(odd: str, tmp_path: Path) -> None:
-    state = {**lift_tensors(), odd: torch.zeros(1)}
-    with pytest.raises(
-        CheckpointMismatch, match=f"1 unexpected: {odd.removeprefix('base_model.')}"
-    ):
-        load_published(saved(tmp_path, state))
-
-
-def test_widelast_unexpected_names_and_shapes_raise(tmp_path: Path) -> None:
-    state = vit_tensors([24, 48])
-    with pytest.raises(CheckpointMismatch, match=r"1 unexpected: blocks\.0\.proj_in\.weight"):
-        load_published(saved(tmp_path, {**state, "blocks.0.proj_in.weight": torch.zeros(24, 24)}))
-    with pytest.raises(CheckpointMismatch, match=r"1 of another shape: cls_token \(1, 1, 7\)"):
-        load_published(saved(tmp_path, {**state, "cls_token": torch.zeros(1, 1, 7)}))
-    with pytest.raises(CheckpointMismatch, match=r"1 of another rank: pos_embed \(5, 24\)"):
-        load_published(saved(tmp_path, {**state, "pos_embed": torch.zeros(5, 24)}))
-    with pytest.raises(CheckpointMismatch, match="has 6 patch positions, which form no square"):
-        load_published(saved(tmp_path, {**state, "pos_embed": torch.zeros(1, 7, 24)}))
-
-
-def test_unsupported_models_and_widths_raise(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointMismatch, match=r"1 missing: blocks\.0\.\*"):
-        load_published(saved(tmp_path, {"conv.weight": torch.zeros(1)}))
-    with pytest.raises(CheckpointMismatch, match=r"widths 24/24/24, which are no schedule's"):
-        load_published(saved(tmp_path, vit_tensors([24, 24, 24])))
-    with pytest.raises(CheckpointMismatch, match=r"widths 24/48/48, .*widelast: has 24/24/48"):
-        load_published(saved(tmp_path, vit_tensors([24, 48, 48])))
-    path = saved(tmp_path, vit_tensors([24, 48]))
-    with pytest.raises(ValueError, match=r"arch: expected one of widelast, .* got 'heads_step'"):
-        load_published(path, arch="heads_step")
-    with pytest.raises(ValueError, match=r"arch: .* holds a Lift student, got 'widelast'"):
-        load_published(saved(tmp_path, lift_tensors()), arch="widelast")
-    eight = saved(tmp_path, vit_tensors([24] * 6 + [56, 96]))
-    with pytest.raises(CheckpointMismatch, match="fixed_linear: has 24/24/24/24/24/24/48/96"):
-        load_published(eight, arch="fixed_linear")
+def test_bad_files_raise(state, added, arch, message, tmp_path):
+    error = ValueError if message.startswith("arch") else CheckpointMismatch
+    path = saved(tmp_path, state | {name: torch.zeros(shape) for name, shape in added.items()})
+    with pytest.raises(error, match=message):
+        load_published(path, arch=arch)

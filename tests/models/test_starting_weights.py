@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,9 +41,7 @@ def student(base: str, arch: str, seed: int = 0, **options: Any) -> Any:
 
 @pytest.mark.parametrize(("base", "arch"), BASES)
 @pytest.mark.parametrize("source", ["pretrained", "checkpoint"])
-def test_shared_tensors_are_copied_and_own_ones_new(
-    base: str, arch: str, source: str, eight: dict[str, Any], perturb: Any, tmp_path: Path
-) -> None:
+def test_shared_tensors_are_copied_and_own_ones_new(base, arch, source, eight, perturb, tmp_path):
     weights = perturb(timm.create_model(base, **eight)).state_dict()
     path = tmp_path / "base.pth"
     torch.save(weights, path)
@@ -73,9 +70,7 @@ def test_shared_tensors_are_copied_and_own_ones_new(
 
 @pytest.mark.parametrize("arch", ["lift", "widelast"])
 @pytest.mark.parametrize("base", [VIT, DINO])
-def test_a_student_of_the_same_architecture(
-    base: str, arch: str, tiny: dict[str, Any], perturb: Any, tmp_path: Path
-) -> None:
+def test_a_student_of_the_same_architecture(base, arch, tiny, perturb, tmp_path):
     before = perturb(student(base, arch, **tiny))
     path = tmp_path / "student.safetensors"
     safetensors.torch.save_file(before.state_dict(), path)
@@ -96,9 +91,7 @@ def test_a_student_of_the_same_architecture(
 
 @pytest.mark.parametrize("classes", [0, 4])
 @pytest.mark.parametrize("base", [VIT, DINO, "cait_xxs24_224", "convnext_atto"])
-def test_a_classifier_of_another_number_of_classes_is_new(
-    base: str, classes: int, perturb: Any, tmp_path: Path
-) -> None:
+def test_a_classifier_of_another_number_of_classes_is_new(base, classes, perturb, tmp_path):
     small = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
     options: dict[str, Any] = small if base != "convnext_atto" else {"depths": (1, 1, 1, 1)}
     weights = perturb(timm.create_model(base, **options, num_classes=10)).state_dict()
@@ -119,8 +112,8 @@ def test_a_classifier_of_another_number_of_classes_is_new(
 @pytest.mark.parametrize("arch", ["plain", "lift", "widelast"])
 @pytest.mark.parametrize("same", [False, True])
 def test_position_embeddings_of_another_image_size_are_resampled(
-    arch: str, same: bool, tiny: dict[str, Any], perturb: Any, tmp_path: Path
-) -> None:
+    arch, same, tiny, perturb, tmp_path
+):
     before = perturb(student(VIT, arch if same else "plain", **tiny)).state_dict()
     path = tmp_path / "weights.pth"
     torch.save(before, path)
@@ -131,9 +124,7 @@ def test_position_embeddings_of_another_image_size_are_resampled(
     assert notes[0].endswith("; resampled by timm: pos_embed (1, 17, 48) -> (1, 37, 48)")
 
 
-def test_pretrained_weights_of_another_image_size_are_noted(
-    tiny: dict[str, Any], perturb: Any, tmp_path: Path
-) -> None:
+def test_pretrained_weights_of_another_image_size_are_noted(tiny, perturb, tmp_path):
     """A folder of timm's has sizes of its own, like timm's weights of a name."""
     model = perturb(timm.create_model(VIT, **tiny))
     save_for_hf(model, tmp_path / "hub", model_args=tiny, safe_serialization=True)
@@ -160,17 +151,9 @@ def test_pretrained_weights_of_another_image_size_are_noted(
 @pytest.mark.parametrize(
     ("arch", "options", "message"),
     [
-        (
-            "plain",
-            {"depth": 3},
-            r"checkpoint: \S+ does not fit deit_tiny\S+; 12 unexpected: blocks.3.",
-        ),
+        ("plain", {"depth": 3}, r"checkpoint: \S+ does not fit deit\S+; 12 unexpected: blocks.3."),
         ("lift", {"depth": 6}, r"24 missing: blocks\.4\.norm1\.weight, "),
-        (
-            "widelast",
-            {"embed_dim": 24},
-            r"of another shape: cls_token \(1, 1, 48\) instead of \(1, 1, 24",
-        ),
+        ("widelast", {"embed_dim": 24}, r"other shape: cls_token \(1, 1, 48\) inst.* \(1, 1, 24"),
     ],
 )
 def test_other_mismatches_are_errors(arch, options, message, tiny, tmp_path):
@@ -182,16 +165,14 @@ def test_other_mismatches_are_errors(arch, options, message, tiny, tmp_path):
 
 
 def test_bad_sources(tiny, tmp_path):
-    with pytest.raises(ValueError, match=r"checkpoint: x.pth given together with pretrained: True"):
-        create_student(VIT, pretrained=True, checkpoint="x.pth")
-    with pytest.raises(
-        ValueError, match=r"base: 'local-dir:/nowhere': no file /nowhere/config.json"
+    for base, options, message in (
+        (VIT, {"checkpoint": "x.pth"}, "checkpoint: x.pth given together with pretrained: True"),
+        ("local-dir:/nowhere", {}, "base: 'local-dir:/nowhere': no file /nowhere/config.json"),
+        ("hub:timm/resnet18", {}, "base: Unknown model source 'hub'"),
+        ("vit_giant_patch14_224", tiny, "pretrained: timm has no weights for 'vit_giant_patch14"),
     ):
-        create_student("local-dir:/nowhere")
-    with pytest.raises(ValueError, match=r"base: Unknown model source 'hub'"):
-        create_student("hub:timm/resnet18")
-    with pytest.raises(ValueError, match=r"pretrained: timm has no weights for 'vit_giant_patch14"):
-        create_student("vit_giant_patch14_224", pretrained=True, **tiny)
+        with pytest.raises(ValueError, match=message):
+            create_student(base, pretrained=True, **options)
     save_for_hf(
         timm.create_model(VIT, **tiny), tmp_path / "hub", model_args=tiny, safe_serialization=True
     )

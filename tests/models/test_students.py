@@ -13,7 +13,8 @@ from timm.optim._param_groups import param_groups_layer_decay
 from torch import Tensor
 
 from featkd.losses import DistillationLoss
-from featkd.models import ARCHS, create_student, num_layers
+from featkd.models import ARCHS, create_student
+from tests.models.conftest import TINY
 
 # [EM26], for 1000 classes
 PARAMETERS = {
@@ -30,27 +31,20 @@ REGISTERED = [name for name in PARAMETERS if name != "deit_tiny_patch16_224"]
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_published_parameter_counts(name: str) -> None:
+def test_published_parameter_counts(name):
     model = timm.create_model(name, device="meta")
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_create_student_matches_registered_models(arch: str) -> None:
-    student: Any = create_student(arch=arch, device="meta")
-    name = "deit_tiny_patch16_224" if arch == "plain" else f"deit_tiny_{arch}384_patch16_224"
-    registered = timm.create_model(name, device="meta")
-    shapes = {name: value.shape for name, value in student.state_dict().items()}
-    assert shapes == {name: value.shape for name, value in registered.state_dict().items()}
-
-
 @pytest.mark.parametrize("name", REGISTERED)
-def test_registered_students(name: str) -> None:
+def test_registered_students(name):
     model = timm.create_model(name, num_classes=10, drop_path_rate=0.1, img_size=32, depth=4)
     logits, (features,) = model.forward_with_features(torch.zeros(2, 3, 32, 32), [-1])
     assert logits.shape == (2, 10)
     width = int(name.split("_w")[1][:3]) if "_w2" in name else 384
     assert features.shape == (2, 4, width)
+    heads = 6 if name.startswith(("deit_tiny_widelast", "deit_tiny_heads")) else 3
+    assert model.blocks[-1].attn.num_heads == heads
     assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
     config = resolve_model_data_config(model)
     assert config == resolve_model_data_config(timm.create_model("deit_tiny_patch16_224", depth=1))
@@ -63,35 +57,17 @@ def test_registered_students(name: str) -> None:
         timm.create_model(name, pretrained=True)
 
 
-def test_changed_architecture_has_no_pretrained_weights(tiny: dict[str, Any]) -> None:
-    for arch in ("lift", "widelast"):
-        student: Any = create_student("deit_tiny_patch16_224", arch, 96, **tiny)
+@pytest.mark.parametrize("arch", ["lift", "widelast"])
+def test_changed_architecture_has_no_pretrained_weights(arch, tiny):
+    own_name = f"deit_tiny_{arch}384_patch16_224"
+    for width, name in ((96, "featkd_student"), (384, own_name)):
+        student: Any = create_student("deit_tiny_patch16_224", arch, width, **tiny)
         assert not {"url", "hf_hub_id"} & set(student.pretrained_cfg)
-        assert student.pretrained_cfg["architecture"] == "featkd_student"
-        own_name: Any = create_student("deit_tiny_patch16_224", arch, 384, **tiny)
-        name = f"deit_tiny_{arch}384_patch16_224"
-        assert own_name.pretrained_cfg["architecture"] == name
-    plain: Any = create_student("deit_tiny_patch16_224", **tiny)
-    assert plain.pretrained_cfg["architecture"] == "deit_tiny_patch16_224"
+        assert student.pretrained_cfg["architecture"] == name
 
 
-@pytest.mark.parametrize(
-    ("base", "options", "layers"),
-    [
-        ("cait_xxs24_224", {"depth": 3, "embed_dim": 32, "num_heads": 4, "img_size": 32}, 3),
-        (
-            "swin_tiny_patch4_window7_224",
-            {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16, "img_size": 32},
-            2,
-        ),
-        ("vit_tiny_patch16_224", {"depth": 1, "img_size": 32}, 1),
-    ],
-)
-def test_plain_student_of_each_family(base: str, options: dict[str, Any], layers: int) -> None:
-    student = create_student(base, num_classes=10, **options)
-    assert student.training
-    assert num_layers(student) == layers
-    assert student(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+DISTILLED = {"base": "deit_tiny_distilled_patch16_224"}
+PARALLEL = {"base": "vit_small_patch16_18x2_224"}
 
 
 @pytest.mark.parametrize(
@@ -103,6 +79,11 @@ def test_plain_student_of_each_family(base: str, options: dict[str, Any], layers
         ({"base": "diet_tiny_patch16_224"}, r"base: .* did you mean 'deit_tiny_patch16_224'\?"),
         ({"base": "vit_tiny_patch16_224.augreg_in1"}, r"mean 'vit_tiny_patch16_224.augreg_in21k"),
         ({"base": "resnet10t", "arch": "lift"}, r"base: arch 'lift' needs .* got ResNet"),
+        (DISTILLED | {"arch": "lift"}, r"base: arch 'lift' needs .* got VisionTransformerDist"),
+        (DISTILLED | {"arch": "widelast"}, r"got VisionTransformerDistilled"),
+        ({"base": "cait_xxs24_224", "arch": "widelast"}, r"base: .*'widelast' needs .* got Cait"),
+        (PARALLEL | {"arch": "widelast"}, r"base: .* standard Block, .* ParallelThingsBlock"),
+        ({"arch": "lift", "teacher_dim": 0}, r"teacher_dim: expected an int >= 1, got 0"),
         ({"features_only": True}, r"features_only: True is not supported"),
         ({"arch": "widelast", "teacher_dim": 100}, r"teacher_dim: .* got 100"),
         ({"arch": "fixed_step", "embed_dim": 200}, r"embed_dim=200, .*divisible by num_heads"),
@@ -110,24 +91,28 @@ def test_plain_student_of_each_family(base: str, options: dict[str, Any], layers
         ({"num_heads": 5}, r"num_heads=5, .*divisible by num_heads"),
     ],
 )
-def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         create_student(**arguments)
 
 
-MODELS = {
-    "lift": ("deit_tiny_patch16_224", "lift"),
-    "widelast": ("deit_tiny_patch16_224", "widelast"),
-    "registers": ("vit_small_patch14_reg4_dinov2", "widelast"),
-    "distilled": ("deit_tiny_distilled_patch16_224", "plain"),
-    "cait": ("cait_xxs24_224", "plain"),
-}
+VIT = "deit_tiny_patch16_224"
+SWIN = {"img_size": 32, "depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16}
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_no_weight_decay_for_embeddings_norms_and_biases(kind: str, tiny: dict[str, Any]) -> None:
-    base, arch = MODELS[kind]
-    student: Any = create_student(base, arch, 96, **tiny)
+@pytest.mark.parametrize(
+    ("base", "arch", "options"),
+    [
+        (VIT, "lift", TINY),
+        (VIT, "widelast", TINY),
+        ("vit_small_patch14_reg4_dinov2", "widelast", TINY),
+        ("deit_tiny_distilled_patch16_224", "plain", TINY),
+        ("cait_xxs24_224", "plain", TINY),
+        ("swin_tiny_patch4_window7_224", "plain", SWIN),
+    ],
+)
+def test_no_weight_decay_for_embeddings_norms_and_biases(base, arch, options):
+    student: Any = create_student(base, arch, 96, **options)
     optimizer = create_optimizer_v2(student, opt="adamw", lr=1e-3, weight_decay=0.05)
     decayed = {
         id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
@@ -135,24 +120,16 @@ def test_no_weight_decay_for_embeddings_norms_and_biases(kind: str, tiny: dict[s
     names = {name: decayed[id(p)] for name, p in student.named_parameters()}
     tokens = {"pos_embed", "cls_token", "dist_token", "reg_token"}
     for name, decay in names.items():
-        small = name in tokens or name.endswith(".bias") or "norm" in name or "gamma" in name
-        assert decay == (0.0 if small else 0.05), name
-    assert "pos_embed" in names
-    assert "cls_token" in names
-
-
-def test_no_weight_decay_for_swin_position_bias() -> None:
-    options: dict[str, Any] = {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16}
-    student: Any = create_student("swin_tiny_patch4_window7_224", img_size=32, **options)
-    optimizer = create_optimizer_v2(student, opt="adamw", lr=1e-3, weight_decay=0.05)
-    spared = {id(p) for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
-    tables = [p for n, p in student.named_parameters() if "relative_position_bias_table" in n]
-    assert len(tables) == 2
-    assert all(id(table) in spared for table in tables)
+        small = name.endswith((".bias", "bias_table")) or "norm" in name or "gamma" in name
+        assert decay == (0.0 if small or name in tokens else 0.05), name
+    if options is SWIN:
+        assert sum(name.endswith("relative_position_bias_table") for name in names) == 2
+    else:
+        assert {"pos_embed", "cls_token"} < names.keys()
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_layer_decay_covers_every_parameter(arch: str, tiny: dict[str, Any]) -> None:
+def test_layer_decay_covers_every_parameter(arch, tiny):
     student: Any = create_student("deit_tiny_patch16_224", arch, 96, **tiny)
     groups = param_groups_layer_decay(
         student, 0.05, no_weight_decay_list=student.no_weight_decay(), layer_decay=0.5
@@ -169,7 +146,7 @@ def test_layer_decay_covers_every_parameter(arch: str, tiny: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("arch", ["lift", "widelast"])
-def test_gradient_checkpointing_keeps_gradients(arch: str, tiny: dict[str, Any]) -> None:
+def test_gradient_checkpointing_keeps_gradients(arch, tiny):
     student: Any = create_student("deit_tiny_patch16_224", arch, 96, **tiny).to(torch.float64)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
 

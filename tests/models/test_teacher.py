@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,16 +11,10 @@ import timm
 import torch
 
 from featkd.models import CheckpointMismatch, create_student, create_teacher, download
+from tests.models.conftest import TINY
 
 NAME = "cait_xxs24_224"
-SIZE: dict[str, Any] = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 4,
-    "num_classes": 10,
-}
+SIZE: dict[str, Any] = {**TINY, "embed_dim": 32, "depth": 2, "num_heads": 4}
 
 
 @pytest.fixture(name="source")
@@ -29,7 +22,7 @@ def _source(perturb: Any) -> Any:
     return perturb(timm.create_model(NAME, **SIZE)).eval()
 
 
-def test_frozen_and_in_evaluation_mode() -> None:
+def test_frozen_and_in_evaluation_mode():
     teacher: Any = create_teacher(NAME, **SIZE, drop_rate=0.5)
     assert not any(module.training for module in teacher.modules())
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -40,31 +33,25 @@ def test_frozen_and_in_evaluation_mode() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-def test_loads_weight_file(source: Any, tmp_path: Path, suffix: str) -> None:
+def test_loads_weight_file(source, tmp_path, suffix):
     path = tmp_path / f"teacher.{suffix}"
+    last = source.state_dict()
+    averaged = {name: value + 1 for name, value in last.items()}
     if suffix == "safetensors":
-        safetensors.torch.save_file(source.state_dict(), path)
+        safetensors.torch.save_file(last, path)
     else:
-        torch.save({f"module.{name}": v for name, v in source.state_dict().items()}, path)
-    teacher = create_teacher(NAME, checkpoint=path, **SIZE)
-    state = teacher.state_dict()
-    assert list(state) == list(source.state_dict())
-    assert all(torch.equal(state[name], value) for name, value in source.state_dict().items())
+        wrapped = {f"module.{name}": value for name, value in last.items()}
+        torch.save({"model": wrapped, "model_ema": averaged}, path)
+    for weights, wanted in (("auto", averaged if suffix == "pth" else last), ("model", last)):
+        teacher: Any = create_teacher(NAME, checkpoint=path, weights=weights, **SIZE)
+        state = teacher.state_dict()
+        assert list(state) == list(wanted)
+        assert all(torch.equal(state[name], wanted[name]) for name in wanted)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(teacher(images), source(images).detach())
 
 
-def test_loads_last_or_averaged_weights(source: Any, tmp_path: Path) -> None:
-    path = tmp_path / "run.pth"
-    averaged = {name: value + 1 for name, value in source.state_dict().items()}
-    torch.save({"model": source.state_dict(), "model_ema": averaged}, path)
-    for weights, wanted in (("auto", averaged), ("model", source.state_dict())):
-        teacher = create_teacher(NAME, checkpoint=path, weights=weights, **SIZE)  # type: ignore[arg-type]
-        state = teacher.state_dict()
-        assert all(torch.equal(state[name], wanted[name]) for name in wanted)
-
-
-def test_loads_pretrained_timm_weights(source: Any, tmp_path: Path) -> None:
+def test_loads_pretrained_timm_weights(source, tmp_path):
     path = tmp_path / "timm.pth"
     torch.save(source.state_dict(), path)
     # timm reads this file instead of downloading the weights
@@ -74,7 +61,7 @@ def test_loads_pretrained_timm_weights(source: Any, tmp_path: Path) -> None:
     assert all(torch.equal(state[name], value) for name, value in source.state_dict().items())
 
 
-def test_mismatched_checkpoint_raises(source: Any, tmp_path: Path) -> None:
+def test_mismatched_checkpoint_raises(source, tmp_path):
     path = tmp_path / "teacher.pth"
     torch.save(source.state_dict(), path)
     message = r"teacher\.pth does not fit cait_xxs24_224; 2 of another shape: head\.weight \(10, 32"
@@ -86,7 +73,7 @@ def test_mismatched_checkpoint_raises(source: Any, tmp_path: Path) -> None:
         create_teacher(NAME, checkpoint=path, **{**SIZE, "depth": 3})
 
 
-def test_student_as_teacher(tmp_path: Path, tiny: dict[str, Any], perturb: Any) -> None:
+def test_student_as_teacher(tmp_path, tiny, perturb):
     student: Any = perturb(create_student("deit_tiny_patch16_224", "lift", 384, **tiny)).eval()
     path = tmp_path / "student.pth"
     torch.save({"model": student.state_dict()}, path)
@@ -97,11 +84,13 @@ def test_student_as_teacher(tmp_path: Path, tiny: dict[str, Any], perturb: Any) 
     torch.testing.assert_close(got, wanted.detach())
 
 
-def test_bad_arguments(tmp_path: Path) -> None:
+def test_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match=r"name: timm has no model .* did you mean 'cait_s24_224'"):
         create_teacher("cait_s24_242")
     with pytest.raises(ValueError, match=r"checkpoint: .* together with pretrained=True"):
         create_teacher(NAME, pretrained=True, checkpoint=tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="timm has no weights for 'vit_giant_patch14_224'"):
+        create_teacher("vit_giant_patch14_224", pretrained=True)
 
 
 def test_a_checkpoint_of_another_size_names_three_tensors_and_its_model(tmp_path):
@@ -131,8 +120,3 @@ def test_unreachable_weights_are_refused_at_once(monkeypatch, name, pretrained):
     monkeypatch.setattr(timm, "create_model", None)  # it would retry
     with pytest.raises(ConnectionError, match=rf"'{name}' .*no network.*teacher\.checkpoint"):
         create_teacher(name, pretrained=pretrained)
-
-
-def test_models_without_pretrained_weights_are_named():
-    with pytest.raises(ValueError, match="timm has no weights for 'vit_giant_patch14_224'"):
-        create_teacher("vit_giant_patch14_224", pretrained=True)

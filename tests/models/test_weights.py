@@ -31,52 +31,41 @@ def same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
     return list(got) == list(wanted) and all(torch.equal(got[n], wanted[n]) for n in wanted)
 
 
-def test_plain_files(tmp_path: Path) -> None:
-    assert same(read_state_dict(saved(tmp_path, LAST)), LAST)
-    assert same(read_state_dict(str(saved(tmp_path, LAST)), "model"), LAST)
-    path = tmp_path / "weights.safetensors"
-    safetensors.torch.save_file(AVERAGED, path)
-    assert same(read_state_dict(path), AVERAGED)
+def pair(last: str, averaged: str) -> dict[str, Any]:
+    return {"epoch": 3, last: LAST, averaged: AVERAGED, "optimizer": {"lr": 0.1}}
+
+
+PAIRS = [pair("model", "model_ema"), pair("state_dict", "state_dict_ema")]
+PREFIXES = ("module.", "_orig_mod.", "module._orig_mod.", "module.module.")
+MIXED = {"module.a": torch.zeros(1), "b": torch.zeros(1)}
+DEIT_ARGUMENTS = argparse.Namespace(lr=5e-4, model="deit_tiny_patch16_224")
 
 
 @pytest.mark.parametrize(
-    ("last", "averaged"), [("model", "model_ema"), ("state_dict", "state_dict_ema")]
+    ("content", "weights", "wanted"),
+    [
+        (LAST, "auto", LAST),
+        (LAST, "model", LAST),
+        *((both, "auto", AVERAGED) for both in PAIRS),
+        *((both, "model_ema", AVERAGED) for both in PAIRS),
+        *((both, "model", LAST) for both in PAIRS),
+        ({"epoch": 3, "model": LAST, "model_ema": None}, "auto", LAST),
+        ({"epoch": 3, "state_dict": LAST, "state_dict_ema": None}, "auto", LAST),
+        ({"model": LAST, "args": DEIT_ARGUMENTS}, "auto", LAST),
+        *(({"model": {f"{p}{n}": x for n, x in LAST.items()}}, "auto", LAST) for p in PREFIXES),
+        (MIXED, "auto", MIXED),  # a prefix on some names only is kept
+    ],
 )
-def test_checkpoints(tmp_path: Path, last: str, averaged: str) -> None:
-    both = saved(tmp_path, {"epoch": 3, last: LAST, averaged: AVERAGED, "optimizer": {"lr": 0.1}})
-    assert same(read_state_dict(both), AVERAGED)
-    assert same(read_state_dict(both, "model_ema"), AVERAGED)
-    assert same(read_state_dict(both, "model"), LAST)
-    only = saved(tmp_path, {"epoch": 3, last: LAST, averaged: None})
-    assert same(read_state_dict(only), LAST)
-    with pytest.raises(ValueError, match=rf"weights: 'model_ema' is not in .* holds {last}$"):
-        read_state_dict(only, "model_ema")
+def test_files_of_torch(tmp_path, content, weights, wanted):
+    path = saved(tmp_path, content)
+    for name in (path, str(path)):
+        assert same(read_state_dict(name, weights), wanted)
 
 
-def test_missing_kind_of_weights_raises(tmp_path: Path) -> None:
-    path = saved(tmp_path, {"model_ema": AVERAGED})
-    with pytest.raises(ValueError, match=r"weights: 'model' is not in .* holds model_ema"):
-        read_state_dict(path, "model")
-    with pytest.raises(ValueError, match=r"'model_ema' is not in .* holds a plain state dict"):
-        read_state_dict(saved(tmp_path, LAST), "model_ema")
-    with pytest.raises(ValueError, match=r"weights: expected one of .*, got 'ema'"):
-        read_state_dict(path, "ema")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "module.module."])
-def test_wrapper_prefixes_are_removed(tmp_path: Path, prefix: str) -> None:
-    wrapped = {f"{prefix}{name}": value for name, value in LAST.items()}
-    assert same(read_state_dict(saved(tmp_path, {"model": wrapped})), LAST)
-
-
-def test_prefix_on_some_names_is_kept(tmp_path: Path) -> None:
-    mixed = {"module.a": torch.zeros(1), "b": torch.zeros(1)}
-    assert same(read_state_dict(saved(tmp_path, mixed)), mixed)
-
-
-def test_argparse_namespace_is_allowed(tmp_path: Path) -> None:
-    arguments = argparse.Namespace(lr=5e-4, model="deit_tiny_patch16_224")
-    assert same(read_state_dict(saved(tmp_path, {"model": LAST, "args": arguments})), LAST)
+def test_safetensors(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(AVERAGED, path)
+    assert same(read_state_dict(path), AVERAGED)
 
 
 class _Harmful:
@@ -88,7 +77,7 @@ class _Harmful:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_pickled_code_is_not_run(tmp_path: Path, zipped: bool) -> None:
+def test_pickled_code_is_not_run(tmp_path, zipped):
     victim = tmp_path / "made by the file"
     path = tmp_path / "harmful.pth"
     content = {"model": LAST, "args": _Harmful(victim)}
@@ -102,7 +91,7 @@ def test_pickled_code_is_not_run(tmp_path: Path, zipped: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["damaged.pth", "damaged.safetensors"])
-def test_damaged_file_raises(tmp_path: Path, name: str) -> None:
+def test_damaged_file_raises(tmp_path, name):
     path = tmp_path / name
     for content in (b"", b"nothing like a weight file" * 9):
         path.write_bytes(content)
@@ -115,32 +104,32 @@ def test_damaged_file_raises(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "weights", "message"),
     [
-        ([torch.zeros(1)], "holds a list, expected a dict of tensors"),
-        ({}, "holds no tensor"),
-        ({"model": {}}, "holds no tensor"),
-        ({"a": torch.zeros(1), "epoch": 3}, "holds more than tensors: epoch"),
+        ([torch.zeros(1)], "auto", "holds a list, expected a dict of tensors"),
+        ({}, "auto", "holds no tensor"),
+        ({"model": {}}, "auto", "holds no tensor"),
+        ({"a": torch.zeros(1), "epoch": 3}, "auto", "holds more than tensors: epoch"),
+        ({"model": LAST, "best": np.array([1.0])}, "auto", "save its state dict alone"),
+        ({"model": LAST, "model_ema": None}, "model_ema", "'model_ema' is not in .* holds model$"),
+        ({"state_dict": LAST}, "model_ema", "'model_ema' is not in .* holds state_dict$"),
+        ({"model_ema": AVERAGED}, "model", "weights: 'model' is not in .* holds model_ema"),
+        (LAST, "model_ema", "'model_ema' is not in .* holds a plain state dict"),
+        (LAST, "ema", "weights: expected one of .*, got 'ema'"),
     ],
 )
-def test_file_without_state_dict_raises(tmp_path: Path, content: Any, message: str) -> None:
+def test_files_without_these_weights_raise(tmp_path, content, weights, message):
     with pytest.raises(ValueError, match=message):
-        read_state_dict(saved(tmp_path, content))
+        read_state_dict(saved(tmp_path, content), weights)
 
 
-def test_missing_file_raises(tmp_path: Path) -> None:
+def test_missing_file_raises(tmp_path):
     for name in ("none.pth", "none.safetensors"):
         with pytest.raises(FileNotFoundError):
             read_state_dict(tmp_path / name)
 
 
-def test_numpy_object_raises(tmp_path: Path) -> None:
-    path = saved(tmp_path, {"model": LAST, "best": np.array([1.0])})
-    with pytest.raises(ValueError, match="save its state dict alone"):
-        read_state_dict(path)
-
-
-def test_mismatch_raises_and_leaves_model_unchanged() -> None:
+def test_mismatch_raises_and_leaves_model_unchanged():
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = {name: value + 1 for name, value in before.items()}
@@ -156,7 +145,7 @@ def test_mismatch_raises_and_leaves_model_unchanged() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_long_name_lists_are_shortened() -> None:
+def test_long_name_lists_are_shortened():
     state = {f"odd.{index}": torch.zeros(1) for index in range(25)}
     with pytest.raises(CheckpointMismatch, match=r"25 unexpected: odd\.0, .*odd\.2, and 22"):
         load_strictly(nn.Linear(1, 1), state, "x.pth", "net")

@@ -94,7 +94,9 @@ class DeviceStage:
         self._statistics = self._statistics.to(self._device)
         if self._eraser is not None:
             self._noise = self._eraser.noise().to(self._device)
-        self._compute = normalize_and_erase_each
+        # The meta device, which has no values to read, checks the elementwise form for reads.
+        on_cpu = self._device.type == "cpu"
+        self._compute = normalize_and_erase_each if on_cpu else normalize_and_erase
         if self._device.type == "cuda":
             self._compute = torch.compile(normalize_and_erase)
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]

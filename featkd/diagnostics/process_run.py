@@ -143,9 +143,10 @@ class ProcessRun:
 
     def _first_pass(self, interrupt: Interrupt) -> None:
         numbers = self._chunk_numbers[self._chunks_done :]
-        ahead = [self._read_ahead.pop(n) for n in numbers if n in self._read_ahead]
+        ahead = [n for n in numbers if n in self._read_ahead]
+        known = map(self._read_ahead.pop, ahead)  # one by one: each is freed after its turn
         with self._progress_bar() as bar:
-            for chunk in chain(ahead, self.source.chunks(numbers[len(ahead) :])):
+            for chunk in chain(known, self.source.chunks(numbers[len(ahead) :])):
                 self._left_out.update(chunk.left_out)
                 images, maps = self._usable(chunk)
                 for layer, m in maps.items():

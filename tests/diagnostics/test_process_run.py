@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,6 +124,27 @@ def test_only_process_0_reads_ahead_to_calibrate(tmp_path, unusable):
     assert torch.equal(one["pca"]["pilot"], pilot)
     assert torch.equal(two["pca"]["pilot"], pilot)
     assert one["seen"] + two["seen"] == 12 - 2 * first
+
+
+def test_chunks_read_ahead_are_freed_one_by_one(tmp_path, monkeypatch):
+    """Feature maps of many layers fill a GPU's memory."""
+    maps, held = [], []
+
+    class Source(RecordingSource):
+        def chunks(self, numbers):
+            for chunk in super().chunks(numbers):
+                maps.append(weakref.ref(chunk.maps[LAYER]))
+                yield chunk
+
+    update = process_run.LayerDiagnostics.update
+
+    def count(self, *arguments):
+        held.append(sum(one() is not None for one in maps))
+        update(self, *arguments)
+
+    monkeypatch.setattr(process_run.LayerDiagnostics, "update", count)
+    first_pass(Source(unusable=(0, 1, 2, 3)), SimulatedContext(0), tmp_path)
+    assert held == [1]  # of three that were read ahead
 
 
 def test_process_0_resumes_and_broadcasts_the_pilots_again(tmp_path, bars):

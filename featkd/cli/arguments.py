@@ -71,7 +71,7 @@ class Parser(ArgumentParser):
         return super().add_argument(*map(_with_underscores, names), **kwargs)
 
     def add_options_of(
-        self, source: Callable[..., Any], skip: Sequence[str] = (), required: Sequence[str] = ()
+        self, source: Callable[..., Any], skip: Sequence[str] = (), **required: Any
     ) -> None:
         """Add an option for each argument of a function or a dataclass.
 
@@ -81,7 +81,7 @@ class Parser(ArgumentParser):
         Args:
             source: the function or dataclass.
             skip: names of arguments without an option.
-            required: names of required options, besides the arguments without a default.
+            **required: types of options that are required although the argument has a default.
         """
         hints = typing.get_type_hints(source)
         texts = {x.arg_name: x.description or "" for x in parse(source.__doc__ or "").params}
@@ -92,7 +92,7 @@ class Parser(ArgumentParser):
             if hints[name] is bool:
                 how = {"action": "store_true"}
             elif name in required or argument.default is argument.empty:
-                how = {"type": hints[name], "required": True}
+                how = {"type": required.get(name, hints[name]), "required": True}
             if (kinds := get_args(hints[name])) and get_origin(kinds[0]) is Literal:
                 how["metavar"] = "|".join(get_args(kinds[0]))  # jsonargparse lists no choices
             self.add_argument(f"--{name}", help=texts[name].rstrip("."), **how)

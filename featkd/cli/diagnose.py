@@ -75,7 +75,7 @@ def parser() -> Parser:
             "--data PHOTOS --out report",
         ),
     )
-    parser.add_options_of(DiagnoseConfig, skip=("settings", "command"), required=("out",))
+    parser.add_options_of(DiagnoseConfig, skip=("settings", "command"), out=str)
     add_json(parser)
     add_quiet(parser)
     parser.add_class_arguments(Settings)

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from featkd.cli import diagnose as command
 from featkd.cli.main import main
 from featkd.diagnostics import DiagnoseConfig, Settings, diagnose
 from tests.diagnostics import published
@@ -144,6 +145,13 @@ def test_report_on_gaussian_features(tmp_path, capsys, channels):
         assert "This equals the null" in text
         assert "the maps' energy ranks are no lower than those of noise of the same size" in text
         assert "rotate from image" not in text
+
+
+def test_out_is_required_and_a_name_even_if_it_reads_null(capsys):
+    parser = command.parser()
+    assert parser.parse_args(["--features", "x", "--out", "null"]).out == "null"
+    assert main(["diagnose", "--features", "x"]) == 2
+    assert "arguments are required: --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("below", [".", "report/deep"])

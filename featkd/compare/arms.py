@@ -161,4 +161,5 @@ def wide_width(recipe: Recipe, num_classes: int) -> int:
     while max(sizes.values(), default=0) < wanted:
         width += step
         sizes[width] = parameters(build("plain_wide", width))
+    # of two that are equally near, the wider one
     return min(reversed(sizes), key=lambda width: abs(sizes[width] - wanted))

@@ -131,7 +131,8 @@ def test_forward_intermediates(lift, images):
     alone = lift.forward_intermediates(images, [0], output_fmt="NLC", intermediates_only=True)
     assert torch.equal(alone[0], first)
     for layers, wanted in (([0], [first]), ([-1, 0], [z, first]), ([-1], [z])):
-        assert all(map(torch.equal, lift.forward_maps(images, layers), wanted))
+        found = lift.forward_maps(images, layers)
+        assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
 
 
 def test_reset_classifier(lift, images):

@@ -95,6 +95,8 @@ class Parser(ArgumentParser):
                 how = {"type": required.get(name, hints[name]), "required": True}
             if (kinds := get_args(hints[name])) and get_origin(kinds[0]) is Literal:
                 how["metavar"] = "|".join(get_args(kinds[0]))  # jsonargparse lists no choices
+            elif name == "data":
+                how["metavar"] = "DIR"  # as in all commands: descriptions speak of DIR
             self.add_argument(f"--{name}", help=texts[name].rstrip("."), **how)
 
     def parse_args(  # type: ignore[override]

@@ -115,6 +115,8 @@ def test_every_option_has_one_name(parsers):
     for common, commands in without.items():
         found = {name for name, x in parsers.items() if common not in x._option_string_actions}
         assert found == commands, common
+    for name in parsers.keys() - without["--data"]:
+        assert "  --data DIR  " in parsers[name].format_help(), name
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,11 @@ def _run(options: Namespace) -> int:
 
     check_positive("--min-seconds", options.min_seconds)
     chosen = cases.select(
-        *(options.ops, options.shapes, options.dtypes, options.directions, options.batch_sizes)
+        options.ops,
+        options.shapes,
+        options.dtypes,
+        options.directions,
+        options.batch_sizes,
     )
     device = distributed.start(options.device).device
     out = None if options.out is None else Path(options.out)

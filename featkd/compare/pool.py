@@ -105,7 +105,9 @@ def train_all(
                 signal.raise_signal(interrupt.signal)
             done = as_completed(running)
             bar = tqdm(
-                *(done, description, len(running)),
+                done,
+                description,
+                len(running),
                 unit="run",
                 disable=quiet or None,  # None: no bar if stderr is no terminal
             )

@@ -159,7 +159,12 @@ def _cache(
     if not quiet:
         print(f"teacher's outputs for seed {seed}: {_folder(out, seed)}", file=sys.stderr)
     built = build_cache(
-        *(job, _cache_config(recipe), context, _folder(out, seed)), quiet=quiet, show_notes=notes
+        job,
+        _cache_config(recipe),
+        context,
+        _folder(out, seed),
+        quiet=quiet,
+        show_notes=notes,
     )
     if built.interrupted_by is not None:
         signal.raise_signal(built.interrupted_by)

@@ -47,7 +47,10 @@ def build_source(config: DiagnoseConfig, device: torch.device) -> Source:
     for name, (model, preprocessing, identity) in loaded.items():
         own = {**preprocessing, **overrides}
         adapter = ImageAdapter(
-            *(data.mean, data.std, own["mean"], own["std"]),
+            data.mean,
+            data.std,
+            own["mean"],
+            own["std"],
             size=data.img_size,
             new_size=own["img_size"],
         )

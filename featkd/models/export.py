@@ -233,7 +233,9 @@ def _write_graph(
             module = _HalfPrecision(model) if precision == "fp16" else model
             size = sum(x.numel() * x.element_size() for x in module.state_dict().values())
             torch.onnx.export(
-                *(module, example, path),
+                module,
+                example,
+                path,
                 dynamo=True,
                 dynamic_shapes=shapes,
                 input_names=["images"],

@@ -80,7 +80,11 @@ class LiftStudent(OwnHead):
         loss = None
         if is_fusible(linear, norm):
             pooled, loss = lift_head(
-                *(tokens, linear.weight, norm.weight, norm.bias, teacher),
+                tokens,
+                linear.weight,
+                norm.weight,
+                norm.bias,
+                teacher,
                 eps=norm.eps,
                 metric=metric,
                 grid=grid,

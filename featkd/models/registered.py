@@ -95,7 +95,10 @@ def _create(
     student.pretrained_cfg["architecture"] = name
     if pretrained:  # a user's weights, written by timm's hub functions
         load_pretrained(
-            *(cast(nn.Module, student), cfg, num_classes, kwargs.get("in_chans", 3)),
+            cast(nn.Module, student),
+            cfg,
+            num_classes,
+            kwargs.get("in_chans", 3),
             filter_fn=adapt_eva if isinstance(student, Eva) else adapt_vision_transformer,
             strict=True,
         )

@@ -130,7 +130,12 @@ class ProjectedInput:
             residual = first(linear(x))
             return residual, second(residual)
         return widelast_projection(
-            *(x, linear.weight, first.weight, first.bias, second.weight, second.bias),
+            x,
+            linear.weight,
+            first.weight,
+            first.bias,
+            second.weight,
+            second.bias,
             eps=first.eps,
         )
 

@@ -96,7 +96,13 @@ def _differentiate(ctx: Any, d_loss: Tensor | None, d_pooled: Tensor | None, _: 
     _, _, need_gamma, need_beta, *_ = ctx.needs_input_grad
     feature, teacher, gamma, beta, statistics = ctx.saved_tensors
     d_feature, d_norm = _backward(
-        *(d_loss, d_pooled, feature, teacher, gamma, beta, statistics),
+        d_loss,
+        d_pooled,
+        feature,
+        teacher,
+        gamma,
+        beta,
+        statistics,
         ctx.width,
         need_gamma or need_beta,
     )

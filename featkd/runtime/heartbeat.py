@@ -86,7 +86,10 @@ def connect(host: str, port: int, rank: int, *, serve: bool) -> TCPStore:
             time.sleep(0.1)
     try:
         return TCPStore(
-            *(host, port, None, serve),
+            host,
+            port,
+            None,
+            serve,
             timeout=timedelta(seconds=limit),
             wait_for_workers=False,
             multi_tenant=True,

@@ -102,7 +102,11 @@ def locked(folder: Location) -> Iterator[None]:
     """
     path = folder / NAME
     own = _Owner(
-        *(socket.gethostname(), os.getpid(), machine(), start_time(os.getpid())), uuid.uuid4().hex
+        socket.gethostname(),
+        os.getpid(),
+        machine(),
+        start_time(os.getpid()),
+        uuid.uuid4().hex,
     )
     write: Callable[[bytes], None]
     if isinstance(path, Path):

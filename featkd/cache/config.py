@@ -22,7 +22,7 @@ class CacheConfig:
     """Selects the teacher outputs that are stored.
 
     Args:
-        views: number of epochs of the recipe to store the samples of.
+        views: number of the recipe's epochs whose samples are stored.
         logits_top: number of classes whose log-probabilities are stored in fp16, the largest ones
             of each image, with the sum of the rest; all: the whole logits in the teacher's dtype
             (default: all if feature maps are stored, otherwise 10, or all if there are fewer

@@ -78,7 +78,8 @@ class RandAugmentSampler:
     """
 
     def __init__(self, timms: RandAugment) -> None:
-        full_names = [op.name for op in timms.ops]
+        # Without layers none is chosen, and timm may have operations that featkd does not know.
+        full_names = [op.name for op in timms.ops] if timms.num_layers else []
         if unknown := [name for name in full_names if name not in _ARGUMENTS]:
             raise ValueError(
                 f"data.augment.rand_augment: this timm chooses from {', '.join(unknown)}, which "
@@ -86,13 +87,13 @@ class RandAugmentSampler:
             )
         self.names = [name.removesuffix("Increasing") for name in full_names]
         self.num_ops: int = timms.num_layers
-        self._weights = timms.choice_weights
+        self._weights = timms.choice_weights if full_names else None
         if self._weights is not None and self.num_ops > len(full_names):
             raise ValueError(
                 f"data.augment.rand_augment: n{self.num_ops} with weights, which draws without "
                 f"repeats from {len(full_names)} operations; expected at most n{len(full_names)}"
             )
-        self._ids = np.array([OPERATIONS.index(name) for name in self.names])
+        self._ids = np.array([OPERATIONS.index(name) for name in self.names], np.int64)
         self._full_names = full_names  # not the functions, which cannot be pickled
         self._choices = self.num_ops if self._weights is None else len(full_names)
         self.count = self._choices + _PER_LAYER * self.num_ops

@@ -76,7 +76,8 @@ def in_split(
     if not kept:
         raise ValueError(
             f"data.val_fraction: {fraction:g} leaves no image of the {len(names)} in "
-            f"{printable(folder)}; use a {'smaller' if training else 'larger'} fraction"
+            f"{printable(folder)}; use a {'smaller' if training else 'larger'} fraction, or "
+            "folders for both splits"
         )
     return kept
 

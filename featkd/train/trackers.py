@@ -96,13 +96,18 @@ class WandbRun:
 
     def close(self, *, complete: bool) -> None:
         """Ends the session; `complete` if the run has reached its last epoch."""
-        if complete or self._offline:
-            self._send()
-        self._run.finish(exit_code=0 if complete else 1)
+        try:
+            if complete or self._offline:
+                self._send()
+        finally:
+            self._run.finish(exit_code=0 if complete else 1)
 
 
 class MlflowRun:
-    """A run of MLflow, as `WandbRun` is; without MLFLOW_TRACKING_URI in MLflow's default store."""
+    """A run of MLflow, with the interface of `WandbRun`.
+
+    It lies in MLflow's default store unless MLFLOW_TRACKING_URI is set.
+    """
 
     name = "mlflow"
 

@@ -21,7 +21,9 @@ STRONG = AugmentConfig(random_erasing=0.5, repeats=1)
 DEFAULTS: dict[str, Any] = {"augment": STRONG}
 
 
-DALI = pytest.param("dali", marks=pytest.mark.skipif(not find_spec("nvidia"), reason="no DALI"))
+# torch's CUDA libraries are in the package nvidia too
+_NO_DALI = find_spec("nvidia") is None or find_spec("nvidia.dali") is None
+DALI = pytest.param("dali", marks=pytest.mark.skipif(_NO_DALI, reason="no DALI"))
 
 
 def config(root: Path, **options: Any) -> DataConfig:

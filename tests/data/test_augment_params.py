@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.data import auto_augment
 from timm.data.auto_augment import LEVEL_TO_ARG
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
@@ -186,3 +187,17 @@ def test_more_weighted_operations_than_there_are_are_refused() -> None:
     config = DataConfig(augment=replace(PLAIN, rand_augment="rand-n16-tweights"))
     with pytest.raises(ValueError, match=r"rand_augment: n16 .* 15 operations; .* at most n15"):
         AugmentParamSampler(config, 0)
+
+
+def test_operations_of_a_later_timm_are_refused_only_if_they_can_be_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(auto_augment.NAME_TO_OP, "Later", None)
+    monkeypatch.setitem(LEVEL_TO_ARG, "Later", None)
+    monkeypatch.setattr(auto_augment, "_RAND_TRANSFORMS", [*auto_augment._RAND_TRANSFORMS, "Later"])
+    chosen = DataConfig(augment=replace(PLAIN, rand_augment="rand-m9"))
+    with pytest.raises(ValueError, match=r"from Later, which featkd .* know; .*; set it to null"):
+        AugmentParamSampler(chosen, 0)
+    sampler = AugmentParamSampler(DataConfig(augment=PLAIN), 0)
+    assert sampler.op_names == []
+    assert sampler.sample(np.full((4, 2), 300), KEYS[:4]).ops.shape == (4, 0)

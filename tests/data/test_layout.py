@@ -62,7 +62,7 @@ def test_held_out_images_stay_when_others_are_added(make_set: MakeSet) -> None:
     assert train < set(names(root, "train", **held))
     assert val < set(names(root, "val", **held))
     for fraction, split, advice in ((1e-9, "val", "larger"), (1 - 1e-9, "train", "smaller")):
-        message = rf"data\.val_fraction: .* use a {advice} fraction"
+        message = rf"data\.val_fraction: .* use a {advice} fraction, or folders for both splits"
         refused(ValueError, message, root, split, val_split=None, val_fraction=fraction)
 
 

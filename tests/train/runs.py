@@ -68,7 +68,7 @@ def interrupt(trainer: Trainer, updates: int) -> None:
         trainer.run(quiet=True)
 
 
-def full_disk(*_: Any) -> None:
+def full_disk(*_: Any, **options: Any) -> None:
     """Stands in for a function that writes."""
     raise OSError(28, "No space left on device")
 

@@ -25,7 +25,7 @@ from featkd.train.recipe import LogConfig, Recipe, RecipeError, to_dict
 from featkd.train.trackers import MlflowRun, TrackerError, WandbRun
 from featkd.train.trainer import Trainer
 from tests.test_ranks import wait_for
-from tests.train.runs import CPU, changed, interrupt, run
+from tests.train.runs import CPU, changed, full_disk, interrupt, run
 
 MISSING = [name for name in ("wandb", "mlflow") if importlib.util.find_spec(name) is None]
 # An update that a resumed run repeats keeps its first value, and its speed differs.
@@ -288,6 +288,12 @@ def test_wandb_is_online_if_the_environment_says_so(recipe, tmp_path, monkeypatc
         expected = [(4, {"a": 1.0}), (5, {"a": 1.0}), (6, {"a": 1.0, "b": 1.0})]
         assert sent == [*expected[online : 3 if complete or not online else 2], int(not complete)]
         sent.clear()
+    tracker = WandbRun({"run": "abc"}, tmp_path, to_dict(recipe))
+    tracker.log({"a": 1.0}, 7)
+    made.log = full_disk
+    with pytest.raises(OSError, match="No space left"):
+        tracker.close(complete=True)
+    assert sent == [0]  # the run is ended all the same
     assert options["mode"] == (mode or "offline")
     assert options["resume"] == ("allow" if online else None)
     assert (options["id"], options["dir"]) == ("abc", str(tmp_path))

@@ -151,8 +151,10 @@ def verify_cache(folder: Path) -> Iterator[str | None]:
         for number, keys in zip(shards, manifest.keys(view, shards), strict=True):
             path = folder / manifest.shard_name(view, number)
             most = manifest.most_shard_bytes(number)
-            found = find_damage(path, manifest.identity, keys, most)
-            yield f"{path}: missing" if found is None else found or None
+            if path.exists():
+                yield "\n".join(find_damage(path, manifest.identity, keys, most)) or None
+            else:
+                yield f"{path}: missing"
 
 
 def _read(places: Sequence[tuple[Shard, int]]) -> list[Row]:

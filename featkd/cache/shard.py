@@ -156,17 +156,13 @@ class Shard:
         return row
 
 
-def find_damage(path: Path, identity: str, keys: Sequence[SampleKey], most: int) -> str | None:
-    """Checks a shard's file and every row; returns error messages, "" for an intact file.
-
-    None if the file is missing.
+def find_damage(path: Path, identity: str, keys: Sequence[SampleKey], most: int) -> list[str]:
+    """Checks a shard's file and every row; returns error messages, none for an intact file.
 
     Args:
         path, identity, most: see `Shard`.
         keys: the keys that the rows must have.
     """
-    if not path.exists():
-        return None
     found: list[str] = []
     try:
         shard = Shard(path, identity, most)
@@ -181,7 +177,7 @@ def find_damage(path: Path, identity: str, keys: Sequence[SampleKey], most: int)
                 found.append(str(error))
     except CacheError as error:
         found.append(str(error))
-    return "\n".join(found)
+    return found
 
 
 def check_length(path: Path, most: int) -> None:

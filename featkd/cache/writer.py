@@ -74,16 +74,18 @@ class CacheWriter:
         self.manifest = manifest
         self._identity = manifest.identity
         self.damaged: list[str] = []
-        """Error messages of damaged shards."""
+        """Error messages, one per damaged shard."""
 
     def intact(self, view: int, shards: Sequence[int]) -> Iterator[bool]:
         """Checks some shards of a view; yields True for each that exists without damage."""
         for shard, keys in zip(shards, self.manifest.keys(view, shards), strict=True):
             most = self.manifest.most_shard_bytes(shard)
-            found = find_damage(self._path(view, shard), self._identity, keys, most)
+            path = self._path(view, shard)
+            exists = path.exists()
+            found = find_damage(path, self._identity, keys, most) if exists else []
             if found:
-                self.damaged.append(found)
-            yield found == ""
+                self.damaged.append("\n".join(found))
+            yield exists and not found
 
     def write(
         self, view: int, shard: int, keys: Tensor, source_index: Tensor, rows: Sequence[Row]

@@ -84,7 +84,10 @@ class DeviceStage:
                     x.record_stream(stream)  # its memory is not reused before this stream is done
         assert self._compute is not None
         images = self._compute(
-            *(sent.images, self._statistics, sent.boxes, self._noise),
+            sent.images,
+            self._statistics,
+            sent.boxes,
+            self._noise,
             channels_last=self._channels_last,
         )
         return images, sent.targets

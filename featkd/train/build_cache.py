@@ -129,7 +129,12 @@ def build_cache(
         del student
         layers = every if stores_maps else pooled
         teacher = Teacher(
-            *(model, recipe, context), logits=True, adapter=adapter, shapes=shapes.of(layers)
+            model,
+            recipe,
+            context,
+            logits=True,
+            adapter=adapter,
+            shapes=shapes.of(layers),
         )
         manifest = Manifest(
             subject=cache_subject(recipe, loader, context),

@@ -113,7 +113,13 @@ def export_checkpoint(
         "recipe": without_places(state["recipe"]),
     }
     exported = export_model(
-        *(student, form, out, batch), precision=precision, details=details, card=card
+        student,
+        form,
+        out,
+        batch,
+        precision=precision,
+        details=details,
+        card=card,
     )
     return ExportedStudent(**vars(exported), weights=chosen, images_from=images_from, notes=notes)
 

@@ -81,7 +81,12 @@ def image_adapter(
     teacher, data = recipe.required_teacher, recipe.data
     wanted, size = teacher_statistics(recipe, checkpoint), teacher_size(recipe)
     adapter = ImageAdapter(
-        *(data.mean, data.std, wanted.mean, wanted.std), size=data.img_size, new_size=size
+        data.mean,
+        data.std,
+        wanted.mean,
+        wanted.std,
+        size=data.img_size,
+        new_size=size,
     )
     if adapter.renormalises:
         notes.append(

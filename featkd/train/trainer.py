@@ -64,7 +64,8 @@ class Trainer:
         self.folder = locate(recipe.out)
         self.store = CheckpointStore(self.folder, recipe.checkpoint.keep_every)
         self.components = build(
-            *(recipe, context),
+            recipe,
+            context,
             strict_classes=strict_classes,
             # `run` resumes from a checkpoint in the folder, or refuses the folder.
             starting_weights=not (resumes or self.store.last.exists()),
@@ -155,7 +156,9 @@ class Trainer:
         messages += [f"{tracker.name}: {tracker.description}" for tracker in trackers]
         log = RunLog(
             self.folder if self.context.is_main else None,
-            *(self.update, self.total_updates, quiet),
+            self.update,
+            self.total_updates,
+            quiet,
             evaluation_pending=self.evaluation_pending,
             trackers=trackers,
         )
@@ -224,7 +227,11 @@ class Trainer:
         labels = None if self.recipe.data.labels == "none" else targets
         with self.autocast():
             terms: DistillationTerms = self.components.loss(
-                *(student.logits, labels, teacher.logits, student.maps, teacher.maps),
+                student.logits,
+                labels,
+                teacher.logits,
+                student.maps,
+                teacher.maps,
                 feature_loss=student.feature_loss,
                 pooled_loss=student.pooled_loss,
             )
@@ -372,7 +379,10 @@ class Trainer:
             check_same_position(self.context, "the start")
             return []
         state, changed = restore(
-            *(path, self.components, self.recipe, self.context.world_size),
+            path,
+            self.components,
+            self.recipe,
+            self.context.world_size,
             force=resume not in ("auto", "never"),
         )
         position = self.components.train_loader.state_dict()

@@ -63,6 +63,8 @@ class ProjectedFeatureKD(nn.Module):
     ) -> None:
         super().__init__()
         checks.check_metric(metric)
+        checks.check_width("student_dim", student_dim)
+        checks.check_width("teacher_dim", teacher_dim)
         self.proj = nn.Linear(student_dim, teacher_dim, bias=bias)
         self.norm = nn.LayerNorm(teacher_dim, eps=eps) if norm else None
         self.eps = eps
@@ -113,6 +115,8 @@ class PooledFeatureKD(nn.Module):
         if metric not in get_args(PooledMetric):
             allowed = ", ".join(get_args(PooledMetric))
             raise ValueError(f"metric: expected one of {allowed}; got {metric!r}")
+        checks.check_width("student_dim", student_dim)
+        checks.check_width("teacher_dim", teacher_dim)
         self.proj = nn.Linear(student_dim, teacher_dim)
         self.metric: PooledMetric = metric
 

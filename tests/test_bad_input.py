@@ -15,6 +15,7 @@ from torch import Tensor
 import featkd
 from featkd.functional import lift_head, projected_feature_kd, soft_kd, widelast_projection
 from featkd.kernels.launch import redirect
+from featkd.losses import PooledFeatureKD, ProjectedFeatureKD
 from featkd.ops import backends
 from featkd.runtime import checks
 
@@ -172,6 +173,14 @@ def test_bad_metric_or_missing_grid_raises(name):
     maps = {MAPS[name]: torch.zeros(2, 6, 3), "teacher": torch.zeros(2, 6, 6)}
     message = r"grid: 6 tokens do not form a square; pass grid=\(H, W\)"
     fails(ValueError, message, name, **maps, grid=None)
+
+
+def test_widths_of_a_projector_below_one_raise():
+    for kind in (ProjectedFeatureKD, PooledFeatureKD):
+        for wrong, error in ((0, ValueError), (-1, ValueError), ("8", TypeError), (8.0, TypeError)):
+            for widths, name in (((wrong, 8), "student_dim"), ((8, wrong), "teacher_dim")):
+                with pytest.raises(error, match=f"{name}: expected a whole number >= 1, got"):
+                    kind(*widths)
 
 
 def test_incomplete_arguments_raise():

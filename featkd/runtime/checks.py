@@ -124,6 +124,14 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
 
 
+def check_width(name: str, value: object) -> None:
+    """Raises TypeError or ValueError unless `value` is a whole number above zero."""
+    if not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected a whole number >= 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
+
+
 def check_shares(name: str, values: Iterable[float]) -> None:
     """Raises TypeError or ValueError unless `values` is a sequence of numbers in (0, 1]."""
     if not isinstance(values, Iterable):
@@ -181,7 +189,8 @@ def resolve_grid(metric: str, grid: tuple[int, int] | None, tokens: int) -> tupl
     side = math.isqrt(tokens)
     if side * side != tokens:
         raise ValueError(
-            f"grid: {tokens} tokens do not form a square; pass grid=(H, W) with H*W == {tokens}"
+            f"grid: {tokens} tokens do not form a square; pass grid=(H, W) with H*W == {tokens}, "
+            "or patch tokens only if class or other extra tokens are among them"
         )
     return side, side
 

@@ -167,6 +167,7 @@ def build(
             notes.append("distributed: fsdp has no effect on a run of one process")
         ema = None
         if recipe.ema_decay is not None:
+            notes += _average_notes(recipe.ema_decay, updates_per_epoch * recipe.optim.epochs)
             # timm averages buffers and parameters together, which are of two kinds when sharded.
             ema = ModelEmaV3(student, decay=recipe.ema_decay, exclude_buffers=sharded)
         student_forward = create_student_forward(recipe, student, pairs, projectors)
@@ -263,6 +264,19 @@ def _teacher(
     logits = recipe.loss.alpha > 0
     teacher = Teacher(model, recipe, context, logits=logits, adapter=adapter, shapes=shapes)
     return teacher, pairs, own
+
+
+def _average_notes(decay: float, updates: int) -> list[str]:
+    """Note on a run that is too short for its weight average."""
+    initial = decay**updates
+    if initial < 0.1:
+        return []
+    shorter = f"{1 - 4 / updates:.3g} averages its last quarter; " if updates > 4 else ""
+    return [
+        f"ema_decay: with {decay} the average consists of the initial weights to "
+        f"{100 * initial:.0f} % after the run's {plural(updates, 'update')}; {shorter}null turns "
+        "it off"
+    ]
 
 
 def unfuse_attention(student: nn.Module, context: ProcessContext) -> None:

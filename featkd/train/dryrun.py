@@ -22,9 +22,12 @@ from featkd.models.features import FeatureModel
 from featkd.ops.backends import use_backend
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.names import plural
+from featkd.train import checkpoint
+from featkd.train.checkpoint import CheckpointError
 from featkd.train.components import RunComponents
 from featkd.train.optimizer import peak_lr
-from featkd.train.recipe import Recipe
+from featkd.train.recipe import Recipe, RecipeError
+from featkd.train.recipe_changes import check_same_recipe
 from featkd.train.student import build_student
 from featkd.train.teacher_images import teacher_size
 from featkd.train.trainer import Trainer
@@ -40,7 +43,7 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
     Raises:
         The errors of `Trainer` and of an update.
     """
-    teacher = recipe.teacher
+    asked, teacher = recipe, recipe.teacher
     missing = teacher is not None and not (teacher.has_weights or teacher.random)
     if teacher is not None and missing:  # sizes and speed do not depend on the weights
         recipe = replace(recipe, teacher=replace(teacher, random=True))
@@ -52,6 +55,7 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
             "teacher: the recipe names no weights, so the dry run takes random ones; a run needs "
             "teacher.checkpoint, teacher.pretrained or teacher.random"
         )
+    components.notes += _resume_notes(trainer, asked)
     try:
         components.student.train()
         components.train_loader.set_epoch(0)
@@ -121,6 +125,18 @@ def dry_run(recipe: Recipe, context: ProcessContext) -> str:
     ]
     lines += [("note", note) for note in components.notes]
     return "\n".join(f"{name:15s} {text}" for name, text in lines)
+
+
+def _resume_notes(trainer: Trainer, recipe: Recipe) -> list[str]:
+    """Note on the checkpoint in the output folder, from which the run would continue."""
+    last = trainer.store.last
+    if not last.exists():
+        return []
+    try:
+        check_same_recipe(last, checkpoint.load(last)["recipe"], recipe, force=False)
+    except (CheckpointError, RecipeError) as error:
+        return [f"out: the run is refused with this folder: {error}"]
+    return [f"out: the run continues from {last}, without the student's starting weights"]
 
 
 def _load(trainer: Trainer, need: int) -> tuple[list[Batch], float]:

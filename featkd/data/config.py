@@ -75,27 +75,29 @@ class AugmentConfig:
     mixup_switch_prob: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_range("augment.scale", self.scale, 1.0)
-        _check_range("augment.ratio", self.ratio, float("inf"))
+        _check_range("data.augment.scale", self.scale, 1.0)
+        _check_range("data.augment.ratio", self.ratio, float("inf"))
         for name in ("hflip", "random_erasing", "mixup_prob", "mixup_switch_prob"):
-            check_fraction(f"augment.{name}", getattr(self, name))
+            check_fraction(f"data.augment.{name}", getattr(self, name))
         for name in ("mixup", "cutmix"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(
-                    f"augment.{name}: expected a finite number >= 0, got {getattr(self, name)!r}"
+                    f"data.augment.{name}: expected a finite number >= 0, got "
+                    f"{getattr(self, name)!r}"
                 )
-        _check_count("augment.repeats", self.repeats, 1)
+        _check_count("data.augment.repeats", self.repeats, 1)
         if self.rand_augment is not None and not _RAND_AUGMENT.fullmatch(self.rand_augment):
             raise ValueError(
-                "augment.rand_augment: expected null or a RandAugment string of timm such as "
+                "data.augment.rand_augment: expected null or a RandAugment string of timm such as "
                 f'"rand-m9-n2-mstd0.5-inc1", got {self.rand_augment!r}'
             )
         if self.color_jitter is not None:
-            check_positive("augment.color_jitter", self.color_jitter)
+            check_positive("data.augment.color_jitter", self.color_jitter)
             if self.rand_augment is not None and "-t3a" not in self.rand_augment:
                 raise ValueError(
-                    f"augment.color_jitter: got {self.color_jitter!r} together with rand_augment="
-                    f"{self.rand_augment!r}; timm ignores it then, so set one of the two to null"
+                    f"data.augment.color_jitter: got {self.color_jitter!r} together with "
+                    f"rand_augment={self.rand_augment!r}; timm ignores it then, so set one of the "
+                    "two to null"
                 )
 
     @property

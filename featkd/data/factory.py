@@ -72,10 +72,16 @@ def build_loader(
         views=views if training else None,
     )
     if training and len(sampler) < batch_size:
+        facts = [f"{plural(len(dataset), 'training image')} in {dataset.folder}"]
+        if config.val_split is None:
+            facts.append(f"data.val_fraction {config.held_out:g} left out")
+        if config.augment.repeats > 1:
+            facts.append(f"data.augment.repeats {config.augment.repeats}")
+        if world_size > 1:
+            facts.append(plural(world_size, "process"))
         raise ValueError(
-            f"batch_size: {batch_size} is more than the {len(sampler)} samples of an epoch on "
-            f"this rank ({len(dataset)} images in {dataset.folder}, world_size {world_size}); "
-            f"expected at most {len(sampler)}"
+            f"batch_size: expected at most {len(sampler)}, the samples of an epoch per process "
+            f"({', '.join(facts)}); got {batch_size}"
         )
     return build_loader_for(dataset, sampler, batch_size=batch_size, device=device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -88,8 +89,9 @@ def describe_files(folder: str) -> str:
 def no_images(config: DataConfig, folder: str, where: str = "") -> FileNotFoundError:
     """Creates the error for a split folder, or the part `where` of it, without images."""
     found = "" if where else describe_files(folder)
+    expected = _LAYOUT if config.labels == "folders" else "images in it or in folders below it"
     return FileNotFoundError(
-        f"no images in {where}{printable(folder)}{found}; expected {layout(config)}, with files "
+        f"no images in {where}{printable(folder)}{found}; expected {expected}, with files "
         f"ending in {', '.join(IMG_EXTENSIONS)}"
     )
 
@@ -113,7 +115,8 @@ def find_classes(config: DataConfig) -> list[str]:
     if os.path.normpath(config.train_split) == "." and set(classes) <= _SPLIT_NAMES:
         raise ValueError(
             f'data.train_split: got "." but {printable(folder)} holds splits ({listed(classes)}), '
-            "not classes; set data.train_split and data.val_split to their names"
+            "not classes; set data.train_split and data.val_split to their names (featkd evaluate: "
+            "--train-split and --val-split)"
         )
     return classes
 
@@ -187,6 +190,12 @@ class FolderSource(ImageFiles):
                 f"data.val_fraction: {config.held_out:g} leaves no training images of the classes "
                 f"{listed(empty)} of {printable(folder)}; use a smaller fraction, or folders for "
                 "both splits"
+            )
+        if split == "val" and (empty := _missing_classes(classes, targets)):
+            warnings.warn(
+                f"no validation images of the classes {listed(empty)} in {printable(folder)}: "
+                "accuracies say nothing about them",
+                stacklevel=2,
             )
         super().__init__(folder, classes, names, targets)
 

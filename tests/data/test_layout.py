@@ -33,6 +33,14 @@ def test_classes_are_the_training_folders_in_text_order(tmp_path: Path) -> None:
     assert [val[SampleKey(0, i, 0)].target for i in range(len(val))] == [1]
 
 
+def test_classes_without_validation_images_are_named(make_set: MakeSet) -> None:
+    root = make_set(train=12, val=6)
+    for path in (root / "val/class1").iterdir():
+        path.unlink()
+    with pytest.warns(UserWarning, match="no validation images of the classes class1 in .*val"):
+        image_set(root, "val")
+
+
 def test_shared_images_of_two_splits_are_said(make_set: MakeSet) -> None:
     root = make_set(train=12, val=6)
     with warnings.catch_warnings():

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import featkd
-from featkd.cli.output import printable_streams, warn
+from featkd.cli.output import plain_warnings, printable_streams, warn
 from featkd.runtime import interrupt, openmp
 
 COMMANDS = {
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None:  # a caller in this process keeps its handlers
         interrupt.exit_while_loading()
-    with printable_streams(restore=argv is not None):
+    with printable_streams(restore=argv is not None), plain_warnings():
         code = _reported(words)
     if argv is None and any(x.name == interrupt.CHECKPOINT_THREAD for x in threading.enumerate()):
         sys.stdout.flush()

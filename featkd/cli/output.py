@@ -6,11 +6,13 @@ import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+import featkd
 from featkd.runtime.names import printable
 
 
@@ -65,6 +67,29 @@ def printable_streams(*, restore: bool) -> Iterator[None]:
     finally:
         if restore:
             sys.stdout, sys.stderr = streams
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Shows warnings that featkd's code raises as lines of `warn`, without a line of source."""
+    package, standard = Path(featkd.__file__).parent, warnings.formatwarning
+
+    def formatted(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        if Path(filename).is_relative_to(package):
+            return f"featkd: {message}\n"
+        return standard(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = standard
 
 
 def warn(message: str) -> None:

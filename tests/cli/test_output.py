@@ -8,13 +8,16 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
+import featkd
 from featkd.benchmarks import step
 from featkd.cli.main import main
-from featkd.cli.output import PrintableStream
+from featkd.cli.output import PrintableStream, plain_warnings
 from tests.diagnostics.commands import QUICK
 from tests.test_demo import InProcessPool, write_few_digits
 
@@ -109,6 +112,7 @@ def test_streams_keep_bars_and_escape_the_rest(capsys):
 def test_a_bug_shows_a_traceback_with_escapes(server):
     script = r"""
 import sys
+import warnings
 from featkd.cli import env, main
 
 def fails():
@@ -140,3 +144,13 @@ def test_quiet_prints_warnings_and_errors_only(
     assert bool(said.err) == (command in SKIP)
     for line in said.err.splitlines():
         assert re.match("unreadable image no. |featkd: unreadable images: |featkd: 2 images", line)
+
+
+def test_only_warnings_of_featkd_are_shown_without_a_line_of_source():
+    standard = warnings.formatwarning
+    with plain_warnings():
+        own = warnings.formatwarning("few images", UserWarning, featkd.__file__, 1)
+        other = warnings.formatwarning("slow", UserWarning, torch.__file__, 1)
+    assert own == "featkd: few images\n"
+    assert other == standard("slow", UserWarning, torch.__file__, 1)
+    assert warnings.formatwarning is standard

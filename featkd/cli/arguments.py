@@ -180,7 +180,12 @@ class Parser(ArgumentParser):
             name = word.partition("=")[0]
             if word.startswith("--") and name not in hints and not name.startswith(free):
                 name = with_dashes(name)
-                near = suggestion(name, map(with_dashes, hints))
+                known = [*map(with_dashes, hints)]
+                # --lr: the option of that last name is nearer than one of similar letters.
+                same = [x for x in known if x.endswith(f".{name.removeprefix('--')}")]
+                near = suggestion(name, known)
+                if same:
+                    near = f"; did you mean {' or '.join(map(repr, same))}?"
                 raise UsageError(f"no option {name!r}{near} (see {self.prog} --help)")
 
     def positional(self, words: Sequence[str]) -> list[int]:
@@ -247,6 +252,8 @@ def _kinds(hint: Any) -> list[str]:
         return [f"a list [{_expected(arguments[0])}, ...]"]
     if get_origin(hint) is tuple:
         return [f"a list [{', '.join(map(_expected, arguments))}]"]
+    if dataclasses.is_dataclass(hint):
+        return ["a mapping of its fields"]
     return ["a mapping of names to values" if _takes_any_key(hint) else "another value"]
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featkd.cli.arguments import Parser, add_quiet
+from featkd.cli.arguments import Parser, UsageError, add_quiet
 from featkd.cli.output import results_unless, warn
 from featkd.cli.recipe_arguments import parse_recipe, recipe_parser
 from featkd.runtime.names import plural
@@ -37,6 +38,12 @@ def _train(recipe: Recipe, options: Namespace) -> int:
     from featkd.train.trainer import Trainer
 
     interrupt.loading_done()
+    resumes = options.resume not in ("auto", "force", "never")
+    if resumes and "://" not in options.resume and not Path(options.resume).is_file():
+        raise UsageError(
+            f"--resume: expected auto, force, never or a checkpoint file; got {options.resume!r}, "
+            "and there is no such file"
+        )
     hint = f"--resume auto continues from the last checkpoint in {recipe.out}"
     remedy = f"{hint}, if one was saved; torchrun --max-restarts does so by itself"
     with (
@@ -48,7 +55,6 @@ def _train(recipe: Recipe, options: Namespace) -> int:
             if context.is_main:
                 print(report)
             return 0
-        resumes = options.resume not in ("auto", "force", "never")
         trainer = Trainer(recipe, context, resumes=resumes)
         outcome = trainer.run(options.resume, quiet=options.quiet)
     if outcome.interrupted_by is not None:

@@ -29,7 +29,7 @@ def export(words: Sequence[str]) -> int:
     with results_unless(args.quiet):
         print(
             f"{found.folder}: {found.form}, {found.precision}, weights {found.weights}; largest "
-            f"difference of {found.output} {found.error:.1e} (largest {found.largest:.1e}) on "
+            f"difference of {found.output} {found.error:.1e} (of at most {found.largest:.1e}) on "
             f"{found.images} {where if found.images != 1 else where.replace('images', 'image')}"
         )
     return 0

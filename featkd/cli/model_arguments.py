@@ -96,7 +96,8 @@ def add_models(parser: Parser) -> None:
         type=str,
         nargs="*",
         metavar="CHECKPOINT",
-        help="checkpoints (.pt) of featkd distill, their URLs, or folders of featkd export",
+        help="checkpoints (.pt) of featkd distill, their URLs, or folders of featkd export "
+        "(default: none, with --model)",
     )
     parser.add_argument(
         "--model", type=str, nargs="+", default=[], help="timm models instead, or beside them"
@@ -142,7 +143,10 @@ def _load_trained(name: str, options: ModelOptions) -> LoadedModel:
     from featkd.train.trained import build_trained
 
     if "://" not in name and not Path(name).is_file():
-        raise FileNotFoundError(f"no checkpoint {printable(name)}")
+        raise FileNotFoundError(
+            f"no checkpoint {printable(name)}; expected a file of featkd distill, or a folder of "
+            "featkd export; a timm model is --model NAME"
+        )
     try:
         state = checkpoint.load(name)
     except checkpoint.CheckpointError as error:

@@ -77,6 +77,11 @@ def predict(words: Sequence[str]) -> int:
         left_out = context.merge_dicts(loader.bad_images)
     if found is not None:  # on process 0
         _write(args, found, loader, loaded.model)
+        if found.ranking.shape[1] == 0 and args.features is None:
+            warn(
+                f"{options.names[0]} has no classifier: {args.out} lists the images alone; "
+                "--features FILE writes their pooled features"
+            )
         if loaded.note:
             warn(loaded.note)
         if left_out:

@@ -34,7 +34,8 @@ def recipe_parser(
         prog=f"featkd {command}",
         usage="\n       ".join(filter(None, (first, usage))),
         description=f"{purpose} RECIPE is a YAML file or the name of a recipe that ships with "
-        f"featkd: {', '.join(shipped_recipes())}. An option overrides a field of the recipe.",
+        f"featkd: {', '.join(shipped_recipes())}. An option overrides a field of the recipe; a "
+        "default below is for a field that the recipe does not set.",
         examples=examples,
     )
     parser.add_argument(_CONFIG, action="config", help=argparse.SUPPRESS)

@@ -181,6 +181,7 @@ def load_exported(folder: str | os.PathLike[str]) -> FeatureModel:
         raise FileNotFoundError(
             f"{place}: no config.json there; expected a folder of `featkd export --to timm` or "
             "--to safetensors"
+            + (f", or the checkpoint {place / 'best.pt'}" if (place / "best.pt").is_file() else "")
         )
     if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in place.iterdir()):
         raise FileNotFoundError(

@@ -229,7 +229,9 @@ def _resolve_device(device: str, local_rank: int, world_size: int) -> torch.devi
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N; got {device!r}")
     if resolved.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"device: got {device!r}, but torch finds no CUDA device")
+            raise ValueError(
+                f"device: got {device!r}, but torch finds no CUDA device; expected auto or cpu"
+            )
         if resolved.index is None or world_size > 1:
             resolved = torch.device("cuda", local_rank)
     return resolved

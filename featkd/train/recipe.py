@@ -118,7 +118,10 @@ class Recipe:
             if self.loss.alpha > 0:
                 raise RecipeError(f"loss.alpha: {self.loss.alpha} needs a teacher, teacher is null")
             if self.loss.feature is not None:
-                raise RecipeError(f"loss.feature: {self.loss.feature!r} needs a teacher")
+                raise RecipeError(
+                    f"loss.feature: {self.loss.feature!r} needs a teacher, teacher is null; "
+                    "expected a teacher, or loss.feature: null"
+                )
             if self.loss.pooled is not None:
                 raise RecipeError("loss.pooled: needs a teacher, teacher is null")
         elif self.loss.alpha == 0 and not self.loss.compares_features:

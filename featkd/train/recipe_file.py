@@ -28,11 +28,16 @@ def find_recipe(name: str) -> Path:
     """Finds a recipe file by path, or by the name of a shipped recipe.
 
     Raises:
-        RecipeError: there is neither; suggests the nearest shipped name.
+        RecipeError: there is neither, or it is a folder; suggests the nearest shipped name.
     """
     if Path(name).is_file():
         return Path(name)
     names = shipped_recipes()
+    if Path(name).is_dir() and name not in names:
+        raise RecipeError(
+            f"recipe: {name!r} is a folder; expected a YAML file or one of {', '.join(names)}; a "
+            "folder of images is --data DIR"
+        )
     if name in names:
         return Path(str(resources.files("featkd.recipes") / f"{name}.yaml"))
     raise RecipeError(

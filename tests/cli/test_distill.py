@@ -224,6 +224,11 @@ MISTAKES = {
     "layer": (("RECIPE", "--loss.pairs", "[[5, 0]]"), "5 is out of range"),
     "no file": (("RECIPE", "--teacher.checkpoint", "/no/such.pt"), "/no/such.pt"),
     "teacher's field": (("RECIPE", "--teacher.nmae", "x"), "mean '--teacher.name'?"),
+    "last name": (("RECIPE", "--lr", "1"), "did you mean '--optim.lr'?"),
+    "a folder": (("/tmp",), "'/tmp' is a folder; expected a YAML file"),
+    "resume": (("RECIPE", "--resume", "sometimes"), "--resume: expected auto, force, never or a"),
+    "teacher": (("RECIPE", "--teacher", "none"), "expected a mapping of its fields or null"),
+    "too large a batch": (("RECIPE", "--batch-size", "3000"), "batch_size: expected at most"),
     "two words": (("RECIPE", "more"), "expected one recipe, got"),
 }
 

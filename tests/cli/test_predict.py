@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
 from featkd.cli.main import main
+from featkd.train.recipe import LossConfig
 from featkd.train.trained import load_trained
 from tests.conftest import CLASSES
+from tests.train.runs import changed, run
 
 
 def test_classes_probabilities_and_features(checkpoint, images, tmp_path, server, capsys):
@@ -52,6 +54,20 @@ def test_classes_probabilities_and_features(checkpoint, images, tmp_path, server
     assert (tmp_path / "2.csv").read_text() == (tmp_path / "1.csv").read_text()
     shared = load_file(tmp_path / "2.safetensors")["features"].numpy()
     np.testing.assert_allclose(shared, features, atol=1e-6)
+
+
+def test_a_model_without_a_classifier_gets_a_note_unless_features_are_written(
+    recipe, tmp_path, capsys
+):
+    loss = LossConfig(feature="mse")
+    recipe = changed(recipe, student=dict(arch="lift"), data=dict(labels="none"), loss=loss)
+    run(recipe)
+    words = ["predict", f"{recipe.out}/last.pt", "--data", recipe.data.path, "--device", "cpu"]
+    words += ["--workers", "0", "--out", str(tmp_path / "x.csv")]
+    assert main(words) == 0
+    assert "last.pt has no classifier: " in capsys.readouterr().err
+    assert main([*words, "--features", str(tmp_path / "x.npy")]) == 0
+    assert "classifier" not in capsys.readouterr().err
 
 
 def test_bad_input_is_one_line(checkpoint, images, tmp_path, fails):

@@ -60,7 +60,7 @@ def unreachable(name: str, error: Exception) -> ConnectionError:
     return ConnectionError(
         f"pretrained: the weights of {name!r} can't be downloaded from "
         f"{huggingface_hub.constants.ENDPOINT} ({error}); download them elsewhere and give the "
-        "file as checkpoint with pretrained: false (in a recipe: teacher.checkpoint or "
-        "student.checkpoint; with teacher.mean and teacher.std if they are not those of data), or "
-        "a folder with config.json as 'local-dir:FOLDER'"
+        "file as --checkpoint without --pretrained, in a recipe as teacher.checkpoint or "
+        "student.checkpoint with pretrained: false (and teacher.mean and teacher.std if they are "
+        "not those of data), or give a folder with config.json as 'local-dir:FOLDER'"
     )

@@ -126,10 +126,12 @@ def _torch_load(path: Location) -> Any:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"checkpoint: {path} is not a weight file, or holds objects that can't be read without "
-            f"running code from it; save its state dict alone. torch says: {error}"
+            "running code from it; save its state dict alone"
         ) from error
-    except (EOFError, RuntimeError) as error:
-        raise ValueError(f"checkpoint: {path} is damaged or not a weight file: {error}") from error
+    except (EOFError, KeyError, RuntimeError) as error:  # KeyError: a text file
+        raise ValueError(
+            f"checkpoint: {path} is damaged or not a weight file: {type(error).__name__}: {error}"
+        ) from error
 
 
 def choose_weights(content: Any, weights: Weights, path: AnyPath) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def load(path: AnyPath) -> dict[str, Any]:
             "objects that can't be read without running code from it"
         ) from error
     except Exception as error:  # a damaged file can raise any
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(f"could not read the checkpoint {path}: {text}") from error
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(f"{path}: not a checkpoint of a featkd run")

@@ -61,7 +61,7 @@ def build_source(config: DiagnoseConfig, device: torch.device) -> Source:
         if changed:
             identity["images"] = changed
             values = ", ".join(f"{k} {value}" for k, value in changed.items())
-            notes.append(f"images of the {name} have its own {values}")
+            notes.append(f"the {name}'s images have {values}")
         if note := read_preprocessing(model)[1]:
             notes.append(f"{name}: {note}")
         notes += [

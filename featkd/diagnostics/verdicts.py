@@ -6,6 +6,7 @@ from featkd.diagnostics.findings import Findings, format_percent
 from featkd.diagnostics.layer_diagnostics import LayerResult
 from featkd.diagnostics.source import Layer
 from featkd.diagnostics.student_reach import StudentReach
+from featkd.runtime.names import plural
 
 _SAME = 0.015  # largest difference of d/D between curves that are called equal
 _SAME_STEPS = 1.5  # the same in steps of d: with few channels one step exceeds _SAME
@@ -154,7 +155,7 @@ def warnings(findings: Findings) -> list[str]:
     too_few = [w for w in (pca_warning(layer, r) for layer, r in layers) if w]
     texts += too_few[-1:]  # much the same for all layers
     if len(too_few) > 1:
-        texts[-1] += f" (the same for {len(too_few) - 1} other layers)"
+        texts[-1] += f" (the same for {plural(len(too_few) - 1, 'other layer')})"
     zero = max(r.spectrum.zero_images for _, r in layers)
     if zero:
         texts.append(f"images left out of a layer because its features are all zero: {zero}")

@@ -128,7 +128,7 @@ def test_each_model_of_a_pair_sees_its_own_images(trained, images):
     small = F.interpolate(pixels, size=(16, 16), mode="bilinear", antialias=True)
     (want,) = student.forward_maps(small, [-1])
     torch.testing.assert_close(chunk.maps[Layer("student", 1)], want, rtol=1e-4, atol=1e-4)
-    assert any("images of the student have its own mean" in note for note in source.notes)
+    assert any("the student's images have mean" in note for note in source.notes)
 
 
 def test_an_exported_folder_stands_for_its_checkpoint(trained, images, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -9,11 +10,11 @@ from typing import Any, cast
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
-from featkd.cache import TeacherCache
-from featkd.data import Loader, Mixer, build_loader
-from featkd.losses import DistillationLoss
+from featkd.cache import TeacherCache, TeacherOutputs
+from featkd.data import Batch, Loader, Mixer, build_loader
+from featkd.losses import DistillationLoss, DistillationTerms
 from featkd.models.adapters import ImageAdapter
 from featkd.models.features import POOLED, FeatureModel, layers_of, num_layers
 from featkd.runtime.distributed import ProcessContext
@@ -24,10 +25,11 @@ from featkd.train.classes import classes_of, count_classes
 from featkd.train.layer_pairs import LayerPairs, check_fit, matched_tokens, resolve_layer_pairs
 from featkd.train.optimizer import check_min_lr, create_optimizer, create_scheduler
 from featkd.train.parallel import replicate, shard
-from featkd.train.precision import AMP_DTYPES
+from featkd.train.precision import AMP_DTYPES, autocast
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.student import build_student
 from featkd.train.student_forward import (
+    StudentOutputs,
     create_projectors,
     create_student_forward,
     feature_grids,
@@ -36,19 +38,20 @@ from featkd.train.student_forward import (
 from featkd.train.teacher import OutputShapes, Teacher, create_teacher_model, output_shapes
 from featkd.train.teacher_checks import check_cached_classifier, check_teacher
 from featkd.train.trackers import check_installed
-from featkd.train.validation import computes_knn, describe_validation
 
 _CreatedTeacher = tuple[FeatureModel, ImageAdapter | None]
 
 
 @dataclass
 class RunComponents:
-    """Everything that a run works with.
+    """Everything that a run works with, and the forward passes.
 
     `student_forward` is the module that the training loop calls with images and the teacher's maps;
     it returns the fields of `StudentOutputs`. `projectors` are its losses with trained projectors.
     """
 
+    recipe: Recipe
+    context: ProcessContext
     train_loader: Loader
     val_loader: Loader
     student: FeatureModel
@@ -76,6 +79,43 @@ class RunComponents:
     def parameters(self) -> list[nn.Parameter]:
         """Everything that is trained: the student and the projectors."""
         return [*self.student.parameters(), *self.projectors.parameters()]
+
+    @property
+    def computes_knn(self) -> bool:
+        """True if evaluations compute kNN."""
+        return self.recipe.asks_knn and bool(self.val_loader.classes)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Context of the run's precision."""
+        return autocast(self.recipe.amp, self.context.device)
+
+    def teacher_outputs(self, batch: Batch) -> TeacherOutputs:
+        """Teacher outputs for a batch on the device; empty without a teacher."""
+        return TeacherOutputs(None, []) if self.teacher is None else self.teacher.outputs(batch)
+
+    def student_outputs(
+        self, images: Tensor, teacher: TeacherOutputs, forward: nn.Module | None = None
+    ) -> StudentOutputs:
+        """Runs the student, or another forward module of its kind, such as that of the average."""
+        with self.autocast():
+            return StudentOutputs(*(forward or self.student_forward)(images, teacher.maps))
+
+    def compute_loss(
+        self, student: StudentOutputs, targets: Tensor, teacher: TeacherOutputs
+    ) -> DistillationTerms:
+        """Computes the loss terms; without labels, the targets are not read."""
+        labels = None if self.recipe.data.labels == "none" else targets
+        with self.autocast():
+            terms: DistillationTerms = self.loss(
+                student.logits,
+                labels,
+                teacher.logits,
+                student.maps,
+                teacher.maps,
+                feature_loss=student.feature_loss,
+                pooled_loss=student.pooled_loss,
+            )
+        return terms
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the components' part of a checkpoint."""
@@ -175,10 +215,8 @@ def build(
                 f"student: {plural(len(frozen), 'tensor')} are frozen, because the loss does not "
                 f"reach them: {listed(frozen, 3)}"
             )
-        if computes_knn(recipe, val_loader):  # needs the pooled feature
+        if recipe.asks_knn and val_loader.classes:  # needs the pooled feature
             output_shapes("student", student, (POOLED,), recipe, context)
-        if recipe.data.labels == "none":
-            notes.append(describe_validation(val_loader, student, teacher))
         if compiled:
             mode = recipe.compile_mode_on(
                 context.device.type, context.world_size, recipe.optim.accumulate
@@ -198,6 +236,8 @@ def build(
         val_loader.close()
         raise
     return RunComponents(
+        recipe=recipe,
+        context=context,
         train_loader=train_loader,
         val_loader=val_loader,
         student=student,

@@ -16,7 +16,7 @@ from featkd.cache import LayerShape, TeacherOutputs
 from featkd.data import Batch
 from featkd.models import create_teacher
 from featkd.models.adapters import ImageAdapter, resize_map
-from featkd.models.features import FeatureModel, Layer, NotPooledError
+from featkd.models.features import FeatureModel, Layer, NotPooledError, evaluating
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.remote import Location, locate_once
 from featkd.runtime.seeding import derive_seed
@@ -224,11 +224,9 @@ def output_shapes(
     name = "teacher.img_size" if is_teacher and size != recipe.data.img_size else "data.img_size"
     check_patches("teacher.img_size" if is_teacher else "data.img_size", model, size)
     image = torch.zeros(1, 3, size, size, device=context.device)
-    training = model.training
-    model.eval()
     config = recipe.required_teacher if is_teacher else recipe.student
     described = f"{field}.options: {config.options}: the {field} fails on an image of {name} {size}"
-    with naming(described), torch.no_grad(), autocast(recipe.amp, context.device):
+    with naming(described), evaluating(model), autocast(recipe.amp, context.device):
         try:
             logits, maps = model.forward_with_features(image, layers)
         except NotPooledError as error:
@@ -239,7 +237,6 @@ def output_shapes(
                 f"{why}: {error}; expected a model whose head pools "
                 f"({field}.options.global_pool){way}"
             ) from error
-    model.train(training)
     return OutputShapes(
         logits.shape[1],
         _dtype_name(logits.dtype),

@@ -63,7 +63,7 @@ def timms_outputs(trainer: Trainer, batch, **cfg) -> tuple[torch.Tensor, torch.T
 def test_a_pretrained_teacher_sees_images_in_its_own_statistics(of_half: Recipe) -> None:
     trainer = Trainer(of_half, CPU)
     batch = next(iter(trainer.batches(0)))
-    logits, (last,) = trainer.teacher_forward(batch)
+    logits, (last,) = trainer.components.teacher_outputs(batch)
     size = {"input_size": (3, 16, 16)}
     want_logits, want = timms_outputs(trainer, batch, **size)
     torch.testing.assert_close(logits, want_logits, rtol=1e-5, atol=1e-5)
@@ -80,7 +80,7 @@ def test_a_cache_holds_the_outputs_for_the_teachers_own_images(of_half: Recipe) 
     outputs = []
     for each in (of_half, cached):
         trainer = Trainer(each, CPU)
-        outputs.append(trainer.teacher_forward(next(iter(trainer.batches(0)))))
+        outputs.append(trainer.components.teacher_outputs(next(iter(trainer.batches(0)))))
     torch.testing.assert_close(outputs[1].logits, outputs[0].logits)
     torch.testing.assert_close(outputs[1].maps[0], outputs[0].maps[0])
     message = r"cache: .* teacher.mean: \[0.5, 0.5, 0.5\], not \[0.4, 0.5, 0.5\]"
@@ -95,11 +95,11 @@ def test_a_checkpoint_of_featkd_brings_its_statistics(still: Recipe) -> None:
     want, _ = timms_outputs(
         *(trainer, batch), input_size=(3, 16, 16), mean=(0.3, 0.4, 0.5), std=HALF, crop_pct=1.0
     )
-    got = trainer.teacher_forward(batch).logits
+    got = trainer.components.teacher_outputs(batch).logits
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     own = Trainer(changed(still, teacher=dict(mean=still.data.mean, std=still.data.std)), CPU)
     assert torch.equal(
-        own.teacher_forward(batch).logits, own.components.teacher_model(batch.images)
+        own.components.teacher_outputs(batch).logits, own.components.teacher_model(batch.images)
     )
 
 
@@ -127,7 +127,7 @@ def test_a_map_on_another_grid_is_resized(still: Recipe, size: int | None, side:
     )
     trainer = Trainer(recipe, CPU)
     batch = next(iter(trainer.batches(0)))
-    (got,) = trainer.teacher_forward(batch).maps
+    (got,) = trainer.components.teacher_outputs(batch).maps
     images = batch.images
     if size is not None:
         images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
@@ -141,7 +141,7 @@ def test_a_map_on_another_grid_is_resized(still: Recipe, size: int | None, side:
     assert any(f"teacher's map of {side} x {side} tokens is resized to" in x for x in notes)
     assert trainer.step([batch]).total.isfinite()
     cached = Trainer(with_cache(recipe, Path(recipe.out) / "cache"), CPU)
-    (again,) = cached.teacher_forward(next(iter(cached.batches(0)))).maps
+    (again,) = cached.components.teacher_outputs(next(iter(cached.batches(0)))).maps
     torch.testing.assert_close(again, got)
 
 
@@ -256,6 +256,6 @@ def test_a_convolutional_teacher_of_any_size(still: Recipe) -> None:
         loss=LossConfig(alpha=0.5, feature="mse", pairs=[(-1, 2)]),
     )
     trainer = Trainer(recipe, CPU)
-    (x,) = trainer.teacher_forward(batch := next(iter(trainer.batches(0)))).maps
+    (x,) = trainer.components.teacher_outputs(batch := next(iter(trainer.batches(0)))).maps
     assert x.shape == (8, 16, 128)
     assert trainer.step([batch]).total.isfinite()

@@ -22,7 +22,7 @@ from featkd.runtime.environment import has_fast_bf16, product_speedup
 from featkd.runtime.names import listed, plural
 from featkd.train.cached_teacher import CachedTeacher, cache_views, open_cache
 from featkd.train.classes import classes_of, count_classes
-from featkd.train.layer_pairs import LayerPairs, check_fit, matched_tokens, resolve_layer_pairs
+from featkd.train.layer_pairs import LayerPairs, check_fit, resized_maps, resolve_layer_pairs
 from featkd.train.optimizer import check_min_lr, create_optimizer, create_scheduler
 from featkd.train.parallel import replicate, shard
 from featkd.train.precision import AMP_DTYPES, autocast
@@ -285,21 +285,18 @@ def _teacher(
     notes: list[str],
 ) -> tuple[Teacher | CachedTeacher | None, LayerPairs, OutputShapes]:
     """Prepares the teacher's outputs; resolves layer pairs and the shapes of the student's maps."""
-    pairs = LayerPairs()
-    if source is not None and recipe.loss.feature is not None:
-        depth = source.manifest.depth if isinstance(source, TeacherCache) else num_layers(source[0])
-        pairs = resolve_layer_pairs(recipe, num_layers(student), depth)
-    if recipe.loss.pooled is not None:
-        pairs = pairs.with_pooled()
-    own = output_shapes("student", student, pairs.student, recipe, context)
     if source is None:
-        return None, pairs, own
+        return None, LayerPairs(), output_shapes("student", student, (), recipe, context)
+    maps = recipe.loss.feature is not None
+    depth = source.manifest.depth if isinstance(source, TeacherCache) else num_layers(source[0])
+    pairs = resolve_layer_pairs(recipe, num_layers(student), depth, maps=maps)
+    own = output_shapes("student", student, pairs.student, recipe, context)
     if isinstance(source, TeacherCache):
         names = train_loader.dataset.name
         return CachedTeacher(source, pairs.teacher, context.device, names), pairs, own
     model, adapter = source
     shapes = output_shapes("teacher", model, pairs.teacher, recipe, context)
-    shapes = shapes.resized(matched_tokens(own.maps, shapes.maps, notes))
+    shapes = shapes._replace(maps=resized_maps(own.maps, shapes.maps, notes))
     logits = recipe.loss.alpha > 0
     teacher = Teacher(model, recipe, context, logits=logits, adapter=adapter, shapes=shapes)
     return teacher, pairs, own

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -193,11 +192,6 @@ class OutputShapes(NamedTuple):
         """Returns the shapes with the maps of these layers alone, in their order."""
         by_layer = {shape.layer: shape for shape in self.maps}
         return self._replace(maps=tuple(by_layer[layer] for layer in layers))
-
-    def resized(self, tokens: Sequence[int]) -> OutputShapes:
-        """Returns the shapes with other numbers of tokens, one per map."""
-        maps = (replace(x, tokens=n) for x, n in zip(self.maps, tokens, strict=True))
-        return self._replace(maps=tuple(maps))
 
 
 def output_shapes(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from featkd.cache import LayerShape
 from featkd.models.adapters import ImageAdapter, resize_map
-from featkd.train.layer_pairs import matched_tokens
+from featkd.train.layer_pairs import resized_maps
 from featkd.train.recipe import LossConfig, Recipe, RecipeError, TeacherConfig
 from featkd.train.teacher_images import teacher_size
 from featkd.train.trainer import Trainer
@@ -150,7 +150,7 @@ def test_dinov2_meets_a_student_of_patch_16(size: int, side: int) -> None:
     tokens = torch.randn(2, side * side, 8, generator=torch.Generator().manual_seed(0))
     own, its = LayerShape(1, 196, 4, "float32"), LayerShape(5, side * side, 8, "float32")
     notes: list[str] = []
-    assert matched_tokens([own], [its], notes) == (196,)
+    assert resized_maps([own], [its], notes) == (replace(its, tokens=196),)
     assert len(notes) == (side != 14)
     options = {"embed_dim": 12, "depth": 1, "num_heads": 1, "img_size": size}
     model = timm.create_model("vit_small_patch14_dinov2", **options)
@@ -177,10 +177,10 @@ def test_grids_that_can_not_be_resized_are_refused() -> None:
     square, odd = LayerShape(1, 16, 4, "float32"), LayerShape(1, 15, 4, "float32")
     message = r"loss.pairs: layer pair \[1, 1\]: the teacher's map has 15 tokens"
     with pytest.raises(RecipeError, match=message):
-        matched_tokens([square], [odd], [])
+        resized_maps([square], [odd], [])
     with pytest.raises(RecipeError, match="the student's map has 15 tokens"):
-        matched_tokens([odd], [square], [])
-    assert matched_tokens([odd], [odd], []) == (15,)
+        resized_maps([odd], [square], [])
+    assert resized_maps([odd], [odd], []) == (odd,)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.remote import Location, locate, locate_once
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import OutputShapes
+from featkd.train.teacher_checks import read_run
 from featkd.train.teacher_images import teacher_size, teacher_statistics
 
 _CHUNK = 1 << 22
@@ -222,7 +223,7 @@ def cache_subject(recipe: Recipe, loader: Loader, context: ProcessContext) -> di
         if checkpoint is not None:
             file = locate_once(checkpoint, "teacher.checkpoint")
             weights = _sha256(file) if file.is_file() else None
-        statistics = teacher_statistics(recipe, file)
+        statistics = teacher_statistics(recipe, read_run(file))
         # Only where they differ: older caches have no entry, as there they never did.
         other = {
             f"teacher.{name}": wanted

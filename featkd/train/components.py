@@ -270,9 +270,9 @@ def _open_teacher(
         return None
     if recipe.cache is None:
         return create_teacher_model(recipe, num_classes, train_loader.classes, context, notes)
-    trained_classes = check_teacher(recipe, train_loader.classes)
+    run = check_teacher(recipe, train_loader.classes)
     cache = open_cache(recipe, train_loader, context, notes)
-    check_cached_classifier(recipe, trained_classes)
+    check_cached_classifier(recipe, run)
     return cache
 
 

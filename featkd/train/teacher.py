@@ -115,8 +115,10 @@ def create_teacher_model(
     config = recipe.required_teacher
     options = {**config.options, "img_size": teacher_size(recipe)}
     checkpoint = find_weights_file("teacher.checkpoint", config.checkpoint)
-    trained_classes = check_teacher(recipe, classes, checkpoint)
-    known = num_classes or None if trained_classes is None else trained_classes
+    run = check_teacher(recipe, classes, checkpoint)
+    known = run.get("num_classes")
+    if known is None:
+        known = num_classes or None
     if not config.pretrained and known is not None:
         options.setdefault("num_classes", known)
     if not config.has_weights:
@@ -135,7 +137,7 @@ def create_teacher_model(
     check_classifier(recipe, model)
     if config.pretrained:
         check_synsets(recipe, cast(Any, model).pretrained_cfg, classes)
-    adapter = image_adapter(recipe, checkpoint, notes)
+    adapter = image_adapter(recipe, run, notes)
     check_finite(recipe, model)
     model.to(context.device)
     if recipe.amp in AMP_DTYPES:

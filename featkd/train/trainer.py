@@ -365,13 +365,8 @@ class Trainer:
         if path is None:
             check_same_position(self.context, "the start")
             return []
-        state, changed = restore(
-            path,
-            self.components,
-            self.recipe,
-            self.context.world_size,
-            force=resume not in ("auto", "never"),
-        )
+        forced = resume not in ("auto", "never")
+        state, changed = restore(path, self.components, force=forced)
         position = self.components.train_loader.state_dict()
         self.update, self.epoch, self.batch = state["update"], position["epoch"], position["batch"]
         self._last_checkpoint = path

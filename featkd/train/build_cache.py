@@ -28,10 +28,9 @@ from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.interrupt import Interrupt
 from featkd.runtime.names import printable_lines
 from featkd.train.cached_teacher import cache_subject, check_no_mixing, checkpoint_name
-from featkd.train.classes import classes_of, count_classes
 from featkd.train.layer_pairs import check_fit, resized_maps, resolve_layer_pairs
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.student import build_student
+from featkd.train.student import build_student, classes_of, count_classes
 from featkd.train.teacher import (
     OutputShapes,
     Teacher,

@@ -21,13 +21,12 @@ from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.environment import has_fast_bf16, product_speedup
 from featkd.runtime.names import listed, plural
 from featkd.train.cached_teacher import CachedTeacher, cache_views, open_cache
-from featkd.train.classes import classes_of, count_classes
 from featkd.train.layer_pairs import LayerPairs, check_fit, resized_maps, resolve_layer_pairs
 from featkd.train.optimizer import check_min_lr, create_optimizer, create_scheduler
 from featkd.train.parallel import replicate, shard
 from featkd.train.precision import AMP_DTYPES, autocast
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.student import build_student
+from featkd.train.student import build_student, classes_of, count_classes
 from featkd.train.student_forward import (
     StudentOutputs,
     create_projectors,

@@ -23,12 +23,11 @@ from featkd.train.cached_teacher import CachedTeacher
 from featkd.train.checkpoint import CheckpointStore
 from featkd.train.components import build
 from featkd.train.logs import RunLog
-from featkd.train.meter import Meter, check_weights
+from featkd.train.meter import Meter, Stopwatch, check_weights
 from featkd.train.parallel import without_reduction
 from featkd.train.recipe import Recipe, to_dict
 from featkd.train.resume import check_same_position, find_checkpoint, restore
 from featkd.train.saving import BackgroundSaver, snapshot
-from featkd.train.stopwatch import Stopwatch
 from featkd.train.teacher import begin_graph_step
 from featkd.train.trackers import open_trackers
 from featkd.train.validation import describe_validation, validate
@@ -304,11 +303,11 @@ class Trainer:
         """Evaluates the weights and their average; returns True for a new best score."""
         before = self.best
         for weights, found in validate(self.components).items():
+            images = found.pop("images")
+            self.scores[weights] = found
             row: dict[str, Any] = {"update": self.update, "epoch": self.epoch}
             row |= {"weights": weights, **found}
-            log.evaluation(row)
-            del row["images"]
-            self.scores[weights] = {k: v for k, v in found.items() if k != "images"}
+            log.evaluation({**row, "images": images})
             if not self.best or rank(row) > rank(self.best):
                 self.best = row
         self._report_bad_images(self.components.val_loader.bad_images, log)

@@ -105,8 +105,9 @@ def build_cache(
     notes: list[str] = []
     try:
         classes = count_classes(recipe, dataset.classes, notes, strict=strict_classes)
-        model, adapter = create_teacher_model(recipe, classes, dataset.classes, context, notes)
-        classes = classes_of(model) if classes is None else classes
+        source = create_teacher_model(recipe, classes, dataset.classes, context, notes)
+        model = source.model
+        classes = classes_of(source) if classes is None else classes
         student = build_student(recipe, classes).to(context.device)
         stores_maps = config.features != "none"
         compared, stored = (
@@ -123,14 +124,7 @@ def build_cache(
         check_fit(recipe, num_layers(student), own.of(compared.student), fitted, notes)
         del student
         layers = sorted({*stored.teacher}, key=lambda layer: (layer == POOLED, layer))
-        teacher = Teacher(
-            model,
-            recipe,
-            context,
-            logits=True,
-            adapter=adapter,
-            shapes=shapes.of(layers),
-        )
+        teacher = Teacher(source, recipe, context, logits=True, shapes=shapes.of(layers))
         manifest = Manifest(
             subject=cache_subject(recipe, loader, context),
             weights=_weights_sha256(cast(nn.Module, model)),

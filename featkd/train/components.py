@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from featkd.cache import TeacherCache, TeacherOutputs
 from featkd.data import Batch, Loader, Mixer, build_loader
 from featkd.losses import DistillationLoss, DistillationTerms
-from featkd.models.adapters import ImageAdapter
 from featkd.models.features import POOLED, FeatureModel, layers_of, num_layers
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.environment import has_fast_bf16, product_speedup
@@ -34,11 +33,14 @@ from featkd.train.student_forward import (
     feature_grids,
     freeze_unreached,
 )
-from featkd.train.teacher import OutputShapes, Teacher, create_teacher_model, output_shapes
-from featkd.train.teacher_checks import check_cached_classifier, check_teacher
+from featkd.train.teacher import (
+    OutputShapes,
+    Teacher,
+    TeacherModel,
+    create_teacher_model,
+    output_shapes,
+)
 from featkd.train.trackers import check_installed
-
-_CreatedTeacher = tuple[FeatureModel, ImageAdapter | None]
 
 
 @dataclass
@@ -172,10 +174,15 @@ def build(
     notes += {loader.note: None for loader in (train_loader, val_loader) if loader.note}
     try:
         num_classes = count_classes(recipe, train_loader.classes, notes, strict=strict_classes)
-        source = _open_teacher(recipe, num_classes, train_loader, context, notes)
+        source: TeacherModel | TeacherCache | None = None
+        if recipe.cache is not None:
+            source = open_cache(recipe, train_loader, context, notes)
+        elif recipe.teacher is not None:
+            classes = train_loader.classes
+            source = create_teacher_model(recipe, num_classes, classes, context, notes)
         if num_classes is None:
             assert source is not None  # loss.alpha > 0
-            num_classes = classes_of(source if isinstance(source, TeacherCache) else source[0])
+            num_classes = classes_of(source)
         student = build_student(recipe, num_classes, notes if starting_weights else None)
         student.to(context.device)
         compiled = recipe.compiles_on(context.device.type)
@@ -185,8 +192,9 @@ def build(
         projectors = nn.ModuleDict()
         if teacher is not None:
             check_fit(recipe, num_layers(student), shapes, teacher.shapes, notes)
-            maps = shapes.maps, teacher.shapes.maps
-            projectors = create_projectors(recipe, student, *maps, context.device, notes)
+            projectors = create_projectors(
+                recipe, student, shapes.maps, teacher.shapes.maps, context.device, notes
+            )
         dtype = AMP_DTYPES.get(recipe.amp)
         if dtype is not None and (speedup := product_speedup(dtype, context.device)) < 0.9:
             notes.append(
@@ -257,28 +265,10 @@ def build(
     )
 
 
-def _open_teacher(
-    recipe: Recipe,
-    num_classes: int | None,
-    train_loader: Loader,
-    context: ProcessContext,
-    notes: list[str],
-) -> _CreatedTeacher | TeacherCache | None:
-    """Creates the teacher's model, or opens its cache."""
-    if recipe.teacher is None:
-        return None
-    if recipe.cache is None:
-        return create_teacher_model(recipe, num_classes, train_loader.classes, context, notes)
-    run = check_teacher(recipe, train_loader.classes)
-    cache = open_cache(recipe, train_loader, context, notes)
-    check_cached_classifier(recipe, run)
-    return cache
-
-
 def _teacher(
     recipe: Recipe,
     student: FeatureModel,
-    source: _CreatedTeacher | TeacherCache | None,
+    source: TeacherModel | TeacherCache | None,
     train_loader: Loader,
     context: ProcessContext,
     notes: list[str],
@@ -286,18 +276,16 @@ def _teacher(
     """Prepares the teacher's outputs; resolves layer pairs and the shapes of the student's maps."""
     if source is None:
         return None, LayerPairs(), output_shapes("student", student, (), recipe, context)
+    depth = source.manifest.depth if isinstance(source, TeacherCache) else num_layers(source.model)
     maps = recipe.loss.feature is not None
-    depth = source.manifest.depth if isinstance(source, TeacherCache) else num_layers(source[0])
     pairs = resolve_layer_pairs(recipe, num_layers(student), depth, maps=maps)
     own = output_shapes("student", student, pairs.student, recipe, context)
     if isinstance(source, TeacherCache):
         names = train_loader.dataset.name
         return CachedTeacher(source, pairs.teacher, context.device, names), pairs, own
-    model, adapter = source
-    shapes = output_shapes("teacher", model, pairs.teacher, recipe, context)
+    shapes = output_shapes("teacher", source.model, pairs.teacher, recipe, context)
     shapes = shapes._replace(maps=resized_maps(own.maps, shapes.maps, notes))
-    logits = recipe.loss.alpha > 0
-    teacher = Teacher(model, recipe, context, logits=logits, adapter=adapter, shapes=shapes)
+    teacher = Teacher(source, recipe, context, logits=recipe.loss.alpha > 0, shapes=shapes)
     return teacher, pairs, own
 
 

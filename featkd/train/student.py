@@ -14,7 +14,7 @@ from featkd.models.adapters import same_values
 from featkd.models.features import FeatureModel
 from featkd.models.weights import read_stored_recipe
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.teacher import find_weights_file, naming
+from featkd.train.teacher import TeacherModel, find_weights_file, naming
 
 # Arguments of `create_student` that are fields of the recipe's student; its errors name them first.
 _FIELDS = ("base", "arch", "teacher_dim", "num_classes", "pretrained", "checkpoint", "weights")
@@ -69,11 +69,11 @@ def count_classes(
     return asked
 
 
-def classes_of(teacher: FeatureModel | TeacherCache) -> int:
+def classes_of(teacher: TeacherModel | TeacherCache) -> int:
     """Number of a teacher's logits."""
     if isinstance(teacher, TeacherCache):
         return teacher.manifest.layout.classes
-    return int(cast(Any, teacher).num_classes)
+    return int(cast(Any, teacher.model).num_classes)
 
 
 def build_student(recipe: Recipe, num_classes: int, notes: list[str] | None = None) -> FeatureModel:

@@ -31,36 +31,45 @@ def begin_graph_step(device: torch.device) -> None:
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
 
+class TeacherModel(NamedTuple):
+    """The frozen model on the device.
+
+    Attributes:
+        model: the model.
+        adapter: maps the student's images to the model's; None if they are the same.
+    """
+
+    model: FeatureModel
+    adapter: ImageAdapter | None
+
+
 class Teacher(nn.Module):
     """Runs the frozen teacher; returns its logits and feature maps.
 
     Args:
-        model: from `create_teacher_model`.
+        source: from `create_teacher_model`.
         recipe: the run, for its precision and torch.compile settings.
         context: this process.
         logits: whether to compute logits; without them, nothing runs after the deepest layer.
-        adapter: maps the student's images to the teacher's; None if they are the same.
         shapes: output shapes with the maps that are returned, in this order; each map is resized
             to its number of tokens.
     """
 
     def __init__(
         self,
-        model: FeatureModel,
+        source: TeacherModel,
         recipe: Recipe,
         context: ProcessContext,
         *,
         logits: bool,
-        adapter: ImageAdapter | None,
         shapes: OutputShapes,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._adapter = source
         self.layers = tuple(shape.layer for shape in shapes.maps)
         self.shapes = shapes
         self._tokens = tuple(shape.tokens for shape in shapes.maps)
         self._logits = logits
-        self._adapter = adapter
         self._amp = recipe.amp
         self._device = context.device
         if recipe.compiles_on(context.device.type):
@@ -94,7 +103,7 @@ def create_teacher_model(
     classes: Sequence[str],
     context: ProcessContext,
     notes: list[str],
-) -> tuple[FeatureModel, ImageAdapter | None]:
+) -> TeacherModel:
     """Creates the recipe's teacher on the device; its matmul weights get the dtype of `amp`.
 
     Args:
@@ -104,9 +113,6 @@ def create_teacher_model(
         classes: class names of the training set.
         context: this process.
         notes: notes for the user are appended here.
-
-    Returns:
-        The model, and the map from the student's images to its own; None if they are the same.
 
     Raises:
         RecipeError: the model can't be created, or its weights don't fit the run (see
@@ -142,7 +148,7 @@ def create_teacher_model(
     model.to(context.device)
     if recipe.amp in AMP_DTYPES:
         cast_matmul_weights(cast(nn.Module, model), AMP_DTYPES[recipe.amp])
-    return model, None if adapter is None else adapter.to(context.device)
+    return TeacherModel(model, None if adapter is None else adapter.to(context.device))
 
 
 def find_weights_file(field: str, name: str | None) -> Location | None:

@@ -55,7 +55,8 @@ def validate(components: RunComponents) -> dict[str, Scores]:
         EvaluationError: no image could be read.
     """
     labelled = components.recipe.data.labels == "folders"
-    if not (labelled or components.teacher_model or components.computes_knn):
+    has_losses = components.teacher_model is not None
+    if not (labelled or has_losses or components.computes_knn):
         return {}
     context = components.context
     models: dict[str, FeatureModel] = {"model": components.student}
@@ -96,7 +97,7 @@ def _mean_losses(
             with components.autocast():
                 for model in models.values():
                     model.forward_maps(batch.images, [])
-            return [torch.empty(0, device=device)]
+            return [torch.empty(0, device=device)] * len(models)
         begin_graph_step(device)
         outputs = components.teacher_outputs(batch)
         rows = []

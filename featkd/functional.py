@@ -77,7 +77,7 @@ def projected_feature_kd(
         projected map and the teacher's map are kept for the backward pass. Results are bitwise
         repeatable. Double backward through the kernels is not supported.
 
-    Example:
+    Examples:
         >>> import torch
         >>> student, teacher = torch.zeros(2, 4, 3), torch.ones(2, 4, 5)
         >>> projected_feature_kd(student, teacher, weight=torch.ones(5, 3))
@@ -153,7 +153,7 @@ def widelast_projection(
         Results are bitwise repeatable. Double backward through the kernels is not supported.
         Exported graphs contain plain torch operators.
 
-    Example:
+    Examples:
         >>> import torch
         >>> ones, zeros = torch.ones(4), torch.zeros(4)
         >>> r, u = widelast_projection(torch.randn(2, 9, 3), torch.randn(4, 3),
@@ -226,7 +226,7 @@ def lift_head(
         plain torch (`featkd.use_backend`). Results are bitwise repeatable. Double backward
         through the kernels is not supported.
 
-    Example:
+    Examples:
         >>> import torch
         >>> pooled, loss = lift_head(torch.randn(2, 9, 3), torch.randn(4, 3),
         ...                          torch.ones(4), torch.zeros(4))
@@ -302,7 +302,7 @@ def soft_kd(
         require grad take plain torch, with a warning. Masked classes (logits of -inf) follow the
         equation in IEEE arithmetic: a finite cross-entropy for class indices, NaN for 0 * inf.
 
-    Example:
+    Examples:
         >>> import torch
         >>> soft_kd(torch.zeros(2, 4), None, torch.tensor([0, 3]), alpha=0.0)  # log 4
         tensor(1.3863)
@@ -362,7 +362,7 @@ def talking_heads_attention(
         cache. If an input requires grad, plain torch runs, with a warning. Tensors on other
         devices take plain torch, which torch.compile can fuse (`featkd.use_backend`).
 
-    Example:
+    Examples:
         >>> import torch
         >>> q, k, v = torch.randn(3, 2, 4, 9, 8)
         >>> mix, bias = torch.eye(4), torch.zeros(4)

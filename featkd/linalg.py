@@ -72,7 +72,7 @@ def svdvals(x: Tensor) -> Tensor:
         `svd(method="jacobi")` for tiny values. Twice differentiable; the gradient uses
         torch.linalg.svd. Results are bitwise repeatable.
 
-    Example:
+    Examples:
         >>> import torch
         >>> svdvals(torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.0, 4.0]]))
         tensor([4., 3.])
@@ -107,7 +107,7 @@ def spectrum(x: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> Spectrum:
         value s of a float32 solve has an error of about 5e-7 s_1^2 / s; `svdvals` is more precise
         for small values. Only the values have a gradient. Results are bitwise repeatable.
 
-    Example:
+    Examples:
         >>> import torch
         >>> found = spectrum(torch.diag(torch.tensor([3.0, 1.0, 0.0])), thresholds=(0.8, 0.95))
         >>> found.curve, found.ranks.tolist(), found.info.item()
@@ -126,7 +126,7 @@ def energy_ranks(x: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> Tensor:
     Returns:
         (..., T) int64: 0 for a zero matrix, -1 for one with NaN or Inf.
 
-    Example:
+    Examples:
         >>> import torch
         >>> energy_ranks(torch.eye(10))
         tensor([ 8,  9, 10, 10])
@@ -143,7 +143,7 @@ def energy_curve(x: Tensor) -> Tensor:
         (..., n), float64 for float64 and otherwise float32; zeros for a zero matrix.
         Differentiable through `svdvals`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> energy_curve(torch.diag(torch.tensor([3.0, 1.0])))
         tensor([0.9000, 1.0000])
@@ -188,7 +188,7 @@ def svd(x: Tensor, k: int | None = None, *, method: Literal["auto", "jacobi"] = 
         and "jacobi" process the whole batch at once and can be captured in a CUDA graph. The
         leading vectors of a matrix are NaN if Jacobi does not converge in 60 sweeps.
 
-    Example:
+    Examples:
         >>> import torch
         >>> x = torch.outer(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0, 4.0]))
         >>> svd(x, k=1).S
@@ -275,7 +275,7 @@ def principal_angles(v1: Tensor, v2: Tensor) -> Tensor:
         TypeError: an argument is not a real floating-point tensor.
         ValueError: the shapes don't match, or a matrix has more columns than rows.
 
-    Example:
+    Examples:
         >>> import torch
         >>> v1, v2 = torch.eye(3)[:, :1], torch.tensor([[1.0], [1.0], [0.0]])
         >>> torch.rad2deg(principal_angles(v1, v2))

@@ -44,7 +44,7 @@ class ProjectedFeatureKD(nn.Module):
         metric: "mse" or "spectral".
         grid: (H, W), "spectral" only; None takes a square grid.
 
-    Example:
+    Examples:
         >>> loss = ProjectedFeatureKD(192, 384)
         >>> loss(torch.randn(2, 49, 192), torch.randn(2, 49, 384)).shape
         torch.Size([])
@@ -100,7 +100,7 @@ class PooledFeatureKD(nn.Module):
         teacher_dim: Ct.
         metric: "cosine" or "mse".
 
-    Example:
+    Examples:
         >>> loss = PooledFeatureKD(192, 384)
         >>> loss(torch.randn(2, 192), torch.randn(2, 384)).shape
         torch.Size([])
@@ -223,7 +223,7 @@ class DistillationLoss(nn.Module):
         grids: (H, W) of the patch grid of each pair, "spectral" only; None takes square grids.
         pooled: weight of the distance of pooled features, which `forward` takes as a scalar.
 
-    Example:
+    Examples:
         >>> loss = DistillationLoss(alpha=0.9, w_feat=0.2, feature="mse")
         >>> maps = [torch.randn(2, 49, 8)]
         >>> loss(torch.randn(2, 5), torch.tensor([0, 4]), torch.randn(2, 5), maps, maps).features
@@ -323,7 +323,7 @@ def pool_channels(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Both maps with min(Cs, Ct) channels. A map that already has that width is returned as is.
 
-    Example:
+    Examples:
         >>> s, t = pool_channels(torch.zeros(1, 1, 2), torch.tensor([[[1., 3., 5., 7.]]]))
         >>> t
         tensor([[[2., 6.]]])

@@ -72,3 +72,5 @@ def test_site_builds_from_its_own_files(tmp_path: Path):
     assert fields == set(fields_of(Recipe))
     functions = (tmp_path / "reference/functional.html").read_text()
     assert 'id="featkd.functional.projected_feature_kd"' in functions
+    for page in tmp_path.glob("reference/*.html"):
+        assert "<blockquote>" not in page.read_text(), f"{page}: an example is not shown as code"

@@ -63,7 +63,7 @@ def compress(
         Computed in float64, without gradient, and bitwise deterministic. Waits for the device once
         or twice, to read k. The signs of the columns are arbitrary.
 
-    Example:
+    Examples:
         >>> import torch
         >>> x = torch.outer(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 3.0, 4.0]))[None]
         >>> factors, ranks = compress(x, energy=0.99)
@@ -107,7 +107,7 @@ def restore(factors: LowRank, dtype: torch.dtype = torch.float32) -> Tensor:
     Autocast is ignored: columns of U_k S_k can exceed float16's range even if the map does not,
     and rounded factors would add an error larger than the rounding of the map.
 
-    Example:
+    Examples:
         >>> restore(LowRank(torch.ones(1, 2, 1), torch.ones(1, 3, 1)))
         tensor([[[1., 1., 1.],
                  [1., 1., 1.]]])
@@ -139,7 +139,7 @@ def quantise(x: Tensor, form: Form) -> tuple[Tensor, Tensor]:
         TypeError: not a real floating-point tensor.
         ValueError: fewer than two dimensions, an unknown form, or NaN, Inf or more than 1e38.
 
-    Example:
+    Examples:
         >>> import torch
         >>> stored, scale = quantise(torch.tensor([[2e6, 1.0], [-1e6, 0.5]]), "int8")
         >>> stored.tolist()
@@ -173,7 +173,7 @@ def quantise(x: Tensor, form: Form) -> tuple[Tensor, Tensor]:
 def dequantise(stored: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Restores what `quantise` returned: (..., R, k) times the (..., 1, k) scales, in `dtype`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> dequantise(*quantise(torch.tensor([[2.0**20, 1.0], [-(2.0**20), 0.5]]), "fp16"))
         tensor([[ 1.0486e+06,  1.0000e+00],

@@ -24,7 +24,7 @@ class PrintableStream:
     Args:
         stream: receives the text.
 
-    Example:
+    Examples:
         >>> _ = PrintableStream(sys.stdout).write("class \x1b[2J\n")
         class \x1b[2J
     """

@@ -32,7 +32,7 @@ class Interval:
 def interval(values: Sequence[float], level: float = 0.95) -> Interval:
     """Computes the mean and its two-sided t interval.
 
-    Example:
+    Examples:
         >>> found = interval([1.0, 2.0, 3.0])
         >>> f"{found.mean:g} {found.low:.3f} {found.high:.3f}"
         '2 -0.484 4.484'

@@ -56,7 +56,7 @@ class AugmentConfig:
     Raises:
         ValueError: a field is out of range.
 
-    Example:
+    Examples:
         >>> AugmentConfig(hflip=2.0)
         Traceback (most recent call last):
         ValueError: augment.hflip: expected a number from 0 to 1, got 2.0

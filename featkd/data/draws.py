@@ -29,7 +29,7 @@ def uniforms(seed: int, keys: ArrayLike, count: int, *, purpose: str) -> NDArray
     Returns:
         (B, count) float64.
 
-    Example:
+    Examples:
         >>> keys = [(0, 7, 0), (0, 8, 0)]
         >>> both = uniforms(1, keys, 3, purpose="crop")
         >>> bool((uniforms(1, keys[1:], 2, purpose="crop") == both[1:, :2]).all())

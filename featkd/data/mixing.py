@@ -28,7 +28,7 @@ class Mixer:
         seed: seed of the run.
         device: device on which batches are mixed and returned.
 
-    Example:
+    Examples:
         >>> mixer = Mixer(AugmentConfig(mixup=0.8), 3, 0.1, seed=0, device=torch.device("cpu"))
         >>> keys = torch.zeros(4, 3, dtype=torch.int64)
         >>> images, targets = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 2])

@@ -64,7 +64,7 @@ class EpochSampler(Sampler[SampleKey]):
     Raises:
         ValueError: an argument is out of its range.
 
-    Example:
+    Examples:
         >>> [list(EpochSampler(5, training=False, rank=r, world_size=2)) for r in (0, 1)][1]
         [SampleKey(epoch=0, image=1, copy=0), SampleKey(epoch=0, image=3, copy=0)]
     """

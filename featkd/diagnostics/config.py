@@ -115,7 +115,7 @@ class DiagnoseConfig:
         ValueError: a field is out of its range, or fields contradict each other.
         NotADirectoryError: `out` is a file.
 
-    Example:
+    Examples:
         >>> DiagnoseConfig(student="deit_tiny_patch16_224", data="photos")
         Traceback (most recent call last):
         ValueError: model: expected features, model, or student and teacher; got student

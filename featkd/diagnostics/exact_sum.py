@@ -23,7 +23,7 @@ class ExactSum(Accumulator):
     addition is exact. The sum is therefore the same on one process, on four, and in a run that was
     killed and resumed, unlike a floating-point sum.
 
-    Example:
+    Examples:
         >>> total = ExactSum()
         >>> for value in (0.1, 0.2, 0.3, 1e30, -1e30):
         ...     total.add(torch.tensor(value, dtype=torch.float64))

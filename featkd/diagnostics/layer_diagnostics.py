@@ -58,7 +58,7 @@ class LayerDiagnostics(Accumulator):
     Args:
         settings: definitions and sample sizes of the figures.
 
-    Example:
+    Examples:
         >>> from featkd.diagnostics import Settings
         >>> stats = LayerDiagnostics(Settings(sample=2, permutations=5))
         >>> features = torch.randn(4, 9, 12, generator=torch.Generator().manual_seed(0))

@@ -44,7 +44,7 @@ def diagnose(config: DiagnoseConfig, *, quiet: bool = False) -> Findings:
         StateError: `config.out` holds the state of another run.
         ValueError: a field does not fit the models or files.
 
-    Example:
+    Examples:
         >>> import tempfile, numpy as np
         >>> from featkd.diagnostics import DiagnoseConfig, Settings, diagnose
         >>> with tempfile.TemporaryDirectory() as folder:

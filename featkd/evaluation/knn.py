@@ -46,7 +46,7 @@ def knn_predict(
         Computed in float32, in chunks: beside the arguments and their normalised copies it takes
         about 200 MiB at most, or one row of M similarities.
 
-    Example:
+    Examples:
         >>> bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
         >>> knn_predict(torch.tensor([[2.0, 1.0]]), bank, torch.tensor([1, 1, 0]), num_classes=2)
         tensor([1])

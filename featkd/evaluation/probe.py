@@ -91,7 +91,7 @@ def linear_probe(
         The features are read in chunks, in float32; beside the arguments the fit takes about
         200 MiB at most, and 20 times the size of the weights. Weights and sums are float64.
 
-    Example:
+    Examples:
         >>> features = torch.tensor([[0.0, 1.0], [0.2, 1.1], [1.0, 0.0], [1.2, 0.1]])
         >>> probe = linear_probe(features, torch.tensor([0, 0, 1, 1]), num_classes=2,
         ...                      penalties=[0.01])

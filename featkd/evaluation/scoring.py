@@ -163,7 +163,7 @@ def _per_cent(hits: Tensor) -> float:
 def confusion_matrix(labels: Tensor, predicted: Tensor, shape: tuple[int, int]) -> Tensor:
     """Counts the images of each class (row) by predicted class (column).
 
-    Example:
+    Examples:
         >>> confusion_matrix(torch.tensor([0, 0, 1]), torch.tensor([0, 2, 1]), (2, 3))
         tensor([[1, 0, 1],
                 [0, 1, 0]])

@@ -87,7 +87,7 @@ def resolve_layers(layers: Iterable[Layer], depth: int) -> tuple[Any, ...]:
         ValueError: an index is out of range.
         TypeError: `layers` is not a sequence of ints.
 
-    Example:
+    Examples:
         >>> resolve_layers([0, -1], depth=12)
         (0, 11)
     """
@@ -206,7 +206,7 @@ def with_features(model: nn.Module) -> FeatureModel:
     Raises:
         ValueError: `model` has no `forward_intermediates`.
 
-    Example:
+    Examples:
         >>> import timm, torch
         >>> size = dict(img_size=32, patch_size=16, embed_dim=48, depth=2, num_heads=3)
         >>> model = with_features(timm.create_model("vit_tiny_patch16_224", **size))

@@ -58,7 +58,7 @@ def create_student(
             or `pretrained` and `checkpoint` are both given.
         CheckpointMismatch: the starting weights don't match; it lists the tensors.
 
-    Example:
+    Examples:
         >>> student = create_student("deit_tiny_patch16_224", arch="widelast", teacher_dim=384)
         >>> sum(p.numel() for p in student.parameters())
         7313896

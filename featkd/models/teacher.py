@@ -44,7 +44,7 @@ def create_teacher(
             `checkpoint` are given, or the file can't be read safely.
         CheckpointMismatch: the file's tensors don't match the model's; it lists which.
 
-    Example:
+    Examples:
         >>> teacher = create_teacher("deit_tiny_patch16_224", depth=1)
         >>> teacher.training, any(p.requires_grad for p in teacher.parameters())
         (False, False)

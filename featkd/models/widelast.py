@@ -66,7 +66,7 @@ def schedule(
         ValueError: `arch` is unknown; `width` is not a multiple of `heads`; `teacher_dim` is not
             above `width`, or not a multiple of the number that the schedule keeps fixed.
 
-    Example:
+    Examples:
         >>> [size.width for size in schedule("fixed_linear", 192, 3, 12, 384)[8:]]
         [192, 240, 312, 384]
     """

@@ -74,7 +74,7 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: unknown name.
 
-    Example:
+    Examples:
         >>> import featkd, torch
         >>> with featkd.use_backend("reference"):
         ...     loss = featkd.functional.projected_feature_kd(

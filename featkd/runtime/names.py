@@ -10,7 +10,7 @@ def printable(name: object) -> str:
 
     Line breaks and the bytes of names that are not UTF-8 are escaped too.
 
-    Example:
+    Examples:
         >>> print(printable("a\x1b[2Jb\n"))
         a\x1b[2Jb\x0a
     """
@@ -43,7 +43,7 @@ def plural(count: int, word: str) -> str:
 def listed(names: Sequence[object], most: int = 10, separator: str = ", ") -> str:
     """Joins the printable forms of names; of more than `most`, the others are only counted.
 
-    Example:
+    Examples:
         >>> listed(["a", "b", "c"], 1), listed(["a", "b", "c"])
         ('a, and 2 more', 'a, b, c')
     """

@@ -9,7 +9,7 @@ import struct
 def derive_seed(*parts: int) -> int:
     """Derives a 63-bit seed from integers (seed, epoch, sample, ...); other parts, other seed.
 
-    Example:
+    Examples:
         >>> derive_seed(0, 1) == derive_seed(0, 1), derive_seed(0, 1) == derive_seed(1, 0)
         (True, False)
     """

@@ -268,7 +268,7 @@ def flattened(section: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def without_password(url: str) -> str:
     """Returns a URL without its user and password.
 
-    Example:
+    Examples:
         >>> without_password("postgresql://me:secret@host/runs")
         'postgresql://host/runs'
     """

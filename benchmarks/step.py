@@ -156,10 +156,10 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
     with way.in_use():
         begin_graph_step(trainer.context.device)
         # Copies: the next replay of a CUDA graph overwrites its outputs.
-        teacher = tree_map_only(Tensor, clone, TeacherOutputs(*trainer.teacher_forward(batch)))
-        outputs = trainer.student_forward(batch.images, teacher)
+        teacher = tree_map_only(Tensor, clone, TeacherOutputs(*components.teacher_outputs(batch)))
+        outputs = components.student_outputs(batch.images, teacher)
         leaves = tree_map_only(Tensor, lambda x: x.detach().clone().requires_grad_(), outputs)
-        total = trainer.compute_loss(leaves, batch.targets, teacher).total
+        total = components.compute_loss(leaves, batch.targets, teacher).total
         torch.autograd.backward(components.scaler.scale(total))
         inputs = _tensors(leaves)
         upstream = [None if x.grad is None else x.grad.clone() for x in inputs]
@@ -178,10 +178,10 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
         return ()
 
     def student() -> None:
-        _backward(trainer.student_forward(batch.images, teacher), upstream)
+        _backward(components.student_outputs(batch.images, teacher), upstream)
 
     def loss() -> None:
-        torch.autograd.backward(trainer.compute_loss(leaves, batch.targets, teacher).total)
+        torch.autograd.backward(components.compute_loss(leaves, batch.targets, teacher).total)
 
     work: dict[str, tuple[Callable[[], tuple[Tensor, ...]], Callable[[], object]]] = {
         "student": (forget, student),
@@ -190,7 +190,7 @@ def steps(trainer: Trainer, batch: Batch, way: Way) -> dict[str, Step]:
         "step": (forget, lambda: trainer.step([batch])),
     }
     if components.teacher is not None:
-        work = {"teacher": (forget, lambda: trainer.teacher_forward(batch)), **work}
+        work = {"teacher": (forget, lambda: components.teacher_outputs(batch)), **work}
     forget()
     return {name: Step(prepare, _run(trainer, way, run)) for name, (prepare, run) in work.items()}
 

@@ -16,8 +16,8 @@ from featkd.runtime.scores import describe
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-    from featkd.train.outcome import Outcome
     from featkd.train.recipe import Recipe
+    from featkd.train.trainer import Outcome
 
 
 def distill(words: Sequence[str]) -> int:

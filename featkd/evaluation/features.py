@@ -11,7 +11,7 @@ from torch import Tensor
 
 from featkd.data import Loader
 from featkd.evaluation.topk import EvaluationError
-from featkd.models.features import POOLED, FeatureModel
+from featkd.models.features import POOLED, FeatureModel, evaluating
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.names import printable
 
@@ -78,26 +78,22 @@ def extract_features(
     """
     has_head = getattr(model, "num_classes", 0) > 0
     found: ImageOutputs | None = None  # of this process
-    filled, training = 0, model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in loader:
-                with autocast():
-                    logits, (pooled,) = model.forward_with_features(batch.images, [POOLED])
-                logits = logits.float()
-                ranking = logits.topk(min(top, logits.shape[1]) if has_head else 0).indices
-                probabilities = logits.softmax(1).gather(1, ranking)
-                rows = (batch.keys[:, 1], batch.targets, pooled[:, 0], ranking, probabilities)
-                if found is None:
-                    found = _empty(len(loader.sampler), rows)
-                end = filled + len(batch.targets)
-                for whole, part in zip(found.tensors(), rows, strict=True):
-                    whole[filled:end] = part.to(whole.device)
-                filled = end
-                progress(len(batch.targets))
-    finally:
-        model.train(training)
+    filled = 0
+    with evaluating(model):
+        for batch in loader:
+            with autocast():
+                logits, (pooled,) = model.forward_with_features(batch.images, [POOLED])
+            logits = logits.float()
+            ranking = logits.topk(min(top, logits.shape[1]) if has_head else 0).indices
+            probabilities = logits.softmax(1).gather(1, ranking)
+            rows = (batch.keys[:, 1], batch.targets, pooled[:, 0], ranking, probabilities)
+            if found is None:
+                found = _empty(len(loader.sampler), rows)
+            end = filled + len(batch.targets)
+            for whole, part in zip(found.tensors(), rows, strict=True):
+                whole[filled:end] = part.to(whole.device)
+            filled = end
+            progress(len(batch.targets))
     found = found and ImageOutputs(*(x[:filled] for x in found.tensors()))
     if context.world_size > 1:
         found = _gathered(found, loader, context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featkd.data import Batch
-from featkd.models.features import FeatureModel
+from featkd.models.features import FeatureModel, evaluating
 
 
 class EvaluationError(RuntimeError):
@@ -26,13 +26,6 @@ class Evaluation:
     top5: float
     loss: float
     images: int
-
-
-def _sums(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sums over a batch: images whose class is first, or one of the first five, and the loss."""
-    found = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-    loss = F.cross_entropy(logits, targets, reduction="sum")
-    return torch.stack((found[:, 0].sum(), found.sum(), loss.double()))
 
 
 def evaluate(
@@ -55,27 +48,60 @@ def evaluate(
     Raises:
         EvaluationError: no image could be read.
     """
-    totals = {name: torch.zeros(3, dtype=torch.float64, device=device) for name in models}
-    count = torch.zeros((), dtype=torch.float64, device=device)
-    in_training = [model for model in models.values() if model.training]
-    for model in models.values():
-        model.eval()
-    with torch.no_grad():
+
+    def score(batch: Batch) -> list[Tensor]:
+        rows = []
+        for model in models.values():
+            with autocast():
+                logits = model(batch.images)
+            rows.append(_sums(logits.float(), batch.targets))
+        return rows
+
+    means, images = mean_scores(models.values(), 3, loader, device, score)
+    return {
+        name: Evaluation(top1, top5, loss, images)
+        for name, (top1, top5, loss) in zip(models, means, strict=True)
+    }
+
+
+def _sums(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sums of a batch: 100 per image whose class is first, or one of the first five; the loss."""
+    found = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+    loss = F.cross_entropy(logits, targets, reduction="sum")
+    return torch.stack((100 * found[:, 0].sum(), 100 * found.sum(), loss.double()))
+
+
+def mean_scores(
+    models: Collection[FeatureModel],
+    columns: int,
+    loader: Iterable[Batch],
+    device: torch.device,
+    score: Callable[[Batch], list[Tensor]],
+) -> tuple[list[list[float]], int]:
+    """Averages scores of models over all images of `loader`, in one pass.
+
+    Args:
+        models: set to evaluation mode for the pass.
+        columns: K, number of scores of a model.
+        loader: evaluation loader; each process reads its own share.
+        device: device of the scores.
+        score: returns the sums over a batch, (K,) float64 per model.
+
+    Returns:
+        The K mean scores of each model, and the number of images, of all processes.
+
+    Raises:
+        EvaluationError: no image could be read.
+    """
+    totals = torch.zeros(1 + len(models) * columns, dtype=torch.float64, device=device)
+    with evaluating(*models):
         for batch in loader:
-            for name, model in models.items():
-                with autocast():
-                    logits = model(batch.images)
-                totals[name] += _sums(logits.float(), batch.targets)
-            count += len(batch.targets)
-    for model in in_training:
-        model.train()
-    sums = torch.cat((count[None], *totals.values()))
+            totals[0] += len(batch.targets)
+            totals[1:] += torch.cat(score(batch))
     if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
-    if (images := sums[0].item()) == 0:
+        torch.distributed.all_reduce(totals)
+    images = int(totals[0].item())
+    if images == 0:
         raise EvaluationError("evaluation: none of the images could be read")
-    found = {}
-    for name, (top1, top5, loss) in zip(models, sums[1:].view(-1, 3).tolist(), strict=True):
-        shares = 100 * top1 / images, 100 * top5 / images
-        found[name] = Evaluation(*shares, loss=loss / images, images=int(images))
-    return found
+    means: list[list[float]] = (totals[1:] / images).view(len(models), columns).tolist()
+    return means, images

@@ -24,7 +24,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from featkd.models.base import build_timm
-from featkd.models.features import FeatureModel, with_features
+from featkd.models.features import FeatureModel, evaluating, with_features
 from featkd.runtime.files import sync_folder
 from featkd.runtime.names import listed
 
@@ -108,25 +108,20 @@ def export_model(
     check_request(form, out, precision)
     folder, module = Path(out), cast(nn.Module, model)
     name = "logits" if getattr(model, "num_classes", 1) else "features"
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), _replacing(folder) as partial:
-            _write_config(module, form, partial, {**(details or {}), "output": name})
-            if form in ("onnx", "pt2"):
-                _write_graph(module, form, images, partial / _FILES[form], name, precision)
-            if card is not None:
-                (partial / "README.md").write_text(card, encoding="utf-8")
-            error, largest = _compare(module, _open(form, partial), images)
-            allowed = _FP16_TOLERANCE if precision == "fp16" else _TOLERANCES[form]
-            if not error <= allowed * max(1.0, largest):
-                raise ExportError(
-                    f"--to {form}: the exported model's {name} differ from the checkpoint's by "
-                    f"{error:.1e} (largest {largest:.1e}); allowed: {allowed:.0e} of the largest; "
-                    "nothing was written"
-                )
-    finally:
-        model.train(training)
+    with evaluating(model), _replacing(folder) as partial:
+        _write_config(module, form, partial, {**(details or {}), "output": name})
+        if form in ("onnx", "pt2"):
+            _write_graph(module, form, images, partial / _FILES[form], name, precision)
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
+        error, largest = _compare(module, _open(form, partial), images)
+        allowed = _FP16_TOLERANCE if precision == "fp16" else _TOLERANCES[form]
+        if not error <= allowed * max(1.0, largest):
+            raise ExportError(
+                f"--to {form}: the exported model's {name} differ from the checkpoint's by "
+                f"{error:.1e} (largest {largest:.1e}); allowed: {allowed:.0e} of the largest; "
+                "nothing was written"
+            )
     return Exported(str(folder), form, precision, name, error, largest, len(images))
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias, cast
 
+import torch
 from torch import Tensor, nn
 
 POOLED = "pooled"
@@ -261,6 +263,20 @@ def feature_grid(model: FeatureModel, layer: int = -1) -> tuple[int, int] | None
         reduction = (reduction, reduction)
     # Models that halve an odd grid round up.
     return math.ceil(size[0] / reduction[0]), math.ceil(size[1] / reduction[1])
+
+
+@contextmanager
+def evaluating(*models: FeatureModel) -> Iterator[None]:
+    """Sets models to evaluation mode, without gradients; restores their modes at the end."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
 
 
 def layers_of(model: FeatureModel) -> nn.ModuleList | nn.Sequential | list[nn.Module]:

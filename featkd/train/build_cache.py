@@ -28,10 +28,9 @@ from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.interrupt import Interrupt
 from featkd.runtime.names import printable_lines
 from featkd.train.cached_teacher import cache_subject, check_no_mixing, checkpoint_name
-from featkd.train.classes import classes_of, count_classes
-from featkd.train.layer_pairs import LayerPairs, check_fit, matched_tokens, resolve_layer_pairs
+from featkd.train.layer_pairs import check_fit, resized_maps, resolve_layer_pairs
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.student import build_student
+from featkd.train.student import build_student, classes_of, count_classes
 from featkd.train.teacher import (
     OutputShapes,
     Teacher,
@@ -106,36 +105,26 @@ def build_cache(
     notes: list[str] = []
     try:
         classes = count_classes(recipe, dataset.classes, notes, strict=strict_classes)
-        model, adapter = create_teacher_model(recipe, classes, dataset.classes, context, notes)
-        classes = classes_of(model) if classes is None else classes
+        source = create_teacher_model(recipe, classes, dataset.classes, context, notes)
+        model = source.model
+        classes = classes_of(source) if classes is None else classes
         student = build_student(recipe, classes).to(context.device)
-        compares_maps, stores_maps = recipe.loss.feature is not None, config.features != "none"
-        pairs = LayerPairs()
-        if compares_maps or stores_maps:
-            pairs = resolve_layer_pairs(recipe, num_layers(student), num_layers(model))
+        stores_maps = config.features != "none"
+        compared, stored = (
+            resolve_layer_pairs(recipe, num_layers(student), num_layers(model), maps=maps)
+            for maps in (recipe.loss.feature is not None, stores_maps)
+        )
         # A recipe that can't be trained is refused before the teacher runs, whatever is stored.
-        compared = pairs if compares_maps else LayerPairs()
-        pooled: tuple[Layer, ...] = ()
-        every = tuple(sorted(set(pairs.teacher)))
-        if recipe.loss.pooled is not None:
-            pairs, compared, pooled = pairs.with_pooled(), compared.with_pooled(), (POOLED,)
-            every += pooled
-        shapes = output_shapes("teacher", model, every, recipe, context)
+        pairs = stored if stores_maps else compared
+        shapes = output_shapes("teacher", model, pairs.teacher, recipe, context)
         own = output_shapes("student", student, pairs.student, recipe, context)
-        tokens = _stored_tokens(pairs, own, shapes, notes)
-        shapes = shapes.resized([tokens[layer] for layer in every])
+        shapes = shapes._replace(maps=resized_maps(own.maps, shapes.maps, notes))
+        _check_grids(shapes)
         fitted = shapes.of(compared.teacher)
         check_fit(recipe, num_layers(student), own.of(compared.student), fitted, notes)
         del student
-        layers = every if stores_maps else pooled
-        teacher = Teacher(
-            model,
-            recipe,
-            context,
-            logits=True,
-            adapter=adapter,
-            shapes=shapes.of(layers),
-        )
+        layers = sorted({*stored.teacher}, key=lambda layer: (layer == POOLED, layer))
+        teacher = Teacher(source, recipe, context, logits=True, shapes=shapes.of(layers))
         manifest = Manifest(
             subject=cache_subject(recipe, loader, context),
             weights=_weights_sha256(cast(nn.Module, model)),
@@ -184,24 +173,23 @@ def build_cache(
     return CacheBuild(manifest, written, build.damaged, bad_files, stopped_by, size)
 
 
-def _stored_tokens(
-    pairs: LayerPairs, student: OutputShapes, teacher: OutputShapes, notes: list[str]
-) -> dict[Layer, int]:
-    """Tokens of each stored map, by teacher layer: those of the student's map of its pair.
+def _check_grids(teacher: OutputShapes) -> None:
+    """Checks that all student maps that a teacher layer is compared with have one grid.
+
+    Args:
+        teacher: the teacher's maps, one per layer pair, resized to the grid of the student's.
 
     Raises:
-        RecipeError: a layer is compared with maps of different grids, or can't be resized.
+        RecipeError: they have several.
     """
-    matched = matched_tokens(student.maps, teacher.of(pairs.teacher).maps, notes)
     found: dict[Layer, int] = {}
-    for layer, tokens in zip(pairs.teacher, matched, strict=True):
-        if found.setdefault(layer, tokens) != tokens:
+    for shape in teacher.maps:
+        if found.setdefault(shape.layer, shape.tokens) != shape.tokens:
             raise RecipeError(
-                f"loss.pairs: teacher layer {layer} is compared with student maps of "
-                f"{found[layer]} and of {tokens} tokens, but a cache stores it once; expected "
-                "one grid per teacher layer, or a run without a cache"
+                f"loss.pairs: teacher layer {shape.layer} is compared with student maps of "
+                f"{found[shape.layer]} and of {shape.tokens} tokens, but a cache stores it once; "
+                "expected one grid per teacher layer, or a run without a cache"
             )
-    return found
 
 
 @dataclass

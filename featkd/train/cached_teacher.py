@@ -25,6 +25,7 @@ from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.remote import Location, locate, locate_once
 from featkd.train.recipe import Recipe, RecipeError
 from featkd.train.teacher import OutputShapes
+from featkd.train.teacher_checks import check_cached_classifier, check_teacher, read_run
 from featkd.train.teacher_images import teacher_size, teacher_statistics
 
 _CHUNK = 1 << 22
@@ -105,11 +106,13 @@ def open_cache(
 
     Raises:
         RecipeError: the cache was made with other images, another teacher, resolution,
-            augmentation or seed, or has too few views; lists all differences.
+            augmentation or seed, or has too few views; lists all differences. Or the teacher can't
+            be used (see `featkd.train.teacher_checks`).
         CacheError: the cache is damaged or unfinished.
     """
     assert recipe.cache is not None
     teacher = recipe.required_teacher
+    run = check_teacher(recipe, loader.classes)
     check_no_mixing(recipe)
     # Views beyond this run's epochs may still be missing.
     cache = TeacherCache(Path(recipe.cache), views=recipe.optim.epochs)
@@ -138,6 +141,7 @@ def open_cache(
             f"{'; '.join(different)}"
         )
     _check_epochs(recipe, manifest, loader, context)
+    check_cached_classifier(recipe, run)
     top, loss = manifest.layout.logits_top, recipe.loss
     if top is not None and loss.alpha > 0 and loss.tau != 1:
         notes.append(
@@ -222,7 +226,7 @@ def cache_subject(recipe: Recipe, loader: Loader, context: ProcessContext) -> di
         if checkpoint is not None:
             file = locate_once(checkpoint, "teacher.checkpoint")
             weights = _sha256(file) if file.is_file() else None
-        statistics = teacher_statistics(recipe, file)
+        statistics = teacher_statistics(recipe, read_run(file))
         # Only where they differ: older caches have no entry, as there they never did.
         other = {
             f"teacher.{name}": wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -9,46 +10,49 @@ from typing import Any, cast
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
-from featkd.cache import TeacherCache
-from featkd.data import Loader, Mixer, build_loader
-from featkd.losses import DistillationLoss
-from featkd.models.adapters import ImageAdapter
+from featkd.cache import TeacherCache, TeacherOutputs
+from featkd.data import Batch, Loader, Mixer, build_loader
+from featkd.losses import DistillationLoss, DistillationTerms
 from featkd.models.features import POOLED, FeatureModel, layers_of, num_layers
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.environment import has_fast_bf16, product_speedup
 from featkd.runtime.names import listed, plural
 from featkd.train.cached_teacher import CachedTeacher, cache_views, open_cache
-from featkd.train.classes import classes_of, count_classes
-from featkd.train.layer_pairs import LayerPairs, check_fit, matched_tokens, resolve_layer_pairs
+from featkd.train.layer_pairs import LayerPairs, check_fit, resized_maps, resolve_layer_pairs
 from featkd.train.optimizer import check_min_lr, create_optimizer, create_scheduler
 from featkd.train.parallel import replicate, shard
-from featkd.train.precision import AMP_DTYPES
+from featkd.train.precision import AMP_DTYPES, autocast
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.student import build_student
+from featkd.train.student import build_student, classes_of, count_classes
 from featkd.train.student_forward import (
+    StudentOutputs,
     create_projectors,
     create_student_forward,
     feature_grids,
     freeze_unreached,
 )
-from featkd.train.teacher import OutputShapes, Teacher, create_teacher_model, output_shapes
-from featkd.train.teacher_checks import check_cached_classifier, check_teacher
+from featkd.train.teacher import (
+    OutputShapes,
+    Teacher,
+    TeacherModel,
+    create_teacher_model,
+    output_shapes,
+)
 from featkd.train.trackers import check_installed
-from featkd.train.validation import computes_knn, describe_validation
-
-_CreatedTeacher = tuple[FeatureModel, ImageAdapter | None]
 
 
 @dataclass
 class RunComponents:
-    """Everything that a run works with.
+    """Everything that a run works with, and the forward passes.
 
     `student_forward` is the module that the training loop calls with images and the teacher's maps;
     it returns the fields of `StudentOutputs`. `projectors` are its losses with trained projectors.
     """
 
+    recipe: Recipe
+    context: ProcessContext
     train_loader: Loader
     val_loader: Loader
     student: FeatureModel
@@ -76,6 +80,43 @@ class RunComponents:
     def parameters(self) -> list[nn.Parameter]:
         """Everything that is trained: the student and the projectors."""
         return [*self.student.parameters(), *self.projectors.parameters()]
+
+    @property
+    def computes_knn(self) -> bool:
+        """True if evaluations compute kNN."""
+        return self.recipe.asks_knn and bool(self.val_loader.classes)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Context of the run's precision."""
+        return autocast(self.recipe.amp, self.context.device)
+
+    def teacher_outputs(self, batch: Batch) -> TeacherOutputs:
+        """Teacher outputs for a batch on the device; empty without a teacher."""
+        return TeacherOutputs(None, []) if self.teacher is None else self.teacher.outputs(batch)
+
+    def student_outputs(
+        self, images: Tensor, teacher: TeacherOutputs, forward: nn.Module | None = None
+    ) -> StudentOutputs:
+        """Runs the student, or another forward module of its kind, such as that of the average."""
+        with self.autocast():
+            return StudentOutputs(*(forward or self.student_forward)(images, teacher.maps))
+
+    def compute_loss(
+        self, student: StudentOutputs, targets: Tensor, teacher: TeacherOutputs
+    ) -> DistillationTerms:
+        """Computes the loss terms; without labels, the targets are not read."""
+        labels = None if self.recipe.data.labels == "none" else targets
+        with self.autocast():
+            terms: DistillationTerms = self.loss(
+                student.logits,
+                labels,
+                teacher.logits,
+                student.maps,
+                teacher.maps,
+                feature_loss=student.feature_loss,
+                pooled_loss=student.pooled_loss,
+            )
+        return terms
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the components' part of a checkpoint."""
@@ -133,10 +174,15 @@ def build(
     notes += {loader.note: None for loader in (train_loader, val_loader) if loader.note}
     try:
         num_classes = count_classes(recipe, train_loader.classes, notes, strict=strict_classes)
-        source = _open_teacher(recipe, num_classes, train_loader, context, notes)
+        source: TeacherModel | TeacherCache | None = None
+        if recipe.cache is not None:
+            source = open_cache(recipe, train_loader, context, notes)
+        elif recipe.teacher is not None:
+            classes = train_loader.classes
+            source = create_teacher_model(recipe, num_classes, classes, context, notes)
         if num_classes is None:
             assert source is not None  # loss.alpha > 0
-            num_classes = classes_of(source if isinstance(source, TeacherCache) else source[0])
+            num_classes = classes_of(source)
         student = build_student(recipe, num_classes, notes if starting_weights else None)
         student.to(context.device)
         compiled = recipe.compiles_on(context.device.type)
@@ -146,8 +192,9 @@ def build(
         projectors = nn.ModuleDict()
         if teacher is not None:
             check_fit(recipe, num_layers(student), shapes, teacher.shapes, notes)
-            maps = shapes.maps, teacher.shapes.maps
-            projectors = create_projectors(recipe, student, *maps, context.device, notes)
+            projectors = create_projectors(
+                recipe, student, shapes.maps, teacher.shapes.maps, context.device, notes
+            )
         dtype = AMP_DTYPES.get(recipe.amp)
         if dtype is not None and (speedup := product_speedup(dtype, context.device)) < 0.9:
             notes.append(
@@ -176,10 +223,8 @@ def build(
                 f"student: {plural(len(frozen), 'tensor')} are frozen, because the loss does not "
                 f"reach them: {listed(frozen, 3)}"
             )
-        if computes_knn(recipe, val_loader):  # needs the pooled feature
+        if recipe.asks_knn and val_loader.classes:  # needs the pooled feature
             output_shapes("student", student, (POOLED,), recipe, context)
-        if recipe.data.labels == "none":
-            notes.append(describe_validation(val_loader, student, teacher))
         if compiled:
             mode = recipe.compile_mode_on(
                 context.device.type, context.world_size, recipe.optim.accumulate
@@ -199,6 +244,8 @@ def build(
         val_loader.close()
         raise
     return RunComponents(
+        recipe=recipe,
+        context=context,
         train_loader=train_loader,
         val_loader=val_loader,
         student=student,
@@ -219,50 +266,27 @@ def build(
     )
 
 
-def _open_teacher(
-    recipe: Recipe,
-    num_classes: int | None,
-    train_loader: Loader,
-    context: ProcessContext,
-    notes: list[str],
-) -> _CreatedTeacher | TeacherCache | None:
-    """Creates the teacher's model, or opens its cache."""
-    if recipe.teacher is None:
-        return None
-    if recipe.cache is None:
-        return create_teacher_model(recipe, num_classes, train_loader.classes, context, notes)
-    trained_classes = check_teacher(recipe, train_loader.classes)
-    cache = open_cache(recipe, train_loader, context, notes)
-    check_cached_classifier(recipe, trained_classes)
-    return cache
-
-
 def _teacher(
     recipe: Recipe,
     student: FeatureModel,
-    source: _CreatedTeacher | TeacherCache | None,
+    source: TeacherModel | TeacherCache | None,
     train_loader: Loader,
     context: ProcessContext,
     notes: list[str],
 ) -> tuple[Teacher | CachedTeacher | None, LayerPairs, OutputShapes]:
     """Prepares the teacher's outputs; resolves layer pairs and the shapes of the student's maps."""
-    pairs = LayerPairs()
-    if source is not None and recipe.loss.feature is not None:
-        depth = source.manifest.depth if isinstance(source, TeacherCache) else num_layers(source[0])
-        pairs = resolve_layer_pairs(recipe, num_layers(student), depth)
-    if recipe.loss.pooled is not None:
-        pairs = pairs.with_pooled()
-    own = output_shapes("student", student, pairs.student, recipe, context)
     if source is None:
-        return None, pairs, own
+        return None, LayerPairs(), output_shapes("student", student, (), recipe, context)
+    depth = source.manifest.depth if isinstance(source, TeacherCache) else num_layers(source.model)
+    maps = recipe.loss.feature is not None
+    pairs = resolve_layer_pairs(recipe, num_layers(student), depth, maps=maps)
+    own = output_shapes("student", student, pairs.student, recipe, context)
     if isinstance(source, TeacherCache):
         names = train_loader.dataset.name
         return CachedTeacher(source, pairs.teacher, context.device, names), pairs, own
-    model, adapter = source
-    shapes = output_shapes("teacher", model, pairs.teacher, recipe, context)
-    shapes = shapes.resized(matched_tokens(own.maps, shapes.maps, notes))
-    logits = recipe.loss.alpha > 0
-    teacher = Teacher(model, recipe, context, logits=logits, adapter=adapter, shapes=shapes)
+    shapes = output_shapes("teacher", source.model, pairs.teacher, recipe, context)
+    shapes = shapes._replace(maps=resized_maps(own.maps, shapes.maps, notes))
+    teacher = Teacher(source, recipe, context, logits=recipe.loss.alpha > 0, shapes=shapes)
     return teacher, pairs, own
 
 

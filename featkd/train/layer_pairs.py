@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from featkd.cache import LayerShape
@@ -21,26 +22,28 @@ class LayerPairs(NamedTuple):
     student: tuple[Layer, ...] = ()
     teacher: tuple[Layer, ...] = ()
 
-    def with_pooled(self) -> LayerPairs:
-        """Adds the pooled features as a pair."""
-        return LayerPairs((*self.student, POOLED), (*self.teacher, POOLED))
 
-
-def resolve_layer_pairs(recipe: Recipe, student_depth: int, teacher_depth: int) -> LayerPairs:
-    """Resolves `loss.pairs`, whose negative layers count from the end; without pooled features.
+def resolve_layer_pairs(
+    recipe: Recipe, student_depth: int, teacher_depth: int, *, maps: bool
+) -> LayerPairs:
+    """Resolves the pairs of a run with a teacher, whose negative layers count from the end.
 
     Args:
         recipe: the run.
         student_depth: number of layers of the student.
         teacher_depth: number of layers of the teacher.
+        maps: include `loss.pairs`; otherwise there are at most the pooled features.
 
     Raises:
         RecipeError: a layer is out of range.
     """
+    pairs: list[tuple[Layer, Layer]] = [*recipe.loss.pairs] if maps else []
+    if recipe.loss.pooled is not None:
+        pairs.append((POOLED, POOLED))
     sides = []
     for side, (model, depth) in enumerate((("student", student_depth), ("teacher", teacher_depth))):
         try:
-            sides.append(resolve_layers([pair[side] for pair in recipe.loss.pairs], depth))
+            sides.append(resolve_layers([pair[side] for pair in pairs], depth))
         except ValueError as error:
             raise RecipeError(f"loss.pairs ({model}): {error}") from error
     return LayerPairs(*sides)
@@ -99,10 +102,10 @@ def check_fit(
             )
 
 
-def matched_tokens(
+def resized_maps(
     student: Sequence[LayerShape], teacher: Sequence[LayerShape], notes: list[str]
-) -> tuple[int, ...]:
-    """Tokens of each teacher map after it is resized to the grid of the student's map.
+) -> tuple[LayerShape, ...]:
+    """Shapes of the teacher's maps after each is resized to the grid of the student's map.
 
     Args:
         student, teacher: one map per layer pair, in the same order.
@@ -127,7 +130,7 @@ def matched_tokens(
             f"{name_pair(s, t)}: the teacher's map of {its} x {its} tokens is "
             f"resized to the student's {own} x {own}"
         )
-    return tuple(shape.tokens for shape in student)
+    return tuple(replace(t, tokens=s.tokens) for s, t in zip(student, teacher, strict=True))
 
 
 def is_projected(recipe: Recipe, student: LayerShape, teacher: LayerShape) -> bool:

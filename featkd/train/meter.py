@@ -1,9 +1,11 @@
-"""Mean losses of a logged interval, summed on the device, and checks that values are finite."""
+"""Mean losses and speed of a logged interval, and checks that values are finite."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -53,20 +55,11 @@ class Meter:
         Raises:
             TrainingDiverged: the loss is not finite.
         """
-        return self._means(self._context.sum(self._sums), when)
+        return self._reduced(when)[1]
 
     def state_dict(self, when: str) -> dict[str, Any]:
-        """Sums over all processes, for a checkpoint; waits for the device.
-
-        Args:
-            when: end of the error message.
-
-        Raises:
-            TrainingDiverged: the loss is not finite.
-        """
-        sums = self._context.sum(self._sums)
-        self._means(sums, when)
-        return {"meter": sums, "metered": self._count}
+        """Sums over all processes, for a checkpoint; waits and raises as `means` does."""
+        return {"meter": self._reduced(when)[0], "metered": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the sums of a checkpoint, saved by any number of processes."""
@@ -81,7 +74,9 @@ class Meter:
         self._sums.zero_()
         self._count = 0
 
-    def _means(self, sums: Tensor, when: str) -> Means:
+    def _reduced(self, when: str) -> tuple[Tensor, Means]:
+        """Sums and means over all processes; see `means`."""
+        sums = self._context.sum(self._sums)
         batches = max(1, self._count * self._context.world_size)
         means = Means(*(x / batches for x in sums.tolist()))
         if not math.isfinite(means.loss):
@@ -89,7 +84,40 @@ class Meter:
                 f"the loss is {means.loss} {when} (logits {means.logits_loss}, features "
                 f"{means.feature_loss}, pooled {means.pooled_loss})"
             )
-        return means
+        return sums, means
+
+
+class Stopwatch:
+    """Measures the wall time of updates, without pauses for saving."""
+
+    def __init__(self) -> None:
+        self.updates = 0  # since the last lap
+        self._total = 0.0, 0  # seconds and updates of all laps
+
+    def start(self) -> None:
+        """Begins to measure, after a time that does not count."""
+        self._since, self.updates = time.perf_counter(), 0
+
+    def lap(self) -> float:
+        """Returns the updates per second since the last lap, and begins another."""
+        now = time.perf_counter()
+        seconds, updates = now - self._since, self.updates
+        self._total = self._total[0] + seconds, self._total[1] + updates
+        self._since, self.updates = now, 0
+        return updates / seconds
+
+    @property
+    def updates_per_s(self) -> float:
+        """Updates per second of all laps; NaN without one."""
+        seconds, updates = self._total
+        return updates / seconds if seconds else math.nan
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Excludes the time spent inside the context."""
+        stopped = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - stopped
 
 
 def check_weights(parameters: Iterable[nn.Parameter], when: str) -> None:

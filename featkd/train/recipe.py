@@ -172,6 +172,11 @@ class Recipe:
         """True if the loss uses the student's logits."""
         return self.data.labels == "folders" or self.loss.alpha > 0
 
+    @property
+    def asks_knn(self) -> bool:
+        """True if evaluations compute kNN, provided the validation images have classes."""
+        return self.eval.knn or self.data.labels == "none"
+
     def compiles_on(self, device_type: str) -> bool:
         """Checks whether student and teacher are compiled on a "cpu" or "cuda" device."""
         return device_type == "cuda" if self.compile == "auto" else self.compile

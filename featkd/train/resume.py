@@ -101,7 +101,7 @@ def check_same_position(context: ProcessContext, place: str) -> None:
 
 
 def restore(
-    path: Location, components: RunComponents, recipe: Recipe, world_size: int, *, force: bool
+    path: Location, components: RunComponents, *, force: bool
 ) -> tuple[dict[str, Any], list[str]]:
     """Restores the components of a run from a checkpoint.
 
@@ -112,8 +112,6 @@ def restore(
     Args:
         path: the checkpoint.
         components: receives weights, their average, the optimizer's state and the position.
-        recipe: the recipe of the resumed run.
-        world_size: number of processes of the resumed run.
         force: allow changes of the recipe or the images that make it another experiment.
 
     Returns:
@@ -124,19 +122,19 @@ def restore(
             of images.
         RecipeError: it has another student, or belongs to another experiment and `force` is false.
     """
-    state = checkpoint.load(path)
+    state, recipe, loader = checkpoint.load(path), components.recipe, components.train_loader
     changed = check_same_recipe(path, state["recipe"], recipe, force=force)
     if (state["model_ema"] is None) != (components.ema is None):
         raise CheckpointError(
             f"{path}: was saved {'without' if components.ema else 'with'} a weight average, but "
             f"the recipe has ema_decay: {recipe.ema_decay}"
         )
-    if state["classes"] != components.train_loader.classes:
+    if state["classes"] != loader.classes:
         raise CheckpointError(
             f"{path}: was trained on other classes ({listed(state['classes'], 5)}) "
-            f"than the class folders ({listed(components.train_loader.classes, 5)})"
+            f"than the class folders ({listed(loader.classes, 5)})"
         )
-    images, loader = [], components.train_loader
+    images = []
     before, now = state["loader"]["num_images"], loader.num_samples
     if before != now:
         per_epoch = f"{components.updates_per_epoch} updates per epoch"
@@ -151,7 +149,7 @@ def restore(
     _restore_optimizer(path, state, components.optimizer, recipe)
     if state["scaler"]:  # empty without loss scaling
         components.scaler.load_state_dict(state["scaler"])
-    return state, [*changed, *images, *_other_changes(state, components, recipe, world_size)]
+    return state, [*changed, *images, *_other_changes(state, components)]
 
 
 def _load_weights(path: Location, model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -235,11 +233,9 @@ def _restore_position(
         )
 
 
-def _other_changes(
-    state: dict[str, Any], components: RunComponents, recipe: Recipe, world_size: int
-) -> list[str]:
+def _other_changes(state: dict[str, Any], components: RunComponents) -> list[str]:
     """Notes on another image loader (of `data.backend: auto`), other draws, other processes."""
-    notes = []
+    notes, recipe, world_size = [], components.recipe, components.context.world_size
     now = components.train_loader.decoder
     before = state.get("pixels", now)  # absent in earlier versions
     if before != now:

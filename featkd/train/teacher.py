@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,7 +15,7 @@ from featkd.cache import LayerShape, TeacherOutputs
 from featkd.data import Batch
 from featkd.models import create_teacher
 from featkd.models.adapters import ImageAdapter, resize_map
-from featkd.models.features import FeatureModel, Layer, NotPooledError
+from featkd.models.features import FeatureModel, Layer, NotPooledError, evaluating
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.remote import Location, locate_once
 from featkd.runtime.seeding import derive_seed
@@ -32,36 +31,45 @@ def begin_graph_step(device: torch.device) -> None:
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
 
+class TeacherModel(NamedTuple):
+    """The frozen model on the device.
+
+    Attributes:
+        model: the model.
+        adapter: maps the student's images to the model's; None if they are the same.
+    """
+
+    model: FeatureModel
+    adapter: ImageAdapter | None
+
+
 class Teacher(nn.Module):
     """Runs the frozen teacher; returns its logits and feature maps.
 
     Args:
-        model: from `create_teacher_model`.
+        source: from `create_teacher_model`.
         recipe: the run, for its precision and torch.compile settings.
         context: this process.
         logits: whether to compute logits; without them, nothing runs after the deepest layer.
-        adapter: maps the student's images to the teacher's; None if they are the same.
         shapes: output shapes with the maps that are returned, in this order; each map is resized
             to its number of tokens.
     """
 
     def __init__(
         self,
-        model: FeatureModel,
+        source: TeacherModel,
         recipe: Recipe,
         context: ProcessContext,
         *,
         logits: bool,
-        adapter: ImageAdapter | None,
         shapes: OutputShapes,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._adapter = source
         self.layers = tuple(shape.layer for shape in shapes.maps)
         self.shapes = shapes
         self._tokens = tuple(shape.tokens for shape in shapes.maps)
         self._logits = logits
-        self._adapter = adapter
         self._amp = recipe.amp
         self._device = context.device
         if recipe.compiles_on(context.device.type):
@@ -95,7 +103,7 @@ def create_teacher_model(
     classes: Sequence[str],
     context: ProcessContext,
     notes: list[str],
-) -> tuple[FeatureModel, ImageAdapter | None]:
+) -> TeacherModel:
     """Creates the recipe's teacher on the device; its matmul weights get the dtype of `amp`.
 
     Args:
@@ -106,9 +114,6 @@ def create_teacher_model(
         context: this process.
         notes: notes for the user are appended here.
 
-    Returns:
-        The model, and the map from the student's images to its own; None if they are the same.
-
     Raises:
         RecipeError: the model can't be created, or its weights don't fit the run (see
             `featkd.train.teacher_checks`).
@@ -116,8 +121,10 @@ def create_teacher_model(
     config = recipe.required_teacher
     options = {**config.options, "img_size": teacher_size(recipe)}
     checkpoint = find_weights_file("teacher.checkpoint", config.checkpoint)
-    trained_classes = check_teacher(recipe, classes, checkpoint)
-    known = num_classes or None if trained_classes is None else trained_classes
+    run = check_teacher(recipe, classes, checkpoint)
+    known = run.get("num_classes")
+    if known is None:
+        known = num_classes or None
     if not config.pretrained and known is not None:
         options.setdefault("num_classes", known)
     if not config.has_weights:
@@ -136,12 +143,12 @@ def create_teacher_model(
     check_classifier(recipe, model)
     if config.pretrained:
         check_synsets(recipe, cast(Any, model).pretrained_cfg, classes)
-    adapter = image_adapter(recipe, checkpoint, notes)
+    adapter = image_adapter(recipe, run, notes)
     check_finite(recipe, model)
     model.to(context.device)
     if recipe.amp in AMP_DTYPES:
         cast_matmul_weights(cast(nn.Module, model), AMP_DTYPES[recipe.amp])
-    return model, None if adapter is None else adapter.to(context.device)
+    return TeacherModel(model, None if adapter is None else adapter.to(context.device))
 
 
 def find_weights_file(field: str, name: str | None) -> Location | None:
@@ -194,11 +201,6 @@ class OutputShapes(NamedTuple):
         by_layer = {shape.layer: shape for shape in self.maps}
         return self._replace(maps=tuple(by_layer[layer] for layer in layers))
 
-    def resized(self, tokens: Sequence[int]) -> OutputShapes:
-        """Returns the shapes with other numbers of tokens, one per map."""
-        maps = (replace(x, tokens=n) for x, n in zip(self.maps, tokens, strict=True))
-        return self._replace(maps=tuple(maps))
-
 
 def output_shapes(
     field: str,
@@ -224,11 +226,9 @@ def output_shapes(
     name = "teacher.img_size" if is_teacher and size != recipe.data.img_size else "data.img_size"
     check_patches("teacher.img_size" if is_teacher else "data.img_size", model, size)
     image = torch.zeros(1, 3, size, size, device=context.device)
-    training = model.training
-    model.eval()
     config = recipe.required_teacher if is_teacher else recipe.student
     described = f"{field}.options: {config.options}: the {field} fails on an image of {name} {size}"
-    with naming(described), torch.no_grad(), autocast(recipe.amp, context.device):
+    with naming(described), evaluating(model), autocast(recipe.amp, context.device):
         try:
             logits, maps = model.forward_with_features(image, layers)
         except NotPooledError as error:
@@ -239,7 +239,6 @@ def output_shapes(
                 f"{why}: {error}; expected a model whose head pools "
                 f"({field}.options.global_pool){way}"
             ) from error
-    model.train(training)
     return OutputShapes(
         logits.shape[1],
         _dtype_name(logits.dtype),

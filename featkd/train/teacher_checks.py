@@ -14,13 +14,13 @@ from torch import nn
 
 from featkd.models.features import FeatureModel
 from featkd.models.students import check_timm_name
-from featkd.runtime.remote import Location, locate, seekable
+from featkd.runtime.remote import AnyPath, Location, locate, seekable
 from featkd.train.recipe import Recipe, RecipeError
 
 
 def check_teacher(
     recipe: Recipe, classes: Sequence[str], checkpoint: Location | None = None
-) -> int | None:
+) -> dict[str, Any]:
     """Checks the teacher's source of weights against the run, before the teacher is built.
 
     Args:
@@ -29,7 +29,7 @@ def check_teacher(
         checkpoint: location of `teacher.checkpoint` if it is known.
 
     Returns:
-        Number of classes of a featkd checkpoint; None for other weights.
+        Result of `read_run`.
 
     Raises:
         RecipeError: the teacher has no weights and `teacher.random` is false; or it is a
@@ -45,22 +45,16 @@ def check_teacher(
             f"teacher: {teacher.name} has no weights; expected teacher.checkpoint (a file), "
             "teacher.pretrained: true, or teacher.random: true for a test with random weights"
         )
-    if checkpoint is None and teacher.checkpoint is not None:
-        checkpoint = locate(teacher.checkpoint, "teacher.checkpoint")
-    state = read_run(checkpoint)
-    if state is None:
-        return None
-    where = f"teacher.checkpoint: {teacher.checkpoint}"
-    own = state.get("classes") if recipe.data.labels == "folders" else None
+    run = read_run(checkpoint or teacher.checkpoint)
+    own = run.get("classes") if recipe.data.labels == "folders" else None
     if recipe.loss.alpha > 0 and own is not None and list(own) != list(classes):
         raise RecipeError(
-            f"{where}: was trained on other classes than the class folders of this run: "
-            f"{_first_difference(own, classes)}; loss.alpha is {recipe.loss.alpha:g}, which "
-            "compares logits class by class; expected the same classes in the same order, or "
-            "loss.alpha: 0"
+            f"teacher.checkpoint: {teacher.checkpoint}: was trained on other classes than the "
+            f"class folders of this run: {_first_difference(own, classes)}; loss.alpha is "
+            f"{recipe.loss.alpha:g}, which compares logits class by class; expected the same "
+            "classes in the same order, or loss.alpha: 0"
         )
-    found = state.get("num_classes")
-    return found if isinstance(found, int) else None
+    return run
 
 
 def check_classifier(recipe: Recipe, model: FeatureModel) -> None:
@@ -85,20 +79,20 @@ def check_classifier(recipe: Recipe, model: FeatureModel) -> None:
         )
 
 
-def check_cached_classifier(recipe: Recipe, trained_classes: int | None) -> None:
+def check_cached_classifier(recipe: Recipe, run: Mapping[str, Any]) -> None:
     """Checks that the teacher of a cache has a classifier if its logits are used.
 
     Without one, timm's models return their pooled feature in place of logits, and caches store it.
 
     Args:
         recipe: the run; its teacher is not null.
-        trained_classes: result of `check_teacher`.
+        run: result of `read_run`.
 
     Raises:
         RecipeError: it has none, as far as its checkpoint or timm's record of the model tells.
     """
     teacher = recipe.required_teacher
-    classes = teacher.options.get("num_classes", trained_classes)
+    classes = teacher.options.get("num_classes", run.get("num_classes"))
     if classes is None and (record := get_pretrained_cfg(teacher.name)) is not None:
         classes = record.num_classes
     if recipe.loss.alpha > 0 and classes == 0:
@@ -161,22 +155,26 @@ def check_finite(recipe: Recipe, model: FeatureModel) -> None:
         )
 
 
-def read_run(where: Location | None) -> dict[str, Any] | None:
-    """Content of a teacher's file if it is a checkpoint of featkd, else None.
+def read_run(file: AnyPath | None) -> dict[str, Any]:
+    """Reads what a teacher's file tells of the run that saved it.
 
-    A missing or damaged file is left to `create_teacher`, which describes it.
+    Returns:
+        Entries "recipe", "classes" and "num_classes" of a checkpoint of featkd. Empty for other
+        files; a missing or damaged one is left to `create_teacher`, which describes it.
     """
+    where = None if file is None else locate(file, "teacher.checkpoint")
     if where is None or where.name.endswith(".safetensors") or not where.is_file():
-        return None
+        return {}
     # With mmap no tensor is read, but some files and file systems don't support it.
     for mapped in (True, False) if isinstance(where, Path) else (False,):
         try:
             state = torch.load(seekable(where), map_location="cpu", weights_only=True, mmap=mapped)
         except Exception:  # any error of torch.load: unpickling, zip, missing classes
             continue
-        is_run = isinstance(state, dict) and isinstance(state.get("recipe"), dict)
-        return state if is_run else None
-    return None
+        if isinstance(state, dict) and isinstance(state.get("recipe"), dict):
+            return {name: state.get(name) for name in ("recipe", "classes", "num_classes")}
+        return {}
+    return {}
 
 
 def _first_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:

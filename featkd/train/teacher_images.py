@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from featkd.models.adapters import ImageAdapter, same_values
 from featkd.models.base import pretrained_config
-from featkd.runtime.remote import Location, locate
 from featkd.train.recipe import Recipe, RecipeError
-from featkd.train.teacher_checks import read_run
 
 _UNKNOWN = "data.mean and data.std"
 
@@ -21,7 +20,7 @@ class ImageStatistics(NamedTuple):
     source: str
 
 
-def teacher_statistics(recipe: Recipe, checkpoint: Location | None = None) -> ImageStatistics:
+def teacher_statistics(recipe: Recipe, run: Mapping[str, Any]) -> ImageStatistics:
     """Returns the statistics that the teacher's images are normalised by.
 
     They are those of the recipe if it gives them, of timm's record for pretrained weights, of the
@@ -29,7 +28,7 @@ def teacher_statistics(recipe: Recipe, checkpoint: Location | None = None) -> Im
 
     Args:
         recipe: the run; its teacher is not null.
-        checkpoint: location of `teacher.checkpoint` if it is known.
+        run: what `teacher.checkpoint` tells (see `read_run`).
     """
     teacher, data = recipe.required_teacher, recipe.data
     known: dict[str, Any] = {}
@@ -37,11 +36,8 @@ def teacher_statistics(recipe: Recipe, checkpoint: Location | None = None) -> Im
     if teacher.pretrained:
         known = pretrained_config(teacher.name, **teacher.options)
         source = f"timm's record of {teacher.name}"
-    elif teacher.checkpoint is not None:
-        checkpoint = checkpoint or locate(teacher.checkpoint, "teacher.checkpoint")
-        if (state := read_run(checkpoint)) is not None:
-            known = state["recipe"].get("data") or {}
-            source = "the checkpoint's recipe"
+    elif run:
+        known, source = run["recipe"].get("data") or {}, "the checkpoint's recipe"
     found = [getattr(teacher, name) or known.get(name) for name in ("mean", "std")]
     if found.count(None) == 1:
         given, missing = ("mean", "std") if found[1] is None else ("std", "mean")
@@ -68,18 +64,16 @@ def teacher_size(recipe: Recipe) -> int:
     return size
 
 
-def image_adapter(
-    recipe: Recipe, checkpoint: Location | None, notes: list[str]
-) -> ImageAdapter | None:
+def image_adapter(recipe: Recipe, run: Mapping[str, Any], notes: list[str]) -> ImageAdapter | None:
     """Returns the map from the student's images to the teacher's; None if they are the same.
 
     Args:
         recipe: the run; its teacher is not null.
-        checkpoint: location of `teacher.checkpoint` if it is known.
+        run: what `teacher.checkpoint` tells (see `read_run`).
         notes: notes on the differences are appended here.
     """
     teacher, data = recipe.required_teacher, recipe.data
-    wanted, size = teacher_statistics(recipe, checkpoint), teacher_size(recipe)
+    wanted, size = teacher_statistics(recipe, run), teacher_size(recipe)
     adapter = ImageAdapter(
         data.mean,
         data.std,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from featkd.cache import TeacherOutputs
 from featkd.data import Batch
 from featkd.losses import DistillationTerms
 from featkd.runtime import environment
@@ -23,20 +23,38 @@ from featkd.train.cached_teacher import CachedTeacher
 from featkd.train.checkpoint import CheckpointStore
 from featkd.train.components import build
 from featkd.train.logs import RunLog
-from featkd.train.meter import Meter, check_weights
-from featkd.train.outcome import Outcome
+from featkd.train.meter import Meter, Stopwatch, check_weights
 from featkd.train.parallel import without_reduction
-from featkd.train.precision import autocast
 from featkd.train.recipe import Recipe, to_dict
 from featkd.train.resume import check_same_position, find_checkpoint, restore
 from featkd.train.saving import BackgroundSaver, snapshot
-from featkd.train.stopwatch import Stopwatch
-from featkd.train.student_forward import StudentOutputs
 from featkd.train.teacher import begin_graph_step
 from featkd.train.trackers import open_trackers
-from featkd.train.validation import validate
+from featkd.train.validation import describe_validation, validate
 
 _CHANGED = "changed since that checkpoint"
+
+
+@dataclass
+class Outcome:
+    """Result of a run.
+
+    Attributes:
+        updates: optimizer updates done.
+        scores: last evaluation: weights ("model", "ema") -> {"top1", "top5", "loss"}; see
+            `featkd.train.validation.validate` for a run without labels.
+        best: best evaluation, with its update, epoch and weights.
+        images_per_s: training throughput of this process's session; NaN if nothing was trained.
+        bad_files: unreadable images that were left out: path -> cause.
+        interrupted_by: the signal that ended the run early, if any.
+    """
+
+    updates: int
+    scores: dict[str, dict[str, float]]
+    best: dict[str, Any]
+    images_per_s: float
+    bad_files: dict[str, str]
+    interrupted_by: int | None = None
 
 
 class Trainer:
@@ -70,6 +88,8 @@ class Trainer:
             # `run` resumes from a checkpoint in the folder, or refuses the folder.
             starting_weights=not (resumes or self.store.last.exists()),
         )
+        if recipe.data.labels == "none":
+            self.components.notes.append(describe_validation(self.components))
         self.update = 0  # optimizer updates done
         self.epoch = 0  # epochs done
         self.batch = 0  # micro-batches done in the epoch
@@ -198,44 +218,14 @@ class Trainer:
 
     def losses(self, batch: Batch, number: int = 0) -> DistillationTerms:
         """Loss terms of a micro-batch, `number` within its update; mixes images if configured."""
-        mixer = self.components.mixer
-        if mixer is not None:
+        components = self.components
+        if components.mixer is not None:
             number += self.batch  # within the epoch
-            batch = mixer(batch, epoch=self.epoch, number=number, rank=self.context.rank)
+            batch = components.mixer(batch, epoch=self.epoch, number=number, rank=self.context.rank)
         begin_graph_step(self.context.device)
-        teacher = self.teacher_forward(batch)
-        student = self.student_forward(batch.images, teacher)
-        return self.compute_loss(student, batch.targets, teacher)
-
-    def teacher_forward(self, batch: Batch) -> TeacherOutputs:
-        """Teacher outputs for a batch on the device; empty without a teacher."""
-        teacher = self.components.teacher
-        return TeacherOutputs(None, []) if teacher is None else teacher.outputs(batch)
-
-    def student_forward(
-        self, images: Tensor, teacher: TeacherOutputs, forward: nn.Module | None = None
-    ) -> StudentOutputs:
-        """Runs the student, or another forward module of its kind, such as that of the average."""
-        forward = forward or self.components.student_forward
-        with self.autocast():
-            return StudentOutputs(*forward(images, teacher.maps))
-
-    def compute_loss(
-        self, student: StudentOutputs, targets: Tensor, teacher: TeacherOutputs
-    ) -> DistillationTerms:
-        """Computes the loss terms; without labels, the targets are not read."""
-        labels = None if self.recipe.data.labels == "none" else targets
-        with self.autocast():
-            terms: DistillationTerms = self.components.loss(
-                student.logits,
-                labels,
-                teacher.logits,
-                student.maps,
-                teacher.maps,
-                feature_loss=student.feature_loss,
-                pooled_loss=student.pooled_loss,
-            )
-        return terms
+        teacher = components.teacher_outputs(batch)
+        student = components.student_outputs(batch.images, teacher)
+        return components.compute_loss(student, batch.targets, teacher)
 
     def apply_gradients(self) -> None:
         """Clips gradients, updates weights and their average, and clears the gradients."""
@@ -288,10 +278,6 @@ class Trainer:
             self._evaluate_and_save(log)
         return None if ended else interrupt.stop_signal(self.context.any_true)
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """Context of the run's precision."""
-        return autocast(self.recipe.amp, self.context.device)
-
     def _log(self, log: RunLog) -> None:
         """Reads and logs the mean losses; the only place where training waits for the device."""
         means = self._meter.means(self._position)
@@ -316,12 +302,12 @@ class Trainer:
     def _evaluate(self, log: RunLog) -> bool:
         """Evaluates the weights and their average; returns True for a new best score."""
         before = self.best
-        for weights, found in validate(self).items():
+        for weights, found in validate(self.components).items():
+            images = found.pop("images")
+            self.scores[weights] = found
             row: dict[str, Any] = {"update": self.update, "epoch": self.epoch}
             row |= {"weights": weights, **found}
-            log.evaluation(row)
-            del row["images"]
-            self.scores[weights] = {k: v for k, v in found.items() if k != "images"}
+            log.evaluation({**row, "images": images})
             if not self.best or rank(row) > rank(self.best):
                 self.best = row
         self._report_bad_images(self.components.val_loader.bad_images, log)
@@ -378,13 +364,8 @@ class Trainer:
         if path is None:
             check_same_position(self.context, "the start")
             return []
-        state, changed = restore(
-            path,
-            self.components,
-            self.recipe,
-            self.context.world_size,
-            force=resume not in ("auto", "never"),
-        )
+        forced = resume not in ("auto", "never")
+        state, changed = restore(path, self.components, force=forced)
         position = self.components.train_loader.state_dict()
         self.update, self.epoch, self.batch = state["update"], position["epoch"], position["batch"]
         self._last_checkpoint = path

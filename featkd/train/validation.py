@@ -4,49 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from featkd.data import Batch, Loader
-from featkd.evaluation import EvaluationError, evaluate, knn_predict
+from featkd.data import Batch
+from featkd.evaluation import evaluate, knn_predict
+from featkd.evaluation.topk import mean_scores
 from featkd.models.features import POOLED, FeatureModel, Layer
 from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.names import plural
-from featkd.train.cached_teacher import CachedTeacher
+from featkd.train.components import RunComponents
+from featkd.train.meter import Means
 from featkd.train.parallel import gathered
-from featkd.train.recipe import Recipe
 from featkd.train.student_forward import create_student_forward
-from featkd.train.teacher import Teacher, begin_graph_step
-
-if TYPE_CHECKING:
-    from featkd.train.trainer import Trainer
+from featkd.train.teacher import begin_graph_step
 
 Scores = dict[str, float]
-_LOSSES = {
-    "loss": "total",
-    "logits_loss": "logits",
-    "feature_loss": "features",
-    "pooled_loss": "pooled",
-}
 
 
-def describe_validation(
-    loader: Loader, student: FeatureModel, teacher: Teacher | CachedTeacher | None
-) -> str:
+def describe_validation(components: RunComponents) -> str:
     """Describes the scores of a run without labels: a note for the user."""
-    scores = []
-    if isinstance(teacher, Teacher):
+    loader, scores, missing = components.val_loader, [], []
+    if components.teacher_model is not None:
         scores.append("the loss")
+    else:
+        missing.append("no loss, because a cache holds the teacher's outputs for training images")
     if loader.classes:
-        token = getattr(student, "global_pool", "") == "token"
+        token = getattr(components.student, "global_pool", "") == "token"
         where = " on the class token" if token else ""
         scores.append(f"kNN top-1{where} over {plural(len(loader.classes), 'class')}")
-    missing = []
-    if not isinstance(teacher, Teacher):
-        missing.append("no loss, because a cache holds the teacher's outputs for training images")
-    if not loader.classes:
+    else:
         missing.append("no kNN, which needs data.val_split with two class folders of two images")
     if not scores:
         return f"validation: none ({'; '.join(missing)}); no best.pt is written"
@@ -54,7 +43,7 @@ def describe_validation(
     return f"{text} ({'; '.join(missing)})" if missing else text
 
 
-def validate(trainer: Trainer) -> dict[str, Scores]:
+def validate(components: RunComponents) -> dict[str, Scores]:
     """Scores the student's weights and their average; all processes must call it.
 
     Returns:
@@ -65,78 +54,62 @@ def validate(trainer: Trainer) -> dict[str, Scores]:
     Raises:
         EvaluationError: no image could be read.
     """
-    components, context = trainer.components, trainer.context
+    labelled = components.recipe.data.labels == "folders"
+    has_losses = components.teacher_model is not None
+    if not (labelled or has_losses or components.computes_knn):
+        return {}
+    context = components.context
     models: dict[str, FeatureModel] = {"model": components.student}
     if components.ema is not None:
         models["ema"] = components.ema.module
     modules = cast("list[nn.Module]", [*models.values(), *components.projectors.values()])
+    loader: Iterable[Batch] = components.val_loader
+    knn = _Knn(models) if components.computes_knn else None
+    if knn is not None:
+        models, loader = knn.models, knn.watched(loader)
+    losses: dict[str, Scores] = {}
     with gathered(modules):
-        loader: Iterable[Batch] = components.val_loader
-        knn = _Knn(models) if computes_knn(trainer.recipe, components.val_loader) else None
-        if knn is not None:
-            models, loader = knn.models, knn.watched(loader)
-        if trainer.recipe.data.labels == "none":
-            return _validate_unlabelled(trainer, models, loader, knn)
-        found = evaluate(models, loader, context.device, trainer.autocast)
-        scores = {name: {**vars(each)} for name, each in found.items()}
+        if labelled:
+            found = evaluate(models, loader, context.device, components.autocast)
+            scores = {name: {**vars(each)} for name, each in found.items()}
+        else:
+            losses, images = _mean_losses(components, models, loader)
+            scores = {name: {"images": images} for name in models}
         if knn is not None:
             for name, top1 in knn.top1(len(components.val_loader.classes), context).items():
                 scores[name]["knn_top1"] = top1
-    return scores
+    return {name: each | losses.get(name, {}) for name, each in scores.items()}
 
 
-def computes_knn(recipe: Recipe, loader: Loader) -> bool:
-    """Checks whether evaluations on a loader compute kNN."""
-    return bool(loader.classes) and (recipe.eval.knn or recipe.data.labels == "none")
-
-
-def _validate_unlabelled(
-    trainer: Trainer, models: Mapping[str, FeatureModel], loader: Iterable[Batch], knn: _Knn | None
-) -> dict[str, Scores]:
-    components, context = trainer.components, trainer.context
-    teacher = components.teacher if isinstance(components.teacher, Teacher) else None
-    if teacher is None and knn is None:
-        return {}
+def _mean_losses(
+    components: RunComponents, models: Mapping[str, FeatureModel], loader: Iterable[Batch]
+) -> tuple[dict[str, Scores], int]:
+    """Mean losses by model, none without the teacher's model, and the number of images."""
+    device = components.context.device
+    names = () if components.teacher_model is None else Means._fields
     forwards = [
-        create_student_forward(trainer.recipe, model, components.pairs, components.projectors)
+        create_student_forward(components.recipe, model, components.pairs, components.projectors)
         for model in models.values()
     ]
-    sums = torch.zeros(len(models), len(_LOSSES), dtype=torch.float64, device=context.device)
-    count = torch.zeros((), dtype=torch.float64, device=context.device)
-    modes = [model.training for model in models.values()]
-    for model in models.values():
-        model.eval()
-    with torch.no_grad():
-        for batch in loader:
-            size = len(batch.targets)
-            count += size
-            if teacher is not None:
-                begin_graph_step(context.device)
-                outputs = teacher.outputs(batch)
-                for number, forward in enumerate(forwards):
-                    student = trainer.student_forward(batch.images, outputs, forward)
-                    terms = trainer.compute_loss(student, batch.targets, outputs)
-                    losses = [getattr(terms, term) for term in _LOSSES.values()]
-                    sums[number] += size * torch.stack(losses).double()
-            else:
+
+    def score(batch: Batch) -> list[Tensor]:
+        if not names:  # kNN takes the features of these forward passes
+            with components.autocast():
                 for model in models.values():
-                    with trainer.autocast():
-                        model.forward_maps(batch.images, [])
-    for model, mode in zip(models.values(), modes, strict=True):
-        model.train(mode)
-    images_seen = int(context.sum(count).item())
-    if images_seen == 0:
-        raise EvaluationError("evaluation: none of the images could be read")
-    means = (context.sum(sums) / images_seen).tolist()
-    top1 = {} if knn is None else knn.top1(len(components.val_loader.classes), context)
-    scores: dict[str, Scores] = {}
-    for name, losses in zip(models, means, strict=True):
-        scores[name] = {"images": images_seen}
-        if name in top1:
-            scores[name]["knn_top1"] = top1[name]
-        if teacher is not None:
-            scores[name] |= zip(_LOSSES, losses, strict=True)
-    return scores
+                    model.forward_maps(batch.images, [])
+            return [torch.empty(0, device=device)] * len(models)
+        begin_graph_step(device)
+        outputs = components.teacher_outputs(batch)
+        rows = []
+        for forward in forwards:
+            student = components.student_outputs(batch.images, outputs, forward)
+            terms = components.compute_loss(student, batch.targets, outputs)
+            rows.append(len(batch.targets) * torch.stack(terms).double())
+        return rows
+
+    means, images = mean_scores(models.values(), len(names), loader, device, score)
+    rows = (dict(zip(names, row, strict=True)) for row in means)
+    return dict(zip(models, rows, strict=True)), images
 
 
 class _Tapped:
@@ -156,11 +129,12 @@ class _Tapped:
         self, images: Tensor, layers: Sequence[Layer]
     ) -> tuple[Tensor, list[Tensor]]:
         logits, maps = self._model.forward_with_features(images, [*layers, POOLED])
-        self.kept.append(maps.pop()[:, 0].float().cpu())
-        return logits, maps
+        return logits, self._keep(maps)
 
     def forward_maps(self, images: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
-        maps = self._model.forward_maps(images, [*layers, POOLED])
+        return self._keep(self._model.forward_maps(images, [*layers, POOLED]))
+
+    def _keep(self, maps: list[Tensor]) -> list[Tensor]:
         self.kept.append(maps.pop()[:, 0].float().cpu())
         return maps
 

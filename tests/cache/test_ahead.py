@@ -68,7 +68,8 @@ def test_a_run_prefetches_its_batches(recipe, tmp_path, monkeypatch):
     for epoch, start in ((0, 0), (1, 1)):
         read.clear()
         batches = [
-            (batch, trainer.teacher_forward(batch))[0] for batch in trainer.batches(epoch, start)
+            (batch, trainer.components.teacher_outputs(batch))[0]
+            for batch in trainer.batches(epoch, start)
         ]
         assert len(batches) == len(trainer.components.train_loader) - start
         assert all(map(torch.equal, read, (batch.keys for batch in batches)))

@@ -40,7 +40,8 @@ def test_a_replaced_image_keeps_its_key(one_broken, tmp_path):
     ):
         assert torch.equal(one.keys, other.keys)
         assert torch.equal(
-            without.teacher_forward(one).maps[0], cached.teacher_forward(other).maps[0]
+            without.components.teacher_outputs(one).maps[0],
+            cached.components.teacher_outputs(other).maps[0],
         )
     assert without.components.train_loader.bad_images
 

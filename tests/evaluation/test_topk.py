@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import pytest
@@ -44,7 +45,7 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def score(loader: Batches | list[Batch], *models: torch.nn.Module) -> dict[str, Evaluation]:
+def score(loader: Iterable[Batch], *models: torch.nn.Module) -> dict[str, Evaluation]:
     named = {str(number): model for number, model in enumerate(models)}
     return evaluate(named, loader, torch.device("cpu"), nullcontext)  # type: ignore[arg-type]
 
@@ -85,7 +86,10 @@ def test_a_nan_loss_is_reported():
 
 def test_modes_are_restored_and_no_images_are_an_error():
     models = torch.nn.Identity().train(), torch.nn.Identity().eval()
-    score(Batches(1), *models)
-    assert [model.training for model in models] == [True, False]
+    broken = (1 / 0 for _ in range(1))  # as a loader whose images can't be read
+    for loader, error in ((Batches(1), nullcontext()), (broken, pytest.raises(ZeroDivisionError))):
+        with error:
+            score(loader, *models)
+        assert [model.training for model in models] == [True, False]
     with pytest.raises(EvaluationError, match="none of the images could be read"):
         score([], *models)

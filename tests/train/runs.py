@@ -21,9 +21,8 @@ from featkd.runtime.distributed import ProcessContext
 from featkd.train.build_cache import build_cache
 from featkd.train.checkpoint import load
 from featkd.train.logs import RunLog, read_csv
-from featkd.train.outcome import Outcome
 from featkd.train.recipe import LossConfig, Recipe, RecipeError, StudentConfig, to_dict
-from featkd.train.trainer import Trainer
+from featkd.train.trainer import Outcome, Trainer
 
 CPU = ProcessContext(0, 1, torch.device("cpu"))
 ONE_EPOCH = {"epochs": 1, "warmup_epochs": 0}

@@ -40,13 +40,13 @@ def test_a_diverged_state_is_not_saved(alone, monkeypatch, first, stopped, messa
     """NaN in an update; in the fourth, first read by the save at the epoch's end or the stop."""
     log_every = 100 if first == 4 else 1
     trainer = Trainer(changed(alone, log_every=log_every, checkpoint=dict(every_updates=2)), CPU)
-    compute_loss = trainer.compute_loss
+    compute_loss = trainer.components.compute_loss
 
     def diverge(*args):
         factor = math.nan if trainer.update == first - 1 else 1.0
         return DistillationTerms(*(x * factor for x in compute_loss(*args)))
 
-    monkeypatch.setattr(trainer, "compute_loss", diverge)
+    monkeypatch.setattr(trainer.components, "compute_loss", diverge)
     monkeypatch.setattr(trainer, "apply_gradients", lambda: None)  # the weights stay finite
     signal = 15 if stopped else None
     monkeypatch.setattr(

@@ -38,9 +38,9 @@ def test_unused_logits_are_not_computed(recipe):
         model.head.register_forward_hook(used)
         if alpha:
             with pytest.raises(AssertionError, match="head ran"):
-                trainer.teacher_forward(batch)
+                trainer.components.teacher_outputs(batch)
         else:
-            outputs = trainer.teacher_forward(batch)
+            outputs = trainer.components.teacher_outputs(batch)
             assert outputs.logits is None
             assert torch.equal(outputs.maps[0], model.forward_maps(batch.images, layers)[0])
             assert trainer.losses(batch).total.isfinite()

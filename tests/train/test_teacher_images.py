@@ -13,7 +13,7 @@ from PIL import Image
 
 from featkd.cache import LayerShape
 from featkd.models.adapters import ImageAdapter, resize_map
-from featkd.train.layer_pairs import matched_tokens
+from featkd.train.layer_pairs import resized_maps
 from featkd.train.recipe import LossConfig, Recipe, RecipeError, TeacherConfig
 from featkd.train.teacher_images import teacher_size
 from featkd.train.trainer import Trainer
@@ -63,7 +63,7 @@ def timms_outputs(trainer: Trainer, batch, **cfg) -> tuple[torch.Tensor, torch.T
 def test_a_pretrained_teacher_sees_images_in_its_own_statistics(of_half: Recipe) -> None:
     trainer = Trainer(of_half, CPU)
     batch = next(iter(trainer.batches(0)))
-    logits, (last,) = trainer.teacher_forward(batch)
+    logits, (last,) = trainer.components.teacher_outputs(batch)
     size = {"input_size": (3, 16, 16)}
     want_logits, want = timms_outputs(trainer, batch, **size)
     torch.testing.assert_close(logits, want_logits, rtol=1e-5, atol=1e-5)
@@ -80,7 +80,7 @@ def test_a_cache_holds_the_outputs_for_the_teachers_own_images(of_half: Recipe) 
     outputs = []
     for each in (of_half, cached):
         trainer = Trainer(each, CPU)
-        outputs.append(trainer.teacher_forward(next(iter(trainer.batches(0)))))
+        outputs.append(trainer.components.teacher_outputs(next(iter(trainer.batches(0)))))
     torch.testing.assert_close(outputs[1].logits, outputs[0].logits)
     torch.testing.assert_close(outputs[1].maps[0], outputs[0].maps[0])
     message = r"cache: .* teacher.mean: \[0.5, 0.5, 0.5\], not \[0.4, 0.5, 0.5\]"
@@ -95,11 +95,11 @@ def test_a_checkpoint_of_featkd_brings_its_statistics(still: Recipe) -> None:
     want, _ = timms_outputs(
         *(trainer, batch), input_size=(3, 16, 16), mean=(0.3, 0.4, 0.5), std=HALF, crop_pct=1.0
     )
-    got = trainer.teacher_forward(batch).logits
+    got = trainer.components.teacher_outputs(batch).logits
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     own = Trainer(changed(still, teacher=dict(mean=still.data.mean, std=still.data.std)), CPU)
     assert torch.equal(
-        own.teacher_forward(batch).logits, own.components.teacher_model(batch.images)
+        own.components.teacher_outputs(batch).logits, own.components.teacher_model(batch.images)
     )
 
 
@@ -127,7 +127,7 @@ def test_a_map_on_another_grid_is_resized(still: Recipe, size: int | None, side:
     )
     trainer = Trainer(recipe, CPU)
     batch = next(iter(trainer.batches(0)))
-    (got,) = trainer.teacher_forward(batch).maps
+    (got,) = trainer.components.teacher_outputs(batch).maps
     images = batch.images
     if size is not None:
         images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
@@ -141,7 +141,7 @@ def test_a_map_on_another_grid_is_resized(still: Recipe, size: int | None, side:
     assert any(f"teacher's map of {side} x {side} tokens is resized to" in x for x in notes)
     assert trainer.step([batch]).total.isfinite()
     cached = Trainer(with_cache(recipe, Path(recipe.out) / "cache"), CPU)
-    (again,) = cached.teacher_forward(next(iter(cached.batches(0)))).maps
+    (again,) = cached.components.teacher_outputs(next(iter(cached.batches(0)))).maps
     torch.testing.assert_close(again, got)
 
 
@@ -150,7 +150,7 @@ def test_dinov2_meets_a_student_of_patch_16(size: int, side: int) -> None:
     tokens = torch.randn(2, side * side, 8, generator=torch.Generator().manual_seed(0))
     own, its = LayerShape(1, 196, 4, "float32"), LayerShape(5, side * side, 8, "float32")
     notes: list[str] = []
-    assert matched_tokens([own], [its], notes) == (196,)
+    assert resized_maps([own], [its], notes) == (replace(its, tokens=196),)
     assert len(notes) == (side != 14)
     options = {"embed_dim": 12, "depth": 1, "num_heads": 1, "img_size": size}
     model = timm.create_model("vit_small_patch14_dinov2", **options)
@@ -177,10 +177,10 @@ def test_grids_that_can_not_be_resized_are_refused() -> None:
     square, odd = LayerShape(1, 16, 4, "float32"), LayerShape(1, 15, 4, "float32")
     message = r"loss.pairs: layer pair \[1, 1\]: the teacher's map has 15 tokens"
     with pytest.raises(RecipeError, match=message):
-        matched_tokens([square], [odd], [])
+        resized_maps([square], [odd], [])
     with pytest.raises(RecipeError, match="the student's map has 15 tokens"):
-        matched_tokens([odd], [square], [])
-    assert matched_tokens([odd], [odd], []) == (15,)
+        resized_maps([odd], [square], [])
+    assert resized_maps([odd], [odd], []) == (odd,)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +256,6 @@ def test_a_convolutional_teacher_of_any_size(still: Recipe) -> None:
         loss=LossConfig(alpha=0.5, feature="mse", pairs=[(-1, 2)]),
     )
     trainer = Trainer(recipe, CPU)
-    (x,) = trainer.teacher_forward(batch := next(iter(trainer.batches(0)))).maps
+    (x,) = trainer.components.teacher_outputs(batch := next(iter(trainer.batches(0)))).maps
     assert x.shape == (8, 16, 128)
     assert trainer.step([batch]).total.isfinite()

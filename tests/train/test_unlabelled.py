@@ -267,7 +267,7 @@ def test_an_unlabelled_run_is_a_teacher(unlabelled, tmp_path):
     loader = build_loader(plain.data, split="val", batch_size=4)
     batch = next(iter(loader))
     trainer = Trainer(next_run, CPU)
-    (found,) = trainer.teacher_forward(batch).maps
+    (found,) = trainer.components.teacher_outputs(batch).maps
     (expected,) = load_trained(f"{plain.out}/last.pt").forward_maps(batch.images, [-1])
     assert torch.equal(found, expected)
     refuse(next_run, "has no classifier", loss=dict(alpha=0.5))

@@ -382,7 +382,9 @@ def test_images_without_augmentation_are_cached_once(short: Recipe, in_process: 
 def test_the_teacher_runs_if_images_are_mixed(short: Recipe, in_process: None, capsys):
     short.data = replace(short.data, augment=replace(short.data.augment, mixup=0.2))
     compare(short, "plain", seeds=1, quiet=True)
-    assert "teacher: ran in every update, because mixup" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "teacher: ran in every update, because mixup" in printed
+    assert "ema_decay: with 0.9 the average consists of the initial weights to 53 %" in printed
     assert not (Path(short.out) / "cache").exists()
 
 

@@ -27,7 +27,8 @@ from featkd.runtime.distributed import ProcessContext
 from featkd.runtime.lock import output_folder
 from featkd.train.build_cache import build_cache
 from featkd.train.checkpoint import CheckpointError
-from featkd.train.components import build
+from featkd.train.components import average_notes, build
+from featkd.train.logs import read_csv
 from featkd.train.recipe import Recipe, RecipeError, check_local
 
 # Uncompressed, so that a cached teacher teaches what a running one does.
@@ -78,6 +79,9 @@ def compare(
         analysis = analyse(names, runs, teacher)
         store.save(analysis)
         notes += _notes(store, runs)
+        if recipe.ema_decay is not None:  # the average is what the table scores
+            updates = int(read_csv(runs[0].folder / "eval.csv")[-1]["update"])
+            notes += average_notes(recipe.ema_decay, updates)
         found = Comparison(recipe, runs, teacher, analysis, notes)
         write_page(out / "report.html", "featkd compare", _ABOUT, {"": ("", found)})
     print(f"{found.text()}\nreport: {out / 'report.html'}")

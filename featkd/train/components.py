@@ -214,7 +214,7 @@ def build(
             notes.append("distributed: fsdp has no effect on a run of one process")
         ema = None
         if recipe.ema_decay is not None:
-            notes += _average_notes(recipe.ema_decay, updates_per_epoch * recipe.optim.epochs)
+            notes += average_notes(recipe.ema_decay, updates_per_epoch * recipe.optim.epochs)
             # timm averages buffers and parameters together, which are of two kinds when sharded.
             ema = ModelEmaV3(student, decay=recipe.ema_decay, exclude_buffers=sharded)
         student_forward = create_student_forward(recipe, student, pairs, projectors)
@@ -290,8 +290,8 @@ def _teacher(
     return teacher, pairs, own
 
 
-def _average_notes(decay: float, updates: int) -> list[str]:
-    """Note on a run that is too short for its weight average."""
+def average_notes(decay: float, updates: int) -> list[str]:
+    """Returns a note on a run that is too short for its weight average, or nothing."""
     initial = decay**updates
     if initial < 0.1:
         return []

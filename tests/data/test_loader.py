@@ -255,9 +255,12 @@ def test_errors(make_set: MakeSet) -> None:
     for message, options in (
         ("split: expected train or val, got 'test'", {"split": "test"}),
         ("batch_size: expected >= 1, got 0", {"batch_size": 0}),
-        (r"batch_size: 13 is more than the 12 samples .*\(12 images in ", {"batch_size": 13}),
         (
-            r"batch_size: 8 .* the 6 samples .*world_size 2\)",
+            r"batch_size: expected at most 12, .*\(12 training images in .*; got 13",
+            {"batch_size": 13},
+        ),
+        (
+            r"batch_size: expected at most 6, .* per process .*, 2 processes\); got 8",
             {"batch_size": 8, "world_size": 2},
         ),
         ("rank: expected 0 <= rank < world_size = 2, got 2", {"rank": 2, "world_size": 2}),

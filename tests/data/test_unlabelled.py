@@ -115,7 +115,7 @@ def test_shards_without_labels(make_set: MakeSet, tmp_path: Path, backend: str) 
 
 def test_unusable_folders(tmp_path: Path) -> None:
     (tmp_path / "train/empty").mkdir(parents=True)
-    refused(FileNotFoundError, r"no images in .*<path>/<split>/\*\*/\*\.jpg", tmp_path)
+    refused(FileNotFoundError, "no images in .*; expected images in it or in folders", tmp_path)
     save_noise(tmp_path / "train/x.jpg")
     pack(tmp_path / "train/0.tar", {"y.jpg": (tmp_path / "train/x.jpg").read_bytes()})
     refused(ValueError, "found tar files .* beside images", tmp_path)

@@ -229,8 +229,9 @@ def test_a_run_in_an_object_store_resumes_bit_for_bit(recipe, monkeypatch):
 def test_a_plain_student_of_another_width_is_pooled_with_a_note(recipe):
     plain = changed(recipe, student=dict(arch="plain"))
     trainer = Trainer(plain, CPU)
-    assert trainer.components.notes[-1] == (
+    note = (
         "layer pair [1, 1]: the student's map has 12 channels, the teacher's 24: the wider map is "
         "pooled (loss.projector trains a projector instead)"
     )
+    assert note in trainer.components.notes
     trainer.run(quiet=True)

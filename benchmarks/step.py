@@ -34,7 +34,7 @@ from .variants import Step, step_of
 PARTS = ("teacher", "student", "loss", "optimizer", "step")
 EAGER = "eager_fp32"
 CACHED = "cached"
-STORE = "store"  # what `featkd cache` does with a batch of outputs, in a thread beside the teacher
+STORE = "store"  # what `featkd cache` does with a batch of outputs, partly in a thread
 
 
 @dataclass(frozen=True)

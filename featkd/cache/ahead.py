@@ -27,7 +27,8 @@ class ReadAhead(Generic[Found]):
 
     def __init__(self, read: Callable[[Tensor], Found]) -> None:
         self._read = read
-        self._thread = ThreadPoolExecutor(1, "featkd-cache-ahead")
+        # Without an OpenMP team of its own; see `featkd.cache.background`.
+        self._thread = ThreadPoolExecutor(1, "featkd-cache-ahead", torch.set_num_threads, (1,))
         self._upcoming: Iterator[Tensor] = iter(())
         self._ahead: deque[tuple[Tensor, Future[Found]]] = deque()  # keys and rows
 

@@ -1,11 +1,10 @@
-"""Encodes teacher outputs and writes shards in a thread, while the teacher computes."""
+"""Writes shards in a thread, while the teacher computes; on a GPU it also encodes there."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from itertools import chain
 
 import torch
@@ -15,13 +14,14 @@ from featkd.cache.manifest import CacheError
 from featkd.cache.rows import NotStorable, Row, TeacherOutputs
 from featkd.cache.writer import CacheWriter
 
-_AHEAD = 2  # batches that wait or are being encoded; they hold their outputs in device memory
+_AHEAD = 2  # batches or shards that wait; on a GPU, batches hold their outputs in its memory
 
 
 class BackgroundWriter:
-    """Encodes batches and writes shards in the order in which they are given, in one thread.
+    """Encodes batches, and writes shards in the order in which they are given, in one thread.
 
-    On a GPU the thread has a stream of its own, so copies to the CPU overlap with the teacher.
+    On a GPU the thread also encodes, on another stream, so copies to the CPU overlap with the
+    teacher. On a CPU `add` encodes.
 
     Args:
         writer: writes the shards.
@@ -30,7 +30,9 @@ class BackgroundWriter:
 
     def __init__(self, writer: CacheWriter, device: torch.device) -> None:
         self._writer = writer
-        self._thread = ThreadPoolExecutor(1, "featkd-cache-writer")
+        # With an OpenMP team of its own, libgomp would let the threads of both teams sleep at once
+        # when they wait, and each parallel operation of the teacher would have to wake them.
+        self._thread = ThreadPoolExecutor(1, "featkd-cache-writer", torch.set_num_threads, (1,))
         self._pending: deque[Future[None]] = deque()
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
@@ -41,7 +43,7 @@ class BackgroundWriter:
         """Shards written."""
 
     def add(self, keys: Tensor, source_index: Tensor, outputs: TeacherOutputs) -> None:
-        """Adds the next batch of the shard; waits while two batches are not encoded yet.
+        """Adds the next batch of the shard; waits while two batches or shards are not done yet.
 
         Args:
             keys: (B, 3) int64, as `featkd.data.Batch.keys`.
@@ -51,11 +53,13 @@ class BackgroundWriter:
         Raises:
             CacheError: an earlier batch can't be stored, or an earlier shard not written.
         """
-        ready = None
-        if self._stream is not None:
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record()
-        self._submit(lambda: self._encode(keys, source_index, outputs, ready))
+        if self._stream is None:
+            rows = self._encode(keys, outputs)
+            self._submit(lambda: self._batches.append((keys, source_index, rows)))
+            return
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        ready.record()
+        self._submit(lambda: self._encode_on_stream(keys, source_index, outputs, ready))
 
     def end_shard(self, view: int, shard: int) -> None:
         """Writes the batches added since the last shard; see `CacheWriter.write`.
@@ -83,24 +87,21 @@ class BackgroundWriter:
             self._pending.popleft().result()
         self._pending.append(self._thread.submit(work))
 
-    def _encode(
-        self,
-        keys: Tensor,
-        source_index: Tensor,
-        outputs: TeacherOutputs,
-        ready: torch.cuda.Event | None,
+    def _encode_on_stream(
+        self, keys: Tensor, source_index: Tensor, outputs: TeacherOutputs, ready: torch.cuda.Event
     ) -> None:
+        with torch.cuda.stream(self._stream):
+            ready.wait()
+            self._batches.append((keys, source_index, self._encode(keys, outputs)))
+
+    def _encode(self, keys: Tensor, outputs: TeacherOutputs) -> list[Row]:
         try:
-            with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-                if ready is not None:
-                    ready.wait()
-                rows = self._writer.manifest.layout.encode(outputs)
+            return self._writer.manifest.layout.encode(outputs)
         except NotStorable as error:
             epoch, image, copy = keys[error.index].tolist()
             raise CacheError(
                 f"image {image}, copy {copy} of view {epoch}: {error.cause}; try another amp"
             ) from error
-        self._batches.append((keys, source_index, rows))
 
     def _write(self, view: int, shard: int) -> None:
         keys, source_index, rows = zip(*self._batches, strict=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -58,3 +60,14 @@ def column_of(shard: bytes | bytearray, name: str) -> int:
     start = 8 + int.from_bytes(shard[:8], "little")
     offset: int = json.loads(shard[8:start])[name]["data_offsets"][0]
     return start + offset
+
+
+@contextmanager
+def two_threads() -> Iterator[None]:
+    """Lets torch use two OpenMP threads in this thread and in new ones."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from featkd.cache import CacheError, TeacherCache
 from featkd.cache.ahead import ReadAhead
 from featkd.train.trainer import Trainer
+from tests.cache.made import two_threads
 from tests.cache.test_cached_runs import with_cache
 from tests.train.runs import CPU
 
@@ -43,6 +44,14 @@ def test_unexpected_batches_get_their_own_rows():
     ahead.prefetch(iter(KEYS))
     ahead.prefetch(iter(KEYS[3:]))
     assert [ahead.read(KEYS[number]) for number in (3, 4, 5)] == [3, 4, 5]
+
+
+def test_the_thread_has_no_openmp_team():
+    """A second team of OpenMP threads lets those of the training thread sleep at each wait."""
+    with two_threads():
+        ahead = ReadAhead(lambda keys: torch.get_num_threads())
+        assert ahead.read(KEYS[0]) == 1
+        assert torch.get_num_threads() == 2
 
 
 def test_an_error_is_raised_at_its_own_batch():

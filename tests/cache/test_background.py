@@ -1,4 +1,4 @@
-"""Encoding and writing in a thread, while the teacher computes."""
+"""Writing shards in a thread, while the teacher computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from featkd.cache import CacheError, CacheWriter, TeacherOutputs
 from featkd.cache.background import BackgroundWriter
 from featkd.cache.rows import Layout
 from featkd.cache.writer import prepare_folder
-from tests.cache.made import FULL, LOWRANK, keys_of, manifest, outputs, write
+from tests.cache.made import FULL, LOWRANK, keys_of, manifest, outputs, two_threads, write
 
 CPU = torch.device("cpu")
 
@@ -50,35 +50,70 @@ def test_the_files_are_those_written_without_a_thread(tmp_path, layout):
     assert found == plain
 
 
-def test_a_batch_is_encoded_while_the_next_is_computed_and_few_wait(tmp_path, monkeypatch):
-    encode, may_go, begun = Layout.encode, threading.Event(), threading.Semaphore(0)
+def test_a_shard_is_written_while_the_next_is_computed_and_few_wait(tmp_path, monkeypatch):
+    write_shard, may_go, begun = CacheWriter.write, threading.Event(), threading.Event()
 
-    def slow(layout, given):
-        begun.release()
+    def slow(*arguments):
+        begun.set()
         assert may_go.wait(20)
-        return encode(layout, given)
+        return write_shard(*arguments)
 
-    monkeypatch.setattr(Layout, "encode", slow)
+    monkeypatch.setattr(CacheWriter, "write", slow)
     with closing(started(tmp_path / "cache")) as background:
         for number in range(2):
-            background.add(*batch(number))  # does not wait, although nothing is encoded yet
-        assert begun.acquire(timeout=20)
-        third = threading.Thread(target=background.add, args=batch(2))
+            background.add(*batch(number))
+        background.end_shard(0, 0)  # does not wait, although nothing is written yet
+        assert begun.wait(20)
+        background.add(*batch(2))
+        third = threading.Thread(target=background.add, args=batch(3))
         third.start()
         third.join(0.2)
-        assert third.is_alive()  # two hold their outputs already
+        assert third.is_alive()  # a shard and a batch wait already
         may_go.set()
         third.join(20)
         assert not third.is_alive()
         background.flush()
+        assert background.written == 1
 
 
-def test_an_error_of_the_thread_is_raised_by_the_next_call(tmp_path):
+@pytest.mark.parametrize("layout", [FULL, LOWRANK])
+def test_the_thread_has_no_openmp_team(tmp_path, layout, monkeypatch):
+    """A second team of OpenMP threads lets those of the training thread sleep at each wait."""
+    found, write_shard = [], CacheWriter.write
+
+    def observed(*arguments):
+        found.append((threading.current_thread(), torch.get_num_threads()))
+        return write_shard(*arguments)
+
+    monkeypatch.setattr(CacheWriter, "write", observed)
+    with two_threads(), closing(started(tmp_path / "cache", layout)) as background:
+        for number in range(2):
+            background.add(*batch(number, layout))
+        background.end_shard(0, 0)
+        background.flush()
+        assert torch.get_num_threads() == 2
+    ((thread, number),) = found
+    assert thread is not threading.current_thread()
+    assert number == 1
+
+
+def test_a_map_that_is_not_finite_is_an_error(tmp_path):
     with closing(started(tmp_path / "cache")) as background:
         keys, source_index, given = batch(0)
         given.maps[0][2, 0, 0] = torch.nan
-        background.add(keys, source_index, given)
         image = int(keys[2, 1])
         with pytest.raises(CacheError, match=rf"image {image}, copy 0 of view 0: the map of layer"):
-            background.flush()
+            background.add(keys, source_index, given)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_an_error_of_the_thread_is_raised_by_the_next_call(tmp_path, monkeypatch):
+    def full(*_):
+        raise CacheError("could not write: no space left")
+
+    monkeypatch.setattr(CacheWriter, "write", full)
+    with closing(started(tmp_path / "cache")) as background:
+        background.add(*batch(0))
+        background.end_shard(0, 0)
+        with pytest.raises(CacheError, match="no space left"):
+            background.flush()

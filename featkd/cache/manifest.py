@@ -167,6 +167,8 @@ def read_manifest(folder: Path) -> Manifest:
         CacheError: it is missing, damaged, or of another version of the format.
     """
     path = folder / NAME
+    if not folder.exists():
+        raise CacheError(f"{folder}: no such folder; expected one that featkd cache has written")
     try:
         written = read_regular(path, _MOST_BYTES)
     except OSError as error:

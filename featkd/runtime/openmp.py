@@ -10,4 +10,4 @@ def set_defaults() -> None:
     # Threads that spin while they wait occupy the cores that loader workers need.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # A short spin bridges the gap between two parallel operations, which sleeping threads lengthen.
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")

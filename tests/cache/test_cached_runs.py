@@ -325,7 +325,9 @@ def test_a_cache_without_the_needed_layers_is_refused(recipe, tmp_path):
     with pytest.raises(RecipeError, match="cache: expected a folder on this machine"):
         replace(cached, cache="s3://bucket/cache")
     refused(
-        replace(cached, cache=str(tmp_path / "nowhere")), "nowhere: not a featkd cache", CacheError
+        replace(cached, cache=str(tmp_path / "nowhere")),
+        "nowhere: no such folder; expected one",
+        CacheError,
     )
 
 

@@ -184,7 +184,7 @@ def test_an_unfinished_cache_is_refused(folder):
 
 
 def test_no_cache_and_another_format(tmp_path, folder):
-    message = r"nowhere: not a featkd cache: manifest.json: No such file or directory"
+    message = r"nowhere: no such folder; expected one that featkd cache has written"
     refused(tmp_path / "nowhere", message)
     head = TeacherCache(folder).manifest
     with pytest.MonkeyPatch.context() as patch:

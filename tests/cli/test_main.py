@@ -101,7 +101,7 @@ def test_command_lines_in_documents_have_known_options(parsers, page):
 
 
 def test_every_option_has_one_name(parsers):
-    """What several commands take: output, images, batch size, device, figures."""
+    """Commands share names for output, images, batch size, device and figures."""
     files = {"bench plot", "bench table", "bench compare"}
     timed = {"bench loader", "bench step"}
     without = {

@@ -200,7 +200,7 @@ def test_projectors_depend_on_the_seed_alone(projected):
 
 
 def test_the_optimizer_decays_matrices_alone(projected):
-    """Of the student and of the projectors; not the embeddings."""
+    """Decays those of student and projectors, but no embedding."""
     recipe = with_loss(projected, "widelast", pairs=[(0, 0), (1, 1)])
     components = Trainer(recipe, CPU).components
     modules = (components.projectors, components.student)

@@ -59,7 +59,7 @@ class AugmentConfig:
     Examples:
         >>> AugmentConfig(hflip=2.0)
         Traceback (most recent call last):
-        ValueError: augment.hflip: expected a number from 0 to 1, got 2.0
+        ValueError: data.augment.hflip: expected a number from 0 to 1, got 2.0
     """
 
     scale: tuple[float, float] = (0.08, 1.0)

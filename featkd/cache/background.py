@@ -51,7 +51,8 @@ class BackgroundWriter:
             outputs: outputs for the batch; the caller does not change them afterwards.
 
         Raises:
-            CacheError: an earlier batch can't be stored, or an earlier shard not written.
+            CacheError: a batch (on a GPU an earlier one) can't be stored, or an earlier shard not
+                written.
         """
         if self._stream is None:
             rows = self._encode(keys, outputs)

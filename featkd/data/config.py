@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_type_hints
 
-from featkd.runtime.checks import check_choice, check_fraction, check_positive
+from featkd.runtime.checks import check_choice, check_count, check_fraction, check_positive
 
 _RAND_AUGMENT = re.compile(
     r"rand(-(m\d+|n\d+|p\d+(\.\d+)?|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3aw?)))*"
@@ -20,12 +20,6 @@ def _check_range(name: str, value: tuple[float, float], upper: float) -> None:
     if len(value) != 2 or not 0 < value[0] <= value[1] <= upper:
         limit = "" if upper == float("inf") else f" <= {upper:g}"
         raise ValueError(f"{name}: expected (low, high) with 0 < low <= high{limit}, got {value!r}")
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    """Raises ValueError unless `value` is a whole number >= least."""
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,7 @@ class AugmentConfig:
                     f"data.augment.{name}: expected a finite number >= 0, got "
                     f"{getattr(self, name)!r}"
                 )
-        _check_count("data.augment.repeats", self.repeats, 1)
+        check_count("data.augment.repeats", self.repeats, 1)
         if self.rand_augment is not None and not _RAND_AUGMENT.fullmatch(self.rand_augment):
             raise ValueError(
                 "data.augment.rand_augment: expected null or a RandAugment string of timm such as "
@@ -177,8 +171,8 @@ class DataConfig:
             if getattr(self, name) == "":
                 raise ValueError(f'data.{name}: expected a folder under path (or "."), got ""')
         self._check_val_fraction()
-        _check_count("data.img_size", self.img_size, 1)
-        _check_count("data.workers", self.workers, 0)
+        check_count("data.img_size", self.img_size, 1)
+        check_count("data.workers", self.workers, 0)
         for name in ("mean", "std"):
             if len(getattr(self, name)) != 3:
                 raise ValueError(f"data.{name}: expected 3 numbers, got {getattr(self, name)!r}")

@@ -15,9 +15,8 @@ from featkd.runtime import checks
 def _check_at_least(least: int, config: Any, *names: str) -> None:
     """Raise ValueError unless these fields are None or whole numbers >= `least`."""
     for name in names:
-        value = getattr(config, name)
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
+        if (value := getattr(config, name)) is not None:
+            checks.check_count(name, value, least)
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,12 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
 
 
+def check_count(name: str, value: object, least: int) -> None:
+    """Raises ValueError unless `value` is an int >= `least`."""
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
+
+
 def check_width(name: str, value: object) -> None:
     """Raises TypeError or ValueError unless `value` is a whole number above zero."""
     if not isinstance(value, numbers.Integral):

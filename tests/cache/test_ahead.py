@@ -13,8 +13,7 @@ from featkd.cache import CacheError, TeacherCache
 from featkd.cache.ahead import ReadAhead
 from featkd.train.trainer import Trainer
 from tests.cache.made import two_threads
-from tests.cache.test_cached_runs import with_cache
-from tests.train.runs import CPU
+from tests.train.runs import CPU, with_cache
 
 KEYS = [torch.tensor([[0, image, 0]]) for image in range(6)]
 

@@ -21,15 +21,7 @@ from featkd.train.logs import read_csv
 from featkd.train.recipe import PooledConfig, Recipe, RecipeError
 from featkd.train.recipe_file import load_recipe
 from featkd.train.trainer import Trainer
-from tests.train.runs import CPU, NOTHING_DRAWN, column, run, same_weights
-
-EXACT = {"views": 2, "shard_rows": 16, "logits_top": "all", "features": "full", "store": "fp32"}
-
-
-def with_cache(recipe: Recipe, folder: Path, **options) -> Recipe:
-    """Builds a cache of the recipe; returns the recipe on it."""
-    build_cache(recipe, CacheConfig(**{**EXACT, **options}), CPU, folder, quiet=True)
-    return replace(recipe, cache=str(folder), out=f"{recipe.out}-cached")
+from tests.train.runs import CPU, EXACT, NOTHING_DRAWN, column, run, same_weights, with_cache
 
 
 def refused(recipe: Recipe, message: str, error: type[Exception] = RecipeError) -> None:

@@ -86,10 +86,12 @@ def copy_images(recipe: Recipe, folder: Path) -> Recipe:
     return changed(recipe, data=dict(path=str(folder)))
 
 
+EXACT = {"views": 2, "shard_rows": 16, "logits_top": "all", "features": "full", "store": "fp32"}
+
+
 def with_cache(recipe: Recipe, folder: Path, **options: Any) -> Recipe:
     """Builds a cache, an exact one unless options differ; returns the recipe on it."""
-    exact = dict(views=2, shard_rows=16, logits_top="all", features="full", store="fp32")
-    build_cache(recipe, CacheConfig(**(exact | options)), CPU, folder, quiet=True)
+    build_cache(recipe, CacheConfig(**(EXACT | options)), CPU, folder, quiet=True)
     return replace(recipe, cache=str(folder), out=f"{recipe.out}-cached")
 
 
